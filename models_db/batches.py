@@ -1,0 +1,134 @@
+"""How a batch becomes rows, and how a row becomes a job's specification again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.domain import (
+    DeviceKind,
+    DType,
+    JobSpec,
+    JobState,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+    content_hash,
+)
+from models_db.tables import Batch, EvalText, Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once."""
+
+    spec: JobSpec
+    bits: int
+    checkpoint_key: str | None = None
+    reused_from: int | None = None
+
+
+def add_text(session: Session, sha256: str, content: str) -> None:
+    """Keep a text under its hash; a text already there is left alone."""
+    if session.get(EvalText, sha256) is None:
+        session.add(EvalText(sha256=sha256, content=content))
+        session.flush()
+
+
+def text_content(session: Session, sha256: str) -> str:
+    """The text of that hash. Raises KeyError where it was never added."""
+    text = session.get(EvalText, sha256)
+    if text is None:
+        raise KeyError(sha256)
+    return text.content
+
+
+def add_batch(
+    session: Session,
+    bundles: Iterable[Sequence[NewJob]],
+    *,
+    name: str | None = None,
+    priority: int = 0,
+    time_limit_s: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> int:
+    """Add a batch of bundles (jobs that share a source) and return its id."""
+    batch = Batch(name=name, priority=priority, options=options or {})
+    session.add(batch)
+    session.flush()
+    session.add_all(
+        _row(job, batch.id, f"{batch.id}:{number}", priority, time_limit_s)
+        for number, bundle in enumerate(bundles)
+        for job in bundle
+    )
+    session.flush()
+    return batch.id
+
+
+def _row(new: NewJob, batch_id: int, bundle: str, priority: int, time_limit_s: float | None) -> Job:
+    spec, source = new.spec, new.spec.source
+    answered = new.reused_from is not None
+    return Job(
+        batch_id=batch_id,
+        bundle=bundle,
+        model=source.name,
+        location=source.location,
+        revision=source.revision,
+        is_folder=source.is_folder,
+        scheme=spec.scheme.to_json(),
+        method=spec.scheme.method,
+        bits=new.bits,
+        dtype=spec.dtype,
+        device=spec.device,
+        protocol=spec.protocol.to_json(),
+        force=spec.force,
+        priority=priority,
+        time_limit_s=time_limit_s,
+        checkpoint_key=new.checkpoint_key,
+        state=JobState.SUCCEEDED if answered else JobState.QUEUED,
+        reused_from=new.reused_from,
+        finished_at=db_now() if answered else None,
+    )
+
+
+def spec_of(job: Job) -> JobSpec:
+    return JobSpec(
+        source=SourceRef(
+            name=job.model,
+            location=job.location,
+            revision=job.revision,
+            is_folder=job.is_folder,
+        ),
+        scheme=Scheme.from_json(job.scheme),
+        dtype=DType(job.dtype),
+        device=DeviceKind(job.device),
+        protocol=ProtocolOptions.from_json(job.protocol),
+        force=job.force,
+    )
+
+
+def batch_exists(session: Session, batch_id: int) -> bool:
+    return session.execute(select(Batch.id).where(Batch.id == batch_id)).first() is not None
+
+
+def checkpoint_key(
+    *, fingerprint: str, scheme: Scheme, dtype: DType, device: DeviceKind, versions: dict[str, str]
+) -> str:
+    """Identity of a checkpoint's bytes: hash of source, scheme, dtype, device kind and the versions that write it.
+
+    ``scheme`` and ``dtype`` must be resolved. ``versions`` names bitsandbytes, transformers and the writer.
+    """
+    return content_hash(
+        {
+            "fingerprint": fingerprint,
+            "scheme": scheme.to_json(),
+            "dtype": dtype,
+            "device": device,
+            "versions": versions,
+        }
+    )

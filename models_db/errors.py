@@ -1,0 +1,227 @@
+"""Every error qbatch raises on purpose. The class says what happens next.
+
+QbatchError
+├── UsageError                  the request cannot be understood: exit 2
+├── ServiceUnreachable          a service that qbatch needs does not answer: exit 3
+│   ├── BrokerUnreachable
+│   ├── DatabaseUnreachable
+│   ├── StorageUnavailable
+│   ├── StackNotRunning
+│   └── NoSuchDevice
+├── WaitTimeout                 time ran out while waiting: exit 4
+└── JobError                    a job ended badly; ``retry`` is the policy
+    ├── CudaOom                 larger VRAM class, else fail
+    ├── HostOom                 backoff
+    ├── WorkerLost              backoff
+    ├── StorageError            backoff
+    ├── FetchError              backoff
+    ├── DeviceError             elsewhere, uncharged
+    ├── JobTimeout              once more
+    ├── DiskFull                uncharged, once there is room
+    └── SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, Unsupported,
+        QuantizationError, BenchmarkError, InternalError        never
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Retry(StrEnum):
+    """What the queue does with a job after an error."""
+
+    NEVER = "never"
+    BACKOFF = "backoff"
+    ONCE = "once"
+    ELSEWHERE = "elsewhere"
+    WHEN_ROOM = "when_room"
+    LARGER_CLASS = "larger_class"
+
+
+class QbatchError(Exception):
+    """Base of all. ``str(error)`` is one line fit for a terminal."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(QbatchError):
+    """The request is malformed or asks for what cannot be."""
+
+    exit_code = 2
+
+
+class ServiceUnreachable(QbatchError):
+    """A service that the command needs does not answer."""
+
+    exit_code = 3
+
+
+class BrokerUnreachable(ServiceUnreachable):
+    """Redis does not answer."""
+
+
+class DatabaseUnreachable(ServiceUnreachable):
+    """The database does not answer, or its schema is not this version's."""
+
+
+class StorageUnavailable(ServiceUnreachable):
+    """The storage folder cannot be written."""
+
+
+class StackNotRunning(ServiceUnreachable):
+    """Nothing is running that could do the work waited for."""
+
+
+class NoSuchDevice(ServiceUnreachable):
+    """A GPU was asked for that this machine does not have, or that is taken."""
+
+
+class WaitTimeout(QbatchError):
+    """The time given to wait ran out."""
+
+    exit_code = 4
+
+
+class JobError(QbatchError):
+    """A job ended badly."""
+
+    kind: ClassVar[str] = "internal_error"
+    retry: ClassVar[Retry] = Retry.NEVER
+
+
+class CudaOom(JobError):
+    """The GPU's memory does not hold the job."""
+
+    kind = "cuda_oom"
+    retry = Retry.LARGER_CLASS
+
+
+class HostOom(JobError):
+    """The kernel killed the runner for its memory."""
+
+    kind = "host_oom"
+    retry = Retry.BACKOFF
+
+
+class WorkerLost(JobError):
+    """The worker or its runner died without a word."""
+
+    kind = "worker_lost"
+    retry = Retry.BACKOFF
+
+
+class StorageError(JobError):
+    """Shared storage failed while reading or writing."""
+
+    kind = "storage_error"
+    retry = Retry.BACKOFF
+
+
+class FetchError(JobError):
+    """The source could not be fetched this time."""
+
+    kind = "fetch_error"
+    retry = Retry.BACKOFF
+
+
+class DeviceError(JobError):
+    """The GPU faulted, other than by running out of memory."""
+
+    kind = "device_error"
+    retry = Retry.ELSEWHERE
+
+
+class JobTimeout(JobError):
+    """The job ran past its time limit."""
+
+    kind = "timeout"
+    retry = Retry.ONCE
+
+
+class DiskFull(JobError):
+    """Storage has no room for the checkpoint."""
+
+    kind = "disk_full"
+    retry = Retry.WHEN_ROOM
+
+
+class SourceNotFound(JobError):
+    """No such folder, or no such repository or revision on the hub."""
+
+    kind = "source_not_found"
+
+
+class SourceGated(JobError):
+    """The hub wants a token or an accepted licence."""
+
+    kind = "source_gated"
+
+
+class SourceCorrupt(JobError):
+    """The source's files contradict themselves or lack what the model needs."""
+
+    kind = "source_corrupt"
+
+
+class UnsafeSource(JobError):
+    """The source would run code: a pickle, or remote code."""
+
+    kind = "unsafe_source"
+
+
+class Unsupported(JobError):
+    """qbatch does not do this to such a model."""
+
+    kind = "unsupported"
+
+
+class QuantizationError(JobError):
+    """Quantization itself failed."""
+
+    kind = "quantization_error"
+
+
+class BenchmarkError(JobError):
+    """The published checkpoint could not be measured."""
+
+    kind = "benchmark_error"
+
+
+class InternalError(JobError):
+    """A defect of qbatch; the traceback is in the job's log."""
+
+    kind = "internal_error"
+
+
+_BY_KIND: dict[str, type[JobError]] = {
+    cls.kind: cls
+    for cls in (
+        CudaOom,
+        HostOom,
+        WorkerLost,
+        StorageError,
+        FetchError,
+        DeviceError,
+        JobTimeout,
+        DiskFull,
+        SourceNotFound,
+        SourceGated,
+        SourceCorrupt,
+        UnsafeSource,
+        Unsupported,
+        QuantizationError,
+        BenchmarkError,
+        InternalError,
+    )
+}
+
+ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)
+
+
+def job_error(kind: str, message: str) -> JobError:
+    """Rebuild an error that crossed a process or a database as (kind, message).
+
+    Raises KeyError for a kind that does not exist.
+    """
+    return _BY_KIND[kind](message)

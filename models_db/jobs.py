@@ -1,0 +1,313 @@
+"""The job state machine. The only writer of a job's state.
+
+    queued → running → succeeded | failed | cancelled
+
+``attempt`` rises at every claim and fences out whoever held the job before. ``failures`` rises only when an attempt
+whose own work had started is lost or fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from models_db.batches import spec_of
+from models_db.clock import db_now
+from models_db.domain import ENDED_STATES, Claim, JobState, Measurement, Protocol, Stage
+from models_db.errors import JobError, Retry, WorkerLost
+from models_db.tables import Attempt, Job, Result, Worker
+from models_db.workers import is_live
+
+Token = tuple[int, int]
+"""(job_id, attempt): what a worker must show to change a job."""
+
+_NO_SYNC = {"synchronize_session": False}
+_UNDISPATCHED: dict[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
+
+
+def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: float) -> list[Claim]:
+    """Take those of ``job_ids`` that are queued and due, baseline first. Of two claimants one gets each job.
+
+    A job that failed on this worker is left to another one, where another of its kind is live.
+    """
+    rows = session.execute(
+        update(Job)
+        .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED, _is_due(), _may_have(worker_id, lease_s))
+        .values(
+            state=JobState.RUNNING,
+            stage=Stage.FETCHING,
+            attempt=Job.attempt + 1,
+            work_started=False,
+            progress=None,
+            worker_id=worker_id,
+            lease_expires_at=db_now(lease_s),
+            started_at=func.coalesce(Job.started_at, db_now()),
+            **_UNDISPATCHED,
+        )
+        .returning(Job.id),
+        execution_options=_NO_SYNC,
+    ).scalars()
+    taken = session.scalars(
+        select(Job).where(Job.id.in_(list(rows))).order_by(Job.bits.desc(), Job.id),
+        execution_options={"populate_existing": True},
+    ).all()
+    session.add_all(Attempt(job_id=job.id, attempt=job.attempt, worker_id=worker_id) for job in taken)
+    return [
+        Claim(job_id=job.id, attempt=job.attempt, spec=spec_of(job), time_limit_s=job.time_limit_s) for job in taken
+    ]
+
+
+def _is_due() -> ColumnElement[bool]:
+    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
+
+
+def _may_have(worker_id: int, lease_s: float) -> ColumnElement[bool]:
+    kind = select(Worker.device_kind).where(Worker.id == worker_id).scalar_subquery()
+    another = select(Worker.id).where(is_live(lease_s), Worker.id != worker_id, Worker.device_kind == kind).exists()
+    return or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another)
+
+
+def heartbeat(session: Session, tokens: Iterable[Token], lease_s: float) -> frozenset[int]:
+    """Renew the leases of ``tokens``; the job ids still held. A job that is not among them is no longer ours."""
+    held = session.execute(
+        update(Job).where(_holds(tokens)).values(lease_expires_at=db_now(lease_s)).returning(Job.id),
+        execution_options=_NO_SYNC,
+    ).scalars()
+    return frozenset(held)
+
+
+def held(session: Session, tokens: Iterable[Token]) -> frozenset[int]:
+    """Which of ``tokens`` still hold their job; a cheap look between heartbeats."""
+    return frozenset(session.scalars(select(Job.id).where(_holds(tokens))))
+
+
+def _holds(tokens: Iterable[Token]) -> ColumnElement[bool]:
+    each = [and_(Job.id == job_id, Job.attempt == attempt) for job_id, attempt in tokens]
+    return and_(Job.state == JobState.RUNNING, or_(*each)) if each else Job.id.is_(None)
+
+
+def note(
+    session: Session,
+    token: Token,
+    *,
+    stage: Stage | None = None,
+    work_started: bool = False,
+    progress: Mapping[str, Any] | None = None,
+    checkpoint_key: str | None = None,
+) -> None:
+    """Record how far a running attempt is; without effect once the attempt is stale."""
+    values: dict[str, Any] = {}
+    if stage is not None:
+        values["stage"] = stage
+    if work_started:
+        values["work_started"] = True
+    if progress is not None:
+        values["progress"] = dict(progress)
+    if checkpoint_key is not None:
+        values["checkpoint_key"] = checkpoint_key
+    session.execute(update(Job).where(_holds([token])).values(**values), execution_options=_NO_SYNC)
+
+
+def succeed(
+    session: Session,
+    token: Token,
+    measurement: Measurement,
+    *,
+    protocol: Protocol,
+    checkpoint_path: str | None,
+) -> bool:
+    """Record a result. True where it counts: no newer attempt was claimed and the job had not ended."""
+    job = _locked(session, token, JobState.RUNNING, JobState.QUEUED)
+    if job is None:
+        return False
+    session.add(
+        Result(
+            job_id=job.id,
+            attempt=job.attempt,
+            checkpoint_path=checkpoint_path,
+            protocol=protocol.to_json(),
+            protocol_hash=protocol.hash,
+            **measurement.to_json() | {"details": dict(measurement.details)},
+        )
+    )
+    _end(session, job, JobState.SUCCEEDED)
+    _reset_device_errors(session, job.worker_id)
+    return True
+
+
+def answer(session: Session, token: Token, reused_from: int) -> bool:
+    """End a job with the result of an earlier one, as ``succeed`` does with a new one."""
+    job = _locked(session, token, JobState.RUNNING, JobState.QUEUED)
+    if job is None:
+        return False
+    job.reused_from = reused_from
+    _end(session, job, JobState.SUCCEEDED)
+    return True
+
+
+def fail(session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int) -> bool:
+    """Apply the error's policy to a running attempt: fail the job, or queue it again. False for a stale token."""
+    job = _locked(session, token, JobState.RUNNING)
+    if job is None:
+        return False
+    _apply(session, job, error, backoff_s=backoff_s, max_failures=max_failures)
+    return True
+
+
+def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
+    """Queue running attempts again, uncharged; ``alone`` sends each job in a message of its own."""
+    for token in tokens:
+        job = _locked(session, token, JobState.RUNNING)
+        if job is not None:
+            _requeue(session, job, outcome="handed_back", alone=alone)
+
+
+def expire(session: Session, *, backoff_s: float, max_failures: int) -> list[int]:
+    """Take back the jobs whose lease ran out. Only work that had started is charged."""
+    lost = session.scalars(
+        select(Job)
+        .where(Job.state == JobState.RUNNING, Job.lease_expires_at < db_now())
+        .order_by(Job.id)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for job in lost:
+        if job.work_started:
+            error = WorkerLost(f"worker {job.worker_id} was silent for longer than its lease")
+            _apply(session, job, error, backoff_s=backoff_s, max_failures=max_failures)
+        else:
+            _requeue(session, job, outcome="expired", alone=True)
+    return [job.id for job in lost]
+
+
+def extend_all_leases(session: Session, lease_s: float) -> None:
+    """Give every running job a full lease: after an outage nobody could have renewed one."""
+    session.execute(
+        update(Job).where(Job.state == JobState.RUNNING).values(lease_expires_at=db_now(lease_s)),
+        execution_options=_NO_SYNC,
+    )
+
+
+def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
+    """Cancel what has not ended. A running job's worker notices that it lost the job and kills the runner."""
+    jobs = session.scalars(
+        select(Job).where(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES)).order_by(Job.id).with_for_update()
+    ).all()
+    for job in jobs:
+        _end(session, job, JobState.CANCELLED)
+    return [job.id for job in jobs]
+
+
+def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
+    """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting."""
+    rows = session.execute(
+        update(Job)
+        .where(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
+        .values(
+            state=JobState.QUEUED,
+            stage=None,
+            failures=0,
+            error_kind=None,
+            error_message=None,
+            finished_at=None,
+            not_before=None,
+            avoid_worker_id=None,
+            progress=None,
+            **_UNDISPATCHED,
+        )
+        .returning(Job.id),
+        execution_options=_NO_SYNC,
+    ).scalars()
+    return sorted(rows)
+
+
+def _named(batch_ids: Sequence[int], job_ids: Sequence[int]) -> ColumnElement[bool]:
+    return or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+
+
+def _locked(session: Session, token: Token, *states: JobState) -> Job | None:
+    job_id, attempt = token
+    return session.scalars(
+        select(Job).where(Job.id == job_id, Job.attempt == attempt, Job.state.in_(states)).with_for_update(),
+        execution_options={"populate_existing": True},
+    ).one_or_none()
+
+
+def _end(session: Session, job: Job, state: JobState, error: JobError | None = None) -> None:
+    _close_attempt(session, job, error.kind if error else state.value, error)
+    job.state = state
+    job.error_kind = error.kind if error else None
+    job.error_message = str(error) if error else None
+    job.lease_expires_at = None
+    job.finished_at = db_now()
+    job.dispatch_id = None
+    job.queue = None
+    session.flush()
+
+
+def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max_failures: int) -> None:
+    charged = error.retry in (Retry.BACKOFF, Retry.ONCE)
+    job.failures += charged
+    if _is_final(session, job, error, max_failures):
+        _end(session, job, JobState.FAILED, error)
+        return
+    if error.retry is Retry.ELSEWHERE:
+        _blame_device(session, job.worker_id, error)
+    # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
+    delay_s = backoff_s * 2 ** max(job.failures - 1, 0)
+    job.not_before = db_now(delay_s)
+    job.avoid_worker_id = job.worker_id
+    job.error_kind = error.kind
+    job.error_message = str(error)
+    _requeue(session, job, outcome=error.kind, alone=True, error=error)
+
+
+def _is_final(session: Session, job: Job, error: JobError, max_failures: int) -> bool:
+    if error.retry in (Retry.NEVER, Retry.LARGER_CLASS):
+        return True
+    if error.retry is Retry.ONCE:
+        earlier = select(Attempt.id).where(Attempt.job_id == job.id, Attempt.outcome == error.kind).limit(1)
+        return session.execute(earlier).first() is not None
+    return error.retry is Retry.BACKOFF and job.failures >= max_failures
+
+
+def _requeue(session: Session, job: Job, *, outcome: str, alone: bool, error: JobError | None = None) -> None:
+    _close_attempt(session, job, outcome, error)
+    job.state = JobState.QUEUED
+    job.stage = None
+    job.progress = None
+    job.lease_expires_at = None
+    job.dispatch_id = None
+    job.queue = None
+    job.missed_scans = 0
+    if alone:
+        job.bundle = f"{job.batch_id}:j{job.id}"
+    session.flush()
+
+
+def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | None) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job.id, Attempt.attempt == job.attempt, Attempt.ended_at.is_(None))
+        .values(ended_at=db_now(), outcome=outcome, message=str(error) if error else None),
+        execution_options=_NO_SYNC,
+    )
+
+
+def _blame_device(session: Session, worker_id: int | None, error: JobError) -> None:
+    worker = session.get(Worker, worker_id, with_for_update=True) if worker_id is not None else None
+    if worker is None:
+        return
+    worker.device_errors += 1
+    if worker.device_errors >= 2:
+        worker.state = "quarantined"
+        worker.note = f"two device errors in a row; the last: {error}"
+
+
+def _reset_device_errors(session: Session, worker_id: int | None) -> None:
+    session.execute(
+        update(Worker).where(Worker.id == worker_id, Worker.device_errors > 0).values(device_errors=0),
+        execution_options=_NO_SYNC,
+    )

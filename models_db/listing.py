@@ -1,0 +1,109 @@
+"""What stands in the queue and who works on it, as plain mappings for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.domain import JobState, format_batch_id, format_job_id
+from models_db.tables import Batch, Job, Worker
+from models_db.workers import is_live
+
+
+def list_batches(session: Session, batch_ids: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Each batch with how many of its jobs are in each state, newest last."""
+    counts: dict[int, dict[str, int]] = {}
+    counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
+    query = select(Batch).order_by(Batch.id)
+    if batch_ids:
+        query = query.where(Batch.id.in_(batch_ids))
+        counted = counted.where(Job.batch_id.in_(batch_ids))
+    for batch_id, state, count in session.execute(counted):
+        counts.setdefault(batch_id, {})[state] = count
+    return [_batch(batch, counts.get(batch.id, {})) for batch in session.scalars(query)]
+
+
+def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
+    by_state = {state.value: counts.get(state, 0) for state in JobState}
+    return {
+        "batch_id": format_batch_id(batch.id),
+        "name": batch.name,
+        "priority": batch.priority,
+        "created_at": batch.created_at.isoformat(),
+        "jobs": sum(by_state.values()),
+        **by_state,
+    }
+
+
+def list_jobs(session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Each job with its state, in submission order."""
+    query = select(Job, Worker.name).outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
+    if batch_ids:
+        query = query.where(Job.batch_id.in_(batch_ids))
+    if states:
+        query = query.where(Job.state.in_(states))
+    return [_job(job, worker) for job, worker in session.execute(query)]
+
+
+def _job(job: Job, worker: str | None) -> dict[str, Any]:
+    return {
+        "job_id": format_job_id(job.id),
+        "batch_id": format_batch_id(job.batch_id),
+        "model": job.model,
+        "revision": job.revision,
+        "scheme": job.method,
+        "bits": job.bits,
+        "state": job.state,
+        "stage": job.stage if job.state == JobState.RUNNING else None,
+        "attempt": job.attempt,
+        "failures": job.failures,
+        "worker": worker,
+        "progress": job.progress,
+        "error_kind": job.error_kind,
+        "error_message": job.error_message,
+        "started_at": job.started_at.isoformat() if job.started_at else None,
+        "finished_at": job.finished_at.isoformat() if job.finished_at else None,
+    }
+
+
+def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
+    """Each worker that did not stop in order, with the jobs it holds. ``state`` is ``lost`` once it is silent."""
+    held: dict[int | None, list[str]] = {}
+    for job_id, worker_id in session.execute(
+        select(Job.id, Job.worker_id).where(Job.state == JobState.RUNNING).order_by(Job.id)
+    ):
+        held.setdefault(worker_id, []).append(format_job_id(job_id))
+    silent = Worker.heartbeat_at <= db_now(-lease_s)
+    rows = session.execute(select(Worker, silent).where(Worker.state != "stopped").order_by(Worker.id))
+    return [_worker(worker, bool(lost), held.get(worker.id, [])) for worker, lost in rows]
+
+
+def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
+    return {
+        "worker": worker.name,
+        "host": worker.host,
+        "pid": worker.pid,
+        "device_kind": worker.device_kind,
+        "device_name": worker.device_name,
+        "device_uuid": worker.device_uuid,
+        "memory_bytes": worker.memory_bytes,
+        "state": "lost" if lost else worker.state,
+        "jobs": held,
+        "note": worker.note,
+        "heartbeat_at": worker.heartbeat_at.isoformat(),
+    }
+
+
+def open_jobs(session: Session, batch_ids: Collection[int]) -> dict[str, int]:
+    """How many jobs of these batches are in each state."""
+    rows = session.execute(select(Job.state, func.count()).where(Job.batch_id.in_(batch_ids)).group_by(Job.state))
+    return {state: count for state, count in rows}
+
+
+def live_workers(session: Session, lease_s: float) -> int:
+    """How many workers take jobs now."""
+    return session.execute(select(func.count()).select_from(Worker).where(is_live(lease_s))).scalar_one()

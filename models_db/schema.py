@@ -1,0 +1,43 @@
+"""Bring a database to this version's schema. Imported where it is needed: Alembic is slow to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+
+from models_db.session import SCHEMA_HEAD, Database
+
+# Any constant will do; it keeps two upgrades of one PostgreSQL database apart.
+_UPGRADE_LOCK = 7_226_284
+
+
+def upgrade(database: Database) -> None:
+    """Run the migrations that are missing, in one transaction. Safe to run twice, and from two places at once.
+
+    Raises DatabaseUnreachable.
+    """
+    if database.file is not None:
+        database.file.parent.mkdir(parents=True, exist_ok=True)
+    with database.write() as session:
+        if not database.is_sqlite:
+            session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
+        config = alembic_config()
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, "head")
+
+
+def alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def ensure(database: Database) -> None:
+    """Make an embedded database ready: SQLite is brought up to date unasked, PostgreSQL only by its owner."""
+    if database.is_sqlite and database.schema_version() != SCHEMA_HEAD:
+        upgrade(database)
+    database.require_schema()

@@ -1,0 +1,116 @@
+"""Engines and transactions on SQLite and PostgreSQL, and the one seam that translates their failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from models_db.errors import DatabaseUnreachable, UsageError
+
+# The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
+SCHEMA_HEAD = "0001"
+
+
+class Database:
+    """One database. Cheap to make; connects at first use."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UsageError where the URL is not one that qbatch speaks."""
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise UsageError("QBATCH_DATABASE_URL is not a database URL") from error
+        backend = parsed.get_backend_name()
+        if backend not in ("sqlite", "postgresql"):
+            raise UsageError(f"qbatch keeps its jobs in SQLite or PostgreSQL, not in {backend}")
+        if backend == "postgresql" and parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        self.is_sqlite = backend == "sqlite"
+        self.place = parsed.render_as_string(hide_password=True)
+        self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
+        self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+        self._reader = self._engine.execution_options(qbatch_read=True)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that commits at the end. Raises DatabaseUnreachable."""
+        with _reachable(self.place), Session(self._engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that only looks. Raises DatabaseUnreachable."""
+        with _reachable(self.place), Session(self._reader) as session, session.begin():
+            yield session
+
+    def schema_version(self) -> str | None:
+        """The migration that the database stands at; None for an empty database. Creates nothing."""
+        if self.file is not None and not self.file.exists():
+            return None
+        with _reachable(self.place), self._reader.connect() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return version
+
+    def require_schema(self) -> None:
+        """Raises DatabaseUnreachable, saying what to run, unless the schema is this version's."""
+        version = self.schema_version()
+        if version != SCHEMA_HEAD:
+            raise DatabaseUnreachable(
+                f"the database {self.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}:"
+                " run `qbatch db upgrade`"
+            )
+
+    def dispose(self) -> None:
+        self._engine.dispose()
+
+
+def _sqlite_engine(url: Any) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": 30.0, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: Any) -> None:
+        # The driver must not begin transactions by itself: _on_begin says which kind.
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        # A deferred transaction that turns from reading to writing loses updates of other processes.
+        reads = connection.get_execution_options().get("qbatch_read", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql_engine(url: Any) -> Engine:
+    return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+
+
+@contextmanager
+def _reachable(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise DatabaseUnreachable(f"the database {place} went away: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__

@@ -1,0 +1,134 @@
+"""What the environment says, read once at each entry point and passed down."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from models_db.errors import UsageError
+
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every QBATCH_* variable. Durations in seconds, sizes in bytes.
+
+    ``broker_url`` and ``database_url`` None mean the embedded default: a private Redis and SQLite under ``home``.
+    """
+
+    home: Path
+    storage: Path
+    cache: Path
+    cache_bytes: int = 200 * 2**30
+    broker_url: str | None = None
+    database_url: str | None = None
+    lease_s: float = 60.0
+    heartbeat_s: float = 15.0
+    scan_s: float = 10.0
+    window: int = 4
+    backoff_s: float = 10.0
+    max_failures: int = 3
+    flower_auth: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise UsageError(f"a lease of {self.lease_s} s does not outlive two heartbeats of {self.heartbeat_s} s")
+        if self.window < 1 or self.max_failures < 1:
+            raise UsageError("QBATCH_WINDOW and QBATCH_MAX_FAILURES must be at least 1")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Self:
+        """Raises UsageError, naming the variable, where a value cannot be read."""
+        home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().absolute()
+        kinds: dict[str, type[int] | type[float]] = {
+            "cache_bytes": int,
+            "lease_s": float,
+            "heartbeat_s": float,
+            "scan_s": float,
+            "window": int,
+            "backoff_s": float,
+            "max_failures": int,
+        }
+        numbers: dict[str, Any] = {
+            name: _number(environ, name, kind) for name, kind in kinds.items() if _variable(name) in environ
+        }
+        return cls(
+            home=home,
+            storage=Path(environ.get("QBATCH_STORAGE") or home / "storage").expanduser().absolute(),
+            cache=Path(environ.get("QBATCH_CACHE") or home / "cache").expanduser().absolute(),
+            broker_url=environ.get("QBATCH_BROKER_URL") or None,
+            database_url=environ.get("QBATCH_DATABASE_URL") or None,
+            flower_auth=environ.get("QBATCH_FLOWER_AUTH") or None,
+            **numbers,
+        )
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the private Redis is the broker."""
+        return self.broker_url is None
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether the broker is a socket or loopback, so that every worker shares this file system."""
+        url = urlsplit(self.celery_broker_url)
+        return "socket" in url.scheme or url.scheme == "unix" or url.hostname in _LOCAL_HOSTS
+
+    @property
+    def socket_dir(self) -> Path:
+        """A 0700 directory of the embedded Redis: short, since socket paths over about 100 bytes fail."""
+        return Path("/tmp") / f"qbatch-{hashlib.sha256(str(self.home).encode()).hexdigest()[:16]}"  # noqa: S108
+
+    @property
+    def celery_broker_url(self) -> str:
+        """The broker as Celery spells it."""
+        return self.broker_url or f"redis+socket://{self.socket_dir}/redis.sock?virtual_host=0"
+
+    @property
+    def redis_url(self) -> str:
+        """The broker as redis-py spells it."""
+        if self.broker_url is None:
+            return f"unix://{self.socket_dir}/redis.sock?db=0"
+        if self.broker_url.startswith("redis+socket://"):
+            return self.broker_url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
+        return self.broker_url
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'qbatch.db'}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.storage / "checkpoints"
+
+    @property
+    def staging(self) -> Path:
+        return self.storage / ".staging"
+
+    @property
+    def logs(self) -> Path:
+        return self.storage / "logs"
+
+    @property
+    def spool(self) -> Path:
+        """Where a worker keeps outcomes that the database could not take yet; local to the machine."""
+        return self.home / "spool"
+
+
+def _variable(name: str) -> str:
+    return f"QBATCH_{name.upper()}"
+
+
+def _number(environ: Mapping[str, str], name: str, kind: type[int] | type[float]) -> int | float:
+    text = environ[_variable(name)]
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise UsageError(f"{_variable(name)} is not a number: {text!r}") from error
+    if value <= 0:
+        raise UsageError(f"{_variable(name)} must be above 0, not {text}")
+    return value

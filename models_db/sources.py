@@ -1,0 +1,220 @@
+"""A model's place and identity, from names and safetensors headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from models_db.domain import DType, SourceRef, content_hash
+from models_db.errors import SourceCorrupt, SourceNotFound, UnsafeSource, UsageError
+
+# safetensors' own limit: a longer header is refused before it is read.
+MAX_HEADER_BYTES = 100_000_000
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_DTYPES = {"F32": DType.FLOAT32, "F16": DType.FLOAT16, "BF16": DType.BFLOAT16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,249}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a safetensors file; ``start`` and ``end`` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A vetted safetensors header: every offset lies in the file, sizes match shapes, nothing overlaps."""
+
+    path: Path
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    size: int
+
+
+def parse_source(text: str) -> SourceRef:
+    """``hub/id@revision`` or a folder. A path is what starts with ``/``, ``.`` or ``~``, or is a folder here.
+
+    Raises UsageError where the text is neither; a folder is not required to exist.
+    """
+    if looks_like_path(text) or Path(text).is_dir():
+        folder = Path(text).expanduser().absolute()
+        return SourceRef(name=text, location=str(folder), is_folder=True)
+    name, at, revision = text.partition("@")
+    if Path(name).is_dir():
+        raise UsageError(f"{text!r}: a folder has no revisions")
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        raise UsageError(f"{text!r} is neither a folder nor a hub id")
+    if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UsageError(f"{text!r}: {revision!r} is no revision")
+    return SourceRef(name=name, location=name, revision=revision or None)
+
+
+def looks_like_path(text: str) -> bool:
+    return text.startswith(("/", ".", "~")) or text.count("/") > 1
+
+
+def read_header(path: Path) -> Header:
+    """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise SourceCorrupt(f"{path.name}: {size} bytes are too few for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise SourceCorrupt(f"{path.name}: a header of {length} bytes in a file of {size}")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise SourceCorrupt(f"{path.name}: the header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise SourceCorrupt(f"{path.name}: __metadata__ is not an object")
+    tensors = tuple(_tensor(path.name, name, entry, 8 + length, size) for name, entry in entries.items())
+    _check_layout(path.name, tensors, 8 + length, size)
+    return Header(path=path, tensors=tensors, metadata=metadata, size=size)
+
+
+def _tensor(file_name: str, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+    where = f"{file_name}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise SourceCorrupt(f"{where} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _BITS:
+        raise SourceCorrupt(f"{where} has the unknown dtype {dtype!r}")
+    if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
+        raise SourceCorrupt(f"{where} has a malformed shape or offsets")
+    start, end = offsets
+    if not start <= end <= size - data_start:
+        raise SourceCorrupt(f"{where} ends at byte {data_start + end} of a file of {size}: truncated or wrong offsets")
+    if (end - start) * 8 != prod(shape) * _BITS[dtype]:
+        raise SourceCorrupt(f"{where}: {end - start} bytes do not hold {dtype} {shape}")
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=data_start + start, end=data_start + end)
+
+
+def _all_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+
+
+def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
+        if tensor.start != position:
+            raise SourceCorrupt(f"{file_name}: tensor {tensor.name!r} starts at {tensor.start}, not at {position}")
+        position = tensor.end
+    if position != size:
+        raise SourceCorrupt(f"{file_name}: {size - position} bytes belong to no tensor")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up the model, in order: those that the index names, else the single file.
+
+    Raises SourceNotFound without a folder or config.json, UnsafeSource where there are only pickles,
+    SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere.
+    """
+    if not folder.is_dir():
+        raise SourceNotFound(f"no such folder: {folder}")
+    if not (folder / "config.json").is_file():
+        raise SourceNotFound(f"{folder} has no config.json")
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return tuple(_indexed(folder, index))
+    if (folder / SINGLE_NAME).is_file():
+        return (folder / SINGLE_NAME,)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise UnsafeSource(f"{folder} holds pickles and no safetensors")
+    raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+def _indexed(folder: Path, index: Path) -> Iterator[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceCorrupt(f"{index.name} is not a safetensors index") from error
+    for name in names:
+        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            raise SourceCorrupt(f"{index.name} names {name!r}, which is no safetensors file of this folder")
+        if not (folder / name).is_file():
+            raise SourceCorrupt(f"{index.name} names {name}, which is missing")
+        yield folder / name
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """config.json as a mapping. Raises SourceNotFound or SourceCorrupt."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"{folder} has no config.json") from error
+    except (ValueError, OSError) as error:
+        raise SourceCorrupt(f"{path} cannot be read as JSON") from error
+    if not isinstance(config, dict):
+        raise SourceCorrupt(f"{path} is not a JSON object")
+    return config
+
+
+def read_headers(folder: Path) -> tuple[Header, ...]:
+    """Every weight file's header, vetted."""
+    return tuple(read_header(path) for path in weight_files(folder))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Identity of a local source: config.json, and names, sizes, mtimes and headers of its weight files."""
+    files = [
+        {
+            "name": header.path.name,
+            "size": header.size,
+            "mtime_ns": header.path.stat().st_mtime_ns,
+            "tensors": [[t.name, t.dtype, list(t.shape), t.start] for t in header.tensors],
+        }
+        for header in read_headers(folder)
+    ]
+    return "folder:" + content_hash({"config": dict(read_config(folder)), "files": files})
+
+
+def hub_fingerprint(commit_sha: str) -> str:
+    """Identity of a hub source: its commit names every byte."""
+    return f"hub:{commit_sha}"
+
+
+def source_dtype(headers: tuple[Header, ...]) -> DType:
+    """The dtype that most of the floating-point bytes are stored in; FLOAT32 where none is one of ours."""
+    totals: dict[DType, int] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.dtype in _DTYPES:
+                dtype = _DTYPES[tensor.dtype]
+                totals[dtype] = totals.get(dtype, 0) + tensor.nbytes
+    return max(totals, key=lambda dtype: totals[dtype], default=DType.FLOAT32)

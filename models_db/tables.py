@@ -1,0 +1,193 @@
+"""The tables. Only ``jobs``, ``window``, ``workers``, ``leases``, ``checkpoints`` and ``results`` write to them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from models_db.clock import UtcDateTime, db_now
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON}  # noqa: RUF012
+
+
+class Batch(Base):
+    """One submit."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None] = mapped_column(String(200))
+    priority: Mapped[int] = mapped_column(default=0)
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class EvalText(Base):
+    """A text that perplexity is measured on, by its sha256, so that workers need no file of the submitter's."""
+
+    __tablename__ = "texts"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    content: Mapped[str] = mapped_column(Text)
+
+
+class Job(Base):
+    """One model × one scheme × one protocol: the unit of state, retry, cancel and result."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), index=True)
+    # Jobs of one bundle share it; a job that is sent alone has one of its own.
+    bundle: Mapped[str] = mapped_column(String(80), index=True)
+
+    model: Mapped[str] = mapped_column(Text)
+    location: Mapped[str] = mapped_column(Text)
+    revision: Mapped[str | None] = mapped_column(String(250))
+    is_folder: Mapped[bool]
+    scheme: Mapped[dict[str, Any]]
+    method: Mapped[str] = mapped_column(String(16))
+    bits: Mapped[int]
+    dtype: Mapped[str] = mapped_column(String(16))
+    device: Mapped[str] = mapped_column(String(8))
+    protocol: Mapped[dict[str, Any]]
+    force: Mapped[bool] = mapped_column(default=False)
+    priority: Mapped[int] = mapped_column(default=0)
+    time_limit_s: Mapped[float | None]
+    # Settled where the source's fingerprint and the device kind are known: at submit, or by the worker.
+    checkpoint_key: Mapped[str | None] = mapped_column(String(64), index=True)
+
+    state: Mapped[str] = mapped_column(String(16), default="queued")
+    stage: Mapped[str | None] = mapped_column(String(16))
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    work_started: Mapped[bool] = mapped_column(default=False)
+    progress: Mapped[dict[str, Any] | None]
+    error_kind: Mapped[str | None] = mapped_column(String(32))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"))
+
+    worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
+    avoid_worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
+    lease_expires_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+
+    # The hint in Redis: which message carries this job, on which queue, and how many scans missed it.
+    dispatch_id: Mapped[str | None] = mapped_column(String(36), index=True)
+    queue: Mapped[str | None] = mapped_column(String(64))
+    missed_scans: Mapped[int] = mapped_column(default=0)
+
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (Index(None, "state", "dispatch_id"), Index(None, "state", "lease_expires_at"))
+
+
+class Attempt(Base):
+    """One claim of one job, kept for the record."""
+
+    __tablename__ = "attempts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    worker_id: Mapped[int] = mapped_column(ForeignKey("workers.id"))
+    claimed_at: Mapped[datetime] = mapped_column(default=db_now())
+    ended_at: Mapped[datetime | None]
+    # succeeded, handed_back, expired, cancelled, or an error kind
+    outcome: Mapped[str | None] = mapped_column(String(32))
+    message: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (UniqueConstraint("job_id", "attempt"),)
+
+
+class Checkpoint(Base):
+    """A published directory of shared storage, by its key. ``path`` is relative to the storage."""
+
+    __tablename__ = "checkpoints"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    path: Mapped[str] = mapped_column(Text)
+    root_sha256: Mapped[str] = mapped_column(String(64))
+    disk_bytes: Mapped[int] = mapped_column(BigInteger)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class Result(Base):
+    """What one job measured. A job answered from an earlier one has no row of its own."""
+
+    __tablename__ = "results"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int]
+    checkpoint_path: Mapped[str | None] = mapped_column(Text)
+    protocol: Mapped[dict[str, Any]]
+    protocol_hash: Mapped[str] = mapped_column(String(64), index=True)
+
+    device_name: Mapped[str] = mapped_column(String(200))
+    dtype: Mapped[str] = mapped_column(String(16))
+    compute_dtype: Mapped[str] = mapped_column(String(16))
+    num_parameters: Mapped[int] = mapped_column(BigInteger)
+    quantized_fraction: Mapped[float]
+    bits_per_param: Mapped[float]
+    disk_bytes: Mapped[int] = mapped_column(BigInteger)
+    memory_footprint_bytes: Mapped[int] = mapped_column(BigInteger)
+    weights_bytes: Mapped[int] = mapped_column(BigInteger)
+    max_allocated_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    load_model_s: Mapped[float | None]
+    quantize_s: Mapped[float | None]
+    prefill_s_p50: Mapped[float | None]
+    decode_tokens_per_s: Mapped[float | None]
+    per_token_s_p50: Mapped[float | None]
+    per_token_s_p99: Mapped[float | None]
+    forward_s_p50: Mapped[float | None]
+    forward_samples_per_s: Mapped[float | None]
+    perplexity: Mapped[float | None]
+    details: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class Worker(Base):
+    """One Celery worker and the device that it owns."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    host: Mapped[str] = mapped_column(String(200))
+    pid: Mapped[int]
+    device_kind: Mapped[str] = mapped_column(String(8))
+    device_name: Mapped[str] = mapped_column(String(200))
+    device_uuid: Mapped[str | None] = mapped_column(String(64))
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    # ready, draining, quarantined, stopped
+    state: Mapped[str] = mapped_column(String(16), default="ready")
+    note: Mapped[str | None] = mapped_column(Text)
+    device_errors: Mapped[int] = mapped_column(default=0)
+    started_at: Mapped[datetime] = mapped_column(default=db_now())
+    heartbeat_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class Lease(Base):
+    """An exclusive right to something by name: a GPU's UUID, or to lead the schedulers."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    expires_at: Mapped[datetime]

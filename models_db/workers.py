@@ -1,0 +1,71 @@
+"""Who works: one row for each Celery worker, kept alive by its heartbeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.domain import DeviceKind
+from models_db.tables import Worker
+
+_NO_SYNC = {"synchronize_session": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker as it introduces itself. ``memory_bytes`` is its device's (a CPU worker's is the host's)."""
+
+    name: str
+    host: str
+    pid: int
+    device_kind: DeviceKind
+    device_name: str
+    device_uuid: str | None
+    memory_bytes: int
+
+
+def register(session: Session, info: WorkerInfo) -> int:
+    """Add a worker and return its id."""
+    worker = Worker(
+        name=info.name,
+        host=info.host,
+        pid=info.pid,
+        device_kind=info.device_kind,
+        device_name=info.device_name,
+        device_uuid=info.device_uuid,
+        memory_bytes=info.memory_bytes,
+    )
+    session.add(worker)
+    session.flush()
+    return worker.id
+
+
+def beat(session: Session, worker_id: int) -> str:
+    """Renew a worker's heartbeat; its state, which may have been changed from outside."""
+    state: str = session.execute(
+        update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
+        execution_options=_NO_SYNC,
+    ).scalar_one()
+    return state
+
+
+def leave(session: Session, worker_id: int, state: str) -> None:
+    """Mark a worker ``draining`` or ``stopped``; a quarantine stays on record."""
+    session.execute(
+        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state),
+        execution_options=_NO_SYNC,
+    )
+
+
+def is_live(lease_s: float) -> ColumnElement[bool]:
+    """A worker that takes jobs: ready, and heard of within a lease."""
+    return (Worker.state == "ready") & (Worker.heartbeat_at > db_now(-lease_s))
+
+
+def live(session: Session, lease_s: float) -> Sequence[Worker]:
+    """The workers that take jobs now."""
+    return session.scalars(select(Worker).where(is_live(lease_s)).order_by(Worker.id)).all()

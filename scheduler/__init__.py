@@ -1,0 +1,1 @@
+"""How jobs are planned and queued. Never imports torch."""

@@ -1,0 +1,400 @@
+"""The job state machine, on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from sqlalchemy import select
+
+from models_db import jobs, results, window, workers
+from models_db.batches import NewJob, add_batch, add_text, text_content
+from models_db.domain import (
+    BASELINE,
+    DeviceKind,
+    DType,
+    JobSpec,
+    JobState,
+    Measurement,
+    Method,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+    Stage,
+)
+from models_db.errors import CudaOom, DeviceError, DiskFull, JobTimeout, QuantizationError, WorkerLost
+from models_db.session import Database
+from models_db.tables import Attempt, Job, Worker
+
+POLICY = {"backoff_s": 0.01, "max_failures": 3}
+PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
+
+
+def spec(model: str = "/models/a", method: Method = Method.NF4, device: DeviceKind = DeviceKind.CPU) -> JobSpec:
+    scheme = BASELINE if method is Method.NONE else Scheme(method=method)
+    source = SourceRef(name=model, location=model, is_folder=True)
+    return JobSpec(source=source, scheme=scheme, dtype=DType.BFLOAT16, device=device, protocol=PROTOCOL)
+
+
+def bundle(model: str = "/models/a", *methods: Method) -> list[NewJob]:
+    return [
+        NewJob(spec=spec(model, method), bits=spec(model, method).scheme.bits(DType.BFLOAT16))
+        for method in methods or (Method.NONE, Method.NF4, Method.INT8)
+    ]
+
+
+def a_worker(database: Database, name: str = "w1") -> int:
+    with database.write() as session:
+        return workers.register(
+            session,
+            workers.WorkerInfo(
+                name=name,
+                host="here",
+                pid=1,
+                device_kind=DeviceKind.CPU,
+                device_name="a CPU",
+                device_uuid=None,
+                memory_bytes=1,
+            ),
+        )
+
+
+def a_batch(database: Database, *bundles: list[NewJob], priority: int = 0) -> tuple[int, list[int]]:
+    with database.write() as session:
+        batch_id = add_batch(session, bundles or (bundle(),), priority=priority)
+        return batch_id, list(session.scalars(select(Job.id).where(Job.batch_id == batch_id).order_by(Job.id)))
+
+
+def states(database: Database) -> dict[int, str]:
+    with database.read() as session:
+        return {job.id: job.state for job in session.scalars(select(Job))}
+
+
+def a_job(database: Database, job_id: int) -> Job:
+    with database.read() as session:
+        job = session.get_one(Job, job_id)
+        session.expunge(job)
+        return job
+
+
+def measured() -> Measurement:
+    return Measurement(
+        device_name="a CPU",
+        dtype=DType.BFLOAT16,
+        compute_dtype=DType.BFLOAT16,
+        num_parameters=10,
+        quantized_fraction=0.5,
+        bits_per_param=8.0,
+        disk_bytes=10,
+        memory_footprint_bytes=10,
+        weights_bytes=10,
+        details={"task": "causal-lm"},
+    )
+
+
+def claim(database: Database, job_ids: list[int], worker_id: int, lease_s: float = 60.0) -> list[jobs.Token]:
+    with database.write() as session:
+        return [(c.job_id, c.attempt) for c in jobs.claim(session, job_ids, worker_id, lease_s)]
+
+
+def succeed(database: Database, token: jobs.Token) -> bool:
+    with database.write() as session:
+        return jobs.succeed(
+            session, token, measured(), protocol=PROTOCOL.for_device(DeviceKind.CPU), checkpoint_path="checkpoints/x"
+        )
+
+
+def fail(database: Database, token: jobs.Token, error: Exception) -> bool:
+    with database.write() as session:
+        return jobs.fail(session, token, error, **POLICY)
+
+
+def test_a_claim_takes_the_baseline_first_and_counts_the_attempt(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    with database.write() as session:
+        claims = jobs.claim(session, ids, worker, 60.0)
+    assert [c.spec.scheme.method for c in claims] == [Method.NONE, Method.INT8, Method.NF4]
+    assert {c.attempt for c in claims} == {1}
+    assert claim(database, ids, worker) == []
+
+
+def test_of_many_claimants_at_once_one_gets_each_job(database: Database) -> None:
+    _, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(5)])
+    claimants = [a_worker(database, f"w{n}") for n in range(6)]
+    taken: list[list[jobs.Token]] = []
+    threads = [threading.Thread(target=lambda w=w: taken.append(claim(database, ids, w))) for w in claimants]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(token for tokens in taken for token in tokens) == [(job_id, 1) for job_id in ids]
+
+
+def test_concurrent_heartbeats_and_notes_lose_no_update(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, *[bundle(f"/models/{n}", Method.NF4) for n in range(4)])
+    tokens = claim(database, ids, worker)
+
+    def count(token: jobs.Token) -> None:
+        for _ in range(25):
+            with database.write() as session:
+                job = session.get_one(Job, token[0])
+                done = (job.progress or {}).get("n", 0)
+                jobs.note(session, token, progress={"n": done + 1})
+
+    threads = [threading.Thread(target=count, args=(token,)) for token in tokens]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [a_job(database, job_id).progress for job_id in ids] == [{"n": 25}] * 4
+
+
+def test_a_heartbeat_names_the_jobs_still_held(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    tokens = claim(database, ids, worker)
+    with database.write() as session:
+        jobs.cancel(session, job_ids=[ids[0]])
+    with database.write() as session:
+        assert jobs.heartbeat(session, tokens, 60.0) == frozenset(ids[1:])
+    with database.read() as session:
+        assert jobs.held(session, tokens) == frozenset(ids[1:])
+        assert jobs.held(session, []) == frozenset()
+
+
+def test_a_result_is_recorded_once(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    tokens = claim(database, ids, worker)
+    assert succeed(database, tokens[1])
+    assert not succeed(database, tokens[1])
+    with database.read() as session:
+        rows = results.find_results(session, sort="-disk_bytes")
+    assert [row["state"] for row in rows].count("succeeded") == 1
+    assert rows[0]["disk_bytes"] == 10
+    assert rows[0]["baseline_job_id"] == f"j{ids[0]}"
+    assert rows[0]["perplexity"] is None
+
+
+def test_an_expired_attempt_may_still_finish_until_a_newer_one_is_claimed(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4, Method.INT8))
+    first = claim(database, ids, worker, lease_s=0.01)
+    time.sleep(0.05)
+    with database.write() as session:
+        assert jobs.expire(session, **POLICY) == ids
+    assert succeed(database, first[0]), "nobody took the job up in between, so the result counts"
+    second = claim(database, ids, worker)
+    assert [attempt for _, attempt in second] == [2]
+    stale = (second[0][0], 1)
+    assert not succeed(database, stale)
+    assert not fail(database, stale, QuantizationError("late"))
+    with database.write() as session:
+        assert jobs.heartbeat(session, [stale], 60.0) == frozenset()
+    assert states(database)[second[0][0]] == JobState.RUNNING
+
+
+def test_only_work_that_had_started_is_charged_when_a_lease_runs_out(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4, Method.INT8))
+    tokens = dict(claim(database, ids, worker, lease_s=0.01))
+    with database.write() as session:
+        jobs.note(session, (ids[0], tokens[ids[0]]), stage=Stage.QUANTIZING, work_started=True)
+    time.sleep(0.05)
+    with database.write() as session:
+        jobs.expire(session, **POLICY)
+    assert [a_job(database, job_id).failures for job_id in ids] == [1, 0]
+    bundles = {a_job(database, job_id).bundle for job_id in ids}
+    assert len(bundles) == 2, "after a loss each job is sent alone"
+
+
+def test_three_losses_end_a_job(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    for _ in range(3):
+        time.sleep(0.1)
+        (token,) = claim(database, ids, worker)
+        fail(database, token, WorkerLost("the runner died"))
+    job = a_job(database, ids[0])
+    assert (job.state, job.error_kind, job.failures, job.attempt) == (JobState.FAILED, "worker_lost", 3, 3)
+    with database.read() as session:
+        outcomes = session.scalars(select(Attempt.outcome).order_by(Attempt.attempt)).all()
+    assert outcomes == ["worker_lost"] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "failures"),
+    [
+        (QuantizationError("no"), JobState.FAILED, 0),
+        (CudaOom("no"), JobState.FAILED, 0),
+        (WorkerLost("no"), JobState.QUEUED, 1),
+        (JobTimeout("no"), JobState.QUEUED, 1),
+        (DeviceError("no"), JobState.QUEUED, 0),
+        (DiskFull("no"), JobState.QUEUED, 0),
+    ],
+)
+def test_the_error_decides_what_happens_next(
+    database: Database, error: Exception, state: JobState, failures: int
+) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, worker)
+    assert fail(database, token, error)
+    job = a_job(database, ids[0])
+    assert (job.state, job.failures) == (state, failures)
+
+
+def test_a_timeout_is_tried_once_more(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    for _ in range(2):
+        time.sleep(0.05)
+        (token,) = claim(database, ids, worker)
+        fail(database, token, JobTimeout("over 1 s"))
+    assert a_job(database, ids[0]).state == JobState.FAILED
+
+
+def test_two_device_errors_in_a_row_quarantine_the_worker(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    for _ in range(2):
+        time.sleep(0.05)
+        (token,) = claim(database, ids, worker)
+        fail(database, token, DeviceError("illegal memory access"))
+    with database.read() as session:
+        row = session.get_one(Worker, worker)
+        assert row.state == "quarantined"
+        assert "illegal memory access" in (row.note or "")
+        assert not workers.live(session, 60.0)
+
+
+def test_a_job_that_failed_here_is_left_to_another_worker(database: Database) -> None:
+    here = a_worker(database, "here")
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, here)
+    fail(database, token, WorkerLost("gone"))
+    time.sleep(0.05)
+    there = a_worker(database, "there")
+    assert claim(database, ids, here) == []
+    assert claim(database, ids, there) == [(ids[0], 2)]
+
+
+def test_a_job_that_failed_on_the_only_worker_comes_back_to_it(database: Database) -> None:
+    here = a_worker(database, "here")
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, here)
+    fail(database, token, WorkerLost("gone"))
+    time.sleep(0.05)
+    assert claim(database, ids, here) == [(ids[0], 2)]
+
+
+def test_cancel_fences_a_running_attempt_and_retry_starts_afresh(database: Database) -> None:
+    worker = a_worker(database)
+    batch_id, ids = a_batch(database)
+    (token, *_) = claim(database, ids, worker)
+    with database.write() as session:
+        assert jobs.cancel(session, batch_ids=[batch_id]) == ids
+        assert jobs.cancel(session, batch_ids=[batch_id]) == []
+    assert not succeed(database, token)
+    assert set(states(database).values()) == {JobState.CANCELLED}
+    with database.write() as session:
+        assert jobs.retry(session, job_ids=ids[:1]) == ids[:1]
+    assert claim(database, ids, worker) == [(ids[0], 2)]
+
+
+def test_hand_back_charges_nothing(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    tokens = claim(database, ids, worker)
+    with database.write() as session:
+        jobs.note(session, tokens[0], work_started=True)
+        jobs.hand_back(session, tokens)
+    assert [a_job(database, job_id).failures for job_id in ids] == [0, 0, 0]
+    assert len(claim(database, ids, worker)) == 3
+
+
+def test_the_window_takes_the_highest_priority_first_then_shares(database: Database) -> None:
+    first, _ = a_batch(database, *[bundle(f"/a/{n}") for n in range(5)])
+    second, _ = a_batch(database, *[bundle(f"/b/{n}") for n in range(5)])
+    urgent, _ = a_batch(database, bundle("/c/0"), priority=5)
+    with database.write() as session:
+        chosen = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=5)
+    batches = [a_job(database, dispatch.job_ids[0]).batch_id for dispatch in chosen]
+    assert batches == [urgent, first, second, first, second]
+    with database.write() as session:
+        assert window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=5) == []
+        assert window.choose(session, kind=DeviceKind.CUDA, queue="cuda", slots=5) == [], "these jobs want a CPU"
+
+
+def test_an_urgent_bundle_enters_a_full_window(database: Database) -> None:
+    a_batch(database, *[bundle(f"/a/{n}") for n in range(5)])
+    with database.write() as session:
+        assert len(window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=2)) == 2
+    _, ids = a_batch(database, bundle("/c/0"), priority=1)
+    with database.write() as session:
+        (dispatch,) = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=2)
+    assert list(dispatch.job_ids) == ids
+
+
+def test_a_checkpoint_in_flight_is_not_dispatched_again(database: Database) -> None:
+    def wants(model: str) -> list[NewJob]:
+        return [NewJob(spec=spec(model), bits=4, checkpoint_key="k" * 64)]
+
+    _, ids = a_batch(database, wants("/a"))
+    a_batch(database, wants("/a"))
+    worker = a_worker(database)
+    with database.write() as session:
+        assert len(window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)) == 1
+    (token,) = claim(database, ids, worker)
+    with database.write() as session:
+        assert window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4) == []
+    succeed(database, token)
+    with database.write() as session:
+        assert len(window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)) == 1
+
+
+def test_a_message_missed_by_two_scans_is_sent_again(database: Database) -> None:
+    a_batch(database)
+    with database.write() as session:
+        (sent,) = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=1)
+    for missing, present, gone in (
+        ([sent.dispatch_id], [], []),
+        ([], [sent.dispatch_id], []),
+        ([sent.dispatch_id], [], []),
+        ([sent.dispatch_id], [], [sent.dispatch_id]),
+    ):
+        with database.write() as session:
+            assert window.note_scan(session, missing=missing, present=present) == gone
+    with database.write() as session:
+        (again,) = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=1)
+    assert again.job_ids == sent.job_ids
+    assert again.dispatch_id != sent.dispatch_id
+
+
+def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64)])
+    (token,) = claim(database, ids, worker)
+    succeed(database, token)
+    protocol_hash = PROTOCOL.for_device(DeviceKind.CPU).hash
+    with database.read() as session:
+        for names, found in ((None, ids[0]), (["a CPU"], ids[0]), (["a GPU"], None)):
+            asked = {"checkpoint_key": "k" * 64, "protocol_hash": protocol_hash, "device_names": names}
+            assert results.find_finished(session, **asked) == found
+    answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
+    with database.read() as session:
+        (row,) = results.find_results(session, batch_ids=[answered])
+    assert (row["state"], row["reused_from"], row["disk_bytes"]) == ("succeeded", f"j{ids[0]}", 10)
+
+
+def test_a_text_is_kept_once_by_its_hash(database: Database) -> None:
+    for _ in range(2):
+        with database.write() as session:
+            add_text(session, "a" * 64, "héllo")
+    with database.read() as session:
+        assert text_content(session, "a" * 64) == "héllo"
+        with pytest.raises(KeyError):
+            text_content(session, "b" * 64)
