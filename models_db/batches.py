@@ -18,7 +18,6 @@ from models_db.domain import (
     ProtocolOptions,
     Scheme,
     SourceRef,
-    content_hash,
 )
 from models_db.tables import Batch, EvalText, Job
 
@@ -116,19 +115,5 @@ def batch_exists(session: Session, batch_id: int) -> bool:
     return session.execute(select(Batch.id).where(Batch.id == batch_id)).first() is not None
 
 
-def checkpoint_key(
-    *, fingerprint: str, scheme: Scheme, dtype: DType, device: DeviceKind, versions: dict[str, str]
-) -> str:
-    """Identity of a checkpoint's bytes: hash of source, scheme, dtype, device kind and the versions that write it.
-
-    ``scheme`` and ``dtype`` must be resolved. ``versions`` names bitsandbytes, transformers and the writer.
-    """
-    return content_hash(
-        {
-            "fingerprint": fingerprint,
-            "scheme": scheme.to_json(),
-            "dtype": dtype,
-            "device": device,
-            "versions": versions,
-        }
-    )
+def job_exists(session: Session, job_id: int) -> bool:
+    return session.execute(select(Job.id).where(Job.id == job_id)).first() is not None

@@ -67,7 +67,8 @@ def _is_due() -> ColumnElement[bool]:
 def _may_have(worker_id: int, lease_s: float) -> ColumnElement[bool]:
     kind = select(Worker.device_kind).where(Worker.id == worker_id).scalar_subquery()
     another = select(Worker.id).where(is_live(lease_s), Worker.id != worker_id, Worker.device_kind == kind).exists()
-    return or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another)
+    quarantined = select(Worker.id).where(Worker.id == worker_id, Worker.state == "quarantined").exists()
+    return and_(~quarantined, or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another))
 
 
 def heartbeat(session: Session, tokens: Iterable[Token], lease_s: float) -> frozenset[int]:
@@ -94,7 +95,7 @@ def note(
     token: Token,
     *,
     stage: Stage | None = None,
-    work_started: bool = False,
+    work_started: bool | None = None,
     progress: Mapping[str, Any] | None = None,
     checkpoint_key: str | None = None,
 ) -> None:
@@ -102,8 +103,8 @@ def note(
     values: dict[str, Any] = {}
     if stage is not None:
         values["stage"] = stage
-    if work_started:
-        values["work_started"] = True
+    if work_started is not None:
+        values["work_started"] = work_started
     if progress is not None:
         values["progress"] = dict(progress)
     if checkpoint_key is not None:
@@ -165,29 +166,22 @@ def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False)
             _requeue(session, job, outcome="handed_back", alone=alone)
 
 
-def expire(session: Session, *, backoff_s: float, max_failures: int) -> list[int]:
-    """Take back the jobs whose lease ran out. Only work that had started is charged."""
+def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: int | None = None) -> list[int]:
+    """Take back the jobs whose lease ran out, or all those of a worker that is dead for certain.
+
+    Only work that had started is charged.
+    """
+    gone = Job.lease_expires_at < db_now() if worker_id is None else Job.worker_id == worker_id
     lost = session.scalars(
-        select(Job)
-        .where(Job.state == JobState.RUNNING, Job.lease_expires_at < db_now())
-        .order_by(Job.id)
-        .with_for_update(skip_locked=True)
+        select(Job).where(Job.state == JobState.RUNNING, gone).order_by(Job.id).with_for_update(skip_locked=True)
     ).all()
     for job in lost:
         if job.work_started:
-            error = WorkerLost(f"worker {job.worker_id} was silent for longer than its lease")
+            error = WorkerLost(f"worker {job.worker_id} died, or was silent for longer than its lease")
             _apply(session, job, error, backoff_s=backoff_s, max_failures=max_failures)
         else:
             _requeue(session, job, outcome="expired", alone=True)
     return [job.id for job in lost]
-
-
-def extend_all_leases(session: Session, lease_s: float) -> None:
-    """Give every running job a full lease: after an outage nobody could have renewed one."""
-    session.execute(
-        update(Job).where(Job.state == JobState.RUNNING).values(lease_expires_at=db_now(lease_s)),
-        execution_options=_NO_SYNC,
-    )
 
 
 def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -110,15 +111,23 @@ def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, .
     return row
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A job that has a result of its own. ``checkpoint_path`` is relative to the storage; a baseline has none."""
+
+    job_id: int
+    checkpoint_path: str | None
+
+
 def find_finished(
     session: Session, *, checkpoint_key: str, protocol_hash: str, device_names: Collection[str] | None
-) -> int | None:
+) -> Finished | None:
     """The newest job whose own result answers this (checkpoint, protocol); None where there is none.
 
     ``device_names`` None accepts any device: speed is only the same on a device of the same name.
     """
     query = (
-        select(Job.id)
+        select(Job.id, Result.checkpoint_path)
         .join(Result, Result.job_id == Job.id)
         .where(
             Job.checkpoint_key == checkpoint_key,
@@ -130,4 +139,5 @@ def find_finished(
     )
     if device_names is not None:
         query = query.where(Result.device_name.in_(device_names))
-    return session.scalars(query).first()
+    row = session.execute(query).first()
+    return Finished(job_id=row.id, checkpoint_path=row.checkpoint_path) if row is not None else None

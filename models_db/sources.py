@@ -6,16 +6,19 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType, SourceRef, content_hash
-from models_db.errors import SourceCorrupt, SourceNotFound, UnsafeSource, UsageError
+from models_db.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 
 # safetensors' own limit: a longer header is refused before it is read.
 MAX_HEADER_BYTES = 100_000_000
+# No size or offset of a real file is beyond it; Python's own integers have no end.
+_MAX_SIZE = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -65,13 +68,15 @@ def parse_source(text: str) -> SourceRef:
 
     Raises UsageError where the text is neither; a folder is not required to exist.
     """
-    if looks_like_path(text) or Path(text).is_dir():
-        folder = Path(text).expanduser().absolute()
-        return SourceRef(name=text, location=str(folder), is_folder=True)
+    if not text:
+        raise UsageError("a model's name is empty")
+    if looks_like_path(text) or _is_folder(text):
+        return SourceRef(name=text, location=str(_absolute(text)), is_folder=True)
     name, at, revision = text.partition("@")
-    if Path(name).is_dir():
+    if _is_folder(name):
         raise UsageError(f"{text!r}: a folder has no revisions")
-    if not _HUB_ID.fullmatch(name) or ".." in name:
+    # The hub has neither ".." nor "--" in a name.
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise UsageError(f"{text!r} is neither a folder nor a hub id")
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UsageError(f"{text!r}: {revision!r} is no revision")
@@ -79,11 +84,35 @@ def parse_source(text: str) -> SourceRef:
 
 
 def looks_like_path(text: str) -> bool:
-    return text.startswith(("/", ".", "~")) or text.count("/") > 1
+    return text.startswith(("/", ".", "~")) or text.partition("@")[0].count("/") > 1
 
 
+def _is_folder(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).is_dir()
+    except OSError:  # a name too long, or a parent that may not be entered: no folder that we could use
+        return False
+
+
+def _absolute(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(f"{text!r}: no such user") from error
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{error.filename}: {error.strerror}") from error
+
+
+@_storage_errors()
 def read_header(path: Path) -> Header:
-    """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for."""
+    """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for,
+    StorageError where the file cannot be read at all."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -94,55 +123,101 @@ def read_header(path: Path) -> Header:
             raise SourceCorrupt(f"{path.name}: a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:
-        entries = json.loads(raw)
+        # Decoded first, since json would take UTF-16 too.
+        entries = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
     if not isinstance(entries, dict):
         raise SourceCorrupt(f"{path.name}: the header is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise SourceCorrupt(f"{path.name}: __metadata__ is not an object")
-    tensors = tuple(_tensor(path.name, name, entry, 8 + length, size) for name, entry in entries.items())
-    _check_layout(path.name, tensors, 8 + length, size)
+    return vet_header(path, entries, data_start=8 + length, size=size)
+
+
+def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
+    """The header whose JSON is ``entries``, of a file of ``size`` bytes whose tensors begin at ``data_start``.
+
+    Raises SourceCorrupt.
+    """
+    metadata = entries.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SourceCorrupt(f"{path.name}: __metadata__ is not an object of strings")
+    tensors = tuple(
+        _tensor(path.name, name, entry, data_start, size) for name, entry in entries.items() if name != "__metadata__"
+    )
+    _check_layout(path.name, tensors, data_start, size)
     return Header(path=path, tensors=tensors, metadata=metadata, size=size)
 
 
 def _tensor(file_name: str, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
-    where = f"{file_name}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    where = f"{file_name}: tensor {_shown(name)}"
+    if not _is_unicode(name):
+        raise SourceCorrupt(f"{where} has a name that is no Unicode text")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise SourceCorrupt(f"{where} has no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise SourceCorrupt(f"{where} has a malformed dtype")
     if dtype not in _BITS:
-        raise SourceCorrupt(f"{where} has the unknown dtype {dtype!r}")
+        raise SourceCorrupt(f"{where} has the unknown dtype {_shown(dtype)}")
     if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
         raise SourceCorrupt(f"{where} has a malformed shape or offsets")
     start, end = offsets
     if not start <= end <= size - data_start:
         raise SourceCorrupt(f"{where} ends at byte {data_start + end} of a file of {size}: truncated or wrong offsets")
-    if (end - start) * 8 != prod(shape) * _BITS[dtype]:
-        raise SourceCorrupt(f"{where}: {end - start} bytes do not hold {dtype} {shape}")
+    if (end - start) * 8 != _numel(shape) * _BITS[dtype]:
+        raise SourceCorrupt(f"{where}: {end - start} bytes do not hold {dtype} {_shown(shape)}")
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=data_start + start, end=data_start + end)
 
 
 def _all_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_SIZE for n in value
+    )
+
+
+def _numel(shape: list[int]) -> int:
+    """The product of ``shape``, given up on once it is beyond any file: a million dimensions would take hours."""
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > _MAX_SIZE:
+            return numel
+    return numel
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no escape in the JSON left half of a surrogate pair, which cannot be printed or stored."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: str | list[int]) -> str:
+    """``value`` for an error's one line, which a file must not be able to fill."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: int, size: int) -> None:
     position = data_start
     for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
         if tensor.start != position:
-            raise SourceCorrupt(f"{file_name}: tensor {tensor.name!r} starts at {tensor.start}, not at {position}")
+            raise SourceCorrupt(
+                f"{file_name}: tensor {_shown(tensor.name)} starts at {tensor.start}, not at {position}"
+            )
         position = tensor.end
     if position != size:
         raise SourceCorrupt(f"{file_name}: {size - position} bytes belong to no tensor")
 
 
+@_storage_errors()
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files that make up the model, in order: those that the index names, else the single file.
 
     Raises SourceNotFound without a folder or config.json, UnsafeSource where there are only pickles,
-    SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere.
+    SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere, StorageError where
+    the folder cannot be read.
     """
     if not folder.is_dir():
         raise SourceNotFound(f"no such folder: {folder}")
@@ -150,7 +225,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise SourceNotFound(f"{folder} has no config.json")
     index = folder / INDEX_NAME
     if index.is_file():
-        return tuple(_indexed(folder, index))
+        return tuple(_present(folder, name) for name in indexed_files(index))
     if (folder / SINGLE_NAME).is_file():
         return (folder / SINGLE_NAME,)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -158,31 +233,45 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def _indexed(folder: Path, index: Path) -> Iterator[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceCorrupt(f"{index.name} is not a safetensors index") from error
-    for name in names:
-        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
-            raise SourceCorrupt(f"{index.name} names {name!r}, which is no safetensors file of this folder")
-        if not (folder / name).is_file():
-            raise SourceCorrupt(f"{index.name} names {name}, which is missing")
-        yield folder / name
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an index spreads the model over, in order. Raises SourceCorrupt."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceCorrupt(f"{index.name} is not a safetensors index")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise SourceCorrupt(f"{index.name} is not a safetensors index")
+        if "/" in name or not name.endswith(".safetensors") or not _is_unicode(name):
+            raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no safetensors file of this folder")
+    return sorted(set(weight_map.values()))
 
 
+def _present(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise SourceCorrupt(f"{INDEX_NAME} names {_shown(name)}, which is missing")
+    return folder / name
+
+
+@_storage_errors()
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """config.json as a mapping. Raises SourceNotFound or SourceCorrupt."""
+    """config.json as a mapping. Raises SourceNotFound, SourceCorrupt or StorageError."""
     path = folder / "config.json"
+    if not path.exists():
+        raise SourceNotFound(f"{folder} has no config.json")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of no more than MAX_HEADER_BYTES. Raises SourceCorrupt."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_HEADER_BYTES)
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise SourceNotFound(f"{folder} has no config.json") from error
-    except (ValueError, OSError) as error:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
         raise SourceCorrupt(f"{path} cannot be read as JSON") from error
-    if not isinstance(config, dict):
+    if not isinstance(value, dict):
         raise SourceCorrupt(f"{path} is not a JSON object")
-    return config
+    return value
 
 
 def read_headers(folder: Path) -> tuple[Header, ...]:

@@ -171,6 +171,8 @@ class Worker(Base):
     name: Mapped[str] = mapped_column(String(200))
     host: Mapped[str] = mapped_column(String(200))
     pid: Mapped[int]
+    # The boot and pid namespace in which ``pid`` means something.
+    pid_space: Mapped[str] = mapped_column(String(100))
     device_kind: Mapped[str] = mapped_column(String(8))
     device_name: Mapped[str] = mapped_column(String(200))
     device_uuid: Mapped[str | None] = mapped_column(String(64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, select, update
@@ -22,6 +22,7 @@ class WorkerInfo:
     name: str
     host: str
     pid: int
+    pid_space: str
     device_kind: DeviceKind
     device_name: str
     device_uuid: str | None
@@ -34,6 +35,7 @@ def register(session: Session, info: WorkerInfo) -> int:
         name=info.name,
         host=info.host,
         pid=info.pid,
+        pid_space=info.pid_space,
         device_kind=info.device_kind,
         device_name=info.device_name,
         device_uuid=info.device_uuid,
@@ -64,6 +66,14 @@ def leave(session: Session, worker_id: int, state: str) -> None:
 def is_live(lease_s: float) -> ColumnElement[bool]:
     """A worker that takes jobs: ready, and heard of within a lease."""
     return (Worker.state == "ready") & (Worker.heartbeat_at > db_now(-lease_s))
+
+
+def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bool]) -> list[Worker]:
+    """The workers on record that ran where ``info`` runs and whose process is no more."""
+    candidates = session.scalars(
+        select(Worker).where(Worker.pid_space == info.pid_space, Worker.state != "stopped").with_for_update()
+    )
+    return [worker for worker in candidates if worker.pid == info.pid or not pid_exists(worker.pid)]
 
 
 def live(session: Session, lease_s: float) -> Sequence[Worker]:

@@ -26,7 +26,7 @@ def _architecture(config: Any) -> str | None:
 def model_class(config: Any) -> Any:
     """The class named by ``config.architectures``; without one, the causal LM of that model type, else its body.
 
-    Raises Unsupported where this transformers has no such class.
+    Raises Unsupported where this transformers has no such model class.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -34,7 +34,8 @@ def model_class(config: Any) -> Any:
     name = _architecture(config)
     if name is not None:
         cls = getattr(transformers, name, None)
-        if cls is None:
+        # config.json is the source's word: "pipeline" is an attribute of transformers too.
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise Unsupported(f"transformers {transformers.__version__} has no architecture {name}")
         return cls
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
@@ -44,22 +45,18 @@ def model_class(config: Any) -> Any:
 
 
 def task_of(config: Any) -> Task:
-    """The task of ``model_class(config)``. A multiple-choice or tagging head is measured as an encoder."""
-    if getattr(config, "is_encoder_decoder", False):
-        return Task.SEQ2SEQ
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
+    """The task of ``model_class(config)``. A multiple-choice or tagging head is measured as an encoder, and so is
+    the body of an encoder-decoder, which has no tokens to say; a vision-language model as the causal LM inside."""
+    from transformers.models.auto import modeling_auto as auto
 
-    name = model_class(config).__name__
-    # GPT-2's LM head class stands in several mappings; the first that fits is the most telling.
+    cls = model_class(config)
+    # A class may stand in several mappings (BART's generates and fills masks; GPT-2's does more): first fit wins.
     for task, names in (
-        (Task.CAUSAL_LM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        (Task.MASKED_LM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        (Task.SEQUENCE_CLASSIFICATION, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (Task.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        (Task.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (Task.MASKED_LM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        (Task.SEQUENCE_CLASSIFICATION, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     ):
-        if name in names.values():
+        if cls.__name__ in names.values():
             return task
-    return Task.ENCODER
+    return Task.CAUSAL_LM if cls.can_generate() and not config.is_encoder_decoder else Task.ENCODER

@@ -52,6 +52,7 @@ def a_worker(database: Database, name: str = "w1") -> int:
                 name=name,
                 host="here",
                 pid=1,
+                pid_space="this boot",
                 device_kind=DeviceKind.CPU,
                 device_name="a CPU",
                 device_uuid=None,
@@ -383,7 +384,8 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     with database.read() as session:
         for names, found in ((None, ids[0]), (["a CPU"], ids[0]), (["a GPU"], None)):
             asked = {"checkpoint_key": "k" * 64, "protocol_hash": protocol_hash, "device_names": names}
-            assert results.find_finished(session, **asked) == found
+            answer = results.find_finished(session, **asked)
+            assert (answer.job_id if answer else None) == found
     answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
     with database.read() as session:
         (row,) = results.find_results(session, batch_ids=[answered])

@@ -40,6 +40,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=200), nullable=False),
         sa.Column("host", sa.String(length=200), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("pid_space", sa.String(length=100), nullable=False),
         sa.Column("device_kind", sa.String(length=8), nullable=False),
         sa.Column("device_name", sa.String(length=200), nullable=False),
         sa.Column("device_uuid", sa.String(length=64), nullable=True),

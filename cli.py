@@ -1,0 +1,623 @@
+"""The command line: parse, one call, print. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
+from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
+from models_db.settings import Settings
+
+if TYPE_CHECKING:
+    from models_db.session import Database
+    from scheduler.local import LocalStack
+    from scheduler.submit import Receipt, Submission
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QbatchError as error:
+            click.echo(f"qbatch: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="qbatch")
+def main() -> None:
+    """Quantize models in batches, benchmark them, and see which to ship."""
+
+
+class _Duration(click.ParamType[float]):
+    """90, 90s, 15m, 2h, 1d: seconds."""
+
+    name = "duration"
+    _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 2h or 1d", param, ctx)
+        return float(match[1]) * self._UNITS[match[2]]
+
+
+class _Bits(click.ParamType[tuple[int, ...]]):
+    """A comma list of bits."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
+
+
+def _format_options(*formats: str) -> Callable[[Command], Command]:
+    """--format and --json."""
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--format", "format_", type=click.Choice(formats), default="table", show_default=True, help="Output format."
+        )(command)
+        return click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
+            command
+        )
+
+    return add
+
+
+def _submit_options(command: Command) -> Command:
+    """What ``submit`` and ``run`` share."""
+    options = [
+        click.option(
+            "--models",
+            "models_file",
+            required=True,
+            metavar="FILE",
+            help="One model a line: a hub id or a folder, @revision after an id; - is standard input.",
+        ),
+        click.option(
+            "--bits", type=_Bits(), required=True, help="A comma list of 4, 8 and 16 (16: the baseline alone)."
+        ),
+        click.option(
+            "--quant-type",
+            "quant_types",
+            multiple=True,
+            metavar="nf4|fp4",
+            help="4-bit data types; repeat it or give a comma list.  [default: nf4]",
+        ),
+        click.option("--double-quant/--no-double-quant", default=False, help="Quantize the 4-bit scales too."),
+        click.option(
+            "--compute-dtype",
+            type=click.Choice([d.value for d in DType]),
+            default="auto",
+            show_default=True,
+            help="What quantized layers compute in; auto: the stored dtype.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice([d.value for d in DType]),
+            default="auto",
+            show_default=True,
+            help="What stays unquantized; auto: the source's own 16-bit dtype, bfloat16 for fp32.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice([d.value for d in DeviceKind]),
+            default="auto",
+            show_default=True,
+            help="Where the jobs may run.",
+        ),
+        click.option(
+            "--baseline/--no-baseline", default=True, show_default=True, help="Measure the unquantized model too."
+        ),
+        click.option("--name", help="A name for the batch."),
+        click.option("--priority", type=int, default=0, show_default=True, help="Higher runs sooner."),
+        click.option("--time-limit", type=_Duration(), help="A job's own working time: 90s, 15m, 2h."),
+        click.option(
+            "--eval-text",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="A text file to measure perplexity on.",
+        ),
+        click.option("--force", is_flag=True, help="Measure again what is already in the database."),
+        click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),
+        _format_options("table", "json", "quiet"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_submit_options
+@click.option("--wait", "wait_", is_flag=True, help="Wait until every job has ended.")
+def submit(format_: str, wait_: bool, **options: Any) -> None:
+    """Store a batch of quantize-and-benchmark jobs, and print its id."""
+    settings = _settings()
+    submission = _submission(settings, options)
+    database = _database(settings)
+    receipt, hint = _store(database, settings, submission)
+    batch = format_batch_id(receipt.batch_id)
+    if hint is not None:
+        click.echo(hint, err=True)
+    if wait_ and hint is not None and _has_work(receipt):
+        _print_receipt(receipt, format_)
+        raise StackNotRunning(f"{batch} is stored, and nothing runs that could be waited for")
+    if wait_:
+        click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
+        all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
+        _print_outcome(database, receipt, format_)
+        sys.exit(0 if all_succeeded else 1)
+    _print_receipt(receipt, format_)
+
+
+@main.command()
+@_submit_options
+def run(format_: str, **options: Any) -> None:
+    """Submit a batch, run it here, and print the results.
+
+    Starts the embedded stack (Redis, scheduler, workers) unless one is running or QBATCH_BROKER_URL is set,
+    and stops what it started.
+    """
+    from scheduler.local import stack_is_running
+
+    settings = _settings()
+    submission = _submission(settings, options)
+    if not settings.is_embedded or stack_is_running(settings):
+        sys.exit(_run(settings, submission, format_, stack=None))
+    with _local_stack(settings, device=DeviceKind(options["device"])) as stack:
+        code = _run(settings, submission, format_, stack=stack)
+    sys.exit(code)
+
+
+def _run(settings: Settings, submission: Submission, format_: str, stack: LocalStack | None) -> int:
+    database = _database(settings)
+    receipt, hint = _store(database, settings, submission)
+    batch = format_batch_id(receipt.batch_id)
+    click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
+    if hint is not None and stack is None:
+        click.echo(hint, err=True)
+    tend = stack.tend if stack is not None else _nothing
+    try:
+        all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)
+    except KeyboardInterrupt:
+        click.echo(
+            f"stopped; {batch} is stored: `qbatch up` goes on with it, `qbatch cancel {batch}` drops it", err=True
+        )
+        return _INTERRUPTED
+    _print_outcome(database, receipt, format_)
+    return 0 if all_succeeded else 1
+
+
+@main.command()
+@click.option("--gpus", help="all, or indices and UUIDs separated by commas.  [default: all, or the CPU]")
+@click.option("--cpu", is_flag=True, help="One CPU worker.")
+def up(gpus: str | None, cpu: bool) -> None:
+    """Run the embedded stack in the foreground until Ctrl-C."""
+    import time
+
+    settings = _settings()
+    _as_interrupt_on_sigterm()
+    with _stack(settings, _worker_args(gpus, cpu)) as stack:
+        click.echo(f"qbatch is up, its home is {settings.home}; Ctrl-C stops it", err=True)
+        try:
+            while True:
+                stack.tend()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            click.echo("stopping: running jobs go back to the queue", err=True)
+
+
+@main.command()
+@click.option("--gpus", help="all, or indices and UUIDs separated by commas.  [default: all, or the CPU]")
+@click.option("--cpu", is_flag=True, help="One CPU worker.")
+@click.option("--drain", is_flag=True, help="Finish the running bundle on SIGTERM rather than hand it back.")
+def worker(gpus: str | None, cpu: bool, drain: bool) -> None:
+    """Run one worker for each GPU of this machine, or one for its CPU."""
+    from worker.launch import main as launch
+
+    _settings()
+    sys.exit(launch(gpus, cpu, drain))
+
+
+@main.command()
+def scheduler() -> None:
+    """Run the scheduler. Several may run: one leads."""
+    from scheduler.__main__ import main as run_scheduler
+
+    sys.exit(run_scheduler())
+
+
+@main.command()
+@click.argument("batch", required=False)
+@_format_options("table", "json", "csv")
+def status(batch: str | None, format_: str) -> None:
+    """Show the batches, or one batch and its jobs."""
+    from models_db.listing import list_batches, list_jobs
+    from views.listings import BATCH_COLUMNS, JOB_COLUMNS
+    from views.tables import render
+
+    ids = _batch_ids([batch] if batch else [])
+    database = _database(_settings())
+    _require(database, ids)
+    with database.read() as session:
+        click.echo(render(list_batches(session, ids), BATCH_COLUMNS, format_))
+        if ids and format_ == "table":
+            click.echo(render(list_jobs(session, batch_ids=ids), JOB_COLUMNS, format_))
+
+
+@main.command()
+@click.option("--batch", "batches", multiple=True, help="Only this batch's.")
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice([s.value for s in JobState]), help="Only in this state."
+)
+@_format_options("table", "json", "csv")
+def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
+    """List jobs."""
+    from models_db.listing import list_jobs
+    from views.listings import JOB_COLUMNS
+    from views.tables import render
+
+    ids = _batch_ids(batches)
+    database = _database(_settings())
+    _require(database, ids)
+    with database.read() as session:
+        click.echo(render(list_jobs(session, batch_ids=ids, states=states), JOB_COLUMNS, format_))
+
+
+@main.command()
+@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
+def cancel(targets: Sequence[str]) -> None:
+    """Cancel what has not ended; running jobs are stopped."""
+    from models_db.jobs import cancel as cancel_jobs
+
+    _change(targets, cancel_jobs, "cancelled")
+
+
+@main.command()
+@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
+def retry(targets: Sequence[str]) -> None:
+    """Queue failed and cancelled jobs again."""
+    from models_db.jobs import retry as retry_jobs
+
+    database, settings, changed = _change(targets, retry_jobs, "queued again")
+    if changed:
+        hint = _send(database, settings)
+        if hint is not None:
+            click.echo(hint, err=True)
+
+
+@main.command()
+@click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
+@click.option("--timeout", type=_Duration(), help="Give up, with exit code 4, after this long.")
+def wait(batches: Sequence[str], timeout: float | None) -> None:
+    """Wait until every job of the batches has ended."""
+    settings = _settings()
+    ids = _batch_ids(batches)
+    database = _database(settings)
+    _require(database, ids)
+    sys.exit(0 if _wait(database, settings, ids, timeout_s=timeout) else 1)
+
+
+@main.command()
+@click.option("--batch", "batches", multiple=True, help="Only this batch's.")
+@click.option("--model", help="Only models whose name holds this.")
+@click.option("--bits", type=_Bits(), default=(), help="Only these bits.")
+@click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN downwards.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many rows.")
+@_format_options("table", "json", "csv")
+def results(
+    batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
+) -> None:
+    """Show what was measured, each quantized model beside its baseline."""
+    from models_db.results import find_results
+
+    ids = _batch_ids(batches)
+    database = _database(_settings())
+    _require(database, ids)
+    with database.read() as session:
+        rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
+    _print_results(rows, format_)
+
+
+@main.command()
+@_format_options("table", "json", "csv")
+def workers(format_: str) -> None:
+    """List the workers, their devices and what they do."""
+    from models_db.listing import list_workers
+    from views.listings import WORKER_COLUMNS
+    from views.tables import render
+
+    settings = _settings()
+    with _database(settings).read() as session:
+        click.echo(render(list_workers(session, settings.lease_s), WORKER_COLUMNS, format_))
+
+
+@main.command()
+@click.argument("model")
+@_format_options("table", "json", "csv")
+def inspect(model: str, format_: str) -> None:
+    """Tell a model's dtype, parameters and size from its headers alone."""
+    from models_db.errors import JobError
+    from models_db.inspection import inspect_source
+    from models_db.sources import parse_source
+    from views.inspection import inspection_table
+    from views.tables import render
+
+    try:
+        found = inspect_source(parse_source(model))
+    except JobError as error:
+        raise UsageError(f"{model}: {error}") from error
+    click.echo(inspection_table(found) if format_ == "table" else render([found], (), format_))
+
+
+@main.group()
+def db() -> None:
+    """Look after the database."""
+
+
+@db.command()
+def upgrade() -> None:
+    """Bring the database to this version's schema."""
+    from models_db.schema import upgrade as upgrade_schema
+    from models_db.session import SCHEMA_HEAD, Database
+
+    database = Database(_settings().sqlalchemy_url)
+    upgrade_schema(database)
+    click.echo(f"{database.place} is at schema {SCHEMA_HEAD}", err=True)
+
+
+@main.command()
+@click.option("--address", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=int, default=5555, show_default=True, help="The port to listen on.")
+def flower(address: str, port: int) -> None:
+    """Watch the queue in a browser. Needs QBATCH_FLOWER_AUTH=user:password."""
+    settings = _settings()
+    if settings.flower_auth is None or not all(settings.flower_auth.partition(":")):
+        raise UsageError("Flower is open to anyone without a password: set QBATCH_FLOWER_AUTH=user:password")
+    # By the environment, not the arguments: those are everyone's to read in the process list.
+    os.environ["FLOWER_BASIC_AUTH"] = settings.flower_auth
+    from scheduler.celery_app import make_app
+
+    make_app(settings).start(["flower", f"--address={address}", f"--port={port}"])
+
+
+def _settings() -> Settings:
+    return Settings.from_env(os.environ)
+
+
+def _database(settings: Settings) -> Database:
+    """The database, with this version's schema. An embedded one is made where there is none."""
+    from models_db.session import SCHEMA_HEAD, Database
+
+    database = Database(settings.sqlalchemy_url)
+    if not database.is_sqlite:
+        database.require_schema()
+    elif database.schema_version() != SCHEMA_HEAD:
+        from models_db.schema import upgrade as upgrade_schema
+
+        upgrade_schema(database)
+    return database
+
+
+def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
+    from scheduler.grid import QUANT_TYPES, Grid
+    from scheduler.model_list import read_model_list
+    from scheduler.submit import Submission
+    from worker.benchmark import DEFAULT_EVAL_TEXT
+
+    quant_types = tuple(name for value in options["quant_types"] for name in value.split(",")) or ("nf4",)
+    for name in quant_types:
+        if name not in QUANT_TYPES:
+            raise UsageError(f"{name!r} is no 4-bit data type; qbatch knows {', '.join(QUANT_TYPES)}")
+    grid = Grid(
+        bits=options["bits"],
+        quant_types=quant_types,
+        double_quant=options["double_quant"],
+        compute_dtype=DType(options["compute_dtype"]),
+        dtype=DType(options["dtype"]),
+        device=DeviceKind(options["device"]),
+        baseline=options["baseline"],
+        force=options["force"],
+    )
+    lines = _read_text(options["models_file"]).splitlines()
+    return Submission(
+        sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine)),
+        grid=grid,
+        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT)),
+        name=options["name"],
+        priority=options["priority"],
+        time_limit_s=options["time_limit"],
+    )
+
+
+def _read_text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text") from error
+
+
+def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
+    """Store a batch and send it; the second says what will run it, where nothing does now."""
+    from scheduler.submit import submit as store
+
+    receipt = store(database, settings, submission)
+    return receipt, _send(database, settings) if _has_work(receipt) else None
+
+
+def _has_work(receipt: Receipt) -> bool:
+    return receipt.answered < receipt.jobs
+
+
+def _send(database: Database, settings: Settings) -> str | None:
+    """Send what is queued; where that is not possible, what will do it instead."""
+    from scheduler.local import stack_is_running
+    from scheduler.submit import send_now
+
+    if settings.is_embedded and not stack_is_running(settings):
+        return "stored; no stack is running here: `qbatch up` will run it"
+    try:
+        send_now(database, settings)
+    except BrokerUnreachable as error:
+        return f"stored; {error}: the scheduler will send it once Redis is back"
+    return None
+
+
+def _local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:
+    if device is DeviceKind.CPU:
+        return _stack(settings, ["--cpu"])
+    return _stack(settings, ["--gpus", "all"] if device is DeviceKind.CUDA else [])
+
+
+def _stack(settings: Settings, worker_args: Sequence[str]) -> LocalStack:
+    from scheduler.local import LocalStack
+
+    if not settings.is_embedded:
+        raise UsageError("QBATCH_BROKER_URL is set: start `qbatch scheduler` and `qbatch worker` instead")
+    return LocalStack(settings, worker_args=worker_args, environ=os.environ)
+
+
+def _worker_args(gpus: str | None, cpu: bool) -> list[str]:
+    return [*(["--gpus", gpus] if gpus is not None else []), *(["--cpu"] if cpu else [])]
+
+
+def _wait(
+    database: Database,
+    settings: Settings,
+    batch_ids: Sequence[int],
+    *,
+    timeout_s: float | None = None,
+    quiet: bool = False,
+    on_poll: Callable[[], None] | None = None,
+) -> bool:
+    from scheduler.wait import wait as wait_for
+    from views.live import LiveProgress
+
+    with LiveProgress(quiet=quiet) as progress:
+        return wait_for(
+            database,
+            batch_ids,
+            lease_s=settings.lease_s,
+            timeout_s=timeout_s,
+            on_update=progress.update,
+            on_poll=on_poll or _nothing,
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _print_receipt(receipt: Receipt, format_: str) -> None:
+    batch = format_batch_id(receipt.batch_id)
+    if format_ == "quiet":
+        click.echo(batch)
+    elif format_ == "json":
+        import json
+
+        click.echo(
+            json.dumps(
+                {
+                    "batch_id": batch,
+                    "jobs": receipt.jobs,
+                    "answered": receipt.answered,
+                    "live_workers": receipt.live_workers,
+                }
+            )
+        )
+    else:
+        click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")
+
+
+def _print_outcome(database: Database, receipt: Receipt, format_: str) -> None:
+    from models_db.results import find_results
+
+    if format_ == "quiet":
+        click.echo(format_batch_id(receipt.batch_id))
+        return
+    with database.read() as session:
+        rows = find_results(session, batch_ids=[receipt.batch_id])
+    _print_results(rows, format_)
+
+
+def _print_results(rows: Sequence[Mapping[str, Any]], format_: str) -> None:
+    from views.results import results_table
+    from views.tables import render
+
+    click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
+
+
+def _batch_ids(texts: Sequence[str]) -> list[int]:
+    parsed = [parse_id(text) for text in texts]
+    for text, (kind, _) in zip(texts, parsed, strict=True):
+        if kind != "b":
+            raise UsageError(f"{text} is a job; a batch is asked for (b12)")
+    return [number for _, number in parsed]
+
+
+def _require(database: Database, batch_ids: Sequence[int]) -> None:
+    from models_db.batches import batch_exists
+
+    with database.read() as session:
+        for batch_id in batch_ids:
+            if not batch_exists(session, batch_id):
+                raise UsageError(f"no such batch: {format_batch_id(batch_id)}")
+
+
+def _change(
+    targets: Sequence[str], change: Callable[..., list[int]], done: str
+) -> tuple[Database, Settings, list[int]]:
+    from models_db.batches import job_exists
+
+    settings = _settings()
+    parsed = [parse_id(text) for text in targets]
+    batch_ids = [number for kind, number in parsed if kind == "b"]
+    job_ids = [number for kind, number in parsed if kind == "j"]
+    database = _database(settings)
+    _require(database, batch_ids)
+    with database.read() as session:
+        for job_id in job_ids:
+            if not job_exists(session, job_id):
+                raise UsageError(f"no such job: {format_job_id(job_id)}")
+    with database.write() as session:
+        changed = change(session, batch_ids=batch_ids, job_ids=job_ids)
+    for job_id in changed:
+        click.echo(format_job_id(job_id))
+    click.echo(f"{len(changed)} jobs {done}", err=True)
+    return database, settings, changed
+
+
+def _as_interrupt_on_sigterm() -> None:
+    """A service manager's SIGTERM drains as Ctrl-C does."""
+    import signal
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Redis as the dispatcher sees it: messages in, and which of them still stand there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from kombu.exceptions import OperationalError as KombuOperationalError
+
+from models_db.errors import BrokerUnreachable
+from models_db.settings import Settings
+from models_db.window import Dispatch
+from scheduler.celery_app import make_app
+from scheduler.queues import PRIORITY_STEPS, RUN_BUNDLE, redis_priority
+
+# How kombu spells a queue's lists and its notes of what was popped but not acknowledged.
+_PRIORITY_SEPARATOR = "\x06\x16"
+_UNACKED = "unacked"
+
+
+class Broker:
+    """A connection to Redis. Every method raises BrokerUnreachable where it does not answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = make_app(settings)
+        self._redis: redis.Redis = redis.Redis.from_url(
+            settings.redis_url, socket_connect_timeout=5, socket_timeout=10, decode_responses=True
+        )
+
+    def ping(self) -> None:
+        with _reachable():
+            self._redis.ping()
+
+    def send(self, dispatches: Iterable[Dispatch]) -> None:
+        """Put one message for each bundle on its queue."""
+        with _reachable(), self._app.producer_pool.acquire(block=True) as producer:
+            for dispatch in dispatches:
+                self._app.send_task(
+                    RUN_BUNDLE,
+                    args=[list(dispatch.job_ids)],
+                    argsrepr=dispatch.label,
+                    task_id=dispatch.dispatch_id,
+                    queue=dispatch.queue,
+                    priority=redis_priority(dispatch.priority),
+                    producer=producer,
+                )
+
+    def standing(self, queues: Iterable[str]) -> frozenset[str]:
+        """The ids of all messages that wait in ``queues`` or are popped and not acknowledged."""
+        with _reachable():
+            return frozenset(self._message_ids(queues))
+
+    def _message_ids(self, queues: Iterable[str]) -> Iterator[str]:
+        for queue in queues:
+            for step in PRIORITY_STEPS:
+                key = f"{queue}{_PRIORITY_SEPARATOR}{step}" if step else queue
+                for message in _as_list(self._redis.lrange(key, 0, -1)):
+                    yield _task_id(json.loads(message))
+        for note in _as_list(self._redis.hvals(_UNACKED)):
+            yield _task_id(json.loads(note)[0])
+
+    def close(self) -> None:
+        self._redis.close()
+        self._app.close()
+
+
+def _as_list(reply: Any) -> list[str]:
+    return list(reply)
+
+
+def _task_id(message: dict[str, Any]) -> str:
+    return str(message["headers"]["id"])
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except (redis.RedisError, KombuOperationalError, OSError) as error:
+        # The URL may carry a password: the message names none.
+        raise BrokerUnreachable(f"Redis does not answer: {type(error).__name__}") from error

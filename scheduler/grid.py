@@ -1,0 +1,63 @@
+"""sources × schemes → the jobs of a batch, bundled by source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models_db.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
+from models_db.errors import UsageError
+
+BITS = (4, 8, 16)
+QUANT_TYPES = {"nf4": Method.NF4, "fp4": Method.FP4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What to do to each model of a list."""
+
+    bits: tuple[int, ...]
+    quant_types: tuple[str, ...] = ("nf4",)
+    double_quant: bool = False
+    compute_dtype: DType = DType.AUTO
+    dtype: DType = DType.AUTO
+    device: DeviceKind = DeviceKind.AUTO
+    baseline: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            raise UsageError("no bits were asked for; qbatch knows 4, 8 and 16")
+        for bits in self.bits:
+            if bits not in BITS:
+                raise UsageError(f"{bits} bits are unknown; qbatch knows 4, 8 and 16")
+        if self.double_quant and 4 not in self.bits:
+            raise UsageError("double quantization belongs to 4 bits, which were not asked for")
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The baseline first, then 8 and 4 bits, each once."""
+        schemes: list[Scheme] = []
+        if self.baseline or 16 in self.bits:
+            schemes.append(BASELINE)
+        if 8 in self.bits:
+            schemes.append(Scheme(method=Method.INT8, compute_dtype=self.compute_dtype))
+        if 4 in self.bits:
+            schemes += [
+                Scheme(method=QUANT_TYPES[name], double_quant=self.double_quant, compute_dtype=self.compute_dtype)
+                for name in dict.fromkeys(self.quant_types)
+            ]
+        return tuple(schemes)
+
+    def bundle(self, source: SourceRef, protocol: ProtocolOptions) -> Sequence[JobSpec]:
+        """Every job of one source."""
+        return [
+            JobSpec(
+                source=source,
+                scheme=scheme,
+                dtype=self.dtype,
+                device=self.device,
+                protocol=protocol,
+                force=self.force,
+            )
+            for scheme in self.schemes()
+        ]

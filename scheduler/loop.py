@@ -1,0 +1,77 @@
+"""The scheduler: one leads, the others stand by."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+
+from models_db import leases
+from models_db.errors import BrokerUnreachable, DatabaseUnreachable
+from models_db.session import Database
+from models_db.settings import Settings
+from scheduler.broker import Broker
+from scheduler.dispatch import top_up
+from scheduler.reconcile import expire_leases, resend_vanished
+
+log = logging.getLogger("qbatch.scheduler")
+
+_LEASE = "scheduler"
+_TICK_S = 1.0
+
+
+class Scheduler:
+    """Tops the window up every second and reconciles every ``scan_s``, while it leads."""
+
+    def __init__(self, database: Database, broker: Broker, settings: Settings) -> None:
+        self._database = database
+        self._broker = broker
+        self._settings = settings
+        self._holder = f"{socket.gethostname()}:{os.getpid()}"
+        self._leads = False
+        self._last_scan: float | None = None
+        self._last_good_scan: float | None = None
+        self._quiet_until = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set. A service that does not answer is waited for."""
+        while not stop.is_set():
+            try:
+                self.tick()
+            except (BrokerUnreachable, DatabaseUnreachable) as error:
+                log.warning("%s; trying again", error)
+            stop.wait(_TICK_S)
+        if self._leads:
+            with self._database.write() as session:
+                leases.release(session, _LEASE, self._holder)
+
+    def tick(self) -> None:
+        """One round. Raises BrokerUnreachable or DatabaseUnreachable."""
+        if not self._lead():
+            return
+        now = time.monotonic()
+        if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
+            self._last_scan = now
+            self._scan(now)
+        top_up(self._database, self._broker, self._settings)
+
+    def _lead(self) -> bool:
+        with self._database.write() as session:
+            leads = leases.acquire(session, _LEASE, self._holder, 3 * self._settings.scan_s)
+        if leads and not self._leads:
+            log.info("leading")
+            self._last_good_scan = None
+        self._leads = leads
+        return leads
+
+    def _scan(self, now: float) -> None:
+        # After an outage (or before its first look) a leader cannot tell a dead worker from one that could not
+        # renew its lease: it gives everyone one full lease to do so.
+        if self._last_good_scan is None or now - self._last_good_scan > 2 * self._settings.scan_s:
+            self._quiet_until = now + self._settings.lease_s
+        if now >= self._quiet_until:
+            expire_leases(self._database, self._settings)
+        self._last_good_scan = now
+        resend_vanished(self._database, self._broker)

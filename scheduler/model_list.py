@@ -1,0 +1,53 @@
+"""list.txt → sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from models_db.domain import SourceRef
+from models_db.errors import UsageError
+from models_db.sources import parse_source
+
+_SHOWN_PROBLEMS = 5
+
+
+def read_model_list(lines: Iterable[str], *, check_folders: bool) -> list[SourceRef]:
+    """One model a line: a hub id or a folder, ``@revision`` after an id; blank lines and ``#`` comments are skipped.
+
+    A model named twice is taken once. With ``check_folders`` (where the workers see this file system) a folder
+    must exist and hold a config.json. Raises UsageError naming every line that cannot be used, and for an empty list.
+    """
+    sources: dict[tuple[str, str | None], SourceRef] = {}
+    problems: list[str] = []
+    for number, text in _entries(lines):
+        try:
+            source = parse_source(text)
+            if check_folders and source.is_folder:
+                _check_folder(source)
+        except UsageError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        sources.setdefault((source.location, source.revision), source)
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        raise UsageError("; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
+    if not sources:
+        raise UsageError("the list names no model")
+    return list(sources.values())
+
+
+def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(lines, start=1):
+        # A path may hold a '#': only one after a blank begins a comment.
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+
+
+def _check_folder(source: SourceRef) -> None:
+    folder = Path(source.location)
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {source.name}")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{source.name} has no config.json")

@@ -1,0 +1,94 @@
+"""Child processes that do not outlive us, and are started again when they die."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+log = logging.getLogger("qbatch.process")
+
+_PR_SET_PDEATHSIG = 1
+_MAX_BACKOFF_S = 30.0
+_HEALTHY_AFTER_S = 60.0
+
+
+def dies_with_parent() -> Callable[[], None] | None:
+    """A ``preexec_fn`` that has the kernel send SIGTERM to the child when the thread that started it ends (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def set_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return set_signal
+
+
+class Child:
+    """One supervised process. ``tend`` starts it again, more slowly each time that it dies young."""
+
+    def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path | None = None) -> None:
+        self.name = name
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._start_after = 0.0
+        self._backoff_s = 0.5
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Start it, with its output appended to the log where one was given."""
+        self._started_at = time.monotonic()
+        # In a group of its own: a Ctrl-C at the terminal is ours alone to pass on.
+        options = {"start_new_session": True, "preexec_fn": dies_with_parent(), "stdin": subprocess.DEVNULL}
+        if self._log_path is None:
+            self._process = subprocess.Popen(self._argv, env=self._env, **options)  # type: ignore[call-overload]
+            return
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as output:
+            self._process = subprocess.Popen(  # type: ignore[call-overload]
+                self._argv, env=self._env, stdout=output, stderr=subprocess.STDOUT, **options
+            )
+
+    def tend(self) -> int | None:
+        """Start it again if it has ended; the exit code with which it did, once."""
+        if self._process is None:
+            if time.monotonic() >= self._start_after:
+                self.start()
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        lived_s = time.monotonic() - self._started_at
+        self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)
+        self._start_after = time.monotonic() + self._backoff_s
+        self._process = None
+        log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self._backoff_s)
+        return code
+
+    def ask_to_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait for its end; kill it once ``timeout_s`` has passed."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            log.warning("%s did not stop within %s s; killed", self.name, timeout_s)
+            self._process.kill()
+            self._process.wait()
+        self._process = None

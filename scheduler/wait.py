@@ -1,0 +1,52 @@
+"""Wait until batches have ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from models_db.domain import ENDED_STATES, JobState
+from models_db.errors import DatabaseUnreachable, WaitTimeout
+from models_db.listing import list_jobs, live_workers
+from models_db.session import Database
+
+_POLL_S = 0.5
+
+
+def wait(
+    database: Database,
+    batch_ids: Sequence[int],
+    *,
+    lease_s: float,
+    timeout_s: float | None,
+    on_update: Callable[[list[dict[str, Any]], int], None],
+    on_poll: Callable[[], None],
+) -> bool:
+    """Until every job of the batches has ended; True if all succeeded.
+
+    ``on_update`` gets the jobs and the number of live workers about twice a second; ``on_poll`` is called between.
+    Raises WaitTimeout. A database that stops answering is waited for.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        on_poll()
+        states = _look(database, batch_ids, lease_s, on_update)
+        if states is not None and states <= set(ENDED_STATES):
+            return states <= {JobState.SUCCEEDED}
+        if deadline is not None and time.monotonic() >= deadline:
+            raise WaitTimeout(f"not all jobs ended within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+
+
+def _look(
+    database: Database, batch_ids: Sequence[int], lease_s: float, on_update: Callable[[list[dict[str, Any]], int], None]
+) -> set[JobState] | None:
+    try:
+        with database.read() as session:
+            jobs = list_jobs(session, batch_ids=batch_ids)
+            workers = live_workers(session, lease_s)
+    except DatabaseUnreachable:
+        return None
+    on_update(jobs, workers)
+    return {JobState(job["state"]) for job in jobs}

@@ -1,0 +1,137 @@
+"""The installed ``qbatch``, driven as a user drives it: real processes, a home of its own, models made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import tiny
+
+QBATCH = str(Path(sys.executable).with_name("qbatch"))
+
+
+@dataclass
+class Qbatch:
+    """``qbatch`` in one environment."""
+
+    home: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("QBATCH_")}
+        return inherited | {"QBATCH_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"} | self.env
+
+    def __call__(
+        self, *args: str, code: int | None = 0, stdin: str | None = None, timeout_s: float = 150.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; its exit code must be ``code``, and it must not show a traceback."""
+        done = subprocess.run(
+            [QBATCH, *args],
+            env=self.environ,
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        assert code is None or done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *args: str, code: int = 0) -> Any:
+        return json.loads(self(*args, "--json", code=code).stdout)
+
+    def start(self, *args: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+        with (log or self.home.with_suffix(".log")).open("ab") as output:
+            return subprocess.Popen(
+                [QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+
+    def wait_for_worker(self, timeout_s: float = 90.0) -> None:
+        until(lambda: any(w["state"] == "ready" for w in self.json("workers")), timeout_s, "a live worker")
+
+
+def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Wait for ``condition``; fail the test if it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> int:
+    """SIGTERM, and the exit code."""
+    process.send_signal(signal.SIGTERM)
+    return process.wait(timeout_s)
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Every process that has this home in its environment or its arguments."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("QBATCH_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama (bfloat16), bloom (float32) and bert-mlm, in one folder."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.make_causal(folder / "llama", arch="llama", dtype="bfloat16")
+    tiny.make_causal(folder / "bloom", arch="bloom", dtype="float32")
+    tiny.make_encoder(folder / "bert-mlm", head="masked-lm")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def qbatch(home: Path) -> Iterator[Qbatch]:
+    """A home of the test's own; nothing of it may be left running."""
+    yield Qbatch(home)
+    until(lambda: not processes_of(home), 15.0, f"end of {[p.cmdline() for p in processes_of(home)]}")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qbatch]:
+    """``qbatch up --cpu``, shared by the tests that only submit to it."""
+    shared = Qbatch(tmp_path_factory.mktemp("stack") / "home")
+    process = shared.start("up", "--cpu")
+    try:
+        until(lambda: (shared.home / "qbatch.db").exists(), 30.0, "database")
+        shared.wait_for_worker()
+        yield shared
+    finally:
+        assert stop(process) == 0
+        until(lambda: not processes_of(shared.home), 15.0, "end of the stack's processes")
+
+
+@pytest.fixture
+def model_list(tmp_path: Path) -> Callable[..., str]:
+    """Writes a list file and returns its path."""
+
+    def write(*lines: str | Path) -> str:
+        path = tmp_path / f"models-{len(list(tmp_path.glob('models-*')))}.txt"
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return str(path)
+
+    return write

@@ -1,0 +1,172 @@
+"""Bad input gets one clear line and an exit code, and loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.conftest import Qbatch
+
+
+def one_line(done: object) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]  # type: ignore[attr-defined]
+    assert len(lines) == 1, lines
+    return str(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "names no model"),
+        (["# nothing", ""], "names no model"),
+        (["./no/such/folder"], "line 1: no such folder: ./no/such/folder"),
+        (["org/name@../x"], "line 1"),
+        (["what is this?"], "neither a folder nor a hub id"),
+    ],
+)
+def test_a_list_that_cannot_be_used(
+    qbatch: Qbatch, model_list: Callable[..., str], lines: list[str], says: str
+) -> None:
+    assert says in one_line(qbatch("submit", "--models", model_list(*lines), "--bits", "4", code=2))
+    assert qbatch.json("status") == []
+
+
+def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    assert "No such file" in one_line(qbatch("submit", "--models", "/no/list", "--bits", "4", code=2))
+    listed = model_list(models / "llama")
+    assert "5 bits are unknown" in one_line(qbatch("submit", "--models", listed, "--bits", "5", code=2))
+    assert "int4" in one_line(qbatch("submit", "--models", listed, "--bits", "4", "--quant-type", "int4", code=2))
+    assert "4 bits" in one_line(qbatch("submit", "--models", listed, "--bits", "8", "--double-quant", code=2))
+    qbatch("submit", "--models", listed, "--bits", "four", code=2)
+    qbatch("submit", "--models", listed, "--bits", "4", "--time-limit", "soon", code=2)
+
+
+def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Callable[..., str]) -> None:
+    (tmp_path / "bare").mkdir()
+    listed = model_list(tmp_path / "bare")
+    assert "has no config.json" in one_line(qbatch("submit", "--models", listed, "--bits", "4", code=2))
+
+
+def test_ids_that_do_not_exist(qbatch: Qbatch) -> None:
+    assert "no such batch: b7" in one_line(qbatch("wait", "b7", code=2))
+    assert "no such job: j7" in one_line(qbatch("cancel", "j7", code=2))
+    assert "neither a batch" in one_line(qbatch("retry", "7", code=2))
+    assert "cannot sort by" in one_line(qbatch("results", "--sort", "1; drop table jobs", code=2))
+
+
+def test_standard_input_is_a_list(qbatch: Qbatch, models: Path) -> None:
+    done = qbatch("submit", "--models", "-", "--bits", "4", "-q", stdin=f"{models / 'llama'}\n{models / 'llama'}\n")
+    assert "qbatch up" in done.stderr
+    assert [job["scheme"] for job in qbatch.json("jobs", "--batch", done.stdout.strip())] == ["none", "bnb-nf4"]
+
+
+def test_waiting_for_what_nothing_runs(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    listed = model_list(models / "llama")
+    qbatch("submit", "--models", listed, "--bits", "4", "--wait", code=3)
+    assert "within 1 s" in qbatch("wait", "b1", "--timeout", "1s", code=4).stderr
+    assert qbatch("cancel", "b1").stdout.split() == ["j1", "j2"]
+    qbatch("wait", "b1", code=1)
+    assert qbatch("retry", "j2").stdout.split() == ["j2"]
+    assert [job["state"] for job in qbatch.json("jobs")] == ["cancelled", "queued"]
+
+
+def test_no_gpu_where_one_is_asked_for(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    qbatch.env["CUDA_VISIBLE_DEVICES"] = ""
+    assert "no NVIDIA GPU" in qbatch("worker", "--gpus", "all", code=3).stderr
+    listed = model_list(models / "llama")
+    done = qbatch("run", "--models", listed, "--bits", "4", "--device", "cuda", code=3)
+    assert "no NVIDIA GPU" in done.stderr
+
+
+def test_services_that_do_not_answer(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    listed = model_list(models / "llama")
+    qbatch.env["QBATCH_BROKER_URL"] = "redis://:secret@127.0.0.1:1/0"
+    done = qbatch("submit", "--models", listed, "--bits", "4", "-q")
+    assert done.stdout.strip() == "b1"
+    assert "once Redis is back" in done.stderr
+    assert "secret" not in done.stderr
+    qbatch("submit", "--models", listed, "--bits", "4", "--wait", code=3)
+    qbatch.env["QBATCH_DATABASE_URL"] = "postgresql://someone:secret@127.0.0.1:1/x"
+    done = qbatch("submit", "--models", listed, "--bits", "4", code=3)
+    assert "does not answer" in one_line(done)
+    assert "secret" not in done.stderr
+    qbatch.env["QBATCH_DATABASE_URL"] = "mysql://x"
+    assert "SQLite or PostgreSQL" in one_line(qbatch("status", code=2))
+
+
+def test_storage_that_cannot_be_written(
+    qbatch: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    qbatch.env["QBATCH_STORAGE"] = str(tmp_path / "file" / "storage")
+    listed = model_list(models / "llama")
+    assert "file" in one_line(qbatch("run", "--models", listed, "--bits", "4", code=3))
+
+
+def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated"
+    shutil.copytree(models / "llama", truncated)
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    incomplete = tmp_path / "no-weights"
+    shutil.copytree(models / "llama", incomplete, ignore=shutil.ignore_patterns("*.safetensors"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(incomplete, pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    listed = model_list(truncated, incomplete, pickled, "nobody/nothing-at-all", models / "bert-mlm")
+    done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
+    import json
+
+    kinds = {Path(row["model"]).name: (row["state"], row["error_kind"]) for row in json.loads(done.stdout)}
+    assert kinds == {
+        "truncated": ("failed", "source_corrupt"),
+        "no-weights": ("failed", "source_not_found"),
+        "pickled": ("failed", "unsafe_source"),
+        "nothing-at-all": ("failed", "source_not_found"),
+        "bert-mlm": ("succeeded", None),
+    }
+    assert not list((stack.home / "storage" / ".staging").iterdir())
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    heavy = ("torch", "transformers", "celery", "kombu", "sqlalchemy", "redis", "rich", "alembic")
+    script = f"""
+import sys
+sys.argv = ["qbatch", *sys.argv[1:]]
+import cli
+try:
+    cli.main()
+except SystemExit:
+    pass
+print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["status", "results", "jobs", "workers"])
+def test_looking_does_not_import_torch(qbatch: Qbatch, command: str) -> None:
+    import subprocess
+    import sys
+
+    qbatch("status")
+    script = f"""
+import sys
+sys.argv = ["qbatch", "{command}"]
+import cli
+try:
+    cli.main()
+except SystemExit:
+    pass
+print([name for name in ("torch", "transformers", "celery", "kombu", "alembic") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=qbatch.environ
+    )
+    assert done.stderr.strip() == "[]"

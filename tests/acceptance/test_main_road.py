@@ -1,0 +1,153 @@
+"""submit → Redis → worker → safetensors → benchmark → database → results, through the installed program."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.acceptance.conftest import Qbatch
+from worker.checkpoint import problems
+
+CONTRACT = """batch_id job_id model revision state error_kind error_message reused_from scheme bits double_quant
+compute_dtype dtype device_name checkpoint_path num_parameters quantized_fraction bits_per_param disk_bytes
+memory_footprint_bytes weights_bytes max_allocated_bytes load_model_s quantize_s prefill_s_p50 decode_tokens_per_s
+per_token_s_p50 per_token_s_p99 perplexity baseline_job_id""".split()
+
+
+def test_run_does_everything_and_leaves_nothing_running(
+    qbatch: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    listed = model_list(models / "llama", "", "# a comment", models / "bert-mlm")
+    done = qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json")
+    rows = json.loads(done.stdout)
+    assert [(Path(row["model"]).name, row["scheme"], row["bits"]) for row in rows] == [
+        ("llama", "none", 16),
+        ("llama", "bnb-int8", 8),
+        ("llama", "bnb-nf4", 4),
+        ("bert-mlm", "none", 16),
+        ("bert-mlm", "bnb-int8", 8),
+        ("bert-mlm", "bnb-nf4", 4),
+    ]
+    for row in rows:
+        assert row["state"] == "succeeded", row["error_message"]
+        assert set(CONTRACT) <= row.keys()
+    baseline, int8, nf4 = rows[:3]
+    assert baseline["checkpoint_path"] is None
+    assert baseline["quantize_s"] is None
+    assert baseline["baseline_job_id"] is None
+    assert {int8["baseline_job_id"], nf4["baseline_job_id"]} == {baseline["job_id"]}
+    assert baseline["num_parameters"] == int8["num_parameters"] == nf4["num_parameters"]
+    assert baseline["weights_bytes"] > int8["weights_bytes"] > nf4["weights_bytes"] > 0
+    assert baseline["perplexity"] > 1
+    assert nf4["decode_tokens_per_s"] > 0
+    assert nf4["max_allocated_bytes"] is None, "there is no device memory on a CPU, and none is not 0"
+    assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
+    assert rows[3]["forward_s_p50"] > 0
+    _check_checkpoint(qbatch.home / "storage" / nf4["checkpoint_path"], models / "llama")
+    # The second time, the database answers; the quantized checkpoints are the same ones.
+    again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
+    assert [row["reused_from"] for row in again] == [row["job_id"] for row in rows]
+    assert [row["perplexity"] for row in again] == [row["perplexity"] for row in rows]
+
+
+def _check_checkpoint(folder: Path, source: Path) -> None:
+    """Whole, described, readable by others, and loadable by plain transformers."""
+    assert problems(folder) == []
+    manifest = json.loads((folder / "qbatch.json").read_text())
+    assert manifest["scheme"]["method"] == "bnb-nf4"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {
+        entry["name"] for entry in manifest["files"]
+    }
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in folder.iterdir() if path.is_file())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("def main():", return_tensors="pt")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        got, expected = model(**inputs).logits.float(), reference(**inputs).logits.float()
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.95
+    damaged = folder / "config.json"
+    text = damaged.read_text()
+    damaged.write_text(text + " ")
+    assert problems(folder) == [f"config.json is not what was published ({len(text) + 1} bytes, {len(text)} published)"]
+    damaged.write_text(text)
+
+
+def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    listed = model_list(models / "bloom")
+    options = ("--quant-type", "nf4,fp4", "--double-quant", "--name", "all of four bits")
+    batch = stack("submit", "--models", listed, "--bits", "4,16", *options, "-q").stdout.strip()
+    assert batch.startswith("b")
+    stack("wait", batch, "--timeout", "2m")
+    rows = stack.json("results", "--batch", batch)
+    assert [row["scheme"] for row in rows] == ["none", "bnb-nf4", "bnb-fp4"]
+    assert [row["double_quant"] for row in rows] == [False, True, True]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}, "what an fp32 source leaves unquantized is bfloat16"
+    config = json.loads((stack.home / "storage" / rows[1]["checkpoint_path"] / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    by_size = stack.json("results", "--batch", batch, "--sort", "-disk_bytes", "--limit", "1", "--bits", "4,16")
+    assert [row["bits"] for row in by_size] == [16]
+    table = list(csv.DictReader(io.StringIO(stack("results", "--batch", batch, "--format", "csv").stdout)))
+    assert [row["scheme"] for row in table] == ["none", "bnb-nf4", "bnb-fp4"]
+    assert table[0]["checkpoint_path"] == ""
+    shown = stack("results", "--batch", batch).stdout
+    assert "bnb-fp4" in shown
+    assert "bloom" in shown
+    (status,) = stack.json("status", batch)
+    assert (status["name"], status["jobs"], status["succeeded"]) == ("all of four bits", 3, 3)
+    assert [job["state"] for job in stack.json("jobs", "--batch", batch, "--state", "succeeded")] == ["succeeded"] * 3
+    (worker,) = stack.json("workers")
+    assert (worker["device_kind"], worker["state"]) == ("cpu", "ready")
+
+
+def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
+    stack: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    listed = model_list(models / "llama")
+    first = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
+    answered = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
+    assert [row["reused_from"] for row in answered] == [row["job_id"] for row in first]
+    forced = stack.json("submit", "--models", listed, "--bits", "8", "--no-baseline", "--force", "--wait")
+    assert [row["reused_from"] for row in forced] == [None]
+    assert forced[0]["checkpoint_path"] == first[1]["checkpoint_path"]
+    assert forced[0]["baseline_job_id"] is None
+
+
+def test_a_text_of_ones_own_is_another_protocol(
+    stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("It was a quiet evening, and nobody had come. " * 40)
+    listed = model_list(models / "llama")
+    options = ("--models", listed, "--bits", "16", "--wait")
+    (default,) = stack.json("submit", *options)
+    (own,) = stack.json("submit", *options, "--eval-text", str(text))
+    assert own["reused_from"] is None
+    assert own["protocol_hash"] != default["protocol_hash"]
+    assert own["perplexity"] != default["perplexity"]
+    text.unlink()
+    (again,) = stack.json("submit", *options, "--baseline", "--force", "--eval-text", str(_copy(tmp_path)))
+    assert again["perplexity"] == pytest.approx(own["perplexity"], rel=1e-6)
+
+
+def _copy(folder: Path) -> Path:
+    copy = folder / "the same words.txt"
+    copy.write_text("It was a quiet evening, and nobody had come. " * 40)
+    return copy
+
+
+def test_the_baseline_may_be_run_at_32_bits(stack: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+    listed = model_list(models / "bloom")
+    (row,) = stack.json("submit", "--models", listed, "--bits", "16", "--dtype", "float32", "--wait")
+    assert (row["bits"], row["dtype"]) == (32, "float32")
+    inspected = stack.json("inspect", str(models / "bloom"))[0]
+    assert row["memory_footprint_bytes"] == pytest.approx(inspected["memory_bytes"], rel=0.01)
+    assert row["num_parameters"] == inspected["num_parameters"]

@@ -1,0 +1,60 @@
+"""Which columns of the queue people see. The rows are ``models_db.listing``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from views.tables import Column
+from views.units import show_bytes, show_time
+
+
+def show_progress(progress: Mapping[str, Any]) -> str:
+    """``1.20 of 14.96 GiB read, 300.0 MiB written``: what is known of it."""
+    read, written, total = (progress.get(key) for key in ("bytes_read", "bytes_written", "bytes_total"))
+    parts = []
+    if read is not None:
+        parts.append(f"{show_bytes(read)} of {show_bytes(total)} read" if total else f"{show_bytes(read)} read")
+    if written:
+        parts.append(f"{show_bytes(written)} written")
+    return ", ".join(parts)
+
+
+BATCH_COLUMNS: tuple[Column, ...] = (
+    Column(key="batch_id", title="batch"),
+    Column(key="name", title="name", wraps=True),
+    Column(key="priority", title="priority", spare=True),
+    Column(key="jobs", title="jobs"),
+    Column(key="queued", title="queued"),
+    Column(key="running", title="running"),
+    Column(key="succeeded", title="succeeded"),
+    Column(key="failed", title="failed"),
+    Column(key="cancelled", title="cancelled"),
+    Column(key="created_at", title="submitted", show=show_time, spare=True),
+)
+
+JOB_COLUMNS: tuple[Column, ...] = (
+    Column(key="job_id", title="job"),
+    Column(key="batch_id", title="batch"),
+    Column(key="model", title="model", wraps=True),
+    Column(key="revision", title="revision", wraps=True, spare=True),
+    Column(key="scheme", title="scheme"),
+    Column(key="state", title="state"),
+    Column(key="stage", title="stage"),
+    Column(key="attempt", title="attempt", spare=True),
+    Column(key="worker", title="worker", wraps=True, spare=True),
+    Column(key="progress", title="progress", show=show_progress, wraps=True, spare=True),
+    Column(key="error_kind", title="error"),
+    Column(key="error_message", title="message", wraps=True, spare=True),
+)
+
+WORKER_COLUMNS: tuple[Column, ...] = (
+    Column(key="worker", title="worker"),
+    Column(key="device_name", title="device", wraps=True),
+    Column(key="memory_bytes", title="memory", show=show_bytes),
+    Column(key="state", title="state"),
+    Column(key="jobs", title="jobs", wraps=True),
+    Column(key="device_uuid", title="uuid", spare=True),
+    Column(key="heartbeat_at", title="last heartbeat", show=show_time, spare=True),
+    Column(key="note", title="note", wraps=True),
+)

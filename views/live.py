@@ -1,0 +1,133 @@
+"""What happens while somebody waits: a live display on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from models_db.domain import ENDED_STATES, JobState, Stage
+from views.listings import show_progress
+from views.tables import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+Job = Mapping[str, Any]
+_MOST_RUNNING_SHOWN = 12
+_NO_WORKER = "jobs are queued and no worker is live: start one with `qbatch up` or `qbatch worker`"
+
+
+class LiveProgress:
+    """Shows jobs as they go, on ``stream`` (standard error unless given).
+
+    On a terminal: a bar of ended jobs, and each running job with its stage and bytes. Elsewhere: one line for each
+    change of a job's state or stage. ``quiet`` shows nothing at all. A context manager.
+    """
+
+    def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
+        self._quiet = quiet
+        self._stream = sys.stderr if stream is None else stream
+        self._live: Live | None = None
+        self._seen: dict[str, tuple[str, str | None]] = {}
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        if not self._quiet and self._stream.isatty():
+            self._live = _start_live(self._stream)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, jobs: Sequence[Job], workers: int) -> None:
+        """``jobs``: rows of ``models_db.listing.list_jobs``; ``workers``: how many are live."""
+        if self._quiet:
+            return
+        for job in jobs:
+            self._note_change(job)
+        if workers == 0 and not self._warned and any(job["state"] == JobState.QUEUED for job in jobs):
+            self._warned = True
+            self._say(_NO_WORKER)
+        if self._live is not None:
+            self._live.update(_frame(jobs, self._live.console), refresh=True)
+
+    def _note_change(self, job: Job) -> None:
+        now = (job["state"], job["stage"])
+        # A job that was never seen otherwise is simply queued: no news.
+        before = self._seen.get(job["job_id"], (JobState.QUEUED, None))
+        self._seen[job["job_id"]] = now
+        # On a terminal the running jobs are in the frame; only what went wrong should stay on the screen.
+        if now != before and (self._live is None or job["state"] == JobState.FAILED):
+            self._say(_news(job))
+
+    def _say(self, line: str) -> None:
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.console.print(Text(line))
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _start_live(stream: TextIO) -> Live:
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(console=Console(file=stream), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    live.start()
+    return live
+
+
+def _name(job: Job) -> str:
+    return printable(f"{job['job_id']} {job['model']} {'baseline' if job['scheme'] == 'none' else job['scheme']}")
+
+
+def _news(job: Job) -> str:
+    state = job["stage"] or job["state"]
+    if job["state"] == JobState.FAILED:
+        state = printable(": ".join(filter(None, (state, job["error_kind"], job["error_message"]))))
+    if job["state"] == JobState.QUEUED:
+        state = "back in the queue"
+    return f"{_name(job)}: {state}"
+
+
+def _frame(jobs: Sequence[Job], console: Console) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    running = [job for job in jobs if job["state"] == JobState.RUNNING]
+    # A frame higher than the terminal cannot be redrawn in place.
+    shown = running[: max(1, min(_MOST_RUNNING_SHOWN, console.height - 4))]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(overflow="ellipsis", no_wrap=True)
+    grid.add_column(no_wrap=True, min_width=max(len(stage) for stage in Stage))
+    grid.add_column(overflow="ellipsis", no_wrap=True)
+    for job in shown:
+        progress = show_progress(job["progress"]) if job["progress"] else ""
+        grid.add_row(Text(_name(job)), Text(job["stage"] or ""), Text(progress))
+    more = [Text(f"and {len(running) - len(shown)} more")] if len(running) > len(shown) else []
+    return Group(_bar(jobs), grid, *more)
+
+
+def _bar(jobs: Sequence[Job]) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    ended = sum(job["state"] in ENDED_STATES for job in jobs)
+    counts = {state: sum(job["state"] == state for job in jobs) for state in JobState}
+    words = [f"{ended}/{len(jobs)} jobs"] + [
+        f"{counts[state]} {state}"
+        for state in (JobState.RUNNING, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED)
+        if counts[state]
+    ]
+    bar = Table.grid(padding=(0, 2, 0, 0))
+    bar.add_row(ProgressBar(total=max(1, len(jobs)), completed=ended, width=30), Text(", ".join(words)))
+    return bar

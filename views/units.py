@@ -1,0 +1,64 @@
+"""Figures as people read them. Every function takes a number and gives text; None is the caller's affair."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+
+
+def show_bytes(count: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    if count < _MIB // 10:
+        return f"{count / _KIB:.1f} KiB"
+    if count < _GIB:
+        return f"{count / _MIB:.1f} MiB"
+    return f"{count / _GIB:.2f} GiB"
+
+
+def show_bytes_exactly(count: int) -> str:
+    """Bytes in MiB, the unit of most size tables, with the exact number beside it."""
+    return f"{count / _MIB:,.2f} MiB ({count:,} bytes)"
+
+
+def show_seconds(seconds: float) -> str:
+    """Seconds, or milliseconds below one, in three figures."""
+    if seconds >= 0.9995:
+        return f"{show_float(seconds, 3)} s"
+    return f"{show_float(seconds * 1000, 3)} ms"
+
+
+def show_count(count: int) -> str:
+    """A count in thousands (k), millions (M) or billions (B), in three figures."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{show_float(count / size, 3)} {unit}"
+    return str(count)
+
+
+def show_rate(per_second: float, unit: str) -> str:
+    """``35.4 tok/s``"""
+    return f"{show_float(per_second, 3)} {unit}/s"
+
+
+def show_float(value: float, figures: int = 4) -> str:
+    """``figures`` significant figures, never in scientific notation below 10¹⁵; whole digits are not rounded off."""
+    if value == 0 or not abs(value) < 1e15:  # infinity and NaN too
+        return f"{value:g}"
+    exponent = int(f"{value:.{figures - 1}e}".partition("e")[2])
+    return f"{value:,.{max(0, figures - 1 - exponent)}f}"
+
+
+def show_ratio(ratio: float) -> str:
+    """``×0.29``"""
+    return f"×{ratio:.3f}" if ratio < 0.1 else f"×{ratio:.2f}"
+
+
+def show_change(ratio: float) -> str:
+    """A ratio as a change in percent: 1.008 → ``+0.8 %``."""
+    return f"{(ratio - 1) * 100:+.1f} %"
+
+
+def show_time(iso: str) -> str:
+    """An aware ISO 8601 time by the reader's own clock."""
+    return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M:%S")

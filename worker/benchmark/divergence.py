@@ -1,0 +1,129 @@
+"""How far a model's predictions lie from its base's, token by token and in sum.
+
+The figures are those of llama.cpp (``llama-perplexity --kl-divergence``, tools/perplexity/perplexity.cpp): KL of base
+to model, ln of the ratio of perplexities, agreement of the most probable token, root mean square of the change in the
+true token's probability. Natural logarithms: nats. Computed in float64; a KL of 1e-4 nats is a difference of
+logarithms a million times larger, which float32 would leave with an error of a per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker.benchmark.perplexity import exponential
+
+# Rows turned to float64 at once: 16 rows of a 250,880-word vocabulary are 31 MiB, and a handful of such are alive.
+_ROWS_AT_ONCE = 16
+_RESAMPLES = 200
+_SEED = 0
+_PERCENTILES = (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Of each compared row of one window, float64 on the CPU. The last three are empty where there is no target."""
+
+    kl: torch.Tensor
+    agrees: torch.Tensor
+    base_nll: torch.Tensor
+    nll: torch.Tensor
+    delta_p: torch.Tensor
+
+
+def divergence(base_logits: torch.Tensor, logits: torch.Tensor, targets: Sequence[int] = ()) -> Divergence:
+    """Set ``logits`` beside ``base_logits``, both [rows, vocabulary] in any dtype; ``targets`` has a token per row."""
+    wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
+    pieces = [
+        _rows(base_logits[begin : begin + _ROWS_AT_ONCE], logits[begin : begin + _ROWS_AT_ONCE], part)
+        for begin, part in _parts(len(logits), wanted)
+    ]
+    columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
+    return Divergence(kl=columns[0], agrees=columns[1], base_nll=columns[2], nll=columns[3], delta_p=columns[4])
+
+
+def _parts(rows: int, wanted: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    return [(begin, wanted[begin : begin + _ROWS_AT_ONCE]) for begin in range(0, rows, _ROWS_AT_ONCE)]
+
+
+def _rows(base_logits: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    base = torch.log_softmax(base_logits.double(), dim=-1)
+    other = torch.log_softmax(logits.double(), dim=-1)
+    # 0 · (-inf - -inf) is 0 here: a token that is impossible to the base adds nothing.
+    kl = torch.where(base == -math.inf, 0.0, base.exp() * (base - other)).sum(-1)
+    agrees = (_first_largest(base_logits) == _first_largest(logits)).double()
+    if not len(wanted):
+        return kl, agrees, kl[:0], kl[:0], kl[:0]
+    base_log_p = base.gather(1, wanted[:, None])[:, 0]
+    log_p = other.gather(1, wanted[:, None])[:, 0]
+    return kl, agrees, -base_log_p, -log_p, log_p.exp() - base_log_p.exp()
+
+
+def _first_largest(logits: torch.Tensor) -> torch.Tensor:
+    """The lowest index of the largest value of each row; argmax alone leaves open which of several it gives."""
+    return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+def summarize_divergence(windows: Sequence[Divergence]) -> dict[str, Any]:
+    """The statistics over all rows of ``windows`` (not empty), each with a standard error clustered by window.
+
+    Rows of one window share their context, so they are not independent; windows nearly are. With a single window
+    there is no error to be had: None.
+    """
+    kl = [window.kl for window in windows]
+    summary: dict[str, Any] = {"windows": len(windows), "rows": sum(len(rows) for rows in kl)}
+    summary |= _with_error("kl_mean", kl)
+    for name, q in _PERCENTILES:
+        summary[f"kl_{name}"] = float(torch.quantile(torch.cat(kl), q))
+        summary[f"kl_{name}_se"] = _quantile_error(kl, q)
+    summary["kl_max"] = float(torch.cat(kl).max())
+    summary |= _with_error("top1_agreement", [window.agrees for window in windows])
+    if not len(windows[0].nll):
+        return summary
+    summary["window_nll"] = [float(window.nll.sum()) for window in windows]
+    summary["window_tokens"] = [len(window.nll) for window in windows]
+    summary["base_perplexity"] = exponential(float(torch.cat([window.base_nll for window in windows]).mean()))
+    summary["perplexity"] = exponential(float(torch.cat([window.nll for window in windows]).mean()))
+    summary |= _with_error("ln_ppl_ratio", [window.nll - window.base_nll for window in windows])
+    return summary | _rms_with_error("rms_delta_p", [window.delta_p for window in windows])
+
+
+def _with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    return {name: float(torch.cat(list(clusters)).mean()), f"{name}_se": clustered_error(clusters)}
+
+
+def _rms_with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """d√m = dm / 2√m carries the error of the mean square over to its root."""
+    squares = [rows.square() for rows in clusters]
+    rms, error = math.sqrt(float(torch.cat(squares).mean())), clustered_error(squares)
+    return {name: rms, f"{name}_se": error / (2 * rms) if error is not None and rms > 0 else error}
+
+
+def clustered_error(clusters: Sequence[torch.Tensor]) -> float | None:
+    """Standard error of the mean over all rows, where only the clusters are independent.
+
+    The linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran, Sampling Techniques,
+    ch. 9A): clusters may differ in size. None for a single cluster.
+    """
+    count = len(clusters)
+    if count < 2:
+        return None
+    rows = sum(len(cluster) for cluster in clusters)
+    mean = float(torch.cat(list(clusters)).mean())
+    scatter = math.fsum((float(cluster.sum()) - len(cluster) * mean) ** 2 for cluster in clusters)
+    return math.sqrt(count / (count - 1) * scatter) / rows
+
+
+def _quantile_error(clusters: Sequence[torch.Tensor], q: float) -> float | None:
+    """Standard error of a quantile by bootstrap: whole windows drawn again and again, with a fixed seed. The last
+    factor makes up for the scatter that drawing from so few takes away. None for a single window."""
+    count = len(clusters)
+    if count < 2:
+        return None
+    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(_SEED)).tolist()
+    values = [torch.quantile(torch.cat([clusters[g] for g in draw]), q) for draw in draws]
+    return float(torch.stack(values).std()) * math.sqrt(count / (count - 1))

@@ -1,0 +1,214 @@
+"""The base's side of a comparison: computed once for a model and protocol, stored, and shared by every width.
+
+A reference is a folder: one safetensors file for each probe, and ``reference.json``, written last. It appears by a
+rename, so a reader sees a whole one or none, and of two writers the first wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from models_db.domain import Protocol
+from models_db.errors import BenchmarkError, DiskFull, StorageError
+from worker.architecture import Task
+from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
+from worker.benchmark.floor import arithmetic_floor
+from worker.benchmark.probes import Probe, probes_hash, probes_of
+from worker.benchmark.replay import head_sha256, hidden_and_logits, logits_of, replayed
+from worker.benchmark.similarity import compare_embeddings, embedding
+from worker.benchmark.versions import device_name
+from worker.load import Loaded
+
+DEFAULT_MAX_BYTES = 8 << 30
+_DESCRIPTION = "reference.json"
+# A folder used this recently may have a reader: it is not evicted.
+_IN_USE_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The base's outputs on the probes of a protocol. ``form`` is what is stored: "hidden" (the output head's input,
+    to be replayed), "logits", or "embedding". ``probes`` may be fewer than the protocol has, for want of room.
+    ``floor`` is how far 16-bit arithmetic alone moves the base; None where that could not be measured."""
+
+    folder: Path
+    form: str
+    probes: int
+    probes_sha256: str
+    head_sha256: str | None
+    model: str
+    device_name: str
+    floor: Mapping[str, Any] | None
+
+
+def open_reference(folder: Path) -> Reference | None:
+    """The reference stored in ``folder``, marked as used just now; None where there is none."""
+    description = folder / _DESCRIPTION
+    try:
+        fields = json.loads(description.read_text(encoding="utf-8"))
+        os.utime(description)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {description}: {error}") from error
+    return Reference(folder=folder, **fields)
+
+
+def prepare_reference(
+    loaded: Loaded, protocol: Protocol, eval_text: str, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Reference | None:
+    """Store in ``folder`` what the base in ``loaded`` says to the protocol's probes, or adopt what is there.
+
+    ``folder``'s name must stand for the base's weights, dtype, device and protocol. All references beside it stay
+    under ``max_bytes`` together: the least recently used are removed, and if this one is larger by itself, it holds
+    fewer probes (one at least). None where the model has nothing to compare (no tokenizer). Raises StorageError or
+    DiskFull.
+    """
+    existing = open_reference(folder)
+    if existing is not None:
+        return existing
+    probes = probes_of(loaded, protocol, eval_text)
+    if not probes:
+        return None
+    with _storage_errors(folder):
+        _write(loaded, probes, folder, max_bytes)
+        _evict(folder.parent, keep=folder, max_bytes=max_bytes)
+    return open_reference(folder)
+
+
+def compare(loaded: Loaded, reference: Reference, protocol: Protocol, eval_text: str) -> dict[str, Any]:
+    """Set the model in ``loaded`` beside its base's ``reference``: the statistics of ``divergence`` or ``similarity``.
+
+    Raises BenchmarkError where the two are not about the same tokens, or the output head is not the base's.
+    """
+    probes = probes_of(loaded, protocol, eval_text)[: reference.probes]
+    if probes_hash(probes) != reference.probes_sha256:
+        raise BenchmarkError("the base was measured on other tokens: another text, protocol or tokenizer")
+    if reference.form == "hidden" and head_sha256(loaded.model) != reference.head_sha256:
+        raise BenchmarkError("the checkpoint's output head is not its base's, so the base cannot be replayed")
+    figures = _compare_embeddings if reference.form == "embedding" else _compare_logits
+    return figures(loaded, reference, probes) | {
+        "against": reference.form,
+        "base_device_name": reference.device_name,
+        "floor": reference.floor,
+    }
+
+
+def _compare_logits(loaded: Loaded, reference: Reference, probes: list[Probe]) -> dict[str, Any]:
+    found: list[Divergence] = []
+    for number, probe in enumerate(probes):
+        stored = _read(reference, number).to(loaded.device)
+        base = replayed(loaded.model, stored, probe) if reference.form == "hidden" else stored
+        found.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
+    return summarize_divergence(found)
+
+
+def _compare_embeddings(loaded: Loaded, reference: Reference, probes: list[Probe]) -> dict[str, Any]:
+    base = torch.stack([_read(reference, number) for number in range(len(probes))])
+    other = torch.stack([_embedding(loaded, probe) for probe in probes])
+    return compare_embeddings(base, other)
+
+
+@torch.inference_mode()
+def _embedding(loaded: Loaded, probe: Probe) -> torch.Tensor:
+    return embedding(loaded.model(**probe.inputs(loaded.model, loaded.device))[0]).cpu()
+
+
+def _read(reference: Reference, number: int) -> torch.Tensor:
+    path = reference.folder / f"{number:04}.safetensors"
+    try:
+        return load_file(path)["base"]
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def _write(loaded: Loaded, probes: list[Probe], folder: Path, max_bytes: int) -> None:
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    staging.mkdir(parents=True)
+    try:
+        form, count = _write_probes(loaded, probes, staging, max_bytes)
+        reference = Reference(
+            folder=folder,
+            form=form,
+            probes=count,
+            probes_sha256=probes_hash(probes[:count]),
+            head_sha256=head_sha256(loaded.model) if form == "hidden" else None,
+            model=type(loaded.model).__name__,
+            device_name=device_name(loaded.device),
+            floor=None if form == "embedding" else arithmetic_floor(loaded, probes),
+        )
+        fields = asdict(reference)
+        del fields["folder"]
+        (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
+        staging.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_probes(loaded: Loaded, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
+    """(form, number of probes written). Logits replace hidden states from the start where one does not replay."""
+    if loaded.task is Task.ENCODER:
+        return "embedding", _write_all((_embedding(loaded, probe) for probe in probes), staging, max_bytes)
+    hidden = (hidden_and_logits(loaded.model, probe, loaded.device)[0] for probe in probes)
+    try:
+        return "hidden", _write_all(hidden, staging, max_bytes)
+    except _NotReplayable:
+        logits = (logits_of(loaded.model, probe, loaded.device) for probe in probes)
+        return "logits", _write_all(logits, staging, max_bytes)
+
+
+class _NotReplayable(Exception):
+    """A hidden state did not give its logits again."""
+
+
+def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes: int) -> int:
+    written = 0
+    for number, tensor in enumerate(tensors):
+        if tensor is None:
+            raise _NotReplayable
+        # Not save_file, which gives the file mode 0600 whatever the umask says.
+        content = save({"base": tensor.cpu().contiguous()})
+        written += len(content)
+        if number and written > max_bytes:
+            return number
+        (staging / f"{number:04}.safetensors").write_bytes(content)
+    return number + 1
+
+
+def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
+    """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``."""
+    oldest_first = sorted(root.glob(f"*/{_DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.parent.iterdir()) for path in oldest_first}
+    total = sum(sizes.values())
+    for path in oldest_first:
+        if total <= max_bytes or path.parent == keep or time.time() - path.stat().st_mtime < _IN_USE_S:
+            continue
+        total -= sizes[path]
+        doomed = path.parent.with_name(f".{path.parent.name}.{secrets.token_hex(4)}")
+        path.parent.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"cannot keep the base's outputs in {folder}: {error.strerror}") from error

@@ -1,0 +1,55 @@
+"""The software and the device that a number was measured with."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("qbatch", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package, of Python, of CUDA and of its driver; None for what is not there."""
+    return {name: _package(name) for name in _PACKAGES} | {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _package(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _driver() -> str | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()

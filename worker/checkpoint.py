@@ -1,0 +1,299 @@
+"""Checkpoints on shared storage: staged, described by a manifest, published by one rename, verified."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from models_db.domain import DType, Scheme
+from models_db.errors import DiskFull, StorageError
+from worker.digest import FileDigest, digest_file, root_sha256
+
+MANIFEST = "qbatch.json"
+_MANIFEST_VERSION = 1
+
+# What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
+_SIDECARS = (
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md", "*.bpe",
+    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
+_NOT_SIDECARS = ("config.json", MANIFEST, "*.index.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A checkpoint in its place. ``path`` is relative to the storage; ``disk_bytes`` are its weights'."""
+
+    key: str
+    path: str
+    root_sha256: str
+    disk_bytes: int
+    audit: Mapping[str, Any]
+    quantize_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a manifest says of where a checkpoint came from."""
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    scheme: Scheme
+    dtype: DType
+    device_kind: str
+    device_name: str
+    versions: Mapping[str, str]
+
+
+def slug(name: str) -> str:
+    """A model's name as one path component: letters, digits, dots, dashes; never empty, never hidden."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip(".-_")
+    return words[:80] or "model"
+
+
+def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
+    """Where a checkpoint of that key lies, relative to the storage: a slug and hashes, nothing of the user's."""
+    return f"checkpoints/{slug(model)}/{scheme.method}-{key[:16]}"
+
+
+def stage(staging: Path, job_id: int, attempt: int) -> Path:
+    """An empty folder for this attempt's files; what earlier attempts of the job left is removed."""
+    folder = staging / f"{job_id}-{attempt}"
+    try:
+        for stale in staging.glob(f"{job_id}-*"):
+            shutil.rmtree(stale)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise _storage_error(error, "cannot make a staging folder") from error
+    return folder
+
+
+def unstage(folder: Path) -> None:
+    """Remove a staging folder; one that is gone is fine."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _storage_error(error, "cannot remove a staging folder") from error
+
+
+def publish(
+    folder: Path,
+    *,
+    storage: Path,
+    source: Path,
+    key: str,
+    origin: Origin,
+    files: Sequence[FileDigest],
+    audit: Mapping[str, Any],
+    quantize_s: float,
+) -> Published:
+    """Complete the staged ``folder`` and move it to its place. ``files`` are those that the writer hashed itself.
+
+    Of two writers the first rename wins; the loser adopts what the winner published, if it verifies.
+    Raises DiskFull or StorageError.
+    """
+    path = checkpoint_path(origin.model, origin.scheme, key)
+    try:
+        _copy_sidecars(source, folder)
+        digests = _complete(folder, files)
+        _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
+        _set_modes(folder)
+        _sync(folder)
+        _move_into_place(folder, storage / path)
+    except OSError as error:
+        raise _storage_error(error, "cannot publish") from error
+    published = find_published(storage, path, key)
+    if published is None:
+        raise StorageError(f"{path} does not verify right after it was published")
+    return published
+
+
+def find_published(storage: Path, path: str, key: str) -> Published | None:
+    """The checkpoint at ``path``, if it is there, is that key's, and every file matches its manifest."""
+    folder = storage / path
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        manifest = {}
+    except OSError as error:
+        raise _storage_error(error, "cannot read a manifest") from error
+    if manifest.get("key") != key or problems(folder):
+        _reject(folder)
+        return None
+    return Published(
+        key=key,
+        path=path,
+        root_sha256=manifest["root_sha256"],
+        disk_bytes=sum(entry["size"] for entry in manifest["files"] if entry["name"].endswith(".safetensors")),
+        audit=manifest["audit"],
+        quantize_s=manifest["quantize_s"],
+    )
+
+
+def problems(folder: Path) -> list[str]:
+    """What of a published checkpoint differs from its manifest, one line each; empty for a sound one.
+
+    The model card is written after the benchmark and is not in the manifest.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = {entry["name"]: entry for entry in manifest["files"]}
+        root = manifest["root_sha256"]
+    except FileNotFoundError:
+        return [f"no {MANIFEST}"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+    found: list[str] = []
+    digests = []
+    for name, entry in entries.items():
+        digest = _digest(folder, name)
+        if digest is None:
+            found.append(f"{name} is missing")
+            continue
+        digests.append(digest)
+        if (digest.size, list(digest.chunk_sha256)) != (entry["size"], entry["chunk_sha256"]):
+            found.append(f"{name} is not what was published ({digest.size} bytes, {entry['size']} published)")
+    if not found and root_sha256(digests) != root:
+        found.append("the root checksum does not match the files")
+    return found
+
+
+def _digest(folder: Path, name: str) -> FileDigest | None:
+    try:
+        digest = digest_file(folder / name)
+    except OSError:
+        return None
+    return FileDigest(name=name, size=digest.size, chunk_sha256=digest.chunk_sha256)
+
+
+def _reject(folder: Path) -> None:
+    """Move a checkpoint that does not verify aside, so that it is neither adopted nor lost."""
+    try:
+        folder.rename(folder.with_name(f"{folder.name}.rejected-{time.time_ns()}"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _storage_error(error, "cannot move a damaged checkpoint aside") from error
+
+
+def _copy_sidecars(source: Path, folder: Path) -> None:
+    for path in sorted(_sidecars(source)):
+        target = folder / path.relative_to(source)
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _sidecars(source: Path) -> Iterable[Path]:
+    names = {path.name for pattern in _SIDECARS for path in source.glob(pattern) if path.is_file()}
+    excluded = {path.name for pattern in _NOT_SIDECARS for path in source.glob(pattern)}
+    yield from (source / name for name in names - excluded)
+    for module in _module_folders(source):
+        yield from (path for path in module.rglob("*") if path.is_file() and _is_module_file(path))
+
+
+def _module_folders(source: Path) -> list[Path]:
+    """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
+    try:
+        modules = json.loads((source / "modules.json").read_text())
+    except FileNotFoundError:
+        return []
+    names = [module.get("path", "") for module in modules]
+    return [source / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (source / name).is_dir()]
+
+
+def _is_module_file(path: Path) -> bool:
+    return path.suffix in (".json", ".safetensors", ".txt")
+
+
+def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:
+    known = {digest.name: digest for digest in files}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    digests = []
+    for name in names:
+        digest = known.get(name) or _digest(folder, name)
+        if digest is None:
+            raise StorageError(f"{name} vanished while it was being published")
+        digests.append(digest)
+    return digests
+
+
+def _write_manifest(
+    folder: Path,
+    *,
+    key: str,
+    origin: Origin,
+    digests: Sequence[FileDigest],
+    audit: Mapping[str, Any],
+    quantize_s: float,
+) -> None:
+    manifest = {
+        "qbatch_manifest": _MANIFEST_VERSION,
+        "key": key,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": {"model": origin.model, "revision": origin.revision, "fingerprint": origin.fingerprint},
+        "scheme": origin.scheme.to_json(),
+        "dtype": origin.dtype,
+        "device": {"kind": origin.device_kind, "name": origin.device_name},
+        "versions": dict(origin.versions),
+        "quantize_s": quantize_s,
+        "audit": dict(audit),
+        "chunk_bytes": 64 * 2**20,
+        "root_sha256": root_sha256(digests),
+        "files": [asdict(digest) | {"chunk_sha256": list(digest.chunk_sha256)} for digest in digests],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _set_modes(folder: Path) -> None:
+    """Files get the umask's mode: safetensors writes 0600, useless on shared storage."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    folder.chmod(0o777 & ~umask)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _move_into_place(folder: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another writer was first. The caller verifies what it published.
+        shutil.rmtree(folder)
+    descriptor = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(f"{doing}: {error.strerror or error} ({error.filename or 'storage'})")

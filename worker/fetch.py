@@ -1,0 +1,211 @@
+"""Bring a source to the node: a folder as it stands, a hub repository into the bounded cache. No torch."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from models_db.domain import SourceRef
+from models_db.errors import (
+    DiskFull,
+    FetchError,
+    JobError,
+    SourceCorrupt,
+    SourceGated,
+    SourceNotFound,
+    StorageError,
+)
+from models_db.sources import folder_fingerprint, hub_fingerprint, read_headers
+from worker.repository import Repository
+from worker.source_cache import SourceCache
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LISTING_TIMEOUT_S = 30.0
+_POLL_S = 0.3
+_OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSource:
+    """A source that can be opened. ``revision`` is the commit of a hub source, None for a folder."""
+
+    folder: Path
+    fingerprint: str
+    revision: str | None
+
+
+@contextmanager
+def fetched(
+    source: SourceRef, *, cache: Path, cache_bytes: int, on_progress: Callable[[int, int], None]
+) -> Iterator[LocalSource]:
+    """The source on this machine, its headers vetted, kept from eviction while the context lasts.
+
+    ``on_progress(bytes_done, bytes_total)`` is called from a thread of its own while a download runs, and never
+    after this has yielded. A token, if one is needed, is the environment's (``HF_TOKEN``).
+
+    Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource; FetchError where a retry may help; Unsupported
+    for a repository larger than ``cache_bytes``; DiskFull; StorageError for a folder that cannot be read.
+    """
+    if source.is_folder:
+        yield _folder_source(Path(source.location))
+        return
+    with ExitStack() as held:
+        with _hub_faults(source):
+            if is_offline_mode():
+                local = _offline_source(source)
+            else:
+                local = _hub_source(source, SourceCache(root=cache, limit_bytes=cache_bytes), on_progress, held)
+        yield local
+
+
+def _folder_source(folder: Path) -> LocalSource:
+    try:
+        return LocalSource(folder=folder, fingerprint=folder_fingerprint(folder), revision=None)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def _offline_source(source: SourceRef) -> LocalSource:
+    """The user's ordinary Hugging Face cache, as it stands."""
+    where = f"{_name(source)}: HF_HUB_OFFLINE is set, and the Hugging Face cache"
+    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    if not isinstance(config, str):
+        raise SourceNotFound(f"{where} does not hold it")
+    folder = Path(config).parent
+    try:
+        read_headers(folder)
+    except (SourceNotFound, SourceCorrupt) as error:
+        raise SourceNotFound(f"{where} holds only a part of it: {error}") from error
+    return LocalSource(folder=folder, fingerprint=hub_fingerprint(folder.name), revision=folder.name)
+
+
+def _hub_source(
+    source: SourceRef, cache: SourceCache, on_progress: Callable[[int, int], None], held: ExitStack
+) -> LocalSource:
+    repository = _resolve(source)
+    entry = repository.entry
+    folder = held.enter_context(cache.using(entry))
+    if not cache.is_complete(entry):
+        with _progress(cache, entry, on_progress), cache.filling(entry):
+            # Whoever held the right before may have done the work.
+            if not cache.is_complete(entry):
+                _download(repository, cache, folder)
+    read_headers(folder)
+    return LocalSource(folder=folder, fingerprint=hub_fingerprint(repository.commit), revision=repository.commit)
+
+
+def _resolve(source: SourceRef) -> Repository:
+    info = HfApi().model_info(
+        source.location, revision=source.revision, files_metadata=True, timeout=_LISTING_TIMEOUT_S
+    )
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    files = {path: size for path, size in sizes.items() if size is not None and ".." not in PurePosixPath(path).parts}
+    if info.sha is None or not _COMMIT.fullmatch(info.sha) or len(files) < len(sizes):
+        raise FetchError(f"{_name(source)}: the hub's listing lacks a commit or a size, or has a path that leads out")
+    return Repository(repo_id=source.location, commit=info.sha, files=files)
+
+
+def _download(repository: Repository, cache: SourceCache, folder: Path) -> None:
+    for litter in folder.glob(".cache/huggingface/**/*.incomplete"):
+        litter.unlink()
+    repository.check()
+    if repository.guides:
+        _snapshot(repository, folder, repository.guides)
+    wanted = repository.wanted(folder)
+    cache.reserve(repository.entry, {path: repository.files[path] for path in wanted})
+    _snapshot(repository, folder, wanted)
+    if not cache.is_complete(repository.entry):
+        # With a folder that holds something already, the library calls an unreachable hub a success.
+        raise FetchError(f"{repository.repo_id}: the download stopped before its end")
+
+
+def _snapshot(repository: Repository, folder: Path, paths: Iterable[str]) -> None:
+    disable_progress_bars()
+    snapshot_download(
+        repository.repo_id,
+        revision=repository.commit,
+        local_dir=folder,
+        allow_patterns=[glob.escape(path) for path in paths],
+    )
+
+
+@contextmanager
+def _progress(cache: SourceCache, entry: str, on_progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Report an entry's growth from what is on the disk: it holds whichever process downloads."""
+    ended = threading.Event()
+
+    def report() -> None:
+        total = sum(cache.plan(entry).values())
+        if total:
+            on_progress(min(cache.held_bytes(entry), total), total)
+
+    def poll() -> None:
+        while not ended.wait(_POLL_S):
+            report()
+        report()
+
+    thread = threading.Thread(target=poll, name="fetch-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _hub_faults(source: SourceRef) -> Iterator[None]:
+    """The one seam where huggingface_hub's exceptions become ours."""
+    try:
+        yield
+    except (JobError, *_OUR_DEFECTS):
+        raise
+    except Exception as error:  # httpx's, httpx2's or hf_xet's: the version decides, and they share no other base
+        raise _as_job_error(source, error) from error
+
+
+def _as_job_error(source: SourceRef, error: BaseException) -> JobError:
+    name = _name(source)
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        # The library's summary; its cause says whether the hub refused or did not answer.
+        return _as_job_error(source, error.__cause__)
+    if isinstance(error, GatedRepoError):
+        return SourceGated(f"{name} is gated: accept its terms on the hub, and give the workers HF_TOKEN")
+    if isinstance(error, RepositoryNotFoundError):
+        return SourceNotFound(f"{name}: no such repository on the hub, or it is private and the workers' token is not")
+    if isinstance(error, RevisionNotFoundError):
+        return SourceNotFound(f"{name}: the repository has no such revision")
+    if isinstance(error, HFValidationError):
+        return SourceNotFound(f"{name} is no name of a hub repository")
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return SourceGated(f"{name}: the hub refuses access with the workers' token")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+        return DiskFull(f"{name}: the disk of the source cache is full")
+    return FetchError(f"{name}: {_one_line(error)}")
+
+
+def _name(source: SourceRef) -> str:
+    return f"{source.location}@{source.revision}" if source.revision else source.location
+
+
+def _one_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    # A redirect's query carries a signature that opens the file to whoever reads the log.
+    return f"{type(error).__name__}: {re.sub(r'[?][^ ]+', '', line)[:300]}"

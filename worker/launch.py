@@ -1,0 +1,100 @@
+"""One Celery worker process for each device of this machine, kept alive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+
+from models_db.errors import QbatchError
+from scheduler.process import Child
+from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
+
+log = logging.getLogger("qbatch.worker")
+
+_TEND_S = 0.5
+_DRAIN_S = 25.0
+_CONFIGURATION_CODES = (2, 3)
+
+
+def devices_for(gpus: str | None, cpu: bool, environ: Mapping[str, str]) -> tuple[Gpu | None, ...]:
+    """The devices to serve, None for the CPU. Asked for neither: all GPUs, or the CPU where there is none.
+
+    Raises NoSuchDevice for a GPU that is not there.
+    """
+    chosen: tuple[Gpu | None, ...] = ()
+    visible = visible_gpus(installed_gpus(), environ)
+    if gpus is not None:
+        chosen = choose_gpus(gpus, visible)
+    elif not cpu:
+        chosen = visible
+    return (*chosen, None) if cpu or not chosen else chosen
+
+
+def worker_environment(device: Gpu | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment that pins a worker to its device, and keeps the libraries it loads quiet."""
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        **environ,
+        "CUDA_VISIBLE_DEVICES": device.uuid if device is not None else "",
+        # Names of devices then follow the bus, as NVML's do.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
+    # -P: a folder named ``worker`` or ``scheduler`` where the user stands must not be imported in our place.
+    argv = [sys.executable, "-P", "-m", "worker.serve"]
+    if device is not None:
+        argv += ["--uuid", device.uuid]
+    return [*argv, "--drain"] if drain else argv
+
+
+def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, str]) -> int:
+    """Run the workers until SIGTERM or SIGINT, then let them drain; the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    children = [
+        Child(
+            f"worker on {device.uuid if device is not None else 'the CPU'}",
+            _argv(device, drain=drain),
+            env=worker_environment(device, environ),
+        )
+        for device in devices
+    ]
+    for child in children:
+        child.start()
+    code = _tend(children, stop)
+    for child in children:
+        child.ask_to_stop()
+    for child in children:
+        child.wait(None if drain else _DRAIN_S)
+    return code
+
+
+def _tend(children: Sequence[Child], stop: threading.Event) -> int:
+    while not stop.wait(_TEND_S):
+        for child in children:
+            code = child.tend()
+            if code in _CONFIGURATION_CODES:
+                # It said what is wrong; starting it again would say the same.
+                return code
+    return 0
+
+
+def main(gpus: str | None, cpu: bool, drain: bool) -> int:
+    """``qbatch worker``: the exit code. Errors go to stderr as one line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        devices = devices_for(gpus, cpu, os.environ)
+    except QbatchError as error:
+        print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return launch(devices, drain=drain, environ=os.environ)

@@ -1,0 +1,190 @@
+"""Loads a model from a folder through plain ``from_pretrained``: a source, or a published checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models_db.domain import DType
+from models_db.errors import (
+    BenchmarkError,
+    CudaOom,
+    DeviceError,
+    HostOom,
+    JobError,
+    SourceCorrupt,
+    SourceNotFound,
+    Unsupported,
+)
+from worker.architecture import Task, model_class, task_of
+from worker.cpu_kernels import avoid_packed_kernel
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+)
+_DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "illegal memory access")
+_OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@dataclass(slots=True, kw_only=True)
+class Loaded:
+    """A model in evaluation mode on ``device``, as its folder describes it.
+
+    ``tokenizer`` is None where the folder has none. ``load_model_s`` is the time of ``from_pretrained`` alone,
+    the device synchronised at both ends.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    load_model_s: float
+    device: str
+
+
+def load(folder: Path, *, dtype: DType, device: str) -> Loaded:
+    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), what is not quantized in ``dtype`` (resolved).
+
+    Raises SourceNotFound or SourceCorrupt for a source's faults, BenchmarkError for a published checkpoint's,
+    Unsupported for what this transformers cannot load, CudaOom, HostOom or DeviceError for the device's.
+    """
+    quantized = _is_quantized(folder)
+    quiet_libraries(with_bitsandbytes=quantized)
+    corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
+    with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
+        config = _config(folder)
+        cls, task = model_class(config), task_of(config)
+    with translated(corrupt, f"cannot load {folder.name}"):
+        model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
+    with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
+        tokenizer = _load_tokenizer(folder)
+    return Loaded(model=model, tokenizer=tokenizer, task=task, load_model_s=load_model_s, device=device)
+
+
+@contextmanager
+def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
+    """The seam to torch, transformers and bitsandbytes: their errors leave it as JobErrors of one line.
+
+    Memory and device faults get their own class, everything else becomes ``otherwise``.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise _error_class(error, otherwise)(f"{doing}: {_one_line(error)}") from error
+
+
+def _error_class(error: Exception, otherwise: type[JobError]) -> type[JobError]:
+    import torch
+
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return HostOom
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OOM_SIGNS):
+        return CudaOom
+    if isinstance(error, torch.AcceleratorError) or any(sign in text for sign in _DEVICE_FAULTS):
+        return DeviceError
+    return otherwise
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0] if lines else 'no message'} ({type(error).__name__})"
+
+
+def quiet_libraries(*, with_bitsandbytes: bool) -> None:
+    """Keep progress bars and repeated warnings of transformers and bitsandbytes out of a job's log.
+
+    int8 layers warn at every call that 16-bit inputs are cast, which is how LLM.int8 works. On a CPU with
+    AVX512-BF16, importing bitsandbytes would download a kernel from the hub: the import runs without that package.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if with_bitsandbytes and "bitsandbytes" not in sys.modules:
+        with _hub_kernels_hidden():
+            importlib.import_module("bitsandbytes")
+
+
+@contextmanager
+def _hub_kernels_hidden() -> Iterator[None]:
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
+
+
+def _is_quantized(folder: Path) -> bool:
+    path = folder / "config.json"
+    try:
+        return "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"{folder} has no config.json") from error
+    except (ValueError, TypeError) as error:
+        raise SourceCorrupt(f"{path} is not JSON") from error
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _load_model(
+    cls: Any, config: Any, folder: Path, dtype: DType, device: str, corrupt: type[JobError]
+) -> tuple[Any, float]:
+    import torch
+
+    _synchronize(device)
+    begin_s = time.perf_counter()
+    model, info = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype.value),
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _synchronize(device)
+    load_model_s = time.perf_counter() - begin_s
+    # transformers fills a missing tensor with random numbers and merely warns.
+    if missing := sorted(info["missing_keys"]):
+        raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}")
+    avoid_packed_kernel(model, device)
+    return model.eval(), load_model_s
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

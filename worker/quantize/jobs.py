@@ -1,0 +1,188 @@
+"""The work of one pass over a source, cut into pieces that any lane can do in any order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import NamedTuple
+
+import torch
+
+from worker.quantize.lane import Lane, as_bytes, host_view
+from worker.quantize.loading import Weight
+from worker.quantize.packing import PIECE_STEP, Packing, pack
+from worker.quantize.reading import SourceReader
+from worker.quantize.saving import Output
+from worker.quantize.sink import Sink
+from worker.quantize.trace import Origin, QuantizedPart, is_elementwise, replay, sources_of
+
+
+class Staged(NamedTuple):
+    """A part on its way to a sink; ``data`` is valid once its lane has waited."""
+
+    sink: Sink
+    weight: Weight
+    key: str
+    data: torch.Tensor
+    first_value: int
+
+
+Takers = tuple[tuple[Sink, Weight], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizePiece:
+    """Values [start, start + count) of one source tensor, quantized for everyone who takes it, in steps of ``step``."""
+
+    takers: Takers
+    start: int
+    count: int
+    step: int
+
+    def run(self, lane: Lane, reader: SourceReader) -> None:
+        weight = self.takers[0][1]
+        if all(sink.error is not None for sink, _ in self.takers):
+            return
+        host = reader.read_into(lane.input, weight.source, self.start, self.count)
+        with lane.turn():
+            values = as_quantized(lane.to_device(host), weight)
+            steps = range(0, len(values), self.step)
+            staged = [part for first in steps for part in self._pack(lane, values, first)]
+        lane.wait()
+        for part in staged:
+            part.sink.write_part(part.weight, part.key, host_view(part.data), part.first_value)
+
+    def _pack(self, lane: Lane, values: torch.Tensor, first: int) -> Iterator[Staged]:
+        piece = values[first : first + self.step]
+        for sink, weight in self.takers:
+            if sink.error is not None:
+                continue
+            packing = sink.loaded.packing
+            try:
+                shaped = piece.view(-1, weight.shape[1]) if packing.is_int8 else piece
+                packed = pack(shaped, packing, sink.offsets.get(weight.name))
+                parts = [(key, lane.stage(part)) for key, part in packed.parts.items()]
+            except Exception as error:
+                sink.fail(error)
+                continue
+            sink.measure(weight, packed)
+            for key, data in parts:
+                yield Staged(sink, weight, key, data, self.start + first)
+
+
+def as_quantized(values: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """A piece of the source as the flat values that are quantized: cast, and of a transposed weight turned."""
+    values = replay(weight.origin, lambda _: values)
+    return values.view(weight.shape[::-1]).t().reshape(-1) if weight.transposed else values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPiece:
+    """Values [start, start + count) of an output that is a source tensor, perhaps cast."""
+
+    sink: Sink
+    output: Output
+    origin: Origin
+    start: int
+    count: int
+
+    def run(self, lane: Lane, reader: SourceReader) -> None:
+        if self.sink.error is not None:
+            return
+
+        def read(name: str) -> torch.Tensor:
+            return reader.read_into(lane.input, name, self.start, self.count)
+
+        data = host_view(as_bytes(replay(self.origin, read)))
+        self.sink.write(self.output.name, data, self.start * self.output.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOutput:
+    """A whole output that transformers' conversions make out of one or several source tensors."""
+
+    sink: Sink
+    output: Output
+    origin: Origin
+
+    def run(self, _lane: Lane, reader: SourceReader) -> None:
+        values = replay(self.origin, reader.whole)
+        self.sink.write(self.output.name, host_view(as_bytes(values)), 0)
+
+
+Job = QuantizePiece | CopyPiece | BuildOutput
+
+
+def planned_read_bytes(sinks: Sequence[Sink], reader: SourceReader) -> int:
+    """What ``plan_jobs`` will read in all."""
+    quantized = sum(reader.info(_first_source(group)).nbytes for group in _quantize_groups(sinks))
+    return quantized + sum(
+        reader.info(name).nbytes for other in _other_outputs(sinks) for name in sources_of(other.origin)
+    )
+
+
+def plan_jobs(sinks: Sequence[Sink], reader: SourceReader, piece_bytes: int) -> Iterator[Job]:
+    """All of the work, in the order in which the source lies on disk."""
+    groups: list[Takers | BuildOutput] = [*_quantize_groups(sinks), *_other_outputs(sinks)]
+    groups.sort(key=lambda group: reader.position(_first_source(group)))
+    for group in groups:
+        if isinstance(group, tuple):
+            yield from _quantize_pieces(group, reader, piece_bytes)
+        elif is_elementwise(group.origin):
+            yield from _copy_pieces(group, reader, piece_bytes)
+        else:
+            yield group
+
+
+def _quantize_groups(sinks: Sequence[Sink]) -> list[Takers]:
+    """Who quantizes the same source tensor, so that it is read once."""
+    groups: dict[tuple[str, bool, torch.dtype], list[tuple[Sink, Weight]]] = defaultdict(list)
+    for sink in sinks:
+        for weight in sink.loaded.weights.values():
+            groups[weight.source, weight.transposed, weight.dtype].append((sink, weight))
+    return [tuple(group) for group in groups.values()]
+
+
+def _other_outputs(sinks: Sequence[Sink]) -> Iterator[BuildOutput]:
+    for sink in sinks:
+        for output in sink.outputs():
+            if not isinstance(output.content, bytes | QuantizedPart) and output.nbytes:
+                yield BuildOutput(sink=sink, output=output, origin=output.content)
+
+
+def _first_source(group: Takers | BuildOutput) -> str:
+    return group[0][1].source if isinstance(group, tuple) else min(sources_of(group.origin))
+
+
+def _quantize_pieces(takers: Takers, reader: SourceReader, piece_bytes: int) -> Iterator[QuantizePiece]:
+    weight = takers[0][1]
+    packings = [sink.loaded.packing for sink, _ in takers]
+    step = piece_step(packings, weight.shape[1], piece_bytes // reader.itemsize(weight.source))
+    for start, count in cut(weight, step):
+        yield QuantizePiece(takers=takers, start=start, count=count, step=step)
+
+
+def cut(weight: Weight, step: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of the pieces that a weight's source is read in: of a transposed one, all at once."""
+    values = weight.shape[0] * weight.shape[1]
+    length = values if weight.transposed else step
+    return ((start, min(length, values - start)) for start in range(0, values, length))
+
+
+def piece_step(packings: Sequence[Packing], columns: int, most_values: int) -> int:
+    """How many values to quantize at once: whole rows for int8, whole (nested) blocks for 4 bits, and as many of them
+    as fit ``most_values``, but at least one."""
+    units = [columns if packing.is_int8 else PIECE_STEP for packing in packings]
+    unit = lcm(*units)
+    return unit * max(1, most_values // unit)
+
+
+def _copy_pieces(whole: BuildOutput, reader: SourceReader, piece_bytes: int) -> Iterator[CopyPiece]:
+    (source,) = sources_of(whole.origin)
+    numel = reader.info(source).numel
+    step = piece_bytes // reader.itemsize(source)
+    for start in range(0, numel, step):
+        count = min(step, numel - start)
+        yield CopyPiece(sink=whole.sink, output=whole.output, origin=whole.origin, start=start, count=count)

@@ -1,0 +1,200 @@
+"""A target's model after loading, without its data: transformers' own loading code, run on traced tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models_db.domain import DType
+from models_db.errors import JobError, SourceCorrupt
+from models_db.sources import Header
+from worker.quantize.packing import Packing
+from worker.quantize.skeleton import Skeleton, build_skeleton
+from worker.quantize.target import Target
+from worker.quantize.trace import Call, FromSource, Origin, QuantizedPart, Traced, simplified, sources_of
+from worker.quantize.whole import refuse_missing
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+SameValues = Callable[[Origin, Origin], bool]
+
+
+class NotStreamable(Exception):
+    """This model cannot be quantized tensor by tensor; the whole of it must be built. ``str()`` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A tensor of the source (perhaps cast) that is quantized. ``shape`` is [rows, columns] as it is quantized;
+    the source's is the other way round where ``transposed``. ``dtype`` is that of the values quantized."""
+
+    name: str
+    source: str
+    transposed: bool
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A target's model with traced tensors in place of weights, and what is to be quantized, by parameter name."""
+
+    target: Target
+    packing: Packing
+    skeleton: Skeleton
+    weights: Mapping[str, Weight]
+    dropped: tuple[str, ...]
+
+
+def trace_loading(
+    source: Path, headers: tuple[Header, ...], target: Target, dtype: DType, device: str, same: SameValues
+) -> Loaded:
+    """Load ``source`` without reading its data. ``same`` compares two of its tensors by value.
+
+    Raises SourceCorrupt where a key is missing or has the wrong shape, NotStreamable.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    skeleton = build_skeleton(source, target.scheme, dtype, device)
+    model = skeleton.model
+    recorder = _Recorder(skeleton, Packing.of(target.scheme))
+    torch_dtype = getattr(torch, dtype.value)
+    info, _ = convert_and_load_state_dict_in_model(
+        model=model,
+        state_dict=_traced_source(headers),
+        load_config=LoadStateDictConfig(
+            device_map={"": "meta"},
+            dtype=torch_dtype,
+            dtype_plan=model._get_dtype_plan(torch_dtype),
+            hf_quantizer=recorder,
+            weight_mapping=get_model_conversion_mapping(model, None, skeleton.quantizer),
+        ),
+        disk_offload_index=None,
+    )
+    recorder.raise_if_refused()
+    _refuse_misfits(info)
+    dropped = _unused(headers, model, recorder.weights)
+    _tie(model, info, same)
+    refuse_missing(info.missing_keys)
+    return Loaded(target=target, packing=recorder.packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
+
+
+def _traced_source(headers: tuple[Header, ...]) -> dict[str, Traced]:
+    traced = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.dtype not in TORCH_DTYPES:
+                raise NotStreamable(f"{tensor.name} has dtype {tensor.dtype}")
+            meta = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
+            traced[tensor.name] = Traced.of(meta, FromSource(tensor.name))
+    return traced
+
+
+class _Recorder:
+    """Stands in for transformers' quantizer while loading: notes what would be quantized, and quantizes nothing.
+
+    It refuses later, not at once: transformers swallows what is raised while it converts.
+    """
+
+    pre_quantized = False
+
+    def __init__(self, skeleton: Skeleton, packing: Packing) -> None:
+        self._skeleton = skeleton
+        self._refusals: list[JobError | NotStreamable] = []
+        self.packing = packing
+        self.weights: dict[str, Weight] = {}
+
+    def param_needs_quantization(self, model: Any, name: str) -> bool:
+        return bool(self._skeleton.quantizer.param_needs_quantization(model, name))
+
+    def get_quantize_ops(self) -> _Recorder:
+        return self
+
+    def convert(self, tensors: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
+        return {name: self._record(model, name, value) for name, value in tensors.items()}
+
+    def _record(self, model: Any, name: str, value: Any) -> torch.Tensor:
+        traced: Traced = value[0] if isinstance(value, list) else value
+        module = model.get_submodule(name.rpartition(".")[0])
+        transposed = module.source_cls is not torch.nn.Linear
+        needed = (module.out_features, module.in_features)
+        found = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
+        origin = simplified(traced.origin)
+        if found != needed:
+            self._refusals.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
+        elif isinstance(origin, Call | QuantizedPart):
+            self._refusals.append(NotStreamable(f"{name} is converted and then quantized"))
+        elif not self.packing.fills_whole_elements(needed[0] * needed[1]):
+            self._refusals.append(NotStreamable(f"{name} does not fill whole elements of {self.packing.storage}"))
+        else:
+            self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
+        return self._packed_parameter(name, needed)
+
+    def _packed_parameter(self, name: str, shape: tuple[int, int]) -> torch.nn.Parameter:
+        shapes = self.packing.part_shapes(*shape)
+        parameter = torch.nn.Parameter(traced_part(name, "weight", *shapes["weight"]), requires_grad=False)
+        if self.packing.is_int8:
+            parameter.SCB = traced_part(name, "SCB", *shapes["SCB"])  # type: ignore[attr-defined]
+        return parameter
+
+    def raise_if_refused(self) -> None:
+        for refusal in sorted(self._refusals, key=lambda refusal: isinstance(refusal, NotStreamable)):
+            raise refusal
+
+
+def _weight(name: str, origin: Origin, transposed: bool, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
+    (source,) = sources_of(origin)
+    return Weight(name=name, source=source, transposed=transposed, shape=shape, dtype=dtype, origin=origin)
+
+
+def traced_part(weight: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Traced:
+    """The part ``key`` of a quantized weight, as a tensor without data."""
+    return Traced.of(torch.empty(shape, dtype=dtype, device="meta"), QuantizedPart(weight, key))
+
+
+def _refuse_misfits(info: Any) -> None:
+    for name, found, needed in sorted(info.mismatched_keys):
+        raise SourceCorrupt(f"{name} has {tuple(found)} for its shape; the model needs {tuple(needed)}")
+    for name, text in sorted(info.conversion_errors.items()):
+        raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
+
+
+def _unused(headers: tuple[Header, ...], model: Any, weights: Mapping[str, Weight]) -> tuple[str, ...]:
+    """Names of the source's tensors that went into no parameter and no buffer."""
+    used = {weight.source for weight in weights.values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, Traced):
+            used |= sources_of(tensor.origin)
+    return tuple(tensor.name for header in headers for tensor in header.tensors if tensor.name not in used)
+
+
+def _tie(model: Any, info: Any, same: SameValues) -> None:
+    """Tie as ``from_pretrained`` does. Where the source holds both tensors of a pair, equal values decide, which
+    transformers cannot see without data: so it is told that an equal one is missing, and of the others nothing."""
+    for tied, kept in list(model.all_tied_weights_keys.items()):
+        if tied in info.missing_keys or kept in info.missing_keys:
+            continue
+        if same(model.get_parameter(tied).origin, model.get_parameter(kept).origin):
+            info.missing_keys.add(tied)
+        else:
+            model.all_tied_weights_keys.pop(tied)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)

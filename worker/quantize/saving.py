@@ -1,0 +1,170 @@
+"""What a target's files will hold: transformers' own saving code, run on traced tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._torch import get_torch_storage_id, get_torch_storage_size
+
+from worker.quantize.loading import Loaded, NotStreamable, Weight, traced_part
+from worker.quantize.packing import Packing, state_entries
+from worker.quantize.trace import Origin, QuantizedPart, Traced, has_quantized_part, simplified
+
+_DEFAULT_SHARD_SIZE = "50GB"  # transformers' own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One tensor of the checkpoint; ``content`` is its bytes, or where they come from."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    content: Origin | bytes
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """A checkpoint's tensors, by file name in order; ``index`` is the text of the index, None for a single file."""
+
+    files: Mapping[str, tuple[Output, ...]]
+    index: str | None
+
+
+def trace_saving(loaded: Loaded, offsets: Mapping[str, float], device: str) -> Shards:
+    """Divide the checkpoint into files. ``offsets`` are those of double quantization, by parameter name.
+
+    Raises NotStreamable.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = loaded.skeleton.model
+    _attach_states(loaded, offsets, device)
+    state: dict[str, Any] = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = _without_tied(state, model)
+    state = revert_weight_conversion(model, state)
+    limit = loaded.target.scheme.max_shard_bytes
+    split = split_state_dict_into_shards_factory(
+        state,
+        get_storage_size=get_torch_storage_size,
+        get_storage_id=_storage_id,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_DEFAULT_SHARD_SIZE if limit is None else limit,
+    )
+    files = {
+        file: tuple(_output(name, state[name]) for name in names) for file, names in split.filename_to_tensors.items()
+    }
+    return Shards(files=files, index=_index(loaded, split) if split.is_sharded else None)
+
+
+def _attach_states(loaded: Loaded, offsets: Mapping[str, float], device: str) -> None:
+    if loaded.packing.is_int8:
+        return
+    for name, weight in loaded.weights.items():
+        parameter = loaded.skeleton.model.get_parameter(name)
+        parameter.quant_state = _State(loaded.packing, weight, offsets.get(name), device)
+
+
+class _State:
+    """Stands in for bitsandbytes' QuantState in ``state_dict()``."""
+
+    def __init__(self, packing: Packing, weight: Weight, offset: float | None, device: str) -> None:
+        self._entries = state_entries(packing, weight.shape, weight.dtype, offset, device)
+        shapes = packing.part_shapes(*weight.shape)
+        for key in self._entries.keys() & shapes.keys():
+            self._entries[key] = traced_part(weight.name, key, *shapes[key])
+
+    def as_dict(self, *, packed: bool) -> dict[str, torch.Tensor]:
+        if not packed:
+            raise ValueError("only the packed form is known")
+        return self._entries
+
+
+def _without_tied(state: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The state without tied duplicates. transformers tells those of meta tensors by the model's parameters, so what
+    is neither parameter nor buffer goes around it."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    beside = {name for name, tensor in state.items() if not _belongs_to_model(tensor)}
+    kept = remove_tied_weights_from_state_dict({n: t for n, t in state.items() if n not in beside}, model)
+    return {name: kept.get(name, tensor) for name, tensor in state.items() if name in beside or name in kept}
+
+
+def _belongs_to_model(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, Traced):
+        return tensor.device.type == "meta"
+    return not isinstance(tensor.origin, QuantizedPart) or tensor.origin.key == "weight"
+
+
+def _storage_id(tensor: torch.Tensor) -> Any:
+    return tensor.untyped_storage()._cdata if tensor.device.type == "meta" else get_torch_storage_id(tensor)
+
+
+def _output(name: str, tensor: torch.Tensor) -> Output:
+    content: Origin | bytes
+    if isinstance(tensor, Traced):
+        content = simplified(tensor.origin)
+        if has_quantized_part(content) and not isinstance(content, QuantizedPart):
+            raise NotStreamable(f"{name} is converted after it was quantized")
+    elif tensor.device.type == "meta":
+        raise NotStreamable(f"{name} is not in the source; transformers makes it up")
+    else:
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return Output(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), content=content)
+
+
+def _index(loaded: Loaded, split: Any) -> str:
+    metadata = {"total_parameters": _num_parameters(loaded), **split.metadata}
+    index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _num_parameters(loaded: Loaded) -> int:
+    """As ``PreTrainedModel.num_parameters`` counts: two for each byte of packed 4-bit codes."""
+    total = 0
+    for name, parameter in loaded.skeleton.model.named_parameters():
+        packed = name in loaded.weights and not loaded.packing.is_int8
+        total += parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    return total
+
+
+def save_configs(loaded: Loaded, source: Path) -> None:
+    """Write config.json, and generation_config.json of a model that generates, as ``save_pretrained`` does."""
+    model, folder = loaded.skeleton.model, loaded.target.folder
+    model.hf_quantizer = loaded.skeleton.quantizer
+    loaded.skeleton.quantizer.postprocess_model(model)
+    model.config.dtype = str(model.dtype).split(".")[1]
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        _read_generation_config(model, source)
+        model.generation_config.save_pretrained(folder)
+
+
+def _read_generation_config(model: Any, source: Path) -> None:
+    model.adjust_generation_fn(
+        None,
+        False,
+        None,
+        str(source),
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=True,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=None,
+    )

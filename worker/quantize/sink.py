@@ -1,0 +1,125 @@
+"""Where one target's bytes go while a source streams by."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from models_db.errors import JobError
+from worker.digest import FileDigest, digest_file
+from worker.quantize.faults import as_job_error
+from worker.quantize.layout import lay_out
+from worker.quantize.loading import Loaded, Weight
+from worker.quantize.output import OutputFile
+from worker.quantize.packing import Packed
+from worker.quantize.saving import Output, Shards
+from worker.quantize.trace import QuantizedPart
+
+_INDEX_NAME = "model.safetensors.index.json"
+_WORST_LAYERS = 20
+
+
+class Sink:
+    """One target's files, open for writing from any thread. Once it has failed it swallows what it is given."""
+
+    def __init__(
+        self, loaded: Loaded, shards: Shards, offsets: Mapping[str, float], on_write: Callable[[int], None]
+    ) -> None:
+        self.loaded = loaded
+        self.offsets = offsets
+        self.error: JobError | None = None
+        self._on_write = on_write
+        self._lock = threading.Lock()
+        self._packed: dict[str, list[Packed]] = defaultdict(list)
+        folder = loaded.target.folder
+        layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
+        self._files = [OutputFile(folder, layout) for layout in layouts]
+        self._places = {name: (file, start) for file in self._files for name, start in file.layout.starts.items()}
+        self._parts = {
+            (output.content.weight, output.content.key): output.name
+            for output in self.outputs()
+            if isinstance(output.content, QuantizedPart)
+        }
+        self.size = sum(layout.size for layout in layouts)
+        self._write_small(shards.index)
+
+    def _write_small(self, index: str | None) -> None:
+        for file in self._files:
+            self._on_write(len(file.layout.head))
+        if index is not None:
+            (self.loaded.target.folder / _INDEX_NAME).write_text(index, encoding="utf-8")
+        for output in self.outputs():
+            if isinstance(output.content, bytes):
+                self.write(output.name, output.content, 0)
+
+    def outputs(self) -> list[Output]:
+        return [output for file in self._files for output in file.layout.outputs]
+
+    def write(self, name: str, data: bytes | memoryview, offset: int) -> None:
+        """Write ``data`` at byte ``offset`` of the tensor ``name``. A fault is this target's own."""
+        if self.error is not None:
+            return
+        file, start = self._places[name]
+        try:
+            file.write(data, start + offset)
+        except OSError as error:
+            self.fail(error)
+        self._on_write(len(data))
+
+    def write_part(self, weight: Weight, key: str, data: memoryview, first_value: int) -> None:
+        """Write what the values from number ``first_value`` on became under ``key``."""
+        offset = self.loaded.packing.part_start(key, first_value, weight.shape[1])
+        self.write(self._parts[weight.name, key], data, offset)
+
+    def measure(self, weight: Weight, packed: Packed) -> None:
+        """Note a piece for the audit."""
+        with self._lock:
+            self._packed[weight.name].append(packed.without_parts())
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = as_job_error(error)
+
+    def digests(self) -> tuple[FileDigest, ...]:
+        """Checksums of everything in the target's folder. Raises ValueError where a weight file is incomplete."""
+        weights = [file.digest() for file in self._files]
+        known = {digest.name for digest in weights}
+        others = [digest_file(path) for path in self.loaded.target.folder.iterdir() if path.name not in known]
+        return tuple(sorted([*weights, *others], key=lambda digest: digest.name))
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def error_audit(self) -> dict[str, Any]:
+        """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves."""
+        errors = {name: _relative_error(pieces) for name, pieces in self._packed.items()}
+        finite = {name: error for name, error in errors.items() if math.isfinite(error)}
+        worst = sorted(finite, key=lambda name: finite[name], reverse=True)
+        pieces = [piece for several in self._packed.values() for piece in several]
+        return {
+            "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
+            "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_WORST_LAYERS]],
+            "not_finite": sorted(errors.keys() - finite.keys()),
+            "int8_zero_scales": _total(piece.zero_scales for piece in pieces),
+            "int8_infinite_scales": _total(piece.infinite_scales for piece in pieces),
+        }
+
+
+def _relative_error(pieces: list[Packed]) -> float:
+    """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
+    error, value = (
+        math.hypot(*torch.stack(norms).tolist())
+        for norms in ([piece.error_norm for piece in pieces], [piece.value_norm for piece in pieces])
+    )
+    return error / value if value else error
+
+
+def _total(counts: Any) -> int:
+    return sum(int(count) for count in counts if count is not None)

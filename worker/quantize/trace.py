@@ -1,0 +1,177 @@
+"""Tensors without data that remember how they came about, so that transformers' own loading code can be run first
+and its work be done later, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+_SAME_VALUES = frozenset(
+    {torch.Tensor.detach, torch.Tensor.contiguous, torch.Tensor.requires_grad_, torch.Tensor.clone}
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FromSource:
+    """A tensor of the source, as stored."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cast:
+    """Another tensor's values in ``dtype``."""
+
+    of: Origin
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """Result number ``index`` of a torch function (None where it returns a single tensor)."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedPart:
+    """What quantizing the parameter ``weight`` gives under ``key`` ("weight", "absmax", "SCB" …)."""
+
+    weight: str
+    key: str
+
+
+Origin = FromSource | Cast | Call | QuantizedPart
+
+
+class Traced(torch.Tensor):
+    """A meta tensor with an origin. Every torch function on it runs on meta data and is remembered."""
+
+    origin: Origin
+
+    @staticmethod
+    def of(meta: torch.Tensor, origin: Origin) -> Traced:
+        traced = torch.Tensor._make_subclass(Traced, meta)
+        traced.origin = origin
+        return traced
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            plain_args, plain_kwargs = tree_map_only(Traced, _plain, (args, kwargs or {}))
+            result = func(*plain_args, **plain_kwargs)
+        if isinstance(result, torch.Tensor):
+            return Traced.of(result, _origin(func, args, kwargs or {}, result))
+        if isinstance(result, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in result):
+            return tuple(Traced.of(item, Call(func, args, kwargs or {}, index)) for index, item in enumerate(result))
+        return result
+
+
+def _plain(traced: Traced) -> torch.Tensor:
+    return torch.Tensor._make_subclass(torch.Tensor, traced)
+
+
+def _origin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> Origin:
+    first = args[0] if args and isinstance(args[0], Traced) else None
+    if first is not None:
+        if func in _SAME_VALUES or (func is torch.Tensor.__getitem__ and args[1] is ...):
+            return first.origin
+        if func is torch.Tensor.to:
+            return first.origin if result.dtype == first.dtype else Cast(first.origin, result.dtype)
+        if func is torch.Tensor.squeeze:
+            return _squeezed(first, args[1:], kwargs) or Call(func, args, kwargs)
+    return Call(func, args, kwargs)
+
+
+def simplified(origin: Origin) -> Origin:
+    """The origin with joins undone where the very same split follows, as when experts are fused on loading and taken
+    apart again on saving."""
+    if not isinstance(origin, Call) or origin.function is not torch.chunk or origin.index is None:
+        return origin
+    whole, count, dim = _chunk_arguments(origin)
+    joined = simplified(whole.origin)
+    if not isinstance(joined, Call) or joined.function is not torch.cat:
+        return origin
+    pieces, joined_dim = _join_arguments(joined)
+    equal = len({piece.shape for piece in pieces}) == 1
+    if not equal or len(pieces) != count or joined_dim % whole.dim() != dim % whole.dim():
+        return origin
+    return simplified(pieces[origin.index].origin)
+
+
+def _squeezed(piece: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
+    """squeeze(chunk(stack(tensors, dim), len(tensors), dim)[i], dim) is tensors[i]."""
+    dim = args[0] if args else kwargs.get("dim")
+    cut = piece.origin
+    if not isinstance(cut, Call) or cut.function is not torch.chunk or cut.index is None:
+        return None
+    whole, count, cut_dim = _chunk_arguments(cut)
+    stacked = simplified(whole.origin)
+    if not isinstance(stacked, Call) or stacked.function is not torch.stack:
+        return None
+    pieces, stack_dim = _join_arguments(stacked)
+    if len(pieces) != count or dim is None or len({axis % whole.dim() for axis in (dim, cut_dim, stack_dim)}) != 1:
+        return None
+    return simplified(pieces[cut.index].origin)
+
+
+def _chunk_arguments(call: Call) -> tuple[Traced, int, int]:
+    values = dict(zip(("input", "chunks", "dim"), call.args, strict=False)) | call.kwargs
+    return values["input"], values["chunks"], values.get("dim", 0)
+
+
+def _join_arguments(call: Call) -> tuple[list[Traced], int]:
+    values = dict(zip(("tensors", "dim"), call.args, strict=False)) | call.kwargs
+    return list(values["tensors"]), values.get("dim", 0)
+
+
+def sources_of(origin: Origin) -> frozenset[str]:
+    """The names of the source tensors that ``origin`` is made from."""
+    if isinstance(origin, FromSource):
+        return frozenset({origin.name})
+    if isinstance(origin, Cast):
+        return sources_of(origin.of)
+    if isinstance(origin, QuantizedPart):
+        return frozenset()
+    found: set[str] = set()
+    tree_map_only(Traced, lambda traced: found.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
+    return frozenset(found)
+
+
+def is_elementwise(origin: Origin) -> bool:
+    """Whether it is a tensor of the source, perhaps cast: then a piece of it needs only that piece of the source."""
+    return isinstance(origin, FromSource) or (isinstance(origin, Cast) and is_elementwise(origin.of))
+
+
+def has_quantized_part(origin: Origin) -> bool:
+    """Whether a quantized tensor went into it."""
+    if isinstance(origin, Cast):
+        return has_quantized_part(origin.of)
+    if isinstance(origin, Call):
+        found: list[bool] = []
+        tree_map_only(Traced, lambda t: found.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
+        return any(found)
+    return isinstance(origin, QuantizedPart)
+
+
+def replay(origin: Origin, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Compute the tensor from the source's, which ``read`` gives by name."""
+    if isinstance(origin, FromSource):
+        return read(origin.name)
+    if isinstance(origin, Cast):
+        return replay(origin.of, read).to(origin.dtype)
+    if isinstance(origin, QuantizedPart):
+        raise TypeError(f"{origin.weight}: a quantized part cannot be replayed")
+    args, kwargs = tree_map_only(Traced, lambda traced: replay(traced.origin, read), (origin.args, origin.kwargs))
+    result = origin.function(*args, **kwargs)
+    value: torch.Tensor = result if origin.index is None else result[origin.index]
+    return value

@@ -1,0 +1,68 @@
+"""What is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models_db.errors import SourceCorrupt, Unsupported
+from models_db.sources import Header, TensorInfo, read_config, read_headers
+
+# What quantizers of all kinds leave beside or instead of a weight.
+_QUANTIZED_SUFFIXES = (
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+)
+_NARROW_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+
+
+def vet_source(source: Path) -> tuple[Header, ...]:
+    """The vetted headers of an unquantized safetensors model.
+
+    Raises SourceCorrupt, SourceNotFound, UnsafeSource (pickles alone), or Unsupported where the source is
+    quantized already or names weights of its own.
+    """
+    config = read_config(source)
+    _refuse_quantized_config(config)
+    if config.get("transformers_weights") is not None:
+        raise Unsupported("config.json points at weight files of its own (transformers_weights)")
+    headers = read_headers(source)
+    _refuse_quantized_tensors(headers)
+    _refuse_duplicates(headers)
+    return headers
+
+
+def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
+    for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if quantization := holder.get(key):
+                method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+                raise Unsupported(f"the source is already quantized ({method or key})")
+
+
+def _refuse_quantized_tensors(headers: tuple[Header, ...]) -> None:
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.dtype in _NARROW_FLOATS:
+                raise Unsupported(f"the source is already quantized: {tensor.name} ({tensor.dtype})")
+
+
+def _refuse_duplicates(headers: tuple[Header, ...]) -> None:
+    seen: dict[str, Path] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                raise SourceCorrupt(f"{tensor.name} is in {seen[tensor.name].name} and in {header.path.name}")
+            seen[tensor.name] = header.path
+
+
+def tensors_by_name(headers: tuple[Header, ...]) -> dict[str, tuple[Path, TensorInfo]]:
+    """Every tensor of the source: the file it lies in, and where."""
+    return {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}

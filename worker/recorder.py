@@ -1,0 +1,99 @@
+"""Outcomes go to the database; while it does not answer they are spooled to disk, and recorded later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from models_db import checkpoints, jobs
+from models_db.domain import Measurement, Protocol
+from models_db.errors import DatabaseUnreachable, JobError, job_error
+from models_db.jobs import Token
+from models_db.session import Database
+from models_db.settings import Settings
+from worker.checkpoint import Published
+
+log = logging.getLogger("qbatch.worker")
+
+
+class Recorder:
+    """The only way an outcome leaves a worker. Recording the same outcome twice changes nothing."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+
+    def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
+        self._record(
+            token,
+            {
+                "outcome": "succeeded",
+                "measurement": measurement.to_json(),
+                "protocol": protocol.to_json(),
+                "checkpoint": _as_json(published),
+            },
+        )
+
+    def fail(self, token: Token, error: JobError) -> None:
+        self._record(token, {"outcome": "failed", "kind": error.kind, "message": str(error)})
+
+    def replay(self) -> None:
+        """Record what was spooled, oldest first. Raises DatabaseUnreachable, with the rest still spooled."""
+        for path in sorted(self._settings.spool.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+            job_id, _, attempt = path.stem.partition("-")
+            self._write((int(job_id), int(attempt)), json.loads(path.read_text()))
+            path.unlink(missing_ok=True)
+            log.info("j%s: the spooled outcome of attempt %s is recorded", job_id, attempt)
+
+    def _record(self, token: Token, outcome: dict[str, Any]) -> None:
+        try:
+            self._write(token, outcome)
+        except DatabaseUnreachable as error:
+            log.warning("j%s: %s; its outcome is spooled", token[0], error)
+            _spool(self._settings.spool / f"{token[0]}-{token[1]}.json", outcome)
+
+    def _write(self, token: Token, outcome: dict[str, Any]) -> None:
+        with self._database.write() as session:
+            if outcome["outcome"] == "failed":
+                jobs.fail(
+                    session,
+                    token,
+                    job_error(outcome["kind"], outcome["message"]),
+                    backoff_s=self._settings.backoff_s,
+                    max_failures=self._settings.max_failures,
+                )
+                return
+            checkpoint = outcome["checkpoint"]
+            if checkpoint is not None:
+                checkpoints.record(session, job_id=token[0], **checkpoint)
+            jobs.succeed(
+                session,
+                token,
+                Measurement.from_json(outcome["measurement"]),
+                protocol=Protocol.from_json(outcome["protocol"]),
+                checkpoint_path=checkpoint["path"] if checkpoint is not None else None,
+            )
+
+
+def _as_json(published: Published | None) -> dict[str, Any] | None:
+    if published is None:
+        return None
+    return {
+        "key": published.key,
+        "path": published.path,
+        "root_sha256": published.root_sha256,
+        "disk_bytes": published.disk_bytes,
+    }
+
+
+def _spool(path: Path, outcome: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        json.dump(outcome, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

@@ -1,0 +1,269 @@
+"""``python -P -m worker.serve``: one Celery worker on one device. The device is pinned by the environment."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+
+import psutil
+from celery import signals
+from sqlalchemy.orm import Session
+
+from models_db import jobs, leases, workers
+from models_db.domain import DeviceKind
+from models_db.errors import DatabaseUnreachable, NoSuchDevice, QbatchError, StorageUnavailable, UsageError
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.tables import Worker as WorkerRow
+from models_db.workers import WorkerInfo
+from scheduler.__main__ import wait_for_schema
+from scheduler.celery_app import make_app
+from scheduler.queues import queue_of
+from worker import tasks
+from worker.gpu import installed_gpus
+from worker.recorder import Recorder
+from worker.supervise import Station
+
+log = logging.getLogger("qbatch.worker")
+
+# Everything a runner imports that does not initialise CUDA: a fork after that could not use the GPU. Their 15 s are
+# then paid once a worker. bitsandbytes initialises CUDA and stays out.
+_PRELOAD = [
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "accelerate",
+    "worker.runner",
+]
+
+
+def main() -> int:
+    options = _options()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        settings = Settings.from_env(os.environ)
+        check_surroundings(settings)
+        return Worker(settings, options.uuid, drain=options.drain).run()
+    except QbatchError as error:
+        print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m worker.serve")
+    parser.add_argument("--uuid", help="the GPU that CUDA_VISIBLE_DEVICES pins this process to; the CPU without it")
+    parser.add_argument("--drain", action="store_true", help="finish the running bundle on SIGTERM")
+    return parser.parse_args()
+
+
+def check_surroundings(settings: Settings) -> None:
+    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published."""
+    if not settings.is_one_machine and settings.sqlalchemy_url.startswith("sqlite"):
+        raise UsageError("SQLite is for one machine, and this broker is on another: set QBATCH_DATABASE_URL")
+    try:
+        for folder in (settings.home, settings.checkpoints, settings.staging, settings.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageUnavailable(f"{folder} is not writable")
+    except OSError as error:
+        raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+
+
+def describe(uuid: str | None) -> WorkerInfo:
+    """This worker as it introduces itself. Raises NoSuchDevice for a GPU that is not there."""
+    host = socket.gethostname()
+    common = {"host": host, "pid": os.getpid(), "pid_space": pid_space()}
+    if uuid is None:
+        return WorkerInfo(
+            name=f"cpu-{os.getpid()}@{host}",
+            device_kind=DeviceKind.CPU,
+            device_name=cpu_name(),
+            device_uuid=None,
+            memory_bytes=psutil.virtual_memory().total,
+            **common,  # type: ignore[arg-type]
+        )
+    gpu = next((gpu for gpu in installed_gpus() if gpu.uuid == uuid), None)
+    if gpu is None:
+        raise NoSuchDevice(f"no GPU {uuid} on this machine")
+    return WorkerInfo(
+        name=f"gpu{gpu.index}-{os.getpid()}@{host}",
+        device_kind=DeviceKind.CUDA,
+        device_name=gpu.name,
+        device_uuid=gpu.uuid,
+        memory_bytes=gpu.memory_bytes,
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def pid_space() -> str:
+    """Where a pid means this process: a boot and a pid namespace. Two containers of one host name differ."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return f"{platform.node()}:{psutil.boot_time():.0f}"
+
+
+def cpu_name() -> str:
+    """The processor's name, with its count of usable cores: both decide how fast it is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()} ({cores} cores)"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class Worker:
+    """A registered Celery worker. ``run`` once."""
+
+    def __init__(self, settings: Settings, uuid: str | None, *, drain: bool) -> None:
+        self._settings = settings
+        self._info = describe(uuid)
+        self._drain = drain
+        self._database = Database(settings.sqlalchemy_url)
+        self._recorder = Recorder(self._database, settings)
+        self._stopping = threading.Event()
+        self._ended = threading.Event()
+
+    def run(self) -> int:
+        """Until told to stop; the exit code."""
+        context = self._preload()
+        # Celery handles signals once it runs; until then a stop must end the waiting.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stopping.set())
+        wait_for_schema(self._database, self._stopping)
+        worker_id = self._register()
+        if worker_id is None:
+            return 0
+        app = make_app(self._settings)
+        station = Station(
+            database=self._database,
+            settings=self._settings,
+            recorder=self._recorder,
+            worker_id=worker_id,
+            device_kind=self._info.device_kind,
+            device_name=self._info.device_name,
+            forkserver=context,
+            stopping=self._stopping,
+        )
+        tasks.register(app, station)
+        queue = queue_of(self._info.device_kind)
+        celery_worker = app.Worker(
+            pool="threads",
+            concurrency=1,
+            queues=[queue],
+            hostname=self._info.name,
+            loglevel="INFO",
+            task_events=True,
+            without_gossip=True,
+            without_mingle=True,
+            quiet=True,
+        )
+        if not self._drain:
+            signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
+        beats = threading.Thread(
+            target=self._beat,
+            args=(worker_id, lambda: app.control.cancel_consumer(queue, [self._info.name])),
+            name="beat",
+        )
+        beats.start()
+        try:
+            celery_worker.start()
+        finally:
+            self._ended.set()
+            beats.join()
+            self._leave(worker_id)
+        return int(celery_worker.exitcode or 0)
+
+    def _preload(self) -> multiprocessing.context.ForkServerContext:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        forkserver.ensure_running()
+        return context
+
+    def _register(self) -> int | None:
+        """Introduce ourselves, holding the GPU's lease; None if told to stop while waiting for it."""
+        said = False
+        while not self._stopping.is_set():
+            try:
+                with self._database.write() as session:
+                    for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
+                        self._bury(session, predecessor)
+                    if self._holds_device(session):
+                        return workers.register(session, self._info)
+                if not said:
+                    log.warning("GPU %s belongs to another worker; waiting for its lease", self._info.device_uuid)
+                    said = True
+            except DatabaseUnreachable as error:
+                log.warning("%s; waiting for it", error)
+            self._stopping.wait(2.0)
+        return None
+
+    def _bury(self, session: Session, predecessor: WorkerRow) -> None:
+        """A worker of this machine that is gone for certain: its jobs need not wait for their leases."""
+        jobs.expire(
+            session,
+            backoff_s=self._settings.backoff_s,
+            max_failures=self._settings.max_failures,
+            worker_id=predecessor.id,
+        )
+        if predecessor.device_uuid is not None:
+            leases.release(session, f"gpu:{predecessor.device_uuid}", predecessor.name)
+        workers.leave(session, predecessor.id, "stopped")
+
+    def _holds_device(self, session: Session) -> bool:
+        if self._info.device_uuid is None:
+            return True
+        return leases.acquire(session, f"gpu:{self._info.device_uuid}", self._info.name, self._settings.lease_s)
+
+    def _on_shutting_down(self, **_: object) -> None:
+        # Warm shutdown waits for the running task: this event has it stop its runner and hand the jobs back.
+        self._stopping.set()
+
+    def _beat(self, worker_id: int, stop_consuming: Callable[[], object]) -> None:
+        quarantined = False
+        while not self._ended.wait(self._settings.heartbeat_s / 3):
+            try:
+                with self._database.write() as session:
+                    state = workers.beat(session, worker_id)
+                    self._holds_device(session)
+                self._recorder.replay()
+            except DatabaseUnreachable as error:
+                log.warning("%s; the worker goes on", error)
+                continue
+            if state == "quarantined" and not quarantined:
+                quarantined = True
+                log.error("this worker is quarantined: its device failed twice in a row")
+                stop_consuming()
+
+    def _leave(self, worker_id: int) -> None:
+        try:
+            with self._database.write() as session:
+                workers.leave(session, worker_id, "stopped")
+                if self._info.device_uuid is not None:
+                    leases.release(session, f"gpu:{self._info.device_uuid}", self._info.name)
+        except DatabaseUnreachable as error:
+            log.warning("%s; leaving without a word", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""One bundle's runner, watched: leases renewed, outcomes recorded, killed when it must be."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from models_db import jobs, results
+from models_db.batches import text_content
+from models_db.domain import Claim, DeviceKind
+from models_db.errors import DatabaseUnreachable, HostOom, InternalError, JobError, JobTimeout, WorkerLost, job_error
+from models_db.jobs import Token
+from models_db.session import Database
+from models_db.settings import Settings
+from worker import runner
+from worker.checkpoint import MANIFEST, Published
+from worker.messages import (
+    Answered,
+    CheckpointReady,
+    Ended,
+    Entered,
+    Failed,
+    Measured,
+    Order,
+    Progressed,
+    Pulse,
+    Resolved,
+    RunnerMessage,
+)
+from worker.recorder import Recorder
+
+log = logging.getLogger("qbatch.worker")
+
+_POLL_S = 0.2
+_PULSE_S = 1.0
+_LOOK_S = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Station:
+    """A worker's fixed surroundings."""
+
+    database: Database
+    settings: Settings
+    recorder: Recorder
+    worker_id: int
+    device_kind: DeviceKind
+    device_name: str
+    forkserver: ForkServerContext
+    stopping: threading.Event
+
+
+class Supervisor:
+    """Sees one bundle through. Use once."""
+
+    def __init__(self, station: Station, claims: Sequence[Claim]) -> None:
+        self._station = station
+        self._claims = {claim.job_id: claim for claim in claims}
+        self._open = set(self._claims)
+        self._published: dict[int, Published] = {}
+        self._active: tuple[int, ...] = ()
+        self._active_s = dict.fromkeys(self._claims, 0.0)
+        self.failed: list[int] = []
+
+    def run(self) -> None:
+        """Until every claimed job is recorded or handed back."""
+        try:
+            process, connection = self._start()
+            try:
+                self._watch(process, connection)
+            finally:
+                connection.close()
+                _kill(process)
+        except DatabaseUnreachable as error:
+            log.warning("%s; %s go back to the queue", error, _names(self._open))
+        except Exception as error:
+            # Handed back, a defect of ours would come round for ever.
+            log.exception("supervising %s", _names(self._open))
+            for job_id in sorted(self._open):
+                self._fail(job_id, InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._hand_back(alone=False)
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        ours, theirs = self._station.forkserver.Pipe()
+        process = self._station.forkserver.Process(
+            target=runner.run, args=(self._order(), theirs, self._log_path()), daemon=True
+        )
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _order(self) -> Order:
+        station, settings = self._station, self._station.settings
+        hashes = {claim.spec.protocol.eval_text_sha256 for claim in self._claims.values()}
+        with station.database.read() as session:
+            texts = {sha256: text_content(session, sha256) for sha256 in hashes}
+        return Order(
+            claims=tuple(self._claims.values()),
+            texts=texts,
+            device_kind=station.device_kind,
+            device_name=station.device_name,
+            storage=settings.storage,
+            cache=settings.cache,
+            cache_bytes=settings.cache_bytes,
+            lease_s=settings.lease_s,
+        )
+
+    def _log_path(self) -> Path:
+        first = min(self._claims)
+        return self._station.settings.logs / f"j{first}-{self._claims[first].attempt}.log"
+
+    def _watch(self, process: BaseProcess, connection: Connection) -> None:
+        settings = self._station.settings
+        beat_at = pulse_at = look_at = last = time.monotonic()
+        while True:
+            try:
+                if connection.poll(_POLL_S) and self._handle(connection.recv(), connection):
+                    return
+                now = time.monotonic()
+                for job_id in self._active:
+                    self._active_s[job_id] += now - last
+                last = now
+                if now >= pulse_at:
+                    connection.send(Pulse())
+                    pulse_at = now + _PULSE_S
+            except (EOFError, OSError):
+                self._runner_died(process)
+                return
+            if self._station.stopping.is_set():
+                log.info("stopping: %s go back to the queue", _names(self._open))
+                return
+            if now >= look_at:
+                beats = now >= beat_at
+                if beats:
+                    beat_at = now + settings.heartbeat_s
+                look_at = now + _LOOK_S
+                if not self._still_ours(renew=beats) or self._over_time():
+                    return
+
+    def _handle(self, message: RunnerMessage, connection: Connection) -> bool:
+        """Act on what the runner says; True once it has ended."""
+        match message:
+            case Resolved():
+                connection.send(Answered(job_ids=self._answer(message)))
+            case Entered():
+                self._entered(message)
+            case Progressed():
+                self._progressed(message)
+            case CheckpointReady():
+                self._published[message.job_id] = message.published
+            case Measured():
+                self._close(message.job_id)
+                self._station.recorder.succeed(
+                    self._token(message.job_id),
+                    message.measurement,
+                    message.protocol,
+                    self._published.get(message.job_id),
+                )
+            case Failed():
+                self._fail(message.job_id, job_error(message.kind, message.message))
+            case Ended():
+                return True
+        return False
+
+    def _answer(self, resolved: Resolved) -> frozenset[int]:
+        """End the jobs that an earlier result on such a device answers; they need no work."""
+        try:
+            with self._station.database.write() as session:
+                answered = []
+                for job_id, (key, protocol_hash) in resolved.keys.items():
+                    jobs.note(session, self._token(job_id), checkpoint_key=key)
+                    found = results.find_finished(
+                        session,
+                        checkpoint_key=key,
+                        protocol_hash=protocol_hash,
+                        device_names=[self._station.device_name],
+                    )
+                    if found is None or self._claims[job_id].spec.force or not self._is_there(found.checkpoint_path):
+                        continue
+                    if jobs.answer(session, self._token(job_id), found.job_id):
+                        answered.append(job_id)
+        except DatabaseUnreachable as error:
+            log.warning("%s; measuring anew", error)
+            return frozenset()
+        for job_id in answered:
+            log.info("j%s is answered by an earlier result", job_id)
+            self._close(job_id)
+        return frozenset(answered)
+
+    def _is_there(self, checkpoint_path: str | None) -> bool:
+        return checkpoint_path is None or (self._station.settings.storage / checkpoint_path / MANIFEST).is_file()
+
+    def _entered(self, message: Entered) -> None:
+        self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)
+        self._write_notes(
+            [(job_id, {"stage": message.stage, "work_started": True}) for job_id in self._active]
+            + [(job_id, {"work_started": False}) for job_id in self._open.difference(self._active)]
+        )
+
+    def _progressed(self, message: Progressed) -> None:
+        progress = {
+            "bytes_read": message.bytes_read,
+            "bytes_written": message.bytes_written,
+            "bytes_total": message.bytes_total,
+        }
+        self._write_notes([(job_id, {"progress": progress}) for job_id in message.job_ids if job_id in self._open])
+
+    def _write_notes(self, notes: Sequence[tuple[int, dict[str, object]]]) -> None:
+        try:
+            with self._station.database.write() as session:
+                for job_id, values in notes:
+                    jobs.note(session, self._token(job_id), **values)  # type: ignore[arg-type]
+        except DatabaseUnreachable as error:
+            # Only what people watch is lost; leases and outcomes have their own care.
+            log.warning("%s; progress is not recorded", error)
+
+    def _still_ours(self, *, renew: bool) -> bool:
+        """Whether every open job is still held; a job cancelled or taken back ends the runner."""
+        tokens = [self._token(job_id) for job_id in self._open]
+        try:
+            if renew:
+                with self._station.database.write() as session:
+                    held = jobs.heartbeat(session, tokens, self._station.settings.lease_s)
+            else:
+                with self._station.database.read() as session:
+                    held = jobs.held(session, tokens)
+        except DatabaseUnreachable as error:
+            log.warning("%s; the runner goes on", error)
+            return True
+        lost = self._open - held
+        if not lost:
+            return True
+        log.info("%s cancelled or taken back; stopping the runner", _names(lost))
+        self._open -= lost
+        return False
+
+    def _over_time(self) -> bool:
+        over = [job_id for job_id in self._active if job_id in self._open and self._is_over_time(job_id)]
+        for job_id in over:
+            self._fail(job_id, JobTimeout(f"over its time limit of {self._claims[job_id].time_limit_s:g} s"))
+        return bool(over)
+
+    def _is_over_time(self, job_id: int) -> bool:
+        limit_s = self._claims[job_id].time_limit_s
+        return limit_s is not None and self._active_s[job_id] > limit_s
+
+    def _runner_died(self, process: BaseProcess) -> None:
+        """Charge the jobs that it was working on; the others go back, each alone, so that a poison job is found."""
+        process.join(10.0)
+        code = process.exitcode
+        for job_id in [job_id for job_id in self._active if job_id in self._open]:
+            self._fail(job_id, _death(code))
+        self._hand_back(alone=True)
+
+    def _fail(self, job_id: int, error: JobError) -> None:
+        self._close(job_id)
+        self.failed.append(job_id)
+        self._station.recorder.fail(self._token(job_id), error)
+
+    def _close(self, job_id: int) -> None:
+        self._open.discard(job_id)
+        self._active = tuple(other for other in self._active if other != job_id)
+
+    def _hand_back(self, *, alone: bool) -> None:
+        if not self._open:
+            return
+        try:
+            with self._station.database.write() as session:
+                jobs.hand_back(session, [self._token(job_id) for job_id in sorted(self._open)], alone=alone)
+        except DatabaseUnreachable as error:
+            log.warning("%s; the leases of %s will run out", error, _names(self._open))
+        self._open.clear()
+
+    def _token(self, job_id: int) -> Token:
+        return (job_id, self._claims[job_id].attempt)
+
+
+def _death(code: int | None) -> JobError:
+    if code == -signal.SIGKILL:
+        return HostOom("the runner was killed (SIGKILL): out of host memory, or by hand")
+    if code is not None and code < 0:
+        return WorkerLost(f"the runner died of {signal.Signals(-code).name}")
+    return WorkerLost(f"the runner ended with code {code} without a word")
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.is_alive():
+        process.kill()
+    process.join()
+
+
+def _names(job_ids: set[int]) -> str:
+    return ", ".join(f"j{job_id}" for job_id in sorted(job_ids)) or "no jobs"

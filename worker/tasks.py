@@ -1,0 +1,66 @@
+"""The Celery task: claim, supervise a runner, record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+
+from models_db import jobs, window
+from models_db.domain import Claim, format_job_id
+from models_db.errors import DatabaseUnreachable
+from scheduler.queues import RUN_BUNDLE
+from worker.supervise import Station, Supervisor
+
+log = logging.getLogger("qbatch.worker")
+
+_DATABASE_WAIT_S = 3.0
+
+
+class BundleFailed(Exception):
+    """A job of the bundle failed. It is recorded; this only keeps Celery and Flower from calling it a success."""
+
+
+def register(app: Celery, station: Station) -> None:
+    """Have ``app`` run bundles at ``station``."""
+
+    @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,))  # type: ignore[untyped-decorator]
+    def run_bundle(task: Any, job_ids: Any) -> str:
+        return _run_bundle(station, task.request.id, job_ids)
+
+
+def _run_bundle(station: Station, dispatch_id: str, job_ids: Any) -> str:
+    if not _is_list_of_ids(job_ids):
+        log.error("message %s is not a list of job ids; refused", dispatch_id)
+        return "refused"
+    claims = _claim(station, dispatch_id, job_ids)
+    if not claims:
+        return "nothing to do"
+    supervisor = Supervisor(station, claims)
+    supervisor.run()
+    if supervisor.failed:
+        raise BundleFailed(", ".join(format_job_id(job_id) for job_id in supervisor.failed))
+    return "recorded"
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
+
+
+def _claim(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
+    """Claim what the message names, waiting for a database that does not answer."""
+    while not station.stopping.is_set():
+        try:
+            # What could not be recorded yet may end the very jobs that are about to be claimed.
+            station.recorder.replay()
+            with station.database.write() as session:
+                claims = jobs.claim(session, job_ids, station.worker_id, station.settings.lease_s)
+                # The message is spent: what it named and we may not have is for the next one.
+                window.take_out(session, [dispatch_id])
+            return claims
+        except DatabaseUnreachable as error:
+            log.warning("%s; waiting for it", error)
+            station.stopping.wait(_DATABASE_WAIT_S)
+    return []
