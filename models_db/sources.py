@@ -68,8 +68,8 @@ def parse_source(text: str) -> SourceRef:
 
     Raises UsageError where the text is neither; a folder is not required to exist.
     """
-    if not text:
-        raise UsageError("a model's name is empty")
+    if not text or "\0" in text:
+        raise UsageError(f"{text!r} names no model")
     if looks_like_path(text) or _is_folder(text):
         return SourceRef(name=text, location=str(_absolute(text)), is_folder=True)
     name, at, revision = text.partition("@")
@@ -124,7 +124,7 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     try:
         # Decoded first, since json would take UTF-16 too.
-        entries = json.loads(raw.decode())
+        entries = json.loads(raw.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
     if not isinstance(entries, dict):
@@ -132,12 +132,18 @@ def read_header(path: Path) -> Header:
     return vet_header(path, entries, data_start=8 + length, size=size)
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON, whatever Python says")
+
+
 def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
     """The header whose JSON is ``entries``, of a file of ``size`` bytes whose tensors begin at ``data_start``.
 
     Raises SourceCorrupt.
     """
-    metadata = entries.get("__metadata__") or {}
+    metadata = entries.get("__metadata__")
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SourceCorrupt(f"{path.name}: __metadata__ is not an object of strings")
     tensors = tuple(

@@ -1,0 +1,391 @@
+"""Sources, fetched by the real huggingface_hub from a hub on this machine, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models_db.domain import SourceRef
+from models_db.errors import SourceCorrupt, SourceNotFound
+from models_db.sources import INDEX_NAME, SINGLE_NAME, folder_fingerprint
+from tests.hub import Hub, serving
+from worker.fetch import LocalSource, fetched
+
+_ROOT = Path(__file__).parents[2]
+_WEIGHTS_BYTES = 100_000
+_PLENTY = 2**40
+_TOKEN = "hf_canary_that_no_log_may_show"  # noqa: S105
+# For every line of standard input: fetches what it says, says what came of it in one line, and keeps the source in use
+# until the next line.
+_FETCH = """
+import json, sys
+from pathlib import Path
+from models_db.domain import SourceRef
+from models_db.errors import JobError
+from worker.fetch import fetched
+
+while line := sys.stdin.readline():
+    name, revision, cache, room = json.loads(line)
+    source = SourceRef(name=name, location=name, revision=revision)
+    steps = []
+    try:
+        with fetched(source, cache=Path(cache), cache_bytes=room, on_progress=lambda *n: steps.append(n)) as got:
+            said = {"folder": str(got.folder), "fingerprint": got.fingerprint, "revision": got.revision}
+            print(json.dumps(said | {"steps": steps, "torch": "torch" in sys.modules}), flush=True)
+            sys.stdin.readline()
+    except JobError as error:
+        print(json.dumps({"kind": error.kind, "message": str(error)}), flush=True)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetcher:
+    """A process that fetches into ``cache``, one source at a time."""
+
+    process: subprocess.Popen[str]
+    cache: Path
+
+    def start(self, name: str, *, revision: str | None = None, cache_bytes: int = _PLENTY) -> None:
+        self._write(json.dumps([name, revision, str(self.cache), cache_bytes]))
+
+    def said(self) -> dict[str, Any]:
+        """What came of the fetch; the source stays in use until ``release``."""
+        assert self.process.stdout is not None
+        said: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return said
+
+    def release(self) -> None:
+        self._write("")
+
+    def fetch(self, name: str, *, revision: str | None = None, cache_bytes: int = _PLENTY) -> dict[str, Any]:
+        self.start(name, revision=revision, cache_bytes=cache_bytes)
+        said = self.said()
+        if "kind" not in said:
+            self.release()
+        return said
+
+    def entries(self) -> set[str]:
+        """The repositories that the cache holds, by name."""
+        return {path.name.rsplit("--", 1)[0] for path in self.cache.iterdir() if not path.name.startswith(".")}
+
+    def _write(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+
+@contextmanager
+def running(home: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A fetching process that has no other environment; nothing that it writes shows the token."""
+    log = home / f"fetch-{time.monotonic_ns()}.log"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", _FETCH],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(_ROOT)]),
+                "HOME": str(home),
+                "HF_TOKEN": _TOKEN,
+                "no_proxy": "127.0.0.1",
+            }
+            | environment,
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+    assert _TOKEN not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def module_hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(module_hub: Hub) -> Hub:
+    module_hub.reset()
+    return module_hub
+
+
+@pytest.fixture(scope="module")
+def process(module_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """One for all tests: to import the library takes longer than to fetch."""
+    with running(tmp_path_factory.mktemp("home"), HF_ENDPOINT=module_hub.url) as process:
+        yield process
+
+
+@pytest.fixture
+def node(process: subprocess.Popen[str], tmp_path: Path) -> Fetcher:
+    return Fetcher(process=process, cache=tmp_path / "cache")
+
+
+@contextmanager
+def neighbour(node: Fetcher, hub: Hub) -> Iterator[Fetcher]:
+    """A second process on the node's cache; it is killed when the context ends."""
+    with running(node.cache.parent, HF_ENDPOINT=hub.url) as process:
+        yield Fetcher(process=process, cache=node.cache)
+
+
+def safetensors_bytes(data_bytes: int = _WEIGHTS_BYTES) -> bytes:
+    """A file of one uint8 tensor."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [data_bytes], "data_offsets": [0, data_bytes]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(data_bytes)
+
+
+def make_repository(folder: Path, files: Mapping[str, str | bytes] | None = None) -> Path:
+    """A model of one weight file, and ``files`` beside it."""
+    model: dict[str, str | bytes] = {"config.json": "{}", SINGLE_NAME: safetensors_bytes()}
+    for name, content in (model | dict(files or {})).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def files_of(folder: str) -> set[str]:
+    paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if path.parts[0] != ".cache"}
+
+
+def test_a_fetch_brings_what_the_model_needs_and_nothing_else(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    needed: dict[str, str | bytes] = {
+        "config.json": "{}",
+        "generation_config.json": "{}",
+        "tokenizer.json": "{}",
+        "tokenizer.model": "sp",
+        "chat_template.jinja": "{{ x }}",
+        "additional_chat_templates/tool.jinja": "{{ y }}",
+        "preprocessor_config.json": "{}",
+        "LICENSE": "free",
+        "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]),
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": safetensors_bytes(8),
+        INDEX_NAME: json.dumps({"weight_map": {"a": "model-1.safetensors"}}),
+        "model-1.safetensors": safetensors_bytes(),
+    }
+    left: dict[str, str | bytes] = {
+        SINGLE_NAME: safetensors_bytes(),
+        "consolidated.safetensors": safetensors_bytes(),
+        "original/model.safetensors": safetensors_bytes(),
+        "pytorch_model.bin": "pickle",
+        "pytorch_model.bin.index.json": "{}",
+        "2_Dense/pytorch_model.bin": "pickle",
+        "model.onnx": "graph",
+        "modeling_own.py": "import os",
+        "1_Pooling/own.py": "import os",
+    }
+    commit = hub.publish("org/model", make_repository(tmp_path / "served", needed | left))
+    got = node.fetch("org/model")
+    assert (got["revision"], got["fingerprint"]) == (commit, f"hub:{commit}")
+    assert Path(got["folder"]) == node.cache / f"org--model--{commit[:12]}"
+    assert files_of(got["folder"]) == set(needed)
+    assert (Path(got["folder"]) / "model-1.safetensors").read_bytes() == needed["model-1.safetensors"]
+    total = sum(len(content) for content in needed.values())
+    assert got["steps"][-1] == [total, total]
+    assert {request.token for request in hub.requests} == {_TOKEN}
+
+
+def test_a_commit_that_is_there_is_not_downloaded_again(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    commit = hub.publish("model", make_repository(tmp_path / "served"))
+    first = node.fetch("model")
+    again = node.fetch("model", revision=commit)
+    assert first["folder"] == again["folder"]
+    assert hub.weight_gets() == [SINGLE_NAME]
+    assert again["steps"] == []
+    assert not again["torch"]
+
+
+def test_the_least_recently_used_source_makes_room(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        hub.publish(name, make_repository(tmp_path / name))
+    room_for_two = 2 * _WEIGHTS_BYTES + 50_000
+    (node.cache / "not-ours--0123456789ab").mkdir(parents=True)
+    for name in ("a", "b", "a", "c"):
+        node.fetch(name, cache_bytes=room_for_two)
+    assert node.entries() == {"a", "c", "not-ours"}
+
+
+def test_a_source_in_use_is_not_evicted(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        hub.publish(name, make_repository(tmp_path / name))
+    room_for_two = 2 * _WEIGHTS_BYTES + 50_000
+    with neighbour(node, hub) as user:
+        user.start("a", cache_bytes=room_for_two)
+        in_use = user.said()["folder"]
+        node.fetch("b", cache_bytes=room_for_two)
+        node.fetch("c", cache_bytes=room_for_two)
+        assert node.entries() == {"a", "c"}
+        assert files_of(in_use) == {"config.json", SINGLE_NAME}
+        refused = node.fetch("b", cache_bytes=_WEIGHTS_BYTES + 50_000)
+    assert refused["kind"] == "disk_full"
+    assert node.entries() == {"a"}
+
+
+def test_a_repository_larger_than_the_cache_is_unsupported(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    hub.publish("large", make_repository(tmp_path / "served"))
+    refused = node.fetch("large", cache_bytes=_WEIGHTS_BYTES)
+    assert refused["kind"] == "unsupported"
+    assert "QBATCH_CACHE_BYTES" in refused["message"]
+    assert hub.weight_gets() == []
+
+
+def test_a_disk_without_room_is_disk_full_before_the_download(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    served = make_repository(tmp_path / "served")
+    with (served / SINGLE_NAME).open("r+b") as sparse:
+        sparse.truncate(shutil.disk_usage(tmp_path).free + 2**30)
+    hub.publish("huge", served)
+    assert node.fetch("huge", cache_bytes=2**60)["kind"] == "disk_full"
+    assert hub.weight_gets() == []
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({"config.json": "{}", "pytorch_model.bin": "pickle"}, "unsafe_source"),
+        ({"config.json": "{}", "adapter_model.safetensors": "x"}, "source_not_found"),
+        ({SINGLE_NAME: "x"}, "source_not_found"),
+        ({"config.json": "{}", SINGLE_NAME: "truncated"}, "source_corrupt"),
+        ({"config.json": "{}", INDEX_NAME: '{"weight_map": {"a": "b.safetensors"}}'}, "source_corrupt"),
+        ({"config.json": "{}", INDEX_NAME: '{"weight_map": {"a": 3}}'}, "source_corrupt"),
+    ],
+    ids=["pickles", "adapter", "no config", "truncated", "missing shard", "broken index"],
+)  # fmt: skip
+def test_a_repository_that_holds_no_sound_model_is_refused(
+    hub: Hub, node: Fetcher, tmp_path: Path, files: Mapping[str, str], kind: str
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    for name, content in files.items():
+        (served / name).write_text(content)
+    hub.publish("org/model", served)
+    refused = node.fetch("org/model")
+    assert refused["kind"] == kind
+
+
+def test_what_the_hub_refuses_is_named(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    served = make_repository(tmp_path / "served")
+    hub.publish("org/model", served)
+    hub.publish("org/gated", served, gated=True)
+    assert node.fetch("org/missing")["kind"] == "source_not_found"
+    missing = node.fetch("org/model", revision="v9")
+    assert (missing["kind"], "org/model@v9" in missing["message"]) == ("source_not_found", True)
+    gated = node.fetch("org/gated")
+    assert (gated["kind"], "HF_TOKEN" in gated["message"]) == ("source_gated", True)
+    hub.token = _TOKEN
+    assert files_of(node.fetch("org/gated")["folder"]) == {"config.json", SINGLE_NAME}
+
+
+def test_a_broken_download_is_retryable_and_goes_on_where_it_ended(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    shards = {"model-1.safetensors": safetensors_bytes(), "model-2.safetensors": safetensors_bytes()}
+    hub.publish("model", make_repository(tmp_path / "served", {INDEX_NAME: index, **shards}))
+    hub.weight_faults.extend(["cut", "unavailable", "unavailable"])
+    broken = node.fetch("model")
+    assert broken["kind"] == "fetch_error"
+    assert "\n" not in broken["message"]
+    got = node.fetch("model")
+    assert all((Path(got["folder"]) / name).read_bytes() == content for name, content in shards.items())
+
+
+def test_a_hub_that_does_not_answer_is_retryable(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    hub.publish("model", make_repository(tmp_path / "served"))
+    hub.unavailable = 1
+    assert node.fetch("model")["kind"] == "fetch_error"
+    assert node.fetch("model")["revision"]
+    with running(tmp_path, HF_ENDPOINT="http://127.0.0.1:9") as process:
+        assert Fetcher(process=process, cache=node.cache).fetch("model")["kind"] == "fetch_error"
+
+
+def test_two_processes_that_want_one_commit_download_it_once(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    hub.publish("model", make_repository(tmp_path / "served"))
+    hub.flowing.clear()
+    with neighbour(node, hub) as other:
+        node.start("model")
+        other.start("model")
+        _wait_until(lambda: bool(hub.weight_gets()) and _resolved(hub) == 2)
+        hub.flowing.set()
+        assert node.said()["folder"] == other.said()["folder"]
+        node.release()
+    assert hub.weight_gets() == [SINGLE_NAME]
+
+
+def test_what_a_killed_download_left_is_evicted_first(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    for name in ("a", "dying", "b"):
+        hub.publish(name, make_repository(tmp_path / name))
+    room_for_two = 2 * _WEIGHTS_BYTES + 50_000
+    node.fetch("a", cache_bytes=room_for_two)
+    hub.flowing.clear()
+    with neighbour(node, hub) as dying:
+        dying.start("dying", cache_bytes=room_for_two)
+        _wait_until(lambda: len(hub.weight_gets()) == 2)
+    hub.flowing.set()
+    assert node.entries() == {"a", "dying"}
+    node.fetch("b", cache_bytes=room_for_two)
+    assert node.entries() == {"a", "b"}
+
+
+def test_offline_mode_uses_the_hugging_face_cache_alone(hub: Hub, tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    repository = tmp_path / "huggingface" / "hub" / "models--org--model"
+    snapshot = make_repository(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    with running(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "huggingface")) as process:
+        node = Fetcher(process=process, cache=tmp_path / "cache")
+        got = node.fetch("org/model")
+        (snapshot / SINGLE_NAME).unlink()
+        refused = [node.fetch("org/model"), node.fetch("org/other")]
+    assert (got["folder"], got["revision"]) == (str(snapshot), commit)
+    assert [said["kind"] for said in refused] == ["source_not_found"] * 2
+    assert all("HF_HUB_OFFLINE is set" in said["message"] for said in refused)
+    assert hub.requests == []
+
+
+def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
+    folder = make_repository(tmp_path / "model")
+    with _folder(folder, tmp_path) as local:
+        assert (local.folder, local.fingerprint, local.revision) == (folder, folder_fingerprint(folder), None)
+    assert not (tmp_path / "cache").exists()
+    (folder / SINGLE_NAME).write_bytes(safetensors_bytes()[:-1])
+    with pytest.raises(SourceCorrupt), _folder(folder, tmp_path):
+        pytest.fail("a truncated file was let through")
+    with pytest.raises(SourceNotFound), _folder(tmp_path / "nowhere", tmp_path):
+        pytest.fail("a missing folder was let through")
+
+
+def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
+    source = SourceRef(name="model", location=str(folder), is_folder=True)
+    return fetched(source, cache=home / "cache", cache_bytes=_PLENTY, on_progress=lambda *_: None)
+
+
+def _resolved(hub: Hub) -> int:
+    return sum(
+        request.path.startswith("/api/models/model") and "/tree/" not in request.path for request in hub.requests
+    )
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

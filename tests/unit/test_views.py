@@ -1,0 +1,384 @@
+"""What people see: tables that lose nothing, ratios that are fair, progress that fits its stream."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models_db.domain import MEASURED_COLUMNS
+from views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
+from views.live import LiveProgress
+from views.results import result_columns, results_table
+from views.tables import Column, render, text_width
+from views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
+
+NAME = "meta-llama/Meta-Llama-3.1-70B-Instruct"
+
+
+def job(number: int, state: str = "queued", **fields: Any) -> dict[str, Any]:
+    return {
+        "job_id": f"j{number}",
+        "batch_id": "b1",
+        "model": NAME,
+        "revision": None,
+        "scheme": "bnb-nf4",
+        "bits": 4,
+        "state": state,
+        "stage": None,
+        "attempt": 0,
+        "failures": 0,
+        "worker": None,
+        "progress": None,
+        "error_kind": None,
+        "error_message": None,
+        "started_at": None,
+        "finished_at": None,
+    } | fields
+
+
+def result(number: int, scheme: str = "none", **fields: Any) -> dict[str, Any]:
+    """A row of ``find_results``: j1 is the baseline of all others."""
+    row: dict[str, Any] = dict.fromkeys(MEASURED_COLUMNS) | {
+        "batch_id": "b1",
+        "job_id": f"j{number}",
+        "model": NAME,
+        "revision": None,
+        "state": "succeeded",
+        "error_kind": None,
+        "error_message": None,
+        "reused_from": None,
+        "scheme": scheme,
+        "bits": 16 if scheme == "none" else 4,
+        "double_quant": False,
+        "checkpoint_path": f"checkpoints/{number}",
+        "dtype": "bfloat16",
+        "compute_dtype": "bfloat16",
+        "device_name": "NVIDIA H200",
+        "num_parameters": 8_030_261_248,
+        "quantized_fraction": 0.0 if scheme == "none" else 0.87,
+        "baseline_job_id": None if scheme == "none" else "j1",
+        "protocol_hash": "p",
+        "details": {},
+        "disk_bytes": 1000 * 2**20,
+    }
+    return row | fields
+
+
+BASELINE = result(1, perplexity=10.0, decode_tokens_per_s=50.0, prefill_s_p50=0.04, max_allocated_bytes=2**30)
+QUANTIZED = result(
+    2,
+    "bnb-nf4",
+    disk_bytes=290 * 2**20,
+    perplexity=10.08,
+    decode_tokens_per_s=36.0,
+    prefill_s_p50=0.07,
+    max_allocated_bytes=2**29,
+)
+
+
+def line_of(table: str, job_id: str) -> str:
+    return next(line for line in table.splitlines() if line.split()[:1] == [job_id])
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+
+
+# tables
+
+
+def test_json_holds_every_key_and_null_for_what_is_not_known() -> None:
+    rows = [job(1, progress={"bytes_read": 1}), job(2, model="模型")]
+    text = render(rows, JOB_COLUMNS[:1], "json")
+    assert json.loads(text) == rows
+    assert "模型" in text
+
+
+def test_json_has_no_infinity() -> None:
+    assert json.loads(render([{"perplexity": float("inf"), "details": {"x": [float("nan")]}}], (), "json")) == [
+        {"perplexity": None, "details": {"x": [None]}}
+    ]
+
+
+def test_csv_holds_every_key_nested_ones_as_json() -> None:
+    rows = [job(1, progress={"bytes_read": 1}, error_message='a "b",\nc'), job(2)]
+    first, second = csv.DictReader(io.StringIO(render(rows, JOB_COLUMNS, "csv")))
+    assert list(first) == list(rows[0])
+    assert json.loads(first["progress"]) == {"bytes_read": 1}
+    assert first["error_message"] == 'a "b",\nc'
+    assert second["progress"] == ""
+
+
+def test_no_rows_are_an_empty_list_and_a_header() -> None:
+    assert render([], JOB_COLUMNS, "json") == "[]"
+    assert render([], BATCH_COLUMNS, "csv").startswith("batch_id,name,")
+    assert render([], BATCH_COLUMNS, "table").startswith("batch  name")
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_a_narrow_terminal_cuts_no_id_and_no_name(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    on_terminal(monkeypatch, width)
+    table = render([job(12345, "running", stage="quantizing", worker="gpu0@node-a")], JOB_COLUMNS, "table")
+    lines = table.splitlines()
+    assert "j12345" in table
+    assert "quantizing" in table
+    start = lines[0].index("model")
+    end = lines[0].index("scheme")
+    assert "".join(line[start:end].strip() for line in lines[2:]) == NAME
+    if width >= 80:
+        assert max(map(len, lines)) <= width
+
+
+def test_a_pipe_gets_the_whole_width_on_one_line() -> None:
+    message = "word " * 100
+    table = render([job(1, "failed", error_kind="fetch_error", error_message=message)], JOB_COLUMNS, "table")
+    assert len(table.splitlines()) == 3
+    assert message.strip() in table
+    assert "\x1b" not in table
+
+
+def test_numbers_stand_right_and_what_is_not_known_is_a_dash() -> None:
+    columns = (Column(key="n", title="number"), Column(key="x", title="x"))
+    assert render([{"n": 5, "x": None}, {"n": 1000, "x": "a"}], columns, "table").splitlines() == [
+        "number  x",
+        "──────  ─",
+        "     5  –",
+        "  1000  a",
+    ]
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_table_has_a_line_for_each_row_and_steers_no_terminal(texts: list[str]) -> None:
+    table = render([{"text": text} for text in texts], (Column(key="text", title="text", wraps=True),), "table")
+    lines = table.split("\n")
+    assert len(lines) == len(texts) + 2
+    assert all(line.isprintable() for line in lines)
+
+
+def test_wide_characters_take_two_columns() -> None:
+    assert text_width("模型a") == 5
+    rows = [{"a": "模型", "b": 1}, {"a": "abcd", "b": 2}]
+    lines = render(rows, (Column(key="a", title="a"), Column(key="b", title="b")), "table").splitlines()
+    assert lines[2:] == ["模型  1", "abcd  2"]
+
+
+def test_every_listing_shows_its_rows() -> None:
+    batch = {"batch_id": "b7", "name": "night", "jobs": 3, "created_at": "2026-01-02T03:04:05+00:00"}
+    assert "night" in render([batch], BATCH_COLUMNS, "table")
+    worker = {"worker": "gpu0@a", "device_name": "NVIDIA H200", "memory_bytes": 150 * 2**30, "jobs": ["j1", "j2"]}
+    table = render([worker], WORKER_COLUMNS, "table")
+    assert "150.00 GiB" in table
+    assert "j1, j2" in table
+
+
+def test_no_view_imports_what_is_slow_to_import() -> None:
+    """The figures that people wait for come from a start-up of a tenth of a second."""
+    program = (
+        "import sys, views.tables, views.listings, views.results, views.live, views.inspection, models_db.inspection\n"
+        "print(sorted({'rich', 'torch', 'transformers', 'celery', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# units
+
+
+def test_figures_keep_their_digits() -> None:
+    assert [show_float(x) for x in (0.0, 7.2731, 12345.6, 0.00031)] == ["0", "7.273", "12,346", "0.0003100"]
+    assert [show_float(x) for x in (float("inf"), float("nan"))] == ["inf", "nan"]
+    assert [show_seconds(x) for x in (0.00031, 0.31, 0.9999, 163.2)] == ["0.310 ms", "310 ms", "1.00 s", "163 s"]
+    assert [show_bytes(x) for x in (1024, 5 * 2**20, 3 * 2**29)] == ["1.0 KiB", "5.0 MiB", "1.50 GiB"]
+    assert [show_count(x) for x in (999, 426_624, 1_722_408_960)] == ["999", "427 k", "1.72 B"]
+    assert show_rate(35.42, "tok") == "35.4 tok/s"
+    assert (show_ratio(0.29), show_ratio(0.034), show_change(1.008)) == ("×0.29", "×0.034", "+0.8 %")
+
+
+@given(st.floats(min_value=1e-9, max_value=1e14))
+def test_a_shown_float_is_the_float_to_four_figures(value: float) -> None:
+    assert float(show_float(value).replace(",", "")) == pytest.approx(value, rel=5.1e-4)
+
+
+# results
+
+
+def test_each_figure_stands_beside_its_ratio_to_the_baseline() -> None:
+    table = results_table([QUANTIZED, BASELINE])
+    row = line_of(table, "j2")
+    for shown in ("290.0 MiB ×0.29", "36.0 tok/s ×0.72", "70.0 ms ×1.75", "10.08 +0.8 %", "512.0 MiB ×0.50"):
+        assert shown in row
+    assert "×" not in line_of(table, "j1")
+    assert table.index("j1 baseline bfloat16") < table.index("j2 bnb-nf4")
+    assert f"{NAME} · 8.03 B parameters" in table
+    assert "NVIDIA H200" in table
+
+
+def test_an_encoder_has_forward_figures_and_no_others() -> None:
+    rows = [
+        result(1, forward_s_p50=0.004, forward_samples_per_s=250.0),
+        result(2, "bnb-int8", bits=8, forward_s_p50=0.006, forward_samples_per_s=160.0),
+    ]
+    table = results_table(rows)
+    assert "forward" in table.splitlines()[0]
+    for absent in ("prefill", "decode", "perplexity"):
+        assert absent not in table.splitlines()[0]
+    assert "6.00 ms ×1.50" in table
+    assert "160 sample/s ×0.64" in table
+
+
+def test_a_failed_row_says_why_and_an_unfinished_one_where_it_stands() -> None:
+    table = results_table(
+        [
+            result(1),
+            result(
+                2, "bnb-nf4", state="failed", error_kind="cuda_oom", error_message="out of\nmemory", disk_bytes=None
+            ),
+            result(3, "bnb-fp4", state="queued", disk_bytes=None),
+        ]
+    )
+    assert line_of(table, "j2").endswith("failed: cuda_oom: out of memory")
+    assert line_of(table, "j3").endswith("queued")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "quantized", "said"),
+    [
+        ({}, {"protocol_hash": "q"}, "another protocol"),
+        ({"state": "failed"}, {}, "its baseline has no result"),
+    ],
+)
+def test_no_ratio_is_given_where_there_is_nothing_to_compare(
+    baseline: dict[str, Any], quantized: dict[str, Any], said: str
+) -> None:
+    table = results_table([BASELINE | baseline, QUANTIZED | quantized])
+    assert "[1]" in line_of(table, "j2")
+    assert said in table
+    if not baseline:
+        assert "×" not in line_of(table, "j2")
+
+
+def test_a_baseline_that_was_filtered_away_is_missed_aloud() -> None:
+    table = results_table([QUANTIZED])
+    assert "×" not in line_of(table, "j2")
+    assert "not among the rows shown" in table
+
+
+def test_speed_is_not_compared_across_devices_but_size_is() -> None:
+    row = line_of(results_table([BASELINE, QUANTIZED | {"device_name": "NVIDIA A100"}]), "j2")
+    assert "290.0 MiB ×0.29" in row
+    assert "+0.8 %" in row
+    assert row.count("×") == 1
+
+
+def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
+    table = results_table([BASELINE, QUANTIZED | {"quantized_fraction": 0.098}])
+    assert "[1]" in line_of(table, "j2")
+    assert "only 9.8 % of its parameters are stored in 4 bits" in table
+    assert "only" not in results_table([BASELINE, QUANTIZED])
+
+
+def test_a_reused_row_is_marked() -> None:
+    table = results_table([BASELINE | {"reused_from": "j90"}, QUANTIZED | {"reused_from": "j91"}])
+    assert "[1]" in line_of(table, "j1")
+    assert "[1]" in line_of(table, "j2")
+    assert table.count("not measured again") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_results_fit_the_terminal_and_say_what_they_leave_out(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    on_terminal(monkeypatch, width)
+    failed = result(3, "bnb-int8", state="failed", error_kind="host_oom", error_message="the kernel killed it " * 9)
+    table = results_table([BASELINE, QUANTIZED, failed])
+    assert max(map(len, table.splitlines())) <= width
+    assert ("Left out" in table) == (width < 120)
+    assert "disk" in table
+
+
+def test_no_results_are_said_to_be_none() -> None:
+    assert results_table([]) == "no results"
+    assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
+
+
+def test_single_figures_have_columns_of_their_own() -> None:
+    table = render([QUANTIZED], result_columns(), "table")
+    assert "36.0 tok/s" in table
+    assert "10.08" in table
+
+
+# progress
+
+
+def follow(stream: io.StringIO, *updates: tuple[list[dict[str, Any]], int], quiet: bool = False) -> list[str]:
+    with LiveProgress(quiet=quiet, stream=stream) as progress:
+        for jobs, workers in updates:
+            progress.update(jobs, workers)
+    return stream.getvalue().splitlines()
+
+
+def test_a_log_gets_one_line_for_each_change() -> None:
+    lines = follow(
+        io.StringIO(),
+        ([job(1), job(2)], 1),
+        ([job(1, "running", stage="fetching"), job(2)], 1),
+        ([job(1, "running", stage="fetching", progress={"bytes_read": 5}), job(2)], 1),
+        ([job(1, "running", stage="quantizing"), job(2, "running", stage="fetching")], 1),
+        ([job(1, "failed", error_kind="host_oom", error_message="killed"), job(2)], 1),
+    )
+    assert lines == [
+        f"j1 {NAME} bnb-nf4: fetching",
+        f"j1 {NAME} bnb-nf4: quantizing",
+        f"j2 {NAME} bnb-nf4: fetching",
+        f"j1 {NAME} bnb-nf4: failed: host_oom: killed",
+        f"j2 {NAME} bnb-nf4: back in the queue",
+    ]
+
+
+def test_a_queue_without_a_worker_is_said_once() -> None:
+    lines = follow(io.StringIO(), ([job(1)], 0), ([job(1)], 0), ([job(1)], 1), ([job(1)], 0))
+    assert len(lines) == 1
+    assert "no worker is live" in lines[0]
+    assert follow(io.StringIO(), ([job(1, "succeeded")], 0)) == [f"j1 {NAME} bnb-nf4: succeeded"]
+
+
+def test_quiet_says_nothing() -> None:
+    assert follow(io.StringIO(), ([job(1)], 0), ([job(1, "failed")], 0), quiet=True) == []
+
+
+def test_a_terminal_gets_a_bar_the_running_jobs_and_the_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "24")
+    reader, writer = pty.openpty()
+    progress = {"bytes_read": 3 * 2**30, "bytes_written": None, "bytes_total": 140 * 2**30}
+    running, failed = job(1, "running", stage="quantizing", progress=progress), job(2, "failed", error_kind="timeout")
+    shown = ""
+    with os.fdopen(writer, "w", encoding="utf-8") as terminal, LiveProgress(quiet=False, stream=terminal) as live:
+        for jobs, workers, awaited in (
+            ([job(1), job(2)], 0, "2 queued"),
+            ([running, failed], 1, "GiB read"),
+            ([job(1, "succeeded"), failed], 1, "2/2 jobs"),
+        ):
+            live.update(jobs, workers)
+            # The kernel hands a terminal's output over in pieces, and holds a few kilobytes at most.
+            while awaited not in shown:
+                shown += os.read(reader, 4096).decode(errors="replace")
+    os.close(reader)
+    for said in ("no worker is live", "0/2 jobs", "quantizing", "3.00 GiB of 140.00 GiB read", "failed: timeout"):
+        assert said in shown
+
+
+def test_progress_shows_what_is_known() -> None:
+    assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": None}) == "1.0 MiB read"
+    assert show_progress({}) == ""
