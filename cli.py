@@ -196,7 +196,7 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
         click.echo(hint, err=True)
-    tend = stack.tend if stack is not None else _nothing
+    tend = stack.tend if stack is not None else None
     try:
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)
     except KeyboardInterrupt:
@@ -217,7 +217,7 @@ def up(gpus: str | None, cpu: bool) -> None:
 
     settings = _settings()
     _as_interrupt_on_sigterm()
-    with _stack(settings, _worker_args(gpus, cpu)) as stack:
+    with _stack(settings, gpus, cpu) as stack:
         click.echo(f"qbatch is up, its home is {settings.home}; Ctrl-C stops it", err=True)
         try:
             while True:
@@ -486,21 +486,18 @@ def _send(database: Database, settings: Settings) -> str | None:
 
 
 def _local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:
-    if device is DeviceKind.CPU:
-        return _stack(settings, ["--cpu"])
-    return _stack(settings, ["--gpus", "all"] if device is DeviceKind.CUDA else [])
+    return _stack(settings, "all" if device is DeviceKind.CUDA else None, device is DeviceKind.CPU)
 
 
-def _stack(settings: Settings, worker_args: Sequence[str]) -> LocalStack:
+def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
     from scheduler.local import LocalStack
+    from worker.launch import devices_for
 
     if not settings.is_embedded:
         raise UsageError("QBATCH_BROKER_URL is set: start `qbatch scheduler` and `qbatch worker` instead")
+    devices_for(gpus, cpu, os.environ)  # says now what the workers would say later
+    worker_args = [*(["--gpus", gpus] if gpus is not None else []), *(["--cpu"] if cpu else [])]
     return LocalStack(settings, worker_args=worker_args, environ=os.environ)
-
-
-def _worker_args(gpus: str | None, cpu: bool) -> list[str]:
-    return [*(["--gpus", gpus] if gpus is not None else []), *(["--cpu"] if cpu else [])]
 
 
 def _wait(
@@ -515,13 +512,17 @@ def _wait(
     from scheduler.wait import wait as wait_for
     from views.live import LiveProgress
 
+    def show(jobs: Sequence[Mapping[str, Any]], live_workers: int) -> None:
+        # Workers of our own stack are on their way: nobody needs to be told to start one.
+        progress.update(jobs, live_workers if on_poll is None else max(live_workers, 1))
+
     with LiveProgress(quiet=quiet) as progress:
         return wait_for(
             database,
             batch_ids,
             lease_s=settings.lease_s,
             timeout_s=timeout_s,
-            on_update=progress.update,
+            on_update=show,
             on_poll=on_poll or _nothing,
         )
 

@@ -17,7 +17,7 @@ from typing import IO, Self
 from models_db.errors import BrokerUnreachable, StackNotRunning, StorageUnavailable
 from models_db.settings import Settings
 from scheduler.broker import Broker
-from scheduler.process import Child
+from scheduler.process import REFUSALS, Child
 
 _DRAIN_S = 30.0
 _REDIS_START_S = 10.0
@@ -63,7 +63,7 @@ class LocalStack:
         self._redis = Child("redis", _redis_argv(settings), env=self._environ, log_path=logs / "redis.log")
         self._scheduler = Child("scheduler", [*python, "scheduler"], env=self._environ, log_path=logs / "scheduler.log")
         self._workers = Child(
-            "workers", [*python, "worker", *worker_args], env=self._environ, log_path=logs / "workers.log"
+            "workers", [*python, "worker", "launch", *worker_args], env=self._environ, log_path=logs / "workers.log"
         )
 
     def __enter__(self) -> Self:
@@ -91,9 +91,9 @@ class LocalStack:
         """
         self._redis.tend()
         self._scheduler.tend()
-        code = self._workers.tend()
-        if code in (2, 3):
-            raise StackNotRunning(f"the workers could not start; see {self._settings.home / 'logs' / 'workers.log'}")
+        if self._workers.tend() in REFUSALS:
+            log = self._settings.home / "logs" / "workers.log"
+            raise StackNotRunning(f"the workers do not start: {_last_line(log)}")
 
     def stop(self) -> None:
         """Workers first, so that they hand their jobs back while the services still answer."""
@@ -148,6 +148,11 @@ def _private_directory(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
         raise StorageUnavailable(f"{path} is not a private directory of this user")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), f"see {log}")
 
 
 def _redis_argv(settings: Settings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ log = logging.getLogger("qbatch.process")
 _PR_SET_PDEATHSIG = 1
 _MAX_BACKOFF_S = 30.0
 _HEALTHY_AFTER_S = 60.0
+
+REFUSALS = (2, 3)
+"""Exit codes with which a process says that it cannot work as it was asked to: started again, it would say the same."""
 
 
 def dies_with_parent() -> Callable[[], None] | None:
@@ -62,7 +66,7 @@ class Child:
             )
 
     def tend(self) -> int | None:
-        """Start it again if it has ended; the exit code with which it did, once."""
+        """Start it again if it has ended, unless it refused; the exit code with which it ended, once."""
         if self._process is None:
             if time.monotonic() >= self._start_after:
                 self.start()
@@ -70,10 +74,13 @@ class Child:
         code = self._process.poll()
         if code is None:
             return None
+        self._process = None
+        if code in REFUSALS:
+            self._start_after = math.inf
+            return code
         lived_s = time.monotonic() - self._started_at
         self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)
         self._start_after = time.monotonic() + self._backoff_s
-        self._process = None
         log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self._backoff_s)
         return code
 

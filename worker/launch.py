@@ -10,14 +10,13 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from models_db.errors import QbatchError
-from scheduler.process import Child
+from scheduler.process import REFUSALS, Child
 from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 
 log = logging.getLogger("qbatch.worker")
 
 _TEND_S = 0.5
 _DRAIN_S = 25.0
-_CONFIGURATION_CODES = (2, 3)
 
 
 def devices_for(gpus: str | None, cpu: bool, environ: Mapping[str, str]) -> tuple[Gpu | None, ...]:
@@ -50,7 +49,7 @@ def worker_environment(device: Gpu | None, environ: Mapping[str, str]) -> dict[s
 
 def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
     # -P: a folder named ``worker`` or ``scheduler`` where the user stands must not be imported in our place.
-    argv = [sys.executable, "-P", "-m", "worker.serve"]
+    argv = [sys.executable, "-P", "-m", "worker", "serve"]
     if device is not None:
         argv += ["--uuid", device.uuid]
     return [*argv, "--drain"] if drain else argv
@@ -83,8 +82,7 @@ def _tend(children: Sequence[Child], stop: threading.Event) -> int:
     while not stop.wait(_TEND_S):
         for child in children:
             code = child.tend()
-            if code in _CONFIGURATION_CODES:
-                # It said what is wrong; starting it again would say the same.
+            if code in REFUSALS:
                 return code
     return 0
 

@@ -273,7 +273,12 @@ class Bundle:
     def _with_origin(
         self, measurement: Measurement, plan: Plan, source: LocalSource, published: Published | None
     ) -> Measurement:
-        origin = {"checkpoint_key": plan.settled.key, "fingerprint": source.fingerprint, "commit": source.revision}
+        origin = {
+            "checkpoint_key": plan.settled.key,
+            "fingerprint": source.fingerprint,
+            "commit": source.revision,
+            "device_uuid": self._device_uuid(),
+        }
         audit = {"audit": dict(published.audit)} if published is not None else {}
         return dataclasses.replace(
             measurement,
@@ -281,6 +286,16 @@ class Bundle:
             quantize_s=published.quantize_s if published is not None else None,
             details=dict(measurement.details) | origin | audit,
         )
+
+    def _device_uuid(self) -> str | None:
+        """Of the one GPU that this process sees. Raises DeviceError where it sees another number of them."""
+        if self._order.device_kind is not DeviceKind.CUDA:
+            return None
+        import torch
+
+        if torch.cuda.device_count() != 1:
+            raise DeviceError(f"pinned to one GPU, and {torch.cuda.device_count()} are visible")
+        return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
     def _done(self, plan: Plan, measurement: Measurement, published: Published | None) -> None:
         self._open.discard(plan.job_id)

@@ -1,8 +1,7 @@
-"""``python -P -m worker.serve``: one Celery worker on one device. The device is pinned by the environment."""
+"""One Celery worker on one device, which the environment pins."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -50,23 +48,16 @@ _PRELOAD = [
 ]
 
 
-def main() -> int:
-    options = _options()
+def main(uuid: str | None, *, drain: bool) -> int:
+    """Serve the GPU of that UUID, or the CPU, until told to stop; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         settings = Settings.from_env(os.environ)
         check_surroundings(settings)
-        return Worker(settings, options.uuid, drain=options.drain).run()
+        return Worker(settings, uuid, drain=drain).run()
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m worker.serve")
-    parser.add_argument("--uuid", help="the GPU that CUDA_VISIBLE_DEVICES pins this process to; the CPU without it")
-    parser.add_argument("--drain", action="store_true", help="finish the running bundle on SIGTERM")
-    return parser.parse_args()
 
 
 def check_surroundings(settings: Settings) -> None:
@@ -130,6 +121,10 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _do_nothing() -> None:
+    return None
 
 
 class Worker:
@@ -197,7 +192,10 @@ class Worker:
     def _preload(self) -> multiprocessing.context.ForkServerContext:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        forkserver.ensure_running()
+        # Started for nothing, so that no claimed job waits for the imports while its lease runs.
+        first = context.Process(target=_do_nothing, daemon=True)
+        first.start()
+        first.join()
         return context
 
     def _register(self) -> int | None:
@@ -263,7 +261,3 @@ class Worker:
                     leases.release(session, f"gpu:{self._info.device_uuid}", self._info.name)
         except DatabaseUnreachable as error:
             log.warning("%s; leaving without a word", error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,9 @@ import pytest
 
 from tests import tiny
 
-QBATCH = str(Path(sys.executable).with_name("qbatch"))
+_INSTALLED = Path(sys.executable).with_name("qbatch")
+# A GPU host may run the working tree without installing it.
+QBATCH = [str(_INSTALLED)] if _INSTALLED.exists() else [sys.executable, "-m", "cli"]
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Qbatch:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; its exit code must be ``code``, and it must not show a traceback."""
         done = subprocess.run(
-            [QBATCH, *args],
+            [*QBATCH, *args],
             env=self.environ,
             input=stdin if stdin is not None else "",
             capture_output=True,
@@ -56,7 +58,7 @@ class Qbatch:
     def start(self, *args: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         with (log or self.home.with_suffix(".log")).open("ab") as output:
             return subprocess.Popen(
-                [QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
     def wait_for_worker(self, timeout_s: float = 90.0) -> None:

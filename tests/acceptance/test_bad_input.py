@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,8 +121,6 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     listed = model_list(truncated, incomplete, pickled, "nobody/nothing-at-all", models / "bert-mlm")
     done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
-    import json
-
     kinds = {Path(row["model"]).name: (row["state"], row["error_kind"]) for row in json.loads(done.stdout)}
     assert kinds == {
         "truncated": ("failed", "source_corrupt"),
@@ -132,9 +133,6 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
     heavy = ("torch", "transformers", "celery", "kombu", "sqlalchemy", "redis", "rich", "alembic")
     script = f"""
 import sys
@@ -152,9 +150,6 @@ print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
 
 @pytest.mark.parametrize("command", ["status", "results", "jobs", "workers"])
 def test_looking_does_not_import_torch(qbatch: Qbatch, command: str) -> None:
-    import subprocess
-    import sys
-
     qbatch("status")
     script = f"""
 import sys
@@ -164,7 +159,8 @@ try:
     cli.main()
 except SystemExit:
     pass
-print([name for name in ("torch", "transformers", "celery", "kombu", "alembic") if name in sys.modules], file=sys.stderr)
+heavy = ("torch", "transformers", "celery", "kombu", "alembic")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=qbatch.environ
