@@ -49,10 +49,16 @@ class Link:
         self._lease_s = lease_s
         self._answer: Answered | None = None
         self._answered = threading.Event()
+        self._ended = False
         threading.Thread(target=self._listen, daemon=True, name="link").start()
 
     def send(self, message: RunnerMessage) -> None:
         self._connection.send(message)
+
+    def end(self) -> None:
+        """Say that there is no more to come; the supervisor may hang up."""
+        self._ended = True
+        self.send(Ended())
 
     def ask(self, resolved: Resolved) -> frozenset[int]:
         """The jobs that need no work."""
@@ -69,6 +75,8 @@ class Link:
                     _leave("the worker has been silent for a lease")
                 message = self._connection.recv()
             except (EOFError, OSError):
+                if self._ended:
+                    return
                 _leave("the worker is gone")
             if isinstance(message, Answered):
                 self._answer = message
@@ -89,7 +97,7 @@ def run(order: Order, connection: Connection, log_path: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     link = Link(connection, order.lease_s)
     Bundle(order, link).run()
-    link.send(Ended())
+    link.end()
     # Not through interpreter shutdown: CUDA's teardown can hang, and everything is said and synced.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,188 @@
+"""The benchmark on a real GPU: its clock, its memory, its references, and the reasons it gives."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models_db.domain import BASELINE, DType, Measurement, Scheme
+from models_db.errors import BenchmarkError, CudaOom
+from tests import tiny
+from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, quantized
+from worker.benchmark import benchmark
+from worker.benchmark.clock import CudaClock
+from worker.benchmark.graph import GraphRequest, kernels_alone
+from worker.benchmark.reference import compare, prepare_reference
+from worker.benchmark.roofs import measure_roofs
+from worker.benchmark.speed import time_generation
+from worker.benchmark.stats import summarize
+from worker.load import Loaded, load, translated
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda:0"
+PREFILL_S, STEP_S, SLOW_STEP_S, FIRST_CALLS_EXTRA_S = 0.100, 0.020, 0.060, 0.300
+SLOW_EVERY = 10
+PROMPT_TOKENS, NEW_TOKENS = 8, 41
+PROTOCOL = replace(QUICK, prompt_tokens=64, new_tokens=16, warmup_iterations=1, min_iterations=2)
+
+
+class SleepyConfig(PretrainedConfig):
+    model_type = "sleepy"
+    num_hidden_layers: int = 1
+
+
+class SleepyModel(PreTrainedModel, GenerationMixin):
+    """Keeps the device, not the host, asleep for a set time in each forward, and for longer in the first few."""
+
+    config_class = SleepyConfig
+
+    def __init__(self, config: SleepyConfig, slow_calls: int, cycles_per_s: float) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(16, 8)
+        self.steps = 0
+        self.slow_calls = slow_calls
+        self.cycles_per_s = cycles_per_s
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:
+        torch.cuda._sleep(int(self._delay_s(input_ids.shape[1]) * self.cycles_per_s))
+        return CausalLMOutputWithPast(logits=torch.zeros(*input_ids.shape, 16, device=input_ids.device))
+
+    def _delay_s(self, length: int) -> float:
+        self.slow_calls -= 1
+        extra_s = FIRST_CALLS_EXTRA_S if self.slow_calls >= 0 else 0.0
+        if length == PROMPT_TOKENS:
+            self.steps = 0
+            return PREFILL_S + extra_s
+        self.steps += 1
+        return (SLOW_STEP_S if self.steps % SLOW_EVERY == 0 else STEP_S) + extra_s
+
+
+@pytest.fixture(scope="module")
+def cycles_per_s() -> float:
+    """How many cycles of ``torch.cuda._sleep`` make a second on this device, once its clock is up."""
+    clock = CudaClock(DEVICE)
+    torch.cuda._sleep(1_000_000_000)
+    marks = [clock.mark()]
+    torch.cuda._sleep(1_000_000_000)
+    marks.append(clock.mark())
+    return 1_000_000_000 / clock.intervals_s(marks)[0]
+
+
+def on_gpu(folder: Path) -> Loaded:
+    return load(folder, dtype=DType.BFLOAT16, device=DEVICE)
+
+
+def run(folder: Path, scheme: Scheme, **options: Any) -> Measurement:
+    return benchmark(
+        on_gpu(folder),
+        folder=folder,
+        scheme=scheme.resolved(DType.BFLOAT16),
+        dtype=DType.BFLOAT16,
+        protocol=PROTOCOL,
+        eval_text=TEXT,
+        on_step=lambda _step: None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_injected_device_delays_are_found_within_five_per_cent(batch_size: int, cycles_per_s: float) -> None:
+    protocol = replace(PROTOCOL, batch_size=batch_size, min_iterations=3)
+    prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long, device=DEVICE)
+    model = SleepyModel(SleepyConfig(), slow_calls=3, cycles_per_s=cycles_per_s).eval().to(DEVICE)
+    times = time_generation(
+        model,
+        prompts,
+        new_tokens=NEW_TOKENS,
+        protocol=protocol,
+        clock=CudaClock(DEVICE),
+        during_warmup=nullcontext(),
+    )
+    prefill, decode, per_token = summarize(times.prefill_s), summarize(times.decode_s), summarize(times.per_token_s)
+    mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
+    assert per_token.count == 3 * (NEW_TOKENS - 1)
+    assert prefill.p50 == pytest.approx(PREFILL_S, rel=0.05)
+    assert per_token.p50 == pytest.approx(STEP_S, rel=0.05)
+    assert per_token.p95 == pytest.approx(SLOW_STEP_S, rel=0.05)
+    assert batch_size * (NEW_TOKENS - 1) / decode.mean == pytest.approx(batch_size / mean_step_s, rel=0.05)
+
+
+@pytest.mark.parametrize("scheme", [BASELINE, NF4, INT8], ids=lambda scheme: scheme.method.value)
+def test_a_gpu_s_measurement_has_memory_and_its_versions(tmp_path: Path, scheme: Scheme) -> None:
+    source = tiny.make_causal(tmp_path / "llama")
+    folder = source if scheme.is_baseline else quantized(source, tmp_path / "checkpoint", scheme)
+    measurement = run(folder, scheme)
+    memory = measurement.details["memory"]
+    assert measurement.max_allocated_bytes is not None
+    assert measurement.weights_bytes < measurement.max_allocated_bytes <= memory["max_reserved"]
+    assert memory["max_global_vram"] >= memory["max_reserved"]
+    assert measurement.decode_tokens_per_s is not None
+    assert measurement.perplexity == pytest.approx(tiny.VOCAB_SIZE, rel=0.3)
+    assert measurement.details["versions"]["cuda"]
+    assert measurement.details["versions"]["driver"]
+    assert "NVIDIA" in measurement.device_name
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2"])
+def test_a_reference_replays_bit_for_bit_and_eight_bits_are_nearer_than_four(tmp_path: Path, arch: str) -> None:
+    source = tiny.make_causal(tmp_path / arch, arch)
+    base = on_gpu(source)
+    reference = prepare_reference(base, PROTOCOL, TEXT, tmp_path / "references" / arch)
+    assert reference is not None
+    assert reference.form == "hidden"
+    assert compare(base, reference, PROTOCOL, TEXT)["kl_max"] == 0
+    kl = [
+        compare(on_gpu(quantized(source, tmp_path / name, scheme)), reference, PROTOCOL, TEXT)["kl_mean"]
+        for name, scheme in (("int8", INT8), ("nf4", NF4))
+    ]
+    assert 0 < kl[0] < kl[1]
+
+
+@pytest.mark.timeout(600)
+def test_an_explanation_has_every_part(tmp_path: Path) -> None:
+    """A tiny model's weights fit in the cache, so there is no verdict, but everything it is made of is there."""
+    source = tiny.make_causal(tmp_path / "llama")
+    why = run(source, BASELINE, explain=True).details["why"]
+    assert why["verdict"] is None
+    assert why["reason"] == "the weights fit in the GPU's cache"
+    assert why["profile"]["device_busy_s"] > 0
+    assert 0 < why["busy_share"] < 1
+    assert why["profile"]["launches"] > 10
+    assert why["roofs"]["copy_bytes_per_s"] > 1e11
+    assert why["kernels_alone"]["reason"] is None
+    assert 0 < why["kernels_alone"]["step_s"] < why["step_wall_s"]
+    energy = why["energy"]
+    assert energy["idle_w"] > 0
+    assert energy["decode"]["gross_j_per_token"] > 0
+
+
+@pytest.mark.parametrize(("scheme", "captured"), [(NF4, True), (INT8, False)], ids=["nf4", "int8"])
+def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path, scheme: Scheme, captured: bool) -> None:
+    folder = quantized(tiny.make_causal(tmp_path / "llama"), tmp_path / "checkpoint", scheme)
+    alone = kernels_alone(
+        GraphRequest(folder=str(folder), dtype="bfloat16", device=DEVICE, batch_size=1, prompt_tokens=64, new_tokens=16)
+    )
+    assert (alone.step_s is not None) == captured
+    assert (alone.reason is None) == captured
+
+
+def test_roofs_are_those_of_a_gpu() -> None:
+    roofs = measure_roofs(DEVICE, torch.bfloat16)
+    assert 1e11 < roofs.copy_bytes_per_s < 2e13
+    assert 1e13 < roofs.matmul_flops_per_s < 1e16
+
+
+def test_running_out_of_memory_is_its_own_error() -> None:
+    with pytest.raises(CudaOom), translated(BenchmarkError, "allocating"):
+        torch.empty(1 << 50, dtype=torch.uint8, device=DEVICE)
