@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from cli_options import Bits, Duration, format_options, submit_options
 from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
 from models_db.settings import Settings
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from models_db.session import Database
     from scheduler.local import LocalStack
     from scheduler.submit import Receipt, Submission
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _INTERRUPTED = 130
 
@@ -42,113 +40,8 @@ def main() -> None:
     """Quantize models in batches, benchmark them, and see which to ship."""
 
 
-class _Duration(click.ParamType[float]):
-    """90, 90s, 15m, 2h, 1d: seconds."""
-
-    name = "duration"
-    _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
-        if match is None or float(match[1]) == 0:
-            self.fail(f"{value!r} is no duration; write 90s, 15m, 2h or 1d", param, ctx)
-        return float(match[1]) * self._UNITS[match[2]]
-
-
-class _Bits(click.ParamType[tuple[int, ...]]):
-    """A comma list of bits."""
-
-    name = "bits"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
-
-
-def _format_options(*formats: str) -> Callable[[Command], Command]:
-    """--format and --json."""
-
-    def add(command: Command) -> Command:
-        command = click.option(
-            "--format", "format_", type=click.Choice(formats), default="table", show_default=True, help="Output format."
-        )(command)
-        return click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
-            command
-        )
-
-    return add
-
-
-def _submit_options(command: Command) -> Command:
-    """What ``submit`` and ``run`` share."""
-    options = [
-        click.option(
-            "--models",
-            "models_file",
-            required=True,
-            metavar="FILE",
-            help="One model a line: a hub id or a folder, @revision after an id; - is standard input.",
-        ),
-        click.option(
-            "--bits", type=_Bits(), required=True, help="A comma list of 4, 8 and 16 (16: the baseline alone)."
-        ),
-        click.option(
-            "--quant-type",
-            "quant_types",
-            multiple=True,
-            metavar="nf4|fp4",
-            help="4-bit data types; repeat it or give a comma list.  [default: nf4]",
-        ),
-        click.option("--double-quant/--no-double-quant", default=False, help="Quantize the 4-bit scales too."),
-        click.option(
-            "--compute-dtype",
-            type=click.Choice([d.value for d in DType]),
-            default="auto",
-            show_default=True,
-            help="What quantized layers compute in; auto: the stored dtype.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice([d.value for d in DType]),
-            default="auto",
-            show_default=True,
-            help="What stays unquantized; auto: the source's own 16-bit dtype, bfloat16 for fp32.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice([d.value for d in DeviceKind]),
-            default="auto",
-            show_default=True,
-            help="Where the jobs may run.",
-        ),
-        click.option(
-            "--baseline/--no-baseline", default=True, show_default=True, help="Measure the unquantized model too."
-        ),
-        click.option("--name", help="A name for the batch."),
-        click.option("--priority", type=int, default=0, show_default=True, help="Higher runs sooner."),
-        click.option("--time-limit", type=_Duration(), help="A job's own working time: 90s, 15m, 2h."),
-        click.option(
-            "--eval-text",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="A text file to measure perplexity on.",
-        ),
-        click.option("--force", is_flag=True, help="Measure again what is already in the database."),
-        click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),
-        _format_options("table", "json", "quiet"),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command()
-@_submit_options
+@submit_options
 @click.option("--wait", "wait_", is_flag=True, help="Wait until every job has ended.")
 def submit(format_: str, wait_: bool, **options: Any) -> None:
     """Store a batch of quantize-and-benchmark jobs, and print its id."""
@@ -171,7 +64,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
 
 
 @main.command()
-@_submit_options
+@submit_options
 def run(format_: str, **options: Any) -> None:
     """Submit a batch, run it here, and print the results.
 
@@ -249,7 +142,7 @@ def scheduler() -> None:
 
 @main.command()
 @click.argument("batch", required=False)
-@_format_options("table", "json", "csv")
+@format_options("table", "json", "csv")
 def status(batch: str | None, format_: str) -> None:
     """Show the batches, or one batch and its jobs."""
     from models_db.listing import list_batches, list_jobs
@@ -270,7 +163,7 @@ def status(batch: str | None, format_: str) -> None:
 @click.option(
     "--state", "states", multiple=True, type=click.Choice([s.value for s in JobState]), help="Only in this state."
 )
-@_format_options("table", "json", "csv")
+@format_options("table", "json", "csv")
 def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
     """List jobs."""
     from models_db.listing import list_jobs
@@ -308,7 +201,7 @@ def retry(targets: Sequence[str]) -> None:
 
 @main.command()
 @click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
-@click.option("--timeout", type=_Duration(), help="Give up, with exit code 4, after this long.")
+@click.option("--timeout", type=Duration(), help="Give up, with exit code 4, after this long.")
 def wait(batches: Sequence[str], timeout: float | None) -> None:
     """Wait until every job of the batches has ended."""
     settings = _settings()
@@ -321,10 +214,10 @@ def wait(batches: Sequence[str], timeout: float | None) -> None:
 @main.command()
 @click.option("--batch", "batches", multiple=True, help="Only this batch's.")
 @click.option("--model", help="Only models whose name holds this.")
-@click.option("--bits", type=_Bits(), default=(), help="Only these bits.")
+@click.option("--bits", type=Bits(), default=(), help="Only these bits.")
 @click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN downwards.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many rows.")
-@_format_options("table", "json", "csv")
+@format_options("table", "json", "csv")
 def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
 ) -> None:
@@ -340,7 +233,7 @@ def results(
 
 
 @main.command()
-@_format_options("table", "json", "csv")
+@format_options("table", "json", "csv")
 def workers(format_: str) -> None:
     """List the workers, their devices and what they do."""
     from models_db.listing import list_workers
@@ -354,7 +247,7 @@ def workers(format_: str) -> None:
 
 @main.command()
 @click.argument("model")
-@_format_options("table", "json", "csv")
+@format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
     """Tell a model's dtype, parameters and size from its headers alone."""
     from models_db.errors import JobError
@@ -438,6 +331,10 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
         device=DeviceKind(options["device"]),
         baseline=options["baseline"],
         force=options["force"],
+        skip_modules=tuple(name for value in options["skip_modules"] for name in value.split(",") if name),
+        int8_threshold=options["int8_threshold"],
+        quant_storage=options["quant_storage"],
+        max_shard_bytes=options["max_shard_size"],
     )
     lines = _read_text(options["models_file"]).splitlines()
     return Submission(

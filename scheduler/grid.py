@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models_db.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from models_db.errors import UsageError
@@ -24,6 +25,10 @@ class Grid:
     device: DeviceKind = DeviceKind.AUTO
     baseline: bool = True
     force: bool = False
+    skip_modules: tuple[str, ...] = ()
+    int8_threshold: float = 6.0
+    quant_storage: str = "uint8"
+    max_shard_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -40,13 +45,22 @@ class Grid:
         if self.baseline or 16 in self.bits:
             schemes.append(BASELINE)
         if 8 in self.bits:
-            schemes.append(Scheme(method=Method.INT8, compute_dtype=self.compute_dtype))
+            schemes.append(self._scheme(Method.INT8, int8_threshold=self.int8_threshold))
         if 4 in self.bits:
             schemes += [
-                Scheme(method=QUANT_TYPES[name], double_quant=self.double_quant, compute_dtype=self.compute_dtype)
+                self._scheme(QUANT_TYPES[name], double_quant=self.double_quant, quant_storage=self.quant_storage)
                 for name in dict.fromkeys(self.quant_types)
             ]
         return tuple(schemes)
+
+    def _scheme(self, method: Method, **own: Any) -> Scheme:
+        return Scheme(
+            method=method,
+            compute_dtype=self.compute_dtype,
+            skip_modules=tuple(sorted(set(self.skip_modules))),
+            max_shard_bytes=self.max_shard_bytes,
+            **own,
+        )
 
     def bundle(self, source: SourceRef, protocol: ProtocolOptions) -> Sequence[JobSpec]:
         """Every job of one source."""

@@ -1,0 +1,158 @@
+"""What the commands' options mean: their types, and those that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from models_db.domain import DeviceKind, DType
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Duration(click.ParamType[float]):
+    """90, 90s, 15m, 2h, 1d: seconds."""
+
+    name = "duration"
+    _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 2h or 1d", param, ctx)
+        return float(match[1]) * self._UNITS[match[2]]
+
+
+class Bits(click.ParamType[tuple[int, ...]]):
+    """A comma list of bits."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
+
+
+class Size(click.ParamType[int]):
+    """500MB, 5GB (powers of ten, as transformers reads them), 2GiB: bytes."""
+
+    name = "size"
+    _UNITS: Mapping[str, int] = {
+        "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", str(value).strip().upper())
+        size = int(float(match[1]) * self._UNITS[match[2] or ""]) if match is not None else 0
+        if size < 1:
+            self.fail(f"{value!r} is no size; write 500MB, 5GB or 2GiB", param, ctx)
+        return size
+
+
+def format_options(*formats: str) -> Callable[[Command], Command]:
+    """--format and --json."""
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--format", "format_", type=click.Choice(formats), default="table", show_default=True, help="Output format."
+        )(command)
+        return click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
+            command
+        )
+
+    return add
+
+
+def submit_options(command: Command) -> Command:
+    """What ``submit`` and ``run`` share."""
+    options = [
+        click.option(
+            "--models",
+            "models_file",
+            required=True,
+            metavar="FILE",
+            help="One model a line: a hub id or a folder, @revision after an id; - is standard input.",
+        ),
+        click.option(
+            "--bits", type=Bits(), required=True, help="A comma list of 4, 8 and 16 (16: the baseline alone)."
+        ),
+        click.option(
+            "--quant-type",
+            "quant_types",
+            multiple=True,
+            metavar="nf4|fp4",
+            help="4-bit data types; repeat it or give a comma list.  [default: nf4]",
+        ),
+        click.option("--double-quant/--no-double-quant", default=False, help="Quantize the 4-bit scales too."),
+        click.option(
+            "--compute-dtype",
+            type=click.Choice([d.value for d in DType]),
+            default="auto",
+            show_default=True,
+            help="What quantized layers compute in; auto: the stored dtype.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice([d.value for d in DType]),
+            default="auto",
+            show_default=True,
+            help="What stays unquantized; auto: the source's own 16-bit dtype, bfloat16 for fp32.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice([d.value for d in DeviceKind]),
+            default="auto",
+            show_default=True,
+            help="Where the jobs may run.",
+        ),
+        click.option(
+            "--baseline/--no-baseline", default=True, show_default=True, help="Measure the unquantized model too."
+        ),
+        click.option(
+            "--skip-modules",
+            multiple=True,
+            metavar="NAME",
+            help="Modules to leave unquantized, beside transformers' own; repeat it or give a comma list.",
+        ),
+        click.option(
+            "--int8-threshold",
+            type=click.FloatRange(min=0),
+            default=6.0,
+            show_default=True,
+            help="LLM.int8's outlier threshold; 0 turns the outlier path, and its synchronisations, off.",
+        ),
+        click.option(
+            "--quant-storage",
+            type=click.Choice(["uint8", "float16", "bfloat16", "float32"]),
+            default="uint8",
+            show_default=True,
+            help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
+        ),
+        click.option("--max-shard-size", type=Size(), help="Split the weights into files of at most this: 5GB."),
+        click.option("--name", help="A name for the batch."),
+        click.option("--priority", type=int, default=0, show_default=True, help="Higher runs sooner."),
+        click.option("--time-limit", type=Duration(), help="A job's own working time: 90s, 15m, 2h."),
+        click.option(
+            "--eval-text",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="A text file to measure perplexity on.",
+        ),
+        click.option("--force", is_flag=True, help="Measure again what is already in the database."),
+        click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),
+        format_options("table", "json", "quiet"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
