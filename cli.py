@@ -58,7 +58,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
-        _print_outcome(database, receipt, format_)
+        _print_outcome(database, settings, receipt, format_)
         sys.exit(0 if all_succeeded else 1)
     _print_receipt(receipt, format_)
 
@@ -97,7 +97,7 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
             f"stopped; {batch} is stored: `qbatch up` goes on with it, `qbatch cancel {batch}` drops it", err=True
         )
         return _INTERRUPTED
-    _print_outcome(database, receipt, format_)
+    _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
 
 
@@ -225,11 +225,12 @@ def results(
     from models_db.results import find_results
 
     ids = _batch_ids(batches)
-    database = _database(_settings())
+    settings = _settings()
+    database = _database(settings)
     _require(database, ids)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
-    _print_results(rows, format_)
+    _print_results(settings, rows, format_)
 
 
 @main.command()
@@ -449,7 +450,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
         click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")
 
 
-def _print_outcome(database: Database, receipt: Receipt, format_: str) -> None:
+def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
     from models_db.results import find_results
 
     if format_ == "quiet":
@@ -457,13 +458,17 @@ def _print_outcome(database: Database, receipt: Receipt, format_: str) -> None:
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
-    _print_results(rows, format_)
+    _print_results(settings, rows, format_)
 
 
-def _print_results(rows: Sequence[Mapping[str, Any]], format_: str) -> None:
+def _print_results(settings: Settings, rows: Sequence[dict[str, Any]], format_: str) -> None:
     from views.results import results_table
     from views.tables import render
 
+    for row in rows:
+        if row["checkpoint_path"] is not None:
+            # Stored relative to the storage, which may be mounted elsewhere on each machine.
+            row["checkpoint_path"] = str(settings.storage / row["checkpoint_path"])
     click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
 
 

@@ -79,7 +79,7 @@ def test_run_does_everything_and_leaves_nothing_running(
     assert nf4["max_allocated_bytes"] is None, "there is no device memory on a CPU, and none is not 0"
     assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
     assert rows[3]["forward_s_p50"] > 0
-    _check_checkpoint(qbatch.home / "storage" / nf4["checkpoint_path"], models / "llama")
+    _check_checkpoint(Path(nf4["checkpoint_path"]), models / "llama")
     # The second time, the database answers; the quantized checkpoints are the same ones.
     again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
     assert [row["reused_from"] for row in again] == [row["job_id"] for row in rows]
@@ -119,7 +119,7 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     assert [row["scheme"] for row in rows] == ["none", "bnb-nf4", "bnb-fp4"]
     assert [row["double_quant"] for row in rows] == [False, True, True]
     assert {row["dtype"] for row in rows} == {"bfloat16"}, "what an fp32 source leaves unquantized is bfloat16"
-    config = json.loads((stack.home / "storage" / rows[1]["checkpoint_path"] / "config.json").read_text())
+    config = json.loads(Path(rows[1]["checkpoint_path"], "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     by_size = stack.json("results", "--batch", batch, "--sort", "-disk_bytes", "--limit", "1", "--bits", "4,16")
     assert [row["bits"] for row in by_size] == [16]

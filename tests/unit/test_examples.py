@@ -1,0 +1,81 @@
+"""The example models: trained, whole, and of the dtypes they promise."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from examples import make_models
+from examples.make_models import EXAMPLES, Example
+from models_db.domain import DType
+from scheduler.model_list import read_model_list
+from worker.architecture import Task
+from worker.load import load
+
+ROOT = Path(__file__).parents[2]
+_STEPS = 30
+_TEXTS = 600
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """A part of the corpus, in its own order."""
+    return make_models.corpus()[:_TEXTS]
+
+
+@pytest.fixture(scope="module", params=EXAMPLES, ids=lambda example: example.name)
+def made(
+    request: pytest.FixtureRequest, texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Example, Path, str]:
+    """An example after a few steps of its training, its folder, and the line that says how it went."""
+    into = tmp_path_factory.mktemp("examples")
+    report = make_models.make(request.param, into, texts=texts, steps=_STEPS)
+    return request.param, into / request.param.name, report
+
+
+def test_training_lowers_the_held_out_loss(made: tuple[Example, Path, str]) -> None:
+    losses = re.search(r"held-out loss ([\d.]+) → ([\d.]+) nats", made[2])
+    assert losses is not None
+    before, after = map(float, losses.groups())
+    # ln 2048 = 7.62 is the loss of knowing nothing.
+    assert before == pytest.approx(7.62, abs=0.15)
+    assert after < before - 0.5
+
+
+def test_an_example_loads_as_a_causal_model_that_its_tokenizer_fits(made: tuple[Example, Path, str]) -> None:
+    example, folder, _ = made
+    loaded = load(folder, dtype=DType.FLOAT32, device="cpu")
+    assert loaded.task is Task.CAUSAL_LM
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size == make_models.VOCAB_SIZE
+    config = json.loads((folder / "config.json").read_text())
+    assert getattr(torch, config["dtype"]) is example.dtype
+
+
+def test_every_text_survives_the_tokenizer(made: tuple[Example, Path, str]) -> None:
+    example, folder, _ = made
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "def f(x):\n    return x  # naïve — 𝛑\n"
+    ids = tokenizer(text)["input_ids"]
+    assert (ids[0] == make_models.BOS) == example.prefix_bos
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_no_staging_is_left_behind(made: tuple[Example, Path, str]) -> None:
+    assert [path.name for path in made[1].parent.iterdir()] == [made[0].name]
+
+
+def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    for example in EXAMPLES:
+        (tmp_path / example.name).mkdir()
+    make_models.main([str(tmp_path)])
+    assert all(not list((tmp_path / example.name).iterdir()) for example in EXAMPLES)
+
+
+def test_the_list_names_the_models_that_are_made() -> None:
+    sources = read_model_list((ROOT / "examples" / "models.txt").read_text().splitlines(), check_folders=False)
+    assert [source.name for source in sources] == [f"examples/models/{example.name}" for example in EXAMPLES]
