@@ -52,7 +52,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
     batch = format_batch_id(receipt.batch_id)
     if hint is not None:
         click.echo(hint, err=True)
-    if wait_ and hint is not None and _has_work(receipt):
+    if wait_ and hint is not None:
         _print_receipt(receipt, format_)
         raise StackNotRunning(f"{batch} is stored, and nothing runs that could be waited for")
     if wait_:
@@ -77,6 +77,7 @@ def run(format_: str, **options: Any) -> None:
     submission = _submission(settings, options)
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None))
+    _interrupt_on_signals()
     with _local_stack(settings, device=DeviceKind(options["device"])) as stack:
         code = _run(settings, submission, format_, stack=stack)
     sys.exit(code)
@@ -89,6 +90,7 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
         click.echo(hint, err=True)
+        raise StackNotRunning(f"{batch} is stored, and nothing runs that could be waited for")
     tend = stack.tend if stack is not None else None
     try:
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)
@@ -109,7 +111,7 @@ def up(gpus: str | None, cpu: bool) -> None:
     import time
 
     settings = _settings()
-    _as_interrupt_on_sigterm()
+    _interrupt_on_signals()
     with _stack(settings, gpus, cpu) as stack:
         click.echo(f"qbatch is up, its home is {settings.home}; Ctrl-C stops it", err=True)
         try:
@@ -251,7 +253,7 @@ def workers(format_: str) -> None:
 @format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
     """Tell a model's dtype, parameters and size from its headers alone."""
-    from models_db.errors import JobError
+    from models_db.errors import FetchError, JobError, ServiceUnreachable
     from models_db.inspection import inspect_source
     from models_db.sources import parse_source
     from views.inspection import inspection_table
@@ -259,6 +261,8 @@ def inspect(model: str, format_: str) -> None:
 
     try:
         found = inspect_source(parse_source(model))
+    except FetchError as error:
+        raise ServiceUnreachable(f"{model}: {error}") from error
     except JobError as error:
         raise UsageError(f"{model}: {error}") from error
     click.echo(inspection_table(found) if format_ == "table" else render([found], (), format_))
@@ -512,14 +516,15 @@ def _change(
     return database, settings, changed
 
 
-def _as_interrupt_on_sigterm() -> None:
-    """A service manager's SIGTERM drains as Ctrl-C does."""
+def _interrupt_on_signals() -> None:
+    """A service manager's SIGTERM drains as Ctrl-C does, and Ctrl-C works even where a shell's ``&`` turned it off."""
     import signal
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
 
 
 if __name__ == "__main__":

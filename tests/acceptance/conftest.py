@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from models_db.settings import Settings
 from tests import tiny
 
 _INSTALLED = Path(sys.executable).with_name("qbatch")
@@ -73,18 +74,21 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def stop(process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> int:
-    """SIGTERM, and the exit code."""
-    process.send_signal(signal.SIGTERM)
+def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+    """Send the signal; the exit code."""
+    process.send_signal(number)
     return process.wait(timeout_s)
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every process that has this home in its environment or its arguments."""
+    """Every living process that has this home in its environment, and the Redis on its socket."""
+    socket_dir = str(Settings.from_env({"QBATCH_HOME": str(home)}).socket_dir)
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("QBATCH_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+            # Redis writes its title over its environment.
+            ours = process.environ().get("QBATCH_HOME") == str(home) or socket_dir in " ".join(process.cmdline())
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
@@ -123,7 +127,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qbatch]:
         shared.wait_for_worker()
         yield shared
     finally:
-        assert stop(process) == 0
+        assert stop(process, signal.SIGINT) == 0
         until(lambda: not processes_of(shared.home), 15.0, "end of the stack's processes")
 
 

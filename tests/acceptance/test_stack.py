@@ -1,0 +1,66 @@
+"""The embedded stack: restarted where it dies, stopped as a whole, its work kept."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.acceptance.conftest import Qbatch, processes_of, stop, until
+
+
+def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
+    qbatch: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    listed = model_list(models / "llama")
+    qbatch.env["QBATCH_SCAN_S"] = "1"
+    run = qbatch.start("run", "--models", listed, "--bits", "4,8")
+    until(lambda: "running" in _states(qbatch), 90.0, "running job")
+    assert stop(run, signal.SIGINT) == 130
+    until(lambda: not processes_of(qbatch.home), 10.0, "end of every process")
+    assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
+    assert set(_states(qbatch)) <= {"queued", "succeeded"}
+    assert all(job["failures"] == 0 for job in qbatch.json("jobs")), "an interruption is nobody's fault"
+    up = qbatch.start("up", "--cpu")
+    try:
+        (redis_server,) = until_some(lambda: _named(qbatch, "redis-server"))
+        redis_server.kill()
+        qbatch("wait", "b1", "--timeout", "2m")
+        assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
+        assert "is running already" in qbatch("up", code=3).stderr
+    finally:
+        assert stop(up, signal.SIGINT) == 0
+    assert set(_states(qbatch)) == {"succeeded"}
+
+
+def test_a_stack_whose_head_is_killed_leaves_no_process(
+    qbatch: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    listed = model_list(models / "llama")
+    up = qbatch.start("up", "--cpu")
+    try:
+        until(lambda: (qbatch.home / "qbatch.db").exists(), 30.0, "database")
+        qbatch("submit", "--models", listed, "--bits", "4")
+        until(lambda: "running" in _states(qbatch), 90.0, "running job")
+    finally:
+        up.kill()
+        up.wait()
+    until(lambda: not processes_of(qbatch.home), 30.0, "end of every process")
+    assert set(_states(qbatch)) <= {"queued", "succeeded"}, "the workers handed back what they held"
+
+
+def until_some(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    until(lambda: bool(find()), 30.0, "process")
+    return find()
+
+
+def _states(qbatch: Qbatch) -> list[str]:
+    if not (qbatch.home / "qbatch.db").exists():
+        return []
+    return [job["state"] for job in qbatch.json("jobs")]
+
+
+def _named(qbatch: Qbatch, name: str) -> list[psutil.Process]:
+    return [process for process in processes_of(qbatch.home) if process.name() == name]
