@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from worker.benchmark.divergence import divergence, summarize_divergence
+from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.probes import Probe
 from worker.benchmark.replay import logits_of
 from worker.load import Loaded
@@ -29,12 +29,16 @@ def arithmetic_floor(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any] 
     rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
     try:
         with _in_float32(loaded.model):
-            exact = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
+            found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
     except torch.OutOfMemoryError:
         return None
-    found = [divergence(base, other, probe.targets) for base, other, probe in zip(exact, rounded, probes, strict=True)]
     summary = summarize_divergence(found)
     return {name: summary[name] for name in ("windows", "rows", *_FIGURES) if name in summary}
+
+
+def _from_float32(loaded: Loaded, probe: Probe, rounded: torch.Tensor) -> Divergence:
+    exact = logits_of(loaded.model, probe, loaded.device)
+    return divergence(exact, rounded.to(loaded.device), probe.targets)
 
 
 @contextmanager

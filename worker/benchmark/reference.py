@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from models_db.domain import Protocol
+from models_db.domain import DType, Protocol, content_hash
 from models_db.errors import BenchmarkError, DiskFull, StorageError
 from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
@@ -29,10 +29,11 @@ from worker.benchmark.floor import arithmetic_floor
 from worker.benchmark.probes import Probe, probes_hash, probes_of
 from worker.benchmark.replay import head_sha256, hidden_and_logits, logits_of, replayed
 from worker.benchmark.similarity import compare_embeddings, embedding
-from worker.benchmark.versions import device_name
-from worker.load import Loaded
+from worker.benchmark.versions import device_name, versions
+from worker.load import Loaded, translated
 
 DEFAULT_MAX_BYTES = 8 << 30
+_FORMAT = 1
 _DESCRIPTION = "reference.json"
 # A folder used this recently may have a reader: it is not evicted.
 _IN_USE_S = 3600.0
@@ -54,6 +55,25 @@ class Reference:
     floor: Mapping[str, Any] | None
 
 
+def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol: Protocol) -> str:
+    """The name of the folder for the reference of a source (by its fingerprint), so run and so measured.
+
+    The versions are part of it since other kernels may round differently.
+    """
+    found = versions()
+    return content_hash(
+        {
+            "format": _FORMAT,
+            "fingerprint": fingerprint,
+            "dtype": dtype.value,
+            "device_name": device_name,
+            "protocol": protocol.to_json(),
+            "torch": found["torch"],
+            "transformers": found["transformers"],
+        }
+    )
+
+
 def open_reference(folder: Path) -> Reference | None:
     """The reference stored in ``folder``, marked as used just now; None where there is none."""
     description = folder / _DESCRIPTION
@@ -72,18 +92,18 @@ def prepare_reference(
 ) -> Reference | None:
     """Store in ``folder`` what the base in ``loaded`` says to the protocol's probes, or adopt what is there.
 
-    ``folder``'s name must stand for the base's weights, dtype, device and protocol. All references beside it stay
+    ``folder``'s name must stand for what decides the outputs: see ``reference_name``. All references beside it stay
     under ``max_bytes`` together: the least recently used are removed, and if this one is larger by itself, it holds
-    fewer probes (one at least). None where the model has nothing to compare (no tokenizer). Raises StorageError or
-    DiskFull.
+    fewer probes (one at least). None where the model has nothing to compare (no tokenizer). Raises StorageError,
+    DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
     """
     existing = open_reference(folder)
     if existing is not None:
         return existing
-    probes = probes_of(loaded, protocol, eval_text)
-    if not probes:
-        return None
-    with _storage_errors(folder):
+    with translated(BenchmarkError, "cannot keep the base's outputs"), _storage_errors(folder):
+        probes = probes_of(loaded, protocol, eval_text)
+        if not probes:
+            return None
         _write(loaded, probes, folder, max_bytes)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
@@ -193,16 +213,24 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
 
 def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
     """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``."""
-    oldest_first = sorted(root.glob(f"*/{_DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.parent.iterdir()) for path in oldest_first}
-    total = sum(sizes.values())
-    for path in oldest_first:
-        if total <= max_bytes or path.parent == keep or time.time() - path.stat().st_mtime < _IN_USE_S:
+    kept = sorted(_occupants(root))
+    total = sum(size for _, _, size in kept)
+    for used_s, folder, size in kept:
+        if total <= max_bytes or folder == keep or time.time() - used_s < _IN_USE_S:
             continue
-        total -= sizes[path]
-        doomed = path.parent.with_name(f".{path.parent.name}.{secrets.token_hex(4)}")
-        path.parent.rename(doomed)
+        total -= size
+        doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):  # another worker makes room too
+            folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _occupants(root: Path) -> Iterator[tuple[float, Path, int]]:
+    """(time of last use, folder, bytes) of each reference in ``root`` that does not vanish meanwhile."""
+    for description in root.glob(f"[!.]*/{_DESCRIPTION}"):
+        with suppress(FileNotFoundError):
+            size = sum(file.stat().st_size for file in description.parent.iterdir())
+            yield description.stat().st_mtime, description.parent, size
 
 
 @contextmanager

@@ -40,14 +40,14 @@ class Size:
 def measure_size(model: Any) -> Size:
     """Count ``model`` as loaded. Call it before any forward: on some CPUs bitsandbytes repacks its weights then."""
     parameters = list(model.parameters())
-    state = [tensor for module in model.modules() for tensor in _quant_state(module)]
-    state_bytes = _bytes(state)
+    state = [tensor for module in model.modules() for tensor in quant_state(module)]
+    state_bytes = held_bytes(state)
     return Size(
-        num_parameters=sum(_logical_elements(parameter) for parameter in parameters),
-        quantized_parameters=sum(_logical_elements(p) for p in parameters if _is_quantized(p)),
-        weights_bytes=_bytes(parameters) + state_bytes,
+        num_parameters=sum(logical_elements(parameter) for parameter in parameters),
+        quantized_parameters=sum(logical_elements(p) for p in parameters if _is_quantized(p)),
+        weights_bytes=held_bytes(parameters) + state_bytes,
         quant_state_bytes=state_bytes,
-        buffer_bytes=_bytes(model.buffers()),
+        buffer_bytes=held_bytes(model.buffers()),
         memory_footprint_bytes=int(model.get_memory_footprint()),
     )
 
@@ -65,13 +65,13 @@ def _is_quantized(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Int8Params"
 
 
-def _logical_elements(parameter: torch.Tensor) -> int:
+def logical_elements(parameter: torch.Tensor) -> int:
     """Elements of the weight that a parameter stands for: packed 4-bit codes count as what they decode to."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
-def _quant_state(module: Any) -> Iterator[torch.Tensor]:
+def quant_state(module: Any) -> Iterator[torch.Tensor]:
     """The tensors beside ``module.weight`` that bitsandbytes needs to use it."""
     weight: Any = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
@@ -84,7 +84,7 @@ def _quant_state(module: Any) -> Iterator[torch.Tensor]:
         yield scales
 
 
-def _bytes(tensors: Any) -> int:
+def held_bytes(tensors: Any) -> int:
     """Bytes of ``tensors``, one that is there twice counted once."""
     distinct = {(t.data_ptr(), t.nbytes) if t.numel() else (id(t), 0): t.nbytes for t in tensors}
     return sum(distinct.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from models_db.domain import Protocol
+from models_db.errors import BenchmarkError
 from worker.benchmark.clock import Clock, repeat
 
 
@@ -36,12 +37,19 @@ class _TokenMarks:
 
 
 def time_generation(
-    model: Any, prompts: torch.Tensor, *, new_tokens: int, protocol: Protocol, clock: Clock
+    model: Any,
+    prompts: torch.Tensor,
+    *,
+    new_tokens: int,
+    protocol: Protocol,
+    clock: Clock,
+    during_warmup: AbstractContextManager[object],
 ) -> GenerationTimes:
     """Greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length], over and over.
 
     It is ``generate`` itself that is timed, since that is what runs everywhere and what a user gets. For an
-    encoder-decoder the prefill is the encoder and the first token.
+    encoder-decoder the prefill is the encoder and the first token. ``during_warmup`` is open during the warm-up.
+    Raises BenchmarkError where the model stops of itself.
     """
     from transformers import LogitsProcessorList
 
@@ -56,19 +64,28 @@ def time_generation(
             logits_processor=LogitsProcessorList([marks]),
             generation_config=model.generation_config,
         )
+        if len(marks.marks) <= new_tokens:
+            raise BenchmarkError(f"generation stopped after {len(marks.marks) - 1} of {new_tokens} tokens")
         steps_s = clock.intervals_s(marks.marks[: new_tokens + 1])
         if record:
             times.prefill_s.append(steps_s[0])
             times.decode_s.append(sum(steps_s[1:]))
             times.per_token_s.extend(steps_s[1:])
 
-    with torch.inference_mode(), _greedy(model, new_tokens):
-        _run(once, protocol)
+    with torch.inference_mode(), greedy(model, new_tokens):
+        _run(once, protocol, during_warmup)
     return times
 
 
-def time_forward(model: Any, inputs: dict[str, torch.Tensor], *, protocol: Protocol, clock: Clock) -> list[float]:
-    """Seconds of each forward pass over ``inputs``."""
+def time_forward(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    *,
+    protocol: Protocol,
+    clock: Clock,
+    during_warmup: AbstractContextManager[object],
+) -> list[float]:
+    """Seconds of each forward pass over ``inputs``. ``during_warmup`` is open during the warm-up."""
     times_s: list[float] = []
 
     def once(record: bool) -> None:
@@ -80,18 +97,19 @@ def time_forward(model: Any, inputs: dict[str, torch.Tensor], *, protocol: Proto
             times_s.extend(seconds)
 
     with torch.inference_mode():
-        _run(once, protocol)
+        _run(once, protocol, during_warmup)
     return times_s
 
 
-def _run(once: Callable[[bool], None], protocol: Protocol) -> None:
-    for _ in range(protocol.warmup_iterations):
-        once(False)
+def _run(once: Callable[[bool], None], protocol: Protocol, during_warmup: AbstractContextManager[object]) -> None:
+    with during_warmup:
+        for _ in range(protocol.warmup_iterations):
+            once(False)
     repeat(lambda: once(True), min_iterations=protocol.min_iterations, min_duration_s=protocol.min_duration_s)
 
 
 @contextmanager
-def _greedy(model: Any, new_tokens: int) -> Iterator[None]:
+def greedy(model: Any, new_tokens: int) -> Iterator[None]:
     """Replace the model's generation defaults (sampling, beams, penalties, an end token) by plain greedy decoding.
 
     Without an end token every sequence runs to ``new_tokens``. ``generate`` fills whatever is unset from the

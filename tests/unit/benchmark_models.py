@@ -1,0 +1,70 @@
+"""What the benchmark's tests measure: tiny models quantized the plain way, and the protocol that measures them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+
+from models_db.domain import BASELINE, DeviceKind, DType, Measurement, Method, Protocol, ProtocolOptions, Scheme
+from worker.architecture import model_class
+from worker.benchmark import DEFAULT_EVAL_TEXT, benchmark
+from worker.load import Loaded, load, quiet_libraries
+
+TEXT = DEFAULT_EVAL_TEXT.read_text(encoding="utf-8")
+NF4 = Scheme(method=Method.NF4)
+NF4_DOUBLE = Scheme(method=Method.NF4, double_quant=True)
+FP4 = Scheme(method=Method.FP4)
+INT8 = Scheme(method=Method.INT8)
+
+# One iteration, no least duration: enough to see that a figure is there and what it counts.
+QUICK = replace(
+    ProtocolOptions(eval_text_sha256="0" * 64, prompt_tokens=16, new_tokens=4).for_device(DeviceKind.CPU),
+    warmup_iterations=0,
+    min_iterations=1,
+    min_duration_s=0.0,
+    eval_window=64,
+    eval_stride=64,
+    eval_max_windows=3,
+)
+
+
+def quantized(source: Path, folder: Path, scheme: Scheme) -> Path:
+    """The checkpoint of ``source`` that transformers itself writes for ``scheme`` at bfloat16."""
+    quiet_libraries(with_bitsandbytes=True)
+    cls = model_class(AutoConfig.from_pretrained(source))
+    model = cls.from_pretrained(source, quantization_config=_config(scheme), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def measured(folder: Path, scheme: Scheme = BASELINE, protocol: Protocol = QUICK, text: str = TEXT) -> Measurement:
+    """``benchmark`` of ``folder``, freshly loaded on the CPU at bfloat16."""
+    return benchmark(
+        loaded_on_cpu(folder),
+        folder=folder,
+        scheme=scheme.resolved(DType.BFLOAT16),
+        dtype=DType.BFLOAT16,
+        protocol=protocol,
+        eval_text=text,
+        on_step=lambda _step: None,
+    )
+
+
+def loaded_on_cpu(folder: Path, dtype: DType = DType.BFLOAT16) -> Loaded:
+    return load(folder, dtype=dtype, device="cpu")
+
+
+def _config(scheme: Scheme) -> BitsAndBytesConfig:
+    if scheme.method is Method.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    four_bit: dict[str, Any] = {
+        "bnb_4bit_quant_type": scheme.method.removeprefix("bnb-"),
+        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
+    return BitsAndBytesConfig(load_in_4bit=True, **four_bit)

@@ -1,0 +1,61 @@
+"""Peaks of memory seen while something runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests import tiny
+from tests.unit.benchmark_models import measured
+from worker.benchmark.memory import DeviceMemory, MemoryPeaks, MemoryWatch
+
+MIB = 1 << 20
+
+
+def test_memory_that_is_freed_again_before_the_end_is_seen() -> None:
+    before = psutil.Process().memory_info().rss
+    with MemoryWatch() as watch:
+        block = np.ones(64 * MIB, dtype=np.uint8)
+        time.sleep(0.2)
+        del block
+    assert watch.peaks.max_ram is not None
+    assert watch.peaks.max_ram >= before + 60 * MIB
+
+
+def test_the_largest_of_the_device_s_values_is_kept() -> None:
+    seen = [DeviceMemory(total_used=n, process_used=n - 1) for n in (5, 9, 7)]
+    values = chain(seen, repeat(seen[0]))
+    with MemoryWatch(lambda: next(values)) as watch:
+        time.sleep(0.2)
+    assert watch.peaks.max_global_vram == 9
+    assert watch.peaks.max_process_vram == 8
+
+
+def test_what_the_driver_does_not_say_stays_unknown() -> None:
+    peaks = MemoryPeaks()
+    peaks.see(3, None)
+    peaks.see(2, DeviceMemory(total_used=4, process_used=None))
+    assert (peaks.max_ram, peaks.max_global_vram, peaks.max_process_vram) == (3, 4, None)
+
+
+def test_the_thread_ends_with_the_context_even_after_an_error() -> None:
+    with pytest.raises(ValueError, match="broken"), MemoryWatch():
+        raise ValueError("broken")
+    assert "memory-watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_cpu_benchmark_has_resident_memory_and_no_gpu_figures(tmp_path: Path) -> None:
+    memory = measured(tiny.make_causal(tmp_path)).details["memory"]
+    assert memory["max_ram"] > 50 * MIB
+    assert {name for name, value in memory.items() if value is None} == {
+        "max_global_vram",
+        "max_process_vram",
+        "max_allocated",
+        "max_reserved",
+    }

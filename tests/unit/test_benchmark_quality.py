@@ -1,0 +1,378 @@
+"""Quality against the base: every statistic beside a computation in NumPy and float64, written independently."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from models_db.domain import BASELINE, DType, Scheme
+from models_db.errors import BenchmarkError, StorageError
+from tests import tiny
+from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, quantized
+from worker.benchmark import benchmark
+from worker.benchmark.divergence import clustered_error, divergence, summarize_divergence
+from worker.benchmark.floor import arithmetic_floor
+from worker.benchmark.measure import finite
+from worker.benchmark.probes import probes_of
+from worker.benchmark.reference import Reference, compare, open_reference, prepare_reference, reference_name
+from worker.benchmark.similarity import compare_embeddings
+from worker.load import Loaded
+
+HEADS = [None, "masked-lm", "classification"]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def numpy_statistics(base: np.ndarray, other: np.ndarray, targets: np.ndarray, windows: int) -> dict[str, float]:
+    """llama.cpp's figures from full logits [rows, vocabulary] of equally long windows, the plain way."""
+    p, q = log_softmax(base), log_softmax(other)
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    places = np.arange(len(targets))
+    ratio = p[places, targets] - q[places, targets]
+    delta = np.exp(q[places, targets]) - np.exp(p[places, targets])
+    means = kl.reshape(windows, -1).mean(axis=1)
+    return {
+        "kl_mean": kl.mean(),
+        # Equal clusters: the error of the mean of the windows' means.
+        "kl_mean_se": means.std(ddof=1) / math.sqrt(windows),
+        "kl_median": np.median(kl),
+        "kl_p90": np.percentile(kl, 90),
+        "kl_p95": np.percentile(kl, 95),
+        "kl_p99": np.percentile(kl, 99),
+        "kl_max": kl.max(),
+        "ln_ppl_ratio": ratio.mean(),
+        "base_perplexity": np.exp(-p[places, targets].mean()),
+        "perplexity": np.exp(-q[places, targets].mean()),
+        "top1_agreement": (base.argmax(axis=1) == other.argmax(axis=1)).mean(),
+        "rms_delta_p": np.sqrt((delta**2).mean()),
+    }
+
+
+def quantized_and_reference(source: Path, scheme: Scheme, dtype: DType = DType.BFLOAT16) -> tuple[Loaded, Reference]:
+    base = loaded_on_cpu(source, dtype)
+    reference = prepare_reference(base, QUICK, TEXT, source.with_name("references") / source.name)
+    assert reference is not None
+    return loaded_on_cpu(quantized(source, source.with_name("quantized"), scheme), dtype), reference
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.0151], ids=["large", "a KL of 1e-4"])
+def test_every_statistic_is_that_of_a_float64_computation(noise: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(6 * 20, 3000, generator=generator) * 3
+    other = base + noise * torch.randn(base.shape, generator=generator)
+    targets = torch.randint(3000, (120,), generator=generator)
+    windows = [divergence(base[i : i + 20], other[i : i + 20], targets[i : i + 20].tolist()) for i in range(0, 120, 20)]
+    summary = summarize_divergence(windows)
+    expected = numpy_statistics(base.numpy(), other.numpy(), targets.numpy(), windows=6)
+    assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    if noise < 1:
+        assert summary["kl_mean"] == pytest.approx(1e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", [NF4, INT8], ids=["nf4", "int8"])
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_figures_from_a_stored_reference_are_those_from_full_logits(tmp_path: Path, arch: str, scheme: Scheme) -> None:
+    """Within a hundredth of a per cent, though the reference holds hidden states, a fraction of the bytes."""
+    source = tiny.make_causal(tmp_path / arch, arch)
+    model, reference = quantized_and_reference(source, scheme)
+    figures = compare(model, reference, QUICK, TEXT)
+    base = loaded_on_cpu(source)
+    probes = probes_of(base, QUICK, TEXT)
+    logits = [
+        np.concatenate([full_logits(loaded, probe.ids)[list(probe.rows or ())] for probe in probes])
+        for loaded in (base, model)
+    ]
+    targets = np.concatenate([probe.targets for probe in probes])
+    expected = numpy_statistics(*logits, targets, windows=len(probes))
+    assert reference.form == "hidden"
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def full_logits(loaded: Loaded, ids: tuple[int, ...]) -> np.ndarray:
+    logits: np.ndarray = loaded.model(torch.tensor([ids])).logits[0].double().numpy()
+    return logits
+
+
+@pytest.mark.parametrize("arch", tiny.CAUSAL_ARCHS)
+def test_hidden_states_replay_to_the_base_s_very_bits(tmp_path: Path, arch: str) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / arch, arch))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    assert reference.form == "hidden"
+    assert compare(base, reference, QUICK, TEXT)["kl_max"] == 0
+
+
+def test_a_model_that_caps_its_logits_has_them_stored_instead(tmp_path: Path) -> None:
+    tiny.make_tokenizer(tmp_path / "gemma2")
+    config = transformers.Gemma2Config(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        final_logit_softcapping=3.0,
+    )
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    base = loaded_on_cpu(tmp_path / "gemma2")
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    assert reference.form == "logits"
+    assert reference.probes == QUICK.eval_max_windows
+    assert compare(base, reference, QUICK, TEXT)["kl_max"] == 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_eight_bits_are_nearer_the_base_than_four_and_both_are_above_the_floor(tmp_path: Path, arch: str) -> None:
+    source = tiny.make_causal(tmp_path / arch, arch)
+    four, reference = quantized_and_reference(source, NF4)
+    eight = loaded_on_cpu(quantized(source, tmp_path / "int8", INT8))
+    kl = [compare(model, reference, QUICK, TEXT)["kl_mean"] for model in (eight, four)]
+    assert reference.floor is not None
+    assert 0 < reference.floor["kl_mean"] < kl[0] < kl[1]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_encoders_are_compared_each_in_its_own_way(tmp_path: Path, head: str | None) -> None:
+    model, reference = quantized_and_reference(tiny.make_encoder(tmp_path / "bert", head), NF4)
+    figures = compare(model, reference, QUICK, TEXT)
+    if head is None:
+        assert 0.9 < figures["cosine_min"] <= figures["cosine_mean"] < 1
+        assert 0.9 < figures["rank_correlation"] < 1
+    else:
+        assert 0 < figures["kl_mean"] < 0.01
+        assert 0 < figures["top1_agreement"] <= 1
+    assert ("ln_ppl_ratio" in figures) == (head == "masked-lm")
+
+
+@pytest.mark.parametrize("arch", tiny.SEQ2SEQ_ARCHS)
+def test_an_encoder_decoder_is_compared_on_the_second_half_of_each_window(tmp_path: Path, arch: str) -> None:
+    model, reference = quantized_and_reference(tiny.make_seq2seq(tmp_path / arch, arch), NF4)
+    figures = compare(model, reference, QUICK, TEXT)
+    assert figures["rows"] == sum(figures["window_tokens"]) == sum(len(p.labels) for p in probes_of(model, QUICK, TEXT))
+    assert figures["kl_mean"] > 0
+
+
+def test_a_benchmark_with_a_reference_holds_the_comparison_and_the_same_perplexity(tmp_path: Path) -> None:
+    source = tiny.make_causal(tmp_path / "llama")
+    model, reference = quantized_and_reference(source, NF4)
+    measurements = [
+        benchmark(
+            model,
+            folder=tmp_path / "quantized",
+            scheme=NF4.resolved(DType.BFLOAT16),
+            dtype=DType.BFLOAT16,
+            protocol=QUICK,
+            eval_text=TEXT,
+            on_step=lambda _step: None,
+            reference=given,
+        )
+        for given in (None, reference)
+    ]
+    assert measurements[0].details["quality"] is None
+    quality = measurements[1].details["quality"]
+    assert quality["kl_mean"] > 0
+    assert quality["base_perplexity"] != quality["perplexity"]
+    assert measurements[1].perplexity == pytest.approx(measurements[0].perplexity, rel=1e-6)
+
+
+def test_a_prepared_reference_is_adopted_and_never_written_twice(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    first = prepare_reference(base, QUICK, TEXT, tmp_path / "references" / "a")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "references" / "a").glob("*.safetensors")}
+    assert prepare_reference(base, QUICK, TEXT, tmp_path / "references" / "a") == first
+    assert open_reference(tmp_path / "references" / "a") == first
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert [path.name for path in (tmp_path / "references").iterdir()] == ["a"]
+
+
+def test_the_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    before = os.umask(0o022)
+    try:
+        prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "reference").iterdir()} == {0o644}
+
+
+def test_a_reference_too_large_for_the_bound_holds_fewer_windows(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference", max_bytes=40_000)
+    assert reference is not None
+    assert reference.probes == 2
+    assert sum(path.stat().st_size for path in reference.folder.glob("*.safetensors")) <= 40_000
+    assert compare(base, reference, QUICK, TEXT)["windows"] == 2
+
+
+def test_the_least_recently_used_references_make_room_but_not_those_in_use(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    root = tmp_path / "references"
+    for hours_ago, name in ((3, "oldest"), (2, "older"), (0, "in-use")):
+        prepare_reference(base, QUICK, TEXT, root / name)
+        used = time.time() - hours_ago * 3600
+        os.utime(root / name / "reference.json", (used, used))
+    one = sum(path.stat().st_size for path in (root / "oldest").iterdir())
+    prepare_reference(base, QUICK, TEXT, root / "new", max_bytes=3 * one)
+    assert {path.name for path in root.iterdir()} == {"older", "in-use", "new"}
+    prepare_reference(base, QUICK, TEXT, root / "newest", max_bytes=2 * one)
+    assert {path.name for path in root.iterdir()} == {"in-use", "new", "newest"}
+
+
+def test_another_text_is_not_compared(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    with pytest.raises(BenchmarkError, match="other tokens"):
+        compare(base, reference, QUICK, TEXT[100:])
+
+
+def test_another_output_head_is_not_replayed_through(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    with torch.no_grad():
+        base.model.lm_head.weight[0, 0] += 1
+    with pytest.raises(BenchmarkError, match="output head"):
+        compare(base, reference, QUICK, TEXT)
+
+
+def test_what_cannot_be_compared_leaves_its_reason_and_the_other_figures_stand(tmp_path: Path) -> None:
+    source = tiny.make_causal(tmp_path / "llama")
+    base = loaded_on_cpu(source)
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    measurement = benchmark(
+        base,
+        folder=source,
+        scheme=BASELINE.resolved(DType.BFLOAT16),
+        dtype=DType.BFLOAT16,
+        protocol=QUICK,
+        eval_text=TEXT[100:],
+        on_step=lambda _step: None,
+        reference=reference,
+    )
+    assert "other tokens" in measurement.details["quality"]["reason"]
+    assert measurement.perplexity is not None
+
+
+def test_a_reference_s_name_depends_on_all_that_decides_its_content() -> None:
+    same = {"fingerprint": "f", "dtype": DType.BFLOAT16, "device_name": "d", "protocol": QUICK}
+    others = [
+        {"fingerprint": "g"},
+        {"dtype": DType.FLOAT16},
+        {"device_name": "e"},
+        {"protocol": replace(QUICK, eval_window=32)},
+    ]
+    names = [reference_name(**(same | other)) for other in others]
+    assert len({reference_name(**same), *names}) == 1 + len(others)
+    assert reference_name(**same) == reference_name(**dict(same))
+
+
+def test_without_a_tokenizer_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    folder = tiny.make_causal(tmp_path / "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert prepare_reference(loaded_on_cpu(folder), QUICK, TEXT, tmp_path / "reference") is None
+    assert not (tmp_path / "reference").exists()
+
+
+def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    floor = arithmetic_floor(base, probes_of(base, QUICK, TEXT))
+    assert floor is not None
+    assert floor["windows"] == 2
+    for name, tensor in base.model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_float32_model_has_no_floor(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"), DType.FLOAT32)
+    assert arithmetic_floor(base, probes_of(base, QUICK, TEXT)) is None
+
+
+def test_of_equal_logits_the_lowest_index_is_the_prediction() -> None:
+    base = torch.tensor([[1.0, 5.0, 5.0, 0.0]])
+    assert divergence(base, torch.tensor([[1.0, 5.0, 4.0, 0.0]])).agrees.tolist() == [1.0]
+    assert divergence(base, torch.tensor([[1.0, 4.0, 5.0, 0.0]])).agrees.tolist() == [0.0]
+
+
+def test_a_token_impossible_to_the_base_adds_nothing() -> None:
+    base = torch.tensor([[0.0, 0.0, -math.inf]])
+    assert divergence(base, base).kl.tolist() == [0.0]
+    assert divergence(base, torch.zeros(1, 3)).kl.tolist() == pytest.approx([math.log(1.5)])
+
+
+def test_rows_of_one_window_are_not_taken_for_independent() -> None:
+    """Each value four times over in its own window: the error is that of four values, not of sixteen."""
+    values = [1.0, 2.0, 4.0, 9.0]
+    clusters = [torch.full((4,), value, dtype=torch.float64) for value in values]
+    assert clustered_error(clusters) == pytest.approx(np.std(values, ddof=1) / 2)
+    assert clustered_error(clusters[:1]) is None
+
+
+def test_embeddings_are_centred_before_they_are_compared() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(10, 32, generator=generator)
+    unrelated = torch.randn(10, 32, generator=generator)
+    offset = torch.full((32,), 100.0)
+    same = compare_embeddings(base + offset, base - offset)
+    assert same["cosine_mean"] == pytest.approx(1)
+    assert same["rank_correlation"] == pytest.approx(1)
+    assert abs(compare_embeddings(base + offset, unrelated + offset)["cosine_mean"]) < 0.3
+
+
+def test_rank_correlation_is_spearman_s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, other = torch.randn(8, 4, generator=generator), torch.randn(8, 4, generator=generator)
+
+    def pair_ranks(vectors: torch.Tensor) -> np.ndarray:
+        centred = vectors.double().numpy() - vectors.double().numpy().mean(axis=0)
+        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        return np.argsort(np.argsort((unit @ unit.T)[np.triu_indices(8, 1)]))
+
+    expected = np.corrcoef(pair_ranks(base), pair_ranks(other))[0, 1]
+    assert compare_embeddings(base, other)["rank_correlation"] == pytest.approx(expected)
+
+
+def test_json_gets_none_for_what_is_no_number() -> None:
+    assert finite({"a": math.nan, "b": [1.0, -math.inf], "c": {"d": 2}, "e": None}) == {
+        "a": None,
+        "b": [1.0, None],
+        "c": {"d": 2},
+        "e": None,
+    }
+
+
+def test_masked_positions_are_the_same_every_time_and_hold_the_mask(tmp_path: Path) -> None:
+    loaded = loaded_on_cpu(tiny.make_encoder(tmp_path / "bert", "masked-lm"))
+    probes = probes_of(loaded, QUICK, TEXT)
+    assert probes == probes_of(loaded, replace(QUICK, batch_size=2), TEXT)
+    for probe in probes:
+        assert all(probe.ids[row] == tiny.MASK for row in probe.rows or ())
+        assert sum(token == tiny.MASK for token in probe.ids) == len(probe.targets) > 0
+        assert probe.ids[0] == tiny.BOS
+        assert probe.ids[-1] == tiny.EOS
+
+
+def test_a_reference_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    (tmp_path / "references").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="references"):
+        prepare_reference(base, QUICK, TEXT, tmp_path / "references" / "a")

@@ -1,0 +1,131 @@
+"""The timing method, on a model whose times are known because they are injected."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models_db.errors import BenchmarkError
+from tests.unit.benchmark_models import QUICK
+from worker.benchmark.clock import HostClock, repeat
+from worker.benchmark.speed import time_forward, time_generation
+from worker.benchmark.stats import percentile, summarize
+
+PREFILL_S, STEP_S, SLOW_STEP_S, FIRST_CALLS_EXTRA_S = 0.100, 0.020, 0.060, 0.300
+SLOW_EVERY = 10
+PROMPT_TOKENS, NEW_TOKENS = 8, 41
+
+
+class SlowConfig(PretrainedConfig):
+    model_type = "slow"
+    num_hidden_layers: int = 1
+
+
+class SlowModel(PreTrainedModel, GenerationMixin):
+    """Takes a set time for each forward, and longer for the first few.
+
+    A step's time runs from the end of the step before, the prefill's from the call of ``generate``: so what happens in
+    between is part of it, on a busy machine too.
+    """
+
+    config_class = SlowConfig
+
+    def __init__(self, config: SlowConfig, slow_calls: int) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(16, 8)
+        self.steps = 0
+        self.slow_calls = slow_calls
+        self.ended_s = 0.0
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.ended_s = time.perf_counter()
+        return super().generate(*args, **kwargs)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:
+        is_prefill = input_ids.shape[1] == PROMPT_TOKENS
+        self.ended_s += self._delay_s(is_prefill)
+        logits = torch.zeros(*input_ids.shape, 16)
+        time.sleep(max(0.0, self.ended_s - time.perf_counter()))
+        return CausalLMOutputWithPast(logits=logits)
+
+    def _delay_s(self, is_prefill: bool) -> float:
+        self.slow_calls -= 1
+        extra_s = FIRST_CALLS_EXTRA_S if self.slow_calls >= 0 else 0.0
+        if is_prefill:
+            self.steps = 0
+            return PREFILL_S + extra_s
+        self.steps += 1
+        return (SLOW_STEP_S if self.steps % SLOW_EVERY == 0 else STEP_S) + extra_s
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None:
+    protocol = replace(QUICK, batch_size=batch_size, new_tokens=NEW_TOKENS, warmup_iterations=1, min_iterations=3)
+    prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long)
+    model = SlowModel(SlowConfig(), slow_calls=3).eval()
+    times = time_generation(
+        model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=HostClock(), during_warmup=nullcontext()
+    )
+    prefill, decode, per_token = summarize(times.prefill_s), summarize(times.decode_s), summarize(times.per_token_s)
+
+    mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
+    assert per_token.count == 3 * (NEW_TOKENS - 1)
+    assert prefill.p50 == pytest.approx(PREFILL_S, rel=0.05)
+    assert per_token.p50 == pytest.approx(STEP_S, rel=0.05)
+    assert per_token.p95 == pytest.approx(SLOW_STEP_S, rel=0.05)
+    throughput = batch_size * (NEW_TOKENS - 1) / decode.mean
+    assert throughput == pytest.approx(batch_size / mean_step_s, rel=0.05)
+
+
+class StubbornModel(SlowModel):
+    """Stops after three tokens, whatever it is asked for."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["generation_config"] = GenerationConfig(max_new_tokens=3, pad_token_id=0)
+        return super().generate(*args, **kwargs)
+
+
+def test_a_model_that_stops_early_is_not_timed_as_if_it_had_not() -> None:
+    model = StubbornModel(SlowConfig(), slow_calls=0).eval()
+    prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
+    with pytest.raises(BenchmarkError, match="after 3 of 4 tokens"):
+        time_generation(model, prompts, new_tokens=4, protocol=QUICK, clock=HostClock(), during_warmup=nullcontext())
+
+
+def test_a_forward_s_injected_delay_is_found_within_five_per_cent() -> None:
+    model = SlowModel(SlowConfig(), slow_calls=1).eval()
+    model.register_forward_pre_hook(lambda module, _args: setattr(module, "ended_s", time.perf_counter()))
+    inputs = {"input_ids": torch.ones(1, PROMPT_TOKENS, dtype=torch.long)}
+    protocol = replace(QUICK, warmup_iterations=1, min_iterations=5)
+    times_s = time_forward(model, inputs, protocol=protocol, clock=HostClock(), during_warmup=nullcontext())
+    assert len(times_s) == 5
+    assert summarize(times_s).p50 == pytest.approx(PREFILL_S, rel=0.05)
+
+
+def test_iterations_go_on_until_both_minima_are_reached() -> None:
+    assert repeat(lambda: None, min_iterations=7, min_duration_s=0) == 7
+    assert repeat(lambda: time.sleep(0.02), min_iterations=1, min_duration_s=0.1) in range(3, 7)
+
+
+def test_percentiles_are_numpy_s() -> None:
+    sample = np.random.default_rng(0).lognormal(size=101).tolist()
+    stats = summarize(sample)
+    assert [stats.p50, stats.p90, stats.p95, stats.p99] == pytest.approx(np.percentile(sample, [50, 90, 95, 99]))
+    assert stats.mean == pytest.approx(np.mean(sample))
+    assert stats.stdev == pytest.approx(np.std(sample, ddof=1))
+
+
+def test_one_value_is_its_own_percentile_and_does_not_scatter() -> None:
+    assert percentile([3.0], 99) == 3.0
+    assert summarize([3.0]).stdev == 0.0

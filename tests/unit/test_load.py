@@ -1,0 +1,153 @@
+"""Loading sources and checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models_db.domain import DType
+from models_db.errors import BenchmarkError, CudaOom, DeviceError, HostOom, SourceCorrupt, SourceNotFound, Unsupported
+from tests import tiny
+from tests.unit.benchmark_models import INT8, NF4, loaded_on_cpu, quantized
+from worker.architecture import Task
+from worker.load import translated
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return tiny.make_causal(tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    ("arch", "task"), [("llama", Task.CAUSAL_LM), ("bloom", Task.CAUSAL_LM), ("gpt2", Task.CAUSAL_LM)]
+)
+def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, task: Task) -> None:
+    loaded = loaded_on_cpu(tiny.make_causal(tmp_path, arch), DType.BFLOAT16)
+    assert loaded.task is task
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert not loaded.model.training
+    assert loaded.load_model_s > 0
+
+
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        (None, Task.ENCODER),
+        ("masked-lm", Task.MASKED_LM),
+        ("classification", Task.SEQUENCE_CLASSIFICATION),
+    ],
+)
+def test_an_encoder_loads_by_its_architecture(tmp_path: Path, head: str | None, task: Task) -> None:
+    assert loaded_on_cpu(tiny.make_encoder(tmp_path, head)).task is task
+
+
+def test_a_sequence_to_sequence_model_is_one(tmp_path: Path) -> None:
+    assert loaded_on_cpu(tiny.make_seq2seq(tmp_path, "bart")).task is Task.SEQ2SEQ
+
+
+def test_a_published_checkpoint_loads_with_its_quantized_layers(llama: Path, tmp_path: Path) -> None:
+    loaded = loaded_on_cpu(quantized(llama, tmp_path / "nf4", NF4))
+    kinds = {type(module).__name__ for module in loaded.model.modules()}
+    assert "Linear4bit" in kinds
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(llama: Path) -> None:
+    for path in llama.glob("tokenizer*"):
+        path.unlink()
+    assert loaded_on_cpu(llama).tokenizer is None
+
+
+def test_a_missing_tensor_is_refused_rather_than_filled_with_random_numbers(llama: Path) -> None:
+    tensors = load_file(llama / WEIGHTS)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, llama / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(SourceCorrupt, match=r"lacks 1 tensors.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        loaded_on_cpu(llama)
+
+
+def test_a_missing_tensor_of_a_published_checkpoint_is_a_benchmark_error(llama: Path, tmp_path: Path) -> None:
+    folder = quantized(llama, tmp_path / "nf4", NF4)
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BenchmarkError, match=r"model\.norm\.weight"):
+        loaded_on_cpu(folder)
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(llama: Path) -> None:
+    tensors = load_file(llama / WEIGHTS)
+    tensors["model.norm.weight"] = torch.ones(64)
+    save_file(tensors, llama / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(SourceCorrupt):
+        loaded_on_cpu(llama)
+
+
+def test_a_truncated_file_is_one_clear_line(llama: Path) -> None:
+    whole = (llama / WEIGHTS).read_bytes()
+    (llama / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceCorrupt, match="cannot load llama: ") as caught:
+        loaded_on_cpu(llama)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_not_read(llama: Path) -> None:
+    torch.save(load_file(llama / WEIGHTS), llama / "pytorch_model.bin")
+    (llama / WEIGHTS).unlink()
+    with pytest.raises(SourceCorrupt):
+        loaded_on_cpu(llama)
+
+
+def test_a_folder_without_config_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFound, match=r"config\.json"):
+        loaded_on_cpu(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SourceCorrupt, match="not JSON"):
+        loaded_on_cpu(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", "pipeline", "AutoTokenizer"])
+def test_an_architecture_that_is_no_model_class_is_unsupported(llama: Path, name: str) -> None:
+    path = llama / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
+    with pytest.raises(Unsupported, match=name):
+        loaded_on_cpu(llama)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), CudaOom),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), CudaOom),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), HostOom),
+        (MemoryError(), HostOom),
+        (ValueError("anything\nelse"), BenchmarkError),
+    ],
+)
+def test_a_library_s_error_leaves_as_the_job_error_that_decides_about_a_retry(error: Exception, kind: type) -> None:
+    with pytest.raises(kind, match="measuring: ") as caught, translated(BenchmarkError, "measuring"):
+        raise error
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_printed_or_logged(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = quantized(llama, tmp_path / "int8", INT8)
+    capfd.readouterr()
+    with caplog.at_level(logging.WARNING):
+        loaded = loaded_on_cpu(folder)
+        loaded.model(torch.zeros(1, 8, dtype=torch.long))
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
