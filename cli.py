@@ -268,6 +268,28 @@ def inspect(model: str, format_: str) -> None:
     click.echo(inspection_table(found) if format_ == "table" else render([found], (), format_))
 
 
+@main.command()
+@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
+@format_options("table", "json", "csv")
+def verify(targets: Sequence[str], format_: str) -> None:
+    """Check published checkpoints: every file against its manifest, the tensors against the config.
+
+    CHECKPOINT is a folder. Without arguments, every checkpoint on record. Exits with 1 if one does not hold.
+    """
+    from views.listings import VERIFY_COLUMNS
+    from views.tables import render
+    from worker.verify import verify as problems_of
+
+    rows = []
+    for folder in _checkpoint_folders(targets):
+        problems = problems_of(folder)
+        rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
+        if problems and format_ == "table":
+            click.echo("\n".join(f"{folder}: {problem}" for problem in problems), err=True)
+    click.echo(render(rows, VERIFY_COLUMNS, format_))
+    sys.exit(1 if any(row["problems"] for row in rows) else 0)
+
+
 @main.group()
 def db() -> None:
     """Look after the database."""
@@ -474,6 +496,25 @@ def _print_results(settings: Settings, rows: Sequence[dict[str, Any]], format_: 
             # Stored relative to the storage, which may be mounted elsewhere on each machine.
             row["checkpoint_path"] = str(settings.storage / row["checkpoint_path"])
     click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
+
+
+def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
+    from models_db.checkpoints import all_checkpoints
+    from models_db.results import find_results
+
+    folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
+    batch_ids = _batch_ids([target for target in targets if not Path(target).is_dir()])
+    if targets and not batch_ids:
+        return folders
+    settings = _settings()
+    database = _database(settings)
+    _require(database, batch_ids)
+    with database.read() as session:
+        if batch_ids:
+            paths = [row["checkpoint_path"] for row in find_results(session, batch_ids=batch_ids)]
+        else:
+            paths = [checkpoint.path for checkpoint in all_checkpoints(session)]
+    return folders + [settings.storage / path for path in dict.fromkeys(paths) if path is not None]
 
 
 def _batch_ids(texts: Sequence[str]) -> list[int]:

@@ -58,3 +58,8 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="heartbeat_at", title="last heartbeat", show=show_time, spare=True),
     Column(key="note", title="note", wraps=True),
 )
+
+VERIFY_COLUMNS: tuple[Column, ...] = (
+    Column(key="checkpoint", title="checkpoint"),
+    Column(key="state", title="state"),
+)

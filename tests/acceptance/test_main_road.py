@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import stat
@@ -15,6 +16,7 @@ import transformers
 
 from tests.acceptance.conftest import Qbatch
 from worker.checkpoint import problems
+from worker.digest import digest_file, root_sha256
 
 CONTRACT = {
     "batch_id",
@@ -80,6 +82,7 @@ def test_run_does_everything_and_leaves_nothing_running(
     assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
     assert rows[3]["forward_s_p50"] > 0
     _check_checkpoint(Path(nf4["checkpoint_path"]), models / "llama")
+    _check_verify(qbatch, Path(nf4["checkpoint_path"]))
     # The second time, the database answers; the quantized checkpoints are the same ones.
     again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
     assert [row["reused_from"] for row in again] == [row["job_id"] for row in rows]
@@ -107,6 +110,35 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
     damaged.write_text(text + " ")
     assert problems(folder) == [f"config.json is not what was published ({len(text) + 1} bytes, {len(text)} published)"]
     damaged.write_text(text)
+
+
+def _check_verify(qbatch: Qbatch, folder: Path) -> None:
+    """Four sound checkpoints; then one flipped bit, and a config that knows of one layer less than the files."""
+    assert [row["state"] for row in qbatch.json("verify")] == ["sound"] * 4
+    assert len(qbatch.json("verify", "b1")) == 4
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "model.safetensors is not what was published" in qbatch("verify", str(folder), code=1).stderr
+    weights.write_bytes(whole)
+    config, manifest = folder / "config.json", folder / "qbatch.json"
+    texts = config.read_text(), manifest.read_text()
+    config.write_text(json.dumps(json.loads(texts[0]) | {"num_hidden_layers": 1}))
+    _sign(folder)
+    assert "model.layers.1.mlp.up_proj" in qbatch("verify", str(folder), code=1).stderr
+    config.write_text(texts[0])
+    manifest.write_text(texts[1])
+    assert [row["state"] for row in qbatch.json("verify", str(folder))] == ["sound"]
+
+
+def _sign(folder: Path) -> None:
+    """Write the manifest anew over what is there now."""
+    path = folder / "qbatch.json"
+    manifest = json.loads(path.read_text())
+    digests = [digest_file(folder / entry["name"]) for entry in manifest["files"]]
+    manifest["files"] = [dataclasses.asdict(digest) for digest in digests]
+    manifest["root_sha256"] = root_sha256(digests)
+    path.write_text(json.dumps(manifest))
 
 
 def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
