@@ -19,6 +19,7 @@ from models_db.domain import (
     Scheme,
     SourceRef,
 )
+from models_db.session import insert_into
 from models_db.tables import Batch, EvalText, Job
 
 
@@ -34,9 +35,7 @@ class NewJob:
 
 def add_text(session: Session, sha256: str, content: str) -> None:
     """Keep a text under its hash; a text already there is left alone."""
-    if session.get(EvalText, sha256) is None:
-        session.add(EvalText(sha256=sha256, content=content))
-        session.flush()
+    session.execute(insert_into(session, EvalText).values(sha256=sha256, content=content).on_conflict_do_nothing())
 
 
 def text_content(session: Session, sha256: str) -> str:

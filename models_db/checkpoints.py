@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from models_db.session import insert_into
 from models_db.tables import Checkpoint
 
 
 def record(session: Session, *, key: str, path: str, root_sha256: str, disk_bytes: int, job_id: int) -> None:
     """Remember a published checkpoint; the newest word on a key stands."""
-    row = session.get(Checkpoint, key)
-    if row is None:
-        session.add(Checkpoint(key=key, path=path, root_sha256=root_sha256, disk_bytes=disk_bytes, job_id=job_id))
-        return
-    row.path, row.root_sha256, row.disk_bytes = path, root_sha256, disk_bytes
+    known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
+    session.execute(
+        insert_into(session, Checkpoint)
+        .values(key=key, job_id=job_id, **known)
+        .on_conflict_do_update(index_elements=[Checkpoint.key], set_=known)
+    )
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -97,8 +98,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.double_quant and not self.is_4bit:
             raise UsageError(f"double quantization belongs to 4 bits, not to {self.method}")
-        if self.int8_threshold < 0:
-            raise UsageError(f"the int8 threshold cannot be negative: {self.int8_threshold}")
+        if not 0 <= self.int8_threshold < math.inf:
+            raise UsageError(f"the int8 threshold is 0 or above, and finite, not {self.int8_threshold}")
         if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
             raise UsageError(f"a shard holds at least one byte, not {self.max_shard_bytes}")
 

@@ -31,11 +31,12 @@ _UNDISPATCHED: dict[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: float) -> list[Claim]:
     """Take those of ``job_ids`` that are queued and due, baseline first. Of two claimants one gets each job.
 
-    A job that failed on this worker is left to another one, where another of its kind is live.
+    A job that failed on this worker is left to another one for a lease, where another of its kind is live.
     """
-    rows = session.execute(
+    free = _lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, _is_due(), _may_have(worker_id, lease_s))
+    session.execute(
         update(Job)
-        .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED, _is_due(), _may_have(worker_id, lease_s))
+        .where(Job.id.in_(free))
         .values(
             state=JobState.RUNNING,
             stage=Stage.FETCHING,
@@ -46,18 +47,22 @@ def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: flo
             lease_expires_at=db_now(lease_s),
             started_at=func.coalesce(Job.started_at, db_now()),
             **_UNDISPATCHED,
-        )
-        .returning(Job.id),
+        ),
         execution_options=_NO_SYNC,
-    ).scalars()
+    )
     taken = session.scalars(
-        select(Job).where(Job.id.in_(list(rows))).order_by(Job.bits.desc(), Job.id),
+        select(Job).where(Job.id.in_(free)).order_by(Job.bits.desc(), Job.id),
         execution_options={"populate_existing": True},
     ).all()
     session.add_all(Attempt(job_id=job.id, attempt=job.attempt, worker_id=worker_id) for job in taken)
     return [
         Claim(job_id=job.id, attempt=job.attempt, spec=spec_of(job), time_limit_s=job.time_limit_s) for job in taken
     ]
+
+
+def _lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
+    """The ids of these rows, locked in one order whoever locks: in two orders, PostgreSQL would end one of two."""
+    return session.scalars(select(Job.id).where(*conditions).order_by(Job.id).with_for_update()).all()
 
 
 def _is_due() -> ColumnElement[bool]:
@@ -68,15 +73,19 @@ def _may_have(worker_id: int, lease_s: float) -> ColumnElement[bool]:
     kind = select(Worker.device_kind).where(Worker.id == worker_id).scalar_subquery()
     another = select(Worker.id).where(is_live(lease_s), Worker.id != worker_id, Worker.device_kind == kind).exists()
     quarantined = select(Worker.id).where(Worker.id == worker_id, Worker.state == "quarantined").exists()
-    return and_(~quarantined, or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another))
+    # Not for longer: the others may be busy for hours.
+    has_waited = Job.not_before <= db_now(-lease_s)
+    return and_(
+        ~quarantined, or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another, has_waited)
+    )
 
 
 def heartbeat(session: Session, tokens: Iterable[Token], lease_s: float) -> frozenset[int]:
     """Renew the leases of ``tokens``; the job ids still held. A job that is not among them is no longer ours."""
-    held = session.execute(
-        update(Job).where(_holds(tokens)).values(lease_expires_at=db_now(lease_s)).returning(Job.id),
-        execution_options=_NO_SYNC,
-    ).scalars()
+    held = _lock(session, _holds(tokens))
+    session.execute(
+        update(Job).where(Job.id.in_(held)).values(lease_expires_at=db_now(lease_s)), execution_options=_NO_SYNC
+    )
     return frozenset(held)
 
 
@@ -160,7 +169,7 @@ def fail(session: Session, token: Token, error: JobError, *, backoff_s: float, m
 
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
     """Queue running attempts again, uncharged; ``alone`` sends each job in a message of its own."""
-    for token in tokens:
+    for token in sorted(tokens):
         job = _locked(session, token, JobState.RUNNING)
         if job is not None:
             _requeue(session, job, outcome="handed_back", alone=alone)
@@ -186,19 +195,39 @@ def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: 
 
 def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Cancel what has not ended. A running job's worker notices that it lost the job and kills the runner."""
-    jobs = session.scalars(
-        select(Job).where(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES)).order_by(Job.id).with_for_update()
-    ).all()
-    for job in jobs:
-        _end(session, job, JobState.CANCELLED)
-    return [job.id for job in jobs]
+    open_ = and_(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES))
+    _lock(session, open_)
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id.in_(select(Job.id).where(open_)), Attempt.ended_at.is_(None))
+        .values(ended_at=db_now(), outcome=JobState.CANCELLED),
+        execution_options=_NO_SYNC,
+    )
+    # Not by a list of ids: a batch may hold more jobs than a statement may hold parameters.
+    rows = session.execute(
+        update(Job)
+        .where(open_)
+        .values(
+            state=JobState.CANCELLED,
+            error_kind=None,
+            error_message=None,
+            lease_expires_at=None,
+            finished_at=db_now(),
+            **_UNDISPATCHED,
+        )
+        .returning(Job.id),
+        execution_options=_NO_SYNC,
+    ).scalars()
+    return sorted(rows)
 
 
 def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting."""
+    over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
+    _lock(session, over)
     rows = session.execute(
         update(Job)
-        .where(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
+        .where(over)
         .values(
             state=JobState.QUEUED,
             stage=None,
@@ -233,7 +262,7 @@ def _end(session: Session, job: Job, state: JobState, error: JobError | None = N
     _close_attempt(session, job, error.kind if error else state.value, error)
     job.state = state
     job.error_kind = error.kind if error else None
-    job.error_message = str(error) if error else None
+    job.error_message = _text(error)
     job.lease_expires_at = None
     job.finished_at = db_now()
     job.dispatch_id = None
@@ -244,7 +273,7 @@ def _end(session: Session, job: Job, state: JobState, error: JobError | None = N
 def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max_failures: int) -> None:
     charged = error.retry in (Retry.BACKOFF, Retry.ONCE)
     job.failures += charged
-    if _is_final(session, job, error, max_failures):
+    if _is_final(job, error, max_failures):
         _end(session, job, JobState.FAILED, error)
         return
     if error.retry is Retry.ELSEWHERE:
@@ -254,17 +283,17 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     job.not_before = db_now(delay_s)
     job.avoid_worker_id = job.worker_id
     job.error_kind = error.kind
-    job.error_message = str(error)
+    job.error_message = _text(error)
     _requeue(session, job, outcome=error.kind, alone=True, error=error)
 
 
-def _is_final(session: Session, job: Job, error: JobError, max_failures: int) -> bool:
+def _is_final(job: Job, error: JobError, max_failures: int) -> bool:
     if error.retry in (Retry.NEVER, Retry.LARGER_CLASS):
         return True
-    if error.retry is Retry.ONCE:
-        earlier = select(Attempt.id).where(Attempt.job_id == job.id, Attempt.outcome == error.kind).limit(1)
-        return session.execute(earlier).first() is not None
-    return error.retry is Retry.BACKOFF and job.failures >= max_failures
+    # The row still says what sent the job back last; a retry by the user wiped it.
+    if error.retry is Retry.ONCE and job.error_kind == error.kind:
+        return True
+    return error.retry in (Retry.BACKOFF, Retry.ONCE) and job.failures >= max_failures
 
 
 def _requeue(session: Session, job: Job, *, outcome: str, alone: bool, error: JobError | None = None) -> None:
@@ -285,9 +314,14 @@ def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | N
     session.execute(
         update(Attempt)
         .where(Attempt.job_id == job.id, Attempt.attempt == job.attempt, Attempt.ended_at.is_(None))
-        .values(ended_at=db_now(), outcome=outcome, message=str(error) if error else None),
+        .values(ended_at=db_now(), outcome=outcome, message=_text(error)),
         execution_options=_NO_SYNC,
     )
+
+
+def _text(error: JobError | None) -> str | None:
+    # PostgreSQL keeps no NUL, and a message may quote a file that holds one.
+    return str(error).replace("\0", "\N{REPLACEMENT CHARACTER}") if error else None
 
 
 def _blame_device(session: Session, worker_id: int | None, error: JobError) -> None:
@@ -297,7 +331,7 @@ def _blame_device(session: Session, worker_id: int | None, error: JobError) -> N
     worker.device_errors += 1
     if worker.device_errors >= 2:
         worker.state = "quarantined"
-        worker.note = f"two device errors in a row; the last: {error}"
+        worker.note = f"two device errors in a row; the last: {_text(error)}"
 
 
 def _reset_device_errors(session: Session, worker_id: int | None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, delete, or_, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from models_db.clock import db_now
+from models_db.session import insert_into
 from models_db.tables import Lease
 
 
@@ -22,9 +22,8 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
     )
     if cast("CursorResult[Any]", taken).rowcount:
         return True
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     added = session.execute(
-        insert(Lease).values(name=name, holder=holder, expires_at=db_now(ttl_s)).on_conflict_do_nothing()
+        insert_into(session, Lease).values(name=name, holder=holder, expires_at=db_now(ttl_s)).on_conflict_do_nothing()
     )
     return bool(cast("CursorResult[Any]", added).rowcount)
 

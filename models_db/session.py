@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -77,8 +80,30 @@ class Database:
         self._engine.dispose()
 
 
+def insert_into(session: Session, table: type[Any]) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that can say what happens on conflict, which SQLAlchemy has only by dialect."""
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    return insert(table)
+
+
+def _to_json(value: Any) -> str:
+    """PostgreSQL's JSON knows no NaN and no infinity: what is no number is null, on both databases alike."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sqlite_engine(url: Any) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": 30.0, "check_same_thread": False})
+    engine = create_engine(url, json_serializer=_to_json, connect_args={"timeout": 30.0, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
@@ -97,7 +122,11 @@ def _sqlite_engine(url: Any) -> Engine:
 
 
 def _postgresql_engine(url: Any) -> Engine:
-    return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    # A server that is cut off without a word must not hold a supervisor past its lease: 15 s, then it is unreachable.
+    alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
+    return create_engine(
+        url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
+    )
 
 
 @contextmanager

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from models_db.errors import UsageError
 
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+# A URL without a host names a socket, or Redis' default: localhost.
+_LOCAL_HOSTS = frozenset({None, "localhost", "127.0.0.1", "::1"})
+_BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Every QBATCH_* variable. Durations in seconds, sizes in bytes.
+    """Every QBATCH_* variable: ``lease_s`` is QBATCH_LEASE_S. Durations in seconds, sizes in bytes.
 
+    ``home`` holds what is this machine's own: logs of the stack, the spool, and by default everything else.
+    ``storage`` is shared by all workers; ``cache`` keeps at most ``cache_bytes`` of fetched sources on each machine.
     ``broker_url`` and ``database_url`` None mean the embedded default: a private Redis and SQLite under ``home``.
+    A worker renews its leases of ``lease_s`` every ``heartbeat_s``; the scheduler looks for lost leases and messages
+    every ``scan_s``, and keeps ``window`` bundles a live worker in Redis. A failed attempt waits ``backoff_s``, doubled
+    each time, until ``max_failures``. ``flower_auth`` is ``user:password``.
     """
 
     home: Path
     storage: Path
     cache: Path
     cache_bytes: int = 200 * 2**30
-    broker_url: str | None = None
-    database_url: str | None = None
+    broker_url: str | None = field(default=None, repr=False)
+    database_url: str | None = field(default=None, repr=False)
     lease_s: float = 60.0
     heartbeat_s: float = 15.0
     scan_s: float = 10.0
     window: int = 4
     backoff_s: float = 10.0
     max_failures: int = 3
-    flower_auth: str | None = None
+    flower_auth: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.heartbeat_s * 2 > self.lease_s:
             raise UsageError(f"a lease of {self.lease_s} s does not outlive two heartbeats of {self.heartbeat_s} s")
         if self.window < 1 or self.max_failures < 1:
             raise UsageError("QBATCH_WINDOW and QBATCH_MAX_FAILURES must be at least 1")
+        if self.broker_url is not None and not _is_redis(self.broker_url):
+            # Unquoted: it may carry a password.
+            raise UsageError("QBATCH_BROKER_URL is not redis://host:port/db, rediss://… or redis+socket:///path")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
@@ -55,7 +66,7 @@ class Settings:
             "max_failures": int,
         }
         numbers: dict[str, Any] = {
-            name: _number(environ, name, kind) for name, kind in kinds.items() if _variable(name) in environ
+            name: _number(environ, name, kind) for name, kind in kinds.items() if environ.get(_variable(name))
         }
         return cls(
             home=home,
@@ -75,8 +86,7 @@ class Settings:
     @property
     def is_one_machine(self) -> bool:
         """Whether the broker is a socket or loopback, so that every worker shares this file system."""
-        url = urlsplit(self.celery_broker_url)
-        return "socket" in url.scheme or url.scheme == "unix" or url.hostname in _LOCAL_HOSTS
+        return urlsplit(self.celery_broker_url).hostname in _LOCAL_HOSTS
 
     @property
     def socket_dir(self) -> Path:
@@ -119,6 +129,14 @@ class Settings:
         return self.home / "spool"
 
 
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in _BROKER_SCHEMES and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, or a bracket that is not closed
+        return False
+
+
 def _variable(name: str) -> str:
     return f"QBATCH_{name.upper()}"
 
@@ -129,6 +147,6 @@ def _number(environ: Mapping[str, str], name: str, kind: type[int] | type[float]
         value = kind(text)
     except ValueError as error:
         raise UsageError(f"{_variable(name)} is not a number: {text!r}") from error
-    if value <= 0:
-        raise UsageError(f"{_variable(name)} must be above 0, not {text}")
+    if value <= 0 or not math.isfinite(value):
+        raise UsageError(f"{_variable(name)} must be above 0 and finite, not {text}")
     return value

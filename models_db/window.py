@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
@@ -127,7 +127,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int) -> Dispatch 
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.bundle == bundle, _is_ready())
+        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready())))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=_NO_SYNC,
@@ -137,6 +137,15 @@ def _mark(session: Session, bundle: str, queue: str, priority: int) -> Dispatch 
     ids = tuple(sorted(row.id for row in marked))
     label = f"{marked[0].model}: {', '.join(f'j{n}' for n in ids)}"
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
+
+
+def _free(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
+    """The ids of these rows, locked, but for those that a claim or a cancel holds: never waiting, never in a deadlock.
+
+    A job left out for that reason is looked at again a second later.
+    """
+    query = select(Job.id).where(*conditions).order_by(Job.id)
+    return session.scalars(query.with_for_update(skip_locked=True, of=Job)).all()
 
 
 def standing(session: Session) -> dict[str, str]:
@@ -153,17 +162,21 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
     One scan is not enough: a message is on no list for the moment between its pop and its note as unacknowledged.
     Returns the dispatch ids taken out, whose bundles are ready to be sent again.
     """
-    waiting = (Job.state == JobState.QUEUED,)
+    waiting = _free(session, Job.dispatch_id.in_([*missing, *present]), Job.state == JobState.QUEUED)
     session.execute(
-        update(Job).where(Job.dispatch_id.in_(present), *waiting, Job.missed_scans > 0).values(missed_scans=0),
+        update(Job)
+        .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
+        .values(missed_scans=0),
         execution_options=_NO_SYNC,
     )
     session.execute(
-        update(Job).where(Job.dispatch_id.in_(missing), *waiting).values(missed_scans=Job.missed_scans + 1),
+        update(Job).where(Job.id.in_(waiting), Job.dispatch_id.in_(missing)).values(missed_scans=Job.missed_scans + 1),
         execution_options=_NO_SYNC,
     )
     gone = session.scalars(
-        select(Job.dispatch_id).where(Job.dispatch_id.in_(missing), *waiting, Job.missed_scans >= 2).distinct()
+        select(Job.dispatch_id)
+        .where(Job.id.in_(waiting), Job.dispatch_id.in_(missing), Job.missed_scans >= 2)
+        .distinct()
     ).all()
     take_out(session, [dispatch_id for dispatch_id in gone if dispatch_id is not None])
     return sorted(dispatch_id for dispatch_id in gone if dispatch_id is not None)
@@ -173,7 +186,7 @@ def take_out(session: Session, dispatch_ids: Collection[str]) -> None:
     """Forget that these messages were sent; their jobs are ready again."""
     session.execute(
         update(Job)
-        .where(Job.dispatch_id.in_(dispatch_ids), Job.state == JobState.QUEUED)
+        .where(Job.id.in_(_free(session, Job.dispatch_id.in_(dispatch_ids), Job.state == JobState.QUEUED)))
         .values(dispatch_id=None, queue=None, missed_scans=0),
         execution_options=_NO_SYNC,
     )

@@ -71,7 +71,10 @@ def is_live(lease_s: float) -> ColumnElement[bool]:
 def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bool]) -> list[Worker]:
     """The workers on record that ran where ``info`` runs and whose process is no more."""
     candidates = session.scalars(
-        select(Worker).where(Worker.pid_space == info.pid_space, Worker.state != "stopped").with_for_update()
+        select(Worker)
+        .where(Worker.pid_space == info.pid_space, Worker.state != "stopped")
+        .order_by(Worker.id)
+        .with_for_update()
     )
     return [worker for worker in candidates if worker.pid == info.pid or not pid_exists(worker.pid)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from models_db.window import Dispatch
 from scheduler.celery_app import make_app
 from scheduler.queues import PRIORITY_STEPS, RUN_BUNDLE, redis_priority
 
+log = logging.getLogger("qbatch.scheduler")
+
 # How kombu spells a queue's lists and its notes of what was popped but not acknowledged.
 _PRIORITY_SEPARATOR = "\x06\x16"
 _UNACKED = "unacked"
@@ -27,7 +30,11 @@ class Broker:
     def __init__(self, settings: Settings) -> None:
         self._app = make_app(settings)
         self._redis: redis.Redis = redis.Redis.from_url(
-            settings.redis_url, socket_connect_timeout=5, socket_timeout=10, decode_responses=True
+            settings.redis_url,
+            socket_connect_timeout=5,
+            socket_timeout=10,
+            decode_responses=True,
+            encoding_errors="replace",
         )
 
     def ping(self) -> None:
@@ -36,6 +43,8 @@ class Broker:
 
     def send(self, dispatches: Iterable[Dispatch]) -> None:
         """Put one message for each bundle on its queue."""
+        # Where nothing answers this says so at once; kombu would try for six seconds.
+        self.ping()
         with _reachable(), self._app.producer_pool.acquire(block=True) as producer:
             for dispatch in dispatches:
                 self._app.send_task(
@@ -58,9 +67,9 @@ class Broker:
             for step in PRIORITY_STEPS:
                 key = f"{queue}{_PRIORITY_SEPARATOR}{step}" if step else queue
                 for message in _as_list(self._redis.lrange(key, 0, -1)):
-                    yield _task_id(json.loads(message))
+                    yield from _task_id(message)
         for note in _as_list(self._redis.hvals(_UNACKED)):
-            yield _task_id(json.loads(note)[0])
+            yield from _task_id(note, noted=True)
 
     def close(self) -> None:
         self._redis.close()
@@ -71,8 +80,13 @@ def _as_list(reply: Any) -> list[str]:
     return list(reply)
 
 
-def _task_id(message: dict[str, Any]) -> str:
-    return str(message["headers"]["id"])
+def _task_id(text: str, *, noted: bool = False) -> Iterator[str]:
+    """The id of a message, or of one noted as popped; none of what somebody else put there."""
+    try:
+        message = json.loads(text)
+        yield str((message[0] if noted else message)["headers"]["id"])
+    except (ValueError, LookupError, TypeError):
+        log.warning("a message in Redis is not one of qbatch's; left alone")
 
 
 @contextmanager

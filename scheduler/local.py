@@ -101,6 +101,7 @@ class LocalStack:
             child.ask_to_stop()
             child.wait(_DRAIN_S)
         if self._lock is not None:
+            shutil.rmtree(self._settings.socket_dir, ignore_errors=True)  # nothing of worth is ever in it
             self._lock.close()
             self._lock = None
 

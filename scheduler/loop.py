@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 
 from models_db import leases
 from models_db.errors import BrokerUnreachable, DatabaseUnreachable
@@ -29,7 +30,8 @@ class Scheduler:
         self._database = database
         self._broker = broker
         self._settings = settings
-        self._holder = f"{socket.gethostname()}:{os.getpid()}"
+        # Containers that share the host's network have its name, and all of them are process 1.
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._leads = False
         self._last_scan: float | None = None
         self._last_good_scan: float | None = None
@@ -44,8 +46,14 @@ class Scheduler:
                 log.warning("%s; trying again", error)
             stop.wait(_TICK_S)
         if self._leads:
+            self._give_up_the_lead()
+
+    def _give_up_the_lead(self) -> None:
+        try:
             with self._database.write() as session:
                 leases.release(session, _LEASE, self._holder)
+        except DatabaseUnreachable as error:
+            log.warning("%s; the lead runs out by itself", error)
 
     def tick(self) -> None:
         """One round. Raises BrokerUnreachable or DatabaseUnreachable."""

@@ -39,8 +39,9 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool) -> list[Source
 
 def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, start=1):
+        # Some editors begin a file with a byte order mark.
+        text = line.removeprefix("\ufeff").strip()
         # A path may hold a '#': only one after a blank begins a comment.
-        text = line.strip()
         if text and not text.startswith("#"):
             yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -26,10 +27,12 @@ def dies_with_parent() -> Callable[[], None] | None:
     """A ``preexec_fn`` that has the kernel send SIGTERM to the child when the thread that started it ends (Linux)."""
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def set_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the kernel was asked
+            os.kill(os.getpid(), signal.SIGTERM)
 
     return set_signal
 

@@ -19,11 +19,16 @@ from models_db.errors import DiskFull, StorageError
 from worker.digest import FileDigest, digest_file, root_sha256
 
 MANIFEST = "qbatch.json"
+# The source's own at first; a model card that replaces it after the benchmark is no damage.
+CARD = "README.md"
 _MANIFEST_VERSION = 1
+_FIELDS = {"key", "root_sha256", "files", "audit", "quantize_s"}
+_FILE_FIELDS = {"name", "size", "chunk_sha256"}
 
 # What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
 _SIDECARS = (
-    "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md", "*.bpe",
+    "*.json", "*.txt", "*.model", "tokenizer.model.v*", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.md",
+    "*.jinja", "additional_chat_templates/*.jinja",
     "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
 )  # fmt: skip
 _NOT_SIDECARS = ("config.json", MANIFEST, "*.index.json")
@@ -67,11 +72,15 @@ def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
 
 
 def stage(staging: Path, job_id: int, attempt: int) -> Path:
-    """An empty folder for this attempt's files; what earlier attempts of the job left is removed."""
+    """An empty folder for this attempt's files; what earlier attempts of the job left is removed.
+
+    A later attempt's is left alone: ours may be one that lost its job and does not know it yet.
+    """
     folder = staging / f"{job_id}-{attempt}"
     try:
-        for stale in staging.glob(f"{job_id}-*"):
-            shutil.rmtree(stale)
+        for other in staging.glob(f"{job_id}-*"):
+            if int(other.name.rpartition("-")[2]) <= attempt:
+                unstage(other)
         folder.mkdir(parents=True)
     except OSError as error:
         raise _storage_error(error, "cannot make a staging folder") from error
@@ -121,17 +130,19 @@ def publish(
 
 
 def find_published(storage: Path, path: str, key: str) -> Published | None:
-    """The checkpoint at ``path``, if it is there, is that key's, and every file matches its manifest."""
+    """The checkpoint at ``path``, if it is there, is that key's, and every file matches its manifest.
+
+    What is there and does not is moved aside. Raises StorageError where that cannot be told.
+    """
     folder = storage / path
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        manifest = {}
+        manifest = _read_manifest(folder)
+        if manifest is None and not folder.is_dir():
+            return None
+        sound = manifest is not None and manifest["key"] == key and not _differences(folder, manifest)
     except OSError as error:
-        raise _storage_error(error, "cannot read a manifest") from error
-    if manifest.get("key") != key or problems(folder):
+        raise _storage_error(error, "cannot verify a checkpoint") from error
+    if manifest is None or not sound:
         _reject(folder)
         return None
     return Published(
@@ -150,16 +161,35 @@ def problems(folder: Path) -> list[str]:
     The model card is written after the benchmark and is not in the manifest.
     """
     try:
+        manifest = _read_manifest(folder)
+        return [f"no {MANIFEST} of qbatch's"] if manifest is None else _differences(folder, manifest)
+    except OSError as error:
+        return [f"{error.filename or folder.name} cannot be read: {error.strerror}"]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where there is none, or none that makes sense. Raises OSError."""
+    try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        entries = {entry["name"]: entry for entry in manifest["files"]}
-        root = manifest["root_sha256"]
-    except FileNotFoundError:
-        return [f"no {MANIFEST}"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read: {error}"]
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if _is_manifest(manifest) else None
+
+
+def _is_manifest(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= _FIELDS
+        and isinstance(value["files"], list)
+        and all(isinstance(entry, dict) and entry.keys() >= _FILE_FIELDS for entry in value["files"])
+    )
+
+
+def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     digests = []
-    for name, entry in entries.items():
+    for entry in manifest["files"]:
+        name = entry["name"]
         digest = _digest(folder, name)
         if digest is None:
             found.append(f"{name} is missing")
@@ -167,15 +197,16 @@ def problems(folder: Path) -> list[str]:
         digests.append(digest)
         if (digest.size, list(digest.chunk_sha256)) != (entry["size"], entry["chunk_sha256"]):
             found.append(f"{name} is not what was published ({digest.size} bytes, {entry['size']} published)")
-    if not found and root_sha256(digests) != root:
+    if not found and root_sha256(digests) != manifest["root_sha256"]:
         found.append("the root checksum does not match the files")
     return found
 
 
 def _digest(folder: Path, name: str) -> FileDigest | None:
+    """None for a file that is not there. Raises OSError for one that cannot be read now: it may be sound."""
     try:
         digest = digest_file(folder / name)
-    except OSError:
+    except FileNotFoundError:
         return None
     return FileDigest(name=name, size=digest.size, chunk_sha256=digest.chunk_sha256)
 
@@ -200,9 +231,8 @@ def _copy_sidecars(source: Path, folder: Path) -> None:
 
 
 def _sidecars(source: Path) -> Iterable[Path]:
-    names = {path.name for pattern in _SIDECARS for path in source.glob(pattern) if path.is_file()}
-    excluded = {path.name for pattern in _NOT_SIDECARS for path in source.glob(pattern)}
-    yield from (source / name for name in names - excluded)
+    found = {path for pattern in _SIDECARS for path in source.glob(pattern) if path.is_file()}
+    yield from found.difference(*(source.glob(pattern) for pattern in _NOT_SIDECARS))
     for module in _module_folders(source):
         yield from (path for path in module.rglob("*") if path.is_file() and _is_module_file(path))
 
@@ -211,9 +241,10 @@ def _module_folders(source: Path) -> list[Path]:
     """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
     try:
         modules = json.loads((source / "modules.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a file of that name that is another library's is copied, no more
         return []
-    names = [module.get("path", "") for module in modules]
+    entries = modules if isinstance(modules, list) else []
+    names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]
     return [source / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (source / name).is_dir()]
 
 
@@ -223,7 +254,7 @@ def _is_module_file(path: Path) -> bool:
 
 def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:
     known = {digest.name: digest for digest in files}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {CARD})
     digests = []
     for name in names:
         digest = known.get(name) or _digest(folder, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,12 @@ def visible_gpus(installed: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[
         if gpu is None:
             break
         visible.append(gpu)
-    return tuple(visible)
+    return _each_once(visible)
+
+
+def _each_once(gpus: Iterable[Gpu]) -> tuple[Gpu, ...]:
+    # A second worker of the same GPU would wait for the first's lease for ever.
+    return tuple(dict.fromkeys(gpus))
 
 
 def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> tuple[Gpu, ...]:
@@ -79,22 +84,22 @@ def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> tuple[Gpu, ...]:
         raise NoSuchDevice("this machine has no NVIDIA GPU that is visible here; --cpu starts a CPU worker")
     if wanted == "all":
         return tuple(visible)
-    chosen = []
+    chosen: list[Gpu] = []
     for name in wanted.split(","):
         gpu = _by_position(visible, name.strip()) or _find(visible, name.strip(), by_index=False)
         if gpu is None:
             raise NoSuchDevice(f"no GPU {name.strip()!r} here; visible are {', '.join(g.uuid for g in visible)}")
         chosen.append(gpu)
-    return tuple(chosen)
+    return _each_once(chosen)
 
 
 def _by_position(visible: Sequence[Gpu], name: str) -> Gpu | None:
-    return visible[int(name)] if name.isdigit() and int(name) < len(visible) else None
+    return visible[int(name)] if name.isdecimal() and int(name) < len(visible) else None
 
 
 def _find(gpus: Sequence[Gpu], name: str, *, by_index: bool = True) -> Gpu | None:
     """A GPU by index, or by its UUID or a beginning of it that fits no other, as CUDA takes it."""
-    if by_index and name.isdigit():
+    if by_index and name.isdecimal():
         return next((gpu for gpu in gpus if gpu.index == int(name)), None)
     if not name.startswith("GPU-"):
         return None

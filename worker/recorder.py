@@ -41,12 +41,25 @@ class Recorder:
         self._record(token, {"outcome": "failed", "kind": error.kind, "message": str(error)})
 
     def replay(self) -> None:
-        """Record what was spooled, oldest first. Raises DatabaseUnreachable, with the rest still spooled."""
-        for path in sorted(self._settings.spool.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-            job_id, _, attempt = path.stem.partition("-")
-            self._write((int(job_id), int(attempt)), json.loads(path.read_text()))
+        """Record what was spooled. Raises DatabaseUnreachable, with the rest still spooled.
+
+        The workers of one machine share the spool: of several that replay at once each outcome counts once. What no
+        worker of this version can record is set aside, or it would stop every worker of the machine for ever.
+        """
+        for path in sorted(self._settings.spool.glob("*.json")):
+            try:
+                token, outcome = _read(path)
+                self._write(token, outcome)
+            except FileNotFoundError:  # another worker was first
+                continue
+            except DatabaseUnreachable:
+                raise
+            except Exception:
+                log.exception("%s cannot be recorded; set aside", path)
+                path.replace(path.with_suffix(".rejected"))
+                continue
             path.unlink(missing_ok=True)
-            log.info("j%s: the spooled outcome of attempt %s is recorded", job_id, attempt)
+            log.info("j%s: the spooled outcome of attempt %s is recorded", *token)
 
     def _record(self, token: Token, outcome: dict[str, Any]) -> None:
         try:
@@ -87,6 +100,11 @@ def _as_json(published: Published | None) -> dict[str, Any] | None:
         "root_sha256": published.root_sha256,
         "disk_bytes": published.disk_bytes,
     }
+
+
+def _read(path: Path) -> tuple[Token, dict[str, Any]]:
+    job_id, _, attempt = path.stem.partition("-")
+    return (int(job_id), int(attempt)), json.loads(path.read_text())
 
 
 def _spool(path: Path, outcome: dict[str, Any]) -> None:

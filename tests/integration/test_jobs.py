@@ -2,113 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from models_db import jobs, results, window, workers
-from models_db.batches import NewJob, add_batch, add_text, text_content
-from models_db.domain import (
-    BASELINE,
-    DeviceKind,
-    DType,
-    JobSpec,
-    JobState,
-    Measurement,
-    Method,
-    ProtocolOptions,
-    Scheme,
-    SourceRef,
-    Stage,
-)
-from models_db.errors import CudaOom, DeviceError, DiskFull, JobTimeout, QuantizationError, WorkerLost
+from models_db.batches import NewJob, add_text, text_content
+from models_db.domain import DeviceKind, JobState, Method, Stage
+from models_db.errors import CudaOom, DeviceError, DiskFull, JobError, JobTimeout, QuantizationError, WorkerLost
 from models_db.session import Database
 from models_db.tables import Attempt, Job, Worker
-
-POLICY = {"backoff_s": 0.01, "max_failures": 3}
-PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
-
-
-def spec(model: str = "/models/a", method: Method = Method.NF4, device: DeviceKind = DeviceKind.CPU) -> JobSpec:
-    scheme = BASELINE if method is Method.NONE else Scheme(method=method)
-    source = SourceRef(name=model, location=model, is_folder=True)
-    return JobSpec(source=source, scheme=scheme, dtype=DType.BFLOAT16, device=device, protocol=PROTOCOL)
-
-
-def bundle(model: str = "/models/a", *methods: Method) -> list[NewJob]:
-    return [
-        NewJob(spec=spec(model, method), bits=spec(model, method).scheme.bits(DType.BFLOAT16))
-        for method in methods or (Method.NONE, Method.NF4, Method.INT8)
-    ]
-
-
-def a_worker(database: Database, name: str = "w1") -> int:
-    with database.write() as session:
-        return workers.register(
-            session,
-            workers.WorkerInfo(
-                name=name,
-                host="here",
-                pid=1,
-                pid_space="this boot",
-                device_kind=DeviceKind.CPU,
-                device_name="a CPU",
-                device_uuid=None,
-                memory_bytes=1,
-            ),
-        )
-
-
-def a_batch(database: Database, *bundles: list[NewJob], priority: int = 0) -> tuple[int, list[int]]:
-    with database.write() as session:
-        batch_id = add_batch(session, bundles or (bundle(),), priority=priority)
-        return batch_id, list(session.scalars(select(Job.id).where(Job.batch_id == batch_id).order_by(Job.id)))
-
-
-def states(database: Database) -> dict[int, str]:
-    with database.read() as session:
-        return {job.id: job.state for job in session.scalars(select(Job))}
-
-
-def a_job(database: Database, job_id: int) -> Job:
-    with database.read() as session:
-        job = session.get_one(Job, job_id)
-        session.expunge(job)
-        return job
-
-
-def measured() -> Measurement:
-    return Measurement(
-        device_name="a CPU",
-        dtype=DType.BFLOAT16,
-        compute_dtype=DType.BFLOAT16,
-        num_parameters=10,
-        quantized_fraction=0.5,
-        bits_per_param=8.0,
-        disk_bytes=10,
-        memory_footprint_bytes=10,
-        weights_bytes=10,
-        details={"task": "causal-lm"},
-    )
-
-
-def claim(database: Database, job_ids: list[int], worker_id: int, lease_s: float = 60.0) -> list[jobs.Token]:
-    with database.write() as session:
-        return [(c.job_id, c.attempt) for c in jobs.claim(session, job_ids, worker_id, lease_s)]
-
-
-def succeed(database: Database, token: jobs.Token) -> bool:
-    with database.write() as session:
-        return jobs.succeed(
-            session, token, measured(), protocol=PROTOCOL.for_device(DeviceKind.CPU), checkpoint_path="checkpoints/x"
-        )
-
-
-def fail(database: Database, token: jobs.Token, error: Exception) -> bool:
-    with database.write() as session:
-        return jobs.fail(session, token, error, **POLICY)
+from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, fail, measured, spec, states, succeed
 
 
 def test_a_claim_takes_the_baseline_first_and_counts_the_attempt(database: Database) -> None:
@@ -180,6 +90,28 @@ def test_a_result_is_recorded_once(database: Database) -> None:
     assert rows[0]["perplexity"] is None
 
 
+def test_a_measurement_that_is_no_number_is_kept_as_none(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, worker)
+    details = {"kl": {"mean": float("nan"), "all": [float("inf"), 1.0]}, "note": "a\0b"}
+    with database.write() as session:
+        protocol = PROTOCOL.for_device(DeviceKind.CPU)
+        found = replace(measured(), details=details)
+        assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path=None)
+    with database.read() as session:
+        (row,) = results.find_results(session)
+    assert row["details"] == {"kl": {"mean": None, "all": [None, 1.0]}, "note": "a\0b"}
+
+
+def test_a_message_that_quotes_a_nul_is_recorded(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, worker)
+    assert fail(database, token, QuantizationError("the tensor 'a\0b'"))
+    assert a_job(database, ids[0]).error_message == "the tensor 'a\N{REPLACEMENT CHARACTER}b'"
+
+
 def test_an_expired_attempt_may_still_finish_until_a_newer_one_is_claimed(database: Database) -> None:
     worker = a_worker(database)
     _, ids = a_batch(database, bundle("/models/a", Method.NF4, Method.INT8))
@@ -238,7 +170,7 @@ def test_three_losses_end_a_job(database: Database) -> None:
     ],
 )
 def test_the_error_decides_what_happens_next(
-    database: Database, error: Exception, state: JobState, failures: int
+    database: Database, error: JobError, state: JobState, failures: int
 ) -> None:
     worker = a_worker(database)
     _, ids = a_batch(database, bundle("/models/a", Method.NF4))
@@ -256,6 +188,73 @@ def test_a_timeout_is_tried_once_more(database: Database) -> None:
         (token,) = claim(database, ids, worker)
         fail(database, token, JobTimeout("over 1 s"))
     assert a_job(database, ids[0]).state == JobState.FAILED
+
+
+def test_after_a_retry_a_timeout_is_tried_once_more_again(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    ends = []
+    for _ in range(4):
+        time.sleep(0.05)
+        (token,) = claim(database, ids, worker)
+        fail(database, token, JobTimeout("over 1 s"))
+        ends.append(a_job(database, ids[0]).state)
+        with database.write() as session:
+            jobs.retry(session, job_ids=ids)
+    assert ends == ["queued", "failed", "queued", "failed"]
+
+
+def test_a_batch_larger_than_a_statement_may_name_is_cancelled_and_retried(sqlite_database: Database) -> None:
+    batch_id, ids = a_batch(sqlite_database)
+    count = 35_000
+    with sqlite_database.write() as session:
+        row = {column.name: getattr(session.get_one(Job, ids[0]), column.name) for column in Job.__table__.columns}
+        session.execute(insert(Job), [row | {"id": number} for number in range(10, 10 + count)])
+    with sqlite_database.write() as session:
+        assert len(jobs.cancel(session, batch_ids=[batch_id])) == count + len(ids)
+    with sqlite_database.write() as session:
+        assert len(jobs.retry(session, batch_ids=[batch_id])) == count + len(ids)
+
+
+def test_whatever_locks_jobs_at_once_none_is_ended_as_a_deadlock(postgresql_database: Database) -> None:
+    database = postgresql_database
+    batch_id, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(5)])
+    stop_at = time.monotonic() + 2.5
+    failures: list[BaseException] = []
+
+    def repeat(act: Callable[[], None]) -> None:
+        try:
+            while time.monotonic() < stop_at:
+                act()
+        except BaseException as error:
+            failures.append(error)
+
+    def work(worker: int) -> None:
+        tokens = claim(database, random.sample(ids, len(ids)), worker)
+        with database.write() as session:
+            jobs.heartbeat(session, tokens, 60.0)
+        with database.write() as session:
+            jobs.hand_back(session, tokens, alone=True)
+
+    def cancel_and_retry() -> None:
+        with database.write() as session:
+            jobs.cancel(session, batch_ids=[batch_id])
+        with database.write() as session:
+            jobs.retry(session, batch_ids=[batch_id])
+
+    def top_up_and_scan() -> None:
+        with database.write() as session:
+            window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)
+        with database.write() as session:
+            window.note_scan(session, missing=list(window.standing(session)), present=[])
+
+    acts: list[Callable[[], None]] = [partial(work, a_worker(database, f"w{n}")) for n in range(3)]
+    threads = [threading.Thread(target=repeat, args=(act,)) for act in (*acts, cancel_and_retry, top_up_and_scan)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_two_device_errors_in_a_row_quarantine_the_worker(database: Database) -> None:
@@ -281,6 +280,18 @@ def test_a_job_that_failed_here_is_left_to_another_worker(database: Database) ->
     there = a_worker(database, "there")
     assert claim(database, ids, here) == []
     assert claim(database, ids, there) == [(ids[0], 2)]
+
+
+def test_a_job_that_failed_here_is_not_left_to_a_busy_worker_for_ever(database: Database) -> None:
+    here, there = a_worker(database, "here"), a_worker(database, "there")
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, here)
+    fail(database, token, WorkerLost("gone"))
+    time.sleep(1.1)
+    assert claim(database, ids, here, lease_s=60.0) == []
+    with database.write() as session:
+        workers.beat(session, there)
+    assert claim(database, ids, here, lease_s=1.0) == [(ids[0], 2)]
 
 
 def test_a_job_that_failed_on_the_only_worker_comes_back_to_it(database: Database) -> None:
@@ -383,13 +394,34 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     protocol_hash = PROTOCOL.for_device(DeviceKind.CPU).hash
     with database.read() as session:
         for names, found in ((None, ids[0]), (["a CPU"], ids[0]), (["a GPU"], None)):
-            asked = {"checkpoint_key": "k" * 64, "protocol_hash": protocol_hash, "device_names": names}
-            answer = results.find_finished(session, **asked)
+            answer = results.find_finished(
+                session, checkpoint_key="k" * 64, protocol_hash=protocol_hash, device_names=names
+            )
             assert (answer.job_id if answer else None) == found
     answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
     with database.read() as session:
         (row,) = results.find_results(session, batch_ids=[answered])
     assert (row["state"], row["reused_from"], row["disk_bytes"]) == ("succeeded", f"j{ids[0]}", 10)
+
+
+def test_two_submits_may_bring_the_same_text_at_once(database: Database) -> None:
+    failures: list[BaseException] = []
+    start = threading.Barrier(4)
+
+    def bring() -> None:
+        start.wait()
+        try:
+            with database.write() as session:
+                add_text(session, "a" * 64, "x")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=bring) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_a_text_is_kept_once_by_its_hash(database: Database) -> None:

@@ -1,0 +1,217 @@
+"""Whatever happens to jobs, in whatever order: what must hold of their rows holds."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from sqlalchemy import select, update
+
+from models_db import jobs, window
+from models_db.clock import db_now
+from models_db.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
+from models_db.errors import ERROR_KINDS, job_error
+from models_db.jobs import Token
+from models_db.schema import upgrade
+from models_db.session import Database
+from models_db.tables import Attempt, Job, Result
+from tests.rows import a_batch, a_worker, bundle, claim, succeed
+
+MAX_FAILURES = 3
+# No waiting between attempts: the backoff's own test is elsewhere.
+POLICY: dict[str, Any] = {"backoff_s": 0.0, "max_failures": MAX_FAILURES}
+
+
+class Jobs(RuleBasedStateMachine):
+    """Two workers, four jobs in two bundles, and everything that may be done to them."""
+
+    tokens: Bundle[Token] = Bundle("tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory(prefix="qb-")
+        self.database = Database(f"sqlite:///{Path(self._folder.name) / 'qbatch.db'}")
+        upgrade(self.database)
+        self.workers = [a_worker(self.database, name) for name in ("w1", "w2")]
+        self.batch_id, self.ids = a_batch(
+            self.database, bundle("/a", Method.NONE, Method.NF4), bundle("/b", Method.NF4, Method.INT8)
+        )
+        self.attempts = dict.fromkeys(self.ids, 0)
+        self.cancelled: set[int] = set()
+        self.claimed: set[Token] = set()
+
+    def teardown(self) -> None:
+        self.database.dispose()
+        self._folder.cleanup()
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        with self.database.read() as session:
+            return {
+                job.id: {column.key: getattr(job, column.key) for column in Job.__table__.columns}
+                for job in session.scalars(select(Job))
+            }
+
+    def is_current(self, token: Token, *states: JobState) -> bool:
+        row = self.rows()[token[0]]
+        return row["attempt"] == token[1] and row["state"] in states
+
+    @rule(target=tokens, worker=st.integers(0, 1), picked=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    def claim(self, worker: int, picked: list[int]) -> Any:
+        before = self.rows()
+        taken = claim(self.database, [self.ids[n] for n in picked], self.workers[worker])
+        for job_id, attempt in taken:
+            assert before[job_id]["state"] == JobState.QUEUED
+            assert attempt == before[job_id]["attempt"] + 1
+            assert (job_id, attempt) not in self.claimed, "an attempt is given out once"
+        self.claimed.update(taken)
+        return multiple(*taken)
+
+    @rule(token=tokens)
+    def heartbeat(self, token: Token) -> None:
+        current = self.is_current(token, JobState.RUNNING)
+        before = self.rows()
+        with self.database.write() as session:
+            assert jobs.heartbeat(session, [token], 60.0) == (frozenset([token[0]]) if current else frozenset())
+        if not current:
+            assert self.rows() == before
+
+    @rule(token=tokens, stage=st.sampled_from(Stage), started=st.booleans())
+    def note(self, token: Token, stage: Stage, started: bool) -> None:
+        current = self.is_current(token, JobState.RUNNING)
+        before = self.rows()
+        with self.database.write() as session:
+            jobs.note(session, token, stage=stage, work_started=started, progress={"bytes_read": 1})
+        assert (self.rows() != before) <= current
+
+    @rule(token=tokens)
+    def succeed(self, token: Token) -> None:
+        current = self.is_current(token, JobState.RUNNING, JobState.QUEUED)
+        before = self.rows()
+        assert succeed(self.database, token) == current
+        after = self.rows()
+        assert (after[token[0]]["state"] == JobState.SUCCEEDED) if current else (after == before)
+
+    @rule(token=tokens, kind=st.sampled_from(ERROR_KINDS))
+    def fail(self, token: Token, kind: str) -> None:
+        current = self.is_current(token, JobState.RUNNING)
+        before = self.rows()
+        with self.database.write() as session:
+            assert jobs.fail(session, token, job_error(kind, "why"), **POLICY) == current
+        after = self.rows()
+        assert (after[token[0]]["state"] in (JobState.QUEUED, JobState.FAILED)) if current else (after == before)
+
+    @rule(token=tokens, alone=st.booleans())
+    def hand_back(self, token: Token, alone: bool) -> None:
+        current = self.is_current(token, JobState.RUNNING)
+        before = self.rows()
+        with self.database.write() as session:
+            jobs.hand_back(session, [token], alone=alone)
+        after = self.rows()
+        if not current:
+            assert after == before
+        else:
+            assert after[token[0]]["state"] == JobState.QUEUED
+            assert after[token[0]]["failures"] == before[token[0]]["failures"]
+
+    @rule(picked=st.sets(st.integers(0, 3)))
+    def leases_run_out(self, picked: set[int]) -> None:
+        chosen = [self.ids[n] for n in picked]
+        running = {job_id for job_id, row in self.rows().items() if row["state"] == JobState.RUNNING}
+        with self.database.write() as session:
+            silent = update(Job).where(Job.id.in_(chosen), Job.state == JobState.RUNNING)
+            session.execute(silent.values(lease_expires_at=db_now(-1.0)))
+        with self.database.write() as session:
+            assert jobs.expire(session, **POLICY) == sorted(running.intersection(chosen))
+
+    @rule(worker=st.integers(0, 1))
+    def a_worker_dies(self, worker: int) -> None:
+        with self.database.write() as session:
+            jobs.expire(session, **POLICY, worker_id=self.workers[worker])
+        held = [row for row in self.rows().values() if row["worker_id"] == self.workers[worker]]
+        assert all(row["state"] != JobState.RUNNING for row in held)
+
+    @rule()
+    def top_up(self) -> None:
+        with self.database.write() as session:
+            chosen = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=3)
+        sent = [job_id for dispatch in chosen for job_id in dispatch.job_ids]
+        assert len(sent) == len(set(sent))
+        assert all(self.rows()[job_id]["state"] == JobState.QUEUED for job_id in sent)
+
+    @rule()
+    def everything_vanishes_from_redis(self) -> None:
+        for _ in range(2):
+            with self.database.write() as session:
+                window.note_scan(session, missing=list(window.standing(session)), present=[])
+        with self.database.read() as session:
+            assert window.standing(session) == {}
+
+    @rule(picked=st.sets(st.integers(0, 3)), whole=st.booleans())
+    def cancel(self, picked: set[int], whole: bool) -> None:
+        chosen = self.ids if whole else [self.ids[n] for n in picked]
+        open_ = [job_id for job_id in sorted(chosen) if self.rows()[job_id]["state"] not in ENDED_STATES]
+        with self.database.write() as session:
+            target: dict[str, Any] = {"batch_ids": [self.batch_id]} if whole else {"job_ids": chosen}
+            assert jobs.cancel(session, **target) == open_
+        self.cancelled.update(open_)
+
+    @rule(picked=st.sets(st.integers(0, 3)))
+    def retry(self, picked: set[int]) -> None:
+        chosen = [self.ids[n] for n in picked]
+        over = [n for n in sorted(chosen) if self.rows()[n]["state"] in (JobState.FAILED, JobState.CANCELLED)]
+        with self.database.write() as session:
+            assert jobs.retry(session, job_ids=chosen) == over
+        self.cancelled.difference_update(over)
+
+    @invariant()
+    def attempts_never_fall(self) -> None:
+        for job_id, row in self.rows().items():
+            assert row["attempt"] >= self.attempts[job_id]
+            self.attempts[job_id] = row["attempt"]
+
+    @invariant()
+    def a_result_belongs_to_a_job_that_succeeded(self) -> None:
+        with self.database.read() as session:
+            measured = list(session.scalars(select(Result.job_id)))
+        rows = self.rows()
+        assert set(measured) == {job_id for job_id, row in rows.items() if row["state"] == JobState.SUCCEEDED}
+        assert len(measured) == len(set(measured))
+
+    @invariant()
+    def failures_have_a_bound(self) -> None:
+        for row in self.rows().values():
+            assert 0 <= row["failures"] <= MAX_FAILURES
+            assert row["failures"] < MAX_FAILURES or row["state"] != JobState.RUNNING
+
+    @invariant()
+    def cancelled_stays_cancelled_until_it_is_retried(self) -> None:
+        rows = self.rows()
+        assert all(rows[job_id]["state"] == JobState.CANCELLED for job_id in self.cancelled)
+
+    @invariant()
+    def only_what_runs_has_a_lease_and_only_what_waits_a_message(self) -> None:
+        for row in self.rows().values():
+            assert (row["lease_expires_at"] is not None) == (row["state"] == JobState.RUNNING)
+            assert row["dispatch_id"] is None or row["state"] == JobState.QUEUED
+            assert (row["queue"] is None) == (row["dispatch_id"] is None)
+            assert (row["finished_at"] is not None) == (row["state"] in ENDED_STATES)
+            assert (row["stage"] is not None) <= (row["state"] != JobState.QUEUED)
+            assert (row["error_kind"] is not None) or row["state"] != JobState.FAILED
+
+    @invariant()
+    def an_attempt_is_open_exactly_while_it_runs(self) -> None:
+        with self.database.read() as session:
+            rows = session.execute(select(Attempt.job_id, Attempt.attempt).where(Attempt.ended_at.is_(None)))
+            open_ = {(job_id, attempt) for job_id, attempt in rows}
+        running = {(n, row["attempt"]) for n, row in self.rows().items() if row["state"] == JobState.RUNNING}
+        assert open_ == running
+
+
+TestJobs = Jobs.TestCase
+TestJobs.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)

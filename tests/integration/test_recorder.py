@@ -1,0 +1,196 @@
+"""An outcome is recorded, or spooled and recorded later; never lost, never counted twice."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from models_db import jobs
+from models_db.domain import DeviceKind, JobState
+from models_db.errors import DatabaseUnreachable, QuantizationError, WorkerLost
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.tables import Checkpoint, Result
+from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, measured, states
+from worker.checkpoint import Published
+from worker.recorder import Recorder
+
+ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path, storage=tmp_path / "storage", cache=tmp_path / "cache", backoff_s=0.01)
+
+
+@pytest.fixture
+def cut_off(settings: Settings) -> Recorder:
+    """A recorder whose database does not answer."""
+    return Recorder(Database("postgresql://nobody@127.0.0.1:1/none"), settings)
+
+
+def published(key: str = "k" * 64, root: str = "r" * 64) -> Published:
+    return Published(key=key, path="checkpoints/x", root_sha256=root, disk_bytes=7, audit={}, quantize_s=1.0)
+
+
+def succeed(recorder: Recorder, token: jobs.Token) -> None:
+    recorder.succeed(token, measured(), ADDRESS, published())
+
+
+def spooled(settings: Settings) -> list[str]:
+    return sorted(path.name for path in settings.spool.iterdir()) if settings.spool.exists() else []
+
+
+def results_of(database: Database) -> list[int]:
+    with database.read() as session:
+        return list(session.scalars(select(Result.job_id).order_by(Result.job_id)))
+
+
+def test_an_outcome_goes_to_the_database_at_once(database: Database, settings: Settings) -> None:
+    _, ids = a_batch(database)
+    first, second, third = claim(database, ids, a_worker(database))
+    recorder = Recorder(database, settings)
+    succeed(recorder, first)
+    succeed(recorder, second)
+    recorder.fail(third, QuantizationError("no"))
+    assert [states(database)[token[0]] for token in (first, second, third)] == ["succeeded", "succeeded", "failed"]
+    assert results_of(database) == sorted([first[0], second[0]])
+    with database.read() as session:
+        (row,) = session.scalars(select(Checkpoint)).all()
+        assert (row.key, row.path, row.disk_bytes) == ("k" * 64, "checkpoints/x", 7)
+    assert spooled(settings) == []
+
+
+def test_while_the_database_is_away_outcomes_are_spooled_and_recorded_later(
+    database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    _, ids = a_batch(database)
+    good, bad, lost = claim(database, ids, a_worker(database))
+    succeed(cut_off, good)
+    cut_off.fail(bad, QuantizationError("a tensor of NaN"))
+    cut_off.fail(lost, WorkerLost("gone"))
+    assert spooled(settings) == sorted(f"{job_id}-{attempt}.json" for job_id, attempt in (good, bad, lost))
+    with pytest.raises(DatabaseUnreachable):
+        cut_off.replay()
+    assert len(spooled(settings)) == 3, "nothing is lost by trying"
+    Recorder(database, settings).replay()
+    assert spooled(settings) == []
+    assert a_job(database, good[0]).state == JobState.SUCCEEDED
+    failed = a_job(database, bad[0])
+    assert (failed.state, failed.error_kind, failed.error_message) == (
+        "failed",
+        "quantization_error",
+        "a tensor of NaN",
+    )
+    again = a_job(database, lost[0])
+    assert (again.state, again.failures) == (JobState.QUEUED, 1)
+
+
+def test_a_spooled_result_counts_although_the_lease_ran_out(
+    database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a"))
+    token, *_ = claim(database, ids, worker)
+    succeed(cut_off, token)
+    with database.write() as session:
+        jobs.expire(session, **POLICY, worker_id=worker)
+    Recorder(database, settings).replay()
+    assert a_job(database, token[0]).state == JobState.SUCCEEDED
+
+
+def test_a_spooled_outcome_does_not_touch_a_newer_attempt(
+    database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    stale = claim(database, ids, worker)
+    succeed(cut_off, stale[0])
+    cut_off.fail(stale[1], QuantizationError("no"))
+    with database.write() as session:
+        jobs.hand_back(session, stale)
+    claim(database, ids, worker)
+    Recorder(database, settings).replay()
+    assert set(states(database).values()) == {JobState.RUNNING}
+    assert results_of(database) == []
+    assert spooled(settings) == []
+
+
+def test_replaying_twice_is_harmless(database: Database, settings: Settings, cut_off: Recorder) -> None:
+    _, ids = a_batch(database)
+    token, *_ = claim(database, ids, a_worker(database))
+    recorder = Recorder(database, settings)
+    for _ in range(2):
+        succeed(cut_off, token)
+        recorder.replay()
+    recorder.replay()
+    assert results_of(database) == [token[0]]
+
+
+def test_the_workers_of_a_machine_replay_one_spool_at_once(
+    database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    _, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(5)])
+    tokens = claim(database, ids, a_worker(database))
+    for token in tokens:
+        succeed(cut_off, token)
+    failures: list[BaseException] = []
+    start = threading.Barrier(4)
+
+    def replay() -> None:
+        start.wait()
+        try:
+            Recorder(database, settings).replay()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=replay) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert set(states(database).values()) == {JobState.SUCCEEDED}
+    assert spooled(settings) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("1-1", "{"), ("1-1", "{}"), ("1-1", '{"outcome": "failed", "kind": "no such kind", "message": ""}'), ("x", "{}")],
+)
+def test_what_cannot_be_recorded_is_set_aside_and_stops_nothing(
+    sqlite_database: Database, settings: Settings, cut_off: Recorder, name: str, content: str
+) -> None:
+    _, ids = a_batch(sqlite_database)
+    token = claim(sqlite_database, ids, a_worker(sqlite_database))[2]
+    settings.spool.mkdir(parents=True)
+    (settings.spool / f"{name}.json").write_text(content)
+    succeed(cut_off, token)
+    Recorder(sqlite_database, settings).replay()
+    assert spooled(settings) == [f"{name}.rejected"]
+    assert a_job(sqlite_database, token[0]).state == JobState.SUCCEEDED
+
+
+def test_two_workers_may_record_the_same_checkpoint_at_once(database: Database, settings: Settings) -> None:
+    _, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(4)])
+    tokens = claim(database, ids, a_worker(database))
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(tokens))
+
+    def record(token: jobs.Token) -> None:
+        start.wait()
+        try:
+            succeed(Recorder(database, settings), token)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=record, args=(token,)) for token in tokens]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert set(states(database).values()) == {JobState.SUCCEEDED}

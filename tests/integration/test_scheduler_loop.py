@@ -1,0 +1,108 @@
+"""Several schedulers: one leads, and none takes a job from a worker that may be alive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models_db.domain import JobState
+from models_db.errors import BrokerUnreachable
+from models_db.session import Database
+from models_db.settings import Settings
+from scheduler.broker import Broker
+from scheduler.loop import Scheduler
+from tests.rows import a_batch, a_worker, claim, states
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    # Nothing listens there: leases are looked after all the same.
+    return Settings(
+        home=tmp_path,
+        storage=tmp_path,
+        cache=tmp_path,
+        broker_url="redis://127.0.0.1:1/0",
+        lease_s=0.6,
+        heartbeat_s=0.1,
+        scan_s=0.1,
+        backoff_s=0.01,
+    )
+
+
+def tick(scheduler: Scheduler) -> None:
+    try:
+        scheduler.tick()
+    except BrokerUnreachable:
+        return
+
+
+def tick_until(scheduler: Scheduler, look: Callable[[], bool], timeout_s: float = 10.0) -> float:
+    began = time.monotonic()
+    while not look():
+        assert time.monotonic() - began < timeout_s, "it did not come to pass"
+        tick(scheduler)
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def tick_for(scheduler: Scheduler, duration_s: float) -> None:
+    until = time.monotonic() + duration_s
+    tick_until(scheduler, lambda: time.monotonic() > until)
+
+
+def abandoned(database: Database) -> list[int]:
+    """Jobs whose worker fell silent long ago."""
+    _, ids = a_batch(database)
+    claim(database, ids, a_worker(database), lease_s=-3600.0)
+    return ids
+
+
+def has_expired(database: Database) -> bool:
+    return set(states(database).values()) == {JobState.QUEUED}
+
+
+def test_after_a_start_nobody_is_expired_for_one_lease_then_they_are(database: Database, settings: Settings) -> None:
+    abandoned(database)
+    scheduler = Scheduler(database, Broker(settings), settings)
+    waited_s = tick_until(scheduler, lambda: has_expired(database))
+    assert waited_s >= settings.lease_s
+
+
+def test_one_leads_and_another_takes_over_when_its_lease_runs_out(database: Database, settings: Settings) -> None:
+    first = Scheduler(database, Broker(settings), settings)
+    second = Scheduler(database, Broker(settings), settings)
+    tick(first)
+    abandoned(database)
+    # The first leads and renews; whatever the second does, it never comes to scan.
+    for _ in range(5):
+        tick(first)
+        second.tick()
+    # The first falls silent.
+    waited_s = tick_until(second, lambda: has_expired(database))
+    assert waited_s >= 3 * settings.scan_s, "the first's lead, then one quiet lease"
+
+
+def test_a_leader_that_could_not_look_for_a_while_gives_everyone_a_lease_again(
+    sqlite_database: Database, settings: Settings
+) -> None:
+    database = sqlite_database
+    scheduler = Scheduler(database, Broker(settings), settings)
+    tick_for(scheduler, settings.lease_s + 0.2)
+    time.sleep(3 * settings.scan_s)  # an outage
+    abandoned(database)
+    waited_s = tick_until(scheduler, lambda: has_expired(database))
+    assert waited_s >= settings.lease_s
+
+
+def test_a_steady_leader_expires_at_its_next_scan(sqlite_database: Database, settings: Settings) -> None:
+    database = sqlite_database
+    # Wide enough apart that a busy machine's pauses are no outage.
+    settings = replace(settings, scan_s=1.0, lease_s=2.5)
+    scheduler = Scheduler(database, Broker(settings), settings)
+    tick_for(scheduler, settings.lease_s + 0.2)
+    abandoned(database)
+    assert tick_until(scheduler, lambda: has_expired(database)) < settings.lease_s

@@ -1,0 +1,120 @@
+"""The schema's history leads to exactly the tables that the code speaks of, on both databases."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+
+from models_db.errors import DatabaseUnreachable, UsageError
+from models_db.schema import alembic_config, ensure, upgrade
+from models_db.session import SCHEMA_HEAD, Database
+from models_db.tables import Base
+from tests.rows import a_batch, states
+
+
+def downgrade(database: Database) -> None:
+    with database.write() as session:
+        config = alembic_config()
+        config.attributes["connection"] = session.connection()
+        command.downgrade(config, "base")
+
+
+def tables(database: Database) -> set[str]:
+    with database.engine.connect() as connection:
+        return set(inspect(connection).get_table_names())
+
+
+def test_the_head_is_what_alembic_says_it_is() -> None:
+    assert ScriptDirectory.from_config(alembic_config()).get_current_head() == SCHEMA_HEAD
+
+
+def test_the_migrations_make_the_tables_that_the_code_speaks_of(database: Database) -> None:
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_an_upgrade_of_what_is_up_to_date_changes_nothing(database: Database) -> None:
+    _, ids = a_batch(database)
+    upgrade(database)
+    assert database.schema_version() == SCHEMA_HEAD
+    assert list(states(database)) == ids
+
+
+def test_down_to_nothing_and_up_again(database: Database) -> None:
+    downgrade(database)
+    assert tables(database) == {"alembic_version"}
+    assert database.schema_version() is None
+    upgrade(database)
+    assert tables(database) == {"alembic_version", *Base.metadata.tables}
+
+
+def test_two_upgrades_at_once_both_end_well(database: Database) -> None:
+    downgrade(database)
+    failures: list[BaseException] = []
+    start = threading.Barrier(2)
+
+    def run() -> None:
+        # An upgrade of its own engine, as another process would be.
+        other = Database(database.engine.url.render_as_string(hide_password=False))
+        try:
+            start.wait()
+            upgrade(other)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            other.dispose()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    database.require_schema()
+
+
+def test_a_schema_that_is_not_this_versions_says_what_to_run(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+    with pytest.raises(DatabaseUnreachable, match=f"at schema 0000, .* needs {SCHEMA_HEAD}: run `qbatch db upgrade`"):
+        database.require_schema()
+
+
+def test_ensure_makes_a_sqlite_database_and_its_folder(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'new' / 'home' / 'qbatch.db'}")
+    assert database.schema_version() is None
+    assert not (tmp_path / "new").exists(), "to ask is not to make"
+    ensure(database)
+    ensure(database)
+    database.require_schema()
+    database.dispose()
+
+
+def test_ensure_leaves_an_empty_postgresql_to_its_owner(postgresql_database: Database) -> None:
+    downgrade(postgresql_database)
+    with pytest.raises(DatabaseUnreachable, match="at schema none"):
+        ensure(postgresql_database)
+    assert tables(postgresql_database) == {"alembic_version"}
+
+
+def test_a_postgresql_that_does_not_answer_is_named_without_its_password() -> None:
+    database = Database("postgresql://me:hunter2@127.0.0.1:1/qbatch")
+    with pytest.raises(DatabaseUnreachable, match=r"127\.0\.0\.1:1") as caught:
+        ensure(database)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://me:hunter2@db/qbatch", "hunter2", "", "sqlite"])
+def test_a_database_that_qbatch_does_not_speak_to_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Database(url)
+    assert "hunter2" not in str(caught.value)

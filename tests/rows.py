@@ -1,0 +1,107 @@
+"""Rows for tests: batches, workers and results of made-up models, written through the real functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+
+from models_db import jobs, workers
+from models_db.batches import NewJob, add_batch
+from models_db.domain import (
+    BASELINE,
+    DeviceKind,
+    DType,
+    JobSpec,
+    Measurement,
+    Method,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+)
+from models_db.errors import JobError
+from models_db.session import Database
+from models_db.tables import Job
+
+POLICY: dict[str, Any] = {"backoff_s": 0.01, "max_failures": 3}
+PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
+
+
+def spec(model: str = "/models/a", method: Method = Method.NF4, device: DeviceKind = DeviceKind.CPU) -> JobSpec:
+    scheme = BASELINE if method is Method.NONE else Scheme(method=method)
+    source = SourceRef(name=model, location=model, is_folder=True)
+    return JobSpec(source=source, scheme=scheme, dtype=DType.BFLOAT16, device=device, protocol=PROTOCOL)
+
+
+def bundle(model: str = "/models/a", *methods: Method) -> list[NewJob]:
+    return [
+        NewJob(spec=spec(model, method), bits=spec(model, method).scheme.bits(DType.BFLOAT16))
+        for method in methods or (Method.NONE, Method.NF4, Method.INT8)
+    ]
+
+
+def a_worker(database: Database, name: str = "w1") -> int:
+    with database.write() as session:
+        return workers.register(
+            session,
+            workers.WorkerInfo(
+                name=name,
+                host="here",
+                pid=1,
+                pid_space="this boot",
+                device_kind=DeviceKind.CPU,
+                device_name="a CPU",
+                device_uuid=None,
+                memory_bytes=1,
+            ),
+        )
+
+
+def a_batch(database: Database, *bundles: list[NewJob], priority: int = 0) -> tuple[int, list[int]]:
+    with database.write() as session:
+        batch_id = add_batch(session, bundles or (bundle(),), priority=priority)
+        return batch_id, list(session.scalars(select(Job.id).where(Job.batch_id == batch_id).order_by(Job.id)))
+
+
+def states(database: Database) -> dict[int, str]:
+    with database.read() as session:
+        return {job.id: job.state for job in session.scalars(select(Job))}
+
+
+def a_job(database: Database, job_id: int) -> Job:
+    with database.read() as session:
+        job = session.get_one(Job, job_id)
+        session.expunge(job)
+        return job
+
+
+def measured() -> Measurement:
+    return Measurement(
+        device_name="a CPU",
+        dtype=DType.BFLOAT16,
+        compute_dtype=DType.BFLOAT16,
+        num_parameters=10,
+        quantized_fraction=0.5,
+        bits_per_param=8.0,
+        disk_bytes=10,
+        memory_footprint_bytes=10,
+        weights_bytes=10,
+        details={"task": "causal-lm"},
+    )
+
+
+def claim(database: Database, job_ids: list[int], worker_id: int, lease_s: float = 60.0) -> list[jobs.Token]:
+    with database.write() as session:
+        return [(c.job_id, c.attempt) for c in jobs.claim(session, job_ids, worker_id, lease_s)]
+
+
+def succeed(database: Database, token: jobs.Token) -> bool:
+    with database.write() as session:
+        return jobs.succeed(
+            session, token, measured(), protocol=PROTOCOL.for_device(DeviceKind.CPU), checkpoint_path="checkpoints/x"
+        )
+
+
+def fail(database: Database, token: jobs.Token, error: JobError) -> bool:
+    with database.write() as session:
+        return jobs.fail(session, token, error, **POLICY)

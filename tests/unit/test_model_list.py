@@ -1,0 +1,105 @@
+"""list.txt: what a person writes into it, and what is said when it cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models_db.domain import SourceRef
+from models_db.errors import UsageError
+from scheduler.model_list import read_model_list
+
+
+def names(text: str) -> list[str]:
+    return [source.name for source in read_model_list(text.splitlines(), check_folders=False)]
+
+
+def a_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_blank_lines_and_comments_are_skipped() -> None:
+    assert names("# ours\n\n  org/a  \n\t\norg/b # the small one\norg/c\t# by tab\n   # end") == [
+        "org/a",
+        "org/b",
+        "org/c",
+    ]
+
+
+def test_a_path_may_hold_a_hash(tmp_path: Path) -> None:
+    folder = a_model(tmp_path / "a#1" / "#b")
+    (source,) = read_model_list([f"{folder} # ours"], check_folders=True)
+    assert source == SourceRef(name=str(folder), location=str(folder), is_folder=True)
+
+
+def test_a_path_may_hold_blanks(tmp_path: Path) -> None:
+    folder = a_model(tmp_path / "my models" / "a b")
+    (source,) = read_model_list([f"  {folder}  "], check_folders=True)
+    assert source.location == str(folder)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm() -> None:
+    assert names("\ufefforg/a\r\norg/b\r\n") == ["org/a", "org/b"]
+
+
+def test_a_model_named_twice_is_taken_once(tmp_path: Path) -> None:
+    folder = a_model(tmp_path / "m")
+    listed = ["org/a", str(folder), "org/a", f"{folder}/", "org/a@main", "org/a@v2", "org/a@main"]
+    sources = read_model_list(listed, check_folders=True)
+    assert [(source.location, source.revision) for source in sources] == [
+        ("org/a", None),
+        (str(folder), None),
+        ("org/a", "main"),
+        ("org/a", "v2"),
+    ]
+
+
+def test_a_revision_follows_an_at_sign() -> None:
+    (source,) = read_model_list(["org/a@refs/pr/1"], check_folders=False)
+    assert source == SourceRef(name="org/a", location="org/a", revision="refs/pr/1")
+
+
+def test_problems_are_listed_by_line_number() -> None:
+    with pytest.raises(UsageError) as caught:
+        names("# a comment counts as a line\norg/a\nnot a model\n\norg/b@..\n")
+    message = str(caught.value)
+    assert "line 3:" in message
+    assert "line 5:" in message
+    assert "line 2" not in message
+
+
+def test_of_many_problems_the_first_are_shown_and_the_others_counted() -> None:
+    with pytest.raises(UsageError, match="and 15 more") as caught:
+        names("\n".join(["not a model"] * 20))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_must_be_there_only_where_the_workers_see_this_file_system(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"line 1: no such folder.*line 2: .*config.json"):
+        read_model_list([missing, str(tmp_path / "empty")], check_folders=True)
+    (source,) = read_model_list([missing], check_folders=False)
+    assert source.is_folder
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "# nothing\n"])
+def test_a_list_without_a_model_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="no model"):
+        names(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(max_size=40) | st.from_regex(r"[a-z./~@# -]{0,20}", fullmatch=True), max_size=8), st.booleans())
+def test_whatever_the_lines_hold_the_answer_is_sources_or_a_usage_error(lines: list[str], check: bool) -> None:
+    try:
+        sources = read_model_list(lines, check_folders=check)
+    except UsageError:
+        return
+    assert sources
+    assert len({(source.location, source.revision) for source in sources}) == len(sources)

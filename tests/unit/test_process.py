@@ -1,0 +1,134 @@
+"""Child processes: started again when they die, left alone when they refuse, gone when their parent is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scheduler.process import REFUSALS, Child
+
+Start = Callable[..., Child]
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Start]:
+    """Makes a child that runs a line of Python, its output in ``log``."""
+    made: list[Child] = []
+
+    def make(code: str) -> Child:
+        made.append(Child("it", [sys.executable, "-c", code], env=dict(os.environ), log_path=tmp_path / "logs" / "log"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.ask_to_stop(signal.SIGKILL)
+        one.wait(5)
+
+
+def until(look: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not look():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def ended(one: Child) -> int:
+    code: int | None = None
+
+    def has_ended() -> bool:
+        nonlocal code
+        code = one.tend()
+        return code is not None
+
+    until(has_ended)
+    assert code is not None
+    return code
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_one_that_dies_is_started_again_later_each_time(
+    child: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = child("print('here'); raise SystemExit(1)")
+    one.start()
+    assert ended(one) == 1
+    assert one.tend() is None
+    assert one.pid is None, "not at once"
+    until(lambda: one.tend() is None and one.pid is not None)
+    assert ended(one) == 1
+    delays_s = [float(record.getMessage().split()[-2]) for record in caplog.records]
+    assert delays_s == [1.0, 2.0]
+    assert (tmp_path / "logs" / "log").read_text() == "here\nhere\n", "its output is appended"
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_one_that_refuses_is_not_started_again(child: Start, code: int) -> None:
+    one = child(f"raise SystemExit({code})")
+    one.start()
+    assert ended(one) == code
+    time.sleep(0.1)
+    assert one.tend() is None
+    assert one.pid is None
+
+
+def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) -> None:
+    one = child("import time; time.sleep(60)")
+    one.start()
+    pid = one.pid
+    assert pid is not None
+    assert one.tend() is None
+    assert one.pid == pid
+    one.ask_to_stop()
+    one.wait(5)
+    assert one.pid is None
+    assert is_gone(pid)
+    one.ask_to_stop()
+    one.wait(5)
+
+
+def test_one_that_will_not_stop_is_killed(child: Start, tmp_path: Path) -> None:
+    one = child("import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)")
+    one.start()
+    pid = one.pid
+    assert pid is not None
+    until(lambda: "deaf" in (tmp_path / "logs" / "log").read_text())
+    one.ask_to_stop()
+    one.wait(0.2)
+    assert is_gone(pid)
+
+
+def test_a_ctrl_c_at_the_terminal_is_not_its_business(child: Start) -> None:
+    one = child("import time; time.sleep(60)")
+    one.start()
+    assert one.pid is not None
+    assert os.getpgid(one.pid) == one.pid
+
+
+def test_one_dies_when_its_parent_is_killed_without_a_word() -> None:
+    code = (
+        "import os, sys, time; from scheduler.process import Child;"
+        "one = Child('it', [sys.executable, '-c', 'import time; time.sleep(60)'], env=dict(os.environ)); one.start();"
+        "print(one.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        pid = int(parent.stdout.readline())
+    assert not is_gone(pid)
+    parent.kill()
+    parent.wait()
+    until(lambda: is_gone(pid))

@@ -1,0 +1,128 @@
+"""The environment is read once, whole, and every mistake in it is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models_db.errors import UsageError
+from models_db.settings import Settings
+
+SECRET = "hunter2"  # noqa: S105
+
+
+def read(**environ: str) -> Settings:
+    return Settings.from_env({f"QBATCH_{name}": value for name, value in environ.items()})
+
+
+def test_nothing_need_be_set(tmp_path: Path) -> None:
+    settings = read(HOME=str(tmp_path))
+    assert settings.is_embedded
+    assert settings.is_one_machine
+    assert settings.sqlalchemy_url == f"sqlite:///{tmp_path}/qbatch.db"
+    assert settings.celery_broker_url == f"redis+socket://{settings.socket_dir}/redis.sock?virtual_host=0"
+    assert settings.redis_url == f"unix://{settings.socket_dir}/redis.sock?db=0"
+    assert (settings.storage, settings.cache) == (tmp_path / "storage", tmp_path / "cache")
+    assert settings.spool == tmp_path / "spool"
+
+
+def test_a_long_home_has_a_socket_path_that_the_kernel_takes() -> None:
+    settings = read(HOME="/h" + "o" * 300)
+    assert len(f"{settings.socket_dir}/redis.sock") < 100
+    assert settings.socket_dir != read(HOME="/other").socket_dir
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "field", "value"),
+    [
+        ("HOME", "/h", "home", Path("/h")),
+        ("STORAGE", "/s", "storage", Path("/s")),
+        ("CACHE", "/c", "cache", Path("/c")),
+        ("CACHE_BYTES", "5", "cache_bytes", 5),
+        ("BROKER_URL", "redis://r/1", "broker_url", "redis://r/1"),
+        ("DATABASE_URL", "postgresql://d/q", "database_url", "postgresql://d/q"),
+        ("LEASE_S", "45.5", "lease_s", 45.5),
+        ("HEARTBEAT_S", "7", "heartbeat_s", 7.0),
+        ("SCAN_S", "2", "scan_s", 2.0),
+        ("WINDOW", "9", "window", 9),
+        ("BACKOFF_S", "0.5", "backoff_s", 0.5),
+        ("MAX_FAILURES", "1", "max_failures", 1),
+        ("FLOWER_AUTH", "me:pw", "flower_auth", "me:pw"),
+    ],
+)
+def test_each_variable_sets_its_field(variable: str, text: str, field: str, value: Any) -> None:
+    assert getattr(read(**{variable: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    "variable", ["HOME", "STORAGE", "CACHE", "BROKER_URL", "DATABASE_URL", "FLOWER_AUTH", "LEASE_S", "WINDOW"]
+)
+def test_an_empty_variable_is_one_that_is_not_set(variable: str) -> None:
+    assert read(**{variable: ""}) == read()
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "nan", "inf", "1e999", "1,5"])
+@pytest.mark.parametrize("variable", ["LEASE_S", "HEARTBEAT_S", "SCAN_S", "BACKOFF_S"])
+def test_a_duration_that_cannot_be_is_named(variable: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"QBATCH_{variable}"):
+        read(**{variable: text})
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "1.5", "nan"])
+@pytest.mark.parametrize("variable", ["CACHE_BYTES", "WINDOW", "MAX_FAILURES"])
+def test_a_count_that_cannot_be_is_named(variable: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"QBATCH_{variable}"):
+        read(**{variable: text})
+
+
+def test_a_lease_outlives_two_heartbeats() -> None:
+    with pytest.raises(UsageError, match="lease"):
+        read(LEASE_S="29", HEARTBEAT_S="15")
+    assert read(LEASE_S="30", HEARTBEAT_S="15").lease_s == 30
+
+
+@pytest.mark.parametrize(
+    ("broker", "redis_url", "one_machine"),
+    [
+        ("redis://redis:6379/0", "redis://redis:6379/0", False),
+        ("rediss://r.example:6380/1", "rediss://r.example:6380/1", False),
+        ("redis://", "redis://", True),
+        ("redis://localhost/0", "redis://localhost/0", True),
+        ("redis://127.0.0.1:7/0", "redis://127.0.0.1:7/0", True),
+        ("redis://[::1]:7/0", "redis://[::1]:7/0", True),
+        ("redis+socket:///run/r.sock?virtual_host=3", "unix:///run/r.sock?db=3", True),
+    ],
+)
+def test_a_broker_is_spelled_for_celery_and_for_redis(broker: str, redis_url: str, one_machine: bool) -> None:
+    settings = read(BROKER_URL=broker)
+    assert not settings.is_embedded
+    assert settings.celery_broker_url == broker
+    assert settings.redis_url == redis_url
+    assert settings.is_one_machine is one_machine
+
+
+@pytest.mark.parametrize(
+    "broker",
+    [
+        f"amqp://u:{SECRET}@rabbit//",
+        f"u:{SECRET}@redis:6379",
+        "redis",
+        f"redis://:{SECRET}@redis:port/0",
+        f"redis://:{SECRET}@redis:99999/0",
+        "unix:///run/r.sock",
+        "redis://[::1/0",
+    ],
+)
+def test_a_broker_that_qbatch_cannot_speak_to_is_refused_without_its_password(broker: str) -> None:
+    with pytest.raises(UsageError, match="QBATCH_BROKER_URL") as caught:
+        read(BROKER_URL=broker)
+    assert SECRET not in str(caught.value)
+
+
+def test_no_password_is_shown() -> None:
+    settings = read(
+        BROKER_URL=f"redis://:{SECRET}@r/0", DATABASE_URL=f"postgresql://u:{SECRET}@d/q", FLOWER_AUTH=f"me:{SECRET}"
+    )
+    assert SECRET not in repr(settings)
