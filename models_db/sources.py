@@ -219,7 +219,9 @@ def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: i
 
 @_storage_errors()
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the model, in order: those that the index names, else the single file.
+    """The safetensors files that make up the model, in order: the single file, else those that the index names.
+
+    Where both are there, transformers loads the single file, and so do we.
 
     Raises SourceNotFound without a folder or config.json, UnsafeSource where there are only pickles,
     SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere, StorageError where
@@ -229,11 +231,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise SourceNotFound(f"no such folder: {folder}")
     if not (folder / "config.json").is_file():
         raise SourceNotFound(f"{folder} has no config.json")
+    if (folder / SINGLE_NAME).is_file():
+        return (folder / SINGLE_NAME,)
     index = folder / INDEX_NAME
     if index.is_file():
         return tuple(_present(folder, name) for name in indexed_files(index))
-    if (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise UnsafeSource(f"{folder} holds pickles and no safetensors")
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")

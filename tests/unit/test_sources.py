@@ -315,11 +315,12 @@ def write_index(folder: Path, index: Any) -> None:
 
 
 def test_the_index_names_the_weight_files(folder: Path) -> None:
-    for name in ("two.safetensors", "one.safetensors", "stray.safetensors", SINGLE_NAME):
+    for name in ("two.safetensors", "one.safetensors", "stray.safetensors"):
         write(folder / name, {"a": ENTRY}, b"xy")
-    assert weight_files(folder) == (folder / SINGLE_NAME,)
     write_index(folder, {"weight_map": {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors"}})
     assert weight_files(folder) == (folder / "one.safetensors", folder / "two.safetensors")
+    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
+    assert weight_files(folder) == (folder / SINGLE_NAME,), "as transformers chooses"
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,18 @@ from worker.quantize.trace import Origin, QuantizedPart, is_elementwise, replay,
 
 
 class Staged(NamedTuple):
-    """A part on its way to a sink; ``data`` is valid once its lane has waited."""
+    """A quantized piece on its way to a sink; the bytes are valid once its lane has waited."""
 
     sink: Sink
     weight: Weight
-    key: str
-    data: torch.Tensor
     first_value: int
+    parts: dict[str, torch.Tensor]
+    figures: torch.Tensor
+
+    def deliver(self) -> None:
+        for key, part in self.parts.items():
+            self.sink.write_part(self.weight, key, host_view(part), self.first_value)
+        self.sink.measure(self.weight, self.figures.view(torch.float64).tolist())
 
 
 Takers = tuple[tuple[Sink, Weight], ...]
@@ -46,13 +51,16 @@ class QuantizePiece:
         if all(sink.error is not None for sink, _ in self.takers):
             return
         host = reader.read_into(lane.input, weight.source, self.start, self.count)
-        with lane.turn():
-            values = as_quantized(lane.to_device(host), weight)
-            steps = range(0, len(values), self.step)
-            staged = [part for first in steps for part in self._pack(lane, values, first)]
+        staged = self._quantize(lane, host)
         lane.wait()
-        for part in staged:
-            part.sink.write_part(part.weight, part.key, host_view(part.data), part.first_value)
+        for piece in staged:
+            piece.deliver()
+
+    def _quantize(self, lane: Lane, host: torch.Tensor) -> list[Staged]:
+        with lane.turn():
+            values = as_quantized(lane.to_device(host), self.takers[0][1])
+            steps = range(0, len(values), self.step)
+            return [piece for first in steps for piece in self._pack(lane, values, first)]
 
     def _pack(self, lane: Lane, values: torch.Tensor, first: int) -> Iterator[Staged]:
         piece = values[first : first + self.step]
@@ -63,13 +71,10 @@ class QuantizePiece:
             try:
                 shaped = piece.view(-1, weight.shape[1]) if packing.is_int8 else piece
                 packed = pack(shaped, packing, sink.offsets.get(weight.name))
-                parts = [(key, lane.stage(part)) for key, part in packed.parts.items()]
+                parts = {key: lane.stage(part) for key, part in packed.parts.items()}
+                yield Staged(sink, weight, self.start + first, parts, lane.stage(packed.figures))
             except Exception as error:
                 sink.fail(error)
-                continue
-            sink.measure(weight, packed)
-            for key, data in parts:
-                yield Staged(sink, weight, key, data, self.start + first)
 
 
 def as_quantized(values: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from typing import Any, Protocol
 import torch
 
 # What is made of so much fits a core's cache.
-_CPU_PIECE_BYTES = 2**19
+_CPU_PIECE_BYTES = 2**20
 # Large enough that launching kernels costs nothing beside copying, small enough that all lanes' buffers are.
 _CUDA_PIECE_BYTES = 2**25
-_CUDA_LANES = 12
+_MOST_CUDA_LANES = 12
 
 
 class Lane(Protocol):
@@ -111,7 +112,7 @@ def make_lane(device: str) -> Lane:
 
 def lane_count(device: str) -> int:
     """How many lanes keep the machine busy: one for each core that torch may use, or enough to hide the I/O."""
-    return torch.get_num_threads() if device == "cpu" else _CUDA_LANES
+    return torch.get_num_threads() if device == "cpu" else min(_MOST_CUDA_LANES, os.cpu_count() or 1)
 
 
 def piece_bytes(device: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,12 @@ import torch
 
 from models_db.domain import DType
 from models_db.errors import JobError, SourceCorrupt
-from models_db.sources import Header
 from worker.quantize.packing import Packing
+from worker.quantize.reading import TORCH_DTYPES, SourceReader
 from worker.quantize.skeleton import Skeleton, build_skeleton
 from worker.quantize.target import Target
 from worker.quantize.trace import Call, FromSource, Origin, QuantizedPart, Traced, simplified, sources_of
 from worker.quantize.whole import refuse_missing
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-SameValues = Callable[[Origin, Origin], bool]
 
 
 class NotStreamable(Exception):
@@ -62,10 +47,8 @@ class Loaded:
     dropped: tuple[str, ...]
 
 
-def trace_loading(
-    source: Path, headers: tuple[Header, ...], target: Target, dtype: DType, device: str, same: SameValues
-) -> Loaded:
-    """Load ``source`` without reading its data. ``same`` compares two of its tensors by value.
+def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DType, device: str) -> Loaded:
+    """Load ``source`` without its data, except where only the values of two tensors say whether they are tied.
 
     Raises SourceCorrupt where a key is missing or has the wrong shape, NotStreamable.
     """
@@ -79,7 +62,7 @@ def trace_loading(
     torch_dtype = getattr(torch, dtype.value)
     info, _ = convert_and_load_state_dict_in_model(
         model=model,
-        state_dict=_traced_source(headers),
+        state_dict=_traced_source(reader),
         load_config=LoadStateDictConfig(
             device_map={"": "meta"},
             dtype=torch_dtype,
@@ -91,20 +74,19 @@ def trace_loading(
     )
     recorder.raise_if_refused()
     _refuse_misfits(info)
-    dropped = _unused(headers, model, recorder.weights)
-    _tie(model, info, same)
+    dropped = _unused(reader, model, recorder.weights)
+    _tie(model, info, reader)
     refuse_missing(info.missing_keys)
     return Loaded(target=target, packing=recorder.packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
 
 
-def _traced_source(headers: tuple[Header, ...]) -> dict[str, Traced]:
+def _traced_source(reader: SourceReader) -> dict[str, Traced]:
     traced = {}
-    for header in headers:
-        for tensor in header.tensors:
-            if tensor.dtype not in TORCH_DTYPES:
-                raise NotStreamable(f"{tensor.name} has dtype {tensor.dtype}")
-            meta = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
-            traced[tensor.name] = Traced.of(meta, FromSource(tensor.name))
+    for tensor in reader.tensors():
+        if tensor.dtype not in TORCH_DTYPES:
+            raise NotStreamable(f"{tensor.name} has dtype {tensor.dtype}")
+        meta = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
+        traced[tensor.name] = Traced.of(meta, FromSource(tensor.name))
     return traced
 
 
@@ -177,22 +159,22 @@ def _refuse_misfits(info: Any) -> None:
         raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
 
 
-def _unused(headers: tuple[Header, ...], model: Any, weights: Mapping[str, Weight]) -> tuple[str, ...]:
+def _unused(reader: SourceReader, model: Any, weights: Mapping[str, Weight]) -> tuple[str, ...]:
     """Names of the source's tensors that went into no parameter and no buffer."""
     used = {weight.source for weight in weights.values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, Traced):
             used |= sources_of(tensor.origin)
-    return tuple(tensor.name for header in headers for tensor in header.tensors if tensor.name not in used)
+    return tuple(tensor.name for tensor in reader.tensors() if tensor.name not in used)
 
 
-def _tie(model: Any, info: Any, same: SameValues) -> None:
+def _tie(model: Any, info: Any, reader: SourceReader) -> None:
     """Tie as ``from_pretrained`` does. Where the source holds both tensors of a pair, equal values decide, which
     transformers cannot see without data: so it is told that an equal one is missing, and of the others nothing."""
     for tied, kept in list(model.all_tied_weights_keys.items()):
         if tied in info.missing_keys or kept in info.missing_keys:
             continue
-        if same(model.get_parameter(tied).origin, model.get_parameter(kept).origin):
+        if reader.same_values(model.get_parameter(tied).origin, model.get_parameter(kept).origin):
             info.missing_keys.add(tied)
         else:
             model.all_tied_weights_keys.pop(tied)

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 
+from worker.quantize.fourbit import BLOCK
 from worker.quantize.jobs import as_quantized, cut, piece_step
 from worker.quantize.lane import Lane, piece_bytes
 from worker.quantize.loading import Loaded, Weight
-from worker.quantize.packing import BLOCK, Packing, block_maxima
+from worker.quantize.packing import Packing, block_maxima
 from worker.quantize.pool import LanePool
 from worker.quantize.reading import SourceReader
 

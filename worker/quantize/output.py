@@ -10,7 +10,7 @@ from pathlib import Path
 from worker.digest import CHUNK_BYTES, FileDigest
 from worker.quantize.layout import FileLayout
 
-_HASH_READ_BYTES = 2**20
+_HASH_READ_BYTES = 2**22
 
 
 class OutputFile:

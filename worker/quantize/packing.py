@@ -6,16 +6,17 @@ so a weight quantized piece by piece gives the same bytes as in one go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import bitsandbytes as bnb
 import torch
 
 from models_db.domain import Method, Scheme
+from worker.quantize.eightbit import quantize_int8
+from worker.quantize.fourbit import BLOCK, quantize_4bit
 
-BLOCK = 64
 NESTED_BLOCK = 256
 # A piece that starts at a multiple of this many values starts a block and a nested block.
 PIECE_STEP = BLOCK * NESTED_BLOCK
@@ -73,30 +74,33 @@ class Packing:
         return value // BLOCK * (1 if self.nested else 4)
 
 
+# What the audit needs of a piece: the Frobenius norms of the error and of the values, and (of int8) how many rows have
+# a scale of zero, and how many one that is not finite.
+FIGURES = ("error_norm", "value_norm", "zero_scales", "infinite_scales")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One piece's parts, and what the audit needs of it, as 0-d tensors on its device: the Frobenius norms of the
-    error and of the values, and (of int8) how many rows have a scale of zero, or one that is not finite."""
+    """One piece's parts, and its FIGURES as one float64 tensor [4], all on its device."""
 
     parts: Mapping[str, torch.Tensor]
-    error_norm: torch.Tensor
-    value_norm: torch.Tensor
-    zero_scales: torch.Tensor | None = None
-    infinite_scales: torch.Tensor | None = None
-
-    def without_parts(self) -> Packed:
-        return replace(self, parts={})
+    figures: torch.Tensor
 
 
 def pack(values: torch.Tensor, packing: Packing, nested_offset: float | None) -> Packed:
-    """Quantize whole rows ``values`` [rows, columns], which for 4 bits must start a block (see PIECE_STEP)."""
+    """Quantize whole rows ``values`` [rows, columns], or for 4 bits flat ones that start a block (see PIECE_STEP).
+
+    Double quantization, and that alone, needs the ``nested_offset`` of the whole weight.
+    """
+    if packing.nested != (nested_offset is not None):
+        raise ValueError(f"{packing} and an offset of {nested_offset} do not go together")
     return _pack_int8(values) if packing.is_int8 else _pack_4bit(values.reshape(-1), packing, nested_offset)
 
 
 def _pack_4bit(values: torch.Tensor, packing: Packing, nested_offset: float | None) -> Packed:
-    codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, packing.quant_type, packing.storage)
+    codes, absmax = quantize_4bit(values, packing.quant_type, packing.storage)
     parts, scales = {"weight": codes, "absmax": absmax}, absmax
-    if packing.nested:
+    if nested_offset is not None:
         nested, state = bnb.functional.quantize_blockwise(absmax - nested_offset, blocksize=NESTED_BLOCK)
         scales = bnb.functional.dequantize_blockwise(nested, state) + nested_offset
         parts |= {"absmax": nested, "nested_absmax": state.absmax}
@@ -107,16 +111,20 @@ def _pack_4bit(values: torch.Tensor, packing: Packing, nested_offset: float | No
 
 
 def _pack_int8(values: torch.Tensor) -> Packed:
-    codes, scales, _ = bnb.functional.int8_vectorwise_quant(values.to(torch.float16))
-    restored = bnb.functional.int8_vectorwise_dequant(codes, scales)
-    packed = _measured({"weight": codes, "SCB": scales}, values, restored)
-    return replace(packed, zero_scales=(scales == 0).sum(), infinite_scales=scales.isfinite().logical_not().sum())
+    codes, scales, restored = quantize_int8(values)
+    bad = [(scales == 0).sum(), scales.isfinite().logical_not_().sum()]
+    return _measured({"weight": codes, "SCB": scales}, values, restored, bad)
 
 
-def _measured(parts: Mapping[str, torch.Tensor], values: torch.Tensor, restored: torch.Tensor) -> Packed:
+def _measured(
+    parts: Mapping[str, torch.Tensor], values: torch.Tensor, restored: torch.Tensor, bad: Sequence[torch.Tensor] = ()
+) -> Packed:
     exact = values.float()
-    norm = torch.linalg.vector_norm
-    return Packed(parts=parts, value_norm=norm(exact), error_norm=norm(restored.view_as(exact).sub_(exact)))
+    norms = [torch.linalg.vector_norm(one) for one in (restored.view_as(exact).sub_(exact), exact)]
+    figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=values.device)
+    for number, figure in enumerate([*norms, *bad]):
+        figures[number] = figure
+    return Packed(parts=parts, figures=figures)
 
 
 def block_maxima(values: torch.Tensor, packing: Packing) -> torch.Tensor:

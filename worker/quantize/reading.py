@@ -13,9 +13,20 @@ import torch
 from models_db.errors import SourceCorrupt
 from models_db.sources import Header, TensorInfo
 from worker.quantize.lane import host_view
-from worker.quantize.loading import TORCH_DTYPES
 from worker.quantize.trace import Origin, is_elementwise, replay, sources_of
 
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _COMPARED_VALUES = 2**19
 
 
@@ -38,6 +49,9 @@ class SourceReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.close()
+
+    def tensors(self) -> list[TensorInfo]:
+        return [tensor for _, tensor in self._tensors.values()]
 
     def info(self, name: str) -> TensorInfo:
         return self._tensors[name][1]

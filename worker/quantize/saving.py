@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.serialization._torch import get_torch_storage_id, get_torch_storage_size
+from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_state_dict_into_shards_factory
 
 from worker.quantize.loading import Loaded, NotStreamable, Weight, traced_part
 from worker.quantize.packing import Packing, state_entries

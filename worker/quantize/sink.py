@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from models_db.errors import JobError
 from worker.digest import FileDigest, digest_file
@@ -16,7 +14,7 @@ from worker.quantize.faults import as_job_error
 from worker.quantize.layout import lay_out
 from worker.quantize.loading import Loaded, Weight
 from worker.quantize.output import OutputFile
-from worker.quantize.packing import Packed
+from worker.quantize.packing import FIGURES
 from worker.quantize.saving import Output, Shards
 from worker.quantize.trace import QuantizedPart
 
@@ -35,7 +33,7 @@ class Sink:
         self.error: JobError | None = None
         self._on_write = on_write
         self._lock = threading.Lock()
-        self._packed: dict[str, list[Packed]] = defaultdict(list)
+        self._figures: dict[str, list[Sequence[float]]] = defaultdict(list)
         folder = loaded.target.folder
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
         self._files = [OutputFile(folder, layout) for layout in layouts]
@@ -76,10 +74,10 @@ class Sink:
         offset = self.loaded.packing.part_start(key, first_value, weight.shape[1])
         self.write(self._parts[weight.name, key], data, offset)
 
-    def measure(self, weight: Weight, packed: Packed) -> None:
-        """Note a piece for the audit."""
+    def measure(self, weight: Weight, figures: Sequence[float]) -> None:
+        """Note a piece's FIGURES for the audit."""
         with self._lock:
-            self._packed[weight.name].append(packed.without_parts())
+            self._figures[weight.name].append(figures)
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -99,27 +97,20 @@ class Sink:
 
     def error_audit(self) -> dict[str, Any]:
         """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves."""
-        errors = {name: _relative_error(pieces) for name, pieces in self._packed.items()}
+        errors = {name: _relative_error(pieces) for name, pieces in self._figures.items()}
         finite = {name: error for name, error in errors.items() if math.isfinite(error)}
         worst = sorted(finite, key=lambda name: finite[name], reverse=True)
-        pieces = [piece for several in self._packed.values() for piece in several]
+        pieces = [dict(zip(FIGURES, piece, strict=True)) for several in self._figures.values() for piece in several]
         return {
             "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
             "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_WORST_LAYERS]],
             "not_finite": sorted(errors.keys() - finite.keys()),
-            "int8_zero_scales": _total(piece.zero_scales for piece in pieces),
-            "int8_infinite_scales": _total(piece.infinite_scales for piece in pieces),
+            "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
+            "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
         }
 
 
-def _relative_error(pieces: list[Packed]) -> float:
+def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
     """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
-    error, value = (
-        math.hypot(*torch.stack(norms).tolist())
-        for norms in ([piece.error_norm for piece in pieces], [piece.value_norm for piece in pieces])
-    )
+    error, value = (math.hypot(*norms) for norms in list(zip(*pieces, strict=True))[:2])
     return error / value if value else error
-
-
-def _total(counts: Any) -> int:
-    return sum(int(count) for count in counts if count is not None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType, Method, Scheme
-from models_db.errors import SourceCorrupt, UnsafeSource
+from models_db.errors import SourceCorrupt, UnsafeSource, Unsupported
 from worker.architecture import model_class
 
 
@@ -43,15 +43,21 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str) -> S
 
 
 def load_config(source: Path) -> Any:
-    """The source's transformers config. Raises UnsafeSource where it needs code of its own, else SourceCorrupt."""
+    """The source's transformers config.
+
+    Raises UnsafeSource where it needs code of its own, Unsupported where this transformers does not know the model
+    type, else SourceCorrupt.
+    """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = UnsafeSource if "trust_remote_code" in str(error) else SourceCorrupt
-        raise kind(f"transformers cannot read config.json: {first_line}") from error
+        text = str(error) or type(error).__name__
+        if "trust_remote_code" in text:
+            raise UnsafeSource("the model needs code of its own, which is never run") from error
+        kind = Unsupported if "does not recognize" in text else SourceCorrupt
+        raise kind(f"transformers cannot read config.json: {text.splitlines()[0]}") from error
 
 
 def default_skips(cls: Any, config: Any) -> frozenset[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,7 @@ from worker.quantize.pool import LanePool
 from worker.quantize.reading import SourceReader
 from worker.quantize.saving import save_configs, trace_saving
 from worker.quantize.sink import Sink
-from worker.quantize.target import Refused, Target, Written
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deferred:
-    """A target that cannot be streamed, and why. Its folder is still empty."""
-
-    target: Target
-    reason: str
-
-
-Outcome = Written | Refused | Deferred
+from worker.quantize.target import Deferred, Outcome, Refused, Written
 
 
 def stream(source: Path, loaded: Sequence[Loaded], reader: SourceReader, device: str, meter: Meter) -> list[Outcome]:

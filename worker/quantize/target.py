@@ -48,3 +48,14 @@ class Refused:
 
     target: Target
     error: JobError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferred:
+    """A target that cannot be streamed, and why. Its folder is still empty."""
+
+    target: Target
+    reason: str
+
+
+Outcome = Written | Refused | Deferred

@@ -67,13 +67,24 @@ class Traced(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            plain_args, plain_kwargs = tree_map_only(Traced, _plain, (args, kwargs or {}))
-            result = func(*plain_args, **plain_kwargs)
+            result = func(*_all_plain(args), **({} if kwargs is None else tree_map_only(Traced, _plain, kwargs)))
         if isinstance(result, torch.Tensor):
             return Traced.of(result, _origin(func, args, kwargs or {}, result))
         if isinstance(result, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in result):
             return tuple(Traced.of(item, Call(func, args, kwargs or {}, index)) for index, item in enumerate(result))
         return result
+
+
+def _all_plain(args: tuple[Any, ...]) -> list[Any]:
+    # Nearly all arguments are tensors and numbers: walking a tree for them is most of the time of tracing.
+    return [
+        _plain(arg) if isinstance(arg, Traced) else tree_map_only(Traced, _plain, arg) if _is_nest(arg) else arg
+        for arg in args
+    ]
+
+
+def _is_nest(arg: Any) -> bool:
+    return isinstance(arg, (tuple, list, dict)) and type(arg) is not torch.Size
 
 
 def _plain(traced: Traced) -> torch.Tensor:

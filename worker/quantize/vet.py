@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models_db.errors import SourceCorrupt, Unsupported
-from models_db.sources import Header, TensorInfo, read_config, read_headers
+from models_db.sources import Header, read_config, read_headers
 
 # What quantizers of all kinds leave beside or instead of a weight.
 _QUANTIZED_SUFFIXES = (
@@ -61,8 +61,3 @@ def _refuse_duplicates(headers: tuple[Header, ...]) -> None:
             if tensor.name in seen:
                 raise SourceCorrupt(f"{tensor.name} is in {seen[tensor.name].name} and in {header.path.name}")
             seen[tensor.name] = header.path
-
-
-def tensors_by_name(headers: tuple[Header, ...]) -> dict[str, tuple[Path, TensorInfo]]:
-    """Every tensor of the source: the file it lies in, and where."""
-    return {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}

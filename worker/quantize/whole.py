@@ -1,4 +1,4 @@
-"""The reference road: build the whole model, then save it. Needs memory for all of it, once per target."""
+"""The long way: build the whole model, then save it. Needs memory for all of it, once per target."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def _load_and_save(source: Path, target: Target, dtype: DType, device: str) -> d
     )
     refuse_missing(loading["missing_keys"])
     limit = target.scheme.max_shard_bytes
-    model.save_pretrained(target.folder, **({} if limit is None else {"max_shard_size": limit}))
+    # In the model's own layout: where weights were converted while loading, converting their codes back to the
+    # source's layout fails (int8), or leaves a checkpoint that cannot be loaded any more (4 bits).
+    model.save_pretrained(
+        target.folder, save_original_format=False, **({} if limit is None else {"max_shard_size": limit})
+    )
     for path in target.folder.iterdir():
         path.chmod(umask_mode())
     weights_bytes = sum(

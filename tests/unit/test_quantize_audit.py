@@ -1,0 +1,131 @@
+"""The audit says how much of a model was quantized, and how well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models_db.domain import DType, Method, Scheme
+from tests.reference import load_quantized
+from tests.tiny import make_causal
+from worker.quantize import Target, Written, write_checkpoints
+
+NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
+NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
+INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
+def audit_of(source: Path, folder: Path, scheme: Scheme) -> dict[str, Any]:
+    folder.mkdir()
+    (result,) = write_checkpoints(
+        source,
+        [Target(scheme=scheme, folder=folder)],
+        dtype=DType.BFLOAT16,
+        device="cpu",
+        on_progress=lambda *_: None,
+    )
+    assert isinstance(result, Written), result
+    assert json.loads(json.dumps(result.audit, allow_nan=False)) == result.audit
+    return dict(result.audit)
+
+
+def edit(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_follow_from_the_shapes(tied: bool, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", tie_word_embeddings=tied)
+    audit = audit_of(source, tmp_path / "out", NF4)
+    embedding = 512 * 128
+    layer = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256
+    total = embedding * (1 if tied else 2) + 2 * layer + 5 * 128
+    assert audit["num_parameters"] == total
+    assert audit["quantized_parameters"] == 2 * layer
+    assert audit["quantized_fraction"] == pytest.approx(2 * layer / total)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert audit["weights_bytes"] == sum(tensor.nbytes for tensor in weights.values())
+    assert audit["bits_per_param"] == pytest.approx(audit["weights_bytes"] * 8 / total)
+    assert audit["mostly_unquantized"] is False
+
+
+def test_what_stays_at_16_bits_is_named_with_its_reason(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", intermediate_size=1024)
+    scheme = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16, skip_modules=("down_proj",))
+    kept = {entry["name"]: entry for entry in audit_of(source, tmp_path / "out", scheme)["kept"]}
+    assert kept["model.embed_tokens.weight"]["reason"] == "not a linear layer"
+    assert kept["lm_head.weight"]["reason"] == "output layer or tied"
+    assert kept["model.layers.*.mlp.down_proj.weight"] == {
+        "name": "model.layers.*.mlp.down_proj.weight",
+        "reason": "skipped on request",
+        "parameters": 2 * 128 * 1024,
+    }
+
+
+def test_fused_experts_are_flagged(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", "mixtral", dtype="bfloat16")
+    audit = audit_of(source, tmp_path / "out", NF4)
+    assert audit["mostly_unquantized"] is True
+    assert any(entry["reason"] == "fused experts" for entry in audit["kept"])
+
+
+def test_dropped_tensors_are_named(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    edit(source, lambda tensors: tensors.update({"model.mtp.0.weight": torch.zeros(8, 8)}))
+    assert audit_of(source, tmp_path / "out", INT8)["dropped_tensors"] == ["model.mtp.0.weight"]
+
+
+@pytest.mark.parametrize("scheme", [NF4, NF4_DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
+def test_the_error_is_that_of_the_loaded_checkpoint(scheme: Scheme, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    edit(source, lambda tensors: tensors[UP_PROJ][0, :8].mul_(40))
+    audit = audit_of(source, tmp_path / "out", scheme)
+    exact = load_file(source / "model.safetensors")
+    expected = {}
+    for name, module in load_quantized(source, scheme, DType.BFLOAT16).named_modules():
+        if hasattr(module, "source_cls"):
+            before = exact[f"{name}.weight"].double()
+            error = (_restored(module) - before).norm() / before.norm()
+            expected[f"{name}.weight"] = error.item()
+    worst = audit["relative_error_worst"]
+    assert {entry["name"]: entry["error"] for entry in worst} == pytest.approx(expected, rel=1e-4)
+    assert worst[0]["name"] == UP_PROJ
+    assert [entry["error"] for entry in worst] == sorted(expected.values(), reverse=True) or len(worst) == len(expected)
+    assert audit["relative_error_mean"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-4)
+
+
+def _restored(module: Any) -> torch.Tensor:
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return module.weight.data.double() * module.weight.SCB.double()[:, None] / 127
+    state = module.weight.quant_state
+    state.dtype = torch.float32
+    restored: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, state)
+    return restored.double()
+
+
+def test_numbers_that_are_not_numbers_are_named(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    edit(source, lambda tensors: tensors[UP_PROJ][3].fill_(float("nan")))
+    assert audit_of(source, tmp_path / "out", NF4)["not_finite"] == [UP_PROJ]
+
+
+def test_useless_int8_scales_are_counted(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP_PROJ][3:5].zero_()
+        tensors[UP_PROJ][7, 0] = 70_000.0
+
+    edit(source, spoil)
+    audit = audit_of(source, tmp_path / "out", INT8)
+    assert (audit["int8_zero_scales"], audit["int8_infinite_scales"]) == (2, 1)

@@ -1,0 +1,145 @@
+"""The streamed files are, byte for byte, what from_pretrained + save_pretrained write on the same device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models_db.domain import DType, Method, Scheme
+from tests.reference import contents, save_reference
+from tests.tiny import CAUSAL_ARCHS, SEQ2SEQ_ARCHS, make_causal, make_encoder, make_seq2seq
+from worker.quantize import Target, Written, write_checkpoints
+
+NF4 = Scheme(method=Method.NF4)
+NF4_DOUBLE = Scheme(method=Method.NF4, double_quant=True)
+FP4 = Scheme(method=Method.FP4)
+FP4_DOUBLE = Scheme(method=Method.FP4, double_quant=True)
+INT8 = Scheme(method=Method.INT8)
+ALL = (NF4, NF4_DOUBLE, FP4, FP4_DOUBLE, INT8)
+SHARD_BYTES = 100_000
+
+Make = Callable[..., Path]
+MAKERS: dict[str, Callable[[Path, str], Path]] = {
+    **{arch: lambda folder, dtype, arch=arch: make_causal(folder, arch, dtype=dtype) for arch in CAUSAL_ARCHS},
+    **{arch: lambda folder, dtype, arch=arch: make_seq2seq(folder, arch, dtype=dtype) for arch in SEQ2SEQ_ARCHS},
+    "bert": lambda folder, dtype: make_encoder(folder, dtype=dtype),
+    "bert-masked-lm": lambda folder, dtype: make_encoder(folder, "masked-lm", dtype=dtype),
+    "bert-classification": lambda folder, dtype: make_encoder(folder, "classification", dtype=dtype),
+}
+
+
+def assert_identical(
+    source: Path,
+    folder: Path,
+    dtype: DType,
+    schemes: Sequence[Scheme] = ALL,
+    skips: list[str] | None = None,
+) -> None:
+    """Stream all ``schemes`` in one pass, and compare each with its reference."""
+    targets = []
+    for number, scheme in enumerate(schemes):
+        (folder / f"streamed-{number}").mkdir(parents=True)
+        targets.append(Target(scheme=scheme.resolved(dtype), folder=folder / f"streamed-{number}"))
+    results = list(write_checkpoints(source, targets, dtype=dtype, device="cpu", on_progress=lambda *_: None))
+    assert [result.target for result in results] == targets
+    for number, result in enumerate(results):
+        assert isinstance(result, Written), result
+        assert result.writer == "stream"
+        scheme = result.target.scheme
+        reference = save_reference(source, folder / f"reference-{number}", scheme, dtype, skips=skips)
+        assert contents(result.target.folder) == contents(reference), scheme
+
+
+@pytest.mark.parametrize("arch", MAKERS)
+def test_every_architecture_and_scheme(arch: str, tmp_path: Path) -> None:
+    source = MAKERS[arch](tmp_path / "source", "bfloat16")
+    assert_identical(source, tmp_path, DType.BFLOAT16)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "t5", "bert-masked-lm"])
+def test_many_shards_and_their_index(arch: str, tmp_path: Path) -> None:
+    source = MAKERS[arch](tmp_path / "source", "float16")
+    schemes = [replace(scheme, max_shard_bytes=SHARD_BYTES) for scheme in (NF4, NF4_DOUBLE, INT8)]
+    assert_identical(source, tmp_path, DType.FLOAT16, schemes)
+    assert len(list((tmp_path / "streamed-0").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("float32", DType.BFLOAT16),
+        ("float32", DType.FLOAT16),
+        ("float32", DType.FLOAT32),
+        ("float16", DType.BFLOAT16),
+        ("bfloat16", DType.FLOAT32),
+    ],
+)
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_every_dtype(arch: str, stored: str, asked: DType, tmp_path: Path) -> None:
+    source = MAKERS[arch](tmp_path / "source", stored)
+    assert_identical(source, tmp_path, asked, (NF4, INT8))
+
+
+def test_a_source_of_many_shards(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    assert_identical(source, tmp_path, DType.BFLOAT16, (NF4, INT8))
+
+
+@pytest.mark.parametrize("shard_bytes", [None, SHARD_BYTES])
+@pytest.mark.parametrize("head", ["absent", "equal", "different", "alone"])
+def test_a_tied_head(head: str, shard_bytes: int | None, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    if head != "absent":
+        factor = 1 if head == "equal" else 2
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    if head == "alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    schemes = [replace(scheme, max_shard_bytes=shard_bytes) for scheme in (NF4_DOUBLE, INT8)]
+    assert_identical(source, tmp_path, DType.BFLOAT16, schemes)
+
+
+@pytest.fixture(params=[1, 2])
+def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_double_quantization_of_a_weight_whose_mean_depends_on_the_threads(torch_threads: int, tmp_path: Path) -> None:
+    source = make_causal(
+        tmp_path / "source",
+        dtype="bfloat16",
+        hidden_size=2048,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+    )
+    assert_identical(source, tmp_path, DType.BFLOAT16, (NF4_DOUBLE,))
+    assert torch.get_num_threads() == torch_threads
+
+
+def test_weights_that_end_inside_a_block(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", hidden_size=136, intermediate_size=205)
+    assert_identical(source, tmp_path, DType.BFLOAT16)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
+def test_every_storage_dtype(storage: str, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    schemes = [replace(scheme, quant_storage=storage) for scheme in (NF4, FP4_DOUBLE)]
+    assert_identical(source, tmp_path, DType.BFLOAT16, schemes)
+
+
+def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    schemes = [replace(scheme, skip_modules=("q_proj",), int8_threshold=0.0) for scheme in (NF4, INT8)]
+    assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=["lm_head", "q_proj"])

@@ -1,0 +1,205 @@
+"""What cannot be quantized is refused by name, and takes nothing else with it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models_db.domain import DType, Method, Scheme
+from models_db.errors import (
+    CudaOom,
+    DeviceError,
+    DiskFull,
+    HostOom,
+    InternalError,
+    JobError,
+    QuantizationError,
+    SourceCorrupt,
+    SourceNotFound,
+    StorageError,
+    UnsafeSource,
+    Unsupported,
+)
+from tests.tiny import make_causal
+from worker.quantize import Refused, Target, Written, write_checkpoints
+from worker.quantize.faults import as_job_error
+
+NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
+INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_causal(tmp_path / "source", dtype="bfloat16")
+
+
+def write(source: Path, folder: Path, *schemes: Scheme) -> list[Written | Refused]:
+    targets = []
+    for scheme in schemes:
+        (folder / scheme.method.value).mkdir()
+        targets.append(Target(scheme=scheme, folder=folder / scheme.method.value))
+    return list(write_checkpoints(source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None))
+
+
+def edit_tensors(source: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(source: Path, **fields: object) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | fields))
+
+
+def assert_all_refused(results: list[Written | Refused], kind: type[JobError], *words: str) -> None:
+    assert results
+    for result in results:
+        assert isinstance(result, Refused), result
+        assert type(result.error) is kind, result.error
+        for word in words:
+            assert word in str(result.error)
+        assert "\n" not in str(result.error)
+        assert not list(result.target.folder.iterdir())
+
+
+def test_a_missing_key_is_named(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert_all_refused(write(source, tmp_path, NF4, INT8), SourceCorrupt, "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_missing_unquantized_key_is_named(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.pop("model.norm.weight"))
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, "model.norm.weight")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_wrong_shape_is_named(name: str, source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.update({name: tensors[name][:64].clone()}))
+    assert_all_refused(write(source, tmp_path, NF4, INT8), SourceCorrupt, name)
+
+
+def test_a_truncated_file(source: Path, tmp_path: Path) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_all_refused(write(source, tmp_path, NF4, INT8), SourceCorrupt, "model.safetensors")
+
+
+def test_a_header_that_lies(source: Path, tmp_path: Path) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, "model.safetensors")
+
+
+def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB")
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, shard.name)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB")
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    twice = next(iter(load_file(first)))
+    save_file(load_file(second) | {twice: load_file(first)[twice]}, second, metadata={"format": "pt"})
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, twice)
+
+
+def test_pickles_alone(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert_all_refused(write(source, tmp_path, NF4, INT8), UnsafeSource, "pickles")
+
+
+def test_no_config(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    assert_all_refused(write(source, tmp_path, NF4), SourceNotFound, "config.json")
+
+
+def test_an_unknown_quantization_method(source: Path, tmp_path: Path) -> None:
+    edit_config(source, quantization_config={"quant_method": "made-up"})
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "made-up")
+
+
+def test_a_checkpoint_of_our_own(source: Path, tmp_path: Path) -> None:
+    (first,) = write(source, tmp_path, NF4)
+    assert isinstance(first, Written)
+    (tmp_path / "again").mkdir()
+    assert_all_refused(write(first.target.folder, tmp_path / "again", NF4), Unsupported, "bitsandbytes")
+
+
+def test_quantized_tensors_that_no_config_speaks_of(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}))
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "weight_scale")
+
+
+def test_an_architecture_that_transformers_lacks(source: Path, tmp_path: Path) -> None:
+    edit_config(source, architectures=["NoSuchForCausalLM"])
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "NoSuchForCausalLM")
+
+
+def test_a_model_type_that_transformers_lacks(source: Path, tmp_path: Path) -> None:
+    edit_config(source, model_type="no-such-type")
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "no-such-type")
+
+
+def test_a_model_that_brings_its_own_code(source: Path, tmp_path: Path) -> None:
+    edit_config(source, model_type="its-own", auto_map={"AutoConfig": "configuration.Configuration"})
+    (source / "configuration.py").write_text("raise SystemExit('its code ran')")
+    assert_all_refused(write(source, tmp_path, NF4), UnsafeSource, "code of its own")
+
+
+def test_one_targets_failure_leaves_the_other_alone(source: Path, tmp_path: Path) -> None:
+    for name in ("taken", "good"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "taken" / "model.safetensors").touch()
+    targets = [Target(scheme=NF4, folder=tmp_path / "taken"), Target(scheme=INT8, folder=tmp_path / "good")]
+    results = list(write_checkpoints(source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None))
+    by_target = {result.target: result for result in results}
+    refused, written = (by_target[target] for target in targets)
+    assert isinstance(refused, Refused)
+    assert type(refused.error) is StorageError
+    assert isinstance(written, Written)
+    assert len(load_file(tmp_path / "good" / "model.safetensors")) > 20
+
+
+def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (520_000, before[1]))
+    try:
+        results = write(source, tmp_path, NF4, INT8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    smaller, larger = sorted(results, key=lambda result: result.target.scheme.method is Method.INT8)
+    assert isinstance(smaller, Written)
+    assert sum(digest.size for digest in smaller.files) < 520_000
+    assert isinstance(larger, Refused)
+    assert type(larger.error) is StorageError
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull),
+        (OSError(errno.EIO, "Input/output error"), StorageError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), CudaOom),
+        (RuntimeError("CUDA error: out of memory"), CudaOom),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), DeviceError),
+        (MemoryError(), HostOom),
+        (RuntimeError("shape mismatch"), QuantizationError),
+        (KeyError("x"), InternalError),
+        (SourceCorrupt("as it is"), SourceCorrupt),
+    ],
+)
+def test_what_other_libraries_raise_becomes_ours(error: Exception, kind: type[JobError]) -> None:
+    translated = as_job_error(error)
+    assert type(translated) is kind
+    assert "\n" not in str(translated)

