@@ -503,6 +503,9 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     from models_db.results import find_results
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
+    for target in targets:
+        if not Path(target).is_dir() and not target.startswith("b"):
+            raise UsageError(f"{target!r} is neither a checkpoint's folder nor a batch (b12)")
     batch_ids = _batch_ids([target for target in targets if not Path(target).is_dir()])
     if targets and not batch_ids:
         return folders

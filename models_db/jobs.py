@@ -273,7 +273,7 @@ def _end(session: Session, job: Job, state: JobState, error: JobError | None = N
 def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max_failures: int) -> None:
     charged = error.retry in (Retry.BACKOFF, Retry.ONCE)
     job.failures += charged
-    if _is_final(job, error, max_failures):
+    if _is_final(session, job, error, max_failures):
         _end(session, job, JobState.FAILED, error)
         return
     if error.retry is Retry.ELSEWHERE:
@@ -287,12 +287,16 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     _requeue(session, job, outcome=error.kind, alone=True, error=error)
 
 
-def _is_final(job: Job, error: JobError, max_failures: int) -> bool:
+def _is_final(session: Session, job: Job, error: JobError, max_failures: int) -> bool:
     if error.retry in (Retry.NEVER, Retry.LARGER_CLASS):
         return True
     # The row still says what sent the job back last; a retry by the user wiped it.
     if error.retry is Retry.ONCE and job.error_kind == error.kind:
         return True
+    if error.retry is Retry.ELSEWHERE:
+        # So many devices are not all sick: the job is, and must not quarantine the fleet.
+        earlier = select(func.count()).where(Attempt.job_id == job.id, Attempt.outcome == error.kind)
+        return session.execute(earlier).scalar_one() + 1 >= max_failures
     return error.retry in (Retry.BACKOFF, Retry.ONCE) and job.failures >= max_failures
 
 

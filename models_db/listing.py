@@ -98,7 +98,7 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
     }
 
 
-def open_jobs(session: Session, batch_ids: Collection[int]) -> dict[str, int]:
+def count_states(session: Session, batch_ids: Collection[int]) -> dict[str, int]:
     """How many jobs of these batches are in each state."""
     rows = session.execute(select(Job.state, func.count()).where(Job.batch_id.in_(batch_ids)).group_by(Job.state))
     return {state: count for state, count in rows}

@@ -117,7 +117,9 @@ class Settings:
 
     @property
     def staging(self) -> Path:
-        return self.storage / ".staging"
+        """Beside other databases' on the same storage: their job ids are others."""
+        place = hashlib.sha256(self.sqlalchemy_url.rpartition("@")[2].encode()).hexdigest()[:8]
+        return self.storage / ".staging" / place
 
     @property
     def logs(self) -> Path:

@@ -21,6 +21,7 @@ from scheduler.process import REFUSALS, Child
 
 _DRAIN_S = 30.0
 _REDIS_START_S = 10.0
+_LOCK_S = 1.0
 
 
 def redis_server_path() -> str:
@@ -90,10 +91,10 @@ class LocalStack:
         Raises StackNotRunning when the workers say that they cannot work here at all.
         """
         self._redis.tend()
-        self._scheduler.tend()
-        if self._workers.tend() in REFUSALS:
-            log = self._settings.home / "logs" / "workers.log"
-            raise StackNotRunning(f"the workers do not start: {_last_line(log)}")
+        for child in (self._scheduler, self._workers):
+            if child.tend() in REFUSALS:
+                log = self._settings.home / "logs" / f"{child.name}.log"
+                raise StackNotRunning(f"the {child.name} cannot work: {_last_line(log)}")
 
     def stop(self) -> None:
         """Workers first, so that they hand their jobs back while the services still answer."""
@@ -107,11 +108,17 @@ class LocalStack:
 
     def _take_lock(self) -> None:
         lock = (self._settings.home / "stack.lock").open("a+b")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise StackNotRunning(f"a stack of {self._settings.home} is running already") from error
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                # Whoever only looks (``stack_is_running``) holds it for a moment.
+                if time.monotonic() > deadline:
+                    lock.close()
+                    raise StackNotRunning(f"a stack of {self._settings.home} is running already") from error
+                time.sleep(0.02)
         self._lock = lock
 
     def _start_redis(self) -> None:

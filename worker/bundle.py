@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from models_db.domain import Claim, DeviceKind, Measurement, Stage
-from models_db.errors import CudaOom, DeviceError, InternalError, JobError
+from models_db.errors import CudaOom, DeviceError, HostOom, InternalError, JobError, one_line
 from models_db.identity import Settled, settle
 from models_db.sources import read_headers, source_dtype
-from worker.checkpoint import Origin, Published, checkpoint_path, find_published, publish, stage, unstage
+from worker.checkpoint import Origin, Published, checkpoint_path, find_published, publish
 from worker.fetch import LocalSource, fetched
 from worker.messages import (
     CheckpointReady,
@@ -29,6 +29,7 @@ from worker.messages import (
     Resolved,
     RunnerMessage,
 )
+from worker.staging import stage, unstage
 
 if TYPE_CHECKING:
     from worker.benchmark.reference import Reference
@@ -178,7 +179,7 @@ class Bundle:
         return published
 
     def _stage(self, plan: Plan) -> Path:
-        return stage(self._order.storage / ".staging", plan.job_id, plan.claim.attempt)
+        return stage(self._order.staging, plan.job_id, plan.claim.attempt)
 
     def _origin(self, plan: Plan, source: LocalSource) -> Origin:
         from worker.benchmark.versions import versions
@@ -247,6 +248,7 @@ class Bundle:
             )
         except JobError as error:
             log.warning("j%s: %s; quality will not be compared", plan.job_id, error)
+            self._leave_spoilt_device(error)
 
     def _with_origin(
         self, measurement: Measurement, plan: Plan, source: LocalSource, published: Published | None
@@ -304,14 +306,18 @@ class Bundle:
 
     def _unforeseen(self, error: Exception) -> JobError:
         traceback.print_exc()
-        return InternalError(f"{type(error).__name__}: {error}")
+        kind = HostOom if isinstance(error, MemoryError) else InternalError
+        return kind(one_line(error))
 
     def _failed(self, job_id: int, error: JobError) -> None:
         log.error("j%s: %s: %s", job_id, error.kind, error)
         self._open.discard(job_id)
         self._link.send(Failed(job_id=job_id, kind=error.kind, message=str(error)))
+        self._leave_spoilt_device(error)
+
+    def _leave_spoilt_device(self, error: JobError) -> None:
+        """Leave what is open to a new runner, which begins with the whole device."""
         if isinstance(error, (CudaOom, DeviceError)):
-            # The process's hold on the device is spoilt or full; a new runner begins with all of it.
             self._open.clear()
 
     def _throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType, Scheme
-from models_db.errors import DiskFull, StorageError
+from models_db.errors import StorageError
 from worker.digest import FileDigest, digest_file, root_sha256
+from worker.staging import storage_error
 
 MANIFEST = "qbatch.json"
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
@@ -71,32 +72,6 @@ def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
     return f"checkpoints/{slug(model)}/{scheme.method}-{key[:16]}"
 
 
-def stage(staging: Path, job_id: int, attempt: int) -> Path:
-    """An empty folder for this attempt's files; what earlier attempts of the job left is removed.
-
-    A later attempt's is left alone: ours may be one that lost its job and does not know it yet.
-    """
-    folder = staging / f"{job_id}-{attempt}"
-    try:
-        for other in staging.glob(f"{job_id}-*"):
-            if int(other.name.rpartition("-")[2]) <= attempt:
-                unstage(other)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise _storage_error(error, "cannot make a staging folder") from error
-    return folder
-
-
-def unstage(folder: Path) -> None:
-    """Remove a staging folder; one that is gone is fine."""
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _storage_error(error, "cannot remove a staging folder") from error
-
-
 def publish(
     folder: Path,
     *,
@@ -122,7 +97,7 @@ def publish(
         _sync(folder)
         _move_into_place(folder, storage / path)
     except OSError as error:
-        raise _storage_error(error, "cannot publish") from error
+        raise storage_error(error, "cannot publish") from error
     published = find_published(storage, path, key)
     if published is None:
         raise StorageError(f"{path} does not verify right after it was published")
@@ -141,7 +116,7 @@ def find_published(storage: Path, path: str, key: str) -> Published | None:
             return None
         sound = manifest is not None and manifest["key"] == key and not _differences(folder, manifest)
     except OSError as error:
-        raise _storage_error(error, "cannot verify a checkpoint") from error
+        raise storage_error(error, "cannot verify a checkpoint") from error
     if manifest is None or not sound:
         _reject(folder)
         return None
@@ -218,7 +193,7 @@ def _reject(folder: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _storage_error(error, "cannot move a damaged checkpoint aside") from error
+        raise storage_error(error, "cannot move a damaged checkpoint aside") from error
 
 
 def _copy_sidecars(source: Path, folder: Path) -> None:
@@ -323,8 +298,3 @@ def _move_into_place(folder: Path, place: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
-    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(f"{doing}: {error.strerror or error} ({error.filename or 'storage'})")

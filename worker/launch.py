@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from models_db.errors import QbatchError
@@ -73,17 +74,22 @@ def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, 
     code = _tend(children, stop)
     for child in children:
         child.ask_to_stop()
+    deadline = time.monotonic() + _DRAIN_S
     for child in children:
-        child.wait(None if drain else _DRAIN_S)
+        child.wait(None if drain else max(deadline - time.monotonic(), 0.0))
     return code
 
 
 def _tend(children: Sequence[Child], stop: threading.Event) -> int:
+    """Until told to stop, or every child refused: one bad GPU does not stop the others."""
+    refused: dict[str, int] = {}
     while not stop.wait(_TEND_S):
         for child in children:
             code = child.tend()
             if code in REFUSALS:
-                return code
+                refused[child.name] = code
+        if len(refused) == len(children):
+            return max(refused.values())
     return 0
 
 

@@ -19,6 +19,7 @@ class Order:
     device_kind: DeviceKind
     device_name: str
     storage: Path
+    staging: Path
     cache: Path
     cache_bytes: int
     lease_s: float

@@ -24,15 +24,20 @@ class Link:
         self._answer: Answered | None = None
         self._answered = threading.Event()
         self._ended = False
-        threading.Thread(target=self._listen, daemon=True, name="link").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="link")
+        self._listener.start()
 
     def send(self, message: RunnerMessage) -> None:
         self._connection.send(message)
 
     def end(self) -> None:
-        """Say that there is no more to come; the supervisor may hang up."""
+        """Say that there is no more to come, and wait for the supervisor to hang up.
+
+        An end of the pipe that closes earlier fails the supervisor's next word, with ours still unread.
+        """
         self._ended = True
         self.send(Ended())
+        self._listener.join(self._lease_s)
 
     def ask(self, resolved: Resolved) -> frozenset[int]:
         """The jobs that need no work."""

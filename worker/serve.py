@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import secrets
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ from scheduler.queues import queue_of
 from worker import tasks
 from worker.gpu import installed_gpus
 from worker.recorder import Recorder
+from worker.staging import sweep
 from worker.supervise import Station
 
 log = logging.getLogger("qbatch.worker")
@@ -76,10 +78,12 @@ def check_surroundings(settings: Settings) -> None:
 def describe(uuid: str | None) -> WorkerInfo:
     """This worker as it introduces itself. Raises NoSuchDevice for a GPU that is not there."""
     host = socket.gethostname()
+    # Hosts behind one name (host networking) may give the same pid: the name holds the GPU's lease, and must differ.
+    suffix = secrets.token_hex(2)
     common = {"host": host, "pid": os.getpid(), "pid_space": pid_space()}
     if uuid is None:
         return WorkerInfo(
-            name=f"cpu-{os.getpid()}@{host}",
+            name=f"cpu-{os.getpid()}-{suffix}@{host}",
             device_kind=DeviceKind.CPU,
             device_name=cpu_name(),
             device_uuid=None,
@@ -90,7 +94,7 @@ def describe(uuid: str | None) -> WorkerInfo:
     if gpu is None:
         raise NoSuchDevice(f"no GPU {uuid} on this machine")
     return WorkerInfo(
-        name=f"gpu{gpu.index}-{os.getpid()}@{host}",
+        name=f"gpu{gpu.index}-{os.getpid()}-{suffix}@{host}",
         device_kind=DeviceKind.CUDA,
         device_name=gpu.name,
         device_uuid=gpu.uuid,
@@ -207,7 +211,9 @@ class Worker:
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
                         self._bury(session, predecessor)
                     if self._holds_device(session):
-                        return workers.register(session, self._info)
+                        worker_id = workers.register(session, self._info)
+                        self._sweep(session)
+                        return worker_id
                 if not said:
                     log.warning("GPU %s belongs to another worker; waiting for its lease", self._info.device_uuid)
                     said = True
@@ -215,6 +221,10 @@ class Worker:
                 log.warning("%s; waiting for it", error)
             self._stopping.wait(2.0)
         return None
+
+    def _sweep(self, session: Session) -> None:
+        for name in sweep(self._settings.staging, lambda tokens: jobs.held(session, tokens)):
+            log.info("removed what attempt %s had left in the staging folder", name)
 
     def _bury(self, session: Session, predecessor: WorkerRow) -> None:
         """A worker of this machine that is gone for certain: its jobs need not wait for their leases."""
@@ -238,20 +248,30 @@ class Worker:
         self._stopping.set()
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], object]) -> None:
-        quarantined = False
+        consuming = True
         while not self._ended.wait(self._settings.heartbeat_s / 3):
             try:
-                with self._database.write() as session:
-                    state = workers.beat(session, worker_id)
-                    self._holds_device(session)
+                state = self._renew(worker_id)
                 self._recorder.replay()
+                if state == "quarantined" and consuming:
+                    log.error("this worker is quarantined: its device failed twice in a row")
+                    stop_consuming()
+                    consuming = False
             except DatabaseUnreachable as error:
                 log.warning("%s; the worker goes on", error)
-                continue
-            if state == "quarantined" and not quarantined:
-                quarantined = True
-                log.error("this worker is quarantined: its device failed twice in a row")
-                stop_consuming()
+            except Exception:
+                # A thread that died here would let a healthy worker be taken for lost.
+                log.exception("renewing this worker's heartbeat")
+
+    def _renew(self, worker_id: int) -> str:
+        with self._database.write() as session:
+            state = workers.beat(session, worker_id)
+            holds = self._holds_device(session)
+        if not holds:
+            log.error("another worker took over GPU %s while this one was silent; leaving", self._info.device_uuid)
+            self._stopping.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
 
     def _leave(self, worker_id: int) -> None:
         try:

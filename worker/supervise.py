@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -16,7 +17,17 @@ from pathlib import Path
 from models_db import jobs, results
 from models_db.batches import text_content
 from models_db.domain import Claim, DeviceKind
-from models_db.errors import DatabaseUnreachable, HostOom, InternalError, JobError, JobTimeout, WorkerLost, job_error
+from models_db.errors import (
+    DatabaseUnreachable,
+    HostOom,
+    InternalError,
+    JobError,
+    JobTimeout,
+    StorageError,
+    WorkerLost,
+    job_error,
+    one_line,
+)
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
@@ -36,6 +47,7 @@ from worker.messages import (
     RunnerMessage,
 )
 from worker.recorder import Recorder
+from worker.staging import folder_of, unstage
 
 log = logging.getLogger("qbatch.worker")
 
@@ -79,13 +91,14 @@ class Supervisor:
             finally:
                 connection.close()
                 _kill(process)
+                self._clear_staging()
         except DatabaseUnreachable as error:
             log.warning("%s; %s go back to the queue", error, _names(self._open))
         except Exception as error:
             # Handed back, a defect of ours would come round for ever.
             log.exception("supervising %s", _names(self._open))
             for job_id in sorted(self._open):
-                self._fail(job_id, InternalError(f"{type(error).__name__}: {error}"))
+                self._fail(job_id, InternalError(one_line(error)))
         finally:
             self._hand_back(alone=False)
 
@@ -109,6 +122,7 @@ class Supervisor:
             device_kind=station.device_kind,
             device_name=station.device_name,
             storage=settings.storage,
+            staging=settings.staging,
             cache=settings.cache,
             cache_bytes=settings.cache_bytes,
             lease_s=settings.lease_s,
@@ -130,8 +144,7 @@ class Supervisor:
                     self._active_s[job_id] += now - last
                 last = now
                 if now >= pulse_at:
-                    connection.send(Pulse())
-                    pulse_at = now + _PULSE_S
+                    pulse_at = now + _PULSE_S if _pulse(connection) else math.inf
             except (EOFError, OSError):
                 self._runner_died(process)
                 return
@@ -158,13 +171,13 @@ class Supervisor:
             case CheckpointReady():
                 self._published[message.job_id] = message.published
             case Measured():
-                self._close(message.job_id)
                 self._station.recorder.succeed(
                     self._token(message.job_id),
                     message.measurement,
                     message.protocol,
                     self._published.get(message.job_id),
                 )
+                self._close(message.job_id)
             case Failed():
                 self._fail(message.job_id, job_error(message.kind, message.message))
             case Ended():
@@ -176,7 +189,7 @@ class Supervisor:
         try:
             with self._station.database.write() as session:
                 answered = []
-                for job_id, (key, protocol_hash) in resolved.keys.items():
+                for job_id, (key, protocol_hash) in sorted(resolved.keys.items()):
                     jobs.note(session, self._token(job_id), checkpoint_key=key)
                     found = results.find_finished(
                         session,
@@ -217,7 +230,8 @@ class Supervisor:
     def _write_notes(self, notes: Sequence[tuple[int, dict[str, object]]]) -> None:
         try:
             with self._station.database.write() as session:
-                for job_id, values in notes:
+                # In id order, as everyone locks them.
+                for job_id, values in sorted(notes, key=lambda note: note[0]):
                     jobs.note(session, self._token(job_id), **values)  # type: ignore[arg-type]
         except DatabaseUnreachable as error:
             # Only what people watch is lost; leases and outcomes have their own care.
@@ -262,9 +276,9 @@ class Supervisor:
         self._hand_back(alone=True)
 
     def _fail(self, job_id: int, error: JobError) -> None:
+        self._station.recorder.fail(self._token(job_id), error)
         self._close(job_id)
         self.failed.append(job_id)
-        self._station.recorder.fail(self._token(job_id), error)
 
     def _close(self, job_id: int) -> None:
         self._open.discard(job_id)
@@ -280,8 +294,25 @@ class Supervisor:
             log.warning("%s; the leases of %s will run out", error, _names(self._open))
         self._open.clear()
 
+    def _clear_staging(self) -> None:
+        """A runner that was killed left its files."""
+        for job_id, claim in self._claims.items():
+            try:
+                unstage(folder_of(self._station.settings.staging, job_id, claim.attempt))
+            except StorageError as error:
+                log.warning("j%s: %s", job_id, error)
+
     def _token(self, job_id: int) -> Token:
         return (job_id, self._claims[job_id].attempt)
+
+
+def _pulse(connection: Connection) -> bool:
+    """False once the runner hears no more; what it said before may still be unread."""
+    try:
+        connection.send(Pulse())
+    except OSError:
+        return False
+    return True
 
 
 def _death(code: int | None) -> JobError:

@@ -24,10 +24,9 @@ from worker.checkpoint import (
     problems,
     publish,
     slug,
-    stage,
-    unstage,
 )
 from worker.digest import CHUNK_BYTES, digest_file
+from worker.staging import stage, unstage
 
 KEY = "ab" * 32
 SCHEME = Scheme(method=Method.NF4)
