@@ -151,12 +151,14 @@ class Supervisor:
             if self._station.stopping.is_set():
                 log.info("stopping: %s go back to the queue", _names(self._open))
                 return
+            if self._over_time():
+                return
             if now >= look_at:
                 beats = now >= beat_at
                 if beats:
                     beat_at = now + settings.heartbeat_s
                 look_at = now + _LOOK_S
-                if not self._still_ours(renew=beats) or self._over_time():
+                if not self._still_ours(renew=beats):
                     return
 
     def _handle(self, message: RunnerMessage, connection: Connection) -> bool:
