@@ -170,9 +170,10 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
     worker = services.start("worker", "--cpu")
     listed = model_list(models / "llama")
     try:
-        services("submit", "--models", listed, "--bits", "16", "--force")
-        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        services.wait_for_worker()
         (before,) = services.json("workers")
+        services("submit", "--models", listed, "--bits", "4,8", "--force")
+        until(lambda: _states(services) & {"running"}, 90.0, "running job")
         for runner in _runners(services):
             runner.kill()
         services("wait", "b1", "--timeout", "2m")
@@ -180,8 +181,10 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
     finally:
         codes = stop(worker), stop(scheduler)
     assert codes == (0, 0)
-    (job,) = services.json("jobs")
-    assert (job["state"], job["attempt"], job["failures"]) == ("succeeded", 2, 1)
+    jobs = services.json("jobs")
+    assert {job["state"] for job in jobs} == {"succeeded"}
+    assert max(job["attempt"] for job in jobs) == 2
+    assert max(job["failures"] for job in jobs) == 1, "what it worked on is charged"
     assert before["worker"] == after["worker"]
 
 
