@@ -302,6 +302,8 @@ class Measurement:
     forward_s_p50: float | None = None
     forward_samples_per_s: float | None = None
     perplexity: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
     details: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:

@@ -158,6 +158,8 @@ class Result(Base):
     forward_s_p50: Mapped[float | None]
     forward_samples_per_s: Mapped[float | None]
     perplexity: Mapped[float | None]
+    kl_mean: Mapped[float | None]
+    top1_agreement: Mapped[float | None]
     details: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 

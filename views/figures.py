@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from views.tables import NOTHING
-from views.units import show_bytes, show_change, show_float, show_rate, show_ratio, show_seconds
+from views.units import show_bytes, show_change, show_float, show_nats, show_rate, show_ratio, show_seconds
 
 Row = Mapping[str, Any]
 
@@ -55,6 +55,8 @@ FIGURES: tuple[Figure, ...] = (
         on_device=True,
     ),
     Figure(keys={"perplexity": ("perplexity", show_float)}, ratio=show_change),
+    Figure(keys={"kl_mean": ("KL", show_nats)}, ratio=None, rank=1),
+    Figure(keys={"top1_agreement": ("top-1", lambda value: f"{value * 100:.1f} %")}, ratio=None, rank=3),
     Figure(keys={"bits_per_param": ("bits/param", lambda value: f"{value:.2f}")}, ratio=None, rank=4),
     Figure(keys={"quantize_s": ("quantize", show_seconds)}, ratio=None, rank=5),
     Figure(keys={"load_model_s": ("load", show_seconds)}, ratio=None, rank=6),

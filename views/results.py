@@ -226,6 +226,11 @@ def _legend(measured: Sequence[Row]) -> Iterable[str]:
             "× is a figure divided by its baseline's, the same model unquantized: ×0.5 of a size or a time is half of "
             "it, ×0.5 of a rate is half the speed. Perplexity, where lower is better, shows its change."
         )
+    if any(row.get("kl_mean") is not None for row in measured):
+        yield (
+            "KL is the mean divergence of the model's predictions from its baseline's, in nats; top-1 says how often "
+            "the most likely token is the same."
+        )
     devices = sorted({printable(row["device_name"]) for row in measured})
     if devices:
         yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."

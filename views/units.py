@@ -49,6 +49,11 @@ def show_float(value: float, figures: int = 4) -> str:
     return f"{value:,.{max(0, figures - 1 - exponent)}f}"
 
 
+def show_nats(value: float) -> str:
+    """A divergence in nats, in two figures: ``1.6e-03``; its size is what tells."""
+    return f"{value:.1e}"
+
+
 def show_ratio(ratio: float) -> str:
     """``×0.29``"""
     return f"×{ratio:.3f}" if ratio < 0.1 else f"×{ratio:.2f}"

@@ -78,6 +78,9 @@ def test_run_does_everything_and_leaves_nothing_running(
     assert baseline["weights_bytes"] > int8["weights_bytes"] > nf4["weights_bytes"] > 0
     assert baseline["perplexity"] > 1
     assert nf4["decode_tokens_per_s"] > 0
+    assert 0 <= int8["kl_mean"] < nf4["kl_mean"], "8 bits are nearer to the baseline than 4"
+    assert int8["top1_agreement"] > nf4["top1_agreement"] > 0
+    assert baseline["kl_mean"] is None
     assert nf4["max_allocated_bytes"] is None, "there is no device memory on a CPU, and none is not 0"
     assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
     assert rows[3]["forward_s_p50"] > 0

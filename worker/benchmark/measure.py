@@ -59,6 +59,7 @@ def measure(plan: Plan) -> Measurement:
     memory = asdict(watch.peaks) | allocator_peaks(loaded.device)
     quality = _measure_quality(plan)
     perplexity = None if quality.score is None else quality.score.perplexity
+    against_base = quality.against_base or {}
     return Measurement(
         device_name=device_name(loaded.device),
         dtype=plan.dtype,
@@ -72,6 +73,8 @@ def measure(plan: Plan) -> Measurement:
         max_allocated_bytes=memory["max_allocated"],
         load_model_s=loaded.load_model_s,
         perplexity=finite(perplexity),
+        kl_mean=finite(against_base.get("kl_mean")),
+        top1_agreement=finite(against_base.get("top1_agreement")),
         details={
             "task": loaded.task.value,
             "protocol": plan.protocol.to_json(),

@@ -156,6 +156,8 @@ def upgrade() -> None:
         sa.Column("forward_s_p50", sa.Double(), nullable=True),
         sa.Column("forward_samples_per_s", sa.Double(), nullable=True),
         sa.Column("perplexity", sa.Double(), nullable=True),
+        sa.Column("kl_mean", sa.Double(), nullable=True),
+        sa.Column("top1_agreement", sa.Double(), nullable=True),
         sa.Column("details", sa.JSON(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_results_job_id")),
