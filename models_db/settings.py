@@ -56,6 +56,8 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str]) -> Self:
         """Raises UsageError, naming the variable, where a value cannot be read."""
         home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().absolute()
+        if "?" in str(home):
+            raise UsageError("QBATCH_HOME must not hold a '?': in the database's URL it would end the path")
         kinds: dict[str, type[int] | type[float]] = {
             "cache_bytes": int,
             "lease_s": float,

@@ -73,8 +73,8 @@ def services(qbatch: Qbatch, redis_server: RedisServer, postgresql_url: str) -> 
         "QBATCH_DATABASE_URL": postgresql_url,
         "QBATCH_STORAGE": str(qbatch.home.parent / "shared"),
         # Short, so that the losses below are made good within the test.
-        "QBATCH_LEASE_S": "6",
-        "QBATCH_HEARTBEAT_S": "2",
+        "QBATCH_LEASE_S": "12",
+        "QBATCH_HEARTBEAT_S": "3",
         "QBATCH_SCAN_S": "1",
     }
     return qbatch

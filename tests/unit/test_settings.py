@@ -77,6 +77,11 @@ def test_a_count_that_cannot_be_is_named(variable: str, text: str) -> None:
         read(**{variable: text})
 
 
+def test_a_home_that_no_url_can_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="QBATCH_HOME"):
+        Settings.from_env({"QBATCH_HOME": "/srv/what?"})
+
+
 def test_a_lease_outlives_two_heartbeats() -> None:
     with pytest.raises(UsageError, match="lease"):
         read(LEASE_S="29", HEARTBEAT_S="15")
