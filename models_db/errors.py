@@ -230,4 +230,4 @@ def job_error(kind: str, message: str) -> JobError:
 def one_line(error: BaseException) -> str:
     """An error that is not ours, with its type, fit for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -17,6 +17,7 @@ from models_db.identity import settle
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.sources import folder_fingerprint, read_headers, source_dtype
+from models_db.storage import is_in_place
 from scheduler.grid import Grid
 
 
@@ -141,10 +142,8 @@ def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -
 
 
 def _is_there(settings: Settings, checkpoint_path: str | None) -> bool:
-    """Whether a checkpoint is still where it was published, as far as this machine can see."""
-    if checkpoint_path is None or not settings.storage.is_dir():
-        return True
-    return (settings.storage / checkpoint_path / "qbatch.json").is_file()
+    """As far as this machine can see: it may not have the storage mounted."""
+    return not settings.storage.is_dir() or is_in_place(settings.storage, checkpoint_path)
 
 
 def send_now(database: Database, settings: Settings) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 from models_db.domain import DType, Scheme
 from models_db.errors import StorageError
+from models_db.storage import MANIFEST
 from worker.digest import FileDigest, digest_file, root_sha256
 from worker.staging import storage_error
 
-MANIFEST = "qbatch.json"
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
 CARD = "README.md"
 _MANIFEST_VERSION = 1

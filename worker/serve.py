@@ -153,6 +153,7 @@ class Worker:
         worker_id = self._register()
         if worker_id is None:
             return 0
+        self._sweep()
         app = make_app(self._settings)
         station = Station(
             database=self._database,
@@ -211,9 +212,7 @@ class Worker:
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
                         self._bury(session, predecessor)
                     if self._holds_device(session):
-                        worker_id = workers.register(session, self._info)
-                        self._sweep(session)
-                        return worker_id
+                        return workers.register(session, self._info)
                 if not said:
                     log.warning("GPU %s belongs to another worker; waiting for its lease", self._info.device_uuid)
                     said = True
@@ -222,8 +221,15 @@ class Worker:
             self._stopping.wait(2.0)
         return None
 
-    def _sweep(self, session: Session) -> None:
-        for name in sweep(self._settings.staging, lambda tokens: jobs.held(session, tokens)):
+    def _sweep(self) -> None:
+        """Remove what killed runners left; outside any write transaction, since deleting gigabytes takes its time."""
+        try:
+            with self._database.read() as session:
+                removed = sweep(self._settings.staging, lambda tokens: jobs.held(session, tokens))
+        except DatabaseUnreachable as error:
+            log.warning("%s; the staging folder is not swept", error)
+            return
+        for name in removed:
             log.info("removed what attempt %s had left in the staging folder", name)
 
     def _bury(self, session: Session, predecessor: WorkerRow) -> None:

@@ -31,8 +31,9 @@ from models_db.errors import (
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
+from models_db.storage import is_in_place
 from worker import runner
-from worker.checkpoint import MANIFEST, Published
+from worker.checkpoint import Published
 from worker.messages import (
     Answered,
     CheckpointReady,
@@ -188,6 +189,7 @@ class Supervisor:
 
     def _answer(self, resolved: Resolved) -> frozenset[int]:
         """End the jobs that an earlier result on such a device answers; they need no work."""
+        storage = self._station.settings.storage
         try:
             with self._station.database.write() as session:
                 answered = []
@@ -199,7 +201,11 @@ class Supervisor:
                         protocol_hash=protocol_hash,
                         device_names=[self._station.device_name],
                     )
-                    if found is None or self._claims[job_id].spec.force or not self._is_there(found.checkpoint_path):
+                    if (
+                        found is None
+                        or self._claims[job_id].spec.force
+                        or not is_in_place(storage, found.checkpoint_path)
+                    ):
                         continue
                     if jobs.answer(session, self._token(job_id), found.job_id):
                         answered.append(job_id)
@@ -210,9 +216,6 @@ class Supervisor:
             log.info("j%s is answered by an earlier result", job_id)
             self._close(job_id)
         return frozenset(answered)
-
-    def _is_there(self, checkpoint_path: str | None) -> bool:
-        return checkpoint_path is None or (self._station.settings.storage / checkpoint_path / MANIFEST).is_file()
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)

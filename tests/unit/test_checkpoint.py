@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from worker.checkpoint import (
     slug,
 )
 from worker.digest import CHUNK_BYTES, digest_file
-from worker.staging import stage, unstage
+from worker.staging import stage, sweep, unstage
 
 KEY = "ab" * 32
 SCHEME = Scheme(method=Method.NF4)
@@ -296,3 +296,20 @@ def test_staging_where_nothing_can_be_made_is_a_storage_error(tmp_path: Path) ->
 )
 def test_a_slug_is_one_plain_path_component(name: str, expected: str) -> None:
     assert slug(name) == expected
+
+
+def test_a_sweep_removes_what_no_running_attempt_owns(tmp_path: Path) -> None:
+    staging = tmp_path / ".staging"
+    for job_id, attempt in ((1, 1), (2, 3)):
+        (stage(staging, job_id, attempt) / "model.safetensors").write_bytes(b"half")
+    (staging / "someone-elses").mkdir()
+    asked: list[tuple[int, int]] = []
+
+    def running(tokens: Iterable[tuple[int, int]]) -> list[int]:
+        asked.extend(tokens)
+        return [2]
+
+    assert sweep(staging, running) == ["1-1"]
+    assert sorted(asked) == [(1, 1), (2, 3)]
+    assert sorted(path.name for path in staging.iterdir()) == ["2-3", "someone-elses"]
+    assert sweep(tmp_path / "no such folder", running) == []

@@ -18,6 +18,7 @@ from models_db.errors import (
     QuantizationError,
     SourceCorrupt,
     StorageError,
+    one_line,
 )
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -31,7 +32,7 @@ def as_job_error(error: BaseException) -> JobError:
 
     if isinstance(error, JobError):
         return error
-    text = _one_line(error)
+    text = one_line(error)
     if isinstance(error, OSError):
         return DiskFull(text) if error.errno in _NO_ROOM else StorageError(text)
     if isinstance(error, SafetensorError):
@@ -48,11 +49,6 @@ def as_job_error(error: BaseException) -> JobError:
     if isinstance(error, _OUR_DEFECTS):
         return InternalError(text)
     return QuantizationError(text)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @contextmanager
