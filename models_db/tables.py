@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from models_db.clock import UtcDateTime, db_now
@@ -65,6 +65,7 @@ class Job(Base):
     device: Mapped[str] = mapped_column(String(8))
     protocol: Mapped[dict[str, Any]]
     force: Mapped[bool] = mapped_column(default=False)
+    allow_pickle: Mapped[bool] = mapped_column(default=False, server_default=false())
     priority: Mapped[int] = mapped_column(default=0)
     time_limit_s: Mapped[float | None]
     # Settled where the source's fingerprint and the device kind are known: at submit, or by the worker.
@@ -79,6 +80,8 @@ class Job(Base):
     error_kind: Mapped[str | None] = mapped_column(String(32))
     error_message: Mapped[str | None] = mapped_column(Text)
     reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"))
+    # The memory of the largest device that was too small for it; only a larger one may have it.
+    above_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
     worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
     avoid_worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
@@ -195,3 +198,15 @@ class Lease(Base):
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
     holder: Mapped[str] = mapped_column(String(200))
     expires_at: Mapped[datetime]
+
+
+class Pause(Base):
+    """Why nothing is dispatched until then; one row a reason."""
+
+    __tablename__ = "pauses"
+
+    reason: Mapped[str] = mapped_column(String(100), primary_key=True)
+    message: Mapped[str] = mapped_column(Text)
+    needed_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    since: Mapped[datetime] = mapped_column(default=db_now())
+    until: Mapped[datetime]

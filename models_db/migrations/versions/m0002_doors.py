@@ -1,0 +1,31 @@
+"""jobs may ask for pickles and for devices of more memory; dispatch may pause"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from models_db.clock import UtcDateTime
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("jobs", sa.Column("allow_pickle", sa.Boolean(), nullable=False, server_default=sa.false()))
+    op.add_column("jobs", sa.Column("above_memory_bytes", sa.BigInteger(), nullable=True))
+    op.create_table(
+        "pauses",
+        sa.Column("reason", sa.String(length=100), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("needed_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("since", UtcDateTime(), nullable=False),
+        sa.Column("until", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("reason", name=op.f("pk_pauses")),
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("pauses")
+    op.drop_column("jobs", "above_memory_bytes")
+    op.drop_column("jobs", "allow_pickle")
