@@ -16,7 +16,7 @@ from worker.quantize.packing import PIECE_STEP, Packing, pack
 from worker.quantize.reading import SourceReader
 from worker.quantize.saving import Output
 from worker.quantize.sink import Sink
-from worker.quantize.trace import Origin, QuantizedPart, is_elementwise, replay, sources_of
+from worker.quantize.trace import Origin, QuantizedPart, Steps, elementwise_steps, replay, sources_of
 
 
 class Staged(NamedTuple):
@@ -85,23 +85,23 @@ def as_quantized(values: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPiece:
-    """Values [start, start + count) of an output that is a source tensor, perhaps cast."""
+    """Values [start, start + count) of a source tensor, perhaps cast, for every output that is that."""
 
-    sink: Sink
-    output: Output
+    outputs: tuple[tuple[Sink, Output], ...]
     origin: Origin
     start: int
     count: int
 
     def run(self, lane: Lane, reader: SourceReader) -> None:
-        if self.sink.error is not None:
+        if all(sink.error is not None for sink, _ in self.outputs):
             return
 
         def read(name: str) -> torch.Tensor:
             return reader.read_into(lane.input, name, self.start, self.count)
 
         data = host_view(as_bytes(replay(self.origin, read)))
-        self.sink.write(self.output.name, data, self.start * self.output.dtype.itemsize)
+        for sink, output in self.outputs:
+            sink.write(output.name, data, self.start * output.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,25 +120,39 @@ class BuildOutput:
 Job = QuantizePiece | CopyPiece | BuildOutput
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copies:
+    """The outputs that are one source tensor, cast alike."""
+
+    outputs: tuple[tuple[Sink, Output], ...]
+    origin: Origin
+
+
+_Group = Takers | _Copies | BuildOutput
+
+
 def planned_read_bytes(sinks: Sequence[Sink], reader: SourceReader) -> int:
     """What ``plan_jobs`` will read in all."""
-    quantized = sum(reader.info(_first_source(group)).nbytes for group in _quantize_groups(sinks))
-    return quantized + sum(
-        reader.info(name).nbytes for other in _other_outputs(sinks) for name in sources_of(other.origin)
-    )
+    return sum(reader.info(name).nbytes for group in _groups(sinks) for name in _sources(group))
 
 
 def plan_jobs(sinks: Sequence[Sink], reader: SourceReader, piece_bytes: int) -> Iterator[Job]:
     """All of the work, in the order in which the source lies on disk."""
-    groups: list[Takers | BuildOutput] = [*_quantize_groups(sinks), *_other_outputs(sinks)]
-    groups.sort(key=lambda group: reader.position(_first_source(group)))
-    for group in groups:
+    for group in sorted(_groups(sinks), key=lambda group: reader.position(min(_sources(group)))):
         if isinstance(group, tuple):
             yield from _quantize_pieces(group, reader, piece_bytes)
-        elif is_elementwise(group.origin):
+        elif isinstance(group, _Copies):
             yield from _copy_pieces(group, reader, piece_bytes)
         else:
             yield group
+
+
+def _groups(sinks: Sequence[Sink]) -> list[_Group]:
+    return [*_quantize_groups(sinks), *_other_groups(sinks)]
+
+
+def _sources(group: _Group) -> frozenset[str]:
+    return frozenset({group[0][1].source}) if isinstance(group, tuple) else sources_of(group.origin)
 
 
 def _quantize_groups(sinks: Sequence[Sink]) -> list[Takers]:
@@ -150,15 +164,23 @@ def _quantize_groups(sinks: Sequence[Sink]) -> list[Takers]:
     return [tuple(group) for group in groups.values()]
 
 
-def _other_outputs(sinks: Sequence[Sink]) -> Iterator[BuildOutput]:
+def _other_groups(sinks: Sequence[Sink]) -> Iterator[_Copies | BuildOutput]:
+    """What is not quantized; a tensor that several outputs copy is read once."""
+    copies: dict[Steps, list[tuple[Sink, Output]]] = defaultdict(list)
+    origins: dict[Steps, Origin] = {}
     for sink in sinks:
         for output in sink.outputs():
-            if not isinstance(output.content, bytes | QuantizedPart) and output.nbytes:
-                yield BuildOutput(sink=sink, output=output, origin=output.content)
-
-
-def _first_source(group: Takers | BuildOutput) -> str:
-    return group[0][1].source if isinstance(group, tuple) else min(sources_of(group.origin))
+            origin = output.content
+            if isinstance(origin, bytes | QuantizedPart) or not output.nbytes:
+                continue
+            steps = elementwise_steps(origin)
+            if steps is None:
+                yield BuildOutput(sink=sink, output=output, origin=origin)
+            else:
+                copies[steps].append((sink, output))
+                origins[steps] = origin
+    for steps, outputs in copies.items():
+        yield _Copies(outputs=tuple(outputs), origin=origins[steps])
 
 
 def _quantize_pieces(takers: Takers, reader: SourceReader, piece_bytes: int) -> Iterator[QuantizePiece]:
@@ -184,10 +206,10 @@ def piece_step(packings: Sequence[Packing], columns: int, most_values: int) -> i
     return unit * max(1, most_values // unit)
 
 
-def _copy_pieces(whole: BuildOutput, reader: SourceReader, piece_bytes: int) -> Iterator[CopyPiece]:
-    (source,) = sources_of(whole.origin)
+def _copy_pieces(copies: _Copies, reader: SourceReader, piece_bytes: int) -> Iterator[CopyPiece]:
+    (source,) = sources_of(copies.origin)
     numel = reader.info(source).numel
     step = piece_bytes // reader.itemsize(source)
     for start in range(0, numel, step):
         count = min(step, numel - start)
-        yield CopyPiece(sink=whole.sink, output=whole.output, origin=whole.origin, start=start, count=count)
+        yield CopyPiece(outputs=copies.outputs, origin=copies.origin, start=start, count=count)

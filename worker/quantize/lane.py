@@ -13,8 +13,8 @@ import torch
 # What is made of so much fits a core's cache.
 _CPU_PIECE_BYTES = 2**20
 # Large enough that launching kernels costs nothing beside copying, small enough that all lanes' buffers are.
-_CUDA_PIECE_BYTES = 2**25
-_MOST_CUDA_LANES = 12
+_CUDA_PIECE_BYTES = 2**24
+_MOST_CUDA_LANES = 16
 
 
 class Lane(Protocol):

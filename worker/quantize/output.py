@@ -9,6 +9,7 @@ from pathlib import Path
 
 from worker.digest import CHUNK_BYTES, FileDigest
 from worker.quantize.layout import FileLayout
+from worker.quantize.reserve import reserve
 
 _HASH_READ_BYTES = 2**22
 
@@ -23,19 +24,23 @@ class OutputFile:
     def __init__(self, folder: Path, layout: FileLayout) -> None:
         self.layout = layout
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         sizes = [min(CHUNK_BYTES, layout.size - start) for start in range(0, layout.size, CHUNK_BYTES)]
         self._unwritten = sizes
         self._hashes: list[str | None] = [None] * len(sizes)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(folder / layout.name, flags, 0o666)
+        reserve(self._descriptor, layout.size)
         self.write(layout.head, 0)
 
     def write(self, data: bytes | memoryview, start: int) -> None:
         """Write ``data`` at byte ``start``, and hash what chunks that completes. Raises OSError."""
         left, position = memoryview(data), start
-        while left:
-            written = os.pwrite(self._descriptor, left, position)
-            left, position = left[written:], position + written
+        # The kernel lets one thread at a time write to a file, and the others spin until it is their turn.
+        with self._writing:
+            while left:
+                written = os.pwrite(self._descriptor, left, position)
+                left, position = left[written:], position + written
         for chunk in self._completed(start, position):
             self._hashes[chunk] = self._sha256(chunk)
 

@@ -97,6 +97,16 @@ def pack(values: torch.Tensor, packing: Packing, nested_offset: float | None) ->
     return _pack_int8(values) if packing.is_int8 else _pack_4bit(values.reshape(-1), packing, nested_offset)
 
 
+def load_kernels(device: str, packings: Sequence[Packing]) -> None:
+    """Have the GPU load what ``pack`` runs there: the first call of each kernel takes a fraction of a second."""
+    if device == "cpu":
+        return
+    values = torch.zeros(1, PIECE_STEP, dtype=torch.bfloat16, device=device)
+    for packing in packings:
+        pack(values, packing, 0.0 if packing.nested else None)
+    torch.cuda.synchronize(device)
+
+
 def _pack_4bit(values: torch.Tensor, packing: Packing, nested_offset: float | None) -> Packed:
     codes, absmax = quantize_4bit(values, packing.quant_type, packing.storage)
     parts, scales = {"weight": codes, "absmax": absmax}, absmax

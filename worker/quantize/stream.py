@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from worker.quantize.lane import piece_bytes
 from worker.quantize.loading import Loaded, NotStreamable
 from worker.quantize.meter import Meter
 from worker.quantize.nested import NestedPassFailed, doubly_quantized, nested_offsets
+from worker.quantize.packing import load_kernels
 from worker.quantize.pool import LanePool
 from worker.quantize.reading import SourceReader
 from worker.quantize.saving import save_configs, trace_saving
@@ -31,7 +33,10 @@ def stream(source: Path, loaded: Sequence[Loaded], reader: SourceReader, device:
     threads = torch.get_num_threads()
     sinks: list[Sink] = []
     try:
-        outcomes = _open_sinks(source, loaded, reader, device, meter, sinks)
+        with ThreadPoolExecutor(1) as beside:
+            # What fails here fails again in the pass, and is reported there.
+            beside.submit(load_kernels, device, [one.packing for one in loaded])
+            outcomes = _open_sinks(source, loaded, reader, device, meter, sinks)
         meter.plan(planned_read_bytes(sinks, reader))
         jobs = (partial(job.run, reader=reader) for job in plan_jobs(sinks, reader, piece_bytes(device)))
         error = LanePool(device).run(jobs, meter.report)

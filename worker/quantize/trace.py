@@ -158,9 +158,23 @@ def sources_of(origin: Origin) -> frozenset[str]:
     return frozenset(found)
 
 
+Steps = tuple[str, *tuple[torch.dtype, ...]]
+"""A tensor of the source by its name, and what it is cast to, in order."""
+
+
+def elementwise_steps(origin: Origin) -> Steps | None:
+    """How a tensor of the source becomes ``origin`` if only by casts, so that a piece of it needs only that piece of
+    the source; else None."""
+    if isinstance(origin, FromSource):
+        return (origin.name,)
+    if not isinstance(origin, Cast) or (steps := elementwise_steps(origin.of)) is None:
+        return None
+    return (*steps, origin.dtype)
+
+
 def is_elementwise(origin: Origin) -> bool:
-    """Whether it is a tensor of the source, perhaps cast: then a piece of it needs only that piece of the source."""
-    return isinstance(origin, FromSource) or (isinstance(origin, Cast) and is_elementwise(origin.of))
+    """Whether it is a tensor of the source, perhaps cast."""
+    return elementwise_steps(origin) is not None
 
 
 def has_quantized_part(origin: Origin) -> bool:
