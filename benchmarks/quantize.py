@@ -49,6 +49,8 @@ class Task:
     schemes: tuple[str, ...]
     dtype: DType
     device: str
+    check: bool
+    """Whether the checksums that come with the files are compared with the files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,7 @@ def streamed(task: Task) -> Outcome:
     for result in results:
         if not isinstance(result, Written):
             raise result.error
-        for digest in result.files:
+        for digest in result.files if task.check else ():
             if digest != digest_file(result.target.folder / digest.name):
                 raise ValueError(f"{digest.name}: the checksums are not those of the file")
     return Outcome(seconds={"+".join(task.schemes): elapsed_s}, **peaks, written_bytes=_bytes_in(task.folder))
@@ -217,7 +219,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> bool:
         for label in runs:
             folder = work / label
             chosen = schemes if label in ("baseline", "all") else (label,)
-            task = Task(source=source, folder=folder, schemes=chosen, dtype=dtype, device=device)
+            task = Task(source=source, folder=folder, schemes=chosen, dtype=dtype, device=device, check=repeat == 0)
             outcome = in_fresh_process(baseline if label == "baseline" else streamed, task)
             runs[label].append(outcome)
             _say(f"  {repeat + 1}/{arguments.repeats} {label}: {outcome.total_s:.2f} s")
