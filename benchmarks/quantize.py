@@ -1,11 +1,12 @@
 """Quantizing side by side: qbatch's streaming writer and what a user would do without it.
 
+    python -m benchmarks.quantize
     python -m benchmarks.quantize --shape llama-8b --device cuda
-    python -m benchmarks.quantize --shape 300m --device cpu
 
-Builds a source of random weights, then measures pairs in turn, each in a process of its own, so that peaks are true.
-Source files are in the page cache. Nothing is synced to disk by either side. Prints one table last, and exits 1 where
-the two sides' files differ.
+Without options: an 8B and a 1.7B model where there is a GPU, else one of 300M parameters on the CPU. Builds a source
+of random weights, then measures pairs in turn, each in a process of its own, so that peaks are true. Source files are
+in the page cache. Nothing is synced to disk by either side. Prints one table last, and exits 1 where the two sides'
+files differ.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 from benchmarks.random_source import SHAPES, build_source, pwrite_all
 from models_db.domain import DType, Method, Scheme
 from worker.digest import digest_file, root_sha256
+from worker.gpu import installed_gpus
 
 GIB = 2**30
 _SCHEMES = {
@@ -203,8 +205,8 @@ def same_files(one: Path, other: Path) -> bool:
     return roots[0] == roots[1] and texts[0] == texts[1]
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> bool:
-    shape, device = arguments.shape, "cuda:0" if arguments.device == "cuda" else "cpu"
+def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
+    device = "cuda:0" if arguments.device == "cuda" else "cpu"
     dtype, schemes = DType(arguments.dtype or SHAPES[shape][1]), tuple(arguments.schemes.split(","))
     source = work / "source"
     source_bytes = in_fresh_process(build_source, shape, source)
@@ -273,8 +275,8 @@ def _say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="300m")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, action="append", dest="shapes", help="repeat it for several")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
     parser.add_argument("--schemes", default="nf4,int8", help=f"of {', '.join(_SCHEMES)}")
     parser.add_argument(
         "--dtype", choices=[d.value for d in DType if d is not DType.AUTO], help="default: the source's"
@@ -286,10 +288,18 @@ def main() -> int:
     import accelerate  # noqa: F401 - what every fork starts with
     import transformers
 
-    getattr(transformers, SHAPES[arguments.shape][0])
+    shapes = arguments.shapes or (["llama-8b", "bloom-1b7"] if arguments.device == "cuda" else ["300m"])
+    for shape in shapes:
+        # transformers imports a model's module when it is first asked for.
+        getattr(transformers, SHAPES[shape][0])
+    identical = [_measure_in_folder(arguments, shape) for shape in shapes]
+    return 0 if all(identical) else 1
+
+
+def _measure_in_folder(arguments: argparse.Namespace, shape: str) -> bool:
     work = Path(tempfile.mkdtemp(prefix="qbatch-bench-", dir=arguments.folder))
     try:
-        return 0 if measure(arguments, work) else 1
+        return measure(arguments, shape, work)
     finally:
         shutil.rmtree(work)
 
