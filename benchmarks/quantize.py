@@ -211,7 +211,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
     source = work / "source"
     source_bytes = in_fresh_process(build_source, shape, source)
     ceilings = {
-        files: in_fresh_process(write_ceiling, work, min(source_bytes, 8 * GIB), files)
+        files: in_fresh_process(write_ceiling, work, min(source_bytes, 4 * GIB), files)
         for files in sorted({1, len(schemes)})
     }
     _say(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_shown(ceilings)}")

@@ -131,6 +131,20 @@ def make_encoder(
     )
 
 
+def make_fused_qkv(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+    """A Nomic-BERT in ``folder``, without a tokenizer: its weights for query, key and value, each quantized on its own,
+    are one tensor in the file."""
+    return _make_model(
+        folder,
+        "NomicBertModel",
+        _SHAPE,
+        dtype=dtype,
+        seed=seed,
+        max_shard_size="50GB",
+        overrides={},
+    )
+
+
 def make_tokenizer(
     folder: Path, *, prefix_bos: bool = False, suffix_eos: bool = False, chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:

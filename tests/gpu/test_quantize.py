@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from models_db.domain import DType, Method, Scheme
 from tests.reference import contents, save_reference
-from tests.tiny import make_causal, make_encoder
+from tests.tiny import CAUSAL_ARCHS, SEQ2SEQ_ARCHS, make_causal, make_encoder, make_seq2seq
 from worker.quantize import Target, Written, write_checkpoints
 
 pytestmark = pytest.mark.gpu
@@ -24,9 +26,9 @@ SCHEMES = (
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16}
 
 
-def assert_identical(source: Path, folder: Path, dtype: DType) -> None:
+def assert_identical(source: Path, folder: Path, dtype: DType, schemes: Sequence[Scheme] = SCHEMES) -> None:
     targets = []
-    for number, scheme in enumerate(SCHEMES):
+    for number, scheme in enumerate(schemes):
         (folder / f"streamed-{number}").mkdir()
         targets.append(Target(scheme=scheme.resolved(dtype), folder=folder / f"streamed-{number}"))
     results = list(write_checkpoints(source, targets, dtype=dtype, device="cuda:0", on_progress=lambda *_: None))
@@ -37,14 +39,28 @@ def assert_identical(source: Path, folder: Path, dtype: DType) -> None:
         assert contents(result.target.folder) == contents(reference), result.target.scheme
 
 
-@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "mixtral", "opt"])
+@pytest.mark.parametrize("arch", CAUSAL_ARCHS)
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", DType.BFLOAT16), ("float32", DType.FLOAT16)])
 def test_every_scheme(arch: str, stored: str, asked: DType, tmp_path: Path) -> None:
     assert_identical(make_causal(tmp_path / "source", arch, dtype=stored), tmp_path, asked)
 
 
-def test_an_encoder(tmp_path: Path) -> None:
-    assert_identical(make_encoder(tmp_path / "source", "masked-lm", dtype="bfloat16"), tmp_path, DType.BFLOAT16)
+@pytest.mark.parametrize("arch", SEQ2SEQ_ARCHS)
+def test_an_encoder_decoder(arch: str, tmp_path: Path) -> None:
+    assert_identical(make_seq2seq(tmp_path / "source", arch, dtype="float32"), tmp_path, DType.FLOAT16)
+
+
+@pytest.mark.parametrize("head", [None, "masked-lm", "classification"])
+def test_an_encoder(head: str | None, tmp_path: Path) -> None:
+    assert_identical(make_encoder(tmp_path / "source", head, dtype="bfloat16"), tmp_path, DType.BFLOAT16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_many_shards_from_many_shards(tied: bool, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB", tie_word_embeddings=tied)
+    schemes = [replace(scheme, max_shard_bytes=100_000) for scheme in SCHEMES]
+    assert_identical(source, tmp_path, DType.BFLOAT16, schemes)
+    assert len(list((tmp_path / "streamed-0").glob("*.safetensors"))) > 2
 
 
 def test_weights_of_several_pieces(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from models_db.domain import DType, Method, Scheme
 from tests.reference import load_quantized
-from tests.tiny import make_causal
+from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
 from worker.quantize import Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
@@ -79,8 +80,19 @@ def test_fused_experts_are_flagged(tmp_path: Path) -> None:
     assert any(entry["reason"] == "fused experts" for entry in audit["kept"])
 
 
-def test_dropped_tensors_are_named(tmp_path: Path) -> None:
-    source = make_causal(tmp_path / "source", dtype="bfloat16")
+def test_what_a_model_keeps_in_a_higher_precision_says_so(tmp_path: Path) -> None:
+    source = make_seq2seq(tmp_path / "source", "t5", dtype="bfloat16", d_ff=1024)
+    kept = {entry["name"]: entry["reason"] for entry in audit_of(source, tmp_path / "out", NF4)["kept"]}
+    assert kept == {
+        "shared.weight": "not a linear layer",
+        "encoder.block.*.layer.*.DenseReluDense.wo.weight": "kept in a higher precision by the model",
+        "decoder.block.*.layer.*.DenseReluDense.wo.weight": "kept in a higher precision by the model",
+    }
+
+
+@pytest.mark.parametrize("make", [make_causal, make_fused_qkv])
+def test_dropped_tensors_are_named(make: Callable[..., Path], tmp_path: Path) -> None:
+    source = make(tmp_path / "source", dtype="bfloat16")
     edit(source, lambda tensors: tensors.update({"model.mtp.0.weight": torch.zeros(8, 8)}))
     assert audit_of(source, tmp_path / "out", INT8)["dropped_tensors"] == ["model.mtp.0.weight"]
 
@@ -104,6 +116,24 @@ def test_the_error_is_that_of_the_loaded_checkpoint(scheme: Scheme, tmp_path: Pa
     assert audit["relative_error_mean"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("scheme", [NF4, NF4_DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
+def test_the_error_of_a_whole_model_is_that_of_its_own_weights(scheme: Scheme, tmp_path: Path) -> None:
+    source = make_fused_qkv(tmp_path / "source", dtype="bfloat16")
+    audit = audit_of(source, tmp_path / "out", scheme)
+    assert audit["whole_model_because"]
+    exact = transformers.NomicBertModel.from_pretrained(source, dtype=torch.float32).state_dict()
+    expected = {}
+    for name, module in load_quantized(source, scheme, DType.BFLOAT16).named_modules():
+        if hasattr(module, "source_cls"):
+            before = exact[f"{name}.weight"].double()
+            expected[f"{name}.weight"] = ((_restored(module) - before).norm() / before.norm()).item()
+    assert {entry["name"]: entry["error"] for entry in audit["relative_error_worst"]} == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert audit["relative_error_mean"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-4)
+    assert (audit["not_finite"], audit["int8_zero_scales"], audit["int8_infinite_scales"]) == ([], 0, 0)
+
+
 def _restored(module: Any) -> torch.Tensor:
     if isinstance(module, bnb.nn.Linear8bitLt):
         return module.weight.data.double() * module.weight.SCB.double()[:, None] / 127
@@ -113,10 +143,12 @@ def _restored(module: Any) -> torch.Tensor:
     return restored.double()
 
 
-def test_numbers_that_are_not_numbers_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [NF4, NF4_DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_numbers_are_named(value: float, scheme: Scheme, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
-    edit(source, lambda tensors: tensors[UP_PROJ][3].fill_(float("nan")))
-    assert audit_of(source, tmp_path / "out", NF4)["not_finite"] == [UP_PROJ]
+    edit(source, lambda tensors: tensors[UP_PROJ][3].fill_(value))
+    assert audit_of(source, tmp_path / "out", scheme)["not_finite"] == [UP_PROJ]
 
 
 def test_useless_int8_scales_are_counted(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_many_shards_and_their_index(arch: str, tmp_path: Path) -> None:
         ("float32", DType.FLOAT32),
         ("float16", DType.BFLOAT16),
         ("bfloat16", DType.FLOAT32),
+        ("bfloat16", DType.FLOAT16),
     ],
 )
 @pytest.mark.parametrize("arch", ["llama", "t5"])
@@ -123,7 +124,7 @@ def test_double_quantization_of_a_weight_whose_mean_depends_on_the_threads(torch
         num_hidden_layers=1,
         num_attention_heads=16,
     )
-    assert_identical(source, tmp_path, DType.BFLOAT16, (NF4_DOUBLE,))
+    assert_identical(source, tmp_path, DType.BFLOAT16, (NF4_DOUBLE, FP4_DOUBLE))
     assert torch.get_num_threads() == torch_threads
 
 

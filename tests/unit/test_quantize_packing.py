@@ -35,6 +35,48 @@ def test_the_short_4_bit_way_is_taken_and_gives_the_same(
     assert torch.equal(absmax.view(torch.int32), state.absmax.view(torch.int32))
 
 
+# Where bfloat16 and float16 part: what float16 rounds, what it rounds to zero, its largest value and more.
+EDGES = [
+    2.0**-9,
+    2.0**-10,
+    2.0**-14,
+    2.0**-17,
+    2.0**-18 * 1.5,
+    2.0**-24,
+    2.0**-26,
+    65280.0,
+    65536.0,
+    float("nan"),
+    -3.0,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("largest", EDGES)
+def test_the_short_8_bit_way_gives_the_same_at_the_edges_of_float16(dtype: torch.dtype, largest: float) -> None:
+    values = (torch.randn(4, 256, generator=torch.Generator().manual_seed(2)) * 0.02).clamp(-0.05, 0.05)
+    values[:, ::2] *= 1e-4
+    values[1] = torch.tensor(EDGES[1:7]).repeat(43)[:256] * torch.tensor([1.0, -1.0]).repeat(128)
+    values[1, 0] = values[3, 7] = largest
+    values[1] = values[1].clamp(-abs(largest), abs(largest))
+    codes, scales, _ = quantize_int8(values.to(dtype))
+    expected, expected_scales, _ = bnb.functional.int8_vectorwise_quant(values.to(dtype).half())
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales.view(torch.int32), expected_scales.view(torch.int32))
+
+
+def test_rows_that_need_no_rounding_are_not_rounded(monkeypatch: pytest.MonkeyPatch, weight: torch.Tensor) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise AssertionError("left to the library")
+
+    quantize_int8(weight)
+    monkeypatch.setattr("worker.quantize.eightbit._by_library", fail)
+    plain = weight[-16:].clone()
+    codes, _, restored = quantize_int8(plain)
+    assert codes.abs().amax() == 127
+    torch.testing.assert_close(restored, plain.float(), rtol=0, atol=float(plain.float().abs().amax()) / 127)
+
+
 @pytest.mark.parametrize("spoilt", [None, 0.0, float("inf")])
 def test_the_short_8_bit_way_gives_the_same(spoilt: float | None, weight: torch.Tensor) -> None:
     if spoilt is not None:

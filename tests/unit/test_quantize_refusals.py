@@ -27,8 +27,8 @@ from models_db.errors import (
     UnsafeSource,
     Unsupported,
 )
-from tests.tiny import make_causal
-from worker.quantize import Refused, Target, Written, write_checkpoints
+from tests.tiny import make_causal, make_fused_qkv
+from worker.quantize import Progress, Refused, Target, Written, write_checkpoints
 from worker.quantize.faults import as_job_error
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
@@ -40,12 +40,14 @@ def source(tmp_path: Path) -> Path:
     return make_causal(tmp_path / "source", dtype="bfloat16")
 
 
-def write(source: Path, folder: Path, *schemes: Scheme) -> list[Written | Refused]:
+def write(
+    source: Path, folder: Path, *schemes: Scheme, on_progress: Progress = lambda *_: None
+) -> list[Written | Refused]:
     targets = []
     for scheme in schemes:
         (folder / scheme.method.value).mkdir()
         targets.append(Target(scheme=scheme, folder=folder / scheme.method.value))
-    return list(write_checkpoints(source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None))
+    return list(write_checkpoints(source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=on_progress))
 
 
 def edit_tensors(source: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -140,6 +142,60 @@ def test_quantized_tensors_that_no_config_speaks_of(source: Path, tmp_path: Path
     assert_all_refused(write(source, tmp_path, NF4), Unsupported, "weight_scale")
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32], ids=["float8", "int8", "uint8", "int32"]
+)
+def test_weights_that_are_codes(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors.update({name: tensors[name].float().to(dtype)}))
+    assert_all_refused(write(source, tmp_path, NF4, INT8), Unsupported, "already quantized", name)
+
+
+@pytest.mark.parametrize("suffix", ["absmax", "quant_map"])
+def test_quantization_states_that_no_config_speaks_of(suffix: str, source: Path, tmp_path: Path) -> None:
+    name = f"model.layers.0.mlp.up_proj.weight.{suffix}"
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.ones(1)}))
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "already quantized", name)
+
+
+def test_a_part_of_a_model_that_is_quantized(source: Path, tmp_path: Path) -> None:
+    edit_config(source, text_config={"quantization_config": {"quant_method": "gptq"}})
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "already quantized", "gptq")
+
+
+def test_a_key_that_a_model_built_whole_needs_is_named_before_it_is_built(tmp_path: Path) -> None:
+    source = make_fused_qkv(tmp_path / "source", dtype="bfloat16")
+    edit_tensors(source, lambda tensors: tensors.pop("encoder.layers.1.mlp.fc2.weight"))
+    seen: list[int] = []
+    (tmp_path / "out").mkdir()
+    (refused,) = write_checkpoints(
+        source,
+        [Target(scheme=NF4, folder=tmp_path / "out")],
+        dtype=DType.BFLOAT16,
+        device="cpu",
+        on_progress=lambda *_: seen.append(1),
+    )
+    assert_all_refused([refused], SourceCorrupt, "layers.1.mlp.down_proj.weight")
+    assert not seen
+
+
+def test_a_config_with_values_of_the_wrong_type(source: Path, tmp_path: Path) -> None:
+    edit_config(source, hidden_size="wide")
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, "hidden_size")
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB")
+    (before,) = write(source, tmp_path, NF4)
+    (source / "consolidated.safetensors").write_bytes(b"no header at all")
+    (source / "model-00099-of-00099.safetensors").symlink_to("nowhere")
+    (tmp_path / "again").mkdir()
+    (after,) = write(source, tmp_path / "again", NF4)
+    assert isinstance(before, Written)
+    assert isinstance(after, Written)
+    assert after.files == before.files
+
+
 def test_an_architecture_that_transformers_lacks(source: Path, tmp_path: Path) -> None:
     edit_config(source, architectures=["NoSuchForCausalLM"])
     assert_all_refused(write(source, tmp_path, NF4), Unsupported, "NoSuchForCausalLM")
@@ -171,10 +227,11 @@ def test_one_targets_failure_leaves_the_other_alone(source: Path, tmp_path: Path
 
 
 def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (520_000, before[1]))
     try:
-        results = write(source, tmp_path, NF4, INT8)
+        results = write(source, tmp_path, NF4, INT8, on_progress=lambda *now: seen.append(now))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     smaller, larger = sorted(results, key=lambda result: result.target.scheme.method is Method.INT8)
@@ -182,6 +239,9 @@ def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: 
     assert sum(digest.size for digest in smaller.files) < 520_000
     assert isinstance(larger, Refused)
     assert type(larger.error) is StorageError
+    read, wrote, total = seen[-1]
+    assert read + wrote == total, "nothing of the target that failed is waited for"
+    assert all(read + wrote <= total for read, wrote, total in seen)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +250,13 @@ def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: 
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull),
         (OSError(errno.EIO, "Input/output error"), StorageError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), HostOom),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), CudaOom),
         (RuntimeError("CUDA error: out of memory"), CudaOom),
         (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), DeviceError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), CudaOom),
+        (RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!"), QuantizationError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), HostOom),
         (MemoryError(), HostOom),
         (RuntimeError("shape mismatch"), QuantizationError),
         (KeyError("x"), InternalError),

@@ -11,7 +11,7 @@ from tests.tiny import make_causal
 from worker.quantize import Target
 from worker.quantize.loading import trace_loading
 from worker.quantize.reading import SourceReader
-from worker.quantize.saving import _as_saved
+from worker.quantize.saving import as_saved
 from worker.quantize.vet import vet_source
 
 
@@ -23,4 +23,4 @@ def test_where_nothing_was_converted_the_order_is_what_transformers_makes_it(tmp
     # In an order that neither sorts to by itself.
     state = dict(reversed(model.state_dict().items()))
     assert model._weight_conversions == []
-    assert list(_as_saved(state, model)) == list(revert_weight_conversion(model, dict(state)))
+    assert list(as_saved(state, model)) == list(revert_weight_conversion(model, dict(state)))

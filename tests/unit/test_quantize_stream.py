@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 import transformers
 
 from models_db.domain import DType, Method, Scheme
+from models_db.errors import StorageError, Unsupported
 from tests.reference import load_quantized
-from tests.tiny import make_causal
+from tests.tiny import make_causal, make_fused_qkv
 from worker.digest import digest_file
-from worker.quantize import Target, Written, write_checkpoints
+from worker.quantize import Refused, Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
@@ -69,6 +72,34 @@ def test_progress_rises_to_the_total(source: Path, tmp_path: Path) -> None:
     assert written == weights
 
 
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    source = make_causal(
+        tmp_path / "wide",
+        dtype="bfloat16",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=8,
+        num_hidden_layers=6,
+    )
+    targets = targets_in(tmp_path, NF4_DOUBLE, INT8)
+    write(source, targets)
+    for target in targets:
+        shutil.rmtree(target.folder)
+        target.folder.mkdir()
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    write(source, targets)
+    grown = resident_bytes("VmHWM") - before
+    source_bytes = (source / "model.safetensors").stat().st_size
+    assert source_bytes > 180e6
+    assert grown < source_bytes / 4
+
+
+def resident_bytes(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
 def test_whoever_watches_can_stop_it(source: Path, tmp_path: Path) -> None:
     class CancelledError(Exception):
         pass
@@ -100,15 +131,14 @@ def test_a_bundle_gives_what_each_would_give_alone(source: Path, tmp_path: Path)
         assert alone.files == together[number].files
 
 
-def test_a_model_whose_converted_weights_are_quantized_is_built_whole(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.NomicBertConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
-    )
-    source = tmp_path / "source"
-    transformers.NomicBertModel(config).to(torch.bfloat16).save_pretrained(source)
+@pytest.fixture
+def fused(tmp_path: Path) -> Path:
+    return make_fused_qkv(tmp_path / "fused", dtype="bfloat16")
 
-    for result in write(source, targets_in(tmp_path, NF4, INT8)):
+
+def test_a_model_whose_converted_weights_are_quantized_is_built_whole(fused: Path, tmp_path: Path) -> None:
+    source = fused
+    for result in write(source, targets_in(tmp_path, NF4, NF4_DOUBLE, INT8)):
         assert result.writer == "whole"
         assert "q_proj" in result.audit["whole_model_because"]
         assert result.audit["quantized_fraction"] > 0.8
@@ -116,3 +146,70 @@ def test_a_model_whose_converted_weights_are_quantized_is_built_whole(tmp_path: 
         expected = load_quantized(source, result.target.scheme, DType.BFLOAT16).state_dict()
         assert reloaded.keys() == expected.keys()
         assert all(torch.equal(reloaded[name], expected[name]) for name in expected)
+
+
+def test_a_whole_models_checksums_are_those_of_its_files(fused: Path, tmp_path: Path) -> None:
+    schemes = (replace(NF4, max_shard_bytes=100_000), INT8)
+    for result in write(fused, targets_in(tmp_path, *schemes)):
+        on_disk = sorted((digest_file(path) for path in result.target.folder.iterdir()), key=lambda one: one.name)
+        assert list(result.files) == on_disk
+
+
+def test_a_whole_models_progress_rises_to_the_total(fused: Path, tmp_path: Path) -> None:
+    """Once for each target the source is read, and once more for the errors; embeddings and norms have none."""
+    seen: list[tuple[int, int, int]] = []
+    targets = targets_in(tmp_path, NF4, INT8)
+    list(
+        write_checkpoints(fused, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *now: seen.append(now))
+    )
+    assert seen == sorted(seen)
+    assert all(read + written <= total for read, written, total in seen)
+    read, written, total = seen[-1]
+    assert read + written == total
+    assert written == sum((target.folder / "model.safetensors").stat().st_size for target in targets)
+    source_bytes = (fused / "model.safetensors").stat().st_size
+    assert 3 * source_bytes < read < 4 * source_bytes
+
+
+def test_a_whole_model_can_be_stopped_while_it_is_read(fused: Path, tmp_path: Path) -> None:
+    class CancelledError(Exception):
+        pass
+
+    def cancel(*_: int) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        list(
+            write_checkpoints(fused, targets_in(tmp_path, NF4), dtype=DType.BFLOAT16, device="cpu", on_progress=cancel)
+        )
+
+
+def test_a_whole_models_failure_leaves_the_next_target_alone(fused: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    targets = targets_in(tmp_path, NF4, INT8)
+    targets[0].folder.rmdir()
+    targets[0].folder.write_text("no folder")
+    refused, written = write_checkpoints(
+        fused, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *now: seen.append(now)
+    )
+    assert isinstance(refused, Refused)
+    assert type(refused.error) is StorageError
+    assert isinstance(written, Written)
+    read, wrote, total = seen[-1]
+    assert read + wrote == total
+
+
+def test_skipping_one_of_several_weights_that_are_one_in_the_source_is_unsupported(fused: Path, tmp_path: Path) -> None:
+    """transformers would leave all of them as they are, and load none of them."""
+    some, all_ = ("q_proj",), ("q_proj", "k_proj", "v_proj")
+    targets = targets_in(tmp_path, replace(NF4, skip_modules=some), replace(NF4, skip_modules=all_))
+    by_target = {
+        result.target.folder: result
+        for result in write_checkpoints(fused, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
+    }
+    refused, written = (by_target[target.folder] for target in targets)
+    assert isinstance(refused, Refused)
+    assert type(refused.error) is Unsupported
+    assert "k_proj" in str(refused.error)
+    assert isinstance(written, Written)
+    assert written.writer == "stream"

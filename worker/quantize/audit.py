@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from worker.quantize.packing import FIGURES
 from worker.quantize.skeleton import Skeleton
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # What stays unquantized and is smaller than this is not worth a line of its own.
 _WORTH_NAMING = 65_536
+_WORST_LAYERS = 20
 
 
 def coverage(
@@ -33,6 +36,28 @@ def coverage(
         "kept": kept,
         "dropped_tensors": sorted(dropped),
     }
+
+
+def error_audit(figures: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Any]:
+    """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
+    FIGURES of each weight's pieces."""
+    errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
+    finite = {name: error for name, error in errors.items() if math.isfinite(error)}
+    worst = sorted(finite, key=lambda name: finite[name], reverse=True)
+    pieces = [dict(zip(FIGURES, piece, strict=True)) for several in figures.values() for piece in several]
+    return {
+        "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
+        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_WORST_LAYERS]],
+        "not_finite": sorted(errors.keys() - finite.keys()),
+        "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
+        "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
+    }
+
+
+def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
+    """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
+    error, value = (math.hypot(*norms) for norms in list(zip(*pieces, strict=True))[:2])
+    return error / value if value else error
 
 
 def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tuple[int, list[dict[str, Any]]]:
@@ -57,7 +82,7 @@ def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
     if path in skeleton.default_skips:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
-        return "kept in float32 by the model"
+        return "kept in a higher precision by the model"
     return "skipped on request"
 
 

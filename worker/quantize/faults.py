@@ -1,4 +1,4 @@
-"""The one seam where other libraries' exceptions become ours."""
+"""The quantizer's seam: what other libraries raise in it becomes ours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from models_db.errors import (
-    CudaOom,
-    DeviceError,
     DiskFull,
-    HostOom,
     InternalError,
     JobError,
     QuantizationError,
@@ -20,6 +17,7 @@ from models_db.errors import (
     StorageError,
     one_line,
 )
+from worker.device_faults import device_fault
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
@@ -27,25 +25,18 @@ _OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError,
 
 def as_job_error(error: BaseException) -> JobError:
     """The JobError that ``error`` means while quantizing. A JobError is returned as it is."""
-    import torch
     from safetensors import SafetensorError
 
     if isinstance(error, JobError):
         return error
     text = one_line(error)
+    if kind := device_fault(error):
+        return kind(text)
     if isinstance(error, OSError):
         return DiskFull(text) if error.errno in _NO_ROOM else StorageError(text)
     if isinstance(error, SafetensorError):
         # safetensors reports a full disk in words alone: Os { code: 28, kind: StorageFull, … }
         return DiskFull(text) if "StorageFull" in text or "code: 28" in text else SourceCorrupt(text)
-    if isinstance(error, MemoryError):
-        return HostOom(text)
-    if isinstance(error, torch.OutOfMemoryError):
-        return CudaOom(text)
-    if isinstance(error, RuntimeError) and ("CUDA" in text or "cuda" in text):
-        return CudaOom(text) if "out of memory" in text else DeviceError(text)
-    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
-        return HostOom(text)
     if isinstance(error, _OUR_DEFECTS):
         return InternalError(text)
     return QuantizationError(text)

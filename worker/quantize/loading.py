@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from models_db.domain import DType
-from models_db.errors import JobError, SourceCorrupt
+from models_db.errors import SourceCorrupt, Unsupported
 from worker.quantize.packing import Packing
 from worker.quantize.reading import TORCH_DTYPES, SourceReader
 from worker.quantize.skeleton import Skeleton, build_skeleton
 from worker.quantize.target import Target
 from worker.quantize.trace import Call, FromSource, Origin, QuantizedPart, Traced, simplified, sources_of
-from worker.quantize.whole import refuse_missing
 
 
 class NotStreamable(Exception):
@@ -50,34 +49,53 @@ class Loaded:
 def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DType, device: str) -> Loaded:
     """Load ``source`` without its data, except where only the values of two tensors say whether they are tied.
 
-    Raises SourceCorrupt where a key is missing or has the wrong shape, NotStreamable.
+    Raises SourceCorrupt where a key is missing or has the wrong shape, Unsupported, NotStreamable.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    skeleton = build_skeleton(source, target.scheme, dtype, device)
-    model = skeleton.model
-    recorder = _Recorder(skeleton, Packing.of(target.scheme))
-    torch_dtype = getattr(torch, dtype.value)
-    info, _ = convert_and_load_state_dict_in_model(
-        model=model,
-        state_dict=_traced_source(reader),
-        load_config=LoadStateDictConfig(
-            device_map={"": "meta"},
-            dtype=torch_dtype,
-            dtype_plan=model._get_dtype_plan(torch_dtype),
-            hf_quantizer=recorder,
-            weight_mapping=get_model_conversion_mapping(model, None, skeleton.quantizer),
-        ),
-        disk_offload_index=None,
-    )
-    recorder.raise_if_refused()
+    skeleton = build_skeleton(source, target.scheme, dtype, device, trusted=target.trusted)
+    model, packing = skeleton.model, Packing.of(target.scheme)
+    info, recorder = load_source(skeleton, packing, reader, dtype)
+    _refuse_unquantized(skeleton, recorder, info)
+    recorder.raise_if_misshapen()
     _refuse_misfits(info)
     dropped = _unused(reader, model, recorder.weights)
     _tie(model, info, reader)
     refuse_missing(info.missing_keys)
-    return Loaded(target=target, packing=recorder.packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
+    # Last: what is wrong with a source need not wait until its whole model is built.
+    recorder.raise_if_not_streamable()
+    return Loaded(target=target, packing=packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
+
+
+def load_source(skeleton: Skeleton, packing: Packing, reader: SourceReader, dtype: DType) -> tuple[Any, Recorder]:
+    """``load_traced`` with the source's tensors, converted as transformers converts them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping = get_model_conversion_mapping(skeleton.model, None, skeleton.quantizer)
+    return load_traced(skeleton, packing, _traced_source(reader), mapping, dtype)
+
+
+def load_traced(
+    skeleton: Skeleton, packing: Packing, tensors: dict[str, Traced], mapping: list[Any], dtype: DType
+) -> tuple[Any, Recorder]:
+    """Put traced ``tensors`` into the skeleton's model, converted by transformers' ``mapping``. Returns its own report
+    of what is missing, left over or misshapen, and what would be quantized."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    recorder = Recorder(skeleton, packing)
+    torch_dtype = getattr(torch, dtype.value)
+    info, _ = convert_and_load_state_dict_in_model(
+        model=skeleton.model,
+        state_dict=tensors,
+        load_config=LoadStateDictConfig(
+            device_map={"": "meta"},
+            dtype=torch_dtype,
+            dtype_plan=skeleton.model._get_dtype_plan(torch_dtype),
+            hf_quantizer=recorder,
+            weight_mapping=mapping,
+        ),
+        disk_offload_index=None,
+    )
+    return info, recorder
 
 
 def _traced_source(reader: SourceReader) -> dict[str, Traced]:
@@ -90,7 +108,7 @@ def _traced_source(reader: SourceReader) -> dict[str, Traced]:
     return traced
 
 
-class _Recorder:
+class Recorder:
     """Stands in for transformers' quantizer while loading: notes what would be quantized, and quantizes nothing.
 
     It refuses later, not at once: transformers swallows what is raised while it converts.
@@ -100,14 +118,17 @@ class _Recorder:
 
     def __init__(self, skeleton: Skeleton, packing: Packing) -> None:
         self._skeleton = skeleton
-        self._refusals: list[JobError | NotStreamable] = []
+        self._misshapen: list[SourceCorrupt] = []
+        self._not_streamable: list[NotStreamable] = []
         self.packing = packing
         self.weights: dict[str, Weight] = {}
+        self.origins: dict[str, tuple[Origin, bool]] = {}
+        """Where every weight that would be quantized comes from, and whether it is transposed first."""
 
     def param_needs_quantization(self, model: Any, name: str) -> bool:
         return bool(self._skeleton.quantizer.param_needs_quantization(model, name))
 
-    def get_quantize_ops(self) -> _Recorder:
+    def get_quantize_ops(self) -> Recorder:
         return self
 
     def convert(self, tensors: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
@@ -120,13 +141,15 @@ class _Recorder:
         needed = (module.out_features, module.in_features)
         found = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
         origin = simplified(traced.origin)
+        self.origins[name] = (origin, transposed)
         if found != needed:
-            self._refusals.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
+            self._misshapen.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
         elif isinstance(origin, Call | QuantizedPart):
-            self._refusals.append(NotStreamable(f"{name} is converted and then quantized"))
-        elif not self.packing.fills_whole_elements(needed[0] * needed[1]):
-            self._refusals.append(NotStreamable(f"{name} does not fill whole elements of {self.packing.storage}"))
+            self._not_streamable.append(NotStreamable(f"{name} is converted and then quantized"))
         else:
+            if not self.packing.fills_whole_elements(needed[0] * needed[1]):
+                reason = f"{name} does not fill whole elements of {self.packing.storage}"
+                self._not_streamable.append(NotStreamable(reason))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
         return self._packed_parameter(name, needed)
 
@@ -137,9 +160,13 @@ class _Recorder:
             parameter.SCB = traced_part(name, "SCB", *shapes["SCB"])  # type: ignore[attr-defined]
         return parameter
 
-    def raise_if_refused(self) -> None:
-        for refusal in sorted(self._refusals, key=lambda refusal: isinstance(refusal, NotStreamable)):
-            raise refusal
+    def raise_if_misshapen(self) -> None:
+        for error in self._misshapen:
+            raise error
+
+    def raise_if_not_streamable(self) -> None:
+        for reason in self._not_streamable:
+            raise reason
 
 
 def _weight(name: str, origin: Origin, transposed: bool, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
@@ -150,6 +177,23 @@ def _weight(name: str, origin: Origin, transposed: bool, shape: tuple[int, int],
 def traced_part(weight: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Traced:
     """The part ``key`` of a quantized weight, as a tensor without data."""
     return Traced.of(torch.empty(shape, dtype=dtype, device="meta"), QuantizedPart(weight, key))
+
+
+def refuse_missing(keys: Any) -> None:
+    """Raise SourceCorrupt where the source lacks keys: transformers would fill them with random numbers."""
+    if keys:
+        names = sorted(keys)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise SourceCorrupt(f"the source lacks {', '.join(names[:3])}{more}")
+
+
+def _refuse_unquantized(skeleton: Skeleton, recorder: Recorder, info: Any) -> None:
+    """transformers asks only about the first of the parameters that it cuts from one tensor whether it is quantized.
+    The others would be written as they are, into layers that could not be loaded."""
+    accounted_for = recorder.origins.keys() | info.missing_keys
+    for name, _ in skeleton.model.named_parameters():
+        if name not in accounted_for and recorder.param_needs_quantization(skeleton.model, name):
+            raise Unsupported(f"{name} is cut from one tensor with a weight that is skipped: skip both, or neither")
 
 
 def _refuse_misfits(info: Any) -> None:

@@ -28,5 +28,11 @@ class Meter:
         with self._lock:
             self._written += nbytes
 
+    def settle(self) -> None:
+        """What has not been read or written by now will not be: those whose it was have failed."""
+        with self._lock:
+            self._planned = self._read + self._written
+
     def report(self) -> None:
-        self._on_progress(self._read, self._written, max(self._planned, self._read + self._written))
+        if total := max(self._planned, self._read + self._written):
+            self._on_progress(self._read, self._written, total)

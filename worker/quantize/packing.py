@@ -16,6 +16,7 @@ import torch
 from models_db.domain import Method, Scheme
 from worker.quantize.eightbit import quantize_int8
 from worker.quantize.fourbit import BLOCK, quantize_4bit
+from worker.quantize.scratch import as_floats
 
 NESTED_BLOCK = 256
 # A piece that starts at a multiple of this many values starts a block and a nested block.
@@ -117,24 +118,24 @@ def _pack_4bit(values: torch.Tensor, packing: Packing, nested_offset: float | No
     restored = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, scales, BLOCK, packing.quant_type, values.shape, torch.float32
     )
-    return _measured(parts, values, restored)
+    return Packed(parts=parts, figures=figures(values, restored))
 
 
 def _pack_int8(values: torch.Tensor) -> Packed:
     codes, scales, restored = quantize_int8(values)
-    bad = [(scales == 0).sum(), scales.isfinite().logical_not_().sum()]
-    return _measured({"weight": codes, "SCB": scales}, values, restored, bad)
+    return Packed(parts={"weight": codes, "SCB": scales}, figures=figures(values, restored, scales))
 
 
-def _measured(
-    parts: Mapping[str, torch.Tensor], values: torch.Tensor, restored: torch.Tensor, bad: Sequence[torch.Tensor] = ()
-) -> Packed:
-    exact = values.float()
-    norms = [torch.linalg.vector_norm(one) for one in (restored.view_as(exact).sub_(exact), exact)]
-    figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=values.device)
-    for number, figure in enumerate([*norms, *bad]):
-        figures[number] = figure
-    return Packed(parts=parts, figures=figures)
+def figures(values: torch.Tensor, restored: torch.Tensor, int8_scales: torch.Tensor | None = None) -> torch.Tensor:
+    """The FIGURES of ``values`` that were quantized, and of what they stand for then (overwritten)."""
+    exact = as_floats(values, "exact")
+    found = [torch.linalg.vector_norm(one) for one in (restored.view_as(exact).sub_(exact), exact)]
+    if int8_scales is not None:
+        found += [(int8_scales == 0).sum(), int8_scales.isfinite().logical_not_().sum()]
+    row = torch.zeros(len(FIGURES), dtype=torch.float64, device=values.device)
+    for number, figure in enumerate(found):
+        row[number] = figure
+    return row
 
 
 def block_maxima(values: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -46,12 +46,8 @@ def trace_saving(loaded: Loaded, offsets: Mapping[str, float], device: str) -> S
     Raises NotStreamable.
     """
     model = loaded.skeleton.model
-    _attach_states(loaded, offsets, device)
-    state: dict[str, Any] = model.state_dict()
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    state = _without_tied(state, model)
-    state = _as_saved(state, model)
+    state = quantized_state(model, loaded.packing, loaded.weights, offsets, device)
+    state = as_saved(_without_tied(state, model), model)
     limit = loaded.target.scheme.max_shard_bytes
     split = split_state_dict_into_shards_factory(
         state,
@@ -66,7 +62,20 @@ def trace_saving(loaded: Loaded, offsets: Mapping[str, float], device: str) -> S
     return Shards(files=files, index=_index(loaded, split) if split.is_sharded else None)
 
 
-def _as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
+def quantized_state(
+    model: Any, packing: Packing, weights: Mapping[str, Weight], offsets: Mapping[str, float], device: str
+) -> dict[str, Any]:
+    """The state of a loaded ``model`` under its own names, the parts of quantized ``weights`` among them."""
+    if not packing.is_int8:
+        for name, weight in weights.items():
+            model.get_parameter(name).quant_state = _State(packing, weight, offsets.get(name), device)
+    state: dict[str, Any] = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    return state
+
+
+def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
     """The state under the names, and in the order, in which transformers saves it.
 
     Where nothing was converted on loading its function only sorts, but first compiles a regular expression for each
@@ -77,14 +86,6 @@ def _as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
     if getattr(model, "_weight_conversions", None) == []:
         return dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))
     return dict(revert_weight_conversion(model, state))
-
-
-def _attach_states(loaded: Loaded, offsets: Mapping[str, float], device: str) -> None:
-    if loaded.packing.is_int8:
-        return
-    for name, weight in loaded.weights.items():
-        parameter = loaded.skeleton.model.get_parameter(name)
-        parameter.quant_state = _State(loaded.packing, weight, offsets.get(name), device)
 
 
 class _State:
@@ -159,11 +160,12 @@ def save_configs(loaded: Loaded, source: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
-        _read_generation_config(model, source)
+        read_generation_config(model, source)
         model.generation_config.save_pretrained(folder)
 
 
-def _read_generation_config(model: Any, source: Path) -> None:
+def read_generation_config(model: Any, source: Path) -> None:
+    """Give a model the generation config that ``from_pretrained(source)`` would."""
     model.adjust_generation_fn(
         None,
         False,

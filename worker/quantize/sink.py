@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +9,16 @@ from typing import Any
 
 from models_db.errors import JobError
 from worker.digest import FileDigest, digest_file
+from worker.quantize.audit import error_audit
 from worker.quantize.faults import as_job_error
 from worker.quantize.layout import lay_out
 from worker.quantize.loading import Loaded, Weight
 from worker.quantize.output import OutputFile
-from worker.quantize.packing import FIGURES
 from worker.quantize.saving import Output, Shards
 from worker.quantize.trace import QuantizedPart
+from worker.staging import require_room
 
 _INDEX_NAME = "model.safetensors.index.json"
-_WORST_LAYERS = 20
 
 
 class Sink:
@@ -36,6 +35,8 @@ class Sink:
         self._figures: dict[str, list[Sequence[float]]] = defaultdict(list)
         folder = loaded.target.folder
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
+        self.size = sum(layout.size for layout in layouts)
+        require_room(folder, self.size)
         self._files = [OutputFile(folder, layout) for layout in layouts]
         self._places = {name: (file, start) for file in self._files for name, start in file.layout.starts.items()}
         self._parts = {
@@ -43,7 +44,6 @@ class Sink:
             for output in self.outputs()
             if isinstance(output.content, QuantizedPart)
         }
-        self.size = sum(layout.size for layout in layouts)
         self._write_small(shards.index)
 
     def _write_small(self, index: str | None) -> None:
@@ -67,6 +67,7 @@ class Sink:
             file.write(data, start + offset)
         except OSError as error:
             self.fail(error)
+            return
         self._on_write(len(data))
 
     def write_part(self, weight: Weight, key: str, data: memoryview, first_value: int) -> None:
@@ -96,21 +97,4 @@ class Sink:
             file.close()
 
     def error_audit(self) -> dict[str, Any]:
-        """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves."""
-        errors = {name: _relative_error(pieces) for name, pieces in self._figures.items()}
-        finite = {name: error for name, error in errors.items() if math.isfinite(error)}
-        worst = sorted(finite, key=lambda name: finite[name], reverse=True)
-        pieces = [dict(zip(FIGURES, piece, strict=True)) for several in self._figures.values() for piece in several]
-        return {
-            "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
-            "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_WORST_LAYERS]],
-            "not_finite": sorted(errors.keys() - finite.keys()),
-            "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
-            "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
-        }
-
-
-def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
-    """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
-    error, value = (math.hypot(*norms) for norms in list(zip(*pieces, strict=True))[:2])
-    return error / value if value else error
+        return error_audit(self._figures)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType, Method, Scheme
-from models_db.errors import SourceCorrupt, UnsafeSource, Unsupported
-from worker.architecture import model_class
+from models_db.errors import SourceCorrupt, one_line
+from worker.architecture import load_config, model_class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,39 +25,41 @@ class Skeleton:
     default_skips: frozenset[str]
 
 
-def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str) -> Skeleton:
-    """The quantized meta-device model of ``source`` for one scheme, with weights of ``dtype``.
+def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, trusted: bool = False) -> Skeleton:
+    """The quantized meta-device model of ``source`` for one scheme, with weights of ``dtype``; ``trusted`` lets the
+    source's own code run.
 
     Raises SourceCorrupt, UnsafeSource, Unsupported.
     """
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    cls = model_class(config, trusted=source if trusted else None)
+    skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
+    return _skeleton(cls, config, quantization_config(scheme, skips), device)
+
+
+def described_skeleton(folder: Path, dtype: DType) -> Skeleton:
+    """The same of a published checkpoint, quantized as its own config says.
+
+    Raises SourceCorrupt, UnsafeSource, Unsupported.
+    """
+    config = _with_dtype(load_config(folder, trusted=False), dtype)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
+        raise SourceCorrupt("config.json has no quantization_config of bitsandbytes")
+    try:
+        return _skeleton(model_class(config), config, quantization, "cpu")
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise SourceCorrupt(f"config.json describes no quantized model: {one_line(error)}") from error
+
+
+def _skeleton(cls: Any, config: Any, quantization: Any, device: str) -> Skeleton:
     from transformers.quantizers import AutoHfQuantizer
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    config = _with_dtype(load_config(source), dtype)
-    cls = model_class(config)
-    skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    quantizer = AutoHfQuantizer.from_config(quantization_config(scheme, skips), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     config.quantization_config = quantizer.quantization_config
     model = _meta_model(cls, config, quantizer, device)
     return Skeleton(cls=cls, model=model, quantizer=quantizer, default_skips=frozenset(get_keys_to_not_convert(model)))
-
-
-def load_config(source: Path) -> Any:
-    """The source's transformers config.
-
-    Raises UnsafeSource where it needs code of its own, Unsupported where this transformers does not know the model
-    type, else SourceCorrupt.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = str(error) or type(error).__name__
-        if "trust_remote_code" in text:
-            raise UnsafeSource("the model needs code of its own, which is never run") from error
-        kind = Unsupported if "does not recognize" in text else SourceCorrupt
-        raise kind(f"transformers cannot read config.json: {text.splitlines()[0]}") from error
 
 
 def default_skips(cls: Any, config: Any) -> frozenset[str]:

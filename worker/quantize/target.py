@@ -17,10 +17,12 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One checkpoint to write: how to quantize, and the existing empty folder it goes to."""
+    """One checkpoint to write: how to quantize, and the existing empty folder it goes to. ``trusted`` lets the source's
+    own code run."""
 
     scheme: Scheme
     folder: Path
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme.method is Method.NONE or self.scheme.compute_dtype is DType.AUTO:

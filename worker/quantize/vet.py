@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models_db.errors import SourceCorrupt, Unsupported
-from models_db.sources import Header, read_config, read_headers
+from models_db.sources import Header, TensorInfo, read_config, read_headers
 
 # What quantizers of all kinds leave beside or instead of a weight.
 _QUANTIZED_SUFFIXES = (
@@ -21,6 +21,7 @@ _QUANTIZED_SUFFIXES = (
     ".weight_scale_inv",
 )
 _NARROW_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+_WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 def vet_source(source: Path) -> tuple[Header, ...]:
@@ -31,12 +32,17 @@ def vet_source(source: Path) -> tuple[Header, ...]:
     """
     config = read_config(source)
     _refuse_quantized_config(config)
-    if config.get("transformers_weights") is not None:
-        raise Unsupported("config.json points at weight files of its own (transformers_weights)")
+    refuse_other_weights(config)
     headers = read_headers(source)
     _refuse_quantized_tensors(headers)
     _refuse_duplicates(headers)
     return headers
+
+
+def refuse_other_weights(config: Mapping[str, Any]) -> None:
+    """Raise Unsupported where transformers would load other files than those that were vetted, a pickle among them."""
+    if config.get("transformers_weights") is not None:
+        raise Unsupported("config.json points at weight files of its own (transformers_weights)")
 
 
 def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
@@ -50,8 +56,13 @@ def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
 def _refuse_quantized_tensors(headers: tuple[Header, ...]) -> None:
     for header in headers:
         for tensor in header.tensors:
-            if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.dtype in _NARROW_FLOATS:
+            if tensor.dtype in _NARROW_FLOATS or tensor.name.endswith(_QUANTIZED_SUFFIXES) or _is_codes(tensor):
                 raise Unsupported(f"the source is already quantized: {tensor.name} ({tensor.dtype})")
+
+
+def _is_codes(tensor: TensorInfo) -> bool:
+    """Whether a weight is whole numbers, which transformers would take for its values."""
+    return tensor.name.endswith(".weight") and len(tensor.shape) > 1 and tensor.dtype in _WHOLE_NUMBERS
 
 
 def _refuse_duplicates(headers: tuple[Header, ...]) -> None:

@@ -1,83 +1,241 @@
-"""The long way: build the whole model, then save it. Needs memory for all of it, once per target."""
+"""The long way: build the whole model, then save it. Needs memory for all of it, one target after the other."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import stat
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
+import torch
+
 from models_db.domain import DType
-from models_db.errors import SourceCorrupt
-from models_db.sources import read_header
-from worker.digest import FileDigest, digest_file
-from worker.quantize.audit import coverage
-from worker.quantize.skeleton import build_skeleton
-from worker.quantize.target import Target
+from models_db.errors import JobError, Unsupported, one_line
+from models_db.sources import Header, read_header
+from worker.architecture import load_config
+from worker.digest import digest_file
+from worker.quantize.audit import coverage, error_audit
+from worker.quantize.faults import as_job_error
+from worker.quantize.loading import load_source, refuse_missing
+from worker.quantize.meter import Meter
+from worker.quantize.packing import Packing, figures
+from worker.quantize.reading import SourceReader
+from worker.quantize.saving import read_generation_config
+from worker.quantize.skeleton import Skeleton, build_skeleton
+from worker.quantize.target import Deferred, Refused, Target, Written
+from worker.quantize.trace import Origin, replay, sources_of
+
+_REPORT_INTERVAL_S = 0.25
+_Origins = Mapping[str, tuple[Origin, bool]]
 
 
-def write_whole(
-    source: Path, target: Target, dtype: DType, device: str
-) -> tuple[tuple[FileDigest, ...], dict[str, Any]]:
-    """``from_pretrained`` + ``save_pretrained``: the files written, and the coverage audit.
+class WholeModel:
+    """A target that is written by building its whole model. Made before it is written, so that what it will read and
+    write is known early."""
 
-    Raises SourceCorrupt naming a key that the model needs and the source lacks, and what the libraries raise.
-    """
-    import torch
+    def __init__(
+        self, source: Path, headers: tuple[Header, ...], deferred: Deferred, dtype: DType, device: str
+    ) -> None:
+        """Raises what building a model without data raises."""
+        self._source, self._headers, self._deferred = source, headers, deferred
+        self._dtype, self._device = dtype, device
+        self._packing = Packing.of(self._target.scheme)
+        self._skeleton = build_skeleton(source, self._target.scheme, dtype, device, trusted=self._target.trusted)
+        self._to_write = _checkpoint_bytes(self._skeleton, self._packing)
+        self._origins, self._no_origins_because = self._trace()
 
-    try:
-        audit = _load_and_save(source, target, dtype, device)
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return tuple(digest_file(path) for path in sorted(target.folder.iterdir())), audit
+    @property
+    def _target(self) -> Target:
+        return self._deferred.target
+
+    def _trace(self) -> tuple[_Origins, str | None]:
+        """Where each quantized weight comes from; none, and why not, where a model's own code hides it."""
+        try:
+            with SourceReader(self._headers, lambda _: None) as reader:
+                _, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
+        except Exception as error:
+            if not self._target.trusted or isinstance(error, JobError):
+                raise
+            return {}, one_line(error)
+        return recorder.origins, None
+
+    def planned_bytes(self) -> int:
+        """What will be read and written, nearly: the source to load it, then again what the errors are computed of."""
+        sizes = {tensor.name: tensor.nbytes for header in self._headers for tensor in header.tensors}
+        compared = {name for origin, _ in self._origins.values() for name in sources_of(origin)}
+        return sum(sizes.values()) + sum(sizes[name] for name in compared) + self._to_write
+
+    def write(self, meter: Meter) -> Written | Refused:
+        """``from_pretrained`` + ``save_pretrained``. Reports a few times a second, from the calling thread, and raises
+        nothing but what that raises."""
+        stopped = threading.Event()
+        # On CPU, double quantization depends on the number of threads.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+            work = pool.submit(self._write, _stoppable(meter.read, stopped))
+            try:
+                self._watch(work, meter)
+            except BaseException:
+                stopped.set()
+                raise
+        try:
+            return work.result()
+        except Exception as error:
+            # Its traceback would keep the model.
+            return Refused(target=self._target, error=as_job_error(error).with_traceback(None))
+        finally:
+            _give_back_memory()
+
+    def _write(self, on_read: Callable[[int], None]) -> Written:
+        start = time.perf_counter()
+        audit = self._load_and_save(on_read)
+        return Written(
+            target=self._target,
+            quantize_s=time.perf_counter() - start,
+            files=tuple(digest_file(path) for path in sorted(self._target.folder.iterdir())),
+            audit=audit | {"whole_model_because": self._deferred.reason},
+            writer="whole",
+        )
+
+    def _watch(self, work: Future[Written], meter: Meter) -> None:
+        counted = 0
+        done = False
+        while not done:
+            done = bool(wait([work], _REPORT_INTERVAL_S).done)
+            written = _bytes_in(self._target.folder)
+            meter.wrote(max(0, written - counted))
+            counted = max(written, counted)
+            meter.report()
+
+    def _load_and_save(self, on_read: Callable[[int], None]) -> dict[str, Any]:
+        with SourceReader(self._headers, on_read) as reader:
+            model, loading = self._load(reader)
+            errors = self._errors(model, reader)
+        self._save(model)
+        sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in _quantized(model)}
+        dropped = loading["unexpected_keys"]
+        return coverage(self._skeleton, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+
+    def _load(self, reader: SourceReader) -> tuple[Any, Any]:
+        """The quantized model. Its tensors are read through the reader, which counts."""
+        model, loading = self._skeleton.cls.from_pretrained(
+            None,
+            config=load_config(self._source, trusted=self._target.trusted),
+            state_dict={tensor.name: _Unread(reader, tensor.name) for tensor in reader.tensors()},
+            quantization_config=self._skeleton.quantizer.quantization_config,
+            dtype=getattr(torch, self._dtype.value),
+            device_map={"": self._device},
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        refuse_missing(loading["missing_keys"])
+        for name, module in _quantized(model):
+            if not hasattr(module.weight, "SCB" if self._packing.is_int8 else "quant_state"):
+                raise Unsupported(f"transformers left {name}.weight unquantized in a quantized layer")
+        if model.can_generate():
+            read_generation_config(model, self._source)
+        return model, loading
+
+    def _save(self, model: Any) -> None:
+        limit = self._target.scheme.max_shard_bytes
+        # In the model's own layout: where weights were converted while loading, converting their codes back to the
+        # source's layout fails (int8), or leaves a checkpoint that cannot be loaded any more (4 bits).
+        model.save_pretrained(
+            self._target.folder, save_original_format=False, **({} if limit is None else {"max_shard_size": limit})
+        )
+        for path in self._target.folder.iterdir():
+            path.chmod(umask_mode())
+
+    def _errors(self, model: Any, reader: SourceReader) -> dict[str, Any]:
+        """The audit of the errors, one weight at a time."""
+        if self._no_origins_because is not None:
+            return {"no_errors_because": self._no_origins_because}
+        # The parts of one source tensor are neighbours in the model.
+        read = lru_cache(maxsize=1)(reader.whole)
+        found = {}
+        for name, module in _quantized(model):
+            origin, transposed = self._origins[f"{name}.weight"]
+            exact = replay(origin, read).to(module.weight.device)
+            found[f"{name}.weight"] = [_measure(exact.t() if transposed else exact, module.weight)]
+        return error_audit(found)
 
 
-def _load_and_save(source: Path, target: Target, dtype: DType, device: str) -> dict[str, Any]:
-    import torch
+class _Unread:
+    """A tensor of the source that transformers reads when its turn has come."""
 
-    skeleton = build_skeleton(source, target.scheme, dtype, device)
-    model, loading = skeleton.cls.from_pretrained(
-        source,
-        quantization_config=skeleton.quantizer.quantization_config,
-        dtype=getattr(torch, dtype.value),
-        device_map={"": device},
-        output_loading_info=True,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    refuse_missing(loading["missing_keys"])
-    limit = target.scheme.max_shard_bytes
-    # In the model's own layout: where weights were converted while loading, converting their codes back to the
-    # source's layout fails (int8), or leaves a checkpoint that cannot be loaded any more (4 bits).
-    model.save_pretrained(
-        target.folder, save_original_format=False, **({} if limit is None else {"max_shard_size": limit})
-    )
-    for path in target.folder.iterdir():
-        path.chmod(umask_mode())
-    weights_bytes = sum(
-        tensor.nbytes for path in target.folder.glob("*.safetensors") for tensor in read_header(path).tensors
-    )
-    return coverage(skeleton, model, _quantized(model), weights_bytes, loading["unexpected_keys"])
+    def __init__(self, reader: SourceReader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __getitem__(self, _everything: Any) -> torch.Tensor:
+        return self._reader.whole(self._name)
 
 
-def _quantized(model: Any) -> dict[str, int]:
-    """The number of values in each quantized parameter (its own shape is that of the packed codes)."""
-    return {
-        f"{name}.weight": module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if hasattr(module, "source_cls")
-    }
+def _stoppable(on_read: Callable[[int], None], stopped: threading.Event) -> Callable[[int], None]:
+    def count(nbytes: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("nobody waits for this any more")
+        on_read(nbytes)
+
+    return count
 
 
-def refuse_missing(keys: Any) -> None:
-    """Raise SourceCorrupt where the source lacks keys: transformers would fill them with random numbers."""
-    if keys:
-        names = sorted(keys)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise SourceCorrupt(f"the source lacks {', '.join(names[:3])}{more}")
+def _quantized(model: Any) -> list[tuple[str, Any]]:
+    """bitsandbytes' modules, by name."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "source_cls")]
+
+
+def _measure(exact: torch.Tensor, weight: Any) -> list[float]:
+    """The FIGURES of a quantized parameter that was ``exact``."""
+    if isinstance(weight, bnb.nn.Int8Params):
+        restored = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        return list(figures(exact, restored, weight.SCB).tolist())
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return list(figures(exact, bnb.functional.dequantize_4bit(weight.data, state)).tolist())
+
+
+def _checkpoint_bytes(skeleton: Skeleton, packing: Packing) -> int:
+    """What the tensors of a checkpoint take, but for some hundred bytes a weight."""
+    total = 0
+    for name, parameter in skeleton.model.named_parameters():
+        if skeleton.quantizer.param_needs_quantization(skeleton.model, name):
+            parts = packing.part_shapes(*parameter.shape).values()
+            total += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in parts)
+        else:
+            total += parameter.nbytes
+    return total
+
+
+def _weights_bytes(folder: Path) -> int:
+    headers = [read_header(path) for path in folder.glob("*.safetensors")]
+    return sum(tensor.nbytes for header in headers for tensor in header.tensors)
+
+
+def _bytes_in(folder: Path) -> int:
+    """What is on disk of the weights in ``folder``. safetensors makes a hidden file of the full length first, and
+    renames it last."""
+    total = 0
+    with suppress(OSError):  # a file renamed this moment; any other fault the writer meets too, and says so
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".safetensors"):
+                total += entry.stat().st_size
+            elif entry.name.startswith("."):
+                total += min(entry.stat().st_size, entry.stat().st_blocks * 512)
+    return total
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def umask_mode() -> int:

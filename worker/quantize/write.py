@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models_db.domain import DType
+from models_db.errors import JobError, one_line
+from models_db.sources import Header
 from worker.quantize.faults import as_job_error, quiet
 from worker.quantize.meter import Meter
 from worker.quantize.target import Deferred, Outcome, Progress, Refused, Target, Written
 from worker.quantize.vet import vet_source
-from worker.quantize.whole import write_whole
 
 if TYPE_CHECKING:
     from worker.quantize.reading import SourceReader
@@ -27,25 +27,34 @@ def write_checkpoints(
     the long way after the others. A source that is unfit refuses every target with the same error; a target that
     fails by itself leaves the others alone. Nothing is raised but what ``on_progress`` raises.
     """
+    meter = Meter(on_progress)
+    try:
+        headers = vet_source(source)
+    except Exception as error:
+        yield from (Refused(target=target, error=as_job_error(error)) for target in targets)
+        return
     with quiet():
-        outcomes = _stream(source, targets, dtype, device, Meter(on_progress))
-    for outcome in outcomes:
-        if not isinstance(outcome, Deferred):
-            yield outcome
-    for outcome in outcomes:
-        if isinstance(outcome, Deferred):
-            yield _write_whole(source, outcome, dtype, device)
+        outcomes = _stream(headers, source, targets, dtype, device, meter)
+    yield from (outcome for outcome in outcomes if not isinstance(outcome, Deferred))
+    deferred = [outcome for outcome in outcomes if isinstance(outcome, Deferred)]
+    if deferred:
+        yield from _write_whole(headers, source, deferred, dtype, device, meter)
 
 
-def _stream(source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter) -> list[Outcome]:
+def _stream(
+    headers: tuple[Header, ...], source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter
+) -> list[Outcome]:
     from worker.quantize.reading import SourceReader
 
     try:
-        reader = SourceReader(vet_source(source), meter.read)
+        reader = SourceReader(headers, meter.read)
     except Exception as error:
         return [Refused(target=target, error=as_job_error(error)) for target in targets]
     with reader:
-        return _stream_from(reader, source, targets, dtype, device, meter)
+        outcomes = _stream_from(reader, source, targets, dtype, device, meter)
+    meter.settle()
+    meter.report()
+    return outcomes
 
 
 def _stream_from(
@@ -62,17 +71,34 @@ def _stream_from(
         except NotStreamable as reason:
             outcomes.append(Deferred(target=target, reason=str(reason)))
         except Exception as error:
-            outcomes.append(Refused(target=target, error=as_job_error(error)))
+            # A model's own code may do what the tracing does not expect of transformers' classes.
+            if target.trusted and not isinstance(error, JobError):
+                outcomes.append(Deferred(target=target, reason=one_line(error)))
+            else:
+                outcomes.append(Refused(target=target, error=as_job_error(error)))
     return outcomes + (stream(source, loaded, reader, device, meter) if loaded else [])
 
 
-def _write_whole(source: Path, deferred: Deferred, dtype: DType, device: str) -> Written | Refused:
-    start = time.perf_counter()
-    try:
+def _write_whole(
+    headers: tuple[Header, ...], source: Path, deferred: list[Deferred], dtype: DType, device: str, meter: Meter
+) -> Iterator[Written | Refused]:
+    """One after the other, since each needs memory for the model; all are planned first."""
+    from worker.quantize.whole import WholeModel
+
+    models: list[WholeModel] = []
+    for one in deferred:
+        try:
+            with quiet():
+                models.append(WholeModel(source, headers, one, dtype, device))
+        except Exception as error:
+            yield Refused(target=one.target, error=as_job_error(error))
+    left = sum(model.planned_bytes() for model in models)
+    meter.plan(left)
+    for model in models:
         with quiet():
-            files, audit = write_whole(source, deferred.target, dtype, device)
-    except Exception as error:
-        return Refused(target=deferred.target, error=as_job_error(error))
-    elapsed_s = time.perf_counter() - start
-    audit = dict(audit) | {"whole_model_because": deferred.reason}
-    return Written(target=deferred.target, quantize_s=elapsed_s, files=files, audit=audit, writer="whole")
+            outcome = model.write(meter)
+        left -= model.planned_bytes()
+        meter.settle()
+        meter.plan(left)
+        meter.report()
+        yield outcome

@@ -1,0 +1,181 @@
+"""A bundle goes on from what is there already, and one width's failure is its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from models_db.domain import (
+    Claim,
+    DeviceKind,
+    DType,
+    JobSpec,
+    Method,
+    Protocol,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+    Stage,
+)
+from models_db.errors import StorageError
+from tests.tiny import make_causal
+from tests.unit.benchmark_models import QUICK, TEXT
+from worker.bundle import Bundle
+from worker.fetch import Doors
+from worker.messages import CheckpointReady, Entered, Failed, Measured, Order, Progressed, Resolved, RunnerMessage
+
+TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
+NF4, INT8 = 1, 2
+SCHEMES = {NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
+
+
+@dataclass(slots=True)
+class Ear:
+    """A supervisor that only listens."""
+
+    heard: list[RunnerMessage] = field(default_factory=list)
+
+    def send(self, message: RunnerMessage) -> None:
+        self.heard.append(message)
+
+    def ask(self, resolved: Resolved) -> frozenset[int]:
+        self.send(resolved)
+        return frozenset()
+
+    def entered(self, stage: Stage) -> set[int]:
+        return {job_id for m in self.heard if isinstance(m, Entered) and m.stage is stage for job_id in m.job_ids}
+
+    def measured(self) -> set[int]:
+        return {m.job_id for m in self.heard if isinstance(m, Measured)}
+
+    def failed(self) -> dict[int, str]:
+        return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
+
+
+@pytest.fixture(autouse=True)
+def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(_options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
+        return replace(QUICK, eval_text_sha256=TEXT_HASH)
+
+    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_causal(tmp_path / "llama", dtype="bfloat16")
+
+
+def run(source: Path, attempt: int = 1) -> Ear:
+    """The bundle of both widths of ``source``."""
+    claims = tuple(
+        Claim(
+            job_id=job_id,
+            attempt=attempt,
+            spec=JobSpec(
+                source=SourceRef(name=str(source), location=str(source), is_folder=True),
+                scheme=scheme,
+                dtype=DType.AUTO,
+                device=DeviceKind.CPU,
+                protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
+            ),
+        )
+        for job_id, scheme in SCHEMES.items()
+    )
+    storage = source.parent / "storage"
+    order = Order(
+        claims=claims,
+        texts={TEXT_HASH: TEXT},
+        device_kind=DeviceKind.CPU,
+        device_name="this CPU",
+        storage=storage,
+        staging=storage / ".staging",
+        cache=source.parent / "cache",
+        cache_bytes=1 << 30,
+        doors=Doors(roots=None),
+        lease_s=60.0,
+    )
+    ear = Ear()
+    Bundle(order, ear).run()
+    return ear
+
+
+def places(ear: Ear, source: Path) -> dict[int, Path]:
+    storage = source.parent / "storage"
+    return {m.job_id: storage / m.published.path for m in ear.heard if isinstance(m, CheckpointReady)}
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files these are, and when they were written."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def published(source: Path) -> dict[int, Path]:
+    ear = run(source)
+    assert ear.measured() == {NF4, INT8}
+    return places(ear, source)
+
+
+def test_a_retried_job_whose_checkpoint_is_published_goes_straight_to_the_benchmark(
+    source: Path, published: dict[int, Path]
+) -> None:
+    before = {job_id: written(folder) for job_id, folder in published.items()}
+    ear = run(source, attempt=2)
+    assert ear.entered(Stage.QUANTIZING) == ear.entered(Stage.PUBLISHING) == set()
+    assert not any(isinstance(m, Progressed) for m in ear.heard), "nothing is read and nothing written"
+    assert ear.measured() == {NF4, INT8}
+    assert places(ear, source) == published
+    assert {job_id: written(folder) for job_id, folder in published.items()} == before
+
+
+@pytest.mark.parametrize("missing", [NF4, INT8])
+def test_a_width_that_is_published_is_not_written_again(missing: int, source: Path, published: dict[int, Path]) -> None:
+    there = NF4 + INT8 - missing
+    before = written(published[there])
+    shutil.rmtree(published[missing])
+    ear = run(source, attempt=2)
+    assert ear.entered(Stage.QUANTIZING) == ear.entered(Stage.PUBLISHING) == {missing}
+    assert ear.measured() == {NF4, INT8}
+    assert written(published[there]) == before
+    assert json.loads((published[missing] / "qbatch.json").read_text())["audit"]["shared_pass"] == 1
+
+
+def test_a_width_that_does_not_verify_is_written_anew_and_the_other_is_not(
+    source: Path, published: dict[int, Path]
+) -> None:
+    before = written(published[INT8])
+    weights = published[NF4] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    ear = run(source, attempt=2)
+    assert ear.entered(Stage.QUANTIZING) == {NF4}
+    assert ear.measured() == {NF4, INT8}
+    assert written(published[INT8]) == before
+
+
+def test_a_width_that_cannot_be_written_leaves_the_other_alone(source: Path) -> None:
+    """A file system that takes no file of the size of the int8 weights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (520_000, before[1]))
+    try:
+        ear = run(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ear.failed() == {INT8: StorageError.kind}
+    assert ear.measured() == {NF4}
+    assert places(ear, source).keys() == {NF4}
+    assert not list((source.parent / "storage" / ".staging").rglob("*.safetensors"))
+
+
+def test_a_width_that_cannot_be_published_leaves_the_other_alone(source: Path, published: dict[int, Path]) -> None:
+    for folder in published.values():
+        shutil.rmtree(folder)
+    published[NF4].write_text("somebody's file is in its place")
+    ear = run(source, attempt=2)
+    assert ear.failed() == {NF4: StorageError.kind}
+    assert ear.measured() == {INT8}
