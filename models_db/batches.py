@@ -25,12 +25,16 @@ from models_db.tables import Batch, EvalText, Job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once."""
+    """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once.
+
+    ``above_memory_bytes`` is the prediction of which a GPU must have more, where there is one.
+    """
 
     spec: JobSpec
     bits: int
     checkpoint_key: str | None = None
     reused_from: int | None = None
+    above_memory_bytes: int | None = None
 
 
 def add_text(session: Session, sha256: str, content: str) -> None:
@@ -85,11 +89,13 @@ def _row(new: NewJob, batch_id: int, bundle: str, priority: int, time_limit_s: f
         device=spec.device,
         protocol=spec.protocol.to_json(),
         force=spec.force,
+        allow_pickle=spec.allow_pickle,
         priority=priority,
         time_limit_s=time_limit_s,
         checkpoint_key=new.checkpoint_key,
         state=JobState.SUCCEEDED if answered else JobState.QUEUED,
         reused_from=new.reused_from,
+        above_memory_bytes=new.above_memory_bytes,
         finished_at=db_now() if answered else None,
     )
 
@@ -107,7 +113,14 @@ def spec_of(job: Job) -> JobSpec:
         device=DeviceKind(job.device),
         protocol=ProtocolOptions.from_json(job.protocol),
         force=job.force,
+        allow_pickle=job.allow_pickle,
     )
+
+
+def are_of_one_model(session: Session, job_ids: Sequence[int]) -> bool:
+    """Whether those of the jobs that exist are of one batch and one source: what a worker may do at once."""
+    sources = select(Job.batch_id, Job.location, Job.revision, Job.is_folder).where(Job.id.in_(job_ids)).distinct()
+    return len(session.execute(sources).all()) <= 1
 
 
 def batch_exists(session: Session, batch_id: int) -> bool:

@@ -140,10 +140,14 @@ class JobTimeout(JobError):
 
 
 class DiskFull(JobError):
-    """Storage has no room for the checkpoint."""
+    """Storage has no room for the checkpoint. ``needed_bytes`` is how much would do, where that is known."""
 
     kind = "disk_full"
     retry = Retry.WHEN_ROOM
+
+    def __init__(self, message: str, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class SourceNotFound(JobError):
@@ -219,12 +223,13 @@ _BY_KIND: dict[str, type[JobError]] = {
 ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)
 
 
-def job_error(kind: str, message: str) -> JobError:
-    """Rebuild an error that crossed a process or a database as (kind, message).
+def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobError:
+    """Rebuild an error that crossed a process or a database as (kind, message), a DiskFull with its ``needed_bytes``.
 
     Raises KeyError for a kind that does not exist.
     """
-    return _BY_KIND[kind](message)
+    cls = _BY_KIND[kind]
+    return DiskFull(message, needed_bytes) if cls is DiskFull else cls(message)
 
 
 def one_line(error: BaseException) -> str:

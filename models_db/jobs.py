@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from models_db import pauses
 from models_db.batches import spec_of
 from models_db.clock import db_now
-from models_db.domain import ENDED_STATES, Claim, JobState, Measurement, Protocol, Stage
-from models_db.errors import JobError, Retry, WorkerLost
+from models_db.domain import ENDED_STATES, Claim, DeviceKind, JobState, Measurement, Protocol, Stage, format_job_id
+from models_db.errors import CudaOom, DiskFull, JobError, Retry, WorkerLost
 from models_db.tables import Attempt, Job, Result, Worker
-from models_db.workers import is_live
+from models_db.vram import may_run_in, ran_out, room_of, show_need
+from models_db.window import own_bundle
+from models_db.workers import around, is_live, live
 
 Token = tuple[int, int]
 """(job_id, attempt): what a worker must show to change a job."""
@@ -31,9 +34,11 @@ _UNDISPATCHED: dict[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: float) -> list[Claim]:
     """Take those of ``job_ids`` that are queued and due, baseline first. Of two claimants one gets each job.
 
-    A job that failed on this worker is left to another one for a lease, where another of its kind is live.
+    A job that failed on this worker is left to another one for a lease, where another of its kind is live. A job that
+    ran out of a GPU's memory is left to those of a larger class for good.
     """
-    free = _lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, _is_due(), _may_have(worker_id, lease_s))
+    may_have = _may_have(session, worker_id, lease_s)
+    free = _lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, _is_due(), may_have)
     session.execute(
         update(Job)
         .where(Job.id.in_(free))
@@ -69,14 +74,26 @@ def _is_due() -> ColumnElement[bool]:
     return or_(Job.not_before.is_(None), Job.not_before <= db_now())
 
 
-def _may_have(worker_id: int, lease_s: float) -> ColumnElement[bool]:
-    kind = select(Worker.device_kind).where(Worker.id == worker_id).scalar_subquery()
-    another = select(Worker.id).where(is_live(lease_s), Worker.id != worker_id, Worker.device_kind == kind).exists()
-    quarantined = select(Worker.id).where(Worker.id == worker_id, Worker.state == "quarantined").exists()
+def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement[bool]:
+    worker = session.get_one(Worker, worker_id, populate_existing=True)
+    if worker.state == "quarantined":
+        return false()
+    another = select(Worker.id).where(
+        is_live(lease_s),
+        Worker.id != worker_id,
+        Worker.device_kind == worker.device_kind,
+        or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < Worker.memory_bytes),
+    )
     # Not for longer: the others may be busy for hours.
     has_waited = Job.not_before <= db_now(-lease_s)
     return and_(
-        ~quarantined, or_(Job.avoid_worker_id.is_(None), Job.avoid_worker_id != worker_id, ~another, has_waited)
+        may_run_in(room_of(worker)),
+        or_(
+            Job.avoid_worker_id.is_(None),
+            Job.avoid_worker_id != worker_id,
+            ~another.correlate(Job).exists(),
+            has_waited,
+        ),
     )
 
 
@@ -158,13 +175,52 @@ def answer(session: Session, token: Token, reused_from: int) -> bool:
     return True
 
 
-def fail(session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int) -> bool:
+def fail(
+    session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int, lease_s: float
+) -> bool:
     """Apply the error's policy to a running attempt: fail the job, or queue it again. False for a stale token."""
     job = _locked(session, token, JobState.RUNNING)
     if job is None:
         return False
-    _apply(session, job, error, backoff_s=backoff_s, max_failures=max_failures)
+    if error.retry is Retry.LARGER_CLASS:
+        _move_up(session, job, error, lease_s)
+    else:
+        _apply(session, job, error, backoff_s=backoff_s, max_failures=max_failures)
     return True
+
+
+def _move_up(session: Session, job: Job, error: JobError, lease_s: float) -> None:
+    """Queue the job for a larger VRAM class, uncharged; where no live worker is of one, it fails. The row remembers."""
+    worker = session.get_one(Worker, job.worker_id)
+    # The claim saw to it that this is more than was seen before; a prediction gives way to what is seen.
+    job.above_memory_bytes = worker.memory_bytes
+    if not any(room_of(other) > worker.memory_bytes for other in live(session, lease_s)):
+        _end(session, job, JobState.FAILED, _too_large(worker.memory_bytes, f"{error}; it "))
+        return
+    job.error_kind = error.kind
+    job.error_message = _text(error)
+    _requeue(session, job, outcome=error.kind, alone=True, error=error)
+
+
+def _too_large(above_bytes: int, said: str = "") -> CudaOom:
+    return CudaOom(f"{said}{show_need(above_bytes)}, and no live worker has one")
+
+
+def give_up_too_large(session: Session, lease_s: float) -> list[int]:
+    """Fail the queued jobs that ran out of memory on a GPU, where no larger one was heard of within two leases.
+
+    Without any GPU worker they wait, as all jobs do.
+    """
+    rooms = [room_of(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
+    if not rooms:
+        return []
+    too_large = and_(Job.state == JobState.QUEUED, Job.above_memory_bytes >= max(rooms), ran_out())
+    found = session.scalars(
+        select(Job).where(too_large).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
+    ).all()
+    for job in found:
+        _end(session, job, JobState.FAILED, _too_large(job.above_memory_bytes or 0))
+    return [job.id for job in found]
 
 
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
@@ -222,7 +278,8 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 
 
 def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
-    """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting."""
+    """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting, and the memory that was
+    too small stays on record."""
     over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
     _lock(session, over)
     rows = session.execute(
@@ -280,15 +337,25 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
         _blame_device(session, job.worker_id, error)
     # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
     delay_s = backoff_s * 2 ** max(job.failures - 1, 0)
-    job.not_before = db_now(delay_s)
-    job.avoid_worker_id = job.worker_id
+    # The source cache is one machine's; the storage is everybody's, and any worker may try again once it has room.
+    waits_for_room = isinstance(error, DiskFull) and job.stage != Stage.FETCHING
+    if waits_for_room:
+        _pause_for_room(session, job, error, delay_s)
+    job.not_before = None if waits_for_room else db_now(delay_s)
+    job.avoid_worker_id = None if waits_for_room else job.worker_id
     job.error_kind = error.kind
     job.error_message = _text(error)
     _requeue(session, job, outcome=error.kind, alone=True, error=error)
 
 
+def _pause_for_room(session: Session, job: Job, error: JobError, for_s: float) -> None:
+    needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
+    message = f"{format_job_id(job.id)}: {_text(error)}"
+    pauses.pause(session, pauses.STORAGE_FULL, message, needed_bytes=needed_bytes, for_s=for_s)
+
+
 def _is_final(session: Session, job: Job, error: JobError, max_failures: int) -> bool:
-    if error.retry in (Retry.NEVER, Retry.LARGER_CLASS):
+    if error.retry is Retry.NEVER:
         return True
     # The row still says what sent the job back last; a retry by the user wiped it.
     if error.retry is Retry.ONCE and job.error_kind == error.kind:
@@ -310,7 +377,7 @@ def _requeue(session: Session, job: Job, *, outcome: str, alone: bool, error: Jo
     job.queue = None
     job.missed_scans = 0
     if alone:
-        job.bundle = f"{job.batch_id}:j{job.id}"
+        job.bundle = own_bundle(job.batch_id, job.id)
     session.flush()
 
 

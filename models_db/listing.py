@@ -9,8 +9,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from models_db.clock import db_now
-from models_db.domain import JobState, format_batch_id, format_job_id
+from models_db.domain import DeviceKind, JobState, format_batch_id, format_job_id
+from models_db.errors import CudaOom
 from models_db.tables import Batch, Job, Worker
+from models_db.vram import show_need, vram_class
 from models_db.workers import is_live
 
 
@@ -65,9 +67,21 @@ def _job(job: Job, worker: str | None) -> dict[str, Any]:
         "progress": job.progress,
         "error_kind": job.error_kind,
         "error_message": job.error_message,
+        "above_memory_bytes": job.above_memory_bytes,
+        "note": _note(job),
         "started_at": job.started_at.isoformat() if job.started_at else None,
         "finished_at": job.finished_at.isoformat() if job.finished_at else None,
     }
+
+
+def _note(job: Job) -> str | None:
+    """What a waiting job waits for, where not every device will do."""
+    if job.state != JobState.QUEUED or job.above_memory_bytes is None:
+        return None
+    # One that only might be too large for a GPU may run on a CPU as well.
+    if job.device != DeviceKind.CUDA and job.error_kind != CudaOom.kind:
+        return None
+    return show_need(job.above_memory_bytes)
 
 
 def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
@@ -91,6 +105,7 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
         "device_name": worker.device_name,
         "device_uuid": worker.device_uuid,
         "memory_bytes": worker.memory_bytes,
+        "vram_class": vram_class(worker.memory_bytes) if worker.device_kind == DeviceKind.CUDA else None,
         "state": "lost" if lost else worker.state,
         "jobs": held,
         "note": worker.note,

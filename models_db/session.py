@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
@@ -28,7 +28,7 @@ class Database:
         """Raises UsageError where the URL is not one that qbatch speaks."""
         try:
             parsed = make_url(url)
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
             raise UsageError("QBATCH_DATABASE_URL is not a database URL") from error
         backend = parsed.get_backend_name()
         if backend not in ("sqlite", "postgresql"):
@@ -36,9 +36,12 @@ class Database:
         if backend == "postgresql" and parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.is_sqlite = backend == "sqlite"
-        self.place = parsed.render_as_string(hide_password=True)
+        self.place = _shown(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
-        self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+        try:
+            self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+        except (ArgumentError, ImportError) as error:
+            raise UsageError(f"QBATCH_DATABASE_URL wants {parsed.drivername}, which is not installed") from error
         self._reader = self._engine.execution_options(qbatch_read=True)
 
     @property
@@ -86,6 +89,12 @@ def insert_into(session: Session, table: type[Any]) -> postgresql.Insert | sqlit
     return insert(table)
 
 
+def _shown(url: URL) -> str:
+    """The URL for people: no password, neither in its place nor among the driver's options."""
+    options = {key: value for key, value in url.query.items() if "pass" not in key.lower()}
+    return url.set(query=options).render_as_string(hide_password=True)
+
+
 def _to_json(value: Any) -> str:
     """PostgreSQL's JSON knows no NaN and no infinity: what is no number is null, on both databases alike."""
     try:
@@ -103,7 +112,9 @@ def _finite(value: Any) -> Any:
 
 
 def _sqlite_engine(url: Any) -> Engine:
-    engine = create_engine(url, json_serializer=_to_json, connect_args={"timeout": 30.0, "check_same_thread": False})
+    # Arguments beat the URL, and how long to wait for another writer is the URL's to say: ``?timeout=5``.
+    waits = {} if "timeout" in url.query else {"timeout": 30.0}
+    engine = create_engine(url, json_serializer=_to_json, connect_args=waits | {"check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:

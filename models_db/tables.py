@@ -1,4 +1,4 @@
-"""The tables. Only ``jobs``, ``window``, ``workers``, ``leases``, ``checkpoints`` and ``results`` write to them."""
+"""The tables. Only ``jobs``, ``window``, ``workers``, ``leases``, ``pauses``, ``checkpoints``, ``results`` write."""
 
 from __future__ import annotations
 

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from models_db.clock import db_now
 from models_db.domain import DeviceKind, JobState, Method
 from models_db.tables import Job
+from models_db.vram import may_run_in
 
 _NO_SYNC = {"synchronize_session": False}
 
@@ -31,21 +32,43 @@ class Dispatch:
     label: str
 
 
-def choose(session: Session, *, kind: DeviceKind, queue: str, slots: int) -> list[Dispatch]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Which bundles belong into a queue, in bytes. The default takes all.
+
+    A bundle needs what its largest job needs (``above_memory_bytes``): ``over``, which the next smaller class holds, or
+    more, and less than ``under``; None for the largest class there is, which also tries what is predicted to fit
+    nowhere. ``largest`` is what that class holds: a job that was seen to need as much stands in no queue.
+    """
+
+    over: int | None = None
+    under: int | None = None
+    largest: int | None = None
+
+
+ALL_ROOM = Room()
+
+
+def choose(session: Session, *, kind: DeviceKind, queue: str, slots: int, room: Room = ALL_ROOM) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
     A bundle of higher priority than all that stand in the queue gets in even when no slot is free.
     """
     standing = standing_bundles(session, queue)
+    highest = _highest_priority(session, kind, room)
+    if highest is None or _as_urgent(standing, highest) >= slots:
+        return []
     chosen: list[Dispatch] = []
     shares = Counter(_share_of_batches(session))
-    ready = _ready(session, kind, limit=slots)
+    ready = _ready(session, kind, room, limit=slots)
+    if kind is DeviceKind.CUDA and _split_off(session, ready, room):
+        ready = _ready(session, kind, room, limit=slots)
     while ready:
         best = min(ready, key=lambda row: (-row.priority, shares[row.batch_id], row.batch_id, row.first_id))
         ready.remove(best)
-        if sum(n for priority, n in standing.items() if priority >= best.priority) >= slots:
+        if _as_urgent(standing, best.priority) >= slots:
             break
-        dispatch = _mark(session, best.bundle, queue, best.priority)
+        dispatch = _mark(session, best.bundle, queue, best.priority, room)
         if dispatch is not None:
             chosen.append(dispatch)
             shares[best.batch_id] += 1
@@ -53,36 +76,88 @@ def choose(session: Session, *, kind: DeviceKind, queue: str, slots: int) -> lis
     return chosen
 
 
+def _as_urgent(standing: Mapping[int, int], lowest: int) -> int:
+    return sum(count for priority, count in standing.items() if priority >= lowest)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
+    """``least`` and ``most`` are the needs of its smallest and largest job, in bytes."""
+
     bundle: str
     batch_id: int
     priority: int
     first_id: int
+    least: int
+    most: int
 
 
-def _ready(session: Session, kind: DeviceKind, limit: int) -> list[_Ready]:
-    """The first ``limit`` bundles of each batch that may be dispatched now."""
+# Less than the smallest class holds, which is nothing for certain.
+_NEED = func.coalesce(Job.above_memory_bytes, -1)
+
+
+def _highest_priority(session: Session, kind: DeviceKind, room: Room) -> int | None:
+    """Of what may be ready. A cheap look, since most of the time the window is full and the backlog long."""
+    waiting = and_(Job.state == JobState.QUEUED, Job.dispatch_id.is_(None), Job.device.in_((kind, DeviceKind.AUTO)))
+    highest = select(func.max(Job.priority)).where(waiting, *_belongs(_NEED, room))
+    if room.under is not None:
+        # A small job of a large bundle belongs elsewhere.
+        bundles = select(func.max(Job.priority).label("priority")).where(waiting).group_by(Job.bundle)
+        highest = select(func.max(bundles.having(*_belongs(func.max(_NEED), room)).subquery().c.priority))
+    return session.execute(highest).scalar_one()
+
+
+def _belongs(need: ColumnElement[int], room: Room) -> list[ColumnElement[bool]]:
+    at_least = [] if room.over is None else [need >= room.over]
+    return at_least if room.under is None else [*at_least, need < room.under]
+
+
+def _ready(session: Session, kind: DeviceKind, room: Room, limit: int) -> list[_Ready]:
+    """The first ``limit`` bundles of each batch that may be dispatched now, and belong into ``room``."""
+    most = func.max(_NEED)
     bundles = (
         select(
             Job.bundle,
             Job.batch_id,
             func.max(Job.priority).label("priority"),
             func.min(Job.id).label("first_id"),
+            func.min(_NEED).label("least"),
+            most.label("most"),
             func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place"),
         )
-        .where(_is_ready(), Job.device.in_((kind, DeviceKind.AUTO)))
+        .where(_is_ready(room), Job.device.in_((kind, DeviceKind.AUTO)))
         .group_by(Job.bundle, Job.batch_id)
+        .having(*_belongs(most, room))
         .subquery()
     )
-    rows = session.execute(select(bundles).where(bundles.c.place <= limit)).all()
-    return [
-        _Ready(bundle=row.bundle, batch_id=row.batch_id, priority=row.priority, first_id=row.first_id) for row in rows
-    ]
+    rows = session.execute(select(bundles).where(bundles.c.place <= limit)).mappings()
+    return [_Ready(**{name: value for name, value in row.items() if name != "place"}) for row in rows]
 
 
-def _is_ready() -> ColumnElement[bool]:
-    """Queued, due, not dispatched, and wanting no checkpoint that another bundle is writing."""
+def _split_off(session: Session, ready: Sequence[_Ready], room: Room) -> bool:
+    """Give each job that even the largest class is predicted not to hold a bundle of its own, where others fit.
+
+    It is tried alone then: the others do not wait for what will probably fail, nor for the runner that it takes along.
+    """
+    if room.largest is None or room.under is not None:
+        return False
+    mixed = [row.bundle for row in ready if row.least < room.largest <= row.most]
+    if not mixed:
+        return False
+    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(room), room.largest <= _NEED)
+    for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
+        alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
+        session.execute(alone, execution_options=_NO_SYNC)
+    return bool(misfits)
+
+
+def own_bundle(batch_id: int, job_id: int) -> str:
+    """The name of a bundle that no other job is in."""
+    return f"{batch_id}:j{job_id}"
+
+
+def _is_ready(room: Room) -> ColumnElement[bool]:
+    """Queued, due, not dispatched, not too large, and wanting no checkpoint that another bundle is writing."""
     other = aliased(Job)
     in_flight = (
         select(other.id)
@@ -99,6 +174,7 @@ def _is_ready() -> ColumnElement[bool]:
         Job.state == JobState.QUEUED,
         Job.dispatch_id.is_(None),
         or_(Job.not_before.is_(None), Job.not_before <= db_now()),
+        true() if room.largest is None else may_run_in(room.largest),
         ~in_flight,
     )
 
@@ -123,11 +199,11 @@ def standing_bundles(session: Session, queue: str) -> dict[int, int]:
     return {priority: count for priority, count in rows}
 
 
-def _mark(session: Session, bundle: str, queue: str, priority: int) -> Dispatch | None:
+def _mark(session: Session, bundle: str, queue: str, priority: int, room: Room) -> Dispatch | None:
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready())))
+        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(room))))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=_NO_SYNC,
@@ -184,9 +260,18 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
 
 def take_out(session: Session, dispatch_ids: Collection[str]) -> None:
     """Forget that these messages were sent; their jobs are ready again."""
+    _undispatch(session, Job.dispatch_id.in_(dispatch_ids))
+
+
+def recall(session: Session, served: Collection[str]) -> None:
+    """Take out what stands in other queues than ``served``: no worker is left that would read it there."""
+    _undispatch(session, Job.dispatch_id.is_not(None), Job.queue.not_in(served))
+
+
+def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
     session.execute(
         update(Job)
-        .where(Job.id.in_(_free(session, Job.dispatch_id.in_(dispatch_ids), Job.state == JobState.QUEUED)))
+        .where(Job.id.in_(_free(session, *conditions, Job.state == JobState.QUEUED)))
         .values(dispatch_id=None, queue=None, missed_scans=0),
         execution_options=_NO_SYNC,
     )

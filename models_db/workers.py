@@ -79,6 +79,17 @@ def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bo
     return [worker for worker in candidates if worker.pid == info.pid or not pid_exists(worker.pid)]
 
 
+def around(session: Session, lease_s: float) -> list[tuple[Worker, bool]]:
+    """The workers heard of within two leases, each with whether it takes jobs now; without the quarantined.
+
+    One that restarts is missing for a moment only: what needs its device is kept for it meanwhile.
+    """
+    heard = select(Worker, is_live(lease_s)).where(
+        Worker.state != "quarantined", Worker.heartbeat_at > db_now(-2 * lease_s)
+    )
+    return [(worker, bool(takes_jobs)) for worker, takes_jobs in session.execute(heard.order_by(Worker.id))]
+
+
 def live(session: Session, lease_s: float) -> Sequence[Worker]:
     """The workers that take jobs now."""
     return session.scalars(select(Worker).where(is_live(lease_s)).order_by(Worker.id)).all()

@@ -40,6 +40,8 @@ def _configuration(settings: Settings) -> dict[str, Any]:
             "priority_steps": PRIORITY_STEPS,
             "queue_order_strategy": "priority",
             "socket_connect_timeout": 5,
+            # A network that goes silent without a word would hold a command, and with it the consumer, for ever.
+            "socket_timeout": 10,
             "socket_keepalive": True,
             "health_check_interval": 10,
         },

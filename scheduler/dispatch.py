@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from models_db import window, workers
+from sqlalchemy.orm import Session
+
+from models_db import pauses, window, workers
 from models_db.domain import DeviceKind
 from models_db.errors import BrokerUnreachable
 from models_db.session import Database
 from models_db.settings import Settings
+from models_db.tables import Worker
+from models_db.vram import floor_bytes, vram_class
+from models_db.window import Dispatch, Room
 from scheduler.broker import Broker
-from scheduler.queues import queue_of
+from scheduler.queues import queue_of, queues_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """A queue, how many workers read it now, and what belongs into it."""
+
+    kind: DeviceKind
+    queue: str
+    readers: int
+    room: Room
+
+
+def lanes(around: Sequence[tuple[Worker, bool]]) -> list[Lane]:
+    """The queues of these workers (each with whether it takes jobs now), the largest VRAM class first, the CPU's last:
+    a job that may run anywhere goes to a GPU where there is one.
+    """
+    gpus = [(vram_class(worker.memory_bytes), ready) for worker, ready in around if _is(worker, DeviceKind.CUDA)]
+    cpus = [ready for worker, ready in around if _is(worker, DeviceKind.CPU)]
+    sizes = sorted({size for size, _ in gpus}, reverse=True)
+    found = [
+        Lane(
+            kind=DeviceKind.CUDA,
+            queue=queue_of(DeviceKind.CUDA, size),
+            # Larger GPUs read the queues of smaller ones too.
+            readers=sum(ready for other, ready in gpus if other >= size),
+            room=Room(
+                over=max((floor_bytes(other) for other in sizes if other < size), default=None),
+                under=floor_bytes(size) if size < sizes[0] else None,
+                largest=floor_bytes(sizes[0]),
+            ),
+        )
+        for size in sizes
+    ]
+    if cpus:
+        # What ran out of a GPU's memory is not for a CPU.
+        room = Room(largest=0)
+        found.append(Lane(kind=DeviceKind.CPU, queue=queue_of(DeviceKind.CPU), readers=sum(cpus), room=room))
+    return found
+
+
+def _read_by(worker: Worker) -> list[str]:
+    return queues_of(DeviceKind(worker.device_kind), worker.memory_bytes)
+
+
+def _is(worker: Worker, kind: DeviceKind) -> bool:
+    return worker.device_kind == kind
 
 
 def top_up(database: Database, broker: Broker, settings: Settings) -> int:
-    """Fill each live kind's queue to ``window`` bundles a worker; how many bundles were sent.
+    """Fill the queue of each VRAM class, and the CPUs', to ``window`` bundles a live worker; how many were sent.
 
     Rows first, messages second: what dies in between leaves rows that the next scans find without a message.
     Raises BrokerUnreachable after taking back what could not be sent.
     """
     with database.write() as session:
-        kinds = Counter(DeviceKind(worker.device_kind) for worker in workers.live(session, settings.lease_s))
-        chosen = [
-            dispatch
-            # A job that may run anywhere goes to a GPU where there is one.
-            for kind in sorted(kinds, key=lambda kind: kind is not DeviceKind.CUDA)
-            for dispatch in window.choose(session, kind=kind, queue=queue_of(kind), slots=settings.window * kinds[kind])
-        ]
+        chosen = _choose(session, settings)
     if not chosen:
         return 0
     try:
@@ -37,3 +83,19 @@ def top_up(database: Database, broker: Broker, settings: Settings) -> int:
             window.take_out(session, [dispatch.dispatch_id for dispatch in chosen])
         raise
     return len(chosen)
+
+
+def _choose(session: Session, settings: Settings) -> list[Dispatch]:
+    if pauses.standing(session):
+        return []
+    around = workers.around(session, settings.lease_s)
+    if around:
+        window.recall(session, {queue for worker, _ in around for queue in _read_by(worker)})
+    return [
+        dispatch
+        for lane in lanes(around)
+        if lane.readers
+        for dispatch in window.choose(
+            session, kind=lane.kind, queue=lane.queue, slots=settings.window * lane.readers, room=lane.room
+        )
+    ]

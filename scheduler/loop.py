@@ -8,14 +8,18 @@ import socket
 import threading
 import time
 import uuid
+from datetime import datetime
+
+from sqlalchemy import select
 
 from models_db import leases
+from models_db.clock import db_now
 from models_db.errors import BrokerUnreachable, DatabaseUnreachable
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
-from scheduler.reconcile import expire_leases, resend_vanished
+from scheduler.reconcile import expire_leases, give_up_too_large, lift_pauses, resend_vanished
 
 log = logging.getLogger("qbatch.scheduler")
 
@@ -32,9 +36,10 @@ class Scheduler:
         self._settings = settings
         # Containers that share the host's network have its name, and all of them are process 1.
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._tick_s = min(_TICK_S, settings.scan_s)
         self._leads = False
         self._last_scan: float | None = None
-        self._last_good_scan: float | None = None
+        self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -44,7 +49,7 @@ class Scheduler:
                 self.tick()
             except (BrokerUnreachable, DatabaseUnreachable) as error:
                 log.warning("%s; trying again", error)
-            stop.wait(_TICK_S)
+            stop.wait(self._tick_s)
         if self._leads:
             self._give_up_the_lead()
 
@@ -63,23 +68,39 @@ class Scheduler:
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
             self._last_scan = now
             self._scan(now)
+        lift_pauses(self._database, self._settings)
         top_up(self._database, self._broker, self._settings)
 
     def _lead(self) -> bool:
         with self._database.write() as session:
             leads = leases.acquire(session, _LEASE, self._holder, 3 * self._settings.scan_s)
+            now = session.execute(select(db_now())).scalar_one()
         if leads and not self._leads:
             log.info("leading")
-            self._last_good_scan = None
+            self._last_contact = None
+        if leads:
+            self._note_contact(now)
         self._leads = leads
         return leads
 
+    def _note_contact(self, now: datetime) -> None:
+        """After an outage (or before its first look) a leader cannot tell a dead worker from one that could not renew
+        its lease: it gives everyone one full lease to do so.
+
+        By the database's clock, which also shows that this machine slept, or that the clock was set.
+        """
+        if self._last_contact is None or (now - self._last_contact).total_seconds() > self._longest_gap_s():
+            self._quiet_until = time.monotonic() + self._settings.lease_s
+        self._last_contact = now
+
+    def _longest_gap_s(self) -> float:
+        """Between two looks. A longer one may have cost a worker that renews in time its lease."""
+        settings = self._settings
+        spare_s = settings.lease_s - 2 * settings.heartbeat_s
+        return max(min(spare_s, 2 * settings.scan_s), 2 * self._tick_s)
+
     def _scan(self, now: float) -> None:
-        # After an outage (or before its first look) a leader cannot tell a dead worker from one that could not
-        # renew its lease: it gives everyone one full lease to do so.
-        if self._last_good_scan is None or now - self._last_good_scan > 2 * self._settings.scan_s:
-            self._quiet_until = now + self._settings.lease_s
         if now >= self._quiet_until:
             expire_leases(self._database, self._settings)
-        self._last_good_scan = now
+            give_up_too_large(self._database, self._settings)
         resend_vanished(self._database, self._broker)

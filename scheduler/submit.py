@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
 from models_db import results, workers
 from models_db.batches import NewJob, add_batch, add_text
-from models_db.domain import DeviceKind, DType, JobSpec, ProtocolOptions, SourceRef
+from models_db.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef
 from models_db.errors import JobError, UsageError
 from models_db.identity import settle
 from models_db.session import Database
 from models_db.settings import Settings
-from models_db.sources import folder_fingerprint, read_headers, source_dtype
+from models_db.sources import folder_fingerprint, read_config, read_headers, source_dtype
 from models_db.storage import is_in_place
 from scheduler.grid import Grid
+from scheduler.plan import predicted_need
+from scheduler.task_files import TaskFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,9 @@ class Submission:
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
+    tasks: TaskFiles = field(default_factory=TaskFiles)
+    num_fewshot: int | None = None
+    task_limit: int | None = None
     name: str | None = None
     priority: int = 0
     time_limit_s: float | None = None
@@ -53,6 +58,7 @@ class _Known:
 
     fingerprint: str
     dtype: DType
+    needs: Mapping[Scheme, int | None]
 
 
 def submit(database: Database, settings: Settings, submission: Submission) -> Receipt:
@@ -61,10 +67,17 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     Raises DatabaseUnreachable. Redis is not needed: the scheduler sends what is stored (see ``send_now``).
     """
     text_hash = hashlib.sha256(submission.eval_text.encode()).hexdigest()
-    protocol = ProtocolOptions(eval_text_sha256=text_hash)
-    known = {source.location: _look(source) for source in submission.sources}
+    protocol = ProtocolOptions(
+        eval_text_sha256=text_hash,
+        tasks=submission.tasks.refs,
+        num_fewshot=submission.num_fewshot,
+        task_limit=submission.task_limit,
+    )
+    known = {source.location: _look(source, submission.grid.bundle(source, protocol)) for source in submission.sources}
     with database.write() as session:
         add_text(session, text_hash, submission.eval_text)
+        for sha256, content in submission.tasks.texts.items():
+            add_text(session, sha256, content)
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
         bundles = [
@@ -90,13 +103,18 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     )
 
 
-def _look(source: SourceRef) -> _Known | None:
+def _look(source: SourceRef, specs: Sequence[JobSpec]) -> _Known | None:
     """None for a hub id, and for a folder that does not read: its job will say why when it runs."""
     if not source.is_folder:
         return None
     folder = Path(source.location)
     try:
-        return _Known(fingerprint=folder_fingerprint(folder), dtype=source_dtype(read_headers(folder)))
+        headers, config = read_headers(folder), read_config(folder)
+        return _Known(
+            fingerprint=folder_fingerprint(folder),
+            dtype=source_dtype(headers),
+            needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+        )
     except (JobError, OSError):
         return None
 
@@ -110,8 +128,9 @@ def _new_job(
 ) -> NewJob:
     bits = spec.scheme.bits(spec.dtype)
     kind = _device_kind(spec.device, devices)
+    need = known.needs[spec.scheme] if known is not None else None
     if known is None or kind is None:
-        return NewJob(spec=spec, bits=bits)
+        return NewJob(spec=spec, bits=bits, above_memory_bytes=need)
     settled = settle(spec, fingerprint=known.fingerprint, source=known.dtype, device_kind=kind)
     names = {name for device, name in devices if device is kind}
     finished = None
@@ -130,6 +149,7 @@ def _new_job(
         bits=bits,
         checkpoint_key=settled.key,
         reused_from=finished.job_id if finished is not None else None,
+        above_memory_bytes=need,
     )
 
 

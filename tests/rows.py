@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import select
@@ -22,6 +24,7 @@ from models_db.domain import (
 from models_db.errors import JobError
 from models_db.session import Database
 from models_db.tables import Job
+from models_db.vram import GIB
 
 POLICY: dict[str, Any] = {"backoff_s": 0.01, "max_failures": 3}
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
@@ -33,14 +36,24 @@ def spec(model: str = "/models/a", method: Method = Method.NF4, device: DeviceKi
     return JobSpec(source=source, scheme=scheme, dtype=DType.BFLOAT16, device=device, protocol=PROTOCOL)
 
 
-def bundle(model: str = "/models/a", *methods: Method) -> list[NewJob]:
+def bundle(
+    model: str = "/models/a",
+    *methods: Method,
+    device: DeviceKind = DeviceKind.CPU,
+    needs: Mapping[Method, int] = MappingProxyType({}),
+) -> list[NewJob]:
+    """The jobs of one model; ``needs`` are the bytes of which each is predicted to need more."""
     return [
-        NewJob(spec=spec(model, method), bits=spec(model, method).scheme.bits(DType.BFLOAT16))
+        NewJob(
+            spec=spec(model, method, device),
+            bits=spec(model, method).scheme.bits(DType.BFLOAT16),
+            above_memory_bytes=needs.get(method),
+        )
         for method in methods or (Method.NONE, Method.NF4, Method.INT8)
     ]
 
 
-def a_worker(database: Database, name: str = "w1") -> int:
+def a_worker(database: Database, name: str = "w1", *, kind: DeviceKind = DeviceKind.CPU, memory_bytes: int = 1) -> int:
     with database.write() as session:
         return workers.register(
             session,
@@ -49,12 +62,16 @@ def a_worker(database: Database, name: str = "w1") -> int:
                 host="here",
                 pid=1,
                 pid_space="this boot",
-                device_kind=DeviceKind.CPU,
-                device_name="a CPU",
+                device_kind=kind,
+                device_name=f"a {kind.upper()}",
                 device_uuid=None,
-                memory_bytes=1,
+                memory_bytes=memory_bytes,
             ),
         )
+
+
+def a_gpu(database: Database, gib: float, name: str = "") -> int:
+    return a_worker(database, name or f"gpu-{gib}", kind=DeviceKind.CUDA, memory_bytes=int(gib * GIB))
 
 
 def a_batch(database: Database, *bundles: list[NewJob], priority: int = 0) -> tuple[int, list[int]]:
@@ -104,4 +121,4 @@ def succeed(database: Database, token: jobs.Token) -> bool:
 
 def fail(database: Database, token: jobs.Token, error: JobError) -> bool:
     with database.write() as session:
-        return jobs.fail(session, token, error, **POLICY)
+        return jobs.fail(session, token, error, lease_s=60.0, **POLICY)

@@ -46,12 +46,14 @@ JOB_COLUMNS: tuple[Column, ...] = (
     Column(key="progress", title="progress", show=show_progress, wraps=True, spare=True),
     Column(key="error_kind", title="error"),
     Column(key="error_message", title="message", wraps=True, spare=True),
+    Column(key="note", title="note", wraps=True, spare=True),
 )
 
 WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="worker", title="worker"),
     Column(key="device_name", title="device", wraps=True),
     Column(key="memory_bytes", title="memory", show=show_bytes),
+    Column(key="vram_class", title="class", show=lambda size: f"{size} GiB", spare=True),
     Column(key="state", title="state"),
     Column(key="jobs", title="jobs", wraps=True),
     Column(key="device_uuid", title="uuid", spare=True),

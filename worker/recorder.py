@@ -10,7 +10,7 @@ from typing import Any
 
 from models_db import checkpoints, jobs
 from models_db.domain import Measurement, Protocol
-from models_db.errors import DatabaseUnreachable, JobError, job_error
+from models_db.errors import DatabaseUnreachable, DiskFull, JobError, job_error
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
@@ -38,7 +38,9 @@ class Recorder:
         )
 
     def fail(self, token: Token, error: JobError) -> None:
-        self._record(token, {"outcome": "failed", "kind": error.kind, "message": str(error)})
+        needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
+        outcome = {"outcome": "failed", "kind": error.kind, "message": str(error), "needed_bytes": needed_bytes}
+        self._record(token, outcome)
 
     def replay(self) -> None:
         """Record what was spooled. Raises DatabaseUnreachable, with the rest still spooled.
@@ -74,9 +76,10 @@ class Recorder:
                 jobs.fail(
                     session,
                     token,
-                    job_error(outcome["kind"], outcome["message"]),
+                    job_error(outcome["kind"], outcome["message"], outcome.get("needed_bytes")),
                     backoff_s=self._settings.backoff_s,
                     max_failures=self._settings.max_failures,
+                    lease_s=self._settings.lease_s,
                 )
                 return
             checkpoint = outcome["checkpoint"]

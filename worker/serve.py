@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,17 +21,25 @@ from sqlalchemy.orm import Session
 
 from models_db import jobs, leases, workers
 from models_db.domain import DeviceKind
-from models_db.errors import DatabaseUnreachable, NoSuchDevice, QbatchError, StorageUnavailable, UsageError
+from models_db.errors import (
+    DatabaseUnreachable,
+    NoSuchDevice,
+    QbatchError,
+    StorageError,
+    StorageUnavailable,
+    UsageError,
+)
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Worker as WorkerRow
 from models_db.workers import WorkerInfo
 from scheduler.__main__ import wait_for_schema
 from scheduler.celery_app import make_app
-from scheduler.queues import queue_of
+from scheduler.queues import queues_of
 from worker import tasks
 from worker.gpu import installed_gpus
 from worker.recorder import Recorder
+from worker.sockets import own_sockets
 from worker.staging import sweep
 from worker.supervise import Station
 
@@ -166,11 +175,11 @@ class Worker:
             stopping=self._stopping,
         )
         tasks.register(app, station)
-        queue = queue_of(self._info.device_kind)
+        queues = queues_of(self._info.device_kind, self._info.memory_bytes)
         celery_worker = app.Worker(
             pool="threads",
             concurrency=1,
-            queues=[queue],
+            queues=queues,
             hostname=self._info.name,
             loglevel="INFO",
             task_events=True,
@@ -182,7 +191,7 @@ class Worker:
             signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         beats = threading.Thread(
             target=self._beat,
-            args=(worker_id, lambda: app.control.cancel_consumer(queue, [self._info.name])),
+            args=(worker_id, lambda: [app.control.cancel_consumer(queue, [self._info.name]) for queue in queues]),
             name="beat",
         )
         beats.start()
@@ -199,7 +208,8 @@ class Worker:
         context.set_forkserver_preload(_PRELOAD)
         # Started for nothing, so that no claimed job waits for the imports while its lease runs.
         first = context.Process(target=_do_nothing, daemon=True)
-        first.start()
+        with own_sockets(Path(f"{self._settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
+            first.start()
         first.join()
         return context
 
@@ -226,7 +236,7 @@ class Worker:
         try:
             with self._database.read() as session:
                 removed = sweep(self._settings.staging, lambda tokens: jobs.held(session, tokens))
-        except DatabaseUnreachable as error:
+        except (DatabaseUnreachable, StorageError) as error:
             log.warning("%s; the staging folder is not swept", error)
             return
         for name in removed:
@@ -255,10 +265,15 @@ class Worker:
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], object]) -> None:
         consuming = True
+        sweep_at = time.monotonic() + self._settings.lease_s
         while not self._ended.wait(self._settings.heartbeat_s / 3):
             try:
                 state = self._renew(worker_id)
                 self._recorder.replay()
+                if time.monotonic() >= sweep_at:
+                    # What a host that never came back had begun.
+                    self._sweep()
+                    sweep_at = time.monotonic() + self._settings.lease_s
                 if state == "quarantined" and consuming:
                     log.error("this worker is quarantined: its device failed twice in a row")
                     stop_consuming()

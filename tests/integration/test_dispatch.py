@@ -11,18 +11,23 @@ from pathlib import Path
 
 import pytest
 import redis
+from sqlalchemy import update
 
-from models_db import window
-from models_db.domain import DeviceKind
-from models_db.errors import BrokerUnreachable
+from models_db import jobs, window
+from models_db.batches import NewJob
+from models_db.clock import db_now
+from models_db.domain import DeviceKind, Method
+from models_db.errors import BrokerUnreachable, CudaOom
 from models_db.session import Database
 from models_db.settings import Settings
+from models_db.tables import Worker
+from models_db.vram import GIB
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
 from scheduler.local import redis_server_path
-from scheduler.queues import queue_of
-from scheduler.reconcile import resend_vanished
-from tests.rows import a_batch, a_job, a_worker, bundle, claim
+from scheduler.queues import queue_of, queues_of
+from scheduler.reconcile import give_up_too_large, resend_vanished
+from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states
 
 CPU = queue_of(DeviceKind.CPU)
 
@@ -240,3 +245,213 @@ def test_what_redis_refuses_for_want_of_memory_is_taken_back(
         assert dispatched(sqlite_database) == {}
         client.config_set("maxmemory", 0)
     assert top_up(sqlite_database, broker, settings) == 1
+
+
+# VRAM classes
+
+SMALL, LARGE = queue_of(DeviceKind.CUDA, 24), queue_of(DeviceKind.CUDA, 80)
+
+
+def of_gpus(model: str, *methods: Method, **needs_gib: int) -> list[NewJob]:
+    """Jobs of one model; ``none=40``: its baseline is predicted to need more than 40 GiB."""
+    needs = {method: needs_gib[method.name.lower()] * GIB for method in Method if method.name.lower() in needs_gib}
+    return bundle(model, *methods, device=DeviceKind.CUDA, needs=needs)
+
+
+def standing(database: Database) -> dict[int, str]:
+    """Each dispatched job's queue."""
+    rows = [a_job(database, job_id) for job_id in states(database)]
+    return {job.id: job.queue for job in rows if job.queue is not None}
+
+
+def goes_silent(database: Database, worker_id: int, since_s: float) -> None:
+    with database.write() as session:
+        session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now(-since_s)))
+
+
+def read_by(settings: Settings, memory_gib: float, count: int) -> list[list[int]]:
+    """The job ids of the first ``count`` messages that a GPU worker of that memory reads."""
+    from scheduler.celery_app import make_app
+
+    read: list[list[int]] = []
+    with make_app(settings) as app, app.connection_for_read() as connection:
+        app.amqp.queues.select(queues_of(DeviceKind.CUDA, int(memory_gib * GIB)))
+        with app.amqp.TaskConsumer(connection, on_message=lambda message: read.append(message.payload[0][0])):
+            while len(read) < count:
+                connection.drain_events(timeout=5)
+    return read
+
+
+def test_each_bundle_stands_where_the_smallest_class_that_holds_it_reads(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 22.5)
+    a_gpu(database, 79.6)
+    _, large = a_batch(database, of_gpus("/large", none=40))
+    _, small = a_batch(database, of_gpus("/small", none=10))
+    _, unknown = a_batch(database, of_gpus("/unknown"))
+    assert top_up(database, broker, settings) == 3
+    queues = dict.fromkeys(large, LARGE) | dict.fromkeys([*small, *unknown], SMALL)
+    assert standing(database) == queues
+    assert broker.standing([SMALL, LARGE]) == dispatched(database).keys()
+
+
+def test_a_larger_gpu_reads_what_needs_it_first_and_then_what_is_smaller(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 22.5)
+    a_gpu(database, 79.6)
+    _, first = a_batch(database, of_gpus("/small", none=10))
+    top_up(database, broker, settings)
+    _, second = a_batch(database, of_gpus("/large", none=40))
+    top_up(database, broker, settings)
+    assert read_by(settings, 79.6, count=2) == [second, first]
+
+
+def test_a_smaller_gpu_does_not_read_what_needs_a_larger(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 22.5)
+    a_gpu(database, 79.6)
+    a_batch(database, of_gpus("/large", none=40))
+    _, small = a_batch(database, of_gpus("/small"))
+    top_up(database, broker, settings)
+    assert read_by(settings, 22.5, count=1) == [small]
+    assert list(dispatched(database).values()).count(LARGE) == 1
+
+
+def test_every_class_has_a_window_for_each_worker_that_reads_it(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 24)
+    a_gpu(database, 80)
+    for n in range(10):
+        a_batch(database, of_gpus(f"/large/{n}", Method.NF4, nf4=40))
+        a_batch(database, of_gpus(f"/small/{n}", Method.NF4))
+    top_up(database, broker, settings)
+    queues = list(dispatched(database).values())
+    assert (queues.count(LARGE), queues.count(SMALL)) == (4, 8)
+    assert top_up(database, broker, settings) == 0, "both are full"
+
+
+def test_gpus_of_one_size_share_a_queue_whatever_is_predicted(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 139.8)
+    a_gpu(database, 140.4)
+    _, ids = a_batch(database, of_gpus("/a", none=10), of_gpus("/b", none=100), of_gpus("/c"))
+    assert top_up(database, broker, settings) == 3
+    assert standing(database) == dict.fromkeys(ids, queue_of(DeviceKind.CUDA, 141))
+
+
+def test_a_baseline_that_no_gpu_is_predicted_to_hold_splits_off_and_is_tried(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 8)
+    a_gpu(database, 24)
+    _, (baseline, nf4, int8) = a_batch(database, of_gpus("/a", none=40, int8=20, nf4=10))
+    assert top_up(database, broker, settings) == 2
+    assert standing(database) == dict.fromkeys((baseline, nf4, int8), SMALL)
+    assert read_by(settings, 24, count=2) == [[baseline], [nf4, int8]]
+
+
+def test_what_a_smaller_class_holds_goes_there_once_the_baseline_has_split_off(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 8)
+    a_gpu(database, 24)
+    _, (baseline, nf4) = a_batch(database, of_gpus("/a", Method.NONE, Method.NF4, none=40))
+    assert top_up(database, broker, settings) == 2
+    assert standing(database) == {baseline: SMALL, nf4: queue_of(DeviceKind.CUDA, 8)}
+
+
+def test_a_bundle_that_a_class_holds_stays_whole(database: Database, broker: Broker, settings: Settings) -> None:
+    a_gpu(database, 24)
+    a_gpu(database, 80)
+    _, ids = a_batch(database, of_gpus("/a", none=40, nf4=10))
+    assert top_up(database, broker, settings) == 1
+    assert standing(database) == dict.fromkeys(ids, LARGE)
+
+
+def test_what_ran_out_of_memory_is_sent_to_a_larger_class_and_its_mates_are_not(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    small = a_gpu(database, 24)
+    a_gpu(database, 80)
+    _, (baseline, *mates) = a_batch(database, bundle("/a", device=DeviceKind.AUTO))
+    top_up(database, broker, settings)
+    assert standing(database) == dict.fromkeys((baseline, *mates), SMALL)
+    (token,) = claim(database, [baseline], small)
+    fail(database, token, CudaOom("CUDA out of memory"))
+    assert top_up(database, broker, settings) == 1
+    assert standing(database) == {baseline: LARGE} | dict.fromkeys(mates, SMALL)
+
+
+def test_what_ran_out_of_memory_is_not_sent_to_a_cpu(database: Database, broker: Broker, settings: Settings) -> None:
+    small, large = a_gpu(database, 24), a_gpu(database, 80)
+    _, (job_id,) = a_batch(database, bundle("/a", Method.NF4, device=DeviceKind.AUTO))
+    (token,) = claim(database, [job_id], small)
+    fail(database, token, CudaOom("CUDA out of memory"))
+    for gpu in (small, large):
+        goes_silent(database, gpu, since_s=121)
+    a_worker(database, "a CPU")
+    assert top_up(database, broker, settings) == 0
+
+
+def test_when_the_larger_gpu_is_gone_its_bundles_are_tried_on_the_one_left(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    a_gpu(database, 24)
+    large = a_gpu(database, 80)
+    _, (job_id,) = a_batch(database, of_gpus("/a", Method.NF4, nf4=40))
+    top_up(database, broker, settings)
+    assert standing(database) == {job_id: LARGE}
+    goes_silent(database, large, since_s=90)
+    assert top_up(database, broker, settings) == 0, "it may be back in a moment"
+    goes_silent(database, large, since_s=121)
+    assert top_up(database, broker, settings) == 1
+    assert standing(database) == {job_id: SMALL}
+
+
+def test_when_the_larger_gpu_is_gone_what_is_known_to_need_it_fails(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    small, large = a_gpu(database, 24), a_gpu(database, 80)
+    _, ids = a_batch(database, of_gpus("/a"))
+    (token, *_) = claim(database, ids, small)
+    fail(database, token, CudaOom("CUDA out of memory"))
+    top_up(database, broker, settings)
+    assert standing(database) == {ids[0]: LARGE}
+    goes_silent(database, large, since_s=121)
+    give_up_too_large(database, settings)
+    top_up(database, broker, settings)
+    assert a_job(database, ids[0]).error_message == "needs a GPU of more than 24 GiB, and no live worker has one"
+    assert {state for job_id, state in states(database).items() if job_id != ids[0]} == {"running"}
+
+
+def test_jobs_for_any_device_leave_the_queue_of_a_gpu_that_is_gone(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    gpu = a_gpu(database, 24)
+    a_batch(database, bundle("/a", device=DeviceKind.AUTO))
+    top_up(database, broker, settings)
+    assert set(dispatched(database).values()) == {SMALL}
+    a_worker(database)
+    goes_silent(database, gpu, since_s=121)
+    assert top_up(database, broker, settings) == 1
+    assert set(dispatched(database).values()) == {CPU}
+
+
+def test_a_job_known_to_need_more_than_there_is_is_sent_nowhere(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    small = a_gpu(database, 24)
+    _, (oom, mate) = a_batch(database, of_gpus("/a", Method.NONE, Method.NF4))
+    (token, _) = claim(database, [oom, mate], small)
+    with database.write() as session:
+        jobs.hand_back(session, [(mate, 1)])
+    fail(database, token, CudaOom("CUDA out of memory"))
+    with database.write() as session:
+        assert jobs.retry(session, job_ids=[oom]) == [oom]
+    assert top_up(database, broker, settings) == 1
+    assert standing(database) == {mate: SMALL}

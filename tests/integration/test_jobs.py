@@ -8,17 +8,34 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
-from models_db import jobs, results, window, workers
+from models_db import jobs, listing, results, window, workers
 from models_db.batches import NewJob, add_text, text_content
+from models_db.clock import db_now
 from models_db.domain import DeviceKind, JobState, Method, Stage
 from models_db.errors import CudaOom, DeviceError, DiskFull, JobError, JobTimeout, QuantizationError, WorkerLost
 from models_db.session import Database
 from models_db.tables import Attempt, Job, Worker
-from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, fail, measured, spec, states, succeed
+from models_db.vram import GIB
+from tests.rows import (
+    POLICY,
+    PROTOCOL,
+    a_batch,
+    a_gpu,
+    a_job,
+    a_worker,
+    bundle,
+    claim,
+    fail,
+    measured,
+    spec,
+    states,
+    succeed,
+)
 
 
 def test_a_claim_takes_the_baseline_first_and_counts_the_attempt(database: Database) -> None:
@@ -402,6 +419,136 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     with database.read() as session:
         (row,) = results.find_results(session, batch_ids=[answered])
     assert (row["state"], row["reused_from"], row["disk_bytes"]) == ("succeeded", f"j{ids[0]}", 10)
+
+
+def ran_out_of_memory(database: Database, gpu: int, **of: Any) -> int:
+    """A job that did so on this worker."""
+    _, (job_id,) = a_batch(database, bundle("/models/a", Method.NF4, device=DeviceKind.CUDA, **of))
+    (token,) = claim(database, [job_id], gpu)
+    assert fail(database, token, CudaOom("cannot load a: CUDA out of memory"))
+    return job_id
+
+
+def give_up(database: Database) -> list[int]:
+    with database.write() as session:
+        return jobs.give_up_too_large(session, 60.0)
+
+
+def retry(database: Database, job_id: int) -> None:
+    with database.write() as session:
+        assert jobs.retry(session, job_ids=[job_id]) == [job_id]
+
+
+def change(database: Database, worker_id: int, **values: Any) -> None:
+    with database.write() as session:
+        session.execute(update(Worker).where(Worker.id == worker_id).values(**values))
+
+
+def test_out_of_memory_where_no_gpu_is_larger_fails_the_job_and_says_what_it_needs(database: Database) -> None:
+    small = a_gpu(database, 22.5)
+    # Another card sold as 24 GB is no larger, whatever its last gibibyte.
+    a_gpu(database, 24.0)
+    job = a_job(database, ran_out_of_memory(database, small))
+    assert (job.state, job.error_kind, job.failures) == (JobState.FAILED, "cuda_oom", 0)
+    assert job.above_memory_bytes == int(22.5 * GIB)
+    assert job.error_message == (
+        "cannot load a: CUDA out of memory; it needs a GPU of more than 24 GiB, and no live worker has one"
+    )
+
+
+def test_out_of_memory_sends_a_job_alone_to_a_larger_gpu_at_once_and_uncharged(database: Database) -> None:
+    small, twin, large = (a_gpu(database, gib) for gib in (22.5, 24.0, 79.6))
+    _, ids = a_batch(database, bundle(device=DeviceKind.CUDA))
+    (token, *_) = claim(database, ids, small)
+    assert fail(database, token, CudaOom("CUDA out of memory"))
+    job = a_job(database, ids[0])
+    assert (job.state, job.failures, job.above_memory_bytes) == (JobState.QUEUED, 0, int(22.5 * GIB))
+    assert job.bundle not in {a_job(database, job_id).bundle for job_id in ids[1:]}
+    with database.read() as session:
+        (row,) = (row for row in listing.list_jobs(session) if row["job_id"] == f"j{ids[0]}")
+    assert row["note"] == "needs a GPU of more than 24 GiB"
+    assert claim(database, ids, small) == claim(database, ids, twin) == []
+    assert claim(database, ids, large) == [(ids[0], 2)]
+
+
+def test_workers_are_listed_with_the_class_of_their_gpu(database: Database) -> None:
+    a_gpu(database, 22.5)
+    a_gpu(database, 140.4)
+    a_worker(database, memory_bytes=512 * GIB)
+    with database.read() as session:
+        assert [row["vram_class"] for row in listing.list_workers(session, 60.0)] == [24, 141, None]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"state": "quarantined"}, {"state": "stopped"}, {"state": "draining"}, {"heartbeat_at": db_now(-61.0)}],
+    ids=["quarantined", "stopped", "draining", "silent"],
+)
+def test_a_larger_gpu_that_takes_no_jobs_is_none(database: Database, values: dict[str, Any]) -> None:
+    small, large = a_gpu(database, 24), a_gpu(database, 80)
+    change(database, large, **values)
+    assert a_job(database, ran_out_of_memory(database, small)).state == JobState.FAILED
+
+
+def test_a_retry_remembers_which_gpu_was_too_small(database: Database) -> None:
+    small = a_gpu(database, 24)
+    job_id = ran_out_of_memory(database, small)
+    retry(database, job_id)
+    assert claim(database, [job_id], small) == []
+    assert give_up(database) == [job_id]
+    job = a_job(database, job_id)
+    assert (job.state, job.error_kind) == (JobState.FAILED, "cuda_oom")
+    assert job.error_message == "needs a GPU of more than 24 GiB, and no live worker has one"
+    assert (job.queue, job.dispatch_id, job.finished_at is None) == (None, None, False)
+    retry(database, job_id)
+    large = a_gpu(database, 80)
+    assert give_up(database) == []
+    assert claim(database, [job_id], small) == []
+    assert claim(database, [job_id], large) == [(job_id, 2)]
+
+
+def test_a_larger_gpu_that_restarts_is_waited_for_and_not_for_ever(database: Database) -> None:
+    small, large = a_gpu(database, 24), a_gpu(database, 80)
+    job_id = ran_out_of_memory(database, small)
+    change(database, large, state="stopped")
+    assert give_up(database) == []
+    change(database, large, heartbeat_at=db_now(-121.0))
+    assert give_up(database) == [job_id]
+
+
+def test_without_any_gpu_worker_a_job_waits_for_one(database: Database) -> None:
+    small = a_gpu(database, 24)
+    job_id = ran_out_of_memory(database, small)
+    retry(database, job_id)
+    change(database, small, heartbeat_at=db_now(-121.0))
+    a_worker(database, "a CPU")
+    assert give_up(database) == []
+
+
+def test_a_prediction_forbids_nothing_and_gives_way_to_what_is_seen(database: Database) -> None:
+    small = a_gpu(database, 24)
+    _, ids = a_batch(database, bundle("/a", Method.NF4, device=DeviceKind.CUDA, needs={Method.NF4: 90 * GIB}))
+    assert give_up(database) == []
+    (token,) = claim(database, ids, small)
+    fail(database, token, CudaOom("CUDA out of memory"))
+    retry(database, ids[0])
+    assert claim(database, ids, a_gpu(database, 48)) == [(ids[0], 2)]
+
+
+def test_what_ran_out_of_a_gpus_memory_is_not_for_a_cpu(database: Database) -> None:
+    small, cpu = a_gpu(database, 24), a_worker(database, memory_bytes=512 * GIB)
+    a_gpu(database, 80)
+    job_id = ran_out_of_memory(database, small)
+    assert claim(database, [job_id], cpu) == []
+
+
+def test_a_job_that_failed_on_the_only_gpu_large_enough_comes_back_to_it(database: Database) -> None:
+    small, large = a_gpu(database, 24), a_gpu(database, 80)
+    job_id = ran_out_of_memory(database, small)
+    (token,) = claim(database, [job_id], large)
+    fail(database, token, WorkerLost("gone"))
+    time.sleep(0.05)
+    assert claim(database, [job_id], large) == [(job_id, 3)]
 
 
 def test_two_submits_may_bring_the_same_text_at_once(database: Database) -> None:

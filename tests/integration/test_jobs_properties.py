@@ -11,23 +11,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 from sqlalchemy import select, update
 
-from models_db import jobs, window
+from models_db import jobs, window, workers
 from models_db.clock import db_now
 from models_db.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
-from models_db.errors import ERROR_KINDS, job_error
+from models_db.errors import ERROR_KINDS, CudaOom, job_error
 from models_db.jobs import Token
 from models_db.schema import upgrade
 from models_db.session import Database
-from models_db.tables import Attempt, Job, Result
-from tests.rows import a_batch, a_worker, bundle, claim, succeed
+from models_db.tables import Attempt, Job, Result, Worker
+from models_db.vram import GIB
+from scheduler.dispatch import lanes
+from tests.rows import a_batch, a_gpu, bundle, claim, succeed
 
 MAX_FAILURES = 3
+# Of the workers' memory, in GiB.
+SIZES = (24.0, 80.0)
 # No waiting between attempts: the backoff's own test is elsewhere.
 POLICY: dict[str, Any] = {"backoff_s": 0.0, "max_failures": MAX_FAILURES}
 
 
 class Jobs(RuleBasedStateMachine):
-    """Two workers, four jobs in two bundles, and everything that may be done to them."""
+    """Two GPU workers of different size, four jobs in two bundles, and everything that may be done to them."""
 
     tokens: Bundle[Token] = Bundle("tokens")
 
@@ -36,10 +40,14 @@ class Jobs(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory(prefix="qb-")
         self.database = Database(f"sqlite:///{Path(self._folder.name) / 'qbatch.db'}")
         upgrade(self.database)
-        self.workers = [a_worker(self.database, name) for name in ("w1", "w2")]
+        self.workers = [a_gpu(self.database, gib) for gib in SIZES]
         self.batch_id, self.ids = a_batch(
-            self.database, bundle("/a", Method.NONE, Method.NF4), bundle("/b", Method.NF4, Method.INT8)
+            self.database,
+            bundle("/a", Method.NONE, Method.NF4, device=DeviceKind.CUDA, needs={Method.NONE: 40 * GIB}),
+            bundle("/b", Method.NF4, Method.INT8, device=DeviceKind.CUDA, needs={Method.INT8: 90 * GIB}),
         )
+        # By job, the largest memory that was too small for it.
+        self.too_small: dict[int, float] = {}
         self.attempts = dict.fromkeys(self.ids, 0)
         self.cancelled: set[int] = set()
         self.claimed: set[Token] = set()
@@ -67,6 +75,7 @@ class Jobs(RuleBasedStateMachine):
             assert before[job_id]["state"] == JobState.QUEUED
             assert attempt == before[job_id]["attempt"] + 1
             assert (job_id, attempt) not in self.claimed, "an attempt is given out once"
+            assert SIZES[worker] > self.too_small.get(job_id, 0.0), "the claim of a GPU known to be too small"
         self.claimed.update(taken)
         return multiple(*taken)
 
@@ -95,14 +104,32 @@ class Jobs(RuleBasedStateMachine):
         after = self.rows()
         assert (after[token[0]]["state"] == JobState.SUCCEEDED) if current else (after == before)
 
-    @rule(token=tokens, kind=st.sampled_from(ERROR_KINDS))
+    @rule(token=tokens, kind=st.sampled_from(ERROR_KINDS) | st.just(CudaOom.kind))
     def fail(self, token: Token, kind: str) -> None:
         current = self.is_current(token, JobState.RUNNING)
         before = self.rows()
         with self.database.write() as session:
-            assert jobs.fail(session, token, job_error(kind, "why"), **POLICY) == current
+            assert jobs.fail(session, token, job_error(kind, "why"), lease_s=60.0, **POLICY) == current
         after = self.rows()
         assert (after[token[0]]["state"] in (JobState.QUEUED, JobState.FAILED)) if current else (after == before)
+        if current and kind == CudaOom.kind:
+            assert after[token[0]]["failures"] == before[token[0]]["failures"]
+            self.too_small[token[0]] = SIZES[self.workers.index(before[token[0]]["worker_id"])]
+
+    @rule(worker=st.integers(0, 1), state=st.sampled_from(["ready", "stopped"]), ago_s=st.sampled_from([0.0, 1000.0]))
+    def a_worker_comes_or_goes(self, worker: int, state: str, ago_s: float) -> None:
+        with self.database.write() as session:
+            change = update(Worker).where(Worker.id == self.workers[worker])
+            session.execute(change.values(state=state, heartbeat_at=db_now(-ago_s), device_errors=0))
+
+    @rule()
+    def give_up(self) -> None:
+        with self.database.write() as session:
+            around = [worker.memory_bytes / GIB for worker, _ in workers.around(session, 60.0)]
+            failed = jobs.give_up_too_large(session, 60.0)
+        assert all(self.too_small[job_id] >= max(around) for job_id in failed)
+        waiting = [job_id for job_id, row in self.rows().items() if row["state"] == JobState.QUEUED]
+        assert not around or all(self.too_small.get(job_id, 0.0) < max(around) for job_id in waiting)
 
     @rule(token=tokens, alone=st.booleans())
     def hand_back(self, token: Token, alone: bool) -> None:
@@ -137,10 +164,17 @@ class Jobs(RuleBasedStateMachine):
     @rule()
     def top_up(self) -> None:
         with self.database.write() as session:
-            chosen = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=3)
-        sent = [job_id for dispatch in chosen for job_id in dispatch.job_ids]
-        assert len(sent) == len(set(sent))
-        assert all(self.rows()[job_id]["state"] == JobState.QUEUED for job_id in sent)
+            sent = [
+                (job_id, lane.room)
+                for lane in lanes(workers.around(session, 60.0))
+                for dispatch in window.choose(session, kind=lane.kind, queue=lane.queue, slots=3, room=lane.room)
+                for job_id in dispatch.job_ids
+            ]
+        assert len(sent) == len(dict(sent))
+        rows = self.rows()
+        for job_id, room in sent:
+            assert rows[job_id]["state"] == JobState.QUEUED
+            assert self.too_small.get(job_id, 0.0) * GIB < (room.under or room.largest or 0)
 
     @rule()
     def everything_vanishes_from_redis(self) -> None:

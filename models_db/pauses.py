@@ -1,0 +1,38 @@
+"""What keeps bundles from being sent for a while: a storage without room. One row a reason; its only writer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.session import insert_into
+from models_db.tables import Pause
+
+STORAGE_FULL = "storage_full"
+
+_NO_SYNC = {"synchronize_session": False}
+
+
+def pause(session: Session, reason: str, message: str, *, needed_bytes: int | None, for_s: float) -> None:
+    """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes`` of room would end it earlier."""
+    # One that is over is no beginning of this one.
+    session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=_NO_SYNC)
+    values = {"message": message, "needed_bytes": needed_bytes, "until": db_now(for_s)}
+    session.execute(
+        insert_into(session, Pause)
+        .values(reason=reason, since=db_now(), **values)
+        .on_conflict_do_update(index_elements=["reason"], set_=values)
+    )
+
+
+def standing(session: Session) -> Sequence[Pause]:
+    """The pauses that hold now."""
+    return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
+
+
+def lift(session: Session, reason: str) -> None:
+    """End a pause before its time."""
+    session.execute(delete(Pause).where(Pause.reason == reason), execution_options=_NO_SYNC)

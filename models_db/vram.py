@@ -1,0 +1,53 @@
+"""VRAM classes: which GPUs count as of one size, and which jobs a size holds."""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, or_, select
+
+from models_db.domain import DeviceKind
+from models_db.errors import CudaOom
+from models_db.tables import Attempt, Job, Worker
+
+GIB = 2**30
+VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
+"""In GiB, as cards are sold."""
+
+# Error correction and the driver keep some of it back: cards sold with 24 GB show 22.5 to 24 GiB.
+_SHOWN_TENTHS = 9
+
+
+def vram_class(memory_bytes: int) -> int:
+    """The class of a GPU that shows ``memory_bytes``: the largest of which it has nine tenths, else the smallest."""
+    return max(size for size in VRAM_CLASSES if floor_bytes(size) <= memory_bytes)
+
+
+def floor_bytes(size: int) -> int:
+    """What every GPU of the class has at least. The smallest class promises nothing."""
+    return 0 if size == VRAM_CLASSES[0] else size * GIB * _SHOWN_TENTHS // 10
+
+
+ANY_CLASS_BYTES = floor_bytes(VRAM_CLASSES[1])
+"""A job that is predicted to need less than this may go to any GPU."""
+
+
+def room_of(worker: Worker) -> int:
+    """The bytes that a worker counts for: its class's, so that cards sold as one size are as good as each other.
+
+    Nothing for a CPU: what ran out of a GPU's memory waits for a GPU.
+    """
+    return floor_bytes(vram_class(worker.memory_bytes)) if worker.device_kind == DeviceKind.CUDA else 0
+
+
+def ran_out() -> ColumnElement[bool]:
+    """A job that did not fit into some GPU's memory: then ``above_memory_bytes`` is seen, and no prediction."""
+    return select(Attempt.id).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind).correlate(Job).exists()
+
+
+def may_run_in(room_bytes: int) -> ColumnElement[bool]:
+    """A job that was not seen to need more than ``room_bytes``. A prediction alone forbids nothing."""
+    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, ~ran_out())
+
+
+def show_need(above_bytes: int) -> str:
+    """``needs a GPU of more than 24 GiB``, for one whose 22.5 GiB were too few."""
+    return f"needs a GPU of more than {max(vram_class(above_bytes), round(above_bytes / GIB))} GiB"

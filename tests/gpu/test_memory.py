@@ -1,0 +1,108 @@
+"""A GPU too small for a job: the job fails and says so, and the next one has the memory again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from models_db.vram import GIB, vram_class
+from tests.acceptance.conftest import Qbatch, processes_of, until
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+# 3.75e9 parameters: 7.0 GiB at 16 bits, 2.3 at 4. Of 6 GiB the first needs more, and the second leaves too few for
+# what the first had taken when it failed.
+_CONFIG = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "architectures": ["LlamaForCausalLM"],
+}
+_LEFT_BYTES = 6 * GIB
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Random weights of Llama's architecture, made on the GPU."""
+    folder = tmp_path / "llama"
+    with torch.device("cuda"):
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_CONFIG))
+    made.to(torch.bfloat16).save_pretrained(folder)
+    del made
+    torch.cuda.empty_cache()
+    return folder
+
+
+@pytest.fixture
+def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
+    """One worker, pinned to the GPU that this process sees first."""
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    home = tmp_path / "home"
+    yield Qbatch(home, {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid.removeprefix('GPU-')}"})
+    until(lambda: not processes_of(home), 15.0, "end of every process")
+
+
+@contextmanager
+def little_left() -> Iterator[None]:
+    """All of the GPU's memory but a little is somebody else's."""
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - _LEFT_BYTES, dtype=torch.uint8, device="cuda")
+    yield
+    del taken
+    torch.cuda.empty_cache()
+
+
+def used_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def test_out_of_memory_fails_one_job_and_leaves_the_gpu_to_the_next(
+    qbatch: Qbatch, model: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{model}\n")
+    up = qbatch.start("up", "--gpus", "all")
+    try:
+        until(lambda: (qbatch.home / "qbatch.db").exists(), 30.0, "database")
+        qbatch.wait_for_worker()
+        with little_left():
+            before = used_bytes()
+            too_large, quantized = submit(qbatch, listed, "--bits", "4", code=1)
+        (worker,) = qbatch.json("workers")
+        assert worker["vram_class"] == vram_class(worker["memory_bytes"])
+        assert (too_large["state"], too_large["error_kind"]) == ("failed", "cuda_oom")
+        assert "out of memory" in too_large["error_message"]
+        needs = f"it needs a GPU of more than {worker['vram_class']} GiB, and no live worker has one"
+        assert too_large["error_message"].endswith(needs)
+        assert quantized["state"] == "succeeded", quantized["error_message"]
+        # Had the first one's memory not come back, this one would not have had enough.
+        assert quantized["details"]["memory"]["max_global_vram"] - before < _LEFT_BYTES
+        # With the memory there, all of it runs; and no prediction was too low, nor much too high.
+        before = used_bytes()
+        rows = submit(qbatch, listed, "--bits", "8", code=0)
+        assert [row["state"] for row in rows] == ["succeeded"] * 2
+        predicted = {job["job_id"]: job["above_memory_bytes"] for job in qbatch.json("jobs", "--batch", "b2")}
+        for row in rows:
+            peak = row["details"]["memory"]["max_global_vram"] - before
+            print(f"{row['scheme']}: {peak / GIB:.2f} of {predicted[row['job_id']] / GIB:.2f} GiB predicted")  # noqa: T201
+            assert peak < predicted[row["job_id"]] < peak + 4 * GIB
+    finally:
+        up.terminate()
+        assert up.wait(60) == 0
+
+
+def submit(qbatch: Qbatch, listed: Path, *options: str, code: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = qbatch.json(
+        "submit", "--models", str(listed), "--device", "cuda", "--wait", *options, code=code
+    )
+    return rows
