@@ -15,6 +15,7 @@ from models_db.domain import SourceRef
 from models_db.errors import FetchError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
 from models_db.sources import (
     INDEX_NAME,
+    PICKLE_SUFFIXES,
     SINGLE_NAME,
     Header,
     TensorInfo,
@@ -38,7 +39,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8
 # What bitsandbytes stores beside a weight; ".quant_state." is followed by the name of the type.
 _BNB_STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 _LOADED_WIDTHS = {"float32": 4, "bfloat16": 2}
-_PICKLES = (".bin", ".pt", ".pth")
 
 
 def inspect_source(source: SourceRef) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, 
         names = indexed_files(download(INDEX_NAME))
     elif SINGLE_NAME in sizes:
         names = [SINGLE_NAME]
-    elif any(name.endswith(_PICKLES) for name in sizes):
+    elif any(name.endswith(PICKLE_SUFFIXES) for name in sizes):
         raise UnsafeSource("the model holds pickles and no safetensors")
     else:
         raise SourceNotFound(f"the model has neither {SINGLE_NAME} nor {INDEX_NAME} on the hub")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from models_db.errors import UsageError
 
@@ -26,7 +27,9 @@ class Settings:
     ``broker_url`` and ``database_url`` None mean the embedded default: a private Redis and SQLite under ``home``.
     A worker renews its leases of ``lease_s`` every ``heartbeat_s``; the scheduler looks for lost leases and messages
     every ``scan_s``, and keeps ``window`` bundles a live worker in Redis. A failed attempt waits ``backoff_s``, doubled
-    each time, until ``max_failures``. ``flower_auth`` is ``user:password``.
+    each time, until ``max_failures``. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders that
+    sources may lie in (see ``allowed_roots``); ``trust_remote_code`` names the models (hub ids, absolute folders) whose
+    own code this machine's workers run.
     """
 
     home: Path
@@ -42,6 +45,8 @@ class Settings:
     backoff_s: float = 10.0
     max_failures: int = 3
     flower_auth: str | None = field(default=None, repr=False)
+    model_roots: tuple[Path, ...] | None = None
+    trust_remote_code: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.heartbeat_s * 2 > self.lease_s:
@@ -51,6 +56,9 @@ class Settings:
         if self.broker_url is not None and not _is_redis(self.broker_url):
             # Unquoted: it may carry a password.
             raise UsageError("QBATCH_BROKER_URL is not redis://host:port/db, rediss://… or redis+socket:///path")
+        if self.broker_url is not None and "password" in parse_qs(urlsplit(self.broker_url).query):
+            # Those who log a URL hide the password before the @, and no other.
+            raise UsageError("QBATCH_BROKER_URL has its password among the options: write redis://:password@host")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
@@ -77,6 +85,8 @@ class Settings:
             broker_url=environ.get("QBATCH_BROKER_URL") or None,
             database_url=environ.get("QBATCH_DATABASE_URL") or None,
             flower_auth=environ.get("QBATCH_FLOWER_AUTH") or None,
+            model_roots=_folders(environ.get("QBATCH_MODEL_ROOTS")),
+            trust_remote_code=_names(environ.get("QBATCH_TRUST_REMOTE_CODE")),
             **numbers,
         )
 
@@ -89,6 +99,14 @@ class Settings:
     def is_one_machine(self) -> bool:
         """Whether the broker is a socket or loopback, so that every worker shares this file system."""
         return urlsplit(self.celery_broker_url).hostname in _LOCAL_HOSTS
+
+    @property
+    def allowed_roots(self) -> tuple[Path, ...] | None:
+        """The folders that sources may lie in; None: any that can be read. Without a setting that is what holds while
+        all workers are on this machine, and none at all otherwise."""
+        if self.model_roots is not None:
+            return self.model_roots
+        return None if self.is_one_machine else ()
 
     @property
     def socket_dir(self) -> Path:
@@ -139,6 +157,18 @@ def _is_redis(url: str) -> bool:
         return parts.scheme in _BROKER_SCHEMES and (parts.port is None or parts.port > 0)
     except ValueError:  # a port that is no number, or a bracket that is not closed
         return False
+
+
+def _folders(text: str | None) -> tuple[Path, ...] | None:
+    if not text:
+        return None
+    return tuple(Path(part).expanduser().absolute() for part in text.split(os.pathsep) if part)
+
+
+def _names(text: str | None) -> frozenset[str]:
+    """A comma list of models as jobs name their place: a hub id, or an absolute folder without a slash at its end."""
+    names = (part.strip() for part in (text or "").split(","))
+    return frozenset(str(Path(name)) if name.startswith("/") else name for name in names if name)
 
 
 def _variable(name: str) -> str:

@@ -21,6 +21,9 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_SIZE = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -75,12 +78,20 @@ def parse_source(text: str) -> SourceRef:
     name, at, revision = text.partition("@")
     if _is_folder(name):
         raise UsageError(f"{text!r}: a folder has no revisions")
-    # The hub has neither ".." nor "--" in a name.
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+    if not is_hub_id(name):
         raise UsageError(f"{text!r} is neither a folder nor a hub id")
-    if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+    if at and not is_revision(revision):
         raise UsageError(f"{text!r}: {revision!r} is no revision")
     return SourceRef(name=name, location=name, revision=revision or None)
+
+
+def is_hub_id(text: str) -> bool:
+    # The hub has neither ".." nor "--" in a name.
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and "--" not in text
+
+
+def is_revision(text: str) -> bool:
+    return bool(_REVISION.fullmatch(text)) and ".." not in text
 
 
 def looks_like_path(text: str) -> bool:
@@ -235,28 +246,44 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / SINGLE_NAME,)
     index = folder / INDEX_NAME
     if index.is_file():
-        return tuple(_present(folder, name) for name in indexed_files(index))
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise UnsafeSource(f"{folder} holds pickles and no safetensors")
+        return tuple(_present(folder, name, index) for name in indexed_files(index))
+    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+        raise UnsafeSource(f"{folder} holds pickles and no safetensors; --allow-pickle converts them")
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def indexed_files(index: Path) -> list[str]:
+@_storage_errors()
+def is_pickled(folder: Path) -> bool:
+    """Whether the model's weights are there as pickles alone: where there are safetensors too, those are loaded."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names & {PICKLE_NAME, PICKLE_INDEX_NAME}) and not names & {SINGLE_NAME, INDEX_NAME}
+
+
+@_storage_errors()
+def pickle_files(folder: Path) -> tuple[Path, ...]:
+    """The pickles that make up a model that ``is_pickled``, in order. Raises SourceCorrupt, StorageError."""
+    if (folder / PICKLE_NAME).is_file():
+        return (folder / PICKLE_NAME,)
+    index = folder / PICKLE_INDEX_NAME
+    return tuple(_present(folder, name, index) for name in indexed_files(index, suffix=".bin"))
+
+
+def indexed_files(index: Path, *, suffix: str = ".safetensors") -> list[str]:
     """The names of the files that an index spreads the model over, in order. Raises SourceCorrupt."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceCorrupt(f"{index.name} is not a safetensors index")
+        raise SourceCorrupt(f"{index.name} is no index of weights")
     for name in weight_map.values():
         if not isinstance(name, str):
-            raise SourceCorrupt(f"{index.name} is not a safetensors index")
-        if "/" in name or not name.endswith(".safetensors") or not _is_unicode(name):
-            raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no safetensors file of this folder")
+            raise SourceCorrupt(f"{index.name} is no index of weights")
+        if "/" in name or "\0" in name or not name.endswith(suffix) or not _is_unicode(name):
+            raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no {suffix} file of this folder")
     return sorted(set(weight_map.values()))
 
 
-def _present(folder: Path, name: str) -> Path:
+def _present(folder: Path, name: str, index: Path) -> Path:
     if not (folder / name).is_file():
-        raise SourceCorrupt(f"{INDEX_NAME} names {_shown(name)}, which is missing")
+        raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is missing")
     return folder / name
 
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from models_db.domain import SourceRef
-from models_db.errors import UsageError
+from models_db.errors import UnsafeSource, UsageError
+from models_db.roots import check_place
 from models_db.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
 
 
-def read_model_list(lines: Iterable[str], *, check_folders: bool) -> list[SourceRef]:
+def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
     """One model a line: a hub id or a folder, ``@revision`` after an id; blank lines and ``#`` comments are skipped.
 
-    A model named twice is taken once. With ``check_folders`` (where the workers see this file system) a folder
-    must exist and hold a config.json. Raises UsageError naming every line that cannot be used, and for an empty list.
+    A model named twice is taken once. A folder must lie in one of ``roots`` (None: anywhere); with ``check_folders``
+    (where the workers see this file system) it must exist and hold a config.json. Raises UsageError naming every line
+    that cannot be used, and for an empty list.
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
     for number, text in _entries(lines):
         try:
             source = parse_source(text)
+            if source.is_folder:
+                _check_place(source, roots)
             if check_folders and source.is_folder:
                 _check_folder(source)
         except UsageError as error:
@@ -44,6 +48,13 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
         # A path may hold a '#': only one after a blank begins a comment.
         if text and not text.startswith("#"):
             yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+
+
+def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
+    try:
+        check_place(Path(source.location), roots)
+    except UnsafeSource as error:
+        raise UsageError(f"{source.name}: {error}") from error
 
 
 def _check_folder(source: SourceRef) -> None:

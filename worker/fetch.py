@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
@@ -31,8 +31,18 @@ from models_db.errors import (
     SourceGated,
     SourceNotFound,
     StorageError,
+    UnsafeSource,
 )
-from models_db.sources import folder_fingerprint, hub_fingerprint, read_headers
+from models_db.roots import check_place
+from models_db.sources import (
+    folder_fingerprint,
+    hub_fingerprint,
+    is_hub_id,
+    is_pickled,
+    is_revision,
+    read_headers,
+)
+from worker.remote_code import code_sha256, names_code
 from worker.repository import Repository
 from worker.source_cache import SourceCache
 
@@ -44,71 +54,138 @@ _OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSource:
-    """A source that can be opened. ``revision`` is the commit of a hub source, None for a folder."""
+    """A source that can be opened. ``revision`` is the commit of a hub source, None for a folder; ``runs_code`` says
+    that loading it may run the Python files in ``folder``."""
 
     folder: Path
     fingerprint: str
     revision: str | None
+    runs_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doors:
+    """What a source may do here. ``roots`` are the folders that it may lie in, None any; ``trusted`` are the names (hub
+    ids, absolute folders) of those whose own code may run; pickles are converted where the job allows it."""
+
+    roots: tuple[Path, ...] | None
+    trusted: frozenset[str] = frozenset()
+    allow_pickle: bool = False
 
 
 @contextmanager
 def fetched(
-    source: SourceRef, *, cache: Path, cache_bytes: int, on_progress: Callable[[int, int], None]
+    source: SourceRef, *, cache: Path, cache_bytes: int, doors: Doors, on_progress: Callable[[int, int], None]
 ) -> Iterator[LocalSource]:
     """The source on this machine, its headers vetted, kept from eviction while the context lasts.
 
-    ``on_progress(bytes_done, bytes_total)`` is called from a thread of its own while a download runs, and never
-    after this has yielded. A token, if one is needed, is the environment's (``HF_TOKEN``).
+    ``on_progress(bytes_done, bytes_total)`` is called from a thread of its own while a download or a conversion runs,
+    and never after this has yielded. A token, if one is needed, is the environment's (``HF_TOKEN``).
 
     Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource; FetchError where a retry may help; Unsupported
     for a repository larger than ``cache_bytes``; DiskFull; StorageError for a folder that cannot be read.
     """
-    if source.is_folder:
-        yield _folder_source(Path(source.location))
-        return
     with ExitStack() as held:
-        with _hub_faults(source):
-            if is_offline_mode():
-                local = _offline_source(source)
-            else:
-                local = _hub_source(source, SourceCache(root=cache, limit_bytes=cache_bytes), on_progress, held)
-        yield local
+        fetch = _Fetch(
+            source=source,
+            cache=SourceCache(root=cache, limit_bytes=cache_bytes),
+            doors=doors,
+            on_progress=on_progress,
+            held=held,
+        )
+        yield fetch.run()
 
 
-def _folder_source(folder: Path) -> LocalSource:
-    try:
-        return LocalSource(folder=folder, fingerprint=folder_fingerprint(folder), revision=None)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fetch:
+    """One source on its way. What it needs of the cache stays in use until ``held`` is left."""
 
+    source: SourceRef
+    cache: SourceCache
+    doors: Doors
+    on_progress: Callable[[int, int], None]
+    held: ExitStack
 
-def _offline_source(source: SourceRef) -> LocalSource:
-    """The user's ordinary Hugging Face cache, as it stands."""
-    where = f"{_name(source)}: HF_HUB_OFFLINE is set, and the Hugging Face cache"
-    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-    if not isinstance(config, str):
-        raise SourceNotFound(f"{where} does not hold it")
-    folder = Path(config).parent
-    try:
+    def run(self) -> LocalSource:
+        if self.source.is_folder:
+            return self._folder_source(Path(self.source.location))
+        self._check_names()
+        with _hub_faults(self.source):
+            return self._offline_source() if is_offline_mode() else self._hub_source()
+
+    def _check_names(self) -> None:
+        """As submit did: both become parts of paths in the caches."""
+        revision = self.source.revision
+        if not is_hub_id(self.source.location) or not (revision is None or is_revision(revision)):
+            raise UnsafeSource("the job names no model of a hub")
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self.source.location in self.doors.trusted
+
+    def _folder_source(self, folder: Path) -> LocalSource:
+        check_place(folder, self.doors.roots)
+        try:
+            if self.doors.allow_pickle and is_pickled(folder):
+                return self._converted(folder, None)
+            return self._local(folder, folder_fingerprint(folder), None)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+    def _offline_source(self) -> LocalSource:
+        """The user's ordinary Hugging Face cache, as it stands."""
+        source = self.source
+        where = f"{_name(source)}: HF_HUB_OFFLINE is set, and the Hugging Face cache"
+        config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+        if not isinstance(config, str):
+            raise SourceNotFound(f"{where} does not hold it")
+        try:
+            return self._opened(Path(config).parent, Path(config).parent.name)
+        except (SourceNotFound, SourceCorrupt) as error:
+            raise SourceNotFound(f"{where} holds only a part of it: {error}") from error
+
+    def _hub_source(self) -> LocalSource:
+        repository = self._resolve()
+        folder = self._entry(repository.entry, lambda: _download(repository, self.cache))
+        return self._opened(folder, repository.commit)
+
+    def _resolve(self) -> Repository:
+        repository = _resolve(self.source)
+        return replace(repository, allow_pickle=self.doors.allow_pickle, with_code=self._is_trusted)
+
+    def _entry(self, entry: str, fill: Callable[[], None]) -> Path:
+        """The folder of an entry of the cache, filled first where it is not complete."""
+        folder = self.held.enter_context(self.cache.using(entry))
+        if not self.cache.is_complete(entry):
+            with _progress(self.cache, entry, self.on_progress), self.cache.filling(entry):
+                # Whoever held the right before may have done the work.
+                if not self.cache.is_complete(entry):
+                    fill()
+        return folder
+
+    def _opened(self, folder: Path, commit: str) -> LocalSource:
+        """A hub's model in ``folder``, its headers vetted."""
+        if self.doors.allow_pickle and is_pickled(folder):
+            return self._converted(folder, commit)
         read_headers(folder)
-    except (SourceNotFound, SourceCorrupt) as error:
-        raise SourceNotFound(f"{where} holds only a part of it: {error}") from error
-    return LocalSource(folder=folder, fingerprint=hub_fingerprint(folder.name), revision=folder.name)
+        return self._local(folder, hub_fingerprint(commit), commit)
 
+    def _converted(self, folder: Path, commit: str | None) -> LocalSource:
+        from worker.pickles import convert, converted_entry, pickle_fingerprint
 
-def _hub_source(
-    source: SourceRef, cache: SourceCache, on_progress: Callable[[int, int], None], held: ExitStack
-) -> LocalSource:
-    repository = _resolve(source)
-    entry = repository.entry
-    folder = held.enter_context(cache.using(entry))
-    if not cache.is_complete(entry):
-        with _progress(cache, entry, on_progress), cache.filling(entry):
-            # Whoever held the right before may have done the work.
-            if not cache.is_complete(entry):
-                _download(repository, cache, folder)
-    read_headers(folder)
-    return LocalSource(folder=folder, fingerprint=hub_fingerprint(repository.commit), revision=repository.commit)
+        fingerprint = pickle_fingerprint(folder) if commit is None else hub_fingerprint(commit)
+        entry = converted_entry(folder, fingerprint, with_code=self._is_trusted)
+        converted = self._entry(entry, lambda: convert(folder, self.cache, entry, with_code=self._is_trusted))
+        read_headers(converted)
+        return self._local(converted, fingerprint, commit)
+
+    def _local(self, folder: Path, fingerprint: str, commit: str | None) -> LocalSource:
+        """A model whose own code runs is another one than the same without it."""
+        if not self._is_trusted or not names_code(folder):
+            return LocalSource(folder=folder, fingerprint=fingerprint, revision=commit)
+        return LocalSource(
+            folder=folder, fingerprint=f"{fingerprint}+{code_sha256(folder)}", revision=commit, runs_code=True
+        )
 
 
 def _resolve(source: SourceRef) -> Repository:
@@ -122,7 +199,8 @@ def _resolve(source: SourceRef) -> Repository:
     return Repository(repo_id=source.location, commit=info.sha, files=files)
 
 
-def _download(repository: Repository, cache: SourceCache, folder: Path) -> None:
+def _download(repository: Repository, cache: SourceCache) -> None:
+    folder = cache.root / repository.entry
     for litter in folder.glob(".cache/huggingface/**/*.incomplete"):
         litter.unlink()
     repository.check()

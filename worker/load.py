@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 import time
@@ -14,30 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType
-from models_db.errors import (
-    BenchmarkError,
-    CudaOom,
-    DeviceError,
-    HostOom,
-    JobError,
-    SourceCorrupt,
-    SourceNotFound,
-    Unsupported,
-)
-from worker.architecture import Task, model_class, task_of
+from models_db.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from models_db.sources import read_config
+from worker.architecture import Task, load_config, load_tokenizer, model_class, task_of
 from worker.cpu_kernels import avoid_packed_kernel
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-)
-_DEVICE_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "illegal memory access")
-_OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+from worker.device_faults import device_fault
+from worker.quantize.vet import refuse_other_weights
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,22 +36,27 @@ class Loaded:
     device: str
 
 
-def load(folder: Path, *, dtype: DType, device: str) -> Loaded:
-    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), what is not quantized in ``dtype`` (resolved).
+def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> Loaded:
+    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), what is not quantized in ``dtype`` (resolved). Python
+    files in it run only where it is ``trusted``.
 
     Raises SourceNotFound or SourceCorrupt for a source's faults, BenchmarkError for a published checkpoint's,
-    Unsupported for what this transformers cannot load, CudaOom, HostOom or DeviceError for the device's.
+    UnsafeSource for one that needs code and is not trusted, Unsupported for what this transformers cannot load,
+    CudaOom, HostOom or DeviceError for the device's.
     """
-    quantized = _is_quantized(folder)
+    written = read_config(folder)
+    refuse_other_weights(written)
+    quantized = "quantization_config" in written
     quiet_libraries(with_bitsandbytes=quantized)
     corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
-        config = _config(folder)
-        cls, task = model_class(config), task_of(config)
+        config = load_config(folder, trusted=trusted)
+        own_code = folder if trusted else None
+        cls, task = model_class(config, trusted=own_code), task_of(config, trusted=own_code)
     with translated(corrupt, f"cannot load {folder.name}"):
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trusted=trusted)
     return Loaded(model=model, tokenizer=tokenizer, task=task, load_model_s=load_model_s, device=device)
 
 
@@ -85,25 +71,7 @@ def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
     except JobError:
         raise
     except Exception as error:
-        raise _error_class(error, otherwise)(f"{doing}: {_one_line(error)}") from error
-
-
-def _error_class(error: Exception, otherwise: type[JobError]) -> type[JobError]:
-    import torch
-
-    text = str(error)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return HostOom
-    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OOM_SIGNS):
-        return CudaOom
-    if isinstance(error, torch.AcceleratorError) or any(sign in text for sign in _DEVICE_FAULTS):
-        return DeviceError
-    return otherwise
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0] if lines else 'no message'} ({type(error).__name__})"
+        raise (device_fault(error) or otherwise)(f"{doing}: {one_line(error)}") from error
 
 
 def quiet_libraries(*, with_bitsandbytes: bool) -> None:
@@ -134,22 +102,6 @@ def _hub_kernels_hidden() -> Iterator[None]:
             sys.modules["kernels"] = before
 
 
-def _is_quantized(folder: Path) -> bool:
-    path = folder / "config.json"
-    try:
-        return "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceNotFound(f"{folder} has no config.json") from error
-    except (ValueError, TypeError) as error:
-        raise SourceCorrupt(f"{path} is not JSON") from error
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def _load_model(
     cls: Any, config: Any, folder: Path, dtype: DType, device: str, corrupt: type[JobError]
 ) -> tuple[Any, float]:
@@ -173,14 +125,6 @@ def _load_model(
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}")
     avoid_packed_kernel(model, device)
     return model.eval(), load_model_s
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _synchronize(device: str) -> None:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from models_db.errors import SourceCorrupt, SourceNotFound, UnsafeSource
-from models_db.sources import INDEX_NAME, SINGLE_NAME
+from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, PICKLE_SUFFIXES, SINGLE_NAME, indexed_files
 
 _MODULES_NAME = "modules.json"
 # What a model needs beside its weights, by name in the repository's root. Other frameworks' indexes are left out.
@@ -20,61 +20,78 @@ _SIDECARS = (
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _MODULE_FILES = (".json", ".txt", ".model", ".safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_OTHER_WEIGHTS = (*PICKLE_SUFFIXES, ".h5", ".msgpack")
 # Whatever pattern such a name also fits.
-_NEVER = (*_PICKLES, ".pkl", ".onnx", ".gguf", ".py")
+_NEVER = (*_OTHER_WEIGHTS, ".onnx", ".gguf", ".py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """``files`` is path → bytes; no path leads out of the repository."""
+    """``files`` is path → bytes; no path leads out of the repository. Pickles are wanted where they are allowed and
+    there is nothing else, Python files only ``with_code``."""
 
     repo_id: str
     commit: str
     files: Mapping[str, int]
+    allow_pickle: bool = False
+    with_code: bool = False
 
     @property
     def entry(self) -> str:
         """Its name as a folder: the id's slug and twelve digits of the commit."""
-        return f"{re.sub(r'[^A-Za-z0-9._-]+', '--', self.repo_id).lstrip('.')}--{self.commit[:12]}"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "--", self.repo_id).lstrip(".")
+        return f"{slug}--{self.commit[:12]}" + ("--code" if self.with_code else "")
+
+    @property
+    def is_pickled(self) -> bool:
+        return not self.files.keys() & {INDEX_NAME, SINGLE_NAME} and bool(
+            self.files.keys() & {PICKLE_INDEX_NAME, PICKLE_NAME}
+        )
 
     @property
     def guides(self) -> list[str]:
         """The small files that say which others are needed; ``wanted`` reads them."""
-        return [name for name in (INDEX_NAME, _MODULES_NAME) if name in self.files]
+        return [name for name in (self._index, _MODULES_NAME) if name in self.files]
+
+    @property
+    def _index(self) -> str:
+        return PICKLE_INDEX_NAME if self.is_pickled else INDEX_NAME
 
     def check(self) -> None:
         """Raises SourceNotFound or UnsafeSource for a repository that holds no model of ours."""
         if "config.json" not in self.files:
             raise SourceNotFound(f"{self.repo_id} has no config.json")
-        if INDEX_NAME in self.files or SINGLE_NAME in self.files:
+        if INDEX_NAME in self.files or SINGLE_NAME in self.files or (self.is_pickled and self.allow_pickle):
             return
-        if any(path.endswith(_PICKLES) for path in self.files):
-            raise UnsafeSource(f"{self.repo_id} holds pickles and no safetensors")
+        if any(path.endswith(_OTHER_WEIGHTS) for path in self.files) and not self.allow_pickle:
+            raise UnsafeSource(f"{self.repo_id} holds pickles and no safetensors; --allow-pickle converts them")
         raise SourceNotFound(f"{self.repo_id} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
     def wanted(self, folder: Path) -> list[str]:
         """The paths to fetch, in order. ``folder`` holds the guides. Raises SourceCorrupt where one is broken."""
-        return sorted({*self._sidecars(), *self._weights(folder), *self._module_files(folder)})
+        index = [self._index] if self._index in self.files else []
+        return sorted({*self.sidecars(folder), *index, *self._weights(folder)})
 
-    def _sidecars(self) -> Iterator[str]:
+    def sidecars(self, folder: Path) -> list[str]:
+        """What of it is no weights. Raises SourceCorrupt."""
+        code = [path for path in self.files if self.with_code and path.endswith(".py")]
+        return sorted({*self._root_files(), *self._module_files(folder), *code})
+
+    def _root_files(self) -> Iterator[str]:
         for path in self.files:
-            if path.endswith(_NEVER) or (path.endswith(".index.json") and path != INDEX_NAME):
+            if path.endswith((*_NEVER, ".index.json")):
                 continue
             if fnmatchcase(path, _TEMPLATES) or ("/" not in path and any(fnmatchcase(path, p) for p in _SIDECARS)):
                 yield path
 
     def _weights(self, folder: Path) -> set[str]:
         """What the index names, no more: a repository may hold the same weights twice, in another layout."""
-        if INDEX_NAME not in self.files:
-            return {SINGLE_NAME}
-        try:
-            names = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceCorrupt(f"{self.repo_id}: {INDEX_NAME} is not a safetensors index") from error
-        for name in names:
-            if name not in self.files or not name.endswith(".safetensors"):
-                raise SourceCorrupt(f"{self.repo_id}: {INDEX_NAME} names {name!r}, which the repository does not hold")
+        single, suffix = (PICKLE_NAME, ".bin") if self.is_pickled else (SINGLE_NAME, ".safetensors")
+        if self._index not in self.files:
+            return {single}
+        names = set(indexed_files(folder / self._index, suffix=suffix))
+        if missing := sorted(names - self.files.keys()):
+            raise SourceCorrupt(f"{self.repo_id}: {self._index} names {missing[0]!r}, which the repository lacks")
         return names
 
     def _module_files(self, folder: Path) -> Iterator[str]:

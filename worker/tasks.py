@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery
 
 from models_db import jobs, window
+from models_db.batches import are_of_one_model
 from models_db.domain import Claim, format_job_id
 from models_db.errors import DatabaseUnreachable
 from scheduler.queues import RUN_BUNDLE
@@ -17,6 +18,7 @@ from worker.supervise import Station, Supervisor
 log = logging.getLogger("qbatch.worker")
 
 _DATABASE_WAIT_S = 3.0
+_STRATEGY = "worker.message_vet:strategy"
 
 
 class BundleFailed(Exception):
@@ -24,17 +26,19 @@ class BundleFailed(Exception):
 
 
 def register(app: Celery, station: Station) -> None:
-    """Have ``app`` run bundles at ``station``."""
+    """Have ``app`` run bundles at ``station``, and nothing else: what else a message may ask for is refused."""
 
-    @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,))  # type: ignore[untyped-decorator]
-    def run_bundle(task: Any, job_ids: Any) -> str:
+    @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,), Strategy=_STRATEGY)  # type: ignore[untyped-decorator]
+    def run_bundle(task: Any, job_ids: list[int]) -> str:
         return _run_bundle(station, task.request.id, job_ids)
 
+    app.finalize()
+    # Celery brings tasks of its own, which run others.
+    for name in app.tasks.keys() - {RUN_BUNDLE}:
+        app.tasks.unregister(name)
 
-def _run_bundle(station: Station, dispatch_id: str, job_ids: Any) -> str:
-    if not _is_list_of_ids(job_ids):
-        log.error("message %s is not a list of job ids; refused", dispatch_id)
-        return "refused"
+
+def _run_bundle(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> str:
     claims = _claim(station, dispatch_id, job_ids)
     if not claims:
         return "nothing to do"
@@ -45,10 +49,6 @@ def _run_bundle(station: Station, dispatch_id: str, job_ids: Any) -> str:
     return "recorded"
 
 
-def _is_list_of_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
-
-
 def _claim(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
     """Claim what the message names, waiting for a database that does not answer."""
     while not station.stopping.is_set():
@@ -56,6 +56,9 @@ def _claim(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> list[C
             # What could not be recorded yet may end the very jobs that are about to be claimed.
             station.recorder.replay()
             with station.database.write() as session:
+                if not are_of_one_model(session, job_ids):
+                    log.error("message %s refused: it names jobs of several models", dispatch_id)
+                    return []
                 claims = jobs.claim(session, job_ids, station.worker_id, station.settings.lease_s)
                 # The message is spent: what it named and we may not have is for the next one.
                 window.take_out(session, [dispatch_id])

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from models_db.domain import SourceRef
 from models_db.errors import SourceCorrupt, SourceNotFound
-from models_db.sources import INDEX_NAME, SINGLE_NAME, folder_fingerprint
+from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME, folder_fingerprint
 from tests.hub import Hub, serving
-from worker.fetch import LocalSource, fetched
+from worker.fetch import Doors, LocalSource, fetched
 
 _ROOT = Path(__file__).parents[2]
 _WEIGHTS_BYTES = 100_000
@@ -33,15 +36,19 @@ import json, sys
 from pathlib import Path
 from models_db.domain import SourceRef
 from models_db.errors import JobError
-from worker.fetch import fetched
+from worker.fetch import Doors, fetched
 
 while line := sys.stdin.readline():
-    name, revision, cache, room = json.loads(line)
+    name, revision, cache, room, allow_pickle, trusted = json.loads(line)
     source = SourceRef(name=name, location=name, revision=revision)
+    doors = Doors(roots=(), trusted=frozenset(trusted), allow_pickle=allow_pickle)
     steps = []
     try:
-        with fetched(source, cache=Path(cache), cache_bytes=room, on_progress=lambda *n: steps.append(n)) as got:
+        with fetched(
+            source, cache=Path(cache), cache_bytes=room, doors=doors, on_progress=lambda *n: steps.append(n)
+        ) as got:
             said = {"folder": str(got.folder), "fingerprint": got.fingerprint, "revision": got.revision}
+            said["runs_code"] = got.runs_code
             print(json.dumps(said | {"steps": steps, "torch": "torch" in sys.modules}), flush=True)
             sys.stdin.readline()
     except JobError as error:
@@ -56,8 +63,16 @@ class Fetcher:
     process: subprocess.Popen[str]
     cache: Path
 
-    def start(self, name: str, *, revision: str | None = None, cache_bytes: int = _PLENTY) -> None:
-        self._write(json.dumps([name, revision, str(self.cache), cache_bytes]))
+    def start(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        cache_bytes: int = _PLENTY,
+        allow_pickle: bool = False,
+        trusted: Sequence[str] = (),
+    ) -> None:
+        self._write(json.dumps([name, revision, str(self.cache), cache_bytes, allow_pickle, list(trusted)]))
 
     def said(self) -> dict[str, Any]:
         """What came of the fetch; the source stays in use until ``release``."""
@@ -68,8 +83,8 @@ class Fetcher:
     def release(self) -> None:
         self._write("")
 
-    def fetch(self, name: str, *, revision: str | None = None, cache_bytes: int = _PLENTY) -> dict[str, Any]:
-        self.start(name, revision=revision, cache_bytes=cache_bytes)
+    def fetch(self, name: str, **options: Any) -> dict[str, Any]:
+        self.start(name, **options)
         said = self.said()
         if "kind" not in said:
             self.release()
@@ -282,6 +297,58 @@ def test_a_repository_that_holds_no_sound_model_is_refused(
     assert refused["kind"] == kind
 
 
+def pickled_bytes() -> bytes:
+    file = io.BytesIO()
+    torch.save({"w": torch.arange(5)}, file)
+    return file.getvalue()
+
+
+def test_pickles_are_downloaded_only_where_they_are_allowed_and_alone(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    served = make_repository(tmp_path / "served", {PICKLE_NAME: pickled_bytes(), "training_args.bin": "pickle"})
+    hub.publish("both", served)
+    assert PICKLE_NAME not in files_of(node.fetch("both", allow_pickle=True)["folder"])
+    (served / SINGLE_NAME).unlink()
+    commit = hub.publish("pickled", served)
+    assert node.fetch("pickled")["kind"] == "unsafe_source"
+    assert not [request for request in hub.requests if request.path.endswith(".bin")]
+    got = node.fetch("pickled", allow_pickle=True)
+    assert (got["revision"], got["fingerprint"]) == (commit, f"hub:{commit}")
+    assert files_of(got["folder"]) == {"config.json", SINGLE_NAME}
+    assert load_file(Path(got["folder"]) / SINGLE_NAME)["w"].tolist() == [0, 1, 2, 3, 4]
+    assert not [request for request in hub.requests if request.path.endswith("training_args.bin")]
+    assert node.fetch("pickled", allow_pickle=True)["folder"] == got["folder"]
+    assert node.fetch("pickled")["kind"] == "unsafe_source", "what another job was allowed lies in the cache"
+
+
+def test_pickled_shards_are_those_that_the_index_names(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    index = {"weight_map": {"w": "pytorch_model-1.bin"}}
+    served = make_repository(
+        tmp_path / "served",
+        {"pytorch_model-1.bin": pickled_bytes(), "pytorch_model-2.bin": "x", PICKLE_INDEX_NAME: json.dumps(index)},
+    )
+    (served / SINGLE_NAME).unlink()
+    hub.publish("sharded", served)
+    assert files_of(node.fetch("sharded", allow_pickle=True)["folder"]) == {"config.json", SINGLE_NAME}
+    assert not [request for request in hub.requests if request.path.endswith("pytorch_model-2.bin")]
+    (served / PICKLE_INDEX_NAME).write_text('{"weight_map": {"w": "../../elsewhere.bin"}}')
+    hub.publish("leading-out", served)
+    assert node.fetch("leading-out", allow_pickle=True)["kind"] == "source_corrupt"
+
+
+def test_python_files_are_downloaded_only_where_the_model_is_trusted(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    auto_map = json.dumps({"auto_map": {"AutoConfig": "own.Config"}})
+    commit = hub.publish("org/own", make_repository(tmp_path / "served", {"own.py": "x = 1", "config.json": auto_map}))
+    plain = node.fetch("org/own", trusted=["org/other", "org", "own", "org/own@main", "ORG/OWN"])
+    assert (plain["fingerprint"], plain["runs_code"]) == (f"hub:{commit}", False)
+    assert "own.py" not in files_of(plain["folder"])
+    trusted = node.fetch("org/own", trusted=["org/own"])
+    assert "own.py" in files_of(trusted["folder"])
+    assert trusted["runs_code"]
+    assert trusted["fingerprint"] != plain["fingerprint"], "another model than the same without its code"
+    hub.publish("org/plain", make_repository(tmp_path / "plain", {"own.py": "x = 1"}))
+    assert not node.fetch("org/plain", trusted=["org/plain"])["runs_code"], "it names no code"
+
+
 def test_what_the_hub_refuses_is_named(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
     served = make_repository(tmp_path / "served")
     hub.publish("org/model", served)
@@ -375,7 +442,9 @@ def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
 
 def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
     source = SourceRef(name="model", location=str(folder), is_folder=True)
-    return fetched(source, cache=home / "cache", cache_bytes=_PLENTY, on_progress=lambda *_: None)
+    return fetched(
+        source, cache=home / "cache", cache_bytes=_PLENTY, doors=Doors(roots=None), on_progress=lambda *_: None
+    )
 
 
 def _resolved(hub: Hub) -> int:

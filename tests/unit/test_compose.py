@@ -62,6 +62,10 @@ def test_qbatch_reads_the_environment_it_is_given(name: str) -> None:
     assert settings.broker_url == "redis://:r@redis:6379/0"
     assert settings.sqlalchemy_url == "postgresql+psycopg://qbatch:p@postgres:5432/qbatch"
     assert settings.storage == Path("/storage")
+    assert not settings.is_one_machine
+    assert settings.allowed_roots == (Path("/models"),)
+    assert settings.trust_remote_code == frozenset()
+    assert "${MODELS_DIR:-./models}:/models:ro" in SERVICES[name]["volumes"]
     assert settings.flower_auth == ("u:f" if name == "flower" else None)
 
 

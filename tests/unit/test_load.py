@@ -111,7 +111,7 @@ def test_a_folder_without_config_is_not_a_model(tmp_path: Path) -> None:
 
 def test_a_config_that_is_not_json_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SourceCorrupt, match="not JSON"):
+    with pytest.raises(SourceCorrupt, match="JSON"):
         loaded_on_cpu(tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models_db.domain import SourceRef
@@ -14,7 +14,7 @@ from scheduler.model_list import read_model_list
 
 
 def names(text: str) -> list[str]:
-    return [source.name for source in read_model_list(text.splitlines(), check_folders=False)]
+    return [source.name for source in read_model_list(text.splitlines(), check_folders=False, roots=None)]
 
 
 def a_model(folder: Path) -> Path:
@@ -33,13 +33,13 @@ def test_blank_lines_and_comments_are_skipped() -> None:
 
 def test_a_path_may_hold_a_hash(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "a#1" / "#b")
-    (source,) = read_model_list([f"{folder} # ours"], check_folders=True)
+    (source,) = read_model_list([f"{folder} # ours"], check_folders=True, roots=None)
     assert source == SourceRef(name=str(folder), location=str(folder), is_folder=True)
 
 
 def test_a_path_may_hold_blanks(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "my models" / "a b")
-    (source,) = read_model_list([f"  {folder}  "], check_folders=True)
+    (source,) = read_model_list([f"  {folder}  "], check_folders=True, roots=None)
     assert source.location == str(folder)
 
 
@@ -50,7 +50,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm() -> None:
 def test_a_model_named_twice_is_taken_once(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "m")
     listed = ["org/a", str(folder), "org/a", f"{folder}/", "org/a@main", "org/a@v2", "org/a@main"]
-    sources = read_model_list(listed, check_folders=True)
+    sources = read_model_list(listed, check_folders=True, roots=None)
     assert [(source.location, source.revision) for source in sources] == [
         ("org/a", None),
         (str(folder), None),
@@ -60,7 +60,7 @@ def test_a_model_named_twice_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_a_revision_follows_an_at_sign() -> None:
-    (source,) = read_model_list(["org/a@refs/pr/1"], check_folders=False)
+    (source,) = read_model_list(["org/a@refs/pr/1"], check_folders=False, roots=None)
     assert source == SourceRef(name="org/a", location="org/a", revision="refs/pr/1")
 
 
@@ -83,8 +83,8 @@ def test_a_folder_must_be_there_only_where_the_workers_see_this_file_system(tmp_
     missing = str(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"line 1: no such folder.*line 2: .*config.json"):
-        read_model_list([missing, str(tmp_path / "empty")], check_folders=True)
-    (source,) = read_model_list([missing], check_folders=False)
+        read_model_list([missing, str(tmp_path / "empty")], check_folders=True, roots=None)
+    (source,) = read_model_list([missing], check_folders=False, roots=None)
     assert source.is_folder
 
 
@@ -98,8 +98,37 @@ def test_a_list_without_a_model_is_refused(text: str) -> None:
 @given(st.lists(st.text(max_size=40) | st.from_regex(r"[a-z./~@# -]{0,20}", fullmatch=True), max_size=8), st.booleans())
 def test_whatever_the_lines_hold_the_answer_is_sources_or_a_usage_error(lines: list[str], check: bool) -> None:
     try:
-        sources = read_model_list(lines, check_folders=check)
+        sources = read_model_list(lines, check_folders=check, roots=None)
     except UsageError:
         return
     assert sources
     assert len({(source.location, source.revision) for source in sources}) == len(sources)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.sampled_from(["..", ".", "in", "out", "link", "gone", "~", ""]), min_size=1, max_size=8))
+def test_no_path_however_written_leads_out_of_the_roots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str]
+) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name / "in").mkdir(parents=True, exist_ok=True)
+    if not (tmp_path / "in" / "link").is_symlink():
+        (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "in")
+    roots = (tmp_path / "in",)
+    for text in ("/".join(parts), f"{tmp_path}/" + "/".join(parts)):
+        try:
+            sources = read_model_list([text], check_folders=False, roots=roots)
+        except UsageError:
+            continue
+        for source in sources:
+            assert not source.is_folder or Path(source.location).resolve().is_relative_to(roots[0].resolve())
+
+
+def test_a_folder_outside_the_roots_is_named_by_its_line(tmp_path: Path) -> None:
+    inside, outside = a_model(tmp_path / "in" / "m"), a_model(tmp_path / "out" / "m")
+    with pytest.raises(UsageError, match=r"^line 2: .*QBATCH_MODEL_ROOTS$"):
+        read_model_list([str(inside), str(outside)], check_folders=True, roots=(tmp_path / "in",))
+    with pytest.raises(UsageError, match=r"line 1: .*another machine"):
+        read_model_list([str(inside)], check_folders=False, roots=())
+    assert read_model_list(["org/a"], check_folders=True, roots=())

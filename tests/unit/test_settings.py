@@ -50,6 +50,8 @@ def test_a_long_home_has_a_socket_path_that_the_kernel_takes() -> None:
         ("BACKOFF_S", "0.5", "backoff_s", 0.5),
         ("MAX_FAILURES", "1", "max_failures", 1),
         ("FLOWER_AUTH", "me:pw", "flower_auth", "me:pw"),
+        ("MODEL_ROOTS", "/a:/b/../c:", "model_roots", (Path("/a"), Path("/b/../c"))),
+        ("TRUST_REMOTE_CODE", " org/a,/m/b/, ,c", "trust_remote_code", frozenset({"org/a", "/m/b", "c"})),
     ],
 )
 def test_each_variable_sets_its_field(variable: str, text: str, field: str, value: Any) -> None:
@@ -118,6 +120,8 @@ def test_a_broker_is_spelled_for_celery_and_for_redis(broker: str, redis_url: st
         f"redis://:{SECRET}@redis:99999/0",
         "unix:///run/r.sock",
         "redis://[::1/0",
+        f"redis://redis:6379/0?password={SECRET}",
+        f"redis+socket:///run/r.sock?virtual_host=0&password={SECRET}",
     ],
 )
 def test_a_broker_that_qbatch_cannot_speak_to_is_refused_without_its_password(broker: str) -> None:
@@ -131,3 +135,25 @@ def test_no_password_is_shown() -> None:
         BROKER_URL=f"redis://:{SECRET}@r/0", DATABASE_URL=f"postgresql://u:{SECRET}@d/q", FLOWER_AUTH=f"me:{SECRET}"
     )
     assert SECRET not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("broker", "roots", "allowed"),
+    [
+        ("", "", None),
+        ("redis://localhost/0", "", None),
+        ("redis+socket:///run/r.sock?virtual_host=3", "", None),
+        ("redis://redis/0", "", ()),
+        ("redis://redis/0", "/models:/more", (Path("/models"), Path("/more"))),
+        ("", "/models", (Path("/models"),)),
+        ("", ":", ()),
+    ],
+)
+def test_any_folder_is_taken_while_all_workers_are_here_and_none_asked_otherwise(
+    broker: str, roots: str, allowed: tuple[Path, ...] | None
+) -> None:
+    assert read(BROKER_URL=broker, MODEL_ROOTS=roots).allowed_roots == allowed
+
+
+def test_no_model_s_code_is_trusted_unless_it_is_named() -> None:
+    assert read().trust_remote_code == read(TRUST_REMOTE_CODE="").trust_remote_code == frozenset()

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from models_db.domain import DType
 from models_db.errors import JobError, SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 from models_db.sources import (
     INDEX_NAME,
+    PICKLE_INDEX_NAME,
+    PICKLE_NAME,
     SINGLE_NAME,
     Header,
     folder_fingerprint,
+    is_pickled,
     parse_source,
+    pickle_files,
     read_config,
     read_header,
     source_dtype,
@@ -351,6 +356,44 @@ def test_a_broken_index_is_corrupt(folder: Path, index: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+file_names = st.sampled_from(
+    ["x.safetensors", "x.bin", "../x.safetensors", "/x.bin", "", ".", "..", "nul\0.bin", "half\ud800.bin", "gone.bin"]
+)
+indexes = st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=3), file_names | json_values)})
+
+
+@given(index=indexes | json_values)
+@fuzz
+def test_whatever_an_index_says_it_names_files_of_its_folder_or_is_corrupt(tmp_path: Path, index: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    for path in (folder / "config.json", folder / "x.safetensors", folder / "x.bin", tmp_path / "x.safetensors"):
+        path.write_text("{}")
+    for name, files_of in ((INDEX_NAME, weight_files), (PICKLE_INDEX_NAME, pickle_files)):
+        (folder / name).write_text(json.dumps(index))
+        with suppress(SourceCorrupt):
+            suffix = "bin" if name == PICKLE_INDEX_NAME else "safetensors"
+            assert set(files_of(folder)) == {folder / f"x.{suffix}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "pickled"),
+    [
+        ((), False),
+        ((PICKLE_NAME,), True),
+        ((PICKLE_INDEX_NAME,), True),
+        ((PICKLE_NAME, SINGLE_NAME), False),
+        ((PICKLE_INDEX_NAME, INDEX_NAME), False),
+        (("model.pt",), False),
+    ],
+)
+def test_a_model_is_pickled_where_it_has_no_safetensors(tmp_path: Path, files: tuple[str, ...], pickled: bool) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert is_pickled(tmp_path) is pickled
+    assert not is_pickled(tmp_path / "gone")
+
+
 @pytest.mark.parametrize("config", ["", "{", "[]", "[" * 100_000, "\ufffe"])
 def test_a_config_that_is_no_object_is_corrupt(folder: Path, config: str) -> None:
     (folder / "config.json").write_text(config)
@@ -365,7 +408,11 @@ def test_a_config_that_is_no_object_is_corrupt(folder: Path, config: str) -> Non
         ((SINGLE_NAME,), SourceNotFound),
         (("config.json",), SourceNotFound),
         (("config.json", "pytorch_model.bin"), UnsafeSource),
+        (("config.json", "pytorch_model-00001-of-00002.bin"), UnsafeSource),
         (("config.json", "consolidated.00.pth"), UnsafeSource),
+        (("config.json", "model.pt"), UnsafeSource),
+        (("config.json", "last.ckpt"), UnsafeSource),
+        (("config.json", "weights.pkl"), UnsafeSource),
     ],
 )
 def test_a_folder_without_what_is_needed_says_so(tmp_path: Path, files: tuple[str, ...], error: type[JobError]) -> None:
