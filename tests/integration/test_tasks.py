@@ -1,0 +1,208 @@
+"""lm-evaluation-harness's tasks on tiny models: what is measured, and what is refused before anything is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models_db.domain import BASELINE, DType, Measurement, Protocol, Scheme, TaskRef
+from models_db.errors import BenchmarkError, JobError, UnsafeSource, Unsupported
+from scheduler.task_files import read_tasks
+from tests import quiz, tiny
+from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, quantized
+from worker.benchmark import benchmark
+
+ACCURACY_AND_MARGINS = [{"metric": "acc"}, {"metric": "brier_score"}]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quiz.make_taught(tmp_path_factory.mktemp("taught"))
+
+
+def by_file(path: Path, **fields: Any) -> tuple[Protocol, dict[str, str]]:
+    read = read_tasks([str(path)])
+    return replace(QUICK, tasks=read.refs, **fields), dict(read.texts)
+
+
+def by_name(*names: str) -> tuple[Protocol, dict[str, str]]:
+    return replace(QUICK, tasks=tuple(TaskRef(name=name) for name in names)), {}
+
+
+def measured(
+    folder: Path,
+    asked: tuple[Protocol, dict[str, str]],
+    scheme: Scheme = BASELINE,
+    on_step: Callable[[str], None] = lambda _step: None,
+) -> Measurement:
+    protocol, texts = asked
+    return benchmark(
+        loaded_on_cpu(folder),
+        folder=folder,
+        scheme=scheme.resolved(DType.BFLOAT16),
+        dtype=DType.BFLOAT16,
+        protocol=protocol,
+        eval_text=TEXT,
+        on_step=on_step,
+        task_texts=texts,
+    )
+
+
+def refused(folder: Path, asked: tuple[Protocol, dict[str, str]], error: type[JobError], match: str) -> None:
+    """It ends so, before anything is measured."""
+    steps: list[str] = []
+    with pytest.raises(error, match=match):
+        measured(folder, asked, on_step=steps.append)
+    assert steps == []
+
+
+@pytest.mark.parametrize("scheme", [BASELINE, INT8, NF4], ids=lambda scheme: scheme.method.value)
+def test_the_figures_are_those_of_the_log_likelihoods(taught: Path, tmp_path: Path, scheme: Scheme) -> None:
+    folder = taught if scheme.is_baseline else quantized(taught, tmp_path / "checkpoint", scheme)
+    path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
+    figures = measured(folder, by_file(path), scheme).details["tasks"]["quiz"]
+    scores = quiz.log_likelihoods(folder)
+    assert figures["acc"] == quiz.accuracy(scores) == quiz.TAUGHT_ACCURACY
+    # LLM.int8 looks for outliers in a whole batch: eight together are not quite eight apart.
+    assert figures["brier_score"] == pytest.approx(quiz.brier_score(scores), rel=0.02)
+    n = len(quiz.QUESTIONS)
+    assert figures["acc_stderr"] == pytest.approx((0.75 * 0.25 / (n - 1)) ** 0.5)
+    assert figures["brier_score_stderr"] is None
+    assert (figures["n_samples"], figures["num_fewshot"], figures["version"]) == (n, 0, "2")
+    assert figures["higher_is_better"] == {"acc": True, "brier_score": False}
+
+
+def test_a_model_that_was_not_taught_guesses(tmp_path: Path) -> None:
+    folder = tiny.make_causal(tmp_path / "llama", seed=3)
+    path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
+    figures = measured(folder, by_file(path)).details["tasks"]["quiz"]
+    scores = quiz.log_likelihoods(folder)
+    assert figures["acc"] == quiz.accuracy(scores) < quiz.TAUGHT_ACCURACY
+    assert figures["brier_score"] == pytest.approx(quiz.brier_score(scores), rel=0.02)
+
+
+def test_the_same_questions_give_the_same_figures_again(taught: Path, tmp_path: Path) -> None:
+    asked = by_file(quiz.write_quiz(tmp_path, fewshot_split="test"), num_fewshot=2)
+    first, second = (measured(taught, asked).details["tasks"] for _ in range(2))
+    assert first == second
+    assert first["quiz"]["num_fewshot"] == 2
+
+
+def test_a_limit_asks_the_first_questions(taught: Path, tmp_path: Path) -> None:
+    path = quiz.write_quiz(tmp_path)
+    whole, limited = (
+        measured(taught, by_file(path, **fields)).details["tasks"]["quiz"] for fields in ({}, {"task_limit": 4})
+    )
+    # Of the first four, the first is taught wrong, and so is none of the others.
+    assert (limited["n_samples"], limited["acc"]) == (4, 0.75)
+    assert limited["config_hash"] == whole["config_hash"]
+    assert limited["samples_hash"] != whole["samples_hash"]
+
+
+def test_generated_answers_and_perplexity_are_tasks_too(taught: Path, tmp_path: Path) -> None:
+    common = {"doc_to_choice": None, "metric_list": None}
+    generated = quiz.write_quiz(
+        tmp_path / "a",
+        **common | {"metric_list": [{"metric": "exact_match"}]},
+        task="written",
+        output_type="generate_until",
+        doc_to_target="{{choices[answer]}}",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 8},
+        filter_list=[{"name": "word", "filter": [{"function": "regex", "regex_pattern": f"({'|'.join(quiz.WORDS)})"},
+                                                 {"function": "take_first"}]}],
+    )  # fmt: skip
+    rolling = quiz.write_quiz(
+        tmp_path / "b", **common, task="read", output_type="loglikelihood_rolling", doc_to_target="{{question}}"
+    )
+    read = read_tasks([str(generated), str(rolling)])
+    tasks = measured(taught, (replace(QUICK, tasks=read.refs), dict(read.texts))).details["tasks"]
+    # No end token was taught: the filter takes the first word that is an answer.
+    assert tasks["written"]["exact_match,word"] == quiz.TAUGHT_ACCURACY
+    assert tasks["written"]["exact_match,word_stderr"] > 0
+    assert tasks["read"]["word_perplexity"] > 1
+    assert json.loads(json.dumps(tasks)) == tasks
+
+
+def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
+    folder = tiny.make_encoder(tmp_path / "bert", "masked-lm")
+    details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details
+    assert details["tasks"] is None
+    assert "continue a text" in details["tasks_reason"]
+    assert details["stats"]["forward"]["count"] > 0
+
+
+def test_an_encoder_decoder_answers(tmp_path: Path) -> None:
+    folder = tiny.make_seq2seq(tmp_path / "t5")
+    figures = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details["tasks"]["quiz"]
+    assert 0 <= figures["acc"] <= 1
+
+
+def test_without_tasks_nothing_of_the_harness_is_there(taught: Path) -> None:
+    details = measured(taught, (QUICK, {})).details
+    assert details["tasks"] is None
+    assert details["tasks_reason"] is None
+
+
+def test_a_head_of_its_own_is_left_apart(taught: Path, tmp_path: Path) -> None:
+    # The configuration says that they are one, the file has two that differ, and transformers keeps both.
+    folder = tmp_path / "own-head"
+    tiny.make_causal(folder, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["lm_head.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
+    figures = measured(folder, by_file(path)).details["tasks"]["quiz"]
+    assert figures["brier_score"] == pytest.approx(quiz.brier_score(quiz.log_likelihoods(folder)), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ question.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os.getcwd() }}"],
+)
+def test_a_template_reaches_nothing_but_its_data(taught: Path, tmp_path: Path, template: str) -> None:
+    path = quiz.write_quiz(tmp_path, doc_to_text=template)
+    refused(taught, by_file(path), UnsafeSource, "reaches for more than its data")
+
+
+def test_a_metric_that_the_harness_does_not_have_is_refused(taught: Path, tmp_path: Path) -> None:
+    path = quiz.write_quiz(tmp_path, metric_list=[{"metric": "rouge"}])
+    refused(taught, by_file(path), UnsafeSource, "a script of the hub")
+
+
+def test_a_task_whose_template_fails_says_why(taught: Path, tmp_path: Path) -> None:
+    path = quiz.write_quiz(tmp_path, doc_to_text="{{ querstion }}")
+    refused(taught, by_file(path), BenchmarkError, "'querstion' is undefined")
+
+
+def test_a_worker_without_the_harness_says_so(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    refused(taught, by_file(quiz.write_quiz(tmp_path)), Unsupported, r"pip install 'qbatch\[eval\]'")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("no_such_task", Unsupported, "has no task 'no_such_task'"),
+        ("humaneval", UnsafeSource, "runs what the model writes"),
+        ("kobest_boolq", UnsafeSource, "script of the hub"),
+        ("xnli_va", UnsafeSource, "comes with code"),
+        # A group, for one of its tasks.
+        ("catalan_bench", UnsafeSource, "comes with code"),
+        # Not downloaded here, and said in one line.
+        ("arc_easy", BenchmarkError, "cannot load the tasks"),
+    ],
+)
+def test_a_name_is_looked_up_in_the_harnesss_registry(
+    taught: Path, name: str, error: type[JobError], match: str
+) -> None:
+    refused(taught, by_name(name), error, match)
