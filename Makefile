@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint seed-table bench clean
+.PHONY: help install demo test chaos lint seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,11 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 test: install ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
+CHAOS_KILLS ?= 200
+
+chaos: install ## kill everything at random under batches of jobs, then account for each (CHAOS_KILLS=1000 for a long one)
+	$(BIN)/python -m tests.chaos --kills $(CHAOS_KILLS)
+
 lint: install ## style, types, and which package may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -41,6 +46,7 @@ seed-table: install ## the recipe's table for bloom-1b7's architecture (random w
 
 bench: install ## side by side with what one would do without qbatch
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.why
 
 clean: ## remove what was made here, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
@@ -144,11 +144,26 @@ BASELINE = Scheme(method=Method.NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRef:
+    """A task of lm-evaluation-harness: of its own registry, or a packed file by the sha256 of its text."""
+
+    name: str
+    sha256: str | None = None
+
+
+def _task_refs(values: Iterable[Mapping[str, Any]]) -> tuple[TaskRef, ...]:
+    return tuple(TaskRef(**value) for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """Everything that decides what a measured number means. Numbers of different protocols are never compared.
 
     ``prompt_tokens`` is the length of an encoder's input too. The text is scored in windows of ``eval_window``
-    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them.
+    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None leaves it to each task;
+    ``task_limit`` is the number of a task's questions that are asked. The times are taken in ``rounds``, between which
+    the other models of the bundle have theirs; the minima are those of all rounds together, the warm-up is each
+    round's. ``why`` and ``energy`` ask for what lies behind a decode step on a GPU.
     """
 
     batch_size: int
@@ -161,9 +176,15 @@ class Protocol:
     eval_window: int
     eval_stride: int
     eval_max_windows: int
+    tasks: tuple[TaskRef, ...] = ()
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+    rounds: int = 1
+    why: bool = False
+    energy: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride"):
+        for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.new_tokens < 2:
@@ -174,11 +195,13 @@ class Protocol:
         return content_hash(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the fields that stand at their default: one added later changes no hash stored before it."""
+        value = asdict(self)
+        return {f.name: value[f.name] for f in fields(self) if getattr(self, f.name) != f.default}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**value)
+        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
 _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
@@ -187,8 +210,10 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "prompt_tokens": 256,
         "new_tokens": 64,
         "warmup_iterations": 2,
-        "min_iterations": 5,
-        "min_duration_s": 2.0,
+        "min_iterations": 6,
+        "min_duration_s": 3.0,
+        "rounds": 3,
+        "why": True,
         "eval_window": 1024,
         "eval_stride": 1024,
         "eval_max_windows": 32,
@@ -199,8 +224,9 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "prompt_tokens": 64,
         "new_tokens": 16,
         "warmup_iterations": 1,
-        "min_iterations": 3,
+        "min_iterations": 2,
         "min_duration_s": 0.5,
+        "rounds": 2,
         "eval_window": 256,
         "eval_stride": 256,
         "eval_max_windows": 8,
@@ -216,18 +242,35 @@ class ProtocolOptions:
     batch_size: int | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    tasks: tuple[TaskRef, ...] = ()
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+    why: bool | None = None
+    energy: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
+            raise UsageError("few-shot examples and a limit belong to tasks, and none were asked for")
+
+    @property
+    def text_hashes(self) -> tuple[str, ...]:
+        """Of the stored texts that measuring needs: the evaluation text, and the packed tasks."""
+        return (self.eval_text_sha256, *(task.sha256 for task in self.tasks if task.sha256 is not None))
 
     def for_device(self, kind: DeviceKind) -> Protocol:
         """The protocol on a device of ``kind`` (CUDA or CPU)."""
-        asked = {name: value for name, value in asdict(self).items() if value is not None}
-        return Protocol(**_SPEED_DEFAULTS[kind] | asked)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if kind is DeviceKind.CPU:
+            # Nothing there tells waiting from working, or has a counter: asking changes no number.
+            values |= {"why": False, "energy": False}
+        return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**value)
+        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +285,7 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One model × one scheme × one protocol, as submitted."""
+    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` admits a source that has only pickles."""
 
     source: SourceRef
     scheme: Scheme
@@ -250,6 +293,7 @@ class JobSpec:
     device: DeviceKind
     protocol: ProtocolOptions
     force: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from models_db.domain import Claim, DeviceKind, Measurement, Protocol, Stage
 from worker.checkpoint import Published
+from worker.fetch import Doors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """All that a runner needs to know. ``texts`` are the evaluation texts by their sha256."""
+    """All that a runner needs to know. ``texts`` are the evaluation texts and packed tasks by their sha256."""
 
     claims: tuple[Claim, ...]
     texts: Mapping[str, str]
@@ -22,6 +23,7 @@ class Order:
     staging: Path
     cache: Path
     cache_bytes: int
+    doors: Doors
     lease_s: float
 
 
@@ -77,11 +79,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The job failed with an error of this kind."""
+    """The job failed with an error of this kind; ``needed_bytes`` is a DiskFull's."""
 
     job_id: int
     kind: str
     message: str
+    needed_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,8 +84,14 @@ def run(order: Order, connection: Connection, log_path: Path) -> None:
 
 
 def _redirect_output(log_path: Path) -> None:
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        # A storage that is full must be said as such, by the work that it stops. What is said meanwhile, the worker's
+        # log gets.
+        print(f"runner: no log at {log_path}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+        return
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

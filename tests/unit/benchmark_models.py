@@ -29,6 +29,7 @@ QUICK = replace(
     eval_window=64,
     eval_stride=64,
     eval_max_windows=3,
+    rounds=1,
 )
 
 

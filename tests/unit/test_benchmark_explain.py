@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch._C._autograd import DeviceType
 
+from models_db.domain import DType
 from tests import tiny
-from tests.unit.benchmark_models import NF4, loaded_on_cpu, measured, quantized
+from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, quantized
+from worker.benchmark.capture import Captures
 from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, net_energy
-from worker.benchmark.graph import GraphRequest, decode_step, kernels_alone
+from worker.benchmark.explain import Explanation
+from worker.benchmark.fairness import FairnessWatch, any_of
+from worker.benchmark.graph import GraphRequest, KernelsAlone, Shape, decode_step
+from worker.benchmark.phases import Round
 from worker.benchmark.profile import StepProfile, covered, profile_decode, summarize_events
 from worker.benchmark.roofs import Roofs
 from worker.benchmark.size import measure_size
@@ -24,7 +35,8 @@ from worker.benchmark.verdict import Verdict, judge
 
 EMBEDDING_BYTES = tiny.VOCAB_SIZE * 128 * 2
 ROOFS = Roofs(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, dtype="bfloat16")
-REQUEST = GraphRequest(folder="/nowhere", dtype="bfloat16", device="cpu", batch_size=1, prompt_tokens=8, new_tokens=4)
+SHAPE = Shape(batch_size=2, prompt_tokens=8, new_tokens=4)
+REQUEST = GraphRequest(folder="/nowhere", dtype="bfloat16", device="cuda:0", shapes=(SHAPE, SHAPE))
 
 
 def event(name: str, begin_us: float, end_us: float, *, device: bool = False, note: bool = False) -> SimpleNamespace:
@@ -108,20 +120,23 @@ def test_of_a_mixture_only_the_experts_that_a_batch_can_choose(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("busy_s", "synchronizations", "weight_bytes", "flops", "expected"),
+    ("busy_s", "launches", "synchronizations", "weight_bytes", "flops", "expected"),
     [
-        (0.007, 1, 16e9, 16e9, Verdict.HOST_BOUND),
-        (0.007, 256, 16e9, 16e9, Verdict.SYNCHRONIZATION_BOUND),
-        (0.019, 1, 46e9, 16e9, Verdict.MEMORY_BOUND),
-        (0.019, 1, 1e9, 10e12, Verdict.COMPUTE_BOUND),
-        (0.019, 256, 5e9, 16e9, Verdict.KERNEL_BOUND),
-        (0.007, 1, 40e6, 16e9, None),
+        pytest.param(0.007, 1000, 1, 16e9, 16e9, Verdict.HOST_BOUND, id="16 bits, eager, 8B"),
+        pytest.param(0.007, 60, 3, 16e9, 16e9, Verdict.HOST_BOUND, id="few layers: what generate itself waits"),
+        pytest.param(0.009, 4000, 256, 9e9, 16e9, Verdict.SYNCHRONIZATION_BOUND, id="LLM.int8's outlier path, 8B"),
+        pytest.param(0.009, 10_000, 256, 9e9, 16e9, Verdict.SYNCHRONIZATION_BOUND, id="with more launches"),
+        pytest.param(0.009, 3500, 2, 9e9, 16e9, Verdict.HOST_BOUND, id="LLM.int8 without it, 8B"),
+        pytest.param(0.019, 1000, 1, 46e9, 16e9, Verdict.MEMORY_BOUND, id="at the copy roof"),
+        pytest.param(0.019, 1000, 1, 1e9, 10e12, Verdict.COMPUTE_BOUND, id="at the arithmetic roof"),
+        pytest.param(0.019, 1000, 256, 5e9, 16e9, Verdict.KERNEL_BOUND, id="busy, far from both"),
+        pytest.param(0.007, 1000, 1, 40e6, 16e9, None, id="in the cache"),
     ],
 )
 def test_the_verdict_names_what_limits(
-    busy_s: float, synchronizations: float, weight_bytes: float, flops: float, expected: Verdict | None
+    busy_s: float, launches: float, synchronizations: float, weight_bytes: float, flops: float, expected: Verdict | None
 ) -> None:
-    profile = StepProfile(steps=8, device_busy_s=busy_s, launches=1000, synchronizations=synchronizations)
+    profile = StepProfile(steps=8, device_busy_s=busy_s, launches=launches, synchronizations=synchronizations)
     work = StepWork(weight_bytes=int(weight_bytes), cache_bytes=0, flops=flops)
     assert judge(wall_s=0.020, profile=profile, work=work, roofs=ROOFS, cache_size_bytes=50_000_000) is expected
 
@@ -169,28 +184,161 @@ def test_a_counter_that_stands_still_is_no_counter() -> None:
         loop_between_ticks(machine.work(1), machine.read_j, now_s=machine.now_s, sleep=machine.sleep)
 
 
-def test_without_cuda_there_is_a_reason_in_place_of_a_graph() -> None:
-    assert kernels_alone(REQUEST).reason == "there are no CUDA graphs on a CPU"
-
-
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2", "opt"])
 @torch.inference_mode()
 def test_the_captured_step_is_the_same_however_often_it_is_replayed(tmp_path: Path, arch: str) -> None:
     model = loaded_on_cpu(tiny.make_causal(tmp_path, arch)).model
-    step, rewind = decode_step(model, replace(REQUEST, batch_size=2))
-    expected = model(torch.ones(2, REQUEST.prompt_tokens + 1, dtype=torch.long)).logits[:, -1]
-    for _ in range(3 * REQUEST.new_tokens):
+    step, rewind = decode_step(model, SHAPE, "cpu")
+    expected = model(torch.ones(2, SHAPE.prompt_tokens + 1, dtype=torch.long)).logits[:, -1]
+    for _ in range(3 * SHAPE.new_tokens):
         rewind()
         torch.testing.assert_close(step()[:, -1], expected)
 
 
-def test_a_capturing_process_that_dies_leaves_a_reason() -> None:
-    result = kernels_alone(replace(REQUEST, device="cuda:0"))
-    assert result.step_s is None
-    assert result.reason is not None
-    assert "ended with 1" in result.reason
-    assert "config.json" in result.reason
+def children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.timeout(300)
+def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: Path) -> None:
+    """Each in a process of its own: what goes wrong in one is a reason, and the next is asked all the same."""
+    with Captures() as captures:
+        on_cpu = captures.kernels_alone(replace(REQUEST, device="cpu"))
+        assert [alone.reason for alone in on_cpu] == ["there are no CUDA graphs on a CPU"] * 2
+        server = captures.prepare().pid
+        broken = captures.kernels_alone(replace(REQUEST, folder=str(tmp_path)))
+        assert [alone.step_s for alone in broken] == [None, None]
+        assert "config.json" in str(broken[0].reason)
+        assert captures.prepare().pid == server
+    assert not psutil.pid_exists(server)
+
+
+@pytest.mark.timeout(300)
+def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path) -> None:
+    fifo = tmp_path / "config.json"
+    os.mkfifo(fifo)  # whoever reads it waits for ever
+    stuck = replace(REQUEST, folder=str(tmp_path))
+    with Captures(time_limit_s=60.0) as captures:
+        captures.kernels_alone(replace(REQUEST, device="cpu"))
+        threading.Thread(target=_kill_child_of, args=(captures.prepare().pid,)).start()
+        assert "died without a word" in str(captures.kernels_alone(stuck)[0].reason)
+        captures._time_limit_s = 1.0
+        server = captures.prepare().pid
+        assert "took longer than 1 s" in str(captures.kernels_alone(stuck)[1].reason)
+        assert not psutil.pid_exists(server)
+
+
+def _kill_child_of(pid: int) -> None:
+    while not (found := children(pid)):
+        time.sleep(0.05)
+    found[0].kill()
+
+
+@pytest.mark.timeout(300)
+def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
+    """The GPU belongs to the next one."""
+    os.mkfifo(tmp_path / "config.json")
+    code = (
+        "from dataclasses import replace; from tests.unit.test_benchmark_explain import *;"
+        f"Captures().kernels_alone(replace(REQUEST, folder={str(tmp_path)!r}))"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        deadline = time.monotonic() + 200
+        while len(found := children(runner.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        runner.kill()
+        runner.wait()
+    assert psutil.wait_procs(found, timeout=60)[1] == []
+
+
+def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
+    """Here for want of a GPU: every part fails, and says so in its place."""
+    loaded = replace(loaded_on_cpu(tiny.make_causal(tmp_path)), device="cuda:0")
+    steps: list[str] = []
+    explanation = Explanation(replace(QUICK, why=True, energy=True), steps.append)
+    prompts = torch.ones(1, 8, dtype=torch.long)
+    explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, flags=None))
+    alone = KernelsAlone(reason="not captured")
+    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=alone)
+    assert steps == ["profile", "energy"]
+    assert explanation.fault is None
+    assert why["verdict"] is None
+    assert why["reason"].startswith("cannot profile a step: ")
+    assert why["energy"].keys() == {"reason"}
+    assert why["kernels_alone"] == {"step_s": None, "reason": "not captured"}
+
+
+def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("worker.benchmark.explain.profile_decode", fault)
+    explanation = Explanation(replace(QUICK, why=True, energy=True), lambda _step: None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, flags=None)
+    explanation.observe(loaded_on_cpu(tiny.make_causal(tmp_path)), shape)
+    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
+    assert explanation.fault is not None
+    assert why["reason"] == why["energy"]["reason"] == str(explanation.fault)
+
+
+class Card:
+    """A GPU as NVML tells of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pids = [os.getpid()]
+        self.reasons = 0
+        self.clock_mhz = 1980
+        processes = lambda _handle: [SimpleNamespace(pid=pid) for pid in self.pids]  # noqa: E731
+        monkeypatch.setattr("pynvml.nvmlDeviceGetComputeRunningProcesses", processes)
+        monkeypatch.setattr("pynvml.nvmlDeviceGetCurrentClocksEventReasons", lambda _handle: self.reasons)
+        monkeypatch.setattr("pynvml.nvmlDeviceGetClockInfo", lambda _handle, _kind: self.clock_mhz)
+
+
+FAIR = {"foreign_processes": False, "throttled": False, "clocks_changed": False}
+
+
+def test_a_gpu_to_oneself_at_a_steady_clock_is_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, watch = Card(monkeypatch), FairnessWatch("handle")
+    assert watch.flags() is None, "nothing was seen yet"
+    watch.look()
+    card.clock_mhz = 1935
+    card.reasons = 0x1 | 0x2  # idle, and clocks that somebody set
+    card.pids = [1]  # the host's number of this process
+    watch.look()
+    assert watch.flags() == FAIR
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("foreign_processes", {"pids": [1, os.getpid()]}),
+        ("foreign_processes", {"pids": [1, 2]}),
+        ("throttled", {"reasons": 0x4}),
+        ("throttled", {"reasons": 0x20}),
+        ("clocks_changed", {"clock_mhz": 1700}),
+    ],
+)
+def test_what_makes_a_measurement_unfair_is_flagged_though_it_passes(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: dict[str, Any]
+) -> None:
+    card, watch = Card(monkeypatch), FairnessWatch("handle")
+    before = {key: getattr(card, key) for key in change}
+    for state in (before, change, before):
+        for key, value in state.items():
+            setattr(card, key, value)
+        watch.look()
+    assert watch.flags() == FAIR | {name: True}
+
+
+def test_the_flags_of_all_rounds_are_those_of_the_row() -> None:
+    assert any_of([FAIR, None, FAIR | {"throttled": True}]) == FAIR | {"throttled": True}
+    assert any_of([None, None]) is None
 
 
 def test_a_cpu_s_measurement_explains_nothing(tmp_path: Path) -> None:
-    assert measured(tiny.make_causal(tmp_path)).details["why"] is None
+    details = measured(tiny.make_causal(tmp_path), protocol=replace(QUICK, why=True, energy=True)).details
+    assert details["why"] is None
+    assert details["flags"] is None

@@ -280,7 +280,8 @@ def test_a_reference_s_name_depends_on_all_that_decides_its_content() -> None:
     ]
     names = [reference_name(**(same | other)) for other in others]
     assert len({reference_name(**same), *names}) == 1 + len(others)
-    assert reference_name(**same) == reference_name(**dict(same))
+    shaped = replace(QUICK, batch_size=9, prompt_tokens=9, new_tokens=9, min_iterations=9, rounds=9, why=True)
+    assert reference_name(**same | {"protocol": shaped}) == reference_name(**same), "one serves every shape"
 
 
 def test_without_a_tokenizer_there_is_nothing_to_compare(tmp_path: Path) -> None:

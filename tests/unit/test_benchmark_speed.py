@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +43,7 @@ class SlowModel(PreTrainedModel, GenerationMixin):
         self.steps = 0
         self.slow_calls = slow_calls
         self.ended_s = 0.0
+        self.prefills_s: list[float] = []
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.embed
@@ -57,6 +57,9 @@ class SlowModel(PreTrainedModel, GenerationMixin):
         self.ended_s += self._delay_s(is_prefill)
         logits = torch.zeros(*input_ids.shape, 16)
         time.sleep(max(0.0, self.ended_s - time.perf_counter()))
+        if is_prefill:
+            # What the delay came to: a busy machine wakes a sleeper late.
+            self.prefills_s.append(PREFILL_S + time.perf_counter() - self.ended_s)
         return CausalLMOutputWithPast(logits=logits)
 
     def _delay_s(self, is_prefill: bool) -> float:
@@ -74,9 +77,7 @@ def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None
     protocol = replace(QUICK, batch_size=batch_size, new_tokens=NEW_TOKENS, warmup_iterations=1, min_iterations=3)
     prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long)
     model = SlowModel(SlowConfig(), slow_calls=3).eval()
-    times = time_generation(
-        model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=HostClock(), during_warmup=nullcontext()
-    )
+    times = time_generation(model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=HostClock())
     prefill, decode, per_token = summarize(times.prefill_s), summarize(times.decode_s), summarize(times.per_token_s)
 
     mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
@@ -86,6 +87,36 @@ def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None
     assert per_token.p95 == pytest.approx(SLOW_STEP_S, rel=0.05)
     throughput = batch_size * (NEW_TOKENS - 1) / decode.mean
     assert throughput == pytest.approx(batch_size / mean_step_s, rel=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_prefill_s_percentiles_are_found_within_five_per_cent(batch_size: int) -> None:
+    protocol = replace(QUICK, batch_size=batch_size, new_tokens=2, warmup_iterations=2, min_iterations=40)
+    prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long)
+    model = SlowModel(SlowConfig(), slow_calls=3).eval()
+    times = time_generation(model, prompts, new_tokens=2, protocol=protocol, clock=HostClock())
+    prefill = summarize(times.prefill_s)
+    injected_s = model.prefills_s[-prefill.count :]
+    assert prefill.count == 40
+    assert min(injected_s) == pytest.approx(PREFILL_S, rel=0.05)
+    assert [prefill.p50, prefill.p95] == pytest.approx(np.percentile(injected_s, [50, 95]), rel=0.05)
+
+
+def test_a_round_has_its_share_of_the_iterations_and_nothing_looks_while_it_is_timed() -> None:
+    """A look takes as long as a slow step here, and is part of no time."""
+    protocol = replace(QUICK, new_tokens=3, warmup_iterations=1, min_iterations=5, rounds=2)
+    model, looks = SlowModel(SlowConfig(), slow_calls=0).eval(), list[int]()
+
+    def look() -> None:
+        looks.append(model.steps)
+        time.sleep(SLOW_STEP_S)
+
+    prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
+    times = time_generation(model, prompts, new_tokens=3, protocol=protocol, clock=HostClock(), look=look)
+    assert len(times.prefill_s) == 3, "half of five, rounded up"
+    assert looks == [2, 2, 2, 2], "after the warm-up and after each iteration, when its last step is done"
+    assert min(times.prefill_s) < PREFILL_S + SLOW_STEP_S
+    assert min(times.per_token_s) < STEP_S + SLOW_STEP_S
 
 
 class StubbornModel(SlowModel):
@@ -100,7 +131,7 @@ def test_a_model_that_stops_early_is_not_timed_as_if_it_had_not() -> None:
     model = StubbornModel(SlowConfig(), slow_calls=0).eval()
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
     with pytest.raises(BenchmarkError, match="after 3 of 4 tokens"):
-        time_generation(model, prompts, new_tokens=4, protocol=QUICK, clock=HostClock(), during_warmup=nullcontext())
+        time_generation(model, prompts, new_tokens=4, protocol=QUICK, clock=HostClock())
 
 
 def test_a_forward_s_injected_delay_is_found_within_five_per_cent() -> None:
@@ -108,7 +139,7 @@ def test_a_forward_s_injected_delay_is_found_within_five_per_cent() -> None:
     model.register_forward_pre_hook(lambda module, _args: setattr(module, "ended_s", time.perf_counter()))
     inputs = {"input_ids": torch.ones(1, PROMPT_TOKENS, dtype=torch.long)}
     protocol = replace(QUICK, warmup_iterations=1, min_iterations=5)
-    times_s = time_forward(model, inputs, protocol=protocol, clock=HostClock(), during_warmup=nullcontext())
+    times_s = time_forward(model, inputs, protocol=protocol, clock=HostClock())
     assert len(times_s) == 5
     assert summarize(times_s).p50 == pytest.approx(PREFILL_S, rel=0.05)
 

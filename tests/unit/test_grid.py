@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
 import pytest
 
-from models_db.domain import BASELINE, DeviceKind, DType, Method, ProtocolOptions, SourceRef
+from cli_options import Counts
+from models_db.domain import (
+    BASELINE,
+    DeviceKind,
+    DType,
+    Method,
+    Protocol,
+    ProtocolOptions,
+    SourceRef,
+    content_hash,
+)
 from models_db.errors import UsageError
 from scheduler.grid import Grid
 
@@ -62,6 +73,58 @@ def test_an_option_reaches_the_schemes_it_belongs_to_and_no_others() -> None:
         assert scheme.compute_dtype is DType.FLOAT16
         assert scheme.skip_modules == ("a", "b"), "the order in which they were named is no identity"
         assert scheme.max_shard_bytes == 10
+
+
+def test_every_combination_of_sizes_is_a_shape_of_its_own_with_its_own_baseline() -> None:
+    grid = Grid(bits=(4,), batch_sizes=(1, 8, 1), new_tokens=(32, 64), why=False, energy=True)
+    source, protocol = SourceRef(name="a", location="a"), ProtocolOptions(eval_text_sha256="0" * 64)
+    specs = grid.bundle(source, protocol)
+    shapes = [(1, None, 32), (1, None, 64), (8, None, 32), (8, None, 64)]
+    asked = [(s.protocol.batch_size, s.protocol.prompt_tokens, s.protocol.new_tokens) for s in specs]
+    assert asked == [shape for shape in shapes for _ in grid.schemes()]
+    assert [spec.scheme.method for spec in specs] == [Method.NONE, Method.NF4] * 4
+    assert {(spec.protocol.why, spec.protocol.energy) for spec in specs} == {(False, True)}
+    assert len({spec.protocol.for_device(DeviceKind.CPU).hash for spec in specs}) == 4
+
+
+@pytest.mark.parametrize("sizes", [{"batch_sizes": (1, 0)}, {"prompt_tokens": (0,)}, {"new_tokens": (64, 1)}])
+def test_a_shape_without_tokens_is_refused(sizes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(UsageError, match="at least"):
+        Grid(bits=(4,), **sizes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["0", "8,", "1.5", "-1", "a", "", "1_0", "99999999999"])
+def test_what_is_no_list_of_counts_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="comma list of whole numbers of at least 1"):
+        Counts(1).convert(text, None, None)
+
+
+def test_a_list_of_counts_keeps_its_order() -> None:
+    assert Counts(1).convert("8, 1,64", None, None) == (8, 1, 64)
+    with pytest.raises(click.BadParameter, match="at least 2"):
+        Counts(2).convert("64,1", None, None)
+
+
+def test_why_is_asked_on_a_gpu_and_energy_only_on_request() -> None:
+    """On a CPU neither can be had, so asking is no other protocol there."""
+    cuda, cpu = DeviceKind.CUDA, DeviceKind.CPU
+    silent = ProtocolOptions(eval_text_sha256="0" * 64)
+    eager = ProtocolOptions(eval_text_sha256="0" * 64, why=True, energy=True)
+    refusing = ProtocolOptions(eval_text_sha256="0" * 64, why=False)
+    asked = [(p.why, p.energy) for p in (options.for_device(cuda) for options in (silent, eager, refusing))]
+    assert asked == [(True, False), (True, True), (False, False)]
+    assert silent.for_device(cpu) == eager.for_device(cpu) == refusing.for_device(cpu)
+
+
+def test_what_was_stored_before_there_were_rounds_is_one_round_that_was_not_asked_why() -> None:
+    asked = {"eval_text_sha256": "0" * 64, "batch_size": 2, "prompt_tokens": None, "new_tokens": None}
+    assert ProtocolOptions.from_json(asked) == ProtocolOptions(eval_text_sha256="0" * 64, batch_size=2)
+    protocol = ProtocolOptions.from_json(asked).for_device(DeviceKind.CUDA)
+    stored = {name: value for name, value in protocol.to_json().items() if name not in ("rounds", "why", "energy")}
+    earlier = Protocol.from_json(stored)
+    assert (earlier.rounds, earlier.why, earlier.energy) == (1, False, False)
+    assert earlier.hash == content_hash(stored) != protocol.hash
+    assert Protocol.from_json(protocol.to_json()) == protocol
 
 
 def test_a_bundle_holds_one_job_for_each_scheme() -> None:

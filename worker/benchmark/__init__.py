@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models_db.domain import DType, Measurement, Protocol, Scheme
-from models_db.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from worker.benchmark.reference import Reference
@@ -26,29 +25,41 @@ def benchmark(
     eval_text: str,
     on_step: Callable[[str], None],
     reference: Reference | None = None,
-    explain: bool = False,
+    task_texts: Mapping[str, str] | None = None,
 ) -> Measurement:
-    """Measure ``loaded``, fresh from ``folder``, by ``protocol``; ``scheme`` and ``dtype`` are resolved.
+    """Measure ``loaded``, fresh from ``folder``, by ``protocol``, by itself: all rounds in a row, nothing between them.
 
-    ``on_step`` is told in a word or two what is being done. With the ``reference`` of its base (see
-    ``worker.benchmark.reference``), ``details["quality"]`` says how far the model is from it. With ``explain``,
-    ``details["why"]`` of a causal LM on a GPU says what limits it and what energy it takes; that is about a minute
-    more. ``quantize_s`` is left to the caller. Raises BenchmarkError, Unsupported, CudaOom, HostOom, DeviceError,
-    StorageError.
+    ``scheme`` and ``dtype`` are resolved. ``on_step`` is told in a word or two what is being done. With the
+    ``reference`` of its base (see ``worker.benchmark.reference``), ``details["quality"]`` says how far the model is
+    from it. ``task_texts`` are the protocol's packed tasks by their sha256. ``quantize_s`` is left to the caller.
+    Raises BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError, StorageError.
     """
-    from worker.benchmark.measure import Plan, measure
-    from worker.load import translated
+    from worker.benchmark.capture import Captures
+    from worker.benchmark.graph import GraphRequest
+    from worker.benchmark.measure import ModelBenchmark, RowBenchmark, Subject
 
-    plan = Plan(
-        loaded=loaded,
-        folder=folder,
-        dtype=dtype,
-        compute_dtype=scheme.resolved(dtype).compute_dtype,
-        protocol=protocol,
-        eval_text=eval_text,
-        on_step=on_step,
-        reference=reference,
-        explain=explain,
+    compute_dtype = scheme.resolved(dtype).compute_dtype
+    model = ModelBenchmark(
+        Subject(
+            folder=folder,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            protocol=protocol,
+            eval_text=eval_text,
+            task_texts=task_texts or {},
+            on_step=on_step,
+        )
     )
-    with translated(BenchmarkError, f"cannot measure {folder.name}"):
-        return measure(plan)
+    row = RowBenchmark(model, protocol, on_step)
+    model.begin(loaded)
+    for _ in range(protocol.rounds):
+        row.time(loaded)
+    model.judge(loaded, reference)
+    row.observe(loaded)
+    alone = None
+    if (shape := row.captured_shape) is not None:
+        on_step("kernels alone")
+        request = GraphRequest(folder=str(folder), dtype=dtype.value, device=loaded.device, shapes=(shape,))
+        with Captures() as captures:
+            alone = captures.kernels_alone(request)[0]
+    return row.measurement(alone=alone, interleaved_with=())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,12 +11,12 @@ from typing import Any
 
 import pynvml
 
+from worker.benchmark.fairness import FairnessWatch
+
 _LOOP_S = 10.0
 _TICK_S = 0.1
 _NO_TICK_S = 2.0
-# Reasons for which a GPU lowers its clocks against its will: power cap, heat, and their brakes.
-_THROTTLE_REASONS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
-_CLOCK_CHANGE = 0.05
+_LOOK_S = 1.0
 
 
 class NoEnergyCounter(Exception):
@@ -97,11 +96,8 @@ def measure_energy(
     watch = FairnessWatch(handle)
     read_j = partial(_counter_j, handle)
     idle = loop_between_ticks(lambda: time.sleep(0.1), read_j)
-    watch.look()
-    prefill_j = net_energy(loop_between_ticks(prefill, read_j), idle)
-    watch.look()
+    prefill_j = net_energy(loop_between_ticks(_watched(prefill, watch), read_j), idle)
     whole_j = net_energy(loop_between_ticks(_watched(generate, watch), read_j), idle)
-    watch.look()
     return {
         "idle_w": idle.watts,
         "prefill": asdict(prefill_j) | {"net_j_per_token": prefill_j.net_j / tokens},
@@ -116,38 +112,16 @@ def measure_energy(
     }
 
 
-class FairnessWatch:
-    """Notices what makes a GPU's figures unfair: other processes on it, throttling, clocks that change."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._foreign = False
-        self._throttled = False
-        self._clocks_mhz: list[int] = []
-
-    def look(self) -> None:
-        """Take note of the present state; cheap enough for once in a second."""
-        try:
-            pids = [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)]
-            reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)
-            self._clocks_mhz.append(pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM))
-        except pynvml.NVMLError:
-            return
-        # In a container the numbers are the host's; then one process is taken to be this one.
-        others = len(pids) - (1 if os.getpid() in pids or len(pids) == 1 else 0)
-        self._foreign |= others > 0
-        self._throttled |= bool(reasons & _THROTTLE_REASONS)
-
-    def flags(self) -> dict[str, bool]:
-        busy = self._clocks_mhz[1:]
-        changed = bool(busy) and max(busy) - min(busy) > _CLOCK_CHANGE * max(busy)
-        return {"foreign_processes": self._foreign, "throttled": self._throttled, "clocks_changed": changed}
-
-
 def _watched(work: Callable[[], None], watch: FairnessWatch) -> Callable[[], None]:
+    """``work`` with a look once a second: more of them would be measured too."""
+    looked_s = time.perf_counter()
+
     def run() -> None:
+        nonlocal looked_s
         work()
-        watch.look()
+        if time.perf_counter() - looked_s >= _LOOK_S:
+            watch.look()
+            looked_s = time.perf_counter()
 
     return run
 

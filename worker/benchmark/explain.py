@@ -2,78 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from models_db.domain import DType
+from models_db.domain import DType, Protocol
+from models_db.errors import BenchmarkError, DeviceError, JobError
 from worker.benchmark.energy import NoEnergyCounter, measure_energy
-from worker.benchmark.graph import GraphRequest, kernels_alone
+from worker.benchmark.graph import KernelsAlone
 from worker.benchmark.memory import nvml_handle
-from worker.benchmark.profile import profile_decode
-from worker.benchmark.roofs import measure_roofs
+from worker.benchmark.phases import Round
+from worker.benchmark.profile import StepProfile, profile_decode
+from worker.benchmark.roofs import Roofs, measure_roofs
 from worker.benchmark.speed import greedy
 from worker.benchmark.traffic import StepWork, step_work
 from worker.benchmark.verdict import judge
-from worker.load import Loaded
+from worker.load import Loaded, translated
+
+T = TypeVar("T")
 
 
-def explain(
-    loaded: Loaded,
-    shape: GraphRequest,
-    *,
-    compute_dtype: DType,
-    prompts: torch.Tensor,
-    step_wall_s: float,
-    on_step: Callable[[str], None],
-) -> dict[str, Any]:
-    """What lies behind an eager decode step of ``step_wall_s`` seconds of the causal LM in ``loaded`` on CUDA, at
-    ``shape``, which is that of ``prompts`` [batch, length]. Takes about a minute; what could not be had is None,
-    with a reason. A lack of memory for it is such a reason too, not an error.
-    """
-    try:
-        why = _why(loaded, shape, compute_dtype, prompts, step_wall_s, on_step)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        why = {"verdict": None, "reason": "the GPU has no room left for finding out"}
-    on_step("energy")
-    return why | {"energy": _energy(loaded, prompts, shape.new_tokens)}
+class Explanation:
+    """What lies behind the eager decode steps of a causal LM on CUDA. ``observe`` while the model is there,
+    ``conclude`` once its place may be taken. What goes wrong costs that part alone and leaves its reason."""
+
+    def __init__(self, protocol: Protocol, on_step: Callable[[str], None]) -> None:
+        self._protocol = protocol
+        self._on_step = on_step
+        self._profile: StepProfile | None = None
+        self._work: StepWork | None = None
+        self._energy: Mapping[str, Any] | None = None
+        self._reason = None if protocol.why else "it was not asked why"
+        # Spoils the device for this process; what was measured before it stands.
+        self.fault: DeviceError | None = None
+
+    def observe(self, loaded: Loaded, shape: Round) -> None:
+        """Profile a few steps at ``shape`` (a second or two), and with the protocol's ``energy`` measure it (35 s)."""
+        if self._protocol.why:
+            self._on_step("profile")
+            found, self._reason = self._attempt("profile a step", lambda: _profile(loaded, shape))
+            self._profile, self._work = found or (None, None)
+        if self._protocol.energy:
+            self._on_step("energy")
+            energy, reason = self._attempt("measure energy", lambda: _energy(loaded, shape.prompts, shape.new_tokens))
+            self._energy = {"reason": reason} if energy is None else energy
+
+    def conclude(
+        self, *, device: str, compute_dtype: DType, step_wall_s: float, alone: KernelsAlone | None
+    ) -> dict[str, Any]:
+        """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``alone`` are its kernels."""
+        roofs: Roofs | None = None
+        if self._profile is not None:
+            self._on_step("roofs")
+            roofs, self._reason = self._attempt(
+                "measure the device's roofs", lambda: measure_roofs(device, getattr(torch, compute_dtype.value))
+            )
+        return {
+            **self._judged(device, step_wall_s, roofs),
+            "step_wall_s": step_wall_s,
+            "roofs": None if roofs is None else asdict(roofs),
+            "kernels_alone": None if alone is None else asdict(alone),
+            "energy": self._energy,
+        }
+
+    def _judged(self, device: str, step_wall_s: float, roofs: Roofs | None) -> dict[str, Any]:
+        profile, work = self._profile, self._work
+        if profile is None or work is None:
+            return {"verdict": None, "reason": self._reason, "profile": None, "busy_share": None, "work": None}
+        cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        verdict = None
+        if roofs is not None:
+            verdict = judge(wall_s=step_wall_s, profile=profile, work=work, roofs=roofs, cache_size_bytes=cache_bytes)
+            self._reason = "the weights fit in the GPU's cache" if verdict is None else None
+        return {
+            "verdict": None if verdict is None else verdict.value,
+            "reason": self._reason,
+            "profile": asdict(profile),
+            "busy_share": profile.device_busy_s / step_wall_s,
+            "work": asdict(work),
+            "bytes_per_s": work.bytes / profile.device_busy_s if profile.device_busy_s else None,
+        }
+
+    def _attempt(self, doing: str, work: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What ``work`` returns; else why it did not. After a fault of the device nothing more is tried."""
+        if self.fault is not None:
+            return None, str(self.fault)
+        try:
+            with translated(BenchmarkError, f"cannot {doing}"):
+                return work(), None
+        except JobError as error:
+            reason = str(error)
+            self.fault = error if isinstance(error, DeviceError) else None
+        if self.fault is None:
+            torch.cuda.empty_cache()
+        return None, reason
 
 
-def _why(
-    loaded: Loaded,
-    shape: GraphRequest,
-    compute_dtype: DType,
-    prompts: torch.Tensor,
-    step_wall_s: float,
-    on_step: Callable[[str], None],
-) -> dict[str, Any]:
-    on_step("profile")
-    profile = profile_decode(loaded.model, prompts, new_tokens=shape.new_tokens, device=loaded.device)
-    work = _work(loaded, prompts)
-    on_step("roofs")
-    roofs = measure_roofs(loaded.device, getattr(torch, compute_dtype.value))
-    verdict = judge(
-        wall_s=step_wall_s,
-        profile=profile,
-        work=work,
-        roofs=roofs,
-        cache_size_bytes=int(torch.cuda.get_device_properties(loaded.device).L2_cache_size),
-    )
-    on_step("kernels alone")
-    return {
-        "verdict": None if verdict is None else verdict.value,
-        "reason": "the weights fit in the GPU's cache" if verdict is None else None,
-        "step_wall_s": step_wall_s,
-        "profile": asdict(profile),
-        "busy_share": profile.device_busy_s / step_wall_s,
-        "work": asdict(work),
-        "bytes_per_s": work.bytes / profile.device_busy_s if profile.device_busy_s else None,
-        "roofs": asdict(roofs),
-        "kernels_alone": asdict(kernels_alone(shape)),
-    }
+def _profile(loaded: Loaded, shape: Round) -> tuple[StepProfile, StepWork]:
+    profile = profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
+    return profile, _work(loaded, shape.prompts)
 
 
 @torch.inference_mode()

@@ -1,34 +1,56 @@
 """The kernels of a decode step alone: one step under a CUDA graph, replayed without the host.
 
-A failed capture leaves the process's CUDA state unfit for more, so this runs in a process of its own:
-``python -P -m worker.benchmark.graph`` reads a request from standard input and prints one JSON object.
+A failed capture leaves a process's CUDA state unfit for more. ``python -P -m worker.benchmark.graph`` imports what is
+slow and does not initialise CUDA, once; then it forks a process for each request, since a fork can still use the GPU.
+Requests are lines of JSON on standard input, answers on standard output; ``worker.benchmark.capture`` is the other end.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
+import os
+import select
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_TIME_LIMIT_S = 300.0
 _WARMUP_STEPS = 3
 _REPLAYS = 20
+# Not bitsandbytes, whose import initialises CUDA.
+_PRELOAD = (
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "accelerate",
+    "worker.load",
+)
+_ORPHANED = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a step is captured after: ``prompt_tokens``, with a cache that has room for ``new_tokens`` more."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphRequest:
-    """Which model to capture, and at which shape. ``dtype`` is a DType's value."""
+    """Which model to capture, and at which shapes. ``dtype`` is a DType's value."""
 
     folder: str
     dtype: str
     device: str
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
+    trusted: bool = False
+    shapes: tuple[Shape, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,69 +62,98 @@ class KernelsAlone:
     reason: str | None = None
 
 
-def kernels_alone(request: GraphRequest, *, time_limit_s: float = _TIME_LIMIT_S) -> KernelsAlone:
-    """Capture and time one decode step in a process of its own. Never raises for what goes wrong in there."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "worker.benchmark.graph"],
-            input=json.dumps(asdict(request)),
-            capture_output=True,
-            text=True,
-            timeout=time_limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return KernelsAlone(reason=f"capturing took longer than {time_limit_s:.0f} s")
-    # An answer counts even if the process fell over its broken CUDA state afterwards.
-    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if answers:
-        return KernelsAlone(**json.loads(answers[-1]))
-    last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-    return KernelsAlone(reason=f"the capturing process ended with {done.returncode}: {last}")
-
-
 def main() -> None:
-    """Serve one request."""
-    request = GraphRequest(**json.load(sys.stdin))
-    sys.stdout.write(json.dumps(asdict(_measure(request))) + "\n")
-    sys.stdout.flush()
+    """Serve requests until standard input ends."""
+    # Whatever a library prints goes to the log, not between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    while line := sys.stdin.readline():
+        answers.write(_answer(line).strip() + "\n")
+        answers.flush()
 
 
-def _measure(request: GraphRequest) -> KernelsAlone:
-    from models_db.domain import DType
-    from worker.load import load
+def _answer(line: str) -> str:
+    """What a process of its own makes of a request; empty where it died."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _work(line, theirs)
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
 
-    if not request.device.startswith("cuda"):
-        return KernelsAlone(reason="there are no CUDA graphs on a CPU")
-    loaded = load(Path(request.folder), dtype=DType(request.dtype), device=request.device)
+
+def _work(line: str, answer_to: int) -> None:
+    """A forked process's whole life. Not through interpreter shutdown, which CUDA's broken state may hang."""
+    threading.Thread(target=_leave_with_the_runner, daemon=True).start()
     try:
-        return KernelsAlone(step_s=_replayed_s(loaded.model, request))
+        fields = json.loads(line)
+        request = GraphRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
+        os.write(answer_to, json.dumps([asdict(found) for found in _measure(request)]).encode())
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _leave_with_the_runner() -> None:
+    """The runner holds the other end of standard input: once it is gone, nobody wants the answer, but the GPU."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), 0)
+    poll.poll()
+    os._exit(_ORPHANED)
+
+
+def _measure(request: GraphRequest) -> list[KernelsAlone]:
+    """An answer for each shape; after a failure, that failure for the rest."""
+    if not request.device.startswith("cuda"):
+        return [KernelsAlone(reason="there are no CUDA graphs on a CPU")] * len(request.shapes)
+    found: list[KernelsAlone] = []
+    try:
+        model = _load(request)
+        # One by one: what was found before a failure stands.
+        found.extend(KernelsAlone(step_s=_replayed_s(model, shape, request.device)) for shape in request.shapes)
     except Exception as error:
         # Whatever stops a capture is the answer to the question asked; this process ends here in any case.
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        return KernelsAlone(reason=f"not capturable: {first} ({type(error).__name__})")
+        failure = KernelsAlone(reason=f"not capturable: {first} ({type(error).__name__})")
+        return found + [failure] * (len(request.shapes) - len(found))
+    return found
 
 
-def _replayed_s(model: Any, request: GraphRequest) -> float:
+def _load(request: GraphRequest) -> Any:
+    from models_db.domain import DType
+    from worker.load import load
+
+    folder = Path(request.folder)
+    return load(folder, dtype=DType(request.dtype), device=request.device, trusted=request.trusted).model
+
+
+def _replayed_s(model: Any, shape: Shape, device: str) -> float:
     import torch
 
     from worker.benchmark.clock import CudaClock
     from worker.benchmark.stats import percentile
 
     with torch.inference_mode():
-        step, rewind = decode_step(model, request)
-        stream = torch.cuda.Stream(request.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(request.device))
+        step, rewind = decode_step(model, shape, device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP_STEPS):
                 rewind()
                 step()
-        torch.cuda.current_stream(request.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         rewind()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        clock = CudaClock(request.device)
+        clock = CudaClock(device)
         times_s: list[float] = []
         for _ in range(_REPLAYS):
             rewind()
@@ -113,17 +164,16 @@ def _replayed_s(model: Any, request: GraphRequest) -> float:
     return percentile(sorted(times_s), 50)
 
 
-def decode_step(model: Any, request: GraphRequest) -> tuple[Callable[[], Any], Callable[[], None]]:
+def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any], Callable[[], None]]:
     """(a function that runs one step after the prompt and returns its logits, one that makes the cache forget it)."""
     import torch
     from transformers import StaticCache
 
-    shape = (request.batch_size, request.prompt_tokens)
-    prompt = torch.ones(shape, dtype=torch.long, device=request.device)
-    cache = StaticCache(config=model.config, max_cache_len=request.prompt_tokens + request.new_tokens)
+    prompt = torch.ones((shape.batch_size, shape.prompt_tokens), dtype=torch.long, device=device)
+    cache = StaticCache(config=model.config, max_cache_len=shape.prompt_tokens + shape.new_tokens)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
-    token = torch.ones(request.batch_size, 1, dtype=torch.long, device=request.device)
-    position = torch.full_like(token, request.prompt_tokens)
+    token = torch.ones(shape.batch_size, 1, dtype=torch.long, device=device)
+    position = torch.full_like(token, shape.prompt_tokens)
 
     def step() -> Any:
         return model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
@@ -131,9 +181,9 @@ def decode_step(model: Any, request: GraphRequest) -> tuple[Callable[[], Any], C
     def rewind() -> None:
         for layer in cache.layers:
             if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length.fill_(request.prompt_tokens)
+                layer.cumulative_length.fill_(shape.prompt_tokens)
             if hasattr(layer, "cumulative_length_int"):  # a sliding window's
-                layer.cumulative_length_int = request.prompt_tokens
+                layer.cumulative_length_int = shape.prompt_tokens
 
     return step, rewind
 

@@ -121,6 +121,8 @@ def reset_allocator_peaks(device: str) -> None:
     """Begin anew what ``allocator_peaks`` reports."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+        # What the allocator keeps of earlier work would count as this one's.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -56,9 +56,10 @@ class Reference:
 
 
 def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol: Protocol) -> str:
-    """The name of the folder for the reference of a source (by its fingerprint), so run and so measured.
+    """The name of the folder for the reference of a source (by its fingerprint), so run and so read.
 
-    The versions are part of it since other kernels may round differently.
+    Of the protocol only what decides the probes: one reference serves every shape. The versions are part of it since
+    other kernels may round differently.
     """
     found = versions()
     return content_hash(
@@ -67,7 +68,12 @@ def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol
             "fingerprint": fingerprint,
             "dtype": dtype.value,
             "device_name": device_name,
-            "protocol": protocol.to_json(),
+            "probes": {
+                "text": protocol.eval_text_sha256,
+                "window": protocol.eval_window,
+                "stride": protocol.eval_stride,
+                "windows": protocol.eval_max_windows,
+            },
             "torch": found["torch"],
             "transformers": found["transformers"],
         }
@@ -88,14 +94,21 @@ def open_reference(folder: Path) -> Reference | None:
 
 
 def prepare_reference(
-    loaded: Loaded, protocol: Protocol, eval_text: str, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES
+    loaded: Loaded,
+    protocol: Protocol,
+    eval_text: str,
+    folder: Path,
+    *,
+    staging: Path | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Reference | None:
     """Store in ``folder`` what the base in ``loaded`` says to the protocol's probes, or adopt what is there.
 
     ``folder``'s name must stand for what decides the outputs: see ``reference_name``. All references beside it stay
     under ``max_bytes`` together: the least recently used are removed, and if this one is larger by itself, it holds
-    fewer probes (one at least). None where the model has nothing to compare (no tokenizer). Raises StorageError,
-    DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
+    fewer probes (one at least). It is written in ``staging``, which must not be there yet, on the same file system:
+    who may be killed names a place that somebody clears. None where the model has nothing to compare (no tokenizer).
+    Raises StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
     """
     existing = open_reference(folder)
     if existing is not None:
@@ -104,7 +117,7 @@ def prepare_reference(
         probes = probes_of(loaded, protocol, eval_text)
         if not probes:
             return None
-        _write(loaded, probes, folder, max_bytes)
+        _write(loaded, probes, folder, staging or _beside(folder), max_bytes)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
 
@@ -155,8 +168,12 @@ def _read(reference: Reference, number: int) -> torch.Tensor:
         raise StorageError(f"cannot read {path}: {error}") from error
 
 
-def _write(loaded: Loaded, probes: list[Probe], folder: Path, max_bytes: int) -> None:
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+
+
+def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max_bytes: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     staging.mkdir(parents=True)
     try:
         form, count = _write_probes(loaded, probes, staging, max_bytes)
@@ -219,7 +236,7 @@ def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
         if total <= max_bytes or folder == keep or time.time() - used_s < _IN_USE_S:
             continue
         total -= size
-        doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        doomed = _beside(folder)
         with suppress(FileNotFoundError):  # another worker makes room too
             folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ class Roofs:
     dtype: str
 
 
+@functools.cache
 def measure_roofs(device: str, dtype: torch.dtype) -> Roofs:
-    """Medians on a CUDA device. Takes 2 GiB, then two matrices of 8192², for a moment."""
+    """Medians on a CUDA device, measured once in a process. Takes 2 GiB, then two matrices of 8192², for a moment."""
     roofs = Roofs(
         copy_bytes_per_s=2 * _COPIED_BYTES / _copy_s(device),
         matmul_flops_per_s=2 * _MATRIX_SIDE**3 / _matmul_s(device, dtype),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from models_db.domain import Protocol
 from models_db.errors import BenchmarkError
 from worker.benchmark.clock import Clock, repeat
+
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +46,15 @@ def time_generation(
     new_tokens: int,
     protocol: Protocol,
     clock: Clock,
-    during_warmup: AbstractContextManager[object],
+    during_warmup: AbstractContextManager[object] = _NOTHING,
+    look: Callable[[], None] = lambda: None,
 ) -> GenerationTimes:
     """Greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length], over and over.
 
     It is ``generate`` itself that is timed, since that is what runs everywhere and what a user gets. For an
-    encoder-decoder the prefill is the encoder and the first token. ``during_warmup`` is open during the warm-up.
-    Raises BenchmarkError where the model stops of itself.
+    encoder-decoder the prefill is the encoder and the first token. One round: see ``Protocol.rounds``.
+    ``during_warmup`` is open during the warm-up, and ``look`` is called between what is timed. Raises BenchmarkError
+    where the model stops of itself.
     """
     from transformers import LogitsProcessorList
 
@@ -73,7 +78,7 @@ def time_generation(
             times.per_token_s.extend(steps_s[1:])
 
     with torch.inference_mode(), greedy(model, new_tokens):
-        _run(once, protocol, during_warmup)
+        _run(once, protocol, during_warmup, look)
     return times
 
 
@@ -83,9 +88,10 @@ def time_forward(
     *,
     protocol: Protocol,
     clock: Clock,
-    during_warmup: AbstractContextManager[object],
+    during_warmup: AbstractContextManager[object] = _NOTHING,
+    look: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Seconds of each forward pass over ``inputs``. ``during_warmup`` is open during the warm-up."""
+    """Seconds of each forward pass over ``inputs`` in one round; the rest as in ``time_generation``."""
     times_s: list[float] = []
 
     def once(record: bool) -> None:
@@ -97,15 +103,30 @@ def time_forward(
             times_s.extend(seconds)
 
     with torch.inference_mode():
-        _run(once, protocol, during_warmup)
+        _run(once, protocol, during_warmup, look)
     return times_s
 
 
-def _run(once: Callable[[bool], None], protocol: Protocol, during_warmup: AbstractContextManager[object]) -> None:
+def _run(
+    once: Callable[[bool], None],
+    protocol: Protocol,
+    during_warmup: AbstractContextManager[object],
+    look: Callable[[], None],
+) -> None:
     with during_warmup:
         for _ in range(protocol.warmup_iterations):
             once(False)
-    repeat(lambda: once(True), min_iterations=protocol.min_iterations, min_duration_s=protocol.min_duration_s)
+    look()
+
+    def timed() -> None:
+        once(True)
+        look()
+
+    repeat(
+        timed,
+        min_iterations=math.ceil(protocol.min_iterations / protocol.rounds),
+        min_duration_s=protocol.min_duration_s / protocol.rounds,
+    )
 
 
 @contextmanager

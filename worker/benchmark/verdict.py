@@ -12,8 +12,10 @@ from worker.benchmark.traffic import StepWork
 _BUSY_SHARE = 0.7
 # From this share of a roof on, the roof is what limits.
 _ROOF_SHARE = 0.6
-# ``generate`` itself waits once or twice in a step of a thousand launches; LLM.int8's outlier path once in ten.
-_SYNCHRONIZATIONS_PER_LAUNCH = 0.05
+# ``generate`` itself waits once or twice in a step, however small the model; LLM.int8's outlier path 256 times in the
+# thousands of launches of an 8B model. So both: more than ``generate`` ever does, and often for the work at hand.
+_SYNCHRONIZATIONS = 16
+_SYNCHRONIZATIONS_PER_LAUNCH = 0.01
 
 
 class Verdict(StrEnum):
@@ -34,7 +36,7 @@ def judge(
     if work.weight_bytes <= cache_size_bytes:
         return None
     if profile.device_busy_s < _BUSY_SHARE * wall_s:
-        waits = profile.synchronizations >= _SYNCHRONIZATIONS_PER_LAUNCH * profile.launches
+        waits = profile.synchronizations >= max(_SYNCHRONIZATIONS, _SYNCHRONIZATIONS_PER_LAUNCH * profile.launches)
         return Verdict.SYNCHRONIZATION_BOUND if waits else Verdict.HOST_BOUND
     if work.bytes / profile.device_busy_s >= _ROOF_SHARE * roofs.copy_bytes_per_s:
         return Verdict.MEMORY_BOUND

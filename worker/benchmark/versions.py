@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("qbatch", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+_PACKAGES = ("qbatch", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "lm_eval")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,386 @@
+"""qbatch's explanation of decoding beside an independent measurement, in one visit to one GPU.
+
+    python -m benchmarks.why --shape llama-8b
+    python -m benchmarks.why --shape 300m --device cpu    (building and timing alone: a CPU explains nothing)
+
+Of a model of random weights at 16 bits, NF4 and int8 (with and without the outlier path): the device's busy time in an
+eager decode step, from a profiler's trace summed here, and a step's kernels alone, from a CUDA graph captured and
+timed here, beside what ``worker.benchmark`` says of the same checkpoints. Prints one table last, and exits 1 where the
+two differ by more than 5 %. The 8B model takes about five minutes and 29 GiB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quantize import in_fresh_process
+from benchmarks.random_source import SHAPES, build_source
+from models_db.domain import BASELINE, DType, Measurement, Method, Protocol, Scheme
+from worker.gpu import installed_gpus
+
+_INT8 = Scheme(method=Method.INT8)
+_SCHEMES = {
+    "16 bits": BASELINE,
+    "nf4": Scheme(method=Method.NF4),
+    "int8": _INT8,
+    # The same weights; only what is done with them differs.
+    "int8, threshold 0": Scheme(method=Method.INT8, int8_threshold=0.0),
+}
+# Energy takes half a minute a row.
+_WITH_ENERGY = ("16 bits", "nf4", "int8")
+_ROUNDS = 3
+_TOLERANCE = 0.05
+_WARMUP_STEPS, _STEPS = 4, 8
+_WARMUP_REPLAYS, _REPLAYS, _REPLAY_ROUNDS = 3, 5, 3
+_BEGIN_S = time.perf_counter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """What this script finds by itself, in seconds; None where there is nothing to find."""
+
+    busy_s: float | None = None
+    alone_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Both sides, by the scheme's name."""
+
+    qbatch: Mapping[str, Measurement]
+    own: Mapping[str, Own]
+
+
+# The independent side: nothing of worker.benchmark
+
+
+def busy_s(model: Any, prompt: Any, trace: Path) -> float:
+    """Kernels, copies and fills of an eager greedy step, summed: mean of 8 steps after ``prompt`` [1, length]."""
+    import torch
+
+    kinds = torch.profiler.ProfilerActivity
+    with torch.inference_mode():
+        out = model(input_ids=prompt, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+
+        def steps(count: int) -> None:
+            nonlocal out, token
+            for _ in range(count):
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+            torch.cuda.synchronize()
+
+        steps(_WARMUP_STEPS)
+        with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+            steps(_STEPS)
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    trace.unlink()
+    work = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return float(sum(work)) / 1e6 / _STEPS
+
+
+def alone_s(model: Any, prompt: Any, room: int) -> float | None:
+    """A step under a CUDA graph, replayed back to back with a static cache of the prompt and ``room`` tokens more.
+
+    None where it cannot be captured; after that the process is good for nothing.
+    """
+    import torch
+    from transformers import StaticCache
+
+    assert room >= _WARMUP_REPLAYS + _REPLAYS * _REPLAY_ROUNDS, "every replay moves the cache on by a token"  # noqa: S101
+    with torch.inference_mode():
+        cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
+        model(input_ids=prompt, past_key_values=cache, use_cache=True)
+        token, position = prompt[:, -1:].clone(), torch.full_like(prompt[:, -1:], prompt.shape[1])
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(_WARMUP_REPLAYS):
+                model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
+        except RuntimeError as error:
+            _say(f"  not captured here either: {str(error).splitlines()[0]}")
+            return None
+        return statistics.median(_replay_s(graph) for _ in range(_REPLAY_ROUNDS))
+
+
+def _replay_s(graph: Any) -> float:
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / _REPLAYS
+
+
+# qbatch's side, and both together
+
+
+def write_quantized(source: Path, folder: Path, dtype: DType, device: str) -> dict[str, Path]:
+    """Every scheme's folder. What int8 stores does not depend on the threshold: its files are linked, not written."""
+    from worker.quantize import Refused, Target, write_checkpoints
+
+    folders = {name: folder / f"checkpoint-{number}" for number, name in enumerate(_SCHEMES)}
+    written = ("nf4", "int8")
+    for name in written:
+        folders[name].mkdir()
+    targets = [Target(scheme=_SCHEMES[name].resolved(dtype), folder=folders[name]) for name in written]
+    for outcome in write_checkpoints(source, targets, dtype=dtype, device=device, on_progress=lambda *_: None):
+        if isinstance(outcome, Refused):
+            raise outcome.error
+    _link_without_outliers(folders["int8"], folders["int8, threshold 0"])
+    return folders | {"16 bits": source}
+
+
+def _link_without_outliers(int8: Path, folder: Path) -> None:
+    folder.mkdir()
+    for path in int8.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).hardlink_to(path)
+    config = json.loads((int8 / "config.json").read_text())
+    config["quantization_config"]["llm_int8_threshold"] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def protocol(name: str, device: str) -> Protocol:
+    on_gpu = device != "cpu"
+    return Protocol(
+        batch_size=1,
+        prompt_tokens=256 if on_gpu else 16,
+        new_tokens=32 if on_gpu else 4,
+        warmup_iterations=1,
+        min_iterations=_ROUNDS,
+        min_duration_s=0.0,
+        rounds=_ROUNDS,
+        why=on_gpu,
+        energy=on_gpu and name in _WITH_ENERGY,
+        eval_text_sha256="",
+        eval_window=1,
+        eval_stride=1,
+        eval_max_windows=0,
+    )
+
+
+def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path) -> Found:
+    """All models are resident, so that their eager speeds are timed in turns without loading again."""
+    loaded = {name: _load(name, folder, dtype, device) for name, folder in folders.items()}
+    rows = {name: _row(name, folders[name], dtype, loaded[name]) for name in folders}
+    for _ in range(_ROUNDS):
+        for name, row in rows.items():
+            row.time(loaded[name])
+    if device == "cpu":
+        return Found(qbatch=_measured(rows, {}), own={name: Own() for name in rows})
+    alone = _explain(rows, loaded, folders, dtype, device)
+    # qbatch's last words come before our own captures: the one that fails spoils this process.
+    qbatch = _measured(rows, alone)
+    return Found(qbatch=qbatch, own=_own(loaded, device, work))
+
+
+def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
+    from worker.load import load
+
+    _say(f"{name}: loading")
+    return load(folder, dtype=dtype, device=device)
+
+
+def _row(name: str, folder: Path, dtype: DType, loaded: Any) -> Any:
+    from worker.benchmark.measure import ModelBenchmark, RowBenchmark, Subject
+
+    def tell(step: str) -> None:
+        _say(f"{name}: {step}")
+
+    asked = protocol(name, loaded.device)
+    model = ModelBenchmark(
+        Subject(
+            folder=folder,
+            dtype=dtype,
+            compute_dtype=dtype,
+            protocol=asked,
+            eval_text="",
+            task_texts={},
+            on_step=tell,
+        )
+    )
+    model.begin(loaded)
+    return RowBenchmark(model, asked, tell)
+
+
+def _explain(
+    rows: Mapping[str, Any], loaded: Mapping[str, Any], folders: Mapping[str, Path], dtype: DType, device: str
+) -> dict[str, Any]:
+    """Each row's kernels alone, by qbatch."""
+    from worker.benchmark.capture import Captures
+    from worker.benchmark.graph import GraphRequest
+
+    alone = {}
+    with Captures() as captures:
+        # Their imports pass while the profiler and the idle GPU are looked at, whose figures are not the host's.
+        captures.prepare()
+        for name, row in rows.items():
+            row.observe(loaded[name])
+        for name, row in rows.items():
+            if (shape := row.captured_shape) is not None:
+                _say(f"{name}: kernels alone")
+                folder = str(folders[name])
+                request = GraphRequest(folder=folder, dtype=dtype.value, device=device, shapes=(shape,))
+                alone[name] = captures.kernels_alone(request)[0]
+    return alone
+
+
+def _measured(rows: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, Measurement]:
+    return {
+        name: row.measurement(alone=alone.get(name), interleaved_with=[other for other in rows if other != name])
+        for name, row in rows.items()
+    }
+
+
+def _own(loaded: Mapping[str, Any], device: str, work: Path) -> dict[str, Own]:
+    import torch
+
+    asked = protocol("", device)
+    torch.manual_seed(1)
+    prompt = torch.randint(1000, (1, asked.prompt_tokens), device=device)
+    busy, alone = {}, {}
+    for name, one in loaded.items():
+        _say(f"{name}: profiled here")
+        busy[name] = busy_s(one.model, prompt, work / "trace.json")
+    # int8 with its outlier path cannot be captured, and comes last.
+    for name in sorted(loaded, key=lambda name: name == "int8"):
+        _say(f"{name}: captured here")
+        alone[name] = alone_s(loaded[name].model, prompt, asked.new_tokens)
+    return {name: Own(busy_s=busy[name], alone_s=alone[name]) for name in loaded}
+
+
+# The table
+
+_COLUMNS = (
+    "", "tok/s", "spread", "busy ms", "own", "ratio", "alone ms", "own", "ratio",
+    "launches", "syncs", "verdict", "J/token", "net",
+)  # fmt: skip
+
+
+def table(shape: str, device_name: str, found: Found) -> tuple[list[str], bool]:
+    """Its lines, and whether every pair of figures agrees."""
+    cells, ratios = [list(_COLUMNS)], list[float | None]()
+    for name, measurement in found.qbatch.items():
+        why, own = measurement.details["why"] or {}, found.own[name]
+        busy_s, alone_s = _dig(why, "profile", "device_busy_s"), _dig(why, "kernels_alone", "step_s")
+        pair = [_ratio(busy_s, own.busy_s), _ratio(alone_s, own.alone_s)]
+        ratios += pair
+        spread = measurement.details["rounds"]["phases"]["decode"]["spread"]
+        cells.append(
+            [
+                name,
+                _show(measurement.decode_tokens_per_s, ".1f"),
+                _show(spread, ".0%"),
+                *(_show(busy_s and busy_s * 1e3, ".2f"), _show(own.busy_s and own.busy_s * 1e3, ".2f")),
+                _show(pair[0], ".3f"),
+                *(_show(alone_s and alone_s * 1e3, ".2f"), _show(own.alone_s and own.alone_s * 1e3, ".2f")),
+                _show(pair[1], ".3f"),
+                _show(_dig(why, "profile", "launches"), ".0f"),
+                _show(_dig(why, "profile", "synchronizations"), ".0f"),
+                str(why.get("verdict") or why.get("reason") or "–"),
+                _show(_dig(why, "energy", "decode", "gross_j_per_token"), ".3f"),
+                _show(_dig(why, "energy", "decode", "net_j_per_token"), ".3f"),
+            ]
+        )
+    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    compared = [ratio for ratio in ratios if ratio is not None]
+    agree = all(abs(ratio - 1) <= _TOLERANCE for ratio in compared)
+    verdict = f"{len(compared)} pairs compared, {'all within' if agree else 'NOT ALL WITHIN'} {_TOLERANCE:.0%}"
+    return [f"{shape} on {device_name}", *lines, *_remarks(found), verdict], agree
+
+
+def _remarks(found: Found) -> Iterator[str]:
+    for name, measurement in found.qbatch.items():
+        why, flags = measurement.details["why"] or {}, measurement.details["flags"] or {}
+        if raised := [flag for flag, is_raised in flags.items() if is_raised]:
+            yield f"{name}: not fair: {', '.join(raised)}"
+        for part in ("kernels_alone", "energy"):
+            if reason := _dig(why, part, "reason"):
+                yield f"{name}: no {part.replace('_', ' ')}: {reason}"
+    roofs = next((why["roofs"] for one in found.qbatch.values() if (why := one.details["why"])), None)
+    if roofs:
+        yield (
+            f"roofs: copy {roofs['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+            f"{roofs['dtype']} product {roofs['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s"
+        )
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
+
+
+def _dig(found: Any, *names: str) -> Any:
+    for name in names:
+        found = (found or {}).get(name)
+    return found
+
+
+def _show(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _say(text: str) -> None:
+    print(f"{time.perf_counter() - _BEGIN_S:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary directory)")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not installed_gpus():
+        print("no NVIDIA GPU here, so there is nothing to explain")
+        return 0
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import accelerate  # noqa: F401 - what every fork starts with
+    import transformers
+
+    # transformers imports a model's module when it is first asked for.
+    getattr(transformers, SHAPES[arguments.shape][0])
+    work = Path(tempfile.mkdtemp(prefix="qbatch-why-", dir=arguments.folder))
+    try:
+        lines, agree = _in_folder(arguments, work)
+    finally:
+        shutil.rmtree(work)
+    print("\n".join(lines))
+    return 0 if agree else 1
+
+
+def _in_folder(arguments: argparse.Namespace, work: Path) -> tuple[list[str], bool]:
+    device = "cuda:0" if arguments.device == "cuda" else "cpu"
+    dtype = DType(SHAPES[arguments.shape][1])
+    _say("building and quantizing")
+    source = work / "source"
+    in_fresh_process(build_source, arguments.shape, source)
+    folders = in_fresh_process(write_quantized, source, work, dtype, device)
+    found = in_fresh_process(measure, folders, dtype, device, work)
+    device_name = next(iter(found.qbatch.values())).device_name
+    return table(arguments.shape, device_name, found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

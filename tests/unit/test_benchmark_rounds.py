@@ -1,0 +1,247 @@
+"""A bundle's rows are measured in rounds: in turns, each model written and judged once, for all of its shapes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models_db.domain import (
+    BASELINE,
+    Claim,
+    DeviceKind,
+    DType,
+    JobSpec,
+    Method,
+    Protocol,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+    Stage,
+)
+from models_db.errors import BenchmarkError, DeviceError
+from tests import tiny
+from tests.unit.benchmark_models import QUICK, TEXT
+from worker.benchmark.measure import RowBenchmark
+from worker.benchmark.phases import Round
+from worker.benchmark.rounds import pool
+from worker.bundle import Bundle
+from worker.fetch import Doors
+from worker.messages import CheckpointReady, Entered, Failed, Measured, Order, Resolved, RunnerMessage
+
+SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
+TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Ear:
+    """A supervisor that only listens."""
+
+    heard: list[RunnerMessage] = field(default_factory=list)
+    answered: frozenset[int] = frozenset()
+
+    def send(self, message: RunnerMessage) -> None:
+        self.heard.append(message)
+
+    def ask(self, resolved: Resolved) -> frozenset[int]:
+        self.send(resolved)
+        return self.answered
+
+    def entered(self, stage: Stage) -> list[tuple[int, ...]]:
+        return [m.job_ids for m in self.heard if isinstance(m, Entered) and m.stage is stage]
+
+    def measured(self) -> dict[int, Measured]:
+        return {m.job_id: m for m in self.heard if isinstance(m, Measured)}
+
+    def failed(self) -> dict[int, str]:
+        return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_quick_protocol() -> Iterator[None]:
+    """Two rounds of one iteration each."""
+
+    def quick(options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
+        return replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, batch_size=options.batch_size or 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProtocolOptions, "for_device", quick)
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of every scheme are published already."""
+    folder = tmp_path_factory.mktemp("home")
+    assert run(folder).failed() == {}
+    return folder
+
+
+def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, ...] = SCHEMES) -> Order:
+    """Jobs j1, j2, … of ``source``, as a worker claims them: the baseline's first, at every shape."""
+    jobs = [(scheme, batch_size) for scheme in schemes for batch_size in batch_sizes or (1,)]
+    claims = tuple(
+        Claim(
+            job_id=number,
+            attempt=1,
+            spec=JobSpec(
+                source=SourceRef(name=str(source), location=str(source), is_folder=True),
+                scheme=scheme,
+                dtype=DType.AUTO,
+                device=DeviceKind.CPU,
+                protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH, batch_size=batch_size),
+            ),
+        )
+        for number, (scheme, batch_size) in enumerate(jobs, start=1)
+    )
+    return Order(
+        claims=claims,
+        texts={TEXT_HASH: TEXT},
+        device_kind=DeviceKind.CPU,
+        device_name="this CPU",
+        storage=folder / "storage",
+        staging=folder / "storage" / ".staging",
+        cache=folder / "cache",
+        cache_bytes=1 << 30,
+        doors=Doors(roots=None),
+        lease_s=60.0,
+    )
+
+
+def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> Ear:
+    source = folder / "llama"
+    if not source.exists():
+        tiny.make_causal(source)
+    ear = Ear(answered=answered)
+    Bundle(order(folder, source, *batch_sizes, **options), ear).run()
+    return ear
+
+
+def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
+    ear = run(home)
+    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,)] * 2
+    assert ear.entered(Stage.BENCHMARKING) == [(1,), (2,), (3,)] * 2
+    assert list(ear.measured()) == [1, 2, 3]
+    for job_id, done in ear.measured().items():
+        details = done.measurement.details
+        assert details["stats"]["prefill"]["count"] == details["rounds"]["count"] == 2
+        assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
+        assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 2
+        assert details["flags"] is None, "there is no GPU to be shared"
+
+
+def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> None:
+    ear = run(home, schemes=(BASELINE,))
+    assert ear.entered(Stage.LOADING) == [(1,)], "nothing takes its place, so it is not loaded again"
+    rounds = ear.measured()[1].measurement.details["rounds"]
+    assert (rounds["count"], rounds["interleaved_with"]) == (2, [])
+
+
+def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -> None:
+    ear = run(tmp_path, 1, 3)
+    assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
+    assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6)]
+    assert [m.job_id for m in ear.heard if isinstance(m, CheckpointReady)] == [3, 4, 5, 6]
+    assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6)] * 2
+    done = ear.measured()
+    assert done.keys() == {1, 2, 3, 4, 5, 6}
+    for one, three in ((1, 2), (3, 4), (5, 6)):
+        first, second = done[one].measurement, done[three].measurement
+        assert done[one].checkpoint_path == done[three].checkpoint_path
+        assert (first.perplexity, first.kl_mean) == (second.perplexity, second.kl_mean)
+        assert first.details["quality"] == second.details["quality"]
+        assert [m.details["shapes"]["batch_size"] for m in (first, second)] == [1, 3]
+        assert first.details["protocol_hash"] != second.details["protocol_hash"]
+    kl = [done[job_id].measurement.kl_mean for job_id in (3, 5)]
+    assert kl[0] is not None
+    assert kl[1] is not None
+    assert 0 < kl[0] < kl[1]
+    assert len(list((tmp_path / "storage" / "base-logits").iterdir())) == 1
+    assert len(list((tmp_path / "storage" / "checkpoints" / "llama").iterdir())) == 2
+
+
+def test_what_is_answered_is_not_measured_and_the_reference_is_still_there(home: Path) -> None:
+    ear = run(home, answered=frozenset({1, 2}))
+    assert ear.entered(Stage.QUANTIZING) == []
+    (done,) = ear.measured().values()
+    assert done.job_id == 3
+    assert done.measurement.kl_mean is not None
+    assert done.measurement.details["rounds"]["interleaved_with"] == []
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> None:
+    """The ``at``-th timing of a row, counted over all rows, fails with ``error``."""
+    timed, original = 0, RowBenchmark.time
+
+    def time(row: RowBenchmark, loaded: Any) -> None:
+        nonlocal timed
+        timed += 1
+        if timed == at:
+            raise error
+        original(row, loaded)
+
+    monkeypatch.setattr(RowBenchmark, "time", time)
+
+
+def test_a_row_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, BenchmarkError("this one"), at=4)
+    ear = run(home, 1, 3)
+    assert ear.failed() == {4: "benchmark_error"}
+    assert ear.measured().keys() == {1, 2, 3, 5, 6}
+
+
+def test_after_a_fault_of_the_device_the_open_jobs_are_left_to_another_runner(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is that of one job; what was published stands, so trying again costs the measuring alone."""
+    fail_once(monkeypatch, DeviceError("illegal memory access"), at=5)
+    ear = run(home)
+    assert ear.failed() == {2: "device_error"}
+    assert ear.measured().keys() == {1}, "whose last round was over"
+
+
+def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is sent, and the rest of the bundle goes to another runner."""
+    monkeypatch.setattr(RowBenchmark, "fault", property(lambda row: DeviceError("gone") if row.rounds == 2 else None))
+    ear = run(home)
+    assert ear.measured().keys() == {1}
+    assert ear.failed() == {}
+
+
+def a_round(**times_s: list[float]) -> Round:
+    return Round(times_s=times_s, prompts=torch.ones(2, 8, dtype=torch.long), new_tokens=3, flags=None)
+
+
+def generation(prefill: list[float], per_token: list[list[float]]) -> Round:
+    steps = [step for steps in per_token for step in steps]
+    return a_round(prefill=prefill, decode=[sum(steps) for steps in per_token], per_token=steps)
+
+
+def test_the_times_of_all_rounds_count_and_their_spread_is_told() -> None:
+    rounds = [
+        generation([1.0, 3.0], [[0.1, 0.1], [0.1, 0.1]]),
+        generation([2.0, 2.0], [[0.2, 0.2], [0.2, 0.2]]),
+        generation([2.0, 4.0], [[0.1, 0.2], [0.1, 0.2]]),
+    ]
+    speed = pool(rounds)
+    assert speed.stats["prefill"]["count"] == 6
+    assert speed.stats["per_token"]["count"] == 12
+    assert speed.stats["prefill"]["tokens_per_s"] == pytest.approx(2 * 8 / (14 / 6))
+    assert speed.columns["decode_tokens_per_s"] == pytest.approx(2 * 2 / ((0.2 + 0.4 + 0.3) / 3))
+    assert speed.columns["per_token_s_p50"] == pytest.approx(0.15)
+    assert speed.by_round["prefill"] == {"p50": [2.0, 2.0, 3.0], "mean": [2.0, 2.0, 3.0], "spread": 0.5}
+    assert speed.by_round["per_token"]["spread"] == pytest.approx(0.1 / 0.15)
+    assert speed.notable_spread == pytest.approx(0.1 / 0.15)
+
+
+def test_a_small_spread_is_not_worth_a_word_and_one_round_has_none() -> None:
+    rounds = [a_round(forward=[1.0, 1.0]), a_round(forward=[1.1])]
+    assert pool(rounds).notable_spread is None
+    assert pool(rounds).by_round["forward"]["spread"] == pytest.approx(0.1 / 1.05)
+    assert pool(rounds).columns == {"forward_s_p50": 1.0, "forward_samples_per_s": pytest.approx(2 / (3.1 / 3))}
+    assert pool(rounds[:1]).by_round["forward"]["spread"] is None

@@ -1,0 +1,93 @@
+"""Asks for the kernels of a decode step alone: the runner's end of ``worker.benchmark.graph``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import subprocess
+import sys
+from dataclasses import asdict
+from types import TracebackType
+from typing import IO, Self
+
+from worker.benchmark.graph import GraphRequest, KernelsAlone
+
+_TIME_LIMIT_S = 300.0
+_END_S = 5.0
+
+
+class Captures:
+    """Captures in processes of their own, which share their imports. A context: leaving it ends them.
+
+    The first capture waits for the imports, 15 s on some machines, unless ``prepare`` was called meanwhile.
+    """
+
+    def __init__(self, *, time_limit_s: float = _TIME_LIMIT_S) -> None:
+        self._time_limit_s = time_limit_s
+        self._server: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def prepare(self) -> subprocess.Popen[str]:
+        """Begin with the imports; nothing should be timed on the host just then."""
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-P", "-m", "worker.benchmark.graph"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        return self._server
+
+    def kernels_alone(self, request: GraphRequest) -> list[KernelsAlone]:
+        """Capture and time a decode step at each of the request's shapes. Never raises for what goes wrong in there.
+
+        The model is loaded in the other process: where the GPU has no room for that, that is the reason.
+        """
+        answer = self._ask(self.prepare(), json.dumps(asdict(request)))
+        if answer.startswith("["):
+            return [KernelsAlone(**found) for found in json.loads(answer)]
+        return [KernelsAlone(reason=answer)] * len(request.shapes)
+
+    def _ask(self, server: subprocess.Popen[str], line: str) -> str:
+        """The answer, or in words why there is none. A server that is late or gone is not asked again."""
+        requests, answers = _pipes(server)
+        # One that is gone has no answer either: that is how it is noticed.
+        with contextlib.suppress(BrokenPipeError):
+            requests.write(line + "\n")
+            requests.flush()
+        if not select.select([answers], [], [], self._time_limit_s)[0]:
+            self._end()
+            return f"capturing took longer than {self._time_limit_s:.0f} s"
+        answer = answers.readline()
+        if not answer:
+            self._end()
+        return answer.strip() or "the capturing process died without a word; the job's log may say why"
+
+    def _end(self) -> None:
+        """Closing its input ends it, and a capture under way."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        requests, answers = _pipes(server)
+        with contextlib.suppress(BrokenPipeError):
+            requests.close()
+        try:
+            server.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        answers.close()
+
+
+def _pipes(server: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert server.stdin is not None  # noqa: S101  (both are piped)
+    assert server.stdout is not None  # noqa: S101
+    return server.stdin, server.stdout

@@ -1,0 +1,88 @@
+"""What a bundle says of its jobs, and which of them are still open."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from models_db.domain import Stage
+from models_db.errors import CudaOom, DeviceError, DiskFull, HostOom, InternalError, JobError, one_line
+from worker.messages import Entered, Failed, Measured, Resolved, RunnerMessage
+from worker.quantize.faults import as_job_error
+
+log = logging.getLogger("qbatch.runner")
+
+
+class Link(Protocol):
+    """How a bundle reports (see ``worker.runner``)."""
+
+    def send(self, message: RunnerMessage) -> None: ...
+
+    def ask(self, resolved: Resolved) -> frozenset[int]: ...
+
+
+class Reports:
+    """Each job ends in one message, except after a fault that spoils the device for those left."""
+
+    def __init__(self, link: Link, job_ids: Iterable[int]) -> None:
+        self._link = link
+        self._open = set(job_ids)
+        self._entered: tuple[tuple[int, ...], Stage] | None = None
+
+    def open(self, job_ids: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Those of ``job_ids`` (of all jobs) that have not ended, in ascending order."""
+        return tuple(sorted(self._open if job_ids is None else self._open.intersection(job_ids)))
+
+    def send(self, message: RunnerMessage) -> None:
+        self._link.send(message)
+
+    def ask(self, resolved: Resolved) -> None:
+        """Leave alone the jobs that an earlier result answers."""
+        self._open -= self._link.ask(resolved)
+
+    def enter(self, job_ids: Iterable[int], stage: Stage) -> None:
+        """The work is now that of the open ones of ``job_ids``, and of no others."""
+        ids = self.open(job_ids)
+        if ids and (ids, stage) != self._entered:
+            self._entered = (ids, stage)
+            log.info("%s: %s", ", ".join(f"j{n}" for n in ids), stage)
+            self._link.send(Entered(job_ids=ids, stage=stage))
+
+    def done(self, message: Measured) -> None:
+        self._open.discard(message.job_id)
+        self._link.send(message)
+
+    @contextlib.contextmanager
+    def failing(self, job_ids: Iterable[int]) -> Iterator[None]:
+        """An error within fails those of ``job_ids`` that are still open, and no others."""
+        try:
+            yield
+        except Exception as error:
+            translated = error if isinstance(error, JobError) else _unforeseen(error)
+            self.failed(job_ids, translated)
+
+    def failed(self, job_ids: Iterable[int], error: JobError) -> None:
+        """A fault that spoils the device is charged to the first of them: the others may be innocent."""
+        for job_id in self.open(job_ids):
+            if job_id not in self._open:
+                return
+            log.error("j%s: %s: %s", job_id, error.kind, error)
+            self._open.discard(job_id)
+            needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
+            self._link.send(Failed(job_id=job_id, kind=error.kind, message=str(error), needed_bytes=needed_bytes))
+            self.leave_spoilt_device(error)
+
+    def leave_spoilt_device(self, error: JobError) -> None:
+        """Leave what is open to a new runner, which begins with the whole device."""
+        if isinstance(error, (CudaOom, DeviceError)):
+            self._open.clear()
+
+
+def _unforeseen(error: Exception) -> JobError:
+    traceback.print_exc()
+    # A sick device may fail anything that touches it: importing bitsandbytes does.
+    meant = as_job_error(error)
+    return meant if isinstance(meant, (CudaOom, DeviceError, DiskFull, HostOom)) else InternalError(one_line(error))
