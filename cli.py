@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cli_options import Bits, Duration, format_options, submit_options
+from cli_options import Bits, Duration, compare_options, format_options, submit_options
 from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
 from models_db.settings import Settings
@@ -148,6 +148,7 @@ def scheduler() -> None:
 def status(batch: str | None, format_: str) -> None:
     """Show the batches, or one batch and its jobs."""
     from models_db.listing import list_batches, list_jobs
+    from models_db.pauses import standing
     from views.listings import BATCH_COLUMNS, JOB_COLUMNS
     from views.tables import render
 
@@ -156,6 +157,8 @@ def status(batch: str | None, format_: str) -> None:
     _require(database, ids)
     with database.read() as session:
         click.echo(render(list_batches(session, ids), BATCH_COLUMNS, format_))
+        for pause in standing(session):
+            click.echo(f"nothing is sent to the workers until there is room: {pause.message}", err=True)
         if ids and format_ == "table":
             click.echo(render(list_jobs(session, batch_ids=ids), JOB_COLUMNS, format_))
 
@@ -233,6 +236,68 @@ def results(
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
     _print_results(settings, rows, format_)
+
+
+@main.command()
+@compare_options
+@format_options("table", "json", "csv")
+def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **wish: Any) -> None:
+    """Set each model's schemes side by side, and say which to ship.
+
+    Rows of different protocols or devices stand apart. Without a bound on quality, one is set and shown.
+    """
+    from models_db.results import find_results
+    from views.compare import comparison
+    from views.wishes import Wish
+
+    ids = _batch_ids(batches)
+    settings = _settings()
+    database = _database(settings)
+    _require(database, ids)
+    with database.read() as session:
+        rows = find_results(session, batch_ids=ids, model=model)
+    _place_checkpoints(settings, rows)
+    click.echo(comparison(rows, Wish(**wish), by=by, format=format_))
+
+
+@main.command()
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@format_options("table", "json", "csv")
+def show(jobs: Sequence[str], format_: str) -> None:
+    """Show all about a job: attempts, scheme, protocol, figures, coverage audit, and why it is as fast as it is."""
+    from models_db.job_record import whole_jobs
+    from views.job import show_jobs
+    from views.tables import render
+
+    ids = _job_ids(jobs)
+    settings = _settings()
+    database = _database(settings)
+    _require_jobs(database, ids)
+    with database.read() as session:
+        found = whole_jobs(session, ids)
+    rows = [row for row, _ in found]
+    _place_checkpoints(settings, rows)
+    click.echo(show_jobs(found) if format_ == "table" else render(rows, (), format_))
+
+
+@main.command()
+@click.option("--deep", is_flag=True, help="Import the libraries too, and quantize a weight; takes half a minute.")
+@format_options("table", "json", "csv")
+def doctor(deep: bool, format_: str) -> None:
+    """Check the installation, and say what is wrong. Exits with 1 if something is."""
+    from scheduler.local import stack_is_running
+    from views.checks import State, render_checks
+    from views.doctor import examine
+    from views.libraries import Gpu, examine_libraries
+    from worker.gpu import installed_gpus
+
+    settings = _settings()
+    gpus = [Gpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
+    found = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
+    if deep:
+        found += examine_libraries()
+    click.echo(render_checks(found, format_))
+    sys.exit(1 if any(check.state is State.WRONG for check in found) else 0)
 
 
 @main.command()
@@ -343,6 +408,7 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
     from scheduler.grid import QUANT_TYPES, Grid
     from scheduler.model_list import read_model_list
     from scheduler.submit import Submission
+    from scheduler.task_files import read_tasks
     from worker.benchmark import DEFAULT_EVAL_TEXT
 
     quant_types = tuple(name for value in options["quant_types"] for name in value.split(",")) or ("nf4",)
@@ -362,12 +428,21 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
         int8_threshold=options["int8_threshold"],
         quant_storage=options["quant_storage"],
         max_shard_bytes=options["max_shard_size"],
+        allow_pickle=options["allow_pickle"],
+        batch_sizes=options["batch_sizes"] or (),
+        prompt_tokens=options["prompt_tokens"] or (),
+        new_tokens=options["new_tokens"] or (),
+        why=options["why"],
+        energy=options["energy"],
     )
     lines = _read_text(options["models_file"]).splitlines()
     return Submission(
-        sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine)),
+        sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
         grid=grid,
         eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT)),
+        tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
+        num_fewshot=options["num_fewshot"],
+        task_limit=options["task_limit"],
         name=options["name"],
         priority=options["priority"],
         time_limit_s=options["time_limit"],
@@ -491,11 +566,15 @@ def _print_results(settings: Settings, rows: Sequence[dict[str, Any]], format_: 
     from views.results import results_table
     from views.tables import render
 
+    _place_checkpoints(settings, rows)
+    click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
+
+
+def _place_checkpoints(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    """A checkpoint's path is stored relative to the storage, which may be mounted elsewhere on each machine."""
     for row in rows:
         if row["checkpoint_path"] is not None:
-            # Stored relative to the storage, which may be mounted elsewhere on each machine.
             row["checkpoint_path"] = str(settings.storage / row["checkpoint_path"])
-    click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
 
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
@@ -528,6 +607,14 @@ def _batch_ids(texts: Sequence[str]) -> list[int]:
     return [number for _, number in parsed]
 
 
+def _job_ids(texts: Sequence[str]) -> list[int]:
+    parsed = [parse_id(text) for text in texts]
+    for text, (kind, _) in zip(texts, parsed, strict=True):
+        if kind != "j":
+            raise UsageError(f"{text} is a batch; a job is asked for (j345)")
+    return [number for _, number in parsed]
+
+
 def _require(database: Database, batch_ids: Sequence[int]) -> None:
     from models_db.batches import batch_exists
 
@@ -537,21 +624,25 @@ def _require(database: Database, batch_ids: Sequence[int]) -> None:
                 raise UsageError(f"no such batch: {format_batch_id(batch_id)}")
 
 
+def _require_jobs(database: Database, job_ids: Sequence[int]) -> None:
+    from models_db.batches import job_exists
+
+    with database.read() as session:
+        for job_id in job_ids:
+            if not job_exists(session, job_id):
+                raise UsageError(f"no such job: {format_job_id(job_id)}")
+
+
 def _change(
     targets: Sequence[str], change: Callable[..., list[int]], done: str
 ) -> tuple[Database, Settings, list[int]]:
-    from models_db.batches import job_exists
-
     settings = _settings()
     parsed = [parse_id(text) for text in targets]
     batch_ids = [number for kind, number in parsed if kind == "b"]
     job_ids = [number for kind, number in parsed if kind == "j"]
     database = _database(settings)
     _require(database, batch_ids)
-    with database.read() as session:
-        for job_id in job_ids:
-            if not job_exists(session, job_id):
-                raise UsageError(f"no such job: {format_job_id(job_id)}")
+    _require_jobs(database, job_ids)
     with database.write() as session:
         changed = change(session, batch_ids=batch_ids, job_ids=job_ids)
     for job_id in changed:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from models_db.domain import DeviceKind, DType
+from views.wishes import ORIENTATIONS, PREFERENCES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,6 +44,24 @@ class Bits(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
 
 
+class Counts(click.ParamType[tuple[int, ...]]):
+    """A comma list of whole numbers, each at least ``least``."""
+
+    name = "counts"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        # Not by int(), which takes 1_000 and other scripts' digits.
+        if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= self._least for part in parts):
+            self.fail(f"{value!r} is no comma list of whole numbers of at least {self._least}", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 class Size(click.ParamType[int]):
     """500MB, 5GB (powers of ten, as transformers reads them), 2GiB: bytes."""
 
@@ -73,6 +92,36 @@ def format_options(*formats: str) -> Callable[[Command], Command]:
         )
 
     return add
+
+
+def compare_options(command: Command) -> Command:
+    """Which rows are compared, how they are laid out, and what is wished of the one to ship."""
+    options = [
+        click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only these batches' rows; repeat it."),
+        click.option("--model", help="Only models whose name holds this."),
+        click.option(
+            "--by",
+            type=click.Choice(ORIENTATIONS),
+            default="figure",
+            show_default=True,
+            help="What a line of the table is: a figure, with a column for each scheme, or a scheme.",
+        ),
+        click.option(
+            "--prefer",
+            type=click.Choice(PREFERENCES),
+            default="size",
+            show_default=True,
+            help="What to have the most of, among those within the bounds: small weights, speed, or quality.",
+        ),
+        click.option("--max-kl", type=click.FloatRange(min=0), help="The mean KL from the baseline, at most; in nats."),
+        click.option(
+            "--max-ppl-ratio", type=click.FloatRange(min=0), help="The perplexity over the baseline's, at most: 1.01."
+        ),
+        click.option("--max-weights-bytes", type=Size(), help="The weights in memory, at most: 6GB, 5.5GiB."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def submit_options(command: Command) -> Command:
@@ -141,6 +190,11 @@ def submit_options(command: Command) -> Command:
             help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
         ),
         click.option("--max-shard-size", type=Size(), help="Split the weights into files of at most this: 5GB."),
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Convert .bin weights of models that have no safetensors; refused otherwise.",
+        ),
         click.option("--name", help="A name for the batch."),
         click.option("--priority", type=int, default=0, show_default=True, help="Higher runs sooner."),
         click.option("--time-limit", type=Duration(), help="A job's own working time: 90s, 15m, 2h."),
@@ -148,6 +202,43 @@ def submit_options(command: Command) -> Command:
             "--eval-text",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="A text file to measure perplexity on.",
+        ),
+        click.option(
+            "--tasks",
+            multiple=True,
+            metavar="NAME|FILE",
+            help="lm-evaluation-harness tasks (qbatch[eval]): names, and YAML files of your own; repeat it or give a "
+            "comma list.",
+        ),
+        click.option(
+            "--num-fewshot", type=click.IntRange(min=0), help="Worked examples before each question of the tasks."
+        ),
+        click.option("--task-limit", type=click.IntRange(min=1), help="Ask at most so many questions of each task."),
+        click.option(
+            "--batch-size",
+            "batch_sizes",
+            type=Counts(1),
+            help="Sequences generated at once; a comma list gives a row each.  [default: 1]",
+        ),
+        click.option(
+            "--prompt-tokens",
+            type=Counts(1),
+            help="Length of the prompts, and of an encoder's input; a comma list.  [default: 256, on a CPU 64]",
+        ),
+        click.option(
+            "--new-tokens",
+            type=Counts(2),
+            help="Tokens to generate; a comma list.  [default: 64, on a CPU 16]",
+        ),
+        click.option(
+            "--why/--no-why",
+            default=None,
+            help="On a GPU, find out what a language model's decoding waits for; a few seconds a row.  [default: why]",
+        ),
+        click.option(
+            "--energy/--no-energy",
+            default=None,
+            help="On a GPU, measure the energy of a language model's tokens: 40 s a row or more.  [default: no-energy]",
         ),
         click.option("--force", is_flag=True, help="Measure again what is already in the database."),
         click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),

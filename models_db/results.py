@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from models_db.domain import MEASURED_COLUMNS, JobState, format_batch_id, format_job_id
+from models_db.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
 from models_db.errors import UsageError
 from models_db.tables import Job, Result
 
@@ -37,6 +37,7 @@ def find_results(
     session: Session,
     *,
     batch_ids: Sequence[int] = (),
+    job_ids: Sequence[int] = (),
     model: str | None = None,
     bits: Collection[int] = (),
     sort: str | None = None,
@@ -44,8 +45,9 @@ def find_results(
 ) -> list[dict[str, Any]]:
     """One mapping for each job, ended or not; what was not measured is None.
 
-    ``model`` matches a part of the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without
-    a value come last; the default is submission order. Raises UsageError for a column that does not exist.
+    ``options`` are the scheme's, as asked for; ``protocol`` is the one it was measured by. ``model`` matches a part of
+    the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without a value come last; the default is
+    submission order. Raises UsageError for a column that does not exist.
     """
     query = (
         select(Job, Result)
@@ -55,6 +57,8 @@ def find_results(
     )
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
+    if job_ids:
+        query = query.where(Job.id.in_(job_ids))
     if model is not None:
         query = query.where(Job.model.contains(model, autoescape=True))
     if bits:
@@ -81,7 +85,7 @@ def _baselines(session: Session, batch_ids: Collection[int]) -> dict[tuple[Any, 
 
 
 def _family(job: Job) -> tuple[Any, ...]:
-    return (job.batch_id, job.location, job.revision, job.dtype, tuple(sorted(job.protocol.items(), key=str)))
+    return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
 def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> dict[str, Any]:
@@ -99,6 +103,7 @@ def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, .
         "scheme": job.method,
         "bits": job.bits,
         "double_quant": scheme["double_quant"],
+        "options": {name: value for name, value in scheme.items() if name != "method"},
         "checkpoint_path": result.checkpoint_path if result else None,
     }
     row |= {name: getattr(result, name) if result else None for name in MEASURED_COLUMNS}
@@ -106,6 +111,7 @@ def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, .
     row["dtype"] = result.dtype if result else job.dtype
     row["compute_dtype"] = result.compute_dtype if result else scheme["compute_dtype"]
     row["baseline_job_id"] = format_job_id(baseline) if baseline is not None and baseline != job.id else None
+    row["protocol"] = result.protocol if result else None
     row["protocol_hash"] = result.protocol_hash if result else None
     row["details"] = result.details if result else None
     return row

@@ -54,6 +54,11 @@ def show_nats(value: float) -> str:
     return f"{value:.1e}"
 
 
+def show_percent(share: float) -> str:
+    """A share of one: 0.989 → ``98.9 %``."""
+    return f"{share * 100:.1f} %"
+
+
 def show_ratio(ratio: float) -> str:
     """``×0.29``"""
     return f"×{ratio:.3f}" if ratio < 0.1 else f"×{ratio:.2f}"

@@ -15,14 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models_db.domain import MEASURED_COLUMNS
+from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
 from views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
 from views.live import LiveProgress
-from views.results import result_columns, results_table
+from views.results import results_table
 from views.tables import Column, render, text_width
 from views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
-
-NAME = "meta-llama/Meta-Llama-3.1-70B-Instruct"
 
 
 def job(number: int, state: str = "queued", **fields: Any) -> dict[str, Any]:
@@ -44,34 +42,6 @@ def job(number: int, state: str = "queued", **fields: Any) -> dict[str, Any]:
         "started_at": None,
         "finished_at": None,
     } | fields
-
-
-def result(number: int, scheme: str = "none", **fields: Any) -> dict[str, Any]:
-    """A row of ``find_results``: j1 is the baseline of all others."""
-    row: dict[str, Any] = dict.fromkeys(MEASURED_COLUMNS) | {
-        "batch_id": "b1",
-        "job_id": f"j{number}",
-        "model": NAME,
-        "revision": None,
-        "state": "succeeded",
-        "error_kind": None,
-        "error_message": None,
-        "reused_from": None,
-        "scheme": scheme,
-        "bits": 16 if scheme == "none" else 4,
-        "double_quant": False,
-        "checkpoint_path": f"checkpoints/{number}",
-        "dtype": "bfloat16",
-        "compute_dtype": "bfloat16",
-        "device_name": "NVIDIA H200",
-        "num_parameters": 8_030_261_248,
-        "quantized_fraction": 0.0 if scheme == "none" else 0.87,
-        "baseline_job_id": None if scheme == "none" else "j1",
-        "protocol_hash": "p",
-        "details": {},
-        "disk_bytes": 1000 * 2**20,
-    }
-    return row | fields
 
 
 BASELINE = result(1, perplexity=10.0, decode_tokens_per_s=50.0, prefill_s_p50=0.04, max_allocated_bytes=2**30)
@@ -186,8 +156,9 @@ def test_every_listing_shows_its_rows() -> None:
 def test_no_view_imports_what_is_slow_to_import() -> None:
     """The figures that people wait for come from a start-up of a tenth of a second."""
     program = (
-        "import sys, views.tables, views.listings, views.results, views.live, views.inspection, models_db.inspection\n"
-        "print(sorted({'rich', 'torch', 'transformers', 'celery', 'huggingface_hub'} & set(sys.modules)))"
+        "import sys, views.compare, views.doctor, views.inspection, views.job, views.listings, views.live\n"
+        "import views.results, models_db.doctor, models_db.inspection, models_db.job_record\n"
+        "print(sorted({'rich', 'torch', 'transformers', 'celery', 'huggingface_hub', 'redis'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
@@ -289,6 +260,103 @@ def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
     assert "only" not in results_table([BASELINE, QUANTIZED])
 
 
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        (
+            {"audit": {"not_finite": ["a.weight", "b.weight"]}},
+            "2 weights of it hold NaN or infinity: a.weight, b.weight",
+        ),
+        ({"audit": {"int8_infinite_scales": 1}}, "1 int8 scale of it is infinite: those rows, with values over 65504"),
+        (
+            {"audit": {"dropped_tensors": [f"mtp.{n}.weight" for n in range(5)]}},
+            "5 tensors of the source are not in it, since transformers drops them: mtp.0.weight, mtp.1.weight, "
+            "mtp.2.weight and 2 more",
+        ),
+        ({"audits": {"perplexity_not_finite": True}}, "its perplexity is not finite"),
+        ({"audits": {"spread_between_rounds": 0.78}}, "its speed varied much between its rounds"),
+        ({"flags": {"throttled": True, "clocks_changed": False}}, "the GPU lowered its clocks for heat or power"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_a_footnote(details: dict[str, Any], said: str) -> None:
+    table = results_table([BASELINE, QUANTIZED | {"details": details}])
+    assert "[1]" in line_of(table, "j2")
+    assert said in " ".join(table.split())
+    clean = {"audit": {"not_finite": [], "int8_infinite_scales": 0, "dropped_tensors": []}}
+    assert "[1]" not in results_table([BASELINE, QUANTIZED | {"details": clean}])
+
+
+def test_a_difference_that_is_noise_is_marked() -> None:
+    quality = {"kl_mean_se": 1e-6, "ln_ppl_ratio": 0.008, "ln_ppl_ratio_se": 0.009, "floor": {"kl_mean": 2e-5}}
+    row = QUANTIZED | {"kl_mean": 3e-5, "details": {"quality": quality}}
+    line = line_of(results_table([BASELINE, row]), "j2")
+    assert "10.08 +0.8 %≈" in line
+    assert "3.0e-05" in line
+    assert "3.0e-05 ≈" not in line
+    assert "≈ is not distinguishable" in results_table([BASELINE, row])
+    rounding = results_table([BASELINE, row | {"kl_mean": 1.9e-5}])
+    assert "1.9e-05 ≈" in line_of(rounding, "j2")
+    assert "≈" not in results_table([BASELINE, QUANTIZED])
+
+
+def test_speed_is_noise_only_where_its_error_says_so() -> None:
+    def timed(row: dict[str, Any], stdev_s: float) -> dict[str, Any]:
+        return row | {"details": {"stats": {"decode": stats(1.0, stdev_s, count=9)}}}
+
+    near = QUANTIZED | {"decode_tokens_per_s": 49.0}
+    assert "×0.98≈" in line_of(results_table([timed(BASELINE, 0.06), timed(near, 0.06)]), "j2")
+    assert "×0.98≈" not in line_of(results_table([timed(BASELINE, 0.01), timed(near, 0.01)]), "j2")
+
+
+def test_rounds_that_lie_apart_are_fewer_measurements_than_they_look() -> None:
+    def timed(row: dict[str, Any], *means: float) -> dict[str, Any]:
+        phases = {"decode": {"p50": list(means), "mean": list(means), "spread": 0.5}}
+        details = {"stats": {"decode": stats(1.0, 0.01, count=900)}, "rounds": {"count": 3, "phases": phases}}
+        return row | {"details": details}
+
+    near = QUANTIZED | {"decode_tokens_per_s": 48.0}
+    apart = results_table([timed(BASELINE, 0.8, 1.0, 1.2), timed(near, 1.0, 1.0, 1.0)])
+    assert "×0.96≈" in line_of(apart, "j2")
+    together = results_table([timed(BASELINE, 1.0, 1.0, 1.0), timed(near, 1.0, 1.0, 1.0)])
+    assert "×0.96≈" not in line_of(together, "j2")
+
+
+def test_rows_of_other_protocols_and_devices_stand_under_headings_of_their_own() -> None:
+    longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
+    failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", protocol=None, protocol_hash=None)
+    rows = [BASELINE, result(3, **longer), QUANTIZED, result(4, "bnb-nf4", baseline_job_id="j3", **longer), failed]
+    lines = results_table(rows).splitlines()
+    order = [
+        line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in {"j1", "j2", "j3", "j4", "j5"}
+    ]
+    assert order == ["j1", "j2", "j3", "j4", "j5"]
+    assert "  batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on" in lines[3]
+    assert "prompt 512" in lines[6]
+    assert lines[9] == "  not measured"
+    assert "prompt 256" not in results_table([BASELINE, QUANTIZED])
+
+
+def test_an_encoder_shows_how_well_its_similarities_hold() -> None:
+    rows = [result(1), result(2, "bnb-nf4", details={"quality": {"rank_correlation": 0.9871}})]
+    table = results_table(rows)
+    assert "rank corr" in table.splitlines()[0]
+    assert "0.9871" in line_of(table, "j2")
+
+
+def test_schemes_that_differ_in_an_option_can_be_told_apart() -> None:
+    options = result(2)["options"]
+    rows = [
+        result(1),
+        result(2, "bnb-int8", options=options | {"int8_threshold": 0.0}),
+        result(3, "bnb-int8"),
+        result(4, "bnb-nf4", options=options | {"skip_modules": ["q_proj"], "quant_storage": "bfloat16"}),
+    ]
+    table = results_table(rows)
+    assert "j2 bnb-int8 threshold 0 " in table
+    assert "j3 bnb-int8  " in table
+    assert "j4 bnb-nf4 without q_proj stored as bfloat16 " in table
+
+
 def test_a_reused_row_is_marked() -> None:
     table = results_table([BASELINE | {"reused_from": "j90"}, QUANTIZED | {"reused_from": "j91"}])
     assert "[1]" in line_of(table, "j1")
@@ -309,12 +377,6 @@ def test_results_fit_the_terminal_and_say_what_they_leave_out(monkeypatch: pytes
 def test_no_results_are_said_to_be_none() -> None:
     assert results_table([]) == "no results"
     assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
-
-
-def test_single_figures_have_columns_of_their_own() -> None:
-    table = render([QUANTIZED], result_columns(), "table")
-    assert "36.0 tok/s" in table
-    assert "10.08" in table
 
 
 # progress

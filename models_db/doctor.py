@@ -1,0 +1,68 @@
+"""What the database knows of the health of an installation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.domain import JobState
+from models_db.listing import list_workers
+from models_db.pauses import standing
+from models_db.tables import Job, Lease
+
+_DAY_S = 86_400.0
+_SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseNote:
+    """Why nothing is dispatched until ``until``; ``needed_bytes`` of room would end it."""
+
+    reason: str
+    message: str
+    needed_bytes: int | None
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """``leader``: who leads the schedulers now. ``workers`` as ``list_workers`` gives them. ``failed``: the jobs that
+    failed within a day, by error kind; ``open_jobs``: the queued and running ones by state."""
+
+    leader: str | None
+    workers: list[dict[str, Any]]
+    open_jobs: dict[str, int]
+    failed: dict[str, int]
+    pauses: list[PauseNote]
+
+
+def health(session: Session, lease_s: float) -> Health:
+    """By the database's clock."""
+    leader = session.scalars(select(Lease.holder).where(Lease.name == _SCHEDULER, Lease.expires_at > db_now())).first()
+    states = session.execute(
+        select(Job.state, func.count())
+        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        .group_by(Job.state)
+        .order_by(Job.state)
+    )
+    failed = session.execute(
+        select(Job.error_kind, func.count())
+        .where(Job.state == JobState.FAILED, Job.finished_at > db_now(-_DAY_S))
+        .group_by(Job.error_kind)
+        .order_by(func.count().desc(), Job.error_kind)
+    )
+    return Health(
+        leader=leader,
+        workers=list_workers(session, lease_s),
+        open_jobs={state: count for state, count in states},
+        failed={str(kind): count for kind, count in failed},
+        pauses=[
+            PauseNote(reason=p.reason, message=p.message, needed_bytes=p.needed_bytes, until=p.until)
+            for p in standing(session)
+        ],
+    )

@@ -1,0 +1,294 @@
+"""What stands side by side may stand so, and what is recommended follows from what was measured and no more."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
+from tests.unit.test_views import on_terminal
+from views.compare import comparison
+from views.groups import models_of
+from views.recommend import Recommendation, recommend
+from views.wishes import Wish
+
+GIB = 2**30
+
+
+def row(number: int, scheme: str, weights_gib: float, kl: float | None = None, **fields: Any) -> dict[str, Any]:
+    quality = {} if kl is None else {"kl_mean_se": kl / 100, "floor": {"kl_mean": 2e-5}, "rows": 32_000}
+    details = {"quality": quality, "device_uuid": "GPU-1"} | fields.pop("details", {})
+    return result(number, scheme, weights_bytes=round(weights_gib * GIB), kl_mean=kl, details=details, **fields)
+
+
+BASELINE = row(1, "none", 15.0, decode_tokens_per_s=48.8)
+INT8 = row(2, "bnb-int8", 8.5, 0.002, decode_tokens_per_s=13.1)
+NF4 = row(3, "bnb-nf4", 5.6, 0.03, decode_tokens_per_s=35.4)
+FP4 = row(4, "bnb-fp4", 5.6, 0.09, decode_tokens_per_s=35.5)
+ALL = [BASELINE, INT8, NF4, FP4]
+
+
+def recommended(rows: list[dict[str, Any]], **wish: Any) -> Recommendation:
+    (model,) = models_of(rows)
+    (group,) = model.groups
+    return recommend(group, Wish(**wish))
+
+
+def shipped(rows: list[dict[str, Any]], **wish: Any) -> str | None:
+    found = recommended(rows, **wish).ship
+    return None if found is None else str(found["job_id"])
+
+
+# what is recommended
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ({}, "j3"),
+        ({"max_kl": 0.01}, "j2"),
+        ({"max_kl": 0.001}, "j1"),
+        ({"max_kl": 0.2}, "j3"),
+        ({"max_weights_bytes": 10 * GIB}, "j3"),
+        ({"max_weights_bytes": 5 * GIB}, None),
+        ({"max_kl": 0.01, "max_weights_bytes": 8 * GIB}, None),
+        ({"prefer": "speed"}, "j1"),
+        ({"prefer": "speed", "max_weights_bytes": 10 * GIB}, "j3"),
+        ({"prefer": "quality"}, "j2"),
+        ({"prefer": "quality", "max_weights_bytes": 6 * GIB}, "j3"),
+        ({"prefer": "quality", "max_weights_bytes": 6 * GIB, "max_kl": 0.01}, None),
+    ],
+)
+def test_the_best_of_those_within_the_bounds_is_shipped(wish: dict[str, Any], expected: str | None) -> None:
+    assert shipped(ALL, **wish) == expected
+
+
+def test_the_sentence_says_why_and_how_far_it_holds() -> None:
+    assert recommended(ALL).sentence == (
+        "Ship bnb-nf4 (j3): the smallest weights (5.60 GiB, ×0.37) within a mean KL of at most 0.05 nats (the default, "
+        "which --max-kl changes); its mean KL is 3.0e-02 ± 3.0e-04 nats; it decodes at ×0.73 of the baseline's rate; "
+        "measured on NVIDIA H200 at batch 1, over 32,000 positions of one text, which says nothing of others."
+    )
+
+
+def test_where_nothing_qualifies_each_says_why() -> None:
+    found = recommended(ALL, max_kl=0.01, max_weights_bytes=8 * GIB)
+    assert found.ship is None
+    assert found.sentence.startswith("Nothing qualifies: baseline bfloat16 (j1): its weights, 15.00 GiB, are over 8.00")
+    assert "bnb-nf4 (j3): its mean KL, 3.0e-02 nats, is over 0.01;" in found.sentence
+    assert set(found.rejected) == {"j1", "j2", "j3", "j4"}
+
+
+def test_the_unquantized_model_is_shipped_with_what_the_others_lack() -> None:
+    said = recommended(ALL, max_kl=0.001).sentence
+    assert said.startswith("Ship baseline bfloat16 (j1): the smallest weights")
+    assert "bnb-int8 (j2) does not qualify: its mean KL, 2.0e-03 nats, is over 0.001" in said
+
+
+def test_of_equal_size_the_nearer_is_shipped_and_what_cannot_be_told_apart_is_said() -> None:
+    assert shipped([BASELINE, FP4, NF4], max_kl=0.2) == "j3"
+    near = FP4 | {"kl_mean": 0.0301}
+    found = recommended([BASELINE, NF4, near])
+    assert list(found.alike) == ["j4"]
+    assert "in quality it is not distinguishable from bnb-fp4 (j4)" in found.sentence
+    assert "smaller" not in found.sentence
+
+
+def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
+    def timed(one: dict[str, Any], stdev_s: float) -> dict[str, Any]:
+        return one | {"details": one["details"] | {"stats": {"decode": stats(1.0, stdev_s, count=4)}}}
+
+    faster = INT8 | {"decode_tokens_per_s": 36.0}
+    assert shipped([timed(faster, 0.001), timed(NF4, 0.001)], prefer="speed") == "j2"
+    found = recommended([timed(faster, 0.05), timed(NF4, 0.05)], prefer="speed")
+    assert found.ship is not None
+    assert found.ship["job_id"] == "j3"
+    assert "the highest rate measured" in found.sentence
+    assert ", as far as can be told; in speed it is not distinguishable from bnb-int8 (j2), and is the smaller" in (
+        found.sentence
+    )
+
+
+def test_a_quality_within_rounding_is_not_told_from_the_baseline() -> None:
+    said = recommended([BASELINE, INT8 | {"kl_mean": 1e-5}]).sentence
+    assert "its mean KL is 1.0e-05 ± 2.0e-05 nats, not distinguishable from the baseline itself" in said
+
+
+def test_a_margin_under_its_error_is_said() -> None:
+    said = recommended([BASELINE, NF4], max_kl=0.0301).sentence
+    assert said.startswith("Ship bnb-nf4 (j3)")
+    assert "within its standard error of the bound" in said
+    assert "within its standard error" not in recommended([BASELINE, NF4], max_kl=0.04).sentence
+
+
+def test_quality_that_was_not_measured_does_not_qualify() -> None:
+    unknown = NF4 | {"kl_mean": None, "details": {"quality": {"reason": "another tokenizer"}}}
+    found = recommended([BASELINE, unknown])
+    assert found.ship is not None
+    assert found.ship["job_id"] == "j1"
+    assert "its mean KL was not measured (another tokenizer)" in found.sentence
+    assert shipped([unknown]) is None
+    assert shipped([unknown], prefer="quality") is None
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"audit": {"not_finite": ["x.weight"]}},
+        {"audit": {"int8_infinite_scales": 3}},
+        {"audits": {"perplexity_not_finite": True}},
+    ],
+)
+def test_a_broken_checkpoint_is_never_shipped(details: dict[str, Any]) -> None:
+    broken = NF4 | {"details": NF4["details"] | details}
+    assert shipped([BASELINE, INT8, broken]) == "j2"
+
+
+def test_perplexity_bounds_by_the_paired_ratio_and_encoders_by_their_ranks() -> None:
+    ratio = {"quality": {"ln_ppl_ratio": 0.03, "ln_ppl_ratio_se": 0.001}}
+    rows = [BASELINE, row(2, "bnb-nf4", 5.0, details=ratio)]
+    assert shipped(rows) == "j1", "1.030 is over the default of 1.02"
+    assert shipped(rows, max_ppl_ratio=1.04) == "j2"
+    assert "perplexity over the baseline's is 1.0305 ± 1.0e-03" in recommended(rows, max_ppl_ratio=1.04).sentence
+    encoder = [BASELINE, row(2, "bnb-nf4", 5.0, details={"quality": {"rank_correlation": 0.99}})]
+    assert shipped(encoder) == "j2"
+    assert shipped([BASELINE, row(2, "bnb-nf4", 5.0, details={"quality": {"rank_correlation": 0.97}})]) == "j1"
+
+
+# what stands side by side
+
+
+def test_other_protocols_and_devices_are_other_groups_and_it_is_said_how_they_differ() -> None:
+    longer = {"protocol": PROTOCOL | {"prompt_tokens": 512, "tasks": [{"name": "arc", "sha256": None}]}}
+    rows = [
+        *ALL,
+        row(5, "bnb-nf4", 5.6, 0.02, protocol_hash="q", **longer),
+        NF4 | {"job_id": "j6", "device_name": "A100"},
+    ]
+    (model,) = models_of(rows)
+    assert [[one["job_id"] for one in group.rows] for group in model.groups] == [
+        ["j1", "j2", "j3", "j4"],
+        ["j5"],
+        ["j6"],
+    ]
+    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    assert "3 groups, whose figures are not comparable." in shown
+    assert "They differ in device (NVIDIA H200, A100), prompt_tokens (256, 512), tasks (none, arc)." in shown
+    assert "prompt 512, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on NVIDIA H200" in shown
+    assert "bnb-nf4 (j6): its mean KL, 3.0e-02" not in shown
+    assert "groups" not in comparison(ALL, Wish(), by="figure", format="table")
+
+
+def test_a_baseline_of_another_batch_serves_where_everything_is_the_same() -> None:
+    alone = NF4 | {"batch_id": "b2", "job_id": "j9", "baseline_job_id": None}
+    shown = comparison([BASELINE, alone], Wish(), by="figure", format="table")
+    assert "5.60 GiB ×0.37" in shown
+    changed = alone | {"details": alone["details"] | {"fingerprint": "folder:other"}}
+    shown = comparison([BASELINE, changed], Wish(), by="figure", format="table")
+    assert "×0.37" not in shown
+    assert "They differ in the model's content." in shown
+
+
+def test_a_configuration_measured_twice_stands_once_by_its_newer_figures() -> None:
+    again = NF4 | {"job_id": "j7", "decode_tokens_per_s": 36.0}
+    reused = NF4 | {"job_id": "j8", "reused_from": "j3"}
+    (group,) = models_of([BASELINE, reused, NF4, again])[0].groups
+    assert [one["job_id"] for one in group.rows] == ["j1", "j7"]
+    assert "j7 measured again" in comparison([BASELINE, NF4, again], Wish(), by="figure", format="table")
+    (group,) = models_of([BASELINE, NF4, reused])[0].groups
+    assert dict(group.superseded) == {}, "an answer from an earlier result is not a second measurement"
+
+
+def test_versions_that_differ_within_a_group_are_said() -> None:
+    versions = [{"versions": {"torch": version}} for version in ("2.12", "2.13")]
+    rows = [one | {"details": one["details"] | found} for one, found in zip((BASELINE, NF4), versions, strict=True)]
+    assert "torch (2.12, 2.13)" in comparison(rows, Wish(), by="figure", format="table")
+
+
+def test_rows_that_were_not_timed_in_turns_are_said_to_be_so() -> None:
+    def beside(*others: str) -> dict[str, Any]:
+        return NF4 | {"details": NF4["details"] | {"rounds": {"count": 3, "interleaved_with": list(others)}}}
+
+    told = "j3 was not timed in turns with j1: host time varies from visit to visit"
+    assert told in comparison([BASELINE, beside("j2")], Wish(), by="figure", format="table")
+    assert told not in comparison([BASELINE, beside("j1", "j2")], Wish(), by="figure", format="table")
+    assert told not in comparison([BASELINE, NF4], Wish(), by="figure", format="table")
+
+
+def test_a_warning_is_told_once() -> None:
+    dropped = {"audit": {"dropped_tensors": ["mtp.weight"]}}
+    rows = [BASELINE, *(one | {"details": one["details"] | dropped} for one in (INT8, NF4))]
+    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    assert shown.count("1 tensor of the source is not in it") == 2, "in the recommendation, and of the other row"
+    assert "j2 bnb-int8: 1 tensor of the source" in shown
+
+
+def test_rows_without_a_result_are_named() -> None:
+    failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", error_message="out of memory")
+    shown = comparison([BASELINE, failed], Wish(), by="figure", format="table")
+    assert "j5 bnb-fp4 has no result: failed: cuda_oom: out of memory." in shown
+    assert comparison([], Wish(), by="figure", format="table") == "no results"
+    only = comparison([failed], Wish(), by="figure", format="table")
+    assert "has no result" in only
+
+
+def test_the_reasons_are_told_in_full_below() -> None:
+    rows = [explained(1, "none", BF16_STEP, weights_bytes=15 * GIB)]
+    rows += [explained(2, "bnb-nf4", NF4_STEP, weights_bytes=5 * GIB, kl_mean=0.03)]
+    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    assert "Both wait for the host" in shown
+    assert "kernels alone 7.37 ms 6.94 ms ×0.94" in shown
+
+
+def test_tasks_stand_with_their_errors() -> None:
+    def scored(one: dict[str, Any], accuracy: float) -> dict[str, Any]:
+        task = {"acc": accuracy, "acc_stderr": 0.02, "n_samples": 500, "samples_hash": "s"}
+        return one | {"details": one["details"] | {"tasks": {"arc_easy": task}}}
+
+    shown = comparison([scored(BASELINE, 0.8), scored(NF4, 0.79)], Wish(), by="figure", format="table")
+    (line,) = (line for line in shown.splitlines() if "arc_easy acc" in line)
+    assert line.endswith(" 0.7900 ± 0.0200 ≈")
+    assert "0.7000 ± 0.0200\n" in comparison(
+        [scored(BASELINE, 0.8), scored(NF4, 0.7)], Wish(), by="figure", format="table"
+    )
+
+
+@pytest.mark.parametrize("by", ["figure", "scheme"])
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_a_comparison_fits_the_terminal_and_leaves_nothing_out(
+    monkeypatch: pytest.MonkeyPatch, by: str, width: int
+) -> None:
+    on_terminal(monkeypatch, width)
+    shown = comparison(ALL, Wish(), by=by, format="table")
+    assert max(map(len, shown.splitlines())) <= width
+    for figure in ("5.60 GiB ×0.37", "35.4 tok/s ×0.73", "9.0e-02", "3.0e-04"):
+        assert figure in shown
+
+
+def test_schemes_are_lines_or_columns() -> None:
+    by_figure = comparison(ALL, Wish(), by="figure", format="table").splitlines()
+    assert any(line.split()[:2] == ["weights", "15.00"] for line in by_figure)
+    by_scheme = comparison(ALL, Wish(), by="scheme", format="table").splitlines()
+    assert any(line.split()[:2] == ["j3", "bnb-nf4"] for line in by_scheme)
+
+
+def test_json_and_csv_say_the_same_to_a_program() -> None:
+    (model,) = json.loads(comparison(ALL, Wish(), by="figure", format="json"))
+    (group,) = model["groups"]
+    assert group["recommendation"]["ship"] == "j3"
+    assert group["recommendation"]["bounds"] == ["a mean KL of at most 0.05 nats (the default, which --max-kl changes)"]
+    assert group["recommendation"]["rejected"] == {"j4": ["its mean KL, 9.0e-02 nats, is over 0.05"]}
+    nf4 = next(one for one in group["rows"] if one["job_id"] == "j3")
+    assert nf4["ratios"]["weights_bytes"] == pytest.approx(5.6 / 15, rel=1e-6)
+    assert nf4["compared_with"] == "j1"
+    lines = list(csv.DictReader(io.StringIO(comparison(ALL, Wish(), by="figure", format="csv"))))
+    assert [(line["job_id"], line["recommended"]) for line in lines if line["recommended"] == "true"] == [
+        ("j3", "true")
+    ]
+    assert float(lines[2]["weights_bytes_ratio"]) == pytest.approx(5.6 / 15, rel=1e-6)
+    assert lines[0]["weights_bytes_ratio"] == ""
+    assert comparison([], Wish(), by="figure", format="json") == "[]"

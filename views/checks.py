@@ -1,0 +1,40 @@
+"""What ``qbatch doctor`` found: one line a check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from views.tables import Column, render
+
+
+class State(StrEnum):
+    OK = "ok"
+    NOTE = "note"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding, in a line. ``note``: worth knowing, and no fault of the installation."""
+
+    check: str
+    state: State
+    message: str
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(key="check", title="check"),
+    Column(key="state", title="state"),
+    Column(key="message", title="what was found", wraps=True),
+)
+
+
+def render_checks(checks: Sequence[Check], format: str) -> str:  # noqa: A002
+    """``checks`` as a table, JSON or CSV."""
+    return render([asdict(check) for check in checks], COLUMNS, format)
+
+
+def check(name: str, state: State, message: str) -> Check:
+    return Check(check=name, state=state, message=message)

@@ -1,0 +1,162 @@
+"""Which configuration to ship: each model's rows side by side, and a recommendation for each group of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from views.audit import audit_warnings
+from views.compare_rows import flat_rows, group_differences, model_as_mapping
+from views.figures import ALL_FIGURES, Figure, Row, dig
+from views.grid import GAP, wrap
+from views.groups import Group, Model, measured_in, models_of
+from views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
+from views.protocol import show_protocol, version_differences
+from views.ratios import show_beside
+from views.recommend import recommend
+from views.results import show_state
+from views.scheme import is_baseline, show_scheme
+from views.tables import printable, render, terminal_width, text_width
+from views.tasks import task_table
+from views.units import show_count
+from views.why import why
+from views.wishes import Wish
+
+_TEXT_WIDTH = 100
+
+
+def comparison(rows: Sequence[Row], wish: Wish, *, by: str, format: str) -> str:  # noqa: A002
+    """``find_results``'s rows compared, as a table, JSON or CSV. ``by``: what a table's lines are, of ORIENTATIONS."""
+    models = models_of(rows)
+    if format == "json":
+        return render([model_as_mapping(model, wish) for model in models], (), "json")
+    if format == "csv":
+        return render([line for model in models for line in flat_rows(model, wish)], (), "csv")
+    if not models:
+        return "no results"
+    width = terminal_width()
+    lines = [line for model in models for line in ["", *_model(model, wish, by, width)]]
+    return "\n".join([*lines, "", *_legend(models, width)]).lstrip("\n")
+
+
+def _model(model: Model, wish: Wish, by: str, width: int) -> list[str]:
+    parameters = next((row["num_parameters"] for group in model.groups for row in group.rows), None)
+    lines = [printable(model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else ""))]
+    prose = min(width, _TEXT_WIDTH)
+    if len(model.groups) > 1:
+        lines += _wrapped(_why_apart(model), prose)
+    for group in model.groups:
+        lines += _group(group, wish, by, width)
+    for row in model.unmeasured:
+        lines += _wrapped(f"{row['job_id']} {show_scheme(row)} has no result: {show_state(row)}.", prose)
+    return lines
+
+
+def _why_apart(model: Model) -> str:
+    differing = ", ".join(group_differences(model))
+    return f"{len(model.groups)} groups, whose figures are not comparable. They differ in {differing}."
+
+
+def _group(group: Group, wish: Wish, by: str, width: int) -> Iterable[str]:
+    text = min(width, _TEXT_WIDTH)
+    yield from _wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}", text)
+    yield ""
+    yield from _side_by_side(group, by, width)
+    yield ""
+    found = recommend(group, wish)
+    yield from _wrapped(found.sentence, text)
+    for reasons in _reasons(group):
+        yield from _wrapped(reasons, text)
+    for remark in _remarks(group, found.ship):
+        yield from _wrapped(remark, text)
+
+
+def _reasons(group: Group) -> Iterable[str]:
+    """A paragraph for each quantized row; what was said of one is not said again of another."""
+    said: set[str] = set()
+    for row in group.rows:
+        sentences = [] if is_baseline(row) else why(row, group.baselines.get(row["job_id"]))
+        yield " ".join(sentence for sentence in sentences if sentence not in said)
+        said.update(sentences)
+
+
+def _remarks(group: Group, ship: Row | None) -> Iterable[str]:
+    for row in group.rows:
+        # The recommendation has told them of its own.
+        for warning in audit_warnings(row) if row is not ship else ():
+            yield f"{row['job_id']} {show_scheme(row)}: {warning}."
+    for old, new in group.superseded.items():
+        yield f"{old} measured what {new} measured again: the newer one is shown."
+    yield from _not_in_turns(group)
+    if versions := version_differences(group.rows):
+        yield f"Measured with different versions, which may explain a difference: {', '.join(versions)}."
+
+
+def _not_in_turns(group: Group) -> Iterable[str]:
+    for row in group.rows:
+        baseline = group.baselines.get(row["job_id"])
+        beside = dig(row, "details.rounds.interleaved_with")
+        if baseline is not None and beside is not None and measured_in(baseline) not in beside:
+            yield (
+                f"{row['job_id']} was not timed in turns with {baseline['job_id']}: host time varies from visit to "
+                "visit, and their speeds with it."
+            )
+
+
+def _side_by_side(group: Group, by: str, width: int) -> list[str]:
+    figures = [figure for figure in ALL_FIGURES if any(figure.key(row) for row in group.rows)]
+    titles = [figure.title(group.rows) for figure in figures]
+    heads = [f"{row['job_id']} {show_scheme(row)}" for row in group.rows]
+    cells = [[_cell(figure, row, group) for row in group.rows] for figure in figures]
+    for title, line in task_table(group):
+        titles.append(title)
+        cells.append(line)
+    if by == "figure":
+        return _blocks(titles, heads, cells, width)
+    return _blocks(heads, titles, [list(line) for line in zip(*cells, strict=True)], width)
+
+
+def _cell(figure: Figure, row: Row, group: Group) -> str:
+    return f"{figure.show(row)} {show_beside(figure, row, group.baselines.get(row['job_id']))}".rstrip()
+
+
+def _blocks(titles: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[str]:
+    """A table of ``cells``, a line for each of ``titles`` under ``heads``; cut into several that fit ``width``."""
+    first = max(map(text_width, titles), default=0)
+    widths = [max(text_width(head), *(text_width(line[n]) for line in cells)) for n, head in enumerate(heads)]
+    lines: list[str] = []
+    for numbers in _cuts(widths, width - text_width(GAP) - first):
+        table = [("", heads), *zip(titles, cells, strict=True)]
+        lines += [""] if lines else []
+        lines += [_text_line(title, line, first, numbers, widths) for title, line in table]
+    return lines
+
+
+def _text_line(title: str, line: Sequence[str], first: int, numbers: Sequence[int], widths: Sequence[int]) -> str:
+    parts = [line[n] + " " * (widths[n] - text_width(line[n])) for n in numbers]
+    return (GAP + GAP.join([title + " " * (first - text_width(title)), *parts])).rstrip()
+
+
+def _cuts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of the columns, in runs that fit; each run has one column at least."""
+    cuts: list[list[int]] = []
+    left = 0
+    for number, width in enumerate(widths):
+        left -= width + len(GAP)
+        if not cuts or left < 0:
+            cuts.append([])
+            left = room - width - len(GAP)
+        cuts[-1].append(number)
+    return cuts
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(printable(text), width, first=GAP, indent=GAP) if text else []
+
+
+def _legend(models: Sequence[Model], width: int) -> list[str]:
+    text = (
+        "× is a figure divided by its baseline's, the same model unquantized. KL is in nats. "
+        f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference under one standard error, or no larger "
+        "than what 16-bit arithmetic does by itself."
+    )
+    return wrap(text, min(width, _TEXT_WIDTH)) if any(model.groups for model in models) else []

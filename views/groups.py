@@ -1,0 +1,100 @@
+"""Which measured rows may stand side by side: one model, one protocol, one device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models_db.domain import JobState
+from views.figures import Row, dig
+from views.scheme import is_baseline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rows of one model, protocol and device, a baseline first and each configuration once.
+
+    ``baselines``: for each job id the row that its figures are set against, where the group has one.
+    ``superseded``: for each job id left out, that of the newer measurement of its configuration.
+    """
+
+    rows: Sequence[Row]
+    baselines: Mapping[str, Row]
+    superseded: Mapping[str, str]
+
+    @property
+    def device_name(self) -> str:
+        return str(self.rows[0]["device_name"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One model: its groups, and the rows without a result."""
+
+    name: str
+    groups: Sequence[Group]
+    unmeasured: Sequence[Row]
+
+
+def models_of(rows: Sequence[Row]) -> list[Model]:
+    """``find_results``'s rows by model, in the order given."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["model"] + (f"@{row['revision']}" if row["revision"] else "")
+        found.setdefault(name, []).append(row)
+    return [_model(name, members) for name, members in found.items()]
+
+
+def _model(name: str, rows: Sequence[Row]) -> Model:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["state"] == JobState.SUCCEEDED:
+            # A folder's content may have changed under its name: then it is another model.
+            source = dig(row, "details.fingerprint")
+            groups.setdefault((row["protocol_hash"], row["device_name"], source), []).append(row)
+    return Model(
+        name=name,
+        groups=[_group(members) for members in groups.values()],
+        unmeasured=[row for row in rows if row["state"] != JobState.SUCCEEDED],
+    )
+
+
+def _group(rows: Sequence[Row]) -> Group:
+    newest: dict[str, Row] = {}
+    superseded: dict[str, str] = {}
+    for row in sorted(rows, key=_age):
+        before = newest.get(configuration(row))
+        newest[configuration(row)] = row
+        if before is not None and measured_in(before) != measured_in(row):
+            superseded = {old: row["job_id"] if new == before["job_id"] else new for old, new in superseded.items()}
+            superseded[before["job_id"]] = row["job_id"]
+    kept = sorted(newest.values(), key=lambda row: (not is_baseline(row), -row["bits"], _number(row["job_id"])))
+    baselines = {row["job_id"]: found for row in kept if (found := _baseline(row, kept)) is not None}
+    return Group(rows=kept, baselines=baselines, superseded=superseded)
+
+
+def measured_in(row: Row) -> str:
+    """The job that measured a row's figures."""
+    return str(row["reused_from"] or row["job_id"])
+
+
+def _age(row: Row) -> int:
+    return _number(measured_in(row))
+
+
+def _number(job_id: str) -> int:
+    return int(job_id[1:])
+
+
+def configuration(row: Row) -> str:
+    """What would be shipped, whatever it was measured by."""
+    return json.dumps([row["scheme"], row["dtype"], row["compute_dtype"], row["options"]], sort_keys=True)
+
+
+def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The unquantized row of the same dtype: of another batch too, since protocol, device and source are the same."""
+    if is_baseline(row):
+        return None
+    return next((other for other in rows if is_baseline(other) and other["dtype"] == row["dtype"]), None)

@@ -1,0 +1,99 @@
+"""Whether what qbatch stands on is installed, new enough, and works."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from views.checks import Check, State, check
+from views.units import show_bytes
+
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "celery", "redis", "sqlalchemy")
+# Of normally distributed values; NF4's own error is a tenth.
+_MOST_TRIAL_ERROR = 0.2
+_TRIAL = """
+import json, torch, transformers, bitsandbytes
+found = {}
+for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+    restored = bitsandbytes.functional.dequantize_4bit(codes, state)
+    found[device] = float((restored - weight).norm() / weight.norm())
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU that NVML shows."""
+
+    name: str
+    memory_bytes: int
+
+
+def versions() -> Iterable[Check]:
+    """By the packages' metadata: nothing is imported."""
+    yield check("python", State.OK, platform.python_version())
+    floors = _floors()
+    if floors is None:
+        yield check("qbatch", State.NOTE, "not installed as a package, so that the versions it needs are not known")
+    for name in _PACKAGES:
+        yield _version(name, (floors or {}).get(name))
+
+
+def _floors() -> Mapping[str, Any] | None:
+    """What qbatch's own metadata asks of each package; None where it runs from a source tree."""
+    from packaging.requirements import Requirement
+
+    try:
+        listed = metadata.requires("qbatch") or []
+    except metadata.PackageNotFoundError:
+        return None
+    wanted = (Requirement(text) for text in listed)
+    return {item.name.lower(): item.specifier for item in wanted if item.marker is None or item.marker.evaluate()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _version(name: str, wanted: Any) -> Check:
+    found = _installed(name)
+    if found is None:
+        return check(name, State.WRONG, "is not installed")
+    if wanted is not None and not wanted.contains(found, prereleases=True):
+        return check(name, State.WRONG, f"{found}; qbatch needs {wanted}")
+    return check(name, State.OK, found)
+
+
+def cuda(gpus: Sequence[Gpu]) -> Check:
+    """Whether the installed torch can use the GPUs that NVML shows."""
+    if not gpus:
+        return check("gpu", State.NOTE, "NVML shows no NVIDIA GPU; jobs here run on the CPU")
+    shown = ", ".join(f"{gpu.name} ({show_bytes(gpu.memory_bytes)})" for gpu in gpus)
+    if (_installed("torch") or "").endswith("+cpu"):
+        return check("gpu", State.WRONG, f"{shown}; but the torch that is installed is built without CUDA")
+    return check("gpu", State.OK, shown)
+
+
+def examine_libraries() -> Iterable[Check]:
+    """Whether the libraries can be imported and quantize a weight; takes as long as importing them does."""
+    # In a process of its own: a broken CUDA library takes down whoever imports it.
+    done = subprocess.run([sys.executable, "-P", "-c", _TRIAL], capture_output=True, text=True, check=False)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not answers:
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        yield check("libraries", State.WRONG, f"cannot quantize a weight (exit code {done.returncode}): {last}")
+        return
+    for device, error in json.loads(answers[-1]).items():
+        state = State.OK if error < _MOST_TRIAL_ERROR else State.WRONG
+        yield check("libraries", state, f"a weight quantized to 4 bits on {device} is restored to within {error:.1%}")

@@ -1,0 +1,69 @@
+"""A protocol and the device in words: what a measured number belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from views.figures import Row, dig
+
+# What may change a speed between two visits of one protocol and one device.
+_VERSIONS = ("qbatch", "torch", "transformers", "bitsandbytes", "cuda", "driver")
+
+
+def show_protocol(row: Row) -> str:
+    """The shape of a measured row: ``batch 1, prompt 64, 16 new tokens; 8 windows of 256 tokens of text d95eae75``.
+
+    The shape is the one that was run; where the model's positions clipped it, what was asked for is said too.
+    """
+    protocol: Mapping[str, Any] = row["protocol"] or {}
+    shapes = dig(row, "details.shapes") or {}
+    prompt, new = (_shape(shapes, protocol, name) for name in ("prompt_tokens", "new_tokens"))
+    generated = "" if shapes.get("new_tokens") == 0 else f", {new} new tokens"
+    return f"batch {protocol.get('batch_size')}, prompt {prompt}{generated}; {_windows(protocol)}"
+
+
+def _shape(shapes: Mapping[str, Any], protocol: Mapping[str, Any], name: str) -> str:
+    asked, run = protocol.get(name), shapes.get(name)
+    return str(asked) if run in (None, asked) else f"{run} (of {asked} asked for)"
+
+
+def _windows(protocol: Mapping[str, Any]) -> str:
+    window, stride = protocol.get("eval_window"), protocol.get("eval_stride")
+    apart = "" if stride == window else f", {stride} apart"
+    text = str(protocol.get("eval_text_sha256"))[:8]
+    return f"at most {protocol.get('eval_max_windows')} windows of {window} tokens{apart}, of text {text}"
+
+
+def differences(first_rows: Sequence[Row]) -> list[str]:
+    """What tells groups apart, each given by one of its rows: ``prompt_tokens (64, 256)``."""
+    facts = [{"device": row["device_name"], **(row["protocol"] or {})} for row in first_rows]
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    return [
+        f"{name} ({', '.join(values)})"
+        for name in names
+        if len(values := _distinct(show_field(name, fact.get(name)) for fact in facts)) > 1
+    ]
+
+
+def version_differences(rows: Sequence[Row]) -> list[str]:
+    """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``."""
+    found = {name: _distinct(dig(row, f"details.versions.{name}") for row in rows) for name in _VERSIONS}
+    return [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
+
+
+def _distinct(values: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values))
+
+
+def show_field(name: str, value: Any) -> str:
+    """A protocol's field; of tasks their names, of a hash its beginning."""
+    if name == "tasks":
+        return " ".join(_task(task) for task in value or ()) or "none"
+    if value is None:
+        return "none"
+    return str(value)[:8] if name.endswith("sha256") else str(value)
+
+
+def _task(task: Mapping[str, Any]) -> str:
+    return str(task["name"]) + (f"@{task['sha256'][:8]}" if task.get("sha256") else "")

@@ -1,0 +1,38 @@
+"""A row's scheme in words: what tells it from the other rows of its model."""
+
+from __future__ import annotations
+
+from models_db.domain import BASELINE
+from views.figures import Row
+from views.tables import printable
+from views.units import show_bytes
+
+_USUAL = BASELINE.to_json()
+
+
+def is_baseline(row: Row) -> bool:
+    return bool(row["scheme"] == "none")
+
+
+def show_scheme(row: Row) -> str:
+    """``baseline bfloat16``, ``bnb-nf4 double``, ``bnb-int8 threshold 0``: the method, and what is not as usual."""
+    if is_baseline(row):
+        return f"baseline {row['dtype']}"
+    double = " double" if row["double_quant"] else ""
+    compute = row["compute_dtype"]
+    return f"{row['scheme']}{double}{_unusual(row)}" + ("" if compute in ("auto", row["dtype"]) else f" in {compute}")
+
+
+def _unusual(row: Row) -> str:
+    """The options beside the data types that differ from their defaults."""
+    options = _USUAL | dict(row.get("options") or {})
+    words = []
+    if options["skip_modules"]:
+        words.append(printable(f" without {','.join(options['skip_modules'])}"))
+    if row["scheme"] == "bnb-int8" and options["int8_threshold"] != _USUAL["int8_threshold"]:
+        words.append(f" threshold {options['int8_threshold']:g}")
+    if row["bits"] == 4 and options["quant_storage"] != _USUAL["quant_storage"]:
+        words.append(f" stored as {options['quant_storage']}")
+    if options["max_shard_bytes"] != _USUAL["max_shard_bytes"]:
+        words.append(f" in shards of {show_bytes(options['max_shard_bytes'])}")
+    return "".join(words)
