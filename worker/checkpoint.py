@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,18 +111,39 @@ def find_published(storage: Path, path: str, key: str) -> Published | None:
     What is there and does not is moved aside. Raises StorageError where that cannot be told.
     """
     folder = storage / path
-    try:
-        manifest = _read_manifest(folder)
-        if manifest is None and not folder.is_dir():
+    while True:
+        try:
+            judged = _identity(folder)
+            if judged is None:
+                return None
+            manifest = _read_manifest(folder)
+            sound = manifest is not None and manifest["key"] == key and not _differences(folder, manifest)
+            is_still_there = _identity(folder) == judged
+        except OSError as error:
+            raise storage_error(error, "cannot verify a checkpoint") from error
+        if manifest is not None and sound:
+            return _as_published(path, manifest)
+        # Another verifier may have moved it aside meanwhile, and a writer put a fresh one in its place: look again.
+        if is_still_there:
+            _reject(folder, judged)
             return None
-        sound = manifest is not None and manifest["key"] == key and not _differences(folder, manifest)
-    except OSError as error:
-        raise storage_error(error, "cannot verify a checkpoint") from error
-    if manifest is None or not sound:
-        _reject(folder)
+
+
+_Identity = tuple[int, int]
+
+
+def _identity(folder: Path) -> _Identity | None:
+    """The file system and inode of a folder; None where there is none. Raises OSError."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
         return None
+    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+
+
+def _as_published(path: str, manifest: Mapping[str, Any]) -> Published:
     return Published(
-        key=key,
+        key=manifest["key"],
         path=path,
         root_sha256=manifest["root_sha256"],
         disk_bytes=sum(entry["size"] for entry in manifest["files"] if entry["name"].endswith(".safetensors")),
@@ -186,10 +208,13 @@ def _digest(folder: Path, name: str) -> FileDigest | None:
     return FileDigest(name=name, size=digest.size, chunk_sha256=digest.chunk_sha256)
 
 
-def _reject(folder: Path) -> None:
+def _reject(folder: Path, judged: _Identity) -> None:
     """Move a checkpoint that does not verify aside, so that it is neither adopted nor lost."""
+    aside = folder.with_name(f"{folder.name}.rejected-{time.time_ns()}")
     try:
-        folder.rename(folder.with_name(f"{folder.name}.rejected-{time.time_ns()}"))
+        folder.rename(aside)
+        if _identity(aside) != judged:  # a fresh one, that had taken its place at the last moment
+            aside.rename(folder)
     except FileNotFoundError:
         return
     except OSError as error:

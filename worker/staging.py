@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -37,11 +39,12 @@ def folder_of(staging: Path, job_id: int, attempt: int) -> Path:
 
 
 def unstage(folder: Path) -> None:
-    """Remove a staging folder; one that is gone is fine. Raises StorageError."""
+    """Remove a staging folder; one that is gone, or that others remove as well, is fine. Raises StorageError."""
     try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
+        while folder.exists():
+            # Another was first with some file of it, and the rest is still there.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
     except OSError as error:
         raise storage_error(error, "cannot remove a staging folder") from error
 
@@ -61,6 +64,20 @@ def sweep(staging: Path, running: Callable[[Iterable[Token]], Iterable[int]]) ->
     return [folder.name for folder in stale]
 
 
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left."""
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < nbytes:
+        raise DiskFull(f"the storage has {_mib(free)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
 def storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
     kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(f"{doing}: {error.strerror or error} ({error.filename or 'storage'})")
+    # Of a copy the second name is where it was going.
+    place = error.filename2 or error.filename or "storage"
+    return kind(f"{doing}: {error.strerror or error} ({place})")

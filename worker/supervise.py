@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import os
 import signal
 import threading
 import time
@@ -34,6 +34,7 @@ from models_db.settings import Settings
 from models_db.storage import is_in_place
 from worker import runner
 from worker.checkpoint import Published
+from worker.fetch import Doors
 from worker.messages import (
     Answered,
     CheckpointReady,
@@ -71,6 +72,39 @@ class Station:
     stopping: threading.Event
 
 
+class _Pulsing:
+    """The supervisor's end of the pipe, with a pulse on it from a thread of its own.
+
+    While the database blocks the supervisor, its runner must not take the worker for dead.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse")
+        self._thread.start()
+
+    def send(self, message: Answered | Pulse) -> None:
+        with self._lock:
+            self.connection.send(message)
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(_PULSE_S):
+            try:
+                self.send(Pulse())
+            except OSError:  # it hears no more; what it said before may still be unread
+                return
+
+
+class _NoRunner(Exception):
+    """The forkserver dies over every start."""
+
+
 class Supervisor:
     """Sees one bundle through. Use once."""
 
@@ -87,14 +121,21 @@ class Supervisor:
         """Until every claimed job is recorded or handed back."""
         try:
             process, connection = self._start()
+            pulse = _Pulsing(connection)
             try:
-                self._watch(process, connection)
+                self._watch(process, pulse)
             finally:
-                connection.close()
+                # In this order: a pulse into a full pipe ends with the runner.
                 _kill(process)
+                pulse.end()
+                connection.close()
                 self._clear_staging()
         except DatabaseUnreachable as error:
             log.warning("%s; %s go back to the queue", error, _names(self._open))
+        except _NoRunner as error:
+            # No work had begun, so nobody is charged. The launcher starts another worker, which may do better.
+            log.error("%s; this worker ends, and %s go back to the queue", error, _names(self._open))
+            os.kill(os.getpid(), signal.SIGTERM)
         except Exception as error:
             # Handed back, a defect of ours would come round for ever.
             log.exception("supervising %s", _names(self._open))
@@ -104,17 +145,34 @@ class Supervisor:
             self._hand_back(alone=False)
 
     def _start(self) -> tuple[BaseProcess, Connection]:
+        """Raises DatabaseUnreachable or _NoRunner."""
+        order = self._order()
+        try:
+            return self._fork(order)
+        except (EOFError, OSError) as error:
+            log.warning("the forkserver died (%s); starting a new one", one_line(error))
+        try:
+            return self._fork(order)
+        except (EOFError, OSError) as error:
+            raise _NoRunner(f"no runner can be started: {one_line(error)}") from error
+
+    def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._station.forkserver.Pipe()
-        process = self._station.forkserver.Process(
-            target=runner.run, args=(self._order(), theirs, self._log_path()), daemon=True
-        )
-        process.start()
-        theirs.close()
+        with theirs:
+            process = self._station.forkserver.Process(
+                target=runner.run, args=(order, theirs, self._log_path()), daemon=True
+            )
+            try:
+                process.start()
+            except BaseException:
+                # It may run all the same, unknown to us: it leaves when its pipe closes.
+                ours.close()
+                raise
         return process, ours
 
     def _order(self) -> Order:
         station, settings = self._station, self._station.settings
-        hashes = {claim.spec.protocol.eval_text_sha256 for claim in self._claims.values()}
+        hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.protocol.text_hashes}
         with station.database.read() as session:
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
         return Order(
@@ -126,6 +184,12 @@ class Supervisor:
             staging=settings.staging,
             cache=settings.cache,
             cache_bytes=settings.cache_bytes,
+            doors=Doors(
+                roots=settings.allowed_roots,
+                trusted=settings.trust_remote_code,
+                # The jobs of a bundle are of one batch, and so of one mind.
+                allow_pickle=all(claim.spec.allow_pickle for claim in self._claims.values()),
+            ),
             lease_s=settings.lease_s,
         )
 
@@ -133,22 +197,20 @@ class Supervisor:
         first = min(self._claims)
         return self._station.settings.logs / f"j{first}-{self._claims[first].attempt}.log"
 
-    def _watch(self, process: BaseProcess, connection: Connection) -> None:
+    def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
         settings = self._station.settings
-        beat_at = pulse_at = look_at = last = time.monotonic()
+        beat_at = look_at = last = time.monotonic()
         while True:
             try:
-                if connection.poll(_POLL_S) and self._handle(connection.recv(), connection):
+                if pulse.connection.poll(_POLL_S) and self._handle(pulse.connection.recv(), pulse):
                     return
-                now = time.monotonic()
-                for job_id in self._active:
-                    self._active_s[job_id] += now - last
-                last = now
-                if now >= pulse_at:
-                    pulse_at = now + _PULSE_S if _pulse(connection) else math.inf
             except (EOFError, OSError):
                 self._runner_died(process)
                 return
+            now = time.monotonic()
+            for job_id in self._active:
+                self._active_s[job_id] += now - last
+            last = now
             if self._station.stopping.is_set():
                 log.info("stopping: %s go back to the queue", _names(self._open))
                 return
@@ -162,11 +224,11 @@ class Supervisor:
                 if not self._still_ours(renew=beats):
                     return
 
-    def _handle(self, message: RunnerMessage, connection: Connection) -> bool:
+    def _handle(self, message: RunnerMessage, pulse: _Pulsing) -> bool:
         """Act on what the runner says; True once it has ended."""
         match message:
             case Resolved():
-                connection.send(Answered(job_ids=self._answer(message)))
+                pulse.send(Answered(job_ids=self._answer(message)))
             case Entered():
                 self._entered(message)
             case Progressed():
@@ -182,7 +244,7 @@ class Supervisor:
                 )
                 self._close(message.job_id)
             case Failed():
-                self._fail(message.job_id, job_error(message.kind, message.message))
+                self._fail(message.job_id, job_error(message.kind, message.message, message.needed_bytes))
             case Ended():
                 return True
         return False
@@ -309,15 +371,6 @@ class Supervisor:
 
     def _token(self, job_id: int) -> Token:
         return (job_id, self._claims[job_id].attempt)
-
-
-def _pulse(connection: Connection) -> bool:
-    """False once the runner hears no more; what it said before may still be unread."""
-    try:
-        connection.send(Pulse())
-    except OSError:
-        return False
-    return True
 
 
 def _death(code: int | None) -> JobError:

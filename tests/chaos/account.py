@@ -1,0 +1,196 @@
+"""The exact account of a fleet that has come to rest: what must hold of rows, files and processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import select
+
+from models_db.domain import JobState
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.storage import MANIFEST
+from models_db.tables import Attempt, Checkpoint, Job, Lease, Result
+from scheduler.local import stack_is_running
+from tests.acceptance.conftest import processes_of
+from worker.verify import verify
+
+# A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
+CHARGED = ("host_oom", "worker_lost")
+UNCHARGED = ("handed_back", "expired")
+# The attempt of an outcome that was late by a lease, and still the last, keeps the word that closed it.
+_LATE = (*CHARGED, *UNCHARGED)
+
+_ENTERED = re.compile(
+    r"(?P<at>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) qbatch\.runner INFO (?P<jobs>j\d+(?:, j\d+)*): "
+    r"(?:fetching|quantizing|publishing|loading|benchmarking)"
+)
+_CLOCK_SLACK_S = 0.5
+
+
+@dataclass(slots=True)
+class Account:
+    """``problems`` is empty where everything holds; ``figures`` are counts to print."""
+
+    problems: list[str] = field(default_factory=list)
+    figures: Counter[str] = field(default_factory=Counter)
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.problems.append(otherwise)
+
+    def __add__(self, other: Account) -> Account:
+        return Account(self.problems + other.problems, self.figures + other.figures)
+
+
+def account_of_work(database: Database, settings: Settings) -> Account:
+    """Of rows and files; the fleet is idle and need not have stopped."""
+    account = Account()
+    with database.read() as session:
+        jobs = list(session.scalars(select(Job).order_by(Job.id)))
+        attempts = list(session.scalars(select(Attempt).order_by(Attempt.job_id, Attempt.attempt)))
+        results = {result.job_id: result for result in session.scalars(select(Result))}
+        checkpoints = {row.key: row for row in session.scalars(select(Checkpoint))}
+        session.expunge_all()
+    by_job: dict[int, list[Attempt]] = {job.id: [] for job in jobs}
+    for attempt in attempts:
+        by_job[attempt.job_id].append(attempt)
+    entered = _entered(settings.logs)
+    by_id = {job.id: job for job in jobs}
+    for job in jobs:
+        _check_job(account, job, by_job[job.id], entered.get(job.id, []))
+        _check_result(account, job, by_id, results)
+        _check_place(account, job, results.get(job.id), checkpoints)
+    _check_checkpoints(account, settings, list(checkpoints.values()))
+    _check_leftovers(account, settings)
+    account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
+    account.figures += Counter(f"attempts {attempt.outcome}" for attempt in attempts)
+    return account
+
+
+def _check_job(account: Account, job: Job, attempts: Sequence[Attempt], entered: Sequence[float]) -> None:
+    name = f"j{job.id}"
+    account.expect(
+        job.state == JobState.SUCCEEDED, f"{name} is {job.state}: {job.error_kind} {job.error_message} ({job.stage})"
+    )
+    account.expect(
+        [attempt.attempt for attempt in attempts] == list(range(1, job.attempt + 1)),
+        f"{name} is at attempt {job.attempt}, its record has {[attempt.attempt for attempt in attempts]}",
+    )
+    for attempt in attempts:
+        account.expect(attempt.ended_at is not None, f"{name}'s attempt {attempt.attempt} has no end")
+    *earlier, last = [attempt.outcome for attempt in attempts] or [None]
+    account.expect(
+        set(earlier) <= {*CHARGED, *UNCHARGED}, f"{name}'s attempts ended {earlier}: {[a.message for a in attempts]}"
+    )
+    answered_at_once = not attempts and job.reused_from is not None
+    if job.state == JobState.SUCCEEDED and not answered_at_once:
+        account.expect(last in ("succeeded", *_LATE), f"{name} succeeded, its last attempt ended {last}")
+        account.figures["late outcomes that counted"] += last in _LATE
+    charged = [attempt for attempt in attempts if attempt.outcome in CHARGED]
+    account.expect(
+        job.failures == len(charged), f"{name} has {job.failures} failures, and {len(charged)} attempts that cost one"
+    )
+    for attempt in charged:
+        account.expect(
+            any(_within(at, attempt) for at in entered),
+            f"{name}'s attempt {attempt.attempt} was charged ({attempt.outcome}), and no runner had begun on it",
+        )
+
+
+def _within(at: float, attempt: Attempt) -> bool:
+    assert attempt.ended_at is not None
+    begun, ended = attempt.claimed_at.timestamp(), attempt.ended_at.timestamp()
+    return begun - _CLOCK_SLACK_S <= at <= ended + _CLOCK_SLACK_S
+
+
+def _entered(logs: Path) -> dict[int, list[float]]:
+    """When runners said that they began on a job or went on to its next stage, by job id."""
+    found: dict[int, list[float]] = {}
+    for log in logs.glob("*.log"):
+        for match in _ENTERED.finditer(log.read_text(errors="replace")):
+            seconds, _, milliseconds = match["at"].partition(",")
+            at = time.mktime(time.strptime(seconds, "%Y-%m-%d %H:%M:%S")) + int(milliseconds) / 1000
+            for name in match["jobs"].split(", "):
+                found.setdefault(int(name[1:]), []).append(at)
+    return found
+
+
+def _check_result(account: Account, job: Job, jobs: dict[int, Job], results: dict[int, Result]) -> None:
+    """One result for each job, its own or an earlier job's."""
+    name, result = f"j{job.id}", results.get(job.id)
+    if job.reused_from is None:
+        account.expect(result is not None, f"{name} has no result")
+        if result is not None:
+            account.expect(
+                result.attempt == job.attempt, f"{name}'s result is of attempt {result.attempt}, its last {job.attempt}"
+            )
+        return
+    account.figures["jobs answered by another's result"] += 1
+    account.expect(result is None, f"{name} is answered by j{job.reused_from}, and has a result of its own")
+    other = jobs[job.reused_from]
+    account.expect(
+        other.id in results and other.checkpoint_key == job.checkpoint_key,
+        f"{name} is answered by j{other.id}, which has no result of the same checkpoint",
+    )
+
+
+def _check_place(account: Account, job: Job, result: Result | None, checkpoints: dict[str, Checkpoint]) -> None:
+    """A quantized job's result names a checkpoint on record; a baseline's none."""
+    if result is None:
+        return
+    row = checkpoints.get(job.checkpoint_key or "")
+    expected = row.path if row is not None else None
+    account.expect(
+        result.checkpoint_path == expected and (expected is None) == (job.method == "none"),
+        f"j{job.id}'s result lies at {result.checkpoint_path}, its checkpoint at {expected}",
+    )
+
+
+def _check_checkpoints(account: Account, settings: Settings, rows: Sequence[Checkpoint]) -> None:
+    folders = {str(folder.relative_to(settings.storage)) for folder in settings.checkpoints.glob("*/*")}
+    on_record = {row.path for row in rows}
+    for path in sorted(on_record - folders):
+        account.problems.append(f"{path} is on record, and is not there")
+    for path in sorted(folders - on_record):
+        account.problems.append(f"{path} is there, and no job answers for it")
+    for row in rows:
+        if row.path in folders:
+            folder = settings.storage / row.path
+            account.problems += [f"{row.path}: {problem}" for problem in verify(folder)]
+            root = json.loads((folder / MANIFEST).read_text())["root_sha256"]
+            account.expect(root == row.root_sha256, f"{row.path} is not the one on record")
+    account.figures["checkpoints that verify"] += len(on_record & folders)
+
+
+def _check_leftovers(account: Account, settings: Settings) -> None:
+    """Nothing half done lies on the storage, and nothing waits to be recorded."""
+    for path in _leftovers(settings):
+        account.problems.append(f"left behind: {path}")
+
+
+def _leftovers(settings: Settings) -> Iterator[Path]:
+    yield from settings.staging.glob("*")
+    yield from (settings.storage / "base-logits").glob(".*")
+    yield from settings.spool.glob("*")
+
+
+def account_of_end(database: Database, settings: Settings, temporary: Path) -> Account:
+    """Of processes and locks, after the fleet was told to stop; ``temporary`` was its TMPDIR."""
+    account = Account()
+    for process in processes_of(settings.home):
+        account.problems.append(f"still running: {process.pid} {' '.join(process.cmdline())}")
+    account.expect(not stack_is_running(settings), "the stack's lock is still held")
+    sockets = settings.socket_dir
+    for path in (*sockets.parent.glob(f"{sockets.name}*"), *temporary.iterdir()):
+        account.problems.append(f"left behind: {path}")
+    with database.read() as session:
+        for lease in session.scalars(select(Lease)):
+            account.problems.append(f"the lease {lease.name} is still {lease.holder}'s")
+    return account

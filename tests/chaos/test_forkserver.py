@@ -1,0 +1,78 @@
+"""A forkserver that is killed while it starts a runner costs nobody anything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from models_db.batches import add_text
+from models_db.domain import DeviceKind
+from models_db.jobs import claim
+from models_db.session import Database
+from models_db.settings import Settings
+from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
+from worker.recorder import Recorder
+from worker.supervise import Station, Supervisor
+
+
+def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
+    settings = Settings.from_env(environ)
+    worker_id = a_worker(sqlite_database)
+    _, ids = a_batch(sqlite_database, bundle(str(tmp_path / "no-model")))
+    with sqlite_database.write() as session:
+        add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
+        claims = claim(session, ids, worker_id, settings.lease_s)
+    context = multiprocessing.get_context("forkserver")
+    forkserver = _started(context)
+    forkserver.suspend()
+    station = Station(
+        database=sqlite_database,
+        settings=settings,
+        recorder=Recorder(sqlite_database, settings),
+        worker_id=worker_id,
+        device_kind=DeviceKind.CPU,
+        device_name="a CPU",
+        forkserver=context,
+        stopping=threading.Event(),
+    )
+    supervisor = threading.Thread(target=Supervisor(station, claims).run)
+    supervisor.start()
+    time.sleep(1.0)  # its request stands before a forkserver that does not answer
+    assert supervisor.is_alive()
+    forkserver.kill()
+    supervisor.join(120.0)
+    assert not supervisor.is_alive()
+    # A runner looked for the model, and said what it found.
+    assert [a_job(sqlite_database, job_id).error_kind for job_id in ids] == ["source_not_found"] * 3
+    assert _forkservers() != [forkserver]
+    _end()
+
+
+def _started(context: multiprocessing.context.ForkServerContext) -> psutil.Process:
+    _end()
+    first = context.Process(target=_do_nothing)
+    first.start()
+    first.join()
+    (forkserver,) = _forkservers()
+    return forkserver
+
+
+def _do_nothing() -> None:
+    return None
+
+
+def _forkservers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "forkserver import" in " ".join(child.cmdline())]
+
+
+def _end() -> None:
+    for process in _forkservers():
+        process.kill()
+        process.wait()

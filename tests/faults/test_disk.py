@@ -1,0 +1,192 @@
+"""A storage without room: one clear line, nothing half written, and bundles are sent again as soon as there is room."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from models_db import jobs
+from models_db.domain import Method, Stage
+from models_db.errors import DiskFull, JobError
+from models_db.pauses import lift, standing
+from models_db.session import Database
+from models_db.tables import Pause
+from tests.acceptance.conftest import Qbatch, until
+from tests.faults.conftest import MakeModel
+from tests.faults.fleet import PACE, Fleet
+from tests.rows import a_batch, a_worker, bundle, claim
+from worker.checkpoint import problems
+
+_STORAGE_BYTES = 16 * 2**20
+_LEFT_BYTES = 4 * 2**20
+_BACKOFF_S = 60.0
+
+
+class SmallStorage:
+    """``qbatch up`` on a storage of 16 MiB: a tmpfs that only it and its children see."""
+
+    def __init__(self, folder: Path) -> None:
+        self._mounted_at = folder / "storage"
+        self._mounted_at.mkdir()
+        qbatch = Qbatch(folder / "home", PACE | {"QBATCH_BACKOFF_S": str(_BACKOFF_S)})
+        qbatch.env["QBATCH_STORAGE"] = str(self._mounted_at)
+        script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+        argv = [*_namespace(), "sh", "-c", script, "sh", str(_STORAGE_BYTES), str(self._mounted_at)]
+        with (folder / "up.log").open("wb") as log:
+            self._up = subprocess.Popen(
+                [*argv, *Fleet.program, "up", "--cpu"],
+                env=qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        until((qbatch.home / "qbatch.db").exists, 60.0, "database")
+        self.fleet = Fleet(qbatch, Database(f"sqlite:///{qbatch.home / 'qbatch.db'}"))
+
+    @property
+    def root(self) -> Path:
+        """The storage as its own processes see it."""
+        return Path(f"/proc/{self._up.pid}/root{self._mounted_at}")
+
+    def free_bytes(self) -> int:
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
+
+    def fill(self, leave_bytes: int) -> Path:
+        ballast = self.root / "ballast"
+        with ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, self.free_bytes() - leave_bytes)
+        return ballast
+
+    def close(self) -> None:
+        self._up.send_signal(signal.SIGINT)
+        assert self._up.wait(60.0) == 0
+        self.fleet.close()
+
+
+def _namespace() -> list[str]:
+    """How to start a program that may mount something for itself alone."""
+    for argv in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
+        attempt = subprocess.run([*argv, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
+        if attempt.returncode == 0:
+            return argv
+    raise AssertionError("a small storage is a tmpfs in a mount namespace, and this machine allows none")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[SmallStorage]:
+    storage = SmallStorage(tmp_path)
+    yield storage
+    storage.close()
+
+
+def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStorage, make_model: MakeModel) -> None:
+    fleet = small.fleet
+    (earlier,) = fleet.submit(make_model())
+    fleet.succeed([earlier])
+    ballast = small.fill(_LEFT_BYTES)
+    (large,) = fleet.submit(make_model(large=True))
+    fleet.wait_for(lambda: fleet.outcomes(large) == ["disk_full"], "disk_full")
+    (other,) = fleet.submit(make_model())
+    message = "the storage has 4.0 MiB left, and a checkpoint of 11.2 MiB is due"
+    job = fleet.job(large)
+    assert (job.state, job.failures, job.error_message) == ("queued", 0, message)
+    (pause,) = _pauses(fleet.database)
+    assert pause.needed_bytes is not None
+    assert _LEFT_BYTES < pause.needed_bytes < _STORAGE_BYTES
+    said = f"nothing is sent to the workers until there is room: j{large}: {message}"
+    assert said in fleet.qbatch("status").stderr
+    assert [folder for place in small.root.glob(".staging/*") for folder in place.iterdir()] == []
+    (published,) = small.root.glob("checkpoints/*/*")
+    assert problems(published) == [], "what was published before is as it was"
+    time.sleep(3.0)
+    assert (fleet.job(other).state, fleet.job(other).attempt) == ("queued", 0), "nothing was sent meanwhile"
+    ballast.unlink()
+    fleet.succeed([large, other], timeout_s=_BACKOFF_S)
+    assert _pauses(fleet.database) == []
+    assert fleet.qbatch("status").stderr == ""
+    assert fleet.job(large).failures == 0
+    assert fleet.outcomes(large) == ["disk_full", "succeeded"]
+
+
+def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4), bundle("/models/b", Method.NF4))
+    worker = a_worker(database)
+    first, second = claim(database, ids, worker)
+    _fail(database, first, DiskFull("the source cache is full"), backoff_s=60.0)
+    assert _pauses(database) == [], "that is one machine's, and says nothing of the storage"
+    with database.write() as session:
+        jobs.note(session, second, stage=Stage.QUANTIZING)
+    _fail(database, second, DiskFull("no room", 7), backoff_s=60.0)
+    (pause,) = _pauses(database)
+    assert (pause.reason, pause.message, pause.needed_bytes) == ("storage_full", f"j{ids[1]}: no room", 7)
+    (third,) = claim(database, [ids[1]], worker)
+    with database.write() as session:
+        jobs.note(session, third, stage=Stage.QUANTIZING)
+    _fail(database, third, DiskFull("still no room"), backoff_s=120.0)
+    (longer,) = _pauses(database)
+    assert longer.since == pause.since
+    assert longer.until > pause.until
+    assert longer.needed_bytes is None
+    with database.write() as session:
+        lift(session, longer.reason)
+    assert _pauses(database) == []
+
+
+def _fail(database: Database, token: jobs.Token, error: JobError, *, backoff_s: float) -> None:
+    with database.write() as session:
+        assert jobs.fail(session, token, error, backoff_s=backoff_s, max_failures=3, lease_s=60.0)
+
+
+def _pauses(database: Database) -> list[Pause]:
+    with database.read() as session:
+        found = list(standing(session))
+        session.expunge_all()
+        return found
+
+
+# What outgrows the room that there was when it began: the weights fit, the tokenizer beside them does not.
+_OUTGROW = """
+import json, sys
+from pathlib import Path
+from models_db.errors import JobError
+from tests.unit.test_checkpoint import PATH, put, staged
+from worker.checkpoint import problems
+from worker.staging import unstage
+
+storage, source = Path(sys.argv[1]), Path(sys.argv[2])
+put(staged(storage, 1), storage, source)
+(source / "tokenizer.json").write_bytes(bytes(700_000))
+folder = staged(storage, 2, weights=bytes(600_000))
+try:
+    put(folder, storage, source)
+    said = None
+except JobError as error:
+    said = [error.kind, str(error)]
+unstage(folder)
+left = [str(path) for path in storage.glob(".staging/*")]
+print(json.dumps({"said": said, "left": left, "problems": problems(storage / PATH)}))
+"""
+
+
+def test_a_disk_that_fills_up_while_it_is_written_costs_only_what_was_begun(tmp_path: Path) -> None:
+    storage, source = tmp_path / "storage", tmp_path / "source"
+    storage.mkdir()
+    source.mkdir()
+    script = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && exec "$@"'
+    argv = [*_namespace(), "sh", "-c", script, "sh", str(storage)]
+    done = subprocess.run(
+        [*argv, sys.executable, "-c", _OUTGROW, str(storage), str(source)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "said": ["disk_full", f"cannot publish: No space left on device ({storage}/.staging/2-1/tokenizer.json)"],
+        "left": [],
+        "problems": [],
+    }

@@ -1,0 +1,238 @@
+"""Messages vanish, come twice, or cannot be sent: jobs are late at worst, and none runs twice."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from models_db import window
+from models_db.domain import DeviceKind
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.tables import Batch, Lease
+from scheduler.broker import Broker
+from scheduler.dispatch import top_up
+from scheduler.loop import Scheduler
+from scheduler.queues import queue_of, redis_priority
+from tests.faults.conftest import MakeModel
+from tests.faults.fleet import SCAN_S, Fleet
+from tests.faults.services import PASSWORD, Redis, Wire
+from tests.rows import a_batch, a_job, a_worker, bundle
+
+CPU = queue_of(DeviceKind.CPU)
+# Where kombu puts what has no priority of its own.
+LIST = f"{CPU}\x06\x16{redis_priority(0)}"
+# A worker's BRPOP is answered by then, message or none.
+_BRPOP_S = 1.5
+
+
+@contextmanager
+def suspended(*processes: psutil.Process) -> Iterator[None]:
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.resume()
+
+
+def idle(fleet: Fleet) -> list[psutil.Process]:
+    return [fleet.celery("w1"), fleet.celery("w2")]
+
+
+def test_a_job_whose_message_died_with_an_idle_worker_runs(
+    fleet: Fleet, redis_server: Redis, make_model: MakeModel
+) -> None:
+    workers = idle(fleet)
+    broker = Broker(fleet.settings)
+    with suspended(psutil.Process(fleet.running["scheduler"].pid)):
+        (job,) = fleet.submit(make_model(), send=False)
+        for _ in range(10):
+            if _is_swallowed(fleet, redis_server, broker, workers):
+                break
+        else:
+            raise AssertionError("no suspended worker ever swallowed the message")
+        for worker in workers:
+            worker.kill()
+    broker.close()
+    fleet.succeed([job])
+    assert fleet.outcomes(job) == ["succeeded"]
+    fleet.wait_for_live(2)
+
+
+def _is_swallowed(fleet: Fleet, redis_server: Redis, broker: Broker, workers: list[psutil.Process]) -> bool:
+    """Suspend idle workers and send: whether Redis gave the message to one of them. If not, all is as it was."""
+    broker.ping()
+    for worker in workers:
+        worker.suspend()
+    assert top_up(fleet.database, broker, fleet.settings) == 1
+    with fleet.database.read() as session:
+        sent = window.standing(session)
+    if not broker.standing([CPU]):
+        return True
+    with redis_server.client() as client:
+        client.delete(LIST)
+    with fleet.database.write() as session:
+        window.take_out(session, sent)
+    for worker in workers:
+        worker.resume()
+    time.sleep(_BRPOP_S)
+    return False
+
+
+def test_a_message_delivered_twice_at_once_is_claimed_by_one_worker(
+    fleet: Fleet, redis_server: Redis, make_model: MakeModel
+) -> None:
+    broker = Broker(fleet.settings)
+    with suspended(psutil.Process(fleet.running["scheduler"].pid)):
+        (job,) = fleet.submit(make_model(), send=False)
+        with suspended(*idle(fleet)), redis_server.client() as client:
+            time.sleep(_BRPOP_S)
+            assert top_up(fleet.database, broker, fleet.settings) == 1
+            (dispatch_id,) = broker.standing([CPU])
+            (message,) = client.lrange(LIST, 0, -1)
+            client.lpush(LIST, message)
+        fleet.succeed([job])
+    assert fleet.outcomes(job) == ["succeeded"]
+    both = "".join(fleet.log(name).read_text() for name in ("w1", "w2"))
+    fleet.wait_for(lambda: broker.standing([CPU]) == frozenset(), "acknowledgement of both")
+    assert both.count(f"[{dispatch_id}] received") == 2
+    assert f"[{dispatch_id}] succeeded in" in both
+    assert "'nothing to do'" in next(line for line in both.splitlines() if f"[{dispatch_id}] succeeded in" in line)
+    broker.close()
+
+
+def test_a_vanished_message_is_sent_again_within_two_scans_though_a_thousand_stand_behind_it(
+    sqlite_database: Database, redis_server: Redis, tmp_path: Path
+) -> None:
+    url = f"redis://:{PASSWORD}@127.0.0.1:{redis_server.port}/7"
+    settings = Settings(
+        home=tmp_path, storage=tmp_path, cache=tmp_path, broker_url=url, window=2000, scan_s=0.01, heartbeat_s=30.0
+    )
+    a_worker(sqlite_database)
+    _, ids = a_batch(sqlite_database, *[bundle(f"/models/{n}")[:1] for n in range(1001)])
+    broker = Broker(settings)
+    assert top_up(sqlite_database, broker, settings) == 1001
+    lost = a_job(sqlite_database, ids[0]).dispatch_id
+    with redis_server.client() as client:
+        client.select(7)
+        (message,) = [text for text in client.lrange(LIST, 0, -1) if str(lost) in text]
+        assert client.lrem(LIST, 1, message) == 1
+    scheduler = Scheduler(sqlite_database, broker, settings)
+    scheduler.tick()
+    assert a_job(sqlite_database, ids[0]).dispatch_id == lost, "one scan may have looked between a pop and its note"
+    time.sleep(settings.scan_s)
+    scheduler.tick()
+    assert a_job(sqlite_database, ids[0]).dispatch_id not in (None, lost)
+    standing = broker.standing([CPU])
+    assert len(standing) == 1001
+    assert a_job(sqlite_database, ids[0]).dispatch_id in standing
+    broker.close()
+
+
+@pytest.mark.parametrize("fault", ["killed", "killed, with AOF", "flushed", "cut off"])
+def test_whatever_happens_to_redis_running_jobs_go_on_and_waiting_ones_follow(
+    fleet: Fleet, redis_server: Redis, wire: Wire, make_model: MakeModel, fault: str
+) -> None:
+    if fault == "killed, with AOF":
+        redis_server.keep_everything()
+    workers = idle(fleet)
+    jobs = fleet.submit(*[make_model() for _ in range(3)])
+    fleet.wait_for(lambda: sum(job.state == "running" for job in fleet.jobs(jobs)) == 2, "two running jobs")
+    vanished = _vanished(fleet)
+    _befall(fault, redis_server, wire)
+    later = fleet.submit(*[make_model() for _ in range(3)], send=False)
+    fleet.wait_for(lambda: _consumers(fleet, later) == 2, "job for each worker", timeout_s=60.0)
+    fleet.succeed(jobs + later)
+    assert [fleet.outcomes(job) for job in jobs + later] == [["succeeded"]] * 6
+    assert workers == idle(fleet), "without a restart"
+    if fault == "killed, with AOF":
+        assert _vanished(fleet) == vanished
+
+
+def _consumers(fleet: Fleet, jobs: list[int]) -> int:
+    """How many workers have claimed some of ``jobs``."""
+    return len({job.worker_id for job in fleet.jobs(jobs)} - {None})
+
+
+def _befall(fault: str, redis_server: Redis, wire: Wire) -> None:
+    if fault == "flushed":
+        with redis_server.client() as client:
+            client.flushall()
+    elif fault == "cut off":
+        wire.cut()
+        time.sleep(12.0)
+        wire.mend()
+    else:
+        redis_server.kill()
+        time.sleep(1.0)
+        redis_server.start(aof=fault == "killed, with AOF")
+
+
+def _vanished(fleet: Fleet) -> int:
+    return fleet.log("scheduler").read_text().count("vanished from Redis")
+
+
+def test_when_the_leading_scheduler_is_killed_another_leads(fleet: Fleet, make_model: MakeModel) -> None:
+    fleet.start("scheduler2", "scheduler")
+    first = _leader(fleet)
+    jobs = fleet.submit(*[make_model() for _ in range(2)])
+    fleet.wait_for(lambda: any(job.state == "running" for job in fleet.jobs(jobs)), "running job")
+    fleet.kill_host("scheduler")
+    fleet.wait_for(lambda: _leader(fleet) != first, "another leader", 3 * SCAN_S + 15.0)
+    jobs += fleet.submit(make_model(), send=False)
+    fleet.start("scheduler", "scheduler")
+    fleet.succeed(jobs)
+    assert [fleet.outcomes(job) for job in jobs] == [["succeeded"]] * 3
+    assert fleet.stop("scheduler2") == 0
+
+
+def _leader(fleet: Fleet) -> str:
+    with fleet.database.read() as session:
+        return session.get_one(Lease, "scheduler").holder
+
+
+def test_a_submit_killed_between_its_rows_and_its_messages_leaves_a_batch_that_runs(
+    fleet: Fleet, redis_server: Redis, make_model: MakeModel, tmp_path: Path
+) -> None:
+    listed = tmp_path / "models.txt"
+    listed.write_text(f"{make_model()}\n")
+    before = _last_batch(fleet)
+    with suspended(psutil.Process(redis_server.pid)), (tmp_path / "submit.log").open("wb") as log:
+        # Its first word to Redis waits for an answer.
+        submit = subprocess.Popen(
+            [*fleet.program, "submit", "--models", str(listed), "--bits", "4", "--no-baseline"],
+            env=fleet.qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+        fleet.wait_for(lambda: _last_batch(fleet) > before, "batch")
+        submit.kill()
+        assert submit.wait() == -9
+    (job,) = fleet.jobs_of(_last_batch(fleet))
+    fleet.succeed([job])
+    assert fleet.outcomes(job) == ["succeeded"]
+
+
+def test_a_scheduler_killed_between_its_marks_and_its_messages_leaves_jobs_that_run(
+    fleet: Fleet, redis_server: Redis, make_model: MakeModel
+) -> None:
+    with suspended(psutil.Process(redis_server.pid)):
+        (job,) = fleet.submit(make_model(), send=False)
+        fleet.wait_for(lambda: fleet.job(job).dispatch_id is not None, "mark")
+        fleet.kill_host("scheduler")
+    assert fleet.job(job).state == "queued"
+    fleet.start("scheduler", "scheduler")
+    fleet.succeed([job])
+    assert fleet.outcomes(job) == ["succeeded"]
+
+
+def _last_batch(fleet: Fleet) -> int:
+    with fleet.database.read() as session:
+        return max((batch.id for batch in session.query(Batch)), default=0)

@@ -1,0 +1,28 @@
+"""Which errors of torch, bitsandbytes or NumPy mean that memory ran out, or that the device failed."""
+
+from __future__ import annotations
+
+import errno
+
+from models_db.errors import CudaOom, DeviceError, HostOom, JobError
+
+# Not every error that speaks of CUDA: two tensors on different devices are a mistake, not a fault.
+_DEVICE_FAULTS = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "CUDNN_STATUS", "illegal memory access")
+_OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def device_fault(error: BaseException) -> type[JobError] | None:
+    """HostOom, CudaOom or DeviceError, where ``error`` is one."""
+    import torch
+
+    if isinstance(error, JobError):
+        return None
+    text = str(error)
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or no_memory or "can't allocate memory" in text:
+        return HostOom
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OOM_SIGNS):
+        return CudaOom
+    if isinstance(error, torch.AcceleratorError) or any(sign in text for sign in _DEVICE_FAULTS):
+        return DeviceError
+    return None
