@@ -77,5 +77,7 @@ def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_list_names_the_models_that_are_made() -> None:
-    sources = read_model_list((ROOT / "examples" / "models.txt").read_text().splitlines(), check_folders=False, roots=None)
+    sources = read_model_list(
+        (ROOT / "examples" / "models.txt").read_text().splitlines(), check_folders=False, roots=None
+    )
     assert [source.name for source in sources] == [f"examples/models/{example.name}" for example in EXAMPLES]
