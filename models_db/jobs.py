@@ -28,6 +28,8 @@ Token = tuple[int, int]
 """(job_id, attempt): what a worker must show to change a job."""
 
 _NO_SYNC = {"synchronize_session": False}
+# Where many failures are allowed, doubling would soon be days.
+_LONGEST_BACKOFF_S = 3600.0
 _UNDISPATCHED: dict[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 
 
@@ -336,7 +338,7 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     if error.retry is Retry.ELSEWHERE:
         _blame_device(session, job.worker_id, error)
     # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
-    delay_s = backoff_s * 2 ** max(job.failures - 1, 0)
+    delay_s = min(backoff_s * 2 ** max(job.failures - 1, 0), max(backoff_s, _LONGEST_BACKOFF_S))
     # The source cache is one machine's; the storage is everybody's, and any worker may try again once it has room.
     waits_for_room = isinstance(error, DiskFull) and job.stage != Stage.FETCHING
     if waits_for_room:

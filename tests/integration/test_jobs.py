@@ -320,6 +320,18 @@ def test_a_job_that_failed_on_the_only_worker_comes_back_to_it(database: Databas
     assert claim(database, ids, here) == [(ids[0], 2)]
 
 
+def test_where_many_failures_are_allowed_no_wait_is_longer_than_an_hour(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    claim(database, ids, worker)
+    with database.write() as session:
+        session.execute(update(Job).values(failures=40))
+        jobs.fail(session, (ids[0], 1), WorkerLost("gone"), lease_s=60.0, backoff_s=10.0, max_failures=1000)
+    with database.read() as session:
+        soon = select(Job.id).where(Job.not_before > db_now(3500.0), Job.not_before <= db_now(3600.0))
+        assert session.scalars(soon).all() == ids
+
+
 def test_cancel_fences_a_running_attempt_and_retry_starts_afresh(database: Database) -> None:
     worker = a_worker(database)
     batch_id, ids = a_batch(database)
