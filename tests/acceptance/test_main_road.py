@@ -177,7 +177,8 @@ def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
     listed = model_list(models / "llama")
     first = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
     answered = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
-    assert [row["reused_from"] for row in answered] == [row["job_id"] for row in first]
+    # The baseline may itself have been answered: other tests measure the same model here.
+    assert [row["reused_from"] for row in answered] == [row["reused_from"] or row["job_id"] for row in first]
     forced = stack.json("submit", "--models", listed, "--bits", "8", "--no-baseline", "--force", "--wait")
     assert [row["reused_from"] for row in forced] == [None]
     assert forced[0]["checkpoint_path"] == first[1]["checkpoint_path"]
