@@ -424,7 +424,7 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
         device=DeviceKind(options["device"]),
         baseline=options["baseline"],
         force=options["force"],
-        skip_modules=tuple(name for value in options["skip_modules"] for name in value.split(",") if name),
+        skip_modules=tuple(pattern for listed in options["skip_modules"] for pattern in listed),
         int8_threshold=options["int8_threshold"],
         quant_storage=options["quant_storage"],
         max_shard_bytes=options["max_shard_size"],

@@ -44,6 +44,23 @@ class Bits(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
 
 
+class Patterns(click.ParamType[tuple[str, ...]]):
+    """A comma list of names or regular expressions."""
+
+    name = "patterns"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        patterns = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.fail(f"{pattern!r} is no regular expression: {error}", param, ctx)
+        return patterns
+
+
 class Counts(click.ParamType[tuple[int, ...]]):
     """A comma list of whole numbers, each at least ``least``."""
 
@@ -171,9 +188,11 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--skip-modules",
+            type=Patterns(),
             multiple=True,
             metavar="NAME",
-            help="Modules to leave unquantized, beside transformers' own; repeat it or give a comma list.",
+            help="Layers to leave unquantized, beside transformers' own: the end of their names (down_proj), their "
+            "beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Repeat it or give a comma list.",
         ),
         click.option(
             "--int8-threshold",

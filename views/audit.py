@@ -34,7 +34,9 @@ def audit_warnings(row: Row) -> Iterable[str]:
             f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
             f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {_some(dropped)}"
         )
-
+    idle = dig(row, "details.audit.idle_skip_modules") or ()
+    if idle:
+        yield f"it has no layer of those that --skip-modules names: {_some(idle)}"
     yield from unfair(dig(row, "details.flags"))
     if dig(row, "details.audits.spread_between_rounds"):
         # Without the number: rows share the footnote.

@@ -45,6 +45,8 @@ def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_lis
     assert "4 bits" in one_line(qbatch("submit", "--models", listed, "--bits", "8", "--double-quant", code=2))
     qbatch("submit", "--models", listed, "--bits", "four", code=2)
     qbatch("submit", "--models", listed, "--bits", "4", "--time-limit", "soon", code=2)
+    skips = qbatch("submit", "--models", listed, "--bits", "4", "--skip-modules", "lm_head, [fc", code=2)
+    assert "'[fc' is no regular expression" in skips.stderr
 
 
 def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Callable[..., str]) -> None:

@@ -103,6 +103,6 @@ def test_out_of_memory_fails_one_job_and_leaves_the_gpu_to_the_next(
 
 def submit(qbatch: Qbatch, listed: Path, *options: str, code: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = qbatch.json(
-        "submit", "--models", str(listed), "--device", "cuda", "--wait", *options, code=code
+        "submit", "--models", str(listed), "--device", "cuda", "--no-why", "--wait", *options, code=code
     )
     return rows

@@ -73,6 +73,18 @@ def test_what_stays_at_16_bits_is_named_with_its_reason(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("pattern", "has_effect"),
+    [("self_attn", False), (".*self_attn", True), ("model.layers.1", True), ("o_proj", True), ("router", False)],
+)
+def test_a_skip_that_matches_no_layer_is_named(pattern: str, has_effect: bool, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", hidden_size=512)
+    scheme = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, skip_modules=(pattern,))
+    audit = audit_of(source, tmp_path / "out", scheme)
+    assert audit["idle_skip_modules"] == ([] if has_effect else [pattern])
+    assert any(entry["reason"] == "skipped on request" for entry in audit["kept"]) is has_effect
+
+
 def test_fused_experts_are_flagged(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", "mixtral", dtype="bfloat16")
     audit = audit_of(source, tmp_path / "out", NF4)

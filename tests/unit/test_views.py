@@ -273,6 +273,10 @@ def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
             "5 tensors of the source are not in it, since transformers drops them: mtp.0.weight, mtp.1.weight, "
             "mtp.2.weight and 2 more",
         ),
+        (
+            {"audit": {"idle_skip_modules": ["self_attn"]}},
+            "it has no layer of those that --skip-modules names: self_attn",
+        ),
         ({"audits": {"perplexity_not_finite": True}}, "its perplexity is not finite"),
         ({"audits": {"spread_between_rounds": 0.78}}, "its speed varied much between its rounds"),
         ({"flags": {"throttled": True, "clocks_changed": False}}, "the GPU lowered its clocks for heat or power"),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from worker.quantize.packing import FIGURES
-from worker.quantize.skeleton import Skeleton
+from worker.quantize.skeleton import Skeleton, is_plain_linear
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # What stays unquantized and is smaller than this is not worth a line of its own.
@@ -35,6 +35,7 @@ def coverage(
         "bits_per_param": weights_bytes * 8 / total if total else 0.0,
         "kept": kept,
         "dropped_tensors": sorted(dropped),
+        "idle_skip_modules": list(skeleton.idle_skips),
     }
 
 
@@ -77,17 +78,10 @@ def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tupl
 
 def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
     path, _, leaf = name.rpartition(".")
-    if leaf != "weight" or not _is_linear(model.get_submodule(path)):
+    if leaf != "weight" or not is_plain_linear(model.get_submodule(path)):
         return "fused experts" if model.get_parameter(name).dim() > 2 else "not a linear layer"
     if path in skeleton.default_skips:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
         return "kept in a higher precision by the model"
     return "skipped on request"
-
-
-def _is_linear(module: Any) -> bool:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) is nn.Linear or isinstance(module, Conv1D)

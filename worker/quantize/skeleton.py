@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ class Skeleton:
     """A model class and its instance on the meta device, as ``from_pretrained`` has it before it loads weights.
 
     ``model`` has bitsandbytes' modules where weights will be quantized; ``default_skips`` are the modules that
-    transformers leaves out of its own accord.
+    transformers leaves out of its own accord, ``idle_skips`` those of the user's patterns that match no layer.
     """
 
     cls: Any
     model: Any
     quantizer: Any
     default_skips: frozenset[str]
+    idle_skips: tuple[str, ...] = ()
 
 
 def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, trusted: bool = False) -> Skeleton:
@@ -34,7 +35,8 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     config = _with_dtype(load_config(source, trusted=trusted), dtype)
     cls = model_class(config, trusted=source if trusted else None)
     skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    return _skeleton(cls, config, quantization_config(scheme, skips), device)
+    skeleton = _skeleton(cls, config, quantization_config(scheme, skips), device)
+    return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
 
 
 def described_skeleton(folder: Path, dtype: DType) -> Skeleton:
@@ -67,6 +69,22 @@ def default_skips(cls: Any, config: Any) -> frozenset[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return frozenset(get_keys_to_not_convert(_meta_model(cls, config, None, "meta")))
+
+
+def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``patterns`` that leave no layer of ``model`` unquantized, as transformers matches them."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [name for name, module in model.named_modules() if is_plain_linear(module)]
+    return tuple(pattern for pattern in patterns if all(should_convert_module(name, [pattern]) for name in kept))
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether bitsandbytes could have quantized it, and has not."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def quantization_config(scheme: Scheme, skips: frozenset[str]) -> Any:
