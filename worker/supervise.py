@@ -56,6 +56,9 @@ log = logging.getLogger("qbatch.worker")
 _POLL_S = 0.2
 _PULSE_S = 1.0
 _LOOK_S = 1.5
+# Before each try to start a runner. A killed forkserver's pipes close before it counts as dead, and only a dead one is
+# replaced.
+_FORK_PAUSES_S = (0.0, 0.1, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,14 +150,14 @@ class Supervisor:
     def _start(self) -> tuple[BaseProcess, Connection]:
         """Raises DatabaseUnreachable or _NoRunner."""
         order = self._order()
-        try:
-            return self._fork(order)
-        except (EOFError, OSError) as error:
-            log.warning("the forkserver died (%s); starting a new one", one_line(error))
-        try:
-            return self._fork(order)
-        except (EOFError, OSError) as error:
-            raise _NoRunner(f"no runner can be started: {one_line(error)}") from error
+        for pause_s in _FORK_PAUSES_S:
+            time.sleep(pause_s)
+            try:
+                return self._fork(order)
+            except (EOFError, OSError) as error:
+                died = one_line(error)
+                log.warning("the forkserver died (%s)", died)
+        raise _NoRunner(f"no runner can be started: {died}")
 
     def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._station.forkserver.Pipe()

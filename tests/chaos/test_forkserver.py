@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 from models_db.batches import add_text
 from models_db.domain import DeviceKind
@@ -20,7 +23,7 @@ from worker.supervise import Station, Supervisor
 
 
 def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
-    sqlite_database: Database, tmp_path: Path
+    sqlite_database: Database, tmp_path: Path, told_to_end: list[int]
 ) -> None:
     environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
     settings = Settings.from_env(environ)
@@ -52,7 +55,17 @@ def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
     # A runner looked for the model, and said what it found.
     assert [a_job(sqlite_database, job_id).error_kind for job_id in ids] == ["source_not_found"] * 3
     assert _forkservers() != [forkserver]
+    assert told_to_end == []
     _end()
+
+
+@pytest.fixture
+def told_to_end() -> Iterator[list[int]]:
+    """The signals with which a supervisor that could start no runner ended its worker: here, this process."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
 
 
 def _started(context: multiprocessing.context.ForkServerContext) -> psutil.Process:
