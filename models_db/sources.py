@@ -23,6 +23,12 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
+# What lies beside a model's weights and is part of it: its tokenizer, generation defaults, templates.
+SIDECARS = (
+    "*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+DOCUMENTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _BITS = {
@@ -315,7 +321,8 @@ def read_headers(folder: Path) -> tuple[Header, ...]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Identity of a local source: config.json, and names, sizes, mtimes and headers of its weight files."""
+    """Identity of a local source: config.json, its weight files' headers, and the names, sizes and mtimes of these and
+    of what lies beside them."""
     files = [
         {
             "name": header.path.name,
@@ -325,7 +332,16 @@ def folder_fingerprint(folder: Path) -> str:
         }
         for header in read_headers(folder)
     ]
-    return "folder:" + content_hash({"config": dict(read_config(folder)), "files": files})
+    identity = {"config": dict(read_config(folder)), "files": files, "beside": files_beside(folder)}
+    return "folder:" + content_hash(identity)
+
+
+def files_beside(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and mtime (ns) of what lies beside a folder's weights and could change what its model does."""
+    paths = {path for pattern in SIDECARS for path in folder.glob(pattern) if path.is_file()}
+    paths -= {folder / "config.json", *folder.glob("*.index.json")}
+    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(paths)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def hub_fingerprint(commit_sha: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from models_db.domain import DType, Scheme
 from models_db.errors import StorageError
+from models_db.sources import DOCUMENTS, SIDECARS
 from models_db.storage import MANIFEST
 from worker.digest import FileDigest, digest_file, root_sha256
 from worker.staging import storage_error
@@ -28,11 +29,7 @@ _FIELDS = {"key", "root_sha256", "files", "audit", "quantize_s"}
 _FILE_FIELDS = {"name", "size", "chunk_sha256"}
 
 # What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
-_SIDECARS = (
-    "*.json", "*.txt", "*.model", "tokenizer.model.v*", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "*.md",
-    "*.jinja", "additional_chat_templates/*.jinja",
-    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
-)  # fmt: skip
+_SIDECARS = (*SIDECARS, *DOCUMENTS)
 _NOT_SIDECARS = ("config.json", MANIFEST, "*.index.json")
 
 

@@ -19,7 +19,7 @@ import torch
 
 from models_db.domain import content_hash
 from models_db.errors import JobError, SourceCorrupt, UnsafeSource, Unsupported
-from models_db.sources import INDEX_NAME, SINGLE_NAME, pickle_files, read_config
+from models_db.sources import INDEX_NAME, SINGLE_NAME, files_beside, pickle_files, read_config
 from worker.checkpoint import slug
 from worker.digest import digest_file, root_sha256
 from worker.load import translated
@@ -39,7 +39,8 @@ _OPERANDS = frozenset(ord(opcode.code) for opcode in pickletools.opcodes)
 
 
 def pickle_fingerprint(folder: Path) -> str:
-    """Identity of a folder of pickles: its config.json, and the names, sizes and contents of its weight files.
+    """Identity of a folder of pickles: its config.json, the names, sizes and contents of its weight files, and the
+    names, sizes and mtimes of what lies beside them.
 
     Raises SourceNotFound, SourceCorrupt or StorageError.
     """
@@ -48,7 +49,7 @@ def pickle_fingerprint(folder: Path) -> str:
         files = root_sha256(digest_file(path) for path in pickle_files(folder))
     except OSError as error:
         raise storage_error(error, "cannot read the pickles") from error
-    return "pickle:" + content_hash({"config": dict(config), "files": files})
+    return "pickle:" + content_hash({"config": dict(config), "files": files, "beside": files_beside(folder)})
 
 
 def converted_entry(folder: Path, fingerprint: str, *, with_code: bool) -> str:

@@ -10,15 +10,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from models_db.errors import SourceCorrupt, SourceNotFound, UnsafeSource
-from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, PICKLE_SUFFIXES, SINGLE_NAME, indexed_files
+from models_db.sources import (
+    DOCUMENTS,
+    INDEX_NAME,
+    PICKLE_INDEX_NAME,
+    PICKLE_NAME,
+    PICKLE_SUFFIXES,
+    SIDECARS,
+    SINGLE_NAME,
+    indexed_files,
+)
 
 _MODULES_NAME = "modules.json"
-# What a model needs beside its weights, by name in the repository's root. Other frameworks' indexes are left out.
-_SIDECARS = (
-    "*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja", "*.md",
-    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
-)  # fmt: skip
-_TEMPLATES = "additional_chat_templates/*.jinja"
 _MODULE_FILES = (".json", ".txt", ".model", ".safetensors")
 _OTHER_WEIGHTS = (*PICKLE_SUFFIXES, ".h5", ".msgpack")
 # Whatever pattern such a name also fits.
@@ -81,7 +84,7 @@ class Repository:
         for path in self.files:
             if path.endswith((*_NEVER, ".index.json")):
                 continue
-            if fnmatchcase(path, _TEMPLATES) or ("/" not in path and any(fnmatchcase(path, p) for p in _SIDECARS)):
+            if any(_matches(path, pattern) for pattern in (*SIDECARS, *DOCUMENTS)):
                 yield path
 
     def _weights(self, folder: Path) -> set[str]:
@@ -106,3 +109,8 @@ class Repository:
             module, slash, _ = path.partition("/")
             if slash and module in modules and path.endswith(_MODULE_FILES):
                 yield path
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """As a glob does it: a star ends at a slash."""
+    return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)

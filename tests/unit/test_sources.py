@@ -440,6 +440,24 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(folder: Path) -> 
     assert len({before, config_changed, folder_fingerprint(moved)}) == 3
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_what_lies_beside_the_weights_is_part_of_the_fingerprint(name: str, folder: Path) -> None:
+    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
+    before = folder_fingerprint(folder)
+    (folder / name).write_text("{}")
+    added = folder_fingerprint(folder)
+    (folder / name).write_text("{ }")
+    assert len({before, added, folder_fingerprint(folder)}) == 3
+
+
+def test_documents_are_no_part_of_the_fingerprint(folder: Path) -> None:
+    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
+    before = folder_fingerprint(folder)
+    for name in ("README.md", "LICENSE", "modeling.py"):
+        (folder / name).write_text("about it")
+    assert folder_fingerprint(folder) == before
+
+
 def test_the_dtype_is_that_of_most_floating_point_bytes(file: Path) -> None:
     def entry(dtype: str, start: int, end: int) -> dict[str, Any]:
         width = {"F32": 4, "BF16": 2, "I64": 8}[dtype]
