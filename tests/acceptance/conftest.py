@@ -95,6 +95,14 @@ def processes_of(home: Path) -> list[psutil.Process]:
     return found
 
 
+def await_end_of(home: Path) -> None:
+    """Wait until nothing of this home runs. A forkserver takes seconds to leave, more on a busy machine."""
+    deadline = time.monotonic() + 60.0
+    while left := processes_of(home):
+        assert time.monotonic() < deadline, f"still there: {[process.as_dict(['pid', 'cmdline']) for process in left]}"
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama (bfloat16), bloom (float32) and bert-mlm, in one folder."""
@@ -114,7 +122,7 @@ def home(tmp_path: Path) -> Path:
 def qbatch(home: Path) -> Iterator[Qbatch]:
     """A home of the test's own; nothing of it may be left running."""
     yield Qbatch(home)
-    until(lambda: not processes_of(home), 15.0, f"end of {[p.cmdline() for p in processes_of(home)]}")
+    await_end_of(home)
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +136,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qbatch]:
         yield shared
     finally:
         assert stop(process, signal.SIGINT) == 0
-        until(lambda: not processes_of(shared.home), 15.0, "end of the stack's processes")
+        await_end_of(shared.home)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.acceptance.conftest import Qbatch, processes_of, stop, until
+from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop, until
 
 
 def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
@@ -19,7 +19,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     run = qbatch.start("run", "--models", listed, "--bits", "4,8")
     until(lambda: "running" in _states(qbatch), 90.0, "running job")
     assert stop(run, signal.SIGINT) == 130
-    until(lambda: not processes_of(qbatch.home), 10.0, "end of every process")
+    await_end_of(qbatch.home)
     assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
     assert set(_states(qbatch)) <= {"queued", "succeeded"}
     assert all(job["failures"] == 0 for job in qbatch.json("jobs")), "an interruption is nobody's fault"
@@ -47,7 +47,7 @@ def test_a_stack_whose_head_is_killed_leaves_no_process(
     finally:
         up.kill()
         up.wait()
-    until(lambda: not processes_of(qbatch.home), 30.0, "end of every process")
+    await_end_of(qbatch.home)
     assert set(_states(qbatch)) <= {"queued", "succeeded"}, "the workers handed back what they held"
 
 

@@ -22,7 +22,7 @@ from models_db.sources import parse_source
 from models_db.tables import Attempt, Job, Result, Worker
 from scheduler.grid import Grid
 from scheduler.submit import Submission, send_now, submit
-from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, until
+from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of, until
 from worker.checkpoint import problems
 
 LEASE_S = 4.0
@@ -93,9 +93,7 @@ class Fleet:
             process.wait(60.0)
         self.running.clear()
         self.database.dispose()
-        home = self.qbatch.home
-        # A forkserver whose worker ended early ends once it has imported what it was told to.
-        until(lambda: not processes_of(home), 60.0, f"end of {[p.cmdline() for p in processes_of(home)]}")
+        await_end_of(self.qbatch.home)
 
     def resume_all(self) -> None:
         """What a test suspended, and left so because it failed."""

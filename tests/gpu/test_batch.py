@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.acceptance.conftest import Qbatch, processes_of, until
+from tests.acceptance.conftest import Qbatch, await_end_of, until
 from worker.checkpoint import problems
 from worker.gpu import installed_gpus
 
@@ -59,7 +59,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
 def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
     home = tmp_path / "home"
     yield Qbatch(home)
-    until(lambda: not processes_of(home), 15.0, "end of every process")
+    await_end_of(home)
 
 
 def logits(folder: Path, dtype: str, quantization: transformers.BitsAndBytesConfig | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from models_db.vram import GIB, vram_class
-from tests.acceptance.conftest import Qbatch, processes_of, until
+from tests.acceptance.conftest import Qbatch, await_end_of, until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -48,7 +48,7 @@ def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     home = tmp_path / "home"
     yield Qbatch(home, {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid.removeprefix('GPU-')}"})
-    until(lambda: not processes_of(home), 15.0, "end of every process")
+    await_end_of(home)
 
 
 @contextmanager
