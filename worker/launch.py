@@ -11,8 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from models_db.errors import QbatchError
-from scheduler.process import REFUSALS, Child
+from scheduler.process import Child
 from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
+from worker.logs import log_to_stderr
 
 log = logging.getLogger("qbatch.worker")
 
@@ -86,7 +87,7 @@ def _tend(children: Sequence[Child], stop: threading.Event) -> int:
     while not stop.wait(_TEND_S):
         for child in children:
             code = child.tend()
-            if code in REFUSALS:
+            if code is not None and child.has_refused:
                 refused[child.name] = code
         if len(refused) == len(children):
             return max(refused.values())
@@ -95,7 +96,7 @@ def _tend(children: Sequence[Child], stop: threading.Event) -> int:
 
 def main(gpus: str | None, cpu: bool, drain: bool) -> int:
     """``qbatch worker``: the exit code. Errors go to stderr as one line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     try:
         devices = devices_for(gpus, cpu, os.environ)
     except QbatchError as error:
