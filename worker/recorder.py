@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ class Recorder:
         outcome = {"outcome": "failed", "kind": error.kind, "message": str(error), "needed_bytes": needed_bytes}
         self._record(token, outcome)
 
+    def hand_back(self, tokens: Sequence[Token], *, alone: bool) -> None:
+        try:
+            with self._database.write() as session:
+                jobs.hand_back(session, tokens, alone=alone)
+        except DatabaseUnreachable as error:
+            for token in tokens:
+                self._keep(token, {"outcome": "handed_back", "alone": alone}, error)
+
     def replay(self) -> None:
         """Record what was spooled. Raises DatabaseUnreachable, with the rest still spooled.
 
@@ -67,11 +76,17 @@ class Recorder:
         try:
             self._write(token, outcome)
         except DatabaseUnreachable as error:
-            log.warning("j%s: %s; its outcome is spooled", token[0], error)
-            _spool(self._settings.spool / f"{token[0]}-{token[1]}.json", outcome)
+            self._keep(token, outcome, error)
+
+    def _keep(self, token: Token, outcome: dict[str, Any], error: DatabaseUnreachable) -> None:
+        log.warning("j%s: %s; its outcome is spooled", token[0], error)
+        _spool(self._settings.spool / f"{token[0]}-{token[1]}.json", outcome)
 
     def _write(self, token: Token, outcome: dict[str, Any]) -> None:
         with self._database.write() as session:
+            if outcome["outcome"] == "handed_back":
+                jobs.hand_back(session, [token], alone=outcome["alone"])
+                return
             if outcome["outcome"] == "failed":
                 jobs.fail(
                     session,

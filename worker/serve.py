@@ -38,6 +38,7 @@ from scheduler.celery_app import make_app
 from scheduler.queues import queues_of
 from worker import tasks
 from worker.gpu import installed_gpus
+from worker.logs import log_to_stderr
 from worker.recorder import Recorder
 from worker.sockets import own_sockets
 from worker.staging import sweep
@@ -48,6 +49,7 @@ log = logging.getLogger("qbatch.worker")
 # Everything a runner imports that does not initialise CUDA: a fork after that could not use the GPU. Their 15 s are
 # then paid once a worker. bitsandbytes initialises CUDA and stays out.
 _PRELOAD = [
+    "worker.sigterm",
     "torch",
     "transformers",
     "transformers.modeling_utils",
@@ -61,7 +63,7 @@ _PRELOAD = [
 
 def main(uuid: str | None, *, drain: bool) -> int:
     """Serve the GPU of that UUID, or the CPU, until told to stop; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     try:
         settings = Settings.from_env(os.environ)
         check_surroundings(settings)
@@ -163,6 +165,9 @@ class Worker:
         if worker_id is None:
             return 0
         self._sweep()
+        if self._stopping.is_set():
+            self._leave(worker_id)
+            return 0
         app = make_app(self._settings)
         station = Station(
             database=self._database,
@@ -187,6 +192,7 @@ class Worker:
             without_mingle=True,
             quiet=True,
         )
+        signals.worker_ready.connect(self._on_ready, weak=False)
         if not self._drain:
             signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         beats = threading.Thread(
@@ -218,6 +224,8 @@ class Worker:
         said = False
         while not self._stopping.is_set():
             try:
+                # A predecessor's outcomes count before it is taken for lost with its jobs.
+                self._recorder.replay()
                 with self._database.write() as session:
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
                         self._bury(session, predecessor)
@@ -258,6 +266,11 @@ class Worker:
         if self._info.device_uuid is None:
             return True
         return leases.acquire(session, f"gpu:{self._info.device_uuid}", self._info.name, self._settings.lease_s)
+
+    def _on_ready(self, **_: object) -> None:
+        # Told to stop when Celery did not handle signals yet: it has not heard of it.
+        if self._stopping.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_shutting_down(self, **_: object) -> None:
         # Warm shutdown waits for the running task: this event has it stop its runner and hand the jobs back.

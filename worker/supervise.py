@@ -355,13 +355,8 @@ class Supervisor:
         self._active = tuple(other for other in self._active if other != job_id)
 
     def _hand_back(self, *, alone: bool) -> None:
-        if not self._open:
-            return
-        try:
-            with self._station.database.write() as session:
-                jobs.hand_back(session, [self._token(job_id) for job_id in sorted(self._open)], alone=alone)
-        except DatabaseUnreachable as error:
-            log.warning("%s; the leases of %s will run out", error, _names(self._open))
+        if self._open:
+            self._station.recorder.hand_back([self._token(job_id) for job_id in sorted(self._open)], alone=alone)
         self._open.clear()
 
     def _clear_staging(self) -> None:

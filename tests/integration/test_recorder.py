@@ -89,6 +89,17 @@ def test_while_the_database_is_away_outcomes_are_spooled_and_recorded_later(
     assert (again.state, again.failures) == (JobState.QUEUED, 1)
 
 
+def test_a_hand_back_is_spooled_too(database: Database, settings: Settings, cut_off: Recorder) -> None:
+    _, ids = a_batch(database)
+    first, second, _ = claim(database, ids, a_worker(database))
+    cut_off.hand_back([first, second], alone=True)
+    Recorder(database, settings).replay()
+    assert spooled(settings) == []
+    jobs_of_it = [a_job(database, token[0]) for token in (first, second)]
+    assert [(job.state, job.failures) for job in jobs_of_it] == [("queued", 0)] * 2
+    assert jobs_of_it[0].bundle != jobs_of_it[1].bundle
+
+
 def test_a_spooled_result_counts_although_the_lease_ran_out(
     database: Database, settings: Settings, cut_off: Recorder
 ) -> None:

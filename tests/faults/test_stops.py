@@ -1,0 +1,70 @@
+"""A worker that is told to stop, however clumsily: its jobs are nobody's fault."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.faults.conftest import MakeModel
+from tests.faults.fleet import Fleet
+
+
+@pytest.mark.parametrize(("options", "outcomes"), [([], ["handed_back", "succeeded"]), (["--drain"], ["succeeded"])])
+def test_sigterm_to_all_of_a_workers_processes_at_once_charges_nobody(
+    fleet: Fleet, make_model: MakeModel, options: list[str], outcomes: list[str]
+) -> None:
+    """As systemd ends a service, and Slurm a job."""
+    fleet.stop("w1")
+    fleet.stop("w2")
+    fleet.start("w1", "worker", "--cpu", *options)
+    fleet.wait_for_live(1)
+    (job,) = fleet.submit(make_model(large=True))
+    fleet.wait_for_runner(job)
+    launcher = fleet.running.pop("w1")
+    for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    assert launcher.wait(60.0) == 0
+    for name in ("w1", "w2"):
+        fleet.start(name, "worker", "--cpu")
+    fleet.succeed([job])
+    assert fleet.outcomes(job) == outcomes
+    assert fleet.job(job).failures == 0
+    fleet.wait_for_live(2)
+
+
+_TOLD_EARLY = """
+import os, signal, sys
+import worker.serve as serve
+
+def told(before):
+    def first(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before(*args)
+    return first
+
+if sys.argv[1] == "while it sweeps":
+    serve.Worker._sweep = told(serve.Worker._sweep)
+else:
+    serve.make_app = told(serve.make_app)
+raise SystemExit(serve.main(None, drain=True))
+"""
+
+
+@pytest.mark.parametrize("when", ["while it sweeps", "before Celery listens"])
+def test_one_that_is_told_before_it_is_ready_leaves_too(fleet: Fleet, when: str) -> None:
+    """Celery handles signals only once it runs; what it has not heard of would keep it waiting for ever."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _TOLD_EARLY, when],
+        env=fleet.qbatch.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    fleet.wait_for_live(2)
