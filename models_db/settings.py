@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -137,9 +138,7 @@ class Settings:
 
     @property
     def staging(self) -> Path:
-        """Beside other databases' on the same storage: their job ids are others."""
-        place = hashlib.sha256(self.sqlalchemy_url.rpartition("@")[2].encode()).hexdigest()[:8]
-        return self.storage / ".staging" / place
+        return self.storage / ".staging" / self._database_name
 
     @property
     def logs(self) -> Path:
@@ -148,7 +147,24 @@ class Settings:
     @property
     def spool(self) -> Path:
         """Where a worker keeps outcomes that the database could not take yet; local to the machine."""
-        return self.home / "spool"
+        return self.home / "spool" / self._database_name
+
+    @property
+    def _database_name(self) -> str:
+        """What belongs to one database stands apart from what belongs to others: their job ids are the same."""
+        place = self.sqlalchemy_url.rpartition("@")[2]
+        if place.startswith("sqlite:"):
+            place += _machine_id()
+        return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _machine_id() -> str:
+    """systemd's; empty where there is none, as in most containers."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _is_redis(url: str) -> bool:

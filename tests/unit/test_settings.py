@@ -25,7 +25,17 @@ def test_nothing_need_be_set(tmp_path: Path) -> None:
     assert settings.celery_broker_url == f"redis+socket://{settings.socket_dir}/redis.sock?virtual_host=0"
     assert settings.redis_url == f"unix://{settings.socket_dir}/redis.sock?db=0"
     assert (settings.storage, settings.cache) == (tmp_path / "storage", tmp_path / "cache")
-    assert settings.spool == tmp_path / "spool"
+    assert settings.spool.parent == tmp_path / "spool"
+
+
+def test_what_belongs_to_one_database_stands_apart_from_others(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    databases = (None, "postgresql://qbatch:secret@db/one", "postgresql://qbatch:secret@db/two")
+    several = [read(HOME=home) if url is None else read(HOME=home, DATABASE_URL=url) for url in databases]
+    assert len({settings.spool for settings in several}) == 3
+    assert len({settings.staging for settings in several}) == 3
+    changed = read(HOME=home, DATABASE_URL="postgresql://qbatch:another@db/one")
+    assert (changed.spool, changed.staging) == (several[1].spool, several[1].staging), "whoever signs in"
 
 
 def test_a_long_home_has_a_socket_path_that_the_kernel_takes() -> None:
