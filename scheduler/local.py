@@ -17,7 +17,7 @@ from typing import IO, Self
 from models_db.errors import BrokerUnreachable, StackNotRunning, StorageUnavailable
 from models_db.settings import Settings
 from scheduler.broker import Broker
-from scheduler.process import REFUSALS, Child
+from scheduler.process import Child
 
 _DRAIN_S = 30.0
 _REDIS_START_S = 10.0
@@ -92,7 +92,7 @@ class LocalStack:
         """
         self._redis.tend()
         for child in (self._scheduler, self._workers):
-            if child.tend() in REFUSALS:
+            if child.tend() is not None and child.has_refused:
                 log = self._settings.home / "logs" / f"{child.name}.log"
                 raise StackNotRunning(f"the {child.name} cannot work: {_last_line(log)}")
 

@@ -49,6 +49,12 @@ class Child:
         self._started_at = 0.0
         self._start_after = 0.0
         self._backoff_s = 0.5
+        self._was_healthy = False
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether it ended with one of REFUSALS, and is not started again."""
+        return self._start_after == math.inf
 
     @property
     def pid(self) -> int | None:
@@ -69,7 +75,10 @@ class Child:
             )
 
     def tend(self) -> int | None:
-        """Start it again if it has ended, unless it refused; the exit code with which it ended, once."""
+        """Start it again if it has ended, unless it refused; the exit code with which it ended, once.
+
+        One that did work before does not refuse: what it meets then is a fault that may pass.
+        """
         if self._process is None:
             if time.monotonic() >= self._start_after:
                 self.start()
@@ -78,10 +87,11 @@ class Child:
         if code is None:
             return None
         self._process = None
-        if code in REFUSALS:
+        lived_s = time.monotonic() - self._started_at
+        self._was_healthy = self._was_healthy or lived_s > _HEALTHY_AFTER_S
+        if code in REFUSALS and not self._was_healthy:
             self._start_after = math.inf
             return code
-        lived_s = time.monotonic() - self._started_at
         self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)
         self._start_after = time.monotonic() + self._backoff_s
         log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self._backoff_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import pynvml
 
 from models_db.errors import NoSuchDevice
+
+log = logging.getLogger("qbatch.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +28,25 @@ def installed_gpus() -> tuple[Gpu, ...]:
     """Every GPU that the driver shows; none without a driver."""
     try:
         with _nvml():
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
-            return tuple(_describe(index, handle) for index, handle in enumerate(handles))
+            gpus = [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            return tuple(gpu for gpu in gpus if gpu is not None)
     except pynvml.NVMLError:
         return ()
 
 
-def _describe(index: int, handle: object) -> Gpu:
-    return Gpu(
-        index=index,
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-    )
+def _describe(index: int) -> Gpu | None:
+    """None for one that does not answer: it must not hide the others."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return Gpu(
+            index=index,
+            uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
+            name=_text(pynvml.nvmlDeviceGetName(handle)),
+            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        )
+    except pynvml.NVMLError as error:
+        log.warning("GPU %s does not answer (%s); it is left out", index, error)
+        return None
 
 
 def _text(value: str | bytes) -> str:

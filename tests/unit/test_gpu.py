@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 
 from models_db.errors import NoSuchDevice
-from worker.gpu import Gpu, choose_gpus, visible_gpus
+from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 
 UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
 INSTALLED = tuple(Gpu(index=index, uuid=uuid, name="a GPU", memory_bytes=2**30) for index, uuid in enumerate(UUIDS))
@@ -74,3 +77,26 @@ def test_a_gpu_that_is_not_visible_is_named(wanted: str) -> None:
 def test_without_a_gpu_the_cpu_is_pointed_at(wanted: str) -> None:
     with pytest.raises(NoSuchDevice, match="--cpu"):
         choose_gpus(wanted, ())
+
+
+def test_a_gpu_that_does_not_answer_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handle(index: int) -> int:
+        if index == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": handle,
+        "nvmlDeviceGetUUID": lambda index: UUIDS[index],
+        "nvmlDeviceGetName": lambda _: b"a GPU",
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=2**30),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    assert installed_gpus() == (INSTALLED[0], INSTALLED[2])
+    assert "GPU 1 does not answer" in caplog.text

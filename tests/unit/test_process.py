@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import scheduler.process
 from scheduler.process import REFUSALS, Child
 
 Start = Callable[..., Child]
@@ -80,9 +81,22 @@ def test_one_that_refuses_is_not_started_again(child: Start, code: int) -> None:
     one = child(f"raise SystemExit({code})")
     one.start()
     assert ended(one) == code
+    assert one.has_refused
     time.sleep(0.1)
     assert one.tend() is None
     assert one.pid is None
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_one_that_did_work_is_started_again_whatever_it_says(
+    child: Start, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler.process, "_HEALTHY_AFTER_S", 0.0)
+    one = child(f"raise SystemExit({code})")
+    one.start()
+    assert ended(one) == code
+    assert not one.has_refused
+    until(lambda: one.tend() is None and one.pid is not None)
 
 
 def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) -> None:
