@@ -40,7 +40,7 @@ def tick(scheduler: Scheduler) -> None:
         return
 
 
-def tick_until(scheduler: Scheduler, look: Callable[[], bool], timeout_s: float = 10.0) -> float:
+def tick_until(scheduler: Scheduler, look: Callable[[], bool], timeout_s: float = 30.0) -> float:
     began = time.monotonic()
     while not look():
         assert time.monotonic() - began < timeout_s, "it did not come to pass"
