@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from models_db.domain import Scheme
 from tests import tiny
-from tests.unit.benchmark_models import FP4, INT8, NF4, NF4_DOUBLE, loaded_on_cpu, quantized
+from tests.unit.benchmark_models import FP4, INT8, NF4, NF4_DOUBLE, loaded_on_cpu, measured, quantized
 from worker.benchmark.size import Size, disk_bytes, measure_size
 from worker.cpu_kernels import avoid_packed_kernel
 
@@ -87,6 +88,14 @@ def test_the_disk_holds_the_files_that_the_index_names_and_no_others(tmp_path: P
 def test_one_file_s_bytes_are_its_size(tmp_path: Path) -> None:
     folder = tiny.make_causal(tmp_path)
     assert disk_bytes(folder) == (folder / "model.safetensors").stat().st_size
+
+
+def test_beside_one_file_an_index_says_nothing_as_transformers_has_it(tmp_path: Path) -> None:
+    """What a conversion to one file left behind names files that are gone."""
+    folder = tiny.make_causal(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert measured(folder).disk_bytes == (folder / "model.safetensors").stat().st_size
 
 
 def test_a_layer_too_small_for_the_packed_cpu_kernel_gives_the_dequantized_product(tmp_path: Path) -> None:

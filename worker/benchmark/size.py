@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-_INDEX = "model.safetensors.index.json"
+from models_db.sources import weight_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +52,8 @@ def measure_size(model: Any) -> Size:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in ``folder``: those its index names, or all where it has no index."""
-    index = folder / _INDEX
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sum((folder / name).stat().st_size for name in names)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the safetensors files that the model in ``folder`` is loaded from. Raises as ``weight_files`` does."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def _is_quantized(parameter: torch.Tensor) -> bool:
