@@ -54,11 +54,17 @@ class Repository:
     @property
     def guides(self) -> list[str]:
         """The small files that say which others are needed; ``wanted`` reads them."""
-        return [name for name in (self._index, _MODULES_NAME) if name in self.files]
+        return [name for name in (self._index, _MODULES_NAME) if name is not None and name in self.files]
 
     @property
-    def _index(self) -> str:
-        return PICKLE_INDEX_NAME if self.is_pickled else INDEX_NAME
+    def _single(self) -> str:
+        return PICKLE_NAME if self.is_pickled else SINGLE_NAME
+
+    @property
+    def _index(self) -> str | None:
+        """None where one file holds all, which transformers looks for first: an index beside it may be a stale one."""
+        name = PICKLE_INDEX_NAME if self.is_pickled else INDEX_NAME
+        return name if name in self.files and self._single not in self.files else None
 
     def check(self) -> None:
         """Raises SourceNotFound or UnsafeSource for a repository that holds no model of ours."""
@@ -72,7 +78,7 @@ class Repository:
 
     def wanted(self, folder: Path) -> list[str]:
         """The paths to fetch, in order. ``folder`` holds the guides. Raises SourceCorrupt where one is broken."""
-        index = [self._index] if self._index in self.files else []
+        index = [] if self._index is None else [self._index]
         return sorted({*self.sidecars(folder), *index, *self._weights(folder)})
 
     def sidecars(self, folder: Path) -> list[str]:
@@ -88,11 +94,10 @@ class Repository:
                 yield path
 
     def _weights(self, folder: Path) -> set[str]:
-        """What the index names, no more: a repository may hold the same weights twice, in another layout."""
-        single, suffix = (PICKLE_NAME, ".bin") if self.is_pickled else (SINGLE_NAME, ".safetensors")
-        if self._index not in self.files:
-            return {single}
-        names = set(indexed_files(folder / self._index, suffix=suffix))
+        """What is loaded, no more: a repository may hold the same weights twice, in another layout."""
+        if self._index is None:
+            return {self._single}
+        names = set(indexed_files(folder / self._index, suffix=".bin" if self.is_pickled else ".safetensors"))
         if missing := sorted(names - self.files.keys()):
             raise SourceCorrupt(f"{self.repo_id}: {self._index} names {missing[0]!r}, which the repository lacks")
         return names

@@ -177,6 +177,12 @@ def make_repository(folder: Path, files: Mapping[str, str | bytes] | None = None
     return folder
 
 
+def sharded(folder: Path) -> Path:
+    """A repository without the single file: an index beside that would not be looked at."""
+    (folder / SINGLE_NAME).unlink()
+    return folder
+
+
 def files_of(folder: str) -> set[str]:
     paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
     return {path.as_posix() for path in paths if path.parts[0] != ".cache"}
@@ -199,7 +205,6 @@ def test_a_fetch_brings_what_the_model_needs_and_nothing_else(hub: Hub, node: Fe
         "model-1.safetensors": safetensors_bytes(),
     }
     left: dict[str, str | bytes] = {
-        SINGLE_NAME: safetensors_bytes(),
         "consolidated.safetensors": safetensors_bytes(),
         "original/model.safetensors": safetensors_bytes(),
         "pytorch_model.bin": "pickle",
@@ -209,7 +214,7 @@ def test_a_fetch_brings_what_the_model_needs_and_nothing_else(hub: Hub, node: Fe
         "modeling_own.py": "import os",
         "1_Pooling/own.py": "import os",
     }
-    commit = hub.publish("org/model", make_repository(tmp_path / "served", needed | left))
+    commit = hub.publish("org/model", sharded(make_repository(tmp_path / "served", needed | left)))
     got = node.fetch("org/model")
     assert (got["revision"], got["fingerprint"]) == (commit, f"hub:{commit}")
     assert Path(got["folder"]) == node.cache / f"org--model--{commit[:12]}"
@@ -218,6 +223,15 @@ def test_a_fetch_brings_what_the_model_needs_and_nothing_else(hub: Hub, node: Fe
     total = sum(len(content) for content in needed.values())
     assert got["steps"][-1] == [total, total]
     assert {request.token for request in hub.requests} == {_TOKEN}
+
+
+@pytest.mark.parametrize("shard", [{}, {"model-1.safetensors": safetensors_bytes()}], ids=["stale", "sound"])
+def test_of_two_layouts_the_single_file_is_wanted_as_transformers_has_it(
+    hub: Hub, node: Fetcher, tmp_path: Path, shard: dict[str, bytes]
+) -> None:
+    index = json.dumps({"weight_map": {"w": "model-1.safetensors"}})
+    hub.publish("both", make_repository(tmp_path / "served", {INDEX_NAME: index, **shard}))
+    assert files_of(node.fetch("both")["folder"]) == {"config.json", SINGLE_NAME}
 
 
 def test_a_commit_that_is_there_is_not_downloaded_again(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
@@ -333,6 +347,9 @@ def test_pickled_shards_are_those_that_the_index_names(hub: Hub, node: Fetcher, 
     (served / PICKLE_INDEX_NAME).write_text('{"weight_map": {"w": "../../elsewhere.bin"}}')
     hub.publish("leading-out", served)
     assert node.fetch("leading-out", allow_pickle=True)["kind"] == "source_corrupt"
+    (served / PICKLE_NAME).write_bytes(pickled_bytes())
+    hub.publish("both-pickled", served)
+    assert files_of(node.fetch("both-pickled", allow_pickle=True)["folder"]) == {"config.json", SINGLE_NAME}
 
 
 def test_python_files_are_downloaded_only_where_the_model_is_trusted(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
@@ -365,7 +382,7 @@ def test_what_the_hub_refuses_is_named(hub: Hub, node: Fetcher, tmp_path: Path) 
 def test_a_broken_download_is_retryable_and_goes_on_where_it_ended(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     shards = {"model-1.safetensors": safetensors_bytes(), "model-2.safetensors": safetensors_bytes()}
-    hub.publish("model", make_repository(tmp_path / "served", {INDEX_NAME: index, **shards}))
+    hub.publish("model", sharded(make_repository(tmp_path / "served", {INDEX_NAME: index, **shards})))
     hub.weight_faults.extend(["cut", "unavailable", "unavailable"])
     broken = node.fetch("model")
     assert broken["kind"] == "fetch_error"
