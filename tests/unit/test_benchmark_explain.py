@@ -24,11 +24,12 @@ from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, qua
 from worker.benchmark.capture import Captures
 from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, net_energy
 from worker.benchmark.explain import Explanation
-from worker.benchmark.fairness import FairnessWatch, any_of
+from worker.benchmark.fairness import FairnessWatch, Sighting, flags_of
 from worker.benchmark.graph import GraphRequest, KernelsAlone, Shape, decode_step
 from worker.benchmark.phases import Round
 from worker.benchmark.profile import StepProfile, covered, profile_decode, summarize_events
 from worker.benchmark.roofs import Roofs
+from worker.benchmark.rounds import pool
 from worker.benchmark.size import measure_size
 from worker.benchmark.traffic import StepWork, active_expert_share, step_work
 from worker.benchmark.verdict import Verdict, judge
@@ -260,7 +261,7 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     steps: list[str] = []
     explanation = Explanation(replace(QUICK, why=True, energy=True), steps.append)
     prompts = torch.ones(1, 8, dtype=torch.long)
-    explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, flags=None))
+    explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, sighting=None))
     alone = KernelsAlone(reason="not captured")
     why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=alone)
     assert steps == ["profile", "energy"]
@@ -277,7 +278,7 @@ def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monke
 
     monkeypatch.setattr("worker.benchmark.explain.profile_decode", fault)
     explanation = Explanation(replace(QUICK, why=True, energy=True), lambda _step: None)
-    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, flags=None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
     explanation.observe(loaded_on_cpu(tiny.make_causal(tmp_path)), shape)
     why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
     assert explanation.fault is not None
@@ -302,13 +303,13 @@ FAIR = {"foreign_processes": False, "throttled": False, "clocks_changed": False}
 
 def test_a_gpu_to_oneself_at_a_steady_clock_is_fair(monkeypatch: pytest.MonkeyPatch) -> None:
     card, watch = Card(monkeypatch), FairnessWatch("handle")
-    assert watch.flags() is None, "nothing was seen yet"
+    assert watch.sighting() is None, "nothing was seen yet"
     watch.look()
     card.clock_mhz = 1935
     card.reasons = 0x1 | 0x2  # idle, and clocks that somebody set
     card.pids = [1]  # the host's number of this process
     watch.look()
-    assert watch.flags() == FAIR
+    assert flags_of([watch.sighting()]) == FAIR
 
 
 @pytest.mark.parametrize(
@@ -330,12 +331,24 @@ def test_what_makes_a_measurement_unfair_is_flagged_though_it_passes(
         for key, value in state.items():
             setattr(card, key, value)
         watch.look()
-    assert watch.flags() == FAIR | {name: True}
+    assert flags_of([watch.sighting()]) == FAIR | {name: True}
+
+
+def sighting(clock_mhz: int, *, throttled: bool = False) -> Sighting:
+    return Sighting(foreign_processes=False, throttled=throttled, slowest_mhz=clock_mhz, fastest_mhz=clock_mhz)
 
 
 def test_the_flags_of_all_rounds_are_those_of_the_row() -> None:
-    assert any_of([FAIR, None, FAIR | {"throttled": True}]) == FAIR | {"throttled": True}
-    assert any_of([None, None]) is None
+    rounds = [sighting(1980), None, sighting(1935, throttled=True)]
+    assert flags_of(rounds) == FAIR | {"throttled": True}
+    assert flags_of([None, None]) is None
+
+
+def test_clocks_that_are_steady_in_each_round_may_have_changed_between_them() -> None:
+    shape = Round(times_s={"forward": [1.0]}, prompts=torch.ones(1, 8), new_tokens=0, sighting=None)
+    slow, fast = replace(shape, sighting=sighting(1005)), replace(shape, sighting=sighting(1980))
+    assert pool([fast, fast]).flags == FAIR
+    assert pool([fast, slow, shape]).flags == FAIR | {"clocks_changed": True}
 
 
 def test_a_cpu_s_measurement_explains_nothing(tmp_path: Path) -> None:

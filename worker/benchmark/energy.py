@@ -11,7 +11,7 @@ from typing import Any
 
 import pynvml
 
-from worker.benchmark.fairness import FairnessWatch
+from worker.benchmark.fairness import FairnessWatch, flags_of
 
 _LOOP_S = 10.0
 _TICK_S = 0.1
@@ -108,7 +108,7 @@ def measure_energy(
             "gross_j_per_token": (whole_j.gross_j - prefill_j.gross_j) / decoded,
             "net_j_per_token": (whole_j.net_j - prefill_j.net_j) / decoded,
         },
-        "flags": watch.flags(),
+        "flags": flags_of([watch.sighting()]),
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pynvml
@@ -15,7 +16,15 @@ from worker.benchmark.memory import nvml_handle
 _THROTTLE_REASONS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 _CLOCK_CHANGE = 0.05
 
-Flags = Mapping[str, bool]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What the looks of one span saw together. The clocks are the SM's, the lowest and the highest."""
+
+    foreign_processes: bool
+    throttled: bool
+    slowest_mhz: int
+    fastest_mhz: int
 
 
 class FairnessWatch:
@@ -41,16 +50,16 @@ class FairnessWatch:
         self._foreign |= others > 0
         self._throttled |= bool(reasons & _THROTTLE_REASONS)
 
-    def flags(self) -> dict[str, bool] | None:
+    def sighting(self) -> Sighting | None:
         """What was seen in all looks; None where the driver never told."""
         if not self._clocks_mhz:
             return None
-        slowest, fastest = min(self._clocks_mhz), max(self._clocks_mhz)
-        return {
-            "foreign_processes": self._foreign,
-            "throttled": self._throttled,
-            "clocks_changed": fastest - slowest > _CLOCK_CHANGE * fastest,
-        }
+        return Sighting(
+            foreign_processes=self._foreign,
+            throttled=self._throttled,
+            slowest_mhz=min(self._clocks_mhz),
+            fastest_mhz=max(self._clocks_mhz),
+        )
 
 
 class NoWatch:
@@ -59,7 +68,7 @@ class NoWatch:
     def look(self) -> None:
         return
 
-    def flags(self) -> None:
+    def sighting(self) -> None:
         return
 
 
@@ -70,7 +79,17 @@ def fairness_watch(device: str) -> Iterator[FairnessWatch | NoWatch]:
         yield NoWatch() if handle is None else FairnessWatch(handle)
 
 
-def any_of(flags: Sequence[Flags | None]) -> dict[str, bool] | None:
-    """What was seen in any of several spans; None where none was watched."""
-    seen = [one for one in flags if one is not None]
-    return {name: any(one[name] for one in seen) for name in seen[0]} if seen else None
+def flags_of(sightings: Sequence[Sighting | None]) -> dict[str, bool] | None:
+    """What makes several spans unfair together; None where none was watched.
+
+    The clocks of all are compared: a slow round beside a fast one has steady clocks in itself.
+    """
+    seen = [one for one in sightings if one is not None]
+    if not seen:
+        return None
+    slowest, fastest = min(one.slowest_mhz for one in seen), max(one.fastest_mhz for one in seen)
+    return {
+        "foreign_processes": any(one.foreign_processes for one in seen),
+        "throttled": any(one.throttled for one in seen),
+        "clocks_changed": fastest - slowest > _CLOCK_CHANGE * fastest,
+    }

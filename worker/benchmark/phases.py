@@ -12,7 +12,7 @@ import torch
 from models_db.domain import Protocol
 from worker.architecture import Task
 from worker.benchmark.clock import clock_of
-from worker.benchmark.fairness import Flags, fairness_watch
+from worker.benchmark.fairness import Sighting, fairness_watch
 from worker.benchmark.speed import time_forward, time_generation
 from worker.benchmark.tokens import max_positions, prompts
 from worker.load import Loaded
@@ -23,12 +23,12 @@ _GENERATIVE = (Task.CAUSAL_LM, Task.SEQ2SEQ)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """The times of one round in seconds, by phase ("prefill", "decode" and "per_token", or "forward"), for
-    ``prompts`` [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``flags`` None without a GPU."""
+    ``prompts`` [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``sighting`` None without a GPU."""
 
     times_s: Mapping[str, list[float]]
     prompts: torch.Tensor
     new_tokens: int
-    flags: Flags | None
+    sighting: Sighting | None
 
     @property
     def shapes(self) -> dict[str, int]:
@@ -44,7 +44,7 @@ def time_round(
     with fairness_watch(loaded.device) as fairness:
         options = {"clock": clock_of(loaded.device), "during_warmup": during_warmup, "look": fairness.look}
         times_s, ids, new_tokens = time_phases(loaded, protocol, eval_text, options)
-        return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, flags=fairness.flags())
+        return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, sighting=fairness.sighting())
 
 
 _Timed = tuple[Mapping[str, list[float]], torch.Tensor, int]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from worker.benchmark.fairness import any_of
+from worker.benchmark.fairness import flags_of
 from worker.benchmark.phases import Round
 from worker.benchmark.stats import percentile, summarize
 
@@ -44,7 +44,7 @@ def pool(rounds: Sequence[Round]) -> Speed:
         by_round=by_round,
         notable_spread=largest if largest > _NOTABLE_SPREAD else None,
         shapes=shapes,
-        flags=any_of([one.flags for one in rounds]),
+        flags=flags_of([one.sighting for one in rounds]),
     )
 
 
