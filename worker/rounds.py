@@ -104,6 +104,8 @@ class Rounds:
         if is_first:
             turn.benchmark.begin(loaded)
         for job_id in self._reports.open(turn.model.ids):
+            if not self._reports.open([job_id]):
+                return  # the shape before it took the device with it
             with self._reports.failing([job_id]):
                 self._reports.enter([job_id], Stage.BENCHMARKING)
                 turn.rows[job_id].time(loaded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from models_db.domain import (
     SourceRef,
     Stage,
 )
-from models_db.errors import BenchmarkError, DeviceError
+from models_db.errors import BenchmarkError, CudaOom, DeviceError
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT
 from worker.benchmark.measure import RowBenchmark
@@ -174,8 +174,8 @@ def test_what_is_answered_is_not_measured_and_the_reference_is_still_there(home:
     assert done.measurement.details["rounds"]["interleaved_with"] == []
 
 
-def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> None:
-    """The ``at``-th timing of a row, counted over all rows, fails with ``error``."""
+def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> Callable[[], int]:
+    """The ``at``-th timing of a row, counted over all rows, fails with ``error``; how many were tried."""
     timed, original = 0, RowBenchmark.time
 
     def time(row: RowBenchmark, loaded: Any) -> None:
@@ -186,6 +186,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> 
         original(row, loaded)
 
     monkeypatch.setattr(RowBenchmark, "time", time)
+    return lambda: timed
 
 
 def test_a_row_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +204,18 @@ def test_after_a_fault_of_the_device_the_open_jobs_are_left_to_another_runner(
     ear = run(home)
     assert ear.failed() == {2: "device_error"}
     assert ear.measured().keys() == {1}, "whose last round was over"
+
+
+@pytest.mark.parametrize("at", [1, 5], ids=["first round", "last round"])
+def test_after_a_shape_that_the_memory_cannot_hold_no_other_is_timed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Nobody waits for them here: they are left to another runner."""
+    timed = fail_once(monkeypatch, CudaOom("out of memory"), at=at)
+    ear = run(home, 1, 2, schemes=(BASELINE, SCHEMES[1]))
+    assert ear.failed() == {1: "cuda_oom"}
+    assert ear.measured() == {}
+    assert timed() == at
 
 
 def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
