@@ -86,6 +86,26 @@ def test_eight_steps_of_generate_are_profiled_within_the_positions_of_the_model(
     assert (profile.device_busy_s, profile.launches) == (0, 0)
 
 
+def test_the_prefill_and_three_steps_are_over_when_the_profile_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/measurements.md has it."""
+    model, forwards, at = loaded_on_cpu(tiny.make_causal(tmp_path)).model, list[int](), dict[str, int]()
+    model.register_forward_hook(lambda _module, _args, _output: forwards.append(1))
+    for name in ("start", "stop"):
+        original = getattr(torch.profiler.profile, name)
+
+        def noted(profiler: Any, name: str = name, original: Any = original) -> None:
+            at[name] = len(forwards)
+            original(profiler)
+
+        monkeypatch.setattr(torch.profiler.profile, name, noted)
+    profile_decode(model, torch.ones(1, 8, dtype=torch.long), new_tokens=4, device="cpu")
+    assert at == {"start": 1 + 3, "stop": 1 + 3 + 8}
+    text = (Path(__file__).parents[2] / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert "mean of 8 steps, after the prefill and 3 more" in text
+
+
 def test_a_step_reads_every_weight_but_the_embedding_s_table(tmp_path: Path) -> None:
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path))
     cache = loaded.model(torch.zeros(3, 10, dtype=torch.long), use_cache=True).past_key_values

@@ -13,8 +13,10 @@ from worker.benchmark.clock import clock_of
 from worker.benchmark.speed import greedy
 
 # The first steps after the prefill still allocate; then as many as make a stable mean.
-_SKIPPED_STEPS = 4
+_SKIPPED_STEPS = 3
 _STEPS = 8
+# The prefill makes the first token.
+_TOKENS_BEFORE = 1 + _SKIPPED_STEPS
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 
 
@@ -43,10 +45,10 @@ class _Profiler:
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._calls += 1
-        if self._calls == _SKIPPED_STEPS:
+        if self._calls == _TOKENS_BEFORE:
             self._clock.synchronize()
             self._profiler.start()
-        if self._calls == _SKIPPED_STEPS + _STEPS:
+        if self._calls == _TOKENS_BEFORE + _STEPS:
             self._clock.synchronize()
             self._profiler.stop()
         return scores
@@ -63,7 +65,7 @@ def profile_decode(model: Any, prompts: torch.Tensor, *, new_tokens: int, device
     """
     from transformers import LogitsProcessorList
 
-    needed = _SKIPPED_STEPS + _STEPS
+    needed = _TOKENS_BEFORE + _STEPS
     prompts = prompts[:, : max(1, prompts.shape[1] - max(0, needed - new_tokens))]
     profiler = _Profiler(device)
     with torch.inference_mode(), greedy(model, needed):
