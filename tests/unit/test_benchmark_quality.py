@@ -8,6 +8,7 @@ import stat
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,40 @@ def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
 def test_a_float32_model_has_no_floor(tmp_path: Path) -> None:
     base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"), DType.FLOAT32)
     assert arithmetic_floor(base, probes_of(base, QUICK, TEXT)) is None
+
+
+@pytest.mark.parametrize("free", [0.9, 2.0])
+def test_on_a_cpu_the_floor_wants_room_for_the_float32_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float
+) -> None:
+    """The kernel would kill the runner, and its job be charged for that."""
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    copy_bytes = sum(4 * parameter.numel() for parameter in base.model.parameters())
+    available = int(free * (copy_bytes + (1 << 29)))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    assert (arithmetic_floor(base, probes_of(base, QUICK, TEXT)) is not None) == (free > 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), MemoryError()],
+    ids=["torch", "python"],
+)
+def test_where_memory_runs_out_all_the_same_the_reference_is_written_without_a_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    base, original = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), torch.Tensor.float
+
+    def widened(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (tiny.VOCAB_SIZE, 128):
+            raise error
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", widened)
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    assert reference.floor is None
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
 
 
 def test_of_equal_logits_the_lowest_index_is_the_prediction() -> None:

@@ -6,14 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 
+from models_db.errors import CudaOom, HostOom
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.probes import Probe
 from worker.benchmark.replay import logits_of
+from worker.device_faults import device_fault
 from worker.load import Loaded
 
 _PROBES = 2
+# Of a CPU's memory, beside the float32 copy itself: activations and logits, which grow with the model, and the rest.
+_ROOM_FACTOR = 1.25
+_ROOM_BYTES = 1 << 29
 _FIGURES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "ln_ppl_ratio", "rms_delta_p")
 
 
@@ -23,17 +29,31 @@ def arithmetic_floor(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any] 
     The same weights and the same text, so all of it is rounding. None for a model that is float32 already, and
     where the device has no room for the float32 copy.
     """
-    if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()):
+    if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()) or not _has_room(loaded):
         return None
     probes = probes[:_PROBES]
     rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
     try:
         with _in_float32(loaded.model):
             found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if device_fault(error) not in (CudaOom, HostOom):
+            raise
         return None
     summary = summarize_divergence(found)
     return {name: summary[name] for name in ("windows", "rows", *_FIGURES) if name in summary}
+
+
+def _has_room(loaded: Loaded) -> bool:
+    """A GPU says so when its memory is full; of a CPU's the kernel kills whoever takes more than there is."""
+    if loaded.device.startswith("cuda"):
+        return True
+    wide = sum(4 * tensor.numel() for tensor in _floats(loaded.model) if tensor.dtype != torch.float32)
+    return psutil.virtual_memory().available >= _ROOM_FACTOR * wide + _ROOM_BYTES
+
+
+def _floats(model: Any) -> list[torch.Tensor]:
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
 
 
 def _from_float32(loaded: Loaded, probe: Probe, rounded: torch.Tensor) -> Divergence:
@@ -44,7 +64,8 @@ def _from_float32(loaded: Loaded, probe: Probe, rounded: torch.Tensor) -> Diverg
 @contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
     """Weights in float32 inside; outside as they were, to the bit, since every 16-bit float is a float32."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    # The smallest first: where memory ran out, each gives back more than the next one's 16 bits take.
+    tensors = sorted(_floats(model), key=torch.numel)
     before = [tensor.dtype for tensor in tensors]
     try:
         for tensor in tensors:
