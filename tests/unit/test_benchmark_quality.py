@@ -6,6 +6,7 @@ import math
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,6 +234,91 @@ def test_the_least_recently_used_references_make_room_but_not_those_in_use(tmp_p
     assert {path.name for path in root.iterdir()} == {"older", "in-use", "new"}
     prepare_reference(base, QUICK, TEXT, root / "newest", max_bytes=2 * one)
     assert {path.name for path in root.iterdir()} == {"in-use", "new", "newest"}
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def rewritten(text: str) -> Callable[[Path], None]:
+    return lambda path: (path.write_text(text), None)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("reference.json", emptied),
+        ("reference.json", zeroed),
+        ("reference.json", cut),
+        ("reference.json", rewritten("null")),
+        ("reference.json", rewritten('{"form": "hidden"}')),
+        ("0001.safetensors", emptied),
+        ("0001.safetensors", zeroed),
+        ("0001.safetensors", cut),
+        ("0001.safetensors", Path.unlink),
+    ],
+)
+def test_a_damaged_reference_is_none_and_is_made_anew(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    """As a power cut may leave it."""
+    base, root = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), tmp_path / "references"
+    whole = prepare_reference(base, QUICK, TEXT, root / "a")
+    damage(root / "a" / name)
+    assert open_reference(root / "a") is None
+    assert list(root.iterdir()) == []
+    assert prepare_reference(base, QUICK, TEXT, root / "a") == whole
+    assert whole is not None
+    assert compare(base, whole, QUICK, TEXT)["kl_max"] == 0
+
+
+def test_a_probe_damaged_while_it_is_used_leaves_its_reason(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    cut(tmp_path / "reference" / "0001.safetensors")
+    with pytest.raises(BenchmarkError, match="damaged"):
+        compare(base, reference, QUICK, TEXT)
+
+
+def test_a_reference_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, root, done = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), tmp_path / "references", list[str]()
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    prepare_reference(base, QUICK, TEXT, root / "a", staging=root / "staged")
+    files = {path.name for path in (root / "a").iterdir()}
+    assert len(files) == 1 + QUICK.eval_max_windows
+    assert set(done[: len(files)]) == files
+    assert done[len(files) :] == ["staged", "rename", "references"]
+
+
+def test_what_a_killed_runner_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    base, root = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), tmp_path / "references"
+    for name, hours_ago in ((".a.0123abcd", 2), (".b.0123abcd", 0), (".snapshot", 2)):
+        (root / name).mkdir(parents=True)
+        (root / name / "0000.safetensors").write_bytes(b"half of it")
+        used = time.time() - hours_ago * 3600
+        os.utime(root / name, (used, used))
+    prepare_reference(base, QUICK, TEXT, root / "a")
+    assert {path.name for path in root.iterdir()} == {".b.0123abcd", ".snapshot", "a"}
 
 
 def test_another_text_is_not_compared(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """The base's side of a comparison: computed once for a model and protocol, stored, and shared by every width.
 
 A reference is a folder: one safetensors file for each probe, and ``reference.json``, written last. It appears by a
-rename, so a reader sees a whole one or none, and of two writers the first wins.
+rename, so a reader sees a whole one or none, and of two writers the first wins. Files are on the disk before that; what
+a disk spoils all the same is removed by the next reader, and made anew.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from models_db.domain import DType, Protocol, content_hash
-from models_db.errors import BenchmarkError, DiskFull, StorageError
+from models_db.errors import BenchmarkError, DiskFull, SourceCorrupt, StorageError
+from models_db.sources import read_header
 from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
@@ -32,11 +36,16 @@ from worker.benchmark.similarity import compare_embeddings, embedding
 from worker.benchmark.versions import device_name, versions
 from worker.load import Loaded, translated
 
+log = logging.getLogger("qbatch.runner")
+
 DEFAULT_MAX_BYTES = 8 << 30
 _FORMAT = 1
 _DESCRIPTION = "reference.json"
+_PROBE = "base"
 # A folder used this recently may have a reader: it is not evicted.
 _IN_USE_S = 3600.0
+# A folder on its way in or out, which nobody opens, is done with in less.
+_LITTER_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +90,35 @@ def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol
 
 
 def open_reference(folder: Path) -> Reference | None:
-    """The reference stored in ``folder``, marked as used just now; None where there is none."""
+    """The reference stored in ``folder``, marked as used just now; None where there is none.
+
+    One that is damaged is none, and is removed. Raises StorageError.
+    """
     description = folder / _DESCRIPTION
     try:
-        fields = json.loads(description.read_text(encoding="utf-8"))
+        text = description.read_bytes()
+        reference = _sound(folder, text)
+        if reference is None:
+            log.warning("%s is damaged and will be made anew", folder)
+            _remove(folder)
+            return None
         os.utime(description)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"cannot read {description}: {error}") from error
-    return Reference(folder=folder, **fields)
+    return reference
+
+
+def _sound(folder: Path, description: bytes) -> Reference | None:
+    """None where the description or a probe's header says nothing of use. Raises OSError, StorageError."""
+    try:
+        reference = Reference(folder=folder, **json.loads(description))
+        paths = [_probe(folder, number) for number in range(reference.probes)]
+        held = {tensor.name for path in paths if path.is_file() for tensor in read_header(path).tensors}
+    except (ValueError, KeyError, TypeError, SourceCorrupt):
+        return None
+    return reference if held == {_PROBE} and all(path.is_file() for path in paths) else None
 
 
 def prepare_reference(
@@ -161,11 +189,17 @@ def _embedding(loaded: Loaded, probe: Probe) -> torch.Tensor:
 
 
 def _read(reference: Reference, number: int) -> torch.Tensor:
-    path = reference.folder / f"{number:04}.safetensors"
+    path = _probe(reference.folder, number)
     try:
-        return load_file(path)["base"]
+        return load_file(path)[_PROBE]
+    except (SafetensorError, KeyError) as error:
+        raise BenchmarkError(f"the base's outputs in {path} are damaged") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def _probe(folder: Path, number: int) -> Path:
+    return folder / f"{number:04}.safetensors"
 
 
 def _beside(folder: Path) -> Path:
@@ -190,7 +224,9 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
         fields = asdict(reference)
         del fields["folder"]
         (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
+        _sync(*staging.iterdir(), staging)
         staging.rename(folder)
+        _sync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -220,26 +256,52 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
         if tensor is None:
             raise _NotReplayable
         # Not save_file, which gives the file mode 0600 whatever the umask says.
-        content = save({"base": tensor.cpu().contiguous()})
+        content = save({_PROBE: tensor.cpu().contiguous()})
         written += len(content)
         if number and written > max_bytes:
             return number
-        (staging / f"{number:04}.safetensors").write_bytes(content)
+        _probe(staging, number).write_bytes(content)
     return number + 1
 
 
+def _sync(*paths: Path) -> None:
+    """A rename that outlives a power cut must not be of files that do not."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
-    """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``."""
+    """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``, and what
+    writers and removers that were killed left behind."""
+    for litter in _litter(root):
+        shutil.rmtree(litter, ignore_errors=True)
     kept = sorted(_occupants(root))
     total = sum(size for _, _, size in kept)
     for used_s, folder, size in kept:
         if total <= max_bytes or folder == keep or time.time() - used_s < _IN_USE_S:
             continue
         total -= size
-        doomed = _beside(folder)
-        with suppress(FileNotFoundError):  # another worker makes room too
-            folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Take a reference away, whole at once. Raises OSError."""
+    doomed = _beside(folder)
+    with suppress(FileNotFoundError):  # another worker removes it too
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _litter(root: Path) -> Iterator[Path]:
+    """The folders of ``_beside`` that nobody has touched for long."""
+    for folder in root.glob(".*.????????"):
+        with suppress(FileNotFoundError):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > _LITTER_S:
+                yield folder
 
 
 def _occupants(root: Path) -> Iterator[tuple[float, Path, int]]:
