@@ -209,11 +209,36 @@ def test_a_counter_that_stands_still_is_no_counter() -> None:
 @torch.inference_mode()
 def test_the_captured_step_is_the_same_however_often_it_is_replayed(tmp_path: Path, arch: str) -> None:
     model = loaded_on_cpu(tiny.make_causal(tmp_path, arch)).model
+    seen = ids_seen(model)
     step, rewind = decode_step(model, SHAPE, "cpu")
-    expected = model(torch.ones(2, SHAPE.prompt_tokens + 1, dtype=torch.long)).logits[:, -1]
+    rewind()
+    step()
+    expected = model(input_ids=torch.cat(seen, dim=1)).logits[:, -1]
     for _ in range(3 * SHAPE.new_tokens):
         rewind()
         torch.testing.assert_close(step()[:, -1], expected)
+
+
+def ids_seen(model: Any) -> list[torch.Tensor]:
+    """The ids of each call of ``model``, as they come."""
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _module, _args, given: seen.append(given["input_ids"]), with_kwargs=True)
+    return seen
+
+
+@torch.inference_mode()
+def test_the_rows_of_a_captured_step_are_not_alike_and_the_same_each_time(tmp_path: Path) -> None:
+    """Of a mixture, equal rows would read the experts of one."""
+    model = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral")).model
+    seen = ids_seen(model)
+    for _ in range(2):
+        decode_step(model, replace(SHAPE, batch_size=8), "cpu")[0]()
+    prompt, token = seen[:2]
+    assert (prompt.shape, token.shape) == ((8, SHAPE.prompt_tokens), (8, 1))
+    assert len(set(map(tuple, prompt.tolist()))) == 8
+    assert len(set(token.flatten().tolist())) > 4
+    assert max(prompt.max(), token.max()) < tiny.VOCAB_SIZE
+    assert torch.equal(torch.cat(seen[:2], dim=1), torch.cat(seen[2:], dim=1))
 
 
 def children(pid: int) -> list[psutil.Process]:

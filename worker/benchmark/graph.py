@@ -21,6 +21,7 @@ from typing import Any
 
 _WARMUP_STEPS = 3
 _REPLAYS = 20
+_SEED = 0
 # Not bitsandbytes, whose import initialises CUDA.
 _PRELOAD = (
     "transformers.modeling_utils",
@@ -169,10 +170,13 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
     import torch
     from transformers import StaticCache
 
-    prompt = torch.ones((shape.batch_size, shape.prompt_tokens), dtype=torch.long, device=device)
+    # Each row its own ids: of a mixture's experts, equal rows would all choose the same.
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    size = (shape.batch_size, shape.prompt_tokens + 1)
+    ids = torch.randint(rows, size, generator=torch.Generator().manual_seed(_SEED)).to(device)
+    prompt, token = ids[:, :-1].contiguous(), ids[:, -1:].contiguous()
     cache = StaticCache(config=model.config, max_cache_len=shape.prompt_tokens + shape.new_tokens)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
-    token = torch.ones(shape.batch_size, 1, dtype=torch.long, device=device)
     position = torch.full_like(token, shape.prompt_tokens)
 
     def step() -> Any:
