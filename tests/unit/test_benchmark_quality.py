@@ -260,6 +260,7 @@ def rewritten(text: str) -> Callable[[Path], None]:
         ("reference.json", cut),
         ("reference.json", rewritten("null")),
         ("reference.json", rewritten('{"form": "hidden"}')),
+        ("reference.json", Path.unlink),
         ("0001.safetensors", emptied),
         ("0001.safetensors", zeroed),
         ("0001.safetensors", cut),

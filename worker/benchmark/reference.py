@@ -96,27 +96,28 @@ def open_reference(folder: Path) -> Reference | None:
     """
     description = folder / _DESCRIPTION
     try:
-        text = description.read_bytes()
-        reference = _sound(folder, text)
+        if not folder.is_dir():
+            return None
+        reference = _sound(folder)
         if reference is None:
             log.warning("%s is damaged and will be made anew", folder)
             _remove(folder)
             return None
         os.utime(description)
-    except FileNotFoundError:
+    except FileNotFoundError:  # another worker made room
         return None
     except OSError as error:
         raise StorageError(f"cannot read {description}: {error}") from error
     return reference
 
 
-def _sound(folder: Path, description: bytes) -> Reference | None:
+def _sound(folder: Path) -> Reference | None:
     """None where the description or a probe's header says nothing of use. Raises OSError, StorageError."""
     try:
-        reference = Reference(folder=folder, **json.loads(description))
+        reference = Reference(folder=folder, **json.loads((folder / _DESCRIPTION).read_bytes()))
         paths = [_probe(folder, number) for number in range(reference.probes)]
         held = {tensor.name for path in paths if path.is_file() for tensor in read_header(path).tensors}
-    except (ValueError, KeyError, TypeError, SourceCorrupt):
+    except (FileNotFoundError, ValueError, TypeError, SourceCorrupt):
         return None
     return reference if held == {_PROBE} and all(path.is_file() for path in paths) else None
 
