@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 from torch._C._autograd import DeviceType
 
 from models_db.domain import DType
@@ -137,7 +138,84 @@ def test_of_a_mixture_only_the_experts_that_a_batch_can_choose(tmp_path: Path) -
     assert experts > 0
     assert step_work(model, None, batch_size=1).weight_bytes == everything - experts // 2
     assert step_work(model, None, batch_size=8).weight_bytes == everything
-    assert active_expert_share(SimpleNamespace(), 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (transformers.MixtralConfig(num_local_experts=8, num_experts_per_tok=2), 2 / 8),
+        (transformers.Gemma4TextConfig(num_experts=128, top_k_experts=8), 8 / 128),
+        (transformers.DbrxConfig(ffn_config={"moe_num_experts": 16, "moe_top_k": 4}), 4 / 16),
+        (transformers.AriaTextConfig(moe_num_experts=64, moe_topk=6), 6 / 64),
+        (SimpleNamespace(num_experts=16, moe_topk=[2, 2, 2]), 2 / 16),
+        (SimpleNamespace(num_experts=16, moe_topk=[1, 2, 2]), None),
+        (SimpleNamespace(num_experts=16), None),
+        (transformers.LlamaConfig(), None),
+    ],
+    ids=["mixtral", "gemma4", "dbrx", "aria", "by layer", "by layer, unequal", "of an unknown name", "no mixture"],
+)
+def test_each_mixture_says_in_its_own_words_how_many_experts_it_takes(config: Any, share: float | None) -> None:
+    assert active_expert_share(config, 1) == share
+
+
+def test_a_mixture_that_does_not_say_how_many_gets_no_verdict_and_keeps_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.benchmark.explain.measure_roofs", lambda *_: ROOFS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=0))
+    loaded = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral"))
+    loaded.model.config.num_experts_per_tok = 0
+    explanation = Explanation(replace(QUICK, why=True), lambda _step: None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
+    explanation.observe(loaded, shape)
+    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
+    assert (why["verdict"], why["work"], why["bytes_per_s"]) == (None, None, None)
+    assert "how many" in why["reason"]
+    assert why["profile"]["steps"] == 8
+
+
+TEXT_SHAPE = {
+    "vocab_size": tiny.VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": tiny.BOS,
+    "eos_token_id": tiny.EOS,
+}
+
+
+def held_by(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def test_of_every_table_a_step_reads_a_row_not_only_of_the_input_s(tmp_path: Path) -> None:
+    """Positions, and the embeddings that each layer of a Gemma 3n or 4 has: more bytes than all its layers."""
+    gpt2 = loaded_on_cpu(tiny.make_causal(tmp_path, "gpt2")).model
+    assert step_work(gpt2, None, batch_size=1).weight_bytes == held_by(gpt2) - gpt2.transformer.wpe.weight.nbytes
+    config = transformers.Gemma4TextConfig(
+        **TEXT_SHAPE, head_dim=32, hidden_size_per_layer_input=64, vocab_size_per_layer_input=tiny.VOCAB_SIZE
+    )
+    gemma = transformers.Gemma4ForCausalLM(config)
+    table = gemma.model.embed_tokens_per_layer.weight.nbytes
+    assert table > 0
+    assert step_work(gemma, None, batch_size=1).weight_bytes == held_by(gemma) - table, "the head is tied"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_model_that_also_sees_the_text_decoder_and_the_head_are_read(tied: bool) -> None:
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    config = transformers.Qwen2VLConfig(
+        text_config=TEXT_SHAPE | {"rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
+        tie_word_embeddings=tied,
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    assert held_by(model.model.visual) > 0
+    # Untied, the table is left out and the head is not; tied, they are one.
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+    assert step_work(model, None, batch_size=1).weight_bytes == held_by(model.model.language_model)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,9 @@ class Explanation:
         """Profile a few steps at ``shape`` (a second or two), and with the protocol's ``energy`` measure it (35 s)."""
         if self._protocol.why:
             self._on_step("profile")
-            found, self._reason = self._attempt("profile a step", lambda: _profile(loaded, shape))
-            self._profile, self._work = found or (None, None)
+            self._profile, self._reason = self._attempt("profile a step", lambda: _profile(loaded, shape))
+        if self._profile is not None:
+            self._work, self._reason = self._attempt("count a step's work", lambda: _work(loaded, shape.prompts))
         if self._protocol.energy:
             self._on_step("energy")
             energy, reason = self._attempt("measure energy", lambda: _energy(loaded, shape.prompts, shape.new_tokens))
@@ -56,9 +57,10 @@ class Explanation:
         roofs: Roofs | None = None
         if self._profile is not None:
             self._on_step("roofs")
-            roofs, self._reason = self._attempt(
+            roofs, reason = self._attempt(
                 "measure the device's roofs", lambda: measure_roofs(device, getattr(torch, compute_dtype.value))
             )
+            self._reason = self._reason or reason
         return {
             **self._judged(device, step_wall_s, roofs),
             "step_wall_s": step_wall_s,
@@ -69,11 +71,11 @@ class Explanation:
 
     def _judged(self, device: str, step_wall_s: float, roofs: Roofs | None) -> dict[str, Any]:
         profile, work = self._profile, self._work
-        if profile is None or work is None:
+        if profile is None:
             return {"verdict": None, "reason": self._reason, "profile": None, "busy_share": None, "work": None}
         cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
         verdict = None
-        if roofs is not None:
+        if roofs is not None and work is not None:
             verdict = judge(wall_s=step_wall_s, profile=profile, work=work, roofs=roofs, cache_size_bytes=cache_bytes)
             self._reason = "the weights fit in the GPU's cache" if verdict is None else None
         return {
@@ -81,8 +83,8 @@ class Explanation:
             "reason": self._reason,
             "profile": asdict(profile),
             "busy_share": profile.device_busy_s / step_wall_s,
-            "work": asdict(work),
-            "bytes_per_s": work.bytes / profile.device_busy_s if profile.device_busy_s else None,
+            "work": None if work is None else asdict(work),
+            "bytes_per_s": work.bytes / profile.device_busy_s if work and profile.device_busy_s else None,
         }
 
     def _attempt(self, doing: str, work: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -100,9 +102,8 @@ class Explanation:
         return None, reason
 
 
-def _profile(loaded: Loaded, shape: Round) -> tuple[StepProfile, StepWork]:
-    profile = profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
-    return profile, _work(loaded, shape.prompts)
+def _profile(loaded: Loaded, shape: Round) -> StepProfile:
+    return profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
 
 
 @torch.inference_mode()
