@@ -18,6 +18,9 @@ from models_db.domain import DeviceKind, JobState, Method
 from models_db.tables import Job
 from models_db.vram import may_run_in
 
+MOST_JOBS = 256
+"""In one message. What is left of a larger bundle goes in the next one, once these have ended."""
+
 _NO_SYNC = {"synchronize_session": False}
 
 
@@ -157,8 +160,15 @@ def own_bundle(batch_id: int, job_id: int) -> str:
 
 
 def _is_ready(room: Room) -> ColumnElement[bool]:
-    """Queued, due, not dispatched, not too large, and wanting no checkpoint that another bundle is writing."""
+    """Queued, due, not dispatched, not too large, of a bundle that is not under way, and wanting no checkpoint that
+    another one is writing.
+
+    The rest of a bundle waits for the part of it that was sent: that writes its checkpoints, and may hold its baseline.
+    Not every checkpoint's key is known by then.
+    """
     other = aliased(Job)
+    # Not correlated: it is looked up once for all jobs, and few are under way.
+    under_way = select(other.bundle).where(or_(other.state == JobState.RUNNING, other.dispatch_id.is_not(None)))
     in_flight = (
         select(other.id)
         .where(
@@ -175,6 +185,7 @@ def _is_ready(room: Room) -> ColumnElement[bool]:
         Job.dispatch_id.is_(None),
         or_(Job.not_before.is_(None), Job.not_before <= db_now()),
         true() if room.largest is None else may_run_in(room.largest),
+        Job.bundle.not_in(under_way),
         ~in_flight,
     )
 
@@ -203,7 +214,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, room: Room) 
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(room))))
+        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(room), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=_NO_SYNC,
@@ -215,12 +226,13 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, room: Room) 
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
 
 
-def _free(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
-    """The ids of these rows, locked, but for those that a claim or a cancel holds: never waiting, never in a deadlock.
+def _free(session: Session, *conditions: ColumnElement[bool], most: int | None = None) -> Sequence[int]:
+    """The ids of these rows (the first ``most``), locked, but for those that a claim or a cancel holds: never waiting,
+    never in a deadlock.
 
     A job left out for that reason is looked at again a second later.
     """
-    query = select(Job.id).where(*conditions).order_by(Job.id)
+    query = select(Job.id).where(*conditions).order_by(Job.id).limit(most)
     return session.scalars(query.with_for_update(skip_locked=True, of=Job)).all()
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from celery.worker.strategy import default
 from kombu.exceptions import ContentDisallowed, DecodeError
 
+from models_db.window import MOST_JOBS
+
 log = logging.getLogger("qbatch.worker")
 
-# A bundle has a job for each scheme of one model; a database's ids have 63 bits.
-_MOST_IDS = 256
+# A database's ids have 63 bits.
 _LARGEST_ID = 2**63 - 1
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Headers with which a message could be held back, dropped, or cut short.
@@ -56,7 +57,7 @@ def problem_of_ids(job_ids: Any) -> str | None:
     """Why this is no list of job ids; None for one."""
     if not isinstance(job_ids, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in job_ids):
         return "its argument is not a list of job ids"
-    if not 1 <= len(job_ids) <= _MOST_IDS or len(set(job_ids)) < len(job_ids):
+    if not 1 <= len(job_ids) <= MOST_JOBS or len(set(job_ids)) < len(job_ids):
         return f"it names {len(job_ids)} jobs, or one of them twice"
     if not all(1 <= n <= _LARGEST_ID for n in job_ids):
         return "it names a job that no database has"

@@ -1,0 +1,49 @@
+"""Which bundles are sent when: however large one is, and however many wait."""
+
+from __future__ import annotations
+
+from models_db import window
+from models_db.domain import DeviceKind, Method
+from models_db.session import Database
+from models_db.window import Dispatch
+from tests.rows import a_batch, a_worker, bundle, claim, states, succeed
+from worker.message_vet import problem_of_ids
+
+_SCHEMES = (Method.NONE, Method.INT8, Method.NF4, Method.FP4)
+
+
+def choose(database: Database, slots: int = 4) -> list[Dispatch]:
+    with database.write() as session:
+        return window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=slots)
+
+
+def test_a_bundle_that_is_too_large_for_a_message_is_sent_in_several_one_after_the_other(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", *_SCHEMES * 150))
+    sent: list[int] = []
+    while waiting := [job_id for job_id in ids if states(database)[job_id] == "queued"]:
+        (message,) = choose(database)
+        assert problem_of_ids(list(message.job_ids)) is None, "a worker takes it"
+        assert choose(database) == [], "the rest waits while the message does"
+        tokens = claim(database, list(message.job_ids), worker)
+        assert choose(database) == [], "and while its jobs run: they write the checkpoints, and measure the baseline"
+        assert len(sent) + len(waiting) == len(ids)
+        sent += message.job_ids
+        assert all(succeed(database, token) for token in tokens)
+    assert sent == ids
+    assert choose(database) == []
+
+
+def test_while_a_part_of_a_bundle_is_under_way_others_are_sent(database: Database) -> None:
+    _, large = a_batch(database, bundle("/models/a", *_SCHEMES * 80))
+    _, small = a_batch(database, bundle("/models/b"))
+    assert [message.job_ids for message in choose(database)] == [tuple(large[:256]), tuple(small)]
+
+
+def test_the_rest_of_a_bundle_goes_when_the_message_before_it_was_lost(database: Database) -> None:
+    _, ids = a_batch(database, bundle("/models/a", *_SCHEMES * 80))
+    (lost,) = choose(database)
+    with database.write() as session:
+        window.take_out(session, [lost.dispatch_id])
+    (again,) = choose(database)
+    assert again.job_ids == lost.job_ids == tuple(ids[:256])
