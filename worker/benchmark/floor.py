@@ -64,13 +64,13 @@ def _from_float32(loaded: Loaded, probe: Probe, rounded: torch.Tensor) -> Diverg
 @contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
     """Weights in float32 inside; outside as they were, to the bit, since every 16-bit float is a float32."""
-    # The smallest first: where memory ran out, each gives back more than the next one's 16 bits take.
-    tensors = sorted(_floats(model), key=torch.numel)
+    # The largest first, while there is room, and back the smallest first: each gives more than its 16 bits take.
+    tensors = sorted(_floats(model), key=torch.numel, reverse=True)
     before = [tensor.dtype for tensor in tensors]
     try:
         for tensor in tensors:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, dtype in zip(tensors, before, strict=True):
+        for tensor, dtype in reversed(list(zip(tensors, before, strict=True))):
             tensor.data = tensor.data.to(dtype)
