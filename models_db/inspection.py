@@ -149,10 +149,10 @@ def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, 
 
     if "config.json" not in sizes:
         raise SourceNotFound("the model has no config.json on the hub")
-    if INDEX_NAME in sizes:
-        names = indexed_files(download(INDEX_NAME))
-    elif SINGLE_NAME in sizes:
+    if SINGLE_NAME in sizes:  # an index beside it may be a stale one: transformers does not look at it
         names = [SINGLE_NAME]
+    elif INDEX_NAME in sizes:
+        names = indexed_files(download(INDEX_NAME))
     elif any(name.endswith(PICKLE_SUFFIXES) for name in sizes):
         raise UnsafeSource("the model holds pickles and no safetensors")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,14 @@ def test_a_sharded_model_on_the_hub_is_counted_whole(hub: Hub, tmp_path: Path) -
     hub.publish("org/sharded", folder)
     found = inspect_source(parse_source("org/sharded"))
     assert len(found["files"]) > 1
+    assert found["num_parameters"] == inspect_source(folder_ref(folder))["num_parameters"]
+
+
+def test_a_stale_index_beside_the_single_file_is_left_alone(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    (folder / INDEX_NAME).write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    hub.publish("org/rewritten", folder)
+    found = inspect_source(parse_source("org/rewritten"))
     assert found["num_parameters"] == inspect_source(folder_ref(folder))["num_parameters"]
 
 
