@@ -69,7 +69,7 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=0)
     time_limit_s: Mapped[float | None]
     # Settled where the source's fingerprint and the device kind are known: at submit, or by the worker.
-    checkpoint_key: Mapped[str | None] = mapped_column(String(64), index=True)
+    checkpoint_key: Mapped[str | None] = mapped_column(String(64))
 
     state: Mapped[str] = mapped_column(String(16), default="queued")
     stage: Mapped[str | None] = mapped_column(String(16))
@@ -97,7 +97,13 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
-    __table_args__ = (Index(None, "state", "dispatch_id"), Index(None, "state", "lease_expires_at"))
+    __table_args__ = (
+        Index(None, "state", "dispatch_id"),
+        Index(None, "state", "lease_expires_at"),
+        # Who else writes a checkpoint is asked of every job that waits for it.
+        Index(None, "checkpoint_key", "state"),
+        Index(None, "checkpoint_key", "dispatch_id"),
+    )
 
 
 class Attempt(Base):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from sqlalchemy import update
+
 from models_db import window
 from models_db.domain import DeviceKind, Method
 from models_db.session import Database
+from models_db.tables import Job
 from models_db.window import Dispatch
 from tests.rows import a_batch, a_worker, bundle, claim, states, succeed
 from worker.message_vet import problem_of_ids
@@ -47,3 +50,23 @@ def test_the_rest_of_a_bundle_goes_when_the_message_before_it_was_lost(database:
         window.take_out(session, [lost.dispatch_id])
     (again,) = choose(database)
     assert again.job_ids == lost.job_ids == tuple(ids[:256])
+
+
+def test_the_choice_takes_no_longer_for_each_job_where_many_want_one_checkpoint(sqlite_database: Database) -> None:
+    count = 1000
+    a_batch(sqlite_database, *[bundle("/models/a", Method.NF4) for _ in range(count)])
+    steps = 0
+
+    def thousand_more() -> int:
+        nonlocal steps
+        steps += 1000
+        return 0
+
+    with sqlite_database.write() as session:
+        session.execute(update(Job).values(checkpoint_key="one"))
+        driver = session.connection().connection.dbapi_connection
+        assert driver is not None
+        driver.set_progress_handler(thousand_more, 1000)
+        assert len(window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)) == 1
+        driver.set_progress_handler(None, 0)
+    assert steps < 1000 * count, "of SQLite's machine; to look at every job for each of them takes ten times as many"

@@ -23,9 +23,15 @@ def upgrade() -> None:
         sa.Column("until", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("reason", name=op.f("pk_pauses")),
     )
+    op.create_index(op.f("ix_jobs_checkpoint_key_state"), "jobs", ["checkpoint_key", "state"])
+    op.create_index(op.f("ix_jobs_checkpoint_key_dispatch_id"), "jobs", ["checkpoint_key", "dispatch_id"])
+    op.drop_index(op.f("ix_jobs_checkpoint_key"), "jobs")
 
 
 def downgrade() -> None:
+    op.create_index(op.f("ix_jobs_checkpoint_key"), "jobs", ["checkpoint_key"])
+    op.drop_index(op.f("ix_jobs_checkpoint_key_dispatch_id"), "jobs")
+    op.drop_index(op.f("ix_jobs_checkpoint_key_state"), "jobs")
     op.drop_table("pauses")
     op.drop_column("jobs", "above_memory_bytes")
     op.drop_column("jobs", "allow_pickle")
