@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, inspect, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
@@ -19,6 +19,8 @@ from models_db.errors import DatabaseUnreachable, UsageError
 
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
 SCHEMA_HEAD = "0002"
+# PostgreSQL's word for a write where none is allowed.
+_READ_ONLY = "25006"
 
 
 class Database:
@@ -135,9 +137,17 @@ def _sqlite_engine(url: Any) -> Engine:
 def _postgresql_engine(url: Any) -> Engine:
     # A server that is cut off without a word must not hold a supervisor past its lease: 15 s, then it is unreachable.
     alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
-    return create_engine(
+    engine = create_engine(
         url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
     )
+
+    @event.listens_for(engine, "handle_error")
+    def _on_error(context: ExceptionContext) -> None:
+        # A standby, or a primary that was demoted: as good as away, until a new connection finds one that writes.
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
+    return engine
 
 
 @contextmanager
