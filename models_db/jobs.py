@@ -291,6 +291,7 @@ def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[
             state=JobState.QUEUED,
             stage=None,
             failures=0,
+            forgiven_attempt=Job.attempt,
             error_kind=None,
             error_message=None,
             finished_at=None,
@@ -364,7 +365,9 @@ def _is_final(session: Session, job: Job, error: JobError, max_failures: int) ->
         return True
     if error.retry is Retry.ELSEWHERE:
         # So many devices are not all sick: the job is, and must not quarantine the fleet.
-        earlier = select(func.count()).where(Attempt.job_id == job.id, Attempt.outcome == error.kind)
+        earlier = select(func.count()).where(
+            Attempt.job_id == job.id, Attempt.outcome == error.kind, Attempt.attempt > job.forgiven_attempt
+        )
         return session.execute(earlier).scalar_one() + 1 >= max_failures
     return error.retry in (Retry.BACKOFF, Retry.ONCE) and job.failures >= max_failures
 

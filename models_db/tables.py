@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, false
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from models_db.clock import UtcDateTime, db_now
@@ -75,6 +75,8 @@ class Job(Base):
     stage: Mapped[str | None] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
+    # What the attempts up to this one ended in counts no more: a user wished for a clean slate.
+    forgiven_attempt: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     work_started: Mapped[bool] = mapped_column(default=False)
     progress: Mapped[dict[str, Any] | None]
     error_kind: Mapped[str | None] = mapped_column(String(32))
