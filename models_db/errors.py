@@ -16,6 +16,7 @@ QbatchError
     ├── StorageError            backoff
     ├── FetchError              backoff
     ├── DeviceError             elsewhere, uncharged
+    │   └── ModelFault          never: the job's own doing
     ├── JobTimeout              once more
     ├── DiskFull                uncharged, once there is room
     └── SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, Unsupported,
@@ -190,6 +191,17 @@ class BenchmarkError(JobError):
     """The published checkpoint could not be measured."""
 
     kind = "benchmark_error"
+
+
+class ModelFault(DeviceError):
+    """The model's own work stopped the GPU: an index beyond a table, a product that the library does not do. The
+    process is spoilt as after any fault of a device, but neither the device nor another job is to blame.
+
+    It crosses as the BenchmarkError that it is to the job.
+    """
+
+    kind = BenchmarkError.kind
+    retry = Retry.NEVER
 
 
 class InternalError(JobError):

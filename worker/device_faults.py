@@ -1,18 +1,20 @@
-"""Which errors of torch, bitsandbytes or NumPy mean that memory ran out, or that the device failed."""
+"""Which errors of torch, bitsandbytes or NumPy mean that memory ran out, or that the device failed, and why it did."""
 
 from __future__ import annotations
 
 import errno
 
-from models_db.errors import CudaOom, DeviceError, HostOom, JobError
+from models_db.errors import CudaOom, DeviceError, HostOom, JobError, ModelFault
 
 # Not every error that speaks of CUDA: two tensors on different devices are a mistake, not a fault.
 _DEVICE_FAULTS = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "CUDNN_STATUS", "illegal memory access")
+# What a sound device does with a model that asks for what cannot be: on the next one it would do the same.
+_MODEL_FAULTS = ("device-side assert", "CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_INVALID_VALUE")
 _OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def device_fault(error: BaseException) -> type[JobError] | None:
-    """HostOom, CudaOom or DeviceError, where ``error`` is one."""
+    """HostOom, CudaOom, DeviceError or its ModelFault, where ``error`` is one."""
     import torch
 
     if isinstance(error, JobError):
@@ -23,6 +25,8 @@ def device_fault(error: BaseException) -> type[JobError] | None:
         return HostOom
     if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OOM_SIGNS):
         return CudaOom
+    if any(sign in text for sign in _MODEL_FAULTS):
+        return ModelFault
     if isinstance(error, torch.AcceleratorError) or any(sign in text for sign in _DEVICE_FAULTS):
         return DeviceError
     return None
