@@ -337,7 +337,7 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
         _end(session, job, JobState.FAILED, error)
         return
     if error.retry is Retry.ELSEWHERE:
-        _blame_device(session, job.worker_id, error)
+        _blame_device(session, job, error)
     # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
     delay_s = min(backoff_s * 2 ** max(job.failures - 1, 0), max(backoff_s, _LONGEST_BACKOFF_S))
     # The source cache is one machine's; the storage is everybody's, and any worker may try again once it has room.
@@ -400,11 +400,15 @@ def _text(error: JobError | None) -> str | None:
     return str(error).replace("\0", "\N{REPLACEMENT CHARACTER}") if error else None
 
 
-def _blame_device(session: Session, worker_id: int | None, error: JobError) -> None:
-    worker = session.get(Worker, worker_id, with_for_update=True) if worker_id is not None else None
-    if worker is None:
+def _blame_device(session: Session, job: Job, error: JobError) -> None:
+    """Quarantine the worker at its second device error in a row, unless one model had both: then it may be the model's
+    doing, which would cost the whole fleet, worker by worker."""
+    worker = session.get(Worker, job.worker_id, with_for_update=True) if job.worker_id is not None else None
+    model = f"{job.location}@{job.revision}"
+    if worker is None or (worker.device_errors > 0 and worker.device_error_of == model):
         return
     worker.device_errors += 1
+    worker.device_error_of = model
     if worker.device_errors >= 2:
         worker.state = "quarantined"
         worker.note = f"two device errors in a row; the last: {_text(error)}"

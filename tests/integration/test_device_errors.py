@@ -8,13 +8,19 @@ from models_db import jobs
 from models_db.domain import Method
 from models_db.errors import DeviceError
 from models_db.session import Database
-from tests.rows import a_batch, a_job, a_worker, bundle, claim, fail
+from models_db.tables import Worker
+from tests.rows import a_batch, a_job, a_worker, bundle, claim, fail, states, succeed
 
 
 def fails_on(database: Database, worker: int, job_id: int) -> None:
     time.sleep(0.05)
     (token,) = claim(database, [job_id], worker)
     fail(database, token, DeviceError("illegal memory access"))
+
+
+def state_of(database: Database, worker: int) -> str:
+    with database.read() as session:
+        return session.get_one(Worker, worker).state
 
 
 def test_a_job_that_three_devices_failed_on_has_three_more_after_a_retry(database: Database) -> None:
@@ -27,3 +33,33 @@ def test_a_job_that_three_devices_failed_on_has_three_more_after_a_retry(databas
             with database.write() as session:
                 jobs.retry(session, job_ids=[job_id])
     assert ends == ["queued", "queued", "failed"] * 2
+
+
+def test_one_model_with_device_errors_everywhere_costs_no_worker(database: Database) -> None:
+    _, ids = a_batch(database, bundle("/models/a"))
+    fleet = [a_worker(database, f"w{n}") for n in range(3)]
+    for job_id in ids:
+        for worker in fleet:
+            fails_on(database, worker, job_id)
+    assert set(states(database).values()) == {"failed"}
+    assert [state_of(database, worker) for worker in fleet] == ["ready"] * 3
+
+
+def test_the_second_model_in_a_row_quarantines_the_worker(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a"), bundle("/models/b"))
+    fails_on(database, worker, ids[0])
+    fails_on(database, worker, ids[1])
+    assert state_of(database, worker) == "ready"
+    fails_on(database, worker, ids[3])
+    assert state_of(database, worker) == "quarantined"
+
+
+def test_a_success_between_two_models_clears_the_worker(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a"), bundle("/models/b"))
+    fails_on(database, worker, ids[0])
+    (token,) = claim(database, [ids[1]], worker)
+    assert succeed(database, token)
+    fails_on(database, worker, ids[3])
+    assert state_of(database, worker) == "ready"
