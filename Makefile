@@ -27,8 +27,9 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 	$(BIN)/python examples/make_models.py
 	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
 
+# Two at a time: half of the time is spent waiting for leases to run out.
 test: install ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 CHAOS_KILLS ?= 200
 
