@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from models_db import pauses
 from models_db.batches import spec_of
@@ -401,17 +401,30 @@ def _text(error: JobError | None) -> str | None:
 
 
 def _blame_device(session: Session, job: Job, error: JobError) -> None:
-    """Quarantine the worker at its second device error in a row, unless one model had both: then it may be the model's
-    doing, which would cost the whole fleet, worker by worker."""
+    """Quarantine the worker at its second device error in a row. The error of a model that failed on another worker's
+    device too does not count: it may be the model's doing, which would cost the whole fleet, worker by worker."""
     worker = session.get(Worker, job.worker_id, with_for_update=True) if job.worker_id is not None else None
-    model = f"{job.location}@{job.revision}"
-    if worker is None or (worker.device_errors > 0 and worker.device_error_of == model):
+    if worker is None or _failed_elsewhere(session, job, error):
         return
     worker.device_errors += 1
-    worker.device_error_of = model
     if worker.device_errors >= 2:
         worker.state = "quarantined"
         worker.note = f"two device errors in a row; the last: {_text(error)}"
+
+
+def _failed_elsewhere(session: Session, job: Job, error: JobError) -> bool:
+    other = aliased(Job)
+    found = (
+        select(Attempt.id)
+        .join(other, other.id == Attempt.job_id)
+        .where(
+            other.location == job.location,
+            other.revision.is_not_distinct_from(job.revision),
+            Attempt.outcome == error.kind,
+            Attempt.worker_id != job.worker_id,
+        )
+    )
+    return session.scalars(found.limit(1)).first() is not None
 
 
 def _reset_device_errors(session: Session, worker_id: int | None) -> None:

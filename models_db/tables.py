@@ -193,9 +193,7 @@ class Worker(Base):
     # ready, draining, quarantined, stopped
     state: Mapped[str] = mapped_column(String(16), default="ready")
     note: Mapped[str | None] = mapped_column(Text)
-    # In a row, each of another model than the one before; ``device_error_of`` is the last one's.
     device_errors: Mapped[int] = mapped_column(default=0)
-    device_error_of: Mapped[str | None] = mapped_column(Text)
     started_at: Mapped[datetime] = mapped_column(default=db_now())
     heartbeat_at: Mapped[datetime] = mapped_column(default=db_now())
 

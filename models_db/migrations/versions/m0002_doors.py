@@ -15,7 +15,6 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("allow_pickle", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("jobs", sa.Column("above_memory_bytes", sa.BigInteger(), nullable=True))
     op.add_column("jobs", sa.Column("forgiven_attempt", sa.Integer(), nullable=False, server_default=sa.text("0")))
-    op.add_column("workers", sa.Column("device_error_of", sa.Text(), nullable=True))
     op.create_table(
         "pauses",
         sa.Column("reason", sa.String(length=100), nullable=False),
@@ -35,7 +34,6 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_jobs_checkpoint_key_dispatch_id"), "jobs")
     op.drop_index(op.f("ix_jobs_checkpoint_key_state"), "jobs")
     op.drop_table("pauses")
-    op.drop_column("workers", "device_error_of")
     op.drop_column("jobs", "forgiven_attempt")
     op.drop_column("jobs", "above_memory_bytes")
     op.drop_column("jobs", "allow_pickle")
