@@ -84,8 +84,19 @@ _BERT_HEADS: Mapping[str | None, str] = {
     "classification": "BertForSequenceClassification",
 }
 
+# Of these, transformers sets the padding row of the loaded embedding to zero.
+_OVERWRITTEN: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "youtu": (
+        "YoutuForCausalLM",
+        _SHAPE
+        | {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    ),
+    "funnel": ("FunnelForMaskedLM", {"d_model": 128, "n_head": 4, "d_head": 32, "d_inner": 256, "block_sizes": [1, 1]}),
+}
+
 CAUSAL_ARCHS = tuple(_CAUSAL)
 SEQ2SEQ_ARCHS = tuple(_SEQ2SEQ)
+OVERWRITTEN_ARCHS = tuple(_OVERWRITTEN)
 
 
 def make_causal(
@@ -143,6 +154,12 @@ def make_fused_qkv(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Pa
         max_shard_size="50GB",
         overrides={},
     )
+
+
+def make_overwritten(folder: Path, arch: str, *, dtype: str = "float32", seed: int = 0) -> Path:
+    """A model of ``arch`` (one of OVERWRITTEN_ARCHS) in ``folder``, without a tokenizer. The padding row of its
+    embedding is not zero."""
+    return _make_model(folder, *_OVERWRITTEN[arch], dtype=dtype, seed=seed, max_shard_size="50GB", overrides={})
 
 
 def make_tokenizer(

@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from models_db.domain import DType, Method, Scheme
 from tests.reference import contents, save_reference
-from tests.tiny import CAUSAL_ARCHS, SEQ2SEQ_ARCHS, make_causal, make_encoder, make_seq2seq
+from tests.tiny import (
+    CAUSAL_ARCHS,
+    OVERWRITTEN_ARCHS,
+    PAD,
+    SEQ2SEQ_ARCHS,
+    make_causal,
+    make_encoder,
+    make_overwritten,
+    make_seq2seq,
+)
 from worker.quantize import Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4)
@@ -39,8 +48,10 @@ def assert_identical(
     dtype: DType,
     schemes: Sequence[Scheme] = ALL,
     skips: list[str] | None = None,
+    writer: str = "stream",
 ) -> None:
-    """Stream all ``schemes`` in one pass, and compare each with its reference."""
+    """Write all ``schemes``, streamed in one pass unless another ``writer`` is expected, and compare each with its
+    reference."""
     targets = []
     for number, scheme in enumerate(schemes):
         (folder / f"streamed-{number}").mkdir(parents=True)
@@ -49,7 +60,7 @@ def assert_identical(
     assert [result.target for result in results] == targets
     for number, result in enumerate(results):
         assert isinstance(result, Written), result
-        assert result.writer == "stream"
+        assert result.writer == writer
         scheme = result.target.scheme
         reference = save_reference(source, folder / f"reference-{number}", scheme, dtype, skips=skips)
         assert contents(result.target.folder) == contents(reference), scheme
@@ -144,3 +155,12 @@ def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     schemes = [replace(scheme, skip_modules=("q_proj",), int8_threshold=0.0) for scheme in (NF4, INT8)]
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=["lm_head", "q_proj"])
+
+
+@pytest.mark.parametrize("arch", OVERWRITTEN_ARCHS)
+def test_values_that_transformers_overwrites_after_loading(arch: str, tmp_path: Path) -> None:
+    source = make_overwritten(tmp_path / "source", arch, dtype="bfloat16")
+    tensors = load_file(source / "model.safetensors")
+    (embedding,) = (name for name in tensors if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    assert tensors[embedding][PAD].any()
+    assert_identical(source, tmp_path, DType.BFLOAT16, (NF4_DOUBLE, INT8), writer="whole")

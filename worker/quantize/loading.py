@@ -11,6 +11,7 @@ import torch
 
 from models_db.domain import DType
 from models_db.errors import SourceCorrupt, Unsupported
+from worker.quantize.initializing import why_overwritten
 from worker.quantize.packing import Packing
 from worker.quantize.reading import TORCH_DTYPES, SourceReader
 from worker.quantize.skeleton import Skeleton, build_skeleton
@@ -58,10 +59,13 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     recorder.raise_if_misshapen()
     _refuse_misfits(info)
     dropped = _unused(reader, model, recorder.weights)
+    overwritten = why_overwritten(model, info)
     _tie(model, info, reader)
     refuse_missing(info.missing_keys)
     # Last: what is wrong with a source need not wait until its whole model is built.
     recorder.raise_if_not_streamable()
+    if overwritten is not None:
+        raise NotStreamable(overwritten)
     return Loaded(target=target, packing=packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
 
 
@@ -137,6 +141,8 @@ class Recorder:
     def _record(self, model: Any, name: str, value: Any) -> torch.Tensor:
         traced: Traced = value[0] if isinstance(value, list) else value
         module = model.get_submodule(name.rpartition(".")[0])
+        # As bitsandbytes' own operation does, for 4 bits alone: nothing in such a module is initialized later.
+        module._is_hf_initialized = not self.packing.is_int8
         transposed = module.source_cls is not torch.nn.Linear
         needed = (module.out_features, module.in_features)
         found = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
