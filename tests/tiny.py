@@ -156,6 +156,20 @@ def make_fused_qkv(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Pa
     )
 
 
+def make_llama4(folder: Path, *, experts: bool = True, dtype: str = "float32", seed: int = 0) -> Path:
+    """A Llama 4 for text in ``folder``, without a tokenizer; of its two layers the second has ``experts``."""
+    fields = _GROUPED | {"head_dim": 32, "intermediate_size_mlp": 256, "num_local_experts": 2}
+    return _make_model(
+        folder,
+        "Llama4ForCausalLM",
+        fields,
+        dtype=dtype,
+        seed=seed,
+        max_shard_size="50GB",
+        overrides={"moe_layers": [1] if experts else []},
+    )
+
+
 def make_overwritten(folder: Path, arch: str, *, dtype: str = "float32", seed: int = 0) -> Path:
     """A model of ``arch`` (one of OVERWRITTEN_ARCHS) in ``folder``, without a tokenizer. The padding row of its
     embedding is not zero."""

@@ -27,7 +27,7 @@ from models_db.errors import (
     UnsafeSource,
     Unsupported,
 )
-from tests.tiny import make_causal, make_fused_qkv
+from tests.tiny import make_causal, make_fused_qkv, make_llama4
 from worker.quantize import Progress, Refused, Target, Written, write_checkpoints
 from worker.quantize.faults import as_job_error
 
@@ -199,6 +199,16 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
 def test_an_architecture_that_transformers_lacks(source: Path, tmp_path: Path) -> None:
     edit_config(source, architectures=["NoSuchForCausalLM"])
     assert_all_refused(write(source, tmp_path, NF4), Unsupported, "NoSuchForCausalLM")
+
+
+def test_experts_that_transformers_replaces_when_it_loads_them_quantized(tmp_path: Path) -> None:
+    source = make_llama4(tmp_path / "source", dtype="bfloat16")
+    assert_all_refused(write(source, tmp_path, NF4, INT8), Unsupported, "Llama4TextExperts")
+
+
+def test_the_same_architecture_without_such_experts(tmp_path: Path) -> None:
+    source = make_llama4(tmp_path / "source", experts=False, dtype="bfloat16")
+    assert all(isinstance(result, Written) for result in write(source, tmp_path, NF4, INT8))
 
 
 def test_a_model_type_that_transformers_lacks(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models_db.domain import DType, Method, Scheme
-from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
+from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_llama4, make_overwritten, make_seq2seq
 from worker.checkpoint import Origin, publish
 from worker.digest import digest_file, root_sha256
 from worker.quantize import Target, Written, write_checkpoints
@@ -87,6 +87,7 @@ MODELS: dict[str, Callable[[Path, str], Path]] = {
     "bert": lambda folder, dtype: make_encoder(folder, dtype=dtype),
     "bert-masked-lm": lambda folder, dtype: make_encoder(folder, "masked-lm", dtype=dtype),
     "built-whole": lambda folder, dtype: make_fused_qkv(folder, dtype=dtype),
+    "overwritten": lambda folder, dtype: make_overwritten(folder, "youtu", dtype=dtype),
 }
 
 
@@ -113,6 +114,19 @@ def test_a_head_that_differs_from_what_it_could_be_tied_to_is_sound(tmp_path: Pa
     (folder,) = published(source, tmp_path, {"nf4": NF4}).values()
     assert "lm_head.weight" in load_file(folder / "model.safetensors")
     assert verify(folder) == []
+
+
+def test_experts_that_transformers_replaces_on_loading_are_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier qbatch wrote such checkpoints, which cannot be loaded."""
+    source = make_llama4(tmp_path / "source", dtype="bfloat16")
+    with monkeypatch.context() as unaware:
+        unaware.setattr("transformers.quantizers.base.MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+        folders = published(source, tmp_path, {"nf4": NF4, "int8": INT8})
+    for folder in folders.values():
+        (line,) = verify(folder)
+        assert "Llama4TextExperts" in line
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models_db.domain import DType, Method, Scheme
-from models_db.errors import SourceCorrupt, one_line
+from models_db.errors import SourceCorrupt, Unsupported, one_line
 from worker.architecture import load_config, model_class
 
 
@@ -61,7 +61,22 @@ def _skeleton(cls: Any, config: Any, quantization: Any, device: str) -> Skeleton
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     config.quantization_config = quantizer.quantization_config
     model = _meta_model(cls, config, quantizer, device)
+    _refuse_replaced(model, quantizer)
     return Skeleton(cls=cls, model=model, quantizer=quantizer, default_skips=frozenset(get_keys_to_not_convert(model)))
+
+
+def _refuse_replaced(model: Any, quantizer: Any) -> None:
+    """Raise Unsupported where a module is replaced on loading a quantized checkpoint, but not while one is written: its
+    weights would be missing then."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    method = quantizer.quantization_config.quant_method
+    for module in model.modules():
+        name = type(module).__name__
+        known = MODULES_TO_PATCH_FOR_QUANTIZATION.get(name)
+        if known is not None and method in known["quantization_methods"]:
+            other = known["module_name"].__name__
+            raise Unsupported(f"{name} cannot be quantized: transformers loads a quantized checkpoint into {other}")
 
 
 def default_skips(cls: Any, config: Any) -> frozenset[str]:
