@@ -18,6 +18,7 @@ import pytest
 
 from models_db.settings import Settings
 from tests import tiny
+from tests.waiting import until
 
 _INSTALLED = Path(sys.executable).with_name("qbatch")
 # A GPU host may run the working tree without installing it.
@@ -62,16 +63,8 @@ class Qbatch:
                 [*QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    def wait_for_worker(self, timeout_s: float = 90.0) -> None:
-        until(lambda: any(w["state"] == "ready" for w in self.json("workers")), timeout_s, "a live worker")
-
-
-def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Wait for ``condition``; fail the test if it does not come."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
-        time.sleep(0.2)
+    def wait_for_worker(self) -> None:
+        until(lambda: any(w["state"] == "ready" for w in self.json("workers")), "live worker")
 
 
 def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:
@@ -131,7 +124,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qbatch]:
     shared = Qbatch(tmp_path_factory.mktemp("stack") / "home")
     process = shared.start("up", "--cpu")
     try:
-        until(lambda: (shared.home / "qbatch.db").exists(), 30.0, "database")
+        until(lambda: (shared.home / "qbatch.db").exists(), "database")
         shared.wait_for_worker()
         yield shared
     finally:

@@ -7,7 +7,8 @@ import socket
 import urllib.error
 import urllib.request
 
-from tests.acceptance.conftest import Qbatch, stop, until
+from tests.acceptance.conftest import Qbatch, stop
+from tests.waiting import until
 
 
 def test_flower_wants_credentials_and_takes_no_others(stack: Qbatch) -> None:
@@ -20,7 +21,7 @@ def test_flower_wants_credentials_and_takes_no_others(stack: Qbatch) -> None:
     try:
         flower = stack.start("flower", "--port", str(port), log=log)
         try:
-            until(lambda: _status(port, None) is not None, 40.0, "Flower")
+            until(lambda: _status(port, None) is not None, "Flower")
             assert _status(port, None) == 401
             assert _status(port, "someone:else") == 401
             assert _status(port, "someone:a-canary-password") == 200
@@ -37,7 +38,7 @@ def _status(port: int, credentials: str | None) -> int | None:
     if credentials is not None:
         request.add_header("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode())
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code

@@ -17,9 +17,10 @@ import redis
 from sqlalchemy import create_engine, make_url, text
 
 from models_db.settings import Settings
-from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop, until
+from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
 from tests.acceptance.test_services import PASSWORD, RedisServer
 from tests.hub import Hub, serving
+from tests.waiting import until
 
 TOKEN = "hf_canaryThatNobodyButTheHubMayHear"  # noqa: S105
 REDIS_PASSWORD = PASSWORD
@@ -126,7 +127,7 @@ def test_the_hub_s_token_stays_in_the_environment(
     settings = Settings.from_env(qbatch.environ)
     output = tmp_path / "output"
     run = qbatch.start("run", "--models", listed, "--bits", "4", "--format", "json", log=output)
-    until(lambda: (settings.socket_dir / "redis.sock").exists(), 60.0, "Redis")
+    until(lambda: (settings.socket_dir / "redis.sock").exists(), "Redis")
     seen = [*arguments_of(qbatch.home)]
     with Eavesdropper(settings.redis_url) as redis_:
         while run.poll() is None:
@@ -213,12 +214,12 @@ def test_the_services_passwords_reach_no_log_no_row_and_no_argument(
     with running(services, output):
         services.wait_for_worker()
         services("submit", "--models", listed, "--bits", "4")
-        until(lambda: _states(services) == {"succeeded"}, 120.0, "end of the batch")
+        until(lambda: _states(services) == {"succeeded"}, "end of the batch")
         seen = arguments_of(services.home)
         redis_server.kill()
-        until(lambda: "Cannot connect to" in output.read_text(), 60.0, "complaint of the worker")
+        until(lambda: "Cannot connect to" in output.read_text(), "complaint of the worker")
         said = services("submit", "--models", listed, "--bits", "16", "--force").stderr
-        until(lambda: "Redis does not answer" in output.read_text(), 60.0, "complaint of the scheduler")
+        until(lambda: "Redis does not answer" in output.read_text(), "complaint of the scheduler")
         redis_server.start()
         assert not [argument for argument in seen if any(secret in argument for secret in SECRETS)]
     assert "Redis does not answer" in said
@@ -315,7 +316,6 @@ def _complain(qbatch: Qbatch, output: Path, argv: list[str]) -> None:
     try:
         until(
             lambda: process.poll() is not None or any(sign in output.read_text()[before:] for sign in signs),
-            60.0,
             "word",
         )
     finally:

@@ -14,7 +14,8 @@ import redis
 from sqlalchemy import create_engine, text
 
 from scheduler.local import redis_server_path
-from tests.acceptance.conftest import Qbatch, processes_of, stop, until
+from tests.acceptance.conftest import Qbatch, processes_of, stop
+from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105
 
@@ -37,7 +38,7 @@ class RedisServer:
         argv = [redis_server_path(), "--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", PASSWORD]
         argv += ["--dir", str(self._folder), "--save", "", "--maxmemory-policy", "noeviction"]
         self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-        until(self._answers, 10.0, "Redis")
+        until(self._answers, "Redis")
 
     def _answers(self) -> bool:
         with redis.Redis.from_url(self.url) as client:
@@ -92,7 +93,7 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
     scheduler = services.start("scheduler")
     worker = services.start("worker", "--cpu")
     try:
-        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        until(lambda: _states(services) & {"running"}, "running job")
         # Every message is lost while a job runs: the job goes on, and what waited is sent again.
         redis_server.kill()
         assert "once Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
@@ -120,7 +121,7 @@ def test_a_worker_that_is_killed_loses_nothing(services: Qbatch, models: Path, m
     listed = model_list(models / "llama")
     try:
         services("submit", "--models", listed, "--bits", "4,8")
-        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        until(lambda: _states(services) & {"running"}, "running job")
         for process in processes_of(services.home):
             if "serve" in process.cmdline():
                 process.send_signal(signal.SIGKILL)
@@ -144,7 +145,7 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
     listed = model_list(models / "llama")
     try:
         services("submit", "--models", listed, "--bits", "4,8")
-        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        until(lambda: _states(services) & {"running"}, "running job")
         services("cancel", "b1")
         services("wait", "b1", code=1)
         services("submit", "--models", listed, "--bits", "16", "--force", "--time-limit", "0.1s")
@@ -173,7 +174,7 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
         services.wait_for_worker()
         (before,) = services.json("workers")
         services("submit", "--models", listed, "--bits", "4,8", "--force")
-        until(lambda: _states(services) & {"running"}, 90.0, "running job")
+        until(lambda: _states(services) & {"running"}, "running job")
         for runner in _runners(services):
             runner.kill()
         services("wait", "b1", "--timeout", "2m")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop, until
+from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop
+from tests.waiting import until
 
 
 def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
@@ -17,7 +18,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     listed = model_list(models / "llama")
     qbatch.env["QBATCH_SCAN_S"] = "1"
     run = qbatch.start("run", "--models", listed, "--bits", "4,8")
-    until(lambda: "running" in _states(qbatch), 90.0, "running job")
+    until(lambda: "running" in _states(qbatch), "running job")
     assert stop(run, signal.SIGINT) == 130
     await_end_of(qbatch.home)
     assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
@@ -41,9 +42,9 @@ def test_a_stack_whose_head_is_killed_leaves_no_process(
     listed = model_list(models / "llama")
     up = qbatch.start("up", "--cpu")
     try:
-        until(lambda: (qbatch.home / "qbatch.db").exists(), 30.0, "database")
+        until(lambda: (qbatch.home / "qbatch.db").exists(), "database")
         qbatch("submit", "--models", listed, "--bits", "4")
-        until(lambda: "running" in _states(qbatch), 90.0, "running job")
+        until(lambda: "running" in _states(qbatch), "running job")
     finally:
         up.kill()
         up.wait()
@@ -52,7 +53,7 @@ def test_a_stack_whose_head_is_killed_leaves_no_process(
 
 
 def until_some(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    until(lambda: bool(find()), 30.0, "process")
+    until(lambda: bool(find()), "process")
     return find()
 
 

@@ -22,7 +22,8 @@ from models_db.sources import parse_source
 from models_db.tables import Attempt, Job, Result, Worker
 from scheduler.grid import Grid
 from scheduler.submit import Submission, send_now, submit
-from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of, until
+from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of
+from tests.waiting import until
 from worker.checkpoint import problems
 
 LEASE_S = 4.0
@@ -102,7 +103,7 @@ class Fleet:
 
     def wait_for_workers(self, count: int) -> None:
         """``count`` workers that consume: their Celery has said so."""
-        until(lambda: self._ready() >= count, 90.0, f"{count} live workers")
+        until(lambda: self._ready() >= count, f"{count} live workers")
 
     def wait_for_live(self, count: int) -> None:
         """``count`` workers whose heartbeat the database has; one that was killed and started again among them."""

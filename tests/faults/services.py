@@ -13,7 +13,7 @@ from typing import Self
 import redis
 
 from scheduler.local import redis_server_path
-from tests.acceptance.conftest import until
+from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105
 _BLOCK_BYTES = 2**16
@@ -43,7 +43,7 @@ class Redis:
         argv += ["--dir", str(self._folder), "--save", "", "--maxmemory-policy", "noeviction"]
         argv += ["--appendonly", "yes" if aof else "no", "--appendfsync", "always"]
         self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-        until(self._answers, 20.0, "Redis")
+        until(self._answers, "Redis")
 
     def _answers(self) -> bool:
         with self.client() as client:
@@ -56,7 +56,7 @@ class Redis:
         """Turn the append-only file on, and wait until it holds what there is."""
         with self.client() as client:
             client.config_set("appendonly", "yes")
-            until(lambda: client.info("persistence")["aof_rewrite_in_progress"] == 0, 20.0, "append-only file")
+            until(lambda: client.info("persistence")["aof_rewrite_in_progress"] == 0, "append-only file")
 
     def kill(self) -> None:
         if self._process is not None:

@@ -19,10 +19,11 @@ from models_db.errors import DiskFull, JobError
 from models_db.pauses import lift, standing
 from models_db.session import Database
 from models_db.tables import Pause
-from tests.acceptance.conftest import Qbatch, until
+from tests.acceptance.conftest import Qbatch
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import PACE, Fleet
 from tests.rows import a_batch, a_worker, bundle, claim
+from tests.waiting import until
 from worker.checkpoint import problems
 
 _STORAGE_BYTES = 16 * 2**20
@@ -45,7 +46,7 @@ class SmallStorage:
                 [*argv, *Fleet.program, "up", "--cpu"],
                 env=qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        until((qbatch.home / "qbatch.db").exists, 60.0, "database")
+        until((qbatch.home / "qbatch.db").exists, "database")
         self.fleet = Fleet(qbatch, Database(f"sqlite:///{qbatch.home / 'qbatch.db'}"))
 
     @property

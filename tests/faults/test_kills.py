@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from models_db.domain import Stage
-from tests.acceptance.conftest import until
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, SCAN_S, Caught, Fleet
 from tests.faults.services import PASSWORD, Redis
 from tests.hub import Hub, serving
+from tests.waiting import until
 
 # What a busy machine may add to a lease and a scan.
 _SLACK_S = 15.0
@@ -54,7 +54,7 @@ def test_whatever_is_killed_in_whichever_stage_the_job_is_taken_up_again_and_not
     with ThreadPoolExecutor(len(victims)) as pool:
         for done in [pool.submit(_kill_in_every_stage, fleet, hub, name, fetched) for name in victims]:
             done.result()
-    until(lambda: not fleet.staged(), 10.0, "end of staging")
+    until(lambda: not fleet.staged(), "end of staging")
 
 
 def _kill_in_every_stage(fleet: Fleet, hub: Hub, victims: str, fetched: threading.Barrier) -> None:
@@ -126,7 +126,7 @@ def test_an_attempt_suspended_for_longer_than_its_lease_changes_nothing_when_it_
     assert fleet.result(job).attempt == result.attempt == caught.attempt + 1
     assert fleet.result(job).created_at == result.created_at
     assert _published(fleet, job) == published is not None
-    until(lambda: not fleet.staged(), 10.0, "end of staging")
+    until(lambda: not fleet.staged(), "end of staging")
 
 
 def test_of_two_workers_that_write_one_checkpoint_at_once_the_second_adopts_the_first_ones(
@@ -145,4 +145,4 @@ def test_of_two_workers_that_write_one_checkpoint_at_once_the_second_adopts_the_
     for job, one in zip(jobs, caught, strict=True):
         assert fleet.result(job).attempt == one.attempt, "and neither began again"
         assert f"j{job}: publishing" in (fleet.settings.logs / f"j{job}-{one.attempt}.log").read_text()
-    until(lambda: not fleet.staged(), 10.0, "end of staging")
+    until(lambda: not fleet.staged(), "end of staging")

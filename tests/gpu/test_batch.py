@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from tests.acceptance.conftest import Qbatch, await_end_of, until
+from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.waiting import until
 from worker.checkpoint import problems
 from worker.gpu import installed_gpus
 
@@ -125,7 +126,7 @@ def test_every_gpu_is_used_and_each_worker_sees_one(qbatch: Qbatch, tmp_path: Pa
     listed.write_text("\n".join(map(str, models)) + "\n")
     up = qbatch.start("up", "--gpus", "all")
     try:
-        until(lambda: len(_ready(qbatch)) == len(gpus), 120.0, f"{len(gpus)} workers")
+        until(lambda: len(_ready(qbatch)) == len(gpus), f"{len(gpus)} workers")
         rows = qbatch.json("submit", "--models", str(listed), "--bits", "4,8", "--wait")
     finally:
         up.terminate()

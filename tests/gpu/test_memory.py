@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from models_db.vram import GIB, vram_class
-from tests.acceptance.conftest import Qbatch, await_end_of, until
+from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.waiting import until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -73,7 +74,7 @@ def test_out_of_memory_fails_one_job_and_leaves_the_gpu_to_the_next(
     listed.write_text(f"{model}\n")
     up = qbatch.start("up", "--gpus", "all")
     try:
-        until(lambda: (qbatch.home / "qbatch.db").exists(), 30.0, "database")
+        until(lambda: (qbatch.home / "qbatch.db").exists(), "database")
         qbatch.wait_for_worker()
         with little_left():
             before = used_bytes()

@@ -154,7 +154,7 @@ def test_a_message_popped_and_not_acknowledged_counts_as_standing(
     top_up(sqlite_database, broker, settings)
     with make_app(settings) as app, app.connection_for_read() as connection, connection.SimpleQueue(CPU) as queue:
         # A worker that reads, and is stopped before it acknowledges.
-        queue.get(timeout=5)
+        queue.get(timeout=30)
         for _ in range(3):
             resend_vanished(sqlite_database, broker)
         assert len(dispatched(sqlite_database)) == 1
@@ -195,7 +195,7 @@ def test_an_urgent_bundle_is_read_before_one_sent_earlier(
         a_batch(sqlite_database, bundle(f"/models/{priority}"), priority=priority)
         top_up(sqlite_database, broker, settings)
     with make_app(settings) as app, app.connection_for_read() as connection, connection.SimpleQueue(CPU) as queue:
-        read = [queue.get(timeout=5) for _ in range(4)]
+        read = [queue.get(timeout=30) for _ in range(4)]
         order = [a_job(sqlite_database, message.payload[0][0][0]).priority for message in read]
         for message in read:
             message.ack()
@@ -278,7 +278,7 @@ def read_by(settings: Settings, memory_gib: float, count: int) -> list[list[int]
         app.amqp.queues.select(queues_of(DeviceKind.CUDA, int(memory_gib * GIB)))
         with app.amqp.TaskConsumer(connection, on_message=lambda message: read.append(message.payload[0][0])):
             while len(read) < count:
-                connection.drain_events(timeout=5)
+                connection.drain_events(timeout=30)
     return read
 
 

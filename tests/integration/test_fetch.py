@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from models_db.domain import SourceRef
 from models_db.errors import SourceCorrupt, SourceNotFound
 from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME, folder_fingerprint
 from tests.hub import Hub, serving
+from tests.waiting import until
 from worker.fetch import Doors, LocalSource, fetched
 
 _ROOT = Path(__file__).parents[2]
@@ -406,7 +407,7 @@ def test_two_processes_that_want_one_commit_download_it_once(hub: Hub, node: Fet
     with neighbour(node, hub) as other:
         node.start("model")
         other.start("model")
-        _wait_until(lambda: bool(hub.weight_gets()) and _resolved(hub) == 2)
+        until(lambda: bool(hub.weight_gets()) and _resolved(hub) == 2)
         hub.flowing.set()
         assert node.said()["folder"] == other.said()["folder"]
         node.release()
@@ -421,7 +422,7 @@ def test_what_a_killed_download_left_is_evicted_first(hub: Hub, node: Fetcher, t
     hub.flowing.clear()
     with neighbour(node, hub) as dying:
         dying.start("dying", cache_bytes=room_for_two)
-        _wait_until(lambda: len(hub.weight_gets()) == 2)
+        until(lambda: len(hub.weight_gets()) == 2)
     hub.flowing.set()
     assert node.entries() == {"a", "dying"}
     node.fetch("b", cache_bytes=room_for_two)
@@ -468,10 +469,3 @@ def _resolved(hub: Hub) -> int:
     return sum(
         request.path.startswith("/api/models/model") and "/tree/" not in request.path for request in hub.requests
     )
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

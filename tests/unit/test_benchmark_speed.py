@@ -82,7 +82,7 @@ def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None
 
     mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
     assert per_token.count == 3 * (NEW_TOKENS - 1)
-    assert prefill.p50 == pytest.approx(PREFILL_S, rel=0.05)
+    assert prefill.p50 == pytest.approx(np.median(model.prefills_s[-prefill.count :]), rel=0.05)
     assert per_token.p50 == pytest.approx(STEP_S, rel=0.05)
     assert per_token.p95 == pytest.approx(SLOW_STEP_S, rel=0.05)
     throughput = batch_size * (NEW_TOKENS - 1) / decode.mean
@@ -141,12 +141,23 @@ def test_a_forward_s_injected_delay_is_found_within_five_per_cent() -> None:
     protocol = replace(QUICK, warmup_iterations=1, min_iterations=5)
     times_s = time_forward(model, inputs, protocol=protocol, clock=HostClock())
     assert len(times_s) == 5
-    assert summarize(times_s).p50 == pytest.approx(PREFILL_S, rel=0.05)
+    assert min(model.prefills_s[-5:]) == pytest.approx(PREFILL_S, rel=0.05)
+    assert summarize(times_s).p50 == pytest.approx(np.median(model.prefills_s[-5:]), rel=0.05)
 
 
 def test_iterations_go_on_until_both_minima_are_reached() -> None:
     assert repeat(lambda: None, min_iterations=7, min_duration_s=0) == 7
-    assert repeat(lambda: time.sleep(0.02), min_iterations=1, min_duration_s=0.1) in range(3, 7)
+    called_s, ended_s = [], []
+
+    def run() -> None:
+        called_s.append(time.perf_counter())
+        time.sleep(0.02)
+        ended_s.append(time.perf_counter())
+
+    before_s = time.perf_counter()
+    assert repeat(run, min_iterations=1, min_duration_s=0.1) == len(ended_s)
+    assert ended_s[-1] - before_s >= 0.1
+    assert all(end_s - called_s[0] < 0.1 for end_s in ended_s[:-1]), "no call too many"
 
 
 def test_percentiles_are_numpy_s() -> None:

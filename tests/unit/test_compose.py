@@ -133,7 +133,7 @@ def compose_redis(tmp_path: Path) -> Iterator[str]:
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": _PASSWORD}
     with subprocess.Popen(["sh", "-c", script], env=environ, stdout=subprocess.DEVNULL) as server:
         try:
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + 60
             while not socket.exists():
                 assert server.poll() is None, "redis-server did not take its configuration"
                 assert time.monotonic() < deadline_s
@@ -142,7 +142,7 @@ def compose_redis(tmp_path: Path) -> Iterator[str]:
         finally:
             # No shell stands between: a stop reaches Redis itself, which then writes its file out.
             server.send_signal(signal.SIGTERM)
-            assert server.wait(timeout=10) == 0
+            assert server.wait(timeout=60) == 0
 
 
 def test_redis_wants_its_password_keeps_its_file_and_evicts_nothing(compose_redis: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import scheduler.process
 from scheduler.process import REFUSALS, Child
+from tests.waiting import until
 
 Start = Callable[..., Child]
 
@@ -32,13 +33,6 @@ def child(tmp_path: Path) -> Iterator[Start]:
     for one in made:
         one.ask_to_stop(signal.SIGKILL)
         one.wait(5)
-
-
-def until(look: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not look():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
 
 
 def ended(one: Child) -> int:
