@@ -58,7 +58,7 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_misshapen()
     _refuse_misfits(info)
-    dropped = _unused(reader, model, recorder.weights)
+    dropped = unused(reader, model, recorder)
     overwritten = why_overwritten(model, info)
     _tie(model, info, reader)
     refuse_missing(info.missing_keys)
@@ -209,9 +209,12 @@ def _refuse_misfits(info: Any) -> None:
         raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
 
 
-def _unused(reader: SourceReader, model: Any, weights: Mapping[str, Weight]) -> tuple[str, ...]:
-    """Names of the source's tensors that went into no parameter and no buffer."""
-    used = {weight.source for weight in weights.values()}
+def unused(reader: SourceReader, model: Any, recorder: Recorder) -> tuple[str, ...]:
+    """Names of the source's tensors that went into no parameter and no buffer of the traced ``model``.
+
+    transformers' own list of unexpected keys has other names where keys were renamed, and leaves some out by pattern.
+    """
+    used = {name for origin, _ in recorder.origins.values() for name in sources_of(origin)}
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, Traced):
             used |= sources_of(tensor.origin)

@@ -25,7 +25,7 @@ from worker.architecture import load_config
 from worker.digest import digest_file
 from worker.quantize.audit import coverage, error_audit
 from worker.quantize.faults import as_job_error
-from worker.quantize.loading import load_source, refuse_missing
+from worker.quantize.loading import load_source, refuse_missing, unused
 from worker.quantize.meter import Meter
 from worker.quantize.packing import Packing, figures
 from worker.quantize.reading import SourceReader
@@ -51,22 +51,24 @@ class WholeModel:
         self._packing = Packing.of(self._target.scheme)
         self._skeleton = build_skeleton(source, self._target.scheme, dtype, device, trusted=self._target.trusted)
         self._to_write = _checkpoint_bytes(self._skeleton, self._packing)
-        self._origins, self._no_origins_because = self._trace()
+        self._origins, self._dropped, self._no_origins_because = self._trace()
 
     @property
     def _target(self) -> Target:
         return self._deferred.target
 
-    def _trace(self) -> tuple[_Origins, str | None]:
-        """Where each quantized weight comes from; none, and why not, where a model's own code hides it."""
+    def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:
+        """Where each quantized weight comes from and which tensors of the source go nowhere; neither, and why not,
+        where a model's own code hides it."""
         try:
             with SourceReader(self._headers, lambda _: None) as reader:
                 _, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
+                dropped = unused(reader, self._skeleton.model, recorder)
         except Exception as error:
             if not self._target.trusted or isinstance(error, JobError):
                 raise
-            return {}, one_line(error)
-        return recorder.origins, None
+            return {}, None, one_line(error)
+        return recorder.origins, dropped, None
 
     def planned_bytes(self) -> int:
         """What will be read and written, nearly: the source to load it, then again what the errors are computed of."""
@@ -121,7 +123,7 @@ class WholeModel:
             errors = self._errors(model, reader)
         self._save(model)
         sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in _quantized(model)}
-        dropped = loading["unexpected_keys"]
+        dropped = loading["unexpected_keys"] if self._dropped is None else self._dropped
         return coverage(self._skeleton, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
 
     def _load(self, reader: SourceReader) -> tuple[Any, Any]:
