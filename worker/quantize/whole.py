@@ -32,7 +32,7 @@ from worker.quantize.reading import SourceReader
 from worker.quantize.saving import read_generation_config
 from worker.quantize.skeleton import Skeleton, build_skeleton
 from worker.quantize.target import Deferred, Refused, Target, Written
-from worker.quantize.trace import Origin, replay, sources_of
+from worker.quantize.trace import Origin, is_elementwise, replay, sources_of
 
 _REPORT_INTERVAL_S = 0.25
 _Origins = Mapping[str, tuple[Origin, bool]]
@@ -148,13 +148,20 @@ class WholeModel:
 
     def _save(self, model: Any) -> None:
         limit = self._target.scheme.max_shard_bytes
-        # In the model's own layout: where weights were converted while loading, converting their codes back to the
-        # source's layout fails (int8), or leaves a checkpoint that cannot be loaded any more (4 bits).
         model.save_pretrained(
-            self._target.folder, save_original_format=False, **({} if limit is None else {"max_shard_size": limit})
+            self._target.folder,
+            save_original_format=not self._converted_weights_may_be_quantized(),
+            **({} if limit is None else {"max_shard_size": limit}),
         )
         for path in self._target.folder.iterdir():
             path.chmod(umask_mode())
+
+    def _converted_weights_may_be_quantized(self) -> bool:
+        """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails (int8),
+        or leaves a checkpoint that cannot be loaded any more (4 bits)."""
+        if self._no_origins_because is not None:
+            return True
+        return not all(is_elementwise(origin) for origin, _ in self._origins.values())
 
     def _errors(self, model: Any, reader: SourceReader) -> dict[str, Any]:
         """The audit of the errors, one weight at a time."""
