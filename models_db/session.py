@@ -21,6 +21,8 @@ from models_db.errors import DatabaseUnreachable, UsageError
 SCHEMA_HEAD = "0002"
 # PostgreSQL's word for a write where none is allowed.
 _READ_ONLY = "25006"
+# How long a writer may be silent within its transaction.
+_FROZEN_S = 60
 
 
 class Database:
@@ -140,6 +142,12 @@ def _postgresql_engine(url: Any) -> Engine:
     engine = create_engine(
         url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
     )
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        # A worker or scheduler that is frozen, or whose host is gone, must not keep for hours what it had locked.
+        if not connection.get_execution_options().get("qbatch_read", False):
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{_FROZEN_S}s'")
 
     @event.listens_for(engine, "handle_error")
     def _on_error(context: ExceptionContext) -> None:

@@ -13,11 +13,21 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
+import models_db.session
 from models_db import jobs, listing, results, window, workers
 from models_db.batches import NewJob, add_text, text_content
 from models_db.clock import db_now
 from models_db.domain import DeviceKind, JobState, Method, Stage
-from models_db.errors import CudaOom, DeviceError, DiskFull, JobError, JobTimeout, QuantizationError, WorkerLost
+from models_db.errors import (
+    CudaOom,
+    DatabaseUnreachable,
+    DeviceError,
+    DiskFull,
+    JobError,
+    JobTimeout,
+    QuantizationError,
+    WorkerLost,
+)
 from models_db.session import Database
 from models_db.tables import Attempt, Job, Worker
 from models_db.vram import GIB
@@ -36,6 +46,7 @@ from tests.rows import (
     states,
     succeed,
 )
+from tests.waiting import until
 
 
 def test_a_claim_takes_the_baseline_first_and_counts_the_attempt(database: Database) -> None:
@@ -272,6 +283,30 @@ def test_whatever_locks_jobs_at_once_none_is_ended_as_a_deadlock(postgresql_data
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_what_a_frozen_writer_locked_is_free_again_after_a_while(
+    postgresql_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a host leaves it that loses its power within a transaction: PostgreSQL hears no more of it."""
+    database = postgresql_database
+    _, ids = a_batch(database)
+    tokens = claim(database, ids, a_worker(database), lease_s=-3600.0)
+
+    def expire() -> list[int]:
+        with database.write() as session:
+            return jobs.expire(session, **POLICY)
+
+    def lock_and_freeze() -> None:
+        with database.write() as frozen:
+            with monkeypatch.context() as sooner:
+                sooner.setattr(models_db.session, "_FROZEN_S", 3)
+                jobs.heartbeat(frozen, tokens, -3600.0)
+            until(lambda: expire() == ids, "end of its locks", timeout_s=50.0)
+
+    with pytest.raises(DatabaseUnreachable):
+        lock_and_freeze()
+    assert set(states(database).values()) == {JobState.QUEUED}
 
 
 def test_two_device_errors_in_a_row_quarantine_the_worker(database: Database) -> None:
