@@ -19,6 +19,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+# What transformers raises for a config with values that make no sense.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 class Task(StrEnum):
@@ -52,7 +54,7 @@ def load_config(folder: Path, *, trusted: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (*_UNREADABLE, StrictDataclassError) as error:
         text = str(error) or type(error).__name__
         if "trust_remote_code" in text:
             raise UnsafeSource(REFUSAL) from error

@@ -184,6 +184,24 @@ def test_a_config_with_values_of_the_wrong_type(source: Path, tmp_path: Path) ->
     assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, "hidden_size")
 
 
+@pytest.mark.parametrize("fields", [{"dtype": [1]}, {"num_attention_heads": 0}], ids=lambda fields: next(iter(fields)))
+def test_a_config_that_transformers_stumbles_over(fields: dict[str, object], source: Path, tmp_path: Path) -> None:
+    edit_config(source, **fields)
+    assert_all_refused(write(source, tmp_path, NF4), SourceCorrupt, "config.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"hidden_act": "made-up"}, {"vocab_size": 10**30}, {"pad_token_id": 10**6}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_config_that_transformers_cannot_build_is_no_defect_of_ours(
+    fields: dict[str, object], source: Path, tmp_path: Path
+) -> None:
+    edit_config(source, **fields)
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "cannot build LlamaForCausalLM")
+
+
 def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16", max_shard_size="100KB")
     (before,) = write(source, tmp_path, NF4)

@@ -10,6 +10,9 @@ from models_db.domain import DType, Method, Scheme
 from models_db.errors import SourceCorrupt, Unsupported, one_line
 from worker.architecture import load_config, model_class
 
+# What a class of transformers raises for a config that it cannot follow, or a library that it lacks.
+_CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
@@ -138,7 +141,18 @@ def _meta_model(cls: Any, config: Any, quantizer: Any, device: str) -> Any:
     from transformers.modeling_utils import ContextManagers
 
     with ContextManagers(cls.get_init_context(config.dtype, quantizer is not None, False, False)):
-        model = cls(config)
+        model = _instance(cls, config)
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=config.dtype, device_map={"": device}, checkpoint_files=None)
     return model
+
+
+def _instance(cls: Any, config: Any) -> Any:
+    """A model of the class. Raises Unsupported where transformers' own makes nothing of the config; what a model's own
+    code raises is left as it is."""
+    try:
+        return cls(config)
+    except _CANNOT_BUILD as error:
+        if cls.is_custom_code():
+            raise
+        raise Unsupported(f"transformers cannot build {cls.__name__} from config.json: {one_line(error)}") from error
