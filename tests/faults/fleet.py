@@ -6,7 +6,8 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Fleet:
     qbatch: Qbatch
     database: Database
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _logged: dict[str, int] = field(default_factory=dict)
 
     program = QBATCH
 
@@ -70,6 +72,7 @@ class Fleet:
     def start(self, name: str, *args: str, **env: str) -> None:
         """``qbatch`` with ``args``, its output in ``log(name)``."""
         assert name not in self.running
+        self._logged[name] = self.log(name).stat().st_size if self.log(name).exists() else 0
         self.running[name] = Qbatch(self.qbatch.home, self.qbatch.env | env).start(*args, log=self.log(name))
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
@@ -102,7 +105,7 @@ class Fleet:
             process.resume()
 
     def wait_for_workers(self, count: int) -> None:
-        """``count`` workers that consume: their Celery has said so."""
+        """``count`` workers that consume: their Celery has said so since they were started."""
         until(lambda: self._ready() >= count, f"{count} live workers")
 
     def wait_for_live(self, count: int) -> None:
@@ -115,7 +118,8 @@ class Fleet:
         self.wait_for(lambda: live() == count, f"{count} live workers")
 
     def _ready(self) -> int:
-        return sum(self.log(name).read_text().count(" ready.") > 0 for name in self.running if name.startswith("w"))
+        workers = [name for name in self.running if name.startswith("w")]
+        return sum(b" ready." in self.log(name).read_bytes()[self._logged[name] :] for name in workers)
 
     # ------------------------------------------------------------------------------------------------- submitting
 
@@ -227,6 +231,25 @@ class Fleet:
         return sorted(self.settings.spool.glob("*.json"))
 
     # ---------------------------------------------------------------------------------------------------- hurting
+
+    def suspend(self, *processes: psutil.Process) -> None:
+        """SIGSTOP, while none of them writes: SQLite has one lock, and who is stopped with it stops everybody."""
+        with self.database.write() as session:
+            session.connection()  # takes the lock
+            for process in processes:
+                process.suspend()
+            for process in processes:
+                until(lambda process=process: process.status() == psutil.STATUS_STOPPED, "stop")  # type: ignore[misc]
+
+    @contextmanager
+    def suspended(self, *processes: psutil.Process) -> Iterator[None]:
+        self.suspend(*processes)
+        try:
+            yield
+        finally:
+            for process in processes:
+                if process.is_running():
+                    process.resume()
 
     def wait_for_runner(self, job_id: int, *, after: int = 0) -> Caught:
         """The processes of the job's first attempt after number ``after``, left running."""

@@ -43,6 +43,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, redis_server: Redis, hub: Hu
         yield fleet
 
 
+@pytest.mark.timeout(600)
 def test_whatever_is_killed_in_whichever_stage_the_job_is_taken_up_again_and_nothing_is_half_done(
     fleet: Fleet, hub: Hub, make_model: MakeModel
 ) -> None:
@@ -66,9 +67,9 @@ def _kill_in_every_stage(fleet: Fleet, hub: Hub, victims: str, fetched: threadin
         caught = fleet.catch(job, stage, after=after)
         killed_at = time.monotonic()
         _kill(caught, victims)
+        _check_gone(caught, victims, killed_at)
         if stage is Stage.FETCHING:
             fetched.wait(_PATIENCE_S)
-        _check_gone(caught, victims, killed_at)
         fleet.wait_for_end_of(job, caught.attempt, LEASE_S + SCAN_S + _SLACK_S)
         after = caught.attempt
         if published is not None:
@@ -111,7 +112,7 @@ def test_an_attempt_suspended_for_longer_than_its_lease_changes_nothing_when_it_
 ) -> None:
     (job,) = fleet.submit(make_model(large=True))
     caught = fleet.catch(job, Stage.QUANTIZING)
-    caught.worker.suspend()
+    fleet.suspend(caught.worker)
     if suspended == "worker":
         caught.runner.resume()  # it goes on until it misses its worker's pulse
     fleet.succeed([job])

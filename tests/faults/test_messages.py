@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import kombu.pools
@@ -34,18 +32,6 @@ LIST = f"{CPU}\x06\x16{redis_priority(0)}"
 _BRPOP_S = 1.5
 
 
-@contextmanager
-def suspended(*processes: psutil.Process) -> Iterator[None]:
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            if process.is_running():
-                process.resume()
-
-
 def idle(fleet: Fleet) -> list[psutil.Process]:
     return [fleet.celery("w1"), fleet.celery("w2")]
 
@@ -55,7 +41,7 @@ def test_a_job_whose_message_died_with_an_idle_worker_runs(
 ) -> None:
     workers = idle(fleet)
     broker = Broker(fleet.settings)
-    with suspended(psutil.Process(fleet.running["scheduler"].pid)):
+    with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):
         (job,) = fleet.submit(make_model(), send=False)
         for _ in range(10):
             if _is_swallowed(fleet, redis_server, broker, workers):
@@ -73,8 +59,7 @@ def test_a_job_whose_message_died_with_an_idle_worker_runs(
 def _is_swallowed(fleet: Fleet, redis_server: Redis, broker: Broker, workers: list[psutil.Process]) -> bool:
     """Suspend idle workers and send: whether Redis gave the message to one of them. If not, all is as it was."""
     broker.ping()
-    for worker in workers:
-        worker.suspend()
+    fleet.suspend(*workers)
     assert top_up(fleet.database, broker, fleet.settings) == 1
     with fleet.database.read() as session:
         sent = window.standing(session)
@@ -94,9 +79,9 @@ def test_a_message_delivered_twice_at_once_is_claimed_by_one_worker(
     fleet: Fleet, redis_server: Redis, make_model: MakeModel
 ) -> None:
     broker = Broker(fleet.settings)
-    with suspended(psutil.Process(fleet.running["scheduler"].pid)):
+    with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):
         (job,) = fleet.submit(make_model(), send=False)
-        with suspended(*idle(fleet)), redis_server.client() as client:
+        with fleet.suspended(*idle(fleet)), redis_server.client() as client:
             time.sleep(_BRPOP_S)
             assert top_up(fleet.database, broker, fleet.settings) == 1
             (dispatch_id,) = broker.standing([CPU])
@@ -155,10 +140,17 @@ def test_whatever_happens_to_redis_running_jobs_go_on_and_waiting_ones_follow(
     fleet.wait_for(lambda: sum(job.state == "running" for job in fleet.jobs(jobs)) == 2, "two running jobs")
     vanished = _vanished(fleet)
     _befall(fault, redis_server, wire)
-    later = fleet.submit(*[make_model() for _ in range(3)], send=False)
-    fleet.wait_for(lambda: _consumers(fleet, later) == 2, "job for each worker", timeout_s=60.0)
+    later: list[int] = []
+
+    def both_consume() -> bool:
+        # One may be back long before the other, and must not have done everything by then.
+        if all(job.state == "succeeded" for job in fleet.jobs(later)):
+            later.extend(fleet.submit(*[make_model() for _ in range(3)], send=False))
+        return _consumers(fleet, later) == 2
+
+    fleet.wait_for(both_consume, "job for each worker", timeout_s=60.0)
     fleet.succeed(jobs + later)
-    assert [fleet.outcomes(job) for job in jobs + later] == [["succeeded"]] * 6
+    assert [fleet.outcomes(job) for job in jobs + later] == [["succeeded"]] * len(jobs + later)
     assert workers == idle(fleet), "without a restart"
     if fault == "killed, with AOF":
         assert _vanished(fleet) == vanished
@@ -175,7 +167,7 @@ def _befall(fault: str, redis_server: Redis, wire: Wire) -> None:
             client.flushall()
     elif fault == "cut off":
         wire.cut()
-        time.sleep(12.0)
+        time.sleep(60.0)
         wire.mend()
         kombu.pools.reset()  # what this process had open is as dead
     else:
@@ -213,7 +205,7 @@ def test_a_submit_killed_between_its_rows_and_its_messages_leaves_a_batch_that_r
     listed = tmp_path / "models.txt"
     listed.write_text(f"{make_model()}\n")
     before = _last_batch(fleet)
-    with suspended(psutil.Process(redis_server.pid)), (tmp_path / "submit.log").open("wb") as log:
+    with fleet.suspended(psutil.Process(redis_server.pid)), (tmp_path / "submit.log").open("wb") as log:
         # Its first word to Redis waits for an answer.
         submit = subprocess.Popen(
             [*fleet.program, "submit", "--models", str(listed), "--bits", "4", "--no-baseline"],
@@ -230,7 +222,7 @@ def test_a_submit_killed_between_its_rows_and_its_messages_leaves_a_batch_that_r
 def test_a_scheduler_killed_between_its_marks_and_its_messages_leaves_jobs_that_run(
     fleet: Fleet, redis_server: Redis, make_model: MakeModel
 ) -> None:
-    with suspended(psutil.Process(redis_server.pid)):
+    with fleet.suspended(psutil.Process(redis_server.pid)):
         (job,) = fleet.submit(make_model(), send=False)
         fleet.wait_for(lambda: fleet.job(job).dispatch_id is not None, "mark")
         fleet.kill_host("scheduler")
