@@ -12,16 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from models_db.domain import Stage
+from models_db.jobs import cancel
+from models_db.tables import Job
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import Fleet
 
 # A GPU's driver that fails every call would fail bitsandbytes' import, which initialises CUDA, in these words.
 _SICK = "raise RuntimeError('CUDA error: unspecified launch failure')\n"
 _HEADER_BYTES = 100 * 2**20
+# 5 s, and what a busy machine may add.
+_FREE_S = 5.0 + 10.0
 
 
 def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, make_model: MakeModel) -> None:
@@ -48,7 +53,7 @@ def test_a_device_that_fails_every_job_is_quarantined_after_two_and_the_jobs_run
     (tmp_path / "bitsandbytes" / "__init__.py").write_text(_SICK)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     fleet.start("w3", "worker", "--cpu", PYTHONPATH=path)
-    fleet.wait_for_live(3)
+    fleet.wait_for_workers(3)
     sick = next(w for w in fleet.qbatch.json("workers") if w["pid"] == fleet.celery("w3").pid)["worker"]
     jobs = fleet.submit(*[make_model() for _ in range(6)])
     fleet.succeed(jobs)
@@ -91,7 +96,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_jobs_back_or_finishes_them(
     assert fleet.outcomes(job) == ["handed_back", "succeeded"]
     assert fleet.job(job).failures == 0
     fleet.start(name, "worker", "--cpu", "--drain")
-    fleet.wait_for_live(2)
+    fleet.wait_for_workers(2)
     jobs = fleet.submit(make_model(large=True), make_model(large=True))
     fleet.wait_for_state(jobs, "running")
     assert fleet.stop(name) == 0
@@ -105,12 +110,32 @@ def _name_of_worker(fleet: Fleet, job: int) -> str:
     return next(name for name in ("w1", "w2") if fleet.celery(name) == worker)
 
 
+@pytest.mark.parametrize(("end", "outcomes"), [("cancelled", ["cancelled"]), ("failed", ["timeout", "timeout"])])
+def test_a_job_that_is_ended_takes_its_runner_with_it_and_its_mate_goes_back_uncharged(
+    fleet: Fleet, make_model: MakeModel, end: str, outcomes: list[str]
+) -> None:
+    with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):
+        ended, mate = fleet.submit(make_model(large=True), baseline=True, send=False)
+        if end == "failed":
+            with fleet.database.write() as session:
+                session.get_one(Job, ended).time_limit_s = 0.5
+    runner = fleet.wait_for_runner(ended).runner
+    if end == "cancelled":
+        with fleet.database.write() as session:
+            assert cancel(session, job_ids=[ended]) == [ended]
+        _, alive = psutil.wait_procs([runner], timeout=_FREE_S)
+        assert alive == [], "what it held is not free"
+    fleet.wait_for_state([ended], end)
+    fleet.succeed([mate])
+    assert fleet.outcomes(ended) == outcomes
+    assert fleet.outcomes(mate) == ["handed_back", "succeeded"]
+    assert fleet.job(mate).failures == 0
+
+
 def test_a_job_cancelled_while_it_waits_never_runs(fleet: Fleet, make_model: MakeModel) -> None:
-    scheduler = psutil.Process(fleet.running["scheduler"].pid)
-    scheduler.suspend()
-    waiting, next_ = fleet.submit(make_model(), send=False) + fleet.submit(make_model(), send=False)
-    fleet.qbatch("cancel", f"j{waiting}")
-    scheduler.resume()
+    with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):
+        waiting, next_ = fleet.submit(make_model(), send=False) + fleet.submit(make_model(), send=False)
+        fleet.qbatch("cancel", f"j{waiting}")
     fleet.succeed([next_])
     assert fleet.job(waiting).state == "cancelled"
     assert fleet.outcomes(waiting) == []
