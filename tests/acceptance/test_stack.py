@@ -26,7 +26,8 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     assert all(job["failures"] == 0 for job in qbatch.json("jobs")), "an interruption is nobody's fault"
     up = qbatch.start("up", "--cpu")
     try:
-        (redis_server,) = until_some(lambda: _named(qbatch, "redis-server"))
+        qbatch.wait_for_worker()  # who loses its Redis before that does not start
+        (redis_server,) = _named(qbatch, "redis-server")
         redis_server.kill()
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
@@ -50,11 +51,6 @@ def test_a_stack_whose_head_is_killed_leaves_no_process(
         up.wait()
     await_end_of(qbatch.home)
     assert set(_states(qbatch)) <= {"queued", "succeeded"}, "the workers handed back what they held"
-
-
-def until_some(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    until(lambda: bool(find()), "process")
-    return find()
 
 
 def _states(qbatch: Qbatch) -> list[str]:

@@ -40,7 +40,7 @@ _TEXT = "It was a quiet evening, and nobody had come. " * 8
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 _START_S = 180.0
 _STOP_S = 90.0
-_END_S = 20.0
+_END_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,7 @@ class SmallStorage:
                 env=qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         until((qbatch.home / "qbatch.db").exists, "database")
+        qbatch.wait_for_worker()  # the database has its tables by then
         self.fleet = Fleet(qbatch, Database(f"sqlite:///{qbatch.home / 'qbatch.db'}"))
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from scheduler.local import redis_server_path
 from scheduler.queues import queue_of, queues_of
 from scheduler.reconcile import give_up_too_large, resend_vanished
 from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states
+from tests.waiting import until
 
 CPU = queue_of(DeviceKind.CPU)
 
@@ -43,10 +43,7 @@ class RedisServer:
     def start(self) -> None:
         argv = [redis_server_path(), "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir"]
         self._process = subprocess.Popen([*argv, str(self._folder)], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while not self._answers():
-            assert time.monotonic() < deadline, "redis-server did not start"
-            time.sleep(0.02)
+        until(self._answers, "Redis")
 
     def _answers(self) -> bool:
         try:
@@ -61,7 +58,7 @@ class RedisServer:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
 
