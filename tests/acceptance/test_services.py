@@ -162,6 +162,10 @@ def _states(services: Qbatch) -> set[str]:
     return {job["state"] for job in services.json("jobs")}
 
 
+def _stages(services: Qbatch) -> set[str | None]:
+    return {job["stage"] for job in services.json("jobs")}
+
+
 def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
     services: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
@@ -174,7 +178,8 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
         services.wait_for_worker()
         (before,) = services.json("workers")
         services("submit", "--models", listed, "--bits", "4,8", "--force")
-        until(lambda: _states(services) & {"running"}, "running job")
+        # A job is running, and fetching, before its runner is there.
+        until(lambda: _stages(services) - {None, "fetching"}, "work")
         for runner in _runners(services):
             runner.kill()
         services("wait", "b1", "--timeout", "2m")
