@@ -21,14 +21,16 @@ from models_db.errors import DatabaseUnreachable, UsageError
 SCHEMA_HEAD = "0002"
 # PostgreSQL's word for a write where none is allowed.
 _READ_ONLY = "25006"
-# How long a writer may be silent within its transaction.
-_FROZEN_S = 60
 
 
 class Database:
-    """One database. Cheap to make; connects at first use."""
+    """One database. Cheap to make; connects at first use.
 
-    def __init__(self, url: str) -> None:
+    Who writes and is silent within a transaction for ``frozen_s`` is ended by PostgreSQL; None: only by its network's
+    keepalive, hours later.
+    """
+
+    def __init__(self, url: str, *, frozen_s: float | None = None) -> None:
         """Raises UsageError where the URL is not one that qbatch speaks."""
         try:
             parsed = make_url(url)
@@ -43,7 +45,7 @@ class Database:
         self.place = _shown(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
         try:
-            self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+            self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed, frozen_s)
         except (ArgumentError, ImportError) as error:
             raise UsageError(f"QBATCH_DATABASE_URL wants {parsed.drivername}, which is not installed") from error
         self._reader = self._engine.execution_options(qbatch_read=True)
@@ -136,7 +138,7 @@ def _sqlite_engine(url: Any) -> Engine:
     return engine
 
 
-def _postgresql_engine(url: Any) -> Engine:
+def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
     # A server that is cut off without a word must not hold a supervisor past its lease: 15 s, then it is unreachable.
     alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
     engine = create_engine(
@@ -145,9 +147,8 @@ def _postgresql_engine(url: Any) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
-        # A worker or scheduler that is frozen, or whose host is gone, must not keep for hours what it had locked.
-        if not connection.get_execution_options().get("qbatch_read", False):
-            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{_FROZEN_S}s'")
+        if frozen_s is not None and not connection.get_execution_options().get("qbatch_read", False):
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {round(frozen_s * 1000)}")
 
     @event.listens_for(engine, "handle_error")
     def _on_error(context: ExceptionContext) -> None:

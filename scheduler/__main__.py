@@ -25,7 +25,8 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         settings = Settings.from_env(os.environ)
-        database = Database(settings.sqlalchemy_url)
+        # Frozen, or with its host gone, it must not keep the lead locked.
+        database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         wait_for_schema(database, stop)
         Scheduler(database, Broker(settings), settings).run(stop)
     except QbatchError as error:

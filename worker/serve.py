@@ -149,7 +149,8 @@ class Worker:
         self._settings = settings
         self._info = describe(uuid)
         self._drain = drain
-        self._database = Database(settings.sqlalchemy_url)
+        # Frozen, or with its host gone, it must not keep locked what others are to take up.
+        self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         self._recorder = Recorder(self._database, settings)
         self._stopping = threading.Event()
         self._ended = threading.Event()

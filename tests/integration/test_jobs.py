@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-import models_db.session
 from models_db import jobs, listing, results, window, workers
 from models_db.batches import NewJob, add_text, text_content
 from models_db.clock import db_now
@@ -286,26 +285,26 @@ def test_whatever_locks_jobs_at_once_none_is_ended_as_a_deadlock(postgresql_data
 
 
 def test_what_a_frozen_writer_locked_is_free_again_after_a_while(
-    postgresql_database: Database, monkeypatch: pytest.MonkeyPatch
+    postgresql_database: Database, postgresql_url: str
 ) -> None:
     """As a host leaves it that loses its power within a transaction: PostgreSQL hears no more of it."""
     database = postgresql_database
     _, ids = a_batch(database)
     tokens = claim(database, ids, a_worker(database), lease_s=-3600.0)
+    worker = Database(postgresql_url, frozen_s=3.0)
 
     def expire() -> list[int]:
         with database.write() as session:
             return jobs.expire(session, **POLICY)
 
     def lock_and_freeze() -> None:
-        with database.write() as frozen:
-            with monkeypatch.context() as sooner:
-                sooner.setattr(models_db.session, "_FROZEN_S", 3)
-                jobs.heartbeat(frozen, tokens, -3600.0)
+        with worker.write() as frozen:
+            jobs.heartbeat(frozen, tokens, -3600.0)
             until(lambda: expire() == ids, "end of its locks", timeout_s=50.0)
 
     with pytest.raises(DatabaseUnreachable):
         lock_and_freeze()
+    worker.dispose()
     assert set(states(database).values()) == {JobState.QUEUED}
 
 
