@@ -171,11 +171,12 @@ def _check_checkpoints(account: Account, settings: Settings, rows: Sequence[Chec
 
 def _check_leftovers(account: Account, settings: Settings) -> None:
     """Nothing half done lies on the storage, and nothing waits to be recorded."""
-    for path in _leftovers(settings):
+    for path in leftovers(settings):
         account.problems.append(f"left behind: {path}")
 
 
-def _leftovers(settings: Settings) -> Iterator[Path]:
+def leftovers(settings: Settings) -> Iterator[Path]:
+    """Of attempts that were killed, until a worker's next sweep; of outcomes that wait to be recorded."""
     yield from settings.staging.glob("*")
     yield from (settings.storage / "base-logits").glob(".*")
     yield from settings.spool.glob("*")

@@ -31,7 +31,7 @@ from scheduler.grid import Grid
 from scheduler.submit import Submission, send_now, submit
 from tests import tiny
 from tests.acceptance.conftest import processes_of
-from tests.chaos.account import Account, account_of_end, account_of_work
+from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
 from tests.chaos.faults import KINDS, Faults, Kind
 from tests.chaos.processes import kill
 
@@ -291,10 +291,11 @@ class Lane:
             time.sleep(min(0.1, max(until - time.monotonic(), 0.0)))
 
     def _settle(self) -> None:
-        """Hold fire until every job has ended and every worker is back."""
+        """Hold fire until every job has ended, every worker is back, and they have swept."""
         self._say(f"{self._outcome.kills} kills; {self._count(open_=True)} jobs are open; settling")
         self._wait(lambda: self._count(open_=True) == 0, self._plan.settle_s, "not every job ended")
         self._wait(lambda: self._live() >= self._plan.workers, _START_S, "not every worker came back")
+        self._wait(lambda: not any(leftovers(self._settings)), _START_S, "not everything was swept")
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float, otherwise: str) -> None:
         deadline = time.monotonic() + timeout_s
