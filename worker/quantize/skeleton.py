@@ -153,6 +153,6 @@ def _instance(cls: Any, config: Any) -> Any:
     try:
         return cls(config)
     except _CANNOT_BUILD as error:
-        if cls.is_custom_code():
+        if not cls.__module__.startswith("transformers."):
             raise
         raise Unsupported(f"transformers cannot build {cls.__name__} from config.json: {one_line(error)}") from error
