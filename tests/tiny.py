@@ -156,6 +156,30 @@ def make_fused_qkv(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Pa
     )
 
 
+def make_speech(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+    """A SpeechT5 in ``folder``, without a tokenizer: its ``generate`` is its own, not transformers' for all."""
+    fields = {
+        "hidden_size": 128,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 256,
+        "decoder_ffn_dim": 256,
+        "speech_decoder_prenet_units": 64,
+        "speech_decoder_postnet_units": 64,
+    }
+    return _make_model(
+        folder,
+        "SpeechT5ForTextToSpeech",
+        fields,
+        dtype=dtype,
+        seed=seed,
+        max_shard_size="50GB",
+        overrides={},
+    )
+
+
 def make_llama4(folder: Path, *, experts: bool = True, dtype: str = "float32", seed: int = 0) -> Path:
     """A Llama 4 for text in ``folder``, without a tokenizer; of its two layers the second has ``experts``."""
     fields = _GROUPED | {"head_dim": 32, "intermediate_size_mlp": 256, "num_local_experts": 2}

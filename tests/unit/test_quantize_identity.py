@@ -21,6 +21,7 @@ from tests.tiny import (
     make_encoder,
     make_overwritten,
     make_seq2seq,
+    make_speech,
 )
 from worker.quantize import Target, Written, write_checkpoints
 
@@ -39,6 +40,7 @@ MAKERS: dict[str, Callable[[Path, str], Path]] = {
     "bert": lambda folder, dtype: make_encoder(folder, dtype=dtype),
     "bert-masked-lm": lambda folder, dtype: make_encoder(folder, "masked-lm", dtype=dtype),
     "bert-classification": lambda folder, dtype: make_encoder(folder, "classification", dtype=dtype),
+    "speecht5": lambda folder, dtype: make_speech(folder, dtype=dtype),
 }
 
 

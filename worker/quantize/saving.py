@@ -165,7 +165,10 @@ def save_configs(loaded: Loaded, source: Path) -> None:
 
 
 def read_generation_config(model: Any, source: Path) -> None:
-    """Give a model the generation config that ``from_pretrained(source)`` would."""
+    """Give a model the generation config that ``from_pretrained(source)`` would: none to one that generates in a way of
+    its own, such as SpeechT5."""
+    if not hasattr(model, "adjust_generation_fn"):
+        return
     model.adjust_generation_fn(
         None,
         False,
