@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,25 @@ def test_one_targets_failure_leaves_the_other_alone(source: Path, tmp_path: Path
     assert type(refused.error) is StorageError
     assert isinstance(written, Written)
     assert len(load_file(tmp_path / "good" / "model.safetensors")) > 20
+
+
+def test_a_target_that_cannot_open_all_of_its_files_keeps_none_open(source: Path, tmp_path: Path) -> None:
+    """What is deleted while it is open still takes its room, perhaps on the very storage that is full."""
+    scheme = replace(NF4, max_shard_bytes=100_000)
+    for name in ("whole", "taken"):
+        (tmp_path / name).mkdir()
+    (written,) = write(source, tmp_path / "whole", scheme)
+    last = max(written.target.folder.glob("*.safetensors")).name
+    taken = tmp_path / "taken"
+    (taken / last).touch()
+    (refused,) = write_checkpoints(
+        source, [Target(scheme=scheme, folder=taken)], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None
+    )
+    assert isinstance(refused, Refused)
+    assert type(refused.error) is StorageError
+    assert len(list(taken.iterdir())) > 2
+    links = Path("/proc/self/fd").iterdir()
+    assert not [link for link in links if link.is_symlink() and link.readlink().is_relative_to(taken)]
 
 
 def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: Path) -> None:

@@ -30,8 +30,12 @@ class OutputFile:
         self._hashes: list[str | None] = [None] * len(sizes)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(folder / layout.name, flags, 0o666)
-        reserve(self._descriptor, layout.size)
-        self.write(layout.head, 0)
+        try:
+            reserve(self._descriptor, layout.size)
+            self.write(layout.head, 0)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, data: bytes | memoryview, start: int) -> None:
         """Write ``data`` at byte ``start``, and hash what chunks that completes. Raises OSError."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from models_db.errors import JobError
 from worker.digest import FileDigest, digest_file
 from worker.quantize.audit import error_audit
 from worker.quantize.faults import as_job_error
-from worker.quantize.layout import lay_out
+from worker.quantize.layout import FileLayout, lay_out
 from worker.quantize.loading import Loaded, Weight
 from worker.quantize.output import OutputFile
 from worker.quantize.saving import Output, Shards
@@ -37,14 +38,23 @@ class Sink:
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
         self.size = sum(layout.size for layout in layouts)
         require_room(folder, self.size)
-        self._files = [OutputFile(folder, layout) for layout in layouts]
+        self._files: list[OutputFile] = []
+        try:
+            self._open(folder, layouts, shards.index)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, folder: Path, layouts: Sequence[FileLayout], index: str | None) -> None:
+        for layout in layouts:
+            self._files.append(OutputFile(folder, layout))
         self._places = {name: (file, start) for file in self._files for name, start in file.layout.starts.items()}
         self._parts = {
             (output.content.weight, output.content.key): output.name
             for output in self.outputs()
             if isinstance(output.content, QuantizedPart)
         }
-        self._write_small(shards.index)
+        self._write_small(index)
 
     def _write_small(self, index: str | None) -> None:
         for file in self._files:
