@@ -164,6 +164,11 @@ def test_a_part_of_a_model_that_is_quantized(source: Path, tmp_path: Path) -> No
     assert_all_refused(write(source, tmp_path, NF4), Unsupported, "already quantized", "gptq")
 
 
+def test_modules_that_transformers_would_replace_by_fused_ones(source: Path, tmp_path: Path) -> None:
+    edit_config(source, fusion_config={"patch_embeddings": True})
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "fusion_config")
+
+
 def test_a_key_that_a_model_built_whole_needs_is_named_before_it_is_built(tmp_path: Path) -> None:
     source = make_fused_qkv(tmp_path / "source", dtype="bfloat16")
     edit_tensors(source, lambda tensors: tensors.pop("encoder.layers.1.mlp.fc2.weight"))

@@ -28,11 +28,12 @@ def vet_source(source: Path) -> tuple[Header, ...]:
     """The vetted headers of an unquantized safetensors model.
 
     Raises SourceCorrupt, SourceNotFound, UnsafeSource (pickles alone), or Unsupported where the source is
-    quantized already or names weights of its own.
+    quantized already, names weights of its own or has modules replaced.
     """
     config = read_config(source)
     _refuse_quantized_config(config)
     refuse_other_weights(config)
+    _refuse_fusions(config)
     headers = read_headers(source)
     _refuse_quantized_tensors(headers)
     _refuse_duplicates(headers)
@@ -43,6 +44,12 @@ def refuse_other_weights(config: Mapping[str, Any]) -> None:
     """Raise Unsupported where transformers would load other files than those that were vetted, a pickle among them."""
     if config.get("transformers_weights") is not None:
         raise Unsupported("config.json points at weight files of its own (transformers_weights)")
+
+
+def _refuse_fusions(config: Mapping[str, Any]) -> None:
+    """transformers replaces the modules that it names by others, with converted weights, in the whole process."""
+    if config.get("fusion_config"):
+        raise Unsupported("config.json has modules replaced by fused ones (fusion_config)")
 
 
 def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
