@@ -146,6 +146,16 @@ def test_weights_that_end_inside_a_block(tmp_path: Path) -> None:
     assert_identical(source, tmp_path, DType.BFLOAT16)
 
 
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -1], ids=["cpu", "gpu", "negative"])
+def test_every_kind_of_nan(bits: int, tmp_path: Path) -> None:
+    """A GPU's NaN has other bits than a CPU's, and they get into the scales."""
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int16)[3, 5:9] = bits
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_identical(source, tmp_path, DType.BFLOAT16)
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
 def test_every_storage_dtype(storage: str, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")

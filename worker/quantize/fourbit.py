@@ -31,11 +31,13 @@ def quantize_4bit(values: torch.Tensor, quant_type: str, storage: torch.dtype) -
     """Packed codes [bytes / itemsize, 1] of ``storage``, and absmax (float32) of each 64 of ``values`` [n]."""
     fits = values.device.type == "cpu" and len(values) and len(values) % BLOCK == 0
     table = _trusted_table(quant_type) if fits else None
-    if table is None:
-        packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, quant_type, storage)
-        return packed, absmax
-    packed, absmax = _quantize(values, table)
-    return packed.view(storage).unsqueeze(1), absmax
+    if table is not None:
+        packed, absmax = _quantize(values, table)
+        # Of a NaN the library keeps the bits.
+        if not absmax.isnan().any():
+            return packed.view(storage).unsqueeze(1), absmax
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(values, BLOCK, quant_type, storage)
+    return packed, absmax
 
 
 def _quantize(values: torch.Tensor, table: _Table) -> tuple[torch.Tensor, torch.Tensor]:

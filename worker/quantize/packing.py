@@ -142,7 +142,9 @@ def block_maxima(values: torch.Tensor, packing: Packing) -> torch.Tensor:
     """float32 [blocks]: exactly what ``quantize_4bit`` gives as absmax, cheaper where that is possible."""
     flat = values.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() % BLOCK == 0:
-        return flat.view(-1, BLOCK).abs().amax(dim=1).float()
+        maxima = flat.view(-1, BLOCK).abs().amax(dim=1)
+        if not maxima.isnan().any():
+            return maxima.float()
     absmax: torch.Tensor
     _, absmax = torch.ops.bitsandbytes.quantize_4bit.default(flat, BLOCK, packing.quant_type, packing.storage)
     return absmax
