@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from models_db.domain import BASELINE, DType, Scheme
 from models_db.errors import BenchmarkError, StorageError
 from tests import tiny
-from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, quantized
+from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
 from worker.benchmark import benchmark
 from worker.benchmark.divergence import clustered_error, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
@@ -160,6 +161,56 @@ def test_encoders_are_compared_each_in_its_own_way(tmp_path: Path, head: str | N
         assert 0 < figures["kl_mean"] < 0.01
         assert 0 < figures["top1_agreement"] <= 1
     assert ("ln_ppl_ratio" in figures) == (head == "masked-lm")
+
+
+def bert(folder: Path, class_name: str, **config: object) -> Path:
+    tiny.make_tokenizer(folder, prefix_bos=True, suffix_eos=True)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = transformers.BertConfig(vocab_size=tiny.VOCAB_SIZE, pad_token_id=tiny.PAD, **shape, **config)
+    getattr(transformers, class_name)(fields).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "head", ["QuestionAnswering", "NextSentencePrediction", "MultipleChoice", "TokenClassification"]
+)
+def test_under_any_head_it_is_the_body_s_states_that_are_compared(tmp_path: Path, head: str) -> None:
+    source = bert(tmp_path / "bert", f"BertFor{head}")
+    model, reference = quantized_and_reference(source, NF4)
+    stored = load_file(reference.folder / "0000.safetensors")["base"]
+    body = loaded_on_cpu(source).model.bert
+    ids = torch.tensor([probes_of(model, QUICK, TEXT)[0].ids])
+    assert torch.equal(stored, body(ids).last_hidden_state[0].float().mean(0))
+    assert 0.9 < compare(model, reference, QUICK, TEXT)["rank_correlation"] < 1
+    assert measured(source, protocol=replace(QUICK, batch_size=2)).forward_s_p50 is not None
+
+
+def test_a_single_number_is_no_distribution_to_compare(tmp_path: Path) -> None:
+    """A reranker's score: its softmax is 1 for every model, and a KL of 0 would call any of them perfect."""
+    model, reference = quantized_and_reference(
+        bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=1), NF4
+    )
+    with pytest.raises(BenchmarkError, match="a single number"):
+        compare(model, reference, QUICK, TEXT)
+
+
+def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other figures of the row stand."""
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    monkeypatch.setattr("worker.benchmark.reference.divergence", lambda *_: [][0])
+    found = benchmark(
+        base,
+        folder=tmp_path / "llama",
+        scheme=BASELINE.resolved(DType.BFLOAT16),
+        dtype=DType.BFLOAT16,
+        protocol=QUICK,
+        eval_text=TEXT,
+        on_step=lambda _step: None,
+        reference=reference,
+    )
+    assert found.details["quality"] == {"reason": "cannot compare with the base: IndexError: list index out of range"}
+    assert found.perplexity is not None
 
 
 @pytest.mark.parametrize("arch", tiny.SEQ2SEQ_ARCHS)

@@ -233,7 +233,8 @@ def finite(value: Any) -> Any:
 def _compare(loaded: Loaded, reference: Reference, protocol: Protocol, text: str) -> dict[str, Any]:
     """What cannot be compared leaves its reason, and the other figures stand."""
     try:
-        return compare(loaded, reference, protocol, text)
+        with translated(BenchmarkError, "cannot compare with the base"):
+            return compare(loaded, reference, protocol, text)
     except BenchmarkError as error:
         return {"reason": str(error)}
 

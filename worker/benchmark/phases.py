@@ -73,4 +73,7 @@ def _forward(loaded: Loaded, protocol: Protocol, eval_text: str, options: Mappin
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if loaded.model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
+    if type(loaded.model).__name__.endswith("ForMultipleChoice"):
+        # [batch, choices, length]
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
     return {"forward": time_forward(loaded.model, inputs, protocol=protocol, **options)}, ids, 0

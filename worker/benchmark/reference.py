@@ -31,8 +31,8 @@ from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
 from worker.benchmark.probes import Probe, probes_hash, probes_of
-from worker.benchmark.replay import head_sha256, hidden_and_logits, logits_of, replayed
-from worker.benchmark.similarity import compare_embeddings, embedding
+from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits, logits_of, replayed
+from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
 from worker.load import Loaded, translated
 
@@ -174,19 +174,17 @@ def _compare_logits(loaded: Loaded, reference: Reference, probes: list[Probe]) -
     for number, probe in enumerate(probes):
         stored = _read(reference, number).to(loaded.device)
         base = replayed(loaded.model, stored, probe) if reference.form == "hidden" else stored
+        if base.shape[-1] == 1:
+            # The softmax of a single number is 1 whatever the number: the two would always agree.
+            raise BenchmarkError("the model says a single number, which is no distribution to compare")
         found.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
     return summarize_divergence(found)
 
 
 def _compare_embeddings(loaded: Loaded, reference: Reference, probes: list[Probe]) -> dict[str, Any]:
     base = torch.stack([_read(reference, number) for number in range(len(probes))])
-    other = torch.stack([_embedding(loaded, probe) for probe in probes])
+    other = torch.stack([embedding_of(loaded.model, probe, loaded.device) for probe in probes])
     return compare_embeddings(base, other)
-
-
-@torch.inference_mode()
-def _embedding(loaded: Loaded, probe: Probe) -> torch.Tensor:
-    return embedding(loaded.model(**probe.inputs(loaded.model, loaded.device))[0]).cpu()
 
 
 def _read(reference: Reference, number: int) -> torch.Tensor:
@@ -238,7 +236,8 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
 def _write_probes(loaded: Loaded, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
     """(form, number of probes written). Logits replace hidden states from the start where one does not replay."""
     if loaded.task is Task.ENCODER:
-        return "embedding", _write_all((_embedding(loaded, probe) for probe in probes), staging, max_bytes)
+        embeddings = (embedding_of(loaded.model, probe, loaded.device) for probe in probes)
+        return "embedding", _write_all(embeddings, staging, max_bytes)
     hidden = (hidden_and_logits(loaded.model, probe, loaded.device)[0] for probe in probes)
     try:
         return "hidden", _write_all(hidden, staging, max_bytes)

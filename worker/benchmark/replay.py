@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from models_db.errors import BenchmarkError
 from worker.benchmark.probes import Probe
+from worker.benchmark.similarity import embedding
 
 
 def head_of(model: Any) -> torch.nn.Module | None:
@@ -32,6 +34,18 @@ def head_sha256(model: Any) -> str | None:
 def logits_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
     """Logits [rows, vocabulary] (labels, for a classifier) at the rows that ``probe`` compares."""
     return chosen(_forward(model, probe, device), probe)
+
+
+@torch.inference_mode()
+def embedding_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
+    """The mean state of ``probe``'s tokens, of the body alone: a head for answers or choices has none for each token.
+
+    Raises BenchmarkError where the body has none either.
+    """
+    states = model.base_model(**probe.inputs(model, device))[0]
+    if states.dim() != 3:
+        raise BenchmarkError(f"{type(model).__name__} has no state for each token")
+    return embedding(states).cpu()
 
 
 @torch.inference_mode()
