@@ -45,7 +45,7 @@ class _Part:
 def results_table(rows: Sequence[Row]) -> str:
     """``models_db.results.find_results``'s rows as a table that fits the terminal, with footnotes and a legend.
 
-    Rows are grouped by batch and model in the order given, a group's baseline first; where a model was measured by
+    Rows are grouped by batch and model in the order given, a group's baseline first; where rows were measured by
     several protocols or on several devices, each has its own heading. A ratio stands only beside a figure that was
     measured under its baseline's protocol, and for speed and memory on its device.
     """
@@ -70,26 +70,30 @@ def _parts(rows: Sequence[Row]) -> Iterable[_Part]:
     for row in rows:
         models.setdefault((row["batch_id"], row["model"], row["revision"]), []).append(row)
     several = len({row["batch_id"] for row in rows}) > 1
+    comparable = len(_measured(rows)) < 2
     for members in models.values():
-        yield from _parts_of_model(members, ["", _heading(members, several)])
+        yield from _parts_of_model(members, ["", _heading(members, several)], comparable)
 
 
-def _parts_of_model(members: Sequence[Row], heading: Sequence[str]) -> Iterable[_Part]:
-    """One part, unless figures that are not comparable would stand side by side."""
-    measured: dict[tuple[Any, ...], list[Row]] = {}
-    for row in members:
+def _measured(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Those with figures, by what these belong to."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
         if row["state"] == JobState.SUCCEEDED:
-            measured.setdefault((row["protocol_hash"], row["device_name"]), []).append(row)
-    if len(measured) < 2:
-        yield _Part(heading=heading, rows=_baseline_first(members))
-        return
+            found.setdefault((row["protocol_hash"], row["device_name"]), []).append(row)
+    return found
+
+
+def _parts_of_model(members: Sequence[Row], heading: Sequence[str], comparable: bool) -> Iterable[_Part]:
+    """One part, unless the table has figures that are not ``comparable``: then each protocol and device is named."""
+    measured = {} if comparable else _measured(members)
     for group in measured.values():
         ours = f"{GAP}{show_protocol(group[0])}, on {group[0]['device_name']}"
         yield _Part(heading=[*heading, printable(ours)], rows=_baseline_first(group))
         heading = []
-    others = [row for row in members if row["state"] != JobState.SUCCEEDED]
+    others = [row for row in members if not measured or row["state"] != JobState.SUCCEEDED]
     if others:
-        yield _Part(heading=[f"{GAP}not measured"], rows=_baseline_first(others))
+        yield _Part(heading=[f"{GAP}not measured"] if measured else heading, rows=_baseline_first(others))
 
 
 def _baseline_first(rows: Sequence[Row]) -> list[Row]:

@@ -340,6 +340,14 @@ def test_rows_of_other_protocols_and_devices_stand_under_headings_of_their_own()
     assert "prompt 256" not in results_table([BASELINE, QUANTIZED])
 
 
+@pytest.mark.parametrize("other", [{"batch_id": "b2"}, {"model": "/models/other"}], ids=["batch", "model"])
+def test_the_protocol_is_said_where_any_other_row_of_the_table_has_another(other: dict[str, Any]) -> None:
+    longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
+    table = results_table([BASELINE, QUANTIZED, result(3, **other, **longer)])
+    assert [line.split(", ")[1] for line in table.splitlines() if "batch 1" in line] == ["prompt 256", "prompt 512"]
+    assert "batch 1" not in results_table([BASELINE, QUANTIZED, result(3, **other)])
+
+
 def test_an_encoder_shows_how_well_its_similarities_hold() -> None:
     rows = [result(1), result(2, "bnb-nf4", details={"quality": {"rank_correlation": 0.9871}})]
     table = results_table(rows)
