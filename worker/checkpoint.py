@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models_db.domain import DType, Scheme
@@ -25,8 +25,8 @@ from worker.staging import storage_error
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
 CARD = "README.md"
 _MANIFEST_VERSION = 1
-_FIELDS = {"key", "root_sha256", "files", "audit", "quantize_s"}
-_FILE_FIELDS = {"name", "size", "chunk_sha256"}
+_FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
+_FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
 # What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
 _SIDECARS = (*SIDECARS, *DOCUMENTS)
@@ -170,13 +170,24 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if _is_manifest(manifest) else None
 
 
-def _is_manifest(value: object) -> bool:
+def _is_manifest(value: Any) -> bool:
     return (
-        isinstance(value, dict)
-        and value.keys() >= _FIELDS
-        and isinstance(value["files"], list)
-        and all(isinstance(entry, dict) and entry.keys() >= _FILE_FIELDS for entry in value["files"])
+        _has_fields(value, _FIELDS)
+        and all(_has_fields(entry, _FILE_FIELDS) for entry in value["files"])
+        and all(_is_file_name(entry["name"]) for entry in value["files"])
     )
+
+
+def _has_fields(value: Any, fields: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(
+        name in value and isinstance(value[name], kind) for name, kind in fields.items()
+    )
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names one of the folder's own files: a manifest must not lead out of it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -229,6 +229,9 @@ def _edit_manifest(folder: Path, **fields: Any) -> None:
         lambda folder: _edit_manifest(folder, root_sha256="0" * 64),
         lambda folder: _edit_manifest(folder, files=None),
         lambda folder: _edit_manifest(folder, files=[{"name": "config.json"}]),
+        lambda folder: _edit_manifest(folder, files=[{"name": 5, "size": 1, "chunk_sha256": []}]),
+        lambda folder: _edit_manifest(folder, files=[{"name": "\0", "size": 1, "chunk_sha256": []}]),
+        lambda folder: _edit_manifest(folder, files=[{"name": "../x", "size": 1, "chunk_sha256": []}]),
     ],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_written_anew(storage: Path, source: Path, damage: Any) -> None:
