@@ -97,7 +97,9 @@ def memory_lines(row: Row) -> Lines:
 def quality_lines(row: Row) -> Lines:
     """Perplexity, and the comparison with the base: each figure ± its standard error, beside that of 16 bits alone."""
     if row["perplexity"] is not None:
-        yield "perplexity", f"{show_float(row['perplexity'])}{_scored(row)}"
+        error = dig(row, "details.perplexity.perplexity_se")
+        with_error = "" if error is None else f" ± {show_float(error, 2)}"
+        yield "perplexity", f"{show_float(row['perplexity'])}{with_error}{_scored(row)}"
     found: Mapping[str, Any] = dig(row, "details.quality") or {}
     if found.get("reason"):
         yield "not compared", found["reason"]

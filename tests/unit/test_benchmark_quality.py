@@ -22,12 +22,13 @@ from models_db.errors import BenchmarkError, StorageError
 from tests import tiny
 from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
 from worker.benchmark import benchmark
-from worker.benchmark.divergence import clustered_error, divergence, summarize_divergence
+from worker.benchmark.divergence import divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
 from worker.benchmark.measure import finite
 from worker.benchmark.probes import probes_of
 from worker.benchmark.reference import Reference, compare, open_reference, prepare_reference, reference_name
 from worker.benchmark.similarity import compare_embeddings
+from worker.benchmark.stats import clustered_error
 from worker.load import Loaded
 
 HEADS = [None, "masked-lm", "classification"]
@@ -46,21 +47,32 @@ def numpy_statistics(base: np.ndarray, other: np.ndarray, targets: np.ndarray, w
     places = np.arange(len(targets))
     ratio = p[places, targets] - q[places, targets]
     delta = np.exp(q[places, targets]) - np.exp(p[places, targets])
-    means = kl.reshape(windows, -1).mean(axis=1)
+    agrees = base.argmax(axis=1) == other.argmax(axis=1)
+    base_ppl, ppl = np.exp(-p[places, targets].mean()), np.exp(-q[places, targets].mean())
+    rms = np.sqrt((delta**2).mean())
+
+    def error(rows: np.ndarray) -> float:
+        """Equal clusters: the error of the mean of the windows' means."""
+        return float(rows.reshape(windows, -1).mean(axis=1).std(ddof=1) / math.sqrt(windows))
+
     return {
         "kl_mean": kl.mean(),
-        # Equal clusters: the error of the mean of the windows' means.
-        "kl_mean_se": means.std(ddof=1) / math.sqrt(windows),
+        "kl_mean_se": error(kl),
         "kl_median": np.median(kl),
         "kl_p90": np.percentile(kl, 90),
         "kl_p95": np.percentile(kl, 95),
         "kl_p99": np.percentile(kl, 99),
         "kl_max": kl.max(),
         "ln_ppl_ratio": ratio.mean(),
-        "base_perplexity": np.exp(-p[places, targets].mean()),
-        "perplexity": np.exp(-q[places, targets].mean()),
-        "top1_agreement": (base.argmax(axis=1) == other.argmax(axis=1)).mean(),
-        "rms_delta_p": np.sqrt((delta**2).mean()),
+        "ln_ppl_ratio_se": error(ratio),
+        "base_perplexity": base_ppl,
+        "base_perplexity_se": base_ppl * error(p[places, targets]),
+        "perplexity": ppl,
+        "perplexity_se": ppl * error(q[places, targets]),
+        "top1_agreement": agrees.mean(),
+        "top1_agreement_se": error(agrees),
+        "rms_delta_p": rms,
+        "rms_delta_p_se": error(delta**2) / (2 * rms),
     }
 
 
@@ -242,6 +254,8 @@ def test_a_benchmark_with_a_reference_holds_the_comparison_and_the_same_perplexi
     assert quality["kl_mean"] > 0
     assert quality["base_perplexity"] != quality["perplexity"]
     assert measurements[1].perplexity == pytest.approx(measurements[0].perplexity, rel=1e-6)
+    errors = [measurement.details["perplexity"]["perplexity_se"] for measurement in measurements]
+    assert errors == [pytest.approx(quality["perplexity_se"], rel=1e-4)] * 2
 
 
 def test_a_prepared_reference_is_adopted_and_never_written_twice(tmp_path: Path) -> None:
@@ -496,9 +510,35 @@ def test_a_token_impossible_to_the_base_adds_nothing() -> None:
 def test_rows_of_one_window_are_not_taken_for_independent() -> None:
     """Each value four times over in its own window: the error is that of four values, not of sixteen."""
     values = [1.0, 2.0, 4.0, 9.0]
-    clusters = [torch.full((4,), value, dtype=torch.float64) for value in values]
-    assert clustered_error(clusters) == pytest.approx(np.std(values, ddof=1) / 2)
-    assert clustered_error(clusters[:1]) is None
+    sums, counts = [4 * value for value in values], [4] * 4
+    assert clustered_error(sums, counts) == pytest.approx(np.std(values, ddof=1) / 2)
+    assert clustered_error(sums[:1], counts[:1]) is None
+
+
+def test_the_error_is_how_far_the_mean_of_windows_of_unequal_length_scatters() -> None:
+    generator = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(1000):
+        counts = generator.integers(1, 40, size=40)
+        sums = [float((generator.normal() + generator.normal(size=count)).sum()) for count in counts]
+        means.append(sum(sums) / counts.sum())
+        errors.append(clustered_error(sums, counts.tolist()))
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_a_percentile_s_error_is_that_of_a_bootstrap_over_windows() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(20 * 30, 50, generator=generator)
+    # Windows of their own difficulty: rows drawn one by one would scatter less.
+    noise = torch.linspace(0.1, 1.0, 20).repeat_interleave(30)[:, None]
+    other = base + noise * torch.randn(base.shape, generator=generator)
+    windows = [divergence(base[i : i + 30], other[i : i + 30]) for i in range(0, 600, 30)]
+    summary = summarize_divergence(windows)
+    kl, numpy_generator = torch.stack([window.kl for window in windows]).numpy(), np.random.default_rng(0)
+    drawn = kl[numpy_generator.integers(20, size=(4000, 20))].reshape(4000, -1)
+    for name, percent in (("median", 50), ("p90", 90), ("p95", 95), ("p99", 99)):
+        expected = np.percentile(drawn, percent, axis=1).std() * math.sqrt(20 / 19)
+        assert summary[f"kl_{name}_se"] == pytest.approx(expected, rel=0.2)
 
 
 def test_embeddings_are_centred_before_they_are_compared() -> None:

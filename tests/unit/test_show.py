@@ -61,7 +61,7 @@ DETAILS: dict[str, Any] = {
     },
     "flags": {"foreign_processes": False, "throttled": True},
     "memory": {"max_allocated": 6 * 2**30, "max_reserved": 7 * 2**30, "max_process_vram": None, "max_ram": 3 * 2**30},
-    "perplexity": {"tokens": 32_736, "windows": 32},
+    "perplexity": {"tokens": 32_736, "windows": 32, "perplexity_se": 0.0912},
     "quality": {
         "windows": 32,
         "rows": 32_736,
@@ -136,7 +136,7 @@ def said(job: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
         "3,595 tok/s",
         "per_token 1764 28.2 ms 2.00 ms 28.2 ms 28.2 ms 28.2 ms 28.2 ms",
         "allocated by torch 6.00 GiB reserved by torch 7.00 GiB host, resident 3.00 GiB",
-        "perplexity 7.100, of 32,736 tokens in 32 windows",
+        "perplexity 7.100 ± 0.091, of 32,736 tokens in 32 windows",
         "mean KL 3.1e-02 ± 7.0e-04 (16 bits alone: 1.2e-05)",
         "ln PPL ratio 4.0e-04 ± 1.9e-03, not distinguishable",
         "top-1 agreement 93.0 % ± 0.2 %",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from worker.benchmark.perplexity import exponential
+from worker.benchmark.stats import clustered_error
 
 # Rows turned to float64 at once: 8 rows of a 250,880-word vocabulary are 15 MiB, and a handful of such are alive.
 _ROWS_AT_ONCE = 8
@@ -84,36 +85,31 @@ def summarize_divergence(windows: Sequence[Divergence]) -> dict[str, Any]:
         return summary
     summary["window_nll"] = [float(window.nll.sum()) for window in windows]
     summary["window_tokens"] = [len(window.nll) for window in windows]
-    summary["base_perplexity"] = exponential(float(torch.cat([window.base_nll for window in windows]).mean()))
-    summary["perplexity"] = exponential(float(torch.cat([window.nll for window in windows]).mean()))
+    summary |= _perplexity_with_error("base_perplexity", [window.base_nll for window in windows])
+    summary |= _perplexity_with_error("perplexity", [window.nll for window in windows])
     summary |= _with_error("ln_ppl_ratio", [window.nll - window.base_nll for window in windows])
     return summary | _rms_with_error("rms_delta_p", [window.delta_p for window in windows])
 
 
 def _with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
-    return {name: float(torch.cat(list(clusters)).mean()), f"{name}_se": clustered_error(clusters)}
+    return {name: float(torch.cat(list(clusters)).mean()), f"{name}_se": _mean_error(clusters)}
+
+
+def _perplexity_with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """d(exp m) = exp m · dm carries the error of the mean over to its exponential."""
+    perplexity, error = exponential(float(torch.cat(list(clusters)).mean())), _mean_error(clusters)
+    return {name: perplexity, f"{name}_se": None if error is None else perplexity * error}
 
 
 def _rms_with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
     """d√m = dm / 2√m carries the error of the mean square over to its root."""
     squares = [rows.square() for rows in clusters]
-    rms, error = math.sqrt(float(torch.cat(squares).mean())), clustered_error(squares)
+    rms, error = math.sqrt(float(torch.cat(squares).mean())), _mean_error(squares)
     return {name: rms, f"{name}_se": error / (2 * rms) if error is not None and rms > 0 else error}
 
 
-def clustered_error(clusters: Sequence[torch.Tensor]) -> float | None:
-    """Standard error of the mean over all rows, where only the clusters are independent.
-
-    The linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran, Sampling Techniques,
-    ch. 9A): clusters may differ in size. None for a single cluster.
-    """
-    count = len(clusters)
-    if count < 2:
-        return None
-    rows = sum(len(cluster) for cluster in clusters)
-    mean = float(torch.cat(list(clusters)).mean())
-    scatter = math.fsum((float(cluster.sum()) - len(cluster) * mean) ** 2 for cluster in clusters)
-    return math.sqrt(count / (count - 1) * scatter) / rows
+def _mean_error(clusters: Sequence[torch.Tensor]) -> float | None:
+    return clustered_error([float(rows.sum()) for rows in clusters], [len(rows) for rows in clusters])
 
 
 def _quantile_error(clusters: Sequence[torch.Tensor], q: float) -> float | None:

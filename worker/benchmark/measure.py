@@ -242,6 +242,7 @@ def _compare(loaded: Loaded, reference: Reference, protocol: Protocol, text: str
 def _score_details(score: TextScore) -> dict[str, Any]:
     return {
         "mean_nll": score.mean_nll,
+        "perplexity_se": score.perplexity_se,
         "tokens": score.tokens,
         "windows": len(score.window_nll),
         "window_nll": list(score.window_nll),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models_db.domain import Protocol
+from worker.benchmark.stats import clustered_error
 from worker.benchmark.tokens import affixes, max_positions, text_ids
 from worker.load import Loaded
 
@@ -49,6 +50,12 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         return exponential(self.mean_nll)
+
+    @property
+    def perplexity_se(self) -> float | None:
+        """Its standard error, clustered by window; None for a single one."""
+        error = clustered_error(self.window_nll, self.window_tokens)
+        return None if error is None else self.perplexity * error
 
 
 def windows(
