@@ -342,7 +342,7 @@ def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path
     fifo = tmp_path / "config.json"
     os.mkfifo(fifo)  # whoever reads it waits for ever
     stuck = replace(REQUEST, folder=str(tmp_path))
-    with Captures(time_limit_s=60.0) as captures:
+    with Captures() as captures:
         captures.kernels_alone(replace(REQUEST, device="cpu"))
         threading.Thread(target=_kill_child_of, args=(captures.prepare().pid,)).start()
         assert "died without a word" in str(captures.kernels_alone(stuck)[0].reason)
