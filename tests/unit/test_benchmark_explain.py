@@ -395,6 +395,18 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     assert why["kernels_alone"] == {"step_s": None, "reason": "not captured"}
 
 
+def test_a_profiler_that_sees_no_kernels_gives_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is busy for none of a step would be called host-bound."""
+    blind = StepProfile(steps=8, device_busy_s=0.0, launches=1000, synchronizations=1)
+    monkeypatch.setattr("worker.benchmark.explain.profile_decode", lambda *_, **__: blind)
+    explanation = Explanation(replace(QUICK, why=True), lambda _step: None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
+    explanation.observe(replace(loaded_on_cpu(tiny.make_causal(tmp_path)), device="cuda:0"), shape)
+    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
+    assert (why["verdict"], why["profile"]) == (None, None)
+    assert why["reason"] == "the profiler saw nothing run on the GPU"
+
+
 def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any, **__: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

@@ -103,7 +103,11 @@ class Explanation:
 
 
 def _profile(loaded: Loaded, shape: Round) -> StepProfile:
-    return profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
+    profile = profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
+    if loaded.device.startswith("cuda") and not profile.device_busy_s:
+        # Where CUPTI is barred or somebody else's: such a step would be called host-bound.
+        raise BenchmarkError("the profiler saw nothing run on the GPU")
+    return profile
 
 
 @torch.inference_mode()
