@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models_db.errors import one_line
-from worker.quantize.trace import Traced
+from worker.quantize.trace import traced_tensors
 
 
 def why_overwritten(model: Any, info: Any) -> str | None:
@@ -20,7 +20,7 @@ def why_overwritten(model: Any, info: Any) -> str | None:
     so some models set the padding row of a loaded embedding to zero.
     """
     model.mark_tied_weights_as_initialized(info)
-    writes = _Writes({_storage(tensor): name for name, tensor in _loaded(model)})
+    writes = _Writes({_storage(tensor): name for name, tensor in traced_tensors(model)})
     try:
         # Without data nothing is drawn for parameters; a few models draw what they copy into them.
         with torch.random.fork_rng(devices=[]), writes:
@@ -28,11 +28,6 @@ def why_overwritten(model: Any, info: Any) -> str | None:
     except Exception as error:
         return f"whether transformers overwrites what it loaded cannot be seen without data: {one_line(error)}"
     return f"transformers overwrites values of {writes.hit[0]} after loading" if writes.hit else None
-
-
-def _loaded(model: Any) -> list[tuple[str, Traced]]:
-    named = (*model.named_parameters(), *model.named_buffers())
-    return [(name, tensor) for name, tensor in named if isinstance(tensor, Traced)]
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]

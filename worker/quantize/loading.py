@@ -16,7 +16,16 @@ from worker.quantize.packing import Packing
 from worker.quantize.reading import TORCH_DTYPES, SourceReader
 from worker.quantize.skeleton import Skeleton, build_skeleton
 from worker.quantize.target import Target
-from worker.quantize.trace import Call, FromSource, Origin, QuantizedPart, Traced, simplified, sources_of
+from worker.quantize.trace import (
+    Call,
+    FromSource,
+    Origin,
+    QuantizedPart,
+    Traced,
+    simplified,
+    sources_of,
+    traced_tensors,
+)
 
 
 class NotStreamable(Exception):
@@ -86,6 +95,7 @@ def load_traced(
     from transformers.modeling_utils import LoadStateDictConfig
 
     recorder = Recorder(skeleton, packing)
+    needed = {name: tensor.shape for name, tensor in _all_tensors(skeleton.model)}
     torch_dtype = getattr(torch, dtype.value)
     info, _ = convert_and_load_state_dict_in_model(
         model=skeleton.model,
@@ -99,7 +109,16 @@ def load_traced(
         ),
         disk_offload_index=None,
     )
+    # Before 5.23, transformers takes any shape where there is a quantizer.
+    for name, tensor in traced_tensors(skeleton.model):
+        if name not in recorder.origins and tensor.shape != needed[name]:
+            info.mismatched_keys.add((name, tensor.shape, needed[name]))
     return info, recorder
+
+
+def _all_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, a shared one under each of its names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _traced_source(reader: SourceReader) -> dict[str, Traced]:
@@ -215,9 +234,8 @@ def unused(reader: SourceReader, model: Any, recorder: Recorder) -> tuple[str, .
     transformers' own list of unexpected keys has other names where keys were renamed, and leaves some out by pattern.
     """
     used = {name for origin, _ in recorder.origins.values() for name in sources_of(origin)}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, Traced):
-            used |= sources_of(tensor.origin)
+    for _, tensor in traced_tensors(model):
+        used |= sources_of(tensor.origin)
     return tuple(tensor.name for tensor in reader.tensors() if tensor.name not in used)
 
 

@@ -75,6 +75,12 @@ class Traced(torch.Tensor):
         return result
 
 
+def traced_tensors(model: Any) -> list[tuple[str, Traced]]:
+    """The parameters and buffers of a model that are traced, each under one of its names."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor) for name, tensor in named if isinstance(tensor, Traced)]
+
+
 def _all_plain(args: tuple[Any, ...]) -> list[Any]:
     # Nearly all arguments are tensors and numbers: walking a tree for them is most of the time of tracing.
     return [
