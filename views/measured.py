@@ -108,7 +108,8 @@ def quality_lines(row: Row) -> Lines:
             yield title, _divergence(row, found, name)
     for name, title in _SIMILARITY.items():
         if found.get(name) is not None:
-            yield title, f"{found[name]:.4f}"
+            floor = dig(found, f"floor.{name}")
+            yield title, f"{found[name]:.4f}" + (f"  (16 bits alone: {floor:.4f})" if floor is not None else "")
     if counts := [f"{found[name]:,} {name}" for name in ("windows", "rows", "pieces") if found.get(name) is not None]:
         yield "over", ", ".join(counts) + f", against the base's {_AGAINST.get(str(found.get('against')), 'outputs')}"
 

@@ -35,6 +35,10 @@ def is_noise(key: str, row: Row, baseline: Row | None = None) -> bool:
         return _is_under(
             quality(row, "ln_ppl_ratio"), quality(row, "ln_ppl_ratio_se"), quality(row, "floor.ln_ppl_ratio")
         )
+    if key == "details.quality.rank_correlation":
+        correlation, floor = quality(row, "rank_correlation"), quality(row, "floor.rank_correlation")
+        # No error of it is known: only what 16 bits do by themselves can be told.
+        return correlation is not None and (correlation == 1 or (floor is not None and correlation >= floor))
     return key in _PHASES and baseline is not None and same_speed(key, row, baseline)
 
 

@@ -456,6 +456,20 @@ def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_an_encoder_s_floor_is_in_its_own_figures_and_four_bits_are_above_it(tmp_path: Path, head: str | None) -> None:
+    model, reference = quantized_and_reference(tiny.make_encoder(tmp_path / "bert", head), NF4)
+    figures, floor = compare(model, reference, QUICK, TEXT), reference.floor
+    assert floor is not None
+    if head is None:
+        assert floor["pieces"] == 16
+        assert figures["rank_correlation"] < floor["rank_correlation"] < 1
+        assert figures["cosine_mean"] < floor["cosine_mean"] < 1
+    else:
+        assert floor["windows"] == 16
+        assert 0 < floor["kl_mean"] < figures["kl_mean"]
+
+
 def test_a_float32_model_has_no_floor(tmp_path: Path) -> None:
     base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"), DType.FLOAT32)
     assert arithmetic_floor(base, probes_of(base, QUICK, TEXT)) is None

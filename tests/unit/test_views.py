@@ -353,6 +353,9 @@ def test_an_encoder_shows_how_well_its_similarities_hold() -> None:
     table = results_table(rows)
     assert "rank corr" in table.splitlines()[0]
     assert "0.9871" in line_of(table, "j2")
+    assert "≈" not in table
+    quality = {"rank_correlation": 0.9997, "floor": {"rank_correlation": 0.9995}}
+    assert "0.9997 ≈" in line_of(results_table([result(1), result(2, "bnb-nf4", details={"quality": quality})]), "j2")
 
 
 def test_schemes_that_differ_in_an_option_can_be_told_apart() -> None:

@@ -10,13 +10,16 @@ import psutil
 import torch
 
 from models_db.errors import CudaOom, HostOom
+from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.probes import Probe
-from worker.benchmark.replay import logits_of
+from worker.benchmark.replay import embedding_of, logits_of
+from worker.benchmark.similarity import compare_embeddings
 from worker.device_faults import device_fault
 from worker.load import Loaded
 
-_PROBES = 2
+# As many windows of a text, or of the short pieces that encoders read.
+_WINDOWS, _PIECES = 2, 16
 # Of a CPU's memory, beside the float32 copy itself: activations and logits, which grow with the model, and the rest.
 _ROOM_FACTOR = 1.25
 _ROOM_BYTES = 1 << 29
@@ -24,24 +27,40 @@ _FIGURES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "ln_ppl_ratio", 
 
 
 def arithmetic_floor(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any] | None:
-    """The divergence of the unquantized model in ``loaded`` from itself computed in float32, on the first probes.
+    """How far the unquantized model in ``loaded`` is from itself computed in float32, on the first probes, in the
+    figures that it is compared by.
 
     The same weights and the same text, so all of it is rounding. None for a model that is float32 already, and
     where the device has no room for the float32 copy.
     """
     if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()) or not _has_room(loaded):
         return None
-    probes = probes[:_PROBES]
-    rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
+    compare = _similarity if loaded.task is Task.ENCODER else _divergence
     try:
-        with _in_float32(loaded.model):
-            found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
+        return compare(loaded, probes[: _WINDOWS if loaded.task in (Task.CAUSAL_LM, Task.SEQ2SEQ) else _PIECES])
     except Exception as error:
         if device_fault(error) not in (CudaOom, HostOom):
             raise
         return None
+
+
+def _divergence(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any]:
+    rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
+    with _in_float32(loaded.model):
+        found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
     summary = summarize_divergence(found)
     return {name: summary[name] for name in ("windows", "rows", *_FIGURES) if name in summary}
+
+
+def _similarity(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any]:
+    rounded = _embeddings(loaded, probes)
+    with _in_float32(loaded.model):
+        exact = _embeddings(loaded, probes)
+    return compare_embeddings(exact, rounded)
+
+
+def _embeddings(loaded: Loaded, probes: Sequence[Probe]) -> torch.Tensor:
+    return torch.stack([embedding_of(loaded.model, probe, loaded.device) for probe in probes])
 
 
 def _has_room(loaded: Loaded) -> bool:

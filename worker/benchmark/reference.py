@@ -218,7 +218,7 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
             head_sha256=head_sha256(loaded.model) if form == "hidden" else None,
             model=type(loaded.model).__name__,
             device_name=device_name(loaded.device),
-            floor=None if form == "embedding" else arithmetic_floor(loaded, probes),
+            floor=arithmetic_floor(loaded, probes),
         )
         fields = asdict(reference)
         del fields["folder"]
