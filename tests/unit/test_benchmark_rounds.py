@@ -130,6 +130,7 @@ def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
     for job_id, done in ear.measured().items():
         details = done.measurement.details
         assert details["stats"]["prefill"]["count"] == details["rounds"]["count"] == 2
+        assert details["stats"]["load_model"]["count"] == 2
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
         assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 2
         assert details["flags"] is None, "there is no GPU to be shared"
@@ -138,8 +139,10 @@ def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
 def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> None:
     ear = run(home, schemes=(BASELINE,))
     assert ear.entered(Stage.LOADING) == [(1,)], "nothing takes its place, so it is not loaded again"
-    rounds = ear.measured()[1].measurement.details["rounds"]
+    measurement = ear.measured()[1].measurement
+    rounds, loading = measurement.details["rounds"], measurement.details["stats"]["load_model"]
     assert (rounds["count"], rounds["interleaved_with"]) == (2, [])
+    assert (loading["count"], loading["p99"]) == (1, measurement.load_model_s)
 
 
 def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -> None:
@@ -156,6 +159,7 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
         assert (first.perplexity, first.kl_mean) == (second.perplexity, second.kl_mean)
         assert first.details["quality"] == second.details["quality"]
         assert [m.details["shapes"]["batch_size"] for m in (first, second)] == [1, 3]
+        assert [m.details["stats"]["load_model"]["count"] for m in (first, second)] == [2, 2]
         assert first.details["protocol_hash"] != second.details["protocol_hash"]
     kl = [done[job_id].measurement.kl_mean for job_id in (3, 5)]
     assert kl[0] is not None

@@ -23,6 +23,7 @@ from worker.benchmark.phases import Round, time_round
 from worker.benchmark.reference import Reference, compare
 from worker.benchmark.rounds import Speed, pool
 from worker.benchmark.size import disk_bytes, measure_size
+from worker.benchmark.stats import summarize
 from worker.benchmark.tasks import LoadedTasks, load_tasks, run_tasks
 from worker.benchmark.versions import device_name, versions
 from worker.cpu_kernels import avoid_packed_kernel
@@ -57,6 +58,7 @@ class ModelBenchmark:
         self.details: dict[str, Any] = {}
         self.audits: dict[str, Any] = {}
         self.is_explainable = False
+        self._loads_s: list[float] = []
         self._tasks = LoadedTasks(hashes={})
 
     def begin(self, loaded: Loaded) -> None:
@@ -68,6 +70,15 @@ class ModelBenchmark:
         """Measure its quality, beside its base's ``reference`` where there is one."""
         with self.subject.errors():
             self._judge(loaded, reference)
+
+    def see(self, loaded: Loaded) -> None:
+        """Note how long it took to load: once, however often it is timed until it is loaded again."""
+        if self._loads_s[-1:] != [loaded.load_model_s]:
+            self._loads_s.append(loaded.load_model_s)
+
+    @property
+    def load_stats(self) -> dict[str, Any]:
+        return asdict(summarize(self._loads_s))
 
     def _begin(self, loaded: Loaded) -> None:
         if loaded.model.main_input_name != "input_ids":
@@ -153,6 +164,7 @@ class RowBenchmark:
         """Time one round, and in the first one watch the memory. Raises as ``ModelBenchmark`` does."""
         self._on_step("speed")
         self._device = loaded.device
+        self._model.see(loaded)
         with self._model.subject.errors():
             if self._rounds:
                 self._rounds.append(self._round(loaded, nullcontext()))
@@ -194,7 +206,7 @@ class RowBenchmark:
                 "protocol_hash": self._protocol.hash,
                 "memory": self._memory,
                 "shapes": speed.shapes,
-                "stats": speed.stats,
+                "stats": {"load_model": self._model.load_stats, **speed.stats},
                 "rounds": {
                     "count": len(self._rounds),
                     "interleaved_with": list(interleaved_with),
