@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qbatch.runner")
 
+_NO_REFERENCE = (
+    "its baseline's outputs are not stored: none was measured on such a device, or they made room for others "
+    "(`--force` measures it again)"
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Turn:
@@ -134,9 +139,12 @@ class Rounds:
             return
         self._reports.enter(turn.model.ids, Stage.BENCHMARKING)
         is_baseline = turn.model.published is None
-        turn.benchmark.judge(loaded, None if is_baseline else self._reference(turn.model.plans[0]))
+        reference = None if is_baseline else self._reference(turn.model.plans[0])
+        turn.benchmark.judge(loaded, reference)
         if is_baseline:
             self._keep_reference(turn, loaded)
+        elif reference is None and loaded.tokenizer is not None:
+            turn.benchmark.details["quality"] = {"reason": _NO_REFERENCE}
 
     def _reference_folder(self, plan: Plan) -> Path:
         from worker.benchmark.reference import reference_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,6 +177,14 @@ def test_what_is_answered_is_not_measured_and_the_reference_is_still_there(home:
     assert done.job_id == 3
     assert done.measurement.kl_mean is not None
     assert done.measurement.details["rounds"]["interleaved_with"] == []
+
+
+def test_without_the_base_s_outputs_the_reason_stands_in_place_of_the_comparison(home: Path) -> None:
+    shutil.rmtree(home / "storage" / "base-logits")
+    (done,) = run(home, answered=frozenset({1, 2})).measured().values()
+    assert done.measurement.kl_mean is None
+    assert done.measurement.perplexity is not None
+    assert "--force" in done.measurement.details["quality"]["reason"]
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> Callable[[], int]:
