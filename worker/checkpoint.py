@@ -20,7 +20,7 @@ from models_db.errors import StorageError
 from models_db.sources import DOCUMENTS, SIDECARS
 from models_db.storage import MANIFEST
 from worker.digest import FileDigest, digest_file, root_sha256
-from worker.staging import storage_error
+from worker.staging import storage_error, sync
 
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
 CARD = "README.md"
@@ -92,7 +92,7 @@ def publish(
         digests = _complete(folder, files)
         _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
         _set_modes(folder)
-        _sync(folder)
+        sync(*folder.rglob("*"), folder)
         _move_into_place(folder, storage / path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
@@ -308,15 +308,6 @@ def _set_modes(folder: Path) -> None:
     folder.chmod(0o777 & ~umask)
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _move_into_place(folder: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -326,8 +317,4 @@ def _move_into_place(folder: Path, place: Path) -> None:
             raise
         # Another writer was first. The caller verifies what it published.
         shutil.rmtree(folder)
-    descriptor = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(place.parent)

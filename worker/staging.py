@@ -34,6 +34,19 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
     return folder
 
 
+def sync(*paths: Path) -> None:
+    """Put files and folders on the disk: a rename that outlives a power cut must not be of files that do not.
+
+    Raises OSError.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def folder_of(staging: Path, job_id: int, attempt: int) -> Path:
     return staging / f"{job_id}-{attempt}"
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from models_db.domain import BASELINE, DeviceKind, DType, Measurement, Method, Protocol, ProtocolOptions, Scheme
 from worker.architecture import model_class
 from worker.benchmark import DEFAULT_EVAL_TEXT, benchmark
+from worker.benchmark.reference import Reference
 from worker.load import Loaded, load, quiet_libraries
 
 TEXT = DEFAULT_EVAL_TEXT.read_text(encoding="utf-8")
@@ -43,7 +44,13 @@ def quantized(source: Path, folder: Path, scheme: Scheme) -> Path:
     return folder
 
 
-def measured(folder: Path, scheme: Scheme = BASELINE, protocol: Protocol = QUICK, text: str = TEXT) -> Measurement:
+def measured(
+    folder: Path,
+    scheme: Scheme = BASELINE,
+    protocol: Protocol = QUICK,
+    text: str = TEXT,
+    reference: Reference | None = None,
+) -> Measurement:
     """``benchmark`` of ``folder``, freshly loaded on the CPU at bfloat16."""
     return benchmark(
         loaded_on_cpu(folder),
@@ -53,6 +60,7 @@ def measured(folder: Path, scheme: Scheme = BASELINE, protocol: Protocol = QUICK
         protocol=protocol,
         eval_text=text,
         on_step=lambda _step: None,
+        reference=reference,
     )
 
 

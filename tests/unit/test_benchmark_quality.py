@@ -211,16 +211,7 @@ def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch
     base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
     monkeypatch.setattr("worker.benchmark.reference.divergence", lambda *_: [][0])
-    found = benchmark(
-        base,
-        folder=tmp_path / "llama",
-        scheme=BASELINE.resolved(DType.BFLOAT16),
-        dtype=DType.BFLOAT16,
-        protocol=QUICK,
-        eval_text=TEXT,
-        on_step=lambda _step: None,
-        reference=reference,
-    )
+    found = measured(tmp_path / "llama", reference=reference)
     assert found.details["quality"] == {"reason": "cannot compare with the base: IndexError: list index out of range"}
     assert found.perplexity is not None
 
@@ -235,20 +226,8 @@ def test_an_encoder_decoder_is_compared_on_the_second_half_of_each_window(tmp_pa
 
 def test_a_benchmark_with_a_reference_holds_the_comparison_and_the_same_perplexity(tmp_path: Path) -> None:
     source = tiny.make_causal(tmp_path / "llama")
-    model, reference = quantized_and_reference(source, NF4)
-    measurements = [
-        benchmark(
-            model,
-            folder=tmp_path / "quantized",
-            scheme=NF4.resolved(DType.BFLOAT16),
-            dtype=DType.BFLOAT16,
-            protocol=QUICK,
-            eval_text=TEXT,
-            on_step=lambda _step: None,
-            reference=given,
-        )
-        for given in (None, reference)
-    ]
+    _, reference = quantized_and_reference(source, NF4)
+    measurements = [measured(tmp_path / "quantized", NF4, reference=given) for given in (None, reference)]
     assert measurements[0].details["quality"] is None
     quality = measurements[1].details["quality"]
     assert quality["kl_mean"] > 0

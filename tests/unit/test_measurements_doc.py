@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from models_db.domain import MEASURED_COLUMNS, DType, Protocol
+from models_db.domain import MEASURED_COLUMNS, Protocol
 from tests import tiny
-from tests.unit.benchmark_models import NF4, QUICK, TEXT, loaded_on_cpu, quantized
-from worker.benchmark import benchmark
+from tests.unit.benchmark_models import NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
 from worker.benchmark.energy import Energy
 from worker.benchmark.graph import KernelsAlone
 from worker.benchmark.profile import StepProfile
@@ -45,15 +44,6 @@ def test_the_details_of_a_result(tmp_path: Path, kind: str) -> None:
     source = tiny.make_causal(tmp_path / "model") if kind == "causal" else tiny.make_encoder(tmp_path / "model")
     reference = prepare_reference(loaded_on_cpu(source), QUICK, TEXT, tmp_path / "reference")
     folder = quantized(source, tmp_path / "nf4", NF4)
-    found = benchmark(
-        loaded_on_cpu(folder),
-        folder=folder,
-        scheme=NF4.resolved(DType.BFLOAT16),
-        dtype=DType.BFLOAT16,
-        protocol=QUICK,
-        eval_text=TEXT,
-        on_step=lambda _step: None,
-        reference=reference,
-    )
+    found = measured(folder, NF4, reference=reference)
     libraries = set(found.details["versions"])
     assert missing(names_in(found.details)) - libraries == set()

@@ -35,6 +35,7 @@ from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
 from worker.load import Loaded, translated
+from worker.staging import sync
 
 log = logging.getLogger("qbatch.runner")
 
@@ -223,9 +224,9 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
         fields = asdict(reference)
         del fields["folder"]
         (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
-        _sync(*staging.iterdir(), staging)
+        sync(*staging.iterdir(), staging)
         staging.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -262,16 +263,6 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
             return number
         _probe(staging, number).write_bytes(content)
     return number + 1
-
-
-def _sync(*paths: Path) -> None:
-    """A rename that outlives a power cut must not be of files that do not."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
