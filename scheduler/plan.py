@@ -21,6 +21,10 @@ _QUANTIZING_BYTES = 2 * GIB
 _FRAGMENTATION = 1.05
 # A window's logits: the model's, the base's, and the rows of each that are compared.
 _LOGITS = 4
+# Of a layer's widest: gate, up, their product, and their copies in what a kernel takes.
+_ACTIVATIONS = 6
+# LLM.int8 dequantizes the columns that meet an outlier in its input, at worst all: codes, and float32 twice.
+_OUTLIER_BYTES = 9
 # Bytes of a quantized parameter, with what bitsandbytes keeps beside the codes: a float32 for each block of 64, or a
 # byte with double quantization.
 _PACKED_BYTES = {Method.NF4: 0.5 + 4 / 64, Method.FP4: 0.5 + 4 / 64, Method.INT8: 1.0}
@@ -47,7 +51,11 @@ def memory_bytes(
     # While it is cast, a tensor is there in the source's dtype too.
     largest = max((tensor.nbytes for tensor in tensors), default=0)
     running = weights * _FRAGMENTATION + largest + _cache_bytes(text, dtype, protocol)
-    running += _LOGITS * protocol.eval_window * _size(text, "vocab_size") * _width(dtype)
+    values = _LOGITS * _size(text, "vocab_size") + _ACTIVATIONS * _widest(text)
+    running += protocol.eval_window * values * _width(dtype)
+    if scheme.method is Method.INT8 and scheme.int8_threshold:
+        quantized = (tensor.numel for tensor in tensors if _is_quantized(tensor, text, scheme))
+        running += _OUTLIER_BYTES * max(quantized, default=0)
     return _CONTEXT_BYTES + round(running if scheme.is_baseline else max(running, _QUANTIZING_BYTES))
 
 
@@ -76,6 +84,11 @@ def _cache_bytes(config: Mapping[str, Any], dtype: DType, protocol: Protocol) ->
     kept = _size(config, "num_key_value_heads") or heads
     tokens = protocol.batch_size * (protocol.prompt_tokens + protocol.new_tokens)
     return 2 * layers * kept * head_dim * tokens * _width(dtype)
+
+
+def _widest(config: Mapping[str, Any]) -> int:
+    hidden = _size(config, "hidden_size", "n_embd", "d_model")
+    return _size(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -101,6 +101,13 @@ def test_double_quantization_and_skipped_modules_count(llama: Path) -> None:
     assert need_gib(headers, replace(NF4, skip_modules=("down_proj",))) > plain + 2
 
 
+def test_outliers_dequantize_at_worst_a_whole_weight(llama: Path) -> None:
+    headers = read_headers(llama)
+    # 4096 × 14336 values, of 9 bytes each.
+    without = need_gib(headers, replace(INT8, int8_threshold=0.0))
+    assert need_gib(headers, INT8) - without == pytest.approx(0.49, abs=0.01)
+
+
 def test_experts_stay_at_16_bits(tmp_path: Path) -> None:
     shapes = {f"model.layers.0.mlp.experts.{n}.w1.weight": [4096, 4096] for n in range(64)}
     headers = read_headers(write_folder(tmp_path / "moe", shapes, LLAMA))

@@ -118,3 +118,9 @@ def lane_count(device: str) -> int:
 def piece_bytes(device: str) -> int:
     """How much of the source a lane takes at a time, where a tensor allows it."""
     return _CPU_PIECE_BYTES if device == "cpu" else _CUDA_PIECE_BYTES
+
+
+def writers_per_file(device: str) -> int:
+    """How many lanes may be in the kernel to write to one file. It lets one of them write, while the others spin: the
+    one that spins takes over at once, which is worth a core where there are enough."""
+    return 1 if device == "cpu" else 2

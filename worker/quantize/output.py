@@ -16,15 +16,16 @@ _HASH_READ_BYTES = 2**22
 
 class OutputFile:
     """One safetensors file being written. ``write`` may be called from any thread; every byte is written once.
+    ``writers`` of them may be in the kernel at a time (see ``writers_per_file``).
 
     A chunk is hashed by the thread that completes it, from the page cache that it has just filled: holding chunks in
     memory until they are full would cost 64 MiB for each of the three or four places that a file grows at.
     """
 
-    def __init__(self, folder: Path, layout: FileLayout) -> None:
+    def __init__(self, folder: Path, layout: FileLayout, writers: int) -> None:
         self.layout = layout
         self._lock = threading.Lock()
-        self._writing = threading.Lock()
+        self._writing = threading.Semaphore(writers)
         sizes = [min(CHUNK_BYTES, layout.size - start) for start in range(0, layout.size, CHUNK_BYTES)]
         self._unwritten = sizes
         self._hashes: list[str | None] = [None] * len(sizes)
@@ -40,7 +41,6 @@ class OutputFile:
     def write(self, data: bytes | memoryview, start: int) -> None:
         """Write ``data`` at byte ``start``, and hash what chunks that completes. Raises OSError."""
         left, position = memoryview(data), start
-        # The kernel lets one thread at a time write to a file, and the others spin until it is their turn.
         with self._writing:
             while left:
                 written = os.pwrite(self._descriptor, left, position)

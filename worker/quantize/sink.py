@@ -26,7 +26,12 @@ class Sink:
     """One target's files, open for writing from any thread. Once it has failed it swallows what it is given."""
 
     def __init__(
-        self, loaded: Loaded, shards: Shards, offsets: Mapping[str, float], on_write: Callable[[int], None]
+        self,
+        loaded: Loaded,
+        shards: Shards,
+        offsets: Mapping[str, float],
+        on_write: Callable[[int], None],
+        writers: int,
     ) -> None:
         self.loaded = loaded
         self.offsets = offsets
@@ -40,14 +45,14 @@ class Sink:
         require_room(folder, self.size)
         self._files: list[OutputFile] = []
         try:
-            self._open(folder, layouts, shards.index)
+            self._open(folder, layouts, shards.index, writers)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, folder: Path, layouts: Sequence[FileLayout], index: str | None) -> None:
+    def _open(self, folder: Path, layouts: Sequence[FileLayout], index: str | None, writers: int) -> None:
         for layout in layouts:
-            self._files.append(OutputFile(folder, layout))
+            self._files.append(OutputFile(folder, layout, writers))
         self._places = {name: (file, start) for file in self._files for name, start in file.layout.starts.items()}
         self._parts = {
             (output.content.weight, output.content.key): output.name

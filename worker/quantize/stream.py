@@ -14,7 +14,7 @@ import torch
 from worker.quantize.audit import coverage
 from worker.quantize.faults import as_job_error
 from worker.quantize.jobs import plan_jobs, planned_read_bytes
-from worker.quantize.lane import piece_bytes
+from worker.quantize.lane import piece_bytes, writers_per_file
 from worker.quantize.loading import Loaded, NotStreamable
 from worker.quantize.meter import Meter
 from worker.quantize.nested import NestedPassFailed, doubly_quantized, nested_offsets
@@ -80,7 +80,7 @@ def _open_sink(source: Path, loaded: Loaded, offsets: Mapping[str, float], devic
     own = offsets if loaded.packing.nested else {}
     shards = trace_saving(loaded, own, device)
     save_configs(loaded, source)
-    sink = Sink(loaded, shards, own, meter.wrote)
+    sink = Sink(loaded, shards, own, meter.wrote, writers_per_file(device))
     meter.plan(sink.size)
     return sink
 
