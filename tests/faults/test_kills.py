@@ -16,6 +16,7 @@ from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, SCAN_S, Caught, Fleet
 from tests.faults.services import PASSWORD, Redis
 from tests.hub import Hub, serving
+from tests.postgres import Postgres
 from tests.waiting import until
 
 # What a busy machine may add to a lease and a scan.
@@ -29,13 +30,26 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """None is SQLite in the fleet's home."""
+    if request.param == "sqlite":
+        yield None
+        return
+    server = Postgres()
+    yield server.url
+    server.close()
+
+
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, redis_server: Redis, hub: Hub) -> Iterator[Fleet]:
+def fleet(
+    tmp_path_factory: pytest.TempPathFactory, redis_server: Redis, hub: Hub, database_url: str | None
+) -> Iterator[Fleet]:
     """Its workers fetch from a hub whose downloads can be held, and one job may be killed in every stage."""
     folder = tmp_path_factory.mktemp("kills")
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "no_proxy": "127.0.0.1"}
     url = f"redis://:{PASSWORD}@127.0.0.1:{redis_server.port}/1"
-    with fleet_of(folder, url, QBATCH_MAX_FAILURES="30", QBATCH_BACKOFF_S="0.05", **online) as fleet:
+    with fleet_of(folder, url, database_url, QBATCH_MAX_FAILURES="30", QBATCH_BACKOFF_S="0.05", **online) as fleet:
         fleet.start("scheduler", "scheduler")
         for name in ("w1", "w2", "w3"):
             fleet.start(name, "worker", "--cpu")
@@ -48,6 +62,7 @@ def test_whatever_is_killed_in_whichever_stage_the_job_is_taken_up_again_and_not
     fleet: Fleet, hub: Hub, make_model: MakeModel
 ) -> None:
     victims = ("runner", "worker", "both")
+    hub.requests.clear()
     for name in victims:
         hub.publish(f"org/{name}", make_model(large=True))
     hub.flowing.clear()
