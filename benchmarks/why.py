@@ -186,18 +186,18 @@ def _link_without_outliers(int8: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def protocol(name: str, device: str) -> Protocol:
+def protocol(name: str, device: str, *, energy: bool) -> Protocol:
     on_gpu = device != "cpu"
     return Protocol(
         batch_size=1,
-        prompt_tokens=256 if on_gpu else 16,
-        new_tokens=32 if on_gpu else 4,
+        prompt_tokens=_prompt_tokens(device),
+        new_tokens=_new_tokens(device),
         warmup_iterations=1,
         min_iterations=_ROUNDS,
         min_duration_s=0.0,
         rounds=_ROUNDS,
         why=on_gpu,
-        energy=on_gpu and name in _WITH_ENERGY,
+        energy=on_gpu and energy and name in _WITH_ENERGY,
         eval_text_sha256="",
         eval_window=1,
         eval_stride=1,
@@ -205,19 +205,41 @@ def protocol(name: str, device: str) -> Protocol:
     )
 
 
-def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path) -> Found:
-    """All models are resident, so that their eager speeds are timed in turns without loading again."""
+def _prompt_tokens(device: str) -> int:
+    return 16 if device == "cpu" else 256
+
+
+def _new_tokens(device: str) -> int:
+    return 4 if device == "cpu" else 32
+
+
+def _prompt(device: str) -> Any:
+    """The stopwatch's own, [1, prompt tokens]."""
+    import torch
+
+    torch.manual_seed(1)
+    return torch.randint(1000, (1, _prompt_tokens(device)), device=device)
+
+
+def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, energy: bool) -> Found:
+    """All models are resident, so that their eager speeds are timed in turns without loading again: each by qbatch and
+    by the stopwatch, one right after the other."""
     loaded = {name: _load(name, folder, dtype, device) for name, folder in folders.items()}
-    rows = {name: _row(name, folders[name], dtype, loaded[name]) for name in folders}
-    for _ in range(_ROUNDS):
+    rows = {name: _row(name, folders[name], dtype, loaded[name], energy) for name in folders}
+    prompt = _prompt(device)
+    eager: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(_ROUNDS):
         for name, row in rows.items():
             row.time(loaded[name])
+            if device != "cpu":
+                _say(f"{name}: timed here, round {number + 1}")
+                eager[name].append(eager_tokens_per_s(loaded[name].model, prompt, _new_tokens(device)))
     if device == "cpu":
         return Found(qbatch=_measured(rows, {}), own={name: Own() for name in rows})
-    alone = _explain(rows, loaded, folders, dtype, device)
+    kernels = _explain(rows, loaded, folders, dtype, device)
     # qbatch's last words come before our own captures: the one that fails spoils this process.
-    qbatch = _measured(rows, alone)
-    return Found(qbatch=qbatch, own=_own(loaded, device, work))
+    qbatch = _measured(rows, kernels)
+    return Found(qbatch=qbatch, own=_own(loaded, prompt, eager, work))
 
 
 def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
@@ -227,13 +249,13 @@ def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
     return load(folder, dtype=dtype, device=device)
 
 
-def _row(name: str, folder: Path, dtype: DType, loaded: Any) -> Any:
+def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> Any:
     from worker.benchmark.measure import ModelBenchmark, RowBenchmark, Subject
 
     def tell(step: str) -> None:
         _say(f"{name}: {step}")
 
-    asked = protocol(name, loaded.device)
+    asked = protocol(name, loaded.device, energy=energy)
     model = ModelBenchmark(
         Subject(
             folder=folder,
@@ -252,43 +274,32 @@ def _row(name: str, folder: Path, dtype: DType, loaded: Any) -> Any:
 def _explain(
     rows: Mapping[str, Any], loaded: Mapping[str, Any], folders: Mapping[str, Path], dtype: DType, device: str
 ) -> dict[str, Any]:
-    """Each row's kernels alone, by qbatch."""
+    """Each row's kernels, by qbatch."""
     from worker.benchmark.capture import Captures
-    from worker.benchmark.graph import GraphRequest
+    from worker.benchmark.graph import KernelsRequest
 
-    alone = {}
+    kernels = {}
+    for name, row in rows.items():
+        row.observe(loaded[name])
     with Captures() as captures:
-        # Their imports pass while the profiler and the idle GPU are looked at, whose figures are not the host's.
-        captures.prepare()
-        for name, row in rows.items():
-            row.observe(loaded[name])
         for name, row in rows.items():
             if (shape := row.captured_shape) is not None:
-                _say(f"{name}: kernels alone")
+                _say(f"{name}: kernels")
                 folder = str(folders[name])
-                request = GraphRequest(folder=folder, dtype=dtype.value, device=device, shapes=(shape,))
-                alone[name] = captures.kernels_alone(request)[0]
-    return alone
+                request = KernelsRequest(folder=folder, dtype=dtype.value, device=device, shapes=(shape,))
+                kernels[name] = captures.kernels(request)[0]
+    return kernels
 
 
-def _measured(rows: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, Measurement]:
+def _measured(rows: Mapping[str, Any], kernels: Mapping[str, Any]) -> dict[str, Measurement]:
     return {
-        name: row.measurement(alone=alone.get(name), interleaved_with=[other for other in rows if other != name])
+        name: row.measurement(kernels=kernels.get(name), interleaved_with=[other for other in rows if other != name])
         for name, row in rows.items()
     }
 
 
-def _own(loaded: Mapping[str, Any], device: str, work: Path) -> dict[str, Own]:
-    import torch
-
-    asked = protocol("", device)
-    torch.manual_seed(1)
-    prompt = torch.randint(1000, (1, asked.prompt_tokens), device=device)
-    eager: dict[str, list[float]] = {name: [] for name in loaded}
-    for number in range(_ROUNDS):
-        for name, one in loaded.items():
-            _say(f"{name}: timed here, round {number + 1}")
-            eager[name].append(eager_tokens_per_s(one.model, prompt, asked.new_tokens))
+def _own(loaded: Mapping[str, Any], prompt: Any, eager: Mapping[str, list[float]], work: Path) -> dict[str, Own]:
+    """What is profiled and captured here comes last: a profiler slows its process, and a failed capture spoils it."""
     busy, alone = {}, {}
     for name, one in loaded.items():
         _say(f"{name}: profiled here")
@@ -296,7 +307,7 @@ def _own(loaded: Mapping[str, Any], device: str, work: Path) -> dict[str, Own]:
     # int8 with its outlier path cannot be captured, and comes last.
     for name in sorted(loaded, key=lambda name: name == "int8"):
         _say(f"{name}: captured here")
-        alone[name] = alone_s(loaded[name].model, prompt, asked.new_tokens)
+        alone[name] = alone_s(loaded[name].model, prompt, _new_tokens(one.device))
     return {
         name: Own(eager_tokens_per_s=statistics.median(eager[name]), busy_s=busy[name], alone_s=alone[name])
         for name in loaded
@@ -389,6 +400,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--no-energy", dest="energy", action="store_false", help="half a minute less for each model")
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary directory)")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not installed_gpus():
@@ -416,7 +428,7 @@ def _in_folder(arguments: argparse.Namespace, work: Path) -> tuple[list[str], bo
     source = work / "source"
     in_fresh_process(build_source, arguments.shape, source)
     folders = in_fresh_process(write_quantized, source, work, dtype, device)
-    found = in_fresh_process(measure, folders, dtype, device, work)
+    found = in_fresh_process(measure, folders, dtype, device, work, arguments.energy)
     device_name = next(iter(found.qbatch.values())).device_name
     return table(arguments.shape, device_name, found)
 

@@ -23,7 +23,7 @@ from worker.staging import folder_of
 
 if TYPE_CHECKING:
     from worker.benchmark.capture import Captures
-    from worker.benchmark.graph import KernelsAlone
+    from worker.benchmark.graph import StepKernels
     from worker.benchmark.measure import ModelBenchmark, RowBenchmark
     from worker.benchmark.reference import Reference
     from worker.load import Loaded
@@ -97,7 +97,7 @@ class Rounds:
         with self._reports.failing(turn.model.ids):
             self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
         if is_last:
-            # A capture may take the model's place: nothing else refers to it by now.
+            # The process that captures takes the model's place: nothing else refers to it by now.
             self._loaded = None
             if turn.fault is None:
                 free_device_memory()
@@ -197,35 +197,35 @@ class Rounds:
         """Send every row of the model. After a fault of the device the rest of the bundle is left to a new runner."""
         ids = self._reports.open(turn.model.ids)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        alone = self._kernels_alone(turn, ids, captures)
+        kernels = self._kernels(turn, ids, captures)
         for job_id in ids:
             with self._reports.failing([job_id]):
-                self._send(turn, job_id, alone.get(job_id))
+                self._send(turn, job_id, kernels.get(job_id))
         if turn.fault is not None:
             log.warning("%s: %s", _names(ids), turn.fault)
             self._reports.leave_spoilt_device(turn.fault)
 
-    def _kernels_alone(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, KernelsAlone]:
+    def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
         """By job id, for those whose protocol wants it; one process loads the model for all shapes."""
-        from worker.benchmark.graph import GraphRequest
+        from worker.benchmark.graph import KernelsRequest
 
         shapes = {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
         if not shapes:
             return {}
-        log.info("%s: kernels alone", _names(shapes))
-        request = GraphRequest(
+        log.info("%s: kernels", _names(shapes))
+        request = KernelsRequest(
             folder=str(turn.model.folder),
             dtype=turn.benchmark.subject.dtype.value,
             device=self._device,
             trusted=self._source.runs_code,
             shapes=tuple(shapes.values()),
         )
-        return dict(zip(shapes, captures.kernels_alone(request), strict=True))
+        return dict(zip(shapes, captures.kernels(request), strict=True))
 
-    def _send(self, turn: _Turn, job_id: int, alone: KernelsAlone | None) -> None:
+    def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
         plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
         published = turn.model.published
-        measurement = turn.rows[job_id].measurement(alone=alone, interleaved_with=self._timed_beside(turn))
+        measurement = turn.rows[job_id].measurement(kernels=kernels, interleaved_with=self._timed_beside(turn))
         self._reports.done(
             Measured(
                 job_id=job_id,

@@ -127,7 +127,7 @@ def test_every_gpu_is_used_and_each_worker_sees_one(qbatch: Qbatch, tmp_path: Pa
     up = qbatch.start("up", "--gpus", "all")
     try:
         until(lambda: len(_ready(qbatch)) == len(gpus), f"{len(gpus)} workers")
-        rows = qbatch.json("submit", "--models", str(listed), "--bits", "4,8", "--wait")
+        rows = qbatch.json("submit", "--models", str(listed), "--bits", "4,8", "--no-why", "--wait")
     finally:
         up.terminate()
         assert up.wait(60) == 0

@@ -18,7 +18,7 @@ from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, quantized
 from worker.benchmark import benchmark
 from worker.benchmark.capture import Captures
 from worker.benchmark.clock import CudaClock
-from worker.benchmark.graph import GraphRequest, Shape
+from worker.benchmark.graph import KernelsRequest, Shape
 from worker.benchmark.reference import compare, prepare_reference
 from worker.benchmark.roofs import measure_roofs
 from worker.benchmark.speed import time_generation
@@ -166,12 +166,16 @@ def test_an_explanation_has_every_part(tmp_path: Path) -> None:
 def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path, scheme: Scheme, captured: bool) -> None:
     folder = quantized(tiny.make_causal(tmp_path / "llama"), tmp_path / "checkpoint", scheme)
     shapes = tuple(Shape(batch_size=batch_size, prompt_tokens=64, new_tokens=16) for batch_size in (1, 4))
-    request = GraphRequest(folder=str(folder), dtype="bfloat16", device=DEVICE, shapes=shapes)
+    request = KernelsRequest(folder=str(folder), dtype="bfloat16", device=DEVICE, shapes=shapes)
     with Captures() as captures:
         # The second time: a failed capture spoils no other, and the imports are there.
-        for alone in (*captures.kernels_alone(request), *captures.kernels_alone(request)):
-            assert (alone.step_s is not None) == captured
-            assert (alone.reason is None) == captured
+        for found in (*captures.kernels(request), *captures.kernels(request)):
+            assert found.alone is not None
+            assert (found.alone.step_s is not None) == captured
+            assert (found.alone.reason is None) == captured
+            assert found.reason is None
+            assert found.profile is not None
+            assert found.profile.device_busy_s > 0
 
 
 @pytest.mark.timeout(600)

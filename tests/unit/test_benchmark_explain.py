@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,12 @@ from torch._C._autograd import DeviceType
 from models_db.domain import DType
 from tests import tiny
 from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, quantized
+from worker.benchmark import graph
 from worker.benchmark.capture import Captures
 from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, net_energy
 from worker.benchmark.explain import Explanation
 from worker.benchmark.fairness import FairnessWatch, Sighting, flags_of
-from worker.benchmark.graph import GraphRequest, KernelsAlone, Shape, decode_step
+from worker.benchmark.graph import KernelsAlone, KernelsRequest, Shape, StepKernels, decode_step
 from worker.benchmark.phases import Round
 from worker.benchmark.profile import StepProfile, covered, profile_decode, summarize_events
 from worker.benchmark.roofs import Roofs
@@ -37,8 +39,9 @@ from worker.benchmark.verdict import Verdict, judge
 
 EMBEDDING_BYTES = tiny.VOCAB_SIZE * 128 * 2
 ROOFS = Roofs(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, dtype="bfloat16")
+PROFILE = StepProfile(steps=8, device_busy_s=0.007, launches=1000, synchronizations=1)
 SHAPE = Shape(batch_size=2, prompt_tokens=8, new_tokens=4)
-REQUEST = GraphRequest(folder="/nowhere", dtype="bfloat16", device="cuda:0", shapes=(SHAPE, SHAPE))
+REQUEST = KernelsRequest(folder="/nowhere", dtype="bfloat16", device="cuda:0", shapes=(SHAPE, SHAPE))
 
 
 def event(name: str, begin_us: float, end_us: float, *, device: bool = False, note: bool = False) -> SimpleNamespace:
@@ -168,7 +171,7 @@ def test_a_mixture_that_does_not_say_how_many_gets_no_verdict_and_keeps_its_prof
     explanation = Explanation(replace(QUICK, why=True), lambda _step: None)
     shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
     explanation.observe(loaded, shape)
-    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
+    why = concluded(explanation, StepKernels(profile=PROFILE))
     assert (why["verdict"], why["work"], why["bytes_per_s"]) == (None, None, None)
     assert "how many" in why["reason"]
     assert why["profile"]["steps"] == 8
@@ -327,14 +330,19 @@ def children(pid: int) -> list[psutil.Process]:
 def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: Path) -> None:
     """Each in a process of its own: what goes wrong in one is a reason, and the next is asked all the same."""
     with Captures() as captures:
-        on_cpu = captures.kernels_alone(replace(REQUEST, device="cpu"))
-        assert [alone.reason for alone in on_cpu] == ["there are no CUDA graphs on a CPU"] * 2
+        on_cpu = captures.kernels(replace(REQUEST, device="cpu"))
+        assert reasons(on_cpu) == [("there are no CUDA graphs on a CPU", "a CPU runs no kernels")] * 2
         server = captures.prepare().pid
-        broken = captures.kernels_alone(replace(REQUEST, folder=str(tmp_path)))
-        assert [alone.step_s for alone in broken] == [None, None]
-        assert "config.json" in str(broken[0].reason)
+        broken = captures.kernels(replace(REQUEST, folder=str(tmp_path)))
+        assert [(one.alone.step_s, one.profile) for one in broken if one.alone is not None] == [(None, None)] * 2
+        assert all("config.json" in reason for pair in reasons(broken) for reason in pair)
         assert captures.prepare().pid == server
     assert not psutil.pid_exists(server)
+
+
+def reasons(found: list[StepKernels]) -> list[tuple[str, str]]:
+    """Why there are no kernels alone, and why no profile."""
+    return [(str(one.alone and one.alone.reason), str(one.reason)) for one in found]
 
 
 @pytest.mark.timeout(300)
@@ -343,19 +351,59 @@ def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path
     os.mkfifo(fifo)  # whoever reads it waits for ever
     stuck = replace(REQUEST, folder=str(tmp_path))
     with Captures() as captures:
-        captures.kernels_alone(replace(REQUEST, device="cpu"))
-        threading.Thread(target=_kill_child_of, args=(captures.prepare().pid,)).start()
-        assert "died without a word" in str(captures.kernels_alone(stuck)[0].reason)
+        captures.kernels(replace(REQUEST, device="cpu"))
+        # The profile is asked for anew: the capture may be what the first one died of.
+        killer = threading.Thread(target=_kill_children_of, args=(captures.prepare().pid, 2))
+        killer.start()
+        assert all("died without a word" in reason for reason in reasons(captures.kernels(stuck))[0])
+        killer.join()
         captures._time_limit_s = 1.0
         server = captures.prepare().pid
-        assert "took longer than 1 s" in str(captures.kernels_alone(stuck)[1].reason)
+        assert all("took longer than 1 s" in reason for reason in reasons(captures.kernels(stuck))[1])
         assert not psutil.pid_exists(server)
 
 
-def _kill_child_of(pid: int) -> None:
-    while not (found := children(pid)):
-        time.sleep(0.05)
-    found[0].kill()
+def _kill_children_of(pid: int, count: int) -> None:
+    for _ in range(count):
+        while not (found := children(pid)):
+            time.sleep(0.05)
+        found[0].kill()
+        while psutil.pid_exists(found[0].pid):
+            time.sleep(0.05)
+
+
+def test_after_a_failed_capture_the_profile_is_asked_for_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each process answers is canned here: without a GPU there is nothing that could be captured."""
+    asked: list[bool] = []
+
+    def answer(_self: Captures, _server: object, line: str) -> str:
+        asked.append(json.loads(line)["capture"])
+        alone = {"step_s": None, "reason": "not capturable: it waits"} if asked[-1] else None
+        profile = None if asked[-1] else asdict(PROFILE)
+        return json.dumps([{"alone": alone, "profile": profile, "reason": None}] * 2)
+
+    monkeypatch.setattr(Captures, "_ask", answer)
+    monkeypatch.setattr(Captures, "prepare", lambda _self: None)
+    alone = KernelsAlone(reason="not capturable: it waits")
+    assert Captures().kernels(REQUEST) == [StepKernels(alone=alone, profile=PROFILE)] * 2
+    assert asked == [True, False]
+
+
+def test_a_capture_that_fails_leaves_the_profile_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own is spoilt. Without a GPU every capture fails."""
+    model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
+    monkeypatch.setattr(graph, "_load", lambda _request: model)
+    captured = graph._measure(REQUEST)
+    assert [one.reason for one in captured] == [None, None]
+    assert all(one.alone is not None and str(one.alone.reason).startswith("not capturable: ") for one in captured)
+
+
+def test_a_profiler_that_sees_no_kernels_gives_no_profile(tmp_path: Path) -> None:
+    """A device that is busy for none of a step would be called host-bound."""
+    model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
+    assert graph._profile(model, SHAPE, "cpu") == StepKernels(reason="the profiler saw nothing run on the GPU")
 
 
 @pytest.mark.timeout(300)
@@ -364,7 +412,7 @@ def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     code = (
         "from dataclasses import replace; from tests.unit.test_benchmark_explain import *;"
-        f"Captures().kernels_alone(replace(REQUEST, folder={str(tmp_path)!r}))"
+        f"Captures().kernels(replace(REQUEST, folder={str(tmp_path)!r}))"
     )
     runner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     try:
@@ -378,6 +426,10 @@ def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
     assert psutil.wait_procs(found, timeout=60)[1] == []
 
 
+def concluded(explanation: Explanation, kernels: StepKernels | None) -> dict[str, Any]:
+    return explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, kernels=kernels)
+
+
 def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     """Here for want of a GPU: every part fails, and says so in its place."""
     loaded = replace(loaded_on_cpu(tiny.make_causal(tmp_path)), device="cuda:0")
@@ -385,37 +437,24 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     explanation = Explanation(replace(QUICK, why=True, energy=True), steps.append)
     prompts = torch.ones(1, 8, dtype=torch.long)
     explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, sighting=None))
-    alone = KernelsAlone(reason="not captured")
-    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=alone)
-    assert steps == ["profile", "energy"]
+    without = StepKernels(alone=KernelsAlone(reason="not captured"), reason="cannot profile a step: no")
+    why = concluded(explanation, without)
+    assert steps == ["energy"]
     assert explanation.fault is None
-    assert why["verdict"] is None
-    assert why["reason"].startswith("cannot profile a step: ")
+    assert (why["verdict"], why["profile"], why["reason"]) == (None, None, "cannot profile a step: no")
     assert why["energy"].keys() == {"reason"}
     assert why["kernels_alone"] == {"step_s": None, "reason": "not captured"}
-
-
-def test_a_profiler_that_sees_no_kernels_gives_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that is busy for none of a step would be called host-bound."""
-    blind = StepProfile(steps=8, device_busy_s=0.0, launches=1000, synchronizations=1)
-    monkeypatch.setattr("worker.benchmark.explain.profile_decode", lambda *_, **__: blind)
-    explanation = Explanation(replace(QUICK, why=True), lambda _step: None)
-    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
-    explanation.observe(replace(loaded_on_cpu(tiny.make_causal(tmp_path)), device="cuda:0"), shape)
-    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
-    assert (why["verdict"], why["profile"]) == (None, None)
-    assert why["reason"] == "the profiler saw nothing run on the GPU"
 
 
 def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any, **__: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("worker.benchmark.explain.profile_decode", fault)
+    monkeypatch.setattr("worker.benchmark.explain.step_work", fault)
     explanation = Explanation(replace(QUICK, why=True, energy=True), lambda _step: None)
     shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
     explanation.observe(loaded_on_cpu(tiny.make_causal(tmp_path)), shape)
-    why = explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, alone=None)
+    why = concluded(explanation, None)
     assert explanation.fault is not None
     assert why["reason"] == why["energy"]["reason"] == str(explanation.fault)
 

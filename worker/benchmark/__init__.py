@@ -35,7 +35,7 @@ def benchmark(
     Raises BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError, StorageError.
     """
     from worker.benchmark.capture import Captures
-    from worker.benchmark.graph import GraphRequest
+    from worker.benchmark.graph import KernelsRequest
     from worker.benchmark.measure import ModelBenchmark, RowBenchmark, Subject
 
     compute_dtype = scheme.resolved(dtype).compute_dtype
@@ -56,10 +56,10 @@ def benchmark(
         row.time(loaded)
     model.judge(loaded, reference)
     row.observe(loaded)
-    alone = None
+    kernels = None
     if (shape := row.captured_shape) is not None:
-        on_step("kernels alone")
-        request = GraphRequest(folder=str(folder), dtype=dtype.value, device=loaded.device, shapes=(shape,))
+        on_step("kernels")
+        request = KernelsRequest(folder=str(folder), dtype=dtype.value, device=loaded.device, shapes=(shape,))
         with Captures() as captures:
-            alone = captures.kernels_alone(request)[0]
-    return row.measurement(alone=alone, interleaved_with=())
+            kernels = captures.kernels(request)[0]
+    return row.measurement(kernels=kernels, interleaved_with=())

@@ -1,4 +1,4 @@
-"""Asks for the kernels of a decode step alone: the runner's end of ``worker.benchmark.graph``."""
+"""Asks for the kernels of a decode step: the runner's end of ``worker.benchmark.graph``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import select
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
-from worker.benchmark.graph import GraphRequest, KernelsAlone
+from worker.benchmark.graph import KernelsAlone, KernelsRequest, StepKernels
+from worker.benchmark.profile import StepProfile
 
 _TIME_LIMIT_S = 300.0
 _END_S = 5.0
@@ -46,18 +47,33 @@ class Captures:
             )
         return self._server
 
-    def kernels_alone(self, request: GraphRequest) -> list[KernelsAlone]:
-        """Capture and time a decode step at each of the request's shapes. Never raises for what goes wrong in there.
+    def kernels(self, request: KernelsRequest) -> list[StepKernels]:
+        """Capture and profile a decode step at each of the request's shapes. Never raises for what goes wrong in there.
 
-        The model is loaded in the other process: where the GPU has no room for that, that is the reason.
+        The model is loaded in the other process: where the GPU has no room for that, that is the reason. A capture
+        that fails costs another process, and another loading, for the profile.
         """
-        answer = self._ask(self.prepare(), json.dumps(asdict(request)))
-        if answer.startswith("["):
-            return [KernelsAlone(**found) for found in json.loads(answer)]
-        return [KernelsAlone(reason=answer)] * len(request.shapes)
+        found = self._answered(request)
+        if all(one.profile is not None or one.reason is not None for one in found):
+            return found
+        again = self._answered(replace(request, capture=False))
+        return [replace(other, alone=one.alone) for one, other in zip(found, again, strict=True)]
+
+    def _answered(self, request: KernelsRequest) -> list[StepKernels]:
+        try:
+            answer = self._ask(self.prepare(), json.dumps(asdict(request)))
+        except TimeoutError as late:
+            nothing = StepKernels(alone=KernelsAlone(reason=str(late)), reason=str(late))
+            return [nothing] * len(request.shapes)
+        if answer:
+            return [_parsed(**found) for found in json.loads(answer)]
+        reason = "the capturing process died without a word; the job's log may say why"
+        # It may be the capture that it died of.
+        nothing = StepKernels(alone=KernelsAlone(reason=reason), reason=None if request.capture else reason)
+        return [nothing] * len(request.shapes)
 
     def _ask(self, server: subprocess.Popen[str], line: str) -> str:
-        """The answer, or in words why there is none. A server that is late or gone is not asked again."""
+        """The answer, empty where a process died. A server that is late (TimeoutError) or gone is not asked again."""
         requests, answers = _pipes(server)
         # One that is gone has no answer either: that is how it is noticed.
         with contextlib.suppress(BrokenPipeError):
@@ -65,11 +81,11 @@ class Captures:
             requests.flush()
         if not select.select([answers], [], [], self._time_limit_s)[0]:
             self._end()
-            return f"capturing took longer than {self._time_limit_s:.0f} s"
+            raise TimeoutError(f"capturing took longer than {self._time_limit_s:.0f} s")
         answer = answers.readline()
         if not answer:
             self._end()
-        return answer.strip() or "the capturing process died without a word; the job's log may say why"
+        return answer.strip()
 
     def _end(self) -> None:
         """Closing its input ends it, and a capture under way."""
@@ -85,6 +101,14 @@ class Captures:
             server.kill()
             server.wait()
         answers.close()
+
+
+def _parsed(*, alone: Any, profile: Any, reason: str | None) -> StepKernels:
+    return StepKernels(
+        alone=None if alone is None else KernelsAlone(**alone),
+        profile=None if profile is None else StepProfile(**profile),
+        reason=reason,
+    )
 
 
 def _pipes(server: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:

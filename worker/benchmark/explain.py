@@ -11,10 +11,10 @@ import torch
 from models_db.domain import DType, Protocol
 from models_db.errors import BenchmarkError, DeviceError, JobError
 from worker.benchmark.energy import NoEnergyCounter, measure_energy
-from worker.benchmark.graph import KernelsAlone
+from worker.benchmark.graph import StepKernels
 from worker.benchmark.memory import nvml_handle
 from worker.benchmark.phases import Round
-from worker.benchmark.profile import StepProfile, profile_decode
+from worker.benchmark.profile import StepProfile
 from worker.benchmark.roofs import Roofs, measure_roofs
 from worker.benchmark.speed import greedy
 from worker.benchmark.traffic import StepWork, step_work
@@ -31,7 +31,6 @@ class Explanation:
     def __init__(self, protocol: Protocol, on_step: Callable[[str], None]) -> None:
         self._protocol = protocol
         self._on_step = on_step
-        self._profile: StepProfile | None = None
         self._work: StepWork | None = None
         self._energy: Mapping[str, Any] | None = None
         self._reason = None if protocol.why else "it was not asked why"
@@ -39,11 +38,8 @@ class Explanation:
         self.fault: DeviceError | None = None
 
     def observe(self, loaded: Loaded, shape: Round) -> None:
-        """Profile a few steps at ``shape`` (a second or two), and with the protocol's ``energy`` measure it (35 s)."""
+        """Count a step's work at ``shape``, and with the protocol's ``energy`` measure that (35 s)."""
         if self._protocol.why:
-            self._on_step("profile")
-            self._profile, self._reason = self._attempt("profile a step", lambda: _profile(loaded, shape))
-        if self._profile is not None:
             self._work, self._reason = self._attempt("count a step's work", lambda: _work(loaded, shape.prompts))
         if self._protocol.energy:
             self._on_step("energy")
@@ -51,26 +47,34 @@ class Explanation:
             self._energy = {"reason": reason} if energy is None else energy
 
     def conclude(
-        self, *, device: str, compute_dtype: DType, step_wall_s: float, alone: KernelsAlone | None
+        self, *, device: str, compute_dtype: DType, step_wall_s: float, kernels: StepKernels | None
     ) -> dict[str, Any]:
-        """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``alone`` are its kernels."""
+        """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``kernels`` are its own."""
+        profile = None if kernels is None else kernels.profile
+        alone = None if kernels is None else kernels.alone
         roofs: Roofs | None = None
-        if self._profile is not None:
+        if profile is not None:
             self._on_step("roofs")
             roofs, reason = self._attempt(
                 "measure the device's roofs", lambda: measure_roofs(device, getattr(torch, compute_dtype.value))
             )
             self._reason = self._reason or reason
+        elif kernels is not None:
+            self._reason = kernels.reason
+        elif self.fault is not None:
+            self._reason = str(self.fault)
         return {
-            **self._judged(device, step_wall_s, roofs),
+            **self._judged(device, step_wall_s, profile, roofs),
             "step_wall_s": step_wall_s,
             "roofs": None if roofs is None else asdict(roofs),
             "kernels_alone": None if alone is None else asdict(alone),
             "energy": self._energy,
         }
 
-    def _judged(self, device: str, step_wall_s: float, roofs: Roofs | None) -> dict[str, Any]:
-        profile, work = self._profile, self._work
+    def _judged(
+        self, device: str, step_wall_s: float, profile: StepProfile | None, roofs: Roofs | None
+    ) -> dict[str, Any]:
+        work = self._work
         if profile is None:
             return {"verdict": None, "reason": self._reason, "profile": None, "busy_share": None, "work": None}
         cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -100,14 +104,6 @@ class Explanation:
         if self.fault is None:
             torch.cuda.empty_cache()
         return None, reason
-
-
-def _profile(loaded: Loaded, shape: Round) -> StepProfile:
-    profile = profile_decode(loaded.model, shape.prompts, new_tokens=shape.new_tokens, device=loaded.device)
-    if loaded.device.startswith("cuda") and not profile.device_busy_s:
-        # Where CUPTI is barred or somebody else's: such a step would be called host-bound.
-        raise BenchmarkError("the profiler saw nothing run on the GPU")
-    return profile
 
 
 @torch.inference_mode()

@@ -1,8 +1,10 @@
-"""The kernels of a decode step alone: one step under a CUDA graph, replayed without the host.
+"""The kernels of a decode step, in a process of their own: under a CUDA graph without the host, and profiled as
+``generate`` runs them.
 
-A failed capture leaves a process's CUDA state unfit for more. ``python -P -m worker.benchmark.graph`` imports what is
-slow and does not initialise CUDA, once; then it forks a process for each request, since a fork can still use the GPU.
-Requests are lines of JSON on standard input, answers on standard output; ``worker.benchmark.capture`` is the other end.
+A failed capture leaves a process's CUDA state unfit for more, and a profiler leaves its process slower.
+``python -P -m worker.benchmark.graph`` imports what is slow and does not initialise CUDA, once; then it forks a process
+for each request, since a fork can still use the GPU. Requests are lines of JSON on standard input, answers on standard
+output; ``worker.benchmark.capture`` is the other end.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.benchmark.profile import StepProfile
 
 _WARMUP_STEPS = 3
 _REPLAYS = 20
@@ -36,7 +41,7 @@ _ORPHANED = 70
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a step is captured after: ``prompt_tokens``, with a cache that has room for ``new_tokens`` more."""
+    """What a step comes after: ``prompt_tokens``, with a cache that has room for ``new_tokens`` more."""
 
     batch_size: int
     prompt_tokens: int
@@ -44,14 +49,15 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraphRequest:
-    """Which model to capture, and at which shapes. ``dtype`` is a DType's value."""
+class KernelsRequest:
+    """Of which model, and at which shapes; with ``capture`` false, profiles alone. ``dtype`` is a DType's value."""
 
     folder: str
     dtype: str
     device: str
     trusted: bool = False
     shapes: tuple[Shape, ...]
+    capture: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,16 @@ class KernelsAlone:
     none."""
 
     step_s: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKernels:
+    """A decode step at one shape. Where there is no ``profile``, ``reason`` says why; neither is there where a failed
+    capture stood in the way, and it may be asked for again."""
+
+    alone: KernelsAlone | None = None
+    profile: StepProfile | None = None
     reason: str | None = None
 
 
@@ -93,7 +109,7 @@ def _work(line: str, answer_to: int) -> None:
     threading.Thread(target=_leave_with_the_runner, daemon=True).start()
     try:
         fields = json.loads(line)
-        request = GraphRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
+        request = KernelsRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
         os.write(answer_to, json.dumps([asdict(found) for found in _measure(request)]).encode())
     except Exception:
         traceback.print_exc()
@@ -110,24 +126,63 @@ def _leave_with_the_runner() -> None:
     os._exit(_ORPHANED)
 
 
-def _measure(request: GraphRequest) -> list[KernelsAlone]:
-    """An answer for each shape; after a failure, that failure for the rest."""
+def _measure(request: KernelsRequest) -> list[StepKernels]:
+    """An answer for each shape."""
+    count = len(request.shapes)
     if not request.device.startswith("cuda"):
-        return [KernelsAlone(reason="there are no CUDA graphs on a CPU")] * len(request.shapes)
-    found: list[KernelsAlone] = []
+        alone = KernelsAlone(reason="there are no CUDA graphs on a CPU")
+        return [StepKernels(alone=alone, reason="a CPU runs no kernels")] * count
     try:
         model = _load(request)
+    except Exception as error:
+        alone = KernelsAlone(reason=_reason("not capturable", error))
+        return [StepKernels(alone=alone, reason=_reason("cannot profile a step", error))] * count
+    if not request.capture:
+        return _profile_each(model, request)
+    alones = _capture_each(model, request)
+    if any(alone.step_s is None for alone in alones):
+        return [StepKernels(alone=alone) for alone in alones]
+    profiled = _profile_each(model, request)
+    return [replace(one, alone=alone) for one, alone in zip(profiled, alones, strict=True)]
+
+
+def _reason(failure: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{failure}: {first} ({type(error).__name__})"
+
+
+def _capture_each(model: Any, request: KernelsRequest) -> list[KernelsAlone]:
+    """After a failure, that failure for the rest."""
+    found: list[KernelsAlone] = []
+    try:
         # One by one: what was found before a failure stands.
         found.extend(KernelsAlone(step_s=_replayed_s(model, shape, request.device)) for shape in request.shapes)
     except Exception as error:
-        # Whatever stops a capture is the answer to the question asked; this process ends here in any case.
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        failure = KernelsAlone(reason=f"not capturable: {first} ({type(error).__name__})")
+        # Whatever stops a capture is the answer to the question asked.
+        failure = KernelsAlone(reason=_reason("not capturable", error))
         return found + [failure] * (len(request.shapes) - len(found))
     return found
 
 
-def _load(request: GraphRequest) -> Any:
+def _profile_each(model: Any, request: KernelsRequest) -> list[StepKernels]:
+    return [_profile(model, shape, request.device) for shape in request.shapes]
+
+
+def _profile(model: Any, shape: Shape, device: str) -> StepKernels:
+    from worker.benchmark.profile import profile_decode
+
+    prompt = _ids(model, shape, device)[:, :-1].contiguous()
+    try:
+        profile = profile_decode(model, prompt, new_tokens=shape.new_tokens, device=device)
+    except Exception as error:
+        return StepKernels(reason=_reason("cannot profile a step", error))
+    if not profile.device_busy_s:
+        # Where CUPTI is barred or somebody else's: such a step would be called host-bound.
+        return StepKernels(reason="the profiler saw nothing run on the GPU")
+    return StepKernels(profile=profile)
+
+
+def _load(request: KernelsRequest) -> Any:
     from models_db.domain import DType
     from worker.load import load
 
@@ -170,10 +225,7 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
     import torch
     from transformers import StaticCache
 
-    # Each row its own ids: of a mixture's experts, equal rows would all choose the same.
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    size = (shape.batch_size, shape.prompt_tokens + 1)
-    ids = torch.randint(rows, size, generator=torch.Generator().manual_seed(_SEED)).to(device)
+    ids = _ids(model, shape, device)
     prompt, token = ids[:, :-1].contiguous(), ids[:, -1:].contiguous()
     cache = StaticCache(config=model.config, max_cache_len=shape.prompt_tokens + shape.new_tokens)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
@@ -190,6 +242,15 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
                 layer.cumulative_length_int = shape.prompt_tokens
 
     return step, rewind
+
+
+def _ids(model: Any, shape: Shape, device: str) -> Any:
+    """[batch, prompt and one more]. Each row its own: of a mixture's experts, equal rows would all choose the same."""
+    import torch
+
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    size = (shape.batch_size, shape.prompt_tokens + 1)
+    return torch.randint(rows, size, generator=torch.Generator().manual_seed(_SEED)).to(device)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from models_db.domain import DType, Measurement, Protocol
 from models_db.errors import BenchmarkError, DeviceError, Unsupported
 from worker.architecture import Task
 from worker.benchmark.explain import Explanation
-from worker.benchmark.graph import KernelsAlone, Shape
+from worker.benchmark.graph import Shape, StepKernels
 from worker.benchmark.memory import allocator_peaks, reset_allocator_peaks, watching
 from worker.benchmark.perplexity import TextScore, score_text, text_windows
 from worker.benchmark.phases import Round, time_round
@@ -187,13 +187,13 @@ class RowBenchmark:
 
     @property
     def captured_shape(self) -> Shape | None:
-        """The shape at which a decode step's kernels are to be timed alone, where they are."""
+        """The shape at which a decode step's kernels are to be measured, where they are."""
         if self._why is None or self.fault is not None or not self._protocol.why:
             return None
         return Shape(**self._rounds[0].shapes)
 
-    def measurement(self, *, alone: KernelsAlone | None, interleaved_with: Sequence[str]) -> Measurement:
-        """The row, after at least one round. ``alone`` are its kernels, where they were asked for;
+    def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
+        """The row, after at least one round. ``kernels`` are its own, where they were asked for;
         ``interleaved_with`` names the jobs of other models that were timed between its rounds."""
         speed = pool(self._rounds)
         columns: dict[str, Any] = {**self._model.columns, **speed.columns}
@@ -213,7 +213,7 @@ class RowBenchmark:
                     "phases": speed.by_round,
                 },
                 "flags": speed.flags,
-                "why": finite(self._explained(speed, alone)),
+                "why": finite(self._explained(speed, kernels)),
                 "audits": self._model.audits | {"spread_between_rounds": speed.notable_spread},
             },
         )
@@ -221,7 +221,7 @@ class RowBenchmark:
     def _round(self, loaded: Loaded, during_warmup: AbstractContextManager[object]) -> Round:
         return time_round(loaded, self._protocol, self._model.subject.eval_text, during_warmup)
 
-    def _explained(self, speed: Speed, alone: KernelsAlone | None) -> dict[str, Any] | None:
+    def _explained(self, speed: Speed, kernels: StepKernels | None) -> dict[str, Any] | None:
         """None where it was not asked for, and where there is nothing to explain: no GPU, or no decoding."""
         if self._why is None:
             return None
@@ -229,7 +229,7 @@ class RowBenchmark:
             device=self._device,
             compute_dtype=self._model.subject.compute_dtype,
             step_wall_s=speed.columns["per_token_s_p50"],
-            alone=alone,
+            kernels=kernels,
         )
 
 

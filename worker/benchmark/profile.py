@@ -1,4 +1,7 @@
-"""What a GPU does during decode steps as ``generate`` runs them: how long it is busy, and how often it is spoken to."""
+"""What a GPU does during decode steps as ``generate`` runs them: how long it is busy, and how often it is spoken to.
+
+torch's profiler slows every launch of its process from then on (CUPTI stays attached): nothing is timed after it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ class _Profiler:
     def __init__(self, device: str) -> None:
         kinds = torch.profiler.ProfilerActivity
         self._profiler = torch.profiler.profile(
-            activities=[kinds.CPU, kinds.CUDA] if device.startswith("cuda") else [kinds.CPU]
+            activities=[kinds.CPU, kinds.CUDA] if device.startswith("cuda") else [kinds.CPU],
+            # There is one cycle; some versions warn of losing others.
+            acc_events=True,
         )
         self._clock = clock_of(device)
         self._calls = 0
