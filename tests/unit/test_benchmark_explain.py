@@ -333,6 +333,7 @@ def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: P
         on_cpu = captures.kernels(replace(REQUEST, device="cpu"))
         assert reasons(on_cpu) == [("there are no CUDA graphs on a CPU", "a CPU runs no kernels")] * 2
         server = captures.prepare().pid
+        assert psutil.Process(server).num_threads() == 1, "it forks"
         broken = captures.kernels(replace(REQUEST, folder=str(tmp_path)))
         assert [(one.alone.step_s, one.profile) for one in broken if one.alone is not None] == [(None, None)] * 2
         assert all("config.json" in reason for pair in reasons(broken) for reason in pair)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -44,6 +45,8 @@ class Captures:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                # It forks, which is safe while it has one thread; numpy would start some that nobody needs.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )
         return self._server
 
