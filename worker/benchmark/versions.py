@@ -14,6 +14,8 @@ _PACKAGES = ("qbatch", "torch", "transformers", "bitsandbytes", "accelerate", "s
 def versions() -> dict[str, str | None]:
     """Version of each package, of Python, of CUDA and of its driver; None for what is not there."""
     return {name: _package(name) for name in _PACKAGES} | {
+        # The package's metadata need not say which build it is (+cpu, +cu130).
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "driver": _driver(),
