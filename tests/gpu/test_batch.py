@@ -94,7 +94,8 @@ def test_three_models_at_two_widths(qbatch: Qbatch, tmp_path: Path) -> None:
         "run", "--models", str(listed), "--bits", "4,8", "--device", "cuda", "--format", "json", timeout_s=400
     )
     for log in sorted((qbatch.home / "storage" / "logs").iterdir()):
-        print("".join(line for line in log.open() if "perplexity" not in line and "qbatch.runner" in line))  # noqa: T201
+        lines = log.read_text().splitlines()
+        print("\n".join(line for line in lines if "perplexity" not in line and "qbatch.runner" in line))  # noqa: T201
     rows = json.loads(done.stdout)
     assert [row["state"] for row in rows] == ["succeeded"] * 9, [row["error_message"] for row in rows]
     uuids = {gpu.uuid for gpu in installed_gpus()}
