@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 
 from models_db.errors import DatabaseUnreachable, QbatchError
 from models_db.schema import ensure
@@ -14,15 +12,15 @@ from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.loop import Scheduler
+from scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    stop.heed_signals()
     try:
         settings = Settings.from_env(os.environ)
         # Frozen, or with its host gone, it must not keep the lead locked.
@@ -35,7 +33,7 @@ def main() -> int:
     return 0
 
 
-def wait_for_schema(database: Database, stop: threading.Event) -> None:
+def wait_for_schema(database: Database, stop: Stop) -> None:
     """Until the database answers with this version's schema, or ``stop`` is set."""
     while not stop.is_set():
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from datetime import datetime
@@ -20,6 +19,7 @@ from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
 from scheduler.reconcile import expire_leases, give_up_too_large, lift_pauses, resend_vanished
+from scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
 
@@ -42,7 +42,7 @@ class Scheduler:
         self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Stop) -> None:
         """Until ``stop`` is set. A service that does not answer is waited for."""
         while not stop.is_set():
             try:

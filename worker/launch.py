@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 
 from models_db.errors import QbatchError
 from scheduler.process import Child
+from scheduler.stop import Stop
 from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 from worker.logs import log_to_stderr
 
@@ -59,9 +58,8 @@ def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
 
 def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, str]) -> int:
     """Run the workers until SIGTERM or SIGINT, then let them drain; the exit code."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    stop.heed_signals()
     children = [
         Child(
             f"worker on {device.uuid if device is not None else 'the CPU'}",
@@ -81,7 +79,7 @@ def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, 
     return code
 
 
-def _tend(children: Sequence[Child], stop: threading.Event) -> int:
+def _tend(children: Sequence[Child], stop: Stop) -> int:
     """Until told to stop, or every child refused: one bad GPU does not stop the others."""
     refused: dict[str, int] = {}
     while not stop.wait(_TEND_S):

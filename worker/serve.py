@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 from celery import signals
+from celery.platforms import EX_OK
+from celery.worker import state as celery_state
 from sqlalchemy.orm import Session
 
 from models_db import jobs, leases, workers
@@ -36,6 +38,7 @@ from models_db.workers import WorkerInfo
 from scheduler.__main__ import wait_for_schema
 from scheduler.celery_app import make_app
 from scheduler.queues import queues_of
+from scheduler.stop import Stop
 from worker import tasks
 from worker.gpu import installed_gpus
 from worker.logs import log_to_stderr
@@ -152,15 +155,14 @@ class Worker:
         # Frozen, or with its host gone, it must not keep locked what others are to take up.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         self._recorder = Recorder(self._database, settings)
-        self._stopping = threading.Event()
+        self._stopping = Stop()
         self._ended = threading.Event()
 
     def run(self) -> int:
         """Until told to stop; the exit code."""
         context = self._preload()
         # Celery handles signals once it runs; until then a stop must end the waiting.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stopping.set())
+        self._stopping.heed_signals()
         wait_for_schema(self._database, self._stopping)
         worker_id = self._register()
         if worker_id is None:
@@ -194,8 +196,6 @@ class Worker:
             quiet=True,
         )
         signals.worker_ready.connect(self._on_ready, weak=False)
-        if not self._drain:
-            signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         beats = threading.Thread(
             target=self._beat,
             args=(worker_id, lambda: [app.control.cancel_consumer(queue, [self._info.name]) for queue in queues]),
@@ -269,13 +269,18 @@ class Worker:
         return leases.acquire(session, f"gpu:{self._info.device_uuid}", self._info.name, self._settings.lease_s)
 
     def _on_ready(self, **_: object) -> None:
+        # In place of Celery's handlers, which would tell us under a lock: there a second signal waited for it for ever.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
         # Told to stop when Celery did not handle signals yet: it has not heard of it.
         if self._stopping.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+            celery_state.should_stop = EX_OK
 
-    def _on_shutting_down(self, **_: object) -> None:
-        # Warm shutdown waits for the running task: this event has it stop its runner and hand the jobs back.
-        self._stopping.set()
+    def _on_signal(self, *_: object) -> None:
+        # Warm shutdown waits for the running task, which then stops its runner and hands the jobs back.
+        if not self._drain:
+            self._stopping.set()
+        celery_state.should_stop = EX_OK
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], object]) -> None:
         consuming = True

@@ -32,6 +32,7 @@ from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.storage import is_in_place
+from scheduler.stop import Stop
 from worker import runner
 from worker.checkpoint import Published
 from worker.fetch import Doors
@@ -72,7 +73,7 @@ class Station:
     device_kind: DeviceKind
     device_name: str
     forkserver: ForkServerContext
-    stopping: threading.Event
+    stopping: Stop
 
 
 class _Pulsing:

@@ -17,6 +17,7 @@ from models_db.domain import DeviceKind
 from models_db.jobs import claim
 from models_db.session import Database
 from models_db.settings import Settings
+from scheduler.stop import Stop
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
 from worker.recorder import Recorder
 from worker.supervise import Station, Supervisor
@@ -43,7 +44,7 @@ def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
         device_kind=DeviceKind.CPU,
         device_name="a CPU",
         forkserver=context,
-        stopping=threading.Event(),
+        stopping=Stop(),
     )
     supervisor = threading.Thread(target=Supervisor(station, claims).run)
     supervisor.start()

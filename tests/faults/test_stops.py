@@ -37,6 +37,28 @@ def test_sigterm_to_all_of_a_workers_processes_at_once_charges_nobody(
     fleet.wait_for_live(2)
 
 
+@pytest.mark.parametrize("who", ["launcher", "worker"])
+def test_one_that_is_told_again_and_again_hands_its_job_back_once(
+    fleet: Fleet, make_model: MakeModel, who: str
+) -> None:
+    """One signal arrives while another is handled: a service manager's beside the launcher's, for one."""
+    (job,) = fleet.submit(make_model(large=True))
+    worker = fleet.wait_for_runner(job).worker
+    (name,) = (name for name in ("w1", "w2") if fleet.celery(name).pid == worker.pid)
+    launcher = fleet.running.pop(name)
+    told = worker if who == "worker" else psutil.Process(launcher.pid)
+    for _ in range(2000):
+        told.terminate()
+    launcher.terminate()
+    assert launcher.wait(60.0) == 0
+    assert "killed" not in fleet.log(name).read_text()
+    fleet.start(name, "worker", "--cpu")
+    fleet.succeed([job])
+    assert fleet.outcomes(job) == ["handed_back", "succeeded"]
+    assert fleet.job(job).failures == 0
+    fleet.wait_for_live(2)
+
+
 _TOLD_EARLY = """
 import os, signal, sys
 import worker.serve as serve

@@ -1,0 +1,55 @@
+"""What a signal handler may set."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+from scheduler.stop import Stop
+
+_STORM = """
+import os, signal, threading
+from scheduler.stop import Stop
+
+stop = Stop()
+stop.heed_signals()
+
+def storm():
+    while not done:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+done = False
+thread = threading.Thread(target=storm)
+thread.start()
+for _ in range(20_000):
+    stop.set()
+    assert stop.wait(1.0)
+done = True
+thread.join()
+"""
+
+
+def test_a_signal_that_interrupts_set_and_wait_sets_it_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", _STORM], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everybody_who_waits_is_woken() -> None:
+    stop, found = Stop(), []
+    threads = [threading.Thread(target=lambda: found.append(stop.wait(60.0))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    stop.set()
+    for thread in threads:
+        thread.join(30.0)
+    assert found == [True] * 3
+    assert stop.wait(60.0)
+
+
+def test_who_waits_in_vain_is_told_so() -> None:
+    stop, before = Stop(), time.monotonic()
+    assert not stop.wait(0.05)
+    assert time.monotonic() - before >= 0.05
+    assert not stop.is_set()
