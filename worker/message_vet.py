@@ -7,46 +7,75 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from celery.worker.strategy import default
-from kombu.exceptions import ContentDisallowed, DecodeError
+from celery.worker import consumer
 
 from models_db.window import MOST_JOBS
+from scheduler.queues import RUN_BUNDLE
 
 log = logging.getLogger("qbatch.worker")
 
 # A database's ids have 63 bits.
 _LARGEST_ID = 2**63 - 1
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Headers with which a message could be held back, dropped, or cut short.
-_MUST_BE_UNSET = ("eta", "expires", "group")
+# What Celery and Flower show.
+_TEXTS = frozenset({"lang", "argsrepr", "kwargsrepr", "origin", "root_id", "parent_id"})
+_LONGEST_TEXT = 2000
+_FLAGS = frozenset({"ignore_result", "redelivered"})
+# With these a message could be held back, dropped, repeated, or shown as another.
+_UNSET = frozenset(
+    {
+        *("eta", "expires", "group", "group_index", "retries", "replaced_task_nesting"),
+        *("shadow", "stamped_headers", "stamps"),
+    }
+)
+_NAMES = _TEXTS | _FLAGS | _UNSET | {"id", "task", "timelimit"}
 
 
-def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[..., Any]:
-    """Celery's own way with a message, once ``problem_of`` finds nothing wrong with it."""
-    handle = default(task, app, consumer, **options)
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's own, which sees no message with which ``problem_of`` finds something wrong: what it cannot read would
+    end it, be put back, and end the next."""
 
-    def vet(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **more: Any) -> Any:
-        problem = problem_of(message)
-        if problem is None:
-            return handle(message, body, ack, reject, callbacks, **more)
-        log.error("message %s refused: %s", shown(message.headers.get("id")), problem)
-        message.reject_log_error(log, consumer.connection_errors)
-        return None
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        handle: Callable[[Any], Any] = super().create_task_handler(*args, **options)
 
-    return vet
+        def vet(message: Any) -> Any:
+            problem = problem_of(message)
+            if problem is None:
+                return handle(message)
+            log.error("message %s refused: %s", shown(message.properties.get("correlation_id")), problem)
+            message.reject_log_error(log, self.connection_errors)
+            return None
+
+        return vet
 
 
 def problem_of(message: Any) -> str | None:
     """Why a kombu message may not be acted on; None for one like those that ``Broker.send`` makes."""
-    headers = message.headers
+    try:
+        return _problem_of_headers(message.headers) or _problem_of_body(message.payload)
+    except Exception as error:
+        # Whatever it is that cannot be read: the codecs' own exceptions, a header of another type, too deep a list.
+        return f"it cannot be read ({type(error).__name__})"
+
+
+def _problem_of_headers(headers: dict[str, Any]) -> str | None:
+    if headers.get("task") != RUN_BUNDLE:
+        return "it is for another task"
     if not isinstance(headers.get("id"), str) or not _UUID.fullmatch(headers["id"]):
         return "its id is no UUID"
-    if any(headers.get(name) is not None for name in _MUST_BE_UNSET) or any(headers.get("timelimit") or ()):
-        return "it says when to run"
-    try:
-        payload = message.payload
-    except (DecodeError, ContentDisallowed):
-        return "its body is not JSON"
+    if strange := headers.keys() - _NAMES:
+        return f"it has a header {shown(min(strange))}"
+    if headers.get("timelimit") not in (None, [None, None]) or any(headers.get(name) for name in _UNSET):
+        return "it says when or as what to run"
+    texts = [headers[name] for name in _TEXTS & headers.keys() if headers[name] is not None]
+    if not all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts):
+        return "what it shows is no text, or a long one"
+    if any(headers.get(name) not in (None, False, True) for name in _FLAGS):
+        return "a flag of it is neither true nor false"
+    return None
+
+
+def _problem_of_body(payload: Any) -> str | None:
     match payload:
         case [[job_ids], {**keywords}, {**embedded}] if not keywords and not any(embedded.values()):
             return problem_of_ids(job_ids)

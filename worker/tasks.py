@@ -18,7 +18,7 @@ from worker.supervise import Station, Supervisor
 log = logging.getLogger("qbatch.worker")
 
 _DATABASE_WAIT_S = 3.0
-_STRATEGY = "worker.message_vet:strategy"
+_CONSUMER = "worker.message_vet:Consumer"
 
 
 class BundleFailed(Exception):
@@ -28,10 +28,11 @@ class BundleFailed(Exception):
 def register(app: Celery, station: Station) -> None:
     """Have ``app`` run bundles at ``station``, and nothing else: what else a message may ask for is refused."""
 
-    @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,), Strategy=_STRATEGY)  # type: ignore[untyped-decorator]
+    @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,))  # type: ignore[untyped-decorator]
     def run_bundle(task: Any, job_ids: list[int]) -> str:
         return _run_bundle(station, task.request.id, job_ids)
 
+    app.conf.worker_consumer = _CONSUMER
     app.finalize()
     # Celery brings tasks of its own, which run others.
     for name in app.tasks.keys() - {RUN_BUNDLE}:

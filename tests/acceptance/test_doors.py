@@ -249,6 +249,14 @@ def _hostile(app: Celery) -> list[dict[str, Any]]:
         {"args": [[1]], "time_limit": 1},
         {"args": [[1]], "link": app.signature(RUN_BUNDLE, args=[[1]])},
         {"args": [[1]], "link_error": app.signature("celery.backend_cleanup")},
+        {"args": [[1]], "shadow": "another\nline"},
+        {"args": [[1]], "argsrepr": "long" * 1000},
+        {"args": [[1]], "headers": {"trust_remote_code": True}},
+        # Celery would die of these, and put them back for the next worker.
+        {"args": [[1]], "headers": {"timelimit": 5}},
+        {"args": [[1]], "headers": {"task": {"not": "hashable"}}},
+        {"args": [[1]], "headers": {"retries": "abc"}},
+        {"args": [[1]], "headers": {"ignore_result": []}},
     ]
 
 
@@ -271,9 +279,10 @@ def test_a_message_that_is_more_than_ids_is_refused_and_the_worker_lives_on(
     stack("submit", "--models", listed, "--bits", "8", "--no-baseline", "--force", "--wait")
     assert [worker["worker"] for worker in stack.json("workers")] == [before["worker"]]
     said = log.read_text()[logged:]
-    assert said.count(" refused: ") == len(hostile) + 1
-    assert said.count("unregistered task") == 4
+    assert said.count(" refused: ") == len(hostile) + 1 + 4
+    assert said.count("it is for another task") == 1 + 4
     assert "two\nlines" not in said
+    assert "another\nline" not in said
     assert list(canaries.iterdir()) == []
     assert jobs.items() <= {job["job_id"]: job["attempt"] for job in stack.json("jobs")}.items(), "nothing ran again"
 
