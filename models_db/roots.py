@@ -32,8 +32,15 @@ def _is_in(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    """Every symbolic link below ``folder``; what a link leads to is not searched, since it lies in a root itself."""
-    for at, folders, files in os.walk(folder):
+    """Every symbolic link below ``folder``, and below the folders that those lead to: whoever copies what a pattern
+    finds follows them too. A linked folder is searched only after its link was taken."""
+    searched = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(at)
+        if place in searched:
+            folders.clear()
+            continue
+        searched.add(place)
         for name in (*folders, *files):
             path = Path(at, name)
             if path.is_symlink():

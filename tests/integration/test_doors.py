@@ -408,6 +408,17 @@ def test_what_a_folder_s_links_lead_to_must_lie_in_a_root_too(roots: Path) -> No
     assert check_both(notes.parent, roots, (roots / "inside",)) == REFUSED, "it would be copied to the checkpoint"
 
 
+def test_a_linked_folder_s_own_links_must_lie_in_a_root_too(roots: Path) -> None:
+    """A pattern of what is copied beside the weights follows both."""
+    folder, elsewhere = roots / "inside" / "model", roots / "inside" / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "additional_chat_templates").symlink_to(elsewhere)
+    (elsewhere / "itself").symlink_to(elsewhere)
+    assert check_both(folder, roots, (roots / "inside",)) == TAKEN
+    (elsewhere / "environment.jinja").symlink_to("/proc/self/environ")
+    assert check_both(folder, roots, (roots / "inside",)) == REFUSED
+
+
 def test_a_hugging_face_cache_is_a_root_like_any_other(roots: Path, llama: Path) -> None:
     """A snapshot is links to ../../blobs."""
     repository = roots / "inside" / "models--org--model"
