@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,6 +128,31 @@ def test_any_text_is_a_source_or_a_usage_error(text: str) -> None:
 
 
 # headers
+
+
+_HOSTILE = """
+import resource, sys
+from pathlib import Path
+from models_db.errors import SourceCorrupt
+from models_db.sources import MAX_HEADER_BYTES, read_header
+
+path = Path(sys.argv[1])
+header = b"[" + b"[]," * (MAX_HEADER_BYTES // 3 - 2) + b"[]]"
+path.write_bytes(len(header).to_bytes(8, "little") + header)
+del header
+try:
+    read_header(path)
+except SourceCorrupt as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_longest_header_that_is_read_takes_bounded_memory(file: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _HOSTILE, str(file)], capture_output=True, text=True, timeout=120)
+    said, peak_kib = done.stdout.splitlines()
+    assert "not a JSON object" in said
+    assert int(peak_kib) * 2**10 < 2**30
 
 
 def test_a_header_tells_where_each_tensor_lies(file: Path) -> None:
