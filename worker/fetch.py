@@ -121,7 +121,8 @@ class _Fetch:
 
     @property
     def _is_trusted(self) -> bool:
-        return self.source.location in self.doors.trusted
+        # A revision is one that a submitter chose: a name without one does not speak for all that was ever proposed.
+        return _name(self.source) in self.doors.trusted
 
     def _folder_source(self, folder: Path) -> LocalSource:
         check_place(folder, self.doors.roots)

@@ -359,6 +359,9 @@ def test_python_files_are_downloaded_only_where_the_model_is_trusted(hub: Hub, n
     plain = node.fetch("org/own", trusted=["org/other", "org", "own", "org/own@main", "ORG/OWN"])
     assert (plain["fingerprint"], plain["runs_code"]) == (f"hub:{commit}", False)
     assert "own.py" not in files_of(plain["folder"])
+    proposed = node.fetch("org/own", revision=commit, trusted=["org/own", "org/own@main"])
+    assert not proposed["runs_code"], "whoever submits chose that revision"
+    assert node.fetch("org/own", revision=commit, trusted=[f"org/own@{commit}"])["runs_code"]
     trusted = node.fetch("org/own", trusted=["org/own"])
     assert "own.py" in files_of(trusted["folder"])
     assert trusted["runs_code"]
