@@ -22,7 +22,7 @@ from models_db.errors import CudaOom, DiskFull, JobError, Retry, WorkerLost
 from models_db.tables import Attempt, Job, Result, Worker
 from models_db.vram import may_run_in, ran_out, room_of, show_need
 from models_db.window import own_bundle
-from models_db.workers import around, is_live, live
+from models_db.workers import around, is_live
 
 Token = tuple[int, int]
 """(job_id, attempt): what a worker must show to change a job."""
@@ -89,6 +89,7 @@ def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement
     # Not for longer: the others may be busy for hours.
     has_waited = Job.not_before <= db_now(-lease_s)
     return and_(
+        Job.device.in_((DeviceKind.AUTO, worker.device_kind)),
         may_run_in(room_of(worker)),
         or_(
             Job.avoid_worker_id.is_(None),
@@ -148,8 +149,9 @@ def succeed(
     protocol: Protocol,
     checkpoint_path: str | None,
 ) -> bool:
-    """Record a result. True where it counts: no newer attempt was claimed and the job had not ended."""
-    job = _locked(session, token, JobState.RUNNING, JobState.QUEUED)
+    """Record a result. True where it counts: no newer attempt was claimed, and the job had not ended, unless it was
+    given up because nothing was heard of this very attempt."""
+    job = _open_to_success(session, token)
     if job is None:
         return False
     session.add(
@@ -169,7 +171,7 @@ def succeed(
 
 def answer(session: Session, token: Token, reused_from: int) -> bool:
     """End a job with the result of an earlier one, as ``succeed`` does with a new one."""
-    job = _locked(session, token, JobState.RUNNING, JobState.QUEUED)
+    job = _open_to_success(session, token)
     if job is None:
         return False
     job.reused_from = reused_from
@@ -192,11 +194,12 @@ def fail(
 
 
 def _move_up(session: Session, job: Job, error: JobError, lease_s: float) -> None:
-    """Queue the job for a larger VRAM class, uncharged; where no live worker is of one, it fails. The row remembers."""
+    """Queue the job for a larger VRAM class, uncharged; it fails where no worker around is of one. The row
+    remembers."""
     worker = session.get_one(Worker, job.worker_id)
     # The claim saw to it that this is more than was seen before; a prediction gives way to what is seen.
     job.above_memory_bytes = worker.memory_bytes
-    if not any(room_of(other) > worker.memory_bytes for other in live(session, lease_s)):
+    if not any(room_of(other) > worker.memory_bytes for other, _ in around(session, lease_s)):
         _end(session, job, JobState.FAILED, _too_large(worker.memory_bytes, f"{error}; it "))
         return
     job.error_kind = error.kind
@@ -318,6 +321,12 @@ def _locked(session: Session, token: Token, *states: JobState) -> Job | None:
     ).one_or_none()
 
 
+def _open_to_success(session: Session, token: Token) -> Job | None:
+    job = _locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
+    given_up = job is not None and job.state == JobState.FAILED
+    return None if job is None or (given_up and job.error_kind != WorkerLost.kind) else job
+
+
 def _end(session: Session, job: Job, state: JobState, error: JobError | None = None) -> None:
     _close_attempt(session, job, error.kind if error else state.value, error)
     job.state = state
@@ -404,7 +413,7 @@ def _blame_device(session: Session, job: Job, error: JobError) -> None:
     """Quarantine the worker at its second device error in a row. The error of a model that failed on another worker's
     device too does not count: it may be the model's doing, which would cost the whole fleet, worker by worker."""
     worker = session.get(Worker, job.worker_id, with_for_update=True) if job.worker_id is not None else None
-    if worker is None or _failed_elsewhere(session, job, error):
+    if worker is None or _failed_elsewhere(session, job, error, worker):
         return
     worker.device_errors += 1
     if worker.device_errors >= 2:
@@ -412,16 +421,21 @@ def _blame_device(session: Session, job: Job, error: JobError) -> None:
         worker.note = f"two device errors in a row; the last: {_text(error)}"
 
 
-def _failed_elsewhere(session: Session, job: Job, error: JobError) -> bool:
+def _failed_elsewhere(session: Session, job: Job, error: JobError, worker: Worker) -> bool:
     other = aliased(Job)
+    # A worker that was started again is another one on the same GPU.
+    another = Worker.id != worker.id
+    if worker.device_uuid is not None:
+        another = Worker.device_uuid.is_distinct_from(worker.device_uuid)
     found = (
         select(Attempt.id)
         .join(other, other.id == Attempt.job_id)
+        .join(Worker, Worker.id == Attempt.worker_id)
         .where(
+            another,
             other.location == job.location,
             other.revision.is_not_distinct_from(job.revision),
             Attempt.outcome == error.kind,
-            Attempt.worker_id != job.worker_id,
         )
     )
     return session.scalars(found.limit(1)).first() is not None

@@ -85,7 +85,7 @@ def _task_id(text: str, *, noted: bool = False) -> Iterator[str]:
     try:
         message = json.loads(text)
         yield str((message[0] if noted else message)["headers"]["id"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         log.warning("a message in Redis is not one of qbatch's; left alone")
 
 

@@ -53,7 +53,14 @@ def bundle(
     ]
 
 
-def a_worker(database: Database, name: str = "w1", *, kind: DeviceKind = DeviceKind.CPU, memory_bytes: int = 1) -> int:
+def a_worker(
+    database: Database,
+    name: str = "w1",
+    *,
+    kind: DeviceKind = DeviceKind.CPU,
+    memory_bytes: int = 1,
+    uuid: str | None = None,
+) -> int:
     with database.write() as session:
         return workers.register(
             session,
@@ -64,7 +71,7 @@ def a_worker(database: Database, name: str = "w1", *, kind: DeviceKind = DeviceK
                 pid_space="this boot",
                 device_kind=kind,
                 device_name=f"a {kind.upper()}",
-                device_uuid=None,
+                device_uuid=uuid,
                 memory_bytes=memory_bytes,
             ),
         )

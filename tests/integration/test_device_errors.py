@@ -53,6 +53,15 @@ def test_after_such_a_model_a_sick_device_is_still_found(database: Database) -> 
     assert [state_of(database, worker) for worker in (first, second)] == ["ready", "quarantined"]
 
 
+def test_a_worker_that_was_started_again_is_another_one_on_the_same_gpu(database: Database) -> None:
+    _, ids = a_batch(database, *[bundle(f"/models/{name}", Method.NF4) for name in "ab"])
+    before, after = a_worker(database, "before", uuid="GPU-1"), a_worker(database, "after", uuid="GPU-1")
+    fails_on(database, before, ids[0])
+    for job_id in ids:
+        fails_on(database, after, job_id)
+    assert state_of(database, after) == "quarantined"
+
+
 def test_a_success_clears_the_worker(database: Database) -> None:
     worker = a_worker(database)
     _, ids = a_batch(database, bundle("/models/a"), bundle("/models/b"))

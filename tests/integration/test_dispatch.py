@@ -174,7 +174,8 @@ def test_what_somebody_else_put_into_redis_stops_nothing(
     a_batch(sqlite_database)
     top_up(sqlite_database, broker, settings)
     with server.client() as client:
-        for text in ("", "not json", "[]", "{}", "null", '{"headers": null}', '{"headers": {}}', "\udcff"):
+        strange = ("", "not json", "[]", "{}", "null", '{"headers": null}', '{"headers": {}}', "\udcff", "[" * 100_000)
+        for text in strange:
             client.lpush(CPU, text.encode("utf-8", "surrogateescape"))
             client.hset("unacked", text.encode("utf-8", "surrogateescape") or b"-", text.encode("utf-8", "replace"))
     for _ in range(3):

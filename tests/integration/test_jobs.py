@@ -526,14 +526,29 @@ def test_workers_are_listed_with_the_class_of_their_gpu(database: Database) -> N
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"state": "quarantined"}, {"state": "stopped"}, {"state": "draining"}, {"heartbeat_at": db_now(-61.0)}],
-    ids=["quarantined", "stopped", "draining", "silent"],
+    ("values", "ends"),
+    [
+        ({"state": "quarantined"}, True),
+        ({"heartbeat_at": db_now(-121.0)}, True),
+        # It may be back in a moment, as when nobody could reach the database; for how long is the scheduler's to say.
+        ({"state": "stopped"}, False),
+        ({"heartbeat_at": db_now(-90.0)}, False),
+    ],
+    ids=["quarantined", "gone", "stopped", "silent"],
 )
-def test_a_larger_gpu_that_takes_no_jobs_is_none(database: Database, values: dict[str, Any]) -> None:
+def test_a_larger_gpu_that_is_not_around_is_none(database: Database, values: dict[str, Any], ends: bool) -> None:
     small, large = a_gpu(database, 24), a_gpu(database, 80)
     change(database, large, **values)
-    assert a_job(database, ran_out_of_memory(database, small)).state == JobState.FAILED
+    state = a_job(database, ran_out_of_memory(database, small)).state
+    assert state == (JobState.FAILED if ends else JobState.QUEUED)
+
+
+def test_a_worker_claims_no_job_for_another_kind_of_device(database: Database) -> None:
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4, device=DeviceKind.CUDA))
+    assert claim(database, ids, a_worker(database)) == []
+    assert claim(database, ids, a_gpu(database, 24)) == [(ids[0], 1)]
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4, device=DeviceKind.AUTO))
+    assert claim(database, ids, a_worker(database, "w2")) == [(ids[0], 1)]
 
 
 def test_a_retry_remembers_which_gpu_was_too_small(database: Database) -> None:

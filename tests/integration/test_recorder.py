@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from models_db import jobs
 from models_db.domain import DeviceKind, JobState
-from models_db.errors import DatabaseUnreachable, QuantizationError, WorkerLost
+from models_db.errors import DatabaseUnreachable, QuantizationError, SourceCorrupt, WorkerLost
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Checkpoint, Result
@@ -111,6 +111,31 @@ def test_a_spooled_result_counts_although_the_lease_ran_out(
         jobs.expire(session, **POLICY, worker_id=worker)
     Recorder(database, settings).replay()
     assert a_job(database, token[0]).state == JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("ending", ["lost", "failed", "cancelled"])
+def test_a_spooled_result_counts_where_the_job_was_given_up_for_want_of_it_alone(
+    database: Database, settings: Settings, cut_off: Recorder, ending: str
+) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a"))
+    token, *_ = claim(database, ids, worker)
+    succeed(cut_off, token)
+    with database.write() as session:
+        jobs.note(session, token, work_started=True)
+        if ending == "lost":
+            jobs.expire(session, backoff_s=0.01, max_failures=1, worker_id=worker)
+        elif ending == "failed":
+            jobs.fail(session, token, SourceCorrupt("no"), lease_s=60.0, **POLICY)
+        else:
+            jobs.cancel(session, job_ids=[token[0]])
+    ended = a_job(database, token[0])
+    assert ended.state == (JobState.CANCELLED if ending == "cancelled" else JobState.FAILED)
+    Recorder(database, settings).replay()
+    job = a_job(database, token[0])
+    assert job.state == (JobState.SUCCEEDED if ending == "lost" else ended.state)
+    assert (job.error_kind is None) == (ending != "failed")
+    assert len(results_of(database)) == (ending == "lost")
 
 
 def test_a_spooled_outcome_does_not_touch_a_newer_attempt(
