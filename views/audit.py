@@ -38,6 +38,8 @@ def audit_warnings(row: Row) -> Iterable[str]:
     if idle:
         yield f"it has no layer of those that --skip-modules names: {_some(idle)}"
     yield from unfair(dig(row, "details.flags"))
+    for remark in unfair(dig(row, "details.why.energy.flags")):
+        yield f"of its energy: {remark}"
     if dig(row, "details.audits.spread_between_rounds"):
         # Without the number: rows share the footnote.
         yield (

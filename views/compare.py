@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from views.audit import audit_warnings
 from views.compare_rows import flat_rows, group_differences, model_as_mapping
-from views.figures import ALL_FIGURES, Figure, Row, dig
+from views.figures import ALL_FIGURES, Figure, Row
 from views.grid import GAP, wrap
-from views.groups import Group, Model, measured_in, models_of
+from views.groups import Group, Model, models_of, timed_apart
 from views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from views.protocol import show_protocol, version_differences
 from views.ratios import show_beside
@@ -94,8 +94,7 @@ def _remarks(group: Group, ship: Row | None) -> Iterable[str]:
 def _not_in_turns(group: Group) -> Iterable[str]:
     for row in group.rows:
         baseline = group.baselines.get(row["job_id"])
-        beside = dig(row, "details.rounds.interleaved_with")
-        if baseline is not None and beside is not None and measured_in(baseline) not in beside:
+        if baseline is not None and timed_apart(row, baseline):
             yield (
                 f"{row['job_id']} was not timed in turns with {baseline['job_id']}: host time varies from visit to "
                 "visit, and their speeds with it."

@@ -80,6 +80,12 @@ def measured_in(row: Row) -> str:
     return str(row["reused_from"] or row["job_id"])
 
 
+def timed_apart(row: Row, baseline: Row) -> bool:
+    """Whether the two are known not to have been timed in turns: host time varies from visit to visit."""
+    beside = dig(row, "details.rounds.interleaved_with")
+    return beside is not None and measured_in(baseline) not in beside
+
+
 def _age(row: Row) -> int:
     return _number(measured_in(row))
 

@@ -11,6 +11,14 @@ from views.figures import Row, dig
 _VERSIONS = ("qbatch", "torch", "transformers", "bitsandbytes", "cuda", "driver")
 
 
+_SHOWN = frozenset(
+    {
+        *("batch_size", "prompt_tokens", "new_tokens"),
+        *("eval_window", "eval_stride", "eval_max_windows", "eval_text_sha256"),
+    }
+)
+
+
 def show_protocol(row: Row) -> str:
     """The shape of a measured row: ``batch 1, prompt 64, 16 new tokens; 8 windows of 256 tokens of text d95eae75``.
 
@@ -44,6 +52,14 @@ def differences(first_rows: Sequence[Row]) -> list[str]:
         for name in names
         if len(values := _distinct(show_field(name, fact.get(name)) for fact in facts)) > 1
     ]
+
+
+def unheaded(first_rows: Sequence[Row]) -> list[str]:
+    """The fields of the protocol in which groups differ, each given by one of its rows, and ``show_protocol`` does not
+    show."""
+    protocols = [row["protocol"] or {} for row in first_rows]
+    names = dict.fromkeys(name for protocol in protocols for name in protocol if name not in _SHOWN)
+    return [name for name in names if len({show_field(name, protocol.get(name)) for protocol in protocols}) > 1]
 
 
 def version_differences(rows: Sequence[Row]) -> list[str]:

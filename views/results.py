@@ -10,8 +10,9 @@ from models_db.domain import JobState
 from views.audit import audit_warnings
 from views.figures import Row, dig
 from views.grid import GAP, Grid, Line, cells_of, wrap
+from views.groups import timed_apart
 from views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from views.protocol import show_protocol
+from views.protocol import show_field, show_protocol, unheaded, version_differences
 from views.ratios import may_compare
 from views.scheme import is_baseline, show_scheme
 from views.tables import printable, terminal_width
@@ -70,9 +71,10 @@ def _parts(rows: Sequence[Row]) -> Iterable[_Part]:
     for row in rows:
         models.setdefault((row["batch_id"], row["model"], row["revision"]), []).append(row)
     several = len({row["batch_id"] for row in rows}) > 1
-    comparable = len(_measured(rows)) < 2
+    measured = [group[0] for group in _measured(rows).values()]
+    unlike = None if len(measured) < 2 else unheaded(measured)
     for members in models.values():
-        yield from _parts_of_model(members, ["", _heading(members, several)], comparable)
+        yield from _parts_of_model(members, ["", _heading(members, several)], unlike)
 
 
 def _measured(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -84,11 +86,14 @@ def _measured(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def _parts_of_model(members: Sequence[Row], heading: Sequence[str], comparable: bool) -> Iterable[_Part]:
-    """One part, unless the table has figures that are not ``comparable``: then each protocol and device is named."""
-    measured = {} if comparable else _measured(members)
+def _parts_of_model(members: Sequence[Row], heading: Sequence[str], unlike: Sequence[str] | None) -> Iterable[_Part]:
+    """One part, unless the table has figures that do not compare: then each protocol and device is named, with the
+    fields in which protocols are ``unlike`` besides."""
+    measured = {} if unlike is None else _measured(members)
     for group in measured.values():
-        ours = f"{GAP}{show_protocol(group[0])}, on {group[0]['device_name']}"
+        protocol = group[0]["protocol"] or {}
+        more = "".join(f", {name} {show_field(name, protocol.get(name))}" for name in unlike or ())
+        ours = f"{GAP}{show_protocol(group[0])}{more}, on {group[0]['device_name']}"
         yield _Part(heading=[*heading, printable(ours)], rows=_baseline_first(group))
         heading = []
     others = [row for row in members if not measured or row["state"] != JobState.SUCCEEDED]
@@ -137,8 +142,18 @@ def _remarks(row: Row, baseline: Row | None) -> Iterable[str]:
         yield "no ratio: its baseline has no result"
     elif row["protocol_hash"] != baseline["protocol_hash"]:
         yield "no ratio: measured under another protocol than its baseline, so that the numbers say different things"
-    elif row["device_name"] != baseline["device_name"]:
+    else:
+        yield from _other_visit(row, baseline)
+
+
+def _other_visit(row: Row, baseline: Row) -> Iterable[str]:
+    """What may tell a row from its baseline although both were measured under one protocol."""
+    if row["device_name"] != baseline["device_name"]:
         yield f"no ratio of speed or memory: measured on {row['device_name']}, its baseline on another device"
+    elif timed_apart(row, baseline):
+        yield "not timed in turns with its baseline: host time varies from visit to visit, and their speeds with it"
+    if versions := version_differences([baseline, row]):
+        yield f"its baseline was measured with other versions: {', '.join(versions)}"
 
 
 def _footer(
@@ -189,6 +204,9 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
         yield "Rank corr is the rank correlation of the similarities between texts with the baseline's."
     if any(ratio.endswith(NOISE_MARK) for line in measured for _, ratio in line.cells):
         yield NOISE_LEGEND
+    if len(found := _measured(rows)) == 1:
+        ((only, *_),) = found.values()
+        yield f"All measured with {show_protocol(only)}."
     devices = sorted({printable(row["device_name"]) for row in rows})
     if devices:
         yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("qbatch.runner")
 
 _NO_REFERENCE = (
-    "its baseline's outputs are not stored: none was measured on such a device, or they made room for others "
-    "(`--force` measures it again)"
+    "its baseline's outputs are not stored: none was measured on such a device with these versions, or they made room "
+    "for others (`--force` measures it again)"
 )
+_NOTHING_TO_COMPARE = "the text gives nothing to compare: no token of it can be scored, or there is none to mask"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class Rounds:
         self._turns: list[_Turn] = []
         # Loaded is one model at a time: the one measured last.
         self._loaded: tuple[_Turn, Loaded] | None = None
+        # Why there is no reference where there should be one by now.
+        self._not_kept: dict[Path, str] = {}
 
     def run(self, models: Sequence[Model]) -> None:
         """Measure every open job of ``models``; each ends in its message, in the last round."""
@@ -144,7 +147,8 @@ class Rounds:
         if is_baseline:
             self._keep_reference(turn, loaded)
         elif reference is None and loaded.tokenizer is not None:
-            turn.benchmark.details["quality"] = {"reason": _NO_REFERENCE}
+            folder = self._reference_folder(turn.model.plans[0])
+            turn.benchmark.details["quality"] = {"reason": self._not_kept.get(folder, _NO_REFERENCE)}
 
     def _reference_folder(self, plan: Plan) -> Path:
         from worker.benchmark.reference import reference_name
@@ -169,20 +173,24 @@ class Rounds:
         from worker.benchmark.reference import prepare_reference
 
         subject, plan = turn.benchmark.subject, turn.model.plans[0]
+        folder = self._reference_folder(plan)
         try:
-            prepare_reference(
+            kept = prepare_reference(
                 loaded,
                 subject.protocol,
                 subject.eval_text,
-                self._reference_folder(plan),
+                folder,
                 # A baseline stages nothing else; what a killed runner leaves there is cleared.
                 staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
             )
+            if kept is None:
+                self._not_kept[folder] = _NOTHING_TO_COMPARE
             return
         except DeviceError:
             raise
         except JobError as error:
             log.warning("%s: %s; quality will not be compared", _names(turn.model.ids), error)
+            self._not_kept[folder] = f"its baseline's outputs could not be kept: {error}"
         free_device_memory()
 
     def _observe(self, turn: _Turn, loaded: Loaded, captures: Captures) -> None:

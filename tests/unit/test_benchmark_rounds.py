@@ -25,7 +25,7 @@ from models_db.domain import (
     SourceRef,
     Stage,
 )
-from models_db.errors import BenchmarkError, CudaOom, DeviceError
+from models_db.errors import BenchmarkError, CudaOom, DeviceError, StorageError
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT
 from worker.benchmark.measure import RowBenchmark
@@ -185,6 +185,20 @@ def test_without_the_base_s_outputs_the_reason_stands_in_place_of_the_comparison
     assert done.measurement.kl_mean is None
     assert done.measurement.perplexity is not None
     assert "--force" in done.measurement.details["quality"]["reason"]
+
+
+@pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "kept: no room"), (None, "nothing to compare")])
+def test_outputs_that_could_not_be_kept_leave_their_reason(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kept: StorageError | None, said: str
+) -> None:
+    def prepare(*_: Any, **__: Any) -> None:
+        if kept is not None:
+            raise kept
+
+    shutil.rmtree(home / "storage" / "base-logits", ignore_errors=True)
+    monkeypatch.setattr("worker.benchmark.reference.prepare_reference", prepare)
+    done = run(home).measured()
+    assert all(said in done[job_id].measurement.details["quality"]["reason"] for job_id in (2, 3))
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> Callable[[], int]:

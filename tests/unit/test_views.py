@@ -337,7 +337,41 @@ def test_rows_of_other_protocols_and_devices_stand_under_headings_of_their_own()
     assert "  batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on" in lines[3]
     assert "prompt 512" in lines[6]
     assert lines[9] == "  not measured"
-    assert "prompt 256" not in results_table([BASELINE, QUANTIZED])
+    assert results_table([BASELINE, QUANTIZED]).count("prompt 256") == 1, "once, below the table"
+
+
+def test_a_heading_names_what_two_protocols_differ_in_where_their_shape_is_the_same() -> None:
+    tasks = [{"name": "arc_easy", "sha256": None}]
+    other = {"protocol": PROTOCOL | {"min_iterations": 9, "tasks": tasks}, "protocol_hash": "q"}
+    table = results_table(
+        [BASELINE, QUANTIZED, result(3, **other), result(4, "bnb-nf4", baseline_job_id="j3", **other)]
+    )
+    headings = [line for line in table.splitlines() if "batch 1" in line]
+    assert [line.split("d95eae75, ")[1] for line in headings] == [
+        f"min_iterations 5, tasks none, on {BASELINE['device_name']}",
+        f"min_iterations 9, tasks arc_easy, on {BASELINE['device_name']}",
+    ]
+
+
+def test_what_was_noticed_of_the_gpu_while_its_energy_was_measured_is_said_too() -> None:
+    energy = {"flags": {"foreign_processes": False, "throttled": True}}
+    table = results_table([BASELINE, QUANTIZED | {"details": {"why": {"energy": energy}}}])
+    assert "of its energy: while it was measured, the GPU lowered its clocks" in " ".join(table.split())
+
+
+def test_a_row_of_another_visit_than_its_baseline_s_says_so() -> None:
+    def visit(row: dict[str, Any], torch: str, *others: str) -> dict[str, Any]:
+        return row | {"details": {"rounds": {"count": 3, "interleaved_with": others}, "versions": {"torch": torch}}}
+
+    together = results_table([visit(BASELINE, "2.12", "j2"), visit(QUANTIZED, "2.12", "j1")])
+    assert "not timed in turns" not in together
+    assert "other versions" not in together
+    apart = results_table([visit(BASELINE, "2.12"), visit(QUANTIZED, "2.13", "j3")])
+    assert "[1][2]" in line_of(apart, "j2")
+    assert "not timed in turns with its baseline" in " ".join(apart.split())
+    assert "its baseline was measured with other versions: torch (2.12, 2.13)" in " ".join(apart.split())
+    reused = results_table([visit(BASELINE, "2.12") | {"reused_from": "j90"}, visit(QUANTIZED, "2.12", "j90")])
+    assert "not timed in turns" not in reused
 
 
 @pytest.mark.parametrize("other", [{"batch_id": "b2"}, {"model": "/models/other"}], ids=["batch", "model"])
@@ -345,7 +379,7 @@ def test_the_protocol_is_said_where_any_other_row_of_the_table_has_another(other
     longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
     table = results_table([BASELINE, QUANTIZED, result(3, **other, **longer)])
     assert [line.split(", ")[1] for line in table.splitlines() if "batch 1" in line] == ["prompt 256", "prompt 512"]
-    assert "batch 1" not in results_table([BASELINE, QUANTIZED, result(3, **other)])
+    assert results_table([BASELINE, QUANTIZED, result(3, **other)]).count("batch 1") == 1, "once, below the table"
 
 
 def test_an_encoder_shows_how_well_its_similarities_hold() -> None:

@@ -23,7 +23,10 @@ _WINDOWS, _PIECES = 2, 16
 # Of a CPU's memory, beside the float32 copy itself: activations and logits, which grow with the model, and the rest.
 _ROOM_FACTOR = 1.25
 _ROOM_BYTES = 1 << 29
-_FIGURES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "ln_ppl_ratio", "rms_delta_p")
+_FIGURES = (
+    *("kl_mean", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_max"),
+    *("top1_agreement", "ln_ppl_ratio", "rms_delta_p"),
+)
 
 
 def arithmetic_floor(loaded: Loaded, probes: Sequence[Probe]) -> dict[str, Any] | None:
