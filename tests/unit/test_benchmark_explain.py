@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,9 @@ from torch._C._autograd import DeviceType
 from models_db.domain import DType
 from tests import tiny
 from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, quantized
-from worker.benchmark import graph
+from worker.benchmark import energy, graph, roofs
 from worker.benchmark.capture import Captures
-from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, net_energy
+from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, measure_energy, net_energy
 from worker.benchmark.explain import Explanation
 from worker.benchmark.fairness import FairnessWatch, Sighting, flags_of
 from worker.benchmark.graph import KernelsAlone, KernelsRequest, Shape, StepKernels, decode_step
@@ -274,10 +275,65 @@ def test_a_loop_between_ticks_finds_the_power_although_the_counter_is_coarse() -
 def test_net_energy_is_what_idling_would_not_have_taken() -> None:
     idle = EnergySpan(joules=1200.0, seconds=10.0, count=1)
     busy = EnergySpan(joules=1500.0, seconds=12.0, count=6)
-    energy = net_energy(busy, idle)
-    assert energy.gross_j == pytest.approx(250.0)
-    assert energy.net_j == pytest.approx((1500 - 120 * 12) / 6)
-    assert energy.uncertainty_j == pytest.approx((12.5**2 + (12 * 12 / 10) ** 2) ** 0.5 / 6)
+    found = net_energy(busy, idle)
+    assert found.gross_j == pytest.approx(250.0)
+    assert found.net_j == pytest.approx((1500 - 120 * 12) / 6)
+    assert found.uncertainty_j == pytest.approx((12.5**2 + (12 * 12 / 10) ** 2) ** 0.5 / 6)
+
+
+class Metered(Machine):
+    """One whose power changes: the counter adds it up, and moves at each tick."""
+
+    def __init__(self, watts: float) -> None:
+        super().__init__(watts)
+        self.joules = self.shown_j = 0.0
+        self.tick = 0.1
+
+    def sleep(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.tick <= end:
+            self.joules += self.watts * (self.tick - self.now)
+            self.now, self.shown_j = self.tick, self.joules
+            self.tick += 0.1
+        self.joules += self.watts * (end - self.now)
+        self.now = end
+
+    def read_j(self) -> float:
+        return self.shown_j
+
+
+def test_decoding_s_energy_is_generation_s_less_the_prefill_s_and_idle_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that draws 100 W idle; 300 W for the 0.5 s of a prefill, 200 W for the 2 s of decoding."""
+    machine, drawn = Metered(watts=100.0), {"prefill": (0.5, 300.0), "generate": (2.5, 220.0)}
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            seconds, machine.watts = drawn[name]
+            machine.sleep(seconds)
+            machine.watts = 100.0
+
+        return run
+
+    loop = partial(loop_between_ticks, min_s=50.0, now_s=machine.now_s, sleep=machine.sleep)
+    monkeypatch.setattr(energy, "loop_between_ticks", lambda work, _: loop(work, machine.read_j))
+    monkeypatch.setattr(energy, "FairnessWatch", lambda _: SimpleNamespace(sighting=lambda: sighting(1000)))
+    monkeypatch.setattr(energy.time, "sleep", machine.sleep)
+    found = measure_energy(None, prefill=call("prefill"), generate=call("generate"), tokens=256, decoded=32)
+    near = partial(pytest.approx, rel=0.02)
+    assert found["idle_w"] == near(100.0)
+    assert (found["prefill"]["gross_j"], found["prefill"]["net_j"]) == (near(150.0), near(100.0))
+    assert found["prefill"]["net_j_per_token"] == near(100.0 / 256)
+    assert (found["decode"]["gross_j"], found["decode"]["net_j"]) == (near(400.0), near(200.0))
+    assert (found["decode"]["gross_j_per_token"], found["decode"]["net_j_per_token"]) == (near(12.5), near(6.25))
+
+
+def test_a_roof_counts_reading_and_writing_and_both_of_a_product_s_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofs, "_copy_s", lambda _: 0.5)
+    monkeypatch.setattr(roofs, "_matmul_s", lambda *_: 0.25)
+    found = roofs.measure_roofs.__wrapped__("cuda:0", torch.bfloat16)
+    assert found.copy_bytes_per_s == 2 * 2**30 / 0.5
+    assert found.matmul_flops_per_s == 2 * 8192**3 / 0.25
+    assert found.dtype == "bfloat16"
 
 
 def test_a_counter_that_stands_still_is_no_counter() -> None:

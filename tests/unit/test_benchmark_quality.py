@@ -40,6 +40,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
+def numpy_figures(base: np.ndarray, other: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Those of ``numpy_statistics`` without their errors, of windows of any length."""
+    with np.errstate(all="ignore"):
+        found = numpy_statistics(base, other, targets, windows=1)
+    return {name: value for name, value in found.items() if not name.endswith("_se")}
+
+
 def numpy_statistics(base: np.ndarray, other: np.ndarray, targets: np.ndarray, windows: int) -> dict[str, float]:
     """llama.cpp's figures from full logits [rows, vocabulary] of equally long windows, the plain way."""
     p, q = log_softmax(base), log_softmax(other)
@@ -53,7 +60,8 @@ def numpy_statistics(base: np.ndarray, other: np.ndarray, targets: np.ndarray, w
 
     def error(rows: np.ndarray) -> float:
         """Equal clusters: the error of the mean of the windows' means."""
-        return float(rows.reshape(windows, -1).mean(axis=1).std(ddof=1) / math.sqrt(windows))
+        means = rows.reshape(windows, -1).mean(axis=1)
+        return float(means.std(ddof=1) / math.sqrt(windows)) if windows > 1 else math.nan
 
     return {
         "kl_mean": kl.mean(),
@@ -175,6 +183,28 @@ def test_encoders_are_compared_each_in_its_own_way(tmp_path: Path, head: str | N
     assert ("ln_ppl_ratio" in figures) == (head == "masked-lm")
 
 
+@torch.inference_mode()
+def test_a_masked_model_is_scored_on_the_tokens_that_were_masked(tmp_path: Path) -> None:
+    source = tiny.make_encoder(tmp_path / "bert", "masked-lm")
+    model, reference = quantized_and_reference(source, NF4)
+    base, tokenizer = loaded_on_cpu(source), model.tokenizer
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    first, *_, last = tokenizer("a")["input_ids"]
+    length = min(64, QUICK.eval_window) - 2
+    p, q, targets = [], [], []
+    for begin in range(0, min(len(ids), 64 * length), length):
+        piece = ids[begin : begin + length]
+        places = list(range(3 if len(piece) > 3 else 0, len(piece), 7))
+        covered = [tokenizer.mask_token_id if n in places else token for n, token in enumerate(piece)]
+        asked = torch.tensor([[first, *covered, last]])
+        for rows, one in ((p, base), (q, model)):
+            rows.append(one.model(input_ids=asked).logits[0, [n + 1 for n in places]].float().numpy())
+        targets += [piece[n] for n in places]
+    expected = numpy_figures(np.concatenate(p), np.concatenate(q), np.array(targets))
+    figures = compare(model, reference, QUICK, TEXT)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
 def bert(folder: Path, class_name: str, **config: object) -> Path:
     tiny.make_tokenizer(folder, prefix_bos=True, suffix_eos=True)
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -222,6 +252,31 @@ def test_an_encoder_decoder_is_compared_on_the_second_half_of_each_window(tmp_pa
     figures = compare(model, reference, QUICK, TEXT)
     assert figures["rows"] == sum(figures["window_tokens"]) == sum(len(p.labels) for p in probes_of(model, QUICK, TEXT))
     assert figures["kl_mean"] > 0
+
+
+@torch.inference_mode()
+def test_an_encoder_decoder_is_scored_on_what_follows_its_first_half(tmp_path: Path) -> None:
+    source = tiny.make_seq2seq(tmp_path / "t5", "t5")
+    model, reference = quantized_and_reference(source, NF4)
+    base, tokenizer = loaded_on_cpu(source), model.tokenizer
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    *_, last = tokenizer("a")["input_ids"]
+    assert tokenizer("a")["input_ids"] == [*tokenizer("a", add_special_tokens=False)["input_ids"], last]
+    length = QUICK.eval_window - 1
+    p, q, targets = [], [], []
+    for begin in range(0, min(len(ids), QUICK.eval_max_windows * length), length):
+        piece = ids[begin : begin + length]
+        read, said = piece[: len(piece) // 2], piece[len(piece) // 2 :]
+        if not read:
+            continue
+        before = torch.tensor([[base.model.config.decoder_start_token_id, *said[:-1]]])
+        for rows, one in ((p, base), (q, model)):
+            output = one.model(input_ids=torch.tensor([[*read, last]]), decoder_input_ids=before)
+            rows.append(output.logits[0].float().numpy())
+        targets += said
+    expected = numpy_figures(np.concatenate(p), np.concatenate(q), np.array(targets))
+    figures = compare(model, reference, QUICK, TEXT)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_benchmark_with_a_reference_holds_the_comparison_and_the_same_perplexity(tmp_path: Path) -> None:
@@ -545,17 +600,26 @@ def test_embeddings_are_centred_before_they_are_compared() -> None:
     assert abs(compare_embeddings(base + offset, unrelated + offset)["cosine_mean"]) < 0.3
 
 
-def test_rank_correlation_is_spearman_s() -> None:
+def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
     generator = torch.Generator().manual_seed(0)
     base, other = torch.randn(8, 4, generator=generator), torch.randn(8, 4, generator=generator)
 
-    def pair_ranks(vectors: torch.Tensor) -> np.ndarray:
+    def unit(vectors: torch.Tensor) -> np.ndarray:
         centred = vectors.double().numpy() - vectors.double().numpy().mean(axis=0)
-        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-        return np.argsort(np.argsort((unit @ unit.T)[np.triu_indices(8, 1)]))
+        return np.asarray(centred / np.linalg.norm(centred, axis=1, keepdims=True))
 
-    expected = np.corrcoef(pair_ranks(base), pair_ranks(other))[0, 1]
-    assert compare_embeddings(base, other)["rank_correlation"] == pytest.approx(expected)
+    def pair_ranks(vectors: torch.Tensor) -> np.ndarray:
+        return np.argsort(np.argsort((unit(vectors) @ unit(vectors).T)[np.triu_indices(8, 1)]))
+
+    cosines = (unit(base) * unit(other)).sum(axis=1)
+    assert compare_embeddings(base, other) == pytest.approx(
+        {
+            "pieces": 8,
+            "cosine_mean": cosines.mean(),
+            "cosine_min": cosines.min(),
+            "rank_correlation": np.corrcoef(pair_ranks(base), pair_ranks(other))[0, 1],
+        }
+    )
 
 
 def test_json_gets_none_for_what_is_no_number() -> None:
