@@ -578,8 +578,7 @@ def _place_checkpoints(settings: Settings, rows: Sequence[dict[str, Any]]) -> No
 
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
-    from models_db.checkpoints import all_checkpoints
-    from models_db.results import find_results
+    from models_db.checkpoints import all_checkpoints, checkpoints_of
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
     for target in targets:
@@ -592,11 +591,8 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     database = _database(settings)
     _require(database, batch_ids)
     with database.read() as session:
-        if batch_ids:
-            paths = [row["checkpoint_path"] for row in find_results(session, batch_ids=batch_ids)]
-        else:
-            paths = [checkpoint.path for checkpoint in all_checkpoints(session)]
-    return folders + [settings.storage / path for path in dict.fromkeys(paths) if path is not None]
+        found = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
+        return folders + [settings.storage / checkpoint.path for checkpoint in found]
 
 
 def _batch_ids(texts: Sequence[str]) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from models_db.session import insert_into
-from models_db.tables import Checkpoint
+from models_db.tables import Checkpoint, Job
 
 
 def record(session: Session, *, key: str, path: str, root_sha256: str, disk_bytes: int, job_id: int) -> None:
@@ -23,3 +23,12 @@ def record(session: Session, *, key: str, path: str, root_sha256: str, disk_byte
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
+
+
+def checkpoints_of(session: Session, batch_ids: Sequence[int]) -> Sequence[Checkpoint]:
+    """What the batches' jobs ask for and is published, whatever became of the jobs; in the jobs' order."""
+    jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(Job.batch_id.in_(batch_ids))
+    wanted = jobs.group_by(Job.checkpoint_key).subquery()
+    return session.scalars(
+        select(Checkpoint).join(wanted, wanted.c.checkpoint_key == Checkpoint.key).order_by(wanted.c.first)
+    ).all()

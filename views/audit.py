@@ -116,7 +116,7 @@ def _errors(audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "worst layers", f"{entry['error']:.4f}  {entry['name']}"
     if "not_finite" in audit:
         broken = audit["not_finite"]
-        yield "NaN or infinite weights", _some(broken, 10) if broken else "none"
+        yield "NaN or infinity in", _some(broken, 10) if broken else "none of its tensors"
 
 
 def other_audits(row: Row) -> Iterable[tuple[str, str]]:

@@ -10,14 +10,16 @@ from views.units import show_bytes, show_time
 
 
 def show_progress(progress: Mapping[str, Any]) -> str:
-    """``1.20 of 14.96 GiB read, 300.0 MiB written``: what is known of it."""
+    """``1.50 GiB of 23.46 GiB (1.20 GiB read, 300.0 MiB written)``: what is known of it. The total is of both."""
     read, written, total = (progress.get(key) for key in ("bytes_read", "bytes_written", "bytes_total"))
-    parts = []
-    if read is not None:
-        parts.append(f"{show_bytes(read)} of {show_bytes(total)} read" if total else f"{show_bytes(read)} read")
-    if written:
-        parts.append(f"{show_bytes(written)} written")
-    return ", ".join(parts)
+    if read is None:
+        return ""
+    parts = [f"{show_bytes(read)} read"] + ([f"{show_bytes(written)} written"] if written else [])
+    if not total:
+        return ", ".join(parts)
+    if not written:
+        return f"{show_bytes(read)} of {show_bytes(total)} read"
+    return f"{show_bytes(read + written)} of {show_bytes(total)} ({', '.join(parts)})"
 
 
 BATCH_COLUMNS: tuple[Column, ...] = (

@@ -34,9 +34,17 @@ class Recorder:
                 "outcome": "succeeded",
                 "measurement": measurement.to_json(),
                 "protocol": protocol.to_json(),
-                "checkpoint": _as_json(published),
+                "checkpoint": _as_json(published) if published is not None else None,
             },
         )
+
+    def note_checkpoint(self, job_id: int, published: Published) -> None:
+        """Remember a checkpoint before its result is there: where the benchmark fails, ``verify`` must find it too."""
+        try:
+            with self._database.write() as session:
+                checkpoints.record(session, job_id=job_id, **_as_json(published))
+        except DatabaseUnreachable as error:
+            log.warning("%s; the checkpoint of j%s is recorded with its result", error, job_id)
 
     def fail(self, token: Token, error: JobError) -> None:
         needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
@@ -109,9 +117,7 @@ class Recorder:
             )
 
 
-def _as_json(published: Published | None) -> dict[str, Any] | None:
-    if published is None:
-        return None
+def _as_json(published: Published) -> dict[str, Any]:
     return {
         "key": published.key,
         "path": published.path,

@@ -239,6 +239,7 @@ class Supervisor:
                 self._progressed(message)
             case CheckpointReady():
                 self._published[message.job_id] = message.published
+                self._station.recorder.note_checkpoint(message.job_id, message.published)
             case Measured():
                 self._station.recorder.succeed(
                     self._token(message.job_id),

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,52 @@ def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
     assert [row["reused_from"] for row in forced] == [None]
     assert forced[0]["checkpoint_path"] == first[1]["checkpoint_path"]
     assert forced[0]["baseline_job_id"] is None
+
+
+def test_what_a_scheme_was_asked_for_is_in_the_checkpoint(
+    stack: Qbatch, models: Path, model_list: Callable[..., str]
+) -> None:
+    options = ("--skip-modules", "q_proj", "--int8-threshold", "0", "--quant-storage", "bfloat16")
+    rows = stack.json(
+        *("submit", "--models", model_list(models / "llama"), "--bits", "4,8", "--no-baseline", "--wait"),
+        *(*options, "--max-shard-size", "100KB"),
+    )
+    assert [row["state"] for row in rows] == ["succeeded"] * 2
+    for row in rows:
+        folder = Path(row["checkpoint_path"])
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert "q_proj" in config["llm_int8_skip_modules"]
+        assert config["bnb_4bit_quant_storage"] == ("bfloat16" if row["bits"] == 4 else "uint8")
+        assert config["llm_int8_threshold"] == (6.0 if row["bits"] == 4 else 0.0)
+        shards = sorted(folder.glob("model-*.safetensors"))
+        assert len(shards) > 2
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+        names = [entry["name"] for entry in row["details"]["audit"]["kept"] if entry["reason"] == "skipped on request"]
+        assert names == ["model.layers.*.self_attn.q_proj.weight"]
+    for job in stack.json("jobs", "--batch", rows[0]["batch_id"]):
+        progress = job["progress"]
+        assert progress["bytes_read"] > 0 < progress["bytes_written"]
+        assert progress["bytes_read"] + progress["bytes_written"] == progress["bytes_total"]
+
+
+def test_a_checkpoint_whose_benchmark_failed_is_verified_too(
+    stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    source = shutil.copytree(models / "llama", tmp_path / "without-words")
+    (source / "tokenizer.json").write_text("{")
+    listed = model_list(source)
+    rows = stack.json("submit", "--models", listed, "--bits", "4,8", "--no-baseline", "--wait", code=1)
+    assert [row["state"] for row in rows] == ["failed"] * 2
+    assert all("tokenizer" in row["error_message"] for row in rows)
+    batch = rows[0]["batch_id"]
+    found = stack.json("verify", batch)
+    assert [row["state"] for row in found] == ["sound"] * 2
+    weights = next(stack.home.glob("storage/checkpoints/without-words/*nf4*/model.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for target in ([batch], []):
+        assert "model.safetensors is not what was published" in stack("verify", *target, code=1).stderr
 
 
 def test_a_text_of_ones_own_is_another_protocol(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models_db.domain import DType, Method, Scheme
+from models_db.errors import Unsupported
 from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
-from worker.quantize import Target, Written, write_checkpoints
+from worker.quantize import Refused, Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
@@ -163,6 +165,46 @@ def test_numbers_that_are_not_numbers_are_named(value: float, scheme: Scheme, tm
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     edit(source, lambda tensors: tensors[UP_PROJ][3].fill_(value))
     assert audit_of(source, tmp_path / "out", scheme)["not_finite"] == [UP_PROJ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_so_are_those_of_tensors_that_are_not_quantized(value: float, tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    names = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    edit(source, lambda tensors: [tensors[name].view(-1)[-1].fill_(value) for name in names])
+    storage = replace(NF4, quant_storage="bfloat16")
+    for number, scheme in enumerate([NF4, storage, INT8]):
+        assert audit_of(source, tmp_path / str(number), scheme)["not_finite"] == names
+
+
+def test_so_are_those_of_a_whole_model(tmp_path: Path) -> None:
+    source = make_fused_qkv(tmp_path / "source", dtype="bfloat16")
+    edit(source, lambda tensors: tensors["embeddings.word_embeddings.weight"][3].fill_(float("nan")))
+    (name,) = audit_of(source, tmp_path / "out", INT8)["not_finite"]
+    assert name.endswith("word_embeddings.weight")
+
+
+def test_a_convolution_is_no_stack_of_experts(tmp_path: Path) -> None:
+    config = transformers.WhisperConfig(
+        d_model=128, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=128, decoder_ffn_dim=128, vocab_size=1000,
+        num_mel_bins=200, encoder_attention_heads=2, decoder_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "source")
+    kept = {entry["name"]: entry["reason"] for entry in audit_of(tmp_path / "source", tmp_path / "out", NF4)["kept"]}
+    assert kept["model.encoder.conv1.weight"] == "not a linear layer"
+
+
+def test_a_storage_that_weights_do_not_fill_is_refused_by_name(tmp_path: Path) -> None:
+    source = make_causal(
+        tmp_path / "source", dtype="bfloat16", hidden_size=132, num_attention_heads=2, intermediate_size=205
+    )
+    (tmp_path / "out").mkdir()
+    target = Target(scheme=replace(NF4, quant_storage="float32"), folder=tmp_path / "out")
+    (result,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
+    assert isinstance(result, Refused)
+    assert isinstance(result.error, Unsupported)
+    assert "proj.weight does not fill whole elements of torch.float32: choose another" in str(result.error)
 
 
 def test_useless_int8_scales_are_counted(tmp_path: Path) -> None:

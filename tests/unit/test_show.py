@@ -130,7 +130,7 @@ def said(job: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
         "left at bfloat16 lm_head.weight: output layer or tied (525 M)",
         "dropped by transformers 1 tensor: model.mtp.0.weight",
         "worst layers 0.1042 model.layers.3.mlp.down_proj.weight",
-        "NaN or infinite weights none",
+        "NaN or infinity in none of its tensors",
         "streamed, in one pass with 1 other scheme",
         "prefill 28 71.2 ms 1.00 ms",
         "3,595 tok/s",

@@ -492,4 +492,7 @@ def test_a_terminal_gets_a_bar_the_running_jobs_and_the_failures(monkeypatch: py
 
 def test_progress_shows_what_is_known() -> None:
     assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": None}) == "1.0 MiB read"
+    assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": 2**22}) == "1.0 MiB of 4.0 MiB read"
+    both = {"bytes_read": 2**20, "bytes_written": 2**21, "bytes_total": 2**22}
+    assert show_progress(both) == "3.0 MiB of 4.0 MiB (1.0 MiB read, 2.0 MiB written)"
     assert show_progress({}) == ""

@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch.nn.modules.conv import _ConvNd
+
 from worker.quantize.packing import FIGURES
 from worker.quantize.skeleton import Skeleton, is_plain_linear
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-# What stays unquantized and is smaller than this is not worth a line of its own.
+# What is no linear layer and smaller than this is not worth a line of its own.
 _WORTH_NAMING = 65_536
-_WORST_LAYERS = 20
+# Of all models but some mixtures that is every one.
+_MOST_LAYERS = 4096
 
 
 def coverage(
@@ -39,17 +43,25 @@ def coverage(
     }
 
 
-def error_audit(figures: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Any]:
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no NaN or infinity is among them; of a dtype that has such."""
+    if not values.is_floating_point() or values.itemsize < 2 or not values.numel():
+        return True
+    lowest, highest = values.aminmax()  # NaN where there is one
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]) -> dict[str, Any]:
     """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
-    FIGURES of each weight's pieces."""
+    FIGURES of each weight's pieces. ``not_finite`` names what is wrong among the other tensors."""
     errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
     finite = {name: error for name, error in errors.items() if math.isfinite(error)}
     worst = sorted(finite, key=lambda name: finite[name], reverse=True)
     pieces = [dict(zip(FIGURES, piece, strict=True)) for several in figures.values() for piece in several]
     return {
         "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
-        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_WORST_LAYERS]],
-        "not_finite": sorted(errors.keys() - finite.keys()),
+        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MOST_LAYERS]],
+        "not_finite": sorted((errors.keys() - finite.keys()).union(not_finite)),
         "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
         "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
     }
@@ -69,17 +81,23 @@ def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tupl
         if name in quantized:
             continue
         total += parameter.numel()
-        if parameter.numel() >= _WORTH_NAMING:
+        if parameter.numel() >= _WORTH_NAMING or _is_linear_weight(model, name):
             groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, model, name)] += parameter.numel()
     return total, [
         {"name": name, "reason": reason, "parameters": count} for (name, reason), count in groups.most_common()
     ]
 
 
-def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
+def _is_linear_weight(model: Any, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
-    if leaf != "weight" or not is_plain_linear(model.get_submodule(path)):
-        return "fused experts" if model.get_parameter(name).dim() > 2 else "not a linear layer"
+    return leaf == "weight" and is_plain_linear(model.get_submodule(path))
+
+
+def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
+    path = name.rpartition(".")[0]
+    if not _is_linear_weight(model, name):
+        is_stack = model.get_parameter(name).dim() > 2 and not isinstance(model.get_submodule(path), _ConvNd)
+        return "fused experts" if is_stack else "not a linear layer"
     if path in skeleton.default_skips:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from worker.quantize.audit import is_finite
 from worker.quantize.lane import Lane, as_bytes, host_view
 from worker.quantize.loading import Weight
 from worker.quantize.packing import PIECE_STEP, Packing, pack
@@ -99,9 +100,12 @@ class CopyPiece:
         def read(name: str) -> torch.Tensor:
             return reader.read_into(lane.input, name, self.start, self.count)
 
-        data = host_view(as_bytes(replay(self.origin, read)))
+        values = replay(self.origin, read)
+        data, is_sound = host_view(as_bytes(values)), is_finite(values)
         for sink, output in self.outputs:
             sink.write(output.name, data, self.start * output.dtype.itemsize)
+            if not is_sound:
+                sink.flag(output.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,8 @@ class BuildOutput:
     def run(self, _lane: Lane, reader: SourceReader) -> None:
         values = replay(self.origin, reader.whole)
         self.sink.write(self.output.name, host_view(as_bytes(values)), 0)
+        if not is_finite(values):
+            self.sink.flag(self.output.name)
 
 
 Job = QuantizePiece | CopyPiece | BuildOutput

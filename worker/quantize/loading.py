@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models_db.domain import DType
-from models_db.errors import SourceCorrupt, Unsupported
+from models_db.errors import JobError, SourceCorrupt, Unsupported
 from worker.quantize.initializing import why_overwritten
 from worker.quantize.packing import Packing
 from worker.quantize.reading import TORCH_DTYPES, SourceReader
@@ -65,7 +65,7 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     model, packing = skeleton.model, Packing.of(target.scheme)
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
-    recorder.raise_if_misshapen()
+    recorder.raise_if_refused()
     _refuse_misfits(info)
     dropped = unused(reader, model, recorder)
     overwritten = why_overwritten(model, info)
@@ -141,7 +141,7 @@ class Recorder:
 
     def __init__(self, skeleton: Skeleton, packing: Packing) -> None:
         self._skeleton = skeleton
-        self._misshapen: list[SourceCorrupt] = []
+        self._refusals: list[JobError] = []
         self._not_streamable: list[NotStreamable] = []
         self.packing = packing
         self.weights: dict[str, Weight] = {}
@@ -168,13 +168,13 @@ class Recorder:
         origin = simplified(traced.origin)
         self.origins[name] = (origin, transposed)
         if found != needed:
-            self._misshapen.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
+            self._refusals.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
         elif isinstance(origin, Call | QuantizedPart):
             self._not_streamable.append(NotStreamable(f"{name} is converted and then quantized"))
         else:
             if not self.packing.fills_whole_elements(needed[0] * needed[1]):
                 reason = f"{name} does not fill whole elements of {self.packing.storage}"
-                self._not_streamable.append(NotStreamable(reason))
+                self._refusals.append(Unsupported(f"{reason}: choose another --quant-storage"))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
         return self._packed_parameter(name, needed)
 
@@ -185,8 +185,8 @@ class Recorder:
             parameter.SCB = traced_part(name, "SCB", *shapes["SCB"])  # type: ignore[attr-defined]
         return parameter
 
-    def raise_if_misshapen(self) -> None:
-        for error in self._misshapen:
+    def raise_if_refused(self) -> None:
+        for error in self._refusals:
             raise error
 
     def raise_if_not_streamable(self) -> None:

@@ -39,6 +39,7 @@ class Sink:
         self._on_write = on_write
         self._lock = threading.Lock()
         self._figures: dict[str, list[Sequence[float]]] = defaultdict(list)
+        self._not_finite: set[str] = set()
         folder = loaded.target.folder
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
         self.size = sum(layout.size for layout in layouts)
@@ -95,6 +96,11 @@ class Sink:
         with self._lock:
             self._figures[weight.name].append(figures)
 
+    def flag(self, name: str) -> None:
+        """Note for the audit that a tensor which is not quantized holds a NaN or an infinity."""
+        with self._lock:
+            self._not_finite.add(name)
+
     def fail(self, error: BaseException) -> None:
         with self._lock:
             if self.error is None:
@@ -112,4 +118,4 @@ class Sink:
             file.close()
 
     def error_audit(self) -> dict[str, Any]:
-        return error_audit(self._figures)
+        return error_audit(self._figures, self._not_finite)

@@ -23,7 +23,7 @@ from models_db.errors import JobError, Unsupported, one_line
 from models_db.sources import Header, read_header
 from worker.architecture import load_config
 from worker.digest import digest_file
-from worker.quantize.audit import coverage, error_audit
+from worker.quantize.audit import coverage, error_audit, is_finite
 from worker.quantize.faults import as_job_error
 from worker.quantize.loading import load_source, refuse_missing, unused
 from worker.quantize.meter import Meter
@@ -174,7 +174,10 @@ class WholeModel:
             origin, transposed = self._origins[f"{name}.weight"]
             exact = replay(origin, read).to(module.weight.device)
             found[f"{name}.weight"] = [_measure(exact.t() if transposed else exact, module.weight)]
-        return error_audit(found)
+        state = model.state_dict()
+        # Of quantized weights the pieces above were looked at; their codes may be of any dtype.
+        others = (name for name in state if not name.startswith(tuple(found)) and not name.endswith(".SCB"))
+        return error_audit(found, (name for name in others if not is_finite(state[name])))
 
 
 class _Unread:
