@@ -227,6 +227,30 @@ def test_under_any_head_it_is_the_body_s_states_that_are_compared(tmp_path: Path
     assert measured(source, protocol=replace(QUICK, batch_size=2)).forward_s_p50 is not None
 
 
+@torch.inference_mode()
+def test_labels_that_do_not_exclude_each_other_are_compared_one_by_one(tmp_path: Path) -> None:
+    source = bert(
+        tmp_path / "bert",
+        "BertForSequenceClassification",
+        num_labels=5,
+        problem_type="multi_label_classification",
+        initializer_range=0.3,
+    )
+    model, reference = quantized_and_reference(source, NF4)
+    base = loaded_on_cpu(source)
+    asked = [torch.tensor([probe.ids]) for probe in probes_of(model, QUICK, TEXT)]
+    p, q = (
+        np.concatenate([1 / (1 + np.exp(-one.model(ids).logits[0].double().numpy())) for ids in asked])
+        for one in (base, model)
+    )
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    figures = compare(model, reference, QUICK, TEXT)
+    assert figures["rows"] == len(kl) == 5 * len(asked)
+    assert figures["kl_mean"] == pytest.approx(kl.mean(), rel=1e-6)
+    assert figures["kl_max"] == pytest.approx(kl.max(), rel=1e-6)
+    assert figures["top1_agreement"] == pytest.approx(((p >= 0.5) == (q >= 0.5)).mean())
+
+
 def test_a_single_number_is_no_distribution_to_compare(tmp_path: Path) -> None:
     """A reranker's score: its softmax is 1 for every model, and a KL of 0 would call any of them perfect."""
     model, reference = quantized_and_reference(

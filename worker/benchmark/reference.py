@@ -40,7 +40,7 @@ from worker.staging import sync
 log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIPTION = "reference.json"
 _PROBE = "base"
 # A folder used this recently may have a reader: it is not evicted.

@@ -11,6 +11,9 @@ from models_db.errors import BenchmarkError
 from worker.benchmark.probes import Probe
 from worker.benchmark.similarity import embedding
 
+# transformers' name for labels of which any number may hold at once.
+_INDEPENDENT_LABELS = "multi_label_classification"
+
 
 def head_of(model: Any) -> torch.nn.Module | None:
     """The module that turns hidden states into logits; None where the model has none."""
@@ -32,7 +35,8 @@ def head_sha256(model: Any) -> str | None:
 
 @torch.inference_mode()
 def logits_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
-    """Logits [rows, vocabulary] (labels, for a classifier) at the rows that ``probe`` compares."""
+    """Logits [rows, vocabulary] at the rows that ``probe`` compares; of a classifier [1, labels], or [labels, 2]
+    where each label holds or not by itself."""
     return chosen(_forward(model, probe, device), probe)
 
 
@@ -78,10 +82,13 @@ def replayed(model: Any, hidden: torch.Tensor, probe: Probe) -> torch.Tensor:
 
 def _forward(model: Any, probe: Probe, device: str) -> torch.Tensor:
     logits: torch.Tensor = model(**probe.inputs(model, device)).logits
+    if logits.dim() == 2 and model.config.problem_type == _INDEPENDENT_LABELS:
+        # Two rivals to a label, with the probabilities sigmoid(x) and 1 - sigmoid(x).
+        return torch.stack((logits[0], torch.zeros_like(logits[0])), dim=-1)
     return logits
 
 
 def chosen(logits: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """The compared rows of logits [1, tokens, vocabulary], or of a classifier's [1, labels]."""
+    """The compared rows of logits [1, tokens, vocabulary], or of a classifier's, which are rows as they are."""
     rows = logits[0] if logits.dim() == 3 else logits
     return rows if probe.rows is None else rows[list(probe.rows)]
