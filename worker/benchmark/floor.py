@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 from models_db.errors import CudaOom, HostOom
@@ -16,6 +15,7 @@ from worker.benchmark.probes import Probe
 from worker.benchmark.replay import embedding_of, logits_of
 from worker.benchmark.similarity import compare_embeddings
 from worker.device_faults import device_fault
+from worker.host_memory import available_memory
 from worker.load import Loaded
 
 # As many windows of a text, or of the short pieces that encoders read.
@@ -71,7 +71,7 @@ def _has_room(loaded: Loaded) -> bool:
     if loaded.device.startswith("cuda"):
         return True
     wide = sum(4 * tensor.numel() for tensor in _floats(loaded.model) if tensor.dtype != torch.float32)
-    return psutil.virtual_memory().available >= _ROOM_FACTOR * wide + _ROOM_BYTES
+    return available_memory() >= _ROOM_FACTOR * wide + _ROOM_BYTES
 
 
 def _floats(model: Any) -> list[torch.Tensor]:
