@@ -111,6 +111,22 @@ def test_the_prefill_and_three_steps_are_over_when_the_profile_begins(
     assert "mean of 8 steps, after the prefill and 3 more" in text
 
 
+TEXT_SHAPE = {
+    "vocab_size": tiny.VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": tiny.BOS,
+    "eos_token_id": tiny.EOS,
+}
+
+
+def held_by(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
 def test_a_step_reads_every_weight_but_the_embedding_s_table(tmp_path: Path) -> None:
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path))
     cache = loaded.model(torch.zeros(3, 10, dtype=torch.long), use_cache=True).past_key_values
@@ -142,6 +158,16 @@ def test_of_a_mixture_only_the_experts_that_a_batch_can_choose(tmp_path: Path) -
     assert experts > 0
     assert step_work(model, None, batch_size=1).weight_bytes == everything - experts // 2
     assert step_work(model, None, batch_size=8).weight_bytes == everything
+
+
+def test_experts_are_told_by_how_many_a_weight_stacks_where_no_name_says_so() -> None:
+    shape = {**TEXT_SHAPE, "num_attention_heads": 8, "num_key_value_heads": 4, "kv_channels": 16}
+    config = transformers.JetMoeConfig(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, **shape)
+    model = transformers.JetMoeForCausalLM(config)
+    unnamed = sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and ".experts." not in name)
+    named = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    assert unnamed > 0
+    assert step_work(model, None, batch_size=1).weight_bytes == held_by(model) - (unnamed + named) // 2
 
 
 @pytest.mark.parametrize(
@@ -176,22 +202,6 @@ def test_a_mixture_that_does_not_say_how_many_gets_no_verdict_and_keeps_its_prof
     assert (why["verdict"], why["work"], why["bytes_per_s"]) == (None, None, None)
     assert "how many" in why["reason"]
     assert why["profile"]["steps"] == 8
-
-
-TEXT_SHAPE = {
-    "vocab_size": tiny.VOCAB_SIZE,
-    "hidden_size": 128,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": tiny.BOS,
-    "eos_token_id": tiny.EOS,
-}
-
-
-def held_by(module: Any) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def test_of_every_table_a_step_reads_a_row_not_only_of_the_input_s(tmp_path: Path) -> None:

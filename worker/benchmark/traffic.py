@@ -50,10 +50,14 @@ def step_work(model: Any, cache: Any, *, batch_size: int) -> StepWork:
 def active_expert_share(config: Any, batch_size: int) -> float | None:
     """The largest part of a mixture's experts that a step of ``batch_size`` sequences can choose; None where the
     text model's ``config`` does not say."""
-    # DBRX has them one level down.
-    places = (config, getattr(config, "ffn_config", None))
-    chosen, total = (_first_count(places, names) for names in (_CHOSEN_COUNTS, _EXPERT_COUNTS))
+    places = _places(config)
+    chosen, total = _first_count(places, _CHOSEN_COUNTS), _first_count(places, _EXPERT_COUNTS)
     return None if chosen is None or total is None else min(1.0, batch_size * chosen / total)
+
+
+def _places(config: Any) -> tuple[Any, ...]:
+    # DBRX says it one level down.
+    return config, getattr(config, "ffn_config", None)
 
 
 def _first_count(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
@@ -69,6 +73,7 @@ def _first_count(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
 def _read(model: Any) -> Iterator[tuple[Any, list[torch.Tensor], bool]]:
     """(module, the weights of its own that a step reads, whether it is of a mixture's experts), each weight once."""
     head = getattr(model.get_output_embeddings(), "weight", None)
+    experts = _first_count(_places(model.config.get_text_config()), _EXPERT_COUNTS)
     seen: set[int] = set()
     for name, module in _decoding(model):
         if id(module) in seen:
@@ -78,7 +83,9 @@ def _read(model: Any) -> Iterator[tuple[Any, list[torch.Tensor], bool]]:
             # A few rows of the table: of the vocabulary's, of the positions', of those that each layer may have.
             own = [p for p in own if p is head]
         seen.update(id(thing) for thing in (module, *own))
-        yield module, own, "experts" in name.split(".")
+        # JetMoE has stacks of experts under other names.
+        is_stack = any(p.dim() == 3 and len(p) == experts for p in own)
+        yield module, own, is_stack or "experts" in name.split(".")
 
 
 def _decoding(model: Any) -> Iterator[tuple[str, Any]]:
