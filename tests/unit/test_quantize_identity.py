@@ -137,8 +137,22 @@ def test_double_quantization_of_a_weight_whose_mean_depends_on_the_threads(torch
         num_hidden_layers=1,
         num_attention_heads=16,
     )
+    tensors = load_file(source / "model.safetensors")
+    large = [name for name, tensor in tensors.items() if "_proj" in name and tensor.shape == (2048, 2048)]
+    generator = torch.Generator().manual_seed(0)
+    for name in large:
+        # Block maxima of very different sizes, so that the order in which they are summed shows in their mean.
+        tensors[name] *= torch.randn(2048, 1, generator=generator).mul(3).exp().bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert any(mean_of_maxima(tensors[name], 1) != mean_of_maxima(tensors[name], 2) for name in large)
+    torch.set_num_threads(torch_threads)
     assert_identical(source, tmp_path, DType.BFLOAT16, (NF4_DOUBLE, FP4_DOUBLE))
     assert torch.get_num_threads() == torch_threads
+
+
+def mean_of_maxima(weight: torch.Tensor, threads: int) -> float:
+    torch.set_num_threads(threads)
+    return float(weight.float().abs().view(-1, 64).amax(1).mean())
 
 
 def test_weights_that_end_inside_a_block(tmp_path: Path) -> None:
