@@ -352,7 +352,9 @@ def verify(targets: Sequence[str], format_: str) -> None:
         if problems and format_ == "table":
             click.echo("\n".join(f"{folder}: {problem}" for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
-    sys.exit(1 if any(row["problems"] for row in rows) else 0)
+    if any(row["problems"] for row in rows):
+        click.echo("submitted with --force, its job moves a damaged checkpoint aside and writes it anew", err=True)
+        sys.exit(1)
 
 
 @main.group()

@@ -184,6 +184,16 @@ def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
     assert [row["reused_from"] for row in forced] == [None]
     assert forced[0]["checkpoint_path"] == first[1]["checkpoint_path"]
     assert forced[0]["baseline_job_id"] is None
+    # A file that is cut short is seen without reading it; a flipped bit is not, and takes `verify` and --force.
+    folder = Path(first[1]["checkpoint_path"])
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged, options in ((whole[:-1], ()), (whole[:-1] + bytes([whole[-1] ^ 1]), ("--force",))):
+        weights.write_bytes(damaged)
+        assert "model.safetensors is not what was published" in stack("verify", str(folder), code=1).stderr
+        (row,) = stack.json("submit", "--models", listed, "--bits", "8", "--no-baseline", *options, "--wait")
+        assert (row["state"], row["reused_from"], row["checkpoint_path"]) == ("succeeded", None, str(folder))
+        assert weights.read_bytes() == whole
 
 
 def test_what_a_scheme_was_asked_for_is_in_the_checkpoint(
