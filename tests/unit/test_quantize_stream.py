@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from models_db.domain import DType, Method, Scheme
 from models_db.errors import StorageError, Unsupported
@@ -18,6 +20,7 @@ from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv
 from worker.digest import digest_file
 from worker.quantize import Refused, Target, Written, write_checkpoints
+from worker.quantize.pool import LanePool
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
@@ -57,19 +60,48 @@ def test_files_have_the_mode_of_the_umask(source: Path, tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in result.target.folder.iterdir()} == {0o640}
 
 
-def test_progress_rises_to_the_total(source: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    targets = targets_in(tmp_path, NF4_DOUBLE, INT8)
-    list(
-        write_checkpoints(
-            source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *now: seen.append(now)
-        )
-    )
+@pytest.mark.parametrize("schemes", [(NF4, INT8), (NF4_DOUBLE, INT8)], ids=["single", "double"])
+def test_every_tensor_is_read_once_for_all_widths_and_progress_rises_to_the_total(
+    source: Path, tmp_path: Path, schemes: tuple[Scheme, ...]
+) -> None:
+    targets = targets_in(tmp_path, *schemes)
+    seen = progress(source, targets)
     assert seen == sorted(seen)
     read, written, total = seen[-1]
+    tensors = load_file(source / "model.safetensors")
+    # Double quantization reads what it quantizes once more: its means come first.
+    twice = [name for name in tensors if "_proj" in name] if NF4_DOUBLE in schemes else []
+    assert read == sum(tensor.nbytes for tensor in tensors.values()) + sum(tensors[name].nbytes for name in twice)
+    assert written == sum((target.folder / "model.safetensors").stat().st_size for target in targets)
     assert read + written == total
-    weights = sum((target.folder / "model.safetensors").stat().st_size for target in targets)
-    assert written == weights
+    assert all(now == seen[-1] for now in seen if now[0] + now[1] == now[2]), "it was done before the end"
+
+
+def test_of_a_tied_pair_that_is_stored_twice_each_value_is_compared_once(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16", tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    targets = targets_in(tmp_path, NF4, INT8)
+    seen = progress(source, targets)
+    table = tensors["lm_head.weight"].nbytes
+    assert seen[-1][0] == sum(tensor.nbytes for tensor in tensors.values()) + table
+    assert all(now == seen[-1] for now in seen if now[0] + now[1] == now[2])
+
+
+def test_whoever_watches_is_told_a_few_times_a_second() -> None:
+    told: list[None] = []
+    assert LanePool("cpu").run([lambda _lane: time.sleep(2)], lambda: told.append(None)) is None
+    assert len(told) >= 4
+
+
+def progress(source: Path, targets: list[Target]) -> list[tuple[int, int, int]]:
+    seen: list[tuple[int, int, int]] = []
+    for _ in write_checkpoints(
+        source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *now: seen.append(now)
+    ):
+        pass
+    return seen
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -157,11 +189,8 @@ def test_a_whole_models_checksums_are_those_of_its_files(fused: Path, tmp_path: 
 
 def test_a_whole_models_progress_rises_to_the_total(fused: Path, tmp_path: Path) -> None:
     """Once for each target the source is read, and once more for the errors; embeddings and norms have none."""
-    seen: list[tuple[int, int, int]] = []
     targets = targets_in(tmp_path, NF4, INT8)
-    list(
-        write_checkpoints(fused, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *now: seen.append(now))
-    )
+    seen = progress(fused, targets)
     assert seen == sorted(seen)
     assert all(read + written <= total for read, written, total in seen)
     read, written, total = seen[-1]

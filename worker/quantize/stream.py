@@ -36,8 +36,11 @@ def stream(source: Path, loaded: Sequence[Loaded], reader: SourceReader, device:
         with ThreadPoolExecutor(1) as beside:
             # What fails here fails again in the pass, and is reported there.
             beside.submit(load_kernels, device, [one.packing for one in loaded])
+            # Double quantization reads, and reports, before the pass itself can be planned.
+            expected = _expected_bytes(loaded, reader)
+            meter.plan(expected)
             outcomes = _open_sinks(source, loaded, reader, device, meter, sinks)
-        meter.plan(planned_read_bytes(sinks, reader))
+        meter.plan(planned_read_bytes(sinks, reader) - expected)
         jobs = (partial(job.run, reader=reader) for job in plan_jobs(sinks, reader, piece_bytes(device)))
         error = LanePool(device).run(jobs, meter.report)
         meter.report()
@@ -52,6 +55,12 @@ def stream(source: Path, loaded: Sequence[Loaded], reader: SourceReader, device:
         # Lanes set it for themselves, which also changes what threads yet to come begin with.
         torch.set_num_threads(threads)
         _give_back_memory(device)
+
+
+def _expected_bytes(loaded: Sequence[Loaded], reader: SourceReader) -> int:
+    """What the pass will read and write, nearly."""
+    read = sum(tensor.nbytes for tensor in reader.tensors())
+    return read + sum(int(parameter.nbytes) for one in loaded for parameter in one.skeleton.model.parameters())
 
 
 def _open_sinks(

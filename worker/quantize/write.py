@@ -76,6 +76,7 @@ def _stream_from(
                 outcomes.append(Deferred(target=target, reason=one_line(error)))
             else:
                 outcomes.append(Refused(target=target, error=as_job_error(error)))
+    meter.settle()  # what comparing tied tensors took has been read
     return outcomes + (stream(source, loaded, reader, device, meter) if loaded else [])
 
 
