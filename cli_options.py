@@ -45,20 +45,35 @@ class Bits(click.ParamType[tuple[int, ...]]):
 
 
 class Patterns(click.ParamType[tuple[str, ...]]):
-    """A comma list of names or regular expressions."""
+    """A comma list of names or regular expressions. A comma within brackets is the expression's own."""
 
     name = "patterns"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        patterns = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        patterns = tuple(part.strip() for part in _split_outside_brackets(str(value)) if part.strip())
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 self.fail(f"{pattern!r} is no regular expression: {error}", param, ctx)
         return patterns
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts: list[str] = []
+    for piece in text.split(","):
+        if parts and not _is_balanced(parts[-1]):
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _is_balanced(pattern: str) -> bool:
+    plain = re.sub(r"\\.", "", pattern)
+    return all(plain.count(opening) == plain.count(closing) for opening, closing in ("()", "[]", "{}"))
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
