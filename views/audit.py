@@ -25,7 +25,7 @@ def audit_warnings(row: Row) -> Iterable[str]:
     if not is_baseline(row) and fraction is not None and fraction < 0.5:
         yield (
             f"only {fraction * 100:.3g} % of its parameters are stored in {row['bits']} bits: "
-            f"the rest, which the scheme does not reach, is {row['dtype']}"
+            f"the rest is {row['dtype']} (`qbatch show JOB` says why)"
         )
     yield from defects(row)
     dropped = dig(row, "details.audit.dropped_tensors") or ()

@@ -195,6 +195,16 @@ def test_a_convolution_is_no_stack_of_experts(tmp_path: Path) -> None:
     assert kept["model.encoder.conv1.weight"] == "not a linear layer"
 
 
+def test_a_stack_that_holds_no_experts_is_not_called_one(tmp_path: Path) -> None:
+    config = transformers.RecurrentGemmaConfig(
+        hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=1000, lru_width=512, block_types=["recurrent"],
+    )  # fmt: skip
+    transformers.RecurrentGemmaForCausalLM(config).save_pretrained(tmp_path / "source")
+    kept = {entry["name"]: entry["reason"] for entry in audit_of(tmp_path / "source", tmp_path / "out", NF4)["kept"]}
+    assert kept["model.layers.*.temporal_block.rg_lru.input_gate_weight"] == "not a linear layer"
+
+
 def test_a_storage_that_weights_do_not_fill_is_refused_by_name(tmp_path: Path) -> None:
     source = make_causal(
         tmp_path / "source", dtype="bfloat16", hidden_size=132, num_attention_heads=2, intermediate_size=205

@@ -320,3 +320,8 @@ def test_what_other_libraries_raise_becomes_ours(error: Exception, kind: type[Jo
     translated = as_job_error(error)
     assert type(translated) is kind
     assert "\n" not in str(translated)
+
+
+def test_a_generation_config_that_makes_no_sense_is_named(source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").write_text(json.dumps({"num_return_sequences": 3}))
+    assert_all_refused(write(source, tmp_path, NF4, INT8), SourceCorrupt, "generation_config.json: ", "sequences")

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.modules.conv import _ConvNd
 
 from worker.quantize.packing import FIGURES
 from worker.quantize.skeleton import Skeleton, is_plain_linear
@@ -96,7 +95,7 @@ def _is_linear_weight(model: Any, name: str) -> bool:
 def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
     path = name.rpartition(".")[0]
     if not _is_linear_weight(model, name):
-        is_stack = model.get_parameter(name).dim() > 2 and not isinstance(model.get_submodule(path), _ConvNd)
+        is_stack = model.get_parameter(name).dim() > 2 and "expert" in name
         return "fused experts" if is_stack else "not a linear layer"
     if path in skeleton.default_skips:
         return "output layer or tied"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_state_dict_into_shards_factory
 
+from models_db.errors import SourceCorrupt, one_line
 from worker.quantize.loading import Loaded, NotStreamable, Weight, traced_part
 from worker.quantize.packing import Packing, state_entries
 from worker.quantize.trace import Origin, QuantizedPart, Traced, has_quantized_part, simplified
@@ -152,16 +153,22 @@ def _num_parameters(loaded: Loaded) -> int:
 
 
 def save_configs(loaded: Loaded, source: Path) -> None:
-    """Write config.json, and generation_config.json of a model that generates, as ``save_pretrained`` does."""
+    """Write config.json, and generation_config.json of a model that generates, as ``save_pretrained`` does.
+
+    Raises SourceCorrupt where the latter makes no sense.
+    """
     model, folder = loaded.skeleton.model, loaded.target.folder
     model.hf_quantizer = loaded.skeleton.quantizer
     loaded.skeleton.quantizer.postprocess_model(model)
     model.config.dtype = str(model.dtype).split(".")[1]
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
     if model.can_generate():
-        read_generation_config(model, source)
-        model.generation_config.save_pretrained(folder)
+        try:
+            read_generation_config(model, source)
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise SourceCorrupt(f"generation_config.json: {one_line(error)}") from error
+    model.config.save_pretrained(folder)
 
 
 def read_generation_config(model: Any, source: Path) -> None:
