@@ -32,11 +32,11 @@ def audit_warnings(row: Row) -> Iterable[str]:
     if dropped:
         yield (
             f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
-            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {_some(dropped)}"
+            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {some_of(dropped)}"
         )
     idle = dig(row, "details.audit.idle_skip_modules") or ()
     if idle:
-        yield f"it has no layer of those that --skip-modules names: {_some(idle)}"
+        yield f"it has no layer of those that --skip-modules names: {some_of(idle)}"
     yield from unfair(dig(row, "details.flags"))
     for remark in unfair(dig(row, "details.why.energy.flags")):
         yield f"of its energy: {remark}"
@@ -59,7 +59,7 @@ def defects(row: Row) -> Iterable[str]:
     """What makes a checkpoint unfit to ship."""
     broken = dig(row, "details.audit.not_finite") or ()
     if broken:
-        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {_some(broken)}"
+        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {some_of(broken)}"
     infinite = dig(row, "details.audit.int8_infinite_scales")
     if infinite:
         yield (
@@ -67,7 +67,7 @@ def defects(row: Row) -> Iterable[str]:
             "values over 65504, are lost"
         )
     if dig(row, "details.audits.perplexity_not_finite"):
-        yield "its perplexity is not finite: some of its predictions are no numbers, or give a token no chance at all"
+        yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
 
 
 def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
@@ -82,7 +82,7 @@ def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
     for entry in audit.get("kept", ()):
         yield f"left at {row['dtype']}", f"{entry['name']}: {entry['reason']} ({show_count(entry['parameters'])})"
     dropped = audit.get("dropped_tensors") or ()
-    yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {_some(dropped, 10)}" if dropped else "none"
+    yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {some_of(dropped, 10)}" if dropped else "none"
     yield from _errors(audit)
     if row["scheme"] == "bnb-int8" and audit.get("int8_zero_scales") is not None:
         zero, infinite = audit["int8_zero_scales"], audit["int8_infinite_scales"]
@@ -116,7 +116,7 @@ def _errors(audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "worst layers", f"{entry['error']:.4f}  {entry['name']}"
     if "not_finite" in audit:
         broken = audit["not_finite"]
-        yield "NaN or infinity in", _some(broken, 10) if broken else "none of its tensors"
+        yield "NaN or infinity in", some_of(broken, 10) if broken else "none of its tensors"
 
 
 def other_audits(row: Row) -> Iterable[tuple[str, str]]:
@@ -126,7 +126,8 @@ def other_audits(row: Row) -> Iterable[tuple[str, str]]:
             yield name.replace("_", " "), str(value) if not isinstance(value, bool) else "yes"
 
 
-def _some(names: Iterable[str], most: int = _NAMED) -> str:
+def some_of(names: Iterable[str], most: int = _NAMED) -> str:
+    """``a, b, c and 9 more``"""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

@@ -28,7 +28,7 @@ def show_protocol(row: Row) -> str:
     shapes = dig(row, "details.shapes") or {}
     prompt, new = (_shape(shapes, protocol, name) for name in ("prompt_tokens", "new_tokens"))
     generated = "" if shapes.get("new_tokens") == 0 else f", {new} new tokens"
-    return f"batch {protocol.get('batch_size')}, prompt {prompt}{generated}; {_windows(protocol)}"
+    return f"batch {protocol.get('batch_size')}, prompt {prompt}{generated}; {_windows(shapes, protocol)}"
 
 
 def _shape(shapes: Mapping[str, Any], protocol: Mapping[str, Any], name: str) -> str:
@@ -36,11 +36,16 @@ def _shape(shapes: Mapping[str, Any], protocol: Mapping[str, Any], name: str) ->
     return str(asked) if run in (None, asked) else f"{run} (of {asked} asked for)"
 
 
-def _windows(protocol: Mapping[str, Any]) -> str:
-    window, stride = protocol.get("eval_window"), protocol.get("eval_stride")
-    apart = "" if stride == window else f", {stride} apart"
+def _windows(shapes: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    run = {name: shapes.get(name, protocol.get(name)) for name in ("eval_window", "eval_stride")}
+    # By themselves pieces follow each other: only what was asked for otherwise is worth a word.
+    apart = "" if protocol.get("eval_stride") == protocol.get("eval_window") else f", {run['eval_stride']} apart"
+    count, window = (
+        shapes.get("eval_max_windows", protocol.get("eval_max_windows")),
+        _shape(shapes, protocol, "eval_window"),
+    )
     text = str(protocol.get("eval_text_sha256"))[:8]
-    return f"at most {protocol.get('eval_max_windows')} windows of {window} tokens{apart}, of text {text}"
+    return f"at most {count} windows of {window} tokens{apart}, of text {text}"
 
 
 def differences(first_rows: Sequence[Row]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models_db.domain import JobState
-from views.audit import audit_warnings
+from views.audit import audit_warnings, some_of
 from views.figures import Row, dig
 from views.grid import GAP, Grid, Line, cells_of, wrap
 from views.groups import timed_apart
@@ -188,6 +188,15 @@ def _comparable_baseline(row: Row, by_id: Mapping[str, Row]) -> Row | None:
     return baseline if baseline is not None and may_compare(row, baseline, on_device=True) else None
 
 
+def _shapes_of_one_protocol(rows: Sequence[Row]) -> Iterable[str]:
+    """What each model's positions, and its task, made of it."""
+    shapes: dict[str, list[str]] = {}
+    for row in rows:
+        shapes.setdefault(show_protocol(row), []).append(row["job_id"])
+    for shape, jobs in shapes.items():
+        yield f"{'All' if len(shapes) == 1 else some_of(jobs)} measured with {shape}."
+
+
 def _legend(measured: Sequence[Line]) -> Iterable[str]:
     rows = [line.row for line in measured]
     if any(row["baseline_job_id"] is not None for row in rows):
@@ -205,8 +214,7 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
     if any(ratio.endswith(NOISE_MARK) for line in measured for _, ratio in line.cells):
         yield NOISE_LEGEND
     if len(found := _measured(rows)) == 1:
-        ((only, *_),) = found.values()
-        yield f"All measured with {show_protocol(only)}."
+        yield from _shapes_of_one_protocol(next(iter(found.values())))
     devices = sorted({printable(row["device_name"]) for row in rows})
     if devices:
         yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."

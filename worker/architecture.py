@@ -29,6 +29,7 @@ class Task(StrEnum):
     CAUSAL_LM = "causal-lm"
     MASKED_LM = "masked-lm"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # no password
     SEQ2SEQ = "seq2seq"
     ENCODER = "encoder"
 
@@ -39,6 +40,7 @@ _OWN_TASKS = {
     "AutoModelForSeq2SeqLM": Task.SEQ2SEQ,
     "AutoModelForMaskedLM": Task.MASKED_LM,
     "AutoModelForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
+    "AutoModelForTokenClassification": Task.TOKEN_CLASSIFICATION,
     "AutoModel": None,
 }
 
@@ -137,8 +139,8 @@ def _own_class(config: Any) -> tuple[str, str] | None:
 
 
 def task_of(config: Any, *, trusted: Path | None = None) -> Task:
-    """The task of ``model_class(config)``. A multiple-choice or tagging head is measured as an encoder, and so is
-    the body of an encoder-decoder, which has no tokens to say; a vision-language model as the causal LM inside."""
+    """The task of ``model_class(config)``. A head for choices or answers is measured as an encoder, and so is the body
+    of an encoder-decoder, which has no tokens to say; a vision-language model as the causal LM inside."""
     from transformers.models.auto import modeling_auto as auto
 
     cls = model_class(config, trusted=trusted)
@@ -151,6 +153,7 @@ def task_of(config: Any, *, trusted: Path | None = None) -> Task:
         (Task.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         (Task.MASKED_LM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
         (Task.SEQUENCE_CLASSIFICATION, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (Task.TOKEN_CLASSIFICATION, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         if cls.__name__ in names.values():
             return task

@@ -353,6 +353,21 @@ def test_a_heading_names_what_two_protocols_differ_in_where_their_shape_is_the_s
     ]
 
 
+def test_rows_of_one_protocol_that_ran_at_other_shapes_are_told_apart_below() -> None:
+    shapes = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 64, "eval_window": 32, "eval_stride": 32}
+    clipped = [result(n, details={"shapes": shapes}, model=f"org/small-{n}") for n in range(3, 8)]
+    table = " ".join(results_table([BASELINE, QUANTIZED, *clipped]).split())
+    assert "All measured" not in table
+    assert (
+        "j1, j2 measured with batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text" in table
+    )
+    assert (
+        "j3, j4, j5 and 2 more measured with batch 1, prompt 16 (of 256 asked for), 64 new tokens; at most 32 windows "
+        "of 32 (of 1024 asked for) tokens, of text"
+    ) in table
+    assert "All measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
+
+
 def test_what_was_noticed_of_the_gpu_while_its_energy_was_measured_is_said_too() -> None:
     energy = {"flags": {"foreign_processes": False, "throttled": True}}
     table = results_table([BASELINE, QUANTIZED | {"details": {"why": {"energy": energy}}}])

@@ -25,6 +25,7 @@ from worker.benchmark.rounds import Speed, pool
 from worker.benchmark.size import disk_bytes, measure_size
 from worker.benchmark.stats import summarize
 from worker.benchmark.tasks import LoadedTasks, load_tasks, run_tasks
+from worker.benchmark.tokens import text_cut
 from worker.benchmark.versions import device_name, versions
 from worker.cpu_kernels import avoid_packed_kernel
 from worker.load import Loaded, translated
@@ -57,6 +58,7 @@ class ModelBenchmark:
         self.columns: dict[str, Any] = {}
         self.details: dict[str, Any] = {}
         self.audits: dict[str, Any] = {}
+        self.text_shape: dict[str, int] = {}
         self.is_explainable = False
         self._loads_s: list[float] = []
         self._tasks = LoadedTasks(hashes={})
@@ -100,6 +102,9 @@ class ModelBenchmark:
             "load_model_s": loaded.load_model_s,
         }
         self.details |= {"task": loaded.task.value, "versions": versions(), "size": asdict(size)}
+        if loaded.tokenizer is not None:
+            cut = text_cut(loaded, subject.protocol)
+            self.text_shape = {"eval_window": cut.window, "eval_stride": cut.stride, "eval_max_windows": cut.count}
         self.audits["cpu_layers_on_generic_kernel"] = avoid_packed_kernel(loaded.model, loaded.device)
 
     def _judge(self, loaded: Loaded, reference: Reference | None) -> None:
@@ -205,7 +210,7 @@ class RowBenchmark:
                 "protocol": self._protocol.to_json(),
                 "protocol_hash": self._protocol.hash,
                 "memory": self._memory,
-                "shapes": speed.shapes,
+                "shapes": {**speed.shapes, **self._model.text_shape},
                 "stats": {"load_model": self._model.load_stats, **speed.stats},
                 "rounds": {
                     "count": len(self._rounds),

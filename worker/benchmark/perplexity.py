@@ -11,7 +11,7 @@ import torch
 
 from models_db.domain import Protocol
 from worker.benchmark.stats import clustered_error
-from worker.benchmark.tokens import affixes, max_positions, text_ids
+from worker.benchmark.tokens import affixes, text_cut, text_ids
 from worker.load import Loaded
 
 # Rows of logits turned to float32 at once: 64 rows of a 250,880-word vocabulary are 61 MiB.
@@ -81,17 +81,9 @@ def windows(
 
 def text_windows(loaded: Loaded, protocol: Protocol, text: str) -> list[Window]:
     """The windows of ``text`` that ``protocol`` asks for, clipped to the positions that the model has."""
-    limit = max_positions(loaded.model)
-    window = protocol.eval_window if limit is None else min(protocol.eval_window, limit)
-    before = affixes(loaded.tokenizer).before
-    cut = windows(
-        text_ids(loaded, text),
-        before,
-        window=window,
-        stride=protocol.eval_stride,
-        max_windows=protocol.eval_max_windows,
-    )
-    return list(cut)
+    cut, before = text_cut(loaded, protocol), affixes(loaded.tokenizer).before
+    ids = text_ids(loaded, text, cut.tokens)
+    return list(windows(ids, before, window=cut.window, stride=cut.stride, max_windows=cut.count))
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,9 @@ import torch
 from models_db.domain import Protocol
 from worker.architecture import Task
 from worker.benchmark.perplexity import text_windows
-from worker.benchmark.tokens import affixes, max_positions, text_ids
+from worker.benchmark.tokens import affixes, text_cut, text_ids
 from worker.load import Loaded
 
-# Encoders read the text in short pieces: a similarity needs many pairs, a label many inputs.
-_PIECE_TOKENS = 64
-_MAX_PIECES = 64
 # Every seventh token is masked: 14 %, near the 15 % that such models are trained with.
 _MASK_EVERY = 7
 
@@ -51,15 +48,17 @@ def probes_of(loaded: Loaded, protocol: Protocol, text: str) -> list[Probe]:
     if loaded.tokenizer is None:
         return []
     if loaded.task is Task.CAUSAL_LM:
-        cut = text_windows(loaded, protocol, text)
-        return [_causal(window.ids, window.scored) for window in cut]
+        return [_causal(window.ids, window.scored) for window in text_windows(loaded, protocol, text)]
+    pieces = _pieces(loaded, protocol, text)
     if loaded.task is Task.SEQ2SEQ:
-        pieces = _pieces(loaded, text, min(protocol.eval_window, _limit(loaded)), protocol.eval_max_windows)
         return [_halves(loaded, piece) for piece in pieces if len(piece) >= 2]
-    pieces = _pieces(loaded, text, min(_PIECE_TOKENS, protocol.eval_window, _limit(loaded)), _MAX_PIECES)
     if loaded.task is Task.MASKED_LM:
         mask = loaded.tokenizer.mask_token_id
         return [] if mask is None else [_masked(loaded, piece, mask) for piece in pieces]
+    if loaded.task is Task.TOKEN_CLASSIFICATION:
+        # Nobody asks for the labels of special tokens.
+        first = len(affixes(loaded.tokenizer).before)
+        return [Probe(ids=_wrapped(loaded, piece), rows=tuple(range(first, first + len(piece)))) for piece in pieces]
     return [Probe(ids=_wrapped(loaded, piece)) for piece in pieces]
 
 
@@ -90,19 +89,14 @@ def _masked(loaded: Loaded, piece: tuple[int, ...], mask: int) -> Probe:
     )
 
 
-def _pieces(loaded: Loaded, text: str, tokens: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Up to ``count`` consecutive pieces that have ``tokens`` tokens once the special ones are around them."""
-    around = affixes(loaded.tokenizer)
-    inner = max(1, tokens - len(around.before) - len(around.after))
-    ids = text_ids(loaded, text)
-    for begin in range(0, min(len(ids), inner * count), inner):
-        yield tuple(ids[begin : begin + inner])
+def _pieces(loaded: Loaded, protocol: Protocol, text: str) -> Iterator[tuple[int, ...]]:
+    """Consecutive pieces of the text, without the special tokens that go around them."""
+    cut = text_cut(loaded, protocol)
+    ids = text_ids(loaded, text, cut.tokens)
+    for begin in range(0, min(len(ids), cut.stride * cut.count), cut.stride):
+        yield tuple(ids[begin : begin + cut.stride])
 
 
 def _wrapped(loaded: Loaded, piece: tuple[int, ...]) -> tuple[int, ...]:
     around = affixes(loaded.tokenizer)
     return (*around.before, *piece, *around.after)
-
-
-def _limit(loaded: Loaded) -> int:
-    return max_positions(loaded.model) or 1 << 30

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
+from models_db.domain import Protocol
 from models_db.errors import BenchmarkError
+from worker.architecture import Task
 from worker.load import Loaded
 
 _RANDOM_TOKENS = 4096
 _SEED = 0
+# Encoders read the text in short pieces: a similarity needs many pairs, a label many inputs.
+_PIECE_TOKENS = 64
+_MAX_PIECES = 64
+_CHARACTERS_PER_TOKEN = 8
+_MARGIN = 64
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 
@@ -35,8 +42,37 @@ def affixes(tokenizer: Any) -> Affixes:
     return Affixes(before=(), after=())
 
 
-def text_ids(loaded: Loaded, text: str) -> list[int]:
-    """The ids of ``text`` without special tokens; without a tokenizer, random ids of a fixed seed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a text is cut for a model: at most ``count`` pieces that have ``window`` tokens with the special ones around
+    them, ``stride`` tokens of the text apart."""
+
+    window: int
+    stride: int
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        """As many of the text are looked at."""
+        return (self.count - 1) * self.stride + self.window
+
+
+def text_cut(loaded: Loaded, protocol: Protocol) -> Cut:
+    """How ``protocol``'s text is cut, clipped to the positions that the model has."""
+    limit, around = max_positions(loaded.model), affixes(loaded.tokenizer)
+    window = protocol.eval_window if limit is None else min(protocol.eval_window, limit)
+    if loaded.task is Task.CAUSAL_LM:
+        stride = min(protocol.eval_stride, window - len(around.before))
+        return Cut(window=window, stride=stride, count=protocol.eval_max_windows)
+    count = protocol.eval_max_windows
+    if loaded.task is not Task.SEQ2SEQ:
+        window, count = min(_PIECE_TOKENS, window), _MAX_PIECES
+    return Cut(window=window, stride=max(1, window - len(around.before) - len(around.after)), count=count)
+
+
+def text_ids(loaded: Loaded, text: str, most: int) -> list[int]:
+    """The ids of the first ``most`` tokens of ``text``, or of all where it has fewer, without special tokens; without a
+    tokenizer, random ids of a fixed seed.
 
     Raises BenchmarkError where an id has no row in the model's embeddings: on a GPU that would be a device fault.
     """
@@ -44,12 +80,23 @@ def text_ids(loaded: Loaded, text: str) -> list[int]:
     if loaded.tokenizer is None:
         generator = torch.Generator().manual_seed(_SEED)
         return torch.randint(rows, (_RANDOM_TOKENS,), generator=generator).tolist()
-    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _first_ids(loaded.tokenizer, text, most)
     if not ids:
         raise BenchmarkError("the evaluation text has no tokens")
     if max(ids) >= rows:
         raise BenchmarkError(f"the tokenizer yields id {max(ids)}, but the model embeds only {rows}")
     return ids
+
+
+def _first_ids(tokenizer: Any, text: str, most: int) -> list[int]:
+    """Of no more of the text than it takes: ten megabytes are ten seconds, and over a gigabyte of memory."""
+    characters = _CHARACTERS_PER_TOKEN * (most + _MARGIN)
+    while True:
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        # The last ones may be what the end of the piece made of them.
+        if characters >= len(text) or len(ids) >= most + _MARGIN:
+            return ids[:most]
+        characters *= 2
 
 
 def prompts(loaded: Loaded, text: str, *, batch_size: int, length: int) -> torch.Tensor:
@@ -58,7 +105,7 @@ def prompts(loaded: Loaded, text: str, *, batch_size: int, length: int) -> torch
     inner = length - len(around.before) - len(around.after)
     if inner < 1:
         around, inner = Affixes(before=(), after=()), length
-    ids = text_ids(loaded, text)
+    ids = text_ids(loaded, text, batch_size * inner)
     rows = [
         [*around.before, *(ids[(row * inner + column) % len(ids)] for column in range(inner)), *around.after]
         for row in range(batch_size)
