@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,16 @@ class Bits(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
+
+
+class Amount(click.FloatRange):
+    """A number within a range, where not-a-number is none: it is neither below nor above any bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 class Patterns(click.ParamType[tuple[str, ...]]):
@@ -145,10 +156,8 @@ def compare_options(command: Command) -> Command:
             show_default=True,
             help="What to have the most of, among those within the bounds: small weights, speed, or quality.",
         ),
-        click.option("--max-kl", type=click.FloatRange(min=0), help="The mean KL from the baseline, at most; in nats."),
-        click.option(
-            "--max-ppl-ratio", type=click.FloatRange(min=0), help="The perplexity over the baseline's, at most: 1.01."
-        ),
+        click.option("--max-kl", type=Amount(min=0), help="The mean KL from the baseline, at most; in nats."),
+        click.option("--max-ppl-ratio", type=Amount(min=0), help="The perplexity over the baseline's, at most: 1.01."),
         click.option("--max-weights-bytes", type=Size(), help="The weights in memory, at most: 6GB, 5.5GiB."),
     ]
     for option in reversed(options):
@@ -211,7 +220,7 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--int8-threshold",
-            type=click.FloatRange(min=0),
+            type=Amount(min=0),
             default=6.0,
             show_default=True,
             help="LLM.int8's outlier threshold; 0 turns the outlier path, and its synchronisations, off.",

@@ -104,7 +104,7 @@ def _not_in_turns(group: Group) -> Iterable[str]:
 def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     figures = [figure for figure in ALL_FIGURES if any(figure.key(row) for row in group.rows)]
     titles = [figure.title(group.rows) for figure in figures]
-    heads = [f"{row['job_id']} {show_scheme(row)}" for row in group.rows]
+    heads = [f"{row['job_id']} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
     cells = [[_cell(figure, row, group) for row in group.rows] for figure in figures]
     for title, line in task_table(group):
         titles.append(title)
@@ -112,6 +112,13 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     if by == "figure":
         return _blocks(titles, heads, cells, width)
     return _blocks(heads, titles, [list(line) for line in zip(*cells, strict=True)], width)
+
+
+def _of_base(row: Row, group: Group) -> str:
+    """Where several baselines stand side by side, the one that a row's figures are set against."""
+    baseline = group.baselines.get(row["job_id"])
+    alone = sum(is_baseline(other) for other in group.rows) < 2
+    return "" if alone or baseline is None else f" of {baseline['job_id']}"
 
 
 def _cell(figure: Figure, row: Row, group: Group) -> str:

@@ -11,6 +11,9 @@ from views.noise import is_noise, quality
 from views.scheme import is_baseline
 from views.units import show_nats
 
+# Above it a float ends.
+_LARGEST_EXPONENT = 709.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
@@ -35,7 +38,9 @@ class Loss:
 
 def _ppl_ratio(row: Row) -> float | None:
     logarithm = quality(row, "ln_ppl_ratio")
-    return None if logarithm is None else math.exp(logarithm)
+    if logarithm is None:
+        return None
+    return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
 
 
 def _ppl_ratio_error(row: Row) -> float | None:

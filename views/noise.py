@@ -13,6 +13,7 @@ from views.figures import Row, dig
 _PHASES = {
     "decode_tokens_per_s": "decode",
     "prefill_s_p50": "prefill",
+    "per_token_s_p50": "per_token",
     "forward_s_p50": "forward",
     "forward_samples_per_s": "forward",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from views.figures import Row, dig
-from views.noise import NOT_DISTINGUISHABLE, same_speed
+from views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, same_speed
 from views.scheme import is_baseline, show_scheme
 from views.units import show_bytes, show_float, show_rate, show_ratio, show_seconds
 
@@ -40,7 +40,7 @@ def why_briefly(row: Row, baseline: Row | None) -> str | None:
         return f"{layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if layers else None
     if _reasons(row) is None:
         return None
-    ratio = _rate_ratio(row, baseline)
+    ratio = _rate_ratio(row, baseline) + (NOISE_MARK if same_speed(_RATE, row, baseline) else "")
     return f"decodes at {ratio} of its baseline: " + "; ".join(_brief_parts(row, baseline))
 
 
@@ -196,12 +196,14 @@ def _faster_host(*rows: Row | None) -> str:
 def _conclusion(row: Row, baseline: Row | None, ratio: float) -> str:
     if is_baseline(row) or baseline is None or not baseline.get(_RATE):
         return ""
-    slower_here = row[_RATE] < baseline[_RATE]
+    differs_here = not same_speed(_RATE, row, baseline)
+    slower_here = differs_here and row[_RATE] < baseline[_RATE]
+    faster_here = differs_here and not slower_here
     # As they are shown: ×1.00 is no difference that a reader could see.
     if show_ratio(ratio) == show_ratio(1.0):
         return ", so there it would be as fast" if slower_here else ""
     if ratio > 1:
-        return ", so there it would be the faster one" if slower_here else ", so it would be faster there too"
+        return ", so it would be faster there too" if faster_here else ", so there it would be the faster one"
     return ", so it would be slower there too" if slower_here else ", so there it would be the slower one"
 
 

@@ -5,11 +5,13 @@ Host time varies from minute to minute: what is compared is timed in turns, so t
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -276,7 +278,11 @@ class Rounds:
 
 
 def free_device_memory() -> None:
+    """Give back what the last model had, on the device and of the host."""
     gc.collect()
+    # glibc keeps what was freed, and the next model's max_ram would have it. Other C libraries have no such call.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -243,6 +243,22 @@ def test_of_a_model_that_also_sees_the_text_decoder_and_the_head_are_read(tied: 
         pytest.param(0.019, 1000, 1, 46e9, 16e9, Verdict.MEMORY_BOUND, id="at the copy roof"),
         pytest.param(0.019, 1000, 1, 1e9, 10e12, Verdict.COMPUTE_BOUND, id="at the arithmetic roof"),
         pytest.param(0.019, 1000, 256, 5e9, 16e9, Verdict.KERNEL_BOUND, id="busy, far from both"),
+        pytest.param(0.0139, 1000, 1, 5e9, 16e9, Verdict.HOST_BOUND, id="busy for 69.5 %"),
+        pytest.param(0.0141, 1000, 1, 5e9, 16e9, Verdict.KERNEL_BOUND, id="busy for 70.5 %"),
+        pytest.param(0.019, 1000, 1, 0.595 * 0.019 * ROOFS.copy_bytes_per_s, 16e9, Verdict.KERNEL_BOUND, id="59.5 %"),
+        pytest.param(0.019, 1000, 1, 0.605 * 0.019 * ROOFS.copy_bytes_per_s, 16e9, Verdict.MEMORY_BOUND, id="60.5 %"),
+        pytest.param(
+            0.019, 1000, 1, 5e9, 0.595 * 0.019 * ROOFS.matmul_flops_per_s, Verdict.KERNEL_BOUND, id="59.5 % of products"
+        ),
+        pytest.param(
+            0.019,
+            1000,
+            1,
+            5e9,
+            0.605 * 0.019 * ROOFS.matmul_flops_per_s,
+            Verdict.COMPUTE_BOUND,
+            id="60.5 % of products",
+        ),
         pytest.param(0.007, 1000, 1, 40e6, 16e9, None, id="in the cache"),
     ],
 )

@@ -29,6 +29,7 @@ from worker.benchmark.probes import probes_of
 from worker.benchmark.reference import Reference, compare, open_reference, prepare_reference, reference_name
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.stats import clustered_error
+from worker.benchmark.versions import versions
 from worker.load import Loaded
 
 HEADS = [None, "masked-lm", "classification"]
@@ -213,9 +214,7 @@ def bert(folder: Path, class_name: str, **config: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "head", ["QuestionAnswering", "NextSentencePrediction", "MultipleChoice", "TokenClassification"]
-)
+@pytest.mark.parametrize("head", ["QuestionAnswering", "NextSentencePrediction", "MultipleChoice"])
 def test_under_any_head_it_is_the_body_s_states_that_are_compared(tmp_path: Path, head: str) -> None:
     source = bert(tmp_path / "bert", f"BertFor{head}")
     model, reference = quantized_and_reference(source, NF4)
@@ -225,6 +224,26 @@ def test_under_any_head_it_is_the_body_s_states_that_are_compared(tmp_path: Path
     assert torch.equal(stored, body(ids).last_hidden_state[0].float().mean(0))
     assert 0.9 < compare(model, reference, QUICK, TEXT)["rank_correlation"] < 1
     assert measured(source, protocol=replace(QUICK, batch_size=2)).forward_s_p50 is not None
+
+
+@torch.inference_mode()
+def test_a_classifier_of_tokens_is_compared_at_each_token_of_the_text(tmp_path: Path) -> None:
+    source = bert(tmp_path / "bert", "BertForTokenClassification", num_labels=3, initializer_range=0.3)
+    model, reference = quantized_and_reference(source, NF4)
+    base, special = loaded_on_cpu(source), {tiny.BOS, tiny.EOS}
+    asked = [torch.tensor([probe.ids]) for probe in probes_of(model, QUICK, TEXT)]
+    inner = [[n for n, token in enumerate(ids[0].tolist()) if token not in special] for ids in asked]
+    assert all(len(places) == ids.shape[1] - 2 for places, ids in zip(inner, asked, strict=True))
+    p, q = (
+        torch.cat([one.model(ids).logits[0, places].double() for ids, places in zip(asked, inner, strict=True)])
+        for one in (base, model)
+    )
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    figures = compare(model, reference, QUICK, TEXT)
+    assert figures["rows"] == len(kl)
+    assert figures["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-6)
+    assert figures["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert 0.5 < figures["top1_agreement"] < 1
 
 
 @torch.inference_mode()
@@ -367,6 +386,11 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def flipped(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x80]))
+
+
 def zeroed(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
@@ -387,6 +411,7 @@ def rewritten(text: str) -> Callable[[Path], None]:
         ("0001.safetensors", emptied),
         ("0001.safetensors", zeroed),
         ("0001.safetensors", cut),
+        ("0001.safetensors", flipped),
         ("0001.safetensors", Path.unlink),
     ],
 )
@@ -481,16 +506,25 @@ def test_what_cannot_be_compared_leaves_its_reason_and_the_other_figures_stand(t
     assert measurement.perplexity is not None
 
 
-def test_a_reference_s_name_depends_on_all_that_decides_its_content() -> None:
+def test_a_reference_s_name_depends_on_all_that_decides_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
     same = {"fingerprint": "f", "dtype": DType.BFLOAT16, "device_name": "d", "protocol": QUICK}
     others = [
         {"fingerprint": "g"},
         {"dtype": DType.FLOAT16},
         {"device_name": "e"},
         {"protocol": replace(QUICK, eval_window=32)},
+        {"protocol": replace(QUICK, eval_stride=32)},
+        {"protocol": replace(QUICK, eval_max_windows=2)},
+        {"protocol": replace(QUICK, eval_text_sha256="1" * 64)},
     ]
     names = [reference_name(**(same | other)) for other in others]
     assert len({reference_name(**same), *names}) == 1 + len(others)
+    for library in ("torch", "transformers"):
+        with monkeypatch.context() as patched:
+            patched.setattr("worker.benchmark.reference.versions", lambda name=library: versions() | {name: "9.9"})
+            assert reference_name(**same) != names[0]
+            names.append(reference_name(**same))
+    assert len({reference_name(**same), *names}) == 3 + len(others)
     shaped = replace(QUICK, batch_size=9, prompt_tokens=9, new_tokens=9, min_iterations=9, rounds=9, why=True)
     assert reference_name(**same | {"protocol": shaped}) == reference_name(**same), "one serves every shape"
 
@@ -644,6 +678,11 @@ def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
             "rank_correlation": np.corrcoef(pair_ranks(base), pair_ranks(other))[0, 1],
         }
     )
+
+
+def test_two_pieces_of_text_are_too_few_for_similarities() -> None:
+    found = compare_embeddings(torch.eye(4)[:2], torch.eye(4)[:2])
+    assert found == {"pieces": 2, "reason": "similarities take three pieces of text or more"}
 
 
 def test_json_gets_none_for_what_is_no_number() -> None:

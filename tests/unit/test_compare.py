@@ -292,3 +292,36 @@ def test_json_and_csv_say_the_same_to_a_program() -> None:
     assert float(lines[2]["weights_bytes_ratio"]) == pytest.approx(5.6 / 15, rel=1e-6)
     assert lines[0]["weights_bytes_ratio"] == ""
     assert comparison([], Wish(), by="figure", format="json") == "[]"
+
+
+def test_a_program_is_told_what_is_noise_and_which_versions_differ() -> None:
+    versions = [{"versions": {"torch": version}} for version in ("2.12", "2.13")]
+    noisy = [{"stats": {"decode": stats(1.3, stdev_s=0.4), "per_token": stats(0.02, stdev_s=0.02)}} for _ in versions]
+    rows = [
+        one | {"per_token_s_p50": at, "details": one["details"] | found | noise}
+        for one, found, noise, at in zip((BASELINE, NF4), versions, noisy, (0.0200, 0.0201), strict=True)
+    ]
+    rows[1] |= {"decode_tokens_per_s": 47.0, "top1_agreement": 0.5}
+    ((group,),) = [model["groups"] for model in json.loads(comparison(rows, Wish(), by="figure", format="json"))]
+    assert group["versions_differ_in"] == ["torch (2.12, 2.13)"]
+    nf4 = next(one for one in group["rows"] if one["job_id"] == "j3")
+    assert sorted(nf4["not_distinguishable"]) == ["decode_tokens_per_s", "per_token_s_p50"]
+    (_, line) = csv.DictReader(io.StringIO(comparison(rows, Wish(), by="figure", format="csv")))
+    assert json.loads(line["not_distinguishable"]) == nf4["not_distinguishable"]
+
+
+def test_each_row_names_its_baseline_where_there_are_two() -> None:
+    wide = row(5, "none", 30.0, dtype="float32", compute_dtype="float32")
+    of_wide = row(6, "bnb-nf4", 6.0, 0.01, dtype="float32", compute_dtype="bfloat16", baseline_job_id="j5")
+    (group,) = models_of([BASELINE, NF4, wide, of_wide])[0].groups
+    assert {job_id: base["job_id"] for job_id, base in group.baselines.items()} == {"j3": "j1", "j6": "j5"}
+    table = comparison([BASELINE, NF4, wide, of_wide], Wish(), by="scheme", format="table")
+    assert "j3 bnb-nf4 of j1" in table
+    assert "j6 bnb-nf4 in bfloat16 of j5" in table
+    assert " of j1" not in comparison(ALL, Wish(), by="scheme", format="table")
+
+
+def test_a_perplexity_beyond_any_float_is_over_every_bound() -> None:
+    broken = NF4 | {"details": NF4["details"] | {"quality": {"ln_ppl_ratio": 1019.0, "ln_ppl_ratio_se": 1.0}}}
+    found = recommended([BASELINE, broken], max_ppl_ratio=1.02)
+    assert found.rejected["j3"] == ["its perplexity over the baseline's, inf, is over 1.02"]

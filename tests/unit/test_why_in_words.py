@@ -111,6 +111,11 @@ def test_a_difference_under_its_error_is_no_difference() -> None:
     assert why(slower, rows[0])[0] == (
         "bnb-nf4 decodes at 47.0 tok/s, the baseline at 48.8 tok/s: not distinguishable."
     )
+    for alone_s, said in ((0.0050, ", so there it would be the faster one."), (0.0147, "be the slower one.")):
+        step = BF16_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
+        alike = slower | {"details": slower["details"] | {"why": step}}
+        assert why(alike, rows[0])[-1].endswith(said)
+    assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline" in " ".join(results_table([rows[0], slower]).split())
 
 
 def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:

@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from models_db.domain import DType, Protocol, content_hash
-from models_db.errors import BenchmarkError, DiskFull, SourceCorrupt, StorageError
-from models_db.sources import read_header
+from models_db.errors import BenchmarkError, DiskFull, StorageError
 from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
@@ -34,6 +33,7 @@ from worker.benchmark.probes import Probe, probes_hash, probes_of
 from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits, logits_of, replayed
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
+from worker.digest import digest_file, root_sha256
 from worker.load import Loaded, translated
 from worker.staging import sync
 
@@ -52,13 +52,15 @@ _LITTER_S = 3600.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
     """The base's outputs on the probes of a protocol. ``form`` is what is stored: "hidden" (the output head's input,
-    to be replayed), "logits", or "embedding". ``probes`` may be fewer than the protocol has, for want of room.
+    to be replayed), "logits", or "embedding". ``probes`` may be fewer than the protocol has, for want of room;
+    ``probes_sha256`` is of their tokens, ``content_sha256`` of the stored outputs.
     ``floor`` is how far 16-bit arithmetic alone moves the base; None where that could not be measured."""
 
     folder: Path
     form: str
     probes: int
     probes_sha256: str
+    content_sha256: str
     head_sha256: str | None
     model: str
     device_name: str
@@ -113,14 +115,18 @@ def open_reference(folder: Path) -> Reference | None:
 
 
 def _sound(folder: Path) -> Reference | None:
-    """None where the description or a probe's header says nothing of use. Raises OSError, StorageError."""
+    """None where the description says nothing of use, or the outputs are not those that were stored: every byte is
+    read, since a wrong one is a wrong figure. Raises OSError."""
     try:
         reference = Reference(folder=folder, **json.loads((folder / _DESCRIPTION).read_bytes()))
-        paths = [_probe(folder, number) for number in range(reference.probes)]
-        held = {tensor.name for path in paths if path.is_file() for tensor in read_header(path).tensors}
-    except (FileNotFoundError, ValueError, TypeError, SourceCorrupt):
+        is_whole = _content_sha256(folder, reference.probes) == reference.content_sha256
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    return reference if held == {_PROBE} and all(path.is_file() for path in paths) else None
+    return reference if is_whole else None
+
+
+def _content_sha256(folder: Path, probes: int) -> str:
+    return root_sha256([digest_file(_probe(folder, number)) for number in range(probes)])
 
 
 def prepare_reference(
@@ -216,6 +222,7 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
             form=form,
             probes=count,
             probes_sha256=probes_hash(probes[:count]),
+            content_sha256=_content_sha256(staging, count),
             head_sha256=head_sha256(loaded.model) if form == "hidden" else None,
             model=type(loaded.model).__name__,
             device_name=device_name(loaded.device),

@@ -17,11 +17,12 @@ def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> dict[str, Any
 
     ``cosine_*``: cosine of each piece's two embeddings once the mean over all pieces is taken off; raw cosines say
     little, being above 0.96 even between different texts. ``rank_correlation``: Spearman's, between the two
-    models' similarities of all pairs of pieces: what a search would notice. None with fewer than three pieces.
+    models' similarities of all pairs of pieces: what a search would notice. With fewer than
+    three pieces there is a ``reason`` instead.
     """
     base, other = _centred(base), _centred(other)
     if len(base) < 3:
-        return {"pieces": len(base), "cosine_mean": None, "cosine_min": None, "rank_correlation": None}
+        return {"pieces": len(base), "reason": "similarities take three pieces of text or more"}
     cosines = torch.nn.functional.cosine_similarity(base, other)
     return {
         "pieces": len(base),
