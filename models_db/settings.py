@@ -116,8 +116,12 @@ class Settings:
 
     @property
     def celery_broker_url(self) -> str:
-        """The broker as Celery spells it."""
-        return self.broker_url or f"redis+socket://{self.socket_dir}/redis.sock?virtual_host=0"
+        """The broker as Celery spells it. By itself it takes any certificate, and tells its owner the password."""
+        url = self.broker_url or f"redis+socket://{self.socket_dir}/redis.sock?virtual_host=0"
+        query = urlsplit(url).query
+        if not url.startswith("rediss:") or "ssl_cert_reqs=" in query:
+            return url
+        return f"{url}{'&' if query else '?'}ssl_cert_reqs=required"
 
     @property
     def redis_url(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from models_db.errors import UsageError
 from models_db.settings import Settings
+from scheduler.celery_app import make_app
 
 SECRET = "hunter2"  # noqa: S105
 
@@ -115,7 +117,7 @@ def test_a_lease_outlives_two_heartbeats() -> None:
 def test_a_broker_is_spelled_for_celery_and_for_redis(broker: str, redis_url: str, one_machine: bool) -> None:
     settings = read(BROKER_URL=broker)
     assert not settings.is_embedded
-    assert settings.celery_broker_url == broker
+    assert settings.celery_broker_url == broker + ("?ssl_cert_reqs=required" if broker.startswith("rediss") else "")
     assert settings.redis_url == redis_url
     assert settings.is_one_machine is one_machine
 
@@ -167,3 +169,15 @@ def test_any_folder_is_taken_while_all_workers_are_here_and_none_asked_otherwise
 
 def test_no_model_s_code_is_trusted_unless_it_is_named() -> None:
     assert read().trust_remote_code == read(TRUST_REMOTE_CODE="").trust_remote_code == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("query", "verifies"),
+    [("", ssl.CERT_REQUIRED), ("?ssl_ca_certs=ca.pem", ssl.CERT_REQUIRED), ("?ssl_cert_reqs=none", ssl.CERT_NONE)],
+)
+def test_celery_tells_the_password_to_no_broker_with_a_certificate_of_anyone_s(
+    query: str, verifies: ssl.VerifyMode
+) -> None:
+    app = make_app(read(BROKER_URL=f"rediss://:secret@r.example:6380/1{query}"))
+    for connection in (app.connection_for_read(), app.connection_for_write()):
+        assert connection.ssl["ssl_cert_reqs"] == verifies
