@@ -20,7 +20,8 @@ from models_db.errors import DatabaseUnreachable, UsageError
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
 SCHEMA_HEAD = "0002"
 # PostgreSQL's word for a write where none is allowed.
-_READ_ONLY = "25006"
+# A standby or a demoted primary; a schema or a table that is not there, as while a backup is restored.
+_NOT_NOW = {"25006", "3F000", "42P01"}
 
 
 class Database:
@@ -152,8 +153,8 @@ def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
 
     @event.listens_for(engine, "handle_error")
     def _on_error(context: ExceptionContext) -> None:
-        # A standby, or a primary that was demoted: as good as away, until a new connection finds one that writes.
-        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        # As good as away, until a new connection finds it whole.
+        if getattr(context.original_exception, "sqlstate", None) in _NOT_NOW:
             context.is_disconnect = True
 
     return engine

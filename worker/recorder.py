@@ -1,4 +1,7 @@
-"""Outcomes go to the database; while it does not answer they are spooled to disk, and recorded later."""
+"""Outcomes go to the database; while it does not answer they are spooled to disk, and recorded later.
+
+An embedded database shares its disk with the spool: while that is full, outcomes stay in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ class Recorder:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
+        self._in_memory: dict[Token, dict[str, Any]] = {}
 
     def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
         self._record(
@@ -60,11 +65,13 @@ class Recorder:
                 self._keep(token, {"outcome": "handed_back", "alone": alone}, error)
 
     def replay(self) -> None:
-        """Record what was spooled. Raises DatabaseUnreachable, with the rest still spooled.
+        """Record what was spooled or kept in memory. Raises DatabaseUnreachable, with the rest still there.
 
         The workers of one machine share the spool: of several that replay at once each outcome counts once. What no
         worker of this version can record is set aside, or it would stop every worker of the machine for ever.
         """
+        for token, outcome in list(self._in_memory.items()):
+            self._replay_from_memory(token, outcome)
         for path in sorted(self._settings.spool.glob("*.json")):
             try:
                 token, outcome = _read(path)
@@ -88,7 +95,27 @@ class Recorder:
 
     def _keep(self, token: Token, outcome: dict[str, Any], error: DatabaseUnreachable) -> None:
         log.warning("j%s: %s; its outcome is spooled", token[0], error)
-        _spool(self._settings.spool / f"{token[0]}-{token[1]}.json", outcome)
+        try:
+            _spool(self._spooled(token), outcome)
+        except OSError as full:
+            log.warning("j%s: %s; its outcome is kept in memory", token[0], full)
+            self._in_memory[token] = outcome
+
+    def _replay_from_memory(self, token: Token, outcome: dict[str, Any]) -> None:
+        try:
+            self._write(token, outcome)
+        except DatabaseUnreachable:
+            with suppress(OSError):
+                _spool(self._spooled(token), outcome)
+                self._in_memory.pop(token, None)
+            raise
+        except Exception:
+            log.exception("the outcome of j%s cannot be recorded", token[0])
+        # Two threads of a worker may be at it at once.
+        self._in_memory.pop(token, None)
+
+    def _spooled(self, token: Token) -> Path:
+        return self._settings.spool / f"{token[0]}-{token[1]}.json"
 
     def _write(self, token: Token, outcome: dict[str, Any]) -> None:
         with self._database.write() as session:
@@ -134,8 +161,12 @@ def _read(path: Path) -> tuple[Token, dict[str, Any]]:
 def _spool(path: Path, outcome: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump(outcome, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("w") as file:
+            json.dump(outcome, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,4 +1,4 @@
-"""A PostgreSQL that refuses to write, as a demoted primary does, is away: nothing is failed for it."""
+"""A PostgreSQL that refuses to write, as a demoted primary does, or lacks its tables is away: no job fails for it."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def test_a_postgresql_that_only_reads_counts_as_away_until_it_writes_again(postg
             claim(postgresql_database, ids, worker)
         writes()
         assert len(claim(postgresql_database, ids, worker)) == len(ids), "over a new connection"
+
+
+def test_a_postgresql_whose_tables_are_away_counts_as_away(postgresql_database: Database) -> None:
+    """As while a backup is restored: a spooled outcome must not be thrown away for it."""
+    worker = a_worker(postgresql_database)
+    _, ids = a_batch(postgresql_database)
+    with postgresql_database.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs RENAME TO jobs_of_yesterday"))
+    with pytest.raises(DatabaseUnreachable, match="jobs"):
+        claim(postgresql_database, ids, worker)
+    with postgresql_database.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs_of_yesterday RENAME TO jobs"))
+    assert len(claim(postgresql_database, ids, worker)) == len(ids)

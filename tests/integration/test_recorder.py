@@ -100,6 +100,44 @@ def test_a_hand_back_is_spooled_too(database: Database, settings: Settings, cut_
     assert jobs_of_it[0].bundle != jobs_of_it[1].bundle
 
 
+def test_an_outcome_that_no_disk_takes_is_kept_until_the_database_or_the_disk_does(
+    database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    """An embedded database and the spool share a disk: when it is full, neither takes anything."""
+    _, ids = a_batch(database)
+    first, second, _ = claim(database, ids, a_worker(database))
+    settings.spool.parent.write_text("no folder can be made here")
+    succeed(cut_off, first)
+    cut_off.fail(second, QuantizationError("no"))
+    with pytest.raises(DatabaseUnreachable):
+        cut_off.replay()
+    settings.spool.parent.unlink()
+    for _ in range(2):
+        with pytest.raises(DatabaseUnreachable):
+            cut_off.replay()
+    assert len(spooled(settings)) == 2, "there is room again, and the database is still away"
+    Recorder(database, settings).replay()
+    assert [a_job(database, token[0]).state for token in (first, second)] == ["succeeded", "failed"]
+    assert spooled(settings) == []
+
+
+def test_an_outcome_in_memory_is_recorded_once_the_database_answers(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = a_batch(database)
+    token, *_ = claim(database, ids, a_worker(database))
+    settings.spool.parent.write_text("no folder can be made here")
+    recorder = Recorder(database, settings)
+    with monkeypatch.context() as away:
+        away.setattr(recorder, "_database", Database("postgresql://nobody@127.0.0.1:1/none"))
+        succeed(recorder, token)
+    assert a_job(database, token[0]).state == JobState.RUNNING
+    for _ in range(2):
+        recorder.replay()
+    assert a_job(database, token[0]).state == JobState.SUCCEEDED
+    assert results_of(database) == [token[0]]
+
+
 def test_a_spooled_result_counts_although_the_lease_ran_out(
     database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
