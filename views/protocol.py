@@ -37,15 +37,11 @@ def _shape(shapes: Mapping[str, Any], protocol: Mapping[str, Any], name: str) ->
 
 
 def _windows(shapes: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    run = {name: shapes.get(name, protocol.get(name)) for name in ("eval_window", "eval_stride")}
+    ran = {**protocol, **shapes}
     # By themselves pieces follow each other: only what was asked for otherwise is worth a word.
-    apart = "" if protocol.get("eval_stride") == protocol.get("eval_window") else f", {run['eval_stride']} apart"
-    count, window = (
-        shapes.get("eval_max_windows", protocol.get("eval_max_windows")),
-        _shape(shapes, protocol, "eval_window"),
-    )
-    text = str(protocol.get("eval_text_sha256"))[:8]
-    return f"at most {count} windows of {window} tokens{apart}, of text {text}"
+    apart = "" if protocol.get("eval_stride") == protocol.get("eval_window") else f", {ran.get('eval_stride')} apart"
+    window, text = _shape(shapes, protocol, "eval_window"), str(protocol.get("eval_text_sha256"))[:8]
+    return f"at most {ran.get('eval_max_windows')} windows of {window} tokens{apart}, of text {text}"
 
 
 def differences(first_rows: Sequence[Row]) -> list[str]:

@@ -94,11 +94,11 @@ class Recorder:
             self._keep(token, outcome, error)
 
     def _keep(self, token: Token, outcome: dict[str, Any], error: DatabaseUnreachable) -> None:
-        log.warning("j%s: %s; its outcome is spooled", token[0], error)
         try:
             _spool(self._spooled(token), outcome)
+            log.warning("j%s: %s; its outcome is spooled", token[0], error)
         except OSError as full:
-            log.warning("j%s: %s; its outcome is kept in memory", token[0], full)
+            log.warning("j%s: %s, and %s; its outcome is kept in memory", token[0], error, full)
             self._in_memory[token] = outcome
 
     def _replay_from_memory(self, token: Token, outcome: dict[str, Any]) -> None:

@@ -438,25 +438,14 @@ def test_a_probe_damaged_while_it_is_used_leaves_its_reason(tmp_path: Path) -> N
         compare(base, reference, QUICK, TEXT)
 
 
-def test_a_reference_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, root, done = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), tmp_path / "references", list[str]()
-    sync, rename = os.fsync, Path.rename
-
-    def synced(descriptor: int) -> None:
-        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        sync(descriptor)
-
-    def renamed(path: Path, target: Path) -> Path:
-        done.append("rename")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+def test_a_reference_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, disk_order: list[str]) -> None:
+    base, root = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), tmp_path / "references"
+    disk_order.clear()
     prepare_reference(base, QUICK, TEXT, root / "a", staging=root / "staged")
     files = {path.name for path in (root / "a").iterdir()}
     assert len(files) == 1 + QUICK.eval_max_windows
-    assert set(done[: len(files)]) == files
-    assert done[len(files) :] == ["staged", "rename", "references"]
+    assert set(disk_order[: len(files)]) == files
+    assert disk_order[len(files) :] == ["staged", "rename", "references"]
 
 
 def test_what_a_killed_runner_left_is_removed_once_it_is_old(tmp_path: Path) -> None:

@@ -136,28 +136,15 @@ def test_what_is_published_is_found_and_its_staging_is_gone(storage: Path, sourc
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_in_its_place(
-    storage: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Path, source: Path, disk_order: list[str]
 ) -> None:
-    done: list[str] = []
-    sync, rename = os.fsync, Path.rename
-
-    def synced(descriptor: int) -> None:
-        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        sync(descriptor)
-
-    def renamed(path: Path, target: Path) -> Path:
-        done.append("rename")
-        return rename(path, target)
-
     folder = staged(storage)
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
     put(folder, storage, source)
     names = {path.name for path in (storage / PATH).rglob("*")} | {folder.name}
-    moved = done.index("rename")
+    moved = disk_order.index("rename")
     assert {"model.safetensors", "config.json", MANIFEST} < names
-    assert set(done[:moved]) == names
-    assert (storage / PATH).parent.name in done[moved:]
+    assert set(disk_order[:moved]) == names
+    assert (storage / PATH).parent.name in disk_order[moved:]
 
 
 def test_the_size_is_that_of_all_weights(storage: Path, source: Path) -> None:
