@@ -21,12 +21,11 @@ _SCHEDULER = "scheduler"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PauseNote:
-    """Why nothing is dispatched until ``until``; ``needed_bytes`` of room would end it."""
+    """Why nothing is dispatched, and since when."""
 
     reason: str
     message: str
-    needed_bytes: int | None
-    until: datetime
+    since: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +60,5 @@ def health(session: Session, lease_s: float) -> Health:
         workers=list_workers(session, lease_s),
         open_jobs={state: count for state, count in states},
         failed={str(kind): count for kind, count in failed},
-        pauses=[
-            PauseNote(reason=p.reason, message=p.message, needed_bytes=p.needed_bytes, until=p.until)
-            for p in standing(session)
-        ],
+        pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in standing(session)],
     )

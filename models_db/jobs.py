@@ -228,6 +228,12 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     return [job.id for job in found]
 
 
+def any_waits_for_room(session: Session) -> bool:
+    """Whether a queued job goes on as soon as the storage has room."""
+    waits = and_(Job.state == JobState.QUEUED, Job.error_kind == DiskFull.kind, Job.not_before.is_(None))
+    return session.scalars(select(Job.id).where(waits).limit(1)).first() is not None
+
+
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
     """Queue running attempts again, uncharged; ``alone`` sends each job in a message of its own."""
     for token in sorted(tokens):

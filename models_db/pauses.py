@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from models_db.clock import db_now
@@ -17,7 +17,7 @@ _NO_SYNC = {"synchronize_session": False}
 
 
 def pause(session: Session, reason: str, message: str, *, needed_bytes: int | None, for_s: float) -> None:
-    """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes`` of room would end it earlier."""
+    """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes``: the room that would end it."""
     # One that is over is no beginning of this one.
     session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=_NO_SYNC)
     values = {"message": message, "needed_bytes": needed_bytes, "until": db_now(for_s)}
@@ -31,6 +31,16 @@ def pause(session: Session, reason: str, message: str, *, needed_bytes: int | No
 def standing(session: Session) -> Sequence[Pause]:
     """The pauses that hold now."""
     return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
+
+
+def noted(session: Session) -> Sequence[Pause]:
+    """The pauses on record: those that hold, and those that ended by themselves since the last one began."""
+    return session.scalars(select(Pause).order_by(Pause.reason)).all()
+
+
+def renew(session: Session, reason: str, for_s: float) -> None:
+    """Have a pause that is on record hold for ``for_s`` seconds from now."""
+    session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=_NO_SYNC)
 
 
 def lift(session: Session, reason: str) -> None:

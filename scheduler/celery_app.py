@@ -47,8 +47,6 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         },
         # Sending must fail soon, so that submit can say that the scheduler will do it.
         "task_publish_retry": False,
-        # Anyone who can reach the broker could set one, and a message that waits for it is lost to everyone.
-        "worker_disable_rate_limits": True,
         "worker_send_task_events": True,
         "task_send_sent_event": True,
         "worker_hijack_root_logger": False,

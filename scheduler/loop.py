@@ -18,7 +18,7 @@ from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
-from scheduler.reconcile import expire_leases, give_up_too_large, lift_pauses, resend_vanished
+from scheduler.reconcile import expire_leases, give_up_too_large, resend_vanished, watch_room
 from scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
@@ -68,7 +68,7 @@ class Scheduler:
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
             self._last_scan = now
             self._scan(now)
-        lift_pauses(self._database, self._settings)
+        watch_room(self._database, self._settings)
         top_up(self._database, self._broker, self._settings)
 
     def _lead(self) -> bool:

@@ -31,26 +31,33 @@ def give_up_too_large(database: Database, settings: Settings) -> None:
         log.warning("%s ran out of memory, and no larger GPU is left", format_job_id(job_id))
 
 
-def lift_pauses(database: Database, settings: Settings) -> None:
-    """Have bundles sent again as soon as the storage, where this machine sees it, has the room that was missing."""
+def watch_room(database: Database, settings: Settings) -> None:
+    """End a pause as soon as the storage has the room that was missing, or nobody waits for it any more; not before.
+
+    Where that cannot be told from here a pause ends by itself, and the job that waits finds out anew.
+    """
     with database.read() as session:
-        waiting = [(pause.reason, pause.needed_bytes) for pause in pauses.standing(session)]
-    free = _free_bytes(settings.storage) if waiting else None
-    for reason, needed_bytes in waiting:
-        if free is None or needed_bytes is None or free < needed_bytes:
-            continue
-        with database.write() as session:
-            pauses.lift(session, reason)
-        log.info("the storage has room again: bundles are sent again")
+        needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
+        is_awaited = bool(needed) and jobs.any_waits_for_room(session)
+    for reason, needed_bytes in needed.items():
+        missing = _missing_bytes(settings.staging, needed_bytes)
+        if not is_awaited or (missing is not None and missing <= 0):
+            with database.write() as session:
+                pauses.lift(session, reason)
+            log.info("the storage has room again, or nobody waits for it: bundles are sent again")
+        elif missing is not None:
+            with database.write() as session:
+                pauses.renew(session, reason, settings.backoff_s)
 
 
-def _free_bytes(storage: Path) -> int | None:
-    """None where the storage is not to be seen from here."""
+def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
+    """None where nobody knows what is needed, or the storage is not seen from here. ``staging`` is where workers make
+    checkpoints: a machine with another file system in the storage's place does not have it."""
     try:
-        found = os.statvfs(storage)
+        found = os.statvfs(staging)
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize
+    return None if needed_bytes is None else needed_bytes - found.f_bavail * found.f_frsize
 
 
 def resend_vanished(database: Database, broker: Broker) -> None:

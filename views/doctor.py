@@ -155,5 +155,4 @@ def _is_of_today(iso: str) -> bool:
 
 
 def _pause(pause: PauseNote) -> str:
-    needed = f", {show_bytes(pause.needed_bytes)} are needed" if pause.needed_bytes is not None else ""
-    return f"dispatch is paused until {show_time(pause.until.isoformat())}: {pause.message}{needed}"
+    return f"dispatch is paused since {show_time(pause.since.isoformat())}: {pause.message}"

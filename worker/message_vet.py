@@ -1,4 +1,4 @@
-"""What a worker takes from the broker: ids of jobs of one model, and nothing else."""
+"""What a worker takes from the broker: ids of jobs of one model, and questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from celery.worker import consumer
+from celery.worker import consumer, control
 
 from models_db.window import MOST_JOBS
 from scheduler.queues import RUN_BUNDLE
@@ -29,6 +29,13 @@ _UNSET = frozenset(
     }
 )
 _NAMES = _TEXTS | _FLAGS | _UNSET | {"id", "task", "timelimit"}
+# What Flower and ``celery inspect`` ask. Celery's others stop a worker, take its queues away or tell it what to drop,
+# and whoever reaches the broker can send them.
+_QUESTIONS = (
+    *("active", "active_queues", "clock", "conf", "ping", "query_task", "registered", "report", "reserved", "revoked"),
+    *("scheduled", "stats"),
+    *("enable_events", "heartbeat"),
+)
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
@@ -47,6 +54,21 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             return None
 
         return vet
+
+
+class Commands(dict[str, Callable[..., Any]]):
+    """Celery's remote control commands, of which a worker answers those that change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__((name, control.Panel.data[name]) for name in _QUESTIONS)
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        log.error("remote control command %s refused", shown(name))
+        return _refuse
+
+
+def _refuse(*_: Any, **__: Any) -> dict[str, str]:
+    return {"error": "refused: qbatch's commands do that"}
 
 
 def problem_of(message: Any) -> str | None:

@@ -12,8 +12,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from celery import signals
@@ -141,6 +142,14 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
+    """Have a Celery consumer leave its queues. To be called again: a connection that breaks just then forgets it."""
+    tasks_of = consumer.task_consumer
+    for queue in queues:
+        if tasks_of is not None and tasks_of.consuming_from(queue):
+            consumer.call_soon(consumer.cancel_task_queue, queue)
+
+
 def _do_nothing() -> None:
     return None
 
@@ -198,7 +207,7 @@ class Worker:
         signals.worker_ready.connect(self._on_ready, weak=False)
         beats = threading.Thread(
             target=self._beat,
-            args=(worker_id, lambda: [app.control.cancel_consumer(queue, [self._info.name]) for queue in queues]),
+            args=(worker_id, lambda: _stop_consuming(celery_worker.consumer, queues)),
             name="beat",
         )
         beats.start()
@@ -282,8 +291,8 @@ class Worker:
             self._stopping.set()
         celery_state.should_stop = EX_OK
 
-    def _beat(self, worker_id: int, stop_consuming: Callable[[], object]) -> None:
-        consuming = True
+    def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
+        is_quarantined = False
         sweep_at = time.monotonic() + self._settings.lease_s
         while not self._ended.wait(self._settings.heartbeat_s / 3):
             try:
@@ -293,10 +302,11 @@ class Worker:
                     # What a host that never came back had begun.
                     self._sweep()
                     sweep_at = time.monotonic() + self._settings.lease_s
-                if state == "quarantined" and consuming:
-                    log.error("this worker is quarantined: its device failed twice in a row")
+                if state == "quarantined":
+                    if not is_quarantined:
+                        log.error("this worker is quarantined: its device failed twice in a row")
+                    is_quarantined = True
                     stop_consuming()
-                    consuming = False
             except DatabaseUnreachable as error:
                 log.warning("%s; the worker goes on", error)
             except Exception:

@@ -78,8 +78,13 @@ def sweep(staging: Path, running: Callable[[Iterable[Token]], Iterable[int]]) ->
 
 
 def require_room(folder: Path, nbytes: int) -> None:
-    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left."""
+    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left, StorageError where it never
+    will have as much: nobody should wait for that."""
     found = os.statvfs(folder)
+    # What is reserved for root is free to nobody else.
+    capacity = (found.f_blocks - found.f_bfree + found.f_bavail) * found.f_frsize
+    if capacity < nbytes:
+        raise StorageError(f"the storage holds {_mib(capacity)}, and a checkpoint of {_mib(nbytes)} is due")
     free = found.f_bavail * found.f_frsize
     if free < nbytes:
         raise DiskFull(f"the storage has {_mib(free)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
+from celery.worker import control
 
 from models_db import jobs, window
 from models_db.batches import are_of_one_model
 from models_db.domain import Claim, format_job_id
 from models_db.errors import DatabaseUnreachable
 from scheduler.queues import RUN_BUNDLE
+from worker.message_vet import Commands
 from worker.supervise import Station, Supervisor
 
 log = logging.getLogger("qbatch.worker")
@@ -37,6 +39,7 @@ def register(app: Celery, station: Station) -> None:
     # Celery brings tasks of its own, which run others.
     for name in app.tasks.keys() - {RUN_BUNDLE}:
         app.tasks.unregister(name)
+    control.Panel.data = Commands()
 
 
 def _run_bundle(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> str:

@@ -287,6 +287,48 @@ def test_a_message_that_is_more_than_ids_is_refused_and_the_worker_lives_on(
     assert jobs.items() <= {job["job_id"]: job["attempt"] for job in stack.json("jobs")}.items(), "nothing ran again"
 
 
+_COMMANDS: dict[str, dict[str, Any]] = {
+    "shutdown": {},
+    "pool_shrink": {"n": 1},
+    "pool_grow": {"n": 3},
+    "pool_restart": {},
+    "autoscale": {"max": 0, "min": 0},
+    "cancel_consumer": {"queue": queue_of(DeviceKind.CPU)},
+    "add_consumer": {"queue": "another"},
+    "rate_limit": {"task_name": RUN_BUNDLE, "rate_limit": "1/h"},
+    "time_limit": {"task_name": RUN_BUNDLE, "hard": 0.001},
+    "revoke": {"task_id": str(uuid.uuid4())},
+    "terminate": {"task_id": str(uuid.uuid4()), "signal": "KILL"},
+    "revoke_by_stamped_headers": {"headers": {}},
+    "hello": {"from_node": "another", "revoked": {str(uuid.uuid4()): 0.0}},
+    "election": {"id": "1", "topic": "task"},
+    "disable_events": {},
+    "no such command\n": {},
+}
+
+
+def test_a_worker_answers_questions_and_takes_no_orders(
+    stack: Qbatch, app: Celery, models: Path, model_list: Callable[..., str]
+) -> None:
+    (before,) = stack.json("workers")
+    log = stack.home / "logs" / "workers.log"
+    logged = len(log.read_text())
+    for command, arguments in _COMMANDS.items():
+        (reply,) = app.control.broadcast(command, arguments=arguments, reply=True, limit=1, timeout=30.0)
+        assert reply[before["worker"]]["error"].startswith("refused"), command
+    assert log.read_text()[logged:].count(" refused") == len(_COMMANDS)
+    assert "no such command\n" not in log.read_text()
+    listed = model_list(models / "bert-mlm")
+    for _ in range(2):  # a rate limit lets the first one through
+        stack("submit", "--models", listed, "--bits", "8", "--no-baseline", "--force", "--wait")
+    assert [worker["worker"] for worker in stack.json("workers")] == [before["worker"]]
+    asked = app.control.inspect([before["worker"]], timeout=30.0, limit=1)
+    queues = asked.active_queues()[before["worker"]]
+    assert [queue["name"] for queue in queues] == [queue_of(DeviceKind.CPU)]
+    assert asked.ping() == {before["worker"]: {"ok": "pong"}}
+    assert asked.stats()[before["worker"]]["pool"]["max-concurrency"] == 1
+
+
 def test_jobs_of_two_models_are_no_bundle(
     stack: Qbatch, app: Celery, models: Path, model_list: Callable[..., str]
 ) -> None:

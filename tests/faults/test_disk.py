@@ -28,7 +28,8 @@ from worker.checkpoint import problems
 
 _STORAGE_BYTES = 16 * 2**20
 _LEFT_BYTES = 4 * 2**20
-_BACKOFF_S = 60.0
+# Several within a test: nothing is tried anew after each of them.
+_BACKOFF_S = 1.0
 
 
 class SmallStorage:
@@ -103,17 +104,34 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     assert _LEFT_BYTES < pause.needed_bytes < _STORAGE_BYTES
     said = f"nothing is sent to the workers until there is room: j{large}: {message}"
     assert said in fleet.qbatch("status").stderr
+    assert "dispatch is paused since" in fleet.qbatch("doctor", code=1).stdout
     assert [folder for place in small.root.glob(".staging/*") for folder in place.iterdir()] == []
     (published,) = small.root.glob("checkpoints/*/*")
     assert problems(published) == [], "what was published before is as it was"
-    time.sleep(3.0)
+    time.sleep(5 * _BACKOFF_S)
     assert (fleet.job(other).state, fleet.job(other).attempt) == ("queued", 0), "nothing was sent meanwhile"
+    assert fleet.outcomes(large) == ["disk_full"], "nor did anyone look whether there is room by trying"
+    (still,) = _pauses(fleet.database)
+    assert still.since == pause.since
     ballast.unlink()
-    fleet.succeed([large, other], timeout_s=_BACKOFF_S)
+    fleet.succeed([large, other])
     assert _pauses(fleet.database) == []
     assert fleet.qbatch("status").stderr == ""
     assert fleet.job(large).failures == 0
     assert fleet.outcomes(large) == ["disk_full", "succeeded"]
+
+
+def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, make_model: MakeModel) -> None:
+    fleet = small.fleet
+    small.fill(_LEFT_BYTES)
+    (large,) = fleet.submit(make_model(large=True))
+    fleet.wait_for(lambda: fleet.outcomes(large) == ["disk_full"], "disk_full")
+    (other,) = fleet.submit(make_model())
+    time.sleep(3 * _BACKOFF_S)
+    assert fleet.job(other).attempt == 0
+    assert fleet.qbatch("cancel", f"j{large}").returncode == 0
+    fleet.succeed([other])
+    assert _pauses(fleet.database) == []
 
 
 def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:

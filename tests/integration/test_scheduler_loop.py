@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from models_db.domain import JobState
-from models_db.errors import BrokerUnreachable
+from models_db import jobs
+from models_db.domain import JobState, Stage
+from models_db.errors import BrokerUnreachable, DiskFull
+from models_db.pauses import standing
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
@@ -108,3 +110,45 @@ def test_a_steady_leader_expires_at_its_next_scan(sqlite_database: Database, set
     tick_for(scheduler, settings.lease_s + 0.2)
     abandoned(database)
     assert tick_until(scheduler, lambda: has_expired(database)) < settings.lease_s
+
+
+_NEVER_FREE = 2**62
+
+
+def waits_for_room(database: Database, needed_bytes: int | None) -> int:
+    """A job that found the storage full, whose pause is over by now."""
+    _, (job_id, *_) = a_batch(database)
+    (token,) = claim(database, [job_id], a_worker(database))
+    with database.write() as session:
+        jobs.note(session, token, stage=Stage.QUANTIZING)
+    with database.write() as session:
+        assert jobs.fail(session, token, DiskFull("no room", needed_bytes), backoff_s=0.0, max_failures=3, lease_s=60.0)
+    return job_id
+
+
+def pauses_after_a_tick(database: Database, scheduler: Scheduler) -> int:
+    tick(scheduler)
+    with database.read() as session:
+        return len(standing(session))
+
+
+def test_a_pause_holds_while_a_job_waits_for_room_that_is_not_there(database: Database, settings: Settings) -> None:
+    settings = replace(settings, backoff_s=60.0)
+    settings.staging.mkdir(parents=True)
+    job_id = waits_for_room(database, _NEVER_FREE)
+    scheduler = Scheduler(database, Broker(settings), settings)
+    assert pauses_after_a_tick(database, scheduler) == 1
+    with database.write() as session:
+        assert jobs.cancel(session, job_ids=[job_id]) == [job_id]
+    assert pauses_after_a_tick(database, scheduler) == 0
+
+
+@pytest.mark.parametrize(("needed_bytes", "is_seen"), [(_NEVER_FREE, False), (None, True), (1, True)])
+def test_a_pause_is_not_prolonged_where_there_is_room_or_nobody_can_tell(
+    database: Database, settings: Settings, needed_bytes: int | None, is_seen: bool
+) -> None:
+    settings = replace(settings, backoff_s=60.0)
+    if is_seen:
+        settings.staging.mkdir(parents=True)
+    waits_for_room(database, needed_bytes)
+    assert pauses_after_a_tick(database, Scheduler(database, Broker(settings), settings)) == 0

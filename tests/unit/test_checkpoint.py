@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from models_db.domain import DType, Method, Scheme
-from models_db.errors import StorageError
+from models_db.errors import DiskFull, StorageError
 from worker.checkpoint import (
     CARD,
     MANIFEST,
@@ -26,7 +26,7 @@ from worker.checkpoint import (
     slug,
 )
 from worker.digest import CHUNK_BYTES, digest_file
-from worker.staging import stage, sweep, unstage
+from worker.staging import require_room, stage, sweep, unstage
 
 KEY = "ab" * 32
 SCHEME = Scheme(method=Method.NF4)
@@ -328,3 +328,14 @@ def test_a_sweep_removes_what_no_running_attempt_owns(tmp_path: Path) -> None:
     assert sorted(asked) == [(1, 1), (2, 3)]
     assert sorted(path.name for path in staging.iterdir()) == ["2-3", "someone-elses"]
     assert sweep(tmp_path / "no such folder", running) == []
+
+
+def test_room_that_may_come_is_told_from_room_that_never_will(tmp_path: Path) -> None:
+    found = os.statvfs(tmp_path)
+    free, used = found.f_bavail * found.f_frsize, (found.f_blocks - found.f_bfree) * found.f_frsize
+    require_room(tmp_path, free // 2)
+    with pytest.raises(DiskFull, match="MiB left, and a checkpoint of") as caught:
+        require_room(tmp_path, free + used // 2)
+    assert caught.value.needed_bytes == free + used // 2
+    with pytest.raises(StorageError, match=r"^the storage holds .* MiB, and a checkpoint of"):
+        require_room(tmp_path, free + 2 * used)
