@@ -89,20 +89,22 @@ class _Pulsing:
         self._thread = threading.Thread(target=self._beat, name="pulse")
         self._thread.start()
 
-    def send(self, message: Answered | Pulse) -> None:
-        with self._lock:
-            self.connection.send(message)
+    def send(self, message: Answered | Pulse) -> bool:
+        """False where the runner hears no more; what it said before may still be unread."""
+        try:
+            with self._lock:
+                self.connection.send(message)
+        except OSError:
+            return False
+        return True
 
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._ended.wait(_PULSE_S):
-            try:
-                self.send(Pulse())
-            except OSError:  # it hears no more; what it said before may still be unread
-                return
+        while not self._ended.wait(_PULSE_S) and self.send(Pulse()):
+            pass
 
 
 class _NoRunner(Exception):
@@ -206,10 +208,11 @@ class Supervisor:
         beat_at = look_at = last = time.monotonic()
         while True:
             try:
-                if pulse.connection.poll(_POLL_S) and self._handle(pulse.connection.recv(), pulse):
-                    return
+                message = pulse.connection.recv() if pulse.connection.poll(_POLL_S) else None
             except (EOFError, OSError):
                 self._runner_died(process)
+                return
+            if message is not None and self._handle(message, pulse):
                 return
             now = time.monotonic()
             for job_id in self._active:

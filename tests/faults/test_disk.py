@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from models_db import jobs
@@ -19,9 +22,9 @@ from models_db.errors import DiskFull, JobError
 from models_db.pauses import lift, standing
 from models_db.session import Database
 from models_db.tables import Pause
-from tests.acceptance.conftest import Qbatch
+from tests.acceptance.conftest import Qbatch, await_end_of, processes_of
 from tests.faults.conftest import MakeModel
-from tests.faults.fleet import PACE, Fleet
+from tests.faults.fleet import LEASE_S, PACE, Fleet
 from tests.rows import a_batch, a_worker, bundle, claim
 from tests.waiting import until
 from worker.checkpoint import problems
@@ -32,29 +35,36 @@ _LEFT_BYTES = 4 * 2**20
 _BACKOFF_S = 1.0
 
 
-class SmallStorage:
-    """``qbatch up`` on a storage of 16 MiB: a tmpfs that only it and its children see."""
+class SmallDisk:
+    """``qbatch up`` where ``place`` is a tmpfs of ``nbytes`` that only it and its children see."""
 
-    def __init__(self, folder: Path) -> None:
-        self._mounted_at = folder / "storage"
-        self._mounted_at.mkdir()
-        qbatch = Qbatch(folder / "home", PACE | {"QBATCH_BACKOFF_S": str(_BACKOFF_S)})
-        qbatch.env["QBATCH_STORAGE"] = str(self._mounted_at)
+    def __init__(self, folder: Path, place: Path, nbytes: int, **env: str) -> None:
+        self._place = place
+        self._place.mkdir()
+        self.qbatch = Qbatch(folder / "home", PACE | env)
         script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
-        argv = [*_namespace(), "sh", "-c", script, "sh", str(_STORAGE_BYTES), str(self._mounted_at)]
+        argv = [*_namespace(), "sh", "-c", script, "sh", str(nbytes), str(self._place)]
         with (folder / "up.log").open("wb") as log:
-            self._up = subprocess.Popen(
+            self.up = subprocess.Popen(
                 [*argv, *Fleet.program, "up", "--cpu"],
-                env=qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=self.qbatch.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        until((qbatch.home / "qbatch.db").exists, "database")
-        qbatch.wait_for_worker()  # the database has its tables by then
-        self.fleet = Fleet(qbatch, Database(f"sqlite:///{qbatch.home / 'qbatch.db'}"))
 
     @property
     def root(self) -> Path:
-        """The storage as its own processes see it."""
-        return Path(f"/proc/{self._up.pid}/root{self._mounted_at}")
+        """The disk as its own processes see it."""
+        return self.seen(self._place)
+
+    def seen(self, path: Path) -> Path:
+        return Path(f"/proc/{self.up.pid}/root{path}")
+
+    def json(self, *args: str) -> Any:
+        """What a command says to whom sees the disk."""
+        own = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        argv = ["nsenter", "--mount", *own, "--target", str(self.up.pid), *Fleet.program, *args, "--json"]
+        done = subprocess.run(argv, env=self.qbatch.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
     def free_bytes(self) -> int:
         found = os.statvfs(self.root)
@@ -66,9 +76,32 @@ class SmallStorage:
             os.posix_fallocate(file.fileno(), 0, self.free_bytes() - leave_bytes)
         return ballast
 
+    def top_up(self, ballast: Path) -> None:
+        """Take all that is left, whoever else writes or deletes meanwhile."""
+        with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
     def close(self) -> None:
-        self._up.send_signal(signal.SIGINT)
-        assert self._up.wait(60.0) == 0
+        self.up.send_signal(signal.SIGINT)
+        assert self.up.wait(60.0) == 0
+        await_end_of(self.qbatch.home)
+
+
+class SmallStorage(SmallDisk):
+    """A storage of 16 MiB; home and database have room."""
+
+    def __init__(self, folder: Path) -> None:
+        place = folder / "storage"
+        super().__init__(
+            folder, place, _STORAGE_BYTES, QBATCH_STORAGE=str(place), QBATCH_BACKOFF_S=str(_BACKOFF_S)
+        )  # fmt: skip
+        until((self.qbatch.home / "qbatch.db").exists, "database")
+        self.qbatch.wait_for_worker()  # the database has its tables by then
+        self.fleet = Fleet(self.qbatch, Database(f"sqlite:///{self.qbatch.home / 'qbatch.db'}"))
+
+    def close(self) -> None:
+        super().close()
         self.fleet.close()
 
 
@@ -132,6 +165,41 @@ def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, mak
     assert fleet.qbatch("cancel", f"j{large}").returncode == 0
     fleet.succeed([other])
     assert _pauses(fleet.database) == []
+
+
+def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    """Database, spool, storage and logs share one disk, and it is full for some leases."""
+    home = tmp_path / "home"
+    disk = SmallDisk(tmp_path, home, 64 * 2**20)
+    try:
+        until(disk.seen(home / "qbatch.db").exists, "database")
+        until(lambda: any(worker["state"] == "ready" for worker in disk.json("workers")), "live worker")
+        listed = tmp_path / "models.txt"
+        listed.write_text(str(make_model(large=True)))
+        disk.json("submit", "--models", str(listed), "--bits", "4", "--no-baseline", "--new-tokens", "96")
+        until(lambda: any(disk.root.glob("storage/checkpoints/*/*")), "published checkpoint")
+        ballast = disk.root / "ballast"
+        disk.top_up(ballast)
+        until(lambda: disk.top_up(ballast) or not _runners(home), "end of the runner's work")
+        over = time.monotonic() + 3 * LEASE_S
+        until(lambda: disk.top_up(ballast) or time.monotonic() > over)
+        assert [job["state"] for job in disk.json("jobs")] == ["running"], "nobody could say more"
+        ballast.unlink()
+        until(lambda: [job["state"] for job in disk.json("jobs")] != ["running"], "end of the job")
+        (job,) = disk.json("show", "j1")
+        assert (job["state"], job["failures"]) == ("succeeded", 0)
+        assert [attempt["outcome"] for attempt in job["attempts"]] == ["succeeded"]
+    finally:
+        disk.close()
+
+
+def _runners(home: Path) -> list[psutil.Process]:
+    def is_forkserver(process: psutil.Process | None) -> bool:
+        return process is not None and "forkserver" in " ".join(process.cmdline())
+
+    return [process for process in processes_of(home) if is_forkserver(process) and is_forkserver(process.parent())]
 
 
 def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:
