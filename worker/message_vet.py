@@ -31,10 +31,12 @@ _UNSET = frozenset(
 _NAMES = _TEXTS | _FLAGS | _UNSET | {"id", "task", "timelimit"}
 # What Flower and ``celery inspect`` ask. Celery's others stop a worker, take its queues away or tell it what to drop,
 # and whoever reaches the broker can send them.
-_QUESTIONS = (
-    *("active", "active_queues", "clock", "conf", "ping", "query_task", "registered", "report", "reserved", "revoked"),
-    *("scheduled", "stats"),
-    *("enable_events", "heartbeat"),
+_QUESTIONS = frozenset(
+    {
+        *("active", "active_queues", "clock", "conf", "ping", "query_task", "registered", "report", "reserved"),
+        *("revoked", "scheduled", "stats"),
+        *("enable_events", "heartbeat"),
+    }
 )
 
 
@@ -60,7 +62,7 @@ class Commands(dict[str, Callable[..., Any]]):
     """Celery's remote control commands, of which a worker answers those that change nothing."""
 
     def __init__(self) -> None:
-        super().__init__((name, control.Panel.data[name]) for name in _QUESTIONS)
+        super().__init__({name: answer for name, answer in control.Panel.data.items() if name in _QUESTIONS})
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         log.error("remote control command %s refused", shown(name))

@@ -196,10 +196,14 @@ def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
 
 
 def _runners(home: Path) -> list[psutil.Process]:
-    def is_forkserver(process: psutil.Process | None) -> bool:
-        return process is not None and "forkserver" in " ".join(process.cmdline())
-
-    return [process for process in processes_of(home) if is_forkserver(process) and is_forkserver(process.parent())]
+    """What runs below a forkserver."""
+    found = []
+    for process in processes_of(home):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any time
+            parent = process.parent()
+            if parent is not None and "forkserver" in " ".join(parent.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:
