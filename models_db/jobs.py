@@ -230,6 +230,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
 
 def any_waits_for_room(session: Session) -> bool:
     """Whether a queued job goes on as soon as the storage has room."""
+    # Without a time: one that found its source cache full has one.
     waits = and_(Job.state == JobState.QUEUED, Job.error_kind == DiskFull.kind, Job.not_before.is_(None))
     return session.scalars(select(Job.id).where(waits).limit(1)).first() is not None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 from pathlib import Path
 
 from models_db import jobs, pauses, window
@@ -54,10 +54,9 @@ def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
     """None where nobody knows what is needed, or the storage is not seen from here. ``staging`` is where workers make
     checkpoints: a machine with another file system in the storage's place does not have it."""
     try:
-        found = os.statvfs(staging)
+        return None if needed_bytes is None else needed_bytes - shutil.disk_usage(staging).free
     except OSError:
         return None
-    return None if needed_bytes is None else needed_bytes - found.f_bavail * found.f_frsize
 
 
 def resend_vanished(database: Database, broker: Broker) -> None:

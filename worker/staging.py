@@ -80,14 +80,13 @@ def sweep(staging: Path, running: Callable[[Iterable[Token]], Iterable[int]]) ->
 def require_room(folder: Path, nbytes: int) -> None:
     """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left, StorageError where it never
     will have as much: nobody should wait for that."""
-    found = os.statvfs(folder)
-    # What is reserved for root is free to nobody else.
-    capacity = (found.f_blocks - found.f_bfree + found.f_bavail) * found.f_frsize
+    disk = shutil.disk_usage(folder)
+    # Not its total, of which some may be reserved for root.
+    capacity = disk.used + disk.free
     if capacity < nbytes:
         raise StorageError(f"the storage holds {_mib(capacity)}, and a checkpoint of {_mib(nbytes)} is due")
-    free = found.f_bavail * found.f_frsize
-    if free < nbytes:
-        raise DiskFull(f"the storage has {_mib(free)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
+    if disk.free < nbytes:
+        raise DiskFull(f"the storage has {_mib(disk.free)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
 
 
 def _mib(nbytes: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from models_db import jobs
@@ -22,7 +22,8 @@ from models_db.errors import DiskFull, JobError
 from models_db.pauses import lift, standing
 from models_db.session import Database
 from models_db.tables import Pause
-from tests.acceptance.conftest import Qbatch, await_end_of, processes_of
+from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.chaos.processes import Role, family_of
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import LEASE_S, PACE, Fleet
 from tests.rows import a_batch, a_worker, bundle, claim
@@ -43,7 +44,11 @@ class SmallDisk:
         self._place.mkdir()
         self.qbatch = Qbatch(folder / "home", PACE | env)
         script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
-        argv = [*_namespace(), "sh", "-c", script, "sh", str(nbytes), str(self._place)]
+        namespace = _namespace()
+        self._enter = ["nsenter", "--mount"]
+        if "--map-root-user" in namespace:
+            self._enter += ["--user", "--preserve-credentials"]
+        argv = [*namespace, "sh", "-c", script, "sh", str(nbytes), str(self._place)]
         with (folder / "up.log").open("wb") as log:
             self.up = subprocess.Popen(
                 [*argv, *Fleet.program, "up", "--cpu"],
@@ -60,15 +65,13 @@ class SmallDisk:
 
     def json(self, *args: str) -> Any:
         """What a command says to whom sees the disk."""
-        own = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        argv = ["nsenter", "--mount", *own, "--target", str(self.up.pid), *Fleet.program, *args, "--json"]
+        argv = [*self._enter, "--target", str(self.up.pid), *Fleet.program, *args, "--json"]
         done = subprocess.run(argv, env=self.qbatch.environ, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def free_bytes(self) -> int:
-        found = os.statvfs(self.root)
-        return found.f_bavail * found.f_frsize
+        return shutil.disk_usage(self.root).free
 
     def fill(self, leave_bytes: int) -> Path:
         ballast = self.root / "ballast"
@@ -93,9 +96,7 @@ class SmallStorage(SmallDisk):
 
     def __init__(self, folder: Path) -> None:
         place = folder / "storage"
-        super().__init__(
-            folder, place, _STORAGE_BYTES, QBATCH_STORAGE=str(place), QBATCH_BACKOFF_S=str(_BACKOFF_S)
-        )  # fmt: skip
+        super().__init__(folder, place, _STORAGE_BYTES, QBATCH_STORAGE=str(place), QBATCH_BACKOFF_S=str(_BACKOFF_S))
         until((self.qbatch.home / "qbatch.db").exists, "database")
         self.qbatch.wait_for_worker()  # the database has its tables by then
         self.fleet = Fleet(self.qbatch, Database(f"sqlite:///{self.qbatch.home / 'qbatch.db'}"))
@@ -182,7 +183,7 @@ def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
         until(lambda: any(disk.root.glob("storage/checkpoints/*/*")), "published checkpoint")
         ballast = disk.root / "ballast"
         disk.top_up(ballast)
-        until(lambda: disk.top_up(ballast) or not _runners(home), "end of the runner's work")
+        until(lambda: disk.top_up(ballast) or not family_of(home)[Role.RUNNER], "end of the runner's work")
         over = time.monotonic() + 3 * LEASE_S
         until(lambda: disk.top_up(ballast) or time.monotonic() > over)
         assert [job["state"] for job in disk.json("jobs")] == ["running"], "nobody could say more"
@@ -193,17 +194,6 @@ def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
         assert [attempt["outcome"] for attempt in job["attempts"]] == ["succeeded"]
     finally:
         disk.close()
-
-
-def _runners(home: Path) -> list[psutil.Process]:
-    """What runs below a forkserver."""
-    found = []
-    for process in processes_of(home):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any time
-            parent = process.parent()
-            if parent is not None and "forkserver" in " ".join(parent.cmdline()):
-                found.append(process)
-    return found
 
 
 def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:
