@@ -465,6 +465,12 @@ def _store(database: Database, settings: Settings, submission: Submission) -> tu
     from scheduler.submit import submit as store
 
     receipt = store(database, settings, submission)
+    if receipt.outdated:
+        click.echo(
+            f"{receipt.outdated} jobs are done again: qbatch 0.1.0, which measured them, told models apart by their "
+            "files' sizes and times",
+            err=True,
+        )
     return receipt, _send(database, settings) if _has_work(receipt) else None
 
 
@@ -546,6 +552,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
                     "jobs": receipt.jobs,
                     "answered": receipt.answered,
                     "live_workers": receipt.live_workers,
+                    "outdated": receipt.outdated,
                 }
             )
         )

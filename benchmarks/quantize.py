@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_source import SHAPES, build_source, pwrite_all
+from models_db.digest import digest_file, root_sha256
 from models_db.domain import DType, Method, Scheme
-from worker.digest import digest_file, root_sha256
 from worker.gpu import installed_gpus
 
 GIB = 2**30

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from models_db.clock import db_now
 from models_db.session import insert_into
 from models_db.tables import Checkpoint, Job
 
 
-def record(session: Session, *, key: str, path: str, root_sha256: str, disk_bytes: int, job_id: int) -> None:
-    """Remember a published checkpoint; the newest word on a key stands."""
+def record(
+    session: Session,
+    *,
+    key: str,
+    path: str,
+    root_sha256: str,
+    disk_bytes: int,
+    job_id: int,
+    versions: Mapping[str, str] | None = None,
+) -> None:
+    """Remember a checkpoint that was just verified; the newest word on a key stands.
+
+    ``versions`` are the states of its files then; None where they are not known.
+    """
     known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
+    verified = {"file_versions": dict(versions), "verified_at": db_now()} if versions is not None else {}
     session.execute(
         insert_into(session, Checkpoint)
-        .values(key=key, job_id=job_id, **known)
-        .on_conflict_do_update(index_elements=[Checkpoint.key], set_=known)
+        .values(key=key, job_id=job_id, **known, **verified)
+        .on_conflict_do_update(index_elements=[Checkpoint.key], set_=known | verified)
     )
+
+
+def verified_again(session: Session, path: str, versions: Mapping[str, str]) -> None:
+    """The files at ``path`` were read, and are what was published."""
+    session.execute(
+        update(Checkpoint).where(Checkpoint.path == path).values(file_versions=dict(versions), verified_at=db_now()),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
+    """Where the checkpoints of these keys lie, as far as they are on record."""
+    rows = session.execute(select(Checkpoint.key, Checkpoint.path).where(Checkpoint.key.in_(keys)))
+    return {key: path for key, path in rows}
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:

@@ -18,6 +18,7 @@ QbatchError
     ├── DeviceError             elsewhere, uncharged
     │   └── ModelFault          never: the job's own doing
     ├── JobTimeout              once more
+    ├── SourceChanged           once more
     ├── DiskFull                uncharged, once there is room
     └── SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, Unsupported,
         QuantizationError, BenchmarkError, InternalError        never
@@ -140,6 +141,13 @@ class JobTimeout(JobError):
     retry = Retry.ONCE
 
 
+class SourceChanged(JobError):
+    """The files of the source, or of a checkpoint, changed while the job used them."""
+
+    kind = "source_changed"
+    retry = Retry.ONCE
+
+
 class DiskFull(JobError):
     """Storage has no room for the checkpoint. ``needed_bytes`` is how much would do, where that is known."""
 
@@ -220,6 +228,7 @@ _BY_KIND: dict[str, type[JobError]] = {
         FetchError,
         DeviceError,
         JobTimeout,
+        SourceChanged,
         DiskFull,
         SourceNotFound,
         SourceGated,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from models_db.digest import Checksums, FileDigest, root_sha256
 from models_db.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, content_hash, stored_dtype
+from models_db.file_stat import FileStat
 
 # Rises when this package's own writing changes a checkpoint's bytes.
 _WRITER = "1"
@@ -38,6 +41,21 @@ def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: Devic
         }
     )
     return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)
+
+
+def source_fingerprint(stats: Mapping[str, FileStat], known: Mapping[FileStat, Checksums]) -> str | None:
+    """The identity of a source by its files; None where not all were hashed in the state in which they are."""
+    if any(stat not in known for stat in stats.values()):
+        return None
+    digests = (
+        FileDigest(name=name, size=stat.size, chunk_sha256=known[stat].chunk_sha256) for name, stat in stats.items()
+    )
+    return fingerprint_of(root_sha256(digests))
+
+
+def fingerprint_of(root: str, *, runs_code: bool = False) -> str:
+    """The identity of a source whose files have that root; one whose own code runs is another model."""
+    return f"sha256:{root}+code" if runs_code else f"sha256:{root}"
 
 
 def writer_versions() -> dict[str, str]:

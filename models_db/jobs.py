@@ -8,7 +8,7 @@ whose own work had started is lost or fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
@@ -17,7 +17,17 @@ from sqlalchemy.orm import Session, aliased
 from models_db import pauses
 from models_db.batches import spec_of
 from models_db.clock import db_now
-from models_db.domain import ENDED_STATES, Claim, DeviceKind, JobState, Measurement, Protocol, Stage, format_job_id
+from models_db.domain import (
+    ENDED_STATES,
+    Claim,
+    DeviceKind,
+    JobState,
+    Measurement,
+    Method,
+    Protocol,
+    Stage,
+    format_job_id,
+)
 from models_db.errors import CudaOom, DiskFull, JobError, Retry, WorkerLost
 from models_db.tables import Attempt, Job, Result, Worker
 from models_db.vram import may_run_in, ran_out, room_of, show_need
@@ -233,6 +243,17 @@ def any_waits_for_room(session: Session) -> bool:
     # Without a time: one that found its source cache full has one.
     waits = and_(Job.state == JobState.QUEUED, Job.error_kind == DiskFull.kind, Job.not_before.is_(None))
     return session.scalars(select(Job.id).where(waits).limit(1)).first() is not None
+
+
+def keys_being_written(session: Session, keys: Collection[str], *, but_by: Collection[int]) -> set[str]:
+    """Those of the checkpoint keys that running jobs, other than ``but_by``, want."""
+    wanted = select(Job.checkpoint_key).where(
+        Job.checkpoint_key.in_(keys),
+        Job.state == JobState.RUNNING,
+        Job.method != Method.NONE,
+        Job.id.not_in(but_by),
+    )
+    return {key for key in session.scalars(wanted) if key is not None}
 
 
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:

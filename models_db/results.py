@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, and_, func, select
 from sqlalchemy.orm import Session
 
+from models_db.clock import db_now
 from models_db.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
 from models_db.errors import UsageError
-from models_db.tables import Job, Result
+from models_db.tables import Checkpoint, Job, Result
 
 _JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
     "batch_id": Job.batch_id.expression,
@@ -119,31 +120,68 @@ def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, .
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A job that has a result of its own. ``checkpoint_path`` is relative to the storage; a baseline has none."""
+    """A job that has a result of its own. ``checkpoint_path`` is relative to the storage; a baseline has none.
+    ``versions`` are the states of its files when they were last read and found to be what was published; None where
+    that is unknown, or longer ago than VERIFIED_FOR_S."""
 
     job_id: int
+    checkpoint_key: str
     checkpoint_path: str | None
+    versions: Mapping[str, str] | None
+
+
+# Fewer than SQLite takes parameters.
+_AT_ONCE = 500
+VERIFIED_FOR_S = 30 * 86_400.0
+"""How long a checkpoint's content is taken for verified while its files' times stay: a disk that loses bits changes no
+times. Then it is read anew before it answers a job."""
 
 
 def find_finished(
-    session: Session, *, checkpoint_key: str, protocol_hash: str, device_names: Collection[str] | None
-) -> Finished | None:
-    """The newest job whose own result answers this (checkpoint, protocol); None where there is none.
+    session: Session, wanted: Collection[tuple[str, str]], *, device_names: Collection[str] | None
+) -> dict[tuple[str, str], Finished]:
+    """For each (checkpoint key, protocol hash) of ``wanted`` the newest job whose own result answers it, if there is
+    one.
 
     ``device_names`` None accepts any device: speed is only the same on a device of the same name.
     """
-    query = (
-        select(Job.id, Result.checkpoint_path)
+    keys = sorted({key for key, _ in wanted})
+    found: dict[tuple[str, str], Finished] = {}
+    for start in range(0, len(keys), _AT_ONCE):
+        for row in session.execute(_finished(keys[start : start + _AT_ONCE], device_names)):
+            found[row.checkpoint_key, row.protocol_hash] = Finished(
+                job_id=row.id,
+                checkpoint_key=row.checkpoint_key,
+                checkpoint_path=row.checkpoint_path,
+                versions=row.file_versions,
+            )
+    return {pair: found[pair] for pair in wanted if pair in found}
+
+
+def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Select[Any]:
+    """The newest job of each (key, protocol)."""
+    is_verified = Checkpoint.verified_at > db_now(-VERIFIED_FOR_S)
+    newest = (
+        select(func.max(Job.id))
         .join(Result, Result.job_id == Job.id)
-        .where(
-            Job.checkpoint_key == checkpoint_key,
-            Job.state == JobState.SUCCEEDED,
-            Result.protocol_hash == protocol_hash,
-        )
-        .order_by(Job.id.desc())
-        .limit(1)
+        .where(Job.checkpoint_key.in_(keys), Job.state == JobState.SUCCEEDED)
+        .group_by(Job.checkpoint_key, Result.protocol_hash)
     )
     if device_names is not None:
-        query = query.where(Result.device_name.in_(device_names))
-    row = session.execute(query).first()
-    return Finished(job_id=row.id, checkpoint_path=row.checkpoint_path) if row is not None else None
+        newest = newest.where(Result.device_name.in_(device_names))
+    return (
+        select(Job.id, Job.checkpoint_key, Result.protocol_hash, Result.checkpoint_path, Checkpoint.file_versions)
+        .join(Result, Result.job_id == Job.id)
+        .outerjoin(
+            Checkpoint,
+            and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.path == Result.checkpoint_path, is_verified),
+        )
+        .where(Job.id.in_(newest.scalar_subquery()))
+    )
+
+
+def existing(session: Session, job_ids: Collection[int]) -> set[int]:
+    """Those of the jobs that are on record."""
+    ids = sorted(job_ids)
+    chunks = (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
+    return {job_id for chunk in chunks for job_id in session.scalars(select(Job.id).where(Job.id.in_(chunk)))}

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from models_db.domain import DType, SourceRef, content_hash
+from models_db.domain import DType, SourceRef
 from models_db.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 
 # What is longer is refused before it is read. A quarter of a million tensors fit. Hostile JSON takes 25 bytes of memory
@@ -120,14 +120,15 @@ def _absolute(text: str) -> Path:
 
 
 @contextmanager
-def _storage_errors() -> Iterator[None]:
+def storage_errors() -> Iterator[None]:
+    """What cannot be read, as a StorageError."""
     try:
         yield
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from error
 
 
-@_storage_errors()
+@storage_errors()
 def read_header(path: Path) -> Header:
     """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for,
     StorageError where the file cannot be read at all."""
@@ -235,7 +236,7 @@ def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: i
         raise SourceCorrupt(f"{file_name}: {size - position} bytes belong to no tensor")
 
 
-@_storage_errors()
+@storage_errors()
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files that make up the model, in order: the single file, else those that the index names.
 
@@ -259,14 +260,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-@_storage_errors()
+@storage_errors()
 def is_pickled(folder: Path) -> bool:
     """Whether the model's weights are there as pickles alone: where there are safetensors too, those are loaded."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return bool(names & {PICKLE_NAME, PICKLE_INDEX_NAME}) and not names & {SINGLE_NAME, INDEX_NAME}
 
 
-@_storage_errors()
+@storage_errors()
 def pickle_files(folder: Path) -> tuple[Path, ...]:
     """The pickles that make up a model that ``is_pickled``, in order. Raises SourceCorrupt, StorageError."""
     if (folder / PICKLE_NAME).is_file():
@@ -294,7 +295,7 @@ def _present(folder: Path, name: str, index: Path) -> Path:
     return folder / name
 
 
-@_storage_errors()
+@storage_errors()
 def read_config(folder: Path) -> Mapping[str, Any]:
     """config.json as a mapping. Raises SourceNotFound, SourceCorrupt or StorageError."""
     path = folder / "config.json"
@@ -319,35 +320,6 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_headers(folder: Path) -> tuple[Header, ...]:
     """Every weight file's header, vetted."""
     return tuple(read_header(path) for path in weight_files(folder))
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Identity of a local source: config.json, its weight files' headers, and the names, sizes and mtimes of these and
-    of what lies beside them."""
-    files = [
-        {
-            "name": header.path.name,
-            "size": header.size,
-            "mtime_ns": header.path.stat().st_mtime_ns,
-            "tensors": [[t.name, t.dtype, list(t.shape), t.start] for t in header.tensors],
-        }
-        for header in read_headers(folder)
-    ]
-    identity = {"config": dict(read_config(folder)), "files": files, "beside": files_beside(folder)}
-    return "folder:" + content_hash(identity)
-
-
-def files_beside(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and mtime (ns) of what lies beside a folder's weights and could change what its model does."""
-    paths = {path for pattern in SIDECARS for path in folder.glob(pattern) if path.is_file()}
-    paths -= {folder / "config.json", *folder.glob("*.index.json")}
-    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(paths)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-
-
-def hub_fingerprint(commit_sha: str) -> str:
-    """Identity of a hub source: its commit names every byte."""
-    return f"hub:{commit_sha}"
 
 
 def source_dtype(headers: tuple[Header, ...]) -> DType:

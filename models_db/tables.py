@@ -1,4 +1,4 @@
-"""The tables. Only ``jobs``, ``window``, ``workers``, ``leases``, ``pauses``, ``checkpoints``, ``results`` write."""
+"""The tables. Each has one writer among the modules beside this one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
 
 
 class Batch(Base):
@@ -137,6 +137,23 @@ class Checkpoint(Base):
     disk_bytes: Mapped[int] = mapped_column(BigInteger)
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[datetime] = mapped_column(default=db_now())
+    # File name → the state (``FileStat.version``) in which its content was last verified, and when that was.
+    file_versions: Mapped[dict[str, Any] | None]
+    verified_at: Mapped[datetime | None]
+
+
+class FileDigestRow(Base):
+    """What a file's content hashed to, in the state that ``version`` names; ``place`` is its host, mount and path."""
+
+    __tablename__ = "file_digests"
+
+    place: Mapped[str] = mapped_column(String(64), primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    path: Mapped[str] = mapped_column(Text)
+    version: Mapped[str] = mapped_column(String(150))
+    chunk_sha256: Mapped[list[str]]
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    hashed_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
 class Result(Base):

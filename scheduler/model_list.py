@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
         except UsageError as error:
             problems.append(f"line {number}: {error}")
             continue
-        sources.setdefault((source.location, source.revision), source)
+        # Links to one folder lead to one model.
+        place = os.path.realpath(source.location) if source.is_folder else source.location
+        sources.setdefault((place, source.revision), source)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         raise UsageError("; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))

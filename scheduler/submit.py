@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from models_db import results, workers
+from models_db import file_digests, results, workers
 from models_db.batches import NewJob, add_batch, add_text
+from models_db.content import content_files, names_code
 from models_db.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef
 from models_db.errors import JobError, UsageError
-from models_db.identity import settle
+from models_db.file_stat import FileStat, Mounts, stat_file
+from models_db.identity import Settled, settle, source_fingerprint
+from models_db.legacy_identity import legacy_folder_fingerprint
+from models_db.results import Finished
 from models_db.session import Database
 from models_db.settings import Settings
-from models_db.sources import folder_fingerprint, read_config, read_headers, source_dtype
-from models_db.storage import is_in_place
+from models_db.sources import read_config, read_headers, source_dtype
+from models_db.storage import Standing, standing
 from scheduler.grid import Grid
 from scheduler.plan import predicted_need
 from scheduler.task_files import TaskFiles
@@ -44,27 +48,52 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What became of it. ``answered`` jobs need no work; ``live_workers`` may do the others now."""
+    """What became of it. ``answered`` jobs need no work; ``live_workers`` may do the others now. ``outdated`` are those
+    of the others that have a result of 0.1.0, which knew a folder by its files' sizes and times alone."""
 
     batch_id: int
     jobs: int
     answered: int
     live_workers: int
+    outdated: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
-    """What a local source's headers tell before a worker sees it."""
+class _Seen:
+    """What a folder shows without being read. ``stats`` are its files' by name, None where what is made of them is for
+    a worker to say; ``legacy_fingerprint`` is what 0.1.0 called it."""
 
-    fingerprint: str
     dtype: DType
     needs: Mapping[Scheme, int | None]
+    stats: Mapping[str, FileStat] | None
+    legacy_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A job that is asked for. ``settled`` where its content and its device's kind are known, ``legacy`` where 0.1.0
+    would have known them."""
+
+    spec: JobSpec
+    need: int | None
+    settled: Settled | None
+    legacy: Settled | None
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        return None if self.settled is None or self.spec.force else _pair(self.settled)
+
+
+def _pair(settled: Settled) -> tuple[str, str]:
+    """By which a result is found."""
+    return settled.key, settled.protocol.hash
 
 
 def submit(database: Database, settings: Settings, submission: Submission) -> Receipt:
     """Store a batch. Nothing is half stored: it is one transaction.
 
-    Raises DatabaseUnreachable. Redis is not needed: the scheduler sends what is stored (see ``send_now``).
+    No file is read but headers and configs: a folder's content is known where a worker of this host hashed its files as
+    they are. Raises DatabaseUnreachable. Redis is not needed: the scheduler sends what is stored (see ``send_now``).
     """
     text_hash = hashlib.sha256(submission.eval_text.encode()).hexdigest()
     protocol = ProtocolOptions(
@@ -73,84 +102,136 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         num_fewshot=submission.num_fewshot,
         task_limit=submission.task_limit,
     )
-    known = {source.location: _look(source, submission.grid.bundle(source, protocol)) for source in submission.sources}
+    specs = [submission.grid.bundle(source, protocol) for source in submission.sources]
+    seen = [_look(source, bundle) for source, bundle in zip(submission.sources, specs, strict=True)]
+    with database.read() as session:
+        live = workers.live(session, settings.lease_s)
+        devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
+        asked = [
+            [_settle(spec, one, fingerprint, devices) for spec in bundle]
+            for bundle, one, fingerprint in zip(specs, seen, _fingerprints(session, seen), strict=True)
+        ]
+        flat = [one for bundle in asked for one in bundle]
+        finished = _find_finished(session, flat, devices)
+    answers = _answers(settings, finished)
+    # Whoever writes holds up all others on SQLite: everything was looked up before.
     with database.write() as session:
         add_text(session, text_hash, submission.eval_text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
-        live = workers.live(session, settings.lease_s)
-        devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
-        bundles = [
-            [
-                _new_job(session, settings, spec, known[source.location], devices)
-                for spec in submission.grid.bundle(source, protocol)
-            ]
-            for source in submission.sources
-        ]
+        still_there = results.existing(session, set(answers.values()))
         batch_id = add_batch(
             session,
-            bundles,
+            [[_new_job(one, answers, still_there) for one in bundle] for bundle in asked],
             name=submission.name,
             priority=submission.priority,
             time_limit_s=submission.time_limit_s,
         )
-    new_jobs = [job for bundle in bundles for job in bundle]
+    with database.read() as session:
+        outdated = _count_outdated(session, [one for one in flat if one.pair not in answers])
     return Receipt(
         batch_id=batch_id,
-        jobs=len(new_jobs),
-        answered=sum(job.reused_from is not None for job in new_jobs),
+        jobs=len(flat),
+        answered=sum(_answer(one, answers, still_there) is not None for one in flat),
         live_workers=len(live),
+        outdated=outdated,
     )
 
 
-def _look(source: SourceRef, specs: Sequence[JobSpec]) -> _Known | None:
+def _look(source: SourceRef, specs: Sequence[JobSpec]) -> _Seen | None:
     """None for a hub id, and for a folder that does not read: its job will say why when it runs."""
     if not source.is_folder:
         return None
     folder = Path(source.location)
     try:
         headers, config = read_headers(folder), read_config(folder)
-        return _Known(
-            fingerprint=folder_fingerprint(folder),
+        return _Seen(
             dtype=source_dtype(headers),
             needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+            # Whether its code may run is the worker's to say, and makes it another model.
+            stats=None if names_code(folder) else _stats(folder),
+            legacy_fingerprint=legacy_folder_fingerprint(folder),
         )
     except (JobError, OSError):
         return None
 
 
-def _new_job(
-    session: Session,
-    settings: Settings,
-    spec: JobSpec,
-    known: _Known | None,
-    devices: Sequence[tuple[DeviceKind, str]],
-) -> NewJob:
-    bits = spec.scheme.bits(spec.dtype)
+def _stats(folder: Path) -> dict[str, FileStat]:
+    mounts = Mounts()
+    return {name: stat_file(path, mounts) for name, path in content_files(folder).items()}
+
+
+def _fingerprints(session: Session, seen: Sequence[_Seen | None]) -> list[str | None]:
+    """The identity of each source all of whose files were hashed as they are."""
+    stats = [one.stats if one is not None else None for one in seen]
+    known = file_digests.known(session, {stat for files in stats if files is not None for stat in files.values()})
+    return [source_fingerprint(files, known) if files is not None else None for files in stats]
+
+
+def _settle(
+    spec: JobSpec, seen: _Seen | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
+) -> _Asked:
+    if seen is None:
+        return _Asked(spec=spec, need=None, settled=None, legacy=None)
     kind = _device_kind(spec.device, devices)
-    need = known.needs[spec.scheme] if known is not None else None
-    if known is None or kind is None:
-        return NewJob(spec=spec, bits=bits, above_memory_bytes=need)
-    settled = settle(spec, fingerprint=known.fingerprint, source=known.dtype, device_kind=kind)
-    names = {name for device, name in devices if device is kind}
-    finished = None
-    if not spec.force:
-        finished = results.find_finished(
-            session,
-            checkpoint_key=settled.key,
-            protocol_hash=settled.protocol.hash,
-            # With nobody there to measure on, any device of the kind answers.
-            device_names=names or None,
-        )
-    if finished is not None and not _is_there(settings, finished.checkpoint_path):
-        finished = None
-    return NewJob(
-        spec=spec,
-        bits=bits,
-        checkpoint_key=settled.key,
-        reused_from=finished.job_id if finished is not None else None,
-        above_memory_bytes=need,
+
+    def settled(name: str | None) -> Settled | None:
+        if name is None or kind is None:
+            return None
+        return settle(spec, fingerprint=name, source=seen.dtype, device_kind=kind)
+
+    return _Asked(
+        spec=spec, need=seen.needs[spec.scheme], settled=settled(fingerprint), legacy=settled(seen.legacy_fingerprint)
     )
+
+
+def _find_finished(
+    session: Session, asked: Sequence[_Asked], devices: Sequence[tuple[DeviceKind, str]]
+) -> dict[tuple[str, str], Finished]:
+    """By (key, protocol), on a device as those that are there now."""
+    found: dict[tuple[str, str], Finished] = {}
+    for kind in (DeviceKind.CUDA, DeviceKind.CPU):
+        own = (one for one in asked if _device_kind(one.spec.device, devices) is kind)
+        # With nobody there to measure on, any device of the kind answers.
+        names = {name for device, name in devices if device is kind} or None
+        found |= results.find_finished(session, {one.pair for one in own if one.pair}, device_names=names)
+    return found
+
+
+def _answers(settings: Settings, finished: Mapping[tuple[str, str], Finished]) -> dict[tuple[str, str], int]:
+    """The earlier jobs whose results answer: their checkpoints' files are as they were verified. A doubtful one is left
+    to a worker, which reads it."""
+    # As far as this machine can see: it may not have the storage mounted.
+    sees_storage = settings.storage.is_dir()
+    return {
+        pair: one.job_id
+        for pair, one in finished.items()
+        if one.checkpoint_path is None
+        or not sees_storage
+        or standing(settings.storage, one.checkpoint_path, one.versions) is Standing.SOUND
+    }
+
+
+def _new_job(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> NewJob:
+    return NewJob(
+        spec=asked.spec,
+        bits=asked.spec.scheme.bits(asked.spec.dtype),
+        checkpoint_key=asked.settled.key if asked.settled is not None else None,
+        reused_from=_answer(asked, answers, still_there),
+        above_memory_bytes=asked.need,
+    )
+
+
+def _answer(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> int | None:
+    job_id = answers.get(asked.pair) if asked.pair is not None else None
+    return job_id if job_id in still_there else None
+
+
+def _count_outdated(session: Session, asked: Sequence[_Asked]) -> int:
+    """The jobs that are done again since what 0.1.0 measured may be another model's."""
+    old = [_pair(one.legacy) for one in asked if one.legacy is not None and not one.spec.force]
+    found = results.find_finished(session, set(old), device_names=None)
+    return sum(pair in found for pair in old)
 
 
 def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:
@@ -159,11 +240,6 @@ def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -
         return asked
     kinds = {kind for kind, _ in devices}
     return next((kind for kind in (DeviceKind.CUDA, DeviceKind.CPU) if kind in kinds), None)
-
-
-def _is_there(settings: Settings, checkpoint_path: str | None) -> bool:
-    """As far as this machine can see: it may not have the storage mounted."""
-    return not settings.storage.is_dir() or is_in_place(settings.storage, checkpoint_path)
 
 
 def send_now(database: Database, settings: Settings) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from models_db.domain import DeviceKind, Stage
-from models_db.identity import settle
 from models_db.sources import read_headers, source_dtype
-from worker.checkpoint import Origin, Published, find_published, publish
+from worker.checkpoint import Origin, Verified, find_published, publish
 from worker.fetch import LocalSource, fetched
-from worker.messages import CheckpointReady, Order, Progressed, Resolved
-from worker.plan import Model, Plan, by_key
+from worker.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
+from worker.plan import Model, Plan, by_key, plan_job
 from worker.remote_code import copy_code, vet_code
 from worker.reports import Link, Reports
 from worker.rounds import Rounds, free_device_memory
@@ -52,26 +51,17 @@ class Bundle:
             cache_bytes=self._order.cache_bytes,
             doors=self._order.doors,
             on_progress=progress,
+            digests=self._reports,
         ) as source:
             yield source
 
     def _work(self, source: LocalSource) -> None:
         vet_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(read_headers(source.folder))
-        plans = [
-            Plan(
-                claim=claim,
-                settled=settle(
-                    claim.spec, fingerprint=source.fingerprint, source=dtype, device_kind=self._order.device_kind
-                ),
-            )
-            for claim in self._order.claims
-        ]
-        self._reports.ask(
-            Resolved(keys={plan.job_id: (plan.settled.key, plan.settled.protocol.hash) for plan in plans})
-        )
+        plans = [plan_job(claim, source, dtype, self._order.device_kind) for claim in self._order.claims]
+        paths = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
-        published = self._publish_all(source, models)
+        published = self._publish_all(source, models, paths)
         Rounds(self._order, self._reports, source, self._device).run(
             [
                 self._model(source, members, published.get(key))
@@ -80,36 +70,52 @@ class Bundle:
             ]
         )
 
-    def _model(self, source: LocalSource, plans: tuple[Plan, ...], published: Published | None) -> Model:
-        folder = source.folder if published is None else self._order.storage / published.path
-        return Model(plans=plans, folder=folder, published=published)
+    def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
+        """Leave alone what needs no work; where the checkpoints of the others lie, by key."""
+        answered = self._reports.ask(Resolved(jobs={plan.job_id: plan.identity for plan in plans}))
+        if not answered.doubtful:
+            return answered.paths
+        for path, key in answered.doubtful.items():
+            found = find_published(self._order.storage, path, key)
+            if found is not None:
+                self._reports.send(CheckpointVerified(published=found.published))
+        still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
+        return self._reports.ask(Resolved(jobs=still_open)).paths
 
-    def _publish_all(self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]]) -> dict[str, Published]:
+    def _model(self, source: LocalSource, plans: tuple[Plan, ...], verified: Verified | None) -> Model:
+        folder = source.folder if verified is None else self._order.storage / verified.published.path
+        return Model(plans=plans, folder=folder, verified=verified)
+
+    def _publish_all(
+        self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
+    ) -> dict[str, Verified]:
         """Every quantized model's checkpoint by its key: adopted where it is published, else written now, once for all
         of its jobs."""
-        published: dict[str, Published] = {}
+        published: dict[str, Verified] = {}
         missing: list[tuple[Plan, ...]] = []
         for key, plans in models.items():
             if plans[0].settled.scheme.is_baseline:
                 continue
             with self._reports.failing(plan.job_id for plan in plans):
-                found = find_published(self._order.storage, plans[0].path, key)
+                # One of the same content may have been published under another name.
+                places = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
+                found = next(filter(None, (find_published(self._order.storage, path, key) for path in places)), None)
                 if found is None:
                     missing.append(plans)
                 else:
-                    log.info("j%s: %s is published already", plans[0].job_id, found.path)
+                    log.info("j%s: %s is published already", plans[0].job_id, found.published.path)
                     published[key] = found
         if missing:
             published |= self._quantize(source, missing)
         for key, checkpoint in published.items():
             for plan in models[key]:
-                self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint))
+                self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint.published))
         return published
 
-    def _quantize(self, source: LocalSource, models: list[tuple[Plan, ...]]) -> dict[str, Published]:
+    def _quantize(self, source: LocalSource, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
         from worker.quantize import Refused, Target, write_checkpoints
 
-        published: dict[str, Published] = {}
+        published: dict[str, Verified] = {}
         ids = tuple(plan.job_id for plans in models for plan in plans)
         self._reports.enter(ids, Stage.QUANTIZING)
         progress = self._throttled(
@@ -149,6 +155,7 @@ class Bundle:
                             files=outcome.files,
                             audit=dict(outcome.audit) | {"writer": outcome.writer},
                             quantize_s=outcome.quantize_s,
+                            confirm=lambda: self._reports.confirm(source),
                         )
                     unwritten = (plans for plans in models if plans[0].settled.key not in published)
                     self._reports.enter((plan.job_id for plans in unwritten for plan in plans), Stage.QUANTIZING)

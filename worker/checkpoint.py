@@ -9,33 +9,29 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from models_db.content import CARD, sidecars
+from models_db.digest import FileDigest, digest_file, root_sha256
 from models_db.domain import DType, Scheme
-from models_db.errors import StorageError
-from models_db.sources import DOCUMENTS, SIDECARS
+from models_db.errors import SourceChanged, StorageError
 from models_db.storage import MANIFEST
-from worker.digest import FileDigest, digest_file, root_sha256
+from worker.content import Content, NoDigestCache, hash_content
 from worker.staging import storage_error, sync
 
-# The source's own at first; a model card that replaces it after the benchmark is no damage.
-CARD = "README.md"
 _MANIFEST_VERSION = 1
 _FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
 _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
-# What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
-_SIDECARS = (*SIDECARS, *DOCUMENTS)
-_NOT_SIDECARS = ("config.json", MANIFEST, "*.index.json")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A checkpoint in its place. ``path`` is relative to the storage; ``disk_bytes`` are its weights'."""
+    """A checkpoint in its place. ``path`` is relative to the storage; ``disk_bytes`` are its weights'. ``versions`` are
+    the states in which its files were verified (see ``Content.versions``)."""
 
     key: str
     path: str
@@ -43,6 +39,20 @@ class Published:
     disk_bytes: int
     audit: Mapping[str, Any]
     quantize_s: float | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A published checkpoint, and its files as they were when every one of them matched its manifest."""
+
+    published: Published
+    content: Content
+
+    def confirm(self) -> Published:
+        """What is to be remembered of it once it was used. Raises SourceChanged, StorageError."""
+        self.content.confirm()
+        return replace(self.published, versions=self.content.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +90,10 @@ def publish(
     files: Sequence[FileDigest],
     audit: Mapping[str, Any],
     quantize_s: float,
-) -> Published:
-    """Complete the staged ``folder`` and move it to its place. ``files`` are those that the writer hashed itself.
+    confirm: Callable[[], None],
+) -> Verified:
+    """Complete the staged ``folder`` and move it to its place. ``files`` are those that the writer hashed itself;
+    ``confirm`` is called once the source is used no more, and what it raises leaves nothing published.
 
     Of two writers the first rename wins; the loser adopts what the winner published, if it verifies.
     Raises DiskFull or StorageError.
@@ -89,6 +101,7 @@ def publish(
     path = checkpoint_path(origin.model, origin.scheme, key)
     try:
         _copy_sidecars(source, folder)
+        confirm()
         digests = _complete(folder, files)
         _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
         _set_modes(folder)
@@ -96,13 +109,13 @@ def publish(
         _move_into_place(folder, storage / path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
-    published = find_published(storage, path, key)
-    if published is None:
+    verified = find_published(storage, path, key)
+    if verified is None:
         raise StorageError(f"{path} does not verify right after it was published")
-    return published
+    return verified
 
 
-def find_published(storage: Path, path: str, key: str) -> Published | None:
+def find_published(storage: Path, path: str, key: str) -> Verified | None:
     """The checkpoint at ``path``, if it is there, is that key's, and every file matches its manifest.
 
     What is there and does not is moved aside. Raises StorageError where that cannot be told.
@@ -114,12 +127,14 @@ def find_published(storage: Path, path: str, key: str) -> Published | None:
             if judged is None:
                 return None
             manifest = _read_manifest(folder)
-            sound = manifest is not None and manifest["key"] == key and not _differences(folder, manifest)
+            content = None if manifest is None or manifest["key"] != key else _verified(folder, manifest)
             is_still_there = _identity(folder) == judged
         except OSError as error:
             raise storage_error(error, "cannot verify a checkpoint") from error
-        if manifest is not None and sound:
-            return _as_published(path, manifest)
+        except StorageError as error:
+            raise StorageError(f"cannot verify a checkpoint: {error}") from error
+        if manifest is not None and content is not None:
+            return Verified(published=_as_published(path, manifest, content), content=content)
         # Another verifier may have moved it aside meanwhile, and a writer put a fresh one in its place: look again.
         if is_still_there:
             _reject(folder, judged)
@@ -138,7 +153,19 @@ def _identity(folder: Path) -> _Identity | None:
     return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
 
 
-def _as_published(path: str, manifest: Mapping[str, Any]) -> Published:
+def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
+    """The content of the files that the manifest names, read anew; None where it is not what was published."""
+    names = [entry["name"] for entry in manifest["files"]]
+    try:
+        content = hash_content(lambda: {name: folder / name for name in names}, NoDigestCache())
+    except SourceChanged:  # a file went away, or is being written
+        return None
+    published = {(e["name"], e["size"], tuple(e["chunk_sha256"])) for e in manifest["files"]}
+    found = {(file.name, file.digest.size, file.digest.chunk_sha256) for file in content.files}
+    return content if found == published and content.root_sha256 == manifest["root_sha256"] else None
+
+
+def _as_published(path: str, manifest: Mapping[str, Any], content: Content) -> Published:
     return Published(
         key=manifest["key"],
         path=path,
@@ -146,6 +173,7 @@ def _as_published(path: str, manifest: Mapping[str, Any]) -> Published:
         disk_bytes=sum(entry["size"] for entry in manifest["files"] if entry["name"].endswith(".safetensors")),
         audit=manifest["audit"],
         quantize_s=manifest["quantize_s"],
+        versions=content.versions,
     )
 
 
@@ -230,34 +258,12 @@ def _reject(folder: Path, judged: _Identity) -> None:
 
 
 def _copy_sidecars(source: Path, folder: Path) -> None:
-    for path in sorted(_sidecars(source)):
+    for path in sorted(sidecars(source)):
         target = folder / path.relative_to(source)
         if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-
-
-def _sidecars(source: Path) -> Iterable[Path]:
-    found = {path for pattern in _SIDECARS for path in source.glob(pattern) if path.is_file()}
-    yield from found.difference(*(source.glob(pattern) for pattern in _NOT_SIDECARS))
-    for module in _module_folders(source):
-        yield from (path for path in module.rglob("*") if path.is_file() and _is_module_file(path))
-
-
-def _module_folders(source: Path) -> list[Path]:
-    """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
-    try:
-        modules = json.loads((source / "modules.json").read_text())
-    except (FileNotFoundError, ValueError):  # a file of that name that is another library's is copied, no more
-        return []
-    entries = modules if isinstance(modules, list) else []
-    names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]
-    return [source / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (source / name).is_dir()]
-
-
-def _is_module_file(path: Path) -> bool:
-    return path.suffix in (".json", ".safetensors", ".txt")
 
 
 def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from models_db.content import content_files, names_code
 from models_db.domain import SourceRef
 from models_db.errors import (
     DiskFull,
@@ -33,20 +35,18 @@ from models_db.errors import (
     StorageError,
     UnsafeSource,
 )
+from models_db.identity import fingerprint_of
+from models_db.legacy_identity import legacy_hub_fingerprint
 from models_db.roots import check_place
-from models_db.sources import (
-    folder_fingerprint,
-    hub_fingerprint,
-    is_hub_id,
-    is_pickled,
-    is_revision,
-    read_headers,
-)
-from worker.remote_code import code_sha256, names_code
+from models_db.sources import is_hub_id, is_pickled, is_revision, read_headers
+from worker.content import Content, DigestCache, HashedFile, Lister, hash_content
+from worker.remote_code import code_sha256
 from worker.repository import Repository
 from worker.source_cache import SourceCache
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256_DIGITS = 64
 _LISTING_TIMEOUT_S = 30.0
 _POLL_S = 0.3
 _OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
@@ -54,13 +54,21 @@ _OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSource:
-    """A source that can be opened. ``revision`` is the commit of a hub source, None for a folder; ``runs_code`` says
-    that loading it may run the Python files in ``folder``."""
+    """A source that can be opened. ``fingerprint`` names its content; ``legacy_fingerprint`` is what 0.1.0 called the
+    same content of a hub, where that is certain. ``revision`` is the commit of a hub source, None for a folder;
+    ``runs_code`` says that loading it may run the Python files in ``folder``."""
 
     folder: Path
     fingerprint: str
     revision: str | None
+    contents: tuple[Content, ...]
     runs_code: bool = False
+    legacy_fingerprint: str | None = None
+
+    def confirm(self) -> None:
+        """Raises SourceChanged unless all that was read of the source so far was what its fingerprint names."""
+        for content in self.contents:
+            content.confirm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +83,23 @@ class Doors:
 
 @contextmanager
 def fetched(
-    source: SourceRef, *, cache: Path, cache_bytes: int, doors: Doors, on_progress: Callable[[int, int], None]
+    source: SourceRef,
+    *,
+    cache: Path,
+    cache_bytes: int,
+    doors: Doors,
+    on_progress: Callable[[int, int], None],
+    digests: DigestCache,
 ) -> Iterator[LocalSource]:
-    """The source on this machine, its headers vetted, kept from eviction while the context lasts.
+    """The source on this machine, its headers vetted, its content hashed, kept from eviction while the context lasts.
 
-    ``on_progress(bytes_done, bytes_total)`` is called from a thread of its own while a download or a conversion runs,
-    and never after this has yielded. A token, if one is needed, is the environment's (``HF_TOKEN``).
+    ``on_progress(bytes_done, bytes_total)`` is called from other threads, one at a time, while a download, a
+    conversion or the hashing of what ``digests`` does not know runs, and never after this has yielded. A token, if one
+    is needed, is the environment's (``HF_TOKEN``).
 
     Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource; FetchError where a retry may help; Unsupported
-    for a repository larger than ``cache_bytes``; DiskFull; StorageError for a folder that cannot be read.
+    for a repository larger than ``cache_bytes``; SourceChanged; DiskFull; StorageError for a folder that cannot be
+    read.
     """
     with ExitStack() as held:
         fetch = _Fetch(
@@ -91,6 +107,7 @@ def fetched(
             cache=SourceCache(root=cache, limit_bytes=cache_bytes),
             doors=doors,
             on_progress=on_progress,
+            digests=digests,
             held=held,
         )
         yield fetch.run()
@@ -104,6 +121,7 @@ class _Fetch:
     cache: SourceCache
     doors: Doors
     on_progress: Callable[[int, int], None]
+    digests: DigestCache
     held: ExitStack
 
     def run(self) -> LocalSource:
@@ -127,9 +145,7 @@ class _Fetch:
     def _folder_source(self, folder: Path) -> LocalSource:
         check_place(folder, self.doors.roots)
         try:
-            if self.doors.allow_pickle and is_pickled(folder):
-                return self._converted(folder, None)
-            return self._local(folder, folder_fingerprint(folder), None)
+            return self._opened(folder, None)
         except OSError as error:
             raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
 
@@ -140,15 +156,21 @@ class _Fetch:
         config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
         if not isinstance(config, str):
             raise SourceNotFound(f"{where} does not hold it")
+        folder = Path(config).parent
         try:
-            return self._opened(Path(config).parent, Path(config).parent.name)
+            return self._opened(folder, folder.name, _names_of_blobs)
         except (SourceNotFound, SourceCorrupt) as error:
             raise SourceNotFound(f"{where} holds only a part of it: {error}") from error
 
     def _hub_source(self) -> LocalSource:
         repository = self._resolve()
         folder = self._entry(repository.entry, lambda: _download(repository, self.cache))
-        return self._opened(folder, repository.commit)
+        try:
+            return self._opened(folder, repository.commit, lambda content: _vetted_hashes(repository, content))
+        except _NotTheHubs as error:
+            # Downloaded anew at the next attempt, by whoever makes it.
+            error.path.unlink(missing_ok=True)
+            raise FetchError(f"{_name(self.source)}: {error.path.name} is not what the hub lists") from error
 
     def _resolve(self) -> Repository:
         repository = _resolve(self.source)
@@ -164,29 +186,91 @@ class _Fetch:
                     fill()
         return folder
 
-    def _opened(self, folder: Path, commit: str) -> LocalSource:
-        """A hub's model in ``folder``, its headers vetted."""
-        if self.doors.allow_pickle and is_pickled(folder):
-            return self._converted(folder, commit)
-        read_headers(folder)
-        return self._local(folder, hub_fingerprint(commit), commit)
-
-    def _converted(self, folder: Path, commit: str | None) -> LocalSource:
-        from worker.pickles import convert, converted_entry, pickle_fingerprint
-
-        fingerprint = pickle_fingerprint(folder) if commit is None else hub_fingerprint(commit)
-        entry = converted_entry(folder, fingerprint, with_code=self._is_trusted)
-        converted = self._entry(entry, lambda: convert(folder, self.cache, entry, with_code=self._is_trusted))
-        read_headers(converted)
-        return self._local(converted, fingerprint, commit)
-
-    def _local(self, folder: Path, fingerprint: str, commit: str | None) -> LocalSource:
-        """A model whose own code runs is another one than the same without it."""
-        if not self._is_trusted or not names_code(folder):
-            return LocalSource(folder=folder, fingerprint=fingerprint, revision=commit)
-        return LocalSource(
-            folder=folder, fingerprint=f"{fingerprint}+{code_sha256(folder)}", revision=commit, runs_code=True
+    def _opened(
+        self, folder: Path, commit: str | None, hub_hashes: Callable[[Content], Mapping[str, str]] | None = None
+    ) -> LocalSource:
+        """The model in ``folder``, its headers vetted. ``hub_hashes`` tells the hub's own hashes of its files."""
+        pickled = self.doors.allow_pickle and is_pickled(folder)
+        if not pickled:
+            read_headers(folder)
+        runs_code = self._is_trusted and names_code(folder)
+        content = self._hash(
+            lambda: content_files(folder, with_code=runs_code, allow_pickle=pickled), whole=hub_hashes is not None
         )
+        fingerprint = fingerprint_of(content.root_sha256, runs_code=runs_code)
+        legacy = None
+        if commit is not None and hub_hashes is not None:
+            hashes = hub_hashes(content)
+            if all(_hub_hash(file, hashes.get(file.name, "")) == hashes.get(file.name) for file in content.files):
+                legacy = legacy_hub_fingerprint(commit, code_sha256(folder) if runs_code else None)
+        source = LocalSource(
+            folder=folder,
+            fingerprint=fingerprint,
+            revision=commit,
+            contents=(content,),
+            runs_code=runs_code,
+            legacy_fingerprint=legacy,
+        )
+        return self._converted(source) if pickled else source
+
+    def _hash(self, lister: Lister, *, whole: bool = False) -> Content:
+        return hash_content(lister, self.digests, whole=lambda _: whole, on_progress=self.on_progress)
+
+    def _converted(self, source: LocalSource) -> LocalSource:
+        """The safetensors that were made of the pickles in ``source``, made now where they are not there, or are not
+        what was made."""
+        from worker.pickles import convert, converted_entry
+
+        entry = converted_entry(source.folder, source.fingerprint)
+
+        def fill() -> None:
+            convert(source.folder, self.cache, entry, with_code=source.runs_code)
+            self.cache.set_root(entry, hash_content(listed, self.digests).root_sha256)
+
+        def listed() -> Mapping[str, Path]:
+            return content_files(self.cache.root / entry, with_code=source.runs_code)
+
+        folder = self._entry(entry, fill)
+        content = self._hash(listed)
+        if content.root_sha256 != self.cache.root_sha256(entry):
+            self.cache.forget(entry)
+            self._entry(entry, fill)
+            content = self._hash(listed)
+        read_headers(folder)
+        return replace(source, folder=folder, contents=(*source.contents, content))
+
+
+class _NotTheHubs(Exception):
+    """A file is not what the hub's hash says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+def _vetted_hashes(repository: Repository, content: Content) -> Mapping[str, str]:
+    """The hub's hashes, which those of its files are. Raises _NotTheHubs."""
+    for file in content.files:
+        expected = repository.hashes.get(file.name)
+        if expected is not None and _hub_hash(file, expected) != expected:
+            raise _NotTheHubs(file.path)
+    return repository.hashes
+
+
+def _hub_hash(file: HashedFile, expected: str) -> str | None:
+    """The file's hash of the kind that ``expected`` is: sha256, or the id that git gives a blob."""
+    if len(expected) == _SHA256_DIGITS:
+        return file.checksums.sha256
+    digest = hashlib.sha1(b"blob %d\0" % file.stat.size, usedforsecurity=False)
+    with file.path.open("rb") as blob:
+        while data := blob.read(2**20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _names_of_blobs(content: Content) -> dict[str, str]:
+    """The hub's hashes of files in the Hugging Face cache, which names its blobs by them."""
+    return {file.name: name for file in content.files if _HASH.fullmatch(name := Path(file.stat.path).name)}
 
 
 def _resolve(source: SourceRef) -> Repository:
@@ -195,9 +279,11 @@ def _resolve(source: SourceRef) -> Repository:
     )
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     files = {path: size for path, size in sizes.items() if size is not None and ".." not in PurePosixPath(path).parts}
+    hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
     if info.sha is None or not _COMMIT.fullmatch(info.sha) or len(files) < len(sizes):
         raise FetchError(f"{_name(source)}: the hub's listing lacks a commit or a size, or has a path that leads out")
-    return Repository(repo_id=source.location, commit=info.sha, files=files)
+    known = {path: found for path, found in hashes.items() if found is not None and _HASH.fullmatch(found)}
+    return Repository(repo_id=source.location, commit=info.sha, files=files, hashes=known)
 
 
 def _download(repository: Repository, cache: SourceCache) -> None:

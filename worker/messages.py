@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from models_db.digest import Checksums
 from models_db.domain import Claim, DeviceKind, Measurement, Protocol, Stage
+from models_db.file_stat import FileStat
 from worker.checkpoint import Published
 from worker.fetch import Doors
 
@@ -28,17 +30,58 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """job id → (checkpoint key, protocol hash). The supervisor replies with an ``Answered``."""
+class FilesSeen:
+    """Files in the state in which they are to be used. The supervisor replies with a ``FilesKnown``."""
 
-    keys: Mapping[int, tuple[str, str]]
+    stats: tuple[FileStat, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesKnown:
+    """The digests of those of the files that were hashed in that state before."""
+
+    digests: Mapping[FileStat, Checksums]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesHashed:
+    """Digests to remember."""
+
+    digests: Mapping[FileStat, Checksums]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """job id → its identity. The supervisor replies with an ``Answered``."""
+
+    jobs: Mapping[int, Identity]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """``key`` is the checkpoint's, ``legacy_key`` what 0.1.0 made of the same content, where that is certain."""
+
+    key: str
+    legacy_key: str | None
+    protocol_hash: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """The jobs that an earlier result answers: the runner leaves them alone."""
+    """``job_ids``: those that the runner leaves alone, since an earlier result answers them, or another runner writes
+    their checkpoint now. ``doubtful``: checkpoints (path → key) whose results would answer others, if their files are
+    still what was published: the runner verifies them and asks again. ``paths``: where a key's checkpoint lies."""
 
     job_ids: frozenset[int]
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointVerified:
+    """A checkpoint's files are what was published."""
+
+    published: Published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +104,7 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointReady:
-    """The job's checkpoint is published."""
+    """The job's checkpoint is published; said again once its files were seen not to change while it was measured."""
 
     job_id: int
     published: Published
@@ -97,4 +140,8 @@ class Pulse:
     """From the supervisor, every second or so: still here."""
 
 
-RunnerMessage = Resolved | Entered | Progressed | CheckpointReady | Measured | Failed | Ended
+Question = FilesSeen | Resolved
+Reply = FilesKnown | Answered
+RunnerMessage = (
+    Question | FilesHashed | CheckpointVerified | Entered | Progressed | CheckpointReady | Measured | Failed | Ended
+)

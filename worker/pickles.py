@@ -19,9 +19,8 @@ import torch
 
 from models_db.domain import content_hash
 from models_db.errors import JobError, SourceCorrupt, UnsafeSource, Unsupported
-from models_db.sources import INDEX_NAME, SINGLE_NAME, files_beside, pickle_files, read_config
+from models_db.sources import INDEX_NAME, SINGLE_NAME, pickle_files
 from worker.checkpoint import slug
-from worker.digest import digest_file, root_sha256
 from worker.load import translated
 from worker.quantize.layout import FileLayout, lay_out
 from worker.quantize.reading import TORCH_DTYPES
@@ -38,25 +37,9 @@ _OPERAND = re.compile(r"Unsupported operand (\d+)")
 _OPERANDS = frozenset(ord(opcode.code) for opcode in pickletools.opcodes)
 
 
-def pickle_fingerprint(folder: Path) -> str:
-    """Identity of a folder of pickles: its config.json, the names, sizes and contents of its weight files, and the
-    names, sizes and mtimes of what lies beside them.
-
-    Raises SourceNotFound, SourceCorrupt or StorageError.
-    """
-    config = read_config(folder)
-    try:
-        files = root_sha256(digest_file(path) for path in pickle_files(folder))
-    except OSError as error:
-        raise storage_error(error, "cannot read the pickles") from error
-    return "pickle:" + content_hash({"config": dict(config), "files": files, "beside": files_beside(folder)})
-
-
-def converted_entry(folder: Path, fingerprint: str, *, with_code: bool) -> str:
-    """The name of a converted folder in the cache: another one when what lies beside the weights changes."""
-    listing = _listing(folder, with_code)
-    beside = [[name, listing.files[name], (folder / name).stat().st_mtime_ns] for name in listing.sidecars(folder)]
-    return f"{slug(folder.name)}--{content_hash({'fingerprint': fingerprint, 'beside': beside})[:16]}"
+def converted_entry(folder: Path, fingerprint: str) -> str:
+    """The name of a converted folder in the cache: another one when anything of the model changes."""
+    return f"{slug(folder.name)}--{content_hash({'fingerprint': fingerprint})[:16]}"
 
 
 def convert(folder: Path, cache: SourceCache, entry: str, *, with_code: bool) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from models_db.domain import Claim
-from models_db.identity import Settled
-from worker.checkpoint import Published, checkpoint_path
+from models_db.domain import Claim, DeviceKind, DType
+from models_db.identity import Settled, settle
+from worker.checkpoint import Published, Verified, checkpoint_path
+from worker.fetch import LocalSource
+from worker.messages import Identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +19,15 @@ class Plan:
 
     claim: Claim
     settled: Settled
+    legacy_key: str | None
 
     @property
     def job_id(self) -> int:
         return self.claim.job_id
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(key=self.settled.key, legacy_key=self.legacy_key, protocol_hash=self.settled.protocol.hash)
 
     @property
     def path(self) -> str:
@@ -29,16 +36,34 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What is loaded and measured: a published checkpoint, or for a baseline (``published`` None) the source in
+    """What is loaded and measured: a published checkpoint, or for a baseline (``verified`` None) the source in
     ``folder``. Its jobs differ in their protocol's shape alone."""
 
     plans: tuple[Plan, ...]
     folder: Path
-    published: Published | None
+    verified: Verified | None
+
+    @property
+    def published(self) -> Published | None:
+        return self.verified.published if self.verified is not None else None
 
     @property
     def ids(self) -> tuple[int, ...]:
         return tuple(plan.job_id for plan in self.plans)
+
+
+def plan_job(claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind) -> Plan:
+    """``dtype`` is the source's."""
+
+    def settled(fingerprint: str) -> Settled:
+        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind)
+
+    legacy = source.legacy_fingerprint
+    return Plan(
+        claim=claim,
+        settled=settled(source.fingerprint),
+        legacy_key=settled(legacy).key if legacy is not None else None,
+    )
 
 
 def by_key(plans: Iterable[Plan]) -> dict[str, tuple[Plan, ...]]:

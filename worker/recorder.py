@@ -150,6 +150,7 @@ def _as_json(published: Published) -> dict[str, Any]:
         "path": published.path,
         "root_sha256": published.root_sha256,
         "disk_bytes": published.disk_bytes,
+        "versions": dict(published.versions),
     }
 
 

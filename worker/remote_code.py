@@ -9,16 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models_db.content import auto_map, names_code, python_files
 from models_db.errors import SourceCorrupt, UnsafeSource, Unsupported
-from models_db.sources import read_object
 
 REFUSAL = "the model needs code of its own, which runs only where QBATCH_TRUST_REMOTE_CODE names it"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-
-
-def names_code(folder: Path) -> bool:
-    """Whether the model in ``folder`` names classes of its own. Raises SourceCorrupt."""
-    return bool(_auto_map(folder / "config.json") or _auto_map(folder / _TOKENIZER_CONFIG))
 
 
 def code_sha256(folder: Path) -> str:
@@ -29,10 +24,6 @@ def code_sha256(folder: Path) -> str:
         digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-def python_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if path.is_file())
 
 
 def copy_code(source: Path, checkpoint: Path) -> None:
@@ -63,18 +54,14 @@ def vet_code(folder: Path, *, trusted: bool) -> None:
 
 def _refuse_foreign_code(folder: Path) -> None:
     for path in (folder / "config.json", folder / _TOKENIZER_CONFIG):
-        for reference in _references(_auto_map(path)):
+        for reference in _references(auto_map(path)):
             if "--" in reference:
                 raise UnsafeSource(f"{path.name} names code of another repository, which is never run")
 
 
-def _auto_map(path: Path) -> Any:
-    return read_object(path).get("auto_map") if path.is_file() else None
-
-
-def _references(auto_map: Any) -> list[str]:
+def _references(named: Any) -> list[str]:
     """Every class that it names: a string, or a pair of them for a tokenizer's two."""
-    values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    values = named.values() if isinstance(named, Mapping) else [named]
     found = [item for value in values for item in (value if isinstance(value, list) else [value]) if item is not None]
     if not all(isinstance(item, str) for item in found):
         raise SourceCorrupt("auto_map names no classes")

@@ -5,12 +5,36 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
+from models_db.digest import Checksums
 from models_db.domain import Stage
-from models_db.errors import CudaOom, DeviceError, DiskFull, HostOom, InternalError, JobError, one_line
-from worker.messages import Entered, Failed, Measured, Resolved, RunnerMessage
+from models_db.errors import (
+    CudaOom,
+    DeviceError,
+    DiskFull,
+    HostOom,
+    InternalError,
+    JobError,
+    SourceChanged,
+    one_line,
+)
+from models_db.file_stat import FileStat
+from worker.fetch import LocalSource
+from worker.messages import (
+    Answered,
+    Entered,
+    Failed,
+    FilesHashed,
+    FilesKnown,
+    FilesSeen,
+    Measured,
+    Question,
+    Reply,
+    Resolved,
+    RunnerMessage,
+)
 from worker.quantize.faults import as_job_error
 
 log = logging.getLogger("qbatch.runner")
@@ -21,7 +45,7 @@ class Link(Protocol):
 
     def send(self, message: RunnerMessage) -> None: ...
 
-    def ask(self, resolved: Resolved) -> frozenset[int]: ...
+    def ask(self, question: Question) -> Reply: ...
 
 
 class Reports:
@@ -39,9 +63,22 @@ class Reports:
     def send(self, message: RunnerMessage) -> None:
         self._link.send(message)
 
-    def ask(self, resolved: Resolved) -> None:
-        """Leave alone the jobs that an earlier result answers."""
-        self._open -= self._link.ask(resolved)
+    def known(self, stats: Iterable[FileStat]) -> Mapping[FileStat, Checksums]:
+        """The digests of the files that were hashed in that state before."""
+        reply = self._link.ask(FilesSeen(stats=tuple(stats)))
+        assert isinstance(reply, FilesKnown)  # noqa: S101  (each question has its reply)
+        return reply.digests
+
+    def remember(self, digests: Mapping[FileStat, Checksums]) -> None:
+        if digests:
+            self._link.send(FilesHashed(digests=digests))
+
+    def ask(self, resolved: Resolved) -> Answered:
+        """What is known of these jobs; those that need no work are open no more."""
+        reply = self._link.ask(resolved)
+        assert isinstance(reply, Answered)  # noqa: S101  (each question has its reply)
+        self._open -= reply.job_ids
+        return reply
 
     def enter(self, job_ids: Iterable[int], stage: Stage) -> None:
         """The work is now that of the open ones of ``job_ids``, and of no others."""
@@ -63,6 +100,15 @@ class Reports:
         except Exception as error:
             translated = error if isinstance(error, JobError) else _unforeseen(error)
             self.failed(job_ids, translated)
+
+    def confirm(self, source: LocalSource) -> None:
+        """Raises SourceChanged, after it failed every open job, where the source is not what it was: what one of them
+        measured of it could be set beside what another did."""
+        try:
+            source.confirm()
+        except SourceChanged as error:
+            self.failed(self.open(), error)
+            raise
 
     def failed(self, job_ids: Iterable[int], error: JobError) -> None:
         """A fault that spoils the device is charged to the first of them: the others may be innocent."""

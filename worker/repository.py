@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,12 +30,14 @@ _NEVER = (*_OTHER_WEIGHTS, ".onnx", ".gguf", ".py")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """``files`` is path → bytes; no path leads out of the repository. Pickles are wanted where they are allowed and
-    there is nothing else, Python files only ``with_code``."""
+    """``files`` is path → bytes; no path leads out of the repository. ``hashes`` is path → the hub's own: the sha256 of
+    what it keeps apart (LFS, Xet), git's blob id of the rest. Pickles are wanted where they are allowed and there is
+    nothing else, Python files only ``with_code``."""
 
     repo_id: str
     commit: str
     files: Mapping[str, int]
+    hashes: Mapping[str, str] = field(default_factory=dict)
     allow_pickle: bool = False
     with_code: bool = False
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models_db.domain import DeviceKind, Measurement, Stage, format_job_id
-from models_db.errors import DeviceError, JobError
+from models_db.errors import DeviceError, JobError, SourceChanged
 from worker.fetch import LocalSource
-from worker.messages import Measured, Order
+from worker.messages import CheckpointReady, Measured, Order
 from worker.plan import Model, Plan
 from worker.reports import Reports
 from worker.staging import folder_of
@@ -184,11 +184,12 @@ class Rounds:
                 folder,
                 # A baseline stages nothing else; what a killed runner leaves there is cleared.
                 staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
+                confirm=lambda: self._reports.confirm(self._source),
             )
             if kept is None:
                 self._not_kept[folder] = _NOTHING_TO_COMPARE
             return
-        except DeviceError:
+        except (DeviceError, SourceChanged):
             raise
         except JobError as error:
             log.warning("%s: %s; quality will not be compared", _names(turn.model.ids), error)
@@ -208,12 +209,22 @@ class Rounds:
         ids = self._reports.open(turn.model.ids)
         self._reports.enter(ids, Stage.BENCHMARKING)
         kernels = self._kernels(turn, ids, captures)
+        self._confirm(turn.model)
         for job_id in ids:
             with self._reports.failing([job_id]):
                 self._send(turn, job_id, kernels.get(job_id))
         if turn.fault is not None:
             log.warning("%s: %s", _names(ids), turn.fault)
             self._reports.leave_spoilt_device(turn.fault)
+
+    def _confirm(self, model: Model) -> None:
+        """Nothing more is read of the model: raises SourceChanged where that was not what it is called."""
+        if model.verified is None:
+            self._reports.confirm(self._source)
+            return
+        published = model.verified.confirm()
+        for job_id in self._reports.open(model.ids):
+            self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
     def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
         """By job id, for those whose protocol wants it; one process loads the model for all shapes."""

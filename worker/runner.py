@@ -7,10 +7,11 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 
 from worker.bundle import Bundle
 from worker.logs import log_to_stderr
-from worker.messages import Answered, Ended, Order, Pulse, Resolved, RunnerMessage
+from worker.messages import Ended, Order, Pulse, Question, Reply, RunnerMessage
 
 _ORPHANED = 70
 
@@ -21,14 +22,16 @@ class Link:
     def __init__(self, connection: Connection, lease_s: float) -> None:
         self._connection = connection
         self._lease_s = lease_s
-        self._answer: Answered | None = None
-        self._answered = threading.Event()
+        # Progress is told by threads of its own.
+        self._sending = threading.Lock()
+        self._replies = SimpleQueue[Reply]()
         self._ended = False
         self._listener = threading.Thread(target=self._listen, daemon=True, name="link")
         self._listener.start()
 
     def send(self, message: RunnerMessage) -> None:
-        self._connection.send(message)
+        with self._sending:
+            self._connection.send(message)
 
     def end(self) -> None:
         """Say that there is no more to come, and wait for the supervisor to hang up.
@@ -39,12 +42,10 @@ class Link:
         self.send(Ended())
         self._listener.join(self._lease_s)
 
-    def ask(self, resolved: Resolved) -> frozenset[int]:
-        """The jobs that need no work."""
-        self.send(resolved)
-        self._answered.wait()
-        assert self._answer is not None  # noqa: S101  (set before the event)
-        return self._answer.job_ids
+    def ask(self, question: Question) -> Reply:
+        """The supervisor's reply to ``question``; one at a time."""
+        self.send(question)
+        return self._replies.get()
 
     def _listen(self) -> None:
         while True:
@@ -57,9 +58,8 @@ class Link:
                 if self._ended:
                     return
                 _leave("the worker is gone")
-            if isinstance(message, Answered):
-                self._answer = message
-                self._answered.set()
+            if isinstance(message, Reply):
+                self._replies.put(message)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker said {message!r}")
 

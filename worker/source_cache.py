@@ -58,6 +58,23 @@ class SourceCache:
             return {}
         return files
 
+    def root_sha256(self, name: str) -> str | None:
+        """What ``set_root`` was told last of the entry's content."""
+        try:
+            return self._state(f"{name}.root").read_text()
+        except FileNotFoundError:
+            return None
+
+    def set_root(self, name: str, root_sha256: str) -> None:
+        """Note the content of an entry that was just filled."""
+        draft = self._state(f"{name}.root.new")
+        draft.write_text(root_sha256)
+        draft.replace(self._state(f"{name}.root"))
+
+    def forget(self, name: str) -> None:
+        """Take an entry in use for not complete: its content is not what it was."""
+        self._state(f"{name}.json").unlink(missing_ok=True)
+
     def held_bytes(self, name: str) -> int:
         """What the entry takes on the disk, half-downloaded files and all."""
         folder = self.root / name
@@ -117,7 +134,7 @@ class SourceCache:
         """Whether the entry is gone; False where a process uses it."""
         try:
             with self._locked(f"{name}.use", fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self._state(f"{name}.json").unlink(missing_ok=True)
+                self.forget(name)
                 if (self.root / name).exists():
                     shutil.rmtree(self.root / name)
         except BlockingIOError:

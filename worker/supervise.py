@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from models_db import jobs, results
+from models_db import file_digests, jobs
 from models_db.batches import text_content
 from models_db.domain import Claim, DeviceKind
 from models_db.errors import (
@@ -31,21 +31,26 @@ from models_db.errors import (
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
-from models_db.storage import is_in_place
 from scheduler.stop import Stop
 from worker import runner
+from worker.answers import Answers
 from worker.checkpoint import Published
 from worker.fetch import Doors
 from worker.messages import (
     Answered,
     CheckpointReady,
+    CheckpointVerified,
     Ended,
     Entered,
     Failed,
+    FilesHashed,
+    FilesKnown,
+    FilesSeen,
     Measured,
     Order,
     Progressed,
     Pulse,
+    Reply,
     Resolved,
     RunnerMessage,
 )
@@ -89,7 +94,7 @@ class _Pulsing:
         self._thread = threading.Thread(target=self._beat, name="pulse")
         self._thread.start()
 
-    def send(self, message: Answered | Pulse) -> bool:
+    def send(self, message: Reply | Pulse) -> bool:
         """False where the runner hears no more; what it said before may still be unread."""
         try:
             with self._lock:
@@ -119,6 +124,7 @@ class Supervisor:
         self._claims = {claim.job_id: claim for claim in claims}
         self._open = set(self._claims)
         self._published: dict[int, Published] = {}
+        self._answers = Answers(station.database, station.settings.storage, station.device_name, self._claims)
         self._active: tuple[int, ...] = ()
         self._active_s = dict.fromkeys(self._claims, 0.0)
         self.failed: list[int] = []
@@ -235,7 +241,13 @@ class Supervisor:
         """Act on what the runner says; True once it has ended."""
         match message:
             case Resolved():
-                pulse.send(Answered(job_ids=self._answer(message)))
+                pulse.send(self._answer(message))
+            case FilesSeen():
+                pulse.send(self._known(message))
+            case FilesHashed():
+                self._remember(message)
+            case CheckpointVerified():
+                self._answers.verified(message)
             case Entered():
                 self._entered(message)
             case Progressed():
@@ -257,35 +269,26 @@ class Supervisor:
                 return True
         return False
 
-    def _answer(self, resolved: Resolved) -> frozenset[int]:
-        """End the jobs that an earlier result on such a device answers; they need no work."""
-        storage = self._station.settings.storage
+    def _answer(self, resolved: Resolved) -> Answered:
+        answered = self._answers.find(resolved)
+        for job_id in answered.job_ids:
+            self._close(job_id)
+        return answered
+
+    def _known(self, seen: FilesSeen) -> FilesKnown:
+        try:
+            with self._station.database.read() as session:
+                return FilesKnown(digests=file_digests.known(session, seen.stats))
+        except DatabaseUnreachable as error:
+            log.warning("%s; everything is hashed", error)
+            return FilesKnown(digests={})
+
+    def _remember(self, hashed: FilesHashed) -> None:
         try:
             with self._station.database.write() as session:
-                answered = []
-                for job_id, (key, protocol_hash) in sorted(resolved.keys.items()):
-                    jobs.note(session, self._token(job_id), checkpoint_key=key)
-                    found = results.find_finished(
-                        session,
-                        checkpoint_key=key,
-                        protocol_hash=protocol_hash,
-                        device_names=[self._station.device_name],
-                    )
-                    if (
-                        found is None
-                        or self._claims[job_id].spec.force
-                        or not is_in_place(storage, found.checkpoint_path)
-                    ):
-                        continue
-                    if jobs.answer(session, self._token(job_id), found.job_id):
-                        answered.append(job_id)
+                file_digests.remember(session, hashed.digests)
         except DatabaseUnreachable as error:
-            log.warning("%s; measuring anew", error)
-            return frozenset()
-        for job_id in answered:
-            log.info("j%s is answered by an earlier result", job_id)
-            self._close(job_id)
-        return frozenset(answered)
+            log.warning("%s; the files will be hashed again", error)
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)

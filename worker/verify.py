@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models_db.content import CARD
 from models_db.domain import DType
 from models_db.errors import JobError, UnsafeSource
 from models_db.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
 from models_db.storage import MANIFEST
-from worker.checkpoint import CARD, problems
+from worker.checkpoint import problems
 from worker.quantize.vet import refuse_other_weights
 from worker.remote_code import vet_code
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 
+from models_db.digest import digest_file, root_sha256
 from tests.acceptance.conftest import Qbatch
 from worker.checkpoint import problems
-from worker.digest import digest_file, root_sha256
 
 CONTRACT = {
     "batch_id",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_checkpoint import KEY, PATH, put, staged
-from worker.checkpoint import MANIFEST, Published, find_published, problems
+from tests.unit.test_checkpoint import PATH, look, put, staged
+from worker.checkpoint import MANIFEST, Published, problems
 from worker.staging import unstage
 
 _WRITERS = 6
@@ -35,7 +35,7 @@ def test_a_fresh_checkpoint_is_not_moved_aside_by_who_looked_at_the_damaged_one(
     manifest.unlink()
     os.mkfifo(manifest)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(find_published, storage, PATH, KEY)
+        slow = pool.submit(look, storage)
         with manifest.open("w"):  # opens once the other has begun to read, and holds it there
             (storage / PATH).rename((storage / PATH).with_name("what another verifier moved aside"))
             fresh = put(staged(storage, 2), storage, source)
@@ -53,7 +53,7 @@ def test_of_many_who_find_it_damaged_at_once_all_end_with_one_fresh_checkpoint(s
 
         def verify_or_write(job_id: int, start: threading.Barrier = start) -> Published:
             start.wait()
-            return find_published(storage, PATH, KEY) or put(staged(storage, job_id), storage, source)
+            return look(storage) or put(staged(storage, job_id), storage, source)
 
         with ThreadPoolExecutor(_WRITERS) as pool:
             found = list(pool.map(verify_or_write, range(1, _WRITERS + 1)))

@@ -28,7 +28,21 @@ from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
 from worker.bundle import Bundle
 from worker.fetch import Doors
-from worker.messages import CheckpointReady, Entered, Failed, Measured, Order, Progressed, Resolved, RunnerMessage
+from worker.messages import (
+    Answered,
+    CheckpointReady,
+    Entered,
+    Failed,
+    FilesKnown,
+    FilesSeen,
+    Measured,
+    Order,
+    Progressed,
+    Question,
+    Reply,
+    Resolved,
+    RunnerMessage,
+)
 
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 NF4, INT8 = 1, 2
@@ -44,9 +58,9 @@ class Ear:
     def send(self, message: RunnerMessage) -> None:
         self.heard.append(message)
 
-    def ask(self, resolved: Resolved) -> frozenset[int]:
-        self.send(resolved)
-        return frozenset()
+    def ask(self, question: Question) -> Reply:
+        self.send(question)
+        return FilesKnown(digests={}) if isinstance(question, FilesSeen) else Answered(job_ids=frozenset())
 
     def entered(self, stage: Stage) -> set[int]:
         return {job_id for m in self.heard if isinstance(m, Entered) and m.stage is stage for job_id in m.job_ids}
@@ -128,7 +142,8 @@ def test_a_retried_job_whose_checkpoint_is_published_goes_straight_to_the_benchm
     before = {job_id: written(folder) for job_id, folder in published.items()}
     ear = run(source, attempt=2)
     assert ear.entered(Stage.QUANTIZING) == ear.entered(Stage.PUBLISHING) == set()
-    assert not any(isinstance(m, Progressed) for m in ear.heard), "nothing is read and nothing written"
+    known = next(number for number, m in enumerate(ear.heard) if isinstance(m, Resolved))
+    assert not any(isinstance(m, Progressed) for m in ear.heard[known:]), "nothing is read and nothing written"
     assert ear.measured() == {NF4, INT8}
     assert places(ear, source) == published
     assert {job_id: written(folder) for job_id, folder in published.items()} == before

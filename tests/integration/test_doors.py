@@ -32,12 +32,14 @@ from models_db.errors import (
 from models_db.results import find_results
 from models_db.session import Database
 from models_db.settings import Settings
-from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME, folder_fingerprint
+from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from scheduler.local import prepare_home
 from scheduler.model_list import read_model_list
 from tests import tiny
+from tests.identity import fingerprint
 from tests.rows import a_batch
 from worker.checkpoint import checkpoint_path
+from worker.content import NoDigestCache
 from worker.fetch import Doors, LocalSource, fetched
 from worker.quantize import Target, Written, write_checkpoints
 from worker.repository import Repository
@@ -68,7 +70,14 @@ def state_dict(source: Path) -> dict[str, torch.Tensor]:
 
 def opened(folder: Path, home: Path, doors: Doors = ALLOWED, *, room: int = PLENTY) -> LocalSource:
     source = SourceRef(name=folder.name, location=str(folder), is_folder=True)
-    with fetched(source, cache=home / "cache", cache_bytes=room, doors=doors, on_progress=lambda *_: None) as local:
+    with fetched(
+        source,
+        cache=home / "cache",
+        cache_bytes=room,
+        doors=doors,
+        on_progress=lambda *_: None,
+        digests=NoDigestCache(),
+    ) as local:
         return local
 
 
@@ -116,18 +125,27 @@ def test_a_checkpoint_does_not_show_that_its_source_was_pickled(
 def test_it_is_converted_once(pickled: Path, tmp_path: Path) -> None:
     first = opened(pickled, tmp_path)
     made_at = (first.folder / SINGLE_NAME).stat().st_mtime_ns
-    assert opened(pickled, tmp_path) == first
+    again = opened(pickled, tmp_path)
+    assert (again.folder, again.fingerprint) == (first.folder, first.fingerprint)
     assert (first.folder / SINGLE_NAME).stat().st_mtime_ns == made_at
     (first.folder / SINGLE_NAME).write_bytes(b"cut short")
     opened(pickled, tmp_path)
     assert load_file(first.folder / SINGLE_NAME)
 
 
+def test_a_converted_file_whose_bytes_changed_is_converted_anew(pickled: Path, tmp_path: Path) -> None:
+    converted = opened(pickled, tmp_path).folder / SINGLE_NAME
+    sound = converted.read_bytes()
+    converted.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert opened(pickled, tmp_path).folder == converted.parent
+    assert converted.read_bytes() == sound
+
+
 def test_its_identity_is_its_content_and_not_that_of_safetensors(pickled: Path, tmp_path: Path) -> None:
     first = opened(pickled, tmp_path)
     moved = opened(pickled.rename(tmp_path / "moved"), tmp_path)
     assert moved.fingerprint == first.fingerprint
-    assert folder_fingerprint(first.folder) != first.fingerprint
+    assert fingerprint(first.folder) != first.fingerprint
     weights = tmp_path / "moved" / PICKLE_NAME
     before = weights.stat()
     state = torch.load(weights)
@@ -309,7 +327,7 @@ def test_safetensors_win_where_both_are_there(pickled: Path, llama: Path, tmp_pa
     shutil.copy(llama / SINGLE_NAME, pickled)
     for doors in (ALLOWED, Doors(roots=None)):
         local = opened(pickled, tmp_path, doors)
-        assert (local.folder, local.fingerprint) == (pickled, folder_fingerprint(pickled))
+        assert (local.folder, local.fingerprint) == (pickled, fingerprint(pickled))
     assert not (tmp_path / "canary").exists()
 
 
@@ -456,7 +474,14 @@ def test_a_row_that_no_submit_wrote_leads_nowhere(
     source = SourceRef(name=name, location=name, revision=revision)
     with (
         pytest.raises(UnsafeSource),
-        fetched(source, cache=tmp_path / "cache", cache_bytes=PLENTY, doors=ALLOWED, on_progress=lambda *_: None),
+        fetched(
+            source,
+            cache=tmp_path / "cache",
+            cache_bytes=PLENTY,
+            doors=ALLOWED,
+            on_progress=lambda *_: None,
+            digests=NoDigestCache(),
+        ),
     ):
         pytest.fail("it was opened")
     assert list(tmp_path.iterdir()) == []

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 
 from models_db.domain import SourceRef
 from models_db.errors import SourceCorrupt, SourceNotFound
-from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME, folder_fingerprint
+from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from tests.hub import Hub, serving
+from tests.identity import fingerprint
 from tests.waiting import until
+from worker.content import NoDigestCache
 from worker.fetch import Doors, LocalSource, fetched
 
 _ROOT = Path(__file__).parents[2]
@@ -37,6 +39,7 @@ import json, sys
 from pathlib import Path
 from models_db.domain import SourceRef
 from models_db.errors import JobError
+from worker.content import NoDigestCache
 from worker.fetch import Doors, fetched
 
 while line := sys.stdin.readline():
@@ -46,9 +49,15 @@ while line := sys.stdin.readline():
     steps = []
     try:
         with fetched(
-            source, cache=Path(cache), cache_bytes=room, doors=doors, on_progress=lambda *n: steps.append(n)
+            source,
+            cache=Path(cache),
+            cache_bytes=room,
+            doors=doors,
+            on_progress=lambda *n: steps.append(n),
+            digests=NoDigestCache(),
         ) as got:
-            said = {"folder": str(got.folder), "fingerprint": got.fingerprint, "revision": got.revision}
+            said = {"legacy": got.legacy_fingerprint}
+            said |= {"folder": str(got.folder), "fingerprint": got.fingerprint, "revision": got.revision}
             said["runs_code"] = got.runs_code
             print(json.dumps(said | {"steps": steps, "torch": "torch" in sys.modules}), flush=True)
             sys.stdin.readline()
@@ -217,7 +226,8 @@ def test_a_fetch_brings_what_the_model_needs_and_nothing_else(hub: Hub, node: Fe
     }
     commit = hub.publish("org/model", sharded(make_repository(tmp_path / "served", needed | left)))
     got = node.fetch("org/model")
-    assert (got["revision"], got["fingerprint"]) == (commit, f"hub:{commit}")
+    assert (got["revision"], got["fingerprint"]) == (commit, fingerprint(Path(got["folder"])))
+    assert got["legacy"] == f"hub:{commit}", "every file is what the hub says"
     assert Path(got["folder"]) == node.cache / f"org--model--{commit[:12]}"
     assert files_of(got["folder"]) == set(needed)
     assert (Path(got["folder"]) / "model-1.safetensors").read_bytes() == needed["model-1.safetensors"]
@@ -241,7 +251,8 @@ def test_a_commit_that_is_there_is_not_downloaded_again(hub: Hub, node: Fetcher,
     again = node.fetch("model", revision=commit)
     assert first["folder"] == again["folder"]
     assert hub.weight_gets() == [SINGLE_NAME]
-    assert again["steps"] == []
+    hashed = sum(path.stat().st_size for path in Path(again["folder"]).iterdir() if path.is_file())
+    assert {total for _, total in again["steps"]} == {hashed}, "it is only hashed"
     assert not again["torch"]
 
 
@@ -318,6 +329,19 @@ def pickled_bytes() -> bytes:
     return file.getvalue()
 
 
+def test_a_cached_file_that_is_not_the_hubs_is_downloaded_anew(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    commit = hub.publish("model", make_repository(tmp_path / "served"))
+    first = node.fetch("model")
+    weights = Path(first["folder"]) / SINGLE_NAME
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + b"?")
+    refused = node.fetch("model")
+    assert (refused["kind"], SINGLE_NAME in refused["message"]) == ("fetch_error", True)
+    again = node.fetch("model")
+    assert (again["fingerprint"], again["legacy"]) == (first["fingerprint"], f"hub:{commit}")
+    assert weights.read_bytes() == sound
+
+
 def test_pickles_are_downloaded_only_where_they_are_allowed_and_alone(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
     served = make_repository(tmp_path / "served", {PICKLE_NAME: pickled_bytes(), "training_args.bin": "pickle"})
     hub.publish("both", served)
@@ -327,7 +351,7 @@ def test_pickles_are_downloaded_only_where_they_are_allowed_and_alone(hub: Hub, 
     assert node.fetch("pickled")["kind"] == "unsafe_source"
     assert not [request for request in hub.requests if request.path.endswith(".bin")]
     got = node.fetch("pickled", allow_pickle=True)
-    assert (got["revision"], got["fingerprint"]) == (commit, f"hub:{commit}")
+    assert (got["revision"], got["fingerprint"]) == (commit, fingerprint(served, allow_pickle=True))
     assert files_of(got["folder"]) == {"config.json", SINGLE_NAME}
     assert load_file(Path(got["folder"]) / SINGLE_NAME)["w"].tolist() == [0, 1, 2, 3, 4]
     assert not [request for request in hub.requests if request.path.endswith("training_args.bin")]
@@ -357,7 +381,7 @@ def test_python_files_are_downloaded_only_where_the_model_is_trusted(hub: Hub, n
     auto_map = json.dumps({"auto_map": {"AutoConfig": "own.Config"}})
     commit = hub.publish("org/own", make_repository(tmp_path / "served", {"own.py": "x = 1", "config.json": auto_map}))
     plain = node.fetch("org/own", trusted=["org/other", "org", "own", "org/own@main", "ORG/OWN"])
-    assert (plain["fingerprint"], plain["runs_code"]) == (f"hub:{commit}", False)
+    assert (plain["legacy"], plain["runs_code"]) == (f"hub:{commit}", False)
     assert "own.py" not in files_of(plain["folder"])
     proposed = node.fetch("org/own", revision=commit, trusted=["org/own", "org/own@main"])
     assert not proposed["runs_code"], "whoever submits chose that revision"
@@ -452,7 +476,7 @@ def test_offline_mode_uses_the_hugging_face_cache_alone(hub: Hub, tmp_path: Path
 def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
     folder = make_repository(tmp_path / "model")
     with _folder(folder, tmp_path) as local:
-        assert (local.folder, local.fingerprint, local.revision) == (folder, folder_fingerprint(folder), None)
+        assert (local.folder, local.fingerprint, local.revision) == (folder, fingerprint(folder), None)
     assert not (tmp_path / "cache").exists()
     (folder / SINGLE_NAME).write_bytes(safetensors_bytes()[:-1])
     with pytest.raises(SourceCorrupt), _folder(folder, tmp_path):
@@ -464,7 +488,12 @@ def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
 def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
     source = SourceRef(name="model", location=str(folder), is_folder=True)
     return fetched(
-        source, cache=home / "cache", cache_bytes=_PLENTY, doors=Doors(roots=None), on_progress=lambda *_: None
+        source,
+        cache=home / "cache",
+        cache_bytes=_PLENTY,
+        doors=Doors(roots=None),
+        on_progress=lambda *_: None,
+        digests=NoDigestCache(),
     )
 
 

@@ -457,10 +457,8 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     protocol_hash = PROTOCOL.for_device(DeviceKind.CPU).hash
     with database.read() as session:
         for names, found in ((None, ids[0]), (["a CPU"], ids[0]), (["a GPU"], None)):
-            answer = results.find_finished(
-                session, checkpoint_key="k" * 64, protocol_hash=protocol_hash, device_names=names
-            )
-            assert (answer.job_id if answer else None) == found
+            answer = results.find_finished(session, {("k" * 64, protocol_hash)}, device_names=names)
+            assert [one.job_id for one in answer.values()] == ([] if found is None else [found])
     answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
     with database.read() as session:
         (row,) = results.find_results(session, batch_ids=[answered])

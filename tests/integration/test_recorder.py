@@ -33,7 +33,9 @@ def cut_off(settings: Settings) -> Recorder:
 
 
 def published(key: str = "k" * 64, root: str = "r" * 64) -> Published:
-    return Published(key=key, path="checkpoints/x", root_sha256=root, disk_bytes=7, audit={}, quantize_s=1.0)
+    return Published(
+        key=key, path="checkpoints/x", root_sha256=root, disk_bytes=7, audit={}, quantize_s=1.0, versions={"x": "1"}
+    )
 
 
 def succeed(recorder: Recorder, token: jobs.Token) -> None:

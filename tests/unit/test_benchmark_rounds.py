@@ -33,7 +33,19 @@ from worker.benchmark.phases import Round
 from worker.benchmark.rounds import pool
 from worker.bundle import Bundle
 from worker.fetch import Doors
-from worker.messages import CheckpointReady, Entered, Failed, Measured, Order, Resolved, RunnerMessage
+from worker.messages import (
+    Answered,
+    CheckpointReady,
+    Entered,
+    Failed,
+    FilesKnown,
+    FilesSeen,
+    Measured,
+    Order,
+    Question,
+    Reply,
+    RunnerMessage,
+)
 
 SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
@@ -49,9 +61,9 @@ class Ear:
     def send(self, message: RunnerMessage) -> None:
         self.heard.append(message)
 
-    def ask(self, resolved: Resolved) -> frozenset[int]:
-        self.send(resolved)
-        return self.answered
+    def ask(self, question: Question) -> Reply:
+        self.send(question)
+        return FilesKnown(digests={}) if isinstance(question, FilesSeen) else Answered(job_ids=self.answered)
 
     def entered(self, stage: Stage) -> list[tuple[int, ...]]:
         return [m.job_ids for m in self.heard if isinstance(m, Entered) and m.stage is stage]
@@ -150,7 +162,9 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
     ear = run(tmp_path, 1, 3)
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
     assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6)]
-    assert [m.job_id for m in ear.heard if isinstance(m, CheckpointReady)] == [3, 4, 5, 6]
+    ready = [m for m in ear.heard if isinstance(m, CheckpointReady)]
+    assert [m.job_id for m in ready] == [3, 4, 5, 6] * 2, "published, and confirmed once it was measured"
+    assert all(all(m.published.versions.values()) for m in ready[4:]), "by then its files' times can be trusted"
     assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6)] * 2
     done = ear.measured()
     assert done.keys() == {1, 2, 3, 4, 5, 6}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from models_db.digest import CHUNK_BYTES, digest_file
 from models_db.domain import DType, Method, Scheme
 from models_db.errors import DiskFull, StorageError
 from worker.checkpoint import (
@@ -25,7 +26,6 @@ from worker.checkpoint import (
     publish,
     slug,
 )
-from worker.digest import CHUNK_BYTES, digest_file
 from worker.staging import require_room, stage, sweep, unstage
 
 KEY = "ab" * 32
@@ -119,7 +119,13 @@ def put(folder: Path, storage: Path, source: Path) -> Published:
         files=[digest_file(folder / "model.safetensors")],
         audit={"skipped": ["lm_head"]},
         quantize_s=1.5,
-    )
+        confirm=lambda: None,
+    ).published
+
+
+def look(storage: Path) -> Published | None:
+    found = find_published(storage, PATH, KEY)
+    return found.published if found is not None else None
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -129,7 +135,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_what_is_published_is_found_and_its_staging_is_gone(storage: Path, source: Path) -> None:
     folder = staged(storage)
     published = put(folder, storage, source)
-    assert published == find_published(storage, PATH, KEY)
+    assert published == look(storage)
     assert (published.path, published.key, published.quantize_s) == (PATH, KEY, 1.5)
     assert published.audit == {"skipped": ["lm_head"]}
     assert not folder.exists()
@@ -250,11 +256,11 @@ def test_a_damaged_checkpoint_is_moved_aside_and_written_anew(storage: Path, sou
     put(staged(storage, 1), storage, source)
     damage(storage / PATH)
     left = content(storage / PATH)
-    assert find_published(storage, PATH, KEY) is None
+    assert look(storage) is None
     assert not (storage / PATH).exists()
     (aside,) = (storage / PATH).parent.iterdir()
     assert content(aside) == left, "it is kept for whoever wants to know what happened"
-    assert put(staged(storage, 2), storage, source) == find_published(storage, PATH, KEY)
+    assert put(staged(storage, 2), storage, source) == look(storage)
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(storage: Path, source: Path) -> None:
@@ -263,7 +269,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(storage: Path,
     weights.unlink()
     weights.symlink_to(weights)  # opening it is an error other than "not there", even for root
     with pytest.raises(StorageError, match="cannot verify"):
-        find_published(storage, PATH, KEY)
+        look(storage)
     assert (storage / PATH).is_dir()
     assert len(problems(storage / PATH)) == 1
 
@@ -272,11 +278,11 @@ def test_a_model_card_written_later_is_no_damage(storage: Path, source: Path) ->
     put(staged(storage), storage, source)
     (storage / PATH / "README.md").write_text("measured")
     assert problems(storage / PATH) == []
-    assert find_published(storage, PATH, KEY) is not None
+    assert look(storage) is not None
 
 
 def test_nothing_published_is_nothing_found(storage: Path) -> None:
-    assert find_published(storage, PATH, KEY) is None
+    assert look(storage) is None
     assert problems(storage / PATH)
 
 

@@ -7,7 +7,7 @@ import pytest
 from models_db.errors import BenchmarkError, DeviceError, JobError, Retry, job_error
 from worker.device_faults import device_fault
 from worker.load import translated
-from worker.messages import Failed, Resolved, RunnerMessage
+from worker.messages import Failed, Question, Reply, RunnerMessage
 from worker.reports import Reports
 
 _BY_MODEL = (
@@ -29,7 +29,7 @@ class Ear:
     def send(self, message: RunnerMessage) -> None:
         self.heard.append(message)
 
-    def ask(self, resolved: Resolved) -> frozenset[int]:
+    def ask(self, question: Question) -> Reply:
         raise NotImplementedError
 
 

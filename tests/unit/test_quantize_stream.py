@@ -14,11 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from models_db.digest import digest_file
 from models_db.domain import DType, Method, Scheme
 from models_db.errors import StorageError, Unsupported
 from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv
-from worker.digest import digest_file
 from worker.quantize import Refused, Target, Written, write_checkpoints
 from worker.quantize.pool import LanePool
 

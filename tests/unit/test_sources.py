@@ -25,7 +25,6 @@ from models_db.sources import (
     PICKLE_NAME,
     SINGLE_NAME,
     Header,
-    folder_fingerprint,
     is_pickled,
     parse_source,
     pickle_files,
@@ -454,35 +453,6 @@ def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
         weight_files(tmp_path / "gone")
     with pytest.raises(SourceNotFound):
         read_config(tmp_path / "gone")
-
-
-def test_the_fingerprint_follows_the_content_and_not_the_place(folder: Path) -> None:
-    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
-    before = folder_fingerprint(folder)
-    moved = folder.rename(folder.with_name("moved"))
-    assert folder_fingerprint(moved) == before
-    (moved / "config.json").write_text('{"x": 1}')
-    config_changed = folder_fingerprint(moved)
-    write(moved / SINGLE_NAME, {"b": ENTRY}, b"xy")
-    assert len({before, config_changed, folder_fingerprint(moved)}) == 3
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
-def test_what_lies_beside_the_weights_is_part_of_the_fingerprint(name: str, folder: Path) -> None:
-    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
-    before = folder_fingerprint(folder)
-    (folder / name).write_text("{}")
-    added = folder_fingerprint(folder)
-    (folder / name).write_text("{ }")
-    assert len({before, added, folder_fingerprint(folder)}) == 3
-
-
-def test_documents_are_no_part_of_the_fingerprint(folder: Path) -> None:
-    write(folder / SINGLE_NAME, {"a": ENTRY}, b"xy")
-    before = folder_fingerprint(folder)
-    for name in ("README.md", "LICENSE", "modeling.py"):
-        (folder / name).write_text("about it")
-    assert folder_fingerprint(folder) == before
 
 
 def test_the_dtype_is_that_of_most_floating_point_bytes(file: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from models_db.digest import digest_file, root_sha256
 from models_db.domain import DType, Method, Scheme
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_llama4, make_overwritten, make_seq2seq
 from worker.checkpoint import Origin, publish
-from worker.digest import digest_file, root_sha256
 from worker.quantize import Target, Written, write_checkpoints
 from worker.verify import verify
 
@@ -62,8 +62,9 @@ def published(
             files=written.files,
             audit=written.audit,
             quantize_s=written.quantize_s,
+            confirm=lambda: None,
         )
-        places[name] = folder / place.path
+        places[name] = folder / place.published.path
     return places
 
 

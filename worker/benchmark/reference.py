@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from models_db.digest import digest_file, root_sha256
 from models_db.domain import DType, Protocol, content_hash
 from models_db.errors import BenchmarkError, DiskFull, StorageError
 from worker.architecture import Task
@@ -33,7 +34,6 @@ from worker.benchmark.probes import Probe, probes_hash, probes_of
 from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits, logits_of, replayed
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
-from worker.digest import digest_file, root_sha256
 from worker.load import Loaded, translated
 from worker.staging import sync
 
@@ -137,13 +137,15 @@ def prepare_reference(
     *,
     staging: Path | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Reference | None:
     """Store in ``folder`` what the base in ``loaded`` says to the protocol's probes, or adopt what is there.
 
     ``folder``'s name must stand for what decides the outputs: see ``reference_name``. All references beside it stay
     under ``max_bytes`` together: the least recently used are removed, and if this one is larger by itself, it holds
     fewer probes (one at least). It is written in ``staging``, which must not be there yet, on the same file system:
-    who may be killed names a place that somebody clears. None where the model has nothing to compare (no tokenizer).
+    who may be killed names a place that somebody clears. ``confirm`` is called before it is put in its place, and what
+    it raises leaves nothing there. None where the model has nothing to compare (no tokenizer).
     Raises StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
     """
     existing = open_reference(folder)
@@ -153,7 +155,7 @@ def prepare_reference(
         probes = probes_of(loaded, protocol, eval_text)
         if not probes:
             return None
-        _write(loaded, probes, folder, staging or _beside(folder), max_bytes)
+        _write(loaded, probes, folder, staging or _beside(folder), max_bytes, confirm)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
 
@@ -212,7 +214,9 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
 
-def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max_bytes: int) -> None:
+def _write(
+    loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max_bytes: int, confirm: Callable[[], None]
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging.mkdir(parents=True)
     try:
@@ -232,6 +236,7 @@ def _write(loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max
         del fields["folder"]
         (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
         sync(*staging.iterdir(), staging)
+        confirm()
         staging.rename(folder)
         sync(folder.parent)
     except OSError as error:

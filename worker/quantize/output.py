@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from worker.digest import CHUNK_BYTES, FileDigest
+from models_db.digest import CHUNK_BYTES, FileDigest
 from worker.quantize.layout import FileLayout
 from worker.quantize.reserve import reserve
 

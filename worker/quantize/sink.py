@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models_db.digest import FileDigest, digest_file
 from models_db.errors import JobError
-from worker.digest import FileDigest, digest_file
 from worker.quantize.audit import error_audit
 from worker.quantize.faults import as_job_error
 from worker.quantize.layout import FileLayout, lay_out

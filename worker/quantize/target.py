@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models_db.digest import FileDigest
 from models_db.domain import DType, Method, Scheme
 from models_db.errors import JobError
-from worker.digest import FileDigest
 
 Progress = Callable[[int, int, int], None]
 """Called with bytes read, bytes written, and the bytes of both that are planned in all."""

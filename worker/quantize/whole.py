@@ -18,11 +18,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
+from models_db.digest import digest_file
 from models_db.domain import DType
 from models_db.errors import JobError, Unsupported, one_line
 from models_db.sources import Header, read_header
 from worker.architecture import load_config
-from worker.digest import digest_file
 from worker.quantize.audit import coverage, error_audit, is_finite
 from worker.quantize.faults import as_job_error
 from worker.quantize.loading import load_source, refuse_missing, unused

@@ -1,0 +1,64 @@
+"""The digests of files that were hashed, for as long as their file systems say that they are the same.
+
+Each host has its own: what a path leads to is the host's matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from models_db.clock import db_now
+from models_db.digest import Checksums
+from models_db.file_stat import FileStat
+from models_db.session import insert_into
+from models_db.tables import FileDigestRow
+
+# Fewer than SQLite takes parameters, and PostgreSQL plans well.
+_AT_ONCE = 500
+
+
+def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksums]:
+    """The digests of those of ``stats`` that this host hashed in that very state."""
+    by_place = {_place(stat): stat for stat in stats}
+    found: dict[FileStat, Checksums] = {}
+    places = list(by_place)
+    for start in range(0, len(places), _AT_ONCE):
+        rows = session.scalars(select(FileDigestRow).where(FileDigestRow.place.in_(places[start : start + _AT_ONCE])))
+        for row in rows:
+            stat = by_place[row.place]
+            if row.version == _version(stat):
+                found[stat] = Checksums(chunk_sha256=tuple(row.chunk_sha256), sha256=row.sha256)
+    return found
+
+
+def remember(session: Session, digests: Mapping[FileStat, Checksums]) -> None:
+    """Keep the digests of this host's files; a file's newest takes the place of the one before."""
+    rows: Sequence[tuple[str, FileStat]] = sorted((_place(stat), stat) for stat in digests)
+    for place, stat in rows:
+        state = {
+            "version": _version(stat),
+            "chunk_sha256": list(digests[stat].chunk_sha256),
+            "sha256": digests[stat].sha256,
+            "hashed_at": db_now(),
+        }
+        session.execute(
+            insert_into(session, FileDigestRow)
+            .values(place=place, host=socket.gethostname(), path=stat.path.encode(errors="replace").decode(), **state)
+            .on_conflict_do_update(index_elements=[FileDigestRow.place], set_=state)
+        )
+
+
+def _place(stat: FileStat) -> str:
+    """A hash, since no index takes every path."""
+    label = stat.mount.label if stat.mount is not None else ""
+    place = "\0".join((socket.gethostname(), label, stat.path))
+    return hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()
+
+
+def _version(stat: FileStat) -> str:
+    return f"{stat.device}:{stat.version}"
