@@ -78,7 +78,7 @@ class Bundle:
         for path, key in answered.doubtful.items():
             found = find_published(self._order.storage, path, key)
             if found is not None:
-                self._reports.send(CheckpointVerified(published=found.published))
+                self._reports.send(CheckpointVerified(published=found.confirm()))
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
         return self._reports.ask(Resolved(jobs=still_open)).paths
 

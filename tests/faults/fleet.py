@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -159,6 +160,13 @@ class Fleet:
         """How each attempt of a job ended, the first first."""
         with self.database.read() as session:
             return list(session.scalars(select(Attempt.outcome).where(Attempt.job_id == job_id).order_by(Attempt.id)))
+
+    def claimed_at(self, job_id: int) -> datetime:
+        """When the job's last attempt began."""
+        with self.database.read() as session:
+            return session.scalars(
+                select(Attempt.claimed_at).where(Attempt.job_id == job_id).order_by(Attempt.id.desc()).limit(1)
+            ).one()
 
     def result(self, job_id: int) -> Result:
         with self.database.read() as session:

@@ -34,13 +34,16 @@ def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, mak
     (first,) = fleet.submit(model)
     (second,) = fleet.submit(model, force=True)
     fleet.succeed([first, second])
-    assert [fleet.outcomes(job) for job in (first, second)] == [["succeeded"]] * 2
+    # Which checkpoint it is, only hashing tells: what another runner writes already, it leaves at once.
+    assert fleet.outcomes(first) == ["succeeded"]
+    *handed_back, last = fleet.outcomes(second)
+    assert (set(handed_back) <= {"handed_back"}, len(handed_back) <= 1, last) == (True, True, "succeeded")
     one, other = fleet.jobs([first, second])
     assert one.checkpoint_key == other.checkpoint_key
+    assert other.failures == 0
     assert one.finished_at is not None
-    assert other.started_at is not None
-    assert other.started_at >= one.finished_at, "the second waited for the first"
-    log = (fleet.settings.logs / f"j{second}-1.log").read_text()
+    assert fleet.claimed_at(second) >= one.finished_at, "the second waited for the first"
+    log = (fleet.settings.logs / f"j{second}-{other.attempt}.log").read_text()
     assert "is published already" in log
     assert f"j{second}: quantizing" not in log
     assert fleet.result(first).checkpoint_path == fleet.result(second).checkpoint_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -471,6 +472,29 @@ def test_offline_mode_uses_the_hugging_face_cache_alone(hub: Hub, tmp_path: Path
     assert [said["kind"] for said in refused] == ["source_not_found"] * 2
     assert all("HF_HUB_OFFLINE is set" in said["message"] for said in refused)
     assert hub.requests == []
+
+
+def test_the_hugging_face_cache_is_taken_for_the_hubs_where_its_blobs_are_what_they_are_called(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    repository = tmp_path / "huggingface" / "hub" / "models--org--model"
+    snapshot = make_repository(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    for path in list(snapshot.iterdir()):
+        content = path.read_bytes()
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        name = hashlib.sha256(content).hexdigest() if path.suffix == ".safetensors" else git.hexdigest()
+        path.rename(repository / "blobs" / name)
+        path.symlink_to(repository / "blobs" / name)
+    with running(tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "huggingface")) as process:
+        node = Fetcher(process=process, cache=tmp_path / "cache")
+        sound = node.fetch("org/model")
+        blob = (snapshot / SINGLE_NAME).resolve()
+        blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+        replaced = node.fetch("org/model")
+    assert (sound["legacy"], replaced["legacy"]) == (f"hub:{commit}", None)
+    assert replaced["fingerprint"] != sound["fingerprint"], "under one commit, another model"
 
 
 def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
