@@ -23,7 +23,10 @@ def show_beside(figure: Figure, row: Row, baseline: Row | None) -> str:
 
 
 def may_compare(row: Row, baseline: Row, *, on_device: bool) -> bool:
-    """Whether two rows were measured by one protocol, and where it matters on one device."""
+    """Whether two rows were measured by one protocol on one model, and where it matters on one device: under one name
+    may have lain several."""
     if row["protocol_hash"] != baseline["protocol_hash"]:
+        return False
+    if dig(row, "details.fingerprint") != dig(baseline, "details.fingerprint"):
         return False
     return not on_device or bool(row["device_name"] == baseline["device_name"])

@@ -100,6 +100,7 @@ ENERGY = {
     "flags": {"foreign_processes": True, "throttled": False},
 }
 BASELINE = explained(1, "none", BF16_STEP)
+BASELINE["details"] |= {"fingerprint": DETAILS["fingerprint"]}
 NF4 = (
     explained(
         2, "bnb-nf4", NF4_STEP | {"energy": ENERGY}, details=DETAILS, perplexity=7.1, kl_mean=0.031, quantize_s=4.2,
@@ -158,6 +159,8 @@ def test_a_measured_job_tells(fact: str) -> None:
 def test_a_baseline_elsewhere_is_not_set_beside_it() -> None:
     assert "×0.73" not in said(NF4, BASELINE | {"device_name": "NVIDIA A100"})
     assert "×0.73" not in said(NF4, BASELINE | {"protocol_hash": "q"})
+    other_model = BASELINE | {"details": BASELINE["details"] | {"fingerprint": "sha256:other"}}
+    assert "×0.73" not in said(NF4, other_model), "its source changed between the two"
 
 
 def test_a_checkpoint_that_is_unfit_says_so() -> None:
