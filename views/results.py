@@ -142,6 +142,8 @@ def _remarks(row: Row, baseline: Row | None) -> Iterable[str]:
         yield "no ratio: its baseline has no result"
     elif row["protocol_hash"] != baseline["protocol_hash"]:
         yield "no ratio: measured under another protocol than its baseline, so that the numbers say different things"
+    elif dig(row, "details.fingerprint") != dig(baseline, "details.fingerprint"):
+        yield "no ratio: the model's files changed between its baseline's measurement and its own"
     else:
         yield from _other_visit(row, baseline)
 

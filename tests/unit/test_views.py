@@ -227,6 +227,7 @@ def test_a_failed_row_says_why_and_an_unfinished_one_where_it_stands() -> None:
     ("baseline", "quantized", "said"),
     [
         ({}, {"protocol_hash": "q"}, "another protocol"),
+        ({}, {"details": {"fingerprint": "sha256:other"}}, "the model's files changed"),
         ({"state": "failed"}, {}, "its baseline has no result"),
     ],
 )
