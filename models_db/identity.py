@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 from models_db.digest import Checksums, FileDigest, root_sha256
@@ -37,7 +38,7 @@ def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: Devic
             "scheme": scheme.to_json(),
             "dtype": dtype,
             "device": device_kind,
-            "versions": writer_versions(),
+            "versions": dict(writer_versions()),
         }
     )
     return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)
@@ -58,6 +59,7 @@ def fingerprint_of(root: str, *, runs_code: bool = False) -> str:
     return f"sha256:{root}+code" if runs_code else f"sha256:{root}"
 
 
-def writer_versions() -> dict[str, str]:
-    """The versions that decide a checkpoint's bytes."""
+@cache
+def writer_versions() -> Mapping[str, str]:
+    """The versions that decide a checkpoint's bytes. Each is read from a file, and a batch asks for every job."""
     return {"bitsandbytes": version("bitsandbytes"), "transformers": version("transformers"), "writer": _WRITER}

@@ -103,7 +103,8 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         task_limit=submission.task_limit,
     )
     specs = [submission.grid.bundle(source, protocol) for source in submission.sources]
-    seen = [_look(source, bundle) for source, bundle in zip(submission.sources, specs, strict=True)]
+    mounts = Mounts()
+    seen = [_look(source, bundle, mounts) for source, bundle in zip(submission.sources, specs, strict=True)]
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
@@ -138,7 +139,7 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     )
 
 
-def _look(source: SourceRef, specs: Sequence[JobSpec]) -> _Seen | None:
+def _look(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Seen | None:
     """None for a hub id, and for a folder that does not read: its job will say why when it runs."""
     if not source.is_folder:
         return None
@@ -149,15 +150,14 @@ def _look(source: SourceRef, specs: Sequence[JobSpec]) -> _Seen | None:
             dtype=source_dtype(headers),
             needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
             # Whether its code may run is the worker's to say, and makes it another model.
-            stats=None if names_code(folder) else _stats(folder),
+            stats=None if names_code(folder) else _stats(folder, mounts),
             legacy_fingerprint=legacy_folder_fingerprint(folder),
         )
     except (JobError, OSError):
         return None
 
 
-def _stats(folder: Path) -> dict[str, FileStat]:
-    mounts = Mounts()
+def _stats(folder: Path, mounts: Mounts) -> dict[str, FileStat]:
     return {name: stat_file(path, mounts) for name, path in content_files(folder).items()}
 
 

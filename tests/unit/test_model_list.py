@@ -132,3 +132,14 @@ def test_a_folder_outside_the_roots_is_named_by_its_line(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"line 1: .*another machine"):
         read_model_list([str(inside)], check_folders=False, roots=())
     assert read_model_list(["org/a"], check_folders=True, roots=())
+
+
+def test_links_to_one_folder_are_one_model_as_it_was_named_first(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    links = [tmp_path / name for name in ("current", "stable")]
+    for link in links:
+        link.symlink_to(model)
+    sources = read_model_list([str(path) for path in (*links, model)], check_folders=True, roots=None)
+    assert [source.location for source in sources] == [str(links[0])]
