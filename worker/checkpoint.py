@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -17,9 +17,9 @@ from typing import Any
 
 from models_db.domain import DType, Scheme
 from models_db.errors import StorageError
-from models_db.sources import DOCUMENTS, SIDECARS
 from models_db.storage import MANIFEST
 from worker.digest import FileDigest, digest_file, root_sha256
+from worker.sidecars import copy_sidecars
 from worker.staging import storage_error, sync
 
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
@@ -27,10 +27,6 @@ CARD = "README.md"
 _MANIFEST_VERSION = 1
 _FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
 _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
-
-# What a user needs beside the weights. Pickles, Python files and other frameworks' weights are left behind.
-_SIDECARS = (*SIDECARS, *DOCUMENTS)
-_NOT_SIDECARS = ("config.json", MANIFEST, "*.index.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +80,11 @@ def publish(
     """Complete the staged ``folder`` and move it to its place. ``files`` are those that the writer hashed itself.
 
     Of two writers the first rename wins; the loser adopts what the winner published, if it verifies.
-    Raises DiskFull or StorageError.
+    Raises DiskFull, StorageError, or Unsupported for what lies beside the weights.
     """
     path = checkpoint_path(origin.model, origin.scheme, key)
     try:
-        _copy_sidecars(source, folder)
+        copy_sidecars(source, folder)
         digests = _complete(folder, files)
         _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
         _set_modes(folder)
@@ -227,37 +223,6 @@ def _reject(folder: Path, judged: _Identity) -> None:
         return
     except OSError as error:
         raise storage_error(error, "cannot move a damaged checkpoint aside") from error
-
-
-def _copy_sidecars(source: Path, folder: Path) -> None:
-    for path in sorted(_sidecars(source)):
-        target = folder / path.relative_to(source)
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-
-def _sidecars(source: Path) -> Iterable[Path]:
-    found = {path for pattern in _SIDECARS for path in source.glob(pattern) if path.is_file()}
-    yield from found.difference(*(source.glob(pattern) for pattern in _NOT_SIDECARS))
-    for module in _module_folders(source):
-        yield from (path for path in module.rglob("*") if path.is_file() and _is_module_file(path))
-
-
-def _module_folders(source: Path) -> list[Path]:
-    """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
-    try:
-        modules = json.loads((source / "modules.json").read_text())
-    except (FileNotFoundError, ValueError):  # a file of that name that is another library's is copied, no more
-        return []
-    entries = modules if isinstance(modules, list) else []
-    names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]
-    return [source / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (source / name).is_dir()]
-
-
-def _is_module_file(path: Path) -> bool:
-    return path.suffix in (".json", ".safetensors", ".txt")
 
 
 def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from models_db.errors import SourceCorrupt, UnsafeSource, Unsupported
 from models_db.sources import read_object
+from worker.staging import storage_error
 
 REFUSAL = "the model needs code of its own, which runs only where QBATCH_TRUST_REMOTE_CODE names it"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,12 +37,18 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def copy_code(source: Path, checkpoint: Path) -> None:
-    """Give a checkpoint the Python files that its config names; those that transformers copied stay."""
-    for path in python_files(source):
-        target = checkpoint / path.relative_to(source)
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    """Give a checkpoint the Python files that its config names; those that transformers copied stay.
+
+    Raises DiskFull or StorageError.
+    """
+    try:
+        for path in python_files(source):
+            target = checkpoint / path.relative_to(source)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+    except OSError as error:
+        raise storage_error(error, "cannot copy the model's code") from error
 
 
 def vet_code(folder: Path, *, trusted: bool) -> None:

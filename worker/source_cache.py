@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from models_db.errors import DiskFull, Unsupported
+from models_db.errors import DiskFull, StorageError, Unsupported
 
 # Its own folder of locks and plans: what has no lock here was not put in the cache by us, and is never removed.
 _STATE = ".state"
@@ -66,12 +66,18 @@ class SourceCache:
     def reserve(self, name: str, files: Mapping[str, int]) -> None:
         """Make room for an entry in use, and set its plan: file name → bytes.
 
-        Raises Unsupported where the cache could never hold it, DiskFull where the entries in use leave no room.
+        Raises Unsupported where the cache could never hold it, StorageError where its disk could not, DiskFull where
+        the entries in use leave no room.
         """
         needed = sum(files.values())
         if needed > self.limit_bytes:
             raise Unsupported(
                 f"{name}: {needed} bytes exceed the source cache of {self.limit_bytes}; raise QBATCH_CACHE_BYTES"
+            )
+        disk = shutil.disk_usage(self.root)
+        if needed > disk.used + disk.free:
+            raise StorageError(
+                f"{name}: {needed} bytes exceed the disk of the source cache; set QBATCH_CACHE to a larger one"
             )
         with self._locked("room", fcntl.LOCK_EX):
             self._make_room(name, needed)
@@ -91,7 +97,8 @@ class SourceCache:
         if not self._fits(used + needed, missing):
             raise DiskFull(
                 f"no room for the {needed} bytes of {name}: sources in use hold {used} of the cache's "
-                f"{self.limit_bytes}, and its disk has {shutil.disk_usage(self.root).free} free"
+                f"{self.limit_bytes}, and its disk has {shutil.disk_usage(self.root).free} free",
+                needed,
             )
 
     def _fits(self, total: int, missing: int) -> bool:

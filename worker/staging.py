@@ -15,6 +15,8 @@ from models_db.errors import DiskFull, StorageError
 Token = tuple[int, int]
 
 _FOLDER = re.compile(r"([0-9]+)-([0-9]+)")
+# No checkpoint takes less.
+_LEAST_BYTES = 2**16
 
 
 def stage(staging: Path, job_id: int, attempt: int) -> Path:
@@ -30,8 +32,16 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
                 unstage(other)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise storage_error(error, "cannot make a staging folder") from error
+        raise _no_folder(error, staging) from error
     return folder
+
+
+def _no_folder(error: OSError, staging: Path) -> DiskFull | StorageError:
+    """Nothing is begun by then: a storage that is full to the last byte is waited for."""
+    found = storage_error(error, "cannot make a staging folder")
+    if isinstance(found, DiskFull) and shutil.disk_usage(staging).free < _LEAST_BYTES:
+        found.needed_bytes = _LEAST_BYTES
+    return found
 
 
 def sync(*paths: Path) -> None:
@@ -77,16 +87,17 @@ def sweep(staging: Path, running: Callable[[Iterable[Token]], Iterable[int]]) ->
     return [folder.name for folder in stale]
 
 
-def require_room(folder: Path, nbytes: int) -> None:
-    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left, StorageError where it never
-    will have as much: nobody should wait for that."""
+def require_room(folder: Path, nbytes: int, owed_bytes: int = 0) -> None:
+    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left beside the ``owed_bytes`` that
+    are promised to others, StorageError where it never will have as much: nobody should wait for that."""
     disk = shutil.disk_usage(folder)
     # Not its total, of which some may be reserved for root.
-    capacity = disk.used + disk.free
+    capacity, left = disk.used + disk.free, max(0, disk.free - owed_bytes)
     if capacity < nbytes:
         raise StorageError(f"the storage holds {_mib(capacity)}, and a checkpoint of {_mib(nbytes)} is due")
-    if disk.free < nbytes:
-        raise DiskFull(f"the storage has {_mib(disk.free)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
+    if left < nbytes:
+        # Those have taken theirs by the time that anyone looks for the room of this one.
+        raise DiskFull(f"the storage has {_mib(left)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
 
 
 def _mib(nbytes: int) -> str:
