@@ -1,4 +1,7 @@
-"""Where an attempt's files lie until they are published: on the storage, since a rename cannot cross file systems."""
+"""Where an attempt's files lie until they are published: on the storage, since a rename cannot cross file systems.
+
+.staging/<database>/<worker>/<job>-<attempt>/        ``staging`` is a worker's folder of it (see ``own_staging``)
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from models_db.errors import DiskFull, StorageError
@@ -72,19 +75,19 @@ def unstage(folder: Path) -> None:
         raise storage_error(error, "cannot remove a staging folder") from error
 
 
-def sweep(staging: Path, running: Callable[[Iterable[Token]], Iterable[int]]) -> list[str]:
-    """Remove the folders of attempts that run no more, which a killed runner could not; their names.
+def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], Iterable[int]]) -> list[str]:
+    """Remove from ``folders`` what attempts left there that run no more, which a killed runner could not; their names.
 
     ``running`` tells which of the attempts still hold their jobs. It is asked after the folders were listed, so an
     attempt that begins meanwhile is safe. Raises StorageError.
     """
-    found = {folder: match for folder in staging.glob("*-*") if (match := _FOLDER.fullmatch(folder.name))}
-    tokens = {folder: (int(match[1]), int(match[2])) for folder, match in found.items()}
+    paths = [path for folder in folders for path in folder.glob("*-*")]
+    tokens = {path: (int(match[1]), int(match[2])) for path in paths if (match := _FOLDER.fullmatch(path.name))}
     held = frozenset(running(tokens.values()))
-    stale = [folder for folder, (job_id, _) in tokens.items() if job_id not in held]
-    for folder in stale:
-        unstage(folder)
-    return [folder.name for folder in stale]
+    stale = [path for path, (job_id, _) in tokens.items() if job_id not in held]
+    for path in stale:
+        unstage(path)
+    return [path.name for path in stale]
 
 
 def require_room(folder: Path, nbytes: int, owed_bytes: int = 0) -> None:
