@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from models_db.domain import DType, Scheme
 from models_db.errors import StorageError
+from models_db.filesystem import Refusal, move, share, sync
+from models_db.sources import DOCUMENTS
 from models_db.storage import MANIFEST
 from worker.digest import FileDigest, digest_file, root_sha256
 from worker.sidecars import copy_sidecars
-from worker.staging import storage_error, sync
+from worker.staging import storage_error
 
 # The source's own at first; a model card that replaces it after the benchmark is no damage.
 CARD = "README.md"
@@ -86,9 +88,11 @@ def publish(
     try:
         copy_sidecars(source, folder)
         digests = _complete(folder, files)
-        _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
-        _set_modes(folder)
-        sync(*folder.rglob("*"), folder)
+        refused = _set_modes(folder) | sync(*folder.rglob("*"), folder)
+        _write_manifest(
+            folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s, refused=refused
+        )
+        sync(folder / MANIFEST, folder)
         _move_into_place(folder, storage / path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
@@ -187,7 +191,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    found: list[str] = []
+    found = [f"{name} is not in the manifest" for name in _strangers(folder, manifest)]
     digests = []
     for entry in manifest["files"]:
         name = entry["name"]
@@ -201,6 +205,19 @@ def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     if not found and root_sha256(digests) != manifest["root_sha256"]:
         found.append("the root checksum does not match the files")
     return found
+
+
+def _strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files that were not published, and may change what is loaded: an adapter, another tokenizer, more weights."""
+    published = {MANIFEST, CARD, *(entry["name"] for entry in manifest["files"])}
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if str(path) not in published and not _is_harmless(path))
+
+
+def _is_harmless(path: Path) -> bool:
+    """Documents, and what hides: a file system's own files, and those that others are still writing."""
+    is_document = any(fnmatchcase(path.name, pattern) for pattern in DOCUMENTS)
+    return is_document or any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _digest(folder: Path, name: str) -> FileDigest | None:
@@ -245,6 +262,7 @@ def _write_manifest(
     digests: Sequence[FileDigest],
     audit: Mapping[str, Any],
     quantize_s: float,
+    refused: Iterable[Refusal],
 ) -> None:
     manifest = {
         "qbatch_manifest": _MANIFEST_VERSION,
@@ -257,6 +275,7 @@ def _write_manifest(
         "versions": dict(origin.versions),
         "quantize_s": quantize_s,
         "audit": dict(audit),
+        "file_system_refused": sorted(refused),
         "chunk_bytes": 64 * 2**20,
         "root_sha256": root_sha256(digests),
         "files": [asdict(digest) | {"chunk_sha256": list(digest.chunk_sha256)} for digest in digests],
@@ -264,19 +283,16 @@ def _write_manifest(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _set_modes(folder: Path) -> None:
-    """Files get the umask's mode: safetensors writes 0600, useless on shared storage."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-    folder.chmod(0o777 & ~umask)
+def _set_modes(folder: Path) -> frozenset[Refusal]:
+    """Folders were made by us, with what umask, default ACLs and the set-group-ID bit give them."""
+    shared = [share(path) for path in folder.rglob("*") if path.is_file()]
+    return frozenset(refusal for refusal in shared if refusal is not None)
 
 
 def _move_into_place(folder: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.rename(place)
+        move(folder, place)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

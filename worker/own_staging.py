@@ -3,7 +3,6 @@ asking a database, which may be another's, or a copy that knows nothing of what 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from models_db.errors import StorageUnavailable
+from models_db.filesystem import NO_ROOM
 from worker.staging import Token, remove_stale, storage_error
 
 log = logging.getLogger("qbatch.worker")
@@ -119,7 +119,7 @@ def _write(descriptor: int, text: bytes) -> None:
         os.pwrite(descriptor, text, 0)
     except OSError as error:
         # No room for a byte, not even in the place of another: some file systems write every byte anew.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         os.utime(descriptor)
 

@@ -33,6 +33,7 @@ from models_db.errors import (
     StorageUnavailable,
     UsageError,
 )
+from models_db.filesystem import probe, require_locks
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Worker as WorkerRow
@@ -79,7 +80,8 @@ def main(uuid: str | None, *, drain: bool) -> int:
 
 
 def check_surroundings(settings: Settings) -> None:
-    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published."""
+    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published or a file
+    system lacks what is needed."""
     if not settings.is_one_machine and settings.sqlalchemy_url.startswith("sqlite"):
         raise UsageError("SQLite is for one machine, and this broker is on another: set QBATCH_DATABASE_URL")
     try:
@@ -89,6 +91,9 @@ def check_surroundings(settings: Settings) -> None:
                 raise StorageUnavailable(f"{folder} is not writable")
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+    for refusal in sorted(probe(settings.staging)):
+        log.info("the storage's file system refuses %s; it is done without", refusal)
+    require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
 
 
 def describe(uuid: str | None) -> WorkerInfo:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models_db.errors import DiskFull, StorageError, Unsupported
+from models_db.filesystem import move, room_of, touch
 
 # Its own folder of locks and plans: what has no lock here was not put in the cache by us, and is never removed.
 _STATE = ".state"
@@ -74,8 +75,8 @@ class SourceCache:
             raise Unsupported(
                 f"{name}: {needed} bytes exceed the source cache of {self.limit_bytes}; raise QBATCH_CACHE_BYTES"
             )
-        disk = shutil.disk_usage(self.root)
-        if needed > disk.used + disk.free:
+        room = room_of(self.root)
+        if room is not None and needed > room.capacity:
             raise StorageError(
                 f"{name}: {needed} bytes exceed the disk of the source cache; set QBATCH_CACHE to a larger one"
             )
@@ -83,7 +84,7 @@ class SourceCache:
             self._make_room(name, needed)
             draft = self._state(f"{name}.json.new")
             draft.write_text(json.dumps(dict(files)))
-            draft.replace(self._state(f"{name}.json"))
+            move(draft, self._state(f"{name}.json"))
 
     def _make_room(self, name: str, needed: int) -> None:
         bytes_of = {other: self._claimed_bytes(other) for other in self._names() if other != name}
@@ -97,12 +98,17 @@ class SourceCache:
         if not self._fits(used + needed, missing):
             raise DiskFull(
                 f"no room for the {needed} bytes of {name}: sources in use hold {used} of the cache's "
-                f"{self.limit_bytes}, and its disk has {shutil.disk_usage(self.root).free} free",
+                f"{self.limit_bytes}, and its disk has {self._free_bytes()} free",
                 needed,
             )
 
     def _fits(self, total: int, missing: int) -> bool:
-        return total <= self.limit_bytes and missing <= shutil.disk_usage(self.root).free
+        return total <= self.limit_bytes and missing <= self._free_bytes()
+
+    def _free_bytes(self) -> int:
+        """What its limit leaves room for, where the disk does not say."""
+        room = room_of(self.root)
+        return self.limit_bytes if room is None else room.free
 
     def _names(self) -> list[str]:
         return [lock.stem for lock in self._state("").glob("*.use")]
@@ -134,7 +140,7 @@ class SourceCache:
     def _touch(self, name: str) -> None:
         plan = self._state(f"{name}.json")
         if plan.exists():
-            os.utime(plan)
+            touch(plan)
 
     def _state(self, file: str) -> Path:
         return self.root / _STATE / file

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from models_db.errors import DiskFull, StorageError
+from models_db.filesystem import NO_ROOM, room_of
 
 Token = tuple[int, int]
 
@@ -33,7 +32,8 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
         for other in staging.glob(f"{job_id}-*"):
             if int(other.name.rpartition("-")[2]) <= attempt:
                 unstage(other)
-        folder.mkdir(parents=True)
+        # Of ours, nothing is there by now: what is there was made by a first try whose reply was lost.
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_folder(error, staging) from error
     return folder
@@ -42,22 +42,9 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
 def _no_folder(error: OSError, staging: Path) -> DiskFull | StorageError:
     """Nothing is begun by then: a storage that is full to the last byte is waited for."""
     found = storage_error(error, "cannot make a staging folder")
-    if isinstance(found, DiskFull) and shutil.disk_usage(staging).free < _LEAST_BYTES:
+    if isinstance(found, DiskFull) and (room := room_of(staging)) is not None and room.free < _LEAST_BYTES:
         found.needed_bytes = _LEAST_BYTES
     return found
-
-
-def sync(*paths: Path) -> None:
-    """Put files and folders on the disk: a rename that outlives a power cut must not be of files that do not.
-
-    Raises OSError.
-    """
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def folder_of(staging: Path, job_id: int, attempt: int) -> Path:
@@ -92,12 +79,14 @@ def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], I
 
 def require_room(folder: Path, nbytes: int, owed_bytes: int = 0) -> None:
     """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left beside the ``owed_bytes`` that
-    are promised to others, StorageError where it never will have as much: nobody should wait for that."""
-    disk = shutil.disk_usage(folder)
-    # Not its total, of which some may be reserved for root.
-    capacity, left = disk.used + disk.free, max(0, disk.free - owed_bytes)
-    if capacity < nbytes:
-        raise StorageError(f"the storage holds {_mib(capacity)}, and a checkpoint of {_mib(nbytes)} is due")
+    are promised to others, StorageError where it never will have as much: nobody should wait for that. A file system
+    that does not say is tried."""
+    room = room_of(folder)
+    if room is None:
+        return
+    left = max(0, room.free - owed_bytes)
+    if room.capacity < nbytes:
+        raise StorageError(f"the storage holds {_mib(room.capacity)}, and a checkpoint of {_mib(nbytes)} is due")
     if left < nbytes:
         # Those have taken theirs by the time that anyone looks for the room of this one.
         raise DiskFull(f"the storage has {_mib(left)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
@@ -108,7 +97,7 @@ def _mib(nbytes: int) -> str:
 
 
 def storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
-    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    kind = DiskFull if error.errno in NO_ROOM else StorageError
     # Of a copy the second name is where it was going.
     place = error.filename2 or error.filename or "storage"
     return kind(f"{doing}: {error.strerror or error} ({place})")

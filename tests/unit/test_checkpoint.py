@@ -233,6 +233,8 @@ def _edit_manifest(folder: Path, **fields: Any) -> None:
         _truncate,
         _flip_a_byte,
         lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        lambda folder: (folder / "1_Pooling" / "own.py").write_text(""),
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / MANIFEST).write_text("{"),
         lambda folder: (folder / MANIFEST).write_text("[]"),
@@ -270,7 +272,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(storage: Path,
 
 def test_a_model_card_written_later_is_no_damage(storage: Path, source: Path) -> None:
     put(staged(storage), storage, source)
-    (storage / PATH / "README.md").write_text("measured")
+    for name in ("README.md", "CHANGES.md", ".nfs0001", ".DS_Store"):
+        (storage / PATH / name).write_text("measured")
     assert problems(storage / PATH) == []
     assert find_published(storage, PATH, KEY) is not None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import torch
 
 from models_db.domain import DType
 from models_db.errors import JobError, Unsupported, one_line
+from models_db.filesystem import share
 from models_db.sources import Header, read_header
 from worker.architecture import load_config
 from worker.digest import digest_file
@@ -162,7 +162,7 @@ class WholeModel:
             **({} if limit is None else {"max_shard_size": limit}),
         )
         for path in self._target.folder.iterdir():
-            path.chmod(umask_mode())
+            share(path)
 
     def _converted_weights_may_be_quantized(self) -> bool:
         """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails (int8),
@@ -244,13 +244,3 @@ def _give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def umask_mode() -> int:
-    """The mode of a file created plainly: safetensors makes 0600, which nobody else can read."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return 0o666 & ~int(line.split()[1], 8)
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return stat.S_IMODE(0o666 & ~umask)
