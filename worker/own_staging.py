@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Self
 
-from models_db.errors import StorageUnavailable
+from models_db.errors import StorageError, StorageUnavailable
 from models_db.filesystem import NO_ROOM
 from worker.staging import Token, remove_stale, storage_error
 
@@ -40,12 +40,14 @@ class OwnStaging:
         self._thread = threading.Thread(target=self._beat, name="staging", daemon=True)
 
     def start(self) -> Self:
-        """Raises StorageUnavailable."""
+        """Raises StorageUnavailable; not for want of room, which jobs wait for and workers make by sweeping."""
         try:
             self.folder.mkdir(parents=True)
             self.renew()
         except OSError as error:
-            raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+            if error.errno not in NO_ROOM:
+                raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+            log.warning("%s: %s; it is made when there is room", self.folder, error.strerror)
         self._thread.start()
         return self
 
@@ -74,14 +76,23 @@ class OwnStaging:
         process is no more, for certain. Raises StorageError.
         """
         try:
-            now = self.renew()
+            now = self._now()
             dead = [folder for folder in self._others() if folder.name in gone or is_dead(folder, now)]
             removed = remove_stale([self.folder, *dead], running)
             for folder in dead:
                 _remove_if_empty(folder)
         except OSError as error:
-            raise storage_error(error, "cannot sweep the staging folder") from error
+            raise StorageError(str(storage_error(error, "cannot sweep the staging folder"))) from error
         return removed
+
+    def _now(self) -> float:
+        """By the storage's clock; without room to ask it, a time at which nobody is dead yet. Raises OSError."""
+        try:
+            return self.renew()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            return 0.0
 
     def _others(self) -> list[Path]:
         return [folder for folder in self.place.iterdir() if folder != self.folder and folder.is_dir()]

@@ -59,7 +59,8 @@ def unstage(folder: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
     except OSError as error:
-        raise storage_error(error, "cannot remove a staging folder") from error
+        # Not even for want of room, which some file systems need to remove a file: nothing waits for it.
+        raise StorageError(str(storage_error(error, "cannot remove a staging folder"))) from error
 
 
 def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], Iterable[int]]) -> list[str]:

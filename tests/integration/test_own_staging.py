@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -176,6 +177,26 @@ def test_a_storage_that_takes_no_heartbeat_is_refused_in_one_line(tmp_path: Path
     (tmp_path / "place").write_text("")
     with pytest.raises(StorageError, match="cannot sweep the staging folder"):
         staging.sweep(lambda _: [])
+
+
+def test_a_worker_starts_and_sweeps_on_a_storage_that_is_full(
+    first: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, folder = first.begin()
+    first.die(ago_s=3 * LEASE_S)
+    with first.database.write() as session:
+        jobs.hand_back(session, [token])
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "mkdir", mkdir)
+        second = OwnStaging(first.staging.place, "w2", lease_s=LEASE_S, renew_s=0.02).start()
+        assert second.sweep(first.held) == [], "nobody can say how late it is"
+        assert second.sweep(first.held, gone={"w1"}) == [folder.name], "but of a process that is gone all goes"
+    until((second.folder / _HEARTBEAT).exists, "heartbeat, as soon as there is room")
+    second.close()
 
 
 def test_an_id_is_made_once_and_another_database_has_another(database: Database, tmp_path: Path) -> None:
