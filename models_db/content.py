@@ -22,10 +22,7 @@ from models_db.sources import (
     storage_errors,
     weight_files,
 )
-from models_db.storage import MANIFEST
-
-CARD = "README.md"
-"""A checkpoint's card may be written anew after the benchmark: it is neither in its manifest nor part of a model."""
+from models_db.storage import CARD, MANIFEST
 
 # transformers applies an adapter that lies beside the weights, where PEFT is installed.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -149,7 +149,8 @@ class SourceChanged(JobError):
 
 
 class DiskFull(JobError):
-    """Storage has no room for the checkpoint. ``needed_bytes`` is how much would do, where that is known."""
+    """Storage has no room for the checkpoint. ``needed_bytes`` is how much would do, where that was known before any of
+    it was written; a job that a full disk cuts short in its middle again and again fails."""
 
     kind = "disk_full"
     retry = Retry.WHEN_ROOM

@@ -28,7 +28,7 @@ from models_db.domain import (
     Stage,
     format_job_id,
 )
-from models_db.errors import CudaOom, DiskFull, JobError, Retry, WorkerLost
+from models_db.errors import CudaOom, DeviceError, DiskFull, JobError, Retry, StorageError, WorkerLost, job_error
 from models_db.tables import Attempt, Job, Result, Worker
 from models_db.vram import may_run_in, ran_out, room_of, show_need
 from models_db.window import own_bundle
@@ -40,6 +40,8 @@ Token = tuple[int, int]
 _NO_SYNC = {"synchronize_session": False}
 # Where many failures are allowed, doubling would soon be days.
 _LONGEST_BACKOFF_S = 3600.0
+# How an attempt ends that says nothing of whether the next one will: a full disk that cut it short is told apart.
+_BLAMELESS = frozenset({"handed_back", "expired", DeviceError.kind, DiskFull.kind})
 _UNDISPATCHED: dict[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 
 
@@ -355,8 +357,16 @@ def _open_to_success(session: Session, token: Token) -> Job | None:
     return None if job is None or (given_up and job.error_kind != WorkerLost.kind) else job
 
 
-def _end(session: Session, job: Job, state: JobState, error: JobError | None = None) -> None:
-    _close_attempt(session, job, error.kind if error else state.value, error)
+def _end(
+    session: Session,
+    job: Job,
+    state: JobState,
+    error: JobError | None = None,
+    *,
+    attempt_error: JobError | None = None,
+) -> None:
+    """``attempt_error``: what ended the attempt, where the job's own ``error`` says more."""
+    _close_attempt(session, job, error.kind if error else state.value, attempt_error or error)
     job.state = state
     job.error_kind = error.kind if error else None
     job.error_message = _text(error)
@@ -370,13 +380,15 @@ def _end(session: Session, job: Job, state: JobState, error: JobError | None = N
 def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max_failures: int) -> None:
     charged = error.retry in (Retry.BACKOFF, Retry.ONCE)
     job.failures += charged
-    if _is_final(session, job, error, max_failures):
-        _end(session, job, JobState.FAILED, error)
+    cut_short = _cut_short(session, job, error)
+    if _is_final(session, job, error, max_failures) or len(cut_short) >= max_failures:
+        _end(session, job, JobState.FAILED, _with_history(error, cut_short), attempt_error=error)
         return
     if error.retry is Retry.ELSEWHERE:
         _blame_device(session, job, error)
     # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
-    delay_s = min(backoff_s * 2 ** max(job.failures - 1, 0), max(backoff_s, _LONGEST_BACKOFF_S))
+    doublings = max(job.failures, len(cut_short)) - 1
+    delay_s = min(backoff_s * 2 ** max(doublings, 0), max(backoff_s, _LONGEST_BACKOFF_S))
     # The source cache is one machine's; the storage is everybody's, and any worker may try again once it has room.
     waits_for_room = isinstance(error, DiskFull) and job.stage != Stage.FETCHING
     if waits_for_room:
@@ -386,6 +398,41 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     job.error_kind = error.kind
     job.error_message = _text(error)
     _requeue(session, job, outcome=error.kind, alone=True, error=error)
+
+
+def _is_cut_short(job: Job, error: JobError | None) -> bool:
+    """Whether storage failed the attempt in the middle of its own work. To wait for room that is known to be missing is
+    no such failure."""
+    if isinstance(error, DiskFull):
+        return job.work_started and error.needed_bytes is None
+    return job.work_started and isinstance(error, StorageError)
+
+
+def _cut_short(session: Session, job: Job, error: JobError) -> list[int]:
+    """The job's latest attempts that storage cut short in this one way, the last first, this one among them.
+
+    Those that came back without a fault of their own, or waited for room, are passed over.
+    """
+    if not _is_cut_short(job, error):
+        return []
+    found = [job.attempt]
+    earlier = select(Attempt).where(
+        Attempt.job_id == job.id, Attempt.attempt < job.attempt, Attempt.attempt > job.forgiven_attempt
+    )
+    for attempt in session.scalars(earlier.order_by(Attempt.attempt.desc())):
+        if attempt.cut_short and attempt.outcome == error.kind:
+            found.append(attempt.attempt)
+        elif attempt.cut_short or attempt.outcome not in _BLAMELESS:
+            break
+    return found
+
+
+def _with_history(error: JobError, cut_short: Sequence[int]) -> JobError:
+    """The error that ends a job, with the attempts that ended so in a row, where there were several."""
+    if len(cut_short) < 2:
+        return error
+    *others, last = (str(attempt) for attempt in reversed(cut_short))
+    return job_error(error.kind, f"{error}; attempts {', '.join(others)} and {last} in a row ended so")
 
 
 def _pause_for_room(session: Session, job: Job, error: JobError, for_s: float) -> None:
@@ -427,7 +474,7 @@ def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | N
     session.execute(
         update(Attempt)
         .where(Attempt.job_id == job.id, Attempt.attempt == job.attempt, Attempt.ended_at.is_(None))
-        .values(ended_at=db_now(), outcome=outcome, message=_text(error)),
+        .values(ended_at=db_now(), outcome=outcome, message=_text(error), cut_short=_is_cut_short(job, error) or None),
         execution_options=_NO_SYNC,
     )
 

@@ -142,7 +142,11 @@ class Settings:
 
     @property
     def staging(self) -> Path:
-        return self.storage / ".staging" / self._database_name
+        return self.storage / ".staging"
+
+    def staging_of(self, database_id: str) -> Path:
+        """What belongs to one database stands apart from what belongs to others: their job ids are the same."""
+        return self.staging / database_id
 
     @property
     def logs(self) -> Path:
@@ -155,7 +159,7 @@ class Settings:
 
     @property
     def _database_name(self) -> str:
-        """What belongs to one database stands apart from what belongs to others: their job ids are the same."""
+        """A home may be told to use one database now and another one later, and their job ids are the same."""
         place = self.sqlalchemy_url.rpartition("@")[2]
         if place.startswith("sqlite:"):
             place += _machine_id()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from models_db.file_stat import Mounts, stat_file
+from models_db.sources import DOCUMENTS
 
 MANIFEST = "qbatch.json"
+CARD = "README.md"
+"""A checkpoint's card may be written anew after the benchmark: it is neither in its manifest nor part of a model."""
 
 
 class Standing(StrEnum):
@@ -28,9 +32,26 @@ def standing(storage: Path, path: str, versions: Mapping[str, str] | None) -> St
     try:
         files = {file["name"]: file["size"] for file in json.loads((folder / MANIFEST).read_bytes())["files"]}
         stats = {name: stat_file(folder / name, mounts) for name in files}
+        has_strangers = bool(strangers(folder, files))
     except (OSError, ValueError, LookupError, TypeError):
         return Standing.GONE
     if any(stats[name].size != size for name, size in files.items()):
         return Standing.GONE
-    is_sound = versions is not None and versions == {name: stat.version for name, stat in stats.items()}
-    return Standing.SOUND if is_sound else Standing.DOUBTFUL
+    now = {name: stat.version for name, stat in stats.items()}
+    return Standing.SOUND if versions == now and not has_strangers else Standing.DOUBTFUL
+
+
+def strangers(folder: Path, published: Iterable[str]) -> list[str]:
+    """Files that were not published, and may change what is loaded: an adapter, another tokenizer, more weights.
+
+    Raises OSError.
+    """
+    known = {MANIFEST, CARD, *published}
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if str(path) not in known and not _is_harmless(path))
+
+
+def _is_harmless(path: Path) -> bool:
+    """Documents, and what hides: a file system's own files, and those that others are still writing."""
+    is_document = any(fnmatchcase(path.name, pattern) for pattern in DOCUMENTS)
+    return is_document or any(part.startswith(".") or part == "__pycache__" for part in path.parts)

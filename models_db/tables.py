@@ -122,8 +122,19 @@ class Attempt(Base):
     # succeeded, handed_back, expired, cancelled, or an error kind
     outcome: Mapped[str | None] = mapped_column(String(32))
     message: Mapped[str | None] = mapped_column(Text)
+    # Whether storage failed it in the middle of its own work; null where that was not noted.
+    cut_short: Mapped[bool | None]
 
     __table_args__ = (UniqueConstraint("job_id", "attempt"),)
+
+
+class DatabaseId(Base):
+    """What this database is called among others that share a storage: one row, made once."""
+
+    __tablename__ = "database_id"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[str] = mapped_column(String(32))
 
 
 class Checkpoint(Base):

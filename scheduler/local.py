@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from models_db.errors import BrokerUnreachable, StackNotRunning, StorageUnavailable
+from models_db.filesystem import no_locks
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.process import Child
@@ -49,6 +50,8 @@ def stack_is_running(settings: Settings) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # without locks no stack starts
+            return False
         return False
 
 
@@ -119,6 +122,9 @@ class LocalStack:
                     lock.close()
                     raise StackNotRunning(f"a stack of {self._settings.home} is running already") from error
                 time.sleep(0.02)
+            except OSError as error:
+                lock.close()
+                raise no_locks(self._settings.home, error, "the stack", "QBATCH_HOME") from error
         self._lock = lock
 
     def _start_redis(self) -> None:

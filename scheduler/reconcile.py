@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 from models_db import jobs, pauses, window
+from models_db.database_id import known_id
 from models_db.domain import format_job_id
+from models_db.filesystem import room_of
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
@@ -39,8 +40,10 @@ def watch_room(database: Database, settings: Settings) -> None:
     with database.read() as session:
         needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
         is_awaited = bool(needed) and jobs.any_waits_for_room(session)
+        # Where workers make checkpoints. A machine with another file system in the storage's place does not have it.
+        staging = settings.staging_of(known_id(session) or "")
     for reason, needed_bytes in needed.items():
-        missing = _missing_bytes(settings.staging, needed_bytes)
+        missing = _missing_bytes(staging, needed_bytes)
         if not is_awaited or (missing is not None and missing <= 0):
             with database.write() as session:
                 pauses.lift(session, reason)
@@ -51,12 +54,12 @@ def watch_room(database: Database, settings: Settings) -> None:
 
 
 def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
-    """None where nobody knows what is needed, or the storage is not seen from here. ``staging`` is where workers make
-    checkpoints: a machine with another file system in the storage's place does not have it."""
+    """None where nobody knows what is needed, or the storage is not seen from here."""
     try:
-        return None if needed_bytes is None else needed_bytes - shutil.disk_usage(staging).free
+        room = room_of(staging) if needed_bytes is not None else None
     except OSError:
         return None
+    return None if room is None or needed_bytes is None else needed_bytes - room.free
 
 
 def resend_vanished(database: Database, broker: Broker) -> None:

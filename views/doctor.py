@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -10,13 +9,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from models_db.doctor import Health, PauseNote, health
-from models_db.errors import DatabaseUnreachable, UsageError
+from models_db.errors import DatabaseUnreachable, StorageUnavailable, UsageError
+from models_db.filesystem import Refusal, probe, require_locks, room_of
 from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from views.checks import Check, State, check
 from views.libraries import Gpu, cuda, versions
 from views.units import show_bytes, show_time
 
+_WITHOUT = {
+    Refusal.SYNC_FILE: "fsync of a file: what was written just before a power cut may be made again",
+    Refusal.SYNC_FOLDER: "fsync of a folder: what was published just before a power cut may be made again",
+    Refusal.MODE: "chmod: who may read a checkpoint is the mount's to say",
+}
 # A checkpoint of a small model; under this, nothing useful can be written.
 _LEAST_FREE_BYTES = 1 << 30
 
@@ -28,6 +33,8 @@ def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Ite
     yield cuda(gpus)
     yield _folder("home", settings.home)
     yield _folder("storage", settings.storage)
+    yield _file_system(settings.storage)
+    yield from _locks(settings)
     yield _broker(settings, stack_runs)
     database_check, found = _database(settings)
     yield database_check
@@ -40,18 +47,46 @@ def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Ite
 
 def _folder(name: str, folder: Path) -> Check:
     """Whether files can be written there, and how much room there is. Leaves nothing behind."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free
+            room = room_of(place)
     except OSError as error:
         return check(name, State.WRONG, f"{folder} cannot be written: {error.strerror}")
-    room = f"{folder}, {show_bytes(free)} free" + ("" if place == folder else "; made when it is first needed")
-    if free < _LEAST_FREE_BYTES:
-        return check(name, State.WRONG, f"{room}: less than {show_bytes(_LEAST_FREE_BYTES)}")
-    return check(name, State.OK, room)
+    free = "its file system does not say how much is free" if room is None else f"{show_bytes(room.free)} free"
+    said = f"{folder}, {free}" + ("" if place == folder else "; made when it is first needed")
+    if room is not None and room.free < _LEAST_FREE_BYTES:
+        return check(name, State.WRONG, f"{said}: less than {show_bytes(_LEAST_FREE_BYTES)}")
+    return check(name, State.OK, said)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next((place for place in (folder, *folder.parents) if place.exists()), folder)
+
+
+def _file_system(storage: Path) -> Check:
+    """What the storage's refuses. Leaves nothing behind."""
+    try:
+        refused = probe(_existing(storage))
+    except StorageUnavailable as error:
+        return check("file system", State.WRONG, str(error))
+    if refused:
+        said = "; ".join(_WITHOUT[refusal] for refusal in sorted(refused))
+        return check("file system", State.NOTE, f"the storage's refuses {said}")
+    return check("file system", State.OK, "the storage's does all that checkpoints need")
+
+
+def _locks(settings: Settings) -> Iterable[Check]:
+    """What is wrong with those of the folders that are this machine's own, as far as these are there."""
+    for folder, what, variable in (
+        (settings.home, "the stack", "QBATCH_HOME"),
+        (settings.cache, "the cache of sources", "QBATCH_CACHE"),
+    ):
+        try:
+            require_locks(_existing(folder), what, variable)
+        except StorageUnavailable as error:
+            yield check("locks", State.WRONG, str(error))
 
 
 # What must answer

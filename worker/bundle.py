@@ -17,7 +17,8 @@ from worker.plan import Model, Plan, by_key, plan_job
 from worker.remote_code import copy_code, vet_code
 from worker.reports import Link, Reports
 from worker.rounds import Rounds, free_device_memory
-from worker.staging import stage, unstage
+from worker.sidecars import sidecar_bytes
+from worker.staging import stage, storage_error, unstage
 
 log = logging.getLogger("qbatch.runner")
 
@@ -124,9 +125,15 @@ class Bundle:
             )
         )
         with self._reports.failing(ids):
+            beside_bytes = self._beside_bytes(source)
             by_folder = {self._stage(plans[0]): plans for plans in models}
             targets = [
-                Target(scheme=plans[0].settled.scheme, folder=folder, trusted=source.runs_code)
+                Target(
+                    scheme=plans[0].settled.scheme,
+                    folder=folder,
+                    trusted=source.runs_code,
+                    beside_bytes=beside_bytes,
+                )
                 for folder, plans in by_folder.items()
             ]
             try:
@@ -164,6 +171,12 @@ class Bundle:
                     unstage(folder)
         free_device_memory()
         return published
+
+    def _beside_bytes(self, source: LocalSource) -> int:
+        try:
+            return sidecar_bytes(source.folder, with_code=source.runs_code)
+        except OSError as error:
+            raise storage_error(error, "cannot read what lies beside the weights") from error
 
     def _stage(self, plan: Plan) -> Path:
         return stage(self._order.staging, plan.job_id, plan.claim.attempt)

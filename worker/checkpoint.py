@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models_db.content import CARD, sidecars
 from models_db.digest import FileDigest, digest_file, root_sha256
 from models_db.domain import DType, Scheme
 from models_db.errors import SourceChanged, StorageError
-from models_db.storage import MANIFEST
+from models_db.filesystem import Refusal, move, share, sync
+from models_db.storage import CARD, MANIFEST, strangers
 from worker.content import Content, NoDigestCache, hash_content
-from worker.staging import storage_error, sync
+from worker.sidecars import copy_sidecars
+from worker.staging import storage_error
 
 _MANIFEST_VERSION = 1
+# Each but the last found that others had moved a damaged checkpoint aside and put another in its place.
+_LOOKS = 20
 _FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
 _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
@@ -96,16 +98,18 @@ def publish(
     ``confirm`` is called once the source is used no more, and what it raises leaves nothing published.
 
     Of two writers the first rename wins; the loser adopts what the winner published, if it verifies.
-    Raises DiskFull or StorageError.
+    Raises DiskFull, StorageError, or Unsupported for what lies beside the weights.
     """
     path = checkpoint_path(origin.model, origin.scheme, key)
     try:
-        _copy_sidecars(source, folder)
+        copy_sidecars(source, folder)
         confirm()
         digests = _complete(folder, files)
-        _write_manifest(folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s)
-        _set_modes(folder)
-        sync(*folder.rglob("*"), folder)
+        refused = _set_modes(folder) | sync(*folder.rglob("*"), folder)
+        _write_manifest(
+            folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s, refused=refused
+        )
+        sync(folder / MANIFEST, folder)
         _move_into_place(folder, storage / path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
@@ -121,7 +125,7 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
     What is there and does not is moved aside. Raises StorageError where that cannot be told.
     """
     folder = storage / path
-    while True:
+    for _ in range(_LOOKS):
         try:
             judged = _identity(folder)
             if judged is None:
@@ -139,6 +143,7 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
         if is_still_there:
             _reject(folder, judged)
             return None
+    raise StorageError(f"{path} was another folder at each of {_LOOKS} looks: is its inode not its own for long?")
 
 
 _Identity = tuple[int, int]
@@ -157,7 +162,10 @@ def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
     """The content of the files that the manifest names, read anew; None where it is not what was published."""
     names = [entry["name"] for entry in manifest["files"]]
     try:
-        content = hash_content(lambda: {name: folder / name for name in names}, NoDigestCache())
+        # A file too many is one of them too: it is not what was published, now or after it was used.
+        content = hash_content(
+            lambda: {name: folder / name for name in (*names, *strangers(folder, names))}, NoDigestCache()
+        )
     except SourceChanged:  # a file went away, or is being written
         return None
     published = {(e["name"], e["size"], tuple(e["chunk_sha256"])) for e in manifest["files"]}
@@ -219,7 +227,8 @@ def _is_file_name(name: str) -> bool:
 
 
 def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    found: list[str] = []
+    names = (entry["name"] for entry in manifest["files"])
+    found = [f"{name} is not in the manifest" for name in strangers(folder, names)]
     digests = []
     for entry in manifest["files"]:
         name = entry["name"]
@@ -257,15 +266,6 @@ def _reject(folder: Path, judged: _Identity) -> None:
         raise storage_error(error, "cannot move a damaged checkpoint aside") from error
 
 
-def _copy_sidecars(source: Path, folder: Path) -> None:
-    for path in sorted(sidecars(source)):
-        target = folder / path.relative_to(source)
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-
 def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:
     known = {digest.name: digest for digest in files}
     names = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {CARD})
@@ -286,6 +286,7 @@ def _write_manifest(
     digests: Sequence[FileDigest],
     audit: Mapping[str, Any],
     quantize_s: float,
+    refused: Iterable[Refusal],
 ) -> None:
     manifest = {
         "qbatch_manifest": _MANIFEST_VERSION,
@@ -298,6 +299,7 @@ def _write_manifest(
         "versions": dict(origin.versions),
         "quantize_s": quantize_s,
         "audit": dict(audit),
+        "file_system_refused": sorted(refused),
         "chunk_bytes": 64 * 2**20,
         "root_sha256": root_sha256(digests),
         "files": [asdict(digest) | {"chunk_sha256": list(digest.chunk_sha256)} for digest in digests],
@@ -305,19 +307,16 @@ def _write_manifest(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _set_modes(folder: Path) -> None:
-    """Files get the umask's mode: safetensors writes 0600, useless on shared storage."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-    folder.chmod(0o777 & ~umask)
+def _set_modes(folder: Path) -> frozenset[Refusal]:
+    """Folders were made by us, with what umask, default ACLs and the set-group-ID bit give them."""
+    shared = [share(path) for path in folder.rglob("*") if path.is_file()]
+    return frozenset(refusal for refusal in shared if refusal is not None)
 
 
 def _move_into_place(folder: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.rename(place)
+        move(folder, place)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

@@ -19,6 +19,7 @@ import torch
 
 from models_db.domain import content_hash
 from models_db.errors import JobError, SourceCorrupt, UnsafeSource, Unsupported
+from models_db.filesystem import move
 from models_db.sources import INDEX_NAME, SINGLE_NAME, pickle_files
 from worker.checkpoint import slug
 from worker.load import translated
@@ -110,7 +111,7 @@ def _write(tensors: Mapping[str, torch.Tensor], plan: FileLayout, folder: Path) 
         file.write(plan.head)
         for name in sorted(plan.starts, key=plan.starts.__getitem__):
             file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    draft.replace(folder / plan.name)
+    move(draft, folder / plan.name)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from models_db.content import auto_map, names_code, python_files
 from models_db.errors import SourceCorrupt, UnsafeSource, Unsupported
+from worker.staging import storage_error
 
 REFUSAL = "the model needs code of its own, which runs only where QBATCH_TRUST_REMOTE_CODE names it"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,12 +28,18 @@ def code_sha256(folder: Path) -> str:
 
 
 def copy_code(source: Path, checkpoint: Path) -> None:
-    """Give a checkpoint the Python files that its config names; those that transformers copied stay."""
-    for path in python_files(source):
-        target = checkpoint / path.relative_to(source)
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    """Give a checkpoint the Python files that its config names; those that transformers copied stay.
+
+    Raises DiskFull or StorageError.
+    """
+    try:
+        for path in python_files(source):
+            target = checkpoint / path.relative_to(source)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+    except OSError as error:
+        raise storage_error(error, "cannot copy the model's code") from error
 
 
 def vet_code(folder: Path, *, trusted: bool) -> None:

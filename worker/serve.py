@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from celery.worker import state as celery_state
 from sqlalchemy.orm import Session
 
 from models_db import jobs, leases, workers
+from models_db.database_id import database_id
 from models_db.domain import DeviceKind
 from models_db.errors import (
     DatabaseUnreachable,
@@ -32,6 +33,7 @@ from models_db.errors import (
     StorageUnavailable,
     UsageError,
 )
+from models_db.filesystem import probe, require_locks
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Worker as WorkerRow
@@ -43,9 +45,9 @@ from scheduler.stop import Stop
 from worker import tasks
 from worker.gpu import installed_gpus
 from worker.logs import log_to_stderr
+from worker.own_staging import OwnStaging
 from worker.recorder import Recorder
 from worker.sockets import own_sockets
-from worker.staging import sweep
 from worker.supervise import Station
 
 log = logging.getLogger("qbatch.worker")
@@ -78,7 +80,8 @@ def main(uuid: str | None, *, drain: bool) -> int:
 
 
 def check_surroundings(settings: Settings) -> None:
-    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published."""
+    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published or a file
+    system lacks what is needed."""
     if not settings.is_one_machine and settings.sqlalchemy_url.startswith("sqlite"):
         raise UsageError("SQLite is for one machine, and this broker is on another: set QBATCH_DATABASE_URL")
     try:
@@ -88,6 +91,9 @@ def check_surroundings(settings: Settings) -> None:
                 raise StorageUnavailable(f"{folder} is not writable")
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+    for refusal in sorted(probe(settings.staging)):
+        log.info("the storage's file system refuses %s; it is done without", refusal)
+    require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
 
 
 def describe(uuid: str | None) -> WorkerInfo:
@@ -164,6 +170,9 @@ class Worker:
         # Frozen, or with its host gone, it must not keep locked what others are to take up.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         self._recorder = Recorder(self._database, settings)
+        self._staging: OwnStaging | None = None
+        # Workers of this machine whose processes are no more.
+        self._gone: set[str] = set()
         self._stopping = Stop()
         self._ended = threading.Event()
 
@@ -175,6 +184,7 @@ class Worker:
         wait_for_schema(self._database, self._stopping)
         worker_id = self._register()
         if worker_id is None:
+            self._leave(None)
             return 0
         self._sweep()
         if self._stopping.is_set():
@@ -188,6 +198,7 @@ class Worker:
             worker_id=worker_id,
             device_kind=self._info.device_kind,
             device_name=self._info.device_name,
+            staging=self._own_staging().folder,
             forkserver=context,
             stopping=self._stopping,
         )
@@ -236,6 +247,7 @@ class Worker:
             try:
                 # A predecessor's outcomes count before it is taken for lost with its jobs.
                 self._recorder.replay()
+                self._own_staging()
                 with self._database.write() as session:
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
                         self._bury(session, predecessor)
@@ -249,11 +261,24 @@ class Worker:
             self._stopping.wait(2.0)
         return None
 
+    def _own_staging(self) -> OwnStaging:
+        """Where this worker stages, made when it is first asked for. Raises DatabaseUnreachable, StorageUnavailable."""
+        if self._staging is None:
+            with self._database.write() as session:
+                place = self._settings.staging_of(database_id(session))
+            self._staging = OwnStaging(
+                place, self._info.name, lease_s=self._settings.lease_s, renew_s=self._settings.heartbeat_s
+            ).start()
+        return self._staging
+
+    def _held(self, tokens: Iterable[jobs.Token]) -> frozenset[int]:
+        with self._database.read() as session:
+            return jobs.held(session, tokens)
+
     def _sweep(self) -> None:
-        """Remove what killed runners left; outside any write transaction, since deleting gigabytes takes its time."""
+        """Remove what killed runners left; outside any transaction, since deleting gigabytes takes its time."""
         try:
-            with self._database.read() as session:
-                removed = sweep(self._settings.staging, lambda tokens: jobs.held(session, tokens))
+            removed = self._own_staging().sweep(self._held, gone=self._gone)
         except (DatabaseUnreachable, StorageError) as error:
             log.warning("%s; the staging folder is not swept", error)
             return
@@ -271,6 +296,7 @@ class Worker:
         if predecessor.device_uuid is not None:
             leases.release(session, f"gpu:{predecessor.device_uuid}", predecessor.name)
         workers.leave(session, predecessor.id, "stopped")
+        self._gone.add(predecessor.name)
 
     def _holds_device(self, session: Session) -> bool:
         if self._info.device_uuid is None:
@@ -323,7 +349,11 @@ class Worker:
             os.kill(os.getpid(), signal.SIGTERM)
         return state
 
-    def _leave(self, worker_id: int) -> None:
+    def _leave(self, worker_id: int | None) -> None:
+        if self._staging is not None:
+            self._staging.close()
+        if worker_id is None:
+            return
         try:
             with self._database.write() as session:
                 workers.leave(session, worker_id, "stopped")

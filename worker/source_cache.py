@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from models_db.errors import DiskFull, Unsupported
+from models_db.errors import DiskFull, StorageError, Unsupported
+from models_db.filesystem import move, room_of, touch
 
 # Its own folder of locks and plans: what has no lock here was not put in the cache by us, and is never removed.
 _STATE = ".state"
@@ -83,18 +84,24 @@ class SourceCache:
     def reserve(self, name: str, files: Mapping[str, int]) -> None:
         """Make room for an entry in use, and set its plan: file name → bytes.
 
-        Raises Unsupported where the cache could never hold it, DiskFull where the entries in use leave no room.
+        Raises Unsupported where the cache could never hold it, StorageError where its disk could not, DiskFull where
+        the entries in use leave no room.
         """
         needed = sum(files.values())
         if needed > self.limit_bytes:
             raise Unsupported(
                 f"{name}: {needed} bytes exceed the source cache of {self.limit_bytes}; raise QBATCH_CACHE_BYTES"
             )
+        room = room_of(self.root)
+        if room is not None and needed > room.capacity:
+            raise StorageError(
+                f"{name}: {needed} bytes exceed the disk of the source cache; set QBATCH_CACHE to a larger one"
+            )
         with self._locked("room", fcntl.LOCK_EX):
             self._make_room(name, needed)
             draft = self._state(f"{name}.json.new")
             draft.write_text(json.dumps(dict(files)))
-            draft.replace(self._state(f"{name}.json"))
+            move(draft, self._state(f"{name}.json"))
 
     def _make_room(self, name: str, needed: int) -> None:
         bytes_of = {other: self._claimed_bytes(other) for other in self._names() if other != name}
@@ -108,11 +115,17 @@ class SourceCache:
         if not self._fits(used + needed, missing):
             raise DiskFull(
                 f"no room for the {needed} bytes of {name}: sources in use hold {used} of the cache's "
-                f"{self.limit_bytes}, and its disk has {shutil.disk_usage(self.root).free} free"
+                f"{self.limit_bytes}, and its disk has {self._free_bytes()} free",
+                needed,
             )
 
     def _fits(self, total: int, missing: int) -> bool:
-        return total <= self.limit_bytes and missing <= shutil.disk_usage(self.root).free
+        return total <= self.limit_bytes and missing <= self._free_bytes()
+
+    def _free_bytes(self) -> int:
+        """What its limit leaves room for, where the disk does not say."""
+        room = room_of(self.root)
+        return self.limit_bytes if room is None else room.free
 
     def _names(self) -> list[str]:
         return [lock.stem for lock in self._state("").glob("*.use")]
@@ -144,7 +157,7 @@ class SourceCache:
     def _touch(self, name: str) -> None:
         plan = self._state(f"{name}.json")
         if plan.exists():
-            os.utime(plan)
+            touch(plan)
 
     def _state(self, file: str) -> Path:
         return self.root / _STATE / file

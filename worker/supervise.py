@@ -69,7 +69,7 @@ _FORK_PAUSES_S = (0.0, 0.1, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Station:
-    """A worker's fixed surroundings."""
+    """A worker's fixed surroundings. ``staging`` is its own folder of the storage's."""
 
     database: Database
     settings: Settings
@@ -77,6 +77,7 @@ class Station:
     worker_id: int
     device_kind: DeviceKind
     device_name: str
+    staging: Path
     forkserver: ForkServerContext
     stopping: Stop
 
@@ -193,7 +194,7 @@ class Supervisor:
             device_kind=station.device_kind,
             device_name=station.device_name,
             storage=settings.storage,
-            staging=settings.staging,
+            staging=station.staging,
             cache=settings.cache,
             cache_bytes=settings.cache_bytes,
             doors=Doors(
@@ -371,7 +372,7 @@ class Supervisor:
         """A runner that was killed left its files."""
         for job_id, claim in self._claims.items():
             try:
-                unstage(folder_of(self._station.settings.staging, job_id, claim.attempt))
+                unstage(folder_of(self._station.staging, job_id, claim.attempt))
             except StorageError as error:
                 log.warning("j%s: %s", job_id, error)
 

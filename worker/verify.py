@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models_db.content import CARD
 from models_db.domain import DType
 from models_db.errors import JobError, UnsafeSource
 from models_db.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
@@ -37,15 +36,7 @@ def verify(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         return ["no such folder"]
-    return problems(folder) or [*_left_over(folder), *_weight_problems(folder)]
-
-
-def _left_over(folder: Path) -> list[str]:
-    """Files that were not published: weights among them would be loaded. Hidden ones and the card are no matter."""
-    known = {entry["name"] for entry in read_object(folder / MANIFEST)["files"]} | {MANIFEST, CARD}
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}
-    return [f"{name} is not in the manifest" for name in sorted(visible - known)]
+    return problems(folder) or _weight_problems(folder)
 
 
 def _weight_problems(folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ class Qbatch:
 
     home: Path
     env: dict[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
 
     @property
     def environ(self) -> dict[str, str]:
@@ -60,7 +61,12 @@ class Qbatch:
     def start(self, *args: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         with (log or self.home.with_suffix(".log")).open("ab") as output:
             return subprocess.Popen(
-                [*QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*QBATCH, *args],
+                env=self.environ,
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def wait_for_worker(self) -> None:

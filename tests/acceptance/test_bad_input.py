@@ -131,7 +131,7 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
         "nothing-at-all": ("failed", "source_not_found"),
         "bert-mlm": ("succeeded", None),
     }
-    assert not list((stack.home / "storage" / ".staging").glob("*/*"))
+    assert not list((stack.home / "storage" / ".staging").glob("*/*/*-*"))
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -133,7 +133,7 @@ def test_a_worker_that_is_killed_loses_nothing(services: Qbatch, models: Path, m
     assert {job["state"] for job in jobs} == {"succeeded"}
     assert max(job["attempt"] for job in jobs) == 2
     staging = services.home.parent / "shared" / ".staging"
-    assert list(staging.glob("*/*")) == []
+    assert list(staging.glob("*/*")) == [], "a worker that left took its folder along, and the killed one's"
 
 
 def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(

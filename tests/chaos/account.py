@@ -177,7 +177,7 @@ def _check_leftovers(account: Account, settings: Settings) -> None:
 
 def leftovers(settings: Settings) -> Iterator[Path]:
     """Of attempts that were killed, until a worker's next sweep; of outcomes that wait to be recorded."""
-    yield from settings.staging.glob("*")
+    yield from settings.staging.glob("*/*/*-*")
     yield from (settings.storage / "base-logits").glob(".*")
     yield from settings.spool.glob("*")
 

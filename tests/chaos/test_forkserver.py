@@ -43,6 +43,7 @@ def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
         worker_id=worker_id,
         device_kind=DeviceKind.CPU,
         device_name="a CPU",
+        staging=settings.staging,
         forkserver=context,
         stopping=Stop(),
     )

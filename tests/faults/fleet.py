@@ -74,7 +74,8 @@ class Fleet:
         """``qbatch`` with ``args``, its output in ``log(name)``."""
         assert name not in self.running
         self._logged[name] = self.log(name).stat().st_size if self.log(name).exists() else 0
-        self.running[name] = Qbatch(self.qbatch.home, self.qbatch.env | env).start(*args, log=self.log(name))
+        qbatch = Qbatch(self.qbatch.home, self.qbatch.env | env, self.qbatch.cwd)
+        self.running[name] = qbatch.start(*args, log=self.log(name))
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
         process = self.running.pop(name)
@@ -233,7 +234,7 @@ class Fleet:
         return found[0] if found else None
 
     def staged(self) -> list[Path]:
-        return sorted(self.settings.staging.glob("*"))
+        return sorted(self.settings.staging.glob("*/*/*-*"))
 
     def spooled(self) -> list[Path]:
         return sorted(self.settings.spool.glob("*.json"))

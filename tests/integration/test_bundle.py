@@ -23,7 +23,7 @@ from models_db.domain import (
     SourceRef,
     Stage,
 )
-from models_db.errors import StorageError
+from models_db.errors import DiskFull, StorageError, Unsupported
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
 from worker.bundle import Bundle
@@ -185,6 +185,34 @@ def test_a_width_that_cannot_be_written_leaves_the_other_alone(source: Path) -> 
     assert ear.measured() == {NF4}
     assert places(ear, source).keys() == {NF4}
     assert not list((source.parent / "storage" / ".staging").rglob("*.safetensors"))
+
+
+def test_what_lies_beside_the_weights_is_refused_where_it_is_too_much(source: Path) -> None:
+    with (source / "events.json").open("wb") as file:
+        file.truncate(3 * 2**30)
+    ear = run(source)
+    assert ear.failed() == {NF4: Unsupported.kind, INT8: Unsupported.kind}
+    said = {m.message for m in ear.heard if isinstance(m, Failed)}
+    assert said.pop().startswith(
+        "the files beside the weights take 3072.0 MiB, and a checkpoint takes at most 1024.0 MiB of them along (the "
+        "largest is events.json, 3072.0 MiB): move"
+    )
+    known = next(number for number, m in enumerate(ear.heard) if isinstance(m, Resolved))
+    assert not any(isinstance(m, Progressed) for m in ear.heard[known:]), "no weight was read but to be hashed"
+
+
+def test_room_is_judged_for_what_lies_beside_the_weights_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = source / "vocab.txt"
+    beside.write_bytes(bytes(9 * 2**20))
+    there, free = shutil.disk_usage(source), 2**20 * 10
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: there._replace(free=free))
+    ear = run(source)
+    (failed,) = [m for m in ear.heard if isinstance(m, Failed)]
+    assert failed.kind == DiskFull.kind, "the other had room"
+    assert failed.message == "the storage has 0.6 MiB left, and a checkpoint of 9.6 MiB is due"
+    assert failed.needed_bytes is not None
+    assert failed.needed_bytes > 9 * 2**20
+    assert len(places(ear, source)) == 1
 
 
 def test_a_width_that_cannot_be_published_leaves_the_other_alone(source: Path, published: dict[int, Path]) -> None:

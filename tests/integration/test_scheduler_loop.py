@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from models_db import jobs
+from models_db.database_id import database_id
 from models_db.domain import JobState, Stage
 from models_db.errors import BrokerUnreachable, DiskFull
 from models_db.pauses import standing
@@ -126,6 +127,12 @@ def waits_for_room(database: Database, needed_bytes: int | None) -> int:
     return job_id
 
 
+def see_storage(database: Database, settings: Settings) -> None:
+    """As if a worker had staged there."""
+    with database.write() as session:
+        settings.staging_of(database_id(session)).mkdir(parents=True)
+
+
 def pauses_after_a_tick(database: Database, scheduler: Scheduler) -> int:
     tick(scheduler)
     with database.read() as session:
@@ -134,7 +141,7 @@ def pauses_after_a_tick(database: Database, scheduler: Scheduler) -> int:
 
 def test_a_pause_holds_while_a_job_waits_for_room_that_is_not_there(database: Database, settings: Settings) -> None:
     settings = replace(settings, backoff_s=60.0)
-    settings.staging.mkdir(parents=True)
+    see_storage(database, settings)
     job_id = waits_for_room(database, _NEVER_FREE)
     scheduler = Scheduler(database, Broker(settings), settings)
     assert pauses_after_a_tick(database, scheduler) == 1
@@ -149,6 +156,6 @@ def test_a_pause_is_not_prolonged_where_there_is_room_or_nobody_can_tell(
 ) -> None:
     settings = replace(settings, backoff_s=60.0)
     if is_seen:
-        settings.staging.mkdir(parents=True)
+        see_storage(database, settings)
     waits_for_room(database, needed_bytes)
     assert pauses_after_a_tick(database, Scheduler(database, Broker(settings), settings)) == 0

@@ -26,7 +26,7 @@ from worker.checkpoint import (
     publish,
     slug,
 )
-from worker.staging import require_room, stage, sweep, unstage
+from worker.staging import remove_stale, require_room, stage, unstage
 
 KEY = "ab" * 32
 SCHEME = Scheme(method=Method.NF4)
@@ -239,6 +239,8 @@ def _edit_manifest(folder: Path, **fields: Any) -> None:
         _truncate,
         _flip_a_byte,
         lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        lambda folder: (folder / "1_Pooling" / "own.py").write_text(""),
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / MANIFEST).write_text("{"),
         lambda folder: (folder / MANIFEST).write_text("[]"),
@@ -276,7 +278,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(storage: Path,
 
 def test_a_model_card_written_later_is_no_damage(storage: Path, source: Path) -> None:
     put(staged(storage), storage, source)
-    (storage / PATH / "README.md").write_text("measured")
+    for name in ("README.md", "CHANGES.md", ".nfs0001", ".DS_Store"):
+        (storage / PATH / name).write_text("measured")
     assert problems(storage / PATH) == []
     assert look(storage) is not None
 
@@ -319,21 +322,19 @@ def test_a_slug_is_one_plain_path_component(name: str, expected: str) -> None:
     assert slug(name) == expected
 
 
-def test_a_sweep_removes_what_no_running_attempt_owns(tmp_path: Path) -> None:
-    staging = tmp_path / ".staging"
+def test_what_no_running_attempt_owns_is_removed(tmp_path: Path) -> None:
     for job_id, attempt in ((1, 1), (2, 3)):
-        (stage(staging, job_id, attempt) / "model.safetensors").write_bytes(b"half")
-    (staging / "someone-elses").mkdir()
+        (stage(tmp_path / "w1", job_id, attempt) / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "w1" / "someone-elses").mkdir()
     asked: list[tuple[int, int]] = []
 
     def running(tokens: Iterable[tuple[int, int]]) -> list[int]:
         asked.extend(tokens)
         return [2]
 
-    assert sweep(staging, running) == ["1-1"]
+    assert remove_stale([tmp_path / "w1", tmp_path / "no such folder"], running) == ["1-1"]
     assert sorted(asked) == [(1, 1), (2, 3)]
-    assert sorted(path.name for path in staging.iterdir()) == ["2-3", "someone-elses"]
-    assert sweep(tmp_path / "no such folder", running) == []
+    assert sorted(path.name for path in (tmp_path / "w1").iterdir()) == ["2-3", "someone-elses"]
 
 
 def test_room_that_may_come_is_told_from_room_that_never_will(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,13 @@ from models_db.errors import (
     UnsafeSource,
     Unsupported,
 )
-from tests.tiny import make_causal, make_fused_qkv, make_llama4
+from tests.tiny import make_causal, make_fused_qkv, make_llama4, make_overwritten
 from worker.quantize import Progress, Refused, Target, Written, write_checkpoints
 from worker.quantize.faults import as_job_error
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
+DOUBLE = replace(NF4, double_quant=True)
 
 
 @pytest.fixture
@@ -325,3 +328,34 @@ def test_what_other_libraries_raise_becomes_ours(error: Exception, kind: type[Jo
 def test_a_generation_config_that_makes_no_sense_is_named(source: Path, tmp_path: Path) -> None:
     (source / "generation_config.json").write_text(json.dumps({"num_return_sequences": 3}))
     assert_all_refused(write(source, tmp_path, NF4, INT8), SourceCorrupt, "generation_config.json: ", "sequences")
+
+
+@pytest.mark.parametrize("make", [make_causal, partial(make_overwritten, arch="youtu")], ids=["stream", "whole"])
+def test_room_is_judged_before_anything_is_read(make: Callable[..., Path], tmp_path: Path) -> None:
+    source = make(tmp_path / "model", dtype="bfloat16")
+    read: list[int] = []
+    (tmp_path / "nf4").mkdir()
+    free = shutil.disk_usage(tmp_path).free
+    target = Target(scheme=DOUBLE, folder=tmp_path / "nf4", beside_bytes=free)
+    (refused,) = write_checkpoints(
+        source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda done, *_: read.append(done)
+    )
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, DiskFull)
+    assert refused.error.needed_bytes is not None
+    assert refused.error.needed_bytes > free
+    assert sum(read) == 0
+
+
+def test_a_target_is_told_that_the_room_is_promised_to_another(source: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    beside = shutil.disk_usage(tmp_path).free * 2 // 3
+    targets = [Target(scheme=NF4, folder=tmp_path / name, beside_bytes=beside) for name in ("first", "second")]
+    refused, written = write_checkpoints(
+        source, targets, dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None
+    )
+    assert isinstance(written, Written)
+    assert isinstance(refused, Refused)
+    assert refused.target is targets[1]
+    assert isinstance(refused.error, DiskFull)

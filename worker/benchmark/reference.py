@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save
 from models_db.digest import digest_file, root_sha256
 from models_db.domain import DType, Protocol, content_hash
 from models_db.errors import BenchmarkError, DiskFull, StorageError
+from models_db.filesystem import NO_ROOM, move, sync, touch
 from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
@@ -35,7 +35,6 @@ from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
 from worker.load import Loaded, translated
-from worker.staging import sync
 
 log = logging.getLogger("qbatch.runner")
 
@@ -106,7 +105,7 @@ def open_reference(folder: Path) -> Reference | None:
             log.warning("%s is damaged and will be made anew", folder)
             _remove(folder)
             return None
-        os.utime(description)
+        touch(description)
     except FileNotFoundError:  # another worker made room
         return None
     except OSError as error:
@@ -237,7 +236,7 @@ def _write(
         (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
         sync(*staging.iterdir(), staging)
         confirm()
-        staging.rename(folder)
+        move(staging, folder)
         sync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -320,5 +319,5 @@ def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        kind = DiskFull if error.errno in NO_ROOM else StorageError
         raise kind(f"cannot keep the base's outputs in {folder}: {error.strerror}") from error

@@ -15,6 +15,7 @@ from worker.quantize.faults import as_job_error
 from worker.quantize.layout import FileLayout, lay_out
 from worker.quantize.loading import Loaded, Weight
 from worker.quantize.output import OutputFile
+from worker.quantize.room import allocated_bytes
 from worker.quantize.saving import Output, Shards
 from worker.quantize.trace import QuantizedPart
 from worker.staging import require_room
@@ -32,7 +33,9 @@ class Sink:
         offsets: Mapping[str, float],
         on_write: Callable[[int], None],
         writers: int,
+        owed_bytes: int,
     ) -> None:
+        """``owed_bytes`` of the storage's room are promised to others. Raises DiskFull, StorageError or OSError."""
         self.loaded = loaded
         self.offsets = offsets
         self.error: JobError | None = None
@@ -43,7 +46,7 @@ class Sink:
         folder = loaded.target.folder
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
         self.size = sum(layout.size for layout in layouts)
-        require_room(folder, self.size)
+        require_room(folder, self.size + loaded.target.beside_bytes, owed_bytes)
         self._files: list[OutputFile] = []
         try:
             self._open(folder, layouts, shards.index, writers)
@@ -70,6 +73,11 @@ class Sink:
         for output in self.outputs():
             if isinstance(output.content, bytes):
                 self.write(output.name, output.content, 0)
+
+    def owed_bytes(self) -> int:
+        """What of the storage's room is promised to this target, and not taken yet. Raises OSError."""
+        taken = allocated_bytes(self.loaded.target.folder / file.layout.name for file in self._files)
+        return max(0, self.size - taken) + self.loaded.target.beside_bytes
 
     def outputs(self) -> list[Output]:
         return [output for file in self._files for output in file.layout.outputs]

@@ -21,9 +21,11 @@ from worker.quantize.nested import NestedPassFailed, doubly_quantized, nested_of
 from worker.quantize.packing import load_kernels
 from worker.quantize.pool import LanePool
 from worker.quantize.reading import SourceReader
+from worker.quantize.room import weights_bytes
 from worker.quantize.saving import save_configs, trace_saving
 from worker.quantize.sink import Sink
 from worker.quantize.target import Deferred, Outcome, Refused, Written
+from worker.staging import require_room
 
 
 def stream(source: Path, loaded: Sequence[Loaded], reader: SourceReader, device: str, meter: Meter) -> list[Outcome]:
@@ -67,7 +69,7 @@ def _open_sinks(
     source: Path, loaded: Sequence[Loaded], reader: SourceReader, device: str, meter: Meter, sinks: list[Sink]
 ) -> list[Outcome]:
     """Open a sink for each target that can have one, and say what becomes of the others."""
-    outcomes: list[Outcome] = []
+    loaded, outcomes = _with_room(loaded)
     meter.plan(sum(reader.info(weight.source).nbytes for _, weight in doubly_quantized(loaded)))
     try:
         offsets = nested_offsets(loaded, reader, device, meter.report)
@@ -77,7 +79,8 @@ def _open_sinks(
         loaded, offsets = [one for one in loaded if not one.packing.nested], {}
     for one in loaded:
         try:
-            sinks.append(_open_sink(source, one, offsets, device, meter))
+            owed_bytes = sum(sink.owed_bytes() for sink in sinks)
+            sinks.append(_open_sink(source, one, offsets, device, meter, owed_bytes))
         except NotStreamable as reason:
             outcomes.append(Deferred(target=one.target, reason=str(reason)))
         except Exception as error:
@@ -85,11 +88,32 @@ def _open_sinks(
     return outcomes
 
 
-def _open_sink(source: Path, loaded: Loaded, offsets: Mapping[str, float], device: str, meter: Meter) -> Sink:
+def _with_room(loaded: Sequence[Loaded]) -> tuple[list[Loaded], list[Outcome]]:
+    """Those that the storage has room for, nearly, all of them together, and what becomes of the others: double
+    quantization reads the source once before it is known to the byte."""
+    fitting: list[Loaded] = []
+    outcomes: list[Outcome] = []
+    owed_bytes = 0
+    for one in loaded:
+        shapes = {name: weight.shape for name, weight in one.weights.items()}
+        needed_bytes = weights_bytes(one.skeleton.model, one.packing, shapes) + one.target.beside_bytes
+        try:
+            require_room(one.target.folder, needed_bytes, owed_bytes)
+        except Exception as error:
+            outcomes.append(Refused(target=one.target, error=as_job_error(error)))
+            continue
+        owed_bytes += needed_bytes
+        fitting.append(one)
+    return fitting, outcomes
+
+
+def _open_sink(
+    source: Path, loaded: Loaded, offsets: Mapping[str, float], device: str, meter: Meter, owed_bytes: int
+) -> Sink:
     own = offsets if loaded.packing.nested else {}
     shards = trace_saving(loaded, own, device)
     save_configs(loaded, source)
-    sink = Sink(loaded, shards, own, meter.wrote, writers_per_file(device))
+    sink = Sink(loaded, shards, own, meter.wrote, writers_per_file(device), owed_bytes)
     meter.plan(sink.size)
     return sink
 

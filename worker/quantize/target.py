@@ -18,11 +18,12 @@ Progress = Callable[[int, int, int], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One checkpoint to write: how to quantize, and the existing empty folder it goes to. ``trusted`` lets the source's
-    own code run."""
+    own code run; ``beside_bytes`` is what will be put beside the weights later, and needs room too."""
 
     scheme: Scheme
     folder: Path
     trusted: bool = False
+    beside_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.scheme.method is Method.NONE or self.scheme.compute_dtype is DType.AUTO:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import torch
 from models_db.digest import digest_file
 from models_db.domain import DType
 from models_db.errors import JobError, Unsupported, one_line
+from models_db.filesystem import share
 from models_db.sources import Header, read_header
 from worker.architecture import load_config
 from worker.quantize.audit import coverage, error_audit, is_finite
@@ -29,10 +29,12 @@ from worker.quantize.loading import load_source, refuse_missing, unused
 from worker.quantize.meter import Meter
 from worker.quantize.packing import Packing, figures
 from worker.quantize.reading import SourceReader
+from worker.quantize.room import weights_bytes
 from worker.quantize.saving import read_generation_config
-from worker.quantize.skeleton import Skeleton, build_skeleton
+from worker.quantize.skeleton import build_skeleton
 from worker.quantize.target import Deferred, Refused, Target, Written
 from worker.quantize.trace import Origin, is_elementwise, replay, sources_of
+from worker.staging import require_room
 
 _REPORT_INTERVAL_S = 0.25
 _Origins = Mapping[str, tuple[Origin, bool]]
@@ -50,12 +52,17 @@ class WholeModel:
         self._dtype, self._device = dtype, device
         self._packing = Packing.of(self._target.scheme)
         self._skeleton = build_skeleton(source, self._target.scheme, dtype, device, trusted=self._target.trusted)
-        self._to_write = _checkpoint_bytes(self._skeleton, self._packing)
+        self._to_write = weights_bytes(self._skeleton.model, self._packing, self._quantized_shapes())
         self._origins, self._dropped, self._no_origins_because = self._trace()
 
     @property
     def _target(self) -> Target:
         return self._deferred.target
+
+    def _quantized_shapes(self) -> dict[str, torch.Size]:
+        quantizer, model = self._skeleton.quantizer, self._skeleton.model
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        return {name: shape for name, shape in shapes.items() if quantizer.param_needs_quantization(model, name)}
 
     def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:
         """Where each quantized weight comes from and which tensors of the source go nowhere; neither, and why not,
@@ -98,6 +105,7 @@ class WholeModel:
 
     def _write(self, on_read: Callable[[int], None]) -> Written:
         start = time.perf_counter()
+        require_room(self._target.folder, self._to_write + self._target.beside_bytes)
         audit = self._load_and_save(on_read)
         return Written(
             target=self._target,
@@ -154,7 +162,7 @@ class WholeModel:
             **({} if limit is None else {"max_shard_size": limit}),
         )
         for path in self._target.folder.iterdir():
-            path.chmod(umask_mode())
+            share(path)
 
     def _converted_weights_may_be_quantized(self) -> bool:
         """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails (int8),
@@ -214,18 +222,6 @@ def _measure(exact: torch.Tensor, weight: Any) -> list[float]:
     return list(figures(exact, bnb.functional.dequantize_4bit(weight.data, state)).tolist())
 
 
-def _checkpoint_bytes(skeleton: Skeleton, packing: Packing) -> int:
-    """What the tensors of a checkpoint take, but for some hundred bytes a weight."""
-    total = 0
-    for name, parameter in skeleton.model.named_parameters():
-        if skeleton.quantizer.param_needs_quantization(skeleton.model, name):
-            parts = packing.part_shapes(*parameter.shape).values()
-            total += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in parts)
-        else:
-            total += parameter.nbytes
-    return total
-
-
 def _weights_bytes(folder: Path) -> int:
     headers = [read_header(path) for path in folder.glob("*.safetensors")]
     return sum(tensor.nbytes for header in headers for tensor in header.tensors)
@@ -248,13 +244,3 @@ def _give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def umask_mode() -> int:
-    """The mode of a file created plainly: safetensors makes 0600, which nobody else can read."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return 0o666 & ~int(line.split()[1], 8)
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return stat.S_IMODE(0o666 & ~umask)
