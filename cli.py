@@ -366,11 +366,11 @@ def db() -> None:
 def upgrade() -> None:
     """Bring the database to this version's schema."""
     from models_db.schema import upgrade as upgrade_schema
-    from models_db.session import SCHEMA_HEAD, Database
+    from models_db.session import Database
 
     database = Database(_settings().sqlalchemy_url)
     upgrade_schema(database)
-    click.echo(f"{database.place} is at schema {SCHEMA_HEAD}", err=True)
+    click.echo(f"{database.place} is at schema {database.schema_version()}", err=True)
 
 
 @main.command()
@@ -394,15 +394,14 @@ def _settings() -> Settings:
 
 def _database(settings: Settings) -> Database:
     """The database, with this version's schema. An embedded one is made where there is none."""
-    from models_db.session import SCHEMA_HEAD, Database
+    from models_db.session import Database
 
     database = Database(settings.sqlalchemy_url)
-    if not database.is_sqlite:
-        database.require_schema()
-    elif database.schema_version() != SCHEMA_HEAD:
+    if database.is_sqlite and database.is_behind():
         from models_db.schema import upgrade as upgrade_schema
 
         upgrade_schema(database)
+    database.require_schema()
     return database
 
 

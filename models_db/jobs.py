@@ -18,7 +18,7 @@ from models_db import pauses
 from models_db.batches import spec_of
 from models_db.clock import db_now
 from models_db.domain import ENDED_STATES, Claim, DeviceKind, JobState, Measurement, Protocol, Stage, format_job_id
-from models_db.errors import CudaOom, DiskFull, JobError, Retry, WorkerLost
+from models_db.errors import CudaOom, DiskFull, InternalError, JobError, Retry, WorkerLost
 from models_db.tables import Attempt, Job, Result, Worker
 from models_db.vram import may_run_in, ran_out, room_of, show_need
 from models_db.window import own_bundle
@@ -150,7 +150,7 @@ def succeed(
     checkpoint_path: str | None,
 ) -> bool:
     """Record a result. True where it counts: no newer attempt was claimed, and the job had not ended, unless it was
-    given up because nothing was heard of this very attempt."""
+    given up because nothing was heard of this very attempt, or its outcome could not be recorded."""
     job = _open_to_success(session, token)
     if job is None:
         return False
@@ -331,7 +331,8 @@ def _locked(session: Session, token: Token, *states: JobState) -> Job | None:
 def _open_to_success(session: Session, token: Token) -> Job | None:
     job = _locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
     given_up = job is not None and job.state == JobState.FAILED
-    return None if job is None or (given_up and job.error_kind != WorkerLost.kind) else job
+    # For want of its outcome: nothing was heard, or what was heard could not be recorded and was set aside.
+    return None if job is None or (given_up and job.error_kind not in (WorkerLost.kind, InternalError.kind)) else job
 
 
 def _end(session: Session, job: Job, state: JobState, error: JobError | None = None) -> None:

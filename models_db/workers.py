@@ -55,10 +55,10 @@ def beat(session: Session, worker_id: int) -> str:
     return state
 
 
-def leave(session: Session, worker_id: int, state: str) -> None:
-    """Mark a worker ``draining`` or ``stopped``; a quarantine stays on record."""
+def leave(session: Session, worker_id: int, state: str, note: str | None = None) -> None:
+    """Mark a worker ``draining`` or ``stopped``, and why; a quarantine stays on record."""
     session.execute(
-        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state),
+        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state, note=note),
         execution_options=_NO_SYNC,
     )
 

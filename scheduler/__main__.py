@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from models_db.errors import DatabaseUnreachable, QbatchError
+from models_db.errors import DatabaseUnreachable, QbatchError, WrongDatabase
 from models_db.schema import ensure
 from models_db.session import Database
 from models_db.settings import Settings
@@ -34,11 +34,14 @@ def main() -> int:
 
 
 def wait_for_schema(database: Database, stop: Stop) -> None:
-    """Until the database answers with this version's schema, or ``stop`` is set."""
+    """Until the database answers with this version's schema, or ``stop`` is set. Raises WrongDatabase for one that need
+    not be waited for."""
     while not stop.is_set():
         try:
             ensure(database)
             return
+        except WrongDatabase:
+            raise
         except DatabaseUnreachable as error:
             log.warning("%s; waiting for it", error)
             stop.wait(5.0)

@@ -13,7 +13,8 @@ from sqlalchemy import select
 
 from models_db import leases
 from models_db.clock import db_now
-from models_db.errors import BrokerUnreachable, DatabaseUnreachable
+from models_db.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
+from models_db.fit import explain
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
@@ -43,15 +44,29 @@ class Scheduler:
         self._quiet_until = 0.0
 
     def run(self, stop: Stop) -> None:
-        """Until ``stop`` is set. A service that does not answer is waited for."""
-        while not stop.is_set():
-            try:
-                self.tick()
-            except (BrokerUnreachable, DatabaseUnreachable) as error:
-                log.warning("%s; trying again", error)
-            stop.wait(self._tick_s)
-        if self._leads:
-            self._give_up_the_lead()
+        """Until ``stop`` is set. A service that does not answer is waited for. Raises WrongDatabase."""
+        try:
+            while not stop.is_set():
+                try:
+                    self.tick()
+                except WrongDatabase:
+                    raise
+                except DatabaseRefused as error:
+                    self._see_into(error)
+                except (BrokerUnreachable, DatabaseUnreachable) as error:
+                    log.warning("%s; trying again", error)
+                stop.wait(self._tick_s)
+        finally:
+            if self._leads:
+                self._give_up_the_lead()
+
+    def _see_into(self, refusal: DatabaseRefused) -> None:
+        """Raises WrongDatabase where the schema is at fault. A defect of ours may concern one job, and is no reason to
+        leave all others."""
+        found = explain(self._database, refusal)
+        if isinstance(found, WrongDatabase):
+            raise found from refusal
+        log.error("%s; trying again", found, exc_info=refusal)
 
     def _give_up_the_lead(self) -> None:
         try:
@@ -73,6 +88,7 @@ class Scheduler:
 
     def _lead(self) -> bool:
         with self._database.write() as session:
+            self._database.require_own(session)
             leads = leases.acquire(session, _LEASE, self._holder, 3 * self._settings.scan_s)
             now = session.execute(select(db_now())).scalar_one()
         if leads and not self._leads:

@@ -31,6 +31,7 @@ def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Ite
     yield _broker(settings, stack_runs)
     database_check, found = _database(settings)
     yield database_check
+    yield from _spool(settings)
     if found is not None:
         yield from _service(found, waits=not settings.is_embedded or stack_runs)
 
@@ -90,25 +91,37 @@ def _database(settings: Settings) -> tuple[Check, Health | None]:
     except UsageError as error:
         return check("database", State.WRONG, str(error)), None
     try:
+        if database.is_behind():
+            return _behind(database, database.schema_version()), None
         version = database.schema_version()
-        if version != SCHEMA_HEAD:
-            return _schema(database, version), None
         with database.read() as session:
             found = health(session, settings.lease_s)
     except DatabaseUnreachable as error:
         return check("database", State.WRONG, str(error)), None
     finally:
         database.dispose()
-    return check("database", State.OK, f"{database.place}, schema {version}"), found
+    newer = f", newer than this qbatch's {SCHEMA_HEAD}, which works with it" if version != SCHEMA_HEAD else ""
+    return check("database", State.OK, f"{database.place}, schema {version}{newer}"), found
 
 
-def _schema(database: Database, version: str | None) -> Check:
+def _behind(database: Database, version: str | None) -> Check:
     if database.is_sqlite and version is None:
         return check("database", State.NOTE, f"{database.place}: none yet; made when it is first needed")
     stands = f"{database.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}"
     if database.is_sqlite:
         return check("database", State.NOTE, f"{stands}; the next command brings it up to date")
     return check("database", State.WRONG, f"{stands}: run `qbatch db upgrade`")
+
+
+def _spool(settings: Settings) -> Iterable[Check]:
+    """Outcomes that this machine's workers hold for the database; a line only where there are any."""
+    waiting = sorted(settings.spool.glob("*.json"))
+    if waiting:
+        said = f"{len(waiting)} waiting in {settings.spool} for a worker of this home to record them"
+        yield check("spool", State.NOTE, said)
+    for aside in sorted(settings.spool.glob("*.rejected")):
+        said = f"{aside} could not be recorded and was set aside: rename it to .json to try it again, or delete it"
+        yield check("spool", State.WRONG, said)
 
 
 # What works
