@@ -92,6 +92,11 @@ class Settings:
         )
 
     @property
+    def lead_s(self) -> float:
+        """How long a scheduler leads without renewing its lead."""
+        return 3 * self.scan_s
+
+    @property
     def is_embedded(self) -> bool:
         """Whether the private Redis is the broker."""
         return self.broker_url is None

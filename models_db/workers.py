@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.domain import DeviceKind
 from models_db.tables import Worker
 
@@ -53,6 +53,16 @@ def beat(session: Session, worker_id: int) -> str:
         execution_options=_NO_SYNC,
     ).scalar_one()
     return state
+
+
+def mend_times(session: Session) -> int:
+    """Date heartbeats that lie ahead of the database's clock now: it was set back, and who died before that would live
+    for as long. How many there were."""
+    ahead = Worker.heartbeat_at > db_now(SLACK_S)
+    mended = session.execute(
+        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=_NO_SYNC
+    )
+    return len(mended.all())
 
 
 def leave(session: Session, worker_id: int, state: str, note: str | None = None) -> None:

@@ -6,7 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from models_db import jobs, pauses, window
+from models_db import jobs, pauses, window, workers
 from models_db.domain import format_job_id
 from models_db.session import Database
 from models_db.settings import Settings
@@ -21,6 +21,21 @@ def expire_leases(database: Database, settings: Settings) -> None:
         lost = jobs.expire(session, backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     for job_id in lost:
         log.warning("%s: its worker was silent for longer than a lease; taken back", format_job_id(job_id))
+
+
+def mend_times(database: Database, settings: Settings) -> None:
+    """Cut short what the database's clock, before it was set back, dated far ahead: within a lease all is as usual."""
+    longest_pause_s = jobs.backoff_after(settings.max_failures, settings.backoff_s)
+    with database.write() as session:
+        # Leases first: by their heartbeats it is told whose they are.
+        count = jobs.mend_times(session, lease_s=settings.lease_s, backoff_s=settings.backoff_s)
+        count += workers.mend_times(session) + pauses.mend_times(session, longest_pause_s)
+    if count:
+        log.warning(
+            "%s leases, backoffs, pauses or heartbeats lay further ahead than any that are given: the database's clock"
+            " was set back, or is set otherwise; they end in time",
+            count,
+        )
 
 
 def give_up_too_large(database: Database, settings: Settings) -> None:

@@ -95,7 +95,7 @@ def _database(settings: Settings) -> tuple[Check, Health | None]:
             return _behind(database, database.schema_version()), None
         version = database.schema_version()
         with database.read() as session:
-            found = health(session, settings.lease_s)
+            found = health(session, settings.lease_s, lead_s=settings.lead_s)
     except DatabaseUnreachable as error:
         return check("database", State.WRONG, str(error)), None
     finally:
@@ -129,6 +129,8 @@ def _spool(settings: Settings) -> Iterable[Check]:
 
 def _service(found: Health, *, waits: bool) -> Iterable[Check]:
     """``waits``: services are meant to run, also while there is nothing to do."""
+    if found.ahead_s is not None:
+        yield check("clock", State.WRONG, _clock(found.ahead_s))
     has_work = bool(found.open_jobs)
     yield _scheduler(found, waits or has_work)
     yield from _workers(found, has_work)
@@ -160,6 +162,13 @@ def _workers(found: Health, has_work: bool) -> Iterable[Check]:
             held = f", holding {', '.join(worker['jobs'])}" if worker["jobs"] else ""
             said = f"; {worker['note']}" if worker["note"] else ""
             yield check(worker["worker"], State.NOTE, f"silent since {show_time(worker['heartbeat_at'])}{held}{said}")
+
+
+def _clock(ahead_s: float) -> str:
+    return (
+        f"leases or heartbeats lie {ahead_s:.0f} s further ahead than any given now: the database's clock was set back,"
+        " which a running scheduler puts right within a lease; or QBATCH_LEASE_S or QBATCH_SCAN_S is smaller here"
+    )
 
 
 def _is_of_today(iso: str) -> bool:

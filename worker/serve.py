@@ -308,7 +308,11 @@ class Worker:
     def _holds_device(self, session: Session) -> bool:
         if self._info.device_uuid is None:
             return True
-        return leases.acquire(session, f"gpu:{self._info.device_uuid}", self._info.name, self._settings.lease_s)
+        lease, ttl_s = f"gpu:{self._info.device_uuid}", self._settings.lease_s
+        holder = leases.cut(session, lease, ttl_s)
+        if holder not in (None, self._info.name):
+            log.warning("%s holds %s from before the database's clock was set back; for %g s", holder, lease, ttl_s)
+        return leases.acquire(session, lease, self._info.name, ttl_s)
 
     def _on_ready(self, **_: object) -> None:
         # In place of Celery's handlers, which would tell us under a lock: there a second signal waited for it for ever.
