@@ -8,6 +8,7 @@ QbatchError
 │   │   ├── DatabaseRefused     it answers with an error that waiting will not mend
 │   │   └── WrongDatabase       not one to wait for: whoever works on it stops
 │   │       ├── ForeignSchema
+│   │       ├── DatabaseOfAnotherHost
 │   │       └── DatabaseReplaced                                exit 5
 │   ├── StorageUnavailable
 │   ├── StackNotRunning
@@ -81,6 +82,10 @@ class WrongDatabase(DatabaseUnreachable):
 
 class ForeignSchema(WrongDatabase):
     """The database's schema is a newer version's that this one's code does not work with, or was changed by hand."""
+
+
+class DatabaseOfAnotherHost(WrongDatabase):
+    """SQLite on a network file system, where another host works on it."""
 
 
 class DatabaseReplaced(WrongDatabase):

@@ -15,6 +15,7 @@ from models_db import leases
 from models_db.clock import SLACK_S, db_now
 from models_db.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
 from models_db.fit import explain
+from models_db.network_share import share_of
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
@@ -38,6 +39,7 @@ class Scheduler:
         # Containers that share the host's network have its name, and all of them are process 1.
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._tick_s = min(_TICK_S, settings.scan_s)
+        self._share = share_of(database.file)
         self._leads = False
         self._cut_from: str | None = None
         self._last_scan: float | None = None
@@ -84,6 +86,8 @@ class Scheduler:
         # Also while another's lead has to run out: what it would wait for runs out meanwhile.
         if self._mended_at is None or now - self._mended_at >= self._settings.scan_s:
             self._mended_at = now
+            if self._share is not None:
+                self._share.hold(self._settings.lease_s)
             mend_times(self._database, self._settings)
         if not leads:
             return

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from models_db.doctor import Health, PauseNote, health
 from models_db.errors import DatabaseUnreachable, UsageError
+from models_db.network_share import share_of
 from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from views.checks import Check, State, check
@@ -29,8 +30,8 @@ def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Ite
     yield _folder("home", settings.home)
     yield _folder("storage", settings.storage)
     yield _broker(settings, stack_runs)
-    database_check, found = _database(settings)
-    yield database_check
+    database_checks, found = _database(settings)
+    yield from database_checks
     yield from _spool(settings)
     if found is not None:
         yield from _service(found, waits=not settings.is_embedded or stack_runs)
@@ -84,22 +85,32 @@ def broker_place(settings: Settings) -> str:
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + parts.path
 
 
-def _database(settings: Settings) -> tuple[Check, Health | None]:
-    """Its check, and what it knows where it can be asked."""
+def _database(settings: Settings) -> tuple[list[Check], Health | None]:
+    """Its checks, and what it knows where it can be asked."""
     try:
         database = Database(settings.sqlalchemy_url)
     except UsageError as error:
-        return check("database", State.WRONG, str(error)), None
+        return [check("database", State.WRONG, str(error))], None
+    share = share_of(database.file)
+    warned = [check("database's disk", State.NOTE, share.warning)] if share is not None else []
     try:
-        if database.is_behind():
-            return _behind(database, database.schema_version()), None
-        version = database.schema_version()
-        with database.read() as session:
-            found = health(session, settings.lease_s, lead_s=settings.lead_s)
+        if share is not None:
+            share.check(settings.lease_s)
+        found_check, found = _ask(database, settings)
     except DatabaseUnreachable as error:
-        return check("database", State.WRONG, str(error)), None
+        return [*warned, check("database", State.WRONG, str(error))], None
     finally:
         database.dispose()
+    return [*warned, found_check], found
+
+
+def _ask(database: Database, settings: Settings) -> tuple[Check, Health | None]:
+    """Raises DatabaseUnreachable."""
+    if database.is_behind():
+        return _behind(database, database.schema_version()), None
+    version = database.schema_version()
+    with database.read() as session:
+        found = health(session, settings.lease_s, lead_s=settings.lead_s)
     newer = f", newer than this qbatch's {SCHEMA_HEAD}, which works with it" if version != SCHEMA_HEAD else ""
     return check("database", State.OK, f"{database.place}, schema {version}{newer}"), found
 

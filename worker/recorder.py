@@ -175,13 +175,17 @@ class Recorder:
 
     def _set_aside(self, path: Path, spooled: Spooled | None, error: Exception) -> None:
         """Put what cannot be recorded where people find it, and say so in the job's row."""
+        handed_back = spooled is not None and spooled.outcome["outcome"] == "handed_back"
+        if handed_back and isinstance(error, _OfAnotherDatabase):
+            path.unlink(missing_ok=True)  # nobody's job, and nothing measured
+            return
         why = str(error) if isinstance(error, DatabaseRefused | _OfAnotherDatabase) else one_line(error)
         try:
             aside = self._spool.set_aside(path)
         except FileNotFoundError:  # another worker was first
             return
         log.error("%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside)
-        if spooled is None or spooled.outcome["outcome"] == "handed_back" or isinstance(error, _OfAnotherDatabase):
+        if spooled is None or handed_back or isinstance(error, _OfAnotherDatabase):
             return
         said = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
         try:

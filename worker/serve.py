@@ -36,11 +36,12 @@ from models_db.errors import (
     WrongDatabase,
 )
 from models_db.fit import explain
+from models_db.network_share import share_of
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Worker as WorkerRow
 from models_db.workers import WorkerInfo
-from scheduler.__main__ import wait_for_schema
+from scheduler.__main__ import hold_share, wait_for_schema
 from scheduler.celery_app import make_app
 from scheduler.queues import queues_of
 from scheduler.stop import Stop
@@ -168,6 +169,7 @@ class Worker:
         self._drain = drain
         # Frozen, or with its host gone, it must not keep locked what others are to take up.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
+        self._share = share_of(self._database.file)
         self._recorder = Recorder(self._database, settings)
         self._stopping = Stop()
         self._leaving = Leaving()
@@ -233,6 +235,7 @@ class Worker:
     def _refuse_early(self) -> None:
         """Raises WrongDatabase before the imports, which take long enough to be spared for a refusal."""
         try:
+            hold_share(self._database, self._settings)
             self._database.is_behind()
         except WrongDatabase:
             raise
@@ -370,6 +373,8 @@ class Worker:
             os.kill(os.getpid(), signal.SIGTERM)
         with self._database.read() as session:
             self._database.require_own(session)
+        if self._share is not None:
+            self._share.hold(self._settings.lease_s)
         return state
 
     def _say_good_bye(self, worker_id: int, why: WrongDatabase) -> None:
