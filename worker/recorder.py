@@ -63,6 +63,7 @@ class Recorder:
         """Remember a checkpoint before its result is there: where the benchmark fails, ``verify`` must find it too."""
         try:
             with self._database.write() as session:
+                self._database.require_own(session)
                 checkpoints.record(session, job_id=job_id, **_as_json(published))
         except DatabaseUnreachable as error:
             log.warning("%s; the checkpoint of j%s is recorded with its result", error, job_id)
