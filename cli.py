@@ -366,11 +366,10 @@ def db() -> None:
 def upgrade() -> None:
     """Bring the database to this version's schema."""
     from models_db.schema import upgrade as upgrade_schema
-    from models_db.session import SCHEMA_HEAD, Database
 
-    database = Database(_settings().sqlalchemy_url)
+    database = _connected(_settings())
     upgrade_schema(database)
-    click.echo(f"{database.place} is at schema {SCHEMA_HEAD}", err=True)
+    click.echo(f"{database.place} is at schema {database.schema_version()}", err=True)
 
 
 @main.command()
@@ -394,15 +393,24 @@ def _settings() -> Settings:
 
 def _database(settings: Settings) -> Database:
     """The database, with this version's schema. An embedded one is made where there is none."""
-    from models_db.session import SCHEMA_HEAD, Database
-
-    database = Database(settings.sqlalchemy_url)
-    if not database.is_sqlite:
-        database.require_schema()
-    elif database.schema_version() != SCHEMA_HEAD:
+    database = _connected(settings)
+    if database.is_sqlite and database.is_behind():
         from models_db.schema import upgrade as upgrade_schema
 
         upgrade_schema(database)
+    database.require_schema()
+    return database
+
+
+def _connected(settings: Settings) -> Database:
+    """Whatever its schema. Raises DatabaseOfAnotherHost for SQLite that another host works on."""
+    from models_db.network_share import share_of
+    from models_db.session import Database
+
+    database = Database(settings.sqlalchemy_url)
+    share = share_of(database.file)
+    if share is not None:
+        share.check(settings.lease_s)
     return database
 
 
@@ -497,12 +505,18 @@ def _local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:
 
 
 def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
+    from models_db.network_share import share_of
+    from models_db.session import Database
     from scheduler.local import LocalStack
     from worker.launch import devices_for
 
     if not settings.is_embedded:
         raise UsageError("QBATCH_BROKER_URL is set: start `qbatch scheduler` and `qbatch worker` instead")
     devices_for(gpus, cpu, os.environ)  # says now what the workers would say later
+    share = share_of(Database(settings.sqlalchemy_url).file)
+    if share is not None:
+        click.echo(share.warning, err=True)
+        share.hold(settings.lease_s)
     worker_args = [*(["--gpus", gpus] if gpus is not None else []), *(["--cpu"] if cpu else [])]
     return LocalStack(settings, worker_args=worker_args, environ=os.environ)
 

@@ -10,6 +10,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+# Below it, a time that lies ahead is two clocks' roundings, or a clock that is being slewed.
+SLACK_S = 1.0
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """Aware datetimes in UTC on every database. SQLite keeps them as text without a zone."""

@@ -9,11 +9,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.domain import JobState
 from models_db.listing import list_workers
 from models_db.pauses import standing
-from models_db.tables import Job, Lease
+from models_db.tables import Job, Lease, Worker
 
 _DAY_S = 86_400.0
 _SCHEDULER = "scheduler"
@@ -30,19 +30,26 @@ class PauseNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """``leader``: who leads the schedulers now. ``workers`` as ``list_workers`` gives them. ``failed``: the jobs that
-    failed within a day, by error kind; ``open_jobs``: the queued and running ones by state."""
+    """``leader``: who leads the schedulers now. ``ahead_s``: how far ahead of the database's clock lies what it dated
+    before it was set back; None where nothing does. ``workers`` as ``list_workers`` gives them. ``failed``: the jobs
+    that failed within a day, by error kind; ``open_jobs``: the queued and running ones by state."""
 
     leader: str | None
+    ahead_s: float | None
     workers: list[dict[str, Any]]
     open_jobs: dict[str, int]
     failed: dict[str, int]
     pauses: list[PauseNote]
 
 
-def health(session: Session, lease_s: float) -> Health:
-    """By the database's clock."""
-    leader = session.scalars(select(Lease.holder).where(Lease.name == _SCHEDULER, Lease.expires_at > db_now())).first()
+def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> Health:
+    """By the database's clock. ``lead_s``: how long the longest lead runs, where that is not ``lease_s``."""
+    longest_s = max(lead_s or 0.0, lease_s) + SLACK_S
+    leader = session.scalars(
+        select(Lease.holder).where(
+            Lease.name == _SCHEDULER, Lease.expires_at > db_now(), Lease.expires_at <= db_now(longest_s)
+        )
+    ).first()
     states = session.execute(
         select(Job.state, func.count())
         .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
@@ -57,8 +64,18 @@ def health(session: Session, lease_s: float) -> Health:
     )
     return Health(
         leader=leader,
+        ahead_s=_ahead_s(session, longest_s),
         workers=list_workers(session, lease_s),
         open_jobs={state: count for state, count in states},
         failed={str(kind): count for kind, count in failed},
         pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in standing(session)],
     )
+
+
+def _ahead_s(session: Session, longest_s: float) -> float | None:
+    latest_lease = select(func.max(Lease.expires_at)).scalar_subquery()
+    latest_beat = select(func.max(Worker.heartbeat_at)).scalar_subquery()
+    now, lease, beat = session.execute(select(db_now(), latest_lease, latest_beat)).one()
+    ahead = [(lease - now).total_seconds() - longest_s] if lease is not None else []
+    ahead += [(beat - now).total_seconds() - SLACK_S] if beat is not None else []
+    return max((s for s in ahead if s > 0), default=None)

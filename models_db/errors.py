@@ -5,6 +5,11 @@ QbatchError
 ├── ServiceUnreachable          a service that qbatch needs does not answer: exit 3
 │   ├── BrokerUnreachable
 │   ├── DatabaseUnreachable
+│   │   ├── DatabaseRefused     it answers with an error that waiting will not mend
+│   │   └── WrongDatabase       not one to wait for: whoever works on it stops
+│   │       ├── ForeignSchema
+│   │       ├── DatabaseOfAnotherHost
+│   │       └── DatabaseReplaced                                exit 5
 │   ├── StorageUnavailable
 │   ├── StackNotRunning
 │   └── NoSuchDevice
@@ -64,7 +69,31 @@ class BrokerUnreachable(ServiceUnreachable):
 
 
 class DatabaseUnreachable(ServiceUnreachable):
-    """The database does not answer, or its schema is not this version's."""
+    """The database does not take or give what it is asked: as a rule it does not answer. What it was to keep is kept
+    elsewhere meanwhile."""
+
+
+class DatabaseRefused(DatabaseUnreachable):
+    """The database answers with an error that is none of its being away: of what was written, or of the schema."""
+
+
+class WrongDatabase(DatabaseUnreachable):
+    """The database answers, and is not one that this process can work with. It is not waited for."""
+
+
+class ForeignSchema(WrongDatabase):
+    """The database's schema is a newer version's that this one's code does not work with, or was changed by hand."""
+
+
+class DatabaseOfAnotherHost(WrongDatabase):
+    """SQLite on a network file system, where another host works on it."""
+
+
+class DatabaseReplaced(WrongDatabase):
+    """The database is gone, or another one stands in its place. A process that ends with it is not started again: it
+    would make an empty one."""
+
+    exit_code = 5
 
 
 class StorageUnavailable(ServiceUnreachable):

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from models_db import pauses
 from models_db.batches import spec_of
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.domain import (
     ENDED_STATES,
     Claim,
@@ -28,7 +28,17 @@ from models_db.domain import (
     Stage,
     format_job_id,
 )
-from models_db.errors import CudaOom, DeviceError, DiskFull, JobError, Retry, StorageError, WorkerLost, job_error
+from models_db.errors import (
+    CudaOom,
+    DeviceError,
+    DiskFull,
+    InternalError,
+    JobError,
+    Retry,
+    StorageError,
+    WorkerLost,
+    job_error,
+)
 from models_db.tables import Attempt, Job, Result, Worker
 from models_db.vram import may_run_in, ran_out, room_of, show_need
 from models_db.window import own_bundle
@@ -162,7 +172,7 @@ def succeed(
     checkpoint_path: str | None,
 ) -> bool:
     """Record a result. True where it counts: no newer attempt was claimed, and the job had not ended, unless it was
-    given up because nothing was heard of this very attempt."""
+    given up because nothing was heard of this very attempt, or its outcome could not be recorded."""
     job = _open_to_success(session, token)
     if job is None:
         return False
@@ -284,6 +294,42 @@ def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: 
     return [job.id for job in lost]
 
 
+def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
+    """Cut what ends later than anything that is given now, since the database's clock was set back: leases whose worker
+    is not there to renew them, and backoffs. How many there were."""
+    heard_of = and_(Worker.heartbeat_at >= db_now(-lease_s), Worker.heartbeat_at <= db_now(SLACK_S))
+    abandoned = and_(
+        Job.state == JobState.RUNNING,
+        Job.lease_expires_at > db_now(lease_s + SLACK_S),
+        # One that lives renews it, and may have been set to longer leases.
+        Job.worker_id.not_in(select(Worker.id).where(heard_of)),
+    )
+    count = _cut(session, abandoned, Job.lease_expires_at, lease_s)
+    waits = and_(Job.state == JobState.QUEUED, Job.not_before > db_now(backoff_s + SLACK_S))
+    # A full disk's attempts double the wait too, without being charged.
+    uncharged = case((Job.error_kind == DiskFull.kind, max_failures), else_=0)
+    for failures, others in session.execute(select(Job.failures, uncharged).where(waits).distinct()).all():
+        longest_s = backoff_after(max(failures, others), backoff_s)
+        alike = and_(waits, Job.failures == failures, uncharged == others)
+        too_long = and_(alike, Job.not_before > db_now(longest_s + SLACK_S))
+        count += _cut(session, too_long, Job.not_before, longest_s)
+    return count
+
+
+def _cut(session: Session, which: ColumnElement[bool], column: Any, to_s: float) -> int:
+    query = select(Job.id).where(which).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
+    ids = session.scalars(query).all()
+    for job_id in ids:
+        session.execute(update(Job).where(Job.id == job_id).values({column: db_now(to_s)}), execution_options=_NO_SYNC)
+    return len(ids)
+
+
+def backoff_after(failures: int, backoff_s: float) -> float:
+    """How long a job waits after so many failures; nothing has it wait for longer."""
+    doublings = min(max(failures - 1, 0), 64)  # a float holds no more than a thousand of them
+    return min(backoff_s * 2.0**doublings, max(backoff_s, _LONGEST_BACKOFF_S))
+
+
 def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Cancel what has not ended. A running job's worker notices that it lost the job and kills the runner."""
     open_ = and_(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES))
@@ -354,7 +400,8 @@ def _locked(session: Session, token: Token, *states: JobState) -> Job | None:
 def _open_to_success(session: Session, token: Token) -> Job | None:
     job = _locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
     given_up = job is not None and job.state == JobState.FAILED
-    return None if job is None or (given_up and job.error_kind != WorkerLost.kind) else job
+    # For want of its outcome: nothing was heard, or what was heard could not be recorded and was set aside.
+    return None if job is None or (given_up and job.error_kind not in (WorkerLost.kind, InternalError.kind)) else job
 
 
 def _end(
@@ -387,8 +434,7 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     if error.retry is Retry.ELSEWHERE:
         _blame_device(session, job, error)
     # Doubling, so that what is broken for a minute does not use up every attempt in that minute.
-    doublings = max(job.failures, len(cut_short)) - 1
-    delay_s = min(backoff_s * 2 ** max(doublings, 0), max(backoff_s, _LONGEST_BACKOFF_S))
+    delay_s = backoff_after(max(job.failures, len(cut_short)), backoff_s)
     # The source cache is one machine's; the storage is everybody's, and any worker may try again once it has room.
     waits_for_room = isinstance(error, DiskFull) and job.stage != Stage.FETCHING
     if waits_for_room:

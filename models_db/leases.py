@@ -1,13 +1,14 @@
-"""Exclusive rights by name, by the database's clock: one worker a GPU, one leading scheduler."""
+"""Exclusive rights by name, by the database's clock: one worker a GPU, one leading scheduler.
+
+A clock that was set back leaves leases that end long after any that is given now: they are cut to the longest.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-from sqlalchemy import CursorResult, delete, or_, update
+from sqlalchemy import delete, or_, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.session import insert_into
 from models_db.tables import Lease
 
@@ -17,15 +18,35 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
     taken = session.execute(
         update(Lease)
         .where(Lease.name == name, or_(Lease.holder == holder, Lease.expires_at < db_now()))
-        .values(holder=holder, expires_at=db_now(ttl_s)),
+        .values(holder=holder, expires_at=db_now(ttl_s))
+        .returning(Lease.name),
         execution_options={"synchronize_session": False},
     )
-    if cast("CursorResult[Any]", taken).rowcount:
+    if taken.first() is not None:
         return True
+    # By what it returns: SQLAlchemy does not know how many rows an INSERT on PostgreSQL made, and says -1.
     added = session.execute(
-        insert_into(session, Lease).values(name=name, holder=holder, expires_at=db_now(ttl_s)).on_conflict_do_nothing()
+        insert_into(session, Lease)
+        .values(name=name, holder=holder, expires_at=db_now(ttl_s))
+        .on_conflict_do_nothing()
+        .returning(Lease.name)
     )
-    return bool(cast("CursorResult[Any]", added).rowcount)
+    return added.first() is not None
+
+
+def cut(session: Session, name: str, ttl_s: float) -> str | None:
+    """Have a lease that ends later than one of ``ttl_s`` taken now end with it; the holder, where there was one.
+
+    A holder that lives renews it, and loses nothing.
+    """
+    holders = session.execute(
+        update(Lease)
+        .where(Lease.name == name, Lease.expires_at > db_now(ttl_s + SLACK_S))
+        .values(expires_at=db_now(ttl_s))
+        .returning(Lease.holder),
+        execution_options={"synchronize_session": False},
+    ).scalars()
+    return next(iter(holders), None)
 
 
 def release(session: Session, name: str, holder: str) -> None:

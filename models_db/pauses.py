@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.session import insert_into
 from models_db.tables import Pause
 
@@ -41,6 +41,18 @@ def noted(session: Session) -> Sequence[Pause]:
 def renew(session: Session, reason: str, for_s: float) -> None:
     """Have a pause that is on record hold for ``for_s`` seconds from now."""
     session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=_NO_SYNC)
+
+
+def mend_times(session: Session, longest_s: float) -> int:
+    """Cut pauses that end later than one of ``longest_s`` begun now: the database's clock was set back. How many."""
+    mended = session.execute(
+        update(Pause)
+        .where(Pause.until > db_now(longest_s + SLACK_S))
+        .values(until=db_now(longest_s))
+        .returning(Pause.reason),
+        execution_options=_NO_SYNC,
+    )
+    return len(mended.all())
 
 
 def lift(session: Session, reason: str) -> None:

@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
+from models_db.schema_state import SchemaState
 from models_db.session import SCHEMA_HEAD, Database
 
 # Any constant will do; it keeps two upgrades of one PostgreSQL database apart.
@@ -17,13 +18,18 @@ _UPGRADE_LOCK = 7_226_284
 def upgrade(database: Database) -> None:
     """Run the migrations that are missing, in one transaction. Safe to run twice, and from two places at once.
 
-    Raises DatabaseUnreachable.
+    Where a newer version's have run there is nothing to do. Raises ForeignSchema where this one's code cannot work with
+    what they left, DatabaseUnreachable.
     """
     if database.file is not None:
         database.file.parent.mkdir(parents=True, exist_ok=True)
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
+        state = SchemaState.read(session.connection())
+        database.require_tolerable(state)
+        if state.is_newer_than(SCHEMA_HEAD):
+            return
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
@@ -38,6 +44,6 @@ def alembic_config() -> Config:
 
 def ensure(database: Database) -> None:
     """Make an embedded database ready: SQLite is brought up to date unasked, PostgreSQL only by its owner."""
-    if database.is_sqlite and database.schema_version() != SCHEMA_HEAD:
+    if database.is_sqlite and database.is_behind():
         upgrade(database)
     database.require_schema()

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from models_db.errors import DatabaseUnreachable, UsageError
+from models_db.database_file import DatabaseFile
+from models_db.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
+from models_db.schema_state import SchemaState, read_version
 
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0004"
-# PostgreSQL's words for a write where none is allowed, as by a demoted primary, and for a schema or a table that is not
-# there, as while a backup is restored.
-_NOT_NOW = {"25006", "3F000", "42P01"}
+SCHEMA_HEAD = "0005"
+# PostgreSQL's words for a write where none is allowed, as by a demoted primary, for rights that were taken away, and
+# for a schema or a table that is not there, as while a backup is restored.
+_NOT_NOW = {"25006", "3F000", "42501", "42P01"}
+# SQLite's word for what it cannot make sense of, in the same class of errors as those of a disk or a lock.
+_SQL_LOGIC_ERROR = 1
 
 
 class Database:
@@ -45,8 +50,12 @@ class Database:
         self.is_sqlite = backend == "sqlite"
         self.place = _shown(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
+        self._file = DatabaseFile(self.file) if self.file is not None else None
+        self._identity: str | None = None
         try:
-            self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed, frozen_s)
+            self._engine = (
+                _sqlite_engine(parsed, self._file) if self.is_sqlite else _postgresql_engine(parsed, frozen_s)
+            )
         except (ArgumentError, ImportError) as error:
             raise UsageError(f"QBATCH_DATABASE_URL wants {parsed.drivername}, which is not installed") from error
         self._reader = self._engine.execution_options(qbatch_read=True)
@@ -67,23 +76,72 @@ class Database:
         with _reachable(self.place), Session(self._reader) as session, session.begin():
             yield session
 
+    def schema(self) -> SchemaState:
+        """Where the database stands. Creates nothing. Raises DatabaseUnreachable."""
+        if self._file is not None:
+            self._file.check()
+            if not self._file.path.exists():
+                return SchemaState(version=None, oldest_code={})
+        with _reachable(self.place), self._reader.connect() as connection:
+            return SchemaState.read(connection)
+
     def schema_version(self) -> str | None:
         """The migration that the database stands at; None for an empty database. Creates nothing."""
-        if self.file is not None and not self.file.exists():
-            return None
-        with _reachable(self.place), self._reader.connect() as connection:
-            if not inspect(connection).has_table("alembic_version"):
-                return None
-            version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-            return version
+        return self.schema().version
+
+    def is_behind(self) -> bool:
+        """Whether migrations of this version are missing. Raises ForeignSchema where a newer version's have run that
+        this one's code cannot work with."""
+        state = self.schema()
+        self.require_tolerable(state)
+        return not state.is_newer_than(SCHEMA_HEAD) and state.version != SCHEMA_HEAD
 
     def require_schema(self) -> None:
-        """Raises DatabaseUnreachable, saying what to run, unless the schema is this version's."""
-        version = self.schema_version()
-        if version != SCHEMA_HEAD:
-            raise DatabaseUnreachable(
-                f"the database {self.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}:"
-                " run `qbatch db upgrade`"
+        """Raises DatabaseUnreachable, saying what to run, unless this version works with the schema: ForeignSchema
+        where it is a newer one's, which is not waited for."""
+        if self.is_behind():
+            raise self._behind(self.schema_version())
+        with self.read() as session:
+            self.require_own(session)
+
+    def require_own(self, session: Session) -> None:
+        """The same within a transaction, at little cost. Raises DatabaseReplaced too, where this is not the database
+        that it was when it was first asked."""
+        connection = session.connection()
+        version = read_version(connection)
+        state = SchemaState.read(connection) if version != SCHEMA_HEAD else None
+        if state is not None and not state.is_newer_than(SCHEMA_HEAD):
+            raise self._behind(version)
+        self._recognise(connection.execute(text("SELECT id FROM identity")).scalar())
+        if state is not None:
+            self.require_tolerable(state)
+
+    @property
+    def identity(self) -> str | None:
+        """What tells this database from another in its place; None until it was asked whether it is our own."""
+        return self._identity
+
+    def _behind(self, version: str | None) -> DatabaseUnreachable:
+        return DatabaseUnreachable(
+            f"the database {self.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}:"
+            " run `qbatch db upgrade`"
+        )
+
+    def require_tolerable(self, state: SchemaState) -> None:
+        """Raises ForeignSchema for a newer version's schema that this one's code does not work with."""
+        if state.is_newer_than(SCHEMA_HEAD) and not state.works_with(SCHEMA_HEAD):
+            raise ForeignSchema(
+                f"the database {self.place} is at schema {state.version}, made by a newer qbatch; this one knows"
+                f" {SCHEMA_HEAD} and cannot work with it: update qbatch here"
+            )
+
+    def _recognise(self, identity: str | None) -> None:
+        if self._identity is None:
+            self._identity = identity
+        elif identity != self._identity:
+            raise DatabaseReplaced(
+                f"the database {self.place} is not the one it was: another one was put in its place; nothing more is"
+                " done on it: start again what is to work on the new one"
             )
 
     def dispose(self) -> None:
@@ -118,13 +176,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sqlite_engine(url: Any) -> Engine:
+def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
     # Arguments beat the URL, and how long to wait for another writer is the URL's to say: ``?timeout=5``.
     waits = {} if "timeout" in url.query else {"timeout": 30.0}
     engine = create_engine(url, json_serializer=_to_json, connect_args=waits | {"check_same_thread": False})
 
+    @event.listens_for(engine, "do_connect")
+    def _before_connect(*_: Any) -> None:
+        if file is not None:
+            file.check()
+
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
+        if file is not None:
+            file.note()
         # The driver must not begin transactions by itself: _on_begin says which kind.
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode=WAL")
@@ -132,6 +197,8 @@ def _sqlite_engine(url: Any) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
+        if file is not None:
+            file.check()
         # A deferred transaction that turns from reading to writing loses updates of other processes.
         reads = connection.get_execution_options().get("qbatch_read", False)
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
@@ -164,12 +231,17 @@ def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
 def _reachable(place: str) -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
-        raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
     except DBAPIError as error:
-        if error.connection_invalidated:
-            raise DatabaseUnreachable(f"the database {place} went away: {_first_line(error)}") from error
-        raise
+        if _is_away(error):
+            raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
+        raise DatabaseRefused(f"the database {place} refuses: {_first_line(error)}") from error
+
+
+def _is_away(error: DBAPIError) -> bool:
+    if isinstance(error.orig, sqlite3.OperationalError) and error.orig.sqlite_errorcode == _SQL_LOGIC_ERROR:
+        # A table that is missing comes back with the backup that is being restored; a column does not.
+        return "no such table" in str(error.orig)
+    return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
 def _first_line(error: DBAPIError) -> str:

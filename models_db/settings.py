@@ -64,7 +64,8 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
         """Raises UsageError, naming the variable, where a value cannot be read."""
-        home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().absolute()
+        # Links followed: the socket, the spool and the database have their names from it, whichever way it was reached.
+        home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().resolve()
         if "?" in str(home):
             raise UsageError("QBATCH_HOME must not hold a '?': in the database's URL it would end the path")
         kinds: dict[str, type[int] | type[float]] = {
@@ -90,6 +91,11 @@ class Settings:
             trust_remote_code=_names(environ.get("QBATCH_TRUST_REMOTE_CODE")),
             **numbers,
         )
+
+    @property
+    def lead_s(self) -> float:
+        """How long a scheduler leads without renewing its lead."""
+        return 3 * self.scan_s
 
     @property
     def is_embedded(self) -> bool:

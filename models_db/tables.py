@@ -128,15 +128,6 @@ class Attempt(Base):
     __table_args__ = (UniqueConstraint("job_id", "attempt"),)
 
 
-class DatabaseId(Base):
-    """What this database is called among others that share a storage: one row, made once."""
-
-    __tablename__ = "database_id"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    value: Mapped[str] = mapped_column(String(32))
-
-
 class Checkpoint(Base):
     """A published directory of shared storage, by its key. ``path`` is relative to the storage."""
 
@@ -246,3 +237,20 @@ class Pause(Base):
     needed_bytes: Mapped[int | None] = mapped_column(BigInteger)
     since: Mapped[datetime] = mapped_column(default=db_now())
     until: Mapped[datetime]
+
+
+class SchemaVersion(Base):
+    """A migration that has run, and the oldest schema whose code works with what it left. Written by the migrations."""
+
+    __tablename__ = "schema_versions"
+
+    version: Mapped[str] = mapped_column(String(32), primary_key=True)
+    oldest_code: Mapped[str] = mapped_column(String(32))
+
+
+class Identity(Base):
+    """One row: what tells this database from another one in its place. Written by the migration that made it."""
+
+    __tablename__ = "identity"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)

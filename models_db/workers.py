@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
+from models_db.clock import SLACK_S, db_now
 from models_db.domain import DeviceKind
 from models_db.tables import Worker
 
@@ -55,10 +55,20 @@ def beat(session: Session, worker_id: int) -> str:
     return state
 
 
-def leave(session: Session, worker_id: int, state: str) -> None:
-    """Mark a worker ``draining`` or ``stopped``; a quarantine stays on record."""
+def mend_times(session: Session) -> int:
+    """Date heartbeats that lie ahead of the database's clock now: it was set back, and who died before that would live
+    for as long. How many there were."""
+    ahead = Worker.heartbeat_at > db_now(SLACK_S)
+    mended = session.execute(
+        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=_NO_SYNC
+    )
+    return len(mended.all())
+
+
+def leave(session: Session, worker_id: int, state: str, note: str | None = None) -> None:
+    """Mark a worker ``draining`` or ``stopped``, and why; a quarantine stays on record."""
     session.execute(
-        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state),
+        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state, note=note),
         execution_options=_NO_SYNC,
     )
 

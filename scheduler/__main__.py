@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 
-from models_db.errors import DatabaseUnreachable, QbatchError
+from models_db.errors import DatabaseUnreachable, QbatchError, WrongDatabase
+from models_db.network_share import share_of
 from models_db.schema import ensure
 from models_db.session import Database
 from models_db.settings import Settings
@@ -25,6 +26,7 @@ def main() -> int:
         settings = Settings.from_env(os.environ)
         # Frozen, or with its host gone, it must not keep the lead locked.
         database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
+        hold_share(database, settings)
         wait_for_schema(database, stop)
         Scheduler(database, Broker(settings), settings).run(stop)
     except QbatchError as error:
@@ -33,12 +35,23 @@ def main() -> int:
     return 0
 
 
+def hold_share(database: Database, settings: Settings) -> None:
+    """Warn of SQLite on a network file system. Raises DatabaseOfAnotherHost while another host works there."""
+    share = share_of(database.file)
+    if share is not None:
+        log.warning("%s", share.warning)
+        share.hold(settings.lease_s)
+
+
 def wait_for_schema(database: Database, stop: Stop) -> None:
-    """Until the database answers with this version's schema, or ``stop`` is set."""
+    """Until the database answers with this version's schema, or ``stop`` is set. Raises WrongDatabase for one that need
+    not be waited for."""
     while not stop.is_set():
         try:
             ensure(database)
             return
+        except WrongDatabase:
+            raise
         except DatabaseUnreachable as error:
             log.warning("%s; waiting for it", error)
             stop.wait(5.0)

@@ -12,13 +12,15 @@ from datetime import datetime
 from sqlalchemy import select
 
 from models_db import leases
-from models_db.clock import db_now
-from models_db.errors import BrokerUnreachable, DatabaseUnreachable
+from models_db.clock import SLACK_S, db_now
+from models_db.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
+from models_db.fit import explain
+from models_db.network_share import share_of
 from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
-from scheduler.reconcile import expire_leases, give_up_too_large, resend_vanished, watch_room
+from scheduler.reconcile import expire_leases, give_up_too_large, mend_times, resend_vanished, watch_room
 from scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
@@ -37,21 +39,38 @@ class Scheduler:
         # Containers that share the host's network have its name, and all of them are process 1.
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._tick_s = min(_TICK_S, settings.scan_s)
+        self._share = share_of(database.file)
         self._leads = False
+        self._cut_from: str | None = None
         self._last_scan: float | None = None
+        self._mended_at: float | None = None
         self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
     def run(self, stop: Stop) -> None:
-        """Until ``stop`` is set. A service that does not answer is waited for."""
-        while not stop.is_set():
-            try:
-                self.tick()
-            except (BrokerUnreachable, DatabaseUnreachable) as error:
-                log.warning("%s; trying again", error)
-            stop.wait(self._tick_s)
-        if self._leads:
-            self._give_up_the_lead()
+        """Until ``stop`` is set. A service that does not answer is waited for. Raises WrongDatabase."""
+        try:
+            while not stop.is_set():
+                try:
+                    self.tick()
+                except WrongDatabase:
+                    raise
+                except DatabaseRefused as error:
+                    self._see_into(error)
+                except (BrokerUnreachable, DatabaseUnreachable) as error:
+                    log.warning("%s; trying again", error)
+                stop.wait(self._tick_s)
+        finally:
+            if self._leads:
+                self._give_up_the_lead()
+
+    def _see_into(self, refusal: DatabaseRefused) -> None:
+        """Raises WrongDatabase where the schema is at fault. A defect of ours may concern one job, and is no reason to
+        leave all others."""
+        found = explain(self._database, refusal)
+        if isinstance(found, WrongDatabase):
+            raise found from refusal
+        log.error("%s; trying again", found, exc_info=refusal)
 
     def _give_up_the_lead(self) -> None:
         try:
@@ -62,9 +81,16 @@ class Scheduler:
 
     def tick(self) -> None:
         """One round. Raises BrokerUnreachable or DatabaseUnreachable."""
-        if not self._lead():
-            return
+        leads = self._lead()
         now = time.monotonic()
+        # Also while another's lead has to run out: what it would wait for runs out meanwhile.
+        if self._mended_at is None or now - self._mended_at >= self._settings.scan_s:
+            self._mended_at = now
+            if self._share is not None:
+                self._share.hold(self._settings.lease_s)
+            mend_times(self._database, self._settings)
+        if not leads:
+            return
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
             self._last_scan = now
             self._scan(now)
@@ -73,8 +99,18 @@ class Scheduler:
 
     def _lead(self) -> bool:
         with self._database.write() as session:
-            leads = leases.acquire(session, _LEASE, self._holder, 3 * self._settings.scan_s)
+            self._database.require_own(session)
+            cut_from = leases.cut(session, _LEASE, self._settings.lead_s)
+            leads = leases.acquire(session, _LEASE, self._holder, self._settings.lead_s)
             now = session.execute(select(db_now())).scalar_one()
+        if cut_from is not None and cut_from != self._cut_from:
+            log.warning(
+                "the lead of %s was to end later than any that is given: the database's clock was set back, or its"
+                " QBATCH_SCAN_S is larger; it ends within %g s unless it is renewed",
+                cut_from,
+                self._settings.lead_s,
+            )
+            self._cut_from = cut_from
         if leads and not self._leads:
             log.info("leading")
             self._last_contact = None
@@ -89,7 +125,11 @@ class Scheduler:
 
         By the database's clock, which also shows that this machine slept, or that the clock was set.
         """
-        if self._last_contact is None or (now - self._last_contact).total_seconds() > self._longest_gap_s():
+        gap_s = (now - self._last_contact).total_seconds() if self._last_contact is not None else None
+        if gap_s is not None and gap_s < -SLACK_S:
+            log.warning("the database's clock was set back by %g s; leases are ended again after one of them", -gap_s)
+            self._mended_at = None
+        if gap_s is None or not -SLACK_S <= gap_s <= self._longest_gap_s():
             self._quiet_until = time.monotonic() + self._settings.lease_s
         self._last_contact = now
 

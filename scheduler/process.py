@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from models_db.errors import DatabaseReplaced
+
 log = logging.getLogger("qbatch.process")
 
 _PR_SET_PDEATHSIG = 1
@@ -21,6 +23,9 @@ _HEALTHY_AFTER_S = 60.0
 
 REFUSALS = (2, 3)
 """Exit codes with which a process says that it cannot work as it was asked to: started again, it would say the same."""
+
+FINAL = DatabaseReplaced.exit_code
+"""With this one it is not started again even if it did work: it would make an empty database and work on that."""
 
 
 def dies_with_parent() -> Callable[[], None] | None:
@@ -53,7 +58,7 @@ class Child:
 
     @property
     def has_refused(self) -> bool:
-        """Whether it ended with one of REFUSALS, and is not started again."""
+        """Whether it ended with one of REFUSALS or FINAL, and is not started again."""
         return self._start_after == math.inf
 
     @property
@@ -77,7 +82,7 @@ class Child:
     def tend(self) -> int | None:
         """Start it again if it has ended, unless it refused; the exit code with which it ended, once.
 
-        One that did work before does not refuse: what it meets then is a fault that may pass.
+        One that did work before does not refuse, but for FINAL: what it meets then is a fault that may pass.
         """
         if self._process is None:
             if time.monotonic() >= self._start_after:
@@ -89,7 +94,7 @@ class Child:
         self._process = None
         lived_s = time.monotonic() - self._started_at
         self._was_healthy = self._was_healthy or lived_s > _HEALTHY_AFTER_S
-        if code in REFUSALS and not self._was_healthy:
+        if code == FINAL or (code in REFUSALS and not self._was_healthy):
             self._start_after = math.inf
             return code
         self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)

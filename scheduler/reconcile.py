@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from models_db import jobs, pauses, window
-from models_db.database_id import known_id
+from models_db import jobs, pauses, window, workers
+from models_db.database_id import database_id
 from models_db.domain import format_job_id
 from models_db.filesystem import room_of
 from models_db.session import Database
@@ -22,6 +22,23 @@ def expire_leases(database: Database, settings: Settings) -> None:
         lost = jobs.expire(session, backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     for job_id in lost:
         log.warning("%s: its worker was silent for longer than a lease; taken back", format_job_id(job_id))
+
+
+def mend_times(database: Database, settings: Settings) -> None:
+    """Cut short what the database's clock, before it was set back, dated far ahead: within a lease all is as usual."""
+    longest_pause_s = jobs.backoff_after(settings.max_failures, settings.backoff_s)
+    with database.write() as session:
+        # Leases first: by their heartbeats it is told whose they are.
+        count = jobs.mend_times(
+            session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
+        )
+        count += workers.mend_times(session) + pauses.mend_times(session, longest_pause_s)
+    if count:
+        log.warning(
+            "%s leases, backoffs, pauses or heartbeats lay further ahead than any that are given: the database's clock"
+            " was set back, or is set otherwise; they end in time",
+            count,
+        )
 
 
 def give_up_too_large(database: Database, settings: Settings) -> None:
@@ -41,7 +58,7 @@ def watch_room(database: Database, settings: Settings) -> None:
         needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
         is_awaited = bool(needed) and jobs.any_waits_for_room(session)
         # Where workers make checkpoints. A machine with another file system in the storage's place does not have it.
-        staging = settings.staging_of(known_id(session) or "")
+        staging = settings.staging_of(database_id(session))
     for reason, needed_bytes in needed.items():
         missing = _missing_bytes(staging, needed_bytes)
         if not is_awaited or (missing is not None and missing <= 0):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from models_db.domain import ENDED_STATES, JobState
-from models_db.errors import DatabaseUnreachable, WaitTimeout
+from models_db.errors import DatabaseRefused, DatabaseUnreachable, WaitTimeout, WrongDatabase
 from models_db.listing import count_states, list_jobs, live_workers
 from models_db.session import Database
 
@@ -26,7 +26,7 @@ def wait(
     """Until every job of the batches has ended; True if all succeeded.
 
     ``on_update`` gets the jobs and the number of live workers about twice a second; ``on_poll`` is called between.
-    Raises WaitTimeout. A database that stops answering is waited for.
+    Raises WaitTimeout, and DatabaseRefused or WrongDatabase. A database that stops answering is waited for.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     show_at = 0.0
@@ -47,7 +47,10 @@ def _states(database: Database, batch_ids: Sequence[int]) -> set[JobState] | Non
     """The states that these batches' jobs are in; None while the database does not answer."""
     try:
         with database.read() as session:
+            database.require_own(session)
             return {JobState(state) for state in count_states(session, batch_ids)}
+    except (DatabaseRefused, WrongDatabase):
+        raise
     except DatabaseUnreachable:
         return None
 

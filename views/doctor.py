@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from models_db.doctor import Health, PauseNote, health
 from models_db.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from models_db.filesystem import Refusal, probe, require_locks, room_of
+from models_db.network_share import share_of
 from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from views.checks import Check, State, check
@@ -36,8 +37,9 @@ def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Ite
     yield _file_system(settings.storage)
     yield from _locks(settings)
     yield _broker(settings, stack_runs)
-    database_check, found = _database(settings)
-    yield database_check
+    database_checks, found = _database(settings)
+    yield from database_checks
+    yield from _spool(settings)
     if found is not None:
         yield from _service(found, waits=not settings.is_embedded or stack_runs)
 
@@ -118,26 +120,37 @@ def broker_place(settings: Settings) -> str:
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + parts.path
 
 
-def _database(settings: Settings) -> tuple[Check, Health | None]:
-    """Its check, and what it knows where it can be asked."""
+def _database(settings: Settings) -> tuple[list[Check], Health | None]:
+    """Its checks, and what it knows where it can be asked."""
     try:
         database = Database(settings.sqlalchemy_url)
     except UsageError as error:
-        return check("database", State.WRONG, str(error)), None
+        return [check("database", State.WRONG, str(error))], None
+    share = share_of(database.file)
+    warned = [check("database's disk", State.NOTE, share.warning)] if share is not None else []
     try:
-        version = database.schema_version()
-        if version != SCHEMA_HEAD:
-            return _schema(database, version), None
-        with database.read() as session:
-            found = health(session, settings.lease_s)
+        if share is not None:
+            share.check(settings.lease_s)
+        found_check, found = _ask(database, settings)
     except DatabaseUnreachable as error:
-        return check("database", State.WRONG, str(error)), None
+        return [*warned, check("database", State.WRONG, str(error))], None
     finally:
         database.dispose()
-    return check("database", State.OK, f"{database.place}, schema {version}"), found
+    return [*warned, found_check], found
 
 
-def _schema(database: Database, version: str | None) -> Check:
+def _ask(database: Database, settings: Settings) -> tuple[Check, Health | None]:
+    """Raises DatabaseUnreachable."""
+    if database.is_behind():
+        return _behind(database, database.schema_version()), None
+    version = database.schema_version()
+    with database.read() as session:
+        found = health(session, settings.lease_s, lead_s=settings.lead_s)
+    newer = f", newer than this qbatch's {SCHEMA_HEAD}, which works with it" if version != SCHEMA_HEAD else ""
+    return check("database", State.OK, f"{database.place}, schema {version}{newer}"), found
+
+
+def _behind(database: Database, version: str | None) -> Check:
     if database.is_sqlite and version is None:
         return check("database", State.NOTE, f"{database.place}: none yet; made when it is first needed")
     stands = f"{database.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}"
@@ -146,11 +159,24 @@ def _schema(database: Database, version: str | None) -> Check:
     return check("database", State.WRONG, f"{stands}: run `qbatch db upgrade`")
 
 
+def _spool(settings: Settings) -> Iterable[Check]:
+    """Outcomes that this machine's workers hold for the database; a line only where there are any."""
+    waiting = sorted(settings.spool.glob("*.json"))
+    if waiting:
+        said = f"{len(waiting)} waiting in {settings.spool} for a worker of this home to record them"
+        yield check("spool", State.NOTE, said)
+    for aside in sorted(settings.spool.glob("*.rejected")):
+        said = f"{aside} could not be recorded and was set aside: rename it to .json to try it again, or delete it"
+        yield check("spool", State.WRONG, said)
+
+
 # What works
 
 
 def _service(found: Health, *, waits: bool) -> Iterable[Check]:
     """``waits``: services are meant to run, also while there is nothing to do."""
+    if found.ahead_s is not None:
+        yield check("clock", State.WRONG, _clock(found.ahead_s))
     has_work = bool(found.open_jobs)
     yield _scheduler(found, waits or has_work)
     yield from _workers(found, has_work)
@@ -182,6 +208,13 @@ def _workers(found: Health, has_work: bool) -> Iterable[Check]:
             held = f", holding {', '.join(worker['jobs'])}" if worker["jobs"] else ""
             said = f"; {worker['note']}" if worker["note"] else ""
             yield check(worker["worker"], State.NOTE, f"silent since {show_time(worker['heartbeat_at'])}{held}{said}")
+
+
+def _clock(ahead_s: float) -> str:
+    return (
+        f"leases or heartbeats lie {ahead_s:.0f} s further ahead than any given now: the database's clock was set back,"
+        " which a running scheduler puts right within a lease; or QBATCH_LEASE_S or QBATCH_SCAN_S is smaller here"
+    )
 
 
 def _is_of_today(iso: str) -> bool:

@@ -1,27 +1,42 @@
-"""Outcomes go to the database; while it does not answer they are spooled to disk, and recorded later.
+"""Outcomes go to the database; what it does not take is spooled to disk, and recorded later.
 
 An embedded database shares its disk with the spool: while that is full, outcomes stay in memory.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from models_db import checkpoints, jobs
-from models_db.domain import Measurement, Protocol
-from models_db.errors import DatabaseUnreachable, DiskFull, JobError, job_error
+from models_db.domain import Measurement, Protocol, format_job_id
+from models_db.errors import (
+    DatabaseRefused,
+    DatabaseUnreachable,
+    DiskFull,
+    ForeignSchema,
+    InternalError,
+    JobError,
+    job_error,
+    one_line,
+)
+from models_db.fit import explain
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
 from worker.checkpoint import Published
+from worker.spool import Spool, Spooled
 
 log = logging.getLogger("qbatch.worker")
+
+
+class _OfAnotherDatabase(Exception):
+    """The outcome of a job of a database that stood in this one's place."""
 
 
 class Recorder:
@@ -30,7 +45,8 @@ class Recorder:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
-        self._in_memory: dict[Token, dict[str, Any]] = {}
+        self._spool = Spool(settings.spool)
+        self._in_memory: dict[Token, Spooled] = {}
 
     def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
         self._record(
@@ -47,6 +63,7 @@ class Recorder:
         """Remember a checkpoint before its result is there: where the benchmark fails, ``verify`` must find it too."""
         try:
             with self._database.write() as session:
+                self._database.require_own(session)
                 checkpoints.record(session, job_id=job_id, **_as_json(published))
         except DatabaseUnreachable as error:
             log.warning("%s; the checkpoint of j%s is recorded with its result", error, job_id)
@@ -59,78 +76,150 @@ class Recorder:
     def hand_back(self, tokens: Sequence[Token], *, alone: bool) -> None:
         try:
             with self._database.write() as session:
+                # A newer schema may take it all the same; another database must not.
+                with suppress(ForeignSchema):
+                    self._database.require_own(session)
                 jobs.hand_back(session, tokens, alone=alone)
         except DatabaseUnreachable as error:
             for token in tokens:
-                self._keep(token, {"outcome": "handed_back", "alone": alone}, error)
+                self._keep(self._spooled(token, {"outcome": "handed_back", "alone": alone}), error)
+
+    @property
+    def has_in_memory(self) -> bool:
+        """Whether there are outcomes that neither the database nor the disk took yet."""
+        return bool(self._in_memory)
+
+    def lost(self) -> list[int]:
+        """The jobs whose outcomes are nowhere but in memory."""
+        return sorted(job_id for job_id, _ in self._in_memory)
 
     def replay(self) -> None:
         """Record what was spooled or kept in memory. Raises DatabaseUnreachable, with the rest still there.
 
-        The workers of one machine share the spool: of several that replay at once each outcome counts once. What no
-        worker of this version can record is set aside, or it would stop every worker of the machine for ever.
+        The workers of one machine share the spool: of several that replay at once each outcome counts once. What the
+        database, being the right one, refuses for what it is, is set aside, or it would stop every worker of the
+        machine for ever.
         """
-        for token, outcome in list(self._in_memory.items()):
-            self._replay_from_memory(token, outcome)
-        for path in sorted(self._settings.spool.glob("*.json")):
+        for kept in list(self._in_memory.values()):
+            self._replay_from_memory(kept)
+        for path in self._spool.waiting():
             try:
-                token, outcome = _read(path)
-                self._write(token, outcome)
+                spooled = self._spool.read(path)
             except FileNotFoundError:  # another worker was first
                 continue
-            except DatabaseUnreachable:
-                raise
-            except Exception:
-                log.exception("%s cannot be recorded; set aside", path)
-                path.replace(path.with_suffix(".rejected"))
+            except OSError as error:
+                log.warning("%s; it is read again later", error)
                 continue
+            except ValueError as error:
+                self._set_aside(path, None, error)
+                continue
+            if spooled is not None:
+                self._replay(path, spooled)
+
+    def _replay(self, path: Path, spooled: Spooled) -> None:
+        try:
+            self._write(spooled)
+        except DatabaseRefused as error:
+            found = explain(self._database, error)
+            if found is not error:
+                raise found from error
+            self._set_aside(path, spooled, error)
+        except DatabaseUnreachable:
+            raise
+        except Exception as error:
+            self._set_aside(path, spooled, error)
+        else:
             path.unlink(missing_ok=True)
-            log.info("j%s: the spooled outcome of attempt %s is recorded", *token)
+            log.info("j%s: the spooled outcome of attempt %s is recorded", *spooled.token)
 
     def _record(self, token: Token, outcome: dict[str, Any]) -> None:
+        spooled = self._spooled(token, outcome)
         try:
-            self._write(token, outcome)
+            self._write(spooled)
         except DatabaseUnreachable as error:
-            self._keep(token, outcome, error)
+            self._keep(spooled, error)
+        except Exception as error:
+            # Whatever it is: what was measured is worth more than the reason. ``replay`` decides.
+            log.exception("recording the outcome of j%s", token[0])
+            self._keep(spooled, error)
 
-    def _keep(self, token: Token, outcome: dict[str, Any], error: DatabaseUnreachable) -> None:
+    def _spooled(self, token: Token, outcome: dict[str, Any]) -> Spooled:
+        return Spooled(token=token, database=self._database.identity, outcome=outcome)
+
+    def _keep(self, spooled: Spooled, error: Exception) -> None:
+        job = format_job_id(spooled.token[0])
         try:
-            _spool(self._spooled(token), outcome)
-            log.warning("j%s: %s; its outcome is spooled", token[0], error)
+            path = self._spool.put(spooled)
+            log.warning("%s: %s; its outcome is spooled in %s", job, error, path)
         except OSError as full:
-            log.warning("j%s: %s, and %s; its outcome is kept in memory", token[0], error, full)
-            self._in_memory[token] = outcome
+            log.warning("%s: %s, and %s; its outcome is kept in memory", job, error, full)
+            self._in_memory[spooled.token] = spooled
 
-    def _replay_from_memory(self, token: Token, outcome: dict[str, Any]) -> None:
+    def _replay_from_memory(self, spooled: Spooled) -> None:
         try:
-            self._write(token, outcome)
-        except DatabaseUnreachable:
+            self._write(spooled)
+        except DatabaseUnreachable as error:
             with suppress(OSError):
-                _spool(self._spooled(token), outcome)
-                self._in_memory.pop(token, None)
+                self._spool.put(spooled)
+                self._in_memory.pop(spooled.token, None)
+            if isinstance(error, DatabaseRefused):
+                return
             raise
         except Exception:
-            log.exception("the outcome of j%s cannot be recorded", token[0])
+            log.exception("recording the outcome of j%s", spooled.token[0])
+            with suppress(OSError):
+                self._spool.put(spooled)
+                self._in_memory.pop(spooled.token, None)
+            return
         # Two threads of a worker may be at it at once.
-        self._in_memory.pop(token, None)
+        self._in_memory.pop(spooled.token, None)
 
-    def _spooled(self, token: Token) -> Path:
-        return self._settings.spool / f"{token[0]}-{token[1]}.json"
+    def _set_aside(self, path: Path, spooled: Spooled | None, error: Exception) -> None:
+        """Put what cannot be recorded where people find it, and say so in the job's row."""
+        handed_back = spooled is not None and spooled.outcome["outcome"] == "handed_back"
+        if handed_back and isinstance(error, _OfAnotherDatabase):
+            path.unlink(missing_ok=True)  # nobody's job, and nothing measured
+            return
+        why = str(error) if isinstance(error, DatabaseRefused | _OfAnotherDatabase) else one_line(error)
+        try:
+            aside = self._spool.set_aside(path)
+        except FileNotFoundError:  # another worker was first
+            return
+        log.error("%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside)
+        if spooled is None or handed_back or isinstance(error, _OfAnotherDatabase):
+            return
+        said = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
+        try:
+            with self._database.write() as session:
+                self._database.require_own(session)
+                self._fail(session, spooled.token, said)
+        except DatabaseUnreachable as unreachable:
+            log.warning("%s; j%s is given up once its lease runs out", unreachable, spooled.token[0])
 
-    def _write(self, token: Token, outcome: dict[str, Any]) -> None:
+    def _fail(self, session: Session, token: Token, error: JobError) -> None:
+        settings = self._settings
+        jobs.fail(
+            session,
+            token,
+            error,
+            backoff_s=settings.backoff_s,
+            max_failures=settings.max_failures,
+            lease_s=settings.lease_s,
+        )
+
+    def _write(self, spooled: Spooled) -> None:
+        """Raises DatabaseUnreachable; and whatever a spooled outcome that is none leads to."""
+        token, outcome = spooled.token, spooled.outcome
         with self._database.write() as session:
+            self._database.require_own(session)
+            if spooled.database not in (None, self._database.identity):
+                raise _OfAnotherDatabase("it belongs to another database, which stood in this one's place")
             if outcome["outcome"] == "handed_back":
                 jobs.hand_back(session, [token], alone=outcome["alone"])
                 return
             if outcome["outcome"] == "failed":
-                jobs.fail(
-                    session,
-                    token,
-                    job_error(outcome["kind"], outcome["message"], outcome.get("needed_bytes")),
-                    backoff_s=self._settings.backoff_s,
-                    max_failures=self._settings.max_failures,
-                    lease_s=self._settings.lease_s,
-                )
+                error = job_error(outcome["kind"], outcome["message"], outcome.get("needed_bytes"))
+                self._fail(session, token, error)
                 return
             checkpoint = outcome["checkpoint"]
             if checkpoint is not None:
@@ -152,22 +241,3 @@ def _as_json(published: Published) -> dict[str, Any]:
         "disk_bytes": published.disk_bytes,
         "versions": dict(published.versions),
     }
-
-
-def _read(path: Path) -> tuple[Token, dict[str, Any]]:
-    job_id, _, attempt = path.stem.partition("-")
-    return (int(job_id), int(attempt)), json.loads(path.read_text())
-
-
-def _spool(path: Path, outcome: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w") as file:
-            json.dump(outcome, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -26,24 +26,30 @@ from models_db import jobs, leases, workers
 from models_db.database_id import database_id
 from models_db.domain import DeviceKind
 from models_db.errors import (
+    DatabaseRefused,
+    DatabaseReplaced,
     DatabaseUnreachable,
     NoSuchDevice,
     QbatchError,
     StorageError,
     StorageUnavailable,
     UsageError,
+    WrongDatabase,
 )
 from models_db.filesystem import probe, require_locks
+from models_db.fit import explain
+from models_db.network_share import share_of
 from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Worker as WorkerRow
 from models_db.workers import WorkerInfo
-from scheduler.__main__ import wait_for_schema
+from scheduler.__main__ import hold_share, wait_for_schema
 from scheduler.celery_app import make_app
 from scheduler.queues import queues_of
 from scheduler.stop import Stop
 from worker import tasks
 from worker.gpu import installed_gpus
+from worker.leaving import Leaving
 from worker.logs import log_to_stderr
 from worker.own_staging import OwnStaging
 from worker.recorder import Recorder
@@ -169,15 +175,18 @@ class Worker:
         self._drain = drain
         # Frozen, or with its host gone, it must not keep locked what others are to take up.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
+        self._share = share_of(self._database.file)
         self._recorder = Recorder(self._database, settings)
         self._staging: OwnStaging | None = None
         # Workers of this machine whose processes are no more.
         self._gone: set[str] = set()
         self._stopping = Stop()
+        self._leaving = Leaving()
         self._ended = threading.Event()
 
     def run(self) -> int:
-        """Until told to stop; the exit code."""
+        """Until told to stop; the exit code. Raises WrongDatabase once it has left a database that is not its own."""
+        self._refuse_early()
         context = self._preload()
         # Celery handles signals once it runs; until then a stop must end the waiting.
         self._stopping.heed_signals()
@@ -201,6 +210,7 @@ class Worker:
             staging=self._own_staging().folder,
             forkserver=context,
             stopping=self._stopping,
+            leaving=self._leaving,
         )
         tasks.register(app, station)
         queues = queues_of(self._info.device_kind, self._info.memory_bytes)
@@ -227,8 +237,32 @@ class Worker:
         finally:
             self._ended.set()
             beats.join()
+            self._keep_what_is_in_memory()
             self._leave(worker_id)
+        if self._leaving.why is not None:
+            raise self._leaving.why
         return int(celery_worker.exitcode or 0)
+
+    def _refuse_early(self) -> None:
+        """Raises WrongDatabase before the imports, which take long enough to be spared for a refusal."""
+        try:
+            hold_share(self._database, self._settings)
+            self._database.is_behind()
+        except WrongDatabase:
+            raise
+        except DatabaseUnreachable as error:
+            log.warning("%s; it is waited for", error)
+
+    def _keep_what_is_in_memory(self) -> None:
+        """Nobody asked us to leave at once: stay until the disk or the database takes what only we know."""
+        while self._recorder.has_in_memory and self._leaving.why is not None and not self._stopping.is_set():
+            try:
+                self._recorder.replay()
+            except DatabaseUnreachable as error:
+                log.warning("%s; waiting for it, or for room on the disk", error)
+            self._stopping.wait(2.0)
+        for job_id in self._recorder.lost():
+            log.error("the outcome of j%s goes with this worker: neither the database nor the disk took it", job_id)
 
     def _preload(self) -> multiprocessing.context.ForkServerContext:
         context = multiprocessing.get_context("forkserver")
@@ -256,6 +290,8 @@ class Worker:
                 if not said:
                     log.warning("GPU %s belongs to another worker; waiting for its lease", self._info.device_uuid)
                     said = True
+            except WrongDatabase:
+                raise
             except DatabaseUnreachable as error:
                 log.warning("%s; waiting for it", error)
             self._stopping.wait(2.0)
@@ -301,7 +337,11 @@ class Worker:
     def _holds_device(self, session: Session) -> bool:
         if self._info.device_uuid is None:
             return True
-        return leases.acquire(session, f"gpu:{self._info.device_uuid}", self._info.name, self._settings.lease_s)
+        lease, ttl_s = f"gpu:{self._info.device_uuid}", self._settings.lease_s
+        holder = leases.cut(session, lease, ttl_s)
+        if holder not in (None, self._info.name):
+            log.warning("%s holds %s from before the database's clock was set back; for %g s", holder, lease, ttl_s)
+        return leases.acquire(session, lease, self._info.name, ttl_s)
 
     def _on_ready(self, **_: object) -> None:
         # In place of Celery's handlers, which would tell us under a lock: there a second signal waited for it for ever.
@@ -318,7 +358,7 @@ class Worker:
         celery_state.should_stop = EX_OK
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
-        is_quarantined = False
+        is_quarantined = said_good_bye = False
         sweep_at = time.monotonic() + self._settings.lease_s
         while not self._ended.wait(self._settings.heartbeat_s / 3):
             try:
@@ -333,30 +373,60 @@ class Worker:
                         log.error("this worker is quarantined: its device failed twice in a row")
                     is_quarantined = True
                     stop_consuming()
+            except WrongDatabase as error:
+                self._leaving.because(error)
             except DatabaseUnreachable as error:
                 log.warning("%s; the worker goes on", error)
             except Exception:
                 # A thread that died here would let a healthy worker be taken for lost.
                 log.exception("renewing this worker's heartbeat")
+            if self._leaving.why is not None and not said_good_bye:
+                self._say_good_bye(worker_id, self._leaving.why)
+                said_good_bye = True
 
     def _renew(self, worker_id: int) -> str:
-        with self._database.write() as session:
-            state = workers.beat(session, worker_id)
-            holds = self._holds_device(session)
+        """Renew what is ours, also where the schema is no longer: what runs may need hours yet. Raises WrongDatabase
+        then, the heartbeat being renewed where the schema takes it."""
+        try:
+            with self._database.write() as session:
+                state = workers.beat(session, worker_id)
+                holds = self._holds_device(session)
+        except DatabaseRefused as error:
+            raise explain(self._database, error) from error
         if not holds:
             log.error("another worker took over GPU %s while this one was silent; leaving", self._info.device_uuid)
             self._stopping.set()
             os.kill(os.getpid(), signal.SIGTERM)
+        with self._database.read() as session:
+            self._database.require_own(session)
+        if self._share is not None:
+            self._share.hold(self._settings.lease_s)
         return state
+
+    def _say_good_bye(self, worker_id: int, why: WrongDatabase) -> None:
+        """Take no more jobs, finish what runs and leave. What runs on a database that is gone is for nobody."""
+        log.error("%s; this worker takes no more jobs and leaves", why)
+        try:
+            with self._database.write() as session:
+                workers.leave(session, worker_id, "draining", f"takes no more jobs: {why}")
+        except DatabaseUnreachable as error:
+            log.warning("%s; the list of workers does not say so", error)
+        if isinstance(why, DatabaseReplaced):
+            self._stopping.set()
+        # Celery's warm shutdown, as a signal would begin it.
+        celery_state.should_stop = EX_OK
 
     def _leave(self, worker_id: int | None) -> None:
         if self._staging is not None:
             self._staging.close()
         if worker_id is None:
             return
+        # One that left by itself stays in the list, with its reason, until the next one on this machine starts.
+        why = self._leaving.why
+        state, note = ("stopped", None) if why is None else ("draining", f"left: {why}")
         try:
             with self._database.write() as session:
-                workers.leave(session, worker_id, "stopped")
+                workers.leave(session, worker_id, state, note)
                 if self._info.device_uuid is not None:
                     leases.release(session, f"gpu:{self._info.device_uuid}", self._info.name)
         except DatabaseUnreachable as error:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from models_db import file_digests, jobs
 from models_db.batches import text_content
-from models_db.domain import Claim, DeviceKind
+from models_db.domain import Claim, DeviceKind, Stage
 from models_db.errors import (
     DatabaseUnreachable,
     HostOom,
@@ -36,6 +36,7 @@ from worker import runner
 from worker.answers import Answers
 from worker.checkpoint import Published
 from worker.fetch import Doors
+from worker.leaving import Leaving
 from worker.messages import (
     Answered,
     CheckpointReady,
@@ -80,6 +81,7 @@ class Station:
     staging: Path
     forkserver: ForkServerContext
     stopping: Stop
+    leaving: Leaving = field(default_factory=Leaving)
 
 
 class _Pulsing:
@@ -127,6 +129,7 @@ class Supervisor:
         self._published: dict[int, Published] = {}
         self._answers = Answers(station.database, station.settings.storage, station.device_name, self._claims)
         self._active: tuple[int, ...] = ()
+        self._has_begun = False
         self._active_s = dict.fromkeys(self._claims, 0.0)
         self.failed: list[int] = []
 
@@ -228,6 +231,9 @@ class Supervisor:
             if self._station.stopping.is_set():
                 log.info("stopping: %s go back to the queue", _names(self._open))
                 return
+            if self._station.leaving.why is not None and not self._has_begun:
+                log.info("leaving: %s have not begun, and go back to the queue", _names(self._open))
+                return
             if self._over_time():
                 return
             if now >= look_at:
@@ -293,6 +299,8 @@ class Supervisor:
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)
+        # What was fetched stays in the machine's cache.
+        self._has_begun = self._has_begun or message.stage is not Stage.FETCHING
         self._write_notes(
             [(job_id, {"stage": message.stage, "work_started": True}) for job_id in self._active]
             + [(job_id, {"work_started": False}) for job_id in self._open.difference(self._active)]

@@ -12,7 +12,8 @@ from celery.worker import control
 from models_db import jobs, window
 from models_db.batches import are_of_one_model
 from models_db.domain import Claim, format_job_id
-from models_db.errors import DatabaseUnreachable
+from models_db.errors import DatabaseRefused, DatabaseUnreachable, WrongDatabase
+from models_db.fit import explain
 from scheduler.queues import RUN_BUNDLE
 from worker.message_vet import Commands
 from worker.supervise import Station, Supervisor
@@ -55,19 +56,45 @@ def _run_bundle(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> s
 
 def _claim(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
     """Claim what the message names, waiting for a database that does not answer."""
-    while not station.stopping.is_set():
+    while not station.stopping.is_set() and station.leaving.why is None:
         try:
             # What could not be recorded yet may end the very jobs that are about to be claimed.
             station.recorder.replay()
-            with station.database.write() as session:
-                if not are_of_one_model(session, job_ids):
-                    log.error("message %s refused: it names jobs of several models", dispatch_id)
-                    return []
-                claims = jobs.claim(session, job_ids, station.worker_id, station.settings.lease_s)
-                # The message is spent: what it named and we may not have is for the next one.
-                window.take_out(session, [dispatch_id])
-            return claims
+            return _claim_now(station, dispatch_id, job_ids)
+        except WrongDatabase as error:
+            station.leaving.because(error)
         except DatabaseUnreachable as error:
             log.warning("%s; waiting for it", error)
             station.stopping.wait(_DATABASE_WAIT_S)
+    if station.leaving.why is not None:
+        _give_back(station, dispatch_id)
     return []
+
+
+def _claim_now(station: Station, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
+    try:
+        with station.database.write() as session:
+            station.database.require_own(session)
+            if not are_of_one_model(session, job_ids):
+                log.error("message %s refused: it names jobs of several models", dispatch_id)
+                return []
+            claims = jobs.claim(session, job_ids, station.worker_id, station.settings.lease_s)
+            # The message is spent: what it named and we may not have is for the next one.
+            window.take_out(session, [dispatch_id])
+        return claims
+    except DatabaseRefused as error:
+        found = explain(station.database, error)
+        if found is error:
+            # These jobs' fault or ours: whoever waited here would take no other message.
+            log.exception("message %s names what cannot be claimed", dispatch_id)
+            return []
+        raise found from error
+
+
+def _give_back(station: Station, dispatch_id: str) -> None:
+    """Have the jobs of a message that nobody will act on sent again at once, where the database takes it."""
+    try:
+        with station.database.write() as session:
+            window.take_out(session, [dispatch_id])
+    except DatabaseUnreachable as error:
+        log.warning("%s; message %s is sent again once it is missed", error, dispatch_id)

@@ -53,6 +53,30 @@ def test_a_stack_whose_head_is_killed_leaves_no_process(
     assert set(_states(qbatch)) <= {"queued", "succeeded"}, "the workers handed back what they held"
 
 
+def test_a_stack_whose_database_is_deleted_stops_and_says_so(qbatch: Qbatch) -> None:
+    """A worker and a scheduler that did work are started again when they die, but not for this."""
+    up = qbatch.start("up", "--cpu")
+    try:
+        qbatch.wait_for_worker()
+        (qbatch.home / "qbatch.db").unlink()
+        assert up.wait(30.0) == 3
+    finally:
+        stop(up)
+    said = qbatch.home.with_suffix(".log").read_text().splitlines()[-1]
+    assert f"{qbatch.home / 'qbatch.db'} was deleted while qbatch worked on it" in said
+    await_end_of(qbatch.home)
+    assert not (qbatch.home / "qbatch.db").exists(), "nobody made an empty one"
+
+
+def test_a_stack_is_found_through_a_link_to_its_home(stack: Qbatch, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(stack.home)
+    linked = Qbatch(tmp_path / "link", stack.env)
+    found = {check["check"]: check for check in linked.json("doctor")}
+    assert (found["broker"]["state"], found["scheduler"]["state"]) == ("ok", "ok")
+    assert [worker["worker"] for worker in linked.json("workers")] == [w["worker"] for w in stack.json("workers")]
+    assert "is running already" in linked("up", "--cpu", code=3).stderr
+
+
 def _states(qbatch: Qbatch) -> list[str]:
     if not (qbatch.home / "qbatch.db").exists():
         return []

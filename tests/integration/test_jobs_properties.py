@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from models_db import jobs, window, workers
 from models_db.clock import db_now
 from models_db.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
-from models_db.errors import ERROR_KINDS, CudaOom, WorkerLost, job_error
+from models_db.errors import ERROR_KINDS, CudaOom, InternalError, WorkerLost, job_error
 from models_db.jobs import Token
 from models_db.schema import upgrade
 from models_db.session import Database
@@ -99,7 +99,9 @@ class Jobs(RuleBasedStateMachine):
     @rule(token=tokens)
     def succeed(self, token: Token) -> None:
         before = self.rows()
-        given_up = before[token[0]]["error_kind"] == WorkerLost.kind and self.is_current(token, JobState.FAILED)
+        given_up = before[token[0]]["error_kind"] in (WorkerLost.kind, InternalError.kind) and self.is_current(
+            token, JobState.FAILED
+        )
         current = given_up or self.is_current(token, JobState.RUNNING, JobState.QUEUED)
         assert succeed(self.database, token) == current
         after = self.rows()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from models_db import jobs
 from models_db.domain import DeviceKind, JobState
-from models_db.errors import DatabaseUnreachable, QuantizationError, SourceCorrupt, WorkerLost
-from models_db.session import Database
+from models_db.errors import DatabaseUnreachable, ForeignSchema, QuantizationError, SourceCorrupt, WorkerLost
+from models_db.schema import upgrade
+from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
-from models_db.tables import Checkpoint, Result
+from models_db.tables import Base, Checkpoint, Result
+from tests.migrating import NEXT, NOT_NULL, migrate
 from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, measured, states
 from worker.checkpoint import Published
 from worker.recorder import Recorder
+from worker.spool import SPOOL_VERSION
 
 ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
 
@@ -248,6 +253,197 @@ def test_what_cannot_be_recorded_is_set_aside_and_stops_nothing(
     Recorder(sqlite_database, settings).replay()
     assert spooled(settings) == [f"{name}.rejected"]
     assert a_job(sqlite_database, token[0]).state == JobState.SUCCEEDED
+
+
+def test_a_result_that_a_newer_schema_does_not_take_waits_in_the_spool(
+    database: Database, settings: Settings, tmp_path: Path, cut_off: Recorder
+) -> None:
+    """Whatever a newer version changed: its own worker records what ours measured."""
+    _, ids = a_batch(database)
+    good, bad, handed_back = claim(database, ids, a_worker(database))
+    recorder = Recorder(database, settings)
+    recorder.replay()
+    migrate(database, tmp_path, (NEXT, NOT_NULL))
+    succeed(recorder, good)
+    recorder.fail(bad, QuantizationError("no"))
+    for _ in range(3):
+        with pytest.raises(ForeignSchema):
+            recorder.replay()
+    assert spooled(settings) == sorted(f"{job_id}-{attempt}.json" for job_id, attempt in (good, bad))
+    assert a_job(database, good[0]).state == JobState.RUNNING
+    recorder.hand_back([handed_back], alone=False)
+    assert a_job(database, handed_back[0]).state == JobState.QUEUED, "the newer schema takes it"
+    # The newer version, whose code fills the column.
+    with database.write() as session:
+        session.execute(text("DROP TABLE results"))
+        Base.metadata.tables["results"].create(session.connection())
+        session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": SCHEMA_HEAD})
+    Recorder(database, settings).replay()
+    assert [a_job(database, token[0]).state for token in (good, bad)] == ["succeeded", "failed"]
+    assert spooled(settings) == []
+
+
+def test_a_column_that_somebody_added_by_hand_loses_no_result(
+    postgresql_database: Database, settings: Settings
+) -> None:
+    database = postgresql_database
+    _, ids = a_batch(database)
+    token, *_ = claim(database, ids, a_worker(database))
+    with database.write() as session:
+        session.execute(text("ALTER TABLE results ADD COLUMN site TEXT NOT NULL"))
+    recorder = Recorder(database, settings)
+    succeed(recorder, token)
+    for _ in range(2):
+        with pytest.raises(ForeignSchema, match="results wants a value for site"):
+            recorder.replay()
+    assert spooled(settings) == [f"{token[0]}-{token[1]}.json"]
+    with database.write() as session:
+        session.execute(text("ALTER TABLE results DROP COLUMN site"))
+    recorder.replay()
+    assert a_job(database, token[0]).state == JobState.SUCCEEDED
+
+
+def test_a_result_that_the_database_refuses_is_set_aside_and_the_job_says_where(
+    database: Database, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The schema is ours: it is the result that cannot be stored. It stops nobody, and is not thrown away."""
+    _, ids = a_batch(database)
+    refused, other, _ = claim(database, ids, a_worker(database))
+    _constrain(database)
+    recorder = Recorder(database, settings)
+    succeed(recorder, refused)
+    recorder.fail(other, QuantizationError("no"))
+    assert spooled(settings) == [f"{refused[0]}-{refused[1]}.json"]
+    recorder.replay()
+    aside = settings.spool / f"{refused[0]}-{refused[1]}.rejected"
+    assert spooled(settings) == [aside.name]
+    job = a_job(database, refused[0])
+    assert (job.state, job.error_kind) == ("failed", "internal_error")
+    assert str(aside) in (job.error_message or "")
+    assert "not here" in (job.error_message or "")
+    assert str(aside) in caplog.text
+    # Once the cause is mended, its name brings it back.
+    _constrain(database, lift=True)
+    aside.rename(aside.with_suffix(".json"))
+    recorder.replay()
+    assert a_job(database, refused[0]).state == JobState.SUCCEEDED
+    assert results_of(database) == [refused[0]]
+
+
+def _constrain(database: Database, *, lift: bool = False) -> None:
+    """Have the database refuse every result, in words of its own."""
+    with database.write() as session:
+        if database.is_sqlite:
+            session.execute(
+                text(
+                    "DROP TRIGGER refuse"
+                    if lift
+                    else "CREATE TRIGGER refuse BEFORE INSERT ON results BEGIN SELECT RAISE(ABORT, 'not here'); END"
+                )
+            )
+        elif lift:
+            session.execute(text("DROP TRIGGER refuse ON results"))
+        else:
+            session.execute(
+                text(
+                    "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger AS $$ BEGIN RAISE 'not here'; END $$"
+                    " LANGUAGE plpgsql"
+                )
+            )
+            session.execute(
+                text("CREATE TRIGGER refuse BEFORE INSERT ON results FOR EACH ROW EXECUTE FUNCTION refuse()")
+            )
+
+
+def test_an_outcome_that_neither_takes_stays_in_memory_whatever_the_database_answers(
+    database: Database, settings: Settings
+) -> None:
+    _, ids = a_batch(database)
+    token, *_ = claim(database, ids, a_worker(database))
+    _constrain(database)
+    settings.spool.parent.write_text("no folder can be made here")
+    recorder = Recorder(database, settings)
+    succeed(recorder, token)
+    for _ in range(2):
+        recorder.replay()
+        assert recorder.lost() == [token[0]]
+    _constrain(database, lift=True)
+    recorder.replay()
+    assert not recorder.has_in_memory
+    assert a_job(database, token[0]).state == JobState.SUCCEEDED
+
+
+# What each version has spooled, word for word: the next one reads them all.
+_MEASURED = {
+    "device_name": "a CPU", "dtype": "bfloat16", "compute_dtype": "bfloat16", "num_parameters": 10,
+    "quantized_fraction": 0.5, "bits_per_param": 8.0, "disk_bytes": 10, "memory_footprint_bytes": 10,
+    "weights_bytes": 10, "max_allocated_bytes": None, "load_model_s": 1.5, "quantize_s": None, "prefill_s_p50": None,
+    "decode_tokens_per_s": None, "per_token_s_p50": None, "per_token_s_p99": None, "forward_s_p50": None,
+    "forward_samples_per_s": None, "perplexity": None, "kl_mean": None, "top1_agreement": None,
+    "details": {"task": "causal-lm"},
+}  # fmt: skip
+_PROTOCOL = {
+    "eval_text_sha256": "0" * 64, "eval_window": 256, "eval_stride": 256, "eval_max_windows": 8, "batch_size": 1,
+    "prompt_tokens": 64, "new_tokens": 16, "warmup_iterations": 1, "min_iterations": 2, "min_duration_s": 0.5,
+}  # fmt: skip
+_CHECKPOINT = {"key": "k" * 64, "path": "checkpoints/x", "root_sha256": "r" * 64, "disk_bytes": 7}
+_SPOOLED: list[dict[str, Any]] = [
+    {"outcome": "succeeded", "measurement": _MEASURED, "protocol": _PROTOCOL, "checkpoint": _CHECKPOINT},
+    {"outcome": "failed", "kind": "disk_full", "message": "no room", "needed_bytes": 5},
+    {"outcome": "handed_back", "alone": True},
+]
+
+
+@pytest.mark.parametrize("version", range(SPOOL_VERSION + 1))
+def test_what_every_version_has_spooled_is_read(database: Database, settings: Settings, version: int) -> None:
+    _, ids = a_batch(database)
+    tokens = claim(database, ids, a_worker(database))
+    database.require_schema()
+    header = {"version": version, "database": database.identity} if version else {}
+    settings.spool.mkdir(parents=True)
+    for token, outcome in zip(tokens, _SPOOLED, strict=True):
+        (settings.spool / f"{token[0]}-{token[1]}.json").write_text(json.dumps(header | outcome))
+    Recorder(database, settings).replay()
+    assert spooled(settings) == []
+    found = [a_job(database, token[0]) for token in tokens]
+    assert [job.state for job in found] == ["succeeded", "queued", "queued"]
+    assert found[1].error_kind == "disk_full"
+
+
+def test_what_a_newer_version_has_spooled_is_left_to_it(
+    sqlite_database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    _, ids = a_batch(sqlite_database)
+    newer, ours, _ = claim(sqlite_database, ids, a_worker(sqlite_database))
+    name = f"{newer[0]}-{newer[1]}.json"
+    settings.spool.mkdir(parents=True)
+    (settings.spool / name).write_text(json.dumps({"version": SPOOL_VERSION + 1, "what": "of tomorrow"}))
+    succeed(cut_off, ours)
+    for _ in range(2):
+        Recorder(sqlite_database, settings).replay()
+    assert spooled(settings) == [name]
+    assert [a_job(sqlite_database, token[0]).state for token in (newer, ours)] == ["running", "succeeded"]
+
+
+def test_the_outcome_of_another_database_touches_no_job_of_this_one(tmp_path: Path, settings: Settings) -> None:
+    """A home whose qbatch.db was deleted counts its jobs from 1 again, and its spool is where it was."""
+    files = [tmp_path / "old.db", tmp_path / "new.db"]
+    databases = [Database(f"sqlite:///{file}") for file in files]
+    for database in databases:
+        upgrade(database)
+        database.require_schema()
+        _, ids = a_batch(database)
+        token, *_ = claim(database, ids, a_worker(database))
+    assert databases[0].identity != databases[1].identity
+    recorder = Recorder(databases[0], settings)
+    files[0].rename(tmp_path / "moved.db")
+    succeed(recorder, token)
+    assert spooled(settings) == ["1-1.json"]
+    Recorder(databases[1], settings).replay()
+    assert a_job(databases[1], token[0]).state == JobState.RUNNING
+    assert spooled(settings) == ["1-1.rejected"]
+    for database in databases:
+        database.dispose()
 
 
 def test_two_workers_may_record_the_same_checkpoint_at_once(database: Database, settings: Settings) -> None:

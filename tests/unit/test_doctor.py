@@ -12,9 +12,10 @@ from models_db.clock import db_now
 from models_db.errors import CudaOom, DeviceError
 from models_db.leases import acquire
 from models_db.schema import upgrade
-from models_db.session import Database
+from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from models_db.tables import Pause, Worker
+from tests.migrating import AFTER_NEXT, INDEX, NEXT, NULLABLE, migrate
 from tests.rows import a_batch, a_worker, claim, fail
 from views.checks import Check, State, render_checks
 from views.doctor import broker_place, examine
@@ -144,6 +145,26 @@ def test_an_old_postgresql_schema_is_a_fault_that_says_the_remedy(
     with postgresql_database.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     assert "run `qbatch db upgrade`" in wrong(settings)["database"]
+
+
+def test_outcomes_that_wait_are_a_note_and_those_set_aside_a_fault(settings: Settings, database: Database) -> None:
+    assert "spool" not in examined(settings)
+    settings.spool.mkdir(parents=True)
+    (settings.spool / "7-1.json").write_text("{}")
+    assert examined(settings)["spool"].message.startswith("1 waiting in")
+    (settings.spool / "9-2.rejected").write_text("{}")
+    assert "9-2.rejected could not be recorded" in wrong(settings)["spool"]
+
+
+def test_a_newer_schema_is_a_fault_unless_its_migrations_say_that_this_version_works_with_it(
+    settings: Settings, database: Database, tmp_path: Path
+) -> None:
+    migrate(database, tmp_path, (SCHEMA_HEAD, INDEX))
+    assert "database" not in wrong(settings)
+    assert f"schema {NEXT}, newer than this qbatch's" in examined(settings)["database"].message
+    migrate(database, tmp_path, (SCHEMA_HEAD, INDEX), (AFTER_NEXT, NULLABLE))
+    assert "made by a newer qbatch" in wrong(settings)["database"]
+    assert "update qbatch" in wrong(settings)["database"]
 
 
 def test_a_folder_in_the_way_of_a_file_is_a_fault(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import scheduler.process
-from scheduler.process import REFUSALS, Child
+from scheduler.process import FINAL, REFUSALS, Child
 from tests.waiting import until
 
 Start = Callable[..., Child]
@@ -91,6 +91,15 @@ def test_one_that_did_work_is_started_again_whatever_it_says(
     assert ended(one) == code
     assert not one.has_refused
     until(lambda: one.tend() is None and one.pid is not None)
+
+
+def test_one_whose_database_is_gone_is_not_started_again(child: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it did before: it would make an empty one."""
+    monkeypatch.setattr(scheduler.process, "_HEALTHY_AFTER_S", 0.0)
+    one = child(f"raise SystemExit({FINAL})")
+    one.start()
+    assert ended(one) == FINAL
+    assert one.has_refused
 
 
 def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) -> None:

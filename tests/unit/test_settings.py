@@ -39,6 +39,14 @@ def test_what_belongs_to_one_database_stands_apart_from_others(tmp_path: Path) -
     assert changed.spool == several[1].spool, "whoever signs in"
 
 
+def test_a_home_is_the_same_whichever_way_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to("home")
+    real, linked = read(HOME=str(tmp_path / "home")), read(HOME=str(tmp_path / "link"))
+    assert real == linked
+    assert (real.socket_dir, real.spool, real.staging) == (linked.socket_dir, linked.spool, linked.staging)
+
+
 def test_a_long_home_has_a_socket_path_that_the_kernel_takes() -> None:
     settings = read(HOME="/h" + "o" * 300)
     assert len(f"{settings.socket_dir}/redis.sock") < 100

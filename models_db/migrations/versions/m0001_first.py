@@ -9,6 +9,7 @@ from models_db.clock import UtcDateTime
 
 revision = "0001"
 down_revision = None
+oldest_code = "0001"
 
 
 def upgrade() -> None:

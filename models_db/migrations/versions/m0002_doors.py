@@ -9,6 +9,7 @@ from models_db.clock import UtcDateTime
 
 revision = "0002"
 down_revision = "0001"
+oldest_code = "0002"
 
 
 def upgrade() -> None:

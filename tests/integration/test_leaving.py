@@ -1,0 +1,85 @@
+"""A worker whose database is no longer one for it begins nothing more, and what has not begun goes to others."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text, update
+
+from models_db import jobs, window
+from models_db.batches import add_text
+from models_db.domain import DeviceKind
+from models_db.errors import ForeignSchema
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.tables import Job
+from scheduler.stop import Stop
+from tests.migrating import NEXT, NOT_NULL, migrate
+from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
+from worker.recorder import Recorder
+from worker.supervise import Station, Supervisor
+from worker.tasks import _run_bundle
+
+_MESSAGE = "4b1de4d2-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def station(database: Database, tmp_path: Path) -> Station:
+    settings = Settings(home=tmp_path / "h", storage=tmp_path / "s", cache=tmp_path / "c", broker_url="redis://x/0")
+    return Station(
+        database=database,
+        settings=settings,
+        recorder=Recorder(database, settings),
+        worker_id=a_worker(database),
+        device_kind=DeviceKind.CPU,
+        device_name="a CPU",
+        staging=settings.staging / "own",
+        forkserver=multiprocessing.get_context("forkserver"),
+        stopping=Stop(),
+    )
+
+
+def sent(database: Database) -> list[int]:
+    _, ids = a_batch(database)
+    with database.write() as session:
+        session.execute(update(Job).values(dispatch_id=_MESSAGE, queue="cpu"))
+    return ids
+
+
+def by_a_newer_version(database: Database, folder: Path) -> None:
+    migrate(database, folder, (NEXT, NOT_NULL))
+
+
+def by_hand(database: Database, _: Path) -> None:
+    with database.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE attempts RENAME COLUMN claimed_at TO taken_at"))
+
+
+@pytest.mark.parametrize("change", [by_a_newer_version, by_hand])
+def test_a_message_that_comes_after_the_change_is_not_claimed_and_its_jobs_are_free_at_once(
+    station: Station, tmp_path: Path, change: Callable[[Database, Path], None]
+) -> None:
+    ids = sent(station.database)
+    change(station.database, tmp_path)
+    assert _run_bundle(station, _MESSAGE, ids) == "nothing to do"
+    assert isinstance(station.leaving.why, ForeignSchema)
+    assert [(job.state, job.attempt) for job in (a_job(station.database, n) for n in ids)] == [("queued", 0)] * 3
+    with station.database.read() as session:
+        assert window.standing(session) == {}
+    assert _run_bundle(station, _MESSAGE, ids) == "nothing to do"
+
+
+def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(station: Station, tmp_path: Path) -> None:
+    _, ids = a_batch(station.database, bundle(str(tmp_path / "no-model")))
+    with station.database.write() as session:
+        add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
+        claims = jobs.claim(session, ids, station.worker_id, 60.0)
+    # Its runner is not heard of before that is seen: it would find that there is no such model.
+    station.leaving.because(ForeignSchema("a newer one"))
+    Supervisor(station, claims).run()
+    found = [a_job(station.database, job_id) for job_id in ids]
+    assert [(job.state, job.failures, job.error_kind) for job in found] == [("queued", 0, None)] * 3
+    assert sorted(station.settings.spool.glob("*")) == []

@@ -1,0 +1,44 @@
+"""What a later version's migrations do to a database: run as that version will run them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from alembic import command
+
+from models_db.schema import alembic_config
+from models_db.session import SCHEMA_HEAD, Database
+
+NEXT = f"{int(SCHEMA_HEAD) + 1:04}"
+AFTER_NEXT = f"{int(SCHEMA_HEAD) + 2:04}"
+INDEX = 'op.create_index("ix_jobs_of_tomorrow", "jobs", ["model"])'
+NULLABLE = 'op.add_column("results", sa.Column("of_tomorrow", sa.Integer(), nullable=True))'
+# PostgreSQL fills what stands there; SQLite takes such a column with a default alone, and then the table is made anew.
+NOT_NULL = """
+    with op.batch_alter_table("results") as results:
+        results.add_column(sa.Column("of_tomorrow", sa.Integer(), nullable=False, server_default="0"))
+    with op.batch_alter_table("results") as results:
+        results.alter_column("of_tomorrow", server_default=None)
+"""
+
+
+def migrate(database: Database, folder: Path, *migrations: tuple[str, str]) -> None:
+    """Upgrade to a version that has these further migrations: (oldest code, body) each."""
+    scripts = folder / "migrations"
+    if not scripts.exists():
+        shutil.copytree(Path(alembic_config().get_main_option("script_location") or ""), scripts)
+    before = SCHEMA_HEAD
+    for oldest_code, body in migrations:
+        revision = f"{int(before) + 1:04}"
+        (scripts / "versions" / f"m{revision}_tomorrow.py").write_text(
+            "import sqlalchemy as sa\nfrom alembic import op\n"
+            f"revision, down_revision, oldest_code = {revision!r}, {before!r}, {oldest_code!r}\n"
+            f"def upgrade():\n    {body.strip()}\n"
+        )
+        before = revision
+    config = alembic_config()
+    config.set_main_option("script_location", str(scripts))
+    with database.write() as session:
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, "head")
