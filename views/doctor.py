@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from models_db.doctor import Health, PauseNote, health
 from models_db.errors import DatabaseUnreachable, UsageError
+from models_db.private_folder import fault_of
 from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from views.checks import Check, State, check
@@ -59,6 +60,12 @@ def _folder(name: str, folder: Path) -> Check:
 
 def _broker(settings: Settings, stack_runs: bool) -> Check:
     place = broker_place(settings)
+    # Of a stack that runs the link knows; it may have started with another environment.
+    folder = settings.socket.parent.resolve() if stack_runs else settings.socket_dir
+    fault = fault_of(folder) if settings.is_embedded else None
+    if fault is not None:
+        advice = "have it removed, or set XDG_RUNTIME_DIR to a folder of your own"
+        return check("broker", State.WRONG, f"{folder} {fault}, and Redis needs it for its socket: {advice}")
     if settings.is_embedded and not stack_runs:
         return check("broker", State.NOTE, f"{place}: no stack is running here; `qbatch up` starts one")
     import redis
@@ -77,7 +84,7 @@ def _broker(settings: Settings, stack_runs: bool) -> Check:
 def broker_place(settings: Settings) -> str:
     """The broker's address without user, password and options."""
     if settings.is_embedded:
-        return f"{settings.socket_dir}/redis.sock"
+        return str(settings.socket)
     parts = urlsplit(settings.celery_broker_url)
     host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname or ""
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + parts.path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from models_db.settings import Settings
 from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop
 from tests.waiting import until
 
@@ -37,13 +39,19 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     assert set(_states(qbatch)) == {"succeeded"}
 
 
-def test_a_stack_whose_head_is_killed_leaves_no_process(
+def test_up_survives_lost_socket_folders_and_leaves_nothing_when_killed(
     qbatch: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama")
     up = qbatch.start("up", "--cpu")
     try:
         until(lambda: (qbatch.home / "qbatch.db").exists(), "database")
+        qbatch.wait_for_worker()
+        place = Settings.from_env(qbatch.environ).socket_dir
+        cleaned = list(place.parent.glob(f"{place.name}*"))
+        assert len(cleaned) == 2, "that of Redis, and that of the worker's forkserver"
+        for folder in cleaned:
+            shutil.rmtree(folder)
         qbatch("submit", "--models", listed, "--bits", "4")
         until(lambda: "running" in _states(qbatch), "running job")
     finally:

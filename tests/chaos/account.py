@@ -189,7 +189,8 @@ def account_of_end(database: Database, settings: Settings, temporary: Path) -> A
         account.problems.append(f"still running: {process.pid} {' '.join(process.cmdline())}")
     account.expect(not stack_is_running(settings), "the stack's lock is still held")
     sockets = settings.socket_dir
-    for path in (*sockets.parent.glob(f"{sockets.name}*"), *temporary.iterdir()):
+    link = [settings.socket_link] if settings.socket_link.is_symlink() else []
+    for path in (*sockets.parent.glob(f"{sockets.name}*"), *temporary.iterdir(), *link):
         account.problems.append(f"left behind: {path}")
     with database.read() as session:
         for lease in session.scalars(select(Lease)):
