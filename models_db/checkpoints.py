@@ -13,10 +13,12 @@ from models_db.tables import Checkpoint, Job
 
 def record(session: Session, *, key: str, path: str, root_sha256: str, disk_bytes: int, job_id: int) -> None:
     """Remember a published checkpoint; the newest word on a key stands."""
+    # As it may be that of a job that was pruned meanwhile, where its result was spooled for that long.
+    writer = select(Job.id).where(Job.id == job_id).scalar_subquery()
     known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
     session.execute(
         insert_into(session, Checkpoint)
-        .values(key=key, job_id=job_id, **known)
+        .values(key=key, job_id=writer, **known)
         .on_conflict_do_update(index_elements=[Checkpoint.key], set_=known)
     )
 

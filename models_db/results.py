@@ -142,8 +142,10 @@ def find_finished(
         )
         .order_by(Job.id.desc())
         .limit(1)
+        .with_for_update(read=True, key_share=True, of=Job)
     )
     if device_names is not None:
         query = query.where(Result.device_name.in_(device_names))
+    # Whoever answers with it refers to it: until then it must not be pruned.
     row = session.execute(query).first()
     return Finished(job_id=row.id, checkpoint_path=row.checkpoint_path) if row is not None else None

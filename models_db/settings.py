@@ -173,7 +173,8 @@ class Settings:
 
     @property
     def logs(self) -> Path:
-        return self.storage / "logs"
+        """Of jobs; named by their ids, which are another database's too."""
+        return self.storage / "logs" / self._database_name
 
     @property
     def spool(self) -> Path:

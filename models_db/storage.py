@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 MANIFEST = "qbatch.json"
+BASE_OUTPUTS = "base-logits"
+"""What the baselines said, for the quantized models to be compared with: of every database that shares the storage."""
 
 
 def is_in_place(storage: Path, path: str | None) -> bool:

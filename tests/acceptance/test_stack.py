@@ -34,9 +34,28 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
         assert "is running already" in qbatch("up", code=3).stderr
+        _prune_beside_the_worker(qbatch, listed)
     finally:
         assert stop(up, signal.SIGINT) == 0
     assert set(_states(qbatch)) == {"succeeded"}
+
+
+def _prune_beside_the_worker(qbatch: Qbatch, listed: str) -> None:
+    logs = list((qbatch.home / "storage" / "logs").glob("*/*"))
+    qbatch("submit", "--models", listed, "--bits", "4,8", "--force")
+    until(lambda: "running" in _states(qbatch), "running job")
+    promised = qbatch.json("prune", "--older-than", "1s", "--dry-run")
+    pruned = qbatch.json("prune", "--older-than", "1s")
+    assert pruned == promised
+    kinds = ("batches", "jobs", "logs", "rejected checkpoints", "base outputs")
+    assert [(row["what"], row["number"]) for row in pruned] == list(zip(kinds, (1, 3, len(logs), 0, 0), strict=True))
+    qbatch("wait", "b2", "--timeout", "2m")
+    assert [row["batch_id"] for row in qbatch.json("status")] == ["b2"]
+    assert not any(log.exists() for log in logs)
+    quantized = [row for row in qbatch.json("results") if row["scheme"] != "none"]
+    assert all(row["kl_mean"] is not None for row in quantized), "its baseline's outputs were there"
+    assert qbatch.json("verify") != [], "checkpoints stay, and stay on record"
+    assert [row["number"] for row in qbatch.json("prune", "--older-than", "1d")] == [0] * 5
 
 
 def test_up_survives_lost_socket_folders_and_leaves_nothing_when_killed(

@@ -36,6 +36,7 @@ def test_what_belongs_to_one_database_stands_apart_from_others(tmp_path: Path) -
     several = [read(HOME=home) if url is None else read(HOME=home, DATABASE_URL=url) for url in databases]
     assert len({settings.spool for settings in several}) == 3
     assert len({settings.staging for settings in several}) == 3
+    assert len({settings.logs for settings in several}) == 3
     changed = read(HOME=home, DATABASE_URL="postgresql://qbatch:another@db/one")
     assert (changed.spool, changed.staging) == (several[1].spool, several[1].staging), "whoever signs in"
 
