@@ -1,0 +1,62 @@
+"""The tiny models that the batches are of: made when they are first needed, the same for every lane."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from tests import tiny
+
+_TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Of a model's later weights: no number of a model is as high.
+_LATER = 10**6
+
+
+class Sources:
+    """Models in a folder, by number. ``changed`` are the folders whose weights were rewritten after they were made."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._seeds: dict[Path, int] = {}
+        self.changed: set[Path] = set()
+
+    def __contains__(self, folder: Path) -> bool:
+        return folder in self._seeds
+
+    def model(self, number: int) -> Path:
+        """The folder of that model, made unless it is there."""
+        folder = self._folder / f"m{number}"
+        with self._lock:
+            if folder not in self._seeds:
+                _make(folder, number, seed=number)
+                self._seeds[folder] = number
+        return folder
+
+    def rewrite(self, folder: Path) -> None:
+        """Put other weights into its files, byte for byte in place, as a training run that goes on does."""
+        with self._lock:
+            self.changed.add(folder)
+            self._seeds[folder] += _LATER
+            fresh = folder.with_name(f".{folder.name}")
+            _make(fresh, int(folder.name.removeprefix("m")), seed=self._seeds[folder])
+            for file in fresh.glob("*.safetensors"):
+                content, target = file.read_bytes(), folder / file.name
+                assert len(content) == target.stat().st_size
+                with target.open("r+b") as opened:
+                    opened.write(content)
+            shutil.rmtree(fresh)
+
+
+def _make(folder: Path, number: int, *, seed: int) -> None:
+    transformers_logging.disable_progress_bar()
+    if number % 4 == 3:
+        tiny.make_encoder(folder, "masked-lm", seed=seed, **_TINY, intermediate_size=64)
+    elif number % 4 == 2:
+        tiny.make_causal(folder, "bloom", seed=seed, hidden_size=64, n_layer=1, n_head=2)
+    else:
+        tiny.make_causal(folder, dtype="bfloat16", seed=seed, **_TINY, intermediate_size=64, num_key_value_heads=2)
