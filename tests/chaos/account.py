@@ -19,6 +19,7 @@ from models_db.storage import MANIFEST
 from models_db.tables import Attempt, Checkpoint, Job, Lease, Result
 from scheduler.local import stack_is_running
 from tests.acceptance.conftest import processes_of
+from tests.chaos.sources import Sources
 from worker.verify import verify
 
 # A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
@@ -51,12 +52,12 @@ class Account:
 
 
 def account_of_work(
-    database: Database, settings: Settings, *, others: Sequence[Database] = (), changed: Collection[Path] = ()
+    database: Database, settings: Settings, *, others: Sequence[Database] = (), sources: Sources
 ) -> Account:
     """Of rows and files; the fleet is idle and need not have stopped.
 
-    ``others`` are the databases whose checkpoints lie on the same storage. Jobs of the ``changed`` sources may have met
-    SOURCE_CHANGED, and may have failed of it.
+    ``others`` are the databases whose checkpoints lie on the same storage. Jobs of ``sources`` that changed meanwhile
+    may have met SOURCE_CHANGED, and may have failed of it.
     """
     account = Account()
     with database.read() as session:
@@ -71,7 +72,7 @@ def account_of_work(
     entered = _entered(settings.logs)
     by_id = {job.id: job for job in jobs}
     for job in jobs:
-        own, may_fail = by_job[job.id], Path(job.location) in changed
+        own, may_fail = by_job[job.id], Path(job.location) in sources.changed
         _check_job(account, job, own, entered.get(job.id, []), may_fail=may_fail)
         if may_fail and job.error_kind == SOURCE_CHANGED:
             account.figures["jobs failed of a source that changed"] += 1
@@ -79,6 +80,10 @@ def account_of_work(
         _check_result(account, job, by_id, results)
         _check_place(account, job, results.get(job.id), checkpoints)
     _check_checkpoints(account, settings, list(checkpoints.values()), _paths(others))
+    for row in checkpoints.values():
+        folder = settings.storage / row.path
+        found = sources.differences(folder) if folder.exists() else ()
+        account.problems += [f"{row.path} {difference}" for difference in found]
     _check_leftovers(account, settings)
     account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
     account.figures += Counter(f"attempts {attempt.outcome}" for attempt in attempts)

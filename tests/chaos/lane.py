@@ -131,7 +131,7 @@ class Lane:
             self._together.wait(self._plan.settle_s)
             with _ACCOUNTS:
                 self._outcome.account += account_of_work(
-                    self._database, self._settings, others=others, changed=self._sources.changed
+                    self._database, self._settings, others=others, sources=self._sources
                 )
             self._stop()
             self._outcome.account += account_of_end(self._database, self._settings, self._temporary)

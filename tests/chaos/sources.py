@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
+from models_db.sources import folder_fingerprint
+from models_db.storage import MANIFEST
 from tests import tiny
 
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,6 +29,7 @@ class Sources:
         self._folder = folder
         self._lock = threading.Lock()
         self._seeds: dict[Path, int] = {}
+        self._versions: dict[str, Mapping[str, torch.Tensor]] = {}
         self.changed: set[Path] = set()
 
     def __contains__(self, folder: Path) -> bool:
@@ -35,6 +42,7 @@ class Sources:
             if folder not in self._seeds:
                 _make(folder, number, seed=number)
                 self._seeds[folder] = number
+                self._remember(folder)
         return folder
 
     def rewrite(self, folder: Path) -> None:
@@ -50,6 +58,29 @@ class Sources:
                 with target.open("r+b") as opened:
                     opened.write(content)
             shutil.rmtree(fresh)
+            self._remember(folder)
+
+    def _remember(self, folder: Path) -> None:
+        (weights,) = folder.glob("*.safetensors")
+        # Copies: what is loaded is mapped from the file, and would change with it.
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+        self._versions[folder_fingerprint(folder)] = tensors
+
+    def differences(self, checkpoint: Path) -> Iterator[str]:
+        """What of a checkpoint was not made of the weights that its manifest names: what is left unquantized tells."""
+        version = self._versions.get(json.loads((checkpoint / MANIFEST).read_text())["source"]["fingerprint"])
+        if version is None:
+            yield "is of weights that never were"
+            return
+        (weights,) = checkpoint.glob("*.safetensors")
+        plain = {name: tensor for name, tensor in load_file(weights).items() if tensor.is_floating_point()}
+        others = [
+            name
+            for name in plain.keys() & version.keys()
+            if not torch.equal(version[name].to(plain[name].dtype), plain[name])
+        ]
+        if others:
+            yield f"has {', '.join(sorted(others))} of other weights than it says"
 
 
 def _make(folder: Path, number: int, *, seed: int) -> None:
