@@ -357,6 +357,30 @@ def verify(targets: Sequence[str], format_: str) -> None:
         sys.exit(1)
 
 
+@main.command()
+@click.option("--older-than", type=Duration(), required=True, help="How long ago a batch must have ended: 30d, 12h.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@format_options("table", "json", "csv")
+def prune(older_than: float, dry_run: bool, format_: str) -> None:
+    """Remove batches that ended long ago, their logs, rejected checkpoints and unused base outputs.
+
+    Checkpoints stay, and so do jobs whose results answer others that stay. Works beside running workers.
+    """
+    from views.listings import PRUNE_COLUMNS
+    from views.tables import render
+    from worker.prune import prune as prune_old
+
+    settings = _settings()
+    pruned = prune_old(_database(settings), settings, older_than, dry_run=dry_run)
+    click.echo(render([kind.to_json() for kind in pruned], PRUNE_COLUMNS, format_))
+    problems = [problem for kind in pruned for problem in kind.problems]
+    for problem in problems:
+        click.echo(problem, err=True)
+    if dry_run:
+        click.echo("nothing was removed: this was a dry run", err=True)
+    sys.exit(1 if problems else 0)
+
+
 @main.group()
 def db() -> None:
     """Look after the database."""

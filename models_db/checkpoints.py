@@ -26,11 +26,13 @@ def record(
 
     ``versions`` are the states of its files then; None where they are not known.
     """
+    # As it may be that of a job that was pruned meanwhile, where its result was spooled for that long.
+    writer = select(Job.id).where(Job.id == job_id).scalar_subquery()
     known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
     verified = {"file_versions": dict(versions), "verified_at": db_now()} if versions is not None else {}
     session.execute(
         insert_into(session, Checkpoint)
-        .values(key=key, job_id=job_id, **known, **verified)
+        .values(key=key, job_id=writer, **known, **verified)
         .on_conflict_do_update(index_elements=[Checkpoint.key], set_=known | verified)
     )
 

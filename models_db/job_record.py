@@ -111,6 +111,6 @@ def _checkpoint(checkpoint: Checkpoint) -> Row:
     return {
         "root_sha256": checkpoint.root_sha256,
         "disk_bytes": checkpoint.disk_bytes,
-        "written_by": format_job_id(checkpoint.job_id),
+        "written_by": format_job_id(checkpoint.job_id) if checkpoint.job_id is not None else None,
         "created_at": checkpoint.created_at.isoformat(),
     }

@@ -180,8 +180,14 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
     )
 
 
-def existing(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Those of the jobs that are on record."""
+def keep(session: Session, job_ids: Collection[int]) -> set[int]:
+    """Those of the jobs that are on record, and are not pruned before the transaction ends: whoever answers with one
+    refers to it."""
     ids = sorted(job_ids)
     chunks = (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
-    return {job_id for chunk in chunks for job_id in session.scalars(select(Job.id).where(Job.id.in_(chunk)))}
+    return {job_id for chunk in chunks for job_id in session.scalars(_kept(chunk))}
+
+
+def _kept(job_ids: Sequence[int]) -> Select[Any]:
+    jobs = select(Job.id).where(Job.id.in_(job_ids)).order_by(Job.id)
+    return jobs.with_for_update(read=True, key_share=True, of=Job)

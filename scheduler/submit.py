@@ -120,7 +120,7 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         add_text(session, text_hash, submission.eval_text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
-        still_there = results.existing(session, set(answers.values()))
+        still_there = results.keep(session, set(answers.values()))
         batch_id = add_batch(
             session,
             [[_new_job(one, answers, still_there) for one in bundle] for bundle in asked],

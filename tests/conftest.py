@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,14 @@ def postgresql_url() -> Iterator[str]:
     server = Postgres()
     yield server.url
     server.close()
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """What a login gives as XDG_RUNTIME_DIR; pytest's own folders have too long a name to hold a socket."""
+    folder = Path(tempfile.mkdtemp(prefix="qb-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from models_db.doctor import Health, PauseNote, health
 from models_db.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from models_db.filesystem import Refusal, probe, require_locks, room_of
 from models_db.network_share import share_of
+from models_db.private_folder import fault_of
 from models_db.session import SCHEMA_HEAD, Database
 from models_db.settings import Settings
 from views.checks import Check, State, check
@@ -96,6 +97,12 @@ def _locks(settings: Settings) -> Iterable[Check]:
 
 def _broker(settings: Settings, stack_runs: bool) -> Check:
     place = broker_place(settings)
+    # Of a stack that runs the link knows; it may have started with another environment.
+    folder = settings.socket.parent.resolve() if stack_runs else settings.socket_dir
+    fault = fault_of(folder) if settings.is_embedded else None
+    if fault is not None:
+        advice = "have it removed, or set XDG_RUNTIME_DIR to a folder of your own"
+        return check("broker", State.WRONG, f"{folder} {fault}, and Redis needs it for its socket: {advice}")
     if settings.is_embedded and not stack_runs:
         return check("broker", State.NOTE, f"{place}: no stack is running here; `qbatch up` starts one")
     import redis
@@ -114,7 +121,7 @@ def _broker(settings: Settings, stack_runs: bool) -> Check:
 def broker_place(settings: Settings) -> str:
     """The broker's address without user, password and options."""
     if settings.is_embedded:
-        return f"{settings.socket_dir}/redis.sock"
+        return str(settings.socket)
     parts = urlsplit(settings.celery_broker_url)
     host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname or ""
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + parts.path

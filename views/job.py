@@ -117,7 +117,7 @@ def _scheme(job: Row) -> Lines:
     if job["checkpoint"] is not None:
         yield "sha256", job["checkpoint"]["root_sha256"]
         if job["checkpoint"]["written_by"] != job["job_id"]:
-            yield "written by", job["checkpoint"]["written_by"]
+            yield "written by", job["checkpoint"]["written_by"] or "a job that was pruned"
 
 
 def _options(job: Row) -> Iterable[str]:

@@ -63,6 +63,12 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="note", title="note", wraps=True),
 )
 
+PRUNE_COLUMNS: tuple[Column, ...] = (
+    Column(key="what", title="removed"),
+    Column(key="number", title="number"),
+    Column(key="bytes", title="size", show=show_bytes),
+)
+
 VERIFY_COLUMNS: tuple[Column, ...] = (
     Column(key="checkpoint", title="checkpoint"),
     Column(key="state", title="state"),

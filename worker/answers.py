@@ -89,7 +89,12 @@ class Answers:
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):
             jobs.note(session, self._token(job_id), checkpoint_key=identity.key)
-        answered = {n for n, one in sorted(sound.items()) if jobs.answer(session, self._token(n), one.job_id)}
+        kept = results.keep(session, {one.job_id for one in sound.values()})
+        answered = {
+            n
+            for n, one in sorted(sound.items())
+            if one.job_id in kept and jobs.answer(session, self._token(n), one.job_id)
+        }
         paths = checkpoints.paths(session, {identity.key for identity in resolved.jobs.values()})
         open_ = {n: one.key for n, one in resolved.jobs.items() if n not in answered and one.key not in paths}
         waiting = self._written_elsewhere(session, open_)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from models_db.domain import DeviceKind, Measurement, Stage, format_job_id
 from models_db.errors import DeviceError, JobError, SourceChanged
+from models_db.storage import BASE_OUTPUTS
 from worker.fetch import LocalSource
 from worker.messages import CheckpointReady, Measured, Order
 from worker.plan import Model, Plan
@@ -161,7 +162,7 @@ class Rounds:
             device_name=self._order.device_name,
             protocol=plan.settled.protocol,
         )
-        return self._order.storage / "base-logits" / name
+        return self._order.storage / BASE_OUTPUTS / name
 
     def _reference(self, plan: Plan) -> Reference | None:
         """The base's outputs, if it was measured on such a device on the same text."""

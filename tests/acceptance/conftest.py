@@ -81,12 +81,14 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTE
 
 def processes_of(home: Path) -> list[psutil.Process]:
     """Every living process that has this home in its environment, and the Redis on its socket."""
-    socket_dir = str(Settings.from_env({"QBATCH_HOME": str(home)}).socket_dir)
+    settings = Settings.from_env(os.environ | {"QBATCH_HOME": str(home)})
+    places = {str(settings.socket_dir), str(settings.socket.resolve().parent)}
     found = []
     for process in psutil.process_iter():
         try:
             # Redis writes its title over its environment.
-            ours = process.environ().get("QBATCH_HOME") == str(home) or socket_dir in " ".join(process.cmdline())
+            words = " ".join(process.cmdline())
+            ours = process.environ().get("QBATCH_HOME") == str(home) or any(place in words for place in places)
             if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):

@@ -353,7 +353,7 @@ def test_what_is_no_message_at_all_does_not_stop_the_queue(
 
 
 def test_the_embedded_redis_listens_on_a_private_socket_alone(stack: Qbatch) -> None:
-    place = Settings.from_env(stack.environ).socket_dir
+    place = Settings.from_env(stack.environ).socket.resolve().parent
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert stat.S_IMODE((place / "redis.sock").stat().st_mode) == 0o700
     found = [process for process in processes_of(stack.home) if str(place) in " ".join(process.cmdline())]

@@ -127,7 +127,7 @@ def test_the_hub_s_token_stays_in_the_environment(
     settings = Settings.from_env(qbatch.environ)
     output = tmp_path / "output"
     run = qbatch.start("run", "--models", listed, "--bits", "4", "--format", "json", log=output)
-    until(lambda: (settings.socket_dir / "redis.sock").exists(), "Redis")
+    until(lambda: settings.socket.exists(), "Redis")
     seen = [*arguments_of(qbatch.home)]
     with Eavesdropper(settings.redis_url) as redis_:
         while run.poll() is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from models_db.settings import Settings
 from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop
 from tests.waiting import until
 
@@ -32,18 +34,43 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
         assert "is running already" in qbatch("up", code=3).stderr
+        _prune_beside_the_worker(qbatch, listed)
     finally:
         assert stop(up, signal.SIGINT) == 0
     assert set(_states(qbatch)) == {"succeeded"}
 
 
-def test_a_stack_whose_head_is_killed_leaves_no_process(
+def _prune_beside_the_worker(qbatch: Qbatch, listed: str) -> None:
+    logs = list((qbatch.home / "storage" / "logs").glob("*/*"))
+    qbatch("submit", "--models", listed, "--bits", "4,8", "--force")
+    until(lambda: "running" in _states(qbatch), "running job")
+    promised = qbatch.json("prune", "--older-than", "1s", "--dry-run")
+    pruned = qbatch.json("prune", "--older-than", "1s")
+    assert pruned == promised
+    kinds = ("batches", "jobs", "logs", "rejected checkpoints", "base outputs")
+    assert [(row["what"], row["number"]) for row in pruned] == list(zip(kinds, (1, 3, len(logs), 0, 0), strict=True))
+    qbatch("wait", "b2", "--timeout", "2m")
+    assert [row["batch_id"] for row in qbatch.json("status")] == ["b2"]
+    assert not any(log.exists() for log in logs)
+    quantized = [row for row in qbatch.json("results") if row["scheme"] != "none"]
+    assert all(row["kl_mean"] is not None for row in quantized), "its baseline's outputs were there"
+    assert qbatch.json("verify") != [], "checkpoints stay, and stay on record"
+    assert [row["number"] for row in qbatch.json("prune", "--older-than", "1d")] == [0] * 5
+
+
+def test_up_survives_lost_socket_folders_and_leaves_nothing_when_killed(
     qbatch: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama")
     up = qbatch.start("up", "--cpu")
     try:
         until(lambda: (qbatch.home / "qbatch.db").exists(), "database")
+        qbatch.wait_for_worker()
+        place = Settings.from_env(qbatch.environ).socket_dir
+        cleaned = list(place.parent.glob(f"{place.name}*"))
+        assert len(cleaned) == 2, "that of Redis, and that of the worker's forkserver"
+        for folder in cleaned:
+            shutil.rmtree(folder)
         qbatch("submit", "--models", listed, "--bits", "4")
         until(lambda: "running" in _states(qbatch), "running job")
     finally:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests.chaos.account import Account
 from tests.chaos.lane import Lane, Outcome, Plan
+from tests.chaos.sources import Sources
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=int, default=10**6, help="models to make at most, four at least")
     parser.add_argument("--workers", type=int, default=2, help="workers of each lane")
     parser.add_argument("--lanes", type=int, default=1, help="independent stacks at once")
+    parser.add_argument("--shared-storage", action="store_true", help="all lanes publish to one storage")
+    parser.add_argument("--changing-sources", action="store_true", help="rewrite weights while jobs read them")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--minutes", type=float, help="end the kills after this long")
     parser.add_argument("--gap", type=float, help="mean seconds between two faults of a lane")
@@ -62,6 +65,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
     threads = max(cores // (options.workers * options.lanes), 1)
     minutes = options.minutes if options.minutes is not None else float("inf")
     shares = [len(range(lane, options.kills, options.lanes)) for lane in range(options.lanes)]
+    together = threading.Barrier(options.lanes if options.shared_storage else 1)
+    everyones = Sources(folder / "sources")
     with _databases(options) as urls, ThreadPoolExecutor(options.lanes) as pool:
         lanes = [
             Lane(
@@ -78,12 +83,17 @@ def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
                     deadline=time.monotonic() + 60 * minutes,
                     threads=threads,
                     database_url=url,
+                    storage=folder / "storage" if options.shared_storage else None,
+                    changes_sources=options.changing_sources,
                 ),
+                everyones if options.shared_storage else Sources(folder / f"lane{number}" / "sources"),
+                together,
                 _speaker(number),
             )
             for number, (kills, url) in enumerate(zip(shares, urls, strict=True))
         ]
-        ends = [pool.submit(lane.run) for lane in lanes]
+        databases = [lane.database for lane in lanes] if options.shared_storage else []
+        ends = [pool.submit(lane.run, databases) for lane in lanes]
         try:
             return [end.result() for end in ends]
         except BaseException:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from models_db.storage import MANIFEST
 from models_db.tables import Attempt, Checkpoint, Job, Lease, Result
 from scheduler.local import stack_is_running
 from tests.acceptance.conftest import processes_of
+from tests.chaos.sources import Sources
 from worker.verify import verify
 
 # A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
 CHARGED = ("host_oom", "worker_lost")
 UNCHARGED = ("handed_back", "expired")
+SOURCE_CHANGED = "source_changed"
 # The attempt of an outcome that was late by a lease, and still the last, keeps the word that closed it.
 _LATE = (*CHARGED, *UNCHARGED)
 
@@ -49,8 +51,14 @@ class Account:
         return Account(self.problems + other.problems, self.figures + other.figures)
 
 
-def account_of_work(database: Database, settings: Settings) -> Account:
-    """Of rows and files; the fleet is idle and need not have stopped."""
+def account_of_work(
+    database: Database, settings: Settings, *, others: Sequence[Database] = (), sources: Sources
+) -> Account:
+    """Of rows and files; the fleet is idle and need not have stopped.
+
+    ``others`` are the databases whose checkpoints lie on the same storage. Jobs of ``sources`` that changed meanwhile
+    may have met SOURCE_CHANGED, and may have failed of it.
+    """
     account = Account()
     with database.read() as session:
         jobs = list(session.scalars(select(Job).order_by(Job.id)))
@@ -64,20 +72,41 @@ def account_of_work(database: Database, settings: Settings) -> Account:
     entered = _entered(settings.logs)
     by_id = {job.id: job for job in jobs}
     for job in jobs:
-        _check_job(account, job, by_job[job.id], entered.get(job.id, []))
+        own, may_fail = by_job[job.id], Path(job.location) in sources.changed
+        _check_job(account, job, own, entered.get(job.id, []), may_fail=may_fail)
+        if may_fail and job.error_kind == SOURCE_CHANGED:
+            account.figures["jobs failed of a source that changed"] += 1
+            continue
         _check_result(account, job, by_id, results)
         _check_place(account, job, results.get(job.id), checkpoints)
-    _check_checkpoints(account, settings, list(checkpoints.values()))
+    _check_checkpoints(account, settings, list(checkpoints.values()), _paths(others))
+    for row in checkpoints.values():
+        folder = settings.storage / row.path
+        found = sources.differences(folder) if folder.exists() else ()
+        account.problems += [f"{row.path} {difference}" for difference in found]
     _check_leftovers(account, settings)
     account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
     account.figures += Counter(f"attempts {attempt.outcome}" for attempt in attempts)
     return account
 
 
-def _check_job(account: Account, job: Job, attempts: Sequence[Attempt], entered: Sequence[float]) -> None:
+def _paths(databases: Sequence[Database]) -> set[str]:
+    """Where the checkpoints on record lie."""
+    found: set[str] = set()
+    for database in databases:
+        with database.read() as session:
+            found.update(session.scalars(select(Checkpoint.path)))
+    return found
+
+
+def _check_job(
+    account: Account, job: Job, attempts: Sequence[Attempt], entered: Sequence[float], *, may_fail: bool
+) -> None:
     name = f"j{job.id}"
+    failed_rightly = may_fail and job.state == JobState.FAILED and job.error_kind == SOURCE_CHANGED
     account.expect(
-        job.state == JobState.SUCCEEDED, f"{name} is {job.state}: {job.error_kind} {job.error_message} ({job.stage})"
+        job.state == JobState.SUCCEEDED or failed_rightly,
+        f"{name} is {job.state}: {job.error_kind} {job.error_message} ({job.stage})",
     )
     account.expect(
         [attempt.attempt for attempt in attempts] == list(range(1, job.attempt + 1)),
@@ -86,16 +115,18 @@ def _check_job(account: Account, job: Job, attempts: Sequence[Attempt], entered:
     for attempt in attempts:
         account.expect(attempt.ended_at is not None, f"{name}'s attempt {attempt.attempt} has no end")
     *earlier, last = [attempt.outcome for attempt in attempts] or [None]
-    account.expect(
-        set(earlier) <= {*CHARGED, *UNCHARGED}, f"{name}'s attempts ended {earlier}: {[a.message for a in attempts]}"
-    )
+    allowed = {*CHARGED, *UNCHARGED, *((SOURCE_CHANGED,) if may_fail else ())}
+    account.expect(set(earlier) <= allowed, f"{name}'s attempts ended {earlier}: {[a.message for a in attempts]}")
     answered_at_once = not attempts and job.reused_from is not None
     if job.state == JobState.SUCCEEDED and not answered_at_once:
         account.expect(last in ("succeeded", *_LATE), f"{name} succeeded, its last attempt ended {last}")
         account.figures["late outcomes that counted"] += last in _LATE
     charged = [attempt for attempt in attempts if attempt.outcome in CHARGED]
+    # Whether one of these costs a failure is the policy's to say; the last one may be the job's end.
+    changes = sum(attempt.outcome == SOURCE_CHANGED for attempt in attempts)
     account.expect(
-        job.failures == len(charged), f"{name} has {job.failures} failures, and {len(charged)} attempts that cost one"
+        len(charged) <= job.failures <= len(charged) + changes,
+        f"{name} has {job.failures} failures, and {len(charged)} attempts that cost one",
     )
     for attempt in charged:
         account.expect(
@@ -153,12 +184,14 @@ def _check_place(account: Account, job: Job, result: Result | None, checkpoints:
     )
 
 
-def _check_checkpoints(account: Account, settings: Settings, rows: Sequence[Checkpoint]) -> None:
+def _check_checkpoints(
+    account: Account, settings: Settings, rows: Sequence[Checkpoint], of_others: Collection[str]
+) -> None:
     folders = {str(folder.relative_to(settings.storage)) for folder in settings.checkpoints.glob("*/*")}
     on_record = {row.path for row in rows}
     for path in sorted(on_record - folders):
         account.problems.append(f"{path} is on record, and is not there")
-    for path in sorted(folders - on_record):
+    for path in sorted(folders - on_record - set(of_others)):
         account.problems.append(f"{path} is there, and no job answers for it")
     for row in rows:
         if row.path in folders:
@@ -189,7 +222,8 @@ def account_of_end(database: Database, settings: Settings, temporary: Path) -> A
         account.problems.append(f"still running: {process.pid} {' '.join(process.cmdline())}")
     account.expect(not stack_is_running(settings), "the stack's lock is still held")
     sockets = settings.socket_dir
-    for path in (*sockets.parent.glob(f"{sockets.name}*"), *temporary.iterdir()):
+    link = [settings.socket_link] if settings.socket_link.is_symlink() else []
+    for path in (*sockets.parent.glob(f"{sockets.name}*"), *temporary.iterdir(), *link):
         account.problems.append(f"left behind: {path}")
     with database.read() as session:
         for lease in session.scalars(select(Lease)):

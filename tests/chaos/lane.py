@@ -11,13 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import func, select
-from transformers.utils import logging as transformers_logging
 
 from models_db import workers
 from models_db.domain import ENDED_STATES
@@ -29,25 +27,26 @@ from models_db.sources import parse_source
 from models_db.tables import Job
 from scheduler.grid import Grid
 from scheduler.submit import Submission, send_now, submit
-from tests import tiny
 from tests.acceptance.conftest import processes_of
 from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
-from tests.chaos.faults import KINDS, Faults, Kind
+from tests.chaos.faults import CHANGING_SOURCES, KINDS, Fleet, Kind
 from tests.chaos.processes import kill
+from tests.chaos.sources import Sources
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TEXT = "It was a quiet evening, and nobody had come. " * 8
-_TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 _START_S = 180.0
 _STOP_S = 90.0
 _END_S = 60.0
+# ``verify`` quiets the libraries that it loads, which is not for several threads.
+_ACCOUNTS = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What one lane goes through. ``gap_s`` is the mean time between faults; ``deadline`` (monotonic) ends the kills
-    early. With
-    fewer ``models``, four at least, more of the jobs are duplicates of others."""
+    early. With fewer ``models``, four at least, more of the jobs are duplicates of others. ``storage`` None is the
+    lane's own; ``changes_sources``: weights are rewritten while jobs read them."""
 
     seed: str
     kills: int
@@ -60,6 +59,8 @@ class Plan:
     deadline: float
     threads: int
     database_url: str | None = None
+    storage: Path | None = None
+    changes_sources: bool = False
 
 
 @dataclass(slots=True)
@@ -77,11 +78,15 @@ class Outcome:
 class Lane:
     """``qbatch up``, a second scheduler, further launchers, and everything that happens to them. Use once."""
 
-    def __init__(self, folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, sources: Sources, together: threading.Barrier, say: Callable[[str], None]
+    ) -> None:
+        """``together`` is waited at before the account, by those whose files lie in one place."""
         self._plan = plan
         self._say = say
+        self._sources = sources
+        self._together = together
         self._rng = random.Random(plan.seed)
-        self._sources = folder / "sources"
         self._made: list[Path] = []
         self._temporary = folder / "tmp"
         self._temporary.mkdir(parents=True)
@@ -92,8 +97,9 @@ class Lane:
         self._settings.home.mkdir()
         self._database = Database(self._settings.sqlalchemy_url)
         upgrade(self._database)
-        self._faults = Faults(settings=self._settings, database=self._database, rng=self._rng)
-        self._fleet: dict[str, subprocess.Popen[bytes]] = {}
+        self._fleet = Fleet(settings=self._settings, database=self._database, sources=sources, rng=self._rng)
+        self._kinds = (*KINDS, *(CHANGING_SOURCES if plan.changes_sources else ()))
+        self._members: dict[str, subprocess.Popen[bytes]] = {}
         self._outcome = Outcome(account=Account())
         self._begun = time.monotonic()
         self._calm_kills = 0
@@ -106,21 +112,33 @@ class Lane:
     def halt(self) -> None:
         """From another thread: break off."""
         self._halted.set()
+        self._together.abort()
 
-    def run(self) -> Outcome:
-        """Everything, to the end of its last process; what does not hold is in the account."""
+    @property
+    def database(self) -> Database:
+        return self._database
+
+    def run(self, others: Sequence[Database] = ()) -> Outcome:
+        """Everything, to the end of its last process; what does not hold is in the account.
+
+        ``others`` are the databases of those who share its storage.
+        """
         try:
             self._tend()
             self._wait(lambda: self._live() > 0, _START_S, "no worker is live")
             self._strike_on()
             self._settle()
-            self._outcome.account += account_of_work(self._database, self._settings)
+            self._together.wait(self._plan.settle_s)
+            with _ACCOUNTS:
+                self._outcome.account += account_of_work(
+                    self._database, self._settings, others=others, sources=self._sources
+                )
             self._stop()
             self._outcome.account += account_of_end(self._database, self._settings, self._temporary)
         finally:
-            self._faults.wake(all_=True)
+            self._fleet.wake(all_=True)
             kill(processes_of(self.home))
-            for process in self._fleet.values():
+            for process in self._members.values():
                 process.wait()
             self._database.dispose()
         self._outcome.wall_s = time.monotonic() - self._begun
@@ -145,11 +163,13 @@ class Lane:
             "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "TMPDIR": str(self._temporary),
         }
+        if plan.storage is not None:
+            own["QBATCH_STORAGE"] = str(plan.storage)
         if plan.database_url is not None:
             own["QBATCH_DATABASE_URL"] = plan.database_url
         return inherited | own
 
-    def _members(self) -> dict[str, list[str]]:
+    def _services(self) -> dict[str, list[str]]:
         more = {f"worker-{number}": ["worker", "--cpu"] for number in range(2, self._plan.workers + 1)}
         return {"up": ["up", "--cpu"], "scheduler-2": ["scheduler"], **more}
 
@@ -157,16 +177,16 @@ class Lane:
         """Start what is not running, as a service manager would, and wake who was stopped for long enough."""
         if self._halted.is_set():
             raise RuntimeError("another lane broke off, or the user did")
-        self._faults.wake()
-        for name, arguments in self._members().items():
-            process = self._fleet.get(name)
+        self._fleet.wake()
+        for name, arguments in self._services().items():
+            process = self._members.get(name)
             if process is not None and process.poll() is None:
                 continue
             if process is not None:
                 code = process.returncode
                 self._outcome.account.expect(code == -signal.SIGKILL, f"{name} ended by itself, with code {code}")
             with (self._logs / f"{name}.log").open("ab") as output:
-                self._fleet[name] = subprocess.Popen(
+                self._members[name] = subprocess.Popen(
                     [sys.executable, "-P", "-m", "cli", *arguments],
                     env=self._environ,
                     cwd=self._temporary,
@@ -179,10 +199,10 @@ class Lane:
 
     def _stop(self) -> None:
         """SIGTERM, the stack last: its Redis is the others' too."""
-        for name in sorted(self._fleet, key="up".__eq__):
-            self._fleet[name].terminate()
+        for name in sorted(self._members, key="up".__eq__):
+            self._members[name].terminate()
             try:
-                code = self._fleet[name].wait(_STOP_S)
+                code = self._members[name].wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 self._outcome.account.problems.append(f"{name} did not stop within {_STOP_S:g} s of SIGTERM")
                 continue
@@ -200,7 +220,7 @@ class Lane:
 
     def _submit(self) -> None:
         """A batch of four models at both widths and their baselines; some were in earlier batches already."""
-        new = [self._make() for _ in range(min(self._rng.choice((1, 2, 3)) if self._made else 4, self._unmade()))]
+        new = [self._next() for _ in range(min(self._rng.choice((1, 2, 3)) if self._made else 4, self._unmade()))]
         old = self._rng.sample(self._made[: len(self._made) - len(new)], 4 - len(new))
         grid = Grid(
             bits=(4, 8), quant_types=(self._rng.choice(("nf4", "nf4", "fp4")),), double_quant=self._rng.random() < 0.25
@@ -221,20 +241,9 @@ class Lane:
     def _unmade(self) -> int:
         return self._plan.models - len(self._made)
 
-    def _make(self) -> Path:
-        transformers_logging.disable_progress_bar()
-        number = len(self._made)
-        folder = self._sources / f"m{number}"
-        if number % 4 == 3:
-            tiny.make_encoder(folder, "masked-lm", seed=number, **_TINY, intermediate_size=64)
-        elif number % 4 == 2:
-            tiny.make_causal(folder, "bloom", seed=number, hidden_size=64, n_layer=1, n_head=2)
-        else:
-            tiny.make_causal(
-                folder, dtype="bfloat16", seed=number, **_TINY, intermediate_size=64, num_key_value_heads=2
-            )
-        self._made.append(folder)
-        return folder
+    def _next(self) -> Path:
+        self._made.append(self._sources.model(len(self._made)))
+        return self._made[-1]
 
     def _count(self, *, open_: bool = False) -> int:
         query = select(func.count()).select_from(Job)
@@ -260,11 +269,11 @@ class Lane:
             self._feed()
             self._pause(self._rng.uniform(0.2, 1.8) * self._plan.gap_s)
             seen = self._give_a_chance(seen)
-            self._strike(self._rng.choices(KINDS, [kind.weight for kind in KINDS])[0])
+            self._strike(self._rng.choices(self._kinds, [kind.weight for kind in self._kinds])[0])
         self._outcome.ended_under_fire = self._ended()
 
     def _strike(self, kind: Kind) -> None:
-        hurt = kind.deal(self._faults)
+        hurt = kind.deal(self._fleet)
         if hurt is None:
             return
         self._outcome.faults[kind.name] += 1
@@ -293,6 +302,7 @@ class Lane:
     def _settle(self) -> None:
         """Hold fire until every job has ended, every worker is back, and they have swept."""
         self._say(f"{self._outcome.kills} kills; {self._count(open_=True)} jobs are open; settling")
+        self._wait(lambda: not self._fleet.frozen, _START_S, "not every stopped process went on")
         self._wait(lambda: self._count(open_=True) == 0, self._plan.settle_s, "not every job ended")
         self._wait(lambda: self._live() >= self._plan.workers, _START_S, "not every worker came back")
         self._wait(lambda: not any(leftovers(self._settings)), _START_S, "not everything was swept")

@@ -12,7 +12,7 @@ from typing import Self
 
 import redis
 
-from scheduler.local import redis_server_path
+from scheduler.private_redis import redis_server_path
 from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105

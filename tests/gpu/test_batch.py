@@ -93,7 +93,7 @@ def test_three_models_at_two_widths(qbatch: Qbatch, tmp_path: Path) -> None:
     done = qbatch(
         "run", "--models", str(listed), "--bits", "4,8", "--device", "cuda", "--format", "json", timeout_s=400
     )
-    for log in sorted((qbatch.home / "storage" / "logs").iterdir()):
+    for log in sorted((qbatch.home / "storage" / "logs").glob("*/*")):
         lines = log.read_text().splitlines()
         print("\n".join(line for line in lines if "perplexity" not in line and "qbatch.runner" in line))  # noqa: T201
     rows = json.loads(done.stdout)

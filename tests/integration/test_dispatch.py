@@ -23,7 +23,7 @@ from models_db.tables import Worker
 from models_db.vram import GIB
 from scheduler.broker import Broker
 from scheduler.dispatch import top_up
-from scheduler.local import redis_server_path
+from scheduler.private_redis import redis_server_path
 from scheduler.queues import queue_of, queues_of
 from scheduler.reconcile import give_up_too_large, resend_vanished
 from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states

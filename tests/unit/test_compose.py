@@ -19,7 +19,7 @@ import yaml
 
 from cli import main
 from models_db.settings import Settings
-from scheduler.local import redis_server_path
+from scheduler.private_redis import redis_server_path
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]

@@ -39,8 +39,8 @@ def examined(settings: Settings, *, stack_runs: bool = False) -> dict[str, Check
     return {check.check: check for check in examine(settings, gpus=(), stack_runs=stack_runs)}
 
 
-def wrong(settings: Settings) -> dict[str, str]:
-    found = examined(settings).values()
+def wrong(settings: Settings, *, stack_runs: bool = False) -> dict[str, str]:
+    found = examined(settings, stack_runs=stack_runs).values()
     return {check.check: check.message for check in found if check.state is State.WRONG}
 
 
@@ -133,6 +133,20 @@ def test_services_that_do_not_answer_are_named_without_their_passwords(tmp_path:
 )
 def test_a_broker_s_place_holds_no_secret(settings: Settings, url: str, place: str) -> None:
     assert broker_place(Settings.from_env({"QBATCH_BROKER_URL": url})) == place
+
+
+@pytest.mark.parametrize("stack_runs", [False, True])
+def test_a_socket_folder_of_somebody_else_is_named(settings: Settings, stack_runs: bool) -> None:
+    settings.home.mkdir()
+    place = settings.socket_dir
+    place.mkdir(mode=0o755)
+    settings.socket_link.symlink_to(place)
+    try:
+        place.chmod(0o755)
+        said = wrong(settings, stack_runs=stack_runs)["broker"]
+        assert said.startswith(f"{place} is open to others (mode 0755), and Redis needs it for its socket: ")
+    finally:
+        place.rmdir()
 
 
 def test_an_old_postgresql_schema_is_a_fault_that_says_the_remedy(

@@ -24,8 +24,8 @@ def test_nothing_need_be_set(tmp_path: Path) -> None:
     assert settings.is_embedded
     assert settings.is_one_machine
     assert settings.sqlalchemy_url == f"sqlite:///{tmp_path}/qbatch.db"
-    assert settings.celery_broker_url == f"redis+socket://{settings.socket_dir}/redis.sock?virtual_host=0"
-    assert settings.redis_url == f"unix://{settings.socket_dir}/redis.sock?db=0"
+    assert settings.celery_broker_url == f"redis+socket://{settings.socket}?virtual_host=0"
+    assert settings.redis_url == f"unix://{settings.socket}?db=0"
     assert (settings.storage, settings.cache) == (tmp_path / "storage", tmp_path / "cache")
     assert settings.spool.parent == tmp_path / "spool"
 
@@ -35,6 +35,7 @@ def test_what_belongs_to_one_database_stands_apart_from_others(tmp_path: Path) -
     databases = (None, "postgresql://qbatch:secret@db/one", "postgresql://qbatch:secret@db/two")
     several = [read(HOME=home) if url is None else read(HOME=home, DATABASE_URL=url) for url in databases]
     assert len({settings.spool for settings in several}) == 3
+    assert len({settings.logs for settings in several}) == 3
     changed = read(HOME=home, DATABASE_URL="postgresql://qbatch:another@db/one")
     assert changed.spool == several[1].spool, "whoever signs in"
 
@@ -50,7 +51,28 @@ def test_a_home_is_the_same_whichever_way_it_is_reached(tmp_path: Path) -> None:
 def test_a_long_home_has_a_socket_path_that_the_kernel_takes() -> None:
     settings = read(HOME="/h" + "o" * 300)
     assert len(f"{settings.socket_dir}/redis.sock") < 100
+    assert settings.socket == settings.socket_dir / "redis.sock", "no link could lead there"
     assert settings.socket_dir != read(HOME="/other").socket_dir
+
+
+@pytest.mark.parametrize("home", ["/a b", "/50%", "/a#b", "/ä"])
+def test_a_home_that_a_url_would_spell_otherwise_has_its_socket_elsewhere(home: str) -> None:
+    settings = read(HOME=home)
+    assert settings.redis_url == f"unix:///tmp/{settings.socket_dir.name}/redis.sock?db=0"
+
+
+def test_sockets_lie_in_the_runtime_directory_where_that_is_the_users_own(runtime_dir: Path) -> None:
+    environ = {"QBATCH_HOME": "/h", "XDG_RUNTIME_DIR": str(runtime_dir)}
+    in_tmp = read(HOME="/h").socket_dir
+    assert Settings.from_env(environ).socket_dir == runtime_dir / in_tmp.name
+    assert Settings.from_env(environ).socket == read(HOME="/h").socket, "clients of any environment"
+    long_home = environ | {"QBATCH_HOME": "/h" + "o" * 300}
+    assert Settings.from_env(long_home).socket_dir.parent == in_tmp.parent, "clients have no link to follow"
+    runtime_dir.chmod(0o755)
+    assert Settings.from_env(environ).socket_dir == in_tmp, "others may look in"
+    runtime_dir.rmdir()
+    assert Settings.from_env(environ).socket_dir == in_tmp, "its user has logged out"
+    assert Settings.from_env(environ | {"XDG_RUNTIME_DIR": "run"}).socket_dir == in_tmp, "relative"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from worker.architecture import Task
 from worker.benchmark.divergence import Divergence, divergence, summarize_divergence
 from worker.benchmark.floor import arithmetic_floor
 from worker.benchmark.probes import Probe, probes_hash, probes_of
+from worker.benchmark.reference_folders import DESCRIPTION, IN_USE_S, beside, litter, occupants, remove
 from worker.benchmark.replay import embedding_of, head_sha256, hidden_and_logits, logits_of, replayed
 from worker.benchmark.similarity import compare_embeddings
 from worker.benchmark.versions import device_name, versions
@@ -40,12 +40,7 @@ log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
 _FORMAT = 2
-_DESCRIPTION = "reference.json"
 _PROBE = "base"
-# A folder used this recently may have a reader: it is not evicted.
-_IN_USE_S = 3600.0
-# A folder on its way in or out, which nobody opens, is done with in less.
-_LITTER_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +91,14 @@ def open_reference(folder: Path) -> Reference | None:
 
     One that is damaged is none, and is removed. Raises StorageError.
     """
-    description = folder / _DESCRIPTION
+    description = folder / DESCRIPTION
     try:
         if not folder.is_dir():
             return None
         reference = _sound(folder)
         if reference is None:
             log.warning("%s is damaged and will be made anew", folder)
-            _remove(folder)
+            remove(folder)
             return None
         touch(description)
     except FileNotFoundError:  # another worker made room
@@ -117,7 +112,7 @@ def _sound(folder: Path) -> Reference | None:
     """None where the description says nothing of use, or the outputs are not those that were stored: every byte is
     read, since a wrong one is a wrong figure. Raises OSError."""
     try:
-        reference = Reference(folder=folder, **json.loads((folder / _DESCRIPTION).read_bytes()))
+        reference = Reference(folder=folder, **json.loads((folder / DESCRIPTION).read_bytes()))
         is_whole = _content_sha256(folder, reference.probes) == reference.content_sha256
     except (FileNotFoundError, ValueError, TypeError):
         return None
@@ -154,7 +149,7 @@ def prepare_reference(
         probes = probes_of(loaded, protocol, eval_text)
         if not probes:
             return None
-        _write(loaded, probes, folder, staging or _beside(folder), max_bytes, confirm)
+        _write(loaded, probes, folder, staging or beside(folder), max_bytes, confirm)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
 
@@ -209,10 +204,6 @@ def _probe(folder: Path, number: int) -> Path:
     return folder / f"{number:04}.safetensors"
 
 
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-
-
 def _write(
     loaded: Loaded, probes: list[Probe], folder: Path, staging: Path, max_bytes: int, confirm: Callable[[], None]
 ) -> None:
@@ -233,7 +224,7 @@ def _write(
         )
         fields = asdict(reference)
         del fields["folder"]
-        (staging / _DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
+        (staging / DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
         sync(*staging.iterdir(), staging)
         confirm()
         move(staging, folder)
@@ -279,39 +270,15 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
 def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
     """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``, and what
     writers and removers that were killed left behind."""
-    for litter in _litter(root):
-        shutil.rmtree(litter, ignore_errors=True)
-    kept = sorted(_occupants(root))
+    for left in litter(root):
+        shutil.rmtree(left, ignore_errors=True)
+    kept = sorted(occupants(root))
     total = sum(size for _, _, size in kept)
     for used_s, folder, size in kept:
-        if total <= max_bytes or folder == keep or time.time() - used_s < _IN_USE_S:
+        if total <= max_bytes or folder == keep or time.time() - used_s < IN_USE_S:
             continue
         total -= size
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Take a reference away, whole at once. Raises OSError."""
-    doomed = _beside(folder)
-    with suppress(FileNotFoundError):  # another worker removes it too
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _litter(root: Path) -> Iterator[Path]:
-    """The folders of ``_beside`` that nobody has touched for long."""
-    for folder in root.glob(".*.????????"):
-        with suppress(FileNotFoundError):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > _LITTER_S:
-                yield folder
-
-
-def _occupants(root: Path) -> Iterator[tuple[float, Path, int]]:
-    """(time of last use, folder, bytes) of each reference in ``root`` that does not vanish meanwhile."""
-    for description in root.glob(f"[!.]*/{_DESCRIPTION}"):
-        with suppress(FileNotFoundError):
-            size = sum(file.stat().st_size for file in description.parent.iterdir())
-            yield description.stat().st_mtime, description.parent, size
+        remove(folder)
 
 
 @contextmanager

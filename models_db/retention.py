@@ -1,0 +1,155 @@
+"""Which batches are old enough to go, and their going, in transactions of a bounded size."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
+from sqlalchemy.orm import Session, aliased
+
+from models_db.clock import db_now
+from models_db.domain import ENDED_STATES, JobState
+from models_db.tables import Attempt, Batch, Checkpoint, Job, Result
+
+_NO_SYNC = {"synchronize_session": False}
+# Asked for by name: for what is not among some values, no index is of use.
+_OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
+_Family = tuple[int, str, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prunable:
+    """What may go: jobs, in an order in which they can be deleted, those that were answered by others first; and the
+    batches of which none stays."""
+
+    batch_ids: tuple[int, ...]
+    job_ids: tuple[int, ...]
+
+
+def find_prunable(session: Session, older_than_s: float) -> Prunable:
+    """The batches whose jobs have all ended, the last one ``older_than_s`` ago, by the database's clock.
+
+    A job whose result answers a job that stays, stays too, and with it the jobs of its batch for the same source: its
+    baseline, and the one whose name its log has.
+    """
+    rows = session.execute(
+        select(Job.id, Job.batch_id, Job.location, Job.revision, Job.reused_from)
+        .where(Job.batch_id.in_(_old_batches(older_than_s)))
+        .order_by(Job.id)
+    ).all()
+    families: dict[int, _Family] = {row.id: (row.batch_id, row.location, row.revision) for row in rows}
+    answered_by = {row.id: row.reused_from for row in rows if row.reused_from is not None}
+    kept = _kept(families, answered_by, _needed(session, older_than_s))
+    doomed = [job_id for job_id, family in families.items() if family not in kept]
+    return Prunable(
+        batch_ids=tuple(sorted({family[0] for family in families.values()} - {family[0] for family in kept})),
+        job_ids=(
+            *(job_id for job_id in doomed if job_id in answered_by),
+            *(job_id for job_id in doomed if job_id not in answered_by),
+        ),
+    )
+
+
+def _old_batches(older_than_s: float) -> Select[int]:
+    open_jobs = func.count(case((Job.state.in_(_OPEN_STATES), 1)))
+    ended_at = func.max(func.coalesce(Job.finished_at, Job.created_at))
+    return select(Job.batch_id).group_by(Job.batch_id).having(open_jobs == 0, ended_at < db_now(-older_than_s))
+
+
+def _needed(session: Session, older_than_s: float) -> set[int]:
+    """The jobs that answer those of batches that are not old."""
+    stays = Job.batch_id.not_in(_old_batches(older_than_s))
+    found = session.scalars(select(Job.reused_from).where(Job.reused_from.is_not(None), stays).distinct())
+    return {job_id for job_id in found if job_id is not None}
+
+
+def _kept(
+    families: Mapping[int, _Family], answered_by: Mapping[int, int], needed: Iterable[int]
+) -> Collection[_Family]:
+    """The families of ``needed``, of those that answer their members, and so on."""
+    members: dict[_Family, list[int]] = defaultdict(list)
+    for job_id, family in families.items():
+        members[family].append(job_id)
+    kept: set[_Family] = set()
+    todo = [job_id for job_id in needed if job_id in families]
+    while todo:
+        family = families[todo.pop()]
+        if family not in kept:
+            kept.add(family)
+            answers = {answered_by[job_id] for job_id in members[family] if job_id in answered_by}
+            todo += answers & families.keys()
+    return kept
+
+
+def delete_jobs(session: Session, job_ids: Sequence[int], older_than_s: float) -> int:
+    """Delete these jobs with their attempts and results, but for those that were taken up again or answer others by
+    now, or that somebody else holds; how many. A checkpoint stays on record, as nobody's."""
+    ended = (Job.state.in_(ENDED_STATES), func.coalesce(Job.finished_at, Job.created_at) < db_now(-older_than_s))
+    # Never waiting, so never in a deadlock. Once it is locked, nobody can refer to it.
+    free = set(
+        session.scalars(
+            select(Job.id).where(Job.id.in_(job_ids), *ended).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
+        )
+    )
+    free -= _of_open_batches(session, free)
+    # By statements of their own, which see what was committed until the lock was had.
+    while referred := _referred(session, free):
+        free -= referred
+    _delete(session, sorted(free))
+    return len(free)
+
+
+def _of_open_batches(session: Session, job_ids: Collection[int]) -> set[int]:
+    rows = session.execute(select(Job.id, Job.batch_id).where(Job.id.in_(job_ids)))
+    batches = {job_id: batch_id for job_id, batch_id in rows}
+    is_open = select(Job.id).where(Job.batch_id == Batch.id, Job.state.in_(_OPEN_STATES)).exists()
+    open_ = set(session.scalars(select(Batch.id).where(Batch.id.in_(set(batches.values())), is_open)))
+    return {job_id for job_id, batch_id in batches.items() if batch_id in open_}
+
+
+def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
+    """Those that answer a job which is none of them."""
+    others = select(Job.reused_from).where(Job.reused_from.in_(job_ids), Job.id.not_in(job_ids))
+    return {job_id for job_id in session.scalars(others) if job_id is not None}
+
+
+def _delete(session: Session, job_ids: Sequence[int]) -> None:
+    session.execute(
+        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=_NO_SYNC
+    )
+    for column in (Result.job_id, Attempt.job_id, Job.id):
+        session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=_NO_SYNC)
+
+
+def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
+    """Delete those of the batches that have no job any more; how many."""
+    has_jobs: ColumnElement[bool] = select(Job.id).where(Job.batch_id == Batch.id).exists()
+    gone = session.scalars(
+        delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=_NO_SYNC
+    )
+    return len(gone.all())
+
+
+def existing(session: Session, job_ids: Collection[int]) -> set[int]:
+    """Which of these jobs there are."""
+    return set(session.scalars(select(Job.id).where(Job.id.in_(job_ids))))
+
+
+def needed_since(session: Session, older_than_s: float) -> datetime:
+    """What was used last before this, no batch that stays has used, and none that is open will want again.
+
+    A batch that is open may have its baseline from another one, and go by what that one left on the storage.
+    """
+    old = _old_batches(older_than_s)
+    other = aliased(Job)
+    is_open = select(Job.batch_id).where(Job.state.in_(_OPEN_STATES))
+    moments = (
+        select(db_now(-older_than_s)),
+        select(func.min(Batch.created_at)).where(Batch.id.not_in(old)),
+        select(func.min(other.started_at)).join(Job, Job.reused_from == other.id).where(Job.batch_id.in_(is_open)),
+    )
+    found = [session.execute(moment).scalar_one() for moment in moments]
+    return min(moment for moment in found if moment is not None)

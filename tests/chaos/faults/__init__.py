@@ -1,0 +1,12 @@
+"""What happens to a fleet: each fault hurts something real, and says what it hurt. A file for each subject."""
+
+from __future__ import annotations
+
+from tests.chaos.faults import freezes, kills, messages, sockets, weights
+from tests.chaos.faults.base import Fleet, Kind
+
+KINDS: tuple[Kind, ...] = (*kills.KINDS, *messages.KINDS, *freezes.KINDS, *sockets.KINDS)
+CHANGING_SOURCES: tuple[Kind, ...] = weights.KINDS
+"""Only where the account knows of it: a job of a model that changed may fail."""
+
+__all__ = ["CHANGING_SOURCES", "KINDS", "Fleet", "Kind"]
