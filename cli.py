@@ -378,14 +378,9 @@ def upgrade() -> None:
 @click.option("--port", type=int, default=5555, show_default=True, help="The port to listen on.")
 def flower(address: str, port: int) -> None:
     """Watch the queue in a browser. Needs QBATCH_FLOWER_AUTH=user:password."""
-    settings = _settings()
-    if settings.flower_auth is None or not all(settings.flower_auth.partition(":")):
-        raise UsageError("Flower is open to anyone without a password: set QBATCH_FLOWER_AUTH=user:password")
-    # By the environment, not the arguments: those are everyone's to read in the process list.
-    os.environ["FLOWER_BASIC_AUTH"] = settings.flower_auth
-    from scheduler.celery_app import make_app
+    from scheduler.flower import serve
 
-    make_app(settings).start(["flower", f"--address={address}", f"--port={port}"])
+    serve(_settings(), address=address, port=port)
 
 
 def _settings() -> Settings:
