@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ class Database:
         if backend == "postgresql" and parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.is_sqlite = backend == "sqlite"
+        if self.is_sqlite:
+            _refuse_other_files(parsed)
         self.place = _shown(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
         try:
@@ -118,6 +121,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _refuse_other_files(url: URL) -> None:
+    """Raises UsageError unless a SQLite URL names a plain file: what is kept in memory is forgotten with each process,
+    and what SQLite is told of a file (``mode=ro``, ``immutable=1``) either passes unheard or cannot be worked with."""
+    name = url.database or ""
+    if url.host or not name or name.startswith((":memory:", "file:")) or "\0" in name:
+        raise UsageError("QBATCH_DATABASE_URL names no file: write sqlite:////absolute/path/qbatch.db")
+    if unknown := url.query.keys() - {"timeout"}:
+        raise UsageError(f"QBATCH_DATABASE_URL: SQLite takes no option here but timeout, and not {min(unknown)!r}")
+    try:
+        float(str(url.query.get("timeout", 0)))
+    except ValueError as error:
+        raise UsageError("QBATCH_DATABASE_URL: SQLite's timeout is no number of seconds") from error
+
+
 def _sqlite_engine(url: Any) -> Engine:
     # Arguments beat the URL, and how long to wait for another writer is the URL's to say: ``?timeout=5``.
     waits = {} if "timeout" in url.query else {"timeout": 30.0}
@@ -167,6 +184,8 @@ def _reachable(place: str) -> Iterator[None]:
     except (OperationalError, InterfaceError) as error:
         raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
     except DBAPIError as error:
+        if type(error.orig) is sqlite3.DatabaseError:  # SQLite's for a file that is none of its own, or is damaged
+            raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if error.connection_invalidated:
             raise DatabaseUnreachable(f"the database {place} went away: {_first_line(error)}") from error
         raise
