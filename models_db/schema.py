@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
+from models_db.errors import StorageUnavailable
 from models_db.session import SCHEMA_HEAD, Database
 
 # Any constant will do; it keeps two upgrades of one PostgreSQL database apart.
@@ -17,16 +18,25 @@ _UPGRADE_LOCK = 7_226_284
 def upgrade(database: Database) -> None:
     """Run the migrations that are missing, in one transaction. Safe to run twice, and from two places at once.
 
-    Raises DatabaseUnreachable.
+    Raises DatabaseUnreachable, and StorageUnavailable where SQLite's file has no folder to be in.
     """
     if database.file is not None:
-        database.file.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(database, database.file.parent)
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
+
+
+def _make_folder(database: Database, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageUnavailable(
+            f"the database {database.place} cannot be made: {error.filename}: {error.strerror}"
+        ) from error
 
 
 def alembic_config() -> Config:

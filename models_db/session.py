@@ -72,13 +72,19 @@ class Database:
 
     def schema_version(self) -> str | None:
         """The migration that the database stands at; None for an empty database. Creates nothing."""
-        if self.file is not None and not self.file.exists():
+        if self.file is not None and not self._has_file(self.file):
             return None
         with _reachable(self.place), self._reader.connect() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
             version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
             return version
+
+    def _has_file(self, file: Path) -> bool:
+        try:
+            return file.exists()
+        except OSError as error:
+            raise DatabaseUnreachable(f"the database {self.place} cannot be looked at: {error.strerror}") from error
 
     def require_schema(self) -> None:
         """Raises DatabaseUnreachable, saying what to run, unless the schema is this version's."""

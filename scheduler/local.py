@@ -42,7 +42,7 @@ def stack_is_running(settings: Settings) -> bool:
     """Whether another process holds the stack of this home."""
     try:
         lock = (settings.home / "stack.lock").open("r+b")
-    except FileNotFoundError:
+    except OSError:  # none was made, or the home is none that a stack of ours could hold
         return False
     with lock:
         try:
@@ -141,10 +141,10 @@ class LocalStack:
 def prepare_home(settings: Settings) -> None:
     """Make the folders that the embedded stack needs. Raises StorageUnavailable."""
     try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-        settings.storage.mkdir(parents=True, exist_ok=True)
-        if not os.access(settings.storage, os.W_OK | os.X_OK):
-            raise StorageUnavailable(f"the storage {settings.storage} is not writable")
+        for name, folder in (("home", settings.home), ("storage", settings.storage)):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageUnavailable(f"the {name} {folder} is not writable")
         _private_directory(settings.socket_dir)
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error

@@ -31,6 +31,8 @@ class Qbatch:
 
     home: Path
     env: dict[str, str] = field(default_factory=dict)
+    # What is called in each process that it starts, before it becomes qbatch.
+    preexec: Callable[[], None] | None = None
 
     @property
     def environ(self) -> dict[str, str]:
@@ -44,6 +46,7 @@ class Qbatch:
         done = subprocess.run(
             [*QBATCH, *args],
             env=self.environ,
+            preexec_fn=self.preexec,
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,
@@ -60,7 +63,12 @@ class Qbatch:
     def start(self, *args: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         with (log or self.home.with_suffix(".log")).open("ab") as output:
             return subprocess.Popen(
-                [*QBATCH, *args], env=self.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*QBATCH, *args],
+                env=self.environ,
+                preexec_fn=self.preexec,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def wait_for_worker(self) -> None:

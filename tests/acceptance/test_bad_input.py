@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import Qbatch
+from tests.unprivileged import without_rights
 
 
 def one_line(done: object) -> str:
@@ -109,6 +110,42 @@ def test_storage_that_cannot_be_written(
     qbatch.env["QBATCH_STORAGE"] = str(tmp_path / "file" / "storage")
     listed = model_list(models / "llama")
     assert "file" in one_line(qbatch("run", "--models", listed, "--bits", "4", code=3))
+
+
+_COMMANDS = (
+    *(["status"], ["results"], ["jobs"], ["workers"], ["doctor"], ["verify"], ["wait", "b1"], ["cancel", "b1"]),
+    *(["up", "--cpu"], ["scheduler"], ["worker", "--cpu"], ["db", "upgrade"]),
+)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "unmakeable"])
+def test_a_home_that_cannot_be_one(place: str, tmp_path: Path, model_list: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    qbatch = Qbatch(Path("/proc/no/home") if place == "unmakeable" else tmp_path / place)
+    listed = model_list("org/model")
+    submits = (["submit", "--models", listed, "--bits", "4"], ["run", "--models", listed, "--bits", "4"])
+    for command in (*_COMMANDS, *submits) if place == "file" else (["status"], ["doctor"], ["up", "--cpu"]):
+        if command == ["doctor"]:
+            assert f"{qbatch.home} cannot be written" in qbatch(*command, code=1).stdout
+        else:
+            assert "file" in one_line(qbatch(*command, code=3)), command
+
+
+def test_a_home_that_is_read_only_with_the_storage_elsewhere(
+    tmp_path: Path, models: Path, model_list: Callable[..., str]
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    qbatch = Qbatch(home, {"QBATCH_STORAGE": str(tmp_path / "storage")}, without_rights())
+    listed = model_list(models / "llama")
+    for command in (["status"], ["submit", "--models", listed, "--bits", "4"]):
+        assert str(home) in one_line(qbatch(*command, code=3)), command
+    for command in (["up", "--cpu"], ["worker", "--cpu"], ["run", "--models", listed, "--bits", "4"]):
+        assert f"{home} is not writable" in one_line(qbatch(*command, code=3)), command
+    assert f"{home} cannot be written" in qbatch("doctor", code=1).stdout
+    qbatch.env["QBATCH_DATABASE_URL"] = f"sqlite:///{tmp_path}/qbatch.db"
+    assert "no stack is running here" in qbatch("submit", "--models", listed, "--bits", "4").stderr
+    assert list(home.iterdir()) == []
 
 
 def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path) -> None:

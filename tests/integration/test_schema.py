@@ -136,7 +136,9 @@ def test_a_sqlite_that_is_no_plain_file_is_refused(url: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"no database, but more than a hundred bytes\n" * 9, b"SQLite format 3\0" + b"x" * 4096])
+@pytest.mark.parametrize(
+    "content", [b"no database, but more than a hundred bytes\n" * 9, b"SQLite format 3\0" + b"x" * 999]
+)
 def test_a_file_that_is_no_database_is_named_and_left_alone(content: bytes, tmp_path: Path) -> None:
     place = tmp_path / "notes.txt"
     place.write_bytes(content)
