@@ -38,6 +38,9 @@ class _Group(click.Group):
 @click.version_option(package_name="qbatch")
 def main() -> None:
     """Quantize models in batches, benchmark them, and see which to ship."""
+    from scheduler.process import hide_from_equals
+
+    hide_from_equals()
 
 
 @main.command()

@@ -22,6 +22,7 @@ from scheduler.process import Child
 _DRAIN_S = 30.0
 _REDIS_START_S = 10.0
 _LOCK_S = 1.0
+_OF_REDIS = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "TMPDIR")
 
 
 def redis_server_path() -> str:
@@ -61,7 +62,9 @@ class LocalStack:
         self._lock: IO[bytes] | None = None
         logs = settings.home / "logs"
         python = [sys.executable, "-P", "-m"]
-        self._redis = Child("redis", _redis_argv(settings), env=self._environ, log_path=logs / "redis.log")
+        # It needs nothing that another of this user's processes should not read.
+        plain = {name: environ[name] for name in _OF_REDIS if name in environ}
+        self._redis = Child("redis", _redis_argv(settings), env=plain, log_path=logs / "redis.log")
         self._scheduler = Child("scheduler", [*python, "scheduler"], env=self._environ, log_path=logs / "scheduler.log")
         self._workers = Child(
             "workers", [*python, "worker", "launch", *worker_args], env=self._environ, log_path=logs / "workers.log"

@@ -82,18 +82,34 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTE
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every living process that has this home in its environment, and the Redis on its socket."""
+    """Every living process that has this home in its environment, and the Redis on its socket.
+
+    Those of qbatch's that hide their environment, from all but root, are known by their relatives.
+    """
     socket_dir = str(Settings.from_env({"QBATCH_HOME": str(home)}).socket_dir)
-    found = []
+    found, hidden = [], []
     for process in psutil.process_iter():
         try:
-            # Redis writes its title over its environment.
-            ours = process.environ().get("QBATCH_HOME") == str(home) or socket_dir in " ".join(process.cmdline())
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if socket_dir in " ".join(process.cmdline()) or process.environ().get("QBATCH_HOME") == str(home):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except psutil.AccessDenied:
+            hidden.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
+    while related := [process for process in hidden if _is_relative(process, found)]:
+        found += related
+        hidden = [process for process in hidden if process not in related]
     return found
+
+
+def _is_relative(process: psutil.Process, family: list[psutil.Process]) -> bool:
+    try:
+        is_ours = any(word in ("worker", "scheduler") or Path(word).name == "qbatch" for word in process.cmdline())
+        return is_ours and any(one.pid == process.ppid() or one.ppid() == process.pid for one in family)
+    except psutil.Error:
+        return False
 
 
 def await_end_of(home: Path) -> None:
