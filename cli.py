@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from cli_options import Bits, Duration, compare_options, format_options, submit_options
+from models_db.controls import escape_controls
 from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
 from models_db.settings import Settings
@@ -353,7 +354,7 @@ def verify(targets: Sequence[str], format_: str) -> None:
         problems = problems_of(folder)
         rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
         if problems and format_ == "table":
-            click.echo("\n".join(f"{folder}: {problem}" for problem in problems), err=True)
+            click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     if any(row["problems"] for row in rows):
         click.echo("submitted with --force, its job moves a damaged checkpoint aside and writes it anew", err=True)

@@ -158,17 +158,27 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     pickled = tmp_path / "pickled"
     shutil.copytree(incomplete, pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    listed = model_list(truncated, incomplete, pickled, "nobody/nothing-at-all", models / "bert-mlm")
+    steering = tmp_path / "steering"
+    shutil.copytree(models / "llama", steering)
+    config = json.loads((steering / "config.json").read_text())
+    hostile = "\x1b]0;title\x07\x9b31mNoSuchForCausalLM"
+    (steering / "config.json").write_text(json.dumps(config | {"architectures": [hostile]}))
+    listed = model_list(truncated, incomplete, pickled, steering, "nobody/nothing-at-all", models / "bert-mlm")
     done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
     kinds = {Path(row["model"]).name: (row["state"], row["error_kind"]) for row in json.loads(done.stdout)}
     assert kinds == {
         "truncated": ("failed", "source_corrupt"),
         "no-weights": ("failed", "source_not_found"),
         "pickled": ("failed", "unsafe_source"),
+        "steering": ("failed", "unsupported"),
         "nothing-at-all": ("failed", "source_not_found"),
         "bert-mlm": ("succeeded", None),
     }
     assert not list((stack.home / "storage" / ".staging").glob("*/*"))
+    told = [stack("jobs", "--format", format_).stdout for format_ in ("csv", "json", "table")]
+    told += [path.read_text() for path in (stack.home / "storage" / "logs").iterdir()]
+    assert sum("NoSuchForCausalLM" in text for text in told) >= 4
+    assert not any(character in text for text in told for character in "\x1b\x07\x9b")
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
