@@ -1,4 +1,4 @@
-"""Characters that steer a terminal, which strangers' names and messages may hold."""
+"""Characters that strangers' names and messages may hold: those that steer a terminal, and those that are none."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def escape_controls(text: str, *, in_lines: bool = False) -> str:
 def escape_controls_of_json(text: str) -> str:
     """JSON ``text`` of the same meaning without those that JSON leaves as they are."""
     return _NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: it has no half of a surrogate pair, which stands for a byte that is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _escaped(character: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from models_db.session import Database
 from tests.acceptance.conftest import Qbatch
 from tests.unprivileged import without_rights
 
@@ -48,6 +50,51 @@ def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_lis
     qbatch("submit", "--models", listed, "--bits", "4", "--time-limit", "soon", code=2)
     skips = qbatch("submit", "--models", listed, "--bits", "4", "--skip-modules", "lm_head, [fc", code=2)
     assert "'[fc' is no regular expression" in skips.stderr
+
+
+def test_numbers_and_texts_that_no_column_holds(
+    qbatch: Qbatch, postgresql_database: Database, postgresql_url: str, tmp_path: Path, model_list: Callable[..., str]
+) -> None:
+    (tmp_path / "nul").write_bytes(b"some text\0and more")
+    submit = ["submit", "--models", model_list("org/model"), "--bits", "4"]
+    qbatch.env["QBATCH_DATABASE_URL"] = postgresql_url
+    for options, says in (
+        (["--priority", str(2**31)], "2147483648 is not in the range"),
+        (["--priority", "9" * 400], "is not in the range"),
+        (["--name", "x" * 100_000], "200 characters at most"),
+        (["--name", os.fsdecode(b"a\xffb")], "is not UTF-8 text"),
+        (["--eval-text", str(tmp_path / "nul")], "holds NUL characters"),
+        (["--eval-text", "/dev/zero"], "holds NUL characters"),
+        (["--models", "/dev/zero"], "holds NUL characters"),
+        (["--int8-threshold", "inf"], "is not a finite number"),
+        (["--time-limit", "9" * 400], "is no duration"),
+    ):
+        assert says in qbatch(*submit, *options, code=2).stderr, options
+    for command in (["wait", f"b{2**31}"], ["show", "j999999999999"], ["results", "--limit", "9" * 30]):
+        qbatch(*command, code=2)
+    qbatch(*submit, "--priority", str(1 - 2**31), "--name", "\N{GRINNING FACE}" * 200)
+    assert [batch["jobs"] for batch in qbatch.json("status")] == [2]
+
+
+def test_what_has_no_end_is_not_read_to_it(qbatch: Qbatch, model_list: Callable[..., str], tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    with text.open("wb") as file:
+        for _ in range(65):
+            file.write(b"word" * 2**18)
+    submit = ["submit", "--bits", "4", "--models"]
+    assert "64 Mi characters" in one_line(qbatch(*submit, model_list("org/model"), "--eval-text", str(text), code=2))
+    assert "16 Mi characters" in one_line(qbatch(*submit, str(text), code=2))
+
+
+def test_a_job_ends_after_a_day_unless_it_is_told_otherwise(qbatch: Qbatch, model_list: Callable[..., str]) -> None:
+    submit = ["submit", "--models", model_list("org/model"), "--bits", "16"]
+    qbatch(*submit)
+    qbatch(*submit, "--time-limit", "15m")
+    qbatch(*submit, "--time-limit", "none")
+    qbatch.env["QBATCH_TIME_LIMIT_S"] = "3600"
+    qbatch(*submit)
+    limits = [job["time_limit_s"] for job in qbatch.json("show", "j1", "j2", "j3", "j4")]
+    assert limits == [86400.0, 900.0, None, 3600.0]
 
 
 def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Callable[..., str]) -> None:

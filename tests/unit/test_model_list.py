@@ -132,3 +132,19 @@ def test_a_folder_outside_the_roots_is_named_by_its_line(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"line 1: .*another machine"):
         read_model_list([str(inside)], check_folders=False, roots=())
     assert read_model_list(["org/a"], check_folders=True, roots=())
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/" + "x" * 100_000, "4095 characters at most"),
+        ("x" * 100_000, "4095 characters at most"),
+        ("{folder}/" + "x" * 300, "File name too long"),
+    ],
+    ids=["path", "id", "name"],
+)
+def test_a_place_that_is_too_long_is_named_in_short(line: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        read_model_list(["# a comment", line.format(folder=tmp_path)], check_folders=True, roots=None)
+    assert str(caught.value).startswith("line 2: ")
+    assert len(str(caught.value)) < 500
