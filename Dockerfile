@@ -1,4 +1,6 @@
-FROM python:3.12-slim
+# Pinned to a digest by whoever builds: see .env.example.
+ARG PYTHON_IMAGE=python:3.12-slim
+FROM ${PYTHON_IMAGE}
 
 # bitsandbytes and torch bring their own CUDA libraries; the host gives the driver alone.
 ENV PYTHONUNBUFFERED=1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from cli_options import Bits, Duration, compare_options, format_options, submit_options
+from models_db.controls import escape_controls, is_unicode
 from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
 from models_db.settings import Settings
@@ -21,10 +23,20 @@ if TYPE_CHECKING:
     from scheduler.submit import Receipt, Submission
 
 _INTERRUPTED = 130
+# Characters. A list of a hundred thousand models fits, and a text that takes a day to measure on.
+_MOST_OF_A_LIST = 16 * 2**20
+_MOST_OF_A_TEXT = 64 * 2**20
 
 
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # A file's name may be any bytes, and what is no text can be neither stored nor shown.
+        for argument in args:
+            if not is_unicode(argument):
+                ctx.fail(f"{argument!r} is not UTF-8 text")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,6 +50,9 @@ class _Group(click.Group):
 @click.version_option(package_name="qbatch")
 def main() -> None:
     """Quantize models in batches, benchmark them, and see which to ship."""
+    from scheduler.process import hide_from_equals
+
+    hide_from_equals()
 
 
 @main.command()
@@ -221,7 +236,7 @@ def wait(batches: Sequence[str], timeout: float | None) -> None:
 @click.option("--model", help="Only models whose name holds this.")
 @click.option("--bits", type=Bits(), default=(), help="Only these bits.")
 @click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN downwards.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many rows.")
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="INTEGER", help="At most so many rows.")
 @format_options("table", "json", "csv")
 def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
@@ -350,7 +365,7 @@ def verify(targets: Sequence[str], format_: str) -> None:
         problems = problems_of(folder)
         rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
         if problems and format_ == "table":
-            click.echo("\n".join(f"{folder}: {problem}" for problem in problems), err=True)
+            click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     if any(row["problems"] for row in rows):
         click.echo("submitted with --force, its job moves a damaged checkpoint aside and writes it anew", err=True)
@@ -398,17 +413,12 @@ def upgrade() -> None:
 
 @main.command()
 @click.option("--address", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=int, default=5555, show_default=True, help="The port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True, help="The port to listen on.")
 def flower(address: str, port: int) -> None:
     """Watch the queue in a browser. Needs QBATCH_FLOWER_AUTH=user:password."""
-    settings = _settings()
-    if settings.flower_auth is None or not all(settings.flower_auth.partition(":")):
-        raise UsageError("Flower is open to anyone without a password: set QBATCH_FLOWER_AUTH=user:password")
-    # By the environment, not the arguments: those are everyone's to read in the process list.
-    os.environ["FLOWER_BASIC_AUTH"] = settings.flower_auth
-    from scheduler.celery_app import make_app
+    from scheduler.flower import serve
 
-    make_app(settings).start(["flower", f"--address={address}", f"--port={port}"])
+    serve(_settings(), address=address, port=port)
 
 
 def _settings() -> Settings:
@@ -469,27 +479,45 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
         why=options["why"],
         energy=options["energy"],
     )
-    lines = _read_text(options["models_file"]).splitlines()
+    lines = _read_text(options["models_file"], _MOST_OF_A_LIST).splitlines()
     return Submission(
         sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
         grid=grid,
-        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT)),
+        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _MOST_OF_A_TEXT),
         tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
         num_fewshot=options["num_fewshot"],
         task_limit=options["task_limit"],
         name=options["name"],
         priority=options["priority"],
-        time_limit_s=options["time_limit"],
+        time_limit_s=_time_limit_s(settings, options["time_limit"]),
     )
 
 
-def _read_text(name: str) -> str:
+def _time_limit_s(settings: Settings, asked: float | None) -> float | None:
+    """What is stored: None is no limit, which must be asked for."""
+    limit_s = settings.time_limit_s if asked is None else asked
+    return limit_s if math.isfinite(limit_s) else None
+
+
+def _read_text(name: str, most: int) -> str:
+    """A file of at most so many characters, standard input where it is called ``-``. What has no end is not read to it.
+
+    Raises UsageError where it is larger, or is no UTF-8 text.
+    """
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        with sys.stdin if name == "-" else Path(name).open(encoding="utf-8") as file:
+            text = file.read(most + 1)
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text") from error
+    if not is_unicode(text):  # standard input may let it pass
+        raise UsageError(f"{name} is not UTF-8 text")
+    if "\0" in text:
+        raise UsageError(f"{name} holds NUL characters, as no text does")
+    if len(text) > most:
+        raise UsageError(f"{name} has more than {most // 2**20} Mi characters")
+    return text
 
 
 def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:

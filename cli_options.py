@@ -16,19 +16,47 @@ from views.wishes import ORIENTATIONS, PREFERENCES
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+# The largest that a column of either database holds.
+_LARGEST = 2**31 - 1
+
+
 class Duration(click.ParamType[float]):
-    """90, 90s, 15m, 2h, 1d: seconds."""
+    """90, 90s, 15m, 2h, 1d: seconds, of ten years at most."""
 
     name = "duration"
+    _MOST = 3650 * 86400.0
     _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, (int, float)):
             return float(value)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
-        if match is None or float(match[1]) == 0:
-            self.fail(f"{value!r} is no duration; write 90s, 15m, 2h or 1d", param, ctx)
-        return float(match[1]) * self._UNITS[match[2]]
+        seconds = float(match[1]) * self._UNITS[match[2]] if match is not None else 0.0
+        if not 0 < seconds <= self._MOST:
+            self.fail(f"{_cut(value)} is no duration; write 90s, 15m, 2h or 1d, and ten years at most", param, ctx)
+        return seconds
+
+
+class TimeLimit(Duration):
+    """A duration, or ``none``: infinity."""
+
+    name = "time limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return math.inf if value == "none" else super().convert(value, param, ctx)
+
+
+class Name(click.ParamType[str]):
+    """A text that fits the column of names."""
+
+    name = "name"
+    _LONGEST = 200
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if len(text) > self._LONGEST:
+            self.fail(f"a name has {self._LONGEST} characters at most, and this one has {len(text)}", param, ctx)
+        return text
 
 
 class Bits(click.ParamType[tuple[int, ...]]):
@@ -39,19 +67,19 @@ class Bits(click.ParamType[tuple[int, ...]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of bits; write 4,8", param, ctx)
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(re.fullmatch(r"[0-9]{1,3}", part) for part in parts):
+            self.fail(f"{_cut(value)} is no list of bits; write 4,8", param, ctx)
+        return tuple(map(int, parts))
 
 
 class Amount(click.FloatRange):
-    """A number within a range, where not-a-number is none: it is neither below nor above any bound."""
+    """A finite number within a range. Not-a-number is none: it is neither below nor above any bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{_cut(value)} is not a finite number", param, ctx)
         return number
 
 
@@ -109,6 +137,7 @@ class Size(click.ParamType[int]):
     """500MB, 5GB (powers of ten, as transformers reads them), 2GiB: bytes."""
 
     name = "size"
+    _MOST = 2**63 - 1
     _UNITS: Mapping[str, int] = {
         "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30
     }  # fmt: skip
@@ -117,10 +146,16 @@ class Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", str(value).strip().upper())
-        size = int(float(match[1]) * self._UNITS[match[2] or ""]) if match is not None else 0
-        if size < 1:
-            self.fail(f"{value!r} is no size; write 500MB, 5GB or 2GiB", param, ctx)
-        return size
+        size = float(match[1]) * self._UNITS[match[2] or ""] if match is not None else 0.0
+        if not 1 <= size <= self._MOST:
+            self.fail(f"{_cut(value)} is no size; write 500MB, 5GB or 2GiB", param, ctx)
+        return int(size)
+
+
+def _cut(value: Any) -> str:
+    """What was typed, for an error's one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
@@ -238,9 +273,21 @@ def submit_options(command: Command) -> Command:
             is_flag=True,
             help="Convert .bin weights of models that have no safetensors; refused otherwise.",
         ),
-        click.option("--name", help="A name for the batch."),
-        click.option("--priority", type=int, default=0, show_default=True, help="Higher runs sooner."),
-        click.option("--time-limit", type=Duration(), help="A job's own working time: 90s, 15m, 2h."),
+        click.option("--name", type=Name(), help="A name for the batch."),
+        click.option(
+            "--priority",
+            type=click.IntRange(-_LARGEST, _LARGEST),
+            default=0,
+            metavar="INTEGER",
+            show_default=True,
+            help="Higher runs sooner.",
+        ),
+        click.option(
+            "--time-limit",
+            type=TimeLimit(),
+            help="A job's own working time, after which it is ended: 90s, 15m, 2h, none.  "
+            "[default: QBATCH_TIME_LIMIT_S, a day]",
+        ),
         click.option(
             "--eval-text",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -254,9 +301,11 @@ def submit_options(command: Command) -> Command:
             "comma list.",
         ),
         click.option(
-            "--num-fewshot", type=click.IntRange(min=0), help="Worked examples before each question of the tasks."
+            "--num-fewshot", type=click.IntRange(0, _LARGEST), help="Worked examples before each question of the tasks."
         ),
-        click.option("--task-limit", type=click.IntRange(min=1), help="Ask at most so many questions of each task."),
+        click.option(
+            "--task-limit", type=click.IntRange(1, _LARGEST), help="Ask at most so many questions of each task."
+        ),
         click.option(
             "--batch-size",
             "batch_sizes",

@@ -369,12 +369,14 @@ def format_job_id(number: int) -> str:
     return f"j{number}"
 
 
-_TYPED_ID = re.compile(r"([bj])([1-9][0-9]{0,17})")
+_TYPED_ID = re.compile(r"([bj])([1-9][0-9]{0,9})")
+LARGEST_ID = 2**31 - 1
+"""Of a column that holds ids."""
 
 
 def parse_id(text: str) -> tuple[str, int]:
     """``b12`` → ("b", 12), ``j345`` → ("j", 345). UsageError for anything else."""
     match = _TYPED_ID.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is neither a batch (b12) nor a job (j345)")
+    if match is None or int(match[2]) > LARGEST_ID:
+        raise UsageError(f"{text[:60]!r} is neither a batch (b12) nor a job (j345)")
     return match[1], int(match[2])

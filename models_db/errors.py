@@ -34,6 +34,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
+from models_db.controls import escape_controls
+
 
 class Retry(StrEnum):
     """What the queue does with a job after an error."""
@@ -47,9 +49,12 @@ class Retry(StrEnum):
 
 
 class QbatchError(Exception):
-    """Base of all. ``str(error)`` is one line fit for a terminal."""
+    """Base of all. ``str(error)`` is one line fit for a terminal, whatever it quotes."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return escape_controls(super().__str__())
 
 
 class UsageError(QbatchError):

@@ -526,8 +526,8 @@ def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | N
 
 
 def _text(error: JobError | None) -> str | None:
-    # PostgreSQL keeps no NUL, and a message may quote a file that holds one.
-    return str(error).replace("\0", "\N{REPLACEMENT CHARACTER}") if error else None
+    # An error quotes no control characters as they are: PostgreSQL keeps no NUL.
+    return str(error) if error else None
 
 
 def _blame_device(session: Session, job: Job, error: JobError) -> None:

@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
+from models_db.errors import StorageUnavailable
 from models_db.schema_state import SchemaState
 from models_db.session import SCHEMA_HEAD, Database
 
@@ -19,10 +20,10 @@ def upgrade(database: Database) -> None:
     """Run the migrations that are missing, in one transaction. Safe to run twice, and from two places at once.
 
     Where a newer version's have run there is nothing to do. Raises ForeignSchema where this one's code cannot work with
-    what they left, DatabaseUnreachable.
+    what they left, DatabaseUnreachable, and StorageUnavailable where SQLite's file has no folder to be in.
     """
     if database.file is not None:
-        database.file.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(database, database.file.parent)
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
@@ -33,6 +34,15 @@ def upgrade(database: Database) -> None:
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
+
+
+def _make_folder(database: Database, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageUnavailable(
+            f"the database {database.place} cannot be made: {error.filename}: {error.strerror}"
+        ) from error
 
 
 def alembic_config() -> Config:

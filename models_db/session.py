@@ -48,6 +48,8 @@ class Database:
         if backend == "postgresql" and parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.is_sqlite = backend == "sqlite"
+        if self.is_sqlite:
+            _refuse_other_files(parsed)
         self.place = _shown(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
         self._file = DatabaseFile(self.file) if self.file is not None else None
@@ -80,7 +82,7 @@ class Database:
         """Where the database stands. Creates nothing. Raises DatabaseUnreachable."""
         if self._file is not None:
             self._file.check()
-            if not self._file.path.exists():
+            if not self._has_file(self._file.path):
                 return SchemaState(version=None, oldest_code={})
         with _reachable(self.place), self._reader.connect() as connection:
             return SchemaState.read(connection)
@@ -95,6 +97,12 @@ class Database:
         state = self.schema()
         self.require_tolerable(state)
         return not state.is_newer_than(SCHEMA_HEAD) and state.version != SCHEMA_HEAD
+
+    def _has_file(self, file: Path) -> bool:
+        try:
+            return file.exists()
+        except OSError as error:
+            raise DatabaseUnreachable(f"the database {self.place} cannot be looked at: {error.strerror}") from error
 
     def require_schema(self) -> None:
         """Raises DatabaseUnreachable, saying what to run, unless this version works with the schema: ForeignSchema
@@ -176,6 +184,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _refuse_other_files(url: URL) -> None:
+    """Raises UsageError unless a SQLite URL names a plain file: what is kept in memory is forgotten with each process,
+    and what SQLite is told of a file (``mode=ro``, ``immutable=1``) either passes unheard or cannot be worked with."""
+    name = url.database or ""
+    if url.host or not name or name.startswith((":memory:", "file:")) or "\0" in name:
+        raise UsageError("QBATCH_DATABASE_URL names no file: write sqlite:////absolute/path/qbatch.db")
+    if unknown := url.query.keys() - {"timeout"}:
+        raise UsageError(f"QBATCH_DATABASE_URL: SQLite takes no option here but timeout, and not {min(unknown)!r}")
+    try:
+        float(str(url.query.get("timeout", 0)))
+    except ValueError as error:
+        raise UsageError("QBATCH_DATABASE_URL: SQLite's timeout is no number of seconds") from error
+
+
 def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
     # Arguments beat the URL, and how long to wait for another writer is the URL's to say: ``?timeout=5``.
     waits = {} if "timeout" in url.query else {"timeout": 30.0}
@@ -232,6 +254,8 @@ def _reachable(place: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
+        if type(error.orig) is sqlite3.DatabaseError:  # SQLite's for a file that is none of its own, or is damaged
+            raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if _is_away(error):
             raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
         raise DatabaseRefused(f"the database {place} refuses: {_first_line(error)}") from error

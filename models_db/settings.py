@@ -33,9 +33,10 @@ class Settings:
     ``broker_url`` and ``database_url`` None mean the embedded default: a private Redis and SQLite under ``home``.
     A worker renews its leases of ``lease_s`` every ``heartbeat_s``; the scheduler looks for lost leases and messages
     every ``scan_s``, and keeps ``window`` bundles a live worker in Redis. A failed attempt waits ``backoff_s``, doubled
-    each time, until ``max_failures``. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders that
-    sources may lie in (see ``allowed_roots``); ``trust_remote_code`` names the models (hub ids, absolute folders) whose
-    own code this machine's workers run. ``runtime_dir`` is XDG_RUNTIME_DIR.
+    each time, until ``max_failures``. ``time_limit_s`` is the working time of a job that is submitted without a limit
+    of its own. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders that sources may lie in (see
+    ``allowed_roots``); ``trust_remote_code`` names the models (hub ids, absolute folders) whose own code this machine's
+    workers run. ``runtime_dir`` is XDG_RUNTIME_DIR.
     """
 
     home: Path
@@ -50,6 +51,7 @@ class Settings:
     window: int = 4
     backoff_s: float = 10.0
     max_failures: int = 3
+    time_limit_s: float = 86_400.0
     flower_auth: str | None = field(default=None, repr=False)
     model_roots: tuple[Path, ...] | None = None
     trust_remote_code: frozenset[str] = frozenset()
@@ -82,6 +84,7 @@ class Settings:
             "window": int,
             "backoff_s": float,
             "max_failures": int,
+            "time_limit_s": float,
         }
         numbers: dict[str, Any] = {
             name: _number(environ, name, kind) for name, kind in kinds.items() if environ.get(_variable(name))

@@ -13,6 +13,7 @@ from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.broker import Broker
 from scheduler.loop import Scheduler
+from scheduler.process import hide_from_equals
 from scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
@@ -20,6 +21,7 @@ log = logging.getLogger("qbatch.scheduler")
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    hide_from_equals()
     stop = Stop()
     stop.heed_signals()
     try:

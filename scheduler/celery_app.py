@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from celery import Celery
@@ -9,9 +10,18 @@ from celery import Celery
 from models_db.settings import Settings
 from scheduler.queues import PRIORITY_STEPS
 
+# Celery takes these before what it is told, whoever's they are: the messages would go where no worker of ours looks, or
+# where strangers do.
+_OTHERS = (
+    *("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"),
+    *("CELERY_RESULT_BACKEND", "CELERY_LOADER"),
+)
+
 
 def make_app(settings: Settings) -> Celery:
     """A Celery application on the broker of ``settings``. Connects to nothing yet."""
+    for name in _OTHERS:
+        os.environ.pop(name, None)
     app = Celery("qbatch", broker=settings.celery_broker_url, set_as_current=False)
     app.conf.update(_configuration(settings))
     return app

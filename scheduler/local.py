@@ -20,13 +20,14 @@ from scheduler.process import Child
 
 _DRAIN_S = 30.0
 _LOCK_S = 1.0
+_OF_REDIS = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "TMPDIR")
 
 
 def stack_is_running(settings: Settings) -> bool:
     """Whether another process holds the stack of this home."""
     try:
         lock = (settings.home / "stack.lock").open("r+b")
-    except FileNotFoundError:
+    except OSError:  # none was made, or the home is none that a stack of ours could hold
         return False
     with lock:
         try:
@@ -47,7 +48,9 @@ class LocalStack:
         self._lock: IO[bytes] | None = None
         logs = settings.home / "logs"
         python = [sys.executable, "-P", "-m"]
-        self._redis = PrivateRedis(settings, environ=self._environ)
+        # It needs nothing that another of this user's processes should not read.
+        plain = {name: environ[name] for name in _OF_REDIS if name in environ}
+        self._redis = PrivateRedis(settings, environ=plain)
         self._scheduler = Child("scheduler", [*python, "scheduler"], env=self._environ, log_path=logs / "scheduler.log")
         self._workers = Child(
             "workers", [*python, "worker", "launch", *worker_args], env=self._environ, log_path=logs / "workers.log"
@@ -115,10 +118,10 @@ class LocalStack:
 def prepare_home(settings: Settings) -> None:
     """Make the folders that the embedded stack needs. Raises StorageUnavailable."""
     try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-        settings.storage.mkdir(parents=True, exist_ok=True)
-        if not os.access(settings.storage, os.W_OK | os.X_OK):
-            raise StorageUnavailable(f"the storage {settings.storage} is not writable")
+        for name, folder in (("home", settings.home), ("storage", settings.storage)):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageUnavailable(f"the {name} {folder} is not writable")
         make_private(settings.socket_dir)
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error

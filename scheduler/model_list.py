@@ -12,6 +12,8 @@ from models_db.roots import check_place
 from models_db.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
+# Of a path that the kernel takes.
+_LONGEST = 4095
 
 
 def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
@@ -25,13 +27,16 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
     problems: list[str] = []
     for number, text in _entries(lines):
         try:
-            source = parse_source(text)
+            source = _parse(text)
             if source.is_folder:
                 _check_place(source, roots)
             if check_folders and source.is_folder:
                 _check_folder(source)
         except UsageError as error:
             problems.append(f"line {number}: {error}")
+            continue
+        except OSError as error:
+            problems.append(f"line {number}: {source.name}: {error.strerror}")
             continue
         # Links to one folder lead to one model.
         place = os.path.realpath(source.location) if source.is_folder else source.location
@@ -51,6 +56,12 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
         # A path may hold a '#': only one after a blank begins a comment.
         if text and not text.startswith("#"):
             yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+
+
+def _parse(text: str) -> SourceRef:
+    if len(text) > _LONGEST:
+        raise UsageError(f"a model's place has {_LONGEST} characters at most, and this one has {len(text)}")
+    return parse_source(text)
 
 
 def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive us, and are started again when they die."""
+"""Child processes that do not outlive us, and are started again when they die; and what others see of this one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from models_db.errors import DatabaseReplaced
 log = logging.getLogger("qbatch.process")
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _MAX_BACKOFF_S = 30.0
 _HEALTHY_AFTER_S = 60.0
 
@@ -40,6 +41,13 @@ def dies_with_parent() -> Callable[[], None] | None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return set_signal
+
+
+def hide_from_equals() -> None:
+    """Keep other processes of this user, those that run a model's own code among them, from reading this one's
+    environment and memory (Linux). It can then not be traced, and leaves no core. What it starts is not hidden."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class Child:

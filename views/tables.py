@@ -15,6 +15,8 @@ from itertools import zip_longest
 from typing import Any
 from unicodedata import combining, east_asian_width
 
+from models_db.controls import escape_controls, escape_controls_of_json
+
 FORMATS = ("table", "json", "csv")
 NOTHING = "–"
 # Wide enough for anything: the width of what is not a terminal.
@@ -52,10 +54,11 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str: 
     """``rows`` in one of FORMATS, without a newline at the end.
 
     A table fits the terminal, and is as wide as it needs to be where standard output is none; it has no colour.
-    JSON and CSV hold every key of the rows, not only ``columns``; a nested value is JSON text in CSV.
+    JSON and CSV hold every key of the rows, not only ``columns``; a nested value is JSON text in CSV. Neither steers a
+    terminal: JSON has escapes of its own, and CSV has Python's.
     """
     if format == "json":
-        return json.dumps([_finite(row) for row in rows], indent=2, ensure_ascii=False, default=str)
+        return _json([_finite(row) for row in rows], indent=2)
     if format == "csv":
         return _csv(rows, columns)
     return _table(rows, columns, terminal_width())
@@ -91,8 +94,12 @@ def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, bool | Mapping | list | tuple):
-        return json.dumps(_finite(value), ensure_ascii=False, default=str)
-    return value
+        return _json(_finite(value))
+    return escape_controls(value, in_lines=True) if isinstance(value, str) else value
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return escape_controls_of_json(json.dumps(value, indent=indent, ensure_ascii=False, default=str))
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from scheduler.process import hide_from_equals
+
 
 def main() -> int:
+    hide_from_equals()
     parser = argparse.ArgumentParser(prog="python -P -m worker")
     commands = parser.add_subparsers(dest="command", required=True)
     launch = commands.add_parser("launch", help="one worker for each device")

@@ -14,10 +14,11 @@ from typing import Any
 
 from models_db.domain import DType
 from models_db.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
-from models_db.sources import read_config
+from models_db.sources import read_config, read_headers
 from worker.architecture import Task, load_config, load_tokenizer, model_class, task_of
 from worker.cpu_kernels import avoid_packed_kernel
 from worker.device_faults import device_fault
+from worker.proportions import refuse_disproportion
 from worker.quantize.vet import refuse_other_weights
 
 
@@ -47,6 +48,8 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
     written = read_config(folder)
     refuse_other_weights(written)
     quantized = "quantization_config" in written
+    if not quantized:  # a checkpoint of ours was vetted before it was written
+        refuse_disproportion(written, read_headers(folder))
     quiet_libraries(with_bitsandbytes=quantized)
     corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):

@@ -9,13 +9,12 @@ from typing import Any
 
 from celery.worker import consumer, control
 
+from models_db.domain import LARGEST_ID
 from models_db.window import MOST_JOBS
 from scheduler.queues import RUN_BUNDLE
 
 log = logging.getLogger("qbatch.worker")
 
-# A database's ids have 63 bits.
-_LARGEST_ID = 2**63 - 1
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # What Celery and Flower show.
 _TEXTS = frozenset({"lang", "argsrepr", "kwargsrepr", "origin", "root_id", "parent_id"})
@@ -112,7 +111,7 @@ def problem_of_ids(job_ids: Any) -> str | None:
         return "its argument is not a list of job ids"
     if not 1 <= len(job_ids) <= MOST_JOBS or len(set(job_ids)) < len(job_ids):
         return f"it names {len(job_ids)} jobs, or one of them twice"
-    if not all(1 <= n <= _LARGEST_ID for n in job_ids):
+    if not all(1 <= n <= LARGEST_ID for n in job_ids):
         return "it names a job that no database has"
     return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from worker.bundle import Bundle
-from worker.logs import log_to_stderr
+from worker.logs import keep_from_steering, log_to_stderr
 from worker.messages import Ended, Order, Pulse, Question, Reply, RunnerMessage
 
 _ORPHANED = 70
@@ -73,6 +73,7 @@ def _leave(reason: str) -> None:
 def run(order: Order, connection: Connection, log_path: Path) -> None:
     """A runner's whole life. Everything it has to say goes through ``connection``; its output into the log."""
     _redirect_output(log_path)
+    keep_from_steering(sys.stdout)
     log_to_stderr()
     link = Link(connection, order.lease_s)
     Bundle(order, link).run()

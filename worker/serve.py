@@ -48,6 +48,7 @@ from scheduler.celery_app import make_app
 from scheduler.queues import queues_of
 from scheduler.stop import Stop
 from worker import tasks
+from worker.environment import has_database_password, without_secrets
 from worker.gpu import installed_gpus
 from worker.leaving import Leaving
 from worker.logs import log_to_stderr
@@ -79,10 +80,23 @@ def main(uuid: str | None, *, drain: bool) -> int:
     try:
         settings = Settings.from_env(os.environ)
         check_surroundings(settings)
+        _drop_secrets(settings)
         return Worker(settings, uuid, drain=drain).run()
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
+
+
+def _drop_secrets(settings: Settings) -> None:
+    """From here on they are in ``settings`` alone: the forkserver, whenever one starts, has this environment.
+
+    Raises UsageError where the database could then not be signed in to.
+    """
+    if has_database_password(os.environ) and not settings.sqlalchemy_url.startswith("sqlite"):
+        raise UsageError("a worker would hand PGPASSWORD on to its runners: put the password into QBATCH_DATABASE_URL")
+    kept = without_secrets(os.environ)
+    for name in os.environ.keys() - kept.keys():
+        del os.environ[name]
 
 
 def check_surroundings(settings: Settings) -> None:

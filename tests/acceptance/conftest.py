@@ -32,6 +32,8 @@ class Qbatch:
     home: Path
     env: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
+    # What is called in each process that it starts, before it becomes qbatch.
+    preexec: Callable[[], None] | None = None
 
     @property
     def environ(self) -> dict[str, str]:
@@ -45,6 +47,7 @@ class Qbatch:
         done = subprocess.run(
             [*QBATCH, *args],
             env=self.environ,
+            preexec_fn=self.preexec,
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,
@@ -64,6 +67,7 @@ class Qbatch:
                 [*QBATCH, *args],
                 env=self.environ,
                 cwd=self.cwd,
+                preexec_fn=self.preexec,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -80,20 +84,36 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTE
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every living process that has this home in its environment, and the Redis on its socket."""
+    """Every living process that has this home in its environment, and the Redis on its socket.
+
+    Those of qbatch's that hide their environment, from all but root, are known by their relatives.
+    """
     settings = Settings.from_env(os.environ | {"QBATCH_HOME": str(home)})
     places = {str(settings.socket_dir), str(settings.socket.resolve().parent)}
-    found = []
+    found, hidden = [], []
     for process in psutil.process_iter():
         try:
-            # Redis writes its title over its environment.
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
             words = " ".join(process.cmdline())
-            ours = process.environ().get("QBATCH_HOME") == str(home) or any(place in words for place in places)
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
+            if any(place in words for place in places) or process.environ().get("QBATCH_HOME") == str(home):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except psutil.AccessDenied:
+            hidden.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
+    while related := [process for process in hidden if _is_relative(process, found)]:
+        found += related
+        hidden = [process for process in hidden if process not in related]
     return found
+
+
+def _is_relative(process: psutil.Process, family: list[psutil.Process]) -> bool:
+    try:
+        is_ours = any(word in ("worker", "scheduler") or Path(word).name == "qbatch" for word in process.cmdline())
+        return is_ours and any(one.pid == process.ppid() or one.ppid() == process.pid for one in family)
+    except psutil.Error:
+        return False
 
 
 def await_end_of(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from models_db.session import Database
 from tests.acceptance.conftest import Qbatch
+from tests.unprivileged import without_rights
 
 
 def one_line(done: object) -> str:
@@ -47,6 +50,51 @@ def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_lis
     qbatch("submit", "--models", listed, "--bits", "4", "--time-limit", "soon", code=2)
     skips = qbatch("submit", "--models", listed, "--bits", "4", "--skip-modules", "lm_head, [fc", code=2)
     assert "'[fc' is no regular expression" in skips.stderr
+
+
+def test_numbers_and_texts_that_no_column_holds(
+    qbatch: Qbatch, postgresql_database: Database, postgresql_url: str, tmp_path: Path, model_list: Callable[..., str]
+) -> None:
+    (tmp_path / "nul").write_bytes(b"some text\0and more")
+    submit = ["submit", "--models", model_list("org/model"), "--bits", "4"]
+    qbatch.env["QBATCH_DATABASE_URL"] = postgresql_url
+    for options, says in (
+        (["--priority", str(2**31)], "2147483648 is not in the range"),
+        (["--priority", "9" * 400], "is not in the range"),
+        (["--name", "x" * 100_000], "200 characters at most"),
+        (["--name", os.fsdecode(b"a\xffb")], "is not UTF-8 text"),
+        (["--eval-text", str(tmp_path / "nul")], "holds NUL characters"),
+        (["--eval-text", "/dev/zero"], "holds NUL characters"),
+        (["--models", "/dev/zero"], "holds NUL characters"),
+        (["--int8-threshold", "inf"], "is not a finite number"),
+        (["--time-limit", "9" * 400], "is no duration"),
+    ):
+        assert says in qbatch(*submit, *options, code=2).stderr, options
+    for command in (["wait", f"b{2**31}"], ["show", "j999999999999"], ["results", "--limit", "9" * 30]):
+        qbatch(*command, code=2)
+    qbatch(*submit, "--priority", str(1 - 2**31), "--name", "\N{GRINNING FACE}" * 200)
+    assert [batch["jobs"] for batch in qbatch.json("status")] == [2]
+
+
+def test_what_has_no_end_is_not_read_to_it(qbatch: Qbatch, model_list: Callable[..., str], tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    with text.open("wb") as file:
+        for _ in range(65):
+            file.write(b"word" * 2**18)
+    submit = ["submit", "--bits", "4", "--models"]
+    assert "64 Mi characters" in one_line(qbatch(*submit, model_list("org/model"), "--eval-text", str(text), code=2))
+    assert "16 Mi characters" in one_line(qbatch(*submit, str(text), code=2))
+
+
+def test_a_job_ends_after_a_day_unless_it_is_told_otherwise(qbatch: Qbatch, model_list: Callable[..., str]) -> None:
+    submit = ["submit", "--models", model_list("org/model"), "--bits", "16"]
+    qbatch(*submit)
+    qbatch(*submit, "--time-limit", "15m")
+    qbatch(*submit, "--time-limit", "none")
+    qbatch.env["QBATCH_TIME_LIMIT_S"] = "3600"
+    qbatch(*submit)
+    limits = [job["time_limit_s"] for job in qbatch.json("show", "j1", "j2", "j3", "j4")]
+    assert limits == [86400.0, 900.0, None, 3600.0]
 
 
 def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Callable[..., str]) -> None:
@@ -111,6 +159,42 @@ def test_storage_that_cannot_be_written(
     assert "file" in one_line(qbatch("run", "--models", listed, "--bits", "4", code=3))
 
 
+_COMMANDS = (
+    *(["status"], ["results"], ["jobs"], ["workers"], ["doctor"], ["verify"], ["wait", "b1"], ["cancel", "b1"]),
+    *(["up", "--cpu"], ["scheduler"], ["worker", "--cpu"], ["db", "upgrade"]),
+)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "unmakeable"])
+def test_a_home_that_cannot_be_one(place: str, tmp_path: Path, model_list: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    qbatch = Qbatch(Path("/proc/no/home") if place == "unmakeable" else tmp_path / place)
+    listed = model_list("org/model")
+    submits = (["submit", "--models", listed, "--bits", "4"], ["run", "--models", listed, "--bits", "4"])
+    for command in (*_COMMANDS, *submits) if place == "file" else (["status"], ["doctor"], ["up", "--cpu"]):
+        if command == ["doctor"]:
+            assert f"{qbatch.home} cannot be written" in qbatch(*command, code=1).stdout
+        else:
+            assert "file" in one_line(qbatch(*command, code=3)), command
+
+
+def test_a_home_that_is_read_only_with_the_storage_elsewhere(
+    tmp_path: Path, models: Path, model_list: Callable[..., str]
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    qbatch = Qbatch(home, {"QBATCH_STORAGE": str(tmp_path / "storage")}, without_rights())
+    listed = model_list(models / "llama")
+    for command in (["status"], ["submit", "--models", listed, "--bits", "4"]):
+        assert str(home) in one_line(qbatch(*command, code=3)), command
+    for command in (["up", "--cpu"], ["worker", "--cpu"], ["run", "--models", listed, "--bits", "4"]):
+        assert f"{home} is not writable" in one_line(qbatch(*command, code=3)), command
+    assert f"{home} cannot be written" in qbatch("doctor", code=1).stdout
+    qbatch.env["QBATCH_DATABASE_URL"] = f"sqlite:///{tmp_path}/qbatch.db"
+    assert "no stack is running here" in qbatch("submit", "--models", listed, "--bits", "4").stderr
+    assert list(home.iterdir()) == []
+
+
 def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path) -> None:
     truncated = tmp_path / "truncated"
     shutil.copytree(models / "llama", truncated)
@@ -121,17 +205,27 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     pickled = tmp_path / "pickled"
     shutil.copytree(incomplete, pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    listed = model_list(truncated, incomplete, pickled, "nobody/nothing-at-all", models / "bert-mlm")
+    steering = tmp_path / "steering"
+    shutil.copytree(models / "llama", steering)
+    config = json.loads((steering / "config.json").read_text())
+    hostile = "\x1b]0;title\x07\x9b31mNoSuchForCausalLM"
+    (steering / "config.json").write_text(json.dumps(config | {"architectures": [hostile]}))
+    listed = model_list(truncated, incomplete, pickled, steering, "nobody/nothing-at-all", models / "bert-mlm")
     done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
     kinds = {Path(row["model"]).name: (row["state"], row["error_kind"]) for row in json.loads(done.stdout)}
     assert kinds == {
         "truncated": ("failed", "source_corrupt"),
         "no-weights": ("failed", "source_not_found"),
         "pickled": ("failed", "unsafe_source"),
+        "steering": ("failed", "unsupported"),
         "nothing-at-all": ("failed", "source_not_found"),
         "bert-mlm": ("succeeded", None),
     }
     assert not list((stack.home / "storage" / ".staging").glob("*/*/*-*"))
+    told = [stack("jobs", "--format", format_).stdout for format_ in ("csv", "json", "table")]
+    told += [path.read_text() for path in (stack.home / "storage" / "logs").rglob("*.log")]
+    assert sum("NoSuchForCausalLM" in text for text in told) >= 4
+    assert not any(character in text for text in told for character in "\x1b\x07\x9b")
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

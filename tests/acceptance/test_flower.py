@@ -1,4 +1,4 @@
-"""Flower refuses to be open, and shows what was sent."""
+"""Flower refuses to be open, and shows what was sent to whoever has the password."""
 
 from __future__ import annotations
 
@@ -6,35 +6,72 @@ import base64
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from tests.acceptance.conftest import Qbatch, stop
 from tests.waiting import until
 
+# The comma once made a user "admin" of what follows it, whose password was empty.
+CREDENTIALS = "someone:a-canary,admin:"
+PAGES = (
+    *("", "workers", "worker/x", "task/x", "tasks", "tasks/datatable", "broker", "metrics", "healthcheck", "logout"),
+    *("api/workers", "api/tasks", "api/task/types", "api/queues/length", "api/task/info/x", "no/such/page"),
+)
 
-def test_flower_wants_credentials_and_takes_no_others(stack: Qbatch) -> None:
-    assert "QBATCH_FLOWER_AUTH" in stack("flower", code=2).stderr
+
+@contextmanager
+def flower(qbatch: Qbatch, log: Path, **env: str) -> Iterator[int]:
+    """Flower on the port that is given."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    stack.env["QBATCH_FLOWER_AUTH"] = "someone:a-canary-password"
-    log = stack.home.with_name("flower.log")
+        port: int = probe.getsockname()[1]
+    process = Qbatch(qbatch.home, qbatch.env | env).start("flower", "--port", str(port), log=log)
     try:
-        flower = stack.start("flower", "--port", str(port), log=log)
-        try:
-            until(lambda: _status(port, None) is not None, "Flower")
-            assert _status(port, None) == 401
-            assert _status(port, "someone:else") == 401
-            assert _status(port, "someone:a-canary-password") == 200
-        finally:
-            stop(flower)
+        until(lambda: _status(port, "workers", None) is not None, "Flower")
+        yield port
     finally:
-        del stack.env["QBATCH_FLOWER_AUTH"]
-    assert "a-canary-password" not in log.read_text()
+        stop(process)
 
 
-def _status(port: int, credentials: str | None) -> int | None:
-    """The HTTP status of the list of workers; None while nothing listens."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/workers")
+def test_flower_wants_credentials_and_takes_no_others(stack: Qbatch, tmp_path: Path) -> None:
+    assert "QBATCH_FLOWER_AUTH" in stack("flower", code=2).stderr
+    log = tmp_path / "flower.log"
+    with flower(stack, log, QBATCH_FLOWER_AUTH=CREDENTIALS, FLOWER_BASIC_AUTH="guest:guest") as port:
+        for page in PAGES:
+            assert _status(port, page, None) == 401, page
+        for strangers in ("someone:else", "admin:", "someone:a-canary", "guest:guest", "", ":", "sömeone:else"):
+            assert _status(port, "workers", strangers) == 401, strangers
+        for page in ("workers", "metrics", "healthcheck", "api/workers"):
+            assert _status(port, page, CREDENTIALS) == 200, page
+    assert "a-canary" not in log.read_text()
+
+
+def test_a_config_file_where_flower_starts_does_not_open_it(
+    stack: Qbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "flowerconfig.py").write_text(f"open({str(canary)!r}, 'w')\nbasic_auth = []\n")
+    monkeypatch.chdir(tmp_path)
+    with flower(stack, tmp_path / "flower.log", QBATCH_FLOWER_AUTH="someone:a-canary") as port:
+        assert _status(port, "workers", None) == 401
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("credentials", ["", "someone", "someone:", ":password", "someone:pässword", "some\none:word"])
+def test_credentials_that_would_not_hold_are_refused(qbatch: Qbatch, credentials: str) -> None:
+    qbatch.env["QBATCH_FLOWER_AUTH"] = credentials
+    refused = qbatch("flower", code=2).stderr
+    assert "QBATCH_FLOWER_AUTH" in refused
+    assert "password" not in refused.replace("user:password", "").replace("without a password", "")
+
+
+def _status(port: int, page: str, credentials: str | None) -> int | None:
+    """The HTTP status of a page; None while nothing listens."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{page}")
     if credentials is not None:
         request.add_header("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode())
     try:

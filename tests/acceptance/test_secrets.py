@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from sqlalchemy import create_engine, make_url, text
 
 from models_db.settings import Settings
 from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
+from tests.acceptance.test_doors import make_own
 from tests.acceptance.test_services import PASSWORD, RedisServer
 from tests.hub import Hub, serving
+from tests.unprivileged import LOOKING_INTO_PROCESSES, without_rights
 from tests.waiting import until
 
 TOKEN = "hf_canaryThatNobodyButTheHubMayHear"  # noqa: S105
@@ -226,6 +229,72 @@ def test_the_services_passwords_reach_no_log_no_row_and_no_argument(
     assert not any(secret in said for secret in SECRETS)
     assert files_that_tell(tmp_path) == []
     assert not any(secret in _dumped(postgresql_url) for secret in SECRETS)
+
+
+# What code that a model brings can see of the processes of its user.
+_SPY = """
+import json, os, pathlib
+seen = {{}}
+for folder in pathlib.Path("/proc").iterdir():
+    if folder.name.isdigit():
+        for name in ("environ", "cmdline", "mem"):
+            try:
+                with (folder / name).open("rb") as file:
+                    seen[f"{{folder.name}} {{name}}"] = "" if name == "mem" else file.read().decode("latin-1")
+            except OSError:
+                pass
+pathlib.Path({place!r}).write_text(json.dumps({{"pid": os.getpid(), "environ": dict(os.environ), "seen": seen}}))
+"""
+
+
+def test_a_models_own_code_finds_no_password_in_its_process_or_in_any_other(
+    services: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    own = make_own(tmp_path / "own", models / "llama", tmp_path, architectures=["OwnForCausalLM"])
+    (own / "modeling_own.py").write_text(
+        _SPY.format(place=str(tmp_path / "report")) + (own / "modeling_own.py").read_text()
+    )
+    services.preexec = without_rights(LOOKING_INTO_PROCESSES)
+    services.env |= {
+        "QBATCH_MODEL_ROOTS": str(tmp_path),
+        "QBATCH_TRUST_REMOTE_CODE": str(own),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_TOKEN": TOKEN,
+        "SOMEBODYS_API_KEY": REDIS_PASSWORD,
+    }
+    services("db", "upgrade")
+    with running(services, tmp_path / "output"), _bystander() as bystander:
+        services.wait_for_worker()
+        services("submit", "--models", model_list(own), "--bits", "16", "--wait", code=None)
+        family = {process.pid: process.cmdline() for process in processes_of(services.home)}
+        submitted = services.json("jobs")
+    assert [job["state"] for job in submitted] == ["succeeded"]
+    report = json.loads((tmp_path / "report").read_text())
+    seen: dict[str, str] = report["seen"]
+    assert "a-canary" in seen[f"{bystander} environ"], "the spy sees what it may"
+    assert f"{bystander} mem" in seen
+    hidden = [pid for pid, words in family.items() if not any("multiprocessing" in word for word in words)]
+    assert len(hidden) == 4, "the scheduler, the launcher, the worker and Flower"
+    assert not [what for pid in hidden for what in (f"{pid} environ", f"{pid} mem") if what in seen]
+    for what, told in [*seen.items(), ("its own", json.dumps(report["environ"]))]:
+        if what.partition(" ")[0] not in ("its", str(report["pid"]), *map(str, family)):
+            continue  # the test's own servers
+        assert not [secret for secret in (REDIS_PASSWORD, POSTGRESQL_PASSWORD) if secret in told], what
+    assert report["environ"]["HF_TOKEN"] == TOKEN, "it fetches: docs/architecture.md says so"
+
+
+@contextmanager
+def _bystander() -> Iterator[int]:
+    """A process that hides nothing."""
+    code = "import time; time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={"SECRET": "a-canary"}, preexec_fn=without_rights(LOOKING_INTO_PROCESSES)
+    )
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _states(services: Qbatch) -> set[str]:

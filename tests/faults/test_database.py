@@ -29,8 +29,8 @@ from tests.rows import a_batch, a_worker, claim, states
 
 _HOUR_S = 3600.0
 _SHIFT = """
-import os, time
-shift_s, now, now_ns = float(os.environ["SHIFT_S"]), time.time, time.time_ns
+import time
+shift_s, now, now_ns = {shift_s}, time.time, time.time_ns
 time.time = lambda: now() + shift_s
 time.time_ns = lambda: now_ns() + int(shift_s * 10**9)
 """
@@ -46,8 +46,6 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, redis_server: Redis) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("hosts")
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(_SHIFT)
     url = f"redis://:{PASSWORD}@127.0.0.1:{redis_server.port}/2"
     with fleet_of(folder, url, postgres.url) as fleet:
         for name, args, shift_s in (
@@ -55,8 +53,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, redis_se
             ("w1", ["worker", "--cpu"], -_HOUR_S),
             ("w2", ["worker", "--cpu"], 0.0),
         ):
-            path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
-            fleet.start(name, *args, PYTHONPATH=path, SHIFT_S=str(shift_s))
+            site = folder / f"site-{name}"
+            site.mkdir()
+            (site / "sitecustomize.py").write_text(_SHIFT.format(shift_s=shift_s))
+            path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+            fleet.start(name, *args, PYTHONPATH=path)
         fleet.wait_for_workers(2)
         yield fleet
 

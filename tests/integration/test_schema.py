@@ -118,3 +118,33 @@ def test_a_database_that_qbatch_does_not_speak_to_is_refused_without_its_passwor
     with pytest.raises(UsageError) as caught:
         Database(url)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", "sqlite://host/x.db"),
+        *("sqlite:////{folder}/x.db?mode=ro", "sqlite:////{folder}/x.db?mode=memory&uri=true", "sqlite:////x%00.db"),
+        *("sqlite:///file:{folder}/x.db?mode=ro&uri=true", "sqlite:////{folder}/x.db?immutable=1"),
+        *("sqlite:////{folder}/x.db?timeout=soon", "sqlite:////{folder}/x.db?isolation_level=IMMEDIATE"),
+    ],
+)
+def test_a_sqlite_that_is_no_plain_file_is_refused(url: str, tmp_path: Path) -> None:
+    """Kept in memory, jobs are forgotten with the process that stored them."""
+    with pytest.raises(UsageError, match="QBATCH_DATABASE_URL"):
+        Database(url.format(folder=str(tmp_path).removeprefix("/")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database, but more than a hundred bytes\n" * 9, b"SQLite format 3\0" + b"x" * 999]
+)
+def test_a_file_that_is_no_database_is_named_and_left_alone(content: bytes, tmp_path: Path) -> None:
+    place = tmp_path / "notes.txt"
+    place.write_bytes(content)
+    database = Database(f"sqlite:///{place}")
+    for ask in (ensure, Database.require_schema):
+        with pytest.raises(DatabaseUnreachable, match=r"notes\.txt"):
+            ask(database)
+    assert place.read_bytes() == content
+    database.dispose()

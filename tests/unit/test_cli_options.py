@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 import pytest
 
-from cli_options import Amount, Patterns
+from cli_options import Amount, Bits, Duration, Name, Patterns, Size, TimeLimit
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,32 @@ def test_what_is_no_pattern_is_refused(typed: str) -> None:
 
 def test_not_a_number_is_within_no_bounds() -> None:
     assert Amount(min=0).convert("1.02", None, None) == 1.02
-    for typed in ("nan", "-1", "much"):
+    for typed in ("nan", "-1", "much", "inf", "1e400"):
         with pytest.raises(click.BadParameter):
             Amount(min=0).convert(typed, None, None)
+
+
+@pytest.mark.parametrize(
+    "kind", [Amount(min=0), Bits(), Duration(), Name(), Size(), TimeLimit()], ids=lambda kind: kind.name
+)
+@pytest.mark.parametrize("typed", ["9" * 400, "9" * 5000, "x" * 100_000], ids=["400", "5000", "100000"])
+def test_what_has_no_end_is_refused_in_short(kind: click.ParamType[object], typed: str) -> None:
+    with pytest.raises(click.BadParameter) as caught:
+        kind.convert(typed, None, None)
+    assert len(caught.value.message) < 200 or isinstance(kind, Amount), "click's own quotes what was typed"
+
+
+@pytest.mark.parametrize(
+    ("typed", "limit_s"), [("90s", 90.0), ("1d", 86400.0), ("3650d", 3650 * 86400.0), ("none", math.inf)]
+)
+def test_a_time_limit_may_be_none(typed: str, limit_s: float) -> None:
+    assert TimeLimit().convert(typed, None, None) == limit_s
+    for beyond in ("3651d", "0", "-1s"):
+        with pytest.raises(click.BadParameter, match="is no duration"):
+            TimeLimit().convert(beyond, None, None)
+
+
+def test_a_name_fits_its_column() -> None:
+    assert Name().convert("ü" * 200, None, None) == "ü" * 200
+    with pytest.raises(click.BadParameter, match="this one has 201"):
+        Name().convert("ü" * 201, None, None)

@@ -107,6 +107,32 @@ def test_the_gpu_worker_alone_reserves_gpus() -> None:
     assert reserved == {"worker": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}
 
 
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_has_no_right_of_roots_and_an_end_to_its_memory_and_processes(name: str) -> None:
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.keys() & {"privileged", "cap_add", "devices", "pid", "ipc", "userns_mode"}
+    assert service.get("user", "qbatch") in ("redis", "postgres", "qbatch"), "nobody begins as root"
+    assert ("user" in service) == (name not in QBATCH_SERVICES)
+    assert re.fullmatch(r"\d+g", _substituted(service["mem_limit"], {}))
+    assert 0 < service["pids_limit"] <= 16384
+
+
+def test_every_image_can_be_pinned_to_a_digest() -> None:
+    images = {service["image"] for service in SERVICES.values()} | {
+        service["build"]["args"]["PYTHON_IMAGE"] for service in SERVICES.values() if "build" in service
+    }
+    pinned = {name: f"{name.lower()}@sha256:0" for name in ("REDIS_IMAGE", "POSTGRES_IMAGE", "PYTHON_IMAGE")}
+    assert {_substituted(image, pinned) for image in images} == {"qbatch", *pinned.values()}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (\S+)", dockerfile, flags=re.MULTILINE) == ["${PYTHON_IMAGE}"]
+    assert re.findall(r"^ARG PYTHON_IMAGE=(\S+)", dockerfile, flags=re.MULTILINE) == [
+        _substituted("${PYTHON_IMAGE:-python:3.12-slim}", {})
+    ]
+    assert "sha256" in (ROOT / ".env.example").read_text()
+
+
 def test_nothing_works_before_the_schema_is_there() -> None:
     assert SERVICES["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
     for name in set(QBATCH_SERVICES) - {"migrate"}:

@@ -39,3 +39,17 @@ def test_a_signed_link_is_not_logged() -> None:
     assert done.returncode == 0, done.stderr
     assert "qbatch.worker INFO fetched" in done.stderr
     assert "canary" not in done.stderr
+
+
+def test_a_log_steers_no_terminal() -> None:
+    script = (
+        "import logging, sys, warnings; held = logging.StreamHandler(); from worker.logs import log_to_stderr;"
+        "log_to_stderr(); logging.getLogger('transformers').addHandler(held);"
+        "hostile = chr(27) + '[2J' + chr(7) + chr(0x9b);"
+        "logging.getLogger('transformers').warning('%s', hostile); print(hostile, file=sys.stderr);"
+        "warnings.warn(hostile); raise ValueError('two\\nlines' + hostile)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert not set(done.stderr) & {"\x1b", "\x07", "\x9b"}
+    assert done.stderr.count("\\x1b[2J\\x07\\x9b") >= 4
+    assert "two\nlines" in done.stderr

@@ -143,3 +143,19 @@ def test_links_to_one_folder_are_one_model_as_it_was_named_first(tmp_path: Path)
         link.symlink_to(model)
     sources = read_model_list([str(path) for path in (*links, model)], check_folders=True, roots=None)
     assert [source.location for source in sources] == [str(links[0])]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/" + "x" * 100_000, "4095 characters at most"),
+        ("x" * 100_000, "4095 characters at most"),
+        ("{folder}/" + "x" * 300, "File name too long"),
+    ],
+    ids=["path", "id", "name"],
+)
+def test_a_place_that_is_too_long_is_named_in_short(line: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        read_model_list(["# a comment", line.format(folder=tmp_path)], check_folders=True, roots=None)
+    assert str(caught.value).startswith("line 2: ")
+    assert len(str(caught.value)) < 500

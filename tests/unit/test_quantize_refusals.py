@@ -201,7 +201,7 @@ def test_a_config_that_transformers_stumbles_over(fields: dict[str, object], sou
 
 @pytest.mark.parametrize(
     "fields",
-    [{"hidden_act": "made-up"}, {"vocab_size": 10**30}, {"pad_token_id": 10**6}],
+    [{"hidden_act": "made-up"}, {"pad_token_id": 10**6}],
     ids=lambda fields: next(iter(fields)),
 )
 def test_a_config_that_transformers_cannot_build_is_no_defect_of_ours(

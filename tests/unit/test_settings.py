@@ -210,3 +210,10 @@ def test_celery_tells_the_password_to_no_broker_with_a_certificate_of_anyone_s(
     app = make_app(read(BROKER_URL=f"rediss://:secret@r.example:6380/1{query}"))
     for connection in (app.connection_for_read(), app.connection_for_write()):
         assert connection.ssl["ssl_cert_reqs"] == verifies
+
+
+@pytest.mark.parametrize("variable", ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"])
+def test_no_variable_of_celerys_leads_to_another_broker(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "redis://elsewhere:6379/0")
+    app = make_app(read(BROKER_URL="redis://ours:6379/0"))
+    assert {app.conf.broker_url, app.conf.broker_read_url, app.conf.broker_write_url} == {"redis://ours:6379/0"}

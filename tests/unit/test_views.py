@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models_db.errors import Unsupported
 from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
 from views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
 from views.live import LiveProgress
@@ -135,6 +137,26 @@ def test_a_table_has_a_line_for_each_row_and_steers_no_terminal(texts: list[str]
     lines = table.split("\n")
     assert len(lines) == len(texts) + 2
     assert all(line.isprintable() for line in lines)
+
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_neither_csv_nor_json_steers_a_terminal_or_loses_a_word(text: str) -> None:
+    row = {"text": text, "nested": {"name": text}, "list": [text]}
+    for format_ in ("csv", "json"):
+        assert not _STEERING.search(render([row], (), format_)), format_
+    assert json.loads(render([row], (), "json")) == [row]
+    _, (_, nested, listed) = csv.reader(io.StringIO(render([row], (), "csv"), newline=""))
+    assert (json.loads(nested), json.loads(listed)) == ({"name": text}, [text])
+
+
+def test_an_escape_sequence_is_shown_as_one() -> None:
+    csv_ = render([{"message": "\x1b]0;title\x07 \x9b31m \u202e über\nnext"}], (), "csv")
+    assert csv_ == 'message\n"\\x1b]0;title\\x07 \\x9b31m \\u202e über\nnext"'
+    assert str(Unsupported("no \x1b[31marchitecture\n")) == "no \\x1b[31marchitecture\\n"
 
 
 def test_wide_characters_take_two_columns() -> None:

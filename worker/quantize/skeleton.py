@@ -8,7 +8,9 @@ from typing import Any
 
 from models_db.domain import DType, Method, Scheme
 from models_db.errors import SourceCorrupt, Unsupported, one_line
+from models_db.sources import read_config, read_headers
 from worker.architecture import load_config, model_class
+from worker.proportions import refuse_disproportion
 
 # What a class of transformers raises for a config that it cannot follow, or a library that it lacks.
 _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
@@ -47,6 +49,7 @@ def described_skeleton(folder: Path, dtype: DType) -> Skeleton:
 
     Raises SourceCorrupt, UnsafeSource, Unsupported.
     """
+    refuse_disproportion(read_config(folder), read_headers(folder))
     config = _with_dtype(load_config(folder, trusted=False), dtype)
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":

@@ -8,6 +8,7 @@ from typing import Any
 
 from models_db.errors import SourceCorrupt, Unsupported
 from models_db.sources import Header, TensorInfo, read_config, read_headers
+from worker.proportions import refuse_disproportion
 
 # What quantizers of all kinds leave beside or instead of a weight.
 _QUANTIZED_SUFFIXES = (
@@ -35,6 +36,7 @@ def vet_source(source: Path) -> tuple[Header, ...]:
     refuse_other_weights(config)
     _refuse_fusions(config)
     headers = read_headers(source)
+    refuse_disproportion(config, headers)
     _refuse_quantized_tensors(headers)
     _refuse_duplicates(headers)
     return headers

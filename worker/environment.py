@@ -1,0 +1,37 @@
+"""What of the environment a worker keeps once it has read its settings, and so what its runners have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Where things are, how to speak, how to reach the hub. By QBATCH_HOME one tells whose a process is.
+_NAMES = frozenset(
+    {
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS", "NO_COLOR"),
+        *("TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "QBATCH_HOME"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    }
+)
+# Of the libraries that compute, fetch and speak TLS, each with settings of its own. PG is libpq's, for the worker.
+_PREFIXES = (
+    *("LC_", "PYTHON", "LD_", "XDG_", "MALLOC_", "GLIBC_", "RUST_", "RAYON_"),
+    *("SSL_", "CURL_CA_", "REQUESTS_CA_", "HF_", "HUGGING", "PG"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "VECLIB_", "ONEDNN_", "DNNL_", "ATEN_"),
+    *("CUDA", "CUBLAS", "CUDNN_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH", "TRITON_", "BNB_", "BITSANDBYTES_"),
+    *("TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "ACCELERATE_", "DATASETS_", "LM_", "NLTK_"),
+)
+_LIBPQ_VARIABLE = "PGPASSWORD"
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those variables that a runner, and the model whose own code it may run, could need. The hub's token is one."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name != _LIBPQ_VARIABLE and (name.upper() in _NAMES or name.startswith(_PREFIXES))
+    }
+
+
+def has_database_password(environ: Mapping[str, str]) -> bool:
+    """Whether libpq would take its password from a variable that is not kept."""
+    return bool(environ.get(_LIBPQ_VARIABLE))
