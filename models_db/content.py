@@ -12,6 +12,7 @@ from models_db.errors import SourceNotFound
 from models_db.sources import (
     DOCUMENTS,
     INDEX_NAME,
+    MAX_HEADER_BYTES,
     PICKLE_INDEX_NAME,
     PICKLE_NAME,
     SIDECARS,
@@ -76,9 +77,14 @@ def python_files(folder: Path) -> list[Path]:
 
 def _module_folders(folder: Path) -> Iterator[Path]:
     """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        raw = file.read(MAX_HEADER_BYTES)
     try:
-        modules = json.loads((folder / "modules.json").read_text())
-    except (FileNotFoundError, ValueError):  # a file of that name that is another library's is copied, no more
+        modules = json.loads(raw)
+    except (ValueError, RecursionError):  # a file of that name that is another library's is copied, no more
         return
     entries = modules if isinstance(modules, list) else []
     names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]

@@ -119,7 +119,8 @@ def clock_ns(stats: Iterable[FileStat]) -> int:
 
 def _server_clock_ns(stat: FileStat, now_ns: int) -> int:
     try:
-        with TemporaryFile(dir=Path(stat.path).parent) as probe:
+        # Hidden: where it has a name, nobody is to take it for a file of the model.
+        with TemporaryFile(dir=Path(stat.path).parent, prefix=".qbatch-") as probe:
             probe.write(b"?")
             probe.flush()
             return os.fstat(probe.fileno()).st_ctime_ns

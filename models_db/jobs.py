@@ -35,6 +35,7 @@ from models_db.errors import (
     InternalError,
     JobError,
     Retry,
+    SourceChanged,
     StorageError,
     WorkerLost,
     job_error,
@@ -176,6 +177,8 @@ def succeed(
     job = _open_to_success(session, token)
     if job is None:
         return False
+    # Where the database was away when the key was to be noted, the row may have an earlier content's.
+    job.checkpoint_key = measurement.details.get("checkpoint_key", job.checkpoint_key)
     session.add(
         Result(
             job_id=job.id,
@@ -443,7 +446,8 @@ def _apply(session: Session, job: Job, error: JobError, *, backoff_s: float, max
     job.avoid_worker_id = None if waits_for_room else job.worker_id
     job.error_kind = error.kind
     job.error_message = _text(error)
-    _requeue(session, job, outcome=error.kind, alone=True, error=error)
+    # It was not the job's doing that its source changed, and its bundle is to be measured together.
+    _requeue(session, job, outcome=error.kind, alone=not isinstance(error, SourceChanged), error=error)
 
 
 def _is_cut_short(job: Job, error: JobError | None) -> bool:

@@ -83,6 +83,10 @@ class _Asked:
     def pair(self) -> tuple[str, str] | None:
         return None if self.settled is None or self.spec.force else _pair(self.settled)
 
+    @property
+    def legacy_pair(self) -> tuple[str, str] | None:
+        return None if self.legacy is None or self.spec.force else _pair(self.legacy)
+
 
 def _pair(settled: Settled) -> tuple[str, str]:
     """By which a result is found."""
@@ -114,6 +118,7 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         ]
         flat = [one for bundle in asked for one in bundle]
         finished = _find_finished(session, flat, devices)
+        old = _find_old(session, flat)
     answers = _answers(settings, finished)
     # Whoever writes holds up all others on SQLite: everything was looked up before.
     with database.write() as session:
@@ -128,14 +133,12 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
             priority=submission.priority,
             time_limit_s=submission.time_limit_s,
         )
-    with database.read() as session:
-        outdated = _count_outdated(session, [one for one in flat if one.pair not in answers])
     return Receipt(
         batch_id=batch_id,
         jobs=len(flat),
         answered=sum(_answer(one, answers, still_there) is not None for one in flat),
         live_workers=len(live),
-        outdated=outdated,
+        outdated=sum(one.legacy_pair in old and one.pair not in answers for one in flat),
     )
 
 
@@ -227,11 +230,10 @@ def _answer(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there: 
     return job_id if job_id in still_there else None
 
 
-def _count_outdated(session: Session, asked: Sequence[_Asked]) -> int:
-    """The jobs that are done again since what 0.1.0 measured may be another model's."""
-    old = [_pair(one.legacy) for one in asked if one.legacy is not None and not one.spec.force]
-    found = results.find_finished(session, set(old), device_names=None)
-    return sum(pair in found for pair in old)
+def _find_old(session: Session, asked: Sequence[_Asked]) -> set[tuple[str, str]]:
+    """What 0.1.0 measured by (key, protocol), which may be another model's."""
+    pairs = {one.legacy_pair for one in asked if one.legacy_pair}
+    return set(results.find_finished(session, pairs, device_names=None))
 
 
 def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:

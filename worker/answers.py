@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -38,17 +38,12 @@ class Answers:
         wanted = {n: identity for n, identity in resolved.jobs.items() if not self._claims[n].spec.force}
         try:
             with self._database.read() as session:
-                found = self._finished(session, wanted)
-            stand = {n: self._standing(one) for n, one in found.items()}
-            doubtful = {
-                str(found[n].checkpoint_path): found[n].checkpoint_key
-                for n, how in stand.items()
-                if how is Standing.DOUBTFUL and found[n].checkpoint_path not in self._asked
-            }
+                found = self._found(session, wanted)
+            doubtful = self._doubtful(found)
             if doubtful:
                 self._asked |= doubtful.keys()
                 return Answered(job_ids=frozenset(), doubtful=doubtful)
-            sound = {n: found[n] for n, how in stand.items() if how is Standing.SOUND}
+            sound = self._sound(found, whole=len(wanted))
             with self._database.write() as session:
                 return self._record(session, resolved, sound)
         except DatabaseUnreachable as error:
@@ -65,17 +60,32 @@ class Answers:
         except DatabaseUnreachable as error:
             log.warning("%s; that %s was verified is not recorded", error, published.path)
 
-    def _finished(self, session: Session, wanted: Mapping[int, Identity]) -> dict[int, Finished]:
-        """By job. What 0.1.0 measured answers a bundle as a whole or not at all: its source has another name there, and
-        nothing that is measured now could be set beside it."""
-        found = self._by_key(session, {n: (one.key, one.protocol_hash) for n, one in wanted.items()})
-        old = {
-            n: (one.legacy_key, one.protocol_hash)
-            for n, one in wanted.items()
-            if n not in found and one.legacy_key is not None
+    def _found(self, session: Session, wanted: Mapping[int, Identity]) -> list[dict[int, Finished]]:
+        """By job, what may answer: results of this content, and results of 0.1.0 where those are for every job and the
+        others are not."""
+        new = self._by_key(session, {n: (one.key, one.protocol_hash) for n, one in wanted.items()})
+        legacy = {n: (one.legacy_key, one.protocol_hash) for n, one in wanted.items() if one.legacy_key is not None}
+        if len(new) == len(wanted) or len(legacy) < len(wanted):
+            return [new]
+        old = self._by_key(session, legacy)
+        return [new, old] if len(old) == len(wanted) else [new]
+
+    def _doubtful(self, found: Sequence[Mapping[int, Finished]]) -> dict[str, str]:
+        """The checkpoints, by path, that nobody was asked to read yet; each with its key."""
+        return {
+            str(one.checkpoint_path): one.checkpoint_key
+            for answers in found
+            for one in answers.values()
+            if one.checkpoint_path not in self._asked and self._standing(one) is Standing.DOUBTFUL
         }
-        found_old = self._by_key(session, old)
-        return found | found_old if len(found) + len(found_old) == len(wanted) else found
+
+    def _sound(self, found: Sequence[Mapping[int, Finished]], *, whole: int) -> dict[int, Finished]:
+        """By job, what answers. What 0.1.0 measured answers a bundle as a whole or not at all: its source has another
+        name there, and nothing that is measured now could be set beside it."""
+        new, *old = (
+            {n: one for n, one in answers.items() if self._standing(one) is Standing.SOUND} for answers in found
+        )
+        return next((answers for answers in old if len(answers) == whole), new)
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
         found = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])

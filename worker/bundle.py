@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from models_db.domain import DeviceKind, Stage
+from models_db.errors import SourceChanged, StorageError
 from models_db.sources import read_headers, source_dtype
 from worker.checkpoint import Origin, Verified, find_published, publish
 from worker.fetch import LocalSource, fetched
@@ -77,9 +78,13 @@ class Bundle:
         if not answered.doubtful:
             return answered.paths
         for path, key in answered.doubtful.items():
-            found = find_published(self._order.storage, path, key)
-            if found is not None:
-                self._reports.send(CheckpointVerified(published=found.confirm()))
+            # What cannot be told answers nobody, and is nobody's fault.
+            try:
+                found = find_published(self._order.storage, path, key)
+                if found is not None:
+                    self._reports.send(CheckpointVerified(published=found.confirm()))
+            except (StorageError, SourceChanged) as error:
+                log.warning("an earlier result does not answer: %s", error)
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
         return self._reports.ask(Resolved(jobs=still_open)).paths
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models_db.digest import FileDigest, digest_file, root_sha256
+from models_db.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
 from models_db.domain import DType, Scheme
 from models_db.errors import SourceChanged, StorageError
 from models_db.filesystem import Refusal, move, share, sync
@@ -131,7 +131,10 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             if judged is None:
                 return None
             manifest = _read_manifest(folder)
-            content = None if manifest is None or manifest["key"] != key else _verified(folder, manifest)
+            is_its_own = manifest is not None and manifest["key"] == key
+            if manifest is not None and not is_its_own and not path.endswith(key[:16]):
+                return None  # it lies in its own place, and was looked up under another's key
+            content = _verified(folder, manifest) if manifest is not None and is_its_own else None
             is_still_there = _identity(folder) == judged
         except OSError as error:
             raise storage_error(error, "cannot verify a checkpoint") from error
@@ -300,7 +303,7 @@ def _write_manifest(
         "quantize_s": quantize_s,
         "audit": dict(audit),
         "file_system_refused": sorted(refused),
-        "chunk_bytes": 64 * 2**20,
+        "chunk_bytes": CHUNK_BYTES,
         "root_sha256": root_sha256(digests),
         "files": [asdict(digest) | {"chunk_sha256": list(digest.chunk_sha256)} for digest in digests],
     }

@@ -16,6 +16,9 @@ from models_db.errors import SourceChanged
 from models_db.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file, stat_open
 from worker.staging import storage_error
 
+# Of the files of one model; a process may have a thousand.
+_OPEN_AT_ONCE = 256
+
 Lister = Callable[[], Mapping[str, Path]]
 """The files as they are now, by name."""
 
@@ -108,9 +111,13 @@ def _refuse_others(before: Iterable[str], now: Iterable[str]) -> None:
         raise SourceChanged(f"{differing[0]} came or went while the model was used")
 
 
+def _is_unwritten(before: FileStat, now: FileStat) -> bool:
+    """A link made to a file, or another mode, changes its ctime alone."""
+    return replace(now, ctime_ns=before.ctime_ns) == before
+
+
 def _refuse_written(file: HashedFile, now: FileStat) -> None:
-    # A link made to it, or another mode, changes its ctime alone.
-    if replace(now, ctime_ns=file.stat.ctime_ns) != file.stat:
+    if not _is_unwritten(file.stat, now):
         raise SourceChanged(f"{file.path} was written while it was used")
 
 
@@ -185,8 +192,19 @@ def _read(
     whole: Callable[[str], bool],
     on_progress: Callable[[int, int], None],
 ) -> list[HashedFile]:
-    if not files:
-        return []
+    # The largest first: a group that is opened at once is hashed together.
+    order = sorted(files, key=lambda name: -files[name].stat().st_size)
+    total = sum(path.stat().st_size for path in files.values())
+    count = _counter(on_progress, total)
+    groups = (order[start : start + _OPEN_AT_ONCE] for start in range(0, len(order), _OPEN_AT_ONCE))
+    return [
+        found for group in groups for found in _read_group({name: files[name] for name in group}, mounts, whole, count)
+    ]
+
+
+def _read_group(
+    files: Mapping[str, Path], mounts: Mounts, whole: Callable[[str], bool], count: Callable[[int], None]
+) -> list[HashedFile]:
     with ExitStack() as opened:
         descriptors = {}
         for name, path in files.items():
@@ -197,14 +215,21 @@ def _read(
         sums = checksums(
             [(descriptors[name], stat.size) for name, stat in before.items()],
             whole={descriptors[name] for name in files if whole(name)},
-            on_bytes=_counter(on_progress, sum(stat.size for stat in before.values())),
+            on_bytes=count,
         )
+    # By their names: what was read may have been replaced by another file.
+    after = {name: stat_file(path, mounts) for name, path in files.items()}
     for name, path in files.items():
-        # By its name: what was read may have been replaced by another file.
-        if stat_file(path, mounts) != before[name]:
+        if not _is_unwritten(before[name], after[name]):
             raise SourceChanged(f"{path} changed while it was read")
     return [
-        HashedFile(name=name, path=path, stat=before[name], checksums=found, settled=before[name].is_settled(now_ns))
+        HashedFile(
+            name=name,
+            path=path,
+            stat=before[name],
+            checksums=found,
+            settled=before[name].is_settled(now_ns) and after[name] == before[name],
+        )
         for (name, path), found in zip(files.items(), sums, strict=True)
     ]
 

@@ -145,7 +145,8 @@ class _Fetch:
     def _folder_source(self, folder: Path) -> LocalSource:
         check_place(folder, self.doors.roots)
         try:
-            return self._opened(folder, None)
+            # A link may lead elsewhere the next moment, and back again before anybody looks.
+            return self._opened(folder.resolve(), None)
         except OSError as error:
             raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
 
@@ -225,6 +226,8 @@ class _Fetch:
 
         def fill() -> None:
             convert(source.folder, self.cache, entry, with_code=source.runs_code)
+            # Without this, what was read of other pickles would be these ones' for good.
+            source.confirm()
             self.cache.set_root(entry, hash_content(listed, self.digests).root_sha256)
 
         def listed() -> Mapping[str, Path]:
@@ -236,6 +239,8 @@ class _Fetch:
             self.cache.forget(entry)
             self._entry(entry, fill)
             content = self._hash(listed)
+            if content.root_sha256 != self.cache.root_sha256(entry):
+                raise StorageError(f"{folder} does not hold what was just written there")
         read_headers(folder)
         return replace(source, folder=folder, contents=(*source.contents, content))
 

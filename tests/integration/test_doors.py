@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from models_db.domain import DType, Method, Scheme, SourceRef
 from models_db.errors import (
     JobError,
+    SourceChanged,
     SourceCorrupt,
     SourceNotFound,
     StorageUnavailable,
@@ -41,6 +42,7 @@ from tests.rows import a_batch
 from worker.checkpoint import checkpoint_path
 from worker.content import NoDigestCache
 from worker.fetch import Doors, LocalSource, fetched
+from worker.pickles import convert
 from worker.quantize import Target, Written, write_checkpoints
 from worker.repository import Repository
 
@@ -139,6 +141,25 @@ def test_a_converted_file_whose_bytes_changed_is_converted_anew(pickled: Path, t
     converted.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     assert opened(pickled, tmp_path).folder == converted.parent
     assert converted.read_bytes() == sound
+
+
+def test_pickles_that_change_while_they_are_converted_leave_nothing_that_is_taken_for_them(
+    pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = (pickled / PICKLE_NAME).read_bytes()
+    others = {name: tensor + 1 for name, tensor in torch.load(pickled / PICKLE_NAME).items()}
+
+    def changed_meanwhile(*args: Any, **options: Any) -> None:
+        torch.save(others, pickled / PICKLE_NAME)
+        convert(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worker.pickles.convert", changed_meanwhile)
+        assert isinstance(refused(pickled, tmp_path), SourceChanged)
+    (pickled / PICKLE_NAME).write_bytes(sound)
+    converted = load_file(opened(pickled, tmp_path).folder / SINGLE_NAME)
+    expected = torch.load(pickled / PICKLE_NAME)
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
 
 
 def test_its_identity_is_its_content_and_not_that_of_safetensors(pickled: Path, tmp_path: Path) -> None:

@@ -509,6 +509,13 @@ def test_a_folder_is_used_in_place_once_it_is_sound(tmp_path: Path) -> None:
         pytest.fail("a missing folder was let through")
 
 
+def test_a_link_is_followed_once_so_that_nobody_can_turn_it_there_and_back(tmp_path: Path) -> None:
+    folder = make_repository(tmp_path / "v1")
+    (tmp_path / "current").symlink_to(folder)
+    with _folder(tmp_path / "current", tmp_path) as local:
+        assert local.folder == folder
+
+
 def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
     source = SourceRef(name="model", location=str(folder), is_folder=True)
     return fetched(

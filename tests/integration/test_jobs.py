@@ -25,6 +25,7 @@ from models_db.errors import (
     JobError,
     JobTimeout,
     QuantizationError,
+    SourceChanged,
     WorkerLost,
 )
 from models_db.session import Database
@@ -447,6 +448,26 @@ def test_a_message_missed_by_two_scans_is_sent_again(database: Database) -> None
         (again,) = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=1)
     assert again.job_ids == sent.job_ids
     assert again.dispatch_id != sent.dispatch_id
+
+
+def test_a_result_stands_under_the_key_of_what_was_measured(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="of what lay there at submit")])
+    (token,) = claim(database, ids, worker)
+    found = replace(measured(), details={"checkpoint_key": "of what was used"})
+    with database.write() as session:
+        protocol = PROTOCOL.for_device(DeviceKind.CPU)
+        assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path="checkpoints/x")
+    assert a_job(database, ids[0]).checkpoint_key == "of what was used"
+
+
+def test_a_source_that_changed_leaves_its_bundle_together(database: Database) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database)
+    for token in claim(database, ids, worker):
+        assert fail(database, token, SourceChanged("model.safetensors changed while it was used"))
+    assert len({a_job(database, job_id).bundle for job_id in ids}) == 1
+    assert {a_job(database, job_id).state for job_id in ids} == {"queued"}
 
 
 def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) -> None:

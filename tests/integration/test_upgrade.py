@@ -172,3 +172,9 @@ def test_files_that_are_not_certainly_the_hubs_answer_nobody(database: Database,
 def test_old_answers_are_no_part_of_a_bundle_that_is_measured_now(database: Database, storage: Path, hub: Old) -> None:
     answers, ids = claimed(database, storage, BASELINE, NF4, replace(NF4, double_quant=True))
     assert answers.find(identities(database, *ids, legacy=f"hub:{COMMIT}")) == Answered(job_ids=frozenset())
+
+
+def test_old_answers_of_which_one_is_gone_answer_nobody(database: Database, storage: Path, hub: Old) -> None:
+    (hub.place / "model.safetensors").unlink()
+    answers, ids = claimed(database, storage, BASELINE, NF4)
+    assert answers.find(identities(database, *ids, legacy=f"hub:{COMMIT}")) == Answered(job_ids=frozenset())

@@ -199,6 +199,37 @@ def test_a_file_that_is_written_while_it_is_hashed_is_none(model: Path, monkeypa
         hashed(model)
 
 
+def test_a_link_made_to_a_file_while_it_is_hashed_leaves_it_to_be_read_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(monkeypatch)
+
+    def linked_meanwhile(files: object, **options: object) -> list[Checksums]:
+        found = checksums(files, **options)  # type: ignore[arg-type]
+        os.link(model / "model.safetensors", model / "backup")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("worker.content.checksums", linked_meanwhile)
+        content = hashed(model)
+    assert content.versions["model.safetensors"] == ""
+    content.confirm()
+    assert content.versions["model.safetensors"]
+
+
+def test_more_files_than_a_process_may_open_are_hashed_in_groups(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (model / f"{number}.json").write_text(str(number))
+    at_once = fingerprint(model)
+    monkeypatch.setattr("worker.content._OPEN_AT_ONCE", 2)
+    assert fingerprint(model) == at_once
+
+
+def test_a_modules_file_that_is_none_is_no_more_than_a_file(model: Path) -> None:
+    (model / "modules.json").write_text("[" * 100_000)
+    assert "modules.json" in content_files(model)
+
+
 @pytest.mark.parametrize(("age_ns", "is_settled"), [(TICK_NS // 2, False), (2 * TICK_NS, True), (-TICK_NS, False)])
 def test_a_file_is_settled_once_the_clock_has_moved_on(age_ns: int, is_settled: bool, model: Path) -> None:
     stat = stat_file(model / "config.json", Mounts())
