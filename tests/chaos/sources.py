@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from models_db.sources import folder_fingerprint
+from models_db.content import content_files
+from models_db.identity import fingerprint_of
 from models_db.storage import MANIFEST
 from tests import tiny
+from worker.content import NoDigestCache, hash_content
 
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 # Of a model's later weights: no number of a model is as high.
@@ -64,7 +66,7 @@ class Sources:
         (weights,) = folder.glob("*.safetensors")
         # Copies: what is loaded is mapped from the file, and would change with it.
         tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-        self._versions[folder_fingerprint(folder)] = tensors
+        self._versions[fingerprint_of_folder(folder)] = tensors
 
     def differences(self, checkpoint: Path) -> Iterator[str]:
         """What of a checkpoint was not made of the weights that its manifest names: what is left unquantized tells."""
@@ -81,6 +83,11 @@ class Sources:
         ]
         if others:
             yield f"has {', '.join(sorted(others))} of other weights than it says"
+
+
+def fingerprint_of_folder(folder: Path) -> str:
+    """What a worker calls the model in ``folder`` as it is now."""
+    return fingerprint_of(hash_content(lambda: content_files(folder), NoDigestCache()).root_sha256)
 
 
 def _make(folder: Path, number: int, *, seed: int) -> None:
