@@ -32,6 +32,7 @@ class Sources:
         self._lock = threading.Lock()
         self._seeds: dict[Path, int] = {}
         self._versions: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._newest: dict[Path, str] = {}
         self.changed: set[Path] = set()
 
     def __contains__(self, folder: Path) -> bool:
@@ -66,11 +67,16 @@ class Sources:
         (weights,) = folder.glob("*.safetensors")
         # Copies: what is loaded is mapped from the file, and would change with it.
         tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-        self._versions[fingerprint_of_folder(folder)] = tensors
+        self._newest[folder] = fingerprint_of_folder(folder)
+        self._versions[self._newest[folder]] = tensors
+
+    def is_of_former_weights(self, checkpoint: Path) -> bool:
+        """Whether the weights that its manifest names were rewritten since."""
+        return _named_by(checkpoint) in self._versions.keys() - self._newest.values()
 
     def differences(self, checkpoint: Path) -> Iterator[str]:
         """What of a checkpoint was not made of the weights that its manifest names: what is left unquantized tells."""
-        version = self._versions.get(json.loads((checkpoint / MANIFEST).read_text())["source"]["fingerprint"])
+        version = self._versions.get(_named_by(checkpoint))
         if version is None:
             yield "is of weights that never were"
             return
@@ -83,6 +89,10 @@ class Sources:
         ]
         if others:
             yield f"has {', '.join(sorted(others))} of other weights than it says"
+
+
+def _named_by(checkpoint: Path) -> str:
+    return str(json.loads((checkpoint / MANIFEST).read_text())["source"]["fingerprint"])
 
 
 def fingerprint_of_folder(folder: Path) -> str:

@@ -18,7 +18,9 @@ def test_other_weights_than_the_manifest_names_are_named(tmp_path: Path, number:
     folder = sources.model(number)
     fingerprint = fingerprint_of_folder(folder)
     sound = _checkpoint(folder, tmp_path / "sound", fingerprint)
+    assert not sources.is_of_former_weights(sound)
     sources.rewrite(folder)
+    assert sources.is_of_former_weights(sound)
     mixed = _checkpoint(folder, tmp_path / "mixed", fingerprint)
     assert list(sources.differences(sound)) == []
     assert list(sources.differences(_checkpoint(folder, tmp_path / "later", fingerprint_of_folder(folder)))) == []
