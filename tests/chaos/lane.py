@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 
 from models_db import workers
 from models_db.domain import ENDED_STATES
-from models_db.errors import BrokerUnreachable
+from models_db.errors import BrokerUnreachable, ForeignSchema
 from models_db.schema import upgrade
 from models_db.session import Database
 from models_db.settings import Settings
@@ -38,6 +38,7 @@ _TEXT = "It was a quiet evening, and nobody had come. " * 8
 _START_S = 180.0
 _STOP_S = 90.0
 _END_S = 60.0
+_LEAVE_S = 60.0
 # ``verify`` quiets the libraries that it loads, which is not for several threads.
 _ACCOUNTS = threading.Lock()
 
@@ -178,13 +179,18 @@ class Lane:
         if self._halted.is_set():
             raise RuntimeError("another lane broke off, or the user did")
         self._fleet.wake()
+        self._fleet.restore()
         for name, arguments in self._services().items():
             process = self._members.get(name)
             if process is not None and process.poll() is None:
                 continue
             if process is not None:
                 code = process.returncode
-                self._outcome.account.expect(code == -signal.SIGKILL, f"{name} ended by itself, with code {code}")
+                # Who meets a foreign schema leaves once what it runs has ended.
+                refused = code == ForeignSchema.exit_code and self._fleet.was_foreign_within(_LEAVE_S)
+                self._outcome.account.expect(
+                    code == -signal.SIGKILL or refused, f"{name} ended by itself, with code {code}"
+                )
             with (self._logs / f"{name}.log").open("ab") as output:
                 self._members[name] = subprocess.Popen(
                     [sys.executable, "-P", "-m", "cli", *arguments],
@@ -303,6 +309,7 @@ class Lane:
         """Hold fire until every job has ended, every worker is back, and they have swept."""
         self._say(f"{self._outcome.kills} kills; {self._count(open_=True)} jobs are open; settling")
         self._wait(lambda: not self._fleet.frozen, _START_S, "not every stopped process went on")
+        self._wait(lambda: not self._fleet.is_foreign, _START_S, "the foreign schema was not taken back")
         self._wait(lambda: self._count(open_=True) == 0, self._plan.settle_s, "not every job ended")
         self._wait(lambda: self._live() >= self._plan.workers, _START_S, "not every worker came back")
         self._wait(lambda: not any(leftovers(self._settings)), _START_S, "not everything was swept")

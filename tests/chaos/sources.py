@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from models_db.sources import folder_fingerprint
+from models_db.content import content_files
+from models_db.identity import fingerprint_of
 from models_db.storage import MANIFEST
 from tests import tiny
+from worker.content import NoDigestCache, hash_content
 
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 # Of a model's later weights: no number of a model is as high.
@@ -30,6 +32,7 @@ class Sources:
         self._lock = threading.Lock()
         self._seeds: dict[Path, int] = {}
         self._versions: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._newest: dict[Path, str] = {}
         self.changed: set[Path] = set()
 
     def __contains__(self, folder: Path) -> bool:
@@ -64,11 +67,16 @@ class Sources:
         (weights,) = folder.glob("*.safetensors")
         # Copies: what is loaded is mapped from the file, and would change with it.
         tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-        self._versions[folder_fingerprint(folder)] = tensors
+        self._newest[folder] = fingerprint_of_folder(folder)
+        self._versions[self._newest[folder]] = tensors
+
+    def is_of_former_weights(self, checkpoint: Path) -> bool:
+        """Whether the weights that its manifest names were rewritten since."""
+        return _named_by(checkpoint) in self._versions.keys() - self._newest.values()
 
     def differences(self, checkpoint: Path) -> Iterator[str]:
         """What of a checkpoint was not made of the weights that its manifest names: what is left unquantized tells."""
-        version = self._versions.get(json.loads((checkpoint / MANIFEST).read_text())["source"]["fingerprint"])
+        version = self._versions.get(_named_by(checkpoint))
         if version is None:
             yield "is of weights that never were"
             return
@@ -81,6 +89,15 @@ class Sources:
         ]
         if others:
             yield f"has {', '.join(sorted(others))} of other weights than it says"
+
+
+def _named_by(checkpoint: Path) -> str:
+    return str(json.loads((checkpoint / MANIFEST).read_text())["source"]["fingerprint"])
+
+
+def fingerprint_of_folder(folder: Path) -> str:
+    """What a worker calls the model in ``folder`` as it is now."""
+    return fingerprint_of(hash_content(lambda: content_files(folder), NoDigestCache()).root_sha256)
 
 
 def _make(folder: Path, number: int, *, seed: int) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from tests.chaos.faults import freezes, kills, messages, sockets, weights
+from tests.chaos.faults import clock, freezes, kills, messages, schema, sockets, weights
 from tests.chaos.faults.base import Fleet, Kind
 
-KINDS: tuple[Kind, ...] = (*kills.KINDS, *messages.KINDS, *freezes.KINDS, *sockets.KINDS)
+KINDS: tuple[Kind, ...] = (
+    *kills.KINDS,
+    *messages.KINDS,
+    *freezes.KINDS,
+    *sockets.KINDS,
+    *schema.KINDS,
+    *clock.KINDS,
+)
 CHANGING_SOURCES: tuple[Kind, ...] = weights.KINDS
 """Only where the account knows of it: a job of a model that changed may fail."""
 

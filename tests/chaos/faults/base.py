@@ -34,13 +34,17 @@ class Running:
 
 @dataclass(slots=True)
 class Fleet:
-    """What can be hurt. ``frozen`` are the processes that are stopped, and until when (monotonic)."""
+    """What can be hurt. ``frozen`` are the processes that are stopped, and until when (monotonic); ``migrations`` those
+    of later versions that its database stands at: (oldest code, body) each."""
 
     settings: Settings
     database: Database
     sources: Sources
     rng: random.Random
     frozen: dict[psutil.Process, float] = field(default_factory=dict)
+    migrations: list[tuple[str, str]] = field(default_factory=list)
+    _foreign_until: float = 0.0
+    _roll_back: Callable[[], None] | None = None
 
     def living(self, role: Role) -> list[psutil.Process]:
         return family_of(self.settings.home)[role]
@@ -91,6 +95,24 @@ class Fleet:
                 del self.frozen[process]
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the schema is one that this version's code refuses."""
+        return self._roll_back is not None
+
+    def be_foreign(self, seconds: float, roll_back: Callable[[], None]) -> None:
+        """From now on, until ``roll_back`` is called by ``restore``, not before ``seconds`` have passed."""
+        self._foreign_until, self._roll_back = time.monotonic() + seconds, roll_back
+
+    def restore(self) -> None:
+        """Take the foreign schema back, once its time has come."""
+        if self._roll_back is not None and time.monotonic() >= self._foreign_until:
+            self._roll_back()
+            self._foreign_until, self._roll_back = time.monotonic(), None
+
+    def was_foreign_within(self, seconds: float) -> bool:
+        return self.is_foreign or 0.0 < self._foreign_until >= time.monotonic() - seconds
 
     @contextmanager
     def redis(self) -> Iterator[redis.Redis]:
