@@ -6,7 +6,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,12 @@ class Database:
         self._recognise(connection.execute(text("SELECT id FROM identity")).scalar())
         if state is not None:
             self.require_tolerable(state)
+
+    def require_same(self, session: Session) -> None:
+        """The same, for what keeps alive or gives back what runs already: a newer version's schema may take that all
+        the same; another database must not."""
+        with suppress(ForeignSchema):
+            self.require_own(session)
 
     @property
     def identity(self) -> str | None:

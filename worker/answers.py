@@ -38,6 +38,7 @@ class Answers:
         wanted = {n: identity for n, identity in resolved.jobs.items() if not self._claims[n].spec.force}
         try:
             with self._database.read() as session:
+                self._database.require_own(session)
                 found = self._found(session, wanted)
             doubtful = self._doubtful(found)
             if doubtful:
@@ -45,6 +46,7 @@ class Answers:
                 return Answered(job_ids=frozenset(), doubtful=doubtful)
             sound = self._sound(found, whole=len(wanted))
             with self._database.write() as session:
+                self._database.require_own(session)
                 return self._record(session, resolved, sound)
         except DatabaseUnreachable as error:
             log.warning("%s; measuring anew", error)
@@ -56,6 +58,7 @@ class Answers:
         self._verified.add(published.path)
         try:
             with self._database.write() as session:
+                self._database.require_own(session)
                 checkpoints.verified_again(session, published.path, published.versions)
         except DatabaseUnreachable as error:
             log.warning("%s; that %s was verified is not recorded", error, published.path)

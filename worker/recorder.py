@@ -19,7 +19,6 @@ from models_db.errors import (
     DatabaseRefused,
     DatabaseUnreachable,
     DiskFull,
-    ForeignSchema,
     InternalError,
     JobError,
     job_error,
@@ -76,9 +75,7 @@ class Recorder:
     def hand_back(self, tokens: Sequence[Token], *, alone: bool) -> None:
         try:
             with self._database.write() as session:
-                # A newer schema may take it all the same; another database must not.
-                with suppress(ForeignSchema):
-                    self._database.require_own(session)
+                self._database.require_same(session)
                 jobs.hand_back(session, tokens, alone=alone)
         except DatabaseUnreachable as error:
             for token in tokens:

@@ -297,6 +297,7 @@ class Worker:
                 self._recorder.replay()
                 self._own_staging()
                 with self._database.write() as session:
+                    self._database.require_own(session)
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
                         self._bury(session, predecessor)
                     if self._holds_device(session):
@@ -323,6 +324,7 @@ class Worker:
 
     def _held(self, tokens: Iterable[jobs.Token]) -> frozenset[int]:
         with self._database.read() as session:
+            self._database.require_same(session)
             return jobs.held(session, tokens)
 
     def _sweep(self) -> None:
@@ -400,9 +402,10 @@ class Worker:
 
     def _renew(self, worker_id: int) -> str:
         """Renew what is ours, also where the schema is no longer: what runs may need hours yet. Raises WrongDatabase
-        then, the heartbeat being renewed where the schema takes it."""
+        then, the heartbeat being renewed where the schema takes it, and in no other database."""
         try:
             with self._database.write() as session:
+                self._database.require_same(session)
                 state = workers.beat(session, worker_id)
                 holds = self._holds_device(session)
         except DatabaseRefused as error:
@@ -422,6 +425,7 @@ class Worker:
         log.error("%s; this worker takes no more jobs and leaves", why)
         try:
             with self._database.write() as session:
+                self._database.require_same(session)
                 workers.leave(session, worker_id, "draining", f"takes no more jobs: {why}")
         except DatabaseUnreachable as error:
             log.warning("%s; the list of workers does not say so", error)
@@ -440,6 +444,7 @@ class Worker:
         state, note = ("stopped", None) if why is None else ("draining", f"left: {why}")
         try:
             with self._database.write() as session:
+                self._database.require_same(session)
                 workers.leave(session, worker_id, state, note)
                 if self._info.device_uuid is not None:
                     leases.release(session, f"gpu:{self._info.device_uuid}", self._info.name)

@@ -190,6 +190,7 @@ class Supervisor:
         station, settings = self._station, self._station.settings
         hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.protocol.text_hashes}
         with station.database.read() as session:
+            station.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
         return Order(
             claims=tuple(self._claims.values()),
@@ -285,6 +286,7 @@ class Supervisor:
     def _known(self, seen: FilesSeen) -> FilesKnown:
         try:
             with self._station.database.read() as session:
+                self._station.database.require_own(session)
                 return FilesKnown(digests=file_digests.known(session, seen.stats))
         except DatabaseUnreachable as error:
             log.warning("%s; everything is hashed", error)
@@ -293,6 +295,7 @@ class Supervisor:
     def _remember(self, hashed: FilesHashed) -> None:
         try:
             with self._station.database.write() as session:
+                self._station.database.require_own(session)
                 file_digests.remember(session, hashed.digests)
         except DatabaseUnreachable as error:
             log.warning("%s; the files will be hashed again", error)
@@ -317,6 +320,7 @@ class Supervisor:
     def _write_notes(self, notes: Sequence[tuple[int, dict[str, object]]]) -> None:
         try:
             with self._station.database.write() as session:
+                self._station.database.require_same(session)
                 # In id order, as everyone locks them.
                 for job_id, values in sorted(notes, key=lambda note: note[0]):
                     jobs.note(session, self._token(job_id), **values)  # type: ignore[arg-type]
@@ -327,12 +331,15 @@ class Supervisor:
     def _still_ours(self, *, renew: bool) -> bool:
         """Whether every open job is still held; a job cancelled or taken back ends the runner."""
         tokens = [self._token(job_id) for job_id in self._open]
+        database = self._station.database
         try:
             if renew:
-                with self._station.database.write() as session:
+                with database.write() as session:
+                    database.require_same(session)
                     held = jobs.heartbeat(session, tokens, self._station.settings.lease_s)
             else:
-                with self._station.database.read() as session:
+                with database.read() as session:
+                    database.require_same(session)
                     held = jobs.held(session, tokens)
         except DatabaseUnreachable as error:
             log.warning("%s; the runner goes on", error)

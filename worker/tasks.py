@@ -95,6 +95,7 @@ def _give_back(station: Station, dispatch_id: str) -> None:
     """Have the jobs of a message that nobody will act on sent again at once, where the database takes it."""
     try:
         with station.database.write() as session:
+            station.database.require_same(session)
             window.take_out(session, [dispatch_id])
     except DatabaseUnreachable as error:
         log.warning("%s; message %s is sent again once it is missed", error, dispatch_id)

@@ -1,0 +1,190 @@
+"""A worker in whose database's place another was put: what has the same ids there is left as it is."""
+
+from __future__ import annotations
+
+import multiprocessing
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import delete, select, text, update
+
+from models_db import file_digests, jobs
+from models_db.batches import NewJob
+from models_db.clock import db_now
+from models_db.digest import Checksums
+from models_db.domain import Claim, DeviceKind, Method, Stage
+from models_db.errors import DatabaseReplaced
+from models_db.file_stat import Mounts, stat_file
+from models_db.session import Database
+from models_db.settings import Settings
+from models_db.tables import Checkpoint, FileDigestRow
+from models_db.tables import Worker as WorkerRow
+from scheduler.stop import Stop
+from tests.rows import PROTOCOL, a_batch, a_job, a_worker, claim, measured, spec
+from worker.answers import Answers
+from worker.checkpoint import Published
+from worker.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, Identity, Resolved
+from worker.recorder import Recorder
+from worker.serve import Worker
+from worker.supervise import Station, Supervisor
+
+KEY = "A" * 64
+ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
+LONG_AGO_S = 1000.0
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "h", storage=tmp_path / "s", cache=tmp_path / "c", broker_url="redis://x/0")
+
+
+@pytest.fixture
+def station(database: Database, settings: Settings) -> Station:
+    return Station(
+        database=database,
+        settings=settings,
+        recorder=Recorder(database, settings),
+        worker_id=a_worker(database),
+        device_kind=DeviceKind.CPU,
+        device_name=measured().device_name,
+        staging=settings.staging / "own",
+        forkserver=multiprocessing.get_context("forkserver"),
+        stopping=Stop(),
+    )
+
+
+def baseline() -> NewJob:
+    return NewJob(spec=spec(method=Method.NONE), bits=16, checkpoint_key=KEY)
+
+
+def claimed(station: Station) -> Claim:
+    _, ids = a_batch(station.database, [baseline()])
+    with station.database.write() as session:
+        (one,) = jobs.claim(session, ids, station.worker_id, 60.0)
+    return one
+
+
+def replace(database: Database) -> None:
+    """Another one has the same rows by chance, and another name."""
+    with database.read() as session:
+        database.require_own(session)
+    with database.write() as session:
+        session.execute(text("UPDATE identity SET id = 'another'"))
+
+
+def earlier_result(station: Station) -> None:
+    _, ids = a_batch(station.database, [baseline()])
+    (token,) = claim(station.database, ids, station.worker_id)
+    with station.database.write() as session:
+        assert jobs.succeed(session, token, measured(), protocol=ADDRESS, checkpoint_path=None)
+
+
+def answers(station: Station, one: Claim) -> Answers:
+    return Answers(station.database, station.settings.storage, station.device_name, {one.job_id: one})
+
+
+def test_no_job_is_answered_there(station: Station) -> None:
+    earlier_result(station)
+    one = claimed(station)
+    asked = Resolved(jobs={one.job_id: Identity(key=KEY, legacy_key=None, protocol_hash=ADDRESS.hash)})
+    replace(station.database)
+    assert answers(station, one).find(asked).job_ids == frozenset()
+    assert a_job(station.database, one.job_id).state == "running"
+
+
+def test_no_checkpoint_is_called_verified_there(station: Station) -> None:
+    one = claimed(station)
+    with station.database.write() as session:
+        session.add(Checkpoint(key=KEY, path="checkpoints/x", root_sha256="r" * 64, disk_bytes=7))
+    replace(station.database)
+    published = Published(
+        key=KEY, path="checkpoints/x", root_sha256="r" * 64, disk_bytes=7, audit={}, quantize_s=1.0, versions={"x": "1"}
+    )
+    answers(station, one).verified(CheckpointVerified(published=published))
+    with station.database.read() as session:
+        assert session.get_one(Checkpoint, KEY).file_versions is None
+
+
+def test_no_lease_is_renewed_and_no_stage_noted_there(station: Station) -> None:
+    one = claimed(station)
+    replace(station.database)
+    before = a_job(station.database, one.job_id)
+    supervisor = Supervisor(station, [one])
+    for renew in (True, False):
+        assert supervisor._still_ours(renew=renew), "it is the worker's to leave"
+    supervisor._entered(Entered(job_ids=(one.job_id,), stage=Stage.LOADING))
+    after = a_job(station.database, one.job_id)
+    assert (after.lease_expires_at, after.stage) == (before.lease_expires_at, before.stage)
+
+
+def test_no_checksums_are_taken_from_there_or_kept_there(station: Station, tmp_path: Path) -> None:
+    one = claimed(station)
+    known, new = tmp_path / "known", tmp_path / "new"
+    for path in (known, new):
+        path.write_text("{}")
+    stats = {path: stat_file(path, Mounts()) for path in (known, new)}
+    sums = Checksums(chunk_sha256=("0" * 64,), sha256=None)
+    with station.database.write() as session:
+        file_digests.remember(session, {stats[known]: sums})
+    replace(station.database)
+    supervisor = Supervisor(station, [one])
+    assert supervisor._known(FilesSeen(stats=(stats[known],))).digests == {}
+    supervisor._remember(FilesHashed(digests={stats[new]: sums}))
+    with station.database.read() as session:
+        assert list(session.scalars(select(FileDigestRow.path))) == [str(known)]
+
+
+@pytest.fixture
+def worker(database: Database, settings: Settings) -> Worker:
+    found = Worker(settings, None, drain=False)
+    found._database.dispose()
+    found._database = database
+    return found
+
+
+def age(database: Database, worker_id: int) -> datetime | None:
+    with database.write() as session:
+        session.execute(update(WorkerRow).where(WorkerRow.id == worker_id).values(heartbeat_at=db_now(-LONG_AGO_S)))
+    return state_of(database, worker_id)[1]
+
+
+def state_of(database: Database, worker_id: int) -> tuple[str, datetime | None]:
+    with database.read() as session:
+        row = session.get_one(WorkerRow, worker_id)
+        return row.state, row.heartbeat_at
+
+
+def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, worker: Worker) -> None:
+    worker_id = a_worker(database)
+    replace(database)
+    heartbeat = age(database, worker_id)
+    with pytest.raises(DatabaseReplaced) as raised:
+        worker._renew(worker_id)
+    worker._leaving.because(raised.value)
+    worker._say_good_bye(worker_id, raised.value)
+    worker._leave(worker_id)
+    assert state_of(database, worker_id) == ("ready", heartbeat)
+
+
+def test_an_idle_worker_that_is_not_listed_there_notices(database: Database, worker: Worker) -> None:
+    worker_id = a_worker(database)
+    replace(database)
+    with database.write() as session:
+        session.execute(delete(WorkerRow))
+    with pytest.raises(DatabaseReplaced):
+        worker._renew(worker_id)
+
+
+def test_nothing_is_swept_for_what_is_not_held_there(database: Database, worker: Worker) -> None:
+    replace(database)
+    with pytest.raises(DatabaseReplaced):
+        worker._held([(1, 1)])
+
+
+def test_nobody_registers_there(database: Database, worker: Worker) -> None:
+    replace(database)
+    with pytest.raises(DatabaseReplaced):
+        worker._register()
+    with database.read() as session:
+        assert session.scalars(select(WorkerRow.id)).all() == []
