@@ -18,6 +18,7 @@ from models_db import file_digests, jobs
 from models_db.batches import text_content
 from models_db.domain import Claim, DeviceKind, Stage
 from models_db.errors import (
+    DatabaseRefused,
     DatabaseUnreachable,
     HostOom,
     InternalError,
@@ -25,9 +26,11 @@ from models_db.errors import (
     JobTimeout,
     StorageError,
     WorkerLost,
+    WrongDatabase,
     job_error,
     one_line,
 )
+from models_db.fit import explain
 from models_db.jobs import Token
 from models_db.session import Database
 from models_db.settings import Settings
@@ -146,6 +149,11 @@ class Supervisor:
                 pulse.end()
                 connection.close()
                 self._clear_staging()
+        except WrongDatabase as error:
+            self._station.leaving.because(error)
+            log.warning("%s; %s go back to the queue", error, _names(self._open))
+        except DatabaseRefused as error:
+            self._give_up(error)
         except DatabaseUnreachable as error:
             log.warning("%s; %s go back to the queue", error, _names(self._open))
         except _NoRunner as error:
@@ -153,16 +161,23 @@ class Supervisor:
             log.error("%s; this worker ends, and %s go back to the queue", error, _names(self._open))
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception as error:
-            # Handed back, a defect of ours would come round for ever.
-            log.exception("supervising %s", _names(self._open))
-            for job_id in sorted(self._open):
-                self._fail(job_id, InternalError(one_line(error)))
+            self._give_up(error)
         finally:
             self._hand_back(alone=False)
 
+    def _give_up(self, error: Exception) -> None:
+        """Handed back, what a defect of ours or a row of theirs stops would come round for ever."""
+        log.exception("supervising %s", _names(self._open))
+        for job_id in sorted(self._open):
+            self._fail(job_id, InternalError(one_line(error)))
+
     def _start(self) -> tuple[BaseProcess, Connection]:
-        """Raises DatabaseUnreachable or _NoRunner."""
-        order = self._order()
+        """Raises _NoRunner, DatabaseUnreachable: of these WrongDatabase too, and DatabaseRefused for what these jobs
+        ask for."""
+        try:
+            order = self._order()
+        except DatabaseRefused as error:
+            raise explain(self._station.database, error) from error
         for pause_s in _FORK_PAUSES_S:
             time.sleep(pause_s)
             try:

@@ -11,7 +11,7 @@ from sqlalchemy import text, update
 
 from models_db import jobs, window
 from models_db.batches import add_text
-from models_db.domain import DeviceKind
+from models_db.domain import Claim, DeviceKind
 from models_db.errors import ForeignSchema
 from models_db.session import Database
 from models_db.settings import Settings
@@ -49,6 +49,14 @@ def sent(database: Database) -> list[int]:
     return ids
 
 
+def claimed(station: Station, folder: Path) -> list[Claim]:
+    """A bundle whose model is not there."""
+    _, ids = a_batch(station.database, bundle(str(folder / "no-model")))
+    with station.database.write() as session:
+        add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
+        return jobs.claim(session, ids, station.worker_id, 60.0)
+
+
 def by_a_newer_version(database: Database, folder: Path) -> None:
     migrate(database, folder, (NEXT, NOT_NULL))
 
@@ -73,13 +81,38 @@ def test_a_message_that_comes_after_the_change_is_not_claimed_and_its_jobs_are_f
 
 
 def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(station: Station, tmp_path: Path) -> None:
-    _, ids = a_batch(station.database, bundle(str(tmp_path / "no-model")))
-    with station.database.write() as session:
-        add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
-        claims = jobs.claim(session, ids, station.worker_id, 60.0)
+    claims = claimed(station, tmp_path)
     # Its runner is not heard of before that is seen: it would find that there is no such model.
     station.leaving.because(ForeignSchema("a newer one"))
     Supervisor(station, claims).run()
-    found = [a_job(station.database, job_id) for job_id in ids]
+    found = [a_job(station.database, claim.job_id) for claim in claims]
     assert [(job.state, job.failures, job.error_kind) for job in found] == [("queued", 0, None)] * 3
     assert sorted(station.settings.spool.glob("*")) == []
+
+
+def a_refused_order(database: Database) -> None:
+    """Its text is there, and nothing that reads it gets it."""
+    as_words = "json_extract('{', '$')" if database.is_sqlite else "(1 / 0)::text"
+    view = "CREATE VIEW texts AS SELECT sha256, AS_WORDS AS content FROM kept_texts"
+    with database.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE texts RENAME TO kept_texts"))
+        connection.execute(text(view.replace("AS_WORDS", as_words)))
+
+
+def test_a_bundle_whose_order_the_database_refuses_fails(station: Station, tmp_path: Path) -> None:
+    claims = claimed(station, tmp_path)
+    a_refused_order(station.database)
+    Supervisor(station, claims).run()
+    found = [a_job(station.database, claim.job_id) for claim in claims]
+    assert [(job.state, job.error_kind) for job in found] == [("failed", "internal_error")] * 3
+    assert all("refuses" in (job.error_message or "") for job in found)
+
+
+def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(station: Station, tmp_path: Path) -> None:
+    claims = claimed(station, tmp_path)
+    with station.database.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE texts RENAME COLUMN content TO words"))
+    Supervisor(station, claims).run()
+    found = [a_job(station.database, claim.job_id) for claim in claims]
+    assert [(job.state, job.failures) for job in found] == [("queued", 0)] * 3
+    assert isinstance(station.leaving.why, ForeignSchema), "or it would claim the next ones for nothing"
