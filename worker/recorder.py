@@ -46,6 +46,8 @@ class Recorder:
         self._settings = settings
         self._spool = Spool(settings.spool)
         self._in_memory: dict[Token, Spooled] = {}
+        # What cannot be taken out of the spool, and was said.
+        self._stuck: set[Path] = set()
 
     def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
         self._record(
@@ -95,7 +97,7 @@ class Recorder:
 
         The workers of one machine share the spool: of several that replay at once each outcome counts once. What the
         database, being the right one, refuses for what it is, is set aside, or it would stop every worker of the
-        machine for ever.
+        machine for ever. A folder out of which nothing can be taken stops nobody: what lies there is read each time.
         """
         for kept in list(self._in_memory.values()):
             self._replay_from_memory(kept)
@@ -126,8 +128,8 @@ class Recorder:
         except Exception as error:
             self._set_aside(path, spooled, error)
         else:
-            path.unlink(missing_ok=True)
-            log.info("j%s: the spooled outcome of attempt %s is recorded", *spooled.token)
+            if self._take_out(path):
+                log.info("j%s: the spooled outcome of attempt %s is recorded", *spooled.token)
 
     def _record(self, token: Token, outcome: dict[str, Any]) -> None:
         spooled = self._spooled(token, outcome)
@@ -175,14 +177,26 @@ class Recorder:
         """Put what cannot be recorded where people find it, and say so in the job's row."""
         handed_back = spooled is not None and spooled.outcome["outcome"] == "handed_back"
         if handed_back and isinstance(error, _OfAnotherDatabase):
-            path.unlink(missing_ok=True)  # nobody's job, and nothing measured
+            self._take_out(path)  # nobody's job, and nothing measured
             return
         why = str(error) if isinstance(error, DatabaseRefused | _OfAnotherDatabase) else one_line(error)
         try:
             aside = self._spool.set_aside(path)
         except FileNotFoundError:  # another worker was first
             return
-        log.error("%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside)
+        except OSError as refused:
+            if path in self._stuck:
+                return
+            aside = path
+            self._stuck.add(path)
+            log.error(
+                "%s cannot be recorded: %s; nor can it be set aside: %s: tried again each time, make %s writable",
+                path, why, refused.strerror, path.parent,
+            )  # fmt: skip
+        else:
+            log.error(
+                "%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside
+            )
         if spooled is None or handed_back or isinstance(error, _OfAnotherDatabase):
             return
         said = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
@@ -192,6 +206,19 @@ class Recorder:
                 self._fail(session, spooled.token, said)
         except DatabaseUnreachable as unreachable:
             log.warning("%s; j%s is given up once its lease runs out", unreachable, spooled.token[0])
+
+    def _take_out(self, path: Path) -> bool:
+        """Whether it is gone. What stays does no harm: recorded again, it changes nothing."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if path not in self._stuck:
+                self._stuck.add(path)
+                log.error(
+                    "%s is done with, and cannot be removed: %s; make %s writable", path, error.strerror, path.parent
+                )
+            return False
+        return True
 
     def _fail(self, session: Session, token: Token, error: JobError) -> None:
         settings = self._settings

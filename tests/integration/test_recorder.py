@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from models_db.settings import Settings
 from models_db.tables import Base, Checkpoint, Result
 from tests.migrating import NEXT, NOT_NULL, migrate
 from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, measured, states
+from tests.unprivileged import without_rights
 from worker.checkpoint import Published
 from worker.recorder import Recorder
 from worker.spool import SPOOL_VERSION
@@ -328,6 +331,53 @@ def test_a_result_that_the_database_refuses_is_set_aside_and_the_job_says_where(
     recorder.replay()
     assert a_job(database, refused[0]).state == JobState.SUCCEEDED
     assert results_of(database) == [refused[0]]
+
+
+_REPLAY_TWICE = """
+import sys
+from pathlib import Path
+from models_db.session import Database
+from models_db.settings import Settings
+from worker.recorder import Recorder
+
+home = Path(sys.argv[1])
+settings = Settings(home=home, storage=home / "storage", cache=home / "cache")
+recorder = Recorder(Database(sys.argv[2]), settings)
+recorder.replay()
+recorder.replay()
+"""
+
+
+def test_a_spool_that_nothing_can_be_taken_out_of_stops_nobody(
+    sqlite_database: Database, settings: Settings, cut_off: Recorder
+) -> None:
+    _, ids = a_batch(sqlite_database)
+    refused, good, handed_back = claim(sqlite_database, ids, a_worker(sqlite_database))
+    _constrain(sqlite_database)
+    succeed(cut_off, refused)
+    cut_off.fail(good, QuantizationError("no"))
+    cut_off.hand_back([handed_back], alone=False)
+    (settings.spool / "notes.json").write_text("not ours")
+    before = spooled(settings)
+    settings.spool.chmod(0o500)
+    url = sqlite_database.engine.url.render_as_string()
+    done = subprocess.run(
+        [sys.executable, "-c", _REPLAY_TWICE, str(settings.home), url],
+        env={"QBATCH_HOME": str(settings.home)},
+        cwd=Path(__file__).parents[2],
+        preexec_fn=without_rights(),
+        capture_output=True,
+        text=True,
+    )
+    settings.spool.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert spooled(settings) == before
+    assert states(sqlite_database) == {refused[0]: "failed", good[0]: "failed", handed_back[0]: "queued"}
+    assert str(settings.spool / f"{refused[0]}-{refused[1]}.json") in (
+        a_job(sqlite_database, refused[0]).error_message or ""
+    )
+    said = [line for line in done.stderr.splitlines() if "Permission denied" in line]
+    assert len(said) == len(before), "each once"
 
 
 def _constrain(database: Database, *, lift: bool = False) -> None:
