@@ -186,8 +186,12 @@ class Settings:
 
     @property
     def logs(self) -> Path:
-        """Of jobs; named by their ids, which are another database's too."""
-        return self.storage / "logs" / self._database_name
+        """Those of jobs that lie here themselves are of version 0.1.0, of all databases together."""
+        return self.storage / "logs"
+
+    def logs_of(self, database_id: str) -> Path:
+        """Of one database's jobs: they are named by their ids."""
+        return self.logs / database_id
 
     @property
     def spool(self) -> Path:

@@ -27,6 +27,7 @@ class Order:
     cache_bytes: int
     doors: Doors
     lease_s: float
+    log_path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from models_db.database_id import database_id
 from models_db.retention import Prunable, delete_empty, delete_jobs, existing, find_prunable, needed_since
 from models_db.session import Database
 from models_db.settings import Settings
@@ -46,6 +47,7 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
     with database.read() as session:
         found = find_prunable(session, older_than_s)
         needed_s = needed_since(session, older_than_s).timestamp()
+        own_logs = settings.logs_of(database_id(session))
     batches, jobs = len(found.batch_ids), len(found.job_ids)
     if not dry_run:
         batches, jobs = _delete(database, found, older_than_s)
@@ -54,7 +56,7 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
     return [
         Pruned(what="batches", number=batches),
         Pruned(what="jobs", number=jobs),
-        _remove("logs", _logs(database, settings, before_s, gone), Path.unlink, dry_run=dry_run),
+        _remove("logs", _logs(database, own_logs, before_s, gone), Path.unlink, dry_run=dry_run),
         _remove("rejected checkpoints", _rejected(settings, before_s), shutil.rmtree, dry_run=dry_run),
         _base_outputs(settings, min(needed_s - _CLOCKS_APART_S, time.time() - IN_USE_S), dry_run=dry_run),
     ]
@@ -84,13 +86,13 @@ def _leaving_room() -> Iterator[None]:
     time.sleep(time.monotonic() - begun)
 
 
-def _logs(database: Database, settings: Settings, before_s: float, gone: frozenset[int]) -> Iterator[Path]:
+def _logs(database: Database, folder: Path, before_s: float, gone: frozenset[int]) -> Iterator[Path]:
     """The old logs of jobs that are not there, or are ``gone``.
 
     A log has the name of the first job of its bundle, which stays as long as any of them. Those of version 0.1.0 lie
     above, of all databases together: they go by their age.
     """
-    named = {path: int(match[1]) for path in settings.logs.glob("*") if (match := _LOG.fullmatch(path.name))}
+    named = {path: int(match[1]) for path in folder.glob("*") if (match := _LOG.fullmatch(path.name))}
     ids = sorted(set(named.values()))
     there: set[int] = set()
     for chunk in _chunks(ids):
@@ -98,7 +100,7 @@ def _logs(database: Database, settings: Settings, before_s: float, gone: frozens
             there |= existing(session, chunk)
     kept = there - gone
     orphans = (path for path, job_id in named.items() if job_id not in kept)
-    earlier = (path for path in settings.logs.parent.glob("*") if _LOG.fullmatch(path.name))
+    earlier = (path for path in folder.parent.glob("*") if _LOG.fullmatch(path.name))
     return (path for path in (*orphans, *earlier) if _is_older(path, before_s))
 
 

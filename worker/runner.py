@@ -70,9 +70,9 @@ def _leave(reason: str) -> None:
     os._exit(_ORPHANED)
 
 
-def run(order: Order, connection: Connection, log_path: Path) -> None:
+def run(order: Order, connection: Connection) -> None:
     """A runner's whole life. Everything it has to say goes through ``connection``; its output into the log."""
-    _redirect_output(log_path)
+    _redirect_output(order.log_path)
     keep_from_steering(sys.stdout)
     log_to_stderr()
     link = Link(connection, order.lease_s)

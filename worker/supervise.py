@@ -16,6 +16,7 @@ from pathlib import Path
 
 from models_db import file_digests, jobs
 from models_db.batches import text_content
+from models_db.database_id import database_id
 from models_db.domain import Claim, DeviceKind, Stage
 from models_db.errors import (
     DatabaseRefused,
@@ -190,9 +191,7 @@ class Supervisor:
     def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._station.forkserver.Pipe()
         with theirs:
-            process = self._station.forkserver.Process(
-                target=runner.run, args=(order, theirs, self._log_path()), daemon=True
-            )
+            process = self._station.forkserver.Process(target=runner.run, args=(order, theirs), daemon=True)
             try:
                 process.start()
             except BaseException:
@@ -207,6 +206,7 @@ class Supervisor:
         with station.database.read() as session:
             station.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
+            logs = settings.logs_of(database_id(session))
         return Order(
             claims=tuple(self._claims.values()),
             texts=texts,
@@ -223,11 +223,12 @@ class Supervisor:
                 allow_pickle=all(claim.spec.allow_pickle for claim in self._claims.values()),
             ),
             lease_s=settings.lease_s,
+            log_path=logs / self._log_name(),
         )
 
-    def _log_path(self) -> Path:
+    def _log_name(self) -> str:
         first = min(self._claims)
-        return self._station.settings.logs / f"j{first}-{self._claims[first].attempt}.log"
+        return f"j{first}-{self._claims[first].attempt}.log"
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
         settings = self._station.settings

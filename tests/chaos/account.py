@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from models_db.database_id import database_id
 from models_db.domain import JobState
 from models_db.session import Database
 from models_db.settings import Settings
@@ -65,11 +66,12 @@ def account_of_work(
         attempts = list(session.scalars(select(Attempt).order_by(Attempt.job_id, Attempt.attempt)))
         results = {result.job_id: result for result in session.scalars(select(Result))}
         checkpoints = {row.key: row for row in session.scalars(select(Checkpoint))}
+        logs = settings.logs_of(database_id(session))
         session.expunge_all()
     by_job: dict[int, list[Attempt]] = {job.id: [] for job in jobs}
     for attempt in attempts:
         by_job[attempt.job_id].append(attempt)
-    entered = _entered(settings.logs)
+    entered = _entered(logs)
     by_id = {job.id: job for job in jobs}
     for job in jobs:
         own, may_fail = by_job[job.id], Path(job.location) in sources.changed

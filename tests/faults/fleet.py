@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import select
 
+from models_db.database_id import database_id
 from models_db.domain import Stage
 from models_db.errors import BrokerUnreachable
 from models_db.listing import live_workers
@@ -66,6 +67,11 @@ class Fleet:
     @property
     def settings(self) -> Settings:
         return Settings.from_env(self.qbatch.environ)
+
+    @property
+    def logs(self) -> Path:
+        with self.database.read() as session:
+            return self.settings.logs_of(database_id(session))
 
     def log(self, name: str) -> Path:
         return self.qbatch.home.parent / f"{name}.log"

@@ -162,5 +162,5 @@ def test_of_two_workers_that_write_one_checkpoint_at_once_the_second_adopts_the_
     assert fleet.result(jobs[0]).checkpoint_path == fleet.result(jobs[1]).checkpoint_path
     for job, one in zip(jobs, caught, strict=True):
         assert fleet.result(job).attempt == one.attempt, "and neither began again"
-        assert f"j{job}: publishing" in (fleet.settings.logs / f"j{job}-{one.attempt}.log").read_text()
+        assert f"j{job}: publishing" in (fleet.logs / f"j{job}-{one.attempt}.log").read_text()
     until(lambda: not fleet.staged(), "end of staging")

@@ -113,6 +113,7 @@ def run(source: Path, attempt: int = 1) -> Ear:
         cache_bytes=1 << 30,
         doors=Doors(roots=None),
         lease_s=60.0,
+        log_path=storage / "log",
     )
     ear = Ear()
     Bundle(order, ear).run()

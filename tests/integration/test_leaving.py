@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +10,13 @@ from sqlalchemy import text, update
 
 from models_db import jobs, window
 from models_db.batches import add_text
-from models_db.domain import Claim, DeviceKind
+from models_db.domain import Claim
 from models_db.errors import ForeignSchema
 from models_db.session import Database
-from models_db.settings import Settings
 from models_db.tables import Job
-from scheduler.stop import Stop
 from tests.migrating import NEXT, NOT_NULL, migrate
-from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
-from worker.recorder import Recorder
+from tests.rows import PROTOCOL, a_batch, a_job, bundle
+from tests.station import a_station, settings_in
 from worker.supervise import Station, Supervisor
 from worker.tasks import _run_bundle
 
@@ -28,18 +25,7 @@ _MESSAGE = "4b1de4d2-0000-4000-8000-000000000000"
 
 @pytest.fixture
 def station(database: Database, tmp_path: Path) -> Station:
-    settings = Settings(home=tmp_path / "h", storage=tmp_path / "s", cache=tmp_path / "c", broker_url="redis://x/0")
-    return Station(
-        database=database,
-        settings=settings,
-        recorder=Recorder(database, settings),
-        worker_id=a_worker(database),
-        device_kind=DeviceKind.CPU,
-        device_name="a CPU",
-        staging=settings.staging / "own",
-        forkserver=multiprocessing.get_context("forkserver"),
-        stopping=Stop(),
-    )
+    return a_station(database, settings_in(tmp_path))
 
 
 def sent(database: Database) -> list[int]:

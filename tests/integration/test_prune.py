@@ -16,6 +16,7 @@ from sqlalchemy import event, func, select, update
 from models_db import checkpoints, jobs
 from models_db.batches import NewJob, add_batch
 from models_db.clock import db_now
+from models_db.database_id import database_id
 from models_db.domain import JobState, Method
 from models_db.job_record import job_records
 from models_db.results import find_results, keep
@@ -215,20 +216,25 @@ def test_an_outcome_that_was_spooled_for_longer_changes_nothing(
         assert session.get_one(Checkpoint, "k" * 64).job_id is None
 
 
+def own_logs(database: Database, settings: Settings) -> Path:
+    with database.read() as session:
+        return settings.logs_of(database_id(session))
+
+
 def test_logs_go_with_the_last_job_of_their_bundle(database: Database, settings: Settings, run: Run) -> None:
     _, ids = ended(database, bundle("/models/a"), bundle("/models/b"), days=60)
     answered(database, ids[1], days=3)
-    kept = a_file(settings.logs / f"j{ids[0]}-1.log", 60)
-    old = [a_file(settings.logs / f"j{ids[3]}-{attempt}.log", 60) for attempt in (1, 2)]
-    orphan = a_file(settings.logs / "j999-1.log", 60)
+    kept = a_file(own_logs(database, settings) / f"j{ids[0]}-1.log", 60)
+    old = [a_file(own_logs(database, settings) / f"j{ids[3]}-{attempt}.log", 60) for attempt in (1, 2)]
+    orphan = a_file(own_logs(database, settings) / "j999-1.log", 60)
     stays = [
         kept,
-        a_file(settings.logs / "j998-1.log", 1),
-        a_file(settings.logs / "notes.txt", 60),
-        a_file(settings.logs.parent / "another" / f"j{ids[3]}-1.log", 60),
-        a_file(settings.logs.parent / "j5-1.log", 1),
+        a_file(own_logs(database, settings) / "j998-1.log", 1),
+        a_file(own_logs(database, settings) / "notes.txt", 60),
+        a_file(settings.logs / "another" / f"j{ids[3]}-1.log", 60),
+        a_file(settings.logs / "j5-1.log", 1),
     ]
-    earlier = a_file(settings.logs.parent / "j6-1.log", 60)
+    earlier = a_file(settings.logs / "j6-1.log", 60)
     assert run(dry_run=True)["logs"] == (4, 40)
     assert all(path.exists() for path in (*old, orphan, earlier))
     assert run()["logs"] == (4, 40)
@@ -293,7 +299,7 @@ def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(database: Database
     ended(database, bundle("/models/a"), bundle("/models/b"), days=60)
     _, partly = ended(database, bundle("/models/a"), bundle("/models/b"), days=50)
     answered(database, partly[0], days=3)
-    a_file(settings.logs / "j1-1.log", 60)
+    a_file(own_logs(database, settings) / "j1-1.log", 60)
     rows = [count(database, table) for table in (Batch, Job, Attempt, Result, Checkpoint)]
     promised = run(dry_run=True)
     assert [count(database, table) for table in (Batch, Job, Attempt, Result, Checkpoint)] == rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from datetime import datetime
 from pathlib import Path
 
@@ -20,12 +19,11 @@ from models_db.session import Database
 from models_db.settings import Settings
 from models_db.tables import Checkpoint, FileDigestRow
 from models_db.tables import Worker as WorkerRow
-from scheduler.stop import Stop
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, claim, measured, spec
+from tests.station import a_station, settings_in
 from worker.answers import Answers
 from worker.checkpoint import Published
 from worker.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, Identity, Resolved
-from worker.recorder import Recorder
 from worker.serve import Worker
 from worker.supervise import Station, Supervisor
 
@@ -36,22 +34,12 @@ LONG_AGO_S = 1000.0
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "h", storage=tmp_path / "s", cache=tmp_path / "c", broker_url="redis://x/0")
+    return settings_in(tmp_path)
 
 
 @pytest.fixture
 def station(database: Database, settings: Settings) -> Station:
-    return Station(
-        database=database,
-        settings=settings,
-        recorder=Recorder(database, settings),
-        worker_id=a_worker(database),
-        device_kind=DeviceKind.CPU,
-        device_name=measured().device_name,
-        staging=settings.staging / "own",
-        forkserver=multiprocessing.get_context("forkserver"),
-        stopping=Stop(),
-    )
+    return a_station(database, settings)
 
 
 def baseline() -> NewJob:

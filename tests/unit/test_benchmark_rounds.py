@@ -123,6 +123,7 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
         cache_bytes=1 << 30,
         doors=Doors(roots=None),
         lease_s=60.0,
+        log_path=folder / "log",
     )
 
 
