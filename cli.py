@@ -377,7 +377,7 @@ def verify(targets: Sequence[str], format_: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @format_options("table", "json", "csv")
 def prune(older_than: float, dry_run: bool, format_: str) -> None:
-    """Remove batches that ended long ago, their logs, rejected checkpoints and unused base outputs.
+    """Remove batches that ended long ago, their logs, rejected checkpoints, unused base outputs, old file digests.
 
     Checkpoints stay, and so do jobs whose results answer others that stay. Works beside running workers.
     """

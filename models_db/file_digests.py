@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from models_db.clock import db_now
@@ -51,6 +51,21 @@ def remember(session: Session, digests: Mapping[FileStat, Checksums]) -> None:
             .values(place=place, host=socket.gethostname(), path=stat.path.encode(errors="replace").decode(), **state)
             .on_conflict_do_update(index_elements=[FileDigestRow.place], set_=state)
         )
+
+
+def hashed_before(session: Session, older_than_s: float) -> list[str]:
+    """The places of those that were hashed ``older_than_s`` ago, by the database's clock."""
+    return list(session.scalars(select(FileDigestRow.place).where(FileDigestRow.hashed_at < db_now(-older_than_s))))
+
+
+def forget(session: Session, places: Collection[str], older_than_s: float) -> int:
+    """Delete those of ``places`` that were not hashed again meanwhile; how many."""
+    is_old = FileDigestRow.hashed_at < db_now(-older_than_s)
+    gone = session.scalars(
+        delete(FileDigestRow).where(FileDigestRow.place.in_(places), is_old).returning(FileDigestRow.place),
+        execution_options={"synchronize_session": False},
+    )
+    return len(gone.all())
 
 
 def _place(stat: FileStat) -> str:

@@ -1,4 +1,5 @@
-"""``qbatch prune``: batches that ended long ago go, and with them what the storage keeps for them, but checkpoints."""
+"""``qbatch prune``: batches that ended long ago go, with what the storage keeps for them but checkpoints; so do the
+digests of files that were hashed long ago."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from models_db import file_digests
 from models_db.database_id import database_id
 from models_db.retention import Prunable, delete_empty, delete_jobs, existing, find_prunable, needed_since
 from models_db.session import Database
@@ -21,6 +24,7 @@ from worker.benchmark.reference_folders import IN_USE_S, occupants, remove_unuse
 _AT_ONCE = 200
 # Files are dated by their hosts' clocks, rows by the database's.
 _CLOCKS_APART_S = 3600.0
+_Id = TypeVar("_Id", int, str)
 _LOG = re.compile(r"j([0-9]+)-[0-9]+\.log")
 _REJECTED = re.compile(r".+\.rejected-([0-9]+)")
 
@@ -47,6 +51,7 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
     with database.read() as session:
         found = find_prunable(session, older_than_s)
         needed_s = needed_since(session, older_than_s).timestamp()
+        places = file_digests.hashed_before(session, older_than_s)
         own_logs = settings.logs_of(database_id(session))
     batches, jobs = len(found.batch_ids), len(found.job_ids)
     if not dry_run:
@@ -59,6 +64,7 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
         _remove("logs", _logs(database, own_logs, before_s, gone), Path.unlink, dry_run=dry_run),
         _remove("rejected checkpoints", _rejected(settings, before_s), shutil.rmtree, dry_run=dry_run),
         _base_outputs(settings, min(needed_s - _CLOCKS_APART_S, time.time() - IN_USE_S), dry_run=dry_run),
+        Pruned(what="file digests", number=len(places) if dry_run else _forget(database, places, older_than_s)),
     ]
 
 
@@ -74,7 +80,16 @@ def _delete(database: Database, found: Prunable, older_than_s: float) -> tuple[i
     return batches, jobs
 
 
-def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+def _forget(database: Database, places: Sequence[str], older_than_s: float) -> int:
+    """How many files will be hashed again when they are next used."""
+    forgotten = 0
+    for chunk in _chunks(places):
+        with _leaving_room(), database.write() as session:
+            forgotten += file_digests.forget(session, chunk, older_than_s)
+    return forgotten
+
+
+def _chunks(ids: Sequence[_Id]) -> Iterator[Sequence[_Id]]:
     return (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
 
 

@@ -13,18 +13,20 @@ import pytest
 from alembic import command
 from sqlalchemy import event, func, select, update
 
-from models_db import checkpoints, jobs
+from models_db import checkpoints, file_digests, jobs
 from models_db.batches import NewJob, add_batch
 from models_db.clock import db_now
 from models_db.database_id import database_id
+from models_db.digest import Checksums
 from models_db.domain import JobState, Method
+from models_db.file_stat import Mounts, stat_file
 from models_db.job_record import job_records
 from models_db.results import find_results, keep
 from models_db.retention import delete_jobs, find_prunable
 from models_db.schema import alembic_config, upgrade
 from models_db.session import Database
 from models_db.settings import Settings
-from models_db.tables import Attempt, Batch, Checkpoint, Job, Result
+from models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
 from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed
 from tests.waiting import until
 from worker.checkpoint import Published
@@ -240,6 +242,51 @@ def test_logs_go_with_the_last_job_of_their_bundle(database: Database, settings:
     assert run()["logs"] == (4, 40)
     assert not any(path.exists() for path in (*old, orphan, earlier))
     assert all(path.exists() for path in stays)
+
+
+def test_checksums_of_files_go_that_were_hashed_long_ago(database: Database, run: Run, tmp_path: Path) -> None:
+    for name in ("old", "young"):
+        (tmp_path / name).write_text(name)
+    stats = {name: stat_file(tmp_path / name, Mounts()) for name in ("old", "young")}
+    with database.write() as session:
+        file_digests.remember(
+            session, {stat: Checksums(chunk_sha256=("0" * 64,), sha256=None) for stat in stats.values()}
+        )
+        old = FileDigestRow.path == str(tmp_path / "old")
+        session.execute(update(FileDigestRow).where(old).values(hashed_at=db_now(-31 * DAY_S)))
+    assert run(dry_run=True)["file digests"] == (1, None)
+    assert count(database, FileDigestRow) == 2
+    assert run()["file digests"] == (1, None)
+    with database.read() as session:
+        assert file_digests.known(session, stats.values()).keys() == {stats["young"]}
+
+
+def test_many_checksums_go_in_transactions_of_a_bounded_size(database: Database, run: Run) -> None:
+    with database.write() as session:
+        session.add_all(
+            FileDigestRow(place=str(n), host="h", path="p", version="v", chunk_sha256=[], hashed_at=db_now(-31 * DAY_S))
+            for n in range(1001)
+        )
+    begun: list[int] = []
+    event.listen(database.engine, "commit", lambda _: begun.append(1))
+    assert run()["file digests"] == (1001, None)
+    assert count(database, FileDigestRow) == 0
+    assert len(begun) >= 6
+
+
+def test_checksums_that_are_kept_anew_meanwhile_stay(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    digests = {stat_file(tmp_path / "file", Mounts()): Checksums(chunk_sha256=(), sha256=None)}
+    with database.write() as session:
+        file_digests.remember(session, digests)
+        session.execute(update(FileDigestRow).values(hashed_at=db_now(-31 * DAY_S)))
+    with database.read() as session:
+        (place,) = file_digests.hashed_before(session, MONTH_S)
+    with database.write() as session:
+        file_digests.remember(session, digests)
+    with database.write() as session:
+        assert file_digests.forget(session, [place], MONTH_S) == 0
+    assert count(database, FileDigestRow) == 1
 
 
 def test_rejected_checkpoints_go_by_the_time_in_their_name(settings: Settings, run: Run) -> None:
