@@ -13,7 +13,7 @@ from models_db.sources import DOCUMENTS
 
 MANIFEST = "qbatch.json"
 CARD = "README.md"
-"""A checkpoint's card may be written anew after the benchmark: it is neither in its manifest nor part of a model."""
+"""A checkpoint's card is its owners' to edit: it is neither in its manifest nor part of a model."""
 BASE_OUTPUTS = "base-logits"
 """What the baselines said, for the quantized models to be compared with: of every database that shares the storage."""
 

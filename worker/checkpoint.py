@@ -191,7 +191,7 @@ def _as_published(path: str, manifest: Mapping[str, Any], content: Content) -> P
 def problems(folder: Path) -> list[str]:
     """What of a published checkpoint differs from its manifest, one line each; empty for a sound one.
 
-    The model card is written after the benchmark and is not in the manifest.
+    The model card is not in the manifest: people may edit it.
     """
     try:
         manifest = _read_manifest(folder)
