@@ -169,7 +169,7 @@ def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
         content = hash_content(
             lambda: {name: folder / name for name in (*names, *strangers(folder, names))}, NoDigestCache()
         )
-    except SourceChanged:  # a file went away, or is being written
+    except (SourceChanged, FileNotFoundError):  # it went away, or is being written
         return None
     published = {(e["name"], e["size"], tuple(e["chunk_sha256"])) for e in manifest["files"]}
     found = {(file.name, file.digest.size, file.digest.chunk_sha256) for file in content.files}

@@ -47,6 +47,7 @@ class Qbatch:
         done = subprocess.run(
             [*QBATCH, *args],
             env=self.environ,
+            cwd=self.cwd,
             preexec_fn=self.preexec,
             input=stdin if stdin is not None else "",
             capture_output=True,

@@ -183,7 +183,7 @@ def test_a_home_that_is_read_only_with_the_storage_elsewhere(
 ) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o500)
-    qbatch = Qbatch(home, {"QBATCH_STORAGE": str(tmp_path / "storage")}, without_rights())
+    qbatch = Qbatch(home, {"QBATCH_STORAGE": str(tmp_path / "storage")}, preexec=without_rights())
     listed = model_list(models / "llama")
     for command in (["status"], ["submit", "--models", listed, "--bits", "4"]):
         assert str(home) in one_line(qbatch(*command, code=3)), command

@@ -34,11 +34,12 @@ def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, mak
     (first,) = fleet.submit(model)
     (second,) = fleet.submit(model, force=True)
     fleet.succeed([first, second])
-    # Which checkpoint it is, only hashing tells: what another runner writes already, it leaves at once.
+    # Which checkpoint it is, only hashing tells: what another runner writes already, a runner leaves at once.
+    if fleet.outcomes(first) != ["succeeded"]:
+        first, second = second, first
     assert fleet.outcomes(first) == ["succeeded"]
-    *handed_back, last = fleet.outcomes(second)
-    assert (set(handed_back) <= {"handed_back"}, len(handed_back) <= 1, last) == (True, True, "succeeded")
-    one, other = fleet.jobs([first, second])
+    assert fleet.outcomes(second) in (["succeeded"], ["handed_back", "succeeded"])
+    one, other = fleet.job(first), fleet.job(second)
     assert one.checkpoint_key == other.checkpoint_key
     assert other.failures == 0
     assert one.finished_at is not None
