@@ -21,6 +21,7 @@ from models_db.errors import (
     DiskFull,
     InternalError,
     JobError,
+    WrongDatabase,
     job_error,
     one_line,
 )
@@ -67,12 +68,13 @@ class Recorder:
                 self._database.require_own(session)
                 checkpoints.record(session, job_id=job_id, **_as_json(published))
         except DatabaseUnreachable as error:
-            log.warning("%s; the checkpoint of j%s is recorded with its result", error, job_id)
+            log.warning("%s; the checkpoint of j%s is recorded with its outcome", error, job_id)
 
-    def fail(self, token: Token, error: JobError) -> None:
+    def fail(self, token: Token, error: JobError, published: Published | None = None) -> None:
+        """``published`` is what the attempt had published by then."""
         needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
         outcome = {"outcome": "failed", "kind": error.kind, "message": str(error), "needed_bytes": needed_bytes}
-        self._record(token, outcome)
+        self._record(token, outcome | {"checkpoint": _as_json(published) if published is not None else None})
 
     def hand_back(self, tokens: Sequence[Token], *, alone: bool) -> None:
         try:
@@ -137,10 +139,22 @@ class Recorder:
             self._write(spooled)
         except DatabaseUnreachable as error:
             self._keep(spooled, error)
+            if isinstance(error, DatabaseRefused | WrongDatabase):
+                self._note_over(token)
         except Exception as error:
             # Whatever it is: what was measured is worth more than the reason. ``replay`` decides.
             log.exception("recording the outcome of j%s", token[0])
             self._keep(spooled, error)
+
+    def _note_over(self, token: Token) -> None:
+        """What is spooled cannot be lost any more: where the database still takes notes, nobody is to be charged for it
+        should the lease run out before it is recorded."""
+        try:
+            with self._database.write() as session:
+                self._database.require_same(session)
+                jobs.note(session, token, work_started=False)
+        except DatabaseUnreachable as error:
+            log.warning("%s; that the work of j%s is over is not recorded", error, token[0])
 
     def _spooled(self, token: Token, outcome: dict[str, Any]) -> Spooled:
         return Spooled(token=token, database=self._database.identity, outcome=outcome)
@@ -241,13 +255,13 @@ class Recorder:
             if outcome["outcome"] == "handed_back":
                 jobs.hand_back(session, [token], alone=outcome["alone"])
                 return
+            checkpoint = outcome.get("checkpoint")
+            if checkpoint is not None:
+                checkpoints.record(session, job_id=token[0], **checkpoint)
             if outcome["outcome"] == "failed":
                 error = job_error(outcome["kind"], outcome["message"], outcome.get("needed_bytes"))
                 self._fail(session, token, error)
                 return
-            checkpoint = outcome["checkpoint"]
-            if checkpoint is not None:
-                checkpoints.record(session, job_id=token[0], **checkpoint)
             jobs.succeed(
                 session,
                 token,

@@ -386,7 +386,7 @@ class Supervisor:
         self._hand_back(alone=True)
 
     def _fail(self, job_id: int, error: JobError) -> None:
-        self._station.recorder.fail(self._token(job_id), error)
+        self._station.recorder.fail(self._token(job_id), error, self._published.get(job_id))
         self._close(job_id)
         self.failed.append(job_id)
 

@@ -19,6 +19,7 @@ from models_db.session import Database
 from models_db.settings import Settings
 from scheduler.stop import Stop
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
+from tests.waiting import until
 from worker.recorder import Recorder
 from worker.supervise import Station, Supervisor
 
@@ -90,4 +91,5 @@ def _forkservers() -> list[psutil.Process]:
 def _end() -> None:
     for process in _forkservers():
         process.kill()
-        process.wait()
+        # Not waited for: that it ended is multiprocessing's to find out.
+        until(lambda process=process: process.status() == psutil.STATUS_ZOMBIE, "end of a forkserver")  # type: ignore[misc]

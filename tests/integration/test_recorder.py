@@ -266,9 +266,12 @@ def test_a_result_that_a_newer_schema_does_not_take_waits_in_the_spool(
     good, bad, handed_back = claim(database, ids, a_worker(database))
     recorder = Recorder(database, settings)
     recorder.replay()
+    with database.write() as session:
+        jobs.note(session, good, work_started=True)
     migrate(database, tmp_path, (NEXT, NOT_NULL))
     succeed(recorder, good)
-    recorder.fail(bad, QuantizationError("no"))
+    recorder.fail(bad, QuantizationError("no"), published(key="b" * 64))
+    assert not a_job(database, good[0]).work_started, "its lease may run out without a charge"
     for _ in range(3):
         with pytest.raises(ForeignSchema):
             recorder.replay()
@@ -283,6 +286,8 @@ def test_a_result_that_a_newer_schema_does_not_take_waits_in_the_spool(
         session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": SCHEMA_HEAD})
     Recorder(database, settings).replay()
     assert [a_job(database, token[0]).state for token in (good, bad)] == ["succeeded", "failed"]
+    with database.read() as session:
+        assert set(session.scalars(select(Checkpoint.key))) == {"k" * 64, "b" * 64}, "that of the failed one too"
     assert spooled(settings) == []
 
 
