@@ -17,13 +17,15 @@ import psutil
 def own_sockets(prefix: Path) -> Iterator[None]:
     """What multiprocessing starts first within this context has its sockets in a new ``<prefix>-<pid>-…``.
 
-    The folder goes with this process. Those of processes that are no more are removed. ``prefix`` must be short, since
-    socket paths over about 100 bytes fail, and be no other pid namespace's.
+    The folder goes with this process. Those of processes that are no more are removed, now and when this one ends: one
+    that was just killed may take a moment to be gone. ``prefix`` must be short, since socket paths over about 100 bytes
+    fail, and be no other pid namespace's.
     """
     _sweep(prefix)
     folder = tempfile.mkdtemp(prefix=f"{prefix.name}-{os.getpid()}-", dir=prefix.parent)
     # After multiprocessing has removed its own folder in it, at -100.
     Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-101)
+    Finalize(None, _sweep, args=(prefix,), exitpriority=-102)
     before, tempfile.tempdir = tempfile.tempdir, folder
     try:
         yield
@@ -34,6 +36,13 @@ def own_sockets(prefix: Path) -> Iterator[None]:
 def _sweep(prefix: Path) -> None:
     for folder in prefix.parent.glob(f"{prefix.name}-*-*"):
         pid = folder.name.removeprefix(f"{prefix.name}-").partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+        if pid.isdecimal() and _is_gone(int(pid)):
             # Another worker may be at it too.
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.Error:  # another user's may be hidden
+        return not psutil.pid_exists(pid)

@@ -31,7 +31,7 @@ _FREE_S = 5.0 + 10.0
 
 def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, make_model: MakeModel) -> None:
     model = make_model(large=True)
-    (first,) = fleet.submit(model)
+    (first,) = fleet.submit(model, force=True)
     (second,) = fleet.submit(model, force=True)
     fleet.succeed([first, second])
     # Which checkpoint it is, only hashing tells: what another runner writes already, a runner leaves at once.

@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.waiting import until
 from worker.sockets import own_sockets
 
 _WORKER = """
@@ -58,3 +60,13 @@ def test_a_living_workers_sockets_are_left_alone(tmp_path: Path) -> None:
     theirs.mkdir()
     with own_sockets(tmp_path / "q"):
         assert theirs.is_dir()
+
+
+def test_one_that_is_killed_and_not_yet_waited_for_is_gone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as killed:
+        theirs = tmp_path / f"q-{killed.pid}-abc"
+        theirs.mkdir()
+        killed.kill()
+        until(lambda: psutil.Process(killed.pid).status() == psutil.STATUS_ZOMBIE, "its end")
+        with own_sockets(tmp_path / "q"):
+            assert not theirs.exists()
