@@ -14,16 +14,18 @@ from tempfile import TemporaryFile
 TICK_NS = 2 * 10**9
 # As far as a server's clock may be behind ours, where it cannot be asked.
 _SKEW_NS = 3600 * 10**9
-_MOUNTS = Path("/proc/self/mountinfo")
+MOUNTS = Path("/proc/self/mountinfo")
 # Their times are a server's. What a FUSE file system is, its name does not say.
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "gluster", "beegfs", "gpfs", "afs", "virtiofs", "gfs2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """A mounted file system: where, and ``label``, what of it (type, source, the folder of it, its own options)."""
+    """A mounted file system: where, its type, and ``label``, what of it (type, source, the folder of it, its own
+    options)."""
 
     point: str
+    file_system: str
     label: str
     is_remote: bool
 
@@ -55,7 +57,7 @@ class Mounts:
     """The mounts that this process sees; none where the system does not list them."""
 
     def __init__(self) -> None:
-        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines() if _MOUNTS.exists() else []
+        lines = MOUNTS.read_text(errors="surrogateescape").splitlines() if MOUNTS.exists() else []
         # Of two mounts at one place the later one hides the other.
         self._by_point = {mount.point: mount for mount in map(_mount, lines)}
 
@@ -74,6 +76,7 @@ def _mount(line: str) -> Mount:
     root, point = own.split(" ")[3:5]
     return Mount(
         point=re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), point),
+        file_system=kind,
         label=f"{kind} {source} {root} {options}",
         is_remote=kind.startswith(_REMOTE),
     )

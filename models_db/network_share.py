@@ -6,15 +6,14 @@ SQLite's writers agree by locks and shared memory that such a file system keeps 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from models_db.errors import DatabaseOfAnotherHost, DatabaseUnreachable
+from models_db.file_stat import Mounts
 
-MOUNTS = Path("/proc/self/mountinfo")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _NETWORK = frozenset(
@@ -107,28 +106,10 @@ def share_of(file: Path | None) -> NetworkShare | None:
     if file is None:
         return None
     real = file.resolve()
-    file_system = _file_system_of(real)
-    return NetworkShare(file=real, file_system=file_system) if file_system in _NETWORK else None
-
-
-def _file_system_of(path: Path) -> str | None:
-    """The type of the file system that ``path``, which has no links, is on; None where the kernel does not tell."""
-    try:
-        mounts = MOUNTS.read_text().splitlines()
-    except OSError:
+    mount = Mounts().of(str(real))
+    if mount is None or mount.file_system not in _NETWORK:
         return None
-    found, depth = None, -1
-    for line in mounts:
-        mount, _, file_system = line.partition(" - ")
-        place = Path(_unescaped(mount.split()[4]))
-        # Of two on one place the later one is seen.
-        if path.is_relative_to(place) and len(place.parts) >= depth:
-            found, depth = file_system.split()[0], len(place.parts)
-    return found
-
-
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)
+    return NetworkShare(file=real, file_system=mount.file_system)
 
 
 def _this_kernel() -> str:

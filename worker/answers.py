@@ -14,10 +14,12 @@ from models_db.errors import DatabaseUnreachable
 from models_db.results import Finished
 from models_db.session import Database
 from models_db.storage import Standing, standing
-from worker.checkpoint import Published
 from worker.messages import Answered, CheckpointVerified, Identity, Resolved
 
 log = logging.getLogger("qbatch.worker")
+
+_Standings = Mapping[str | None, Standing]
+"""By the checkpoint's path; a baseline's is None."""
 
 
 class Answers:
@@ -40,11 +42,12 @@ class Answers:
             with self._database.read() as session:
                 self._database.require_own(session)
                 found = self._found(session, wanted)
-            doubtful = self._doubtful(found)
+            stand = {one.checkpoint_path: self._standing(one) for answers in found for one in answers.values()}
+            doubtful = self._doubtful(found, stand)
             if doubtful:
                 self._asked |= doubtful.keys()
                 return Answered(job_ids=frozenset(), doubtful=doubtful)
-            sound = self._sound(found, whole=len(wanted))
+            sound = _sound(found, stand, whole=len(wanted))
             with self._database.write() as session:
                 self._database.require_own(session)
                 return self._record(session, resolved, sound)
@@ -54,7 +57,7 @@ class Answers:
 
     def verified(self, message: CheckpointVerified) -> None:
         """The runner read a checkpoint that was doubtful."""
-        published: Published = message.published
+        published = message.published
         self._verified.add(published.path)
         try:
             with self._database.write() as session:
@@ -73,22 +76,14 @@ class Answers:
         old = self._by_key(session, legacy)
         return [new, old] if len(old) == len(wanted) else [new]
 
-    def _doubtful(self, found: Sequence[Mapping[int, Finished]]) -> dict[str, str]:
+    def _doubtful(self, found: Sequence[Mapping[int, Finished]], stand: _Standings) -> dict[str, str]:
         """The checkpoints, by path, that nobody was asked to read yet; each with its key."""
         return {
             str(one.checkpoint_path): one.checkpoint_key
             for answers in found
             for one in answers.values()
-            if one.checkpoint_path not in self._asked and self._standing(one) is Standing.DOUBTFUL
+            if one.checkpoint_path not in self._asked and stand[one.checkpoint_path] is Standing.DOUBTFUL
         }
-
-    def _sound(self, found: Sequence[Mapping[int, Finished]], *, whole: int) -> dict[int, Finished]:
-        """By job, what answers. What 0.1.0 measured answers a bundle as a whole or not at all: its source has another
-        name there, and nothing that is measured now could be set beside it."""
-        new, *old = (
-            {n: one for n, one in answers.items() if self._standing(one) is Standing.SOUND} for answers in found
-        )
-        return next((answers for answers in old if len(answers) == whole), new)
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
         found = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
@@ -126,3 +121,12 @@ class Answers:
 
     def _token(self, job_id: int) -> jobs.Token:
         return (job_id, self._claims[job_id].attempt)
+
+
+def _sound(found: Sequence[Mapping[int, Finished]], stand: _Standings, *, whole: int) -> dict[int, Finished]:
+    """By job, what answers. What 0.1.0 measured answers a bundle as a whole or not at all: its source has another name
+    there, and nothing that is measured now could be set beside it."""
+    new, *old = (
+        {n: one for n, one in answers.items() if stand[one.checkpoint_path] is Standing.SOUND} for answers in found
+    )
+    return next((answers for answers in old if len(answers) == whole), new)

@@ -193,9 +193,9 @@ def _read(
     on_progress: Callable[[int, int], None],
 ) -> list[HashedFile]:
     # The largest first: a group that is opened at once is hashed together.
-    order = sorted(files, key=lambda name: -files[name].stat().st_size)
-    total = sum(path.stat().st_size for path in files.values())
-    count = _counter(on_progress, total)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    order = sorted(files, key=lambda name: -sizes[name])
+    count = _counter(on_progress, sum(sizes.values()))
     groups = (order[start : start + _OPEN_AT_ONCE] for start in range(0, len(order), _OPEN_AT_ONCE))
     return [
         found for group in groups for found in _read_group({name: files[name] for name in group}, mounts, whole, count)

@@ -167,7 +167,7 @@ class _Fetch:
         repository = self._resolve()
         folder = self._entry(repository.entry, lambda: _download(repository, self.cache))
         try:
-            return self._opened(folder, repository.commit, lambda content: _vetted_hashes(repository, content))
+            return self._opened(folder, repository.commit, lambda _: repository.hashes)
         except _NotTheHubs as error:
             # Downloaded anew at the next attempt, by whoever makes it.
             error.path.unlink(missing_ok=True)
@@ -200,10 +200,8 @@ class _Fetch:
         )
         fingerprint = fingerprint_of(content.root_sha256, runs_code=runs_code)
         legacy = None
-        if commit is not None and hub_hashes is not None:
-            hashes = hub_hashes(content)
-            if all(_hub_hash(file, hashes.get(file.name, "")) == hashes.get(file.name) for file in content.files):
-                legacy = legacy_hub_fingerprint(commit, code_sha256(folder) if runs_code else None)
+        if commit is not None and hub_hashes is not None and self._is_the_hubs(content, hub_hashes(content)):
+            legacy = legacy_hub_fingerprint(commit, code_sha256(folder) if runs_code else None)
         source = LocalSource(
             folder=folder,
             fingerprint=fingerprint,
@@ -213,6 +211,17 @@ class _Fetch:
             legacy_fingerprint=legacy,
         )
         return self._converted(source) if pickled else source
+
+    def _is_the_hubs(self, content: Content, hashes: Mapping[str, str]) -> bool:
+        """Whether every file is what the hub's hash of it says. Raises _NotTheHubs for one in our own cache that is
+        not; in the user's, the content decides."""
+        for file in content.files:
+            expected = hashes.get(file.name)
+            if expected is not None and _hub_hash(file, expected) != expected:
+                if is_offline_mode():
+                    return False
+                raise _NotTheHubs(file.path)
+        return all(file.name in hashes for file in content.files)
 
     def _hash(self, lister: Lister, *, whole: bool = False) -> Content:
         return hash_content(lister, self.digests, whole=lambda _: whole, on_progress=self.on_progress)
@@ -251,15 +260,6 @@ class _NotTheHubs(Exception):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self.path = path
-
-
-def _vetted_hashes(repository: Repository, content: Content) -> Mapping[str, str]:
-    """The hub's hashes, which those of its files are. Raises _NotTheHubs."""
-    for file in content.files:
-        expected = repository.hashes.get(file.name)
-        if expected is not None and _hub_hash(file, expected) != expected:
-            raise _NotTheHubs(file.path)
-    return repository.hashes
 
 
 def _hub_hash(file: HashedFile, expected: str) -> str | None:

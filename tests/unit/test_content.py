@@ -260,7 +260,7 @@ def test_mounts_at_odd_places_are_understood(tmp_path: Path, monkeypatch: pytest
         "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
         "21 20 0:40 /export /mnt/two\\040words rw shared:1 - nfs4 server:/export rw,vers=4.2\n"
     )
-    monkeypatch.setattr("models_db.file_stat._MOUNTS", listing)
+    monkeypatch.setattr("models_db.file_stat.MOUNTS", listing)
     mounts = Mounts()
     remote, local = mounts.of("/mnt/two words/model/x"), mounts.of("/mnt/two")
     assert remote is not None

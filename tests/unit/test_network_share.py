@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from models_db import network_share
+from models_db import file_stat, network_share
 from models_db.errors import DatabaseOfAnotherHost
 from models_db.network_share import NetworkShare, share_of
 from models_db.schema import upgrade
@@ -37,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def mounted(folder: Path, monkeypatch: pytest.MonkeyPatch, *mounts: tuple[str, str]) -> None:
     table = folder / "mountinfo"
     table.write_text("".join(_MOUNT.format(place=place, type=type_) for place, type_ in mounts))
-    monkeypatch.setattr(network_share, "MOUNTS", table)
+    monkeypatch.setattr(file_stat, "MOUNTS", table)
 
 
 def on_host(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_the_deepest_and_latest_mount_tells_what_a_file_lies_on(
 
 
 def test_no_list_of_mounts_is_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_share, "MOUNTS", tmp_path / "none")
+    monkeypatch.setattr(file_stat, "MOUNTS", tmp_path / "none")
     assert share_of(tmp_path / "qbatch.db") is None
 
 
