@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from models_db.controls import is_unicode
 from models_db.domain import DType, SourceRef
 from models_db.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 
@@ -174,7 +175,7 @@ def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size:
 
 def _tensor(file_name: str, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
     where = f"{file_name}: tensor {_shown(name)}"
-    if not _is_unicode(name):
+    if not is_unicode(name):
         raise SourceCorrupt(f"{where} has a name that is no Unicode text")
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise SourceCorrupt(f"{where} has no dtype, shape and data_offsets")
@@ -207,15 +208,6 @@ def _numel(shape: list[int]) -> int:
         if numel > _MAX_SIZE:
             return numel
     return numel
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether no escape in the JSON left half of a surrogate pair, which cannot be printed or stored."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(value: str | list[int]) -> str:
@@ -284,7 +276,7 @@ def indexed_files(index: Path, *, suffix: str = ".safetensors") -> list[str]:
     for name in weight_map.values():
         if not isinstance(name, str):
             raise SourceCorrupt(f"{index.name} is no index of weights")
-        if "/" in name or "\0" in name or not name.endswith(suffix) or not _is_unicode(name):
+        if "/" in name or "\0" in name or not name.endswith(suffix) or not is_unicode(name):
             raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no {suffix} file of this folder")
     return sorted(set(weight_map.values()))
 
