@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from cli_options import Bits, Duration, compare_options, format_options, submit_options
-from models_db.controls import escape_controls, is_unicode
-from models_db.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
-from models_db.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
-from models_db.settings import Settings
+from qbatch.cli_options import Bits, Duration, compare_options, format_options, submit_options
+from qbatch.core.control_characters import escape_controls, is_unicode
+from qbatch.core.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
+from qbatch.core.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
+from qbatch.core.settings import Settings
+
+if __name__ != "qbatch.cli":
+    raise ImportError("this is qbatch.cli, and has no other name")
 
 if TYPE_CHECKING:
-    from models_db.session import Database
-    from scheduler.local import LocalStack
-    from scheduler.submit import Receipt, Submission
+    from qbatch.models_db.session import Database
+    from qbatch.scheduler.local_stack import LocalStack
+    from qbatch.scheduler.submit import Receipt, Submission
 
 _INTERRUPTED = 130
 # Characters. A list of a hundred thousand models fits, and a text that takes a day to measure on.
@@ -50,7 +53,7 @@ class _Group(click.Group):
 @click.version_option(package_name="qbatch")
 def main() -> None:
     """Quantize models in batches, benchmark them, and see which to ship."""
-    from scheduler.process import hide_from_equals
+    from qbatch.scheduler.child_process import hide_from_equals
 
     hide_from_equals()
 
@@ -86,7 +89,7 @@ def run(format_: str, **options: Any) -> None:
     Starts the embedded stack (Redis, scheduler, workers) unless one is running or QBATCH_BROKER_URL is set,
     and stops what it started.
     """
-    from scheduler.local import stack_is_running
+    from qbatch.scheduler.local_stack import stack_is_running
 
     settings = _settings()
     submission = _submission(settings, options)
@@ -143,7 +146,7 @@ def up(gpus: str | None, cpu: bool) -> None:
 @click.option("--drain", is_flag=True, help="Finish the running bundle on SIGTERM rather than hand it back.")
 def worker(gpus: str | None, cpu: bool, drain: bool) -> None:
     """Run one worker for each GPU of this machine, or one for its CPU."""
-    from worker.launch import main as launch
+    from qbatch.worker.serving.launch import main as launch
 
     _settings()
     sys.exit(launch(gpus, cpu, drain))
@@ -152,7 +155,7 @@ def worker(gpus: str | None, cpu: bool, drain: bool) -> None:
 @main.command()
 def scheduler() -> None:
     """Run the scheduler. Several may run: one leads."""
-    from scheduler.__main__ import main as run_scheduler
+    from qbatch.scheduler.__main__ import main as run_scheduler
 
     sys.exit(run_scheduler())
 
@@ -162,10 +165,10 @@ def scheduler() -> None:
 @format_options("table", "json", "csv")
 def status(batch: str | None, format_: str) -> None:
     """Show the batches, or one batch and its jobs."""
-    from models_db.listing import list_batches, list_jobs
-    from models_db.pauses import standing
-    from views.listings import BATCH_COLUMNS, JOB_COLUMNS
-    from views.tables import render
+    from qbatch.models_db.listing import list_batches, list_jobs
+    from qbatch.models_db.pauses import standing
+    from qbatch.views.formats import render
+    from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS
 
     ids = _batch_ids([batch] if batch else [])
     database = _database(_settings())
@@ -186,9 +189,9 @@ def status(batch: str | None, format_: str) -> None:
 @format_options("table", "json", "csv")
 def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
     """List jobs."""
-    from models_db.listing import list_jobs
-    from views.listings import JOB_COLUMNS
-    from views.tables import render
+    from qbatch.models_db.listing import list_jobs
+    from qbatch.views.formats import render
+    from qbatch.views.listings import JOB_COLUMNS
 
     ids = _batch_ids(batches)
     database = _database(_settings())
@@ -201,7 +204,7 @@ def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
 @click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
 def cancel(targets: Sequence[str]) -> None:
     """Cancel what has not ended; running jobs are stopped."""
-    from models_db.jobs import cancel as cancel_jobs
+    from qbatch.models_db.jobs import cancel as cancel_jobs
 
     _change(targets, cancel_jobs, "cancelled")
 
@@ -210,7 +213,7 @@ def cancel(targets: Sequence[str]) -> None:
 @click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
 def retry(targets: Sequence[str]) -> None:
     """Queue failed and cancelled jobs again."""
-    from models_db.jobs import retry as retry_jobs
+    from qbatch.models_db.jobs import retry as retry_jobs
 
     database, settings, changed = _change(targets, retry_jobs, "queued again")
     if changed:
@@ -242,7 +245,7 @@ def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
 ) -> None:
     """Show what was measured, each quantized model beside its baseline."""
-    from models_db.results import find_results
+    from qbatch.models_db.results import find_results
 
     ids = _batch_ids(batches)
     settings = _settings()
@@ -256,14 +259,14 @@ def results(
 @main.command()
 @compare_options
 @format_options("table", "json", "csv")
-def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **wish: Any) -> None:
+def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **preference: Any) -> None:
     """Set each model's schemes side by side, and say which to ship.
 
     Rows of different protocols or devices stand apart. Without a bound on quality, one is set and shown.
     """
-    from models_db.results import find_results
-    from views.compare import comparison
-    from views.wishes import Wish
+    from qbatch.models_db.results import find_results
+    from qbatch.views.compare import comparison
+    from qbatch.views.comparison import Preference
 
     ids = _batch_ids(batches)
     settings = _settings()
@@ -272,7 +275,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model)
     _place_checkpoints(settings, rows)
-    click.echo(comparison(rows, Wish(**wish), by=by, format=format_))
+    click.echo(comparison(rows, Preference(**preference), by=by, format=format_))
 
 
 @main.command()
@@ -280,9 +283,9 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
 @format_options("table", "json", "csv")
 def show(jobs: Sequence[str], format_: str) -> None:
     """Show all about a job: attempts, scheme, protocol, figures, coverage audit, and why it is as fast as it is."""
-    from models_db.job_record import whole_jobs
-    from views.job import show_jobs
-    from views.tables import render
+    from qbatch.models_db.job_record import whole_jobs
+    from qbatch.views.formats import render
+    from qbatch.views.job_details import show_jobs
 
     ids = _job_ids(jobs)
     settings = _settings()
@@ -300,14 +303,14 @@ def show(jobs: Sequence[str], format_: str) -> None:
 @format_options("table", "json", "csv")
 def doctor(deep: bool, format_: str) -> None:
     """Check the installation, and say what is wrong. Exits with 1 if something is."""
-    from scheduler.local import stack_is_running
-    from views.checks import State, render_checks
-    from views.doctor import examine
-    from views.libraries import Gpu, examine_libraries
-    from worker.gpu import installed_gpus
+    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.views.checks import State, render_checks
+    from qbatch.views.doctor import examine
+    from qbatch.views.libraries import VisibleGpu, examine_libraries
+    from qbatch.worker.machine.gpu import installed_gpus
 
     settings = _settings()
-    gpus = [Gpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
+    gpus = [VisibleGpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
     found = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
     if deep:
         found += examine_libraries()
@@ -319,9 +322,9 @@ def doctor(deep: bool, format_: str) -> None:
 @format_options("table", "json", "csv")
 def workers(format_: str) -> None:
     """List the workers, their devices and what they do."""
-    from models_db.listing import list_workers
-    from views.listings import WORKER_COLUMNS
-    from views.tables import render
+    from qbatch.models_db.listing import list_workers
+    from qbatch.views.formats import render
+    from qbatch.views.listings import WORKER_COLUMNS
 
     settings = _settings()
     with _database(settings).read() as session:
@@ -333,11 +336,11 @@ def workers(format_: str) -> None:
 @format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
     """Tell a model's dtype, parameters and size from its headers alone."""
-    from models_db.errors import FetchError, JobError, ServiceUnreachable
-    from models_db.inspection import inspect_source
-    from models_db.sources import parse_source
-    from views.inspection import inspection_table
-    from views.tables import render
+    from qbatch.core.errors import FetchError, JobError, ServiceUnreachable
+    from qbatch.core.inspection import inspect_source
+    from qbatch.core.sources import parse_source
+    from qbatch.views.formats import render
+    from qbatch.views.model_description import inspection_table
 
     try:
         found = inspect_source(parse_source(model))
@@ -356,9 +359,9 @@ def verify(targets: Sequence[str], format_: str) -> None:
 
     CHECKPOINT is a folder. Without arguments, every checkpoint on record. Exits with 1 if one does not hold.
     """
-    from views.listings import VERIFY_COLUMNS
-    from views.tables import render
-    from worker.verify import verify as problems_of
+    from qbatch.views.formats import render
+    from qbatch.views.listings import VERIFY_COLUMNS
+    from qbatch.worker.checkpoints.verify import verify as problems_of
 
     rows = []
     for folder in _checkpoint_folders(targets):
@@ -381,9 +384,9 @@ def prune(older_than: float, dry_run: bool, format_: str) -> None:
 
     Checkpoints stay, and so do jobs whose results answer others that stay. Works beside running workers.
     """
-    from views.listings import PRUNE_COLUMNS
-    from views.tables import render
-    from worker.prune import prune as prune_old
+    from qbatch.views.formats import render
+    from qbatch.views.listings import PRUNE_COLUMNS
+    from qbatch.worker.files.prune import prune as prune_old
 
     settings = _settings()
     pruned = prune_old(_database(settings), settings, older_than, dry_run=dry_run)
@@ -404,7 +407,7 @@ def db() -> None:
 @db.command()
 def upgrade() -> None:
     """Bring the database to this version's schema."""
-    from models_db.schema import upgrade as upgrade_schema
+    from qbatch.models_db.schema import upgrade as upgrade_schema
 
     database = _connected(_settings())
     upgrade_schema(database)
@@ -416,7 +419,7 @@ def upgrade() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True, help="The port to listen on.")
 def flower(address: str, port: int) -> None:
     """Watch the queue in a browser. Needs QBATCH_FLOWER_AUTH=user:password."""
-    from scheduler.flower import serve
+    from qbatch.scheduler.flower import serve
 
     serve(_settings(), address=address, port=port)
 
@@ -429,7 +432,7 @@ def _database(settings: Settings) -> Database:
     """The database, with this version's schema. An embedded one is made where there is none."""
     database = _connected(settings)
     if database.is_sqlite and database.is_behind():
-        from models_db.schema import upgrade as upgrade_schema
+        from qbatch.models_db.schema import upgrade as upgrade_schema
 
         upgrade_schema(database)
     database.require_schema()
@@ -438,8 +441,8 @@ def _database(settings: Settings) -> Database:
 
 def _connected(settings: Settings) -> Database:
     """Whatever its schema. Raises DatabaseOfAnotherHost for SQLite that another host works on."""
-    from models_db.network_share import share_of
-    from models_db.session import Database
+    from qbatch.models_db.network_share import share_of
+    from qbatch.models_db.session import Database
 
     database = Database(settings.sqlalchemy_url)
     share = share_of(database.file)
@@ -449,11 +452,11 @@ def _connected(settings: Settings) -> Database:
 
 
 def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
-    from scheduler.grid import QUANT_TYPES, Grid
-    from scheduler.model_list import read_model_list
-    from scheduler.submit import Submission
-    from scheduler.task_files import read_tasks
-    from worker.benchmark import DEFAULT_EVAL_TEXT
+    from qbatch.scheduler.job_grid import QUANT_TYPES, Grid
+    from qbatch.scheduler.lm_eval_files import read_tasks
+    from qbatch.scheduler.model_list import read_model_list
+    from qbatch.scheduler.submit import Submission
+    from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
     quant_types = tuple(name for value in options["quant_types"] for name in value.split(",")) or ("nf4",)
     for name in quant_types:
@@ -522,7 +525,7 @@ def _read_text(name: str, most: int) -> str:
 
 def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
     """Store a batch and send it; the second says what will run it, where nothing does now."""
-    from scheduler.submit import submit as store
+    from qbatch.scheduler.submit import submit as store
 
     receipt = store(database, settings, submission)
     if receipt.outdated:
@@ -540,8 +543,8 @@ def _has_work(receipt: Receipt) -> bool:
 
 def _send(database: Database, settings: Settings) -> str | None:
     """Send what is queued; where that is not possible, what will do it instead."""
-    from scheduler.local import stack_is_running
-    from scheduler.submit import send_now
+    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.submit import send_now
 
     if settings.is_embedded and not stack_is_running(settings):
         return "stored; no stack is running here: `qbatch up` will run it"
@@ -557,10 +560,10 @@ def _local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:
 
 
 def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
-    from models_db.network_share import share_of
-    from models_db.session import Database
-    from scheduler.local import LocalStack
-    from worker.launch import devices_for
+    from qbatch.models_db.network_share import share_of
+    from qbatch.models_db.session import Database
+    from qbatch.scheduler.local_stack import LocalStack
+    from qbatch.worker.serving.launch import devices_for
 
     if not settings.is_embedded:
         raise UsageError("QBATCH_BROKER_URL is set: start `qbatch scheduler` and `qbatch worker` instead")
@@ -582,8 +585,8 @@ def _wait(
     quiet: bool = False,
     on_poll: Callable[[], None] | None = None,
 ) -> bool:
-    from scheduler.wait import wait as wait_for
-    from views.live import LiveProgress
+    from qbatch.scheduler.wait import wait as wait_for
+    from qbatch.views.live import LiveProgress
 
     def show(jobs: Sequence[Mapping[str, Any]], live_workers: int) -> None:
         # Workers of our own stack are on their way: nobody needs to be told to start one.
@@ -627,7 +630,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
 
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
-    from models_db.results import find_results
+    from qbatch.models_db.results import find_results
 
     if format_ == "quiet":
         click.echo(format_batch_id(receipt.batch_id))
@@ -638,8 +641,8 @@ def _print_outcome(database: Database, settings: Settings, receipt: Receipt, for
 
 
 def _print_results(settings: Settings, rows: Sequence[dict[str, Any]], format_: str) -> None:
-    from views.results import results_table
-    from views.tables import render
+    from qbatch.views.formats import render
+    from qbatch.views.results_table import results_table
 
     _place_checkpoints(settings, rows)
     click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
@@ -653,7 +656,7 @@ def _place_checkpoints(settings: Settings, rows: Sequence[dict[str, Any]]) -> No
 
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
-    from models_db.checkpoints import all_checkpoints, checkpoints_of
+    from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
     for target in targets:
@@ -687,7 +690,7 @@ def _job_ids(texts: Sequence[str]) -> list[int]:
 
 
 def _require(database: Database, batch_ids: Sequence[int]) -> None:
-    from models_db.batches import batch_exists
+    from qbatch.models_db.batches import batch_exists
 
     with database.read() as session:
         for batch_id in batch_ids:
@@ -696,7 +699,7 @@ def _require(database: Database, batch_ids: Sequence[int]) -> None:
 
 
 def _require_jobs(database: Database, job_ids: Sequence[int]) -> None:
-    from models_db.batches import job_exists
+    from qbatch.models_db.batches import job_exists
 
     with database.read() as session:
         for job_id in job_ids:

@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 
 import click
 
-from models_db.domain import DeviceKind, DType
-from views.wishes import ORIENTATIONS, PREFERENCES
+from qbatch.core.domain import DeviceKind, DType
+from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
+
+if __name__ != "qbatch.cli_options":
+    raise ImportError("this is qbatch.cli_options, and has no other name")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 from benchmarks.quantize import GIB, Task, in_fresh_process, streamed
 from benchmarks.random_source import SHAPES, build_source
-from models_db.content import content_files
-from models_db.digest import Checksums
-from models_db.domain import DType
-from models_db.file_stat import FileStat
-from worker.content import Content, NoDigestCache, hash_content
-from worker.gpu import installed_gpus
+from qbatch.core.digest import Checksums
+from qbatch.core.domain import DType
+from qbatch.core.file_stat import FileStat
+from qbatch.core.model_files import content_files
+from qbatch.worker.files.content import Content, NoDigestCache, hash_content
+from qbatch.worker.machine.gpu import installed_gpus
 
 # OpenSSL's mask: without the bits of SHA-NI, and of AVX2, AVX-512 and BMI2, which its next best code uses.
 _NO_SHA = "~0x0:~0x20000000"

@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_source import SHAPES, build_source, pwrite_all
-from models_db.digest import digest_file, root_sha256
-from models_db.domain import DType, Method, Scheme
-from worker.gpu import installed_gpus
+from qbatch.core.digest import digest_file, root_sha256
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.worker.machine.gpu import installed_gpus
 
 GIB = 2**30
 _SCHEMES = {
@@ -95,8 +95,8 @@ def baseline(task: Task) -> Outcome:
     import torch
     from transformers import AutoConfig
 
-    from worker.architecture import model_class
-    from worker.quantize.skeleton import quantization_config
+    from qbatch.worker.models.architecture import model_class
+    from qbatch.worker.quantizing.planning.skeleton import quantization_config
 
     cls = model_class(AutoConfig.from_pretrained(task.source))
     seconds = {}
@@ -117,7 +117,7 @@ def baseline(task: Task) -> Outcome:
 
 def streamed(task: Task) -> Outcome:
     """qbatch, all schemes in one pass."""
-    from worker.quantize import Target, Written, write_checkpoints
+    from qbatch.worker.quantizing import Target, Written, write_checkpoints
 
     targets = []
     for name in task.schemes:
@@ -191,7 +191,7 @@ def _finish_imports() -> None:
     import bitsandbytes  # noqa: F401
     import transformers.integrations.bitsandbytes
 
-    import worker.quantize.stream  # noqa: F401
+    import qbatch.worker.quantizing.streaming.stream  # noqa: F401
 
 
 def same_files(one: Path, other: Path) -> bool:

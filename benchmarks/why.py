@@ -5,9 +5,9 @@
 
 Of a model of random weights at 16 bits, NF4 and int8 (with and without the outlier path): the device's busy time in an
 eager decode step, from a profiler's trace summed here, a step's kernels alone, from a CUDA graph captured and timed
-here, and decoding by a stopwatch, beside what ``worker.benchmark`` says of the same checkpoints. Prints one table last,
-and exits 1 where the two differ by more than 5 %, or in eager decoding by more than its spread between rounds. The 8B
-model takes about five minutes and 29 GiB of disk.
+here, and decoding by a stopwatch, beside what ``qbatch.worker.measuring`` says of the same checkpoints. Prints one
+table last, and exits 1 where the two differ by more than 5 %, or in eager decoding by more than its spread between
+rounds. The 8B model takes about five minutes and 29 GiB of disk.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source
-from models_db.domain import BASELINE, DType, Measurement, Method, Protocol, Scheme
-from worker.gpu import installed_gpus
+from qbatch.core.domain import BASELINE, DType, Measurement, Method, Protocol, Scheme
+from qbatch.worker.machine.gpu import installed_gpus
 
 _INT8 = Scheme(method=Method.INT8)
 _SCHEMES = {
@@ -64,7 +64,7 @@ class Found:
     own: Mapping[str, Own]
 
 
-# The independent side: nothing of worker.benchmark
+# The independent side: nothing of qbatch.worker.measuring
 
 
 def eager_tokens_per_s(model: Any, prompt: Any, new_tokens: int) -> float:
@@ -162,7 +162,7 @@ def _replay_s(graph: Any) -> float:
 
 def write_quantized(source: Path, folder: Path, dtype: DType, device: str) -> dict[str, Path]:
     """Every scheme's folder. What int8 stores does not depend on the threshold: its files are linked, not written."""
-    from worker.quantize import Refused, Target, write_checkpoints
+    from qbatch.worker.quantizing import Refused, Target, write_checkpoints
 
     folders = {name: folder / f"checkpoint-{number}" for number, name in enumerate(_SCHEMES)}
     written = ("nf4", "int8")
@@ -243,14 +243,14 @@ def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, 
 
 
 def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
-    from worker.load import load
+    from qbatch.worker.models.load import load
 
     _say(f"{name}: loading")
     return load(folder, dtype=dtype, device=device)
 
 
 def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> Any:
-    from worker.benchmark.measure import ModelBenchmark, RowBenchmark, Subject
+    from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 
     def tell(step: str) -> None:
         _say(f"{name}: {step}")
@@ -275,8 +275,8 @@ def _explain(
     rows: Mapping[str, Any], loaded: Mapping[str, Any], folders: Mapping[str, Path], dtype: DType, device: str
 ) -> dict[str, Any]:
     """Each row's kernels, by qbatch."""
-    from worker.benchmark.capture import Captures
-    from worker.benchmark.graph import KernelsRequest
+    from qbatch.worker.measuring.why.capture import Captures
+    from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
 
     kernels = {}
     for name, row in rows.items():

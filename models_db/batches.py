@@ -9,18 +9,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
-from models_db.domain import (
-    DeviceKind,
-    DType,
-    JobSpec,
-    JobState,
-    ProtocolOptions,
-    Scheme,
-    SourceRef,
-)
-from models_db.session import insert_into
-from models_db.tables import Batch, EvalText, Job
+from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import insert_into
+from qbatch.models_db.tables import Batch, EvalText, Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
-from models_db.session import insert_into
-from models_db.tables import Checkpoint, Job
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import insert_into
+from qbatch.models_db.tables import Checkpoint, Job
 
 
 def record(

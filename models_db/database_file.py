@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models_db.errors import DatabaseReplaced
+from qbatch.core.errors import DatabaseReplaced
 
 
 class DatabaseFile:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from models_db.tables import Identity
+from qbatch.models_db.tables import DatabaseIdentity
 
 
 def database_id(session: Session) -> str:
     """A UUID, made by the migration that made its table."""
-    return session.scalars(select(Identity.id)).one()
+    return session.scalars(select(DatabaseIdentity.id)).one()

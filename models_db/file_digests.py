@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
-from models_db.digest import Checksums
-from models_db.file_stat import FileStat
-from models_db.session import insert_into
-from models_db.tables import FileDigestRow
+from qbatch.core.digest import Checksums
+from qbatch.core.file_stat import FileStat
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import insert_into
+from qbatch.models_db.tables import FileDigestRow
 
 # Fewer than SQLite takes parameters, and PostgreSQL plans well.
 _AT_ONCE = 500

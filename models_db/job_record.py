@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from models_db.domain import format_batch_id, format_job_id, parse_id
-from models_db.results import find_results
-from models_db.tables import Attempt, Checkpoint, Job, Result, Worker
+from qbatch.core.domain import format_batch_id, format_job_id, parse_id
+from qbatch.models_db.results import find_results
+from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
 Row = dict[str, Any]
 

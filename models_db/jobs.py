@@ -14,10 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from models_db import pauses
-from models_db.batches import spec_of
-from models_db.clock import SLACK_S, db_now
-from models_db.domain import (
+from qbatch.core.domain import (
     ENDED_STATES,
     Claim,
     DeviceKind,
@@ -28,7 +25,7 @@ from models_db.domain import (
     Stage,
     format_job_id,
 )
-from models_db.errors import (
+from qbatch.core.errors import (
     CudaOom,
     DeviceError,
     DiskFull,
@@ -40,10 +37,13 @@ from models_db.errors import (
     WorkerLost,
     job_error,
 )
-from models_db.tables import Attempt, Job, Result, Worker
-from models_db.vram import may_run_in, ran_out, room_of, show_need
-from models_db.window import own_bundle
-from models_db.workers import around, is_live
+from qbatch.models_db import pauses
+from qbatch.models_db.batches import spec_of
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.tables import Attempt, Job, Result, Worker
+from qbatch.models_db.vram import may_run_in, ran_out, show_need, usable_bytes
+from qbatch.models_db.window import own_bundle
+from qbatch.models_db.workers import around, is_live
 
 Token = tuple[int, int]
 """(job_id, attempt): what a worker must show to change a job."""
@@ -113,7 +113,7 @@ def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement
     has_waited = Job.not_before <= db_now(-lease_s)
     return and_(
         Job.device.in_((DeviceKind.AUTO, worker.device_kind)),
-        may_run_in(room_of(worker)),
+        may_run_in(usable_bytes(worker)),
         or_(
             Job.avoid_worker_id.is_(None),
             Job.avoid_worker_id != worker_id,
@@ -224,7 +224,7 @@ def _move_up(session: Session, job: Job, error: JobError, lease_s: float) -> Non
     worker = session.get_one(Worker, job.worker_id)
     # The claim saw to it that this is more than was seen before; a prediction gives way to what is seen.
     job.above_memory_bytes = worker.memory_bytes
-    if not any(room_of(other) > worker.memory_bytes for other, _ in around(session, lease_s)):
+    if not any(usable_bytes(other) > worker.memory_bytes for other, _ in around(session, lease_s)):
         _end(session, job, JobState.FAILED, _too_large(worker.memory_bytes, f"{error}; it "))
         return
     job.error_kind = error.kind
@@ -241,7 +241,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
 
     Without any GPU worker they wait, as all jobs do.
     """
-    rooms = [room_of(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
+    rooms = [usable_bytes(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
     if not rooms:
         return []
     too_large = and_(Job.state == JobState.QUEUED, Job.above_memory_bytes >= max(rooms), ran_out())
@@ -253,7 +253,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     return [job.id for job in found]
 
 
-def any_waits_for_room(session: Session) -> bool:
+def any_waits_for_space(session: Session) -> bool:
     """Whether a queued job goes on as soon as the storage has room."""
     # Without a time: one that found its source cache full has one.
     waits = and_(Job.state == JobState.QUEUED, Job.error_kind == DiskFull.kind, Job.not_before.is_(None))

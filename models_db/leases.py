@@ -8,9 +8,9 @@ from __future__ import annotations
 from sqlalchemy import delete, or_, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import SLACK_S, db_now
-from models_db.session import insert_into
-from models_db.tables import Lease
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.session import insert_into
+from qbatch.models_db.tables import Lease
 
 
 def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
-from models_db.domain import DeviceKind, JobState, format_batch_id, format_job_id
-from models_db.errors import CudaOom
-from models_db.tables import Batch, Job, Worker
-from models_db.vram import show_need, vram_class
-from models_db.workers import is_live
+from qbatch.core.domain import DeviceKind, JobState, format_batch_id, format_job_id
+from qbatch.core.errors import CudaOom
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.tables import Batch, Job, Worker
+from qbatch.models_db.vram import show_need, vram_class
+from qbatch.models_db.workers import is_live
 
 
 def list_batches(session: Session, batch_ids: Sequence[int] = ()) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from models_db.errors import DatabaseOfAnotherHost, DatabaseUnreachable
-from models_db.file_stat import Mounts
+from qbatch.core.errors import DatabaseOfAnotherHost, DatabaseUnreachable
+from qbatch.core.file_stat import Mounts
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

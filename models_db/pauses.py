@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import SLACK_S, db_now
-from models_db.session import insert_into
-from models_db.tables import Pause
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.session import insert_into
+from qbatch.models_db.tables import Pause
 
 STORAGE_FULL = "storage_full"
 

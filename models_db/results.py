@@ -9,10 +9,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, func, select
 from sqlalchemy.orm import Session
 
-from models_db.clock import db_now
-from models_db.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
-from models_db.errors import UsageError
-from models_db.tables import Checkpoint, Job, Result
+from qbatch.core.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
+from qbatch.core.errors import UsageError
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.tables import Checkpoint, Job, Result
 
 _JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
     "batch_id": Job.batch_id.expression,

@@ -10,9 +10,9 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from models_db.clock import db_now
-from models_db.domain import ENDED_STATES, JobState
-from models_db.tables import Attempt, Batch, Checkpoint, Job, Result
+from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
 
 _NO_SYNC = {"synchronize_session": False}
 # Asked for by name: for what is not among some values, no index is of use.

@@ -8,9 +8,9 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
-from models_db.errors import StorageUnavailable
-from models_db.schema_state import SchemaState
-from models_db.session import SCHEMA_HEAD, Database
+from qbatch.core.errors import StorageUnavailable
+from qbatch.models_db.schema_state import SchemaState
+from qbatch.models_db.session import SCHEMA_HEAD, Database
 
 # Any constant will do; it keeps two upgrades of one PostgreSQL database apart.
 _UPGRADE_LOCK = 7_226_284

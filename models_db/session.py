@@ -16,9 +16,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from models_db.database_file import DatabaseFile
-from models_db.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
-from models_db.schema_state import SchemaState, read_version
+from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
+from qbatch.models_db.database_file import DatabaseFile
+from qbatch.models_db.schema_state import SchemaState, read_version
 
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
 SCHEMA_HEAD = "0006"

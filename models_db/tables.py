@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from models_db.clock import UtcDateTime, db_now
+from qbatch.models_db.database_clock import UtcDateTime, db_now
 
 
 class Base(DeclarativeBase):
@@ -250,7 +250,7 @@ class SchemaVersion(Base):
     oldest_code: Mapped[str] = mapped_column(String(32))
 
 
-class Identity(Base):
+class DatabaseIdentity(Base):
     """One row: what tells this database from another one in its place. Written by the migration that made it."""
 
     __tablename__ = "identity"

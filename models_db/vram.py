@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import ColumnElement, or_, select
 
-from models_db.domain import DeviceKind
-from models_db.errors import CudaOom
-from models_db.tables import Attempt, Job, Worker
+from qbatch.core.domain import DeviceKind
+from qbatch.core.errors import CudaOom
+from qbatch.models_db.tables import Attempt, Job, Worker
 
 GIB = 2**30
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
@@ -30,7 +30,7 @@ ANY_CLASS_BYTES = floor_bytes(VRAM_CLASSES[1])
 """A job that is predicted to need less than this may go to any GPU."""
 
 
-def room_of(worker: Worker) -> int:
+def usable_bytes(worker: Worker) -> int:
     """The bytes that a worker counts for: its class's, so that cards sold as one size are as good as each other.
 
     Nothing for a CPU: what ran out of a GPU's memory waits for a GPU.

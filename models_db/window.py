@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
-from models_db.clock import db_now
-from models_db.domain import DeviceKind, JobState, Method
-from models_db.tables import Job
-from models_db.vram import may_run_in
+from qbatch.core.domain import DeviceKind, JobState, Method
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.tables import Job
+from qbatch.models_db.vram import may_run_in
 
 MOST_JOBS = 256
 """In one message. What is left of a larger bundle goes in the next one, once these have ended."""
@@ -36,7 +36,7 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class QueueRange:
     """Which bundles belong into a queue, in bytes. The default takes all.
 
     A bundle needs what its largest job needs (``above_memory_bytes``): ``over``, which the next smaller class holds, or
@@ -49,29 +49,31 @@ class Room:
     largest: int | None = None
 
 
-ALL_ROOM = Room()
+ANY_NEED = QueueRange()
 
 
-def choose(session: Session, *, kind: DeviceKind, queue: str, slots: int, room: Room = ALL_ROOM) -> list[Dispatch]:
+def choose(
+    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANY_NEED
+) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
     A bundle of higher priority than all that stand in the queue gets in even when no slot is free.
     """
     standing = standing_bundles(session, queue)
-    highest = _highest_priority(session, kind, room)
+    highest = _highest_priority(session, kind, needs)
     if highest is None or _as_urgent(standing, highest) >= slots:
         return []
     chosen: list[Dispatch] = []
     shares = Counter(_share_of_batches(session))
-    ready = _ready(session, kind, room, limit=slots)
-    if kind is DeviceKind.CUDA and _split_off(session, ready, room):
-        ready = _ready(session, kind, room, limit=slots)
+    ready = _ready(session, kind, needs, limit=slots)
+    if kind is DeviceKind.CUDA and _split_off(session, ready, needs):
+        ready = _ready(session, kind, needs, limit=slots)
     while ready:
         best = min(ready, key=lambda row: (-row.priority, shares[row.batch_id], row.batch_id, row.first_id))
         ready.remove(best)
         if _as_urgent(standing, best.priority) >= slots:
             break
-        dispatch = _mark(session, best.bundle, queue, best.priority, room)
+        dispatch = _mark(session, best.bundle, queue, best.priority, needs)
         if dispatch is not None:
             chosen.append(dispatch)
             shares[best.batch_id] += 1
@@ -99,24 +101,24 @@ class _Ready:
 _NEED = func.coalesce(Job.above_memory_bytes, -1)
 
 
-def _highest_priority(session: Session, kind: DeviceKind, room: Room) -> int | None:
+def _highest_priority(session: Session, kind: DeviceKind, needs: QueueRange) -> int | None:
     """Of what may be ready. A cheap look, since most of the time the window is full and the backlog long."""
     waiting = and_(Job.state == JobState.QUEUED, Job.dispatch_id.is_(None), Job.device.in_((kind, DeviceKind.AUTO)))
-    highest = select(func.max(Job.priority)).where(waiting, *_belongs(_NEED, room))
-    if room.under is not None:
+    highest = select(func.max(Job.priority)).where(waiting, *_belongs(_NEED, needs))
+    if needs.under is not None:
         # A small job of a large bundle belongs elsewhere.
         bundles = select(func.max(Job.priority).label("priority")).where(waiting).group_by(Job.bundle)
-        highest = select(func.max(bundles.having(*_belongs(func.max(_NEED), room)).subquery().c.priority))
+        highest = select(func.max(bundles.having(*_belongs(func.max(_NEED), needs)).subquery().c.priority))
     return session.execute(highest).scalar_one()
 
 
-def _belongs(need: ColumnElement[int], room: Room) -> list[ColumnElement[bool]]:
-    at_least = [] if room.over is None else [need >= room.over]
-    return at_least if room.under is None else [*at_least, need < room.under]
+def _belongs(need: ColumnElement[int], needs: QueueRange) -> list[ColumnElement[bool]]:
+    at_least = [] if needs.over is None else [need >= needs.over]
+    return at_least if needs.under is None else [*at_least, need < needs.under]
 
 
-def _ready(session: Session, kind: DeviceKind, room: Room, limit: int) -> list[_Ready]:
-    """The first ``limit`` bundles of each batch that may be dispatched now, and belong into ``room``."""
+def _ready(session: Session, kind: DeviceKind, needs: QueueRange, limit: int) -> list[_Ready]:
+    """The first ``limit`` bundles of each batch that may be dispatched now, and belong into ``needs``."""
     most = func.max(_NEED)
     bundles = (
         select(
@@ -128,26 +130,26 @@ def _ready(session: Session, kind: DeviceKind, room: Room, limit: int) -> list[_
             most.label("most"),
             func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place"),
         )
-        .where(_is_ready(room), Job.device.in_((kind, DeviceKind.AUTO)))
+        .where(_is_ready(needs), Job.device.in_((kind, DeviceKind.AUTO)))
         .group_by(Job.bundle, Job.batch_id)
-        .having(*_belongs(most, room))
+        .having(*_belongs(most, needs))
         .subquery()
     )
     rows = session.execute(select(bundles).where(bundles.c.place <= limit)).mappings()
     return [_Ready(**{name: value for name, value in row.items() if name != "place"}) for row in rows]
 
 
-def _split_off(session: Session, ready: Sequence[_Ready], room: Room) -> bool:
+def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> bool:
     """Give each job that even the largest class is predicted not to hold a bundle of its own, where others fit.
 
     It is tried alone then: the others do not wait for what will probably fail, nor for the runner that it takes along.
     """
-    if room.largest is None or room.under is not None:
+    if needs.largest is None or needs.under is not None:
         return False
-    mixed = [row.bundle for row in ready if row.least < room.largest <= row.most]
+    mixed = [row.bundle for row in ready if row.least < needs.largest <= row.most]
     if not mixed:
         return False
-    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(room), room.largest <= _NEED)
+    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= _NEED)
     for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
         alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
         session.execute(alone, execution_options=_NO_SYNC)
@@ -159,7 +161,7 @@ def own_bundle(batch_id: int, job_id: int) -> str:
     return f"{batch_id}:j{job_id}"
 
 
-def _is_ready(room: Room) -> ColumnElement[bool]:
+def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
     """Queued, due, not dispatched, not too large, of a bundle that is not under way, and wanting no checkpoint that
     another one is writing.
 
@@ -175,7 +177,7 @@ def _is_ready(room: Room) -> ColumnElement[bool]:
         Job.state == JobState.QUEUED,
         Job.dispatch_id.is_(None),
         or_(Job.not_before.is_(None), Job.not_before <= db_now()),
-        true() if room.largest is None else may_run_in(room.largest),
+        true() if needs.largest is None else may_run_in(needs.largest),
         *(Job.bundle.not_in(bundles) for bundles in under_way),
         *(~exists for exists in written),
     )
@@ -207,11 +209,11 @@ def standing_bundles(session: Session, queue: str) -> dict[int, int]:
     return {priority: count for priority, count in rows}
 
 
-def _mark(session: Session, bundle: str, queue: str, priority: int, room: Room) -> Dispatch | None:
+def _mark(session: Session, bundle: str, queue: str, priority: int, needs: QueueRange) -> Dispatch | None:
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(room), most=MOST_JOBS)))
+        .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=_NO_SYNC,

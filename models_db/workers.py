@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from models_db.clock import SLACK_S, db_now
-from models_db.domain import DeviceKind
-from models_db.tables import Worker
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.tables import Worker
 
 _NO_SYNC = {"synchronize_session": False}
 

@@ -1,4 +1,4 @@
-"""``python -P -m scheduler``: run the scheduler until SIGTERM."""
+"""``python -P -m qbatch.scheduler``: run the scheduler until SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 import os
 import sys
 
-from models_db.errors import DatabaseUnreachable, QbatchError, WrongDatabase
-from models_db.network_share import share_of
-from models_db.schema import ensure
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
-from scheduler.process import hide_from_equals
-from scheduler.stop import Stop
+from qbatch.core.errors import DatabaseUnreachable, QbatchError, WrongDatabase
+from qbatch.core.settings import Settings
+from qbatch.models_db.network_share import share_of
+from qbatch.models_db.schema import ensure
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.child_process import hide_from_equals
+from qbatch.scheduler.loop import Scheduler
+from qbatch.scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
 

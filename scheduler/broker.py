@@ -11,11 +11,11 @@ from typing import Any
 import redis
 from kombu.exceptions import OperationalError as KombuOperationalError
 
-from models_db.errors import BrokerUnreachable
-from models_db.settings import Settings
-from models_db.window import Dispatch
-from scheduler.celery_app import make_app
-from scheduler.queues import PRIORITY_STEPS, RUN_BUNDLE, redis_priority
+from qbatch.core.errors import BrokerUnreachable
+from qbatch.core.settings import Settings
+from qbatch.models_db.window import Dispatch
+from qbatch.scheduler.celery_app import make_app
+from qbatch.scheduler.queues import PRIORITY_STEPS, RUN_BUNDLE, redis_priority
 
 log = logging.getLogger("qbatch.scheduler")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from celery import Celery
 
-from models_db.settings import Settings
-from scheduler.queues import PRIORITY_STEPS
+from qbatch.core.settings import Settings
+from qbatch.scheduler.queues import PRIORITY_STEPS
 
 # Celery takes these before what it is told, whoever's they are: the messages would go where no worker of ours looks, or
 # where strangers do.

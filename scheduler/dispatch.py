@@ -7,29 +7,29 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from models_db import pauses, window, workers
-from models_db.domain import DeviceKind
-from models_db.errors import BrokerUnreachable
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Worker
-from models_db.vram import floor_bytes, vram_class
-from models_db.window import Dispatch, Room
-from scheduler.broker import Broker
-from scheduler.queues import queue_of, queues_of
+from qbatch.core.domain import DeviceKind
+from qbatch.core.errors import BrokerUnreachable
+from qbatch.core.settings import Settings
+from qbatch.models_db import pauses, window, workers
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Worker
+from qbatch.models_db.vram import floor_bytes, vram_class
+from qbatch.models_db.window import Dispatch, QueueRange
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.queues import queue_of, queues_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
+class LiveQueue:
     """A queue, how many workers read it now, and what belongs into it."""
 
     kind: DeviceKind
     queue: str
     readers: int
-    room: Room
+    needs: QueueRange
 
 
-def lanes(around: Sequence[tuple[Worker, bool]]) -> list[Lane]:
+def live_queues(around: Sequence[tuple[Worker, bool]]) -> list[LiveQueue]:
     """The queues of these workers (each with whether it takes jobs now), the largest VRAM class first, the CPU's last:
     a job that may run anywhere goes to a GPU where there is one.
     """
@@ -37,12 +37,12 @@ def lanes(around: Sequence[tuple[Worker, bool]]) -> list[Lane]:
     cpus = [ready for worker, ready in around if _is(worker, DeviceKind.CPU)]
     sizes = sorted({size for size, _ in gpus}, reverse=True)
     found = [
-        Lane(
+        LiveQueue(
             kind=DeviceKind.CUDA,
             queue=queue_of(DeviceKind.CUDA, size),
             # Larger GPUs read the queues of smaller ones too.
             readers=sum(ready for other, ready in gpus if other >= size),
-            room=Room(
+            needs=QueueRange(
                 over=max((floor_bytes(other) for other in sizes if other < size), default=None),
                 under=floor_bytes(size) if size < sizes[0] else None,
                 largest=floor_bytes(sizes[0]),
@@ -52,8 +52,8 @@ def lanes(around: Sequence[tuple[Worker, bool]]) -> list[Lane]:
     ]
     if cpus:
         # What ran out of a GPU's memory is not for a CPU.
-        room = Room(largest=0)
-        found.append(Lane(kind=DeviceKind.CPU, queue=queue_of(DeviceKind.CPU), readers=sum(cpus), room=room))
+        needs = QueueRange(largest=0)
+        found.append(LiveQueue(kind=DeviceKind.CPU, queue=queue_of(DeviceKind.CPU), readers=sum(cpus), needs=needs))
     return found
 
 
@@ -93,9 +93,13 @@ def _choose(session: Session, settings: Settings) -> list[Dispatch]:
         window.recall(session, {queue for worker, _ in around for queue in _read_by(worker)})
     return [
         dispatch
-        for lane in lanes(around)
-        if lane.readers
+        for live_queue in live_queues(around)
+        if live_queue.readers
         for dispatch in window.choose(
-            session, kind=lane.kind, queue=lane.queue, slots=settings.window * lane.readers, room=lane.room
+            session,
+            kind=live_queue.kind,
+            queue=live_queue.queue,
+            slots=settings.window * live_queue.readers,
+            needs=live_queue.needs,
         )
     ]

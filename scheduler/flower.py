@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from models_db.errors import UsageError
-from models_db.settings import Settings
-from scheduler.celery_app import make_app
+from qbatch.core.errors import UsageError
+from qbatch.core.settings import Settings
+from qbatch.scheduler.celery_app import make_app
 
 # Flower runs the Python of a flowerconfig.py where it is started, which could open it again.
 _NO_CONFIG = f"--conf={os.devnull}"

@@ -11,17 +11,17 @@ from datetime import datetime
 
 from sqlalchemy import select
 
-from models_db import leases
-from models_db.clock import SLACK_S, db_now
-from models_db.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
-from models_db.fit import explain
-from models_db.network_share import share_of
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.dispatch import top_up
-from scheduler.reconcile import expire_leases, give_up_too_large, mend_times, resend_vanished, watch_room
-from scheduler.stop import Stop
+from qbatch.core.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
+from qbatch.core.settings import Settings
+from qbatch.models_db import leases
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.network_share import share_of
+from qbatch.models_db.schema_fit import explain
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.dispatch import top_up
+from qbatch.scheduler.reconcile import expire_leases, give_up_too_large, mend_times, resend_vanished, watch_disk_space
+from qbatch.scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
 
@@ -94,7 +94,7 @@ class Scheduler:
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
             self._last_scan = now
             self._scan(now)
-        watch_room(self._database, self._settings)
+        watch_disk_space(self._database, self._settings)
         top_up(self._database, self._broker, self._settings)
 
     def _lead(self) -> bool:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from models_db.domain import SourceRef
-from models_db.errors import UnsafeSource, UsageError
-from models_db.roots import check_place
-from models_db.sources import parse_source
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import UnsafeSource, UsageError
+from qbatch.core.roots import check_place
+from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
 # Of a path that the kernel takes.

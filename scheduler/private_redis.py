@@ -16,10 +16,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from models_db.errors import BrokerUnreachable, StorageUnavailable
-from models_db.private_folder import is_private, make_private
-from models_db.settings import Settings
-from scheduler.process import Child
+from qbatch.core.errors import BrokerUnreachable, StorageUnavailable
+from qbatch.core.private_folder import is_private, make_private
+from qbatch.core.settings import Settings
+from qbatch.scheduler.child_process import Child
 
 log = logging.getLogger("qbatch.stack")
 

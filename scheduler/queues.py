@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from models_db.domain import DeviceKind
-from models_db.vram import VRAM_CLASSES, vram_class
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db.vram import VRAM_CLASSES, vram_class
 
 RUN_BUNDLE = "qbatch.run_bundle"
 """The task's name: all that the scheduler knows of the worker."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from models_db import jobs, pauses, window, workers
-from models_db.database_id import database_id
-from models_db.domain import format_job_id
-from models_db.filesystem import room_of
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
+from qbatch.core.domain import format_job_id
+from qbatch.core.filesystem import disk_space
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs, pauses, window, workers
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
 
 log = logging.getLogger("qbatch.scheduler")
 
@@ -49,14 +49,14 @@ def give_up_too_large(database: Database, settings: Settings) -> None:
         log.warning("%s ran out of memory, and no larger GPU is left", format_job_id(job_id))
 
 
-def watch_room(database: Database, settings: Settings) -> None:
+def watch_disk_space(database: Database, settings: Settings) -> None:
     """End a pause as soon as the storage has the room that was missing, or nobody waits for it any more; not before.
 
     Where that cannot be told from here a pause ends by itself, and the job that waits finds out anew.
     """
     with database.read() as session:
         needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
-        is_awaited = bool(needed) and jobs.any_waits_for_room(session)
+        is_awaited = bool(needed) and jobs.any_waits_for_space(session)
         # Where workers make checkpoints. A machine with another file system in the storage's place does not have it.
         staging = settings.staging_of(database_id(session))
     for reason, needed_bytes in needed.items():
@@ -73,7 +73,7 @@ def watch_room(database: Database, settings: Settings) -> None:
 def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
     """None where nobody knows what is needed, or the storage is not seen from here."""
     try:
-        room = room_of(staging) if needed_bytes is not None else None
+        room = disk_space(staging) if needed_bytes is not None else None
     except OSError:
         return None
     return None if room is None or needed_bytes is None else needed_bytes - room.free

@@ -9,22 +9,22 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from models_db import file_digests, results, workers
-from models_db.batches import NewJob, add_batch, add_text
-from models_db.content import content_files, names_code
-from models_db.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef
-from models_db.errors import JobError, UsageError
-from models_db.file_stat import FileStat, Mounts, stat_file
-from models_db.identity import Settled, settle, source_fingerprint
-from models_db.legacy_identity import legacy_folder_fingerprint
-from models_db.results import Finished
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import read_config, read_headers, source_dtype
-from models_db.storage import Standing, standing
-from scheduler.grid import Grid
-from scheduler.plan import predicted_need
-from scheduler.task_files import TaskFiles
+from qbatch.core.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef
+from qbatch.core.errors import JobError, UsageError
+from qbatch.core.file_stat import FileStat, Mounts, stat_file
+from qbatch.core.identity import Settled, settle, source_fingerprint
+from qbatch.core.legacy_identity import legacy_folder_fingerprint
+from qbatch.core.model_files import content_files, names_code
+from qbatch.core.settings import Settings
+from qbatch.core.sources import read_config, read_headers, source_dtype
+from qbatch.core.storage import Standing, standing
+from qbatch.models_db import file_digests, results, workers
+from qbatch.models_db.batches import NewJob, add_batch, add_text
+from qbatch.models_db.results import Finished
+from qbatch.models_db.session import Database
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.lm_eval_files import TaskFiles
+from qbatch.scheduler.vram_prediction import predicted_need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,8 +246,8 @@ def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -
 
 def send_now(database: Database, settings: Settings) -> None:
     """Send what the window has room for. Raises BrokerUnreachable: the scheduler will send it then."""
-    from scheduler.broker import Broker
-    from scheduler.dispatch import top_up
+    from qbatch.scheduler.broker import Broker
+    from qbatch.scheduler.dispatch import top_up
 
     broker = Broker(settings)
     try:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from models_db.domain import ENDED_STATES, JobState
-from models_db.errors import DatabaseRefused, DatabaseUnreachable, WaitTimeout, WrongDatabase
-from models_db.listing import count_states, list_jobs, live_workers
-from models_db.session import Database
+from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.core.errors import DatabaseRefused, DatabaseUnreachable, WaitTimeout, WrongDatabase
+from qbatch.models_db.listing import count_states, list_jobs, live_workers
+from qbatch.models_db.session import Database
 
 _POLL_S = 0.5
 

@@ -15,8 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Many processes share the cores: threads that wait should leave them to the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from models_db.schema import upgrade
-from models_db.session import Database
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
 from tests.postgres import Postgres
 
 

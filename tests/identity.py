@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models_db.content import content_files
-from models_db.identity import fingerprint_of
-from worker.content import NoDigestCache, hash_content
+from qbatch.core.identity import fingerprint_of
+from qbatch.core.model_files import content_files
+from qbatch.worker.files.content import NoDigestCache, hash_content
 
 
 def fingerprint(folder: Path, *, allow_pickle: bool = False) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from alembic import command
 
-from models_db.schema import alembic_config
-from models_db.session import SCHEMA_HEAD, Database
+from qbatch.models_db.schema import alembic_config
+from qbatch.models_db.session import SCHEMA_HEAD, Database
 
 NEXT = f"{int(SCHEMA_HEAD) + 1:04}"
 AFTER_NEXT = f"{int(SCHEMA_HEAD) + 2:04}"

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from models_db.domain import DType, Method, Scheme
+from qbatch.core.domain import DType, Method, Scheme
 
 
 def save_reference(

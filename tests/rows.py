@@ -8,9 +8,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from models_db import jobs, workers
-from models_db.batches import NewJob, add_batch
-from models_db.domain import (
+from qbatch.core.domain import (
     BASELINE,
     DeviceKind,
     DType,
@@ -21,10 +19,12 @@ from models_db.domain import (
     Scheme,
     SourceRef,
 )
-from models_db.errors import JobError
-from models_db.session import Database
-from models_db.tables import Job
-from models_db.vram import GIB
+from qbatch.core.errors import JobError
+from qbatch.models_db import jobs, workers
+from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.models_db.vram import GIB
 
 POLICY: dict[str, Any] = {"backoff_s": 0.01, "max_failures": 3}
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)

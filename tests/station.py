@@ -5,21 +5,21 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-from models_db.domain import DeviceKind
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.stop import Stop
+from qbatch.core.domain import DeviceKind
+from qbatch.core.settings import Settings
+from qbatch.models_db.session import Database
+from qbatch.scheduler.stop import Stop
+from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.supervisor import WorkerContext
 from tests.rows import a_worker, measured
-from worker.recorder import Recorder
-from worker.supervise import Station
 
 
 def settings_in(folder: Path) -> Settings:
     return Settings(home=folder / "h", storage=folder / "s", cache=folder / "c", broker_url="redis://x/0")
 
 
-def a_station(database: Database, settings: Settings) -> Station:
-    return Station(
+def a_station(database: Database, settings: Settings) -> WorkerContext:
+    return WorkerContext(
         database=database,
         settings=settings,
         recorder=Recorder(database, settings),

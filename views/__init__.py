@@ -1,1 +1,4 @@
 """What people look at."""
+
+if __name__ != "qbatch.views":
+    raise ImportError("this is qbatch.views, and has no other name")

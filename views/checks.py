@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from views.tables import Column, render
+from qbatch.views.formats import Column, render
 
 
 class State(StrEnum):

@@ -4,65 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from views.audit import audit_warnings
-from views.compare_rows import flat_rows, group_differences, model_as_mapping
-from views.figures import ALL_FIGURES, Figure, Row
-from views.grid import GAP, wrap
-from views.groups import Group, Model, models_of, timed_apart
-from views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from views.protocol import show_protocol, version_differences
-from views.ratios import show_beside
-from views.recommend import recommend
-from views.results import show_state
-from views.scheme import is_baseline, show_scheme
-from views.tables import printable, render, terminal_width, text_width
-from views.tasks import task_table
-from views.units import show_count
-from views.why import why
-from views.wishes import Wish
+from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
+from qbatch.views.comparison import Preference
+from qbatch.views.figure_table import GAP, wrap
+from qbatch.views.figures import ALL_FIGURES, Figure, Row
+from qbatch.views.formats import printable, render, terminal_width, text_width
+from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
+from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
+from qbatch.views.protocol import show_protocol, version_differences
+from qbatch.views.quantized_share import audit_warnings
+from qbatch.views.ratios import show_beside
+from qbatch.views.recommend import recommend
+from qbatch.views.results_table import show_state
+from qbatch.views.scheme import is_baseline, show_scheme
+from qbatch.views.task_scores import task_table
+from qbatch.views.units import show_count
+from qbatch.views.why_words import why
 
 _TEXT_WIDTH = 100
 
 
-def comparison(rows: Sequence[Row], wish: Wish, *, by: str, format: str) -> str:  # noqa: A002
+def comparison(rows: Sequence[Row], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
     """``find_results``'s rows compared, as a table, JSON or CSV. ``by``: what a table's lines are, of ORIENTATIONS."""
     models = models_of(rows)
     if format == "json":
-        return render([model_as_mapping(model, wish) for model in models], (), "json")
+        return render([model_as_mapping(model, preference) for model in models], (), "json")
     if format == "csv":
-        return render([line for model in models for line in flat_rows(model, wish)], (), "csv")
+        return render([line for model in models for line in flat_rows(model, preference)], (), "csv")
     if not models:
         return "no results"
     width = terminal_width()
-    lines = [line for model in models for line in ["", *_model(model, wish, by, width)]]
+    lines = [line for model in models for line in ["", *_model(model, preference, by, width)]]
     return "\n".join([*lines, "", *_legend(models, width)]).lstrip("\n")
 
 
-def _model(model: Model, wish: Wish, by: str, width: int) -> list[str]:
+def _model(model: ModelRows, preference: Preference, by: str, width: int) -> list[str]:
     parameters = next((row["num_parameters"] for group in model.groups for row in group.rows), None)
     lines = [printable(model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else ""))]
     prose = min(width, _TEXT_WIDTH)
     if len(model.groups) > 1:
         lines += _wrapped(_why_apart(model), prose)
     for group in model.groups:
-        lines += _group(group, wish, by, width)
+        lines += _group(group, preference, by, width)
     for row in model.unmeasured:
         lines += _wrapped(f"{row['job_id']} {show_scheme(row)} has no result: {show_state(row)}.", prose)
     return lines
 
 
-def _why_apart(model: Model) -> str:
+def _why_apart(model: ModelRows) -> str:
     differing = ", ".join(group_differences(model))
     return f"{len(model.groups)} groups, whose figures are not comparable. They differ in {differing}."
 
 
-def _group(group: Group, wish: Wish, by: str, width: int) -> Iterable[str]:
+def _group(group: Group, preference: Preference, by: str, width: int) -> Iterable[str]:
     text = min(width, _TEXT_WIDTH)
     yield from _wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}", text)
     yield ""
     yield from _side_by_side(group, by, width)
     yield ""
-    found = recommend(group, wish)
+    found = recommend(group, preference)
     yield from _wrapped(found.sentence, text)
     for reasons in _reasons(group):
         yield from _wrapped(reasons, text)
@@ -159,7 +159,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return wrap(printable(text), width, first=GAP, indent=GAP) if text else []
 
 
-def _legend(models: Sequence[Model], width: int) -> list[str]:
+def _legend(models: Sequence[ModelRows], width: int) -> list[str]:
     text = (
         "× is a figure divided by its baseline's, the same model unquantized. KL is in nats. "
         f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference under one standard error, or no larger "

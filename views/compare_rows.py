@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from views.audit import audit_warnings
-from views.figures import ALL_FIGURES, Row, dig
-from views.groups import Group, Model
-from views.noise import is_noise
-from views.protocol import differences, version_differences
-from views.recommend import Recommendation, recommend
-from views.scheme import show_scheme
-from views.why import why
-from views.wishes import Wish
+from qbatch.views.comparison import Preference
+from qbatch.views.figures import ALL_FIGURES, Row, dig
+from qbatch.views.groups import Group, ModelRows
+from qbatch.views.noise import is_noise
+from qbatch.views.protocol import differences, version_differences
+from qbatch.views.quantized_share import audit_warnings
+from qbatch.views.recommend import Recommendation, recommend
+from qbatch.views.scheme import show_scheme
+from qbatch.views.why_words import why
 
 _FLAT_QUALITY = ("kl_mean_se", "kl_p99", "ln_ppl_ratio", "ln_ppl_ratio_se", "top1_agreement_se", "rank_correlation")
 
 
-def group_differences(model: Model) -> list[str]:
+def group_differences(model: ModelRows) -> list[str]:
     """What tells the groups of one model apart, in words."""
     first_rows = [group.rows[0] for group in model.groups]
     sources = {dig(row, "details.fingerprint") for row in first_rows}
     return differences(first_rows) + (["the model's content"] if len(sources) > 1 else [])
 
 
-def model_as_mapping(model: Model, wish: Wish) -> dict[str, Any]:
+def model_as_mapping(model: ModelRows, preference: Preference) -> dict[str, Any]:
     return {
         "model": model.name,
         "groups_differ_in": group_differences(model) if len(model.groups) > 1 else [],
-        "groups": [_group_as_mapping(group, wish) for group in model.groups],
+        "groups": [_group_as_mapping(group, preference) for group in model.groups],
         "without_result": [
             {key: row[key] for key in ("job_id", "scheme", "state", "error_kind", "error_message")}
             for row in model.unmeasured
@@ -37,9 +37,9 @@ def model_as_mapping(model: Model, wish: Wish) -> dict[str, Any]:
     }
 
 
-def _group_as_mapping(group: Group, wish: Wish) -> dict[str, Any]:
+def _group_as_mapping(group: Group, preference: Preference) -> dict[str, Any]:
     first = group.rows[0]
-    found = recommend(group, wish)
+    found = recommend(group, preference)
     return {
         "protocol_hash": first["protocol_hash"],
         "protocol": first["protocol"],
@@ -48,15 +48,15 @@ def _group_as_mapping(group: Group, wish: Wish) -> dict[str, Any]:
         "rows": [_row_as_mapping(row, group) for row in group.rows],
         "superseded": dict(group.superseded),
         "versions_differ_in": version_differences(group.rows),
-        "recommendation": _recommendation_as_mapping(found, wish),
+        "recommendation": _recommendation_as_mapping(found, preference),
     }
 
 
-def _recommendation_as_mapping(found: Recommendation, wish: Wish) -> dict[str, Any]:
+def _recommendation_as_mapping(found: Recommendation, preference: Preference) -> dict[str, Any]:
     return {
         "ship": None if found.ship is None else found.ship["job_id"],
         "sentence": found.sentence,
-        "prefer": wish.prefer,
+        "prefer": preference.prefer,
         "bounds": list(found.bounds),
         "rejected": {job_id: list(reasons) for job_id, reasons in found.rejected.items()},
         "not_distinguishable_from": list(found.alike),
@@ -88,9 +88,9 @@ def _row_as_mapping(row: Row, group: Group) -> dict[str, Any]:
     }
 
 
-def flat_rows(model: Model, wish: Wish) -> Iterable[Mapping[str, Any]]:
+def flat_rows(model: ModelRows, preference: Preference) -> Iterable[Mapping[str, Any]]:
     for group in model.groups:
-        ship = recommend(group, wish).ship
+        ship = recommend(group, preference).ship
         for row in group.rows:
             full = _row_as_mapping(row, group)
             ratios = {f"{key.rpartition('.')[2]}_ratio": full["ratios"].get(key) for key in _ratio_keys()}

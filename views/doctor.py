@@ -8,16 +8,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from models_db.doctor import Health, PauseNote, health
-from models_db.errors import DatabaseUnreachable, StorageUnavailable, UsageError
-from models_db.filesystem import Refusal, probe, require_locks, room_of
-from models_db.network_share import share_of
-from models_db.private_folder import fault_of
-from models_db.session import SCHEMA_HEAD, Database
-from models_db.settings import Settings
-from views.checks import Check, State, check
-from views.libraries import Gpu, cuda, versions
-from views.units import show_bytes, show_time
+from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageError
+from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
+from qbatch.core.private_folder import fault_of
+from qbatch.core.settings import Settings
+from qbatch.models_db.health import Health, PauseNote, health
+from qbatch.models_db.network_share import share_of
+from qbatch.models_db.session import SCHEMA_HEAD, Database
+from qbatch.views.checks import Check, State, check
+from qbatch.views.libraries import VisibleGpu, cuda, versions
+from qbatch.views.units import show_bytes, show_time
 
 _WITHOUT = {
     Refusal.SYNC_FILE: "fsync of a file: what was written just before a power cut may be made again",
@@ -28,7 +28,7 @@ _WITHOUT = {
 _LEAST_FREE_BYTES = 1 << 30
 
 
-def examine(settings: Settings, *, gpus: Sequence[Gpu], stack_runs: bool) -> Iterable[Check]:
+def examine(settings: Settings, *, gpus: Sequence[VisibleGpu], stack_runs: bool) -> Iterable[Check]:
     """All checks that need no heavy import. ``gpus``: what NVML shows; ``stack_runs``: whether the embedded stack of
     this home is up."""
     yield from versions()
@@ -53,7 +53,7 @@ def _folder(name: str, folder: Path) -> Check:
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            room = room_of(place)
+            room = disk_space(place)
     except OSError as error:
         return check(name, State.WRONG, f"{folder} cannot be written: {error.strerror}")
     free = "its file system does not say how much is free" if room is None else f"{show_bytes(room.free)} free"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from views.tables import NOTHING
-from views.units import (
+from qbatch.views.formats import NOTHING
+from qbatch.views.units import (
     show_bytes,
     show_change,
     show_float,

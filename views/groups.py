@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models_db.domain import JobState
-from views.figures import Row, dig
-from views.scheme import is_baseline
+from qbatch.core.domain import JobState
+from qbatch.views.figures import Row, dig
+from qbatch.views.scheme import is_baseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class ModelRows:
     """One model: its groups, and the rows without a result."""
 
     name: str
@@ -38,7 +38,7 @@ class Model:
     unmeasured: Sequence[Row]
 
 
-def models_of(rows: Sequence[Row]) -> list[Model]:
+def models_of(rows: Sequence[Row]) -> list[ModelRows]:
     """``find_results``'s rows by model, in the order given."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -47,14 +47,14 @@ def models_of(rows: Sequence[Row]) -> list[Model]:
     return [_model(name, members) for name, members in found.items()]
 
 
-def _model(name: str, rows: Sequence[Row]) -> Model:
+def _model(name: str, rows: Sequence[Row]) -> ModelRows:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["state"] == JobState.SUCCEEDED:
             # A folder's content may have changed under its name: then it is another model.
             source = dig(row, "details.fingerprint")
             groups.setdefault((row["protocol_hash"], row["device_name"], source), []).append(row)
-    return Model(
+    return ModelRows(
         name=name,
         groups=[_group(members) for members in groups.values()],
         unmeasured=[row for row in rows if row["state"] != JobState.SUCCEEDED],

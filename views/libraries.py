@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from views.checks import Check, State, check
-from views.units import show_bytes
+from qbatch.views.checks import Check, State, check
+from qbatch.views.units import show_bytes
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "celery", "redis", "sqlalchemy")
 # Of normally distributed values; NF4's own error is a tenth.
@@ -30,7 +30,7 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class VisibleGpu:
     """A GPU that NVML shows."""
 
     name: str
@@ -75,7 +75,7 @@ def _version(name: str, wanted: Any) -> Check:
     return check(name, State.OK, found)
 
 
-def cuda(gpus: Sequence[Gpu]) -> Check:
+def cuda(gpus: Sequence[VisibleGpu]) -> Check:
     """Whether the installed torch can use the GPUs that NVML shows."""
     if not gpus:
         return check("gpu", State.NOTE, "NVML shows no NVIDIA GPU; jobs here run on the CPU")

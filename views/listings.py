@@ -1,12 +1,12 @@
-"""Which columns of the queue people see. The rows are ``models_db.listing``'s."""
+"""Which columns of the queue people see. The rows are ``qbatch.models_db.listing``'s."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from views.tables import Column
-from views.units import show_bytes, show_time
+from qbatch.views.formats import Column
+from qbatch.views.units import show_bytes, show_time
 
 
 def show_progress(progress: Mapping[str, Any]) -> str:

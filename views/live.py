@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from models_db.domain import ENDED_STATES, JobState, Stage
-from views.listings import show_progress
-from views.tables import printable
+from qbatch.core.domain import ENDED_STATES, JobState, Stage
+from qbatch.views.formats import printable
+from qbatch.views.listings import show_progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -46,7 +46,7 @@ class LiveProgress:
             self._live.stop()
 
     def update(self, jobs: Sequence[Job], workers: int) -> None:
-        """``jobs``: rows of ``models_db.listing.list_jobs``; ``workers``: how many are live."""
+        """``jobs``: rows of ``qbatch.models_db.listing.list_jobs``; ``workers``: how many are live."""
         if self._quiet:
             return
         for job in jobs:

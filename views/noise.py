@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from views.figures import Row, dig
+from qbatch.views.figures import Row, dig
 
 _PHASES = {
     "decode_tokens_per_s": "decode",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from views.figures import Row, dig
+from qbatch.views.figures import Row, dig
 
 # What may change a speed between two visits of one protocol and one device.
 _VERSIONS = ("qbatch", "torch", "transformers", "bitsandbytes", "cuda", "driver")

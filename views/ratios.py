@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from views.figures import Figure, Row, dig
-from views.noise import NOISE_MARK, is_noise
+from qbatch.views.figures import Figure, Row, dig
+from qbatch.views.noise import NOISE_MARK, is_noise
 
 
 def show_beside(figure: Figure, row: Row, baseline: Row | None) -> str:

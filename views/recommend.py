@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from views.audit import audit_warnings, defects
-from views.figures import Row, dig
-from views.groups import Group
-from views.losses import KL, LOSSES, PERPLEXITY, Bound, measured_loss, own_loss, same_loss, value_of
-from views.noise import NOT_DISTINGUISHABLE, is_noise, same_speed
-from views.scheme import is_baseline, show_scheme
-from views.units import show_bytes, show_ratio
-from views.wishes import Wish
+from qbatch.views.comparison import Preference
+from qbatch.views.figures import Row, dig
+from qbatch.views.groups import Group
+from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise, same_speed
+from qbatch.views.quality_loss import KL, LOSSES, PERPLEXITY, Bound, measured_loss, own_loss, same_loss, value_of
+from qbatch.views.quantized_share import audit_warnings, defects
+from qbatch.views.scheme import is_baseline, show_scheme
+from qbatch.views.units import show_bytes, show_ratio
 
 _RATES = {"decode_tokens_per_s": "decodes", "forward_samples_per_s": "passes its input"}
 
@@ -29,44 +29,44 @@ class Recommendation:
     alike: Sequence[str] = ()
 
 
-def recommend(group: Group, wish: Wish) -> Recommendation:
+def recommend(group: Group, preference: Preference) -> Recommendation:
     """The configuration of ``group`` to ship."""
-    bounds = _bounds(group.rows, wish)
+    bounds = _bounds(group.rows, preference)
     said = [str(bound) for bound in bounds]
-    if wish.max_weights_bytes is not None:
-        said.append(f"weights of at most {show_bytes(wish.max_weights_bytes)}")
-    rejected = {row["job_id"]: found for row in group.rows if (found := list(_reasons(row, bounds, wish)))}
+    if preference.max_weights_bytes is not None:
+        said.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+    rejected = {row["job_id"]: found for row in group.rows if (found := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row["job_id"] not in rejected]
     if not fit:
         return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=said, rejected=rejected)
-    ship, alike = _choose(fit, wish)
-    sentence = _sentence(group, ship, alike, bounds, said, rejected, wish)
+    ship, alike = _choose(fit, preference)
+    sentence = _sentence(group, ship, alike, bounds, said, rejected, preference)
     return Recommendation(
         ship=ship, sentence=sentence, bounds=said, rejected=rejected, alike=[row["job_id"] for row in alike]
     )
 
 
-def _bounds(rows: Sequence[Row], wish: Wish) -> list[Bound]:
+def _bounds(rows: Sequence[Row], preference: Preference) -> list[Bound]:
     asked = [
         Bound(loss=loss, limit=limit, is_default=False)
-        for loss, limit in ((KL, wish.max_kl), (PERPLEXITY, wish.max_ppl_ratio))
+        for loss, limit in ((KL, preference.max_kl), (PERPLEXITY, preference.max_ppl_ratio))
         if limit is not None
     ]
-    if asked or wish.prefer == "quality":
+    if asked or preference.prefer == "quality":
         return asked
     loss = measured_loss(rows)
     return [] if loss is None else [Bound(loss=loss, limit=loss.default, is_default=True)]
 
 
-def _reasons(row: Row, bounds: Sequence[Bound], wish: Wish) -> Iterable[str]:
+def _reasons(row: Row, bounds: Sequence[Bound], preference: Preference) -> Iterable[str]:
     """Why a row does not qualify."""
     yield from defects(row)
     yield from (said for bound in bounds if (said := bound.broken_by(row)) is not None)
-    if wish.max_weights_bytes is not None and row["weights_bytes"] > wish.max_weights_bytes:
-        yield f"its weights, {show_bytes(row['weights_bytes'])}, are over {show_bytes(wish.max_weights_bytes)}"
-    if wish.prefer == "speed" and rate_key(row) is None:
+    if preference.max_weights_bytes is not None and row["weights_bytes"] > preference.max_weights_bytes:
+        yield f"its weights, {show_bytes(row['weights_bytes'])}, are over {show_bytes(preference.max_weights_bytes)}"
+    if preference.prefer == "speed" and rate_key(row) is None:
         yield "its speed was not measured"
-    if wish.prefer == "quality" and not bounds and not is_baseline(row) and own_loss(row) is None:
+    if preference.prefer == "quality" and not bounds and not is_baseline(row) and own_loss(row) is None:
         yield "its quality against the baseline was not measured"
 
 
@@ -77,10 +77,10 @@ def rate_key(row: Row) -> str | None:
 # The choice: (the row, those that cannot be told from it)
 
 
-def _choose(fit: Sequence[Row], wish: Wish) -> tuple[Row, list[Row]]:
-    if wish.prefer == "speed":
+def _choose(fit: Sequence[Row], preference: Preference) -> tuple[Row, list[Row]]:
+    if preference.prefer == "speed":
         return _fastest(fit)
-    if wish.prefer == "quality":
+    if preference.prefer == "quality":
         return _nearest([row for row in fit if not is_baseline(row)] or fit)
     least = min(row["weights_bytes"] for row in fit)
     return _nearest([row for row in fit if row["weights_bytes"] == least])
@@ -124,12 +124,12 @@ def _sentence(
     bounds: Sequence[Bound],
     said: Sequence[str],
     rejected: Mapping[str, Sequence[str]],
-    wish: Wish,
+    preference: Preference,
 ) -> str:
     baseline = group.baselines.get(ship["job_id"])
     clauses = [
-        f"Ship {_name(ship)}: {_reason(ship, baseline, said, wish)}{', as far as can be told' if alike else ''}",
-        *_alike(ship, alike, wish),
+        f"Ship {_name(ship)}: {_reason(ship, baseline, said, preference)}{', as far as can be told' if alike else ''}",
+        *_alike(ship, alike, preference),
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
@@ -139,21 +139,21 @@ def _sentence(
     return "; ".join(clauses) + "."
 
 
-def _reason(ship: Row, baseline: Row | None, said: Sequence[str], wish: Wish) -> str:
+def _reason(ship: Row, baseline: Row | None, said: Sequence[str], preference: Preference) -> str:
     within = f" within {' and '.join(said)}" if said else ""
-    if wish.prefer == "speed":
+    if preference.prefer == "speed":
         return f"the highest rate measured{within}"
-    if wish.prefer == "quality":
+    if preference.prefer == "quality":
         nearest = "the unquantized model itself" if is_baseline(ship) else "the quantized model nearest to its baseline"
         return f"{nearest}{within}"
     of_base = "" if baseline is None else f", {show_ratio(ship['weights_bytes'] / baseline['weights_bytes'])}"
     return f"the smallest weights ({show_bytes(ship['weights_bytes'])}{of_base}){within}"
 
 
-def _alike(ship: Row, alike: Sequence[Row], wish: Wish) -> Iterable[str]:
+def _alike(ship: Row, alike: Sequence[Row], preference: Preference) -> Iterable[str]:
     if alike:
         others = " and ".join(_name(row) for row in alike)
-        what = "speed" if wish.prefer == "speed" else "quality"
+        what = "speed" if preference.prefer == "speed" else "quality"
         smaller = ", and is the smaller" if any(row["weights_bytes"] > ship["weights_bytes"] for row in alike) else ""
         yield f"in {what} it is {NOT_DISTINGUISHABLE} from {others}{smaller}"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from models_db.domain import BASELINE
-from views.figures import Row
-from views.tables import printable
-from views.units import show_bytes
+from qbatch.core.domain import BASELINE
+from qbatch.views.figures import Row
+from qbatch.views.formats import printable
+from qbatch.views.units import show_bytes
 
 _USUAL = BASELINE.to_json()
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 
-from models_db.tables import Base
+from qbatch.models_db.tables import Base
 
 connection = context.config.attributes["connection"]
 

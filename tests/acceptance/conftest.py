@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from models_db.settings import Settings
+from qbatch.core.settings import Settings
 from tests import tiny
 from tests.waiting import until
 
 _INSTALLED = Path(sys.executable).with_name("qbatch")
 # A GPU host may run the working tree without installing it.
-QBATCH = [str(_INSTALLED)] if _INSTALLED.exists() else [sys.executable, "-m", "cli"]
+QBATCH = [str(_INSTALLED)] if _INSTALLED.exists() else [sys.executable, "-m", "qbatch"]
 
 
 @dataclass

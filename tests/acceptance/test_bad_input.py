@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from models_db.session import Database
+from qbatch.models_db.session import Database
 from tests.acceptance.conftest import Qbatch
 from tests.unprivileged import without_rights
 
@@ -233,7 +233,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     script = f"""
 import sys
 sys.argv = ["qbatch", *sys.argv[1:]]
-import cli
+import qbatch.cli
 try:
     cli.main()
 except SystemExit:
@@ -250,7 +250,7 @@ def test_looking_does_not_import_torch(qbatch: Qbatch, command: str) -> None:
     script = f"""
 import sys
 sys.argv = ["qbatch", "{command}"]
-import cli
+import qbatch.cli
 try:
     cli.main()
 except SystemExit:

@@ -18,10 +18,10 @@ import torch
 from celery import Celery
 from safetensors.torch import load_file
 
-from models_db.domain import DeviceKind
-from models_db.settings import Settings
-from scheduler.celery_app import make_app
-from scheduler.queues import RUN_BUNDLE, queue_of
+from qbatch.core.domain import DeviceKind
+from qbatch.core.settings import Settings
+from qbatch.scheduler.celery_app import make_app
+from qbatch.scheduler.queues import RUN_BUNDLE, queue_of
 from tests.acceptance.conftest import Qbatch, processes_of, stop
 from tests.integration.test_doors import Canary
 from tests.waiting import until

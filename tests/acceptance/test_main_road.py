@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 
-from models_db.digest import digest_file, root_sha256
+from qbatch.core.digest import digest_file, root_sha256
+from qbatch.worker.checkpoints.publish import problems
 from tests.acceptance.conftest import Qbatch
-from worker.checkpoint import problems
 
 CONTRACT = {
     "batch_id",

@@ -17,7 +17,7 @@ import pytest
 import redis
 from sqlalchemy import create_engine, make_url, text
 
-from models_db.settings import Settings
+from qbatch.core.settings import Settings
 from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
 from tests.acceptance.test_doors import make_own
 from tests.acceptance.test_services import PASSWORD, RedisServer
@@ -335,8 +335,8 @@ _DATABASES = [
 # A worker as Celery runs it, without what a job needs.
 _CONSUMER = """
 import logging, os
-from models_db.settings import Settings
-from scheduler.celery_app import make_app
+from qbatch.core.settings import Settings
+from qbatch.scheduler.celery_app import make_app
 logging.basicConfig(level=logging.DEBUG)
 make_app(Settings.from_env(os.environ)).Worker(pool="threads", concurrency=1, queues=["q"], loglevel="DEBUG").start()
 """

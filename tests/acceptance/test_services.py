@@ -13,7 +13,7 @@ import pytest
 import redis
 from sqlalchemy import create_engine, text
 
-from scheduler.private_redis import redis_server_path
+from qbatch.scheduler.private_redis import redis_server_path
 from tests.acceptance.conftest import Qbatch, processes_of, stop
 from tests.waiting import until
 

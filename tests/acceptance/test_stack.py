@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from models_db.settings import Settings
+from qbatch.core.settings import Settings
 from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop
 from tests.waiting import until
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from models_db.database_id import database_id
-from models_db.domain import JobState
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.storage import MANIFEST
-from models_db.tables import Attempt, Checkpoint, Job, Lease, Result
-from scheduler.local import stack_is_running
+from qbatch.core.domain import JobState
+from qbatch.core.settings import Settings
+from qbatch.core.storage import MANIFEST
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, Checkpoint, Job, Lease, Result
+from qbatch.scheduler.local_stack import stack_is_running
+from qbatch.worker.checkpoints.verify import verify
 from tests.acceptance.conftest import processes_of
 from tests.chaos.sources import Sources
-from worker.verify import verify
 
 # A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
 CHARGED = ("host_oom", "worker_lost")

@@ -17,16 +17,16 @@ from pathlib import Path
 
 from sqlalchemy import func, select
 
-from models_db import workers
-from models_db.domain import ENDED_STATES
-from models_db.errors import BrokerUnreachable, ForeignSchema
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import parse_source
-from models_db.tables import Job
-from scheduler.grid import Grid
-from scheduler.submit import Submission, send_now, submit
+from qbatch.core.domain import ENDED_STATES
+from qbatch.core.errors import BrokerUnreachable, ForeignSchema
+from qbatch.core.settings import Settings
+from qbatch.core.sources import parse_source
+from qbatch.models_db import workers
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.submit import Submission, send_now, submit
 from tests.acceptance.conftest import processes_of
 from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
 from tests.chaos.faults import CHANGING_SOURCES, KINDS, Fleet, Kind
@@ -193,7 +193,7 @@ class Lane:
                 )
             with (self._logs / f"{name}.log").open("ab") as output:
                 self._members[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "cli", *arguments],
+                    [sys.executable, "-P", "-m", "qbatch", *arguments],
                     env=self._environ,
                     cwd=self._temporary,
                     stdin=subprocess.DEVNULL,

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from models_db.content import content_files
-from models_db.identity import fingerprint_of
-from models_db.storage import MANIFEST
+from qbatch.core.identity import fingerprint_of
+from qbatch.core.model_files import content_files
+from qbatch.core.storage import MANIFEST
+from qbatch.worker.files.content import NoDigestCache, hash_content
 from tests import tiny
-from worker.content import NoDigestCache, hash_content
 
 _TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 # Of a model's later weights: no number of a model is as high.

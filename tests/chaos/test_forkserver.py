@@ -12,16 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from models_db.batches import add_text
-from models_db.domain import DeviceKind
-from models_db.jobs import claim
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.stop import Stop
+from qbatch.core.domain import DeviceKind
+from qbatch.core.settings import Settings
+from qbatch.models_db.batches import add_text
+from qbatch.models_db.jobs import claim
+from qbatch.models_db.session import Database
+from qbatch.scheduler.stop import Stop
+from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
 from tests.waiting import until
-from worker.recorder import Recorder
-from worker.supervise import Station, Supervisor
 
 
 def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
@@ -37,7 +37,7 @@ def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
     context = multiprocessing.get_context("forkserver")
     forkserver = _started(context)
     forkserver.suspend()
-    station = Station(
+    station = WorkerContext(
         database=sqlite_database,
         settings=settings,
         recorder=Recorder(sqlite_database, settings),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models_db.storage import MANIFEST
+from qbatch.core.storage import MANIFEST
 from tests.chaos.sources import Sources, fingerprint_of_folder
 
 

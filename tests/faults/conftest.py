@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from models_db.schema import upgrade
-from models_db.session import Database
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
 from tests import tiny
 from tests.acceptance.conftest import Qbatch
 from tests.faults.fleet import PACE, Fleet

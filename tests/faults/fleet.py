@@ -15,19 +15,19 @@ from pathlib import Path
 import psutil
 from sqlalchemy import select
 
-from models_db.database_id import database_id
-from models_db.domain import Stage
-from models_db.errors import BrokerUnreachable
-from models_db.listing import live_workers
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import parse_source
-from models_db.tables import Attempt, Job, Result, Worker
-from scheduler.grid import Grid
-from scheduler.submit import Submission, send_now, submit
+from qbatch.core.domain import Stage
+from qbatch.core.errors import BrokerUnreachable
+from qbatch.core.settings import Settings
+from qbatch.core.sources import parse_source
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.listing import live_workers
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, Job, Result, Worker
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.submit import Submission, send_now, submit
+from qbatch.worker.checkpoints.publish import problems
 from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of
 from tests.waiting import until
-from worker.checkpoint import problems
 
 LEASE_S = 4.0
 SCAN_S = 1.0

@@ -12,7 +12,7 @@ from typing import Self
 
 import redis
 
-from scheduler.private_redis import redis_server_path
+from qbatch.scheduler.private_redis import redis_server_path
 from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from models_db.errors import BrokerUnreachable
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
+from qbatch.core.errors import BrokerUnreachable
+from qbatch.core.settings import Settings
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.loop import Scheduler
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
 from tests.faults.services import PASSWORD, Redis

@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 
-from models_db import jobs
-from models_db.domain import Method, Stage
-from models_db.errors import DiskFull, JobError
-from models_db.pauses import lift, standing
-from models_db.session import Database
-from models_db.tables import Pause
+from qbatch.core.domain import Method, Stage
+from qbatch.core.errors import DiskFull, JobError
+from qbatch.models_db import jobs
+from qbatch.models_db.pauses import lift, standing
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Pause
+from qbatch.worker.checkpoints.publish import problems
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.chaos.processes import Role, family_of
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import LEASE_S, PACE, Fleet
 from tests.rows import a_batch, a_worker, bundle, claim
 from tests.waiting import until
-from worker.checkpoint import problems
 
 _STORAGE_BYTES = 16 * 2**20
 _LEFT_BYTES = 4 * 2**20
@@ -236,10 +236,10 @@ def _pauses(database: Database) -> list[Pause]:
 _OUTGROW = """
 import json, sys
 from pathlib import Path
-from models_db.errors import JobError
+from qbatch.core.errors import JobError
 from tests.unit.test_checkpoint import PATH, put, staged
-from worker.checkpoint import problems
-from worker.staging import unstage
+from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.files.staging import unstage
 
 storage, source = Path(sys.argv[1]), Path(sys.argv[2])
 put(staged(storage, 1), storage, source)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import Stage
+from qbatch.core.domain import Stage
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import Fleet
 

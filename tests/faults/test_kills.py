@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from models_db.domain import Stage
+from qbatch.core.domain import Stage
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, SCAN_S, Caught, Fleet
 from tests.faults.services import PASSWORD, Redis

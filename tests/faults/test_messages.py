@@ -11,15 +11,15 @@ import kombu.pools
 import psutil
 import pytest
 
-from models_db import window
-from models_db.domain import DeviceKind
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Batch, Lease
-from scheduler.broker import Broker
-from scheduler.dispatch import top_up
-from scheduler.loop import Scheduler
-from scheduler.queues import queue_of, redis_priority
+from qbatch.core.domain import DeviceKind
+from qbatch.core.settings import Settings
+from qbatch.models_db import window
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Batch, Lease
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.dispatch import top_up
+from qbatch.scheduler.loop import Scheduler
+from qbatch.scheduler.queues import queue_of, redis_priority
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import SCAN_S, Fleet
 from tests.faults.services import PASSWORD, Redis, Wire

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
-from models_db.session import SCHEMA_HEAD
-from models_db.tables import Base, Worker
+from qbatch.models_db.session import SCHEMA_HEAD
+from qbatch.models_db.tables import Base, Worker
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
 from tests.faults.services import PASSWORD, Redis

@@ -61,7 +61,7 @@ def test_one_that_is_told_again_and_again_hands_its_job_back_once(
 
 _TOLD_EARLY = """
 import os, signal, sys
-import worker.serve as serve
+import qbatch.worker.serving.celery_worker as serve
 
 def told(before):
     def first(*args):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qbatch.worker.checkpoints.publish import MANIFEST, Published, problems
+from qbatch.worker.files.staging import unstage
 from tests.unit.test_checkpoint import PATH, look, put, staged
-from worker.checkpoint import MANIFEST, Published, problems
-from worker.staging import unstage
 
 _WRITERS = 6
 

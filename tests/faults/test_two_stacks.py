@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from models_db.domain import Stage
+from qbatch.core.domain import Stage
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S
 from tests.faults.services import PASSWORD, Redis

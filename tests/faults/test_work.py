@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import Stage
-from models_db.jobs import cancel
-from models_db.tables import Job
+from qbatch.core.domain import Stage
+from qbatch.models_db.jobs import cancel
+from qbatch.models_db.tables import Job
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import Fleet
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
+from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.machine.gpu import installed_gpus
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.waiting import until
-from worker.checkpoint import problems
-from worker.gpu import installed_gpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 

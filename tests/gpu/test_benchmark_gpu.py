@@ -11,19 +11,19 @@ import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from models_db.domain import BASELINE, DType, Measurement, Protocol, Scheme
-from models_db.errors import BenchmarkError, CudaOom
+from qbatch.core.domain import BASELINE, DType, Measurement, Protocol, Scheme
+from qbatch.core.errors import BenchmarkError, CudaOom
+from qbatch.worker.measuring.quality.reference import compare, prepare_reference
+from qbatch.worker.measuring.speed.device_clock import CudaClock
+from qbatch.worker.measuring.speed.generation import time_generation
+from qbatch.worker.measuring.stats import summarize
+from qbatch.worker.measuring.why.capture import Captures
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
+from qbatch.worker.measuring.why.roofs import measure_roofs
+from qbatch.worker.models.load import LoadedModel, load, translated
 from tests import tiny
+from tests.benchmarking import benchmark
 from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, quantized
-from worker.benchmark import benchmark
-from worker.benchmark.capture import Captures
-from worker.benchmark.clock import CudaClock
-from worker.benchmark.graph import KernelsRequest, Shape
-from worker.benchmark.reference import compare, prepare_reference
-from worker.benchmark.roofs import measure_roofs
-from worker.benchmark.speed import time_generation
-from worker.benchmark.stats import summarize
-from worker.load import Loaded, load, translated
 
 pytestmark = pytest.mark.gpu
 
@@ -79,7 +79,7 @@ def cycles_per_s() -> float:
     return 1_000_000_000 / clock.intervals_s(marks)[0]
 
 
-def on_gpu(folder: Path) -> Loaded:
+def on_gpu(folder: Path) -> LoadedModel:
     return load(folder, dtype=DType.BFLOAT16, device=DEVICE)
 
 

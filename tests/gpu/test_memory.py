@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from models_db.vram import GIB, vram_class
+from qbatch.models_db.vram import GIB, vram_class
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.waiting import until
 

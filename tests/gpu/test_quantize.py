@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_db.domain import DType, Method, Scheme
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.reference import contents, save_reference
 from tests.tiny import CAUSAL_ARCHS, SEQ2SEQ_ARCHS, make_causal, make_encoder, make_seq2seq
-from worker.quantize import Target, Written, write_checkpoints
 
 pytestmark = pytest.mark.gpu
 

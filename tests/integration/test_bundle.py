@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from models_db.domain import (
+from qbatch.core.domain import (
     Claim,
     DeviceKind,
     DType,
@@ -23,12 +23,9 @@ from models_db.domain import (
     SourceRef,
     Stage,
 )
-from models_db.errors import DiskFull, StorageError, Unsupported
-from tests.tiny import make_causal
-from tests.unit.benchmark_models import QUICK, TEXT
-from worker.bundle import Bundle
-from worker.fetch import Doors
-from worker.messages import (
+from qbatch.core.errors import DiskFull, StorageError, Unsupported
+from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.messages import (
     Answered,
     CheckpointReady,
     Entered,
@@ -43,6 +40,9 @@ from worker.messages import (
     Resolved,
     RunnerMessage,
 )
+from qbatch.worker.sources.fetch import SourcePolicy
+from tests.tiny import make_causal
+from tests.unit.benchmark_models import QUICK, TEXT
 
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 NF4, INT8 = 1, 2
@@ -111,7 +111,7 @@ def run(source: Path, attempt: int = 1) -> Ear:
         staging=storage / ".staging",
         cache=source.parent / "cache",
         cache_bytes=1 << 30,
-        doors=Doors(roots=None),
+        doors=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=storage / "log",
     )

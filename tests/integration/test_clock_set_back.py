@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from models_db import jobs, leases
-from models_db.clock import db_now
-from models_db.doctor import health
-from models_db.domain import JobState, Stage
-from models_db.errors import BrokerUnreachable, DiskFull, FetchError
-from models_db.pauses import standing
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Job, Pause, Worker
-from models_db.workers import live
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
+from qbatch.core.domain import JobState, Stage
+from qbatch.core.errors import BrokerUnreachable, DiskFull, FetchError
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs, leases
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.health import health
+from qbatch.models_db.pauses import standing
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job, Pause, Worker
+from qbatch.models_db.workers import live
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.loop import Scheduler
 from tests.rows import a_batch, a_job, a_worker, claim
 
 AHEAD_S = 3000.0

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from models_db.errors import DatabaseReplaced
-from models_db.schema import ensure, upgrade
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
-from scheduler.stop import Stop
+from qbatch.core.errors import DatabaseReplaced
+from qbatch.core.settings import Settings
+from qbatch.models_db.schema import ensure, upgrade
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.loop import Scheduler
+from qbatch.scheduler.stop import Stop
 from tests.rows import a_batch
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from models_db import jobs
-from models_db.domain import Method
-from models_db.errors import DeviceError
-from models_db.session import Database
-from models_db.tables import Worker
+from qbatch.core.domain import Method
+from qbatch.core.errors import DeviceError
+from qbatch.models_db import jobs
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Worker
 from tests.rows import a_batch, a_job, a_worker, bundle, claim, fail, states, succeed
 
 

@@ -12,20 +12,20 @@ import pytest
 import redis
 from sqlalchemy import update
 
-from models_db import jobs, window
-from models_db.batches import NewJob
-from models_db.clock import db_now
-from models_db.domain import DeviceKind, Method
-from models_db.errors import BrokerUnreachable, CudaOom
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Worker
-from models_db.vram import GIB
-from scheduler.broker import Broker
-from scheduler.dispatch import top_up
-from scheduler.private_redis import redis_server_path
-from scheduler.queues import queue_of, queues_of
-from scheduler.reconcile import give_up_too_large, resend_vanished
+from qbatch.core.domain import DeviceKind, Method
+from qbatch.core.errors import BrokerUnreachable, CudaOom
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs, window
+from qbatch.models_db.batches import NewJob
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Worker
+from qbatch.models_db.vram import GIB
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.dispatch import top_up
+from qbatch.scheduler.private_redis import redis_server_path
+from qbatch.scheduler.queues import queue_of, queues_of
+from qbatch.scheduler.reconcile import give_up_too_large, resend_vanished
 from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states
 from tests.waiting import until
 
@@ -144,7 +144,7 @@ def test_a_message_behind_a_thousand_others_is_not_mistaken_for_lost(
 def test_a_message_popped_and_not_acknowledged_counts_as_standing(
     sqlite_database: Database, broker: Broker, settings: Settings
 ) -> None:
-    from scheduler.celery_app import make_app
+    from qbatch.scheduler.celery_app import make_app
 
     a_worker(sqlite_database)
     a_batch(sqlite_database)
@@ -186,7 +186,7 @@ def test_what_somebody_else_put_into_redis_stops_nothing(
 def test_an_urgent_bundle_is_read_before_one_sent_earlier(
     sqlite_database: Database, broker: Broker, settings: Settings
 ) -> None:
-    from scheduler.celery_app import make_app
+    from qbatch.scheduler.celery_app import make_app
 
     a_worker(sqlite_database)
     for priority in (-3, 0, 5, 99):
@@ -269,7 +269,7 @@ def goes_silent(database: Database, worker_id: int, since_s: float) -> None:
 
 def read_by(settings: Settings, memory_gib: float, count: int) -> list[list[int]]:
     """The job ids of the first ``count`` messages that a GPU worker of that memory reads."""
-    from scheduler.celery_app import make_app
+    from qbatch.scheduler.celery_app import make_app
 
     read: list[list[int]] = []
     with make_app(settings) as app, app.connection_for_read() as connection:

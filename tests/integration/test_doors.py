@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from models_db.domain import DType, Method, Scheme, SourceRef
-from models_db.errors import (
+from qbatch.core.domain import DType, Method, Scheme, SourceRef
+from qbatch.core.errors import (
     JobError,
     SourceChanged,
     SourceCorrupt,
@@ -30,24 +30,24 @@ from models_db.errors import (
     Unsupported,
     UsageError,
 )
-from models_db.results import find_results
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
-from scheduler.local import prepare_home
-from scheduler.model_list import read_model_list
+from qbatch.core.settings import Settings
+from qbatch.core.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
+from qbatch.models_db.results import find_results
+from qbatch.models_db.session import Database
+from qbatch.scheduler.local_stack import prepare_home
+from qbatch.scheduler.model_list import read_model_list
+from qbatch.worker.checkpoints.publish import checkpoint_path
+from qbatch.worker.files.content import NoDigestCache
+from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetched
+from qbatch.worker.sources.pickles import convert
+from qbatch.worker.sources.repository import Repository
 from tests import tiny
 from tests.identity import fingerprint
 from tests.rows import a_batch
-from worker.checkpoint import checkpoint_path
-from worker.content import NoDigestCache
-from worker.fetch import Doors, LocalSource, fetched
-from worker.pickles import convert
-from worker.quantize import Target, Written, write_checkpoints
-from worker.repository import Repository
 
 PLENTY = 2**40
-ALLOWED = Doors(roots=None, allow_pickle=True)
+ALLOWED = SourcePolicy(roots=None, allow_pickle=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def state_dict(source: Path) -> dict[str, torch.Tensor]:
     return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
 
 
-def opened(folder: Path, home: Path, doors: Doors = ALLOWED, *, room: int = PLENTY) -> LocalSource:
+def opened(folder: Path, home: Path, doors: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> LocalSource:
     source = SourceRef(name=folder.name, location=str(folder), is_folder=True)
     with fetched(
         source,
@@ -83,7 +83,7 @@ def opened(folder: Path, home: Path, doors: Doors = ALLOWED, *, room: int = PLEN
         return local
 
 
-def refused(folder: Path, home: Path, doors: Doors = ALLOWED, *, room: int = PLENTY) -> JobError:
+def refused(folder: Path, home: Path, doors: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> JobError:
     with pytest.raises(JobError) as caught:
         opened(folder, home, doors, room=room)
     assert "\n" not in str(caught.value)
@@ -94,7 +94,7 @@ def refused(folder: Path, home: Path, doors: Doors = ALLOWED, *, room: int = PLE
 
 
 def test_pickles_are_refused_unless_the_job_allows_them(pickled: Path, tmp_path: Path) -> None:
-    error = refused(pickled, tmp_path, Doors(roots=None))
+    error = refused(pickled, tmp_path, SourcePolicy(roots=None))
     assert (type(error), "--allow-pickle" in str(error)) == (UnsafeSource, True)
     assert not (tmp_path / "cache").exists()
 
@@ -154,7 +154,7 @@ def test_pickles_that_change_while_they_are_converted_leave_nothing_that_is_take
         convert(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("worker.pickles.convert", changed_meanwhile)
+        patched.setattr("qbatch.worker.sources.pickles.convert", changed_meanwhile)
         assert isinstance(refused(pickled, tmp_path), SourceChanged)
     (pickled / PICKLE_NAME).write_bytes(sound)
     converted = load_file(opened(pickled, tmp_path).folder / SINGLE_NAME)
@@ -346,7 +346,7 @@ def test_views_and_parameters_are_written_as_they_look(pickled: Path, tmp_path: 
 def test_safetensors_win_where_both_are_there(pickled: Path, llama: Path, tmp_path: Path) -> None:
     (pickled / PICKLE_NAME).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     shutil.copy(llama / SINGLE_NAME, pickled)
-    for doors in (ALLOWED, Doors(roots=None)):
+    for doors in (ALLOWED, SourcePolicy(roots=None)):
         local = opened(pickled, tmp_path, doors)
         assert (local.folder, local.fingerprint) == (pickled, fingerprint(pickled))
     assert not (tmp_path / "canary").exists()
@@ -393,7 +393,7 @@ def check_both(folder: Path, home: Path, roots: tuple[Path, ...] | None) -> tupl
     """What submit says of a folder, and what a worker does."""
     return (
         _verdict(UsageError, lambda: read_model_list(["# a comment", str(folder)], check_folders=False, roots=roots)),
-        _verdict(UnsafeSource, lambda: opened(folder, home, Doors(roots=roots))),
+        _verdict(UnsafeSource, lambda: opened(folder, home, SourcePolicy(roots=roots))),
     )
 
 

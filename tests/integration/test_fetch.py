@@ -20,14 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models_db.domain import SourceRef
-from models_db.errors import SourceCorrupt, SourceNotFound
-from models_db.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import SourceCorrupt, SourceNotFound
+from qbatch.core.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
+from qbatch.worker.files.content import NoDigestCache
+from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetched
 from tests.hub import Hub, serving
 from tests.identity import fingerprint
 from tests.waiting import until
-from worker.content import NoDigestCache
-from worker.fetch import Doors, LocalSource, fetched
 
 _ROOT = Path(__file__).parents[2]
 _WEIGHTS_BYTES = 100_000
@@ -38,10 +38,10 @@ _TOKEN = "hf_canary_that_no_log_may_show"  # noqa: S105
 _FETCH = """
 import json, sys
 from pathlib import Path
-from models_db.domain import SourceRef
-from models_db.errors import JobError
-from worker.content import NoDigestCache
-from worker.fetch import Doors, fetched
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import JobError
+from qbatch.worker.files.content import NoDigestCache
+from qbatch.worker.sources.fetch import Doors, fetched
 
 while line := sys.stdin.readline():
     name, revision, cache, room, allow_pickle, trusted = json.loads(line)
@@ -522,7 +522,7 @@ def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
         source,
         cache=home / "cache",
         cache_bytes=_PLENTY,
-        doors=Doors(roots=None),
+        doors=SourcePolicy(roots=None),
         on_progress=lambda *_: None,
         digests=NoDigestCache(),
     )

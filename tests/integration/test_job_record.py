@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from models_db import checkpoints, jobs
-from models_db.batches import NewJob, add_batch
-from models_db.clock import db_now
-from models_db.doctor import health
-from models_db.domain import Method
-from models_db.errors import CudaOom, FetchError
-from models_db.job_record import whole_jobs
-from models_db.leases import acquire
-from models_db.session import Database
-from models_db.tables import Job, Pause
+from qbatch.core.domain import Method
+from qbatch.core.errors import CudaOom, FetchError
+from qbatch.models_db import checkpoints, jobs
+from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.health import health
+from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.leases import acquire
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job, Pause
 from tests.rows import a_batch, a_worker, claim, fail, spec, succeed
 
 

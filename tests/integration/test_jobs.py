@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from models_db import jobs, listing, results, window, workers
-from models_db.batches import NewJob, add_text, text_content
-from models_db.clock import db_now
-from models_db.domain import DeviceKind, JobState, Method, Stage
-from models_db.errors import (
+from qbatch.core.domain import DeviceKind, JobState, Method, Stage
+from qbatch.core.errors import (
     CudaOom,
     DatabaseUnreachable,
     DeviceError,
@@ -28,9 +25,12 @@ from models_db.errors import (
     SourceChanged,
     WorkerLost,
 )
-from models_db.session import Database
-from models_db.tables import Attempt, Job, Worker
-from models_db.vram import GIB
+from qbatch.models_db import jobs, listing, results, window, workers
+from qbatch.models_db.batches import NewJob, add_text, text_content
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, Job, Worker
+from qbatch.models_db.vram import GIB
 from tests.rows import (
     POLICY,
     PROTOCOL,

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 from sqlalchemy import select, update
 
-from models_db import jobs, window, workers
-from models_db.clock import db_now
-from models_db.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
-from models_db.errors import ERROR_KINDS, CudaOom, InternalError, WorkerLost, job_error
-from models_db.jobs import Token
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.tables import Attempt, Job, Result, Worker
-from models_db.vram import GIB
-from scheduler.dispatch import lanes
+from qbatch.core.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
+from qbatch.core.errors import ERROR_KINDS, CudaOom, InternalError, WorkerLost, job_error
+from qbatch.models_db import jobs, window, workers
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.jobs import Token
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, Job, Result, Worker
+from qbatch.models_db.vram import GIB
+from qbatch.scheduler.dispatch import live_queues
 from tests.rows import a_batch, a_gpu, bundle, claim, succeed
 
 MAX_FAILURES = 3
@@ -169,7 +169,7 @@ class Jobs(RuleBasedStateMachine):
         with self.database.write() as session:
             sent = [
                 (job_id, lane.room)
-                for lane in lanes(workers.around(session, 60.0))
+                for lane in live_queues(workers.around(session, 60.0))
                 for dispatch in window.choose(session, kind=lane.kind, queue=lane.queue, slots=3, room=lane.room)
                 for job_id in dispatch.job_ids
             ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from models_db.leases import acquire, release
-from models_db.session import Database
+from qbatch.models_db.leases import acquire, release
+from qbatch.models_db.session import Database
 
 
 def take(database: Database, holder: str, ttl_s: float = 60.0) -> bool:

@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text, update
 
-from models_db import jobs, window
-from models_db.batches import add_text
-from models_db.domain import Claim
-from models_db.errors import ForeignSchema
-from models_db.session import Database
-from models_db.tables import Job
+from qbatch.core.domain import Claim
+from qbatch.core.errors import ForeignSchema
+from qbatch.models_db import jobs, window
+from qbatch.models_db.batches import add_text
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.worker.serving.celery_task import _run_bundle
+from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.migrating import NEXT, NOT_NULL, migrate
 from tests.rows import PROTOCOL, a_batch, a_job, bundle
 from tests.station import a_station, settings_in
-from worker.supervise import Station, Supervisor
-from worker.tasks import _run_bundle
 
 _MESSAGE = "4b1de4d2-0000-4000-8000-000000000000"
 
 
 @pytest.fixture
-def station(database: Database, tmp_path: Path) -> Station:
+def station(database: Database, tmp_path: Path) -> WorkerContext:
     return a_station(database, settings_in(tmp_path))
 
 
@@ -35,7 +35,7 @@ def sent(database: Database) -> list[int]:
     return ids
 
 
-def claimed(station: Station, folder: Path) -> list[Claim]:
+def claimed(station: WorkerContext, folder: Path) -> list[Claim]:
     """A bundle whose model is not there."""
     _, ids = a_batch(station.database, bundle(str(folder / "no-model")))
     with station.database.write() as session:
@@ -54,7 +54,7 @@ def by_hand(database: Database, _: Path) -> None:
 
 @pytest.mark.parametrize("change", [by_a_newer_version, by_hand])
 def test_a_message_that_comes_after_the_change_is_not_claimed_and_its_jobs_are_free_at_once(
-    station: Station, tmp_path: Path, change: Callable[[Database, Path], None]
+    station: WorkerContext, tmp_path: Path, change: Callable[[Database, Path], None]
 ) -> None:
     ids = sent(station.database)
     change(station.database, tmp_path)
@@ -66,7 +66,7 @@ def test_a_message_that_comes_after_the_change_is_not_claimed_and_its_jobs_are_f
     assert _run_bundle(station, _MESSAGE, ids) == "nothing to do"
 
 
-def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(station: Station, tmp_path: Path) -> None:
+def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(station: WorkerContext, tmp_path: Path) -> None:
     claims = claimed(station, tmp_path)
     # Its runner is not heard of before that is seen: it would find that there is no such model.
     station.leaving.because(ForeignSchema("a newer one"))
@@ -85,7 +85,7 @@ def a_refused_order(database: Database) -> None:
         connection.execute(text(view.replace("AS_WORDS", as_words)))
 
 
-def test_a_bundle_whose_order_the_database_refuses_fails(station: Station, tmp_path: Path) -> None:
+def test_a_bundle_whose_order_the_database_refuses_fails(station: WorkerContext, tmp_path: Path) -> None:
     claims = claimed(station, tmp_path)
     a_refused_order(station.database)
     Supervisor(station, claims).run()
@@ -94,7 +94,7 @@ def test_a_bundle_whose_order_the_database_refuses_fails(station: Station, tmp_p
     assert all("refuses" in (job.error_message or "") for job in found)
 
 
-def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(station: Station, tmp_path: Path) -> None:
+def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(station: WorkerContext, tmp_path: Path) -> None:
     claims = claimed(station, tmp_path)
     with station.database.engine.begin() as connection:
         connection.execute(text("ALTER TABLE texts RENAME COLUMN content TO words"))

@@ -12,12 +12,12 @@ import pytest
 from alembic import command
 from sqlalchemy import inspect, text
 
-from models_db import jobs
-from models_db.errors import DatabaseRefused, ForeignSchema
-from models_db.fit import explain
-from models_db.migrations import versions
-from models_db.schema import alembic_config, ensure, upgrade
-from models_db.session import SCHEMA_HEAD, Database
+from qbatch.core.errors import DatabaseRefused, ForeignSchema
+from qbatch.models_db import jobs
+from qbatch.models_db.migrations import versions
+from qbatch.models_db.schema import alembic_config, ensure, upgrade
+from qbatch.models_db.schema_fit import explain
+from qbatch.models_db.session import SCHEMA_HEAD, Database
 from tests.acceptance.conftest import Qbatch
 from tests.migrating import AFTER_NEXT, INDEX, NEXT, NOT_NULL, NULLABLE, migrate
 from tests.rows import a_batch, a_worker, claim, states, succeed
@@ -141,14 +141,14 @@ def test_every_command_refuses_in_one_line(database: Database, tmp_path: Path, c
 
 @pytest.mark.parametrize("name", MIGRATIONS)
 def test_each_migration_says_which_code_works_with_what_it_leaves(name: str) -> None:
-    module = importlib.import_module(f"models_db.migrations.versions.{name}")
+    module = importlib.import_module(f"qbatch.models_db.migrations.versions.{name}")
     assert module.oldest_code <= module.revision
     assert len(module.oldest_code) == len(module.revision) == 4
 
 
 @pytest.mark.parametrize("name", MIGRATIONS)
 def test_one_that_says_that_older_code_works_only_adds(database: Database, name: str) -> None:
-    module: Any = importlib.import_module(f"models_db.migrations.versions.{name}")
+    module: Any = importlib.import_module(f"qbatch.models_db.migrations.versions.{name}")
     if module.oldest_code == module.revision:
         return
     _to(database, "base")

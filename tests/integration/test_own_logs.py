@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from models_db import jobs
-from models_db.batches import add_text
-from models_db.database_id import database_id
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.settings import Settings
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs
+from qbatch.models_db.batches import add_text
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.worker.files.prune import prune
+from qbatch.worker.serving.supervisor import Supervisor
 from tests.rows import PROTOCOL, a_batch
 from tests.station import a_station, settings_in
-from worker.prune import prune
-from worker.supervise import Supervisor
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from models_db import jobs
-from models_db.database_id import database_id
-from models_db.errors import StorageError, StorageUnavailable
-from models_db.jobs import Token
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.settings import Settings
+from qbatch.core.errors import StorageError, StorageUnavailable
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.jobs import Token
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.worker.files.own_staging import OwnStaging
+from qbatch.worker.files.staging import stage
 from tests.rows import a_batch, a_worker, claim
 from tests.waiting import until
-from worker.own_staging import OwnStaging
-from worker.staging import stage
 
 # Far more than a test takes.
 LEASE_S = 60.0

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from models_db.errors import BrokerUnreachable, StorageUnavailable
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.celery_app import make_app
-from scheduler.local import prepare_home
-from scheduler.private_redis import PrivateRedis
+from qbatch.core.errors import BrokerUnreachable, StorageUnavailable
+from qbatch.core.settings import Settings
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.celery_app import make_app
+from qbatch.scheduler.local_stack import prepare_home
+from qbatch.scheduler.private_redis import PrivateRedis
 
 Start = Callable[..., PrivateRedis]
 

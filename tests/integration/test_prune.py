@@ -13,25 +13,25 @@ import pytest
 from alembic import command
 from sqlalchemy import event, func, select, update
 
-from models_db import checkpoints, file_digests, jobs
-from models_db.batches import NewJob, add_batch
-from models_db.clock import db_now
-from models_db.database_id import database_id
-from models_db.digest import Checksums
-from models_db.domain import JobState, Method
-from models_db.file_stat import Mounts, stat_file
-from models_db.job_record import job_records
-from models_db.results import find_results, keep
-from models_db.retention import delete_jobs, find_prunable
-from models_db.schema import alembic_config, upgrade
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
+from qbatch.core.digest import Checksums
+from qbatch.core.domain import JobState, Method
+from qbatch.core.file_stat import Mounts, stat_file
+from qbatch.core.settings import Settings
+from qbatch.models_db import checkpoints, file_digests, jobs
+from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.job_record import job_records
+from qbatch.models_db.results import find_results, keep
+from qbatch.models_db.retention import delete_jobs, find_prunable
+from qbatch.models_db.schema import alembic_config, upgrade
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
+from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.files.prune import prune
+from qbatch.worker.serving.recorder import Recorder
 from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed
 from tests.waiting import until
-from worker.checkpoint import Published
-from worker.prune import prune
-from worker.recorder import Recorder
 
 DAY_S = 86_400.0
 MONTH_S = 30 * DAY_S

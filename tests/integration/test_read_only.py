@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import create_engine, text
 
-from models_db.errors import DatabaseUnreachable
-from models_db.session import Database
+from qbatch.core.errors import DatabaseUnreachable
+from qbatch.models_db.session import Database
 from tests.rows import a_batch, a_worker, claim
 
 

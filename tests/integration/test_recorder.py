@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 
-from models_db import jobs
-from models_db.domain import DeviceKind, JobState
-from models_db.errors import DatabaseUnreachable, ForeignSchema, QuantizationError, SourceCorrupt, WorkerLost
-from models_db.schema import upgrade
-from models_db.session import SCHEMA_HEAD, Database
-from models_db.settings import Settings
-from models_db.tables import Base, Checkpoint, Result
+from qbatch.core.domain import DeviceKind, JobState
+from qbatch.core.errors import DatabaseUnreachable, ForeignSchema, QuantizationError, SourceCorrupt, WorkerLost
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import SCHEMA_HEAD, Database
+from qbatch.models_db.tables import Base, Checkpoint, Result
+from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.spool import SPOOL_VERSION
 from tests.migrating import NEXT, NOT_NULL, migrate
 from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, measured, states
 from tests.unprivileged import without_rights
-from worker.checkpoint import Published
-from worker.recorder import Recorder
-from worker.spool import SPOOL_VERSION
 
 ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
 
@@ -341,9 +341,9 @@ def test_a_result_that_the_database_refuses_is_set_aside_and_the_job_says_where(
 _REPLAY_TWICE = """
 import sys
 from pathlib import Path
-from models_db.session import Database
-from models_db.settings import Settings
-from worker.recorder import Recorder
+from qbatch.models_db.session import Database
+from qbatch.core.settings import Settings
+from qbatch.worker.serving.recorder import Recorder
 
 home = Path(sys.argv[1])
 settings = Settings(home=home, storage=home / "storage", cache=home / "cache")

@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 from sqlalchemy import delete, select, text, update
 
-from models_db import file_digests, jobs
-from models_db.batches import NewJob
-from models_db.clock import db_now
-from models_db.digest import Checksums
-from models_db.domain import Claim, DeviceKind, Method, Stage
-from models_db.errors import DatabaseReplaced
-from models_db.file_stat import Mounts, stat_file
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Checkpoint, FileDigestRow
-from models_db.tables import Worker as WorkerRow
+from qbatch.core.digest import Checksums
+from qbatch.core.domain import Claim, DeviceKind, Method, Stage
+from qbatch.core.errors import DatabaseReplaced
+from qbatch.core.file_stat import Mounts, stat_file
+from qbatch.core.settings import Settings
+from qbatch.models_db import file_digests, jobs
+from qbatch.models_db.batches import NewJob
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import CeleryWorker as WorkerRow
+from qbatch.models_db.tables import Checkpoint, FileDigestRow
+from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.runner.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, JobIdentity, Resolved
+from qbatch.worker.serving.answers import Answers
+from qbatch.worker.serving.celery_worker import CeleryWorker
+from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, claim, measured, spec
 from tests.station import a_station, settings_in
-from worker.answers import Answers
-from worker.checkpoint import Published
-from worker.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, Identity, Resolved
-from worker.serve import Worker
-from worker.supervise import Station, Supervisor
 
 KEY = "A" * 64
 ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def station(database: Database, settings: Settings) -> Station:
+def station(database: Database, settings: Settings) -> WorkerContext:
     return a_station(database, settings)
 
 
@@ -46,7 +46,7 @@ def baseline() -> NewJob:
     return NewJob(spec=spec(method=Method.NONE), bits=16, checkpoint_key=KEY)
 
 
-def claimed(station: Station) -> Claim:
+def claimed(station: WorkerContext) -> Claim:
     _, ids = a_batch(station.database, [baseline()])
     with station.database.write() as session:
         (one,) = jobs.claim(session, ids, station.worker_id, 60.0)
@@ -61,27 +61,27 @@ def replace(database: Database) -> None:
         session.execute(text("UPDATE identity SET id = 'another'"))
 
 
-def earlier_result(station: Station) -> None:
+def earlier_result(station: WorkerContext) -> None:
     _, ids = a_batch(station.database, [baseline()])
     (token,) = claim(station.database, ids, station.worker_id)
     with station.database.write() as session:
         assert jobs.succeed(session, token, measured(), protocol=ADDRESS, checkpoint_path=None)
 
 
-def answers(station: Station, one: Claim) -> Answers:
+def answers(station: WorkerContext, one: Claim) -> Answers:
     return Answers(station.database, station.settings.storage, station.device_name, {one.job_id: one})
 
 
-def test_no_job_is_answered_there(station: Station) -> None:
+def test_no_job_is_answered_there(station: WorkerContext) -> None:
     earlier_result(station)
     one = claimed(station)
-    asked = Resolved(jobs={one.job_id: Identity(key=KEY, legacy_key=None, protocol_hash=ADDRESS.hash)})
+    asked = Resolved(jobs={one.job_id: JobIdentity(key=KEY, legacy_key=None, protocol_hash=ADDRESS.hash)})
     replace(station.database)
     assert answers(station, one).find(asked).job_ids == frozenset()
     assert a_job(station.database, one.job_id).state == "running"
 
 
-def test_no_checkpoint_is_called_verified_there(station: Station) -> None:
+def test_no_checkpoint_is_called_verified_there(station: WorkerContext) -> None:
     one = claimed(station)
     with station.database.write() as session:
         session.add(Checkpoint(key=KEY, path="checkpoints/x", root_sha256="r" * 64, disk_bytes=7))
@@ -94,7 +94,7 @@ def test_no_checkpoint_is_called_verified_there(station: Station) -> None:
         assert session.get_one(Checkpoint, KEY).file_versions is None
 
 
-def test_no_lease_is_renewed_and_no_stage_noted_there(station: Station) -> None:
+def test_no_lease_is_renewed_and_no_stage_noted_there(station: WorkerContext) -> None:
     one = claimed(station)
     replace(station.database)
     before = a_job(station.database, one.job_id)
@@ -106,7 +106,7 @@ def test_no_lease_is_renewed_and_no_stage_noted_there(station: Station) -> None:
     assert (after.lease_expires_at, after.stage) == (before.lease_expires_at, before.stage)
 
 
-def test_no_checksums_are_taken_from_there_or_kept_there(station: Station, tmp_path: Path) -> None:
+def test_no_checksums_are_taken_from_there_or_kept_there(station: WorkerContext, tmp_path: Path) -> None:
     one = claimed(station)
     known, new = tmp_path / "known", tmp_path / "new"
     for path in (known, new):
@@ -124,8 +124,8 @@ def test_no_checksums_are_taken_from_there_or_kept_there(station: Station, tmp_p
 
 
 @pytest.fixture
-def worker(database: Database, settings: Settings) -> Worker:
-    found = Worker(settings, None, drain=False)
+def worker(database: Database, settings: Settings) -> CeleryWorker:
+    found = CeleryWorker(settings, None, drain=False)
     found._database.dispose()
     found._database = database
     return found
@@ -143,7 +143,7 @@ def state_of(database: Database, worker_id: int) -> tuple[str, datetime | None]:
         return row.state, row.heartbeat_at
 
 
-def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, worker: Worker) -> None:
+def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, worker: CeleryWorker) -> None:
     worker_id = a_worker(database)
     replace(database)
     heartbeat = age(database, worker_id)
@@ -155,7 +155,7 @@ def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, wo
     assert state_of(database, worker_id) == ("ready", heartbeat)
 
 
-def test_an_idle_worker_that_is_not_listed_there_notices(database: Database, worker: Worker) -> None:
+def test_an_idle_worker_that_is_not_listed_there_notices(database: Database, worker: CeleryWorker) -> None:
     worker_id = a_worker(database)
     replace(database)
     with database.write() as session:
@@ -164,13 +164,13 @@ def test_an_idle_worker_that_is_not_listed_there_notices(database: Database, wor
         worker._renew(worker_id)
 
 
-def test_nothing_is_swept_for_what_is_not_held_there(database: Database, worker: Worker) -> None:
+def test_nothing_is_swept_for_what_is_not_held_there(database: Database, worker: CeleryWorker) -> None:
     replace(database)
     with pytest.raises(DatabaseReplaced):
         worker._held([(1, 1)])
 
 
-def test_nobody_registers_there(database: Database, worker: Worker) -> None:
+def test_nobody_registers_there(database: Database, worker: CeleryWorker) -> None:
     replace(database)
     with pytest.raises(DatabaseReplaced):
         worker._register()

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from models_db import jobs
-from models_db.database_id import database_id
-from models_db.domain import JobState, Stage
-from models_db.errors import BrokerUnreachable, DiskFull
-from models_db.pauses import standing
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
+from qbatch.core.domain import JobState, Stage
+from qbatch.core.errors import BrokerUnreachable, DiskFull
+from qbatch.core.settings import Settings
+from qbatch.models_db import jobs
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.pauses import standing
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.loop import Scheduler
 from tests.rows import a_batch, a_worker, claim, states
 
 

@@ -12,10 +12,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
-from models_db.errors import DatabaseUnreachable, UsageError
-from models_db.schema import alembic_config, ensure, upgrade
-from models_db.session import SCHEMA_HEAD, Database
-from models_db.tables import Base
+from qbatch.core.errors import DatabaseUnreachable, UsageError
+from qbatch.models_db.schema import alembic_config, ensure, upgrade
+from qbatch.models_db.session import SCHEMA_HEAD, Database
+from qbatch.models_db.tables import Base
 from tests.rows import a_batch, states
 
 

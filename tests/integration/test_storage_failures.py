@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from models_db import jobs
-from models_db.domain import JobState, Method, Stage
-from models_db.errors import DeviceError, DiskFull, JobError, StorageError
-from models_db.jobs import Token
-from models_db.session import Database
+from qbatch.core.domain import JobState, Method, Stage
+from qbatch.core.errors import DeviceError, DiskFull, JobError, StorageError
+from qbatch.models_db import jobs
+from qbatch.models_db.jobs import Token
+from qbatch.models_db.session import Database
 from tests.rows import POLICY, a_batch, a_job, a_worker, bundle, claim
 
 FULL = DiskFull("No space left on device (tokenizer.json)")

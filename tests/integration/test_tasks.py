@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import BASELINE, DType, Measurement, Protocol, Scheme, TaskRef
-from models_db.errors import BenchmarkError, JobError, UnsafeSource, Unsupported
-from scheduler.task_files import read_tasks
+from qbatch.core.domain import BASELINE, DType, Measurement, Protocol, Scheme, TaskRef
+from qbatch.core.errors import BenchmarkError, JobError, UnsafeSource, Unsupported
+from qbatch.scheduler.lm_eval_files import read_tasks
 from tests import quiz, tiny
+from tests.benchmarking import benchmark
 from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, quantized
-from worker.benchmark import benchmark
 
 ACCURACY_AND_MARGINS = [{"metric": "acc"}, {"metric": "brier_score"}]
 

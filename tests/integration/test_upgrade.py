@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 from alembic import command
 
-from models_db import checkpoints, jobs, results
-from models_db.batches import NewJob
-from models_db.domain import BASELINE, Claim, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
-from models_db.identity import settle
-from models_db.legacy_identity import legacy_folder_fingerprint, legacy_hub_fingerprint
-from models_db.schema import alembic_config, upgrade
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import parse_source
-from scheduler.grid import Grid
-from scheduler.submit import Receipt, Submission, submit
+from qbatch.core.domain import BASELINE, Claim, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
+from qbatch.core.identity import settle
+from qbatch.core.legacy_identity import legacy_folder_fingerprint, legacy_hub_fingerprint
+from qbatch.core.settings import Settings
+from qbatch.core.sources import parse_source
+from qbatch.models_db import checkpoints, jobs, results
+from qbatch.models_db.batches import NewJob
+from qbatch.models_db.schema import alembic_config, upgrade
+from qbatch.models_db.session import Database
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.submit import Receipt, Submission, submit
+from qbatch.worker.checkpoints.publish import find_published, problems
+from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
+from qbatch.worker.serving.answers import Answers
 from tests.rows import a_batch, a_job, a_worker, claim, measured
 from tests.tiny import make_causal
 from tests.unit.test_checkpoint import KEY, put, staged
-from worker.answers import Answers
-from worker.checkpoint import find_published, problems
-from worker.messages import Answered, CheckpointVerified, Identity, Resolved
 
 TEXT = "an evaluation text"
 PROTOCOL = ProtocolOptions(eval_text_sha256=hashlib.sha256(TEXT.encode()).hexdigest())
@@ -121,7 +121,7 @@ def identities(database: Database, *job_ids: int, legacy: str | None) -> Resolve
     schemes = {job_id: Scheme.from_json(a_job(database, job_id).scheme) for job_id in job_ids}
     return Resolved(
         jobs={
-            job_id: Identity(
+            job_id: JobIdentity(
                 key=key(HUB, scheme, "sha256:new"),
                 legacy_key=key(HUB, scheme, legacy) if legacy is not None else None,
                 protocol_hash=protocol,

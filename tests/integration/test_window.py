@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from sqlalchemy import update
 
-from models_db import window
-from models_db.domain import DeviceKind, Method
-from models_db.session import Database
-from models_db.tables import Job
-from models_db.window import Dispatch
+from qbatch.core.domain import DeviceKind, Method
+from qbatch.models_db import window
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.models_db.window import Dispatch
+from qbatch.worker.serving.message_vet import problem_of_ids
 from tests.rows import a_batch, a_worker, bundle, claim, states, succeed
-from worker.message_vet import problem_of_ids
 
 _SCHEMES = (Method.NONE, Method.INT8, Method.NF4, Method.FP4)
 

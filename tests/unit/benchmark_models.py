@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from models_db.domain import BASELINE, DeviceKind, DType, Measurement, Method, Protocol, ProtocolOptions, Scheme
-from worker.architecture import model_class
-from worker.benchmark import DEFAULT_EVAL_TEXT, benchmark
-from worker.benchmark.reference import Reference
-from worker.load import Loaded, load, quiet_libraries
+from qbatch.core.domain import BASELINE, DeviceKind, DType, Measurement, Method, Protocol, ProtocolOptions, Scheme
+from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
+from qbatch.worker.measuring.quality.reference import Reference
+from qbatch.worker.models.architecture import model_class
+from qbatch.worker.models.load import LoadedModel, load, quiet_libraries
+from tests.benchmarking import benchmark
 
 TEXT = DEFAULT_EVAL_TEXT.read_text(encoding="utf-8")
 NF4 = Scheme(method=Method.NF4)
@@ -64,7 +65,7 @@ def measured(
     )
 
 
-def loaded_on_cpu(folder: Path, dtype: DType = DType.BFLOAT16) -> Loaded:
+def loaded_on_cpu(folder: Path, dtype: DType = DType.BFLOAT16) -> LoadedModel:
     return load(folder, dtype=dtype, device="cpu")
 
 

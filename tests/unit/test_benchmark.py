@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_db.domain import BASELINE, DType, Measurement, Scheme
-from models_db.errors import BenchmarkError
+from qbatch.core.domain import BASELINE, DType, Measurement, Scheme
+from qbatch.core.errors import BenchmarkError
+from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
+from qbatch.worker.measuring.tokens import max_positions
 from tests import tiny
+from tests.benchmarking import benchmark
 from tests.unit.benchmark_models import FP4, INT8, NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
-from worker.benchmark import DEFAULT_EVAL_TEXT, benchmark
-from worker.benchmark.tokens import max_positions
 
 SCHEMES = pytest.mark.parametrize("scheme", [BASELINE, NF4, FP4, INT8], ids=lambda scheme: scheme.method.value)
 GENERATION = ("prefill_s_p50", "decode_tokens_per_s", "per_token_s_p50", "per_token_s_p99")
@@ -133,7 +134,7 @@ def test_a_text_of_one_token_has_no_perplexity(tmp_path: Path) -> None:
 
 def test_the_package_is_imported_without_torch() -> None:
     """The command line reads the default text from it."""
-    code = "import sys, worker.benchmark; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, qbatch.worker.measuring; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -21,22 +21,30 @@ import torch
 import transformers
 from torch._C._autograd import DeviceType
 
-from models_db.domain import DType
+from qbatch.core.domain import DType
+from qbatch.worker.measuring.pooled_rounds import pool
+from qbatch.worker.measuring.speed import energy
+from qbatch.worker.measuring.speed.energy import (
+    EnergySpan,
+    NoEnergyCounter,
+    loop_between_ticks,
+    measure_energy,
+    net_energy,
+)
+from qbatch.worker.measuring.speed.fairness import FairnessWatch, Sighting, flags_of
+from qbatch.worker.measuring.speed.phases import Round
+from qbatch.worker.measuring.speed.size import measure_size
+from qbatch.worker.measuring.why import decode_kernels as graph
+from qbatch.worker.measuring.why import roofs
+from qbatch.worker.measuring.why.capture import Captures
+from qbatch.worker.measuring.why.decode_kernels import KernelsAlone, KernelsRequest, Shape, StepKernels, decode_step
+from qbatch.worker.measuring.why.explain import Explanation
+from qbatch.worker.measuring.why.profile import StepProfile, covered, profile_decode, summarize_events
+from qbatch.worker.measuring.why.roofs import Roofs
+from qbatch.worker.measuring.why.traffic import StepWork, active_expert_share, step_work
+from qbatch.worker.measuring.why.verdict import Verdict, judge
 from tests import tiny
 from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, quantized
-from worker.benchmark import energy, graph, roofs
-from worker.benchmark.capture import Captures
-from worker.benchmark.energy import EnergySpan, NoEnergyCounter, loop_between_ticks, measure_energy, net_energy
-from worker.benchmark.explain import Explanation
-from worker.benchmark.fairness import FairnessWatch, Sighting, flags_of
-from worker.benchmark.graph import KernelsAlone, KernelsRequest, Shape, StepKernels, decode_step
-from worker.benchmark.phases import Round
-from worker.benchmark.profile import StepProfile, covered, profile_decode, summarize_events
-from worker.benchmark.roofs import Roofs
-from worker.benchmark.rounds import pool
-from worker.benchmark.size import measure_size
-from worker.benchmark.traffic import StepWork, active_expert_share, step_work
-from worker.benchmark.verdict import Verdict, judge
 
 EMBEDDING_BYTES = tiny.VOCAB_SIZE * 128 * 2
 ROOFS = Roofs(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, dtype="bfloat16")
@@ -83,7 +91,7 @@ def test_eight_steps_of_generate_are_profiled_within_the_positions_of_the_model(
         seen.extend(event.name for event in events)
         return summarize_events(events, steps=steps)
 
-    monkeypatch.setattr("worker.benchmark.profile.summarize_events", keep_names)
+    monkeypatch.setattr("qbatch.worker.measuring.why.profile.summarize_events", keep_names)
     model = loaded_on_cpu(tiny.make_causal(tmp_path, "gpt2")).model
     prompts = torch.ones(1, prompt_tokens, dtype=torch.long)
     profile = profile_decode(model, prompts, new_tokens=4, device="cpu")
@@ -191,7 +199,7 @@ def test_each_mixture_says_in_its_own_words_how_many_experts_it_takes(config: An
 def test_a_mixture_that_does_not_say_how_many_gets_no_verdict_and_keeps_its_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.benchmark.explain.measure_roofs", lambda *_: ROOFS)
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain.measure_roofs", lambda *_: ROOFS)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=0))
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral"))
     loaded.model.config.num_experts_per_tok = 0
@@ -533,7 +541,7 @@ def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monke
     def fault(*_: Any, **__: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("worker.benchmark.explain.step_work", fault)
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain.step_work", fault)
     explanation = Explanation(replace(QUICK, why=True, energy=True), lambda _step: None)
     shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
     explanation.observe(loaded_on_cpu(tiny.make_causal(tmp_path)), shape)

@@ -10,10 +10,10 @@ import numpy as np
 import psutil
 import pytest
 
+from qbatch.worker.measuring.speed.memory import DeviceMemory, MemoryPeaks, MemoryWatch
 from tests import tiny
 from tests.unit.benchmark_models import measured
 from tests.waiting import until
-from worker.benchmark.memory import DeviceMemory, MemoryPeaks, MemoryWatch
 
 MIB = 1 << 20
 

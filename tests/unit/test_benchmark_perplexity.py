@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models_db.domain import DType
+from qbatch.core.domain import DType
+from qbatch.worker.measuring.quality.perplexity import score_text, text_windows, token_nll, windows
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT, loaded_on_cpu
-from worker.benchmark.perplexity import score_text, text_windows, token_nll, windows
 
 
 def numpy_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

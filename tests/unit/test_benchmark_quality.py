@@ -17,20 +17,26 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from models_db.domain import BASELINE, DType, Scheme
-from models_db.errors import BenchmarkError, StorageError
+from qbatch.core.domain import BASELINE, DType, Scheme
+from qbatch.core.errors import BenchmarkError, StorageError
+from qbatch.worker.measuring.measure import finite
+from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
+from qbatch.worker.measuring.quality.floor import arithmetic_floor
+from qbatch.worker.measuring.quality.probes import probes_of
+from qbatch.worker.measuring.quality.reference import (
+    Reference,
+    compare,
+    open_reference,
+    prepare_reference,
+    reference_name,
+)
+from qbatch.worker.measuring.quality.similarity import compare_embeddings
+from qbatch.worker.measuring.stats import clustered_error
+from qbatch.worker.measuring.versions import versions
+from qbatch.worker.models.load import LoadedModel
 from tests import tiny
+from tests.benchmarking import benchmark
 from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
-from worker.benchmark import benchmark
-from worker.benchmark.divergence import divergence, summarize_divergence
-from worker.benchmark.floor import arithmetic_floor
-from worker.benchmark.measure import finite
-from worker.benchmark.probes import probes_of
-from worker.benchmark.reference import Reference, compare, open_reference, prepare_reference, reference_name
-from worker.benchmark.similarity import compare_embeddings
-from worker.benchmark.stats import clustered_error
-from worker.benchmark.versions import versions
-from worker.load import Loaded
 
 HEADS = [None, "masked-lm", "classification"]
 
@@ -85,7 +91,9 @@ def numpy_statistics(base: np.ndarray, other: np.ndarray, targets: np.ndarray, w
     }
 
 
-def quantized_and_reference(source: Path, scheme: Scheme, dtype: DType = DType.BFLOAT16) -> tuple[Loaded, Reference]:
+def quantized_and_reference(
+    source: Path, scheme: Scheme, dtype: DType = DType.BFLOAT16
+) -> tuple[LoadedModel, Reference]:
     base = loaded_on_cpu(source, dtype)
     reference = prepare_reference(base, QUICK, TEXT, source.with_name("references") / source.name)
     assert reference is not None
@@ -126,7 +134,7 @@ def test_figures_from_a_stored_reference_are_those_from_full_logits(tmp_path: Pa
 
 
 @torch.no_grad()
-def full_logits(loaded: Loaded, ids: tuple[int, ...]) -> np.ndarray:
+def full_logits(loaded: LoadedModel, ids: tuple[int, ...]) -> np.ndarray:
     logits: np.ndarray = loaded.model(torch.tensor([ids])).logits[0].double().numpy()
     return logits
 
@@ -283,7 +291,7 @@ def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch
     """The other figures of the row stand."""
     base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
-    monkeypatch.setattr("worker.benchmark.reference.divergence", lambda *_: [][0])
+    monkeypatch.setattr("qbatch.worker.measuring.quality.reference.divergence", lambda *_: [][0])
     found = measured(tmp_path / "llama", reference=reference)
     assert found.details["quality"] == {"reason": "cannot compare with the base: IndexError: list index out of range"}
     assert found.perplexity is not None
@@ -510,7 +518,9 @@ def test_a_reference_s_name_depends_on_all_that_decides_its_content(monkeypatch:
     assert len({reference_name(**same), *names}) == 1 + len(others)
     for library in ("torch", "transformers"):
         with monkeypatch.context() as patched:
-            patched.setattr("worker.benchmark.reference.versions", lambda name=library: versions() | {name: "9.9"})
+            patched.setattr(
+                "qbatch.worker.measuring.quality.reference.versions", lambda name=library: versions() | {name: "9.9"}
+            )
             assert reference_name(**same) != names[0]
             names.append(reference_name(**same))
     assert len({reference_name(**same), *names}) == 3 + len(others)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from models_db.domain import (
+from qbatch.core.domain import (
     BASELINE,
     Claim,
     DeviceKind,
@@ -25,15 +25,12 @@ from models_db.domain import (
     SourceRef,
     Stage,
 )
-from models_db.errors import BenchmarkError, CudaOom, DeviceError, StorageError
-from tests import tiny
-from tests.unit.benchmark_models import QUICK, TEXT
-from worker.benchmark.measure import RowBenchmark
-from worker.benchmark.phases import Round
-from worker.benchmark.rounds import pool
-from worker.bundle import Bundle
-from worker.fetch import Doors
-from worker.messages import (
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, StorageError
+from qbatch.worker.measuring.measure import RowBenchmark
+from qbatch.worker.measuring.pooled_rounds import pool
+from qbatch.worker.measuring.speed.phases import Round
+from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.messages import (
     Answered,
     CheckpointReady,
     Entered,
@@ -46,6 +43,9 @@ from worker.messages import (
     Reply,
     RunnerMessage,
 )
+from qbatch.worker.sources.fetch import SourcePolicy
+from tests import tiny
+from tests.unit.benchmark_models import QUICK, TEXT
 
 SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
@@ -121,7 +121,7 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
         staging=folder / "storage" / ".staging",
         cache=folder / "cache",
         cache_bytes=1 << 30,
-        doors=Doors(roots=None),
+        doors=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=folder / "log",
     )
@@ -211,7 +211,7 @@ def test_outputs_that_could_not_be_kept_leave_their_reason(
             raise kept
 
     shutil.rmtree(home / "storage" / "base-logits", ignore_errors=True)
-    monkeypatch.setattr("worker.benchmark.reference.prepare_reference", prepare)
+    monkeypatch.setattr("qbatch.worker.measuring.quality.reference.prepare_reference", prepare)
     done = run(home).measured()
     assert all(said in done[job_id].measurement.details["quality"]["reason"] for job_id in (2, 3))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_db.domain import Scheme
+from qbatch.core.domain import Scheme
+from qbatch.worker.measuring.speed.size import Size, disk_bytes, measure_size
+from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
 from tests import tiny
 from tests.unit.benchmark_models import FP4, INT8, NF4, NF4_DOUBLE, loaded_on_cpu, measured, quantized
-from worker.benchmark.size import Size, disk_bytes, measure_size
-from worker.cpu_kernels import avoid_packed_kernel
 
 # The tiny Llama: hidden 128, intermediate 256, 2 layers, 4 heads of 32, of which 2 for keys and values; untied head.
 LINEAR_SHAPES = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)] * 2

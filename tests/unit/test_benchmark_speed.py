@@ -12,11 +12,11 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from models_db.errors import BenchmarkError
+from qbatch.core.errors import BenchmarkError
+from qbatch.worker.measuring.speed.device_clock import HostClock, repeat
+from qbatch.worker.measuring.speed.generation import time_forward, time_generation
+from qbatch.worker.measuring.stats import percentile, summarize
 from tests.unit.benchmark_models import QUICK
-from worker.benchmark.clock import HostClock, repeat
-from worker.benchmark.speed import time_forward, time_generation
-from worker.benchmark.stats import percentile, summarize
 
 PREFILL_S, STEP_S, SLOW_STEP_S, FIRST_CALLS_EXTRA_S = 0.100, 0.020, 0.060, 0.300
 SLOW_EVERY = 10

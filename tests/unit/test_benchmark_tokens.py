@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
+from qbatch.worker.measuring.tokens import prompts, text_ids
+from qbatch.worker.models.load import LoadedModel
 from tests import tiny
 from tests.unit.benchmark_models import TEXT, loaded_on_cpu
-from worker.benchmark.tokens import prompts, text_ids
-from worker.load import Loaded
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> Loaded:
+def llama(tmp_path: Path) -> LoadedModel:
     return loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
 
 
-def plain_ids(loaded: Loaded, text: str) -> list[int]:
+def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
     ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -33,7 +33,7 @@ def test_each_row_of_a_batch_is_the_next_piece_of_the_text_behind_the_special_to
     assert len({tuple(row) for row in expected}) == 3
 
 
-def test_a_text_that_ends_begins_anew(llama: Loaded) -> None:
+def test_a_text_that_ends_begins_anew(llama: LoadedModel) -> None:
     text = "a few words of it"
     around, ids = plain_ids(llama, text), llama.tokenizer(text)["input_ids"]
     before = ids[: len(ids) - len(around)]
@@ -44,7 +44,7 @@ def test_a_text_that_ends_begins_anew(llama: Loaded) -> None:
 
 @pytest.mark.parametrize("most", [1, 100, 5000])
 def test_no_more_of_a_long_text_is_read_than_it_takes(
-    llama: Loaded, most: int, monkeypatch: pytest.MonkeyPatch
+    llama: LoadedModel, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = TEXT * (2_000_000 // len(TEXT))
     whole = plain_ids(llama, text)
@@ -63,5 +63,5 @@ def test_no_more_of_a_long_text_is_read_than_it_takes(
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, " " * 50_000 + "the end"], ids=["one word", "blanks"])
-def test_a_text_of_few_tokens_is_read_to_its_end(llama: Loaded, text: str) -> None:
+def test_a_text_of_few_tokens_is_read_to_its_end(llama: LoadedModel, text: str) -> None:
     assert text_ids(llama, text, 200) == plain_ids(llama, text)[:200]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from models_db.digest import CHUNK_BYTES, digest_file
-from models_db.domain import DType, Method, Scheme
-from models_db.errors import DiskFull, StorageError
-from worker.checkpoint import (
+from qbatch.core.digest import CHUNK_BYTES, digest_file
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import DiskFull, StorageError
+from qbatch.worker.checkpoints.publish import (
     CARD,
     MANIFEST,
     Origin,
@@ -26,7 +26,7 @@ from worker.checkpoint import (
     publish,
     slug,
 )
-from worker.staging import remove_stale, require_room, stage, unstage
+from qbatch.worker.files.staging import remove_stale, require_space, stage, unstage
 
 KEY = "ab" * 32
 SCHEME = Scheme(method=Method.NF4)
@@ -340,9 +340,9 @@ def test_what_no_running_attempt_owns_is_removed(tmp_path: Path) -> None:
 def test_room_that_may_come_is_told_from_room_that_never_will(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     free, used = found.f_bavail * found.f_frsize, (found.f_blocks - found.f_bfree) * found.f_frsize
-    require_room(tmp_path, free // 2)
+    require_space(tmp_path, free // 2)
     with pytest.raises(DiskFull, match="MiB left, and a checkpoint of") as caught:
-        require_room(tmp_path, free + used // 2)
+        require_space(tmp_path, free + used // 2)
     assert caught.value.needed_bytes == free + used // 2
     with pytest.raises(StorageError, match=r"^the storage holds .* MiB, and a checkpoint of"):
-        require_room(tmp_path, free + 2 * used)
+        require_space(tmp_path, free + 2 * used)

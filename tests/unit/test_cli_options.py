@@ -7,7 +7,7 @@ import math
 import click
 import pytest
 
-from cli_options import Amount, Bits, Duration, Name, Patterns, Size, TimeLimit
+from qbatch.cli_options import Amount, Bits, Duration, Name, Patterns, Size, TimeLimit
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from qbatch.views.compare import comparison
+from qbatch.views.comparison import Preference
+from qbatch.views.groups import models_of
+from qbatch.views.recommend import Recommendation, recommend
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
 from tests.unit.test_views import on_terminal
-from views.compare import comparison
-from views.groups import models_of
-from views.recommend import Recommendation, recommend
-from views.wishes import Wish
 
 GIB = 2**30
 
@@ -32,14 +32,14 @@ FP4 = row(4, "bnb-fp4", 5.6, 0.09, decode_tokens_per_s=35.5)
 ALL = [BASELINE, INT8, NF4, FP4]
 
 
-def recommended(rows: list[dict[str, Any]], **wish: Any) -> Recommendation:
+def recommended(rows: list[dict[str, Any]], **preference: Any) -> Recommendation:
     (model,) = models_of(rows)
     (group,) = model.groups
-    return recommend(group, Wish(**wish))
+    return recommend(group, Preference(**preference))
 
 
-def shipped(rows: list[dict[str, Any]], **wish: Any) -> str | None:
-    found = recommended(rows, **wish).ship
+def shipped(rows: list[dict[str, Any]], **preference: Any) -> str | None:
+    found = recommended(rows, **preference).ship
     return None if found is None else str(found["job_id"])
 
 
@@ -47,7 +47,7 @@ def shipped(rows: list[dict[str, Any]], **wish: Any) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("preference", "expected"),
     [
         ({}, "j3"),
         ({"max_kl": 0.01}, "j2"),
@@ -63,8 +63,8 @@ def shipped(rows: list[dict[str, Any]], **wish: Any) -> str | None:
         ({"prefer": "quality", "max_weights_bytes": 6 * GIB, "max_kl": 0.01}, None),
     ],
 )
-def test_the_best_of_those_within_the_bounds_is_shipped(wish: dict[str, Any], expected: str | None) -> None:
-    assert shipped(ALL, **wish) == expected
+def test_the_best_of_those_within_the_bounds_is_shipped(preference: dict[str, Any], expected: str | None) -> None:
+    assert shipped(ALL, **preference) == expected
 
 
 def test_the_sentence_says_why_and_how_far_it_holds() -> None:
@@ -175,20 +175,20 @@ def test_other_protocols_and_devices_are_other_groups_and_it_is_said_how_they_di
         ["j5"],
         ["j6"],
     ]
-    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    shown = " ".join(comparison(rows, Preference(), by="figure", format="table").split())
     assert "3 groups, whose figures are not comparable." in shown
     assert "They differ in device (NVIDIA H200, A100), prompt_tokens (256, 512), tasks (none, arc)." in shown
     assert "prompt 512, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on NVIDIA H200" in shown
     assert "bnb-nf4 (j6): its mean KL, 3.0e-02" not in shown
-    assert "groups" not in comparison(ALL, Wish(), by="figure", format="table")
+    assert "groups" not in comparison(ALL, Preference(), by="figure", format="table")
 
 
 def test_a_baseline_of_another_batch_serves_where_everything_is_the_same() -> None:
     alone = NF4 | {"batch_id": "b2", "job_id": "j9", "baseline_job_id": None}
-    shown = comparison([BASELINE, alone], Wish(), by="figure", format="table")
+    shown = comparison([BASELINE, alone], Preference(), by="figure", format="table")
     assert "5.60 GiB ×0.37" in shown
     changed = alone | {"details": alone["details"] | {"fingerprint": "folder:other"}}
-    shown = comparison([BASELINE, changed], Wish(), by="figure", format="table")
+    shown = comparison([BASELINE, changed], Preference(), by="figure", format="table")
     assert "×0.37" not in shown
     assert "They differ in the model's content." in shown
 
@@ -198,7 +198,7 @@ def test_a_configuration_measured_twice_stands_once_by_its_newer_figures() -> No
     reused = NF4 | {"job_id": "j8", "reused_from": "j3"}
     (group,) = models_of([BASELINE, reused, NF4, again])[0].groups
     assert [one["job_id"] for one in group.rows] == ["j1", "j7"]
-    assert "j7 measured again" in comparison([BASELINE, NF4, again], Wish(), by="figure", format="table")
+    assert "j7 measured again" in comparison([BASELINE, NF4, again], Preference(), by="figure", format="table")
     (group,) = models_of([BASELINE, NF4, reused])[0].groups
     assert dict(group.superseded) == {}, "an answer from an earlier result is not a second measurement"
 
@@ -206,7 +206,7 @@ def test_a_configuration_measured_twice_stands_once_by_its_newer_figures() -> No
 def test_versions_that_differ_within_a_group_are_said() -> None:
     versions = [{"versions": {"torch": version}} for version in ("2.12", "2.13")]
     rows = [one | {"details": one["details"] | found} for one, found in zip((BASELINE, NF4), versions, strict=True)]
-    assert "torch (2.12, 2.13)" in comparison(rows, Wish(), by="figure", format="table")
+    assert "torch (2.12, 2.13)" in comparison(rows, Preference(), by="figure", format="table")
 
 
 def test_rows_that_were_not_timed_in_turns_are_said_to_be_so() -> None:
@@ -214,32 +214,32 @@ def test_rows_that_were_not_timed_in_turns_are_said_to_be_so() -> None:
         return NF4 | {"details": NF4["details"] | {"rounds": {"count": 3, "interleaved_with": list(others)}}}
 
     told = "j3 was not timed in turns with j1: host time varies from visit to visit"
-    assert told in comparison([BASELINE, beside("j2")], Wish(), by="figure", format="table")
-    assert told not in comparison([BASELINE, beside("j1", "j2")], Wish(), by="figure", format="table")
-    assert told not in comparison([BASELINE, NF4], Wish(), by="figure", format="table")
+    assert told in comparison([BASELINE, beside("j2")], Preference(), by="figure", format="table")
+    assert told not in comparison([BASELINE, beside("j1", "j2")], Preference(), by="figure", format="table")
+    assert told not in comparison([BASELINE, NF4], Preference(), by="figure", format="table")
 
 
 def test_a_warning_is_told_once() -> None:
     dropped = {"audit": {"dropped_tensors": ["mtp.weight"]}}
     rows = [BASELINE, *(one | {"details": one["details"] | dropped} for one in (INT8, NF4))]
-    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    shown = " ".join(comparison(rows, Preference(), by="figure", format="table").split())
     assert shown.count("1 tensor of the source is not in it") == 2, "in the recommendation, and of the other row"
     assert "j2 bnb-int8: 1 tensor of the source" in shown
 
 
 def test_rows_without_a_result_are_named() -> None:
     failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", error_message="out of memory")
-    shown = comparison([BASELINE, failed], Wish(), by="figure", format="table")
+    shown = comparison([BASELINE, failed], Preference(), by="figure", format="table")
     assert "j5 bnb-fp4 has no result: failed: cuda_oom: out of memory." in shown
-    assert comparison([], Wish(), by="figure", format="table") == "no results"
-    only = comparison([failed], Wish(), by="figure", format="table")
+    assert comparison([], Preference(), by="figure", format="table") == "no results"
+    only = comparison([failed], Preference(), by="figure", format="table")
     assert "has no result" in only
 
 
 def test_the_reasons_are_told_in_full_below() -> None:
     rows = [explained(1, "none", BF16_STEP, weights_bytes=15 * GIB)]
     rows += [explained(2, "bnb-nf4", NF4_STEP, weights_bytes=5 * GIB, kl_mean=0.03)]
-    shown = " ".join(comparison(rows, Wish(), by="figure", format="table").split())
+    shown = " ".join(comparison(rows, Preference(), by="figure", format="table").split())
     assert "Both wait for the host" in shown
     assert "kernels alone 7.37 ms 6.94 ms ×0.94" in shown
 
@@ -249,11 +249,11 @@ def test_tasks_stand_with_their_errors() -> None:
         task = {"acc": accuracy, "acc_stderr": 0.02, "n_samples": 500, "samples_hash": "s"}
         return one | {"details": one["details"] | {"tasks": {"arc_easy": task}}}
 
-    shown = comparison([scored(BASELINE, 0.8), scored(NF4, 0.79)], Wish(), by="figure", format="table")
+    shown = comparison([scored(BASELINE, 0.8), scored(NF4, 0.79)], Preference(), by="figure", format="table")
     (line,) = (line for line in shown.splitlines() if "arc_easy acc" in line)
     assert line.endswith(" 0.7900 ± 0.0200 ≈")
     assert "0.7000 ± 0.0200\n" in comparison(
-        [scored(BASELINE, 0.8), scored(NF4, 0.7)], Wish(), by="figure", format="table"
+        [scored(BASELINE, 0.8), scored(NF4, 0.7)], Preference(), by="figure", format="table"
     )
 
 
@@ -263,21 +263,21 @@ def test_a_comparison_fits_the_terminal_and_leaves_nothing_out(
     monkeypatch: pytest.MonkeyPatch, by: str, width: int
 ) -> None:
     on_terminal(monkeypatch, width)
-    shown = comparison(ALL, Wish(), by=by, format="table")
+    shown = comparison(ALL, Preference(), by=by, format="table")
     assert max(map(len, shown.splitlines())) <= width
     for figure in ("5.60 GiB ×0.37", "35.4 tok/s ×0.73", "9.0e-02", "3.0e-04"):
         assert figure in shown
 
 
 def test_schemes_are_lines_or_columns() -> None:
-    by_figure = comparison(ALL, Wish(), by="figure", format="table").splitlines()
+    by_figure = comparison(ALL, Preference(), by="figure", format="table").splitlines()
     assert any(line.split()[:2] == ["weights", "15.00"] for line in by_figure)
-    by_scheme = comparison(ALL, Wish(), by="scheme", format="table").splitlines()
+    by_scheme = comparison(ALL, Preference(), by="scheme", format="table").splitlines()
     assert any(line.split()[:2] == ["j3", "bnb-nf4"] for line in by_scheme)
 
 
 def test_json_and_csv_say_the_same_to_a_program() -> None:
-    (model,) = json.loads(comparison(ALL, Wish(), by="figure", format="json"))
+    (model,) = json.loads(comparison(ALL, Preference(), by="figure", format="json"))
     (group,) = model["groups"]
     assert group["recommendation"]["ship"] == "j3"
     assert group["recommendation"]["bounds"] == ["a mean KL of at most 0.05 nats (the default, which --max-kl changes)"]
@@ -285,13 +285,13 @@ def test_json_and_csv_say_the_same_to_a_program() -> None:
     nf4 = next(one for one in group["rows"] if one["job_id"] == "j3")
     assert nf4["ratios"]["weights_bytes"] == pytest.approx(5.6 / 15, rel=1e-6)
     assert nf4["compared_with"] == "j1"
-    lines = list(csv.DictReader(io.StringIO(comparison(ALL, Wish(), by="figure", format="csv"))))
+    lines = list(csv.DictReader(io.StringIO(comparison(ALL, Preference(), by="figure", format="csv"))))
     assert [(line["job_id"], line["recommended"]) for line in lines if line["recommended"] == "true"] == [
         ("j3", "true")
     ]
     assert float(lines[2]["weights_bytes_ratio"]) == pytest.approx(5.6 / 15, rel=1e-6)
     assert lines[0]["weights_bytes_ratio"] == ""
-    assert comparison([], Wish(), by="figure", format="json") == "[]"
+    assert comparison([], Preference(), by="figure", format="json") == "[]"
 
 
 def test_a_program_is_told_what_is_noise_and_which_versions_differ() -> None:
@@ -302,11 +302,11 @@ def test_a_program_is_told_what_is_noise_and_which_versions_differ() -> None:
         for one, found, noise, at in zip((BASELINE, NF4), versions, noisy, (0.0200, 0.0201), strict=True)
     ]
     rows[1] |= {"decode_tokens_per_s": 47.0, "top1_agreement": 0.5}
-    ((group,),) = [model["groups"] for model in json.loads(comparison(rows, Wish(), by="figure", format="json"))]
+    ((group,),) = [model["groups"] for model in json.loads(comparison(rows, Preference(), by="figure", format="json"))]
     assert group["versions_differ_in"] == ["torch (2.12, 2.13)"]
     nf4 = next(one for one in group["rows"] if one["job_id"] == "j3")
     assert sorted(nf4["not_distinguishable"]) == ["decode_tokens_per_s", "per_token_s_p50"]
-    (_, line) = csv.DictReader(io.StringIO(comparison(rows, Wish(), by="figure", format="csv")))
+    (_, line) = csv.DictReader(io.StringIO(comparison(rows, Preference(), by="figure", format="csv")))
     assert json.loads(line["not_distinguishable"]) == nf4["not_distinguishable"]
 
 
@@ -315,10 +315,10 @@ def test_each_row_names_its_baseline_where_there_are_two() -> None:
     of_wide = row(6, "bnb-nf4", 6.0, 0.01, dtype="float32", compute_dtype="bfloat16", baseline_job_id="j5")
     (group,) = models_of([BASELINE, NF4, wide, of_wide])[0].groups
     assert {job_id: base["job_id"] for job_id, base in group.baselines.items()} == {"j3": "j1", "j6": "j5"}
-    table = comparison([BASELINE, NF4, wide, of_wide], Wish(), by="scheme", format="table")
+    table = comparison([BASELINE, NF4, wide, of_wide], Preference(), by="scheme", format="table")
     assert "j3 bnb-nf4 of j1" in table
     assert "j6 bnb-nf4 in bfloat16 of j5" in table
-    assert " of j1" not in comparison(ALL, Wish(), by="scheme", format="table")
+    assert " of j1" not in comparison(ALL, Preference(), by="scheme", format="table")
 
 
 def test_a_perplexity_beyond_any_float_is_over_every_bound() -> None:

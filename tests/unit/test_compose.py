@@ -17,9 +17,9 @@ import pytest
 import redis
 import yaml
 
-from cli import main
-from models_db.settings import Settings
-from scheduler.private_redis import redis_server_path
+from qbatch.cli import main
+from qbatch.core.settings import Settings
+from qbatch.scheduler.private_redis import redis_server_path
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -187,8 +187,7 @@ def test_the_image_runs_as_a_user_without_rights() -> None:
 
 def test_the_image_gets_everything_that_the_project_is_built_from() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
-    modules = {f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]}
+    links = {path.readlink().name for path in (ROOT / "src" / "qbatch").iterdir() if path.is_symlink()}
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    needed = packages | modules | {"pyproject.toml", "constraints.txt", project["project"]["readme"], "LICENSE"}
+    needed = links | {"src", "pyproject.toml", "constraints.txt", project["project"]["readme"], "LICENSE"}
     assert let_through == needed

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from models_db.content import content_files
-from models_db.digest import CHUNK_BYTES, Checksums, checksums
-from models_db.errors import SourceChanged, SourceNotFound
-from models_db.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file
+from qbatch.core.digest import CHUNK_BYTES, Checksums, checksums
+from qbatch.core.errors import SourceChanged, SourceNotFound
+from qbatch.core.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file
+from qbatch.core.model_files import content_files
+from qbatch.worker.files.content import Content, NoDigestCache, hash_content, hash_files
 from tests.identity import fingerprint
-from worker.content import Content, NoDigestCache, hash_content, hash_files
 
 
 class Remembered:
@@ -194,7 +194,7 @@ def test_a_file_that_is_written_while_it_is_hashed_is_none(model: Path, monkeypa
         write_the_same(model / "model.safetensors")
         return found
 
-    monkeypatch.setattr("worker.content.checksums", written_meanwhile)
+    monkeypatch.setattr("qbatch.worker.files.content.checksums", written_meanwhile)
     with pytest.raises(SourceChanged, match="while it was read"):
         hashed(model)
 
@@ -210,7 +210,7 @@ def test_a_link_made_to_a_file_while_it_is_hashed_leaves_it_to_be_read_again(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr("worker.content.checksums", linked_meanwhile)
+        patched.setattr("qbatch.worker.files.content.checksums", linked_meanwhile)
         content = hashed(model)
     assert content.versions["model.safetensors"] == ""
     content.confirm()
@@ -221,7 +221,7 @@ def test_more_files_than_a_process_may_open_are_hashed_in_groups(model: Path, mo
     for number in range(5):
         (model / f"{number}.json").write_text(str(number))
     at_once = fingerprint(model)
-    monkeypatch.setattr("worker.content._OPEN_AT_ONCE", 2)
+    monkeypatch.setattr("qbatch.worker.files.content._OPEN_AT_ONCE", 2)
     assert fingerprint(model) == at_once
 
 
@@ -260,7 +260,7 @@ def test_mounts_at_odd_places_are_understood(tmp_path: Path, monkeypatch: pytest
         "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
         "21 20 0:40 /export /mnt/two\\040words rw shared:1 - nfs4 server:/export rw,vers=4.2\n"
     )
-    monkeypatch.setattr("models_db.file_stat.MOUNTS", listing)
+    monkeypatch.setattr("qbatch.core.file_stat.MOUNTS", listing)
     mounts = Mounts()
     remote, local = mounts.of("/mnt/two words/model/x"), mounts.of("/mnt/two")
     assert remote is not None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from models_db.errors import BenchmarkError, DeviceError, JobError, Retry, job_error
-from worker.device_faults import device_fault
-from worker.load import translated
-from worker.messages import Failed, Question, Reply, RunnerMessage
-from worker.reports import Reports
+from qbatch.core.errors import BenchmarkError, DeviceError, JobError, Retry, job_error
+from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.models.load import translated
+from qbatch.worker.runner.messages import Failed, Question, Reply, RunnerMessage
+from qbatch.worker.runner.reports import Reports
 
 _BY_MODEL = (
     "CUDA error: device-side assert triggered",

@@ -3,8 +3,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from models_db import digest
-from models_db.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
+from qbatch.core import digest
+from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
 
 
 def test_each_chunk_is_hashed_on_its_own(tmp_path: Path) -> None:

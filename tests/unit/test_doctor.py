@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from models_db.clock import db_now
-from models_db.errors import CudaOom, DeviceError
-from models_db.leases import acquire
-from models_db.schema import upgrade
-from models_db.session import SCHEMA_HEAD, Database
-from models_db.settings import Settings
-from models_db.tables import Pause, Worker
+from qbatch.core.errors import CudaOom, DeviceError
+from qbatch.core.settings import Settings
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.leases import acquire
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import SCHEMA_HEAD, Database
+from qbatch.models_db.tables import Pause, Worker
+from qbatch.views.checks import Check, State, render_checks
+from qbatch.views.doctor import broker_place, examine
+from qbatch.views.libraries import VisibleGpu, cuda, examine_libraries, versions
 from tests.migrating import AFTER_NEXT, INDEX, NEXT, NULLABLE, migrate
 from tests.rows import a_batch, a_worker, claim, fail
-from views.checks import Check, State, render_checks
-from views.doctor import broker_place, examine
-from views.libraries import Gpu, cuda, examine_libraries, versions
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_library_that_is_too_old_or_missing_is_a_fault(monkeypatch: pytest.Mon
     assert found["torch"].message.startswith("2.9.1+cpu; qbatch needs >=2.1")
     assert (found["celery"].state, found["celery"].message) == (State.WRONG, "is not installed")
     assert found["transformers"].state is State.OK
-    gpu = cuda([Gpu(name="NVIDIA H200", memory_bytes=141 * 2**30)])
+    gpu = cuda([VisibleGpu(name="NVIDIA H200", memory_bytes=141 * 2**30)])
     assert (gpu.state, gpu.message.split("; ")[1]) == (
         State.WRONG,
         "but the torch that is installed is built without CUDA",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models_db.domain import (
+from qbatch.core.domain import (
     BASELINE,
     LARGEST_ID,
     MEASURED_COLUMNS,
@@ -27,7 +27,7 @@ from models_db.domain import (
     parse_id,
     stored_dtype,
 )
-from models_db.errors import ERROR_KINDS, JobError, UsageError, job_error
+from qbatch.core.errors import ERROR_KINDS, JobError, UsageError, job_error
 
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CPU)
 

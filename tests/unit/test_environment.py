@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from worker.environment import without_secrets
+from qbatch.worker.serving.environment import without_secrets
 
 KEPT = {
     *("PATH", "HOME", "TMPDIR", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "SSL_CERT_FILE", "https_proxy", "NO_PROXY"),
@@ -29,8 +29,8 @@ def test_a_runner_has_what_its_libraries_read_and_nothing_else() -> None:
 @pytest.mark.parametrize(("database", "code"), [("postgresql://127.0.0.1:1/none", 2), (None, 0)])
 def test_a_password_that_runners_would_inherit_is_refused(database: str | None, code: int) -> None:
     script = (
-        "import os, sys; from models_db.errors import UsageError; from models_db.settings import Settings;"
-        "from worker.serve import _drop_secrets\n"
+        "import os, sys; from qbatch.core.errors import UsageError; from qbatch.core.settings import Settings;"
+        "from qbatch.worker.serving.celery_worker import _drop_secrets\n"
         "try: _drop_secrets(Settings.from_env(os.environ))\n"
         "except UsageError as error: sys.exit(2 if 'PGPASSWORD' in str(error) else 3)\n"
         "assert 'QBATCH_DATABASE_URL' not in os.environ and 'PGPASSWORD' not in os.environ"

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from examples import make_models
 from examples.make_models import EXAMPLES, Example
-from models_db.domain import DType
-from scheduler.model_list import read_model_list
-from worker.architecture import Task
-from worker.load import load
+from qbatch.core.domain import DType
+from qbatch.scheduler.model_list import read_model_list
+from qbatch.worker.models.architecture import ModelKind
+from qbatch.worker.models.load import load
 
 ROOT = Path(__file__).parents[2]
 _STEPS = 30
@@ -50,7 +50,7 @@ def test_training_lowers_the_held_out_loss(made: tuple[Example, Path, str]) -> N
 def test_an_example_loads_as_a_causal_model_that_its_tokenizer_fits(made: tuple[Example, Path, str]) -> None:
     example, folder, _ = made
     loaded = load(folder, dtype=DType.FLOAT32, device="cpu")
-    assert loaded.task is Task.CAUSAL_LM
+    assert loaded.task is ModelKind.CAUSAL_LM
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size == make_models.VOCAB_SIZE
     config = json.loads((folder / "config.json").read_text())
     assert getattr(torch, config["dtype"]) is example.dtype

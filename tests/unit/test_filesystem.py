@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from models_db.errors import StorageUnavailable
-from models_db.filesystem import Refusal, move, probe, require_locks, room_of, share, sync, touch, umask
-from models_db.settings import Settings
-from scheduler.local import LocalStack, stack_is_running
+from qbatch.core.errors import StorageUnavailable
+from qbatch.core.filesystem import Refusal, disk_space, move, probe, require_locks, share, sync, touch, umask
+from qbatch.core.settings import Settings
+from qbatch.scheduler.local_stack import LocalStack, stack_is_running
+from qbatch.views.checks import State
+from qbatch.views.doctor import examine
+from qbatch.worker.checkpoints.publish import MANIFEST, find_published
+from qbatch.worker.files.staging import require_space
+from qbatch.worker.serving.celery_worker import check_surroundings
 from tests.unit.test_checkpoint import KEY, PATH, look, put, staged
-from views.checks import State
-from views.doctor import examine
-from worker.checkpoint import MANIFEST, find_published
-from worker.serve import check_surroundings
-from worker.staging import require_room
 
 FSYNC, CHMOD, RENAME, FLOCK = os.fsync, os.chmod, os.rename, fcntl.flock
 
@@ -225,9 +225,9 @@ def test_a_file_system_that_does_not_say_how_large_it_is_is_tried(
 ) -> None:
     there = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: there._replace(total=0, used=0, free=0))
-    assert room_of(tmp_path) is None
-    require_room(tmp_path, 2**60)
+    assert disk_space(tmp_path) is None
+    require_space(tmp_path, 2**60)
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert (found["storage"].state, "does not say" in found["storage"].message) == (State.OK, True)
     monkeypatch.setattr(shutil, "disk_usage", fails(errno.ENOSYS))
-    assert room_of(tmp_path) is None
+    assert disk_space(tmp_path) is None

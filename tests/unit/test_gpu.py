@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from models_db.errors import NoSuchDevice
-from worker.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
+from qbatch.core.errors import NoSuchDevice
+from qbatch.worker.machine.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 
 UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
 INSTALLED = tuple(Gpu(index=index, uuid=uuid, name="a GPU", memory_bytes=2**30) for index, uuid in enumerate(UUIDS))

@@ -7,19 +7,10 @@ from typing import Any
 import click
 import pytest
 
-from cli_options import Counts
-from models_db.domain import (
-    BASELINE,
-    DeviceKind,
-    DType,
-    Method,
-    Protocol,
-    ProtocolOptions,
-    SourceRef,
-    content_hash,
-)
-from models_db.errors import UsageError
-from scheduler.grid import Grid
+from qbatch.cli_options import Counts
+from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, SourceRef, content_hash
+from qbatch.core.errors import UsageError
+from qbatch.scheduler.job_grid import Grid
 
 
 def methods(**options: Any) -> list[Method]:

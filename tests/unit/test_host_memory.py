@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from worker.host_memory import available_memory
+from qbatch.worker.machine.host_memory import available_memory
 
 MIB = 2**20
 

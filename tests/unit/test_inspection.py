@@ -12,13 +12,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from models_db.domain import SourceRef
-from models_db.errors import FetchError, JobError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
-from models_db.inspection import inspect_source
-from models_db.sources import INDEX_NAME, SINGLE_NAME, parse_source
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import FetchError, JobError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
+from qbatch.core.inspection import inspect_source
+from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, parse_source
+from qbatch.views.model_description import inspection_table
 from tests.hub import Hub, serving
 from tests.tiny import make_causal, make_encoder
-from views.inspection import inspection_table
 
 
 @pytest.fixture(scope="module")

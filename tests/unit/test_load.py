@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import DType
-from models_db.errors import (
+from qbatch.core.domain import DType
+from qbatch.core.errors import (
     BenchmarkError,
     CudaOom,
     DeviceError,
@@ -21,10 +21,10 @@ from models_db.errors import (
     UnsafeSource,
     Unsupported,
 )
+from qbatch.worker.models.architecture import ModelKind
+from qbatch.worker.models.load import translated
 from tests import tiny
 from tests.unit.benchmark_models import INT8, NF4, loaded_on_cpu, quantized
-from worker.architecture import Task
-from worker.load import translated
 
 WEIGHTS = "model.safetensors"
 
@@ -35,9 +35,9 @@ def llama(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arch", "task"), [("llama", Task.CAUSAL_LM), ("bloom", Task.CAUSAL_LM), ("gpt2", Task.CAUSAL_LM)]
+    ("arch", "task"), [("llama", ModelKind.CAUSAL_LM), ("bloom", ModelKind.CAUSAL_LM), ("gpt2", ModelKind.CAUSAL_LM)]
 )
-def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, task: Task) -> None:
+def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, task: ModelKind) -> None:
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path, arch), DType.BFLOAT16)
     assert loaded.task is task
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
@@ -48,17 +48,17 @@ def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, task: 
 @pytest.mark.parametrize(
     ("head", "task"),
     [
-        (None, Task.ENCODER),
-        ("masked-lm", Task.MASKED_LM),
-        ("classification", Task.SEQUENCE_CLASSIFICATION),
+        (None, ModelKind.ENCODER),
+        ("masked-lm", ModelKind.MASKED_LM),
+        ("classification", ModelKind.SEQUENCE_CLASSIFICATION),
     ],
 )
-def test_an_encoder_loads_by_its_architecture(tmp_path: Path, head: str | None, task: Task) -> None:
+def test_an_encoder_loads_by_its_architecture(tmp_path: Path, head: str | None, task: ModelKind) -> None:
     assert loaded_on_cpu(tiny.make_encoder(tmp_path, head)).task is task
 
 
 def test_a_sequence_to_sequence_model_is_one(tmp_path: Path) -> None:
-    assert loaded_on_cpu(tiny.make_seq2seq(tmp_path, "bart")).task is Task.SEQ2SEQ
+    assert loaded_on_cpu(tiny.make_seq2seq(tmp_path, "bart")).task is ModelKind.SEQ2SEQ
 
 
 def test_a_published_checkpoint_loads_with_its_quantized_layers(llama: Path, tmp_path: Path) -> None:

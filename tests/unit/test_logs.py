@@ -10,7 +10,7 @@ import threading
 
 _FETCH = """
 import logging, sys
-from worker.logs import log_to_stderr
+from qbatch.worker.machine.logs import log_to_stderr
 log_to_stderr()
 from huggingface_hub.utils import get_session
 assert get_session().get(sys.argv[1]).status_code == 200
@@ -43,7 +43,8 @@ def test_a_signed_link_is_not_logged() -> None:
 
 def test_a_log_steers_no_terminal() -> None:
     script = (
-        "import logging, sys, warnings; held = logging.StreamHandler(); from worker.logs import log_to_stderr;"
+        "import logging, sys, warnings; held = logging.StreamHandler();"
+        "from qbatch.worker.machine.logs import log_to_stderr;"
         "log_to_stderr(); logging.getLogger('transformers').addHandler(held);"
         "hostile = chr(27) + '[2J' + chr(7) + chr(0x9b);"
         "logging.getLogger('transformers').warning('%s', hostile); print(hostile, file=sys.stderr);"

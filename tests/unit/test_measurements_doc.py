@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from models_db.domain import MEASURED_COLUMNS, Protocol
+from qbatch.core.domain import MEASURED_COLUMNS, Protocol
+from qbatch.worker.measuring.quality.reference import prepare_reference
+from qbatch.worker.measuring.speed.energy import Energy
+from qbatch.worker.measuring.why.decode_kernels import KernelsAlone
+from qbatch.worker.measuring.why.profile import StepProfile
+from qbatch.worker.measuring.why.roofs import Roofs
+from qbatch.worker.measuring.why.traffic import StepWork
 from tests import tiny
 from tests.unit.benchmark_models import NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
-from worker.benchmark.energy import Energy
-from worker.benchmark.graph import KernelsAlone
-from worker.benchmark.profile import StepProfile
-from worker.benchmark.reference import prepare_reference
-from worker.benchmark.roofs import Roofs
-from worker.benchmark.traffic import StepWork
 
 DOCS = (Path(__file__).parents[2] / "docs" / "measurements.md").read_text(encoding="utf-8")
 # A GPU's alone: what a CPU's result does not have.

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu import Message
 
-from models_db.settings import Settings
-from scheduler.celery_app import make_app
-from scheduler.queues import RUN_BUNDLE
-from worker.message_vet import problem_of
+from qbatch.core.settings import Settings
+from qbatch.scheduler.celery_app import make_app
+from qbatch.scheduler.queues import RUN_BUNDLE
+from qbatch.worker.serving.message_vet import problem_of
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models_db.domain import SourceRef
-from models_db.errors import UsageError
-from scheduler.model_list import read_model_list
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import UsageError
+from qbatch.scheduler.model_list import read_model_list
 
 
 def names(text: str) -> list[str]:

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cli import main
-from models_db import file_stat, network_share
-from models_db.errors import DatabaseOfAnotherHost
-from models_db.network_share import NetworkShare, share_of
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.settings import Settings
-from scheduler.broker import Broker
-from scheduler.loop import Scheduler
-from views.doctor import examine
+from qbatch.cli import main
+from qbatch.core import file_stat
+from qbatch.core.errors import DatabaseOfAnotherHost
+from qbatch.core.settings import Settings
+from qbatch.models_db import network_share
+from qbatch.models_db.network_share import NetworkShare, share_of
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.scheduler.broker import Broker
+from qbatch.scheduler.loop import Scheduler
+from qbatch.views.doctor import examine
 
 _MOUNT = "36 35 98:0 / {place} rw,noatime shared:1 master:2 - {type} server:/export rw\n"
 

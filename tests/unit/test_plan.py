@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from models_db.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.sources import Header, read_headers
-from models_db.tables import Job
-from models_db.vram import GIB
-from scheduler.grid import Grid
-from scheduler.plan import memory_bytes, predicted_need
-from scheduler.submit import Submission, submit
+from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
+from qbatch.core.settings import Settings
+from qbatch.core.sources import Header, read_headers
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.models_db.vram import GIB
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.submit import Submission, submit
+from qbatch.scheduler.vram_prediction import memory_bytes, predicted_need
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

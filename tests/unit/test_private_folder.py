@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from models_db.errors import StorageUnavailable
-from models_db.private_folder import fault_of, is_private, is_runtime_dir, make_private
+from qbatch.core.errors import StorageUnavailable
+from qbatch.core.private_folder import fault_of, is_private, is_runtime_dir, make_private
 
 
 def test_one_is_made_for_its_user_alone_and_made_once(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import scheduler.process
-from scheduler.process import FINAL, REFUSALS, Child
+from qbatch.scheduler import child_process
+from qbatch.scheduler.child_process import FINAL, REFUSALS, Child
 from tests.waiting import until
 
 Start = Callable[..., Child]
@@ -85,7 +85,7 @@ def test_one_that_refuses_is_not_started_again(child: Start, code: int) -> None:
 def test_one_that_did_work_is_started_again_whatever_it_says(
     child: Start, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler.process, "_HEALTHY_AFTER_S", 0.0)
+    monkeypatch.setattr(child_process, "_HEALTHY_AFTER_S", 0.0)
     one = child(f"raise SystemExit({code})")
     one.start()
     assert ended(one) == code
@@ -95,7 +95,7 @@ def test_one_that_did_work_is_started_again_whatever_it_says(
 
 def test_one_whose_database_is_gone_is_not_started_again(child: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it did before: it would make an empty one."""
-    monkeypatch.setattr(scheduler.process, "_HEALTHY_AFTER_S", 0.0)
+    monkeypatch.setattr(child_process, "_HEALTHY_AFTER_S", 0.0)
     one = child(f"raise SystemExit({FINAL})")
     one.start()
     assert ended(one) == FINAL
@@ -137,7 +137,7 @@ def test_a_ctrl_c_at_the_terminal_is_not_its_business(child: Start) -> None:
 
 def test_one_dies_when_its_parent_is_killed_without_a_word() -> None:
     code = (
-        "import os, sys, time; from scheduler.process import Child;"
+        "import os, sys, time; from qbatch.scheduler.child_process import Child;"
         "one = Child('it', [sys.executable, '-c', 'import time; time.sleep(60)'], env=dict(os.environ)); one.start();"
         "print(one.pid, flush=True); time.sleep(60)"
     )

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from models_db.domain import DType, Method, Scheme
-from models_db.errors import SourceCorrupt
-from models_db.sources import Header, TensorInfo, read_config, read_headers
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import SourceCorrupt
+from qbatch.core.sources import Header, TensorInfo, read_config, read_headers
+from qbatch.worker.models.load import load
+from qbatch.worker.models.proportions import refuse_disproportion
+from qbatch.worker.quantizing import Refused, Target, write_checkpoints
 from tests import tiny
-from worker.load import load
-from worker.proportions import refuse_disproportion
-from worker.quantize import Refused, Target, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 

@@ -14,11 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import DType, Method, Scheme
-from models_db.errors import Unsupported
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import Unsupported
+from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
-from worker.quantize import Refused, Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import DType, Method, Scheme
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.reference import contents, save_reference
 from tests.tiny import (
     CAUSAL_ARCHS,
@@ -23,7 +24,6 @@ from tests.tiny import (
     make_seq2seq,
     make_speech,
 )
-from worker.quantize import Target, Written, write_checkpoints
 
 NF4 = Scheme(method=Method.NF4)
 NF4_DOUBLE = Scheme(method=Method.NF4, double_quant=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from worker.quantize.initializing import why_overwritten
-from worker.quantize.trace import FromSource, Traced
+from qbatch.worker.quantizing.planning.initializing import why_overwritten
+from qbatch.worker.quantizing.tensors.trace import FromSource, Traced
 
 
 class Model(torch.nn.Module):

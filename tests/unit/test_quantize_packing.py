@@ -6,10 +6,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from models_db.domain import Method, Scheme
-from worker.quantize.eightbit import quantize_int8
-from worker.quantize.fourbit import _trusted_table, quantize_4bit
-from worker.quantize.packing import PIECE_STEP, Packing, block_maxima, pack
+from qbatch.core.domain import Method, Scheme
+from qbatch.worker.methods.bnb_fourbit import _trusted_table, quantize_4bit
+from qbatch.worker.methods.bnb_int8 import quantize_int8
+from qbatch.worker.methods.packing import PIECE_STEP, Packing, block_maxima, pack
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_rows_that_need_no_rounding_are_not_rounded(monkeypatch: pytest.MonkeyPa
         raise AssertionError("left to the library")
 
     quantize_int8(weight)
-    monkeypatch.setattr("worker.quantize.eightbit._by_library", fail)
+    monkeypatch.setattr("qbatch.worker.methods.bnb_int8._by_library", fail)
     plain = weight[-16:].clone()
     codes, _, restored = quantize_int8(plain)
     assert codes.abs().amax() == 127

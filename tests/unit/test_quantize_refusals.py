@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models_db.domain import DType, Method, Scheme
-from models_db.errors import (
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import (
     CudaOom,
     DeviceError,
     DiskFull,
@@ -30,9 +30,9 @@ from models_db.errors import (
     UnsafeSource,
     Unsupported,
 )
+from qbatch.worker.quantizing import Progress, Refused, Target, Written, write_checkpoints
+from qbatch.worker.quantizing.faults import as_job_error
 from tests.tiny import make_causal, make_fused_qkv, make_llama4, make_overwritten
-from worker.quantize import Progress, Refused, Target, Written, write_checkpoints
-from worker.quantize.faults import as_job_error
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)

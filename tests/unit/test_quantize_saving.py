@@ -6,13 +6,13 @@ from pathlib import Path
 
 from transformers.core_model_loading import revert_weight_conversion
 
-from models_db.domain import DType, Method, Scheme
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.worker.models.vet import vet_source
+from qbatch.worker.quantizing import Target
+from qbatch.worker.quantizing.planning.loading import trace_loading
+from qbatch.worker.quantizing.planning.saving import as_saved
+from qbatch.worker.quantizing.tensors.source_reader import SourceReader
 from tests.tiny import make_causal
-from worker.quantize import Target
-from worker.quantize.loading import trace_loading
-from worker.quantize.reading import SourceReader
-from worker.quantize.saving import as_saved
-from worker.quantize.vet import vet_source
 
 
 def test_where_nothing_was_converted_the_order_is_what_transformers_makes_it(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models_db.digest import digest_file
-from models_db.domain import DType, Method, Scheme
-from models_db.errors import StorageError, Unsupported
+from qbatch.core.digest import digest_file
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import StorageError, Unsupported
+from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
+from qbatch.worker.quantizing.streaming.workspace_pool import WorkspacePool
 from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv
-from worker.quantize import Refused, Target, Written, write_checkpoints
-from worker.quantize.pool import LanePool
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
@@ -91,7 +91,7 @@ def test_of_a_tied_pair_that_is_stored_twice_each_value_is_compared_once(tmp_pat
 
 def test_whoever_watches_is_told_a_few_times_a_second() -> None:
     told: list[None] = []
-    assert LanePool("cpu").run([lambda _lane: time.sleep(2)], lambda: told.append(None)) is None
+    assert WorkspacePool("cpu").run([lambda _workspace: time.sleep(2)], lambda: told.append(None)) is None
     assert len(told) >= 4
 
 

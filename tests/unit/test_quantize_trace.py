@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from worker.quantize.trace import Call, Cast, FromSource, Traced, is_elementwise, replay, simplified, sources_of
+from qbatch.worker.quantizing.tensors.trace import (
+    Call,
+    Cast,
+    FromSource,
+    Traced,
+    is_elementwise,
+    replay,
+    simplified,
+    sources_of,
+)
 
 DATA = {name: torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("abcd")}
 

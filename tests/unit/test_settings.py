@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from models_db.errors import UsageError
-from models_db.settings import Settings
-from scheduler.celery_app import make_app
+from qbatch.core.errors import UsageError
+from qbatch.core.settings import Settings
+from qbatch.scheduler.celery_app import make_app
 
 SECRET = "hunter2"  # noqa: S105
 

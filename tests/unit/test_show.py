@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from qbatch.views.job_details import show_jobs
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, explained, stats
 from tests.unit.test_views import on_terminal
-from views.job import show_jobs
 
 RECORD: dict[str, Any] = {
     "location": "/models/llama",

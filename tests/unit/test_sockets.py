@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qbatch.worker.serving.sockets import own_sockets
 from tests.waiting import until
-from worker.sockets import own_sockets
 
 _WORKER = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from worker.sockets import own_sockets
+from qbatch.worker.serving.sockets import own_sockets
 
 with own_sockets(Path(sys.argv[1])):
     multiprocessing.get_context("forkserver").Process(target=print).start()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from models_db.errors import DiskFull, StorageError
-from worker.source_cache import SourceCache
+from qbatch.core.errors import DiskFull, StorageError
+from qbatch.worker.sources.source_cache import SourceCache
 
 
 def test_a_source_larger_than_the_caches_disk_is_not_waited_for(tmp_path: Path) -> None:

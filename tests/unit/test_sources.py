@@ -17,9 +17,9 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models_db.domain import DType
-from models_db.errors import JobError, SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
-from models_db.sources import (
+from qbatch.core.domain import DType
+from qbatch.core.errors import JobError, SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
+from qbatch.core.sources import (
     INDEX_NAME,
     PICKLE_INDEX_NAME,
     PICKLE_NAME,
@@ -132,8 +132,8 @@ def test_any_text_is_a_source_or_a_usage_error(text: str) -> None:
 _HOSTILE = """
 import resource, sys
 from pathlib import Path
-from models_db.errors import SourceCorrupt
-from models_db.sources import MAX_HEADER_BYTES, read_header
+from qbatch.core.errors import SourceCorrupt
+from qbatch.core.sources import MAX_HEADER_BYTES, read_header
 
 path = Path(sys.argv[1])
 header = b"[" + b"[]," * (MAX_HEADER_BYTES // 3 - 2) + b"[]]"

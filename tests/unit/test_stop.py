@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 
-from scheduler.stop import Stop
+from qbatch.scheduler.stop import Stop
 
 _STORM = """
 import os, signal, threading
-from scheduler.stop import Stop
+from qbatch.scheduler.stop import Stop
 
 stop = Stop()
 stop.heed_signals()

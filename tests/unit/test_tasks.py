@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from models_db.domain import DeviceKind, Protocol, ProtocolOptions, TaskRef, content_hash
-from models_db.errors import UnsafeSource, UsageError
-from scheduler.task_files import MAX_BYTES, read_tasks, unpack
+from qbatch.core.domain import DeviceKind, Protocol, ProtocolOptions, TaskRef, content_hash
+from qbatch.core.errors import UnsafeSource, UsageError
+from qbatch.scheduler.lm_eval_files import MAX_BYTES, read_tasks, unpack
 from tests.quiz import CONFIG, QUESTIONS, write_quiz
 
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CPU)

@@ -14,12 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models_db.digest import digest_file, root_sha256
-from models_db.domain import DType, Method, Scheme
+from qbatch.core.digest import digest_file, root_sha256
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.worker.checkpoints.publish import Origin, publish
+from qbatch.worker.checkpoints.verify import verify
+from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_llama4, make_overwritten, make_seq2seq
-from worker.checkpoint import Origin, publish
-from worker.quantize import Target, Written, write_checkpoints
-from worker.verify import verify
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 NF4_DOUBLE = replace(NF4, double_quant=True)

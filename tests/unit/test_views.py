@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models_db.errors import Unsupported
+from qbatch.core.errors import Unsupported
+from qbatch.views.formats import Column, render, text_width
+from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
+from qbatch.views.live import LiveProgress
+from qbatch.views.results_table import results_table
+from qbatch.views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
 from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
-from views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
-from views.live import LiveProgress
-from views.results import results_table
-from views.tables import Column, render, text_width
-from views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
 
 
 def job(number: int, state: str = "queued", **fields: Any) -> dict[str, Any]:
@@ -178,8 +178,10 @@ def test_every_listing_shows_its_rows() -> None:
 def test_no_view_imports_what_is_slow_to_import() -> None:
     """The figures that people wait for come from a start-up of a tenth of a second."""
     program = (
-        "import sys, views.compare, views.doctor, views.inspection, views.job, views.listings, views.live\n"
-        "import views.results, models_db.doctor, models_db.inspection, models_db.job_record\n"
+        "import sys\n"
+        "from qbatch.core import inspection\n"
+        "from qbatch.models_db import health, job_record\n"
+        "from qbatch.views import compare, doctor, job_details, listings, live, model_description, results_table\n"
         "print(sorted({'rich', 'torch', 'transformers', 'celery', 'huggingface_hub', 'redis'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models_db.vram import GIB, VRAM_CLASSES, floor_bytes, show_need, vram_class
+from qbatch.models_db.vram import GIB, VRAM_CLASSES, floor_bytes, show_need, vram_class
 
 # What NVML shows of cards in MiB, by the size that they are sold as.
 SHOWN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from models_db.clock import UtcDateTime
+from qbatch.models_db.database_clock import UtcDateTime
 
 revision = "0001"
 down_revision = None

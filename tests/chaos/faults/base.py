@@ -14,10 +14,10 @@ import psutil
 import redis
 from sqlalchemy import select
 
-from models_db.domain import JobState
-from models_db.session import Database
-from models_db.settings import Settings
-from models_db.tables import Job, Worker
+from qbatch.core.domain import JobState
+from qbatch.core.settings import Settings
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job, Worker
 from tests.chaos.processes import Role, children_of, family_of, kill
 from tests.chaos.sources import Sources
 

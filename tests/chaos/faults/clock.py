@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from models_db.tables import Job, Lease, Pause, Worker
+from qbatch.models_db.tables import Job, Lease, Pause, Worker
 from tests.acceptance.conftest import processes_of
 from tests.chaos.faults.base import Fleet, Kind
 from tests.chaos.processes import kill

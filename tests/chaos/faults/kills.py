@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from models_db.domain import Stage
+from qbatch.core.domain import Stage
 from tests.chaos.faults.base import Fleet, Kind, Running
 from tests.chaos.processes import Role, children_of, kill, runner_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import redis
 
-from models_db.domain import DeviceKind
-from scheduler.queues import queue_of
+from qbatch.core.domain import DeviceKind
+from qbatch.scheduler.queues import queue_of
 from tests.chaos.faults.base import Fleet, Kind
 
 

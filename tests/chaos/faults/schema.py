@@ -6,7 +6,7 @@ import threading
 
 from sqlalchemy import text
 
-from models_db.session import SCHEMA_HEAD
+from qbatch.models_db.session import SCHEMA_HEAD
 from tests.chaos.faults.base import Fleet, Kind
 from tests.migrating import NOT_NULL, migrate
 

@@ -1,0 +1,382 @@
+"""What a job is: frozen values that cross every boundary. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from typing import Any, Self
+
+from qbatch.core.errors import UsageError
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED_STATES
+
+
+ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Stage(StrEnum):
+    """Where a running job stands."""
+
+    FETCHING = "fetching"
+    QUANTIZING = "quantizing"
+    PUBLISHING = "publishing"
+    LOADING = "loading"
+    BENCHMARKING = "benchmarking"
+
+
+class Method(StrEnum):
+    """How the weights are stored. NONE is the baseline: the source's own weights at 16 (or 32) bits."""
+
+    NF4 = "bnb-nf4"
+    FP4 = "bnb-fp4"
+    INT8 = "bnb-int8"
+    NONE = "none"
+
+
+class DType(StrEnum):
+    """A floating-point type by its torch name; AUTO is resolved against the source (see ``stored_dtype``)."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class DeviceKind(StrEnum):
+    """What a job may run on; AUTO is whichever kind a live worker serves, CUDA first."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+def content_hash(value: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a mapping's canonical JSON: equal contents, equal hash, whatever the order."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def stored_dtype(requested: DType, source: DType) -> DType:
+    """The dtype of what stays unquantized: a 16-bit source keeps its own, an fp32 source becomes bfloat16."""
+    if requested is not DType.AUTO:
+        return requested
+    return DType.BFLOAT16 if source in (DType.FLOAT32, DType.AUTO) else source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """One way to store a model's weights. Every field is part of the checkpoint's identity.
+
+    ``skip_modules`` is added to the modules that transformers leaves out by default. ``int8_threshold`` is
+    LLM.int8's outlier threshold (0 turns the outlier path off). ``quant_storage`` is the dtype that packed
+    4-bit codes are stored as. ``max_shard_bytes`` None means transformers' own default.
+    """
+
+    method: Method
+    double_quant: bool = False
+    compute_dtype: DType = DType.AUTO
+    skip_modules: tuple[str, ...] = ()
+    int8_threshold: float = 6.0
+    quant_storage: str = "uint8"
+    max_shard_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.double_quant and not self.is_4bit:
+            raise UsageError(f"double quantization belongs to 4 bits, not to {self.method}")
+        if not 0 <= self.int8_threshold < math.inf:
+            raise UsageError(f"the int8 threshold is 0 or above, and finite, not {self.int8_threshold}")
+        if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
+            raise UsageError(f"a shard holds at least one byte, not {self.max_shard_bytes}")
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.method in (Method.NF4, Method.FP4)
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.method is Method.NONE
+
+    def bits(self, dtype: DType) -> int:
+        """Nominal bits of a weight: 4, 8, or for a baseline those of ``dtype`` (16 or 32)."""
+        if self.is_4bit:
+            return 4
+        if self.method is Method.INT8:
+            return 8
+        return 32 if dtype is DType.FLOAT32 else 16
+
+    def resolved(self, dtype: DType) -> Self:
+        """The same scheme with ``compute_dtype`` settled: AUTO is the stored dtype."""
+        if self.compute_dtype is not DType.AUTO:
+            return self
+        return replace(self, compute_dtype=dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"skip_modules": list(self.skip_modules)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(
+            **dict(value)
+            | {
+                "method": Method(value["method"]),
+                "compute_dtype": DType(value["compute_dtype"]),
+                "skip_modules": tuple(value["skip_modules"]),
+            }
+        )
+
+
+BASELINE = Scheme(method=Method.NONE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRef:
+    """A task of lm-evaluation-harness: of its own registry, or a packed file by the sha256 of its text."""
+
+    name: str
+    sha256: str | None = None
+
+
+def _task_refs(values: Iterable[Mapping[str, Any]]) -> tuple[TaskRef, ...]:
+    return tuple(TaskRef(**value) for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Everything that decides what a measured number means. Numbers of different protocols are never compared.
+
+    ``prompt_tokens`` is the length of an encoder's input too. The text is scored in windows of ``eval_window``
+    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None leaves it to each task;
+    ``task_limit`` is the number of a task's questions that are asked. The times are taken in ``rounds``, between which
+    the other models of the bundle have theirs; the minima are those of all rounds together, the warm-up is each
+    round's. ``why`` and ``energy`` ask for what lies behind a decode step on a GPU.
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    warmup_iterations: int
+    min_iterations: int
+    min_duration_s: float
+    eval_text_sha256: str
+    eval_window: int
+    eval_stride: int
+    eval_max_windows: int
+    tasks: tuple[TaskRef, ...] = ()
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+    rounds: int = 1
+    why: bool = False
+    energy: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.new_tokens < 2:
+            raise UsageError(f"decoding is timed from the second token on: new_tokens {self.new_tokens} is too few")
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the fields that stand at their default: one added later changes no hash stored before it."""
+        value = asdict(self)
+        return {f.name: value[f.name] for f in fields(self) if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
+
+
+_SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
+    DeviceKind.CUDA: {
+        "batch_size": 1,
+        "prompt_tokens": 256,
+        "new_tokens": 64,
+        "warmup_iterations": 2,
+        "min_iterations": 6,
+        "min_duration_s": 3.0,
+        "rounds": 3,
+        "why": True,
+        "eval_window": 1024,
+        "eval_stride": 1024,
+        "eval_max_windows": 32,
+    },
+    # A CPU decodes a billion parameters at about one token a second: the same shape, shortened.
+    DeviceKind.CPU: {
+        "batch_size": 1,
+        "prompt_tokens": 64,
+        "new_tokens": 16,
+        "warmup_iterations": 1,
+        "min_iterations": 2,
+        "min_duration_s": 0.5,
+        "rounds": 2,
+        "eval_window": 256,
+        "eval_stride": 256,
+        "eval_max_windows": 8,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtocolOptions:
+    """What a user asked of the protocol. None means the default of the device that the job lands on."""
+
+    eval_text_sha256: str
+    batch_size: int | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    tasks: tuple[TaskRef, ...] = ()
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+    why: bool | None = None
+    energy: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
+            raise UsageError("few-shot examples and a limit belong to tasks, and none were asked for")
+
+    @property
+    def text_hashes(self) -> tuple[str, ...]:
+        """Of the stored texts that measuring needs: the evaluation text, and the packed tasks."""
+        return (self.eval_text_sha256, *(task.sha256 for task in self.tasks if task.sha256 is not None))
+
+    def for_device(self, kind: DeviceKind) -> Protocol:
+        """The protocol on a device of ``kind`` (CUDA or CPU)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if kind is DeviceKind.CPU:
+            # Nothing there tells waiting from working, or has a counter: asking changes no number.
+            values |= {"why": False, "energy": False}
+        return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRef:
+    """A model as the user named it. ``location`` is what workers open: a hub id or an absolute folder."""
+
+    name: str
+    location: str
+    revision: str | None = None
+    is_folder: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` admits a source that has only pickles."""
+
+    source: SourceRef
+    scheme: Scheme
+    dtype: DType
+    device: DeviceKind
+    protocol: ProtocolOptions
+    force: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A worker's right to run one attempt of one job. (job_id, attempt) is the fencing token."""
+
+    job_id: int
+    attempt: int
+    spec: JobSpec
+    time_limit_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """A sample of latencies in seconds. ``stdev`` is the sample's (n - 1); 0 for a single value."""
+
+    count: int
+    mean: float
+    stdev: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one benchmark found. None is "not measured", never 0. Bytes, seconds, tokens per second, nats.
+
+    The named fields are columns of the results table; ``details`` holds the full statistics, versions and
+    audits as JSON.
+    """
+
+    device_name: str
+    dtype: DType
+    compute_dtype: DType
+    num_parameters: int
+    quantized_fraction: float
+    bits_per_param: float
+    disk_bytes: int
+    memory_footprint_bytes: int
+    weights_bytes: int
+    max_allocated_bytes: int | None = None
+    load_model_s: float | None = None
+    quantize_s: float | None = None
+    prefill_s_p50: float | None = None
+    decode_tokens_per_s: float | None = None
+    per_token_s_p50: float | None = None
+    per_token_s_p99: float | None = None
+    forward_s_p50: float | None = None
+    forward_samples_per_s: float | None = None
+    perplexity: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    details: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**dict(value) | {"dtype": DType(value["dtype"]), "compute_dtype": DType(value["compute_dtype"])})
+
+
+MEASURED_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Measurement) if field.name != "details")
+
+
+def format_batch_id(number: int) -> str:
+    return f"b{number}"
+
+
+def format_job_id(number: int) -> str:
+    return f"j{number}"
+
+
+_TYPED_ID = re.compile(r"([bj])([1-9][0-9]{0,9})")
+LARGEST_ID = 2**31 - 1
+"""Of a column that holds ids."""
+
+
+def parse_id(text: str) -> tuple[str, int]:
+    """``b12`` → ("b", 12), ``j345`` → ("j", 345). UsageError for anything else."""
+    match = _TYPED_ID.fullmatch(text.strip())
+    if match is None or int(match[2]) > LARGEST_ID:
+        raise UsageError(f"{text[:60]!r} is neither a batch (b12) nor a job (j345)")
+    return match[1], int(match[2])

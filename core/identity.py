@@ -1,0 +1,65 @@
+"""What makes two jobs the same: everything about a job settled, and hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+
+from qbatch.core.digest import Checksums, FileDigest, root_sha256
+from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, content_hash, stored_dtype
+from qbatch.core.file_stat import FileStat
+
+# Rises when this package's own writing changes a checkpoint's bytes.
+_WRITER = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A job whose source and device kind are known: nothing about it is AUTO any more.
+
+    ``key`` is the checkpoint's identity: source, scheme, dtype, device kind, and the versions that write it.
+    """
+
+    dtype: DType
+    scheme: Scheme
+    protocol: Protocol
+    key: str
+
+
+def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: DeviceKind) -> Settled:
+    """Settle ``spec`` for a source of that fingerprint and dtype on a device of that kind (CUDA or CPU)."""
+    dtype = stored_dtype(spec.dtype, source)
+    scheme = spec.scheme.resolved(dtype)
+    key = content_hash(
+        {
+            "fingerprint": fingerprint,
+            "scheme": scheme.to_json(),
+            "dtype": dtype,
+            "device": device_kind,
+            "versions": dict(writer_versions()),
+        }
+    )
+    return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)
+
+
+def source_fingerprint(stats: Mapping[str, FileStat], known: Mapping[FileStat, Checksums]) -> str | None:
+    """The identity of a source by its files; None where not all were hashed in the state in which they are."""
+    if any(stat not in known for stat in stats.values()):
+        return None
+    digests = (
+        FileDigest(name=name, size=stat.size, chunk_sha256=known[stat].chunk_sha256) for name, stat in stats.items()
+    )
+    return fingerprint_of(root_sha256(digests))
+
+
+def fingerprint_of(root: str, *, runs_code: bool = False) -> str:
+    """The identity of a source whose files have that root; one whose own code runs is another model."""
+    return f"sha256:{root}+code" if runs_code else f"sha256:{root}"
+
+
+@cache
+def writer_versions() -> Mapping[str, str]:
+    """The versions that decide a checkpoint's bytes. Each is read from a file, and a batch asks for every job."""
+    return {"bitsandbytes": version("bitsandbytes"), "transformers": version("transformers"), "writer": _WRITER}

@@ -1,0 +1,222 @@
+"""What a model is, from its config and its safetensors headers alone. No torch, and no weights are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from json import JSONDecodeError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import FetchError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
+from qbatch.core.sources import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    SINGLE_NAME,
+    Header,
+    TensorInfo,
+    indexed_files,
+    read_config,
+    read_headers,
+    read_object,
+    vet_header,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# What bitsandbytes stores beside a weight; ".quant_state." is followed by the name of the type.
+_BNB_STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+_LOADED_WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+def inspect_source(source: SourceRef) -> dict[str, Any]:
+    """What the headers of ``source``, a folder or a model on the hub, say of it.
+
+    ``num_parameters`` counts floating-point elements as stored; of a bitsandbytes checkpoint the elements that the
+    packed codes stand for (one too many for each weight of odd size), and None for other quantizations, whose
+    headers do not tell. ``memory_bytes`` is that of all tensors as stored, ``memory_bytes_by_dtype`` what they would
+    take if loaded so (None where quantized); ``disk_bytes`` that of the files.
+
+    Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, StorageError, or FetchError.
+    """
+    if source.is_folder:
+        folder = Path(source.location)
+        headers = read_headers(folder)
+        return _describe(source, None, read_config(folder), headers)
+    with _hub_errors(source):
+        return _describe(source, *_read_hub(source))
+
+
+def _describe(
+    source: SourceRef, commit: str | None, config: Mapping[str, Any], headers: tuple[Header, ...]
+) -> dict[str, Any]:
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    dtypes = _by_dtype(tensors)
+    architectures = config.get("architectures")
+    quantization = _quantization(config)
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "commit": commit,
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        "model_type": str(config["model_type"]) if config.get("model_type") else None,
+        "quantization": quantization,
+        "dtype": next(iter(dtypes), None),
+        "dtypes": dtypes,
+        "num_parameters": _num_parameters(tensors, quantization),
+        "num_tensors": len(tensors),
+        "memory_bytes": sum(tensor.nbytes for tensor in tensors),
+        "memory_bytes_by_dtype": None if quantization else _loaded_bytes(tensors),
+        "disk_bytes": sum(header.size for header in headers),
+        "files": [{"name": header.path.name, "bytes": header.size} for header in headers],
+    }
+
+
+def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
+    """Elements and bytes of each stored dtype, that with most bytes first."""
+    parameters, sizes = Counter[str](), Counter[str]()
+    for tensor in tensors:
+        parameters[tensor.dtype] += tensor.numel
+        sizes[tensor.dtype] += tensor.nbytes
+    return {
+        _TORCH_NAMES.get(dtype, dtype.lower()): {"parameters": parameters[dtype], "bytes": size}
+        for dtype, size in sizes.most_common()
+    }
+
+
+def _loaded_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    floats = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
+    others = sum(tensor.nbytes for tensor in tensors if tensor.dtype not in _FLOATS)
+    return {dtype: floats * width + others for dtype, width in _LOADED_WIDTHS.items()}
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    """``bitsandbytes 4 bits (nf4, double quantization)``; another method by its name alone."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise SourceCorrupt("config.json: quantization_config is not an object")
+    if settings.get("quant_method") != "bitsandbytes":
+        return str(settings.get("quant_method") or "unknown")
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes 8 bits"
+    kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
+    double = ", double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+    return f"bitsandbytes 4 bits ({kind}{double})"
+
+
+def _num_parameters(tensors: list[TensorInfo], quantization: str | None) -> int | None:
+    if quantization is None:
+        return sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
+    if not quantization.startswith("bitsandbytes"):
+        return None
+    names = {tensor.name for tensor in tensors}
+    return sum(_bnb_elements(tensor, names) for tensor in tensors)
+
+
+def _bnb_elements(tensor: TensorInfo, names: set[str]) -> int:
+    if tensor.name.endswith(_BNB_STATE) or ".quant_state." in tensor.name:
+        return 0
+    if f"{tensor.name}.absmax" in names:
+        return tensor.nbytes * 2
+    return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
+
+
+def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, ...]]:
+    """The commit, the config and the headers; all of that one commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    info = api.model_info(source.location, revision=source.revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    commit = info.sha or source.revision or "main"
+
+    def download(name: str) -> Path:
+        return Path(api.hf_hub_download(source.location, name, revision=commit))
+
+    if "config.json" not in sizes:
+        raise SourceNotFound("the model has no config.json on the hub")
+    if SINGLE_NAME in sizes:  # an index beside it may be a stale one: transformers does not look at it
+        names = [SINGLE_NAME]
+    elif INDEX_NAME in sizes:
+        names = indexed_files(download(INDEX_NAME))
+    elif any(name.endswith(PICKLE_SUFFIXES) for name in sizes):
+        raise UnsafeSource("the model holds pickles and no safetensors")
+    else:
+        raise SourceNotFound(f"the model has neither {SINGLE_NAME} nor {INDEX_NAME} on the hub")
+    if missing := [name for name in names if name not in sizes]:
+        raise SourceCorrupt(f"{INDEX_NAME} names {missing[0]!r}, which is missing")
+    read = partial(_hub_header, api, source.location, commit, sizes)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return commit, read_object(download("config.json")), tuple(pool.map(read, names))
+
+
+def _hub_header(api: HfApi, repo: str, commit: str, sizes: Mapping[str, int], name: str) -> Header:
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
+    except (SafetensorsParsingError, TypeError, AttributeError) as error:  # it trusts the shape of the JSON
+        raise SourceCorrupt(f"{name}: the header cannot be read") from error
+    entries: dict[str, Any] = {
+        key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
+        for key, tensor in found.tensors.items()
+    }
+    # The library does not say how long the header is; the tensors are the rest of the file.
+    ends = [tensor.data_offsets[-1] for tensor in found.tensors.values() if tensor.data_offsets]
+    data_start = sizes[name] - max((end for end in ends if isinstance(end, int)), default=0)
+    if data_start < 8:
+        raise SourceCorrupt(f"{name}: a file of {sizes[name]} bytes does not hold its tensors")
+    return vet_header(Path(name), entries, data_start=data_start, size=sizes[name])
+
+
+@contextmanager
+def _hub_errors(source: SourceRef) -> Iterator[None]:
+    """The hub's errors as ours, each in one line."""
+    # HTTPError is httpx's or its successor's, whichever this huggingface_hub is built on.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        DisabledRepoError,
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise SourceNotFound("no folder here, and the hub is switched off by HF_HUB_OFFLINE") from error
+    except (GatedRepoError, DisabledRepoError) as error:
+        raise SourceGated("the hub wants an accepted licence and a token (`hf auth login`)") from error
+    except RevisionNotFoundError as error:
+        raise SourceNotFound(f"no revision {source.revision} on the hub") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise SourceNotFound("neither a folder here nor a model on the hub, or a private one") from error
+    except LocalEntryNotFoundError as error:
+        raise FetchError("the hub cannot be reached") from error
+    except EntryNotFoundError as error:
+        raise SourceNotFound("a file that the hub lists is not there") from error
+    except HfHubHTTPError as error:
+        raise FetchError(f"the hub answered {error.response.status_code}") from error
+    except JSONDecodeError as error:
+        raise FetchError("what answered in the hub's place speaks no JSON") from error
+    except (HTTPError, OSError) as error:
+        raise FetchError(f"the hub cannot be reached ({type(error).__name__})") from error

@@ -1,0 +1,95 @@
+"""Which files are a model's: whatever changes what is computed with it, or what is published of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.errors import SourceNotFound
+from qbatch.core.sources import (
+    DOCUMENTS,
+    INDEX_NAME,
+    MAX_HEADER_BYTES,
+    PICKLE_INDEX_NAME,
+    PICKLE_NAME,
+    SIDECARS,
+    SINGLE_NAME,
+    is_pickled,
+    pickle_files,
+    read_object,
+    storage_errors,
+    weight_files,
+)
+from qbatch.core.storage import CARD, MANIFEST
+
+# transformers applies an adapter that lies beside the weights, where PEFT is installed.
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_NOT_BESIDE = ("config.json", MANIFEST, "*.index.json")
+
+
+def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool = False) -> dict[str, Path]:
+    """The files of the model in ``folder`` by their names relative to it: its config, weights and their index, what
+    lies beside them, and its Python files ``with_code``.
+
+    Raises SourceNotFound, SourceCorrupt, UnsafeSource for pickles that are not allowed, or StorageError.
+    """
+    with storage_errors():
+        if not (folder / "config.json").is_file():
+            raise SourceNotFound(f"{folder} has no config.json")
+        pickled = allow_pickle and is_pickled(folder)
+        weights = pickle_files(folder) if pickled else weight_files(folder)
+        single, index = (PICKLE_NAME, PICKLE_INDEX_NAME) if pickled else (SINGLE_NAME, INDEX_NAME)
+        paths = {folder / "config.json", *weights, *sidecars(folder)} - {folder / CARD}
+        if not (folder / single).is_file():
+            paths.add(folder / index)
+        paths |= {path for name in _ADAPTERS if (path := folder / name).is_file()}
+        if with_code:
+            paths |= set(python_files(folder))
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+
+
+def sidecars(folder: Path) -> set[Path]:
+    """What a user needs beside the weights: tokenizer, templates, documents, and the files of the modules of a
+    sentence-transformers model. Pickles, Python files and other frameworks' weights are none. Raises OSError."""
+    found = {path for pattern in (*SIDECARS, *DOCUMENTS) for path in folder.glob(pattern) if path.is_file()}
+    found -= {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
+    for module in _module_folders(folder):
+        found |= {path for path in module.rglob("*") if path.is_file() and _is_module_file(path)}
+    return found
+
+
+def names_code(folder: Path) -> bool:
+    """Whether the model in ``folder`` names classes of its own. Raises SourceCorrupt."""
+    return any(auto_map(folder / name) for name in ("config.json", "tokenizer_config.json"))
+
+
+def auto_map(path: Path) -> Any:
+    """The classes that a config names, as it stands there; None where it names none. Raises SourceCorrupt."""
+    return read_object(path).get("auto_map") if path.is_file() else None
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if path.is_file())
+
+
+def _module_folders(folder: Path) -> Iterator[Path]:
+    """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        raw = file.read(MAX_HEADER_BYTES)
+    try:
+        modules = json.loads(raw)
+    except (ValueError, RecursionError):  # a file of that name that is another library's is copied, no more
+        return
+    entries = modules if isinstance(modules, list) else []
+    names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]
+    yield from (folder / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (folder / name).is_dir())
+
+
+def _is_module_file(path: Path) -> bool:
+    return path.suffix in (".json", ".safetensors", ".txt")

@@ -1,0 +1,325 @@
+"""A model's place and identity, from names and safetensors headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.control_characters import is_unicode
+from qbatch.core.domain import DType, SourceRef
+from qbatch.core.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
+
+# What is longer is refused before it is read. A quarter of a million tensors fit. Hostile JSON takes 25 bytes of memory
+# for each of its own, so that safetensors' limit of 100 MB would cost 2.4 GB.
+MAX_HEADER_BYTES = 2**25
+# No size or offset of a real file is beyond it; Python's own integers have no end.
+_MAX_SIZE = 2**63 - 1
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+# What lies beside a model's weights and is part of it: its tokenizer, generation defaults, templates.
+SIDECARS = (
+    "*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+DOCUMENTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_DTYPES = {"F32": DType.FLOAT32, "F16": DType.FLOAT16, "BF16": DType.BFLOAT16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,249}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a safetensors file; ``start`` and ``end`` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A vetted safetensors header: every offset lies in the file, sizes match shapes, nothing overlaps."""
+
+    path: Path
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    size: int
+
+
+def parse_source(text: str) -> SourceRef:
+    """``hub/id@revision`` or a folder. A path is what starts with ``/``, ``.`` or ``~``, or is a folder here.
+
+    Raises UsageError where the text is neither; a folder is not required to exist.
+    """
+    if not text or "\0" in text:
+        raise UsageError(f"{text!r} names no model")
+    if looks_like_path(text) or _is_folder(text):
+        return SourceRef(name=text, location=str(_absolute(text)), is_folder=True)
+    name, at, revision = text.partition("@")
+    if _is_folder(name):
+        raise UsageError(f"{text!r}: a folder has no revisions")
+    if not is_hub_id(name):
+        raise UsageError(f"{text!r} is neither a folder nor a hub id")
+    if at and not is_revision(revision):
+        raise UsageError(f"{text!r}: {revision!r} is no revision")
+    return SourceRef(name=name, location=name, revision=revision or None)
+
+
+def is_hub_id(text: str) -> bool:
+    # The hub has neither ".." nor "--" in a name.
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and "--" not in text
+
+
+def is_revision(text: str) -> bool:
+    return bool(_REVISION.fullmatch(text)) and ".." not in text
+
+
+def looks_like_path(text: str) -> bool:
+    return text.startswith(("/", ".", "~")) or text.partition("@")[0].count("/") > 1
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).is_dir()
+    except OSError:  # a name too long, or a parent that may not be entered: no folder that we could use
+        return False
+
+
+def _absolute(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(f"{text!r}: no such user") from error
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """What cannot be read, as a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{error.filename}: {error.strerror}") from error
+
+
+@storage_errors()
+def read_header(path: Path) -> Header:
+    """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for,
+    StorageError where the file cannot be read at all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise SourceCorrupt(f"{path.name}: {size} bytes are too few for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise SourceCorrupt(f"{path.name}: a header of {length} bytes in a file of {size}")
+        raw = file.read(length)
+    try:
+        # Decoded first, since json would take UTF-16 too.
+        entries = json.loads(raw.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise SourceCorrupt(f"{path.name}: the header is not a JSON object")
+    return vet_header(path, entries, data_start=8 + length, size=size)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON, whatever Python says")
+
+
+def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
+    """The header whose JSON is ``entries``, of a file of ``size`` bytes whose tensors begin at ``data_start``.
+
+    Raises SourceCorrupt.
+    """
+    metadata = entries.get("__metadata__")
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SourceCorrupt(f"{path.name}: __metadata__ is not an object of strings")
+    tensors = tuple(
+        _tensor(path.name, name, entry, data_start, size) for name, entry in entries.items() if name != "__metadata__"
+    )
+    _check_layout(path.name, tensors, data_start, size)
+    return Header(path=path, tensors=tensors, metadata=metadata, size=size)
+
+
+def _tensor(file_name: str, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+    where = f"{file_name}: tensor {_shown(name)}"
+    if not is_unicode(name):
+        raise SourceCorrupt(f"{where} has a name that is no Unicode text")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise SourceCorrupt(f"{where} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise SourceCorrupt(f"{where} has a malformed dtype")
+    if dtype not in _BITS:
+        raise SourceCorrupt(f"{where} has the unknown dtype {_shown(dtype)}")
+    if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
+        raise SourceCorrupt(f"{where} has a malformed shape or offsets")
+    start, end = offsets
+    if not start <= end <= size - data_start:
+        raise SourceCorrupt(f"{where} ends at byte {data_start + end} of a file of {size}: truncated or wrong offsets")
+    if (end - start) * 8 != _numel(shape) * _BITS[dtype]:
+        raise SourceCorrupt(f"{where}: {end - start} bytes do not hold {dtype} {_shown(shape)}")
+    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=data_start + start, end=data_start + end)
+
+
+def _all_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_SIZE for n in value
+    )
+
+
+def _numel(shape: list[int]) -> int:
+    """The product of ``shape``, given up on once it is beyond any file: a million dimensions would take hours."""
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > _MAX_SIZE:
+            return numel
+    return numel
+
+
+def _shown(value: str | list[int]) -> str:
+    """``value`` for an error's one line, which a file must not be able to fill."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
+        if tensor.start != position:
+            raise SourceCorrupt(
+                f"{file_name}: tensor {_shown(tensor.name)} starts at {tensor.start}, not at {position}"
+            )
+        position = tensor.end
+    if position != size:
+        raise SourceCorrupt(f"{file_name}: {size - position} bytes belong to no tensor")
+
+
+@storage_errors()
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up the model, in order: the single file, else those that the index names.
+
+    Where both are there, transformers loads the single file, and so do we.
+
+    Raises SourceNotFound without a folder or config.json, UnsafeSource where there are only pickles,
+    SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere, StorageError where
+    the folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise SourceNotFound(f"no such folder: {folder}")
+    if not (folder / "config.json").is_file():
+        raise SourceNotFound(f"{folder} has no config.json")
+    if (folder / SINGLE_NAME).is_file():
+        return (folder / SINGLE_NAME,)
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return tuple(_present(folder, name, index) for name in indexed_files(index))
+    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+        raise UnsafeSource(f"{folder} holds pickles and no safetensors; --allow-pickle converts them")
+    raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+@storage_errors()
+def is_pickled(folder: Path) -> bool:
+    """Whether the model's weights are there as pickles alone: where there are safetensors too, those are loaded."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names & {PICKLE_NAME, PICKLE_INDEX_NAME}) and not names & {SINGLE_NAME, INDEX_NAME}
+
+
+@storage_errors()
+def pickle_files(folder: Path) -> tuple[Path, ...]:
+    """The pickles that make up a model that ``is_pickled``, in order. Raises SourceCorrupt, StorageError."""
+    if (folder / PICKLE_NAME).is_file():
+        return (folder / PICKLE_NAME,)
+    index = folder / PICKLE_INDEX_NAME
+    return tuple(_present(folder, name, index) for name in indexed_files(index, suffix=".bin"))
+
+
+def indexed_files(index: Path, *, suffix: str = ".safetensors") -> list[str]:
+    """The names of the files that an index spreads the model over, in order. Raises SourceCorrupt."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceCorrupt(f"{index.name} is no index of weights")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise SourceCorrupt(f"{index.name} is no index of weights")
+        if "/" in name or "\0" in name or not name.endswith(suffix) or not is_unicode(name):
+            raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no {suffix} file of this folder")
+    return sorted(set(weight_map.values()))
+
+
+def _present(folder: Path, name: str, index: Path) -> Path:
+    if not (folder / name).is_file():
+        raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is missing")
+    return folder / name
+
+
+@storage_errors()
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """config.json as a mapping. Raises SourceNotFound, SourceCorrupt or StorageError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise SourceNotFound(f"{folder} has no config.json")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of no more than MAX_HEADER_BYTES. Raises SourceCorrupt."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_HEADER_BYTES)
+    try:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise SourceCorrupt(f"{path} cannot be read as JSON") from error
+    if not isinstance(value, dict):
+        raise SourceCorrupt(f"{path} is not a JSON object")
+    return value
+
+
+def read_headers(folder: Path) -> tuple[Header, ...]:
+    """Every weight file's header, vetted."""
+    return tuple(read_header(path) for path in weight_files(folder))
+
+
+def source_dtype(headers: tuple[Header, ...]) -> DType:
+    """The dtype that most of the floating-point bytes are stored in; FLOAT32 where none is one of ours."""
+    totals: dict[DType, int] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.dtype in _DTYPES:
+                dtype = _DTYPES[tensor.dtype]
+                totals[dtype] = totals.get(dtype, 0) + tensor.nbytes
+    return max(totals, key=lambda dtype: totals[dtype], default=DType.FLOAT32)

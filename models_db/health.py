@@ -1,0 +1,81 @@
+"""What the database knows of the health of an installation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import JobState
+from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.listing import list_workers
+from qbatch.models_db.pauses import standing
+from qbatch.models_db.tables import Job, Lease, Worker
+
+_DAY_S = 86_400.0
+_SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseNote:
+    """Why nothing is dispatched, and since when."""
+
+    reason: str
+    message: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """``leader``: who leads the schedulers now. ``ahead_s``: how far ahead of the database's clock lies what it dated
+    before it was set back; None where nothing does. ``workers`` as ``list_workers`` gives them. ``failed``: the jobs
+    that failed within a day, by error kind; ``open_jobs``: the queued and running ones by state."""
+
+    leader: str | None
+    ahead_s: float | None
+    workers: list[dict[str, Any]]
+    open_jobs: dict[str, int]
+    failed: dict[str, int]
+    pauses: list[PauseNote]
+
+
+def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> Health:
+    """By the database's clock. ``lead_s``: how long the longest lead runs, where that is not ``lease_s``."""
+    longest_s = max(lead_s or 0.0, lease_s) + SLACK_S
+    leader = session.scalars(
+        select(Lease.holder).where(
+            Lease.name == _SCHEDULER, Lease.expires_at > db_now(), Lease.expires_at <= db_now(longest_s)
+        )
+    ).first()
+    states = session.execute(
+        select(Job.state, func.count())
+        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        .group_by(Job.state)
+        .order_by(Job.state)
+    )
+    failed = session.execute(
+        select(Job.error_kind, func.count())
+        .where(Job.state == JobState.FAILED, Job.finished_at > db_now(-_DAY_S))
+        .group_by(Job.error_kind)
+        .order_by(func.count().desc(), Job.error_kind)
+    )
+    return Health(
+        leader=leader,
+        ahead_s=_ahead_s(session, longest_s),
+        workers=list_workers(session, lease_s),
+        open_jobs={state: count for state, count in states},
+        failed={str(kind): count for kind, count in failed},
+        pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in standing(session)],
+    )
+
+
+def _ahead_s(session: Session, longest_s: float) -> float | None:
+    latest_lease = select(func.max(Lease.expires_at)).scalar_subquery()
+    latest_beat = select(func.max(Worker.heartbeat_at)).scalar_subquery()
+    now, lease, beat = session.execute(select(db_now(), latest_lease, latest_beat)).one()
+    ahead = [(lease - now).total_seconds() - longest_s] if lease is not None else []
+    ahead += [(beat - now).total_seconds() - SLACK_S] if beat is not None else []
+    return max((s for s in ahead if s > 0), default=None)

@@ -1,0 +1,127 @@
+"""Child processes that do not outlive us, and are started again when they die; and what others see of this one."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qbatch.core.errors import DatabaseReplaced
+
+log = logging.getLogger("qbatch.process")
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_MAX_BACKOFF_S = 30.0
+_HEALTHY_AFTER_S = 60.0
+
+REFUSALS = (2, 3)
+"""Exit codes with which a process says that it cannot work as it was asked to: started again, it would say the same."""
+
+FINAL = DatabaseReplaced.exit_code
+"""With this one it is not started again even if it did work: it would make an empty database and work on that."""
+
+
+def dies_with_parent() -> Callable[[], None] | None:
+    """A ``preexec_fn`` that has the kernel send SIGTERM to the child when the thread that started it ends (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def set_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the kernel was asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return set_signal
+
+
+def hide_from_equals() -> None:
+    """Keep other processes of this user, those that run a model's own code among them, from reading this one's
+    environment and memory (Linux). It can then not be traced, and leaves no core. What it starts is not hidden."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+class Child:
+    """One supervised process. ``tend`` starts it again, more slowly each time that it dies young."""
+
+    def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path | None = None) -> None:
+        self.name = name
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._start_after = 0.0
+        self._backoff_s = 0.5
+        self._was_healthy = False
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether it ended with one of REFUSALS or FINAL, and is not started again."""
+        return self._start_after == math.inf
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Start it, with its output appended to the log where one was given."""
+        self._started_at = time.monotonic()
+        # In a group of its own: a Ctrl-C at the terminal is ours alone to pass on.
+        options = {"start_new_session": True, "preexec_fn": dies_with_parent(), "stdin": subprocess.DEVNULL}
+        if self._log_path is None:
+            self._process = subprocess.Popen(self._argv, env=self._env, **options)  # type: ignore[call-overload]
+            return
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as output:
+            self._process = subprocess.Popen(  # type: ignore[call-overload]
+                self._argv, env=self._env, stdout=output, stderr=subprocess.STDOUT, **options
+            )
+
+    def tend(self) -> int | None:
+        """Start it again if it has ended, unless it refused; the exit code with which it ended, once.
+
+        One that did work before does not refuse, but for FINAL: what it meets then is a fault that may pass.
+        """
+        if self._process is None:
+            if time.monotonic() >= self._start_after:
+                self.start()
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        self._process = None
+        lived_s = time.monotonic() - self._started_at
+        self._was_healthy = self._was_healthy or lived_s > _HEALTHY_AFTER_S
+        if code == FINAL or (code in REFUSALS and not self._was_healthy):
+            self._start_after = math.inf
+            return code
+        self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)
+        self._start_after = time.monotonic() + self._backoff_s
+        log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self._backoff_s)
+        return code
+
+    def ask_to_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait for its end; kill it once ``timeout_s`` has passed."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            log.warning("%s did not stop within %s s; killed", self.name, timeout_s)
+            self._process.kill()
+            self._process.wait()
+        self._process = None

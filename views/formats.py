@@ -1,0 +1,179 @@
+"""Rows of mappings as a table for people, JSON or CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+from unicodedata import combining, east_asian_width
+
+from qbatch.core.control_characters import escape_controls, escape_controls_of_json
+
+FORMATS = ("table", "json", "csv")
+NOTHING = "–"
+# Wide enough for anything: the width of what is not a terminal.
+UNLIMITED = 100_000
+_NARROWEST_TEXT = 20
+_GAP = "  "
+
+Row = Mapping[str, Any]
+
+
+def show_plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of a table: ``show`` turns the row's value under ``key``, where it is not None, into text.
+
+    ``wraps``: long text, which a narrow terminal may break into lines. ``spare``: left out of a terminal that is too
+    narrow for every column, the last one first, and where no row has a value.
+    """
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = show_plain
+    wraps: bool = False
+    spare: bool = False
+
+
+def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str:  # noqa: A002
+    """``rows`` in one of FORMATS, without a newline at the end.
+
+    A table fits the terminal, and is as wide as it needs to be where standard output is none; it has no colour.
+    JSON and CSV hold every key of the rows, not only ``columns``; a nested value is JSON text in CSV. Neither steers a
+    terminal: JSON has escapes of its own, and CSV has Python's.
+    """
+    if format == "json":
+        return _json([_finite(row) for row in rows], indent=2)
+    if format == "csv":
+        return _csv(rows, columns)
+    return _table(rows, columns, terminal_width())
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that standard output is; UNLIMITED where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without what would steer a terminal: names and messages come from strangers."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither infinity nor NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row)) or [column.key for column in columns]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(keys)
+    writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in rows)
+    return buffer.getvalue().removesuffix("\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, bool | Mapping | list | tuple):
+        return _json(_finite(value))
+    return escape_controls(value, in_lines=True) if isinstance(value, str) else value
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return escape_controls_of_json(json.dumps(value, indent=indent, ensure_ascii=False, default=str))
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
+    # A table of 100,000 jobs takes rich minutes, since it measures every cell several times over.
+    shown = [column for column in columns if not (column.spare and rows and _is_empty(rows, column.key))]
+    cells = {column.key: [_cell(row, column) for row in rows] for column in shown}
+    widths = {column.key: max(map(text_width, (column.title, *cells[column.key]))) for column in shown}
+    least = {c.key: min(widths[c.key], _NARROWEST_TEXT) if c.wraps else widths[c.key] for c in shown}
+    while _total(least, shown) > width and any(column.spare for column in shown):
+        shown.remove([column for column in shown if column.spare][-1])
+    # Where even that is too wide, the terminal breaks the lines: an id cut short is worse.
+    _shrink(widths, least, shown, width)
+    right = {column.key for column in shown if _is_numeric(rows, column.key)}
+    lines = [
+        _line([column.title for column in shown], shown, widths, right),
+        _GAP.join("─" * widths[c.key] for c in shown),
+    ]
+    lines += [
+        line for row in zip(*(cells[c.key] for c in shown), strict=True) for line in _lines(row, shown, widths, right)
+    ]
+    return "\n".join(lines)
+
+
+def _total(widths: Mapping[str, int], columns: Sequence[Column]) -> int:
+    return sum(widths[column.key] + len(_GAP) for column in columns) - len(_GAP)
+
+
+def _shrink(widths: dict[str, int], least: Mapping[str, int], columns: Sequence[Column], width: int) -> None:
+    """Take from whichever text column is widest, until the table fits or none can give."""
+    while (excess := _total(widths, columns) - width) > 0:
+        givers = sorted((c.key for c in columns if widths[c.key] > least[c.key]), key=lambda key: -widths[key])
+        if not givers:
+            return
+        second = widths[givers[1]] if len(givers) > 1 else 0
+        widths[givers[0]] -= min(excess, max(1, widths[givers[0]] - max(second, least[givers[0]])))
+
+
+def _lines(
+    cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, int], right: Container[str]
+) -> Iterable[str]:
+    """One row; as many lines as its longest cell takes."""
+    if all(text_width(cell) <= widths[column.key] for cell, column in zip(cells, columns, strict=True)):
+        return [_line(cells, columns, widths, right)]
+    folded = [
+        textwrap.wrap(cell, widths[column.key], break_on_hyphens=False)
+        for cell, column in zip(cells, columns, strict=True)
+    ]
+    return [_line(parts, columns, widths, right) for parts in zip_longest(*folded, fillvalue="")]
+
+
+def _line(cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, int], right: Container[str]) -> str:
+    padded = []
+    for cell, column in zip(cells, columns, strict=True):
+        space = " " * (widths[column.key] - text_width(cell))
+        padded.append(space + cell if column.key in right else cell + space)
+    return _GAP.join(padded).rstrip()
+
+
+def _cell(row: Row, column: Column) -> str:
+    value = row.get(column.key)
+    return NOTHING if value is None else printable(column.show(value))
+
+
+def text_width(text: str) -> int:
+    """Terminal columns that ``text`` takes: two for each wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _is_empty(rows: Sequence[Row], key: str) -> bool:
+    return all(row.get(key) is None for row in rows)
+
+
+def _is_numeric(rows: Sequence[Row], key: str) -> bool:
+    values = [row.get(key) for row in rows if row.get(key) is not None]
+    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -1,0 +1,137 @@
+"""How much of a model really was quantized, and what is wrong with it, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qbatch.views.figures import Row, dig
+from qbatch.views.scheme import is_baseline
+from qbatch.views.units import show_bytes, show_count, show_percent
+
+_NAMED = 3
+_WORST_SHOWN = 5
+_KNOWN_AUDITS = ("cpu_layers_on_generic_kernel", "perplexity_not_finite", "spread_between_rounds")
+_UNFAIR = {
+    "foreign_processes": "other processes used the GPU",
+    "throttled": "the GPU lowered its clocks for heat or power",
+    "clocks_changed": "the GPU's clocks changed",
+}
+
+
+def audit_warnings(row: Row) -> Iterable[str]:
+    """What a reader must know before using a row's figures; nothing where all is as it should be."""
+    fraction = row["quantized_fraction"]
+    if not is_baseline(row) and fraction is not None and fraction < 0.5:
+        yield (
+            f"only {fraction * 100:.3g} % of its parameters are stored in {row['bits']} bits: "
+            f"the rest is {row['dtype']} (`qbatch show JOB` says why)"
+        )
+    yield from defects(row)
+    dropped = dig(row, "details.audit.dropped_tensors") or ()
+    if dropped:
+        yield (
+            f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
+            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {some_of(dropped)}"
+        )
+    idle = dig(row, "details.audit.idle_skip_modules") or ()
+    if idle:
+        yield f"it has no layer of those that --skip-modules names: {some_of(idle)}"
+    yield from unfair(dig(row, "details.flags"))
+    for remark in unfair(dig(row, "details.why.energy.flags")):
+        yield f"of its energy: {remark}"
+    if dig(row, "details.audits.spread_between_rounds"):
+        # Without the number: rows share the footnote.
+        yield (
+            "its speed varied much between its rounds (`qbatch show JOB` says by how much): a difference of that size "
+            "is easily the host's"
+        )
+
+
+def unfair(flags: Mapping[str, bool] | None) -> Iterable[str]:
+    """What was noticed of a GPU while it was measured."""
+    for name, raised in (flags or {}).items():
+        if raised:
+            yield f"while it was measured, {_UNFAIR.get(name, name.replace('_', ' '))}"
+
+
+def defects(row: Row) -> Iterable[str]:
+    """What makes a checkpoint unfit to ship."""
+    broken = dig(row, "details.audit.not_finite") or ()
+    if broken:
+        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {some_of(broken)}"
+    infinite = dig(row, "details.audit.int8_infinite_scales")
+    if infinite:
+        yield (
+            f"{_count(infinite, 'int8 scale')} of it {'is' if infinite == 1 else 'are'} infinite: those rows, with "
+            "values over 65504, are lost"
+        )
+    if dig(row, "details.audits.perplexity_not_finite"):
+        yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
+
+
+def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
+    """The coverage audit as titles and texts. ``row`` is a quantized row with a result."""
+    yield "quantized", _coverage(row)
+    if row["bits_per_param"] is not None:
+        yield "bits per parameter", f"{row['bits_per_param']:.2f}"
+    audit: Mapping[str, Any] = dig(row, "details.audit") or {}
+    if not audit:
+        yield "audit", "none is on record"
+        return
+    for entry in audit.get("kept", ()):
+        yield f"left at {row['dtype']}", f"{entry['name']}: {entry['reason']} ({show_count(entry['parameters'])})"
+    dropped = audit.get("dropped_tensors") or ()
+    yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {some_of(dropped, 10)}" if dropped else "none"
+    yield from _errors(audit)
+    if row["scheme"] == "bnb-int8" and audit.get("int8_zero_scales") is not None:
+        zero, infinite = audit["int8_zero_scales"], audit["int8_infinite_scales"]
+        yield "int8 scales", f"{zero} zero (rows of zeros), {infinite} infinite (rows with values over 65504)"
+    if audit.get("writer") == "whole":
+        yield "written", f"from the whole model in memory, because {audit.get('whole_model_because')}"
+    elif audit.get("shared_pass"):
+        others = audit["shared_pass"] - 1
+        yield (
+            "written",
+            "streamed, "
+            + (f"in one pass with {_count(others, 'other scheme')}, whose time they share" if others else "alone"),
+        )
+
+
+def _coverage(row: Row) -> str:
+    size: Mapping[str, Any] = dig(row, "details.size") or {}
+    share = show_percent(row["quantized_fraction"])
+    if not size:
+        return f"{share} of its parameters"
+    state = f", {show_bytes(size['quant_state_bytes'])} of scales and tables" if size.get("quant_state_bytes") else ""
+    quantized, total = show_count(size["quantized_parameters"]), show_count(size["num_parameters"])
+    return f"{share} of its parameters ({quantized} of {total}){state}"
+
+
+def _errors(audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    mean = audit.get("relative_error_mean")
+    if mean is not None:
+        yield "relative error", f"{mean:.4f} on average over its layers (Frobenius norm of the error over the weight's)"
+    for entry in (audit.get("relative_error_worst") or ())[:_WORST_SHOWN]:
+        yield "worst layers", f"{entry['error']:.4f}  {entry['name']}"
+    if "not_finite" in audit:
+        broken = audit["not_finite"]
+        yield "NaN or infinity in", some_of(broken, 10) if broken else "none of its tensors"
+
+
+def other_audits(row: Row) -> Iterable[tuple[str, str]]:
+    """What else the benchmark noticed, by its own names."""
+    for name, value in (dig(row, "details.audits") or {}).items():
+        if name not in _KNOWN_AUDITS and value not in (None, False, 0, [], {}):
+            yield name.replace("_", " "), str(value) if not isinstance(value, bool) else "yes"
+
+
+def some_of(names: Iterable[str], most: int = _NAMED) -> str:
+    """``a, b, c and 9 more``"""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

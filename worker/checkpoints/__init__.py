@@ -1,0 +1,1 @@
+"""Published checkpoints: written under their name, verified."""

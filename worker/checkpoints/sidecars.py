@@ -1,0 +1,45 @@
+"""What of a source is copied beside a checkpoint's weights: tokenizer, templates, documents, modules. And how much."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from qbatch.core.errors import Unsupported
+from qbatch.core.model_files import python_files, sidecars
+
+# The largest tokenizers take 50 MB, the dense layers of the largest embedding models a few hundred.
+MOST_BYTES = 2**30
+
+
+def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
+    """What a checkpoint of ``source`` will hold beside its weights, its Python files among it ``with_code``.
+
+    Raises Unsupported where that is more than a checkpoint takes along; OSError.
+    """
+    paths = {*sidecars(source), *(python_files(source) if with_code else ())}
+    sizes: dict[Path, int] = {path: path.stat().st_size for path in paths}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise Unsupported(
+            f"the files beside the weights take {_mib(total)}, and a checkpoint takes at most {_mib(MOST_BYTES)} of "
+            f"them along (the largest is {largest.relative_to(source)}, {_mib(sizes[largest])}): move what the model "
+            "does not need to another folder"
+        )
+    return total
+
+
+def copy_sidecars(source: Path, folder: Path) -> None:
+    """Raises Unsupported as ``sidecar_bytes`` does, should they have grown since it was asked; OSError."""
+    sidecar_bytes(source)
+    for path in sorted(sidecars(source)):
+        target = folder / path.relative_to(source)
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,159 @@
+"""Whether a published checkpoint is still what was published, and is what its config says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbatch.core.domain import DType
+from qbatch.core.errors import JobError, UnsafeSource
+from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
+from qbatch.core.storage import MANIFEST
+from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.vet import refuse_other_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from qbatch.worker.quantizing.planning.expected_files import Expected
+
+_STATE = ".quant_state.bitsandbytes__"
+# A quantization state is some 170 bytes of JSON.
+_MOST_STATE_BYTES = 2**16
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with the checkpoint in ``folder``, one line each; empty for a sound one.
+
+    First every file against the manifest; if those match, the tensors' names, dtypes, shapes and quantization states
+    against the config, by transformers' own code. Of the tensors only headers and states are read. Where only the
+    checkpoint's own code could say what it holds, the files alone are looked at.
+    """
+    if not folder.is_dir():
+        return ["no such folder"]
+    return problems(folder) or _weight_problems(folder)
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    try:
+        headers = read_headers(folder)
+        twice_or_misplaced = [*_repeated(headers), *_misplaced(folder, headers)]
+        return twice_or_misplaced + ([] if _needs_code(folder) else _tensor_problems(folder, headers))
+    except JobError as error:
+        return [str(error)]
+
+
+def _needs_code(folder: Path) -> bool:
+    try:
+        vet_code(folder, trusted=False)
+    except UnsafeSource:
+        return True
+    return False
+
+
+def _repeated(headers: Iterable[Header]) -> Iterator[str]:
+    seen: dict[str, Path] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                yield f"{tensor.name} is in {seen[tensor.name].name} and in {header.path.name}"
+            seen[tensor.name] = header.path
+
+
+def _misplaced(folder: Path, headers: tuple[Header, ...]) -> list[str]:
+    """Where the index of a checkpoint of several files says something else than their headers."""
+    if (folder / SINGLE_NAME).is_file():
+        return []
+    files = read_object(folder / INDEX_NAME)["weight_map"]
+    held = {tensor.name: header.path.name for header in headers for tensor in header.tensors}
+    wrong = [f"{INDEX_NAME} puts {name} into {file}" for name, file in files.items() if held.get(name) != file]
+    return wrong + [f"{INDEX_NAME} leaves out {name}" for name in held if name not in files]
+
+
+def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
+    from qbatch.worker.models.load import quiet_libraries
+
+    quiet_libraries(with_bitsandbytes=True)
+    from qbatch.worker.quantizing.planning.expected_files import describe
+
+    config = read_config(folder)
+    refuse_other_weights(config)
+    found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
+    described = describe(folder, _dtype(folder), found)
+    lines = [*_missing(described.tensors, found), *_differing(described.tensors, found)]
+    lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
+    if config.get("dtype") != described.config_dtype:
+        lines.append(f"config.json says dtype {config.get('dtype')}; the model's is {described.config_dtype}")
+    return lines
+
+
+def _dtype(folder: Path) -> DType:
+    """That in which the model was loaded to be quantized: the config's is that of its first parameter."""
+    for path in (folder / MANIFEST, folder / "config.json"):
+        with suppress(ValueError):
+            return DType(read_object(path).get("dtype") or "")
+    return DType.FLOAT32
+
+
+_Found = Mapping[str, tuple[Path, TensorInfo]]
+
+
+def _missing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+    there = {one.tie for name, one in expected.items() if name in found}
+    for name, one in expected.items():
+        if name not in found and (one.tie is None or one.tie not in there):
+            yield f"{name} is missing"
+
+
+def _differing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+    for name, one in expected.items():
+        if name not in found:
+            continue
+        path, tensor = found[name]
+        dtype, shape = _safetensors_dtype(one.tensor.dtype), tuple(one.tensor.shape)
+        if _STATE in name:
+            yield from _state_problems(path, tensor, one.tensor)
+        elif (tensor.dtype, tensor.shape) != (dtype, shape):
+            yield f"{name} is {tensor.dtype} {list(tensor.shape)}; the config's is {dtype} {list(shape)}"
+
+
+def _safetensors_dtype(dtype: torch.dtype) -> str:
+    from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES
+
+    return next((name for name, known in TORCH_DTYPES.items() if known == dtype), str(dtype))
+
+
+def _state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
+    """Where a packed quantization state (JSON, its offset apart) does not fit its weight."""
+    try:
+        state = _read_state(path, tensor)
+    except (ValueError, RecursionError):
+        return [f"{tensor.name} holds no quantization state"]
+    expected = json.loads(bytes(needed.tolist()))
+    offset = state.pop("nested_offset", None)
+    wrong = [
+        f"{tensor.name} says {key} {state.get(key)}; the config's is {expected.get(key)}"
+        for key in sorted(state.keys() | expected.keys() - {"nested_offset"})
+        if state.get(key) != expected.get(key)
+    ]
+    is_number = isinstance(offset, float) and math.isfinite(offset)
+    if is_number == ("nested_offset" in expected):
+        return wrong
+    return [*wrong, f"{tensor.name} says nested_offset {offset}"]
+
+
+def _read_state(path: Path, tensor: TensorInfo) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON object."""
+    if tensor.dtype != "U8" or tensor.nbytes > _MOST_STATE_BYTES:
+        raise ValueError(tensor.dtype)
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        state = json.loads(file.read(tensor.nbytes).decode())
+    if not isinstance(state, dict):
+        raise ValueError(state)
+    return state

@@ -1,0 +1,1 @@
+"""The machine: its GPUs, its memory, what its faults mean."""

@@ -1,0 +1,1 @@
+"""How fast a model runs, what memory and energy it takes."""

@@ -1,0 +1,154 @@
+"""How fast a model generates, or passes its input forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qbatch.core.domain import Protocol
+from qbatch.core.errors import BenchmarkError
+from qbatch.worker.measuring.speed.device_clock import Clock, repeat
+
+_NOTHING = nullcontext()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTimes:
+    """Seconds. ``prefill_s``: from the call of ``generate`` until the first token's logits are there. ``decode_s``:
+    from then until the last token's. ``per_token_s``: the steps in between, those of all iterations together."""
+
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    per_token_s: list[float] = field(default_factory=list)
+
+
+class _TokenMarks:
+    """A logits processor that changes nothing and marks the moment at which each token's logits are there."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.marks = [clock.mark()]
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.marks.append(self._clock.mark())
+        return scores
+
+
+def time_generation(
+    model: Any,
+    prompts: torch.Tensor,
+    *,
+    new_tokens: int,
+    protocol: Protocol,
+    clock: Clock,
+    during_warmup: AbstractContextManager[object] = _NOTHING,
+    look: Callable[[], None] = lambda: None,
+) -> GenerationTimes:
+    """Greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length], over and over.
+
+    It is ``generate`` itself that is timed, since that is what runs everywhere and what a user gets. For an
+    encoder-decoder the prefill is the encoder and the first token. One round: see ``Protocol.rounds``.
+    ``during_warmup`` is open during the warm-up, and ``look`` is called between what is timed. Raises BenchmarkError
+    where the model stops of itself.
+    """
+    from transformers import LogitsProcessorList
+
+    times = GenerationTimes()
+
+    def once(record: bool) -> None:
+        clock.synchronize()
+        marks = _TokenMarks(clock)
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            logits_processor=LogitsProcessorList([marks]),
+            generation_config=model.generation_config,
+        )
+        if len(marks.marks) <= new_tokens:
+            raise BenchmarkError(f"generation stopped after {len(marks.marks) - 1} of {new_tokens} tokens")
+        steps_s = clock.intervals_s(marks.marks[: new_tokens + 1])
+        if record:
+            times.prefill_s.append(steps_s[0])
+            times.decode_s.append(sum(steps_s[1:]))
+            times.per_token_s.extend(steps_s[1:])
+
+    with torch.inference_mode(), greedy(model, new_tokens):
+        _run(once, protocol, during_warmup, look)
+    return times
+
+
+def time_forward(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    *,
+    protocol: Protocol,
+    clock: Clock,
+    during_warmup: AbstractContextManager[object] = _NOTHING,
+    look: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Seconds of each forward pass over ``inputs`` in one round; the rest as in ``time_generation``."""
+    times_s: list[float] = []
+
+    def once(record: bool) -> None:
+        clock.synchronize()
+        before = clock.mark()
+        model(**inputs)
+        seconds = clock.intervals_s([before, clock.mark()])
+        if record:
+            times_s.extend(seconds)
+
+    with torch.inference_mode():
+        _run(once, protocol, during_warmup, look)
+    return times_s
+
+
+def _run(
+    once: Callable[[bool], None],
+    protocol: Protocol,
+    during_warmup: AbstractContextManager[object],
+    look: Callable[[], None],
+) -> None:
+    with during_warmup:
+        for _ in range(protocol.warmup_iterations):
+            once(False)
+    look()
+
+    def timed() -> None:
+        once(True)
+        look()
+
+    repeat(
+        timed,
+        min_iterations=math.ceil(protocol.min_iterations / protocol.rounds),
+        min_duration_s=protocol.min_duration_s / protocol.rounds,
+    )
+
+
+@contextmanager
+def greedy(model: Any, new_tokens: int) -> Iterator[None]:
+    """Replace the model's generation defaults (sampling, beams, penalties, an end token) by plain greedy decoding.
+
+    Without an end token every sequence runs to ``new_tokens``. ``generate`` fills whatever is unset from the
+    model's own defaults, so these are replaced rather than overridden.
+    """
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=0,
+        bos_token_id=before.bos_token_id,
+        decoder_start_token_id=before.decoder_start_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before

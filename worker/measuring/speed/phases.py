@@ -1,0 +1,79 @@
+"""The phases that a task is timed in, at a shape that fits the model: prefill and decode, or one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qbatch.core.domain import Protocol
+from qbatch.worker.measuring.speed.device_clock import clock_of
+from qbatch.worker.measuring.speed.fairness import Sighting, fairness_watch
+from qbatch.worker.measuring.speed.generation import time_forward, time_generation
+from qbatch.worker.measuring.tokens import max_positions, prompts
+from qbatch.worker.models.architecture import ModelKind
+from qbatch.worker.models.load import LoadedModel
+
+_GENERATIVE = (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """The times of one round in seconds, by phase ("prefill", "decode" and "per_token", or "forward"), for
+    ``prompts`` [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``sighting`` None without a GPU."""
+
+    times_s: Mapping[str, list[float]]
+    prompts: torch.Tensor
+    new_tokens: int
+    sighting: Sighting | None
+
+    @property
+    def shapes(self) -> dict[str, int]:
+        batch_size, prompt_tokens = self.prompts.shape
+        return {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": self.new_tokens}
+
+
+def time_round(
+    loaded: LoadedModel, protocol: Protocol, eval_text: str, during_warmup: AbstractContextManager[object]
+) -> Round:
+    """Time the phases of the model's task, one round of them."""
+    time_phases = _generation if loaded.task in _GENERATIVE else _forward
+    with fairness_watch(loaded.device) as fairness:
+        options = {"clock": clock_of(loaded.device), "during_warmup": during_warmup, "look": fairness.look}
+        times_s, ids, new_tokens = time_phases(loaded, protocol, eval_text, options)
+        return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, sighting=fairness.sighting())
+
+
+_Timed = tuple[Mapping[str, list[float]], torch.Tensor, int]
+
+
+def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
+    prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
+    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
+    times = time_generation(loaded.model, ids, new_tokens=new_tokens, protocol=protocol, **options)
+    phases = {"prefill": times.prefill_s, "decode": times.decode_s, "per_token": times.per_token_s}
+    return phases, ids, new_tokens
+
+
+def generation_shape(protocol: Protocol, limit: int | None) -> tuple[int, int]:
+    """(prompt tokens, new tokens) that fit ``limit`` positions; the prompt yields first."""
+    if limit is None or protocol.prompt_tokens + protocol.new_tokens <= limit:
+        return protocol.prompt_tokens, protocol.new_tokens
+    new_tokens = max(2, min(protocol.new_tokens, limit // 2))
+    return max(1, min(protocol.prompt_tokens, limit - new_tokens)), new_tokens
+
+
+def _forward(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
+    limit = max_positions(loaded.model)
+    length = protocol.prompt_tokens if limit is None else min(protocol.prompt_tokens, limit)
+    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=length)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if loaded.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if type(loaded.model).__name__.endswith("ForMultipleChoice"):
+        # [batch, choices, length]
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
+    return {"forward": time_forward(loaded.model, inputs, protocol=protocol, **options)}, ids, 0

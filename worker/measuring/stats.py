@@ -1,0 +1,45 @@
+"""A sample of numbers in a few."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from qbatch.core.domain import Stats
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The ``percent``-th percentile of an ascending, non-empty sample, interpolated linearly (NumPy's default)."""
+    place = (len(ordered) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def summarize(sample: Sequence[float]) -> Stats:
+    """Count, mean, sample standard deviation (0 for one value) and percentiles of a non-empty sample."""
+    ordered = sorted(sample)
+    return Stats(
+        count=len(ordered),
+        mean=statistics.fmean(ordered),
+        stdev=statistics.stdev(ordered) if len(ordered) > 1 else 0.0,
+        p50=percentile(ordered, 50),
+        p90=percentile(ordered, 90),
+        p95=percentile(ordered, 95),
+        p99=percentile(ordered, 99),
+    )
+
+
+def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of Σ sums / Σ counts, the mean over the rows of clusters that alone are independent.
+
+    The linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran, Sampling Techniques,
+    ch. 9A): clusters may differ in size. None for a single cluster.
+    """
+    clusters, rows = len(sums), sum(counts)
+    if clusters < 2:
+        return None
+    mean = math.fsum(sums) / rows
+    scatter = math.fsum((total - count * mean) ** 2 for total, count in zip(sums, counts, strict=True))
+    return math.sqrt(clusters / (clusters - 1) * scatter) / rows

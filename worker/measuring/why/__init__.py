@@ -1,0 +1,1 @@
+"""Why decoding is as fast as it is."""

@@ -1,0 +1,257 @@
+"""The kernels of a decode step, in a process of their own: under a CUDA graph without the host, and profiled as
+``generate`` runs them.
+
+A failed capture leaves a process's CUDA state unfit for more, and a profiler leaves its process slower.
+``python -P -m qbatch.worker.measuring.why.decode_kernels`` imports what is slow and does not initialise CUDA, once;
+then it forks a process for each request, since a fork can still use the GPU. Requests are lines of JSON on standard
+input, answers on standard output; ``qbatch.worker.measuring.why.capture`` is the other end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qbatch.worker.measuring.why.profile import StepProfile
+
+_WARMUP_STEPS = 3
+_REPLAYS = 20
+_SEED = 0
+# Not bitsandbytes, whose import initialises CUDA.
+_PRELOAD = (
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "accelerate",
+    "qbatch.worker.models.load",
+)
+_ORPHANED = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a step comes after: ``prompt_tokens``, with a cache that has room for ``new_tokens`` more."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsRequest:
+    """Of which model, and at which shapes; with ``capture`` false, profiles alone. ``dtype`` is a DType's value."""
+
+    folder: str
+    dtype: str
+    device: str
+    trusted: bool = False
+    shapes: tuple[Shape, ...]
+    capture: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsAlone:
+    """Median seconds of a replayed decode step, with a static cache of the protocol's length; else why there is
+    none."""
+
+    step_s: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKernels:
+    """A decode step at one shape. Where there is no ``profile``, ``reason`` says why; neither is there where a failed
+    capture stood in the way, and it may be asked for again."""
+
+    alone: KernelsAlone | None = None
+    profile: StepProfile | None = None
+    reason: str | None = None
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    # Whatever a library prints goes to the log, not between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    while line := sys.stdin.readline():
+        answers.write(_answer(line).strip() + "\n")
+        answers.flush()
+
+
+def _answer(line: str) -> str:
+    """What a process of its own makes of a request; empty where it died."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _work(line, theirs)
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def _work(line: str, answer_to: int) -> None:
+    """A forked process's whole life. Not through interpreter shutdown, which CUDA's broken state may hang."""
+    threading.Thread(target=_leave_with_the_runner, daemon=True).start()
+    try:
+        fields = json.loads(line)
+        request = KernelsRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
+        os.write(answer_to, json.dumps([asdict(found) for found in _measure(request)]).encode())
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _leave_with_the_runner() -> None:
+    """The runner holds the other end of standard input: once it is gone, nobody wants the answer, but the GPU."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), 0)
+    poll.poll()
+    os._exit(_ORPHANED)
+
+
+def _measure(request: KernelsRequest) -> list[StepKernels]:
+    """An answer for each shape."""
+    count = len(request.shapes)
+    if not request.device.startswith("cuda"):
+        alone = KernelsAlone(reason="there are no CUDA graphs on a CPU")
+        return [StepKernels(alone=alone, reason="a CPU runs no kernels")] * count
+    try:
+        model = _load(request)
+    except Exception as error:
+        alone = KernelsAlone(reason=_reason("not capturable", error))
+        return [StepKernels(alone=alone, reason=_reason("cannot profile a step", error))] * count
+    if not request.capture:
+        return _profile_each(model, request)
+    alones = _capture_each(model, request)
+    if any(alone.step_s is None for alone in alones):
+        return [StepKernels(alone=alone) for alone in alones]
+    profiled = _profile_each(model, request)
+    return [replace(one, alone=alone) for one, alone in zip(profiled, alones, strict=True)]
+
+
+def _reason(failure: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{failure}: {first} ({type(error).__name__})"
+
+
+def _capture_each(model: Any, request: KernelsRequest) -> list[KernelsAlone]:
+    """After a failure, that failure for the rest."""
+    found: list[KernelsAlone] = []
+    try:
+        # One by one: what was found before a failure stands.
+        found.extend(KernelsAlone(step_s=_replayed_s(model, shape, request.device)) for shape in request.shapes)
+    except Exception as error:
+        # Whatever stops a capture is the answer to the question asked.
+        failure = KernelsAlone(reason=_reason("not capturable", error))
+        return found + [failure] * (len(request.shapes) - len(found))
+    return found
+
+
+def _profile_each(model: Any, request: KernelsRequest) -> list[StepKernels]:
+    return [_profile(model, shape, request.device) for shape in request.shapes]
+
+
+def _profile(model: Any, shape: Shape, device: str) -> StepKernels:
+    from qbatch.worker.measuring.why.profile import profile_decode
+
+    prompt = _ids(model, shape, device)[:, :-1].contiguous()
+    try:
+        profile = profile_decode(model, prompt, new_tokens=shape.new_tokens, device=device)
+    except Exception as error:
+        return StepKernels(reason=_reason("cannot profile a step", error))
+    if not profile.device_busy_s:
+        # Where CUPTI is barred or somebody else's: such a step would be called host-bound.
+        return StepKernels(reason="the profiler saw nothing run on the GPU")
+    return StepKernels(profile=profile)
+
+
+def _load(request: KernelsRequest) -> Any:
+    from qbatch.core.domain import DType
+    from qbatch.worker.models.load import load
+
+    folder = Path(request.folder)
+    return load(folder, dtype=DType(request.dtype), device=request.device, trusted=request.trusted).model
+
+
+def _replayed_s(model: Any, shape: Shape, device: str) -> float:
+    import torch
+
+    from qbatch.worker.measuring.speed.device_clock import CudaClock
+    from qbatch.worker.measuring.stats import percentile
+
+    with torch.inference_mode():
+        step, rewind = decode_step(model, shape, device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP_STEPS):
+                rewind()
+                step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        rewind()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        clock = CudaClock(device)
+        times_s: list[float] = []
+        for _ in range(_REPLAYS):
+            rewind()
+            clock.synchronize()
+            before = clock.mark()
+            graph.replay()
+            times_s += clock.intervals_s([before, clock.mark()])
+    return percentile(sorted(times_s), 50)
+
+
+def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """(a function that runs one step after the prompt and returns its logits, one that makes the cache forget it)."""
+    import torch
+    from transformers import StaticCache
+
+    ids = _ids(model, shape, device)
+    prompt, token = ids[:, :-1].contiguous(), ids[:, -1:].contiguous()
+    cache = StaticCache(config=model.config, max_cache_len=shape.prompt_tokens + shape.new_tokens)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    position = torch.full_like(token, shape.prompt_tokens)
+
+    def step() -> Any:
+        return model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(shape.prompt_tokens)
+            if hasattr(layer, "cumulative_length_int"):  # a sliding window's
+                layer.cumulative_length_int = shape.prompt_tokens
+
+    return step, rewind
+
+
+def _ids(model: Any, shape: Shape, device: str) -> Any:
+    """[batch, prompt and one more]. Each row its own: of a mixture's experts, equal rows would all choose the same."""
+    import torch
+
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    size = (shape.batch_size, shape.prompt_tokens + 1)
+    return torch.randint(rows, size, generator=torch.Generator().manual_seed(_SEED)).to(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Why decoding is as fast as it is, and what it costs in energy: everything about a GPU beyond the plain figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+
+from qbatch.core.domain import DType, Protocol
+from qbatch.core.errors import BenchmarkError, DeviceError, JobError
+from qbatch.worker.measuring.speed.energy import NoEnergyCounter, measure_energy
+from qbatch.worker.measuring.speed.generation import greedy
+from qbatch.worker.measuring.speed.memory import nvml_handle
+from qbatch.worker.measuring.speed.phases import Round
+from qbatch.worker.measuring.why.decode_kernels import StepKernels
+from qbatch.worker.measuring.why.profile import StepProfile
+from qbatch.worker.measuring.why.roofs import Roofs, measure_roofs
+from qbatch.worker.measuring.why.traffic import StepWork, step_work
+from qbatch.worker.measuring.why.verdict import judge
+from qbatch.worker.models.load import LoadedModel, translated
+
+T = TypeVar("T")
+
+
+class Explanation:
+    """What lies behind the eager decode steps of a causal LM on CUDA. ``observe`` while the model is there,
+    ``conclude`` once its place may be taken. What goes wrong costs that part alone and leaves its reason."""
+
+    def __init__(self, protocol: Protocol, on_step: Callable[[str], None]) -> None:
+        self._protocol = protocol
+        self._on_step = on_step
+        self._work: StepWork | None = None
+        self._energy: Mapping[str, Any] | None = None
+        self._reason = None if protocol.why else "it was not asked why"
+        # Spoils the device for this process; what was measured before it stands.
+        self.fault: DeviceError | None = None
+
+    def observe(self, loaded: LoadedModel, shape: Round) -> None:
+        """Count a step's work at ``shape``, and with the protocol's ``energy`` measure that (35 s)."""
+        if self._protocol.why:
+            self._work, self._reason = self._attempt("count a step's work", lambda: _work(loaded, shape.prompts))
+        if self._protocol.energy:
+            self._on_step("energy")
+            energy, reason = self._attempt("measure energy", lambda: _energy(loaded, shape.prompts, shape.new_tokens))
+            self._energy = {"reason": reason} if energy is None else energy
+
+    def conclude(
+        self, *, device: str, compute_dtype: DType, step_wall_s: float, kernels: StepKernels | None
+    ) -> dict[str, Any]:
+        """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``kernels`` are its own."""
+        profile = None if kernels is None else kernels.profile
+        alone = None if kernels is None else kernels.alone
+        roofs: Roofs | None = None
+        if profile is not None:
+            self._on_step("roofs")
+            roofs, reason = self._attempt(
+                "measure the device's roofs", lambda: measure_roofs(device, getattr(torch, compute_dtype.value))
+            )
+            self._reason = self._reason or reason
+        elif kernels is not None:
+            self._reason = kernels.reason
+        elif self.fault is not None:
+            self._reason = str(self.fault)
+        return {
+            **self._judged(device, step_wall_s, profile, roofs),
+            "step_wall_s": step_wall_s,
+            "roofs": None if roofs is None else asdict(roofs),
+            "kernels_alone": None if alone is None else asdict(alone),
+            "energy": self._energy,
+        }
+
+    def _judged(
+        self, device: str, step_wall_s: float, profile: StepProfile | None, roofs: Roofs | None
+    ) -> dict[str, Any]:
+        work = self._work
+        if profile is None:
+            return {"verdict": None, "reason": self._reason, "profile": None, "busy_share": None, "work": None}
+        cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        verdict = None
+        if roofs is not None and work is not None:
+            verdict = judge(wall_s=step_wall_s, profile=profile, work=work, roofs=roofs, cache_size_bytes=cache_bytes)
+            self._reason = "the weights fit in the GPU's cache" if verdict is None else None
+        return {
+            "verdict": None if verdict is None else verdict.value,
+            "reason": self._reason,
+            "profile": asdict(profile),
+            "busy_share": profile.device_busy_s / step_wall_s,
+            "work": None if work is None else asdict(work),
+            "bytes_per_s": work.bytes / profile.device_busy_s if work and profile.device_busy_s else None,
+        }
+
+    def _attempt(self, doing: str, work: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What ``work`` returns; else why it did not. After a fault of the device nothing more is tried."""
+        if self.fault is not None:
+            return None, str(self.fault)
+        try:
+            with translated(BenchmarkError, f"cannot {doing}"):
+                return work(), None
+        except JobError as error:
+            reason = str(error)
+            self.fault = error if isinstance(error, DeviceError) else None
+        if self.fault is None:
+            torch.cuda.empty_cache()
+        return None, reason
+
+
+@torch.inference_mode()
+def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
+    """With the cache as it is after the prefill: decoding adds little to it."""
+    cache = getattr(loaded.model(input_ids=prompts, use_cache=True), "past_key_values", None)
+    return step_work(loaded.model, cache, batch_size=len(prompts))
+
+
+def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    with nvml_handle(loaded.device) as handle:
+        if handle is None:
+            return {"reason": "NVML does not show this GPU"}
+        try:
+            return measure_energy(
+                handle,
+                prefill=lambda: _generate(loaded, prompts, 1),
+                generate=lambda: _generate(loaded, prompts, new_tokens),
+                tokens=prompts.numel(),
+                decoded=len(prompts) * (new_tokens - 1),
+            )
+        except NoEnergyCounter as error:
+            return {"reason": str(error)}
+
+
+def _generate(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> None:
+    model = loaded.model
+    with torch.inference_mode(), greedy(model, new_tokens):
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=model.generation_config)
+    torch.cuda.synchronize(loaded.device)

@@ -1,0 +1,110 @@
+"""What a GPU does during decode steps as ``generate`` runs them: how long it is busy, and how often it is spoken to.
+
+torch's profiler slows every launch of its process from then on (CUPTI stays attached): nothing is timed after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+
+from qbatch.worker.measuring.speed.device_clock import clock_of
+from qbatch.worker.measuring.speed.generation import greedy
+
+# The first steps after the prefill still allocate; then as many as make a stable mean.
+_SKIPPED_STEPS = 3
+_STEPS = 8
+# The prefill makes the first token.
+_TOKENS_BEFORE = 1 + _SKIPPED_STEPS
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProfile:
+    """Of one decode step, on average. ``device_busy_s``: seconds in which the device ran a kernel or a copy;
+    ``launches`` and ``synchronizations``: calls of the CUDA runtime. Profiling slows the host and not the kernels,
+    so the wall time must come from elsewhere."""
+
+    steps: int
+    device_busy_s: float
+    launches: float
+    synchronizations: float
+
+
+class _Profiler:
+    """A logits processor that changes nothing and profiles the steps between two of its calls."""
+
+    def __init__(self, device: str) -> None:
+        kinds = torch.profiler.ProfilerActivity
+        self._profiler = torch.profiler.profile(
+            activities=[kinds.CPU, kinds.CUDA] if device.startswith("cuda") else [kinds.CPU],
+            # There is one cycle; some versions warn of losing others.
+            acc_events=True,
+        )
+        self._clock = clock_of(device)
+        self._calls = 0
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._calls += 1
+        if self._calls == _TOKENS_BEFORE:
+            self._clock.synchronize()
+            self._profiler.start()
+        if self._calls == _TOKENS_BEFORE + _STEPS:
+            self._clock.synchronize()
+            self._profiler.stop()
+        return scores
+
+    def events(self) -> list[Any]:
+        return list(self._profiler.events())  # type: ignore[no-untyped-call]
+
+
+def profile_decode(model: Any, prompts: torch.Tensor, *, new_tokens: int, device: str) -> StepProfile:
+    """Profile a few eager decode steps of ``model`` after a prefill of ``prompts`` [batch, length].
+
+    The model has positions for the prompt and ``new_tokens``; where those are fewer than the profiled steps need,
+    the prompt is that much shorter. On a CPU there is no device to be busy, and the figures are 0.
+    """
+    from transformers import LogitsProcessorList
+
+    needed = _TOKENS_BEFORE + _STEPS
+    prompts = prompts[:, : max(1, prompts.shape[1] - max(0, needed - new_tokens))]
+    profiler = _Profiler(device)
+    with torch.inference_mode(), greedy(model, needed):
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            logits_processor=LogitsProcessorList([profiler]),
+            generation_config=model.generation_config,
+        )
+    return summarize_events(profiler.events(), steps=_STEPS)
+
+
+def summarize_events(events: Iterable[Any], *, steps: int) -> StepProfile:
+    """Average torch.profiler's ``events`` over ``steps``; one of the synchronisations is the profiling's own."""
+    events = list(events)
+    on_device = [event for event in events if _is_device_work(event)]
+    launches = sum(event.name.startswith(_LAUNCHES) for event in events)
+    synchronizations = sum(event.name.startswith("cuda") and "Synchronize" in event.name for event in events)
+    return StepProfile(
+        steps=steps,
+        device_busy_s=covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e6 / steps,
+        launches=launches / steps,
+        synchronizations=max(0, synchronizations - 1) / steps,
+    )
+
+
+def _is_device_work(event: Any) -> bool:
+    return bool(event.device_type == DeviceType.CUDA) and not event.is_user_annotation
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of ``intervals``: what runs at the same time on two streams counts once."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,1 @@
+"""What is done to a weight, method by method."""

@@ -1,0 +1,1 @@
+"""A model's architecture, its own code, and loading it through transformers."""

@@ -1,0 +1,160 @@
+"""What a model is, from what its config says of itself: transformers' config, class and tokenizer, and its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.errors import SourceCorrupt, UnsafeSource, Unsupported
+from qbatch.worker.models.remote_code import REFUSAL
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+)
+# What transformers raises for a config with values that make no sense.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+
+
+class ModelKind(StrEnum):
+    """What a model computes; it decides how it is measured."""
+
+    CAUSAL_LM = "causal-lm"
+    MASKED_LM = "masked-lm"
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # no password
+    SEQ2SEQ = "seq2seq"
+    ENCODER = "encoder"
+
+
+# The auto classes that a config's auto_map may give a class of the model's own for.
+_OWN_TASKS = {
+    "AutoModelForCausalLM": ModelKind.CAUSAL_LM,
+    "AutoModelForSeq2SeqLM": ModelKind.SEQ2SEQ,
+    "AutoModelForMaskedLM": ModelKind.MASKED_LM,
+    "AutoModelForSequenceClassification": ModelKind.SEQUENCE_CLASSIFICATION,
+    "AutoModelForTokenClassification": ModelKind.TOKEN_CLASSIFICATION,
+    "AutoModel": None,
+}
+
+
+def load_config(folder: Path, *, trusted: bool) -> Any:
+    """transformers' config of the model in ``folder``; its own code runs only where it is ``trusted``.
+
+    Raises UnsafeSource where it needs code and is not, Unsupported where this transformers does not know the model
+    type, else SourceCorrupt.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except (*_UNREADABLE, StrictDataclassError) as error:
+        text = str(error) or type(error).__name__
+        if "trust_remote_code" in text:
+            raise UnsafeSource(REFUSAL) from error
+        kind = Unsupported if "does not recognize" in text else SourceCorrupt
+        raise kind(f"transformers cannot read config.json: {text.splitlines()[0]}") from error
+
+
+def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
+    """The tokenizer in ``folder``, None where there is none. Raises UnsafeSource, and what transformers raises."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise UnsafeSource(f"the tokenizer: {REFUSAL}") from error
+        raise
+
+
+def _architecture(config: Any) -> str | None:
+    names: list[str] = getattr(config, "architectures", None) or []
+    return names[0] if names else None
+
+
+def model_class(config: Any, *, trusted: Path | None = None) -> Any:
+    """The class named by ``config.architectures``; without one, the causal LM of that model type, else its body.
+
+    A class that only the model itself has comes from ``trusted``, its folder. Raises UnsafeSource where that is None,
+    Unsupported where this transformers has no such model class.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    own = _own_class(config)
+    if own is not None:
+        return _dynamic_class(own[1], trusted)
+    name = _architecture(config)
+    if name is not None:
+        return _library_class(name)
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise Unsupported(f"config.json names no architecture, and {config.model_type} has no default")
+
+
+def _library_class(name: str) -> Any:
+    import transformers
+
+    if not _is_in_library(name):
+        raise Unsupported(f"transformers {transformers.__version__} has no architecture {name}")
+    return getattr(transformers, name)
+
+
+def _is_in_library(name: str | None) -> bool:
+    import transformers
+
+    # config.json is the source's word: "pipeline" is an attribute of transformers too.
+    cls = getattr(transformers, name, None) if name is not None else None
+    return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+
+
+def _dynamic_class(reference: str, trusted: Path | None) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if trusted is None:
+        raise UnsafeSource(REFUSAL)
+    return get_class_from_dynamic_module(reference, str(trusted), local_files_only=True)
+
+
+def _own_class(config: Any) -> tuple[str, str] | None:
+    """An auto class, and the class that the model brings for it as ``module.Class``: that which is its architecture,
+    else the first. None where the library has the architecture."""
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(auto_map, Mapping) or _is_in_library(_architecture(config)):
+        return None
+    own = [(auto, auto_map[auto]) for auto in _OWN_TASKS if isinstance(auto_map.get(auto), str)]
+    name = _architecture(config)
+    return next((pair for pair in own if pair[1].rpartition(".")[2] == name), own[0] if own else None)
+
+
+def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
+    """The task of ``model_class(config)``. A head for choices or answers is measured as an encoder, and so is the body
+    of an encoder-decoder, which has no tokens to say; a vision-language model as the causal LM inside."""
+    from transformers.models.auto import modeling_auto as auto
+
+    cls = model_class(config, trusted=trusted)
+    own = _own_class(config)
+    if own is not None and (task := _OWN_TASKS[own[0]]) is not None:
+        return task
+    # A class may stand in several mappings (BART's generates and fills masks; GPT-2's does more): first fit wins.
+    for task, names in (
+        (ModelKind.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        (ModelKind.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (ModelKind.MASKED_LM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        (ModelKind.SEQUENCE_CLASSIFICATION, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (ModelKind.TOKEN_CLASSIFICATION, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ):
+        if cls.__name__ in names.values():
+            return task
+    return ModelKind.CAUSAL_LM if cls.can_generate() and not config.is_encoder_decoder else ModelKind.ENCODER

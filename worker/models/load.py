@@ -1,0 +1,137 @@
+"""Loads a model from a folder through plain ``from_pretrained``: a source, or a published checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.domain import DType
+from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from qbatch.core.sources import read_config, read_headers
+from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
+from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
+from qbatch.worker.models.proportions import refuse_disproportion
+from qbatch.worker.models.vet import refuse_other_weights
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode on ``device``, as its folder describes it.
+
+    ``tokenizer`` is None where the folder has none. ``load_model_s`` is the time of ``from_pretrained`` alone,
+    the device synchronised at both ends.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: ModelKind
+    load_model_s: float
+    device: str
+
+
+def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> LoadedModel:
+    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), what is not quantized in ``dtype`` (resolved). Python
+    files in it run only where it is ``trusted``.
+
+    Raises SourceNotFound or SourceCorrupt for a source's faults, BenchmarkError for a published checkpoint's,
+    UnsafeSource for one that needs code and is not trusted, Unsupported for what this transformers cannot load,
+    CudaOom, HostOom or DeviceError for the device's.
+    """
+    written = read_config(folder)
+    refuse_other_weights(written)
+    quantized = "quantization_config" in written
+    if not quantized:  # a checkpoint of ours was vetted before it was written
+        refuse_disproportion(written, read_headers(folder))
+    quiet_libraries(with_bitsandbytes=quantized)
+    corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
+    with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
+        config = load_config(folder, trusted=trusted)
+        own_code = folder if trusted else None
+        cls, task = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
+    with translated(corrupt, f"cannot load {folder.name}"):
+        model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
+    with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
+        tokenizer = load_tokenizer(folder, trusted=trusted)
+    return LoadedModel(model=model, tokenizer=tokenizer, task=task, load_model_s=load_model_s, device=device)
+
+
+@contextmanager
+def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
+    """The seam to torch, transformers and bitsandbytes: their errors leave it as JobErrors of one line.
+
+    Memory and device faults get their own class, everything else becomes ``otherwise``.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise (device_fault(error) or otherwise)(f"{doing}: {one_line(error)}") from error
+
+
+def quiet_libraries(*, with_bitsandbytes: bool) -> None:
+    """Keep progress bars and repeated warnings of transformers and bitsandbytes out of a job's log.
+
+    int8 layers warn at every call that 16-bit inputs are cast, which is how LLM.int8 works. On a CPU with
+    AVX512-BF16, importing bitsandbytes would download a kernel from the hub: the import runs without that package.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if with_bitsandbytes and "bitsandbytes" not in sys.modules:
+        with _hub_kernels_hidden():
+            importlib.import_module("bitsandbytes")
+
+
+@contextmanager
+def _hub_kernels_hidden() -> Iterator[None]:
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
+
+
+def _load_model(
+    cls: Any, config: Any, folder: Path, dtype: DType, device: str, corrupt: type[JobError]
+) -> tuple[Any, float]:
+    import torch
+
+    _synchronize(device)
+    begin_s = time.perf_counter()
+    model, info = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype.value),
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _synchronize(device)
+    load_model_s = time.perf_counter() - begin_s
+    # transformers fills a missing tensor with random numbers and merely warns.
+    if missing := sorted(info["missing_keys"]):
+        raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}")
+    avoid_packed_kernel(model, device)
+    return model.eval(), load_model_s
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -1,0 +1,6 @@
+"""The streaming bitsandbytes writer."""
+
+from qbatch.worker.quantizing.target import Progress, Refused, Target, Written
+from qbatch.worker.quantizing.write import write_checkpoints
+
+__all__ = ["Progress", "Refused", "Target", "Written", "write_checkpoints"]

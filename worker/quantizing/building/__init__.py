@@ -1,0 +1,1 @@
+"""Checkpoints written by building the whole model."""

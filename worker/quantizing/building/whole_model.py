@@ -1,0 +1,246 @@
+"""The long way: build the whole model, then save it. Needs memory for all of it, one target after the other."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+
+from qbatch.core.digest import digest_file
+from qbatch.core.domain import DType
+from qbatch.core.errors import JobError, Unsupported, one_line
+from qbatch.core.filesystem import share
+from qbatch.core.sources import Header, read_header
+from qbatch.worker.files.staging import require_space
+from qbatch.worker.methods.packing import Packing, figures
+from qbatch.worker.models.architecture import load_config
+from qbatch.worker.quantizing.faults import as_job_error
+from qbatch.worker.quantizing.meter import Meter
+from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
+from qbatch.worker.quantizing.planning.loading import load_source, refuse_missing, unused
+from qbatch.worker.quantizing.planning.saving import read_generation_config
+from qbatch.worker.quantizing.planning.skeleton import build_skeleton
+from qbatch.worker.quantizing.planning.space import weights_bytes
+from qbatch.worker.quantizing.target import Deferred, Refused, Target, Written
+from qbatch.worker.quantizing.tensors.source_reader import SourceReader
+from qbatch.worker.quantizing.tensors.trace import Origin, is_elementwise, replay, sources_of
+
+_REPORT_INTERVAL_S = 0.25
+_Origins = Mapping[str, tuple[Origin, bool]]
+
+
+class WholeModel:
+    """A target that is written by building its whole model. Made before it is written, so that what it will read and
+    write is known early."""
+
+    def __init__(
+        self, source: Path, headers: tuple[Header, ...], deferred: Deferred, dtype: DType, device: str
+    ) -> None:
+        """Raises what building a model without data raises."""
+        self._source, self._headers, self._deferred = source, headers, deferred
+        self._dtype, self._device = dtype, device
+        self._packing = Packing.of(self._target.scheme)
+        self._skeleton = build_skeleton(source, self._target.scheme, dtype, device, trusted=self._target.trusted)
+        self._to_write = weights_bytes(self._skeleton.model, self._packing, self._quantized_shapes())
+        self._origins, self._dropped, self._no_origins_because = self._trace()
+
+    @property
+    def _target(self) -> Target:
+        return self._deferred.target
+
+    def _quantized_shapes(self) -> dict[str, torch.Size]:
+        quantizer, model = self._skeleton.quantizer, self._skeleton.model
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        return {name: shape for name, shape in shapes.items() if quantizer.param_needs_quantization(model, name)}
+
+    def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:
+        """Where each quantized weight comes from and which tensors of the source go nowhere; neither, and why not,
+        where a model's own code hides it."""
+        try:
+            with SourceReader(self._headers, lambda _: None) as reader:
+                _, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
+                dropped = unused(reader, self._skeleton.model, recorder)
+        except Exception as error:
+            if not self._target.trusted or isinstance(error, JobError):
+                raise
+            return {}, None, one_line(error)
+        return recorder.origins, dropped, None
+
+    def planned_bytes(self) -> int:
+        """What will be read and written, nearly: the source to load it, then again what the errors are computed of."""
+        sizes = {tensor.name: tensor.nbytes for header in self._headers for tensor in header.tensors}
+        compared = {name for origin, _ in self._origins.values() for name in sources_of(origin)}
+        return sum(sizes.values()) + sum(sizes[name] for name in compared) + self._to_write
+
+    def write(self, meter: Meter) -> Written | Refused:
+        """``from_pretrained`` + ``save_pretrained``. Reports a few times a second, from the calling thread, and raises
+        nothing but what that raises."""
+        stopped = threading.Event()
+        # On CPU, double quantization depends on the number of threads.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+            work = pool.submit(self._write, _stoppable(meter.read, stopped))
+            try:
+                self._watch(work, meter)
+            except BaseException:
+                stopped.set()
+                raise
+        try:
+            return work.result()
+        except Exception as error:
+            # Its traceback would keep the model.
+            return Refused(target=self._target, error=as_job_error(error).with_traceback(None))
+        finally:
+            _give_back_memory()
+
+    def _write(self, on_read: Callable[[int], None]) -> Written:
+        start = time.perf_counter()
+        require_space(self._target.folder, self._to_write + self._target.beside_bytes)
+        audit = self._load_and_save(on_read)
+        return Written(
+            target=self._target,
+            quantize_s=time.perf_counter() - start,
+            files=tuple(digest_file(path) for path in sorted(self._target.folder.iterdir())),
+            audit=audit | {"whole_model_because": self._deferred.reason},
+            writer="whole",
+        )
+
+    def _watch(self, work: Future[Written], meter: Meter) -> None:
+        counted = 0
+        done = False
+        while not done:
+            done = bool(wait([work], _REPORT_INTERVAL_S).done)
+            written = _bytes_in(self._target.folder)
+            meter.wrote(max(0, written - counted))
+            counted = max(written, counted)
+            meter.report()
+
+    def _load_and_save(self, on_read: Callable[[int], None]) -> dict[str, Any]:
+        with SourceReader(self._headers, on_read) as reader:
+            model, loading = self._load(reader)
+            errors = self._errors(model, reader)
+        self._save(model)
+        sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in _quantized(model)}
+        dropped = loading["unexpected_keys"] if self._dropped is None else self._dropped
+        return coverage(self._skeleton, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+
+    def _load(self, reader: SourceReader) -> tuple[Any, Any]:
+        """The quantized model. Its tensors are read through the reader, which counts."""
+        model, loading = self._skeleton.cls.from_pretrained(
+            None,
+            config=load_config(self._source, trusted=self._target.trusted),
+            state_dict={tensor.name: _Unread(reader, tensor.name) for tensor in reader.tensors()},
+            quantization_config=self._skeleton.quantizer.quantization_config,
+            dtype=getattr(torch, self._dtype.value),
+            device_map={"": self._device},
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        refuse_missing(loading["missing_keys"])
+        for name, module in _quantized(model):
+            if not hasattr(module.weight, "SCB" if self._packing.is_int8 else "quant_state"):
+                raise Unsupported(f"transformers left {name}.weight unquantized in a quantized layer")
+        if model.can_generate():
+            read_generation_config(model, self._source)
+        return model, loading
+
+    def _save(self, model: Any) -> None:
+        limit = self._target.scheme.max_shard_bytes
+        model.save_pretrained(
+            self._target.folder,
+            save_original_format=not self._converted_weights_may_be_quantized(),
+            **({} if limit is None else {"max_shard_size": limit}),
+        )
+        for path in self._target.folder.iterdir():
+            share(path)
+
+    def _converted_weights_may_be_quantized(self) -> bool:
+        """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails (int8),
+        or leaves a checkpoint that cannot be loaded any more (4 bits)."""
+        if self._no_origins_because is not None:
+            return True
+        return not all(is_elementwise(origin) for origin, _ in self._origins.values())
+
+    def _errors(self, model: Any, reader: SourceReader) -> dict[str, Any]:
+        """The audit of the errors, one weight at a time."""
+        if self._no_origins_because is not None:
+            return {"no_errors_because": self._no_origins_because}
+        # The parts of one source tensor are neighbours in the model.
+        read = lru_cache(maxsize=1)(reader.whole)
+        found = {}
+        for name, module in _quantized(model):
+            origin, transposed = self._origins[f"{name}.weight"]
+            exact = replay(origin, read).to(module.weight.device)
+            found[f"{name}.weight"] = [_measure(exact.t() if transposed else exact, module.weight)]
+        state = model.state_dict()
+        # Of quantized weights the pieces above were looked at; their codes may be of any dtype.
+        others = (name for name in state if not name.startswith(tuple(found)) and not name.endswith(".SCB"))
+        return error_audit(found, (name for name in others if not is_finite(state[name])))
+
+
+class _Unread:
+    """A tensor of the source that transformers reads when its turn has come."""
+
+    def __init__(self, reader: SourceReader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __getitem__(self, _everything: Any) -> torch.Tensor:
+        return self._reader.whole(self._name)
+
+
+def _stoppable(on_read: Callable[[int], None], stopped: threading.Event) -> Callable[[int], None]:
+    def count(nbytes: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("nobody waits for this any more")
+        on_read(nbytes)
+
+    return count
+
+
+def _quantized(model: Any) -> list[tuple[str, Any]]:
+    """bitsandbytes' modules, by name."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "source_cls")]
+
+
+def _measure(exact: torch.Tensor, weight: Any) -> list[float]:
+    """The FIGURES of a quantized parameter that was ``exact``."""
+    if isinstance(weight, bnb.nn.Int8Params):
+        restored = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        return list(figures(exact, restored, weight.SCB).tolist())
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return list(figures(exact, bnb.functional.dequantize_4bit(weight.data, state)).tolist())
+
+
+def _weights_bytes(folder: Path) -> int:
+    headers = [read_header(path) for path in folder.glob("*.safetensors")]
+    return sum(tensor.nbytes for header in headers for tensor in header.tensors)
+
+
+def _bytes_in(folder: Path) -> int:
+    """What is on disk of the weights in ``folder``. safetensors makes a hidden file of the full length first, and
+    renames it last."""
+    total = 0
+    with suppress(OSError):  # a file renamed this moment; any other fault the writer meets too, and says so
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".safetensors"):
+                total += entry.stat().st_size
+            elif entry.name.startswith("."):
+                total += min(entry.stat().st_size, entry.stat().st_blocks * 512)
+    return total
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""What a checkpoint's files will hold, known before any weight is read."""

@@ -1,0 +1,104 @@
+"""How much of a model really was quantized, and what was not, and why."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qbatch.worker.methods.packing import FIGURES
+from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# What is no linear layer and smaller than this is not worth a line of its own.
+_WORTH_NAMING = 65_536
+# Of all models but some mixtures that is every one.
+_MOST_LAYERS = 4096
+
+
+def coverage(
+    skeleton: Skeleton, model: Any, quantized: Mapping[str, int], weights_bytes: int, dropped: Iterable[str]
+) -> dict[str, Any]:
+    """Counts over the distinct parameters of the loaded ``model`` (a tied one once).
+
+    ``quantized`` gives the true size of each quantized parameter; ``weights_bytes`` is that of all tensors written.
+    """
+    total, kept = _count(skeleton, model, quantized)
+    packed = sum(quantized.values())
+    return {
+        "num_parameters": total,
+        "quantized_parameters": packed,
+        "quantized_fraction": packed / total if total else 0.0,
+        "mostly_unquantized": packed * 2 < total,
+        "weights_bytes": weights_bytes,
+        "bits_per_param": weights_bytes * 8 / total if total else 0.0,
+        "kept": kept,
+        "dropped_tensors": sorted(dropped),
+        "idle_skip_modules": list(skeleton.idle_skips),
+    }
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no NaN or infinity is among them; of a dtype that has such."""
+    if not values.is_floating_point() or values.itemsize < 2 or not values.numel():
+        return True
+    lowest, highest = values.aminmax()  # NaN where there is one
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]) -> dict[str, Any]:
+    """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
+    FIGURES of each weight's pieces. ``not_finite`` names what is wrong among the other tensors."""
+    errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
+    finite = {name: error for name, error in errors.items() if math.isfinite(error)}
+    worst = sorted(finite, key=lambda name: finite[name], reverse=True)
+    pieces = [dict(zip(FIGURES, piece, strict=True)) for several in figures.values() for piece in several]
+    return {
+        "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
+        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MOST_LAYERS]],
+        "not_finite": sorted((errors.keys() - finite.keys()).union(not_finite)),
+        "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
+        "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
+    }
+
+
+def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
+    """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
+    error, value = (math.hypot(*norms) for norms in list(zip(*pieces, strict=True))[:2])
+    return error / value if value else error
+
+
+def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tuple[int, list[dict[str, Any]]]:
+    """Parameters in all, and the large ones that stay as they are, grouped over layers."""
+    total = sum(quantized.values())
+    groups: Counter[tuple[str, str]] = Counter()
+    for name, parameter in model.named_parameters():
+        if name in quantized:
+            continue
+        total += parameter.numel()
+        if parameter.numel() >= _WORTH_NAMING or _is_linear_weight(model, name):
+            groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, model, name)] += parameter.numel()
+    return total, [
+        {"name": name, "reason": reason, "parameters": count} for (name, reason), count in groups.most_common()
+    ]
+
+
+def _is_linear_weight(model: Any, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and is_plain_linear(model.get_submodule(path))
+
+
+def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
+    path = name.rpartition(".")[0]
+    if not _is_linear_weight(model, name):
+        is_stack = model.get_parameter(name).dim() > 2 and "expert" in name
+        return "fused experts" if is_stack else "not a linear layer"
+    if path in skeleton.default_skips:
+        return "output layer or tied"
+    if any(part in path for part in model._keep_in_fp32_modules or ()):
+        return "kept in a higher precision by the model"
+    return "skipped on request"

@@ -1,0 +1,120 @@
+"""What the files of a checkpoint hold if its config is true: transformers' own code again, without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qbatch.core.domain import DType
+from qbatch.core.errors import SourceCorrupt
+from qbatch.worker.methods.packing import Packing
+from qbatch.worker.quantizing.planning.loading import load_traced
+from qbatch.worker.quantizing.planning.saving import as_saved, quantized_state
+from qbatch.worker.quantizing.planning.skeleton import Skeleton, published_skeleton
+from qbatch.worker.quantizing.tensors.trace import FromSource, Traced, sources_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """One tensor that should be there. ``tensor`` has its dtype and shape, and data only where they follow from the
+    config; of a ``tie`` (the name of its group) one tensor is enough."""
+
+    tensor: torch.Tensor
+    tie: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """Every tensor by name, and the dtype that config.json would give (that of the first parameter)."""
+
+    tensors: Mapping[str, Expected]
+    config_dtype: str
+
+
+def describe(folder: Path, dtype: DType, names: Iterable[str]) -> Description:
+    """What the checkpoint in ``folder``, loaded in ``dtype``, should hold. ``names`` are those that it has: they tell
+    which of transformers' conversions its layout needs.
+
+    Raises SourceCorrupt, UnsafeSource or Unsupported where its config describes no model quantized by bitsandbytes.
+    """
+    skeleton = published_skeleton(folder, dtype)
+    model, packing = skeleton.model, _packing(skeleton.quantizer.quantization_config)
+    _, recorder = load_traced(skeleton, packing, _own_tensors(skeleton), [], dtype)
+    offsets = dict.fromkeys(recorder.weights, 0.0) if packing.nested else {}
+    state = quantized_state(model, packing, recorder.weights, offsets, "cpu")
+    model._weight_conversions = _conversions_used(skeleton, names, state)
+    ties = _ties(model)
+    tensors = {name: Expected(tensor=tensor, tie=_tie(tensor, ties)) for name, tensor in as_saved(state, model).items()}
+    return Description(tensors=tensors, config_dtype=str(model.dtype).removeprefix("torch."))
+
+
+def _packing(quantization: Any) -> Packing:
+    if quantization.load_in_8bit:
+        return Packing(quant_type="int8", nested=False, storage=torch.int8)
+    if quantization.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise SourceCorrupt(f"config.json names the unknown 4-bit type {quantization.bnb_4bit_quant_type}")
+    return Packing(
+        quant_type=quantization.bnb_4bit_quant_type,
+        nested=quantization.bnb_4bit_use_double_quant,
+        storage=quantization.bnb_4bit_quant_storage,
+    )
+
+
+def _own_tensors(skeleton: Skeleton) -> dict[str, Traced]:
+    """The model's own state, as if that were the source: nothing is missing and nothing needs converting."""
+    return {
+        name: Traced.of(_as_in_source(skeleton, name, tensor), FromSource(name))
+        for name, tensor in skeleton.model.state_dict().items()
+    }
+
+
+def _as_in_source(skeleton: Skeleton, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    model = skeleton.model
+    if not skeleton.quantizer.param_needs_quantization(model, name):
+        return tensor
+    is_linear = model.get_submodule(name.rpartition(".")[0]).source_cls is torch.nn.Linear
+    return tensor if is_linear else tensor.t()
+
+
+def _conversions_used(skeleton: Skeleton, names: Iterable[str], state: dict[str, Any]) -> list[Any]:
+    """Those of transformers' conversions that lead from ``names`` to the ``state``. A name that they lead nowhere is no
+    tensor of the model, and has no say."""
+    mapping = _mapping(skeleton)
+    known = [name for name in names if _renamed(skeleton, name, mapping, state) in state]
+    mapping = _mapping(skeleton)
+    for name in known:
+        _renamed(skeleton, name, mapping, state)
+    return [conversion for conversion in mapping if conversion.was_used()]
+
+
+def _mapping(skeleton: Skeleton) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(skeleton.model, None, skeleton.quantizer))
+
+
+def _renamed(skeleton: Skeleton, name: str, mapping: list[Any], state: dict[str, Any]) -> str:
+    """The parameter that a tensor of that name goes into; what was used of ``mapping`` remembers it."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    return str(rename_source_key(name, renamings, converters, skeleton.model.base_model_prefix, state)[0])
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """The group of each tied parameter, named after the one that the others are tied to."""
+    ties = {}
+    for tied, kept in model.all_tied_weights_keys.items():
+        ties[tied] = ties[kept] = kept
+    return ties
+
+
+def _tie(tensor: torch.Tensor, ties: Mapping[str, str]) -> str | None:
+    sources = sources_of(tensor.origin) if isinstance(tensor, Traced) else frozenset()
+    groups = {ties.get(source) for source in sources}
+    return groups.pop() if len(groups) == 1 else None

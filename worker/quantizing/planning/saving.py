@@ -1,0 +1,192 @@
+"""What a target's files will hold: transformers' own saving code, run on traced tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_state_dict_into_shards_factory
+
+from qbatch.core.errors import SourceCorrupt, one_line
+from qbatch.worker.methods.packing import Packing, state_entries
+from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, Weight, traced_part
+from qbatch.worker.quantizing.tensors.trace import Origin, QuantizedPart, Traced, has_quantized_part, simplified
+
+_DEFAULT_SHARD_SIZE = "50GB"  # transformers' own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One tensor of the checkpoint; ``content`` is its bytes, or where they come from."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    content: Origin | bytes
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """A checkpoint's tensors, by file name in order; ``index`` is the text of the index, None for a single file."""
+
+    files: Mapping[str, tuple[Output, ...]]
+    index: str | None
+
+
+def trace_saving(loaded: TracedModel, offsets: Mapping[str, float], device: str) -> Shards:
+    """Divide the checkpoint into files. ``offsets`` are those of double quantization, by parameter name.
+
+    Raises NotStreamable.
+    """
+    model = loaded.skeleton.model
+    state = quantized_state(model, loaded.packing, loaded.weights, offsets, device)
+    state = as_saved(_without_tied(state, model), model)
+    limit = loaded.target.scheme.max_shard_bytes
+    split = split_state_dict_into_shards_factory(
+        state,
+        get_storage_size=get_torch_storage_size,
+        get_storage_id=_storage_id,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_DEFAULT_SHARD_SIZE if limit is None else limit,
+    )
+    files = {
+        file: tuple(_output(name, state[name]) for name in names) for file, names in split.filename_to_tensors.items()
+    }
+    return Shards(files=files, index=_index(loaded, split) if split.is_sharded else None)
+
+
+def quantized_state(
+    model: Any, packing: Packing, weights: Mapping[str, Weight], offsets: Mapping[str, float], device: str
+) -> dict[str, Any]:
+    """The state of a loaded ``model`` under its own names, the parts of quantized ``weights`` among them."""
+    if not packing.is_int8:
+        for name, weight in weights.items():
+            model.get_parameter(name).quant_state = _State(packing, weight, offsets.get(name), device)
+    state: dict[str, Any] = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    return state
+
+
+def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The state under the names, and in the order, in which transformers saves it.
+
+    Where nothing was converted on loading its function only sorts, but first compiles a regular expression for each
+    tensor: half of all planning.
+    """
+    from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+    if getattr(model, "_weight_conversions", None) == []:
+        return dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))
+    return dict(revert_weight_conversion(model, state))
+
+
+class _State:
+    """Stands in for bitsandbytes' QuantState in ``state_dict()``."""
+
+    def __init__(self, packing: Packing, weight: Weight, offset: float | None, device: str) -> None:
+        self._entries = state_entries(packing, weight.shape, weight.dtype, offset, device)
+        shapes = packing.part_shapes(*weight.shape)
+        for key in self._entries.keys() & shapes.keys():
+            self._entries[key] = traced_part(weight.name, key, *shapes[key])
+
+    def as_dict(self, *, packed: bool) -> dict[str, torch.Tensor]:
+        if not packed:
+            raise ValueError("only the packed form is known")
+        return self._entries
+
+
+def _without_tied(state: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The state without tied duplicates. transformers tells those of meta tensors by the model's parameters, so what
+    is neither parameter nor buffer goes around it."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    beside = {name for name, tensor in state.items() if not _belongs_to_model(tensor)}
+    kept = remove_tied_weights_from_state_dict({n: t for n, t in state.items() if n not in beside}, model)
+    return {name: kept.get(name, tensor) for name, tensor in state.items() if name in beside or name in kept}
+
+
+def _belongs_to_model(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, Traced):
+        return tensor.device.type == "meta"
+    return not isinstance(tensor.origin, QuantizedPart) or tensor.origin.key == "weight"
+
+
+def _storage_id(tensor: torch.Tensor) -> Any:
+    return tensor.untyped_storage()._cdata if tensor.device.type == "meta" else get_torch_storage_id(tensor)
+
+
+def _output(name: str, tensor: torch.Tensor) -> Output:
+    content: Origin | bytes
+    if isinstance(tensor, Traced):
+        content = simplified(tensor.origin)
+        if has_quantized_part(content) and not isinstance(content, QuantizedPart):
+            raise NotStreamable(f"{name} is converted after it was quantized")
+    elif tensor.device.type == "meta":
+        raise NotStreamable(f"{name} is not in the source; transformers makes it up")
+    else:
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return Output(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), content=content)
+
+
+def _index(loaded: TracedModel, split: Any) -> str:
+    metadata = {"total_parameters": _num_parameters(loaded), **split.metadata}
+    index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _num_parameters(loaded: TracedModel) -> int:
+    """As ``PreTrainedModel.num_parameters`` counts: two for each byte of packed 4-bit codes."""
+    total = 0
+    for name, parameter in loaded.skeleton.model.named_parameters():
+        packed = name in loaded.weights and not loaded.packing.is_int8
+        total += parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    return total
+
+
+def save_configs(loaded: TracedModel, source: Path) -> None:
+    """Write config.json, and generation_config.json of a model that generates, as ``save_pretrained`` does.
+
+    Raises SourceCorrupt where the latter makes no sense.
+    """
+    model, folder = loaded.skeleton.model, loaded.target.folder
+    model.hf_quantizer = loaded.skeleton.quantizer
+    loaded.skeleton.quantizer.postprocess_model(model)
+    model.config.dtype = str(model.dtype).split(".")[1]
+    model.config.architectures = [type(model).__name__]
+    if model.can_generate():
+        try:
+            read_generation_config(model, source)
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise SourceCorrupt(f"generation_config.json: {one_line(error)}") from error
+    model.config.save_pretrained(folder)
+
+
+def read_generation_config(model: Any, source: Path) -> None:
+    """Give a model the generation config that ``from_pretrained(source)`` would: none to one that generates in a way of
+    its own, such as SpeechT5."""
+    if not hasattr(model, "adjust_generation_fn"):
+        return
+    model.adjust_generation_fn(
+        None,
+        False,
+        None,
+        str(source),
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=True,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=None,
+    )

@@ -1,0 +1,161 @@
+"""The model without its weights: transformers' own class on the meta device, its quantizer already applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
+from qbatch.core.sources import read_config, read_headers
+from qbatch.worker.models.architecture import load_config, model_class
+from qbatch.worker.models.proportions import refuse_disproportion
+
+# What a class of transformers raises for a config that it cannot follow, or a library that it lacks.
+_CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A model class and its instance on the meta device, as ``from_pretrained`` has it before it loads weights.
+
+    ``model`` has bitsandbytes' modules where weights will be quantized; ``default_skips`` are the modules that
+    transformers leaves out of its own accord, ``idle_skips`` those of the user's patterns that match no layer.
+    """
+
+    cls: Any
+    model: Any
+    quantizer: Any
+    default_skips: frozenset[str]
+    idle_skips: tuple[str, ...] = ()
+
+
+def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, trusted: bool = False) -> Skeleton:
+    """The quantized meta-device model of ``source`` for one scheme, with weights of ``dtype``; ``trusted`` lets the
+    source's own code run.
+
+    Raises SourceCorrupt, UnsafeSource, Unsupported.
+    """
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    cls = model_class(config, trusted=source if trusted else None)
+    skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
+    skeleton = _skeleton(cls, config, quantization_config(scheme, skips), device)
+    return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
+
+
+def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
+    """The same of a published checkpoint, quantized as its own config says.
+
+    Raises SourceCorrupt, UnsafeSource, Unsupported.
+    """
+    refuse_disproportion(read_config(folder), read_headers(folder))
+    config = _with_dtype(load_config(folder, trusted=False), dtype)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
+        raise SourceCorrupt("config.json has no quantization_config of bitsandbytes")
+    try:
+        return _skeleton(model_class(config), config, quantization, "cpu")
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise SourceCorrupt(f"config.json describes no quantized model: {one_line(error)}") from error
+
+
+def _skeleton(cls: Any, config: Any, quantization: Any, device: str) -> Skeleton:
+    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    config.quantization_config = quantizer.quantization_config
+    model = _meta_model(cls, config, quantizer, device)
+    _refuse_replaced(model, quantizer)
+    return Skeleton(cls=cls, model=model, quantizer=quantizer, default_skips=frozenset(get_keys_to_not_convert(model)))
+
+
+def _refuse_replaced(model: Any, quantizer: Any) -> None:
+    """Raise Unsupported where a module is replaced on loading a quantized checkpoint, but not while one is written: its
+    weights would be missing then."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    method = quantizer.quantization_config.quant_method
+    for module in model.modules():
+        name = type(module).__name__
+        known = MODULES_TO_PATCH_FOR_QUANTIZATION.get(name)
+        if known is not None and method in known["quantization_methods"]:
+            other = known["module_name"].__name__
+            raise Unsupported(f"{name} cannot be quantized: transformers loads a quantized checkpoint into {other}")
+
+
+def default_skips(cls: Any, config: Any) -> frozenset[str]:
+    """The modules that transformers leaves unquantized unless it is given a list: output layer, tied, last."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return frozenset(get_keys_to_not_convert(_meta_model(cls, config, None, "meta")))
+
+
+def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``patterns`` that leave no layer of ``model`` unquantized, as transformers matches them."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [name for name, module in model.named_modules() if is_plain_linear(module)]
+    return tuple(pattern for pattern in patterns if all(should_convert_module(name, [pattern]) for name in kept))
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether bitsandbytes could have quantized it, and has not."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def quantization_config(scheme: Scheme, skips: frozenset[str]) -> Any:
+    """transformers' own config of the scheme. The user's skip list is added to ``skips``, the default ones, which
+    passing a list would otherwise replace."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
+    if scheme.method is Method.INT8:
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=float(scheme.int8_threshold), llm_int8_skip_modules=listed
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_skip_modules=listed,
+        bnb_4bit_quant_type=scheme.method.value.removeprefix("bnb-"),
+        bnb_4bit_use_double_quant=scheme.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, scheme.compute_dtype.value),
+        bnb_4bit_quant_storage=scheme.quant_storage,
+    )
+
+
+def _with_dtype(config: Any, dtype: DType) -> Any:
+    """The config, saying ``dtype`` everywhere, as ``from_pretrained(dtype=…)`` makes it."""
+    import torch
+
+    config.dtype = getattr(torch, dtype.value)
+    for name in config.sub_configs:
+        if (part := getattr(config, name)) is not None:
+            part.dtype = config.dtype
+    return config
+
+
+def _meta_model(cls: Any, config: Any, quantizer: Any, device: str) -> Any:
+    from transformers.modeling_utils import ContextManagers
+
+    with ContextManagers(cls.get_init_context(config.dtype, quantizer is not None, False, False)):
+        model = _instance(cls, config)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=config.dtype, device_map={"": device}, checkpoint_files=None)
+    return model
+
+
+def _instance(cls: Any, config: Any) -> Any:
+    """A model of the class. Raises Unsupported where transformers' own makes nothing of the config; what a model's own
+    code raises is left as it is."""
+    try:
+        return cls(config)
+    except _CANNOT_BUILD as error:
+        if not cls.__module__.startswith("transformers."):
+            raise
+        raise Unsupported(f"transformers cannot build {cls.__name__} from config.json: {one_line(error)}") from error

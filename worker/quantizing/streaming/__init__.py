@@ -1,0 +1,1 @@
+"""One pass over a source that writes several checkpoints at once."""

@@ -1,0 +1,81 @@
+"""A weight file that is written in any order, by any thread, and hashed chunk by chunk as chunks fill up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from qbatch.core.digest import CHUNK_BYTES, FileDigest
+from qbatch.worker.quantizing.planning.layout import FileLayout
+from qbatch.worker.quantizing.streaming.reserve import reserve
+
+_HASH_READ_BYTES = 2**22
+
+
+class OutputFile:
+    """One safetensors file being written. ``write`` may be called from any thread; every byte is written once.
+    ``writers`` of them may be in the kernel at a time (see ``writers_per_file``).
+
+    A chunk is hashed by the thread that completes it, from the page cache that it has just filled: holding chunks in
+    memory until they are full would cost 64 MiB for each of the three or four places that a file grows at.
+    """
+
+    def __init__(self, folder: Path, layout: FileLayout, writers: int) -> None:
+        self.layout = layout
+        self._lock = threading.Lock()
+        self._writing = threading.Semaphore(writers)
+        sizes = [min(CHUNK_BYTES, layout.size - start) for start in range(0, layout.size, CHUNK_BYTES)]
+        self._unwritten = sizes
+        self._hashes: list[str | None] = [None] * len(sizes)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor = os.open(folder / layout.name, flags, 0o666)
+        try:
+            reserve(self._descriptor, layout.size)
+            self.write(layout.head, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, data: bytes | memoryview, start: int) -> None:
+        """Write ``data`` at byte ``start``, and hash what chunks that completes. Raises OSError."""
+        left, position = memoryview(data), start
+        with self._writing:
+            while left:
+                written = os.pwrite(self._descriptor, left, position)
+                left, position = left[written:], position + written
+        for chunk in self._completed(start, position):
+            self._hashes[chunk] = self._sha256(chunk)
+
+    def _completed(self, start: int, end: int) -> list[int]:
+        completed = []
+        with self._lock:
+            for chunk in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+                first = chunk * CHUNK_BYTES
+                self._unwritten[chunk] -= min(end, first + CHUNK_BYTES) - max(start, first)
+                if self._unwritten[chunk] == 0:
+                    completed.append(chunk)
+        return completed
+
+    def _sha256(self, chunk: int) -> str:
+        digest, buffer = hashlib.sha256(), bytearray(_HASH_READ_BYTES)
+        position, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, self.layout.size)
+        while position < end:
+            view = memoryview(buffer)[: end - position]
+            read = os.preadv(self._descriptor, [view], position)
+            if not read:
+                raise OSError(f"{self.layout.name} ends at byte {position} of {self.layout.size}")
+            digest.update(view[:read])
+            position += read
+        return digest.hexdigest()
+
+    def digest(self) -> FileDigest:
+        """The finished file's checksums. Raises ValueError where bytes are missing."""
+        hashes = tuple(value for value in self._hashes if value is not None)
+        if len(hashes) != len(self._hashes):
+            raise ValueError(f"{self.layout.name}: {sum(self._unwritten)} bytes were never written")
+        return FileDigest(name=self.layout.name, size=self.layout.size, chunk_sha256=hashes)
+
+    def close(self) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,129 @@
+"""Where one target's bytes go while a source streams by."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.digest import FileDigest, digest_file
+from qbatch.core.errors import JobError
+from qbatch.worker.files.staging import require_space
+from qbatch.worker.quantizing.faults import as_job_error
+from qbatch.worker.quantizing.planning.audit import error_audit
+from qbatch.worker.quantizing.planning.layout import FileLayout, lay_out
+from qbatch.worker.quantizing.planning.loading import TracedModel, Weight
+from qbatch.worker.quantizing.planning.saving import Output, Shards
+from qbatch.worker.quantizing.planning.space import allocated_bytes
+from qbatch.worker.quantizing.streaming.output_file import OutputFile
+from qbatch.worker.quantizing.tensors.trace import QuantizedPart
+
+_INDEX_NAME = "model.safetensors.index.json"
+
+
+class TargetWriter:
+    """One target's files, open for writing from any thread. Once it has failed it swallows what it is given."""
+
+    def __init__(
+        self,
+        loaded: TracedModel,
+        shards: Shards,
+        offsets: Mapping[str, float],
+        on_write: Callable[[int], None],
+        writers: int,
+        owed_bytes: int,
+    ) -> None:
+        """``owed_bytes`` of the storage's room are promised to others. Raises DiskFull, StorageError or OSError."""
+        self.loaded = loaded
+        self.offsets = offsets
+        self.error: JobError | None = None
+        self._on_write = on_write
+        self._lock = threading.Lock()
+        self._figures: dict[str, list[Sequence[float]]] = defaultdict(list)
+        self._not_finite: set[str] = set()
+        folder = loaded.target.folder
+        layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
+        self.size = sum(layout.size for layout in layouts)
+        require_space(folder, self.size + loaded.target.beside_bytes, owed_bytes)
+        self._files: list[OutputFile] = []
+        try:
+            self._open(folder, layouts, shards.index, writers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, folder: Path, layouts: Sequence[FileLayout], index: str | None, writers: int) -> None:
+        for layout in layouts:
+            self._files.append(OutputFile(folder, layout, writers))
+        self._places = {name: (file, start) for file in self._files for name, start in file.layout.starts.items()}
+        self._parts = {
+            (output.content.weight, output.content.key): output.name
+            for output in self.outputs()
+            if isinstance(output.content, QuantizedPart)
+        }
+        self._write_small(index)
+
+    def _write_small(self, index: str | None) -> None:
+        for file in self._files:
+            self._on_write(len(file.layout.head))
+        if index is not None:
+            (self.loaded.target.folder / _INDEX_NAME).write_text(index, encoding="utf-8")
+        for output in self.outputs():
+            if isinstance(output.content, bytes):
+                self.write(output.name, output.content, 0)
+
+    def owed_bytes(self) -> int:
+        """What of the storage's room is promised to this target, and not taken yet. Raises OSError."""
+        taken = allocated_bytes(self.loaded.target.folder / file.layout.name for file in self._files)
+        return max(0, self.size - taken) + self.loaded.target.beside_bytes
+
+    def outputs(self) -> list[Output]:
+        return [output for file in self._files for output in file.layout.outputs]
+
+    def write(self, name: str, data: bytes | memoryview, offset: int) -> None:
+        """Write ``data`` at byte ``offset`` of the tensor ``name``. A fault is this target's own."""
+        if self.error is not None:
+            return
+        file, start = self._places[name]
+        try:
+            file.write(data, start + offset)
+        except OSError as error:
+            self.fail(error)
+            return
+        self._on_write(len(data))
+
+    def write_part(self, weight: Weight, key: str, data: memoryview, first_value: int) -> None:
+        """Write what the values from number ``first_value`` on became under ``key``."""
+        offset = self.loaded.packing.part_start(key, first_value, weight.shape[1])
+        self.write(self._parts[weight.name, key], data, offset)
+
+    def measure(self, weight: Weight, figures: Sequence[float]) -> None:
+        """Note a piece's FIGURES for the audit."""
+        with self._lock:
+            self._figures[weight.name].append(figures)
+
+    def flag(self, name: str) -> None:
+        """Note for the audit that a tensor which is not quantized holds a NaN or an infinity."""
+        with self._lock:
+            self._not_finite.add(name)
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = as_job_error(error)
+
+    def digests(self) -> tuple[FileDigest, ...]:
+        """Checksums of everything in the target's folder. Raises ValueError where a weight file is incomplete."""
+        weights = [file.digest() for file in self._files]
+        known = {digest.name for digest in weights}
+        others = [digest_file(path) for path in self.loaded.target.folder.iterdir() if path.name not in known]
+        return tuple(sorted([*weights, *others], key=lambda digest: digest.name))
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def error_audit(self) -> dict[str, Any]:
+        return error_audit(self._figures, self._not_finite)

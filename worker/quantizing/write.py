@@ -1,0 +1,105 @@
+"""Write every target of one source. Importing this imports neither torch nor bitsandbytes, whose import starts CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbatch.core.domain import DType
+from qbatch.core.errors import JobError, one_line
+from qbatch.core.sources import Header
+from qbatch.worker.models.vet import vet_source
+from qbatch.worker.quantizing.faults import as_job_error, quiet
+from qbatch.worker.quantizing.meter import Meter
+from qbatch.worker.quantizing.target import Deferred, Outcome, Progress, Refused, Target, Written
+
+if TYPE_CHECKING:
+    from qbatch.worker.quantizing.tensors.source_reader import SourceReader
+
+
+def write_checkpoints(
+    source: Path, targets: Sequence[Target], *, dtype: DType, device: str, on_progress: Progress
+) -> Iterator[Written | Refused]:
+    """Quantize ``source`` (a local safetensors folder), reading it once for all targets.
+
+    ``dtype`` is what stays unquantized; ``device`` is "cpu" or "cuda:0". A target that cannot be streamed is written
+    the long way after the others. A source that is unfit refuses every target with the same error; a target that
+    fails by itself leaves the others alone. Nothing is raised but what ``on_progress`` raises.
+    """
+    meter = Meter(on_progress)
+    try:
+        headers = vet_source(source)
+    except Exception as error:
+        yield from (Refused(target=target, error=as_job_error(error)) for target in targets)
+        return
+    with quiet():
+        outcomes = _stream(headers, source, targets, dtype, device, meter)
+    yield from (outcome for outcome in outcomes if not isinstance(outcome, Deferred))
+    deferred = [outcome for outcome in outcomes if isinstance(outcome, Deferred)]
+    if deferred:
+        yield from _write_whole(headers, source, deferred, dtype, device, meter)
+
+
+def _stream(
+    headers: tuple[Header, ...], source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter
+) -> list[Outcome]:
+    from qbatch.worker.quantizing.tensors.source_reader import SourceReader
+
+    try:
+        reader = SourceReader(headers, meter.read)
+    except Exception as error:
+        return [Refused(target=target, error=as_job_error(error)) for target in targets]
+    with reader:
+        outcomes = _stream_from(reader, source, targets, dtype, device, meter)
+    meter.settle()
+    meter.report()
+    return outcomes
+
+
+def _stream_from(
+    reader: SourceReader, source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter
+) -> list[Outcome]:
+    from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, trace_loading
+    from qbatch.worker.quantizing.streaming.stream import stream
+
+    outcomes: list[Outcome] = []
+    loaded: list[TracedModel] = []
+    for target in targets:
+        try:
+            loaded.append(trace_loading(source, reader, target, dtype, device))
+        except NotStreamable as reason:
+            outcomes.append(Deferred(target=target, reason=str(reason)))
+        except Exception as error:
+            # A model's own code may do what the tracing does not expect of transformers' classes.
+            if target.trusted and not isinstance(error, JobError):
+                outcomes.append(Deferred(target=target, reason=one_line(error)))
+            else:
+                outcomes.append(Refused(target=target, error=as_job_error(error)))
+    meter.settle()  # what comparing tied tensors took has been read
+    return outcomes + (stream(source, loaded, reader, device, meter) if loaded else [])
+
+
+def _write_whole(
+    headers: tuple[Header, ...], source: Path, deferred: list[Deferred], dtype: DType, device: str, meter: Meter
+) -> Iterator[Written | Refused]:
+    """One after the other, since each needs memory for the model; all are planned first."""
+    from qbatch.worker.quantizing.building.whole_model import WholeModel
+
+    models: list[WholeModel] = []
+    for one in deferred:
+        try:
+            with quiet():
+                models.append(WholeModel(source, headers, one, dtype, device))
+        except Exception as error:
+            yield Refused(target=one.target, error=as_job_error(error))
+    left = sum(model.planned_bytes() for model in models)
+    meter.plan(left)
+    for model in models:
+        with quiet():
+            outcome = model.write(meter)
+        left -= model.planned_bytes()
+        meter.settle()
+        meter.plan(left)
+        meter.report()
+        yield outcome

@@ -1,0 +1,214 @@
+"""One bundle on one device: source → quantize every width → publish → verify → benchmark, in rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qbatch.core.domain import DeviceKind, Stage
+from qbatch.core.errors import SourceChanged, StorageError
+from qbatch.core.sources import read_headers, source_dtype
+from qbatch.worker.checkpoints.publish import Origin, Verified, find_published, publish
+from qbatch.worker.checkpoints.sidecars import sidecar_bytes
+from qbatch.worker.files.staging import stage, storage_error, unstage
+from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.remote_code import copy_code
+from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
+from qbatch.worker.runner.measured_rounds import Rounds, free_device_memory
+from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
+from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.sources.fetch import LocalSource, fetched
+
+log = logging.getLogger("qbatch.runner")
+
+_PROGRESS_INTERVAL_S = 0.3
+
+
+class Bundle:
+    """One bundle on one device: the jobs of one source."""
+
+    def __init__(self, order: Order, link: ReportChannel) -> None:
+        self._order = order
+        self._reports = Reports(link, (claim.job_id for claim in order.claims))
+        self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
+
+    def run(self) -> None:
+        """Every job of the bundle ends in a message, except after a fault that spoils the device for those left."""
+        ids = self._reports.open()
+        self._reports.enter(ids, Stage.FETCHING)
+        with self._reports.failing(ids), self._source() as source:
+            self._work(source)
+
+    @contextlib.contextmanager
+    def _source(self) -> Iterator[LocalSource]:
+        ids = self._reports.open()
+        progress = self._throttled(
+            lambda done, total: Progressed(job_ids=ids, bytes_read=done, bytes_written=0, bytes_total=total)
+        )
+        with fetched(
+            self._order.claims[0].spec.source,
+            cache=self._order.cache,
+            cache_bytes=self._order.cache_bytes,
+            doors=self._order.doors,
+            on_progress=progress,
+            digests=self._reports,
+        ) as source:
+            yield source
+
+    def _work(self, source: LocalSource) -> None:
+        vet_code(source.folder, trusted=source.runs_code)
+        dtype = source_dtype(read_headers(source.folder))
+        plans = [plan_job(claim, source, dtype, self._order.device_kind) for claim in self._order.claims]
+        paths = self._ask(plans)
+        models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
+        published = self._publish_all(source, models, paths)
+        Rounds(self._order, self._reports, source, self._device).run(
+            [
+                self._model(source, members, published.get(key))
+                for key, members in models.items()
+                if key in published or members[0].settled.scheme.is_baseline
+            ]
+        )
+
+    def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
+        """Leave alone what needs no work; where the checkpoints of the others lie, by key."""
+        answered = self._reports.ask(Resolved(jobs={plan.job_id: plan.identity for plan in plans}))
+        if not answered.doubtful:
+            return answered.paths
+        for path, key in answered.doubtful.items():
+            # What cannot be told answers nobody, and is nobody's fault.
+            try:
+                found = find_published(self._order.storage, path, key)
+                if found is not None:
+                    self._reports.send(CheckpointVerified(published=found.confirm()))
+            except (StorageError, SourceChanged) as error:
+                log.warning("an earlier result does not answer: %s", error)
+        still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
+        return self._reports.ask(Resolved(jobs=still_open)).paths
+
+    def _model(self, source: LocalSource, plans: tuple[Plan, ...], verified: Verified | None) -> MeasuredModel:
+        folder = source.folder if verified is None else self._order.storage / verified.published.path
+        return MeasuredModel(plans=plans, folder=folder, verified=verified)
+
+    def _publish_all(
+        self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
+    ) -> dict[str, Verified]:
+        """Every quantized model's checkpoint by its key: adopted where it is published, else written now, once for all
+        of its jobs."""
+        published: dict[str, Verified] = {}
+        missing: list[tuple[Plan, ...]] = []
+        for key, plans in models.items():
+            if plans[0].settled.scheme.is_baseline:
+                continue
+            with self._reports.failing(plan.job_id for plan in plans):
+                # One of the same content may have been published under another name.
+                places = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
+                found = next(filter(None, (find_published(self._order.storage, path, key) for path in places)), None)
+                if found is None:
+                    missing.append(plans)
+                else:
+                    log.info("j%s: %s is published already", plans[0].job_id, found.published.path)
+                    published[key] = found
+        if missing:
+            published |= self._quantize(source, missing)
+        for key, checkpoint in published.items():
+            for plan in models[key]:
+                self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint.published))
+        return published
+
+    def _quantize(self, source: LocalSource, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
+        from qbatch.worker.quantizing import Refused, Target, write_checkpoints
+
+        published: dict[str, Verified] = {}
+        ids = tuple(plan.job_id for plans in models for plan in plans)
+        self._reports.enter(ids, Stage.QUANTIZING)
+        progress = self._throttled(
+            lambda read, written, total: Progressed(
+                job_ids=ids, bytes_read=read, bytes_written=written, bytes_total=total
+            )
+        )
+        with self._reports.failing(ids):
+            beside_bytes = self._beside_bytes(source)
+            by_folder = {self._stage(plans[0]): plans for plans in models}
+            targets = [
+                Target(
+                    scheme=plans[0].settled.scheme,
+                    folder=folder,
+                    trusted=source.runs_code,
+                    beside_bytes=beside_bytes,
+                )
+                for folder, plans in by_folder.items()
+            ]
+            try:
+                for outcome in write_checkpoints(
+                    source.folder,
+                    targets,
+                    dtype=models[0][0].settled.dtype,
+                    device=self._device,
+                    on_progress=progress,
+                ):
+                    plans = by_folder[outcome.target.folder]
+                    own_ids = tuple(plan.job_id for plan in plans)
+                    if isinstance(outcome, Refused):
+                        self._reports.failed(own_ids, outcome.error)
+                        continue
+                    with self._reports.failing(own_ids):
+                        self._reports.enter(own_ids, Stage.PUBLISHING)
+                        if source.runs_code:
+                            copy_code(source.folder, outcome.target.folder)
+                        published[plans[0].settled.key] = publish(
+                            outcome.target.folder,
+                            storage=self._order.storage,
+                            source=source.folder,
+                            key=plans[0].settled.key,
+                            origin=self._origin(plans[0], source),
+                            files=outcome.files,
+                            audit=dict(outcome.audit) | {"writer": outcome.writer},
+                            quantize_s=outcome.quantize_s,
+                            confirm=lambda: self._reports.confirm(source),
+                        )
+                    unwritten = (plans for plans in models if plans[0].settled.key not in published)
+                    self._reports.enter((plan.job_id for plans in unwritten for plan in plans), Stage.QUANTIZING)
+            finally:
+                for folder in by_folder:
+                    unstage(folder)
+        free_device_memory()
+        return published
+
+    def _beside_bytes(self, source: LocalSource) -> int:
+        try:
+            return sidecar_bytes(source.folder, with_code=source.runs_code)
+        except OSError as error:
+            raise storage_error(error, "cannot read what lies beside the weights") from error
+
+    def _stage(self, plan: Plan) -> Path:
+        return stage(self._order.staging, plan.job_id, plan.claim.attempt)
+
+    def _origin(self, plan: Plan, source: LocalSource) -> Origin:
+        from qbatch.worker.measuring.versions import versions
+
+        return Origin(
+            model=plan.claim.spec.source.name,
+            revision=source.revision,
+            fingerprint=source.fingerprint,
+            scheme=plan.settled.scheme,
+            dtype=plan.settled.dtype,
+            device_kind=self._order.device_kind,
+            device_name=self._order.device_name,
+            versions={name: str(value) for name, value in versions().items()},
+        )
+
+    def _throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:
+        last = 0.0
+
+        def report(*numbers: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PROGRESS_INTERVAL_S or sum(numbers[:-1]) == numbers[-1]:
+                last = now
+                self._reports.send(message(*numbers))
+
+        return report

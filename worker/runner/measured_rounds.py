@@ -1,0 +1,310 @@
+"""The rows of a bundle, measured in rounds: each model has its turn in every one, the baseline first.
+
+Host time varies from minute to minute: what is compared is timed in turns, so that a slow minute meets all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbatch.core.domain import DeviceKind, Measurement, Stage, format_job_id
+from qbatch.core.errors import DeviceError, JobError, SourceChanged
+from qbatch.core.storage import BASE_OUTPUTS
+from qbatch.worker.files.staging import folder_of
+from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
+from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
+from qbatch.worker.runner.reports import Reports
+from qbatch.worker.sources.fetch import LocalSource
+
+if TYPE_CHECKING:
+    from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+    from qbatch.worker.measuring.quality.reference import Reference
+    from qbatch.worker.measuring.why.capture import Captures
+    from qbatch.worker.measuring.why.decode_kernels import StepKernels
+    from qbatch.worker.models.load import LoadedModel
+
+log = logging.getLogger("qbatch.runner")
+
+_NO_REFERENCE = (
+    "its baseline's outputs are not stored: none was measured on such a device with these versions, or they made room "
+    "for others (`--force` measures it again)"
+)
+_NOTHING_TO_COMPARE = "the text gives nothing to compare: no token of it can be scored, or there is none to mask"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A model's place in every round. ``rows`` are by job id."""
+
+    model: MeasuredModel
+    benchmark: ModelBenchmark
+    rows: dict[int, RowBenchmark]
+
+    @property
+    def fault(self) -> DeviceError | None:
+        """What spoilt the device while its rows were explained: they are whole, and the process is of no more use."""
+        return next((row.fault for row in self.rows.values() if row.fault is not None), None)
+
+
+class Rounds:
+    """Sees the measuring of a bundle's models through. Use once."""
+
+    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str) -> None:
+        self._order = order
+        self._reports = reports
+        self._source = source
+        self._device = device
+        self._turns: list[_Turn] = []
+        # Loaded is one model at a time: the one measured last.
+        self._loaded: tuple[_Turn, LoadedModel] | None = None
+        # Why there is no reference where there should be one by now.
+        self._not_kept: dict[Path, str] = {}
+
+    def run(self, models: Sequence[MeasuredModel]) -> None:
+        """Measure every open job of ``models``; each ends in its message, in the last round."""
+        from qbatch.worker.measuring.why.capture import Captures
+
+        self._turns = [self._turn(model) for model in models]
+        last = max((plan.settled.protocol.rounds for model in models for plan in model.plans), default=0)
+        with Captures() as captures:
+            for number in range(1, last + 1):
+                for turn in self._turns:
+                    self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
+
+    def _turn(self, model: MeasuredModel) -> _Turn:
+        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+
+        settled = model.plans[0].settled
+        benchmark = ModelBenchmark(
+            Subject(
+                folder=model.folder,
+                dtype=settled.dtype,
+                compute_dtype=settled.scheme.resolved(settled.dtype).compute_dtype,
+                protocol=settled.protocol,
+                eval_text=self._order.texts[settled.protocol.eval_text_sha256],
+                task_texts=self._order.texts,
+                on_step=lambda step: log.info("%s: %s", _names(self._reports.open(model.ids)), step),
+            )
+        )
+        rows = {
+            plan.job_id: RowBenchmark(benchmark, plan.settled.protocol, _step_reporter(plan)) for plan in model.plans
+        }
+        return _Turn(model=model, benchmark=benchmark, rows=rows)
+
+    def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
+        if not self._reports.open(turn.model.ids):
+            return
+        with self._reports.failing(turn.model.ids):
+            self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
+        if is_last:
+            # The process that captures takes the model's place: nothing else refers to it by now.
+            self._loaded = None
+            if turn.fault is None:
+                free_device_memory()
+            with self._reports.failing(turn.model.ids):
+                self._conclude(turn, captures)
+
+    def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
+        loaded = self._load(turn)
+        if is_first:
+            turn.benchmark.begin(loaded)
+        for job_id in self._reports.open(turn.model.ids):
+            if not self._reports.open([job_id]):
+                return  # the shape before it took the device with it
+            with self._reports.failing([job_id]):
+                self._reports.enter([job_id], Stage.BENCHMARKING)
+                turn.rows[job_id].time(loaded)
+        if is_first:
+            self._judge(turn, loaded)
+        if is_last:
+            self._observe(turn, loaded, captures)
+
+    def _load(self, turn: _Turn) -> LoadedModel:
+        """The turn's model, loaded from its published files unless it is there. Charged to all of its jobs."""
+        from qbatch.worker.models.load import load
+
+        if self._loaded is not None and self._loaded[0] is turn:
+            return self._loaded[1]
+        self._loaded = None
+        free_device_memory()
+        self._reports.enter(turn.model.ids, Stage.LOADING)
+        dtype = turn.benchmark.subject.dtype
+        loaded = load(turn.model.folder, dtype=dtype, device=self._device, trusted=self._source.runs_code)
+        self._loaded = (turn, loaded)
+        return loaded
+
+    def _judge(self, turn: _Turn, loaded: LoadedModel) -> None:
+        """Quality does not depend on the shape: it is measured once, for all of the model's jobs."""
+        if not self._reports.open(turn.model.ids):
+            return
+        self._reports.enter(turn.model.ids, Stage.BENCHMARKING)
+        is_baseline = turn.model.published is None
+        reference = None if is_baseline else self._reference(turn.model.plans[0])
+        turn.benchmark.judge(loaded, reference)
+        if is_baseline:
+            self._keep_reference(turn, loaded)
+        elif reference is None and loaded.tokenizer is not None:
+            folder = self._reference_folder(turn.model.plans[0])
+            turn.benchmark.details["quality"] = {"reason": self._not_kept.get(folder, _NO_REFERENCE)}
+
+    def _reference_folder(self, plan: Plan) -> Path:
+        from qbatch.worker.measuring.quality.reference import reference_name
+
+        name = reference_name(
+            fingerprint=self._source.fingerprint,
+            dtype=plan.settled.dtype,
+            device_name=self._order.device_name,
+            protocol=plan.settled.protocol,
+        )
+        return self._order.storage / BASE_OUTPUTS / name
+
+    def _reference(self, plan: Plan) -> Reference | None:
+        """The base's outputs, if it was measured on such a device on the same text."""
+        from qbatch.worker.measuring.quality.reference import open_reference
+
+        return open_reference(self._reference_folder(plan))
+
+    def _keep_reference(self, turn: _Turn, loaded: LoadedModel) -> None:
+        """Store the base's outputs for the quantized models. Failing here costs only those comparisons, unless the
+        device is of no more use."""
+        from qbatch.worker.measuring.quality.reference import prepare_reference
+
+        subject, plan = turn.benchmark.subject, turn.model.plans[0]
+        folder = self._reference_folder(plan)
+        try:
+            kept = prepare_reference(
+                loaded,
+                subject.protocol,
+                subject.eval_text,
+                folder,
+                # A baseline stages nothing else; what a killed runner leaves there is cleared.
+                staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
+                confirm=lambda: self._reports.confirm(self._source),
+            )
+            if kept is None:
+                self._not_kept[folder] = _NOTHING_TO_COMPARE
+            return
+        except (DeviceError, SourceChanged):
+            raise
+        except JobError as error:
+            log.warning("%s: %s; quality will not be compared", _names(turn.model.ids), error)
+            self._not_kept[folder] = f"its baseline's outputs could not be kept: {error}"
+        free_device_memory()
+
+    def _observe(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
+        for job_id in self._reports.open(turn.model.ids):
+            self._reports.enter([job_id], Stage.BENCHMARKING)
+            turn.rows[job_id].observe(loaded)
+        # The host is not timed any more: the imports may begin.
+        if any(row.captured_shape is not None for row in turn.rows.values()):
+            captures.prepare()
+
+    def _conclude(self, turn: _Turn, captures: Captures) -> None:
+        """Send every row of the model. After a fault of the device the rest of the bundle is left to a new runner."""
+        ids = self._reports.open(turn.model.ids)
+        self._reports.enter(ids, Stage.BENCHMARKING)
+        kernels = self._kernels(turn, ids, captures)
+        self._confirm(turn.model)
+        for job_id in ids:
+            with self._reports.failing([job_id]):
+                self._send(turn, job_id, kernels.get(job_id))
+        if turn.fault is not None:
+            log.warning("%s: %s", _names(ids), turn.fault)
+            self._reports.leave_spoilt_device(turn.fault)
+
+    def _confirm(self, model: MeasuredModel) -> None:
+        """Nothing more is read of the model: raises SourceChanged where that was not what it is called."""
+        if model.verified is None:
+            self._reports.confirm(self._source)
+            return
+        published = model.verified.confirm()
+        for job_id in self._reports.open(model.ids):
+            self._reports.send(CheckpointReady(job_id=job_id, published=published))
+
+    def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
+        """By job id, for those whose protocol wants it; one process loads the model for all shapes."""
+        from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
+
+        shapes = {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
+        if not shapes:
+            return {}
+        log.info("%s: kernels", _names(shapes))
+        request = KernelsRequest(
+            folder=str(turn.model.folder),
+            dtype=turn.benchmark.subject.dtype.value,
+            device=self._device,
+            trusted=self._source.runs_code,
+            shapes=tuple(shapes.values()),
+        )
+        return dict(zip(shapes, captures.kernels(request), strict=True))
+
+    def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
+        plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
+        published = turn.model.published
+        measurement = turn.rows[job_id].measurement(kernels=kernels, interleaved_with=self._timed_beside(turn))
+        self._reports.done(
+            Measured(
+                job_id=job_id,
+                measurement=self._with_origin(measurement, plan, turn.model),
+                protocol=plan.settled.protocol,
+                checkpoint_path=published.path if published is not None else None,
+            )
+        )
+
+    def _timed_beside(self, turn: _Turn) -> list[str]:
+        """The jobs of the other models that were timed in these rounds."""
+        others = (other for other in self._turns if other is not turn)
+        return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
+
+    def _with_origin(self, measurement: Measurement, plan: Plan, model: MeasuredModel) -> Measurement:
+        origin = {
+            "checkpoint_key": plan.settled.key,
+            "fingerprint": self._source.fingerprint,
+            "commit": self._source.revision,
+            "device_uuid": self._device_uuid(),
+        }
+        published = model.published
+        audit = {"audit": dict(published.audit)} if published is not None else {}
+        return dataclasses.replace(
+            measurement,
+            device_name=self._order.device_name,
+            quantize_s=published.quantize_s if published is not None else None,
+            details=dict(measurement.details) | origin | audit,
+        )
+
+    def _device_uuid(self) -> str | None:
+        """Of the one GPU that this process sees. Raises DeviceError where it sees another number of them."""
+        if self._order.device_kind is not DeviceKind.CUDA:
+            return None
+        import torch
+
+        if torch.cuda.device_count() != 1:
+            raise DeviceError(f"pinned to one GPU, and {torch.cuda.device_count()} are visible")
+        return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def free_device_memory() -> None:
+    """Give back what the last model had, on the device and of the host."""
+    gc.collect()
+    # glibc keeps what was freed, and the next model's max_ram would have it. Other C libraries have no such call.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _step_reporter(plan: Plan) -> Callable[[str], None]:
+    return lambda step: log.info("j%s: %s", plan.job_id, step)
+
+
+def _names(job_ids: Iterable[int]) -> str:
+    return ", ".join(f"j{job_id}" for job_id in job_ids)

@@ -1,0 +1,1 @@
+"""The Celery process of one device: takes bundles, watches their runners, records what they say."""

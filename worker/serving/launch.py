@@ -1,0 +1,103 @@
+"""One Celery worker process for each device of this machine, kept alive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from qbatch.core.errors import QbatchError
+from qbatch.scheduler.child_process import Child
+from qbatch.scheduler.stop import Stop
+from qbatch.worker.machine.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
+from qbatch.worker.machine.logs import log_to_stderr
+
+log = logging.getLogger("qbatch.worker")
+
+_TEND_S = 0.5
+_DRAIN_S = 25.0
+
+
+def devices_for(gpus: str | None, cpu: bool, environ: Mapping[str, str]) -> tuple[Gpu | None, ...]:
+    """The devices to serve, None for the CPU. Asked for neither: all GPUs, or the CPU where there is none.
+
+    Raises NoSuchDevice for a GPU that is not there.
+    """
+    chosen: tuple[Gpu | None, ...] = ()
+    visible = visible_gpus(installed_gpus(), environ)
+    if gpus is not None:
+        chosen = choose_gpus(gpus, visible)
+    elif not cpu:
+        chosen = visible
+    return (*chosen, None) if cpu or not chosen else chosen
+
+
+def worker_environment(device: Gpu | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment that pins a worker to its device, and keeps the libraries it loads quiet."""
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        **environ,
+        "CUDA_VISIBLE_DEVICES": device.uuid if device is not None else "",
+        # Names of devices then follow the bus, as NVML's do.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
+    # -P: a folder named ``worker`` or ``scheduler`` where the user stands must not be imported in our place.
+    argv = [sys.executable, "-P", "-m", "qbatch.worker", "serve"]
+    if device is not None:
+        argv += ["--uuid", device.uuid]
+    return [*argv, "--drain"] if drain else argv
+
+
+def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, str]) -> int:
+    """Run the workers until SIGTERM or SIGINT, then let them drain; the exit code."""
+    stop = Stop()
+    stop.heed_signals()
+    children = [
+        Child(
+            f"worker on {device.uuid if device is not None else 'the CPU'}",
+            _argv(device, drain=drain),
+            env=worker_environment(device, environ),
+        )
+        for device in devices
+    ]
+    for child in children:
+        child.start()
+    code = _tend(children, stop)
+    for child in children:
+        child.ask_to_stop()
+    deadline = time.monotonic() + _DRAIN_S
+    for child in children:
+        child.wait(None if drain else max(deadline - time.monotonic(), 0.0))
+    return code
+
+
+def _tend(children: Sequence[Child], stop: Stop) -> int:
+    """Until told to stop, or every child refused: one bad GPU does not stop the others."""
+    refused: dict[str, int] = {}
+    while not stop.wait(_TEND_S):
+        for child in children:
+            code = child.tend()
+            if code is not None and child.has_refused:
+                refused[child.name] = code
+        if len(refused) == len(children):
+            return max(refused.values())
+    return 0
+
+
+def main(gpus: str | None, cpu: bool, drain: bool) -> int:
+    """``qbatch worker``: the exit code. Errors go to stderr as one line."""
+    log_to_stderr()
+    try:
+        devices = devices_for(gpus, cpu, os.environ)
+    except QbatchError as error:
+        print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return launch(devices, drain=drain, environ=os.environ)

@@ -1,0 +1,122 @@
+"""What a worker takes from the broker: ids of jobs of one model, and questions."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from celery.worker import consumer, control
+
+from qbatch.core.domain import LARGEST_ID
+from qbatch.models_db.window import MOST_JOBS
+from qbatch.scheduler.queues import RUN_BUNDLE
+
+log = logging.getLogger("qbatch.worker")
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# What Celery and Flower show.
+_TEXTS = frozenset({"lang", "argsrepr", "kwargsrepr", "origin", "root_id", "parent_id"})
+_LONGEST_TEXT = 2000
+_FLAGS = frozenset({"ignore_result", "redelivered"})
+# With these a message could be held back, dropped, repeated, or shown as another.
+_UNSET = frozenset(
+    {
+        *("eta", "expires", "group", "group_index", "retries", "replaced_task_nesting"),
+        *("shadow", "stamped_headers", "stamps"),
+    }
+)
+_NAMES = _TEXTS | _FLAGS | _UNSET | {"id", "task", "timelimit"}
+# What Flower and ``celery inspect`` ask. Celery's others stop a worker, take its queues away or tell it what to drop,
+# and whoever reaches the broker can send them.
+_QUESTIONS = frozenset(
+    {
+        *("active", "active_queues", "clock", "conf", "ping", "query_task", "registered", "report", "reserved"),
+        *("revoked", "scheduled", "stats"),
+        *("enable_events", "heartbeat"),
+    }
+)
+
+
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's own, which sees no message with which ``problem_of`` finds something wrong: what it cannot read would
+    end it, be put back, and end the next."""
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        handle: Callable[[Any], Any] = super().create_task_handler(*args, **options)
+
+        def vet(message: Any) -> Any:
+            problem = problem_of(message)
+            if problem is None:
+                return handle(message)
+            log.error("message %s refused: %s", shown(message.properties.get("correlation_id")), problem)
+            message.reject_log_error(log, self.connection_errors)
+            return None
+
+        return vet
+
+
+class Commands(dict[str, Callable[..., Any]]):
+    """Celery's remote control commands, of which a worker answers those that change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__({name: answer for name, answer in control.Panel.data.items() if name in _QUESTIONS})
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        log.error("remote control command %s refused", shown(name))
+        return _refuse
+
+
+def _refuse(*_: Any, **__: Any) -> dict[str, str]:
+    return {"error": "refused: qbatch's commands do that"}
+
+
+def problem_of(message: Any) -> str | None:
+    """Why a kombu message may not be acted on; None for one like those that ``Broker.send`` makes."""
+    try:
+        return _problem_of_headers(message.headers) or _problem_of_body(message.payload)
+    except Exception as error:
+        # Whatever it is that cannot be read: the codecs' own exceptions, a header of another type, too deep a list.
+        return f"it cannot be read ({type(error).__name__})"
+
+
+def _problem_of_headers(headers: dict[str, Any]) -> str | None:
+    if headers.get("task") != RUN_BUNDLE:
+        return "it is for another task"
+    if not isinstance(headers.get("id"), str) or not _UUID.fullmatch(headers["id"]):
+        return "its id is no UUID"
+    if strange := headers.keys() - _NAMES:
+        return f"it has a header {shown(min(strange))}"
+    if headers.get("timelimit") not in (None, [None, None]) or any(headers.get(name) for name in _UNSET):
+        return "it says when or as what to run"
+    texts = [headers[name] for name in _TEXTS & headers.keys() if headers[name] is not None]
+    if not all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts):
+        return "what it shows is no text, or a long one"
+    if any(headers.get(name) not in (None, False, True) for name in _FLAGS):
+        return "a flag of it is neither true nor false"
+    return None
+
+
+def _problem_of_body(payload: Any) -> str | None:
+    match payload:
+        case [[job_ids], {**keywords}, {**embedded}] if not keywords and not any(embedded.values()):
+            return problem_of_ids(job_ids)
+    return "it holds more than a list of job ids"
+
+
+def problem_of_ids(job_ids: Any) -> str | None:
+    """Why this is no list of job ids; None for one."""
+    if not isinstance(job_ids, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in job_ids):
+        return "its argument is not a list of job ids"
+    if not 1 <= len(job_ids) <= MOST_JOBS or len(set(job_ids)) < len(job_ids):
+        return f"it names {len(job_ids)} jobs, or one of them twice"
+    if not all(1 <= n <= LARGEST_ID for n in job_ids):
+        return "it names a job that no database has"
+    return None
+
+
+def shown(value: Any) -> str:
+    """What a stranger wrote, on one line of bounded length."""
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -1,0 +1,281 @@
+"""Outcomes go to the database; what it does not take is spooled to disk, and recorded later.
+
+An embedded database shares its disk with the spool: while that is full, outcomes stay in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import Measurement, Protocol, format_job_id
+from qbatch.core.errors import (
+    DatabaseRefused,
+    DatabaseUnreachable,
+    DiskFull,
+    InternalError,
+    JobError,
+    WrongDatabase,
+    job_error,
+    one_line,
+)
+from qbatch.core.settings import Settings
+from qbatch.models_db import checkpoints, jobs
+from qbatch.models_db.jobs import Token
+from qbatch.models_db.schema_fit import explain
+from qbatch.models_db.session import Database
+from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.serving.spool import Spool, Spooled
+
+log = logging.getLogger("qbatch.worker")
+
+
+class _OfAnotherDatabase(Exception):
+    """The outcome of a job of a database that stood in this one's place."""
+
+
+class Recorder:
+    """The only way an outcome leaves a worker. Recording the same outcome twice changes nothing."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._spool = Spool(settings.spool)
+        self._in_memory: dict[Token, Spooled] = {}
+        # What cannot be taken out of the spool, and was said.
+        self._stuck: set[Path] = set()
+
+    def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
+        self._record(
+            token,
+            {
+                "outcome": "succeeded",
+                "measurement": measurement.to_json(),
+                "protocol": protocol.to_json(),
+                "checkpoint": _as_json(published) if published is not None else None,
+            },
+        )
+
+    def note_checkpoint(self, job_id: int, published: Published) -> None:
+        """Remember a checkpoint before its result is there: where the benchmark fails, ``verify`` must find it too."""
+        try:
+            with self._database.write() as session:
+                self._database.require_own(session)
+                checkpoints.record(session, job_id=job_id, **_as_json(published))
+        except DatabaseUnreachable as error:
+            log.warning("%s; the checkpoint of j%s is recorded with its outcome", error, job_id)
+
+    def fail(self, token: Token, error: JobError, published: Published | None = None) -> None:
+        """``published`` is what the attempt had published by then."""
+        needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
+        outcome = {"outcome": "failed", "kind": error.kind, "message": str(error), "needed_bytes": needed_bytes}
+        self._record(token, outcome | {"checkpoint": _as_json(published) if published is not None else None})
+
+    def hand_back(self, tokens: Sequence[Token], *, alone: bool) -> None:
+        try:
+            with self._database.write() as session:
+                self._database.require_same(session)
+                jobs.hand_back(session, tokens, alone=alone)
+        except DatabaseUnreachable as error:
+            for token in tokens:
+                self._keep(self._spooled(token, {"outcome": "handed_back", "alone": alone}), error)
+
+    @property
+    def has_in_memory(self) -> bool:
+        """Whether there are outcomes that neither the database nor the disk took yet."""
+        return bool(self._in_memory)
+
+    def lost(self) -> list[int]:
+        """The jobs whose outcomes are nowhere but in memory."""
+        return sorted(job_id for job_id, _ in self._in_memory)
+
+    def replay(self) -> None:
+        """Record what was spooled or kept in memory. Raises DatabaseUnreachable, with the rest still there.
+
+        The workers of one machine share the spool: of several that replay at once each outcome counts once. What the
+        database, being the right one, refuses for what it is, is set aside, or it would stop every worker of the
+        machine for ever. A folder out of which nothing can be taken stops nobody: what lies there is read each time.
+        """
+        for kept in list(self._in_memory.values()):
+            self._replay_from_memory(kept)
+        for path in self._spool.waiting():
+            try:
+                spooled = self._spool.read(path)
+            except FileNotFoundError:  # another worker was first
+                continue
+            except OSError as error:
+                log.warning("%s; it is read again later", error)
+                continue
+            except ValueError as error:
+                self._set_aside(path, None, error)
+                continue
+            if spooled is not None:
+                self._replay(path, spooled)
+
+    def _replay(self, path: Path, spooled: Spooled) -> None:
+        try:
+            self._write(spooled)
+        except DatabaseRefused as error:
+            found = explain(self._database, error)
+            if found is not error:
+                raise found from error
+            self._set_aside(path, spooled, error)
+        except DatabaseUnreachable:
+            raise
+        except Exception as error:
+            self._set_aside(path, spooled, error)
+        else:
+            if self._take_out(path):
+                log.info("j%s: the spooled outcome of attempt %s is recorded", *spooled.token)
+
+    def _record(self, token: Token, outcome: dict[str, Any]) -> None:
+        spooled = self._spooled(token, outcome)
+        try:
+            self._write(spooled)
+        except DatabaseUnreachable as error:
+            self._keep(spooled, error)
+            if isinstance(error, DatabaseRefused | WrongDatabase):
+                self._note_over(token)
+        except Exception as error:
+            # Whatever it is: what was measured is worth more than the reason. ``replay`` decides.
+            log.exception("recording the outcome of j%s", token[0])
+            self._keep(spooled, error)
+
+    def _note_over(self, token: Token) -> None:
+        """What is spooled cannot be lost any more: where the database still takes notes, nobody is to be charged for it
+        should the lease run out before it is recorded."""
+        try:
+            with self._database.write() as session:
+                self._database.require_same(session)
+                jobs.note(session, token, work_started=False)
+        except DatabaseUnreachable as error:
+            log.warning("%s; that the work of j%s is over is not recorded", error, token[0])
+
+    def _spooled(self, token: Token, outcome: dict[str, Any]) -> Spooled:
+        return Spooled(token=token, database=self._database.identity, outcome=outcome)
+
+    def _keep(self, spooled: Spooled, error: Exception) -> None:
+        job = format_job_id(spooled.token[0])
+        try:
+            path = self._spool.put(spooled)
+            log.warning("%s: %s; its outcome is spooled in %s", job, error, path)
+        except OSError as full:
+            log.warning("%s: %s, and %s; its outcome is kept in memory", job, error, full)
+            self._in_memory[spooled.token] = spooled
+
+    def _replay_from_memory(self, spooled: Spooled) -> None:
+        try:
+            self._write(spooled)
+        except DatabaseUnreachable as error:
+            with suppress(OSError):
+                self._spool.put(spooled)
+                self._in_memory.pop(spooled.token, None)
+            if isinstance(error, DatabaseRefused):
+                return
+            raise
+        except Exception:
+            log.exception("recording the outcome of j%s", spooled.token[0])
+            with suppress(OSError):
+                self._spool.put(spooled)
+                self._in_memory.pop(spooled.token, None)
+            return
+        # Two threads of a worker may be at it at once.
+        self._in_memory.pop(spooled.token, None)
+
+    def _set_aside(self, path: Path, spooled: Spooled | None, error: Exception) -> None:
+        """Put what cannot be recorded where people find it, and say so in the job's row."""
+        handed_back = spooled is not None and spooled.outcome["outcome"] == "handed_back"
+        if handed_back and isinstance(error, _OfAnotherDatabase):
+            self._take_out(path)  # nobody's job, and nothing measured
+            return
+        why = str(error) if isinstance(error, DatabaseRefused | _OfAnotherDatabase) else one_line(error)
+        try:
+            aside = self._spool.set_aside(path)
+        except FileNotFoundError:  # another worker was first
+            return
+        except OSError as refused:
+            if path in self._stuck:
+                return
+            aside = path
+            self._stuck.add(path)
+            log.error(
+                "%s cannot be recorded: %s; nor can it be set aside: %s: tried again each time, make %s writable",
+                path, why, refused.strerror, path.parent,
+            )  # fmt: skip
+        else:
+            log.error(
+                "%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside
+            )
+        if spooled is None or handed_back or isinstance(error, _OfAnotherDatabase):
+            return
+        said = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
+        try:
+            with self._database.write() as session:
+                self._database.require_own(session)
+                self._fail(session, spooled.token, said)
+        except DatabaseUnreachable as unreachable:
+            log.warning("%s; j%s is given up once its lease runs out", unreachable, spooled.token[0])
+
+    def _take_out(self, path: Path) -> bool:
+        """Whether it is gone. What stays does no harm: recorded again, it changes nothing."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if path not in self._stuck:
+                self._stuck.add(path)
+                log.error(
+                    "%s is done with, and cannot be removed: %s; make %s writable", path, error.strerror, path.parent
+                )
+            return False
+        return True
+
+    def _fail(self, session: Session, token: Token, error: JobError) -> None:
+        settings = self._settings
+        jobs.fail(
+            session,
+            token,
+            error,
+            backoff_s=settings.backoff_s,
+            max_failures=settings.max_failures,
+            lease_s=settings.lease_s,
+        )
+
+    def _write(self, spooled: Spooled) -> None:
+        """Raises DatabaseUnreachable; and whatever a spooled outcome that is none leads to."""
+        token, outcome = spooled.token, spooled.outcome
+        with self._database.write() as session:
+            self._database.require_own(session)
+            if spooled.database not in (None, self._database.identity):
+                raise _OfAnotherDatabase("it belongs to another database, which stood in this one's place")
+            if outcome["outcome"] == "handed_back":
+                jobs.hand_back(session, [token], alone=outcome["alone"])
+                return
+            checkpoint = outcome.get("checkpoint")
+            if checkpoint is not None:
+                checkpoints.record(session, job_id=token[0], **checkpoint)
+            if outcome["outcome"] == "failed":
+                error = job_error(outcome["kind"], outcome["message"], outcome.get("needed_bytes"))
+                self._fail(session, token, error)
+                return
+            jobs.succeed(
+                session,
+                token,
+                Measurement.from_json(outcome["measurement"]),
+                protocol=Protocol.from_json(outcome["protocol"]),
+                checkpoint_path=checkpoint["path"] if checkpoint is not None else None,
+            )
+
+
+def _as_json(published: Published) -> dict[str, Any]:
+    return {
+        "key": published.key,
+        "path": published.path,
+        "root_sha256": published.root_sha256,
+        "disk_bytes": published.disk_bytes,
+        "versions": dict(published.versions),
+    }

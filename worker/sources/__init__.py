@@ -1,0 +1,1 @@
+"""A model brought to the node."""

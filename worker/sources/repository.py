@@ -1,0 +1,123 @@
+"""A hub repository at one commit, and which of its files a model needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qbatch.core.errors import SourceCorrupt, SourceNotFound, UnsafeSource
+from qbatch.core.sources import (
+    DOCUMENTS,
+    INDEX_NAME,
+    PICKLE_INDEX_NAME,
+    PICKLE_NAME,
+    PICKLE_SUFFIXES,
+    SIDECARS,
+    SINGLE_NAME,
+    indexed_files,
+)
+
+_MODULES_NAME = "modules.json"
+_MODULE_FILES = (".json", ".txt", ".model", ".safetensors")
+_OTHER_WEIGHTS = (*PICKLE_SUFFIXES, ".h5", ".msgpack")
+# Whatever pattern such a name also fits.
+_NEVER = (*_OTHER_WEIGHTS, ".onnx", ".gguf", ".py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """``files`` is path → bytes; no path leads out of the repository. ``hashes`` is path → the hub's own: the sha256 of
+    what it keeps apart (LFS, Xet), git's blob id of the rest. Pickles are wanted where they are allowed and there is
+    nothing else, Python files only ``with_code``."""
+
+    repo_id: str
+    commit: str
+    files: Mapping[str, int]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
+    with_code: bool = False
+
+    @property
+    def entry(self) -> str:
+        """Its name as a folder: the id's slug and twelve digits of the commit."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "--", self.repo_id).lstrip(".")
+        return f"{slug}--{self.commit[:12]}" + ("--code" if self.with_code else "")
+
+    @property
+    def is_pickled(self) -> bool:
+        return not self.files.keys() & {INDEX_NAME, SINGLE_NAME} and bool(
+            self.files.keys() & {PICKLE_INDEX_NAME, PICKLE_NAME}
+        )
+
+    @property
+    def guides(self) -> list[str]:
+        """The small files that say which others are needed; ``wanted`` reads them."""
+        return [name for name in (self._index, _MODULES_NAME) if name is not None and name in self.files]
+
+    @property
+    def _single(self) -> str:
+        return PICKLE_NAME if self.is_pickled else SINGLE_NAME
+
+    @property
+    def _index(self) -> str | None:
+        """None where one file holds all, which transformers looks for first: an index beside it may be a stale one."""
+        name = PICKLE_INDEX_NAME if self.is_pickled else INDEX_NAME
+        return name if name in self.files and self._single not in self.files else None
+
+    def check(self) -> None:
+        """Raises SourceNotFound or UnsafeSource for a repository that holds no model of ours."""
+        if "config.json" not in self.files:
+            raise SourceNotFound(f"{self.repo_id} has no config.json")
+        if INDEX_NAME in self.files or SINGLE_NAME in self.files or (self.is_pickled and self.allow_pickle):
+            return
+        if any(path.endswith(_OTHER_WEIGHTS) for path in self.files) and not self.allow_pickle:
+            raise UnsafeSource(f"{self.repo_id} holds pickles and no safetensors; --allow-pickle converts them")
+        raise SourceNotFound(f"{self.repo_id} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+    def wanted(self, folder: Path) -> list[str]:
+        """The paths to fetch, in order. ``folder`` holds the guides. Raises SourceCorrupt where one is broken."""
+        index = [] if self._index is None else [self._index]
+        return sorted({*self.sidecars(folder), *index, *self._weights(folder)})
+
+    def sidecars(self, folder: Path) -> list[str]:
+        """What of it is no weights. Raises SourceCorrupt."""
+        code = [path for path in self.files if self.with_code and path.endswith(".py")]
+        return sorted({*self._root_files(), *self._module_files(folder), *code})
+
+    def _root_files(self) -> Iterator[str]:
+        for path in self.files:
+            if path.endswith((*_NEVER, ".index.json")):
+                continue
+            if any(_matches(path, pattern) for pattern in (*SIDECARS, *DOCUMENTS)):
+                yield path
+
+    def _weights(self, folder: Path) -> set[str]:
+        """What is loaded, no more: a repository may hold the same weights twice, in another layout."""
+        if self._index is None:
+            return {self._single}
+        names = set(indexed_files(folder / self._index, suffix=".bin" if self.is_pickled else ".safetensors"))
+        if missing := sorted(names - self.files.keys()):
+            raise SourceCorrupt(f"{self.repo_id}: {self._index} names {missing[0]!r}, which the repository lacks")
+        return names
+
+    def _module_files(self, folder: Path) -> Iterator[str]:
+        """Files of the sentence-transformers modules (pooling, dense) that modules.json names."""
+        if _MODULES_NAME not in self.files:
+            return
+        try:
+            modules = {module["path"] for module in json.loads((folder / _MODULES_NAME).read_text())}
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceCorrupt(f"{self.repo_id}: {_MODULES_NAME} is not a list of modules") from error
+        for path in self.files:
+            module, slash, _ = path.partition("/")
+            if slash and module in modules and path.endswith(_MODULE_FILES):
+                yield path
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """As a glob does it: a star ends at a slash."""
+    return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
