@@ -280,7 +280,7 @@ def test_a_models_own_code_finds_no_password_in_its_process_or_in_any_other(
         if what.partition(" ")[0] not in ("its", str(report["pid"]), *map(str, family)):
             continue  # the test's own servers
         assert not [secret for secret in (REDIS_PASSWORD, POSTGRESQL_PASSWORD) if secret in told], what
-    assert report["environ"]["HF_TOKEN"] == TOKEN, "it fetches: docs/architecture.md says so"
+    assert report["environ"]["HF_TOKEN"] == TOKEN, "it fetches: docs/security.md says so"
 
 
 @contextmanager
