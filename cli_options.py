@@ -136,7 +136,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
-class Size(click.ParamType[int]):
+class ByteSize(click.ParamType[int]):
     """500MB, 5GB (powers of ten, as transformers reads them), 2GiB: bytes."""
 
     name = "size"
@@ -196,7 +196,7 @@ def compare_options(command: Command) -> Command:
         ),
         click.option("--max-kl", type=Amount(min=0), help="The mean KL from the baseline, at most; in nats."),
         click.option("--max-ppl-ratio", type=Amount(min=0), help="The perplexity over the baseline's, at most: 1.01."),
-        click.option("--max-weights-bytes", type=Size(), help="The weights in memory, at most: 6GB, 5.5GiB."),
+        click.option("--max-weights-bytes", type=ByteSize(), help="The weights in memory, at most: 6GB, 5.5GiB."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -270,7 +270,7 @@ def submit_options(command: Command) -> Command:
             show_default=True,
             help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
         ),
-        click.option("--max-shard-size", type=Size(), help="Split the weights into files of at most this: 5GB."),
+        click.option("--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this: 5GB."),
         click.option(
             "--allow-pickle",
             is_flag=True,

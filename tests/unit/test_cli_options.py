@@ -7,7 +7,7 @@ import math
 import click
 import pytest
 
-from qbatch.cli_options import Amount, Bits, Duration, Name, Patterns, Size, TimeLimit
+from qbatch.cli_options import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_not_a_number_is_within_no_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [Amount(min=0), Bits(), Duration(), Name(), Size(), TimeLimit()], ids=lambda kind: kind.name
+    "kind", [Amount(min=0), Bits(), Duration(), Name(), ByteSize(), TimeLimit()], ids=lambda kind: kind.name
 )
 @pytest.mark.parametrize("typed", ["9" * 400, "9" * 5000, "x" * 100_000], ids=["400", "5000", "100000"])
 def test_what_has_no_end_is_refused_in_short(kind: click.ParamType[object], typed: str) -> None:
