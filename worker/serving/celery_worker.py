@@ -59,19 +59,8 @@ from qbatch.worker.serving.supervisor import WorkerContext
 
 log = logging.getLogger("qbatch.worker")
 
-# Everything a runner imports that does not initialise CUDA: a fork after that could not use the GPU. Their 15 s are
-# then paid once a worker. bitsandbytes initialises CUDA and stays out.
-_PRELOAD = [
-    "qbatch.worker.serving.ignore_sigterm",
-    "torch",
-    "transformers",
-    "transformers.modeling_utils",
-    "transformers.generation",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "accelerate",
-    "qbatch.worker.runner.process",
-]
+_PRELOAD = ["qbatch.worker.serving.ignore_sigterm", "qbatch.worker.serving.runner_imports"]
+_NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
 
 
 def main(uuid: str | None, *, drain: bool) -> int:
@@ -176,8 +165,11 @@ def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
             consumer.call_soon(consumer.cancel_task_queue, queue)
 
 
-def _do_nothing() -> None:
-    return None
+def _as_a_runner() -> None:
+    """Exits as a runner would find things. A fork of a process that has initialised CUDA cannot use it."""
+    if "qbatch.worker.serving.runner_imports" not in sys.modules:
+        sys.exit(_NOT_IMPORTED)
+    sys.exit(_CUDA_INITIALISED if sys.modules["torch"].cuda._is_in_bad_fork() else 0)
 
 
 class CeleryWorker:
@@ -281,11 +273,15 @@ class CeleryWorker:
     def _preload(self) -> multiprocessing.context.ForkServerContext:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        # Started for nothing, so that no claimed job waits for the imports while its lease runs.
-        first = context.Process(target=_do_nothing, daemon=True)
+        # Waited for, so that no claimed job waits for the imports while its lease runs.
+        first = context.Process(target=_as_a_runner, daemon=True)
         with own_sockets(Path(f"{self._settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
             first.start()
         first.join()
+        if first.exitcode == _CUDA_INITIALISED:
+            raise NoSuchDevice("runners could not use the GPU: something that they import initialises CUDA too early")
+        if first.exitcode:
+            raise UsageError("runners cannot import what they need: `qbatch doctor` says what is missing")
         return context
 
     def _register(self) -> int | None:

@@ -9,7 +9,6 @@ input, answers on standard output; ``qbatch.worker.measuring.why.capture`` is th
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import select
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qbatch.worker.machine.imports import import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -84,8 +85,7 @@ def main() -> None:
     # Whatever a library prints goes to the log, not between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for name in _PRELOAD:
-        importlib.import_module(name)
+    import_without_gpu(_PRELOAD)
     while line := sys.stdin.readline():
         answers.write(_answer(line).strip() + "\n")
         answers.flush()

@@ -1,0 +1,50 @@
+"""What a runner imports is imported before it is forked, and as if there was no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from qbatch.worker.machine.imports import import_without_gpu
+
+
+@pytest.fixture
+def curious(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that looks for GPUs when it is imported, and remembers through transformers that there was none."""
+    (tmp_path / "curious.py").write_text(
+        "import os\n"
+        "from transformers.utils.import_utils import is_torch_cuda_available\n"
+        "seen = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "answer = is_torch_cuda_available()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "curious"
+
+
+def test_a_module_that_asks_about_gpus_sees_none(curious: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    import_without_gpu([curious])
+    assert sys.modules.pop(curious).seen == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+
+
+def test_what_libraries_remember_of_it_is_forgotten(curious: str) -> None:
+    from torch.utils._triton import has_triton
+    from transformers.utils.import_utils import is_torch_greater_or_equal
+
+    has_triton()
+    is_torch_greater_or_equal("2.0")
+    import_without_gpu([curious])
+    del sys.modules[curious]
+    assert has_triton.cache_info().currsize == 0
+    assert is_torch_greater_or_equal.cache_info().currsize == 0
+
+
+def test_a_module_that_is_missing_is_an_error() -> None:
+    with pytest.raises(ImportError, match="not_there"):
+        import_without_gpu(["not_there"])

@@ -1,0 +1,52 @@
+"""Imports in a process that is going to be forked by those who use the GPU.
+
+A process that has initialised CUDA gives it to no fork. Some libraries ask at import what the GPU can do, which
+initialises it: torchao does, and transformers imports torchao where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+# Their cached answers would say for good that there is no GPU.
+_ASK_ABOUT_THE_GPU = ("accelerate.utils.imports", "torch.utils._triton", "transformers.utils.import_utils")
+
+# torch then asks NVML which GPUs are visible, and leaves CUDA alone.
+_HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def import_without_gpu(names: Sequence[str]) -> None:
+    """Import each module of ``names`` as if there was no GPU. Raises ImportError."""
+    # It warns of kernels for GPUs that this one is not.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    with _no_gpu():
+        for name in names:
+            importlib.import_module(name)
+    for name in _ASK_ABOUT_THE_GPU:
+        if name in sys.modules:
+            _forget_answers(name)
+
+
+@contextmanager
+def _no_gpu() -> Iterator[None]:
+    kept = {name: os.environ.get(name) for name in _HIDDEN}
+    os.environ.update(_HIDDEN)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _forget_answers(module: str) -> None:
+    for value in vars(sys.modules[module]).values():
+        if callable(clear := getattr(value, "cache_clear", None)):
+            clear()
