@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## make two small models, quantize and measure them: no server, GPU or hub needed
-	$(BIN)/python examples/make_models.py
+	$(BIN)/python -m examples.make_models
 	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
 
 # Two at a time: half of the time is spent waiting for leases to run out.

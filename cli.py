@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qbatch.models_db.session import Database
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
+    from qbatch.views.checks import Check
 
 _INTERRUPTED = 130
 # Characters. A list of a hundred thousand models fits, and a text that takes a day to measure on.
@@ -96,6 +97,7 @@ def run(format_: str, **options: Any) -> None:
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None))
     _interrupt_on_signals()
+    click.echo(f"starting Redis, the scheduler and the workers; their logs are in {settings.home / 'logs'}", err=True)
     with _local_stack(settings, device=DeviceKind(options["device"])) as stack:
         code = _run(settings, submission, format_, stack=stack)
     sys.exit(code)
@@ -312,10 +314,27 @@ def doctor(deep: bool, format_: str) -> None:
     settings = _settings()
     gpus = [VisibleGpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
     found = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
+    if deep or not gpus:
+        found.append(_cpu_check(measure=deep))
     if deep:
         found += examine_libraries()
     click.echo(render_checks(found, format_))
     sys.exit(1 if any(check.state is State.WRONG for check in found) else 0)
+
+
+def _cpu_check(*, measure: bool) -> Check:
+    """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
+    from qbatch.views.arithmetic import arithmetic_check, native_check
+    from qbatch.views.checks import State, check
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+
+    instructions = bfloat16_instructions(cpuinfo(), os.environ)
+    if instructions is not None and not measure:
+        return native_check(instructions)
+    try:
+        return arithmetic_check(measured_apart())
+    except RuntimeError as error:
+        return check("cpu", State.WRONG, f"torch cannot multiply matrices here: {error}")
 
 
 @main.command()
@@ -588,17 +607,14 @@ def _wait(
     from qbatch.scheduler.wait import wait as wait_for
     from qbatch.views.live import LiveProgress
 
-    def show(jobs: Sequence[Mapping[str, Any]], live_workers: int) -> None:
-        # Workers of our own stack are on their way: nobody needs to be told to start one.
-        progress.update(jobs, live_workers if on_poll is None else max(live_workers, 1))
-
-    with LiveProgress(quiet=quiet) as progress:
+    # Whoever tends the stack has just started it: nobody needs to be told to start a worker.
+    with LiveProgress(quiet=quiet, starts_workers=on_poll is not None) as progress:
         return wait_for(
             database,
             batch_ids,
             lease_s=settings.lease_s,
             timeout_s=timeout_s,
-            on_update=show,
+            on_update=progress.update,
             on_poll=on_poll or _nothing,
         )
 

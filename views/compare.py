@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.figure_table import GAP, wrap
@@ -87,6 +88,7 @@ def _remarks(group: Group, ship: Row | None) -> Iterable[str]:
     for old, new in group.superseded.items():
         yield f"{old} measured what {new} measured again: the newer one is shown."
     yield from _not_in_turns(group)
+    yield from emulation_remarks(group.rows)
     if versions := version_differences(group.rows):
         yield f"Measured with different versions, which may explain a difference: {', '.join(versions)}."
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.figures import Row, dig
 from qbatch.views.formats import Column, printable, render, terminal_width
@@ -167,6 +168,7 @@ def _measured(job: Row, baseline: Row | None, width: int) -> Iterable[str]:
 
 def _noticed(job: Row) -> Lines:
     yield from (("flag", text) for text in unfair(dig(job, "details.flags")))
+    yield from (("emulated", text) for text in emulation_remarks([job]))
     yield from other_audits(job)
 
 

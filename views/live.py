@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from qbatch.core.domain import ENDED_STATES, JobState, Stage
+from qbatch.views.cadence import Cadence
 from qbatch.views.formats import printable
 from qbatch.views.listings import show_progress
 
@@ -17,18 +19,30 @@ if TYPE_CHECKING:
 
 Job = Mapping[str, Any]
 _MOST_RUNNING_SHOWN = 12
+_MOST_RUNNING_NAMED = 3
 _NO_WORKER = "jobs are queued and no worker is live: start one with `qbatch up` or `qbatch worker`"
+_STARTING = "the worker is starting, which takes longest the first time: it imports torch and transformers"
 
 
 class LiveProgress:
     """Shows jobs as they go, on ``stream`` (standard error unless given).
 
     On a terminal: a bar of ended jobs, and each running job with its stage and bytes. Elsewhere: one line for each
-    change of a job's state or stage. ``quiet`` shows nothing at all. A context manager.
+    change of a job's state or stage, and one now and then while nothing changes. ``quiet`` shows nothing at all.
+    ``starts_workers``: whoever waits has started the workers too, and they are on their way. A context manager.
     """
 
-    def __init__(self, *, quiet: bool, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: bool,
+        stream: TextIO | None = None,
+        starts_workers: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._quiet = quiet
+        self._starts_workers = starts_workers
+        self._cadence = Cadence(clock)
         self._stream = sys.stderr if stream is None else stream
         self._live: Live | None = None
         self._seen: dict[str, tuple[str, str | None]] = {}
@@ -51,11 +65,15 @@ class LiveProgress:
             return
         for job in jobs:
             self._note_change(job)
-        if workers == 0 and not self._warned and any(job["state"] == JobState.QUEUED for job in jobs):
+        awaits_worker = workers == 0 and any(job["state"] == JobState.QUEUED for job in jobs)
+        if awaits_worker and not self._starts_workers and not self._warned:
             self._warned = True
             self._say(_NO_WORKER)
+        starting = awaits_worker and self._starts_workers
         if self._live is not None:
-            self._live.update(_frame(jobs, self._live.console), refresh=True)
+            self._live.update(_frame(jobs, self._live.console, self._cadence.elapsed_s, starting), refresh=True)
+        elif self._cadence.is_due():
+            self._say(f"{self._cadence.elapsed_s:.0f} s: {_STARTING if starting else _standing(jobs)}")
 
     def _note_change(self, job: Job) -> None:
         now = (job["state"], job["stage"])
@@ -67,6 +85,7 @@ class LiveProgress:
             self._say(_news(job))
 
     def _say(self, line: str) -> None:
+        self._cadence.spoke()
         if self._live is not None:
             from rich.text import Text
 
@@ -97,7 +116,15 @@ def _news(job: Job) -> str:
     return f"{_name(job)}: {state}"
 
 
-def _frame(jobs: Sequence[Job], console: Console) -> RenderableType:
+def _standing(jobs: Sequence[Job]) -> str:
+    """What is going on where nothing changed: ``1/6 jobs, 2 running, 3 queued: j1 llama baseline: benchmarking``"""
+    running = [job for job in jobs if job["state"] == JobState.RUNNING]
+    named = [_news(job) for job in running[:_MOST_RUNNING_NAMED]]
+    more = [f"and {len(running) - len(named)} more"] if len(running) > len(named) else []
+    return ", ".join(_counts(jobs)) + ("; " if named else "") + ", ".join([*named, *more])
+
+
+def _frame(jobs: Sequence[Job], console: Console, elapsed_s: float, starting: bool) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -113,21 +140,26 @@ def _frame(jobs: Sequence[Job], console: Console) -> RenderableType:
         progress = show_progress(job["progress"]) if job["progress"] else ""
         grid.add_row(Text(_name(job)), Text(job["stage"] or ""), Text(progress))
     more = [Text(f"and {len(running) - len(shown)} more")] if len(running) > len(shown) else []
-    return Group(_bar(jobs), grid, *more)
+    more += [Text(_STARTING)] if starting else []
+    return Group(_bar(jobs, elapsed_s), grid, *more)
 
 
-def _bar(jobs: Sequence[Job]) -> RenderableType:
+def _bar(jobs: Sequence[Job], elapsed_s: float) -> RenderableType:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     ended = sum(job["state"] in ENDED_STATES for job in jobs)
-    counts = {state: sum(job["state"] == state for job in jobs) for state in JobState}
-    words = [f"{ended}/{len(jobs)} jobs"] + [
-        f"{counts[state]} {state}"
-        for state in (JobState.RUNNING, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED)
-        if counts[state]
-    ]
+    # The seconds show that it moves.
+    words = [*_counts(jobs), f"{elapsed_s:.0f} s"]
     bar = Table.grid(padding=(0, 2, 0, 0))
     bar.add_row(ProgressBar(total=max(1, len(jobs)), completed=ended, width=30), Text(", ".join(words)))
     return bar
+
+
+def _counts(jobs: Sequence[Job]) -> list[str]:
+    """``2/6 jobs``, ``1 running``, …"""
+    ended = sum(job["state"] in ENDED_STATES for job in jobs)
+    counts = {state: sum(job["state"] == state for job in jobs) for state in JobState}
+    shown = (JobState.RUNNING, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED)
+    return [f"{ended}/{len(jobs)} jobs", *(f"{counts[state]} {state}" for state in shown if counts[state])]

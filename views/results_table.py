@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
 from qbatch.views.figures import Row, dig
 from qbatch.views.formats import printable, terminal_width
@@ -220,6 +221,7 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
     devices = sorted({printable(row["device_name"]) for row in rows})
     if devices:
         yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."
+    yield from map(printable, emulation_remarks(rows))
 
 
 NOISE_LEGEND = (

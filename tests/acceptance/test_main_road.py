@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 import stat
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +21,7 @@ import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.worker.checkpoints.publish import problems
-from tests.acceptance.conftest import Qbatch
+from tests.acceptance.conftest import QBATCH, Qbatch
 
 CONTRACT = {
     "batch_id",
@@ -57,8 +61,7 @@ def test_run_does_everything_and_leaves_nothing_running(
     qbatch: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama", "", "# a comment", models / "bert-mlm")
-    done = qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json")
-    rows = json.loads(done.stdout)
+    rows = json.loads(_run_without_silence(qbatch, "run", "--models", listed, "--bits", "4,8", "--format", "json"))
     assert [(Path(row["model"]).name, row["scheme"], row["bits"]) for row in rows] == [
         ("llama", "none", 16),
         ("llama", "bnb-int8", 8),
@@ -91,6 +94,27 @@ def test_run_does_everything_and_leaves_nothing_running(
     again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
     assert [row["reused_from"] for row in again] == [row["job_id"] for row in rows]
     assert [row["perplexity"] for row in again] == [row["perplexity"] for row in rows]
+
+
+def _run_without_silence(qbatch: Qbatch, *args: str) -> str:
+    """Run a command, of which nobody must hear nothing for ten seconds; its standard output."""
+    said_at = [time.monotonic()]
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(
+            [*QBATCH, *args], env=qbatch.environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE
+        ) as process,
+    ):
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line.decode())
+            said_at.append(time.monotonic())
+        assert process.wait() == 0, "".join(said)
+        output.seek(0)
+        assert said[0].startswith("starting Redis")
+        assert max(after - before for before, after in itertools.pairwise(said_at)) < 10, "".join(said)
+        return output.read()
 
 
 def _check_checkpoint(folder: Path, source: Path) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
-from examples import make_models
+from examples import make_models, training
 from examples.make_models import EXAMPLES, Example
+from examples.muon import orthogonalised
 from qbatch.core.domain import DType
 from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.models.architecture import ModelKind
@@ -22,10 +28,28 @@ _STEPS = 30
 _TEXTS = 600
 
 
+class Dtypes(TorchDispatchMode):
+    """Notes the dtype of every tensor that an operation takes or gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, found))
+        self.seen |= {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return found
+
+
+def unheard(_: str) -> None:
+    return None
+
+
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """A part of the corpus, in its own order."""
-    return make_models.corpus()[:_TEXTS]
+    return training.corpus()[:_TEXTS]
 
 
 @pytest.fixture(scope="module", params=EXAMPLES, ids=lambda example: example.name)
@@ -34,7 +58,7 @@ def made(
 ) -> tuple[Example, Path, str]:
     """An example after a few steps of its training, its folder, and the line that says how it went."""
     into = tmp_path_factory.mktemp("examples")
-    report = make_models.make(request.param, into, texts=texts, steps=_STEPS)
+    report = training.make(request.param, into, report=unheard, texts=texts, steps=_STEPS)
     return request.param, into / request.param.name, report
 
 
@@ -51,9 +75,9 @@ def test_an_example_loads_as_a_causal_model_that_its_tokenizer_fits(made: tuple[
     example, folder, _ = made
     loaded = load(folder, dtype=DType.FLOAT32, device="cpu")
     assert loaded.task is ModelKind.CAUSAL_LM
-    assert len(loaded.tokenizer) == loaded.model.config.vocab_size == make_models.VOCAB_SIZE
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size == training.VOCAB_SIZE
     config = json.loads((folder / "config.json").read_text())
-    assert getattr(torch, config["dtype"]) is example.dtype
+    assert config["dtype"] == example.dtype
 
 
 def test_every_text_survives_the_tokenizer(made: tuple[Example, Path, str]) -> None:
@@ -61,7 +85,7 @@ def test_every_text_survives_the_tokenizer(made: tuple[Example, Path, str]) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "def f(x):\n    return x  # naïve — 𝛑\n"
     ids = tokenizer(text)["input_ids"]
-    assert (ids[0] == make_models.BOS) == example.prefix_bos
+    assert (ids[0] == training.BOS) == example.prefix_bos
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
@@ -81,3 +105,28 @@ def test_the_list_names_the_models_that_are_made() -> None:
         (ROOT / "examples" / "models.txt").read_text().splitlines(), check_folders=False, roots=None
     )
     assert [source.name for source in sources] == [f"examples/models/{example.name}" for example in EXAMPLES]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_training_knows_no_16_bit_arithmetic(example: Example) -> None:
+    with Dtypes() as dtypes:
+        model = training.untrained(example)
+        training.train(model, torch.zeros(64, training.WINDOW_TOKENS, dtype=torch.long), 3, unheard)
+    assert {dtype for dtype in dtypes.seen if dtype.is_floating_point} == {torch.float32}
+
+
+def test_muon_s_updates_are_nearly_orthogonal() -> None:
+    matrices = torch.randn(2, 128, 384, generator=torch.Generator().manual_seed(0))
+    for found in (orthogonalised(matrices), orthogonalised(matrices.mT)):
+        values = torch.linalg.svdvals(found)
+        assert ((values > 0.6) & (values < 1.3)).all()
+    # The same as torch's own, which computes in bfloat16.
+    parameter = torch.nn.Parameter(torch.zeros(128, 384))
+    parameter.grad = matrices[0].clone()
+    torch.optim.Muon([parameter], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0).step()
+    torch.testing.assert_close(-parameter.data, orthogonalised(matrices)[0], atol=0.01, rtol=0.05)
+
+
+def test_the_first_line_waits_for_no_import() -> None:
+    code = "import sys, examples.make_models; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import pty
@@ -501,6 +502,49 @@ def test_a_queue_without_a_worker_is_said_once() -> None:
     assert len(lines) == 1
     assert "no worker is live" in lines[0]
     assert follow(io.StringIO(), ([job(1, "succeeded")], 0)) == [f"j1 {NAME} bnb-nf4: succeeded"]
+
+
+class Seconds:
+    """A clock that each update moves on by half a second."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def silences(stream: io.StringIO, updates: int, **options: Any) -> tuple[list[float], list[str]]:
+    """How long each line let wait for it while one job runs and one waits, and the lines."""
+    clock, said_at, lines = Seconds(), [100.0], 0
+    jobs = [job(1, options.pop("state", "running"), stage="benchmarking"), job(2)]
+    with LiveProgress(quiet=False, stream=stream, clock=clock, **options) as progress:
+        for _ in range(updates):
+            progress.update(jobs, 0 if options else 1)
+            clock.now += 0.5
+            if (said := len(stream.getvalue().splitlines())) > lines:
+                lines = said
+                said_at.append(clock.now)
+    waits = [after - before for before, after in itertools.pairwise([*said_at, clock.now])]
+    return waits, stream.getvalue().splitlines()
+
+
+def test_a_log_gets_a_line_every_few_seconds_while_nothing_changes() -> None:
+    waits, lines = silences(io.StringIO(), 360)
+    assert max(waits) < 8
+    assert lines[:2] == [
+        f"j1 {NAME} bnb-nf4: benchmarking",
+        f"5 s: 0/2 jobs, 1 running, 1 queued; j1 {NAME} bnb-nf4: benchmarking",
+    ]
+    # Of a day it need not be 17,000 lines.
+    assert len(silences(io.StringIO(), 2 * 86_400)[1]) < 1600
+
+
+def test_a_log_says_that_the_worker_starts() -> None:
+    waits, lines = silences(io.StringIO(), 60, state="queued", starts_workers=True)
+    assert max(waits) < 8
+    assert all("the worker is starting" in line for line in lines[1:])
+    assert "no worker is live" not in " ".join(lines)
 
 
 def test_quiet_says_nothing() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from qbatch.core.domain import DType, Measurement, Protocol
 from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
+from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
 from qbatch.worker.measuring.pooled_rounds import Speed, pool
 from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
 from qbatch.worker.measuring.quality.perplexity import TextScore, score_text, text_windows
@@ -101,7 +102,12 @@ class ModelBenchmark:
             "weights_bytes": size.weights_bytes,
             "load_model_s": loaded.load_model_s,
         }
-        self.details |= {"task": loaded.task.value, "versions": versions(), "size": asdict(size)}
+        self.details |= {
+            "task": loaded.task.value,
+            "versions": versions(),
+            "size": asdict(size),
+            "arithmetic_slowdown": arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
+        }
         if loaded.tokenizer is not None:
             cut = text_cut(loaded, subject.protocol)
             self.text_shape = {"eval_window": cut.window, "eval_stride": cut.stride, "eval_max_windows": cut.count}

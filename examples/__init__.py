@@ -1,0 +1,1 @@
+"""What shows qbatch at work: small models that are made on the spot."""

@@ -1,0 +1,42 @@
+"""Nobody waits in silence for the examples. This file imports nothing heavy: each piece of work imports it again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from examples.progress import EVERY_S, Piece, progress
+
+
+def slow(seconds: float, report: Callable[[str], None]) -> str:
+    """A piece of work that says one thing and is then silent."""
+    report("thinking")
+    time.sleep(seconds)
+    return "was thought through"
+
+
+def broken(report: Callable[[str], None]) -> str:
+    report("about to fail")
+    os._exit(3)
+
+
+def test_silent_work_is_spoken_for_every_few_seconds() -> None:
+    started = time.monotonic()
+    pieces = {"one": Piece.start(slow, 1.0), "two": Piece.start(slow, 1.6)}
+    at_s, lines = [], []
+    for line in progress(pieces, every_s=0.2):
+        at_s.append(time.monotonic() - started)
+        lines.append(line)
+    assert lines[0].endswith("one: starting; two: starting")
+    assert any(line.endswith("one: thinking; two: thinking") for line in lines)
+    assert lines[-1] == "was thought through"
+    assert max(after - before for before, after in zip([0.0, *at_s], at_s, strict=False)) < 1.0
+    assert EVERY_S < 8, "ten seconds without a line are too many"
+
+
+def test_work_that_dies_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="one was not made: its process ended with code 3"):
+        list(progress({"one": Piece.start(broken)}))

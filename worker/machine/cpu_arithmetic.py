@@ -1,0 +1,111 @@
+"""How much slower than float32 a CPU computes in 16 bits: many emulate them, and then a model's speed is not its own.
+
+``python -P -m`` this module measures in a process of its own, and prints JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.domain import DType
+
+# Large enough that the product, and not its call, is timed; emulated it takes a quarter of a second.
+MATRIX_SIDE = 512
+_LEAST_S = 0.05
+# As Linux calls them, on x86 and on ARM; avx_ne_convert only converts.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+# oneDNN's own, by which it does without what the processor has.
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_16_BITS = (DType.BFLOAT16, DType.FLOAT16)
+
+
+@functools.cache
+def arithmetic_slowdown(dtype: DType) -> float | None:
+    """How many times as long as in float32 a product of two matrices takes in ``dtype``, on one core of this CPU.
+
+    Measured once in a process, in about a second. None for what is not of 16 bits.
+    """
+    if dtype not in _16_BITS:
+        return None
+    return _product_s(dtype) / _product_s(DType.FLOAT32)
+
+
+def arithmetic_slowdowns(device: str, dtypes: Iterable[DType]) -> dict[str, float] | None:
+    """``arithmetic_slowdown`` of those of ``dtypes`` that have 16 bits, by name; None where ``device`` is no CPU."""
+    if device != "cpu":
+        return None
+    found = {dtype.value: arithmetic_slowdown(dtype) for dtype in dtypes}
+    return {name: slowdown for name, slowdown in found.items() if slowdown is not None}
+
+
+def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> str | None:
+    """By which name the processor of ``cpuinfo``, /proc/cpuinfo's text, has bfloat16 arithmetic; None where it has
+    none, does not say so, or ``environ`` may keep the library from using it."""
+    if any(name in environ for name in _LIMITS):
+        return None
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
+    return next((name for name in _INSTRUCTIONS if name in flags), None)
+
+
+def cpuinfo() -> str:
+    """Empty where there is none: not on Linux."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def measured_apart() -> dict[str, float]:
+    """``arithmetic_slowdown`` of each 16-bit dtype by its name, from a process that may die of a broken library.
+
+    Raises RuntimeError with the last thing that it said.
+    """
+    # Where this module was loaded from is where it is found again, whatever the current directory holds.
+    done = subprocess.run([sys.executable, "-P", "-m", __name__], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def _product_s(dtype: DType) -> float:
+    """The fastest of several, in one thread's own time: what else the machine does counts for nothing."""
+    import torch
+
+    matrix = torch.ones(MATRIX_SIDE, MATRIX_SIDE, dtype=getattr(torch, dtype.value))
+    small = matrix[:32, :32].contiguous()
+    with torch.inference_mode(), _one_thread():
+        _time_s(small)  # what is loaded and compiled at the first time
+        times_s: list[float] = []
+        while len(times_s) < 2 or sum(times_s) < _LEAST_S:
+            times_s.append(_time_s(matrix))
+    return min(times_s)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time_s(matrix: Any) -> float:
+    began = time.thread_time()
+    matrix @ matrix
+    return time.thread_time() - began
+
+
+if __name__ == "__main__":
+    print(json.dumps({dtype.value: arithmetic_slowdown(dtype) for dtype in _16_BITS}))  # noqa: T201
