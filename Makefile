@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint seed-table bench clean
+.PHONY: help install demo check test chaos lint seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,9 +27,15 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 	$(BIN)/python -m examples.make_models
 	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
 
-# Two at a time: half of the time is spent waiting for leases to run out.
+# Whole files, in the order of tests/conftest.py. More at a time than there are cores: half of the time is spent waiting
+# for leases to run out.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+
+check: lint ## style, types and the unit tests: for every change, in two minutes
+	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
+
 test: install ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not gpu" --numprocesses 3
 
 CHAOS_KILLS ?= 200
 

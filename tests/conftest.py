@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Many processes share the cores: threads that wait should leave them to the others.
+# Many processes share the cores, and the models are tiny: what two threads of each gain, waiting for one another loses
+# several times over. Runners inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
+from qbatch.models_db.tables import DatabaseIdentity
 from tests.postgres import Postgres
+
+_TESTS = Path(__file__).parent
+# The dearest folders first: a long file that starts last, everybody waits for.
+_ORDER = ("chaos", "faults", "acceptance", "gpu", "integration", "unit")
+# Of whole processes, which start for seconds and wait for leases to run out.
+_SLOW = frozenset({"chaos", "faults", "acceptance"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _ORDER.index(_folder(item)))
+    for item in items:
+        if _folder(item) in _SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """All is imported: what stays for good need not be looked through whenever garbage is collected."""
+    gc.freeze()
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(_TESTS).parts[0]
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +63,22 @@ def runtime_dir() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def sqlite_database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'qbatch.db'}")
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the migrations make of an empty file, for each test to copy."""
+    file = tmp_path_factory.mktemp("migrated") / "qbatch.db"
+    database = Database(f"sqlite:///{file}")
     upgrade(database)
+    database.dispose()
+    return file
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Database]:
+    shutil.copy(migrated_sqlite, tmp_path / "qbatch.db")
+    database = Database(f"sqlite:///{tmp_path / 'qbatch.db'}")
+    with database.write() as session:
+        session.execute(update(DatabaseIdentity).values(id=str(uuid.uuid4())))
     yield database
     database.dispose()
 

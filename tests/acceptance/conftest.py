@@ -15,10 +15,15 @@ from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy.orm import Session
 
 from qbatch.core.settings import Settings
+from qbatch.models_db.listing import list_jobs, list_workers
+from qbatch.models_db.session import Database
 from tests import tiny
 from tests.waiting import until
+
+Rows = list[dict[str, Any]]
 
 _INSTALLED = Path(sys.executable).with_name("qbatch")
 # A GPU host may run the working tree without installing it.
@@ -74,8 +79,30 @@ class Qbatch:
                 stderr=output,
             )
 
+    def look(self, listing: Callable[[Session], Rows]) -> Rows:
+        """What a command would list, for whoever looks again and again: a command takes most of a second of a core to
+        start, which those that are waited for need."""
+        database = Database(Settings.from_env(self.environ).sqlalchemy_url)
+        try:
+            if database.is_behind():
+                return []
+            with database.read() as session:
+                return listing(session)
+        finally:
+            database.dispose()
+
+    def states(self) -> set[str]:
+        """Those in which there are jobs."""
+        return {job["state"] for job in self.look(list_jobs)}
+
     def wait_for_worker(self) -> None:
-        until(lambda: any(w["state"] == "ready" for w in self.json("workers")), "live worker")
+        lease_s = Settings.from_env(self.environ).lease_s
+        until(lambda: _is_any_ready(self.look(lambda session: list_workers(session, lease_s))), "live worker")
+        assert _is_any_ready(self.json("workers"))
+
+
+def _is_any_ready(workers: Rows) -> bool:
+    return any(worker["state"] == "ready" for worker in workers)
 
 
 def stop(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:

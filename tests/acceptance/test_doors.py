@@ -260,7 +260,7 @@ def _hostile(app: Celery) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_message_that_is_more_than_ids_is_refused_and_the_worker_lives_on(
+def test_a_message_of_more_than_ids_is_refused_and_the_worker_lives_on(
     stack: Qbatch, app: Celery, models: Path, model_list: Callable[..., str], canaries: Path
 ) -> None:
     queue = queue_of(DeviceKind.CPU)

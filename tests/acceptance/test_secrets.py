@@ -217,7 +217,7 @@ def test_the_services_passwords_reach_no_log_no_row_and_no_argument(
     with running(services, output):
         services.wait_for_worker()
         services("submit", "--models", listed, "--bits", "4")
-        until(lambda: _states(services) == {"succeeded"}, "end of the batch")
+        until(lambda: services.states() == {"succeeded"}, "end of the batch")
         seen = arguments_of(services.home)
         redis_server.kill()
         until(lambda: "Cannot connect to" in output.read_text(), "complaint of the worker")
@@ -247,7 +247,7 @@ pathlib.Path({place!r}).write_text(json.dumps({{"pid": os.getpid(), "environ": d
 """
 
 
-def test_a_models_own_code_finds_no_password_in_its_process_or_in_any_other(
+def test_a_models_own_code_finds_no_password_in_any_process(
     services: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
 ) -> None:
     own = make_own(tmp_path / "own", models / "llama", tmp_path, architectures=["OwnForCausalLM"])
@@ -295,10 +295,6 @@ def _bystander() -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
-
-
-def _states(services: Qbatch) -> set[str]:
-    return {job["state"] for job in services.json("jobs")}
 
 
 def _dumped(url: str) -> str:

@@ -13,11 +13,14 @@ import pytest
 import redis
 from sqlalchemy import create_engine, text
 
+from qbatch.models_db.listing import list_jobs
 from qbatch.scheduler.private_redis import redis_server_path
 from tests.acceptance.conftest import Qbatch, processes_of, stop
 from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105
+# Measured for seconds: what is done to a job while it runs takes a command or two to start.
+LONG = ("--new-tokens", "96")
 
 
 class RedisServer:
@@ -88,12 +91,12 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
     assert "qbatch db upgrade" in services("submit", "--models", listed, "--bits", "4", code=3).stderr
     services("db", "upgrade")
     services("db", "upgrade")
-    assert services("submit", "--models", listed, "--bits", "4,8", "-q").stdout.strip() == "b1"
+    assert services("submit", "--models", listed, "--bits", "4,8", *LONG, "-q").stdout.strip() == "b1"
     assert "QBATCH_BROKER_URL is set" in services("up", code=2).stderr
     scheduler = services.start("scheduler")
     worker = services.start("worker", "--cpu")
     try:
-        until(lambda: _states(services) & {"running"}, "running job")
+        until(lambda: "running" in services.states(), "running job")
         # Every message is lost while a job runs: the job goes on, and what waited is sent again.
         redis_server.kill()
         assert "once Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
@@ -120,8 +123,8 @@ def test_a_worker_that_is_killed_loses_nothing(services: Qbatch, models: Path, m
     worker = services.start("worker", "--cpu")
     listed = model_list(models / "llama")
     try:
-        services("submit", "--models", listed, "--bits", "4,8")
-        until(lambda: _states(services) & {"running"}, "running job")
+        services("submit", "--models", listed, "--bits", "4,8", *LONG)
+        until(lambda: "running" in services.states(), "running job")
         for process in processes_of(services.home):
             if "serve" in process.cmdline():
                 process.send_signal(signal.SIGKILL)
@@ -144,8 +147,8 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
     worker = services.start("worker", "--cpu")
     listed = model_list(models / "llama")
     try:
-        services("submit", "--models", listed, "--bits", "4,8")
-        until(lambda: _states(services) & {"running"}, "running job")
+        services("submit", "--models", listed, "--bits", "4,8", *LONG)
+        until(lambda: "running" in services.states(), "running job")
         services("cancel", "b1")
         services("wait", "b1", code=1)
         services("submit", "--models", listed, "--bits", "16", "--force", "--time-limit", "0.1s")
@@ -158,12 +161,8 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
     assert [job["attempt"] for job in services.json("jobs", "--batch", "b2")] == [2], "a timeout is tried once more"
 
 
-def _states(services: Qbatch) -> set[str]:
-    return {job["state"] for job in services.json("jobs")}
-
-
 def _stages(services: Qbatch) -> set[str | None]:
-    return {job["stage"] for job in services.json("jobs")}
+    return {job["stage"] for job in services.look(list_jobs)}
 
 
 def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
@@ -177,7 +176,7 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
     try:
         services.wait_for_worker()
         (before,) = services.json("workers")
-        services("submit", "--models", listed, "--bits", "4,8", "--force")
+        services("submit", "--models", listed, "--bits", "4,8", "--force", *LONG)
         # A job is running, and fetching, before its runner is there.
         until(lambda: _stages(services) - {None, "fetching"}, "work")
         for runner in _runners(services):

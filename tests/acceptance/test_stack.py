@@ -11,6 +11,7 @@ import psutil
 
 from qbatch.core.settings import Settings
 from tests.acceptance.conftest import Qbatch, await_end_of, processes_of, stop
+from tests.acceptance.test_services import LONG
 from tests.waiting import until
 
 
@@ -19,8 +20,8 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
 ) -> None:
     listed = model_list(models / "llama")
     qbatch.env["QBATCH_SCAN_S"] = "1"
-    run = qbatch.start("run", "--models", listed, "--bits", "4,8")
-    until(lambda: "running" in _states(qbatch), "running job")
+    run = qbatch.start("run", "--models", listed, "--bits", "4,8", *LONG)
+    until(lambda: "running" in qbatch.states(), "running job")
     assert stop(run, signal.SIGINT) == 130
     await_end_of(qbatch.home)
     assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
@@ -42,8 +43,8 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
 
 def _prune_beside_the_worker(qbatch: Qbatch, listed: str) -> None:
     logs = list((qbatch.home / "storage" / "logs").glob("*/*"))
-    qbatch("submit", "--models", listed, "--bits", "4,8", "--force")
-    until(lambda: "running" in _states(qbatch), "running job")
+    qbatch("submit", "--models", listed, "--bits", "4,8", "--force", *LONG)
+    until(lambda: "running" in qbatch.states(), "running job")
     # Of the files' digests more grow old with each second.
     promised = qbatch.json("prune", "--older-than", "1s", "--dry-run")[:-1]
     *pruned, digests = qbatch.json("prune", "--older-than", "1s")
@@ -74,7 +75,7 @@ def test_up_survives_lost_socket_folders_and_leaves_nothing_when_killed(
         for folder in cleaned:
             shutil.rmtree(folder)
         qbatch("submit", "--models", listed, "--bits", "4")
-        until(lambda: "running" in _states(qbatch), "running job")
+        until(lambda: "running" in qbatch.states(), "running job")
     finally:
         up.kill()
         up.wait()
@@ -107,8 +108,6 @@ def test_a_stack_is_found_through_a_link_to_its_home(stack: Qbatch, tmp_path: Pa
 
 
 def _states(qbatch: Qbatch) -> list[str]:
-    if not (qbatch.home / "qbatch.db").exists():
-        return []
     return [job["state"] for job in qbatch.json("jobs")]
 
 

@@ -24,7 +24,7 @@ from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
 from tests.waiting import until
 
 
-def test_a_runner_is_started_by_a_new_forkserver_where_the_old_one_dies_over_it(
+def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
     sqlite_database: Database, tmp_path: Path, told_to_end: list[int]
 ) -> None:
     environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}

@@ -104,7 +104,7 @@ def test_a_database_down_for_longer_than_a_lease_costs_nobody_anything(
     assert hosts.spooled() == []
 
 
-def test_an_outage_of_a_lease_is_noticed_though_it_is_shorter_than_two_scans(
+def test_an_outage_longer_than_a_lease_and_under_two_scans_is_noticed(
     sqlite_database: Database, tmp_path: Path
 ) -> None:
     settings = Settings(

@@ -168,15 +168,13 @@ def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, mak
     assert _pauses(fleet.database) == []
 
 
-def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
-    tmp_path: Path, make_model: MakeModel
-) -> None:
+def test_a_result_due_while_no_disk_has_room_is_recorded_once_one_has(tmp_path: Path, make_model: MakeModel) -> None:
     """Database, spool, storage and logs share one disk, and it is full for some leases."""
     home = tmp_path / "home"
     disk = SmallDisk(tmp_path, home, 64 * 2**20)
     try:
         until(disk.seen(home / "qbatch.db").exists, "database")
-        until(lambda: any(worker["state"] == "ready" for worker in disk.json("workers")), "live worker")
+        until(lambda: any(row["state"] == "ready" for row in disk.json("workers")), "live worker", poll_s=1.0)
         listed = tmp_path / "models.txt"
         listed.write_text(str(make_model(large=True)))
         disk.json("submit", "--models", str(listed), "--bits", "4", "--no-baseline", "--new-tokens", "96")
@@ -188,7 +186,7 @@ def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
         until(lambda: disk.top_up(ballast) or time.monotonic() > over)
         assert [job["state"] for job in disk.json("jobs")] == ["running"], "nobody could say more"
         ballast.unlink()
-        until(lambda: [job["state"] for job in disk.json("jobs")] != ["running"], "end of the job")
+        until(lambda: [job["state"] for job in disk.json("jobs")] != ["running"], "end of the job", poll_s=1.0)
         (job,) = disk.json("show", "j1")
         assert (job["state"], job["failures"]) == ("succeeded", 0)
         assert [attempt["outcome"] for attempt in job["attempts"]] == ["succeeded"]
@@ -196,7 +194,7 @@ def test_a_result_that_is_due_while_no_disk_has_room_is_recorded_when_one_has(
         disk.close()
 
 
-def test_a_full_storage_is_one_pause_on_either_database_and_a_full_cache_is_none(database: Database) -> None:
+def test_a_full_storage_is_one_pause_and_a_full_cache_is_none(database: Database) -> None:
     _, ids = a_batch(database, bundle("/models/a", Method.NF4), bundle("/models/b", Method.NF4))
     worker = a_worker(database)
     first, second = claim(database, ids, worker)
@@ -256,7 +254,7 @@ print(json.dumps({"said": said, "left": left, "problems": problems(storage / PAT
 """
 
 
-def test_a_disk_that_fills_up_while_it_is_written_costs_only_what_was_begun(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_during_a_write_costs_only_what_was_begun(tmp_path: Path) -> None:
     storage, source = tmp_path / "storage", tmp_path / "source"
     storage.mkdir()
     source.mkdir()

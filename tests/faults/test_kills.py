@@ -59,7 +59,7 @@ def fleet(
 
 
 @pytest.mark.timeout(600)
-def test_whatever_is_killed_in_whichever_stage_the_job_is_taken_up_again_and_nothing_is_half_done(
+def test_a_kill_in_any_stage_costs_an_attempt_and_leaves_nothing_half_done(
     fleet: Fleet, hub: Hub, make_model: MakeModel
 ) -> None:
     victims = ("runner", "worker", "both")
@@ -123,7 +123,7 @@ def _published(fleet: Fleet, job: int) -> tuple[Path, int] | None:
 
 
 @pytest.mark.parametrize("suspended", ["worker", "worker and runner"])
-def test_an_attempt_suspended_for_longer_than_its_lease_changes_nothing_when_it_goes_on(
+def test_an_attempt_suspended_beyond_its_lease_changes_nothing_afterwards(
     fleet: Fleet, make_model: MakeModel, suspended: str
 ) -> None:
     (job,) = fleet.submit(make_model(large=True))
@@ -147,7 +147,7 @@ def test_an_attempt_suspended_for_longer_than_its_lease_changes_nothing_when_it_
     until(lambda: not fleet.staged(), "end of staging")
 
 
-def test_of_two_workers_that_want_one_checkpoint_at_once_one_writes_it_and_the_other_adopts_it(
+def test_of_two_workers_that_want_one_checkpoint_one_writes_one_adopts(
     fleet: Fleet, hub: Hub, make_model: MakeModel
 ) -> None:
     # What a hub's model will be called is known once it is fetched: neither batch is held back for the other.

@@ -101,7 +101,7 @@ def _answers(fleet: Fleet, dispatch_id: str) -> list[list[str]]:
     return [answer.findall(fleet.log(name).read_text()) for name in ("w1", "w2")]
 
 
-def test_a_vanished_message_is_sent_again_within_two_scans_though_a_thousand_stand_behind_it(
+def test_a_vanished_message_before_a_thousand_is_sent_again_in_two_scans(
     sqlite_database: Database, redis_server: Redis, tmp_path: Path
 ) -> None:
     url = f"redis://:{PASSWORD}@127.0.0.1:{redis_server.port}/7"
@@ -130,7 +130,7 @@ def test_a_vanished_message_is_sent_again_within_two_scans_though_a_thousand_sta
 
 
 @pytest.mark.parametrize("fault", ["killed, with AOF", "flushed", "cut off"])
-def test_whatever_happens_to_redis_running_jobs_go_on_and_waiting_ones_follow(
+def test_whatever_happens_to_redis_jobs_go_on(
     fleet: Fleet, redis_server: Redis, wire: Wire, make_model: MakeModel, fault: str
 ) -> None:
     if fault == "killed, with AOF":
@@ -199,7 +199,7 @@ def _leader(fleet: Fleet) -> str:
         return session.get_one(Lease, "scheduler").holder
 
 
-def test_a_submit_killed_between_its_rows_and_its_messages_leaves_a_batch_that_runs(
+def test_a_submit_killed_between_rows_and_messages_loses_no_job(
     fleet: Fleet, redis_server: Redis, make_model: MakeModel, tmp_path: Path
 ) -> None:
     listed = tmp_path / "models.txt"
@@ -219,7 +219,7 @@ def test_a_submit_killed_between_its_rows_and_its_messages_leaves_a_batch_that_r
     assert fleet.outcomes(job) == ["succeeded"]
 
 
-def test_a_scheduler_killed_between_its_marks_and_its_messages_leaves_jobs_that_run(
+def test_a_scheduler_killed_between_marks_and_messages_loses_no_job(
     fleet: Fleet, redis_server: Redis, make_model: MakeModel
 ) -> None:
     with fleet.suspended(psutil.Process(redis_server.pid)):

@@ -30,7 +30,7 @@ def fleet(tmp_path: Path, redis_server: Redis) -> Iterator[Fleet]:
     server.close()
 
 
-def test_a_fleet_goes_on_as_the_schema_grows_and_leaves_losing_nothing_as_it_changes(
+def test_a_fleet_stays_as_the_schema_grows_and_leaves_as_it_changes(
     fleet: Fleet, make_model: MakeModel, tmp_path: Path
 ) -> None:
     migrate(fleet.database, tmp_path, (SCHEMA_HEAD, INDEX))

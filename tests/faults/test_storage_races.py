@@ -29,7 +29,7 @@ def storage(tmp_path: Path) -> Path:
     return tmp_path / "storage"
 
 
-def test_a_fresh_checkpoint_is_not_moved_aside_by_who_looked_at_the_damaged_one(storage: Path, source: Path) -> None:
+def test_a_fresh_checkpoint_stays_though_another_saw_the_damaged_one(storage: Path, source: Path) -> None:
     put(staged(storage, 1), storage, source)
     manifest = storage / PATH / MANIFEST
     manifest.unlink()
@@ -45,7 +45,7 @@ def test_a_fresh_checkpoint_is_not_moved_aside_by_who_looked_at_the_damaged_one(
     assert problems(storage / PATH) == []
 
 
-def test_of_many_who_find_it_damaged_at_once_all_end_with_one_fresh_checkpoint(storage: Path, source: Path) -> None:
+def test_many_who_find_it_damaged_at_once_end_with_one_fresh_checkpoint(storage: Path, source: Path) -> None:
     for round_ in range(10):
         damaged = put(staged(storage, 1000 + round_), storage, source)
         os.truncate(storage / PATH / "model.safetensors", 5)
@@ -63,7 +63,7 @@ def test_of_many_who_find_it_damaged_at_once_all_end_with_one_fresh_checkpoint(s
         assert len(aside) == round_ + 1, "nothing but what was damaged is ever moved aside"
 
 
-def test_of_many_who_remove_one_staging_folder_at_once_none_fails_and_nothing_is_left(storage: Path) -> None:
+def test_many_who_remove_one_staging_folder_at_once_leave_nothing(storage: Path) -> None:
     for round_ in range(10):
         folder = staged(storage, round_)
         for number in range(300):

@@ -50,7 +50,7 @@ def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, mak
     assert fleet.result(first).checkpoint_path == fleet.result(second).checkpoint_path
 
 
-def test_a_device_that_fails_every_job_is_quarantined_after_two_and_the_jobs_run_elsewhere(
+def test_a_device_of_two_errors_is_quarantined_and_its_jobs_run_elsewhere(
     fleet: Fleet, make_model: MakeModel, tmp_path: Path
 ) -> None:
     (tmp_path / "bitsandbytes").mkdir()
@@ -90,9 +90,7 @@ def test_a_job_that_kills_its_runner_every_time_fails_alone(fleet: Fleet, make_m
     assert [worker.is_running() for worker in workers] == [True, True]
 
 
-def test_a_worker_that_is_told_to_stop_hands_its_jobs_back_or_finishes_them(
-    fleet: Fleet, make_model: MakeModel
-) -> None:
+def test_a_worker_told_to_stop_hands_its_jobs_back_or_finishes_them(fleet: Fleet, make_model: MakeModel) -> None:
     (job,) = fleet.submit(make_model(large=True))
     name = _name_of_worker(fleet, job)
     assert fleet.stop(name) == 0
@@ -115,7 +113,7 @@ def _name_of_worker(fleet: Fleet, job: int) -> str:
 
 
 @pytest.mark.parametrize(("end", "outcomes"), [("cancelled", ["cancelled"]), ("failed", ["timeout", "timeout"])])
-def test_a_job_that_is_ended_takes_its_runner_with_it_and_its_mate_goes_back_uncharged(
+def test_a_job_that_is_ended_ends_its_runner_and_its_mate_is_not_charged(
     fleet: Fleet, make_model: MakeModel, end: str, outcomes: list[str]
 ) -> None:
     with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):

@@ -127,7 +127,7 @@ def test_a_gpu_s_measurement_has_memory_and_its_versions(tmp_path: Path, scheme:
 
 
 @pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2"])
-def test_a_reference_replays_bit_for_bit_and_eight_bits_are_nearer_than_four(tmp_path: Path, arch: str) -> None:
+def test_a_reference_replays_bit_for_bit_and_int8_is_nearer_than_nf4(tmp_path: Path, arch: str) -> None:
     source = tiny.make_causal(tmp_path / arch, arch)
     base = on_gpu(source)
     reference = prepare_reference(base, PROTOCOL, TEXT, tmp_path / "references" / arch)

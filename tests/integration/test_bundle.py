@@ -137,7 +137,7 @@ def published(source: Path) -> dict[int, Path]:
     return places(ear, source)
 
 
-def test_a_retried_job_whose_checkpoint_is_published_goes_straight_to_the_benchmark(
+def test_a_retried_job_with_a_published_checkpoint_goes_to_the_benchmark(
     source: Path, published: dict[int, Path]
 ) -> None:
     before = {job_id: written(folder) for job_id, folder in published.items()}

@@ -201,7 +201,7 @@ def test_an_urgent_bundle_is_read_before_one_sent_earlier(
     assert order in ([5, 99, 0, -3], [99, 5, 0, -3])
 
 
-def test_while_redis_is_away_nothing_stays_marked_and_afterwards_it_is_sent(
+def test_while_redis_is_away_nothing_stays_marked_and_then_it_is_sent(
     sqlite_database: Database, broker: Broker, settings: Settings, server: RedisServer
 ) -> None:
     a_worker(sqlite_database)
@@ -342,7 +342,7 @@ def test_gpus_of_one_size_share_a_queue_whatever_is_predicted(
     assert standing(database) == dict.fromkeys(ids, queue_of(DeviceKind.CUDA, 141))
 
 
-def test_a_baseline_that_no_gpu_is_predicted_to_hold_splits_off_and_is_tried(
+def test_a_baseline_that_no_gpu_is_predicted_to_hold_is_tried_alone(
     database: Database, broker: Broker, settings: Settings
 ) -> None:
     a_gpu(database, 8)
@@ -353,7 +353,7 @@ def test_a_baseline_that_no_gpu_is_predicted_to_hold_splits_off_and_is_tried(
     assert read_by(settings, 24, count=2) == [[baseline], [nf4, int8]]
 
 
-def test_what_a_smaller_class_holds_goes_there_once_the_baseline_has_split_off(
+def test_what_a_smaller_class_holds_goes_there_without_the_baseline(
     database: Database, broker: Broker, settings: Settings
 ) -> None:
     a_gpu(database, 8)
@@ -371,7 +371,7 @@ def test_a_bundle_that_a_class_holds_stays_whole(database: Database, broker: Bro
     assert standing(database) == dict.fromkeys(ids, LARGE)
 
 
-def test_what_ran_out_of_memory_is_sent_to_a_larger_class_and_its_mates_are_not(
+def test_what_ran_out_of_memory_goes_to_a_larger_class_its_mates_do_not(
     database: Database, broker: Broker, settings: Settings
 ) -> None:
     small = a_gpu(database, 24)

@@ -143,7 +143,7 @@ def test_a_converted_file_whose_bytes_changed_is_converted_anew(pickled: Path, t
     assert converted.read_bytes() == sound
 
 
-def test_pickles_that_change_while_they_are_converted_leave_nothing_that_is_taken_for_them(
+def test_pickles_that_change_during_their_conversion_leave_nothing(
     pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = (pickled / PICKLE_NAME).read_bytes()
@@ -531,7 +531,7 @@ hostile_names = st.text(max_size=300) | st.sampled_from(
 
 @given(name=hostile_names)
 @settings(max_examples=300, deadline=None)
-def test_whatever_a_model_is_called_its_checkpoint_has_a_place_under_the_storage(name: str) -> None:
+def test_a_model_of_any_name_has_a_place_under_the_storage(name: str) -> None:
     path = checkpoint_path(name, Scheme(method=Method.NF4), "0123456789abcdef" * 4)
     assert re.fullmatch(r"checkpoints/[A-Za-z0-9][A-Za-z0-9._-]{0,79}/bnb-nf4-[0-9a-f]{16}", path)
     assert not {"..", "."} & set(path.split("/"))

@@ -474,7 +474,7 @@ def test_offline_mode_uses_the_hugging_face_cache_alone(hub: Hub, tmp_path: Path
     assert hub.requests == []
 
 
-def test_the_hugging_face_cache_is_taken_for_the_hubs_where_its_blobs_are_what_they_are_called(tmp_path: Path) -> None:
+def test_the_hugging_face_cache_counts_where_its_blobs_match_their_names(tmp_path: Path) -> None:
     commit = "0123456789" * 4
     repository = tmp_path / "huggingface" / "hub" / "models--org--model"
     snapshot = make_repository(repository / "snapshots" / commit)

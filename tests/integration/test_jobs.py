@@ -509,7 +509,7 @@ def change(database: Database, worker_id: int, **values: Any) -> None:
         session.execute(update(Worker).where(Worker.id == worker_id).values(**values))
 
 
-def test_out_of_memory_where_no_gpu_is_larger_fails_the_job_and_says_what_it_needs(database: Database) -> None:
+def test_out_of_memory_on_the_largest_gpu_fails_and_says_what_it_needs(database: Database) -> None:
     small = a_gpu(database, 22.5)
     # Another card sold as 24 GB is no larger, whatever its last gibibyte.
     a_gpu(database, 24.0)
@@ -521,7 +521,7 @@ def test_out_of_memory_where_no_gpu_is_larger_fails_the_job_and_says_what_it_nee
     )
 
 
-def test_out_of_memory_sends_a_job_alone_to_a_larger_gpu_at_once_and_uncharged(database: Database) -> None:
+def test_out_of_memory_sends_a_job_alone_to_a_larger_gpu_uncharged(database: Database) -> None:
     small, twin, large = (a_gpu(database, gib) for gib in (22.5, 24.0, 79.6))
     _, ids = a_batch(database, bundle(device=DeviceKind.CUDA))
     (token, *_) = claim(database, ids, small)

@@ -53,7 +53,7 @@ def by_hand(database: Database, _: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [by_a_newer_version, by_hand])
-def test_a_message_that_comes_after_the_change_is_not_claimed_and_its_jobs_are_free_at_once(
+def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
     station: WorkerContext, tmp_path: Path, change: Callable[[Database, Path], None]
 ) -> None:
     ids = sent(station.database)

@@ -76,7 +76,7 @@ def first(tmp_path: Path) -> Iterator[Stack]:
     stack.database.dispose()
 
 
-def test_two_stacks_whose_databases_are_called_the_same_leave_each_other_alone(first: Stack, tmp_path: Path) -> None:
+def test_two_stacks_with_equal_database_urls_leave_each_other_alone(first: Stack, tmp_path: Path) -> None:
     """Two containers: the paths in them are the same, and neither has a machine id."""
     second = Stack(database_in(tmp_path / "second"), tmp_path)
     token, folder = first.begin()
@@ -88,7 +88,7 @@ def test_two_stacks_whose_databases_are_called_the_same_leave_each_other_alone(f
     second.database.dispose()
 
 
-def test_a_copied_database_does_not_touch_what_living_workers_of_the_first_stage(first: Stack, tmp_path: Path) -> None:
+def test_a_copied_database_leaves_alone_what_living_workers_stage(first: Stack, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     first.database.dispose()  # with its last connection, all that it holds is in its one file
     shutil.copy(tmp_path / "first" / "qbatch.db", tmp_path / "copy" / "qbatch.db")
@@ -105,7 +105,7 @@ def test_a_copied_database_does_not_touch_what_living_workers_of_the_first_stage
     copy.database.dispose()
 
 
-def test_a_dead_workers_attempts_are_removed_but_those_that_still_hold_their_jobs(first: Stack, tmp_path: Path) -> None:
+def test_a_dead_workers_attempts_are_removed_unless_they_hold_their_jobs(first: Stack, tmp_path: Path) -> None:
     (token, running), (_, over) = first.begin(), first.begin()
     second = Stack(first.database, tmp_path, "w2")
     with first.database.write() as session:
@@ -156,7 +156,7 @@ def test_a_heartbeat_stands_for_as_long_as_it_says_itself(first: Stack, tmp_path
     second.staging.close()
 
 
-def test_a_folder_that_was_taken_away_while_its_worker_slept_is_there_again(first: Stack) -> None:
+def test_a_folder_removed_while_its_worker_slept_is_there_again(first: Stack) -> None:
     shutil.rmtree(first.staging.folder)
     until((first.staging.folder / _HEARTBEAT).exists, "heartbeat")
 

@@ -74,7 +74,7 @@ def test_an_outcome_goes_to_the_database_at_once(database: Database, settings: S
     assert spooled(settings) == []
 
 
-def test_while_the_database_is_away_outcomes_are_spooled_and_recorded_later(
+def test_while_the_database_is_away_outcomes_are_spooled_for_later(
     database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
     _, ids = a_batch(database)
@@ -110,7 +110,7 @@ def test_a_hand_back_is_spooled_too(database: Database, settings: Settings, cut_
     assert jobs_of_it[0].bundle != jobs_of_it[1].bundle
 
 
-def test_an_outcome_that_no_disk_takes_is_kept_until_the_database_or_the_disk_does(
+def test_an_outcome_no_disk_takes_is_kept_until_something_does(
     database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
     """An embedded database and the spool share a disk: when it is full, neither takes anything."""
@@ -162,7 +162,7 @@ def test_a_spooled_result_counts_although_the_lease_ran_out(
 
 
 @pytest.mark.parametrize("ending", ["lost", "failed", "cancelled"])
-def test_a_spooled_result_counts_where_the_job_was_given_up_for_want_of_it_alone(
+def test_a_spooled_result_counts_where_the_job_was_lost_for_lack_of_it(
     database: Database, settings: Settings, cut_off: Recorder, ending: str
 ) -> None:
     worker = a_worker(database)
@@ -311,7 +311,7 @@ def test_a_column_that_somebody_added_by_hand_loses_no_result(
     assert a_job(database, token[0]).state == JobState.SUCCEEDED
 
 
-def test_a_result_that_the_database_refuses_is_set_aside_and_the_job_says_where(
+def test_a_result_the_database_refuses_is_set_aside_and_the_job_says_where(
     database: Database, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The schema is ours: it is the result that cannot be stored. It stops nobody, and is not thrown away."""
@@ -410,9 +410,7 @@ def _constrain(database: Database, *, lift: bool = False) -> None:
             )
 
 
-def test_an_outcome_that_neither_takes_stays_in_memory_whatever_the_database_answers(
-    database: Database, settings: Settings
-) -> None:
+def test_an_outcome_that_neither_takes_stays_in_memory(database: Database, settings: Settings) -> None:
     _, ids = a_batch(database)
     token, *_ = claim(database, ids, a_worker(database))
     _constrain(database)

@@ -91,7 +91,7 @@ def test_one_leads_and_another_takes_over_when_its_lease_runs_out(database: Data
     assert waited_s >= 3 * settings.scan_s, "the first's lead, then one quiet lease"
 
 
-def test_a_leader_that_could_not_look_for_a_while_gives_everyone_a_lease_again(
+def test_a_leader_that_could_not_look_gives_everyone_a_lease_again(
     sqlite_database: Database, settings: Settings
 ) -> None:
     database = sqlite_database

@@ -114,7 +114,7 @@ def test_a_postgresql_that_does_not_answer_is_named_without_its_password() -> No
 
 
 @pytest.mark.parametrize("url", ["mysql://me:hunter2@db/qbatch", "hunter2", "", "sqlite"])
-def test_a_database_that_qbatch_does_not_speak_to_is_refused_without_its_password(url: str) -> None:
+def test_an_unknown_database_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         Database(url)
     assert "hunter2" not in str(caught.value)

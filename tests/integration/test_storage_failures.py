@@ -31,7 +31,7 @@ def a_job_of(database: Database) -> int:
     return job_id
 
 
-def test_a_disk_that_fills_up_under_every_attempt_ends_the_job_with_its_history(database: Database) -> None:
+def test_a_disk_that_fills_up_under_every_attempt_ends_the_job(database: Database) -> None:
     job_id = a_job_of(database)
     for _ in range(3):
         assert a_job(database, job_id).state == JobState.QUEUED
@@ -49,7 +49,7 @@ def test_what_waits_for_room_waits_as_long_as_it_takes(database: Database) -> No
     assert (job.state, job.failures, job.attempt) == (JobState.QUEUED, 0, 12)
 
 
-def test_what_is_nobodys_fault_is_passed_over_when_attempts_in_a_row_are_counted(database: Database) -> None:
+def test_what_is_nobodys_fault_does_not_break_a_row_of_attempts(database: Database) -> None:
     job_id = a_job_of(database)
     fail(database, begun(database, job_id), FULL)
     with database.write() as session:

@@ -99,7 +99,7 @@ def again(database: Database, settings: Settings, source: SourceRef) -> Receipt:
     return submit(database, settings, Submission(sources=(source,), grid=grid, eval_text=TEXT))
 
 
-def test_what_0_1_0_knew_by_sizes_and_times_is_counted_listed_verified_and_answers_nobody(
+def test_what_0_1_0_knew_by_size_and_time_is_listed_and_answers_nobody(
     database: Database, settings: Settings, storage: Path, model: Path
 ) -> None:
     source = parse_source(str(model))

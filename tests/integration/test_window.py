@@ -20,7 +20,7 @@ def choose(database: Database, slots: int = 4) -> list[Dispatch]:
         return window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=slots)
 
 
-def test_a_bundle_that_is_too_large_for_a_message_is_sent_in_several_one_after_the_other(database: Database) -> None:
+def test_a_bundle_too_large_for_one_message_is_sent_in_several_in_turn(database: Database) -> None:
     worker = a_worker(database)
     _, ids = a_batch(database, bundle("/models/a", *_SCHEMES * 130))
     sent: list[int] = []
@@ -51,7 +51,7 @@ def test_the_rest_of_a_bundle_goes_when_the_message_before_it_was_lost(database:
     assert again.job_ids == lost.job_ids == tuple(ids[:256])
 
 
-def test_the_choice_takes_no_longer_for_each_job_where_many_want_one_checkpoint(sqlite_database: Database) -> None:
+def test_many_jobs_that_want_one_checkpoint_do_not_slow_the_choice(sqlite_database: Database) -> None:
     count = 1000
     a_batch(sqlite_database, *[bundle("/models/a", Method.NF4) for _ in range(count)])
     steps = 0

@@ -138,7 +138,7 @@ def test_the_package_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_default_text_is_long_enough_for_every_window_of_a_default_protocol() -> None:
+def test_the_default_text_is_long_enough_for_the_default_protocol() -> None:
     assert 25_000 < DEFAULT_EVAL_TEXT.stat().st_size < 40_000
 
 
@@ -156,7 +156,7 @@ def test_steps_are_told_as_they_begin(tmp_path: Path) -> None:
     assert steps == ["speed", "perplexity 1/3", "perplexity 2/3", "perplexity 3/3"]
 
 
-def test_generation_defaults_of_the_model_do_not_change_the_measurement_and_are_restored(tmp_path: Path) -> None:
+def test_a_models_generation_defaults_change_nothing_and_are_restored(tmp_path: Path) -> None:
     """A model whose every token is its end token would stop at once, and beams would multiply the work."""
     folder = tiny.make_causal(tmp_path)
     loaded = loaded_on_cpu(folder)

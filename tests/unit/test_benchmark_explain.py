@@ -82,7 +82,7 @@ def test_events_become_averages_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("prompt_tokens", [8, tiny.MAX_TOKENS - 4])
-def test_eight_steps_of_generate_are_profiled_within_the_positions_of_the_model(
+def test_eight_steps_of_generate_are_profiled_within_the_models_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt_tokens: int
 ) -> None:
     seen: list[str] = []
@@ -168,7 +168,7 @@ def test_of_a_mixture_only_the_experts_that_a_batch_can_choose(tmp_path: Path) -
     assert step_work(model, None, batch_size=8).weight_bytes == everything
 
 
-def test_experts_are_told_by_how_many_a_weight_stacks_where_no_name_says_so() -> None:
+def test_experts_without_a_name_are_told_by_how_many_a_weight_stacks() -> None:
     shape = {**TEXT_SHAPE, "num_attention_heads": 8, "num_key_value_heads": 4, "kv_channels": 16}
     config = transformers.JetMoeConfig(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, **shape)
     model = transformers.JetMoeForCausalLM(config)
@@ -196,7 +196,7 @@ def test_each_mixture_says_in_its_own_words_how_many_experts_it_takes(config: An
     assert active_expert_share(config, 1) == share
 
 
-def test_a_mixture_that_does_not_say_how_many_gets_no_verdict_and_keeps_its_profile(
+def test_a_mixture_of_unknown_size_gets_no_verdict_but_keeps_its_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qbatch.worker.measuring.why.explain.measure_roofs", lambda *_: ROOFS)
@@ -298,7 +298,7 @@ class Machine:
         return lambda: self.sleep(seconds)
 
 
-def test_a_loop_between_ticks_finds_the_power_although_the_counter_is_coarse() -> None:
+def test_a_loop_between_ticks_finds_the_power_of_a_coarse_counter() -> None:
     machine = Machine(watts=130.0)
     span = loop_between_ticks(machine.work(0.7), machine.read_j, min_s=10.0, now_s=machine.now_s, sleep=machine.sleep)
     assert span.count == 15
@@ -361,7 +361,7 @@ def test_decoding_s_energy_is_generation_s_less_the_prefill_s_and_idle_s(monkeyp
     assert (found["decode"]["gross_j_per_token"], found["decode"]["net_j_per_token"]) == (near(12.5), near(6.25))
 
 
-def test_a_roof_counts_reading_and_writing_and_both_of_a_product_s_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_roof_counts_reads_writes_and_both_operations_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofs, "_copy_s", lambda _: 0.5)
     monkeypatch.setattr(roofs, "_matmul_s", lambda *_: 0.25)
     found = roofs.measure_roofs.__wrapped__("cuda:0", torch.bfloat16)
@@ -416,6 +416,7 @@ def children(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: Path) -> None:
     """Each in a process of its own: what goes wrong in one is a reason, and the next is asked all the same."""
@@ -436,6 +437,7 @@ def reasons(found: list[StepKernels]) -> list[tuple[str, str]]:
     return [(str(one.alone and one.alone.reason), str(one.reason)) for one in found]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path) -> None:
     fifo = tmp_path / "config.json"
@@ -463,7 +465,7 @@ def _kill_children_of(pid: int, count: int) -> None:
             time.sleep(0.05)
 
 
-def test_after_a_failed_capture_the_profile_is_asked_for_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_capture_another_process_makes_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """What each process answers is canned here: without a GPU there is nothing that could be captured."""
     asked: list[bool] = []
 
@@ -497,6 +499,7 @@ def test_a_profiler_that_sees_no_kernels_gives_no_profile(tmp_path: Path) -> Non
     assert graph._profile(model, SHAPE, "cpu") == StepKernels(reason="the profiler saw nothing run on the GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
     """The GPU belongs to the next one."""
@@ -609,7 +612,7 @@ def test_the_flags_of_all_rounds_are_those_of_the_row() -> None:
     assert flags_of([None, None]) is None
 
 
-def test_clocks_that_are_steady_in_each_round_may_have_changed_between_them() -> None:
+def test_clocks_steady_in_each_round_may_have_changed_between_rounds() -> None:
     shape = Round(times_s={"forward": [1.0]}, prompts=torch.ones(1, 8), new_tokens=0, sighting=None)
     slow, fast = replace(shape, sighting=sighting(1005)), replace(shape, sighting=sighting(1980))
     assert pool([fast, fast]).flags == FAIR

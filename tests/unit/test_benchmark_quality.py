@@ -170,7 +170,7 @@ def test_a_model_that_caps_its_logits_has_them_stored_instead(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_eight_bits_are_nearer_the_base_than_four_and_both_are_above_the_floor(tmp_path: Path, arch: str) -> None:
+def test_int8_is_nearer_the_base_than_nf4_and_both_are_above_the_floor(tmp_path: Path, arch: str) -> None:
     source = tiny.make_causal(tmp_path / arch, arch)
     four, reference = quantized_and_reference(source, NF4)
     eight = loaded_on_cpu(quantized(source, tmp_path / "int8", INT8))
@@ -330,7 +330,7 @@ def test_an_encoder_decoder_is_scored_on_what_follows_its_first_half(tmp_path: P
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_benchmark_with_a_reference_holds_the_comparison_and_the_same_perplexity(tmp_path: Path) -> None:
+def test_a_reference_adds_the_comparison_and_leaves_the_perplexity(tmp_path: Path) -> None:
     source = tiny.make_causal(tmp_path / "llama")
     _, reference = quantized_and_reference(source, NF4)
     measurements = [measured(tmp_path / "quantized", NF4, reference=given) for given in (None, reference)]
@@ -485,7 +485,7 @@ def test_another_output_head_is_not_replayed_through(tmp_path: Path) -> None:
         compare(base, reference, QUICK, TEXT)
 
 
-def test_what_cannot_be_compared_leaves_its_reason_and_the_other_figures_stand(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_leaves_its_reason_and_other_figures(tmp_path: Path) -> None:
     source = tiny.make_causal(tmp_path / "llama")
     base = loaded_on_cpu(source)
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
@@ -548,7 +548,7 @@ def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_an_encoder_s_floor_is_in_its_own_figures_and_four_bits_are_above_it(tmp_path: Path, head: str | None) -> None:
+def test_an_encoders_floor_is_in_its_own_figures_and_nf4_is_above_it(tmp_path: Path, head: str | None) -> None:
     model, reference = quantized_and_reference(tiny.make_encoder(tmp_path / "bert", head), NF4)
     figures, floor = compare(model, reference, QUICK, TEXT), reference.floor
     assert floor is not None
@@ -583,7 +583,7 @@ def test_on_a_cpu_the_floor_wants_room_for_the_float32_copy(
     [RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), MemoryError()],
     ids=["torch", "python"],
 )
-def test_where_memory_runs_out_all_the_same_the_reference_is_written_without_a_floor(
+def test_where_memory_runs_out_the_reference_is_written_without_a_floor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     base, original = loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), torch.Tensor.float
@@ -620,7 +620,7 @@ def test_rows_of_one_window_are_not_taken_for_independent() -> None:
     assert clustered_error(sums[:1], counts[:1]) is None
 
 
-def test_the_error_is_how_far_the_mean_of_windows_of_unequal_length_scatters() -> None:
+def test_the_error_is_the_scatter_of_the_mean_of_unequal_windows() -> None:
     generator = np.random.default_rng(0)
     means, errors = [], []
     for _ in range(1000):

@@ -136,6 +136,7 @@ def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(),
     return ear
 
 
+@pytest.mark.slow
 def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
     ear = run(home)
     assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,)] * 2
@@ -159,6 +160,7 @@ def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> 
     assert (loading["count"], loading["p99"]) == (1, measurement.load_model_s)
 
 
+@pytest.mark.slow
 def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -> None:
     ear = run(tmp_path, 1, 3)
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
@@ -194,7 +196,7 @@ def test_what_is_answered_is_not_measured_and_the_reference_is_still_there(home:
     assert done.measurement.details["rounds"]["interleaved_with"] == []
 
 
-def test_without_the_base_s_outputs_the_reason_stands_in_place_of_the_comparison(home: Path) -> None:
+def test_without_the_bases_outputs_a_reason_replaces_the_comparison(home: Path) -> None:
     shutil.rmtree(home / "storage" / "base-logits")
     (done,) = run(home, answered=frozenset({1, 2})).measured().values()
     assert done.measurement.kl_mean is None
@@ -238,7 +240,7 @@ def test_a_row_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest
     assert ear.measured().keys() == {1, 2, 3, 5, 6}
 
 
-def test_after_a_fault_of_the_device_the_open_jobs_are_left_to_another_runner(
+def test_after_a_device_fault_the_open_jobs_are_left_to_another_runner(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault is that of one job; what was published stands, so trying again costs the measuring alone."""

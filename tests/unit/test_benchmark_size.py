@@ -98,7 +98,7 @@ def test_beside_one_file_an_index_says_nothing_as_transformers_has_it(tmp_path: 
     assert measured(folder).disk_bytes == (folder / "model.safetensors").stat().st_size
 
 
-def test_a_layer_too_small_for_the_packed_cpu_kernel_gives_the_dequantized_product(tmp_path: Path) -> None:
+def test_a_layer_too_small_for_the_cpu_kernel_is_dequantized(tmp_path: Path) -> None:
     """A classifier of three labels is quantized: its three rows are no multiple of the kernel's 32."""
     from bitsandbytes.functional import dequantize_4bit
 

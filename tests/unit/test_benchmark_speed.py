@@ -72,6 +72,7 @@ class SlowModel(PreTrainedModel, GenerationMixin):
         return (SLOW_STEP_S if self.steps % SLOW_EVERY == 0 else STEP_S) + extra_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None:
     protocol = replace(QUICK, batch_size=batch_size, new_tokens=NEW_TOKENS, warmup_iterations=1, min_iterations=3)
@@ -89,6 +90,7 @@ def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None
     assert throughput == pytest.approx(batch_size / mean_step_s, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_prefill_s_percentiles_are_found_within_five_per_cent(batch_size: int) -> None:
     protocol = replace(QUICK, batch_size=batch_size, new_tokens=2, warmup_iterations=2, min_iterations=40)
@@ -102,7 +104,7 @@ def test_the_prefill_s_percentiles_are_found_within_five_per_cent(batch_size: in
     assert [prefill.p50, prefill.p95] == pytest.approx(np.percentile(injected_s, [50, 95]), rel=0.05)
 
 
-def test_a_round_has_its_share_of_the_iterations_and_nothing_looks_while_it_is_timed() -> None:
+def test_a_round_has_its_share_of_iterations_and_is_not_disturbed() -> None:
     """A look takes as long as a slow step here, and is part of no time."""
     protocol = replace(QUICK, new_tokens=3, warmup_iterations=1, min_iterations=5, rounds=2)
     model, looks = SlowModel(SlowConfig(), slow_calls=0).eval(), list[int]()

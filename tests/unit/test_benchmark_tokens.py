@@ -23,7 +23,7 @@ def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
     return ids
 
 
-def test_each_row_of_a_batch_is_the_next_piece_of_the_text_behind_the_special_tokens(tmp_path: Path) -> None:
+def test_each_row_is_the_next_piece_of_text_behind_the_special_tokens(tmp_path: Path) -> None:
     loaded = loaded_on_cpu(tiny.make_encoder(tmp_path / "bert"))
     ids = plain_ids(loaded, TEXT)
     whole = loaded.tokenizer("text")["input_ids"]
@@ -42,6 +42,7 @@ def test_a_text_that_ends_begins_anew(llama: LoadedModel) -> None:
     assert row == before + 3 * around
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 100, 5000])
 def test_no_more_of_a_long_text_is_read_than_it_takes(
     llama: LoadedModel, most: int, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,7 @@ def test_the_unquantized_model_is_shipped_with_what_the_others_lack() -> None:
     assert "bnb-int8 (j2) does not qualify: its mean KL, 2.0e-03 nats, is over 0.001" in said
 
 
-def test_of_equal_size_the_nearer_is_shipped_and_what_cannot_be_told_apart_is_said() -> None:
+def test_of_equal_size_the_nearer_is_shipped_and_ties_are_named() -> None:
     assert shipped([BASELINE, FP4, NF4], max_kl=0.2) == "j3"
     near = FP4 | {"kl_mean": 0.0301}
     found = recommended([BASELINE, NF4, near])
@@ -162,7 +162,7 @@ def test_perplexity_bounds_by_the_paired_ratio_and_encoders_by_their_ranks() -> 
 # what stands side by side
 
 
-def test_other_protocols_and_devices_are_other_groups_and_it_is_said_how_they_differ() -> None:
+def test_protocols_and_devices_are_groups_and_say_how_they_differ() -> None:
     longer = {"protocol": PROTOCOL | {"prompt_tokens": 512, "tasks": [{"name": "arc", "sha256": None}]}}
     rows = [
         *ALL,

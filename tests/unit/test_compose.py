@@ -108,7 +108,7 @@ def test_the_gpu_worker_alone_reserves_gpus() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_a_service_has_no_right_of_roots_and_an_end_to_its_memory_and_processes(name: str) -> None:
+def test_a_service_has_no_root_rights_and_bounds_on_memory_and_processes(name: str) -> None:
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]

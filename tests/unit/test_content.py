@@ -199,9 +199,7 @@ def test_a_file_that_is_written_while_it_is_hashed_is_none(model: Path, monkeypa
         hashed(model)
 
 
-def test_a_link_made_to_a_file_while_it_is_hashed_leaves_it_to_be_read_again(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_linked_while_it_is_hashed_is_read_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(monkeypatch)
 
     def linked_meanwhile(files: object, **options: object) -> list[Checksums]:

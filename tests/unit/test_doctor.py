@@ -170,7 +170,7 @@ def test_outcomes_that_wait_are_a_note_and_those_set_aside_a_fault(settings: Set
     assert "9-2.rejected could not be recorded" in wrong(settings)["spool"]
 
 
-def test_a_newer_schema_is_a_fault_unless_its_migrations_say_that_this_version_works_with_it(
+def test_a_newer_schema_is_a_fault_unless_its_migrations_allow_ours(
     settings: Settings, database: Database, tmp_path: Path
 ) -> None:
     migrate(database, tmp_path, (SCHEMA_HEAD, INDEX))
@@ -212,6 +212,7 @@ def test_a_library_that_is_too_old_or_missing_is_a_fault(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.slow
 def test_the_libraries_are_tried_by_quantizing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = list(examine_libraries())
     assert [check.state for check in found] == [State.OK] * len(found)

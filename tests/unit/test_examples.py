@@ -62,6 +62,7 @@ def made(
     return request.param, into / request.param.name, report
 
 
+@pytest.mark.slow
 def test_training_lowers_the_held_out_loss(made: tuple[Example, Path, str]) -> None:
     losses = re.search(r"held-out loss ([\d.]+) → ([\d.]+) nats", made[2])
     assert losses is not None

@@ -67,7 +67,7 @@ def no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_folder_sync", "no_modes")
-def test_a_checkpoint_is_published_without_what_it_does_not_need_and_says_so(tmp_path: Path, source: Path) -> None:
+def test_a_checkpoint_omits_what_it_does_not_need_and_says_so(tmp_path: Path, source: Path) -> None:
     storage = tmp_path / "storage"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "chmod", CHMOD)

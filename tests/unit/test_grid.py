@@ -66,7 +66,7 @@ def test_an_option_reaches_the_schemes_it_belongs_to_and_no_others() -> None:
         assert scheme.max_shard_bytes == 10
 
 
-def test_every_combination_of_sizes_is_a_shape_of_its_own_with_its_own_baseline() -> None:
+def test_every_combination_of_sizes_is_a_shape_with_its_own_baseline() -> None:
     grid = Grid(bits=(4,), batch_sizes=(1, 8, 1), new_tokens=(32, 64), why=False, energy=True)
     source, protocol = SourceRef(name="a", location="a"), ProtocolOptions(eval_text_sha256="0" * 64)
     specs = grid.bundle(source, protocol)
@@ -107,7 +107,7 @@ def test_why_is_asked_on_a_gpu_and_energy_only_on_request() -> None:
     assert silent.for_device(cpu) == eager.for_device(cpu) == refusing.for_device(cpu)
 
 
-def test_what_was_stored_before_there_were_rounds_is_one_round_that_was_not_asked_why() -> None:
+def test_what_was_stored_before_rounds_is_one_round_not_asked_why() -> None:
     asked = {"eval_text_sha256": "0" * 64, "batch_size": 2, "prompt_tokens": None, "new_tokens": None}
     assert ProtocolOptions.from_json(asked) == ProtocolOptions(eval_text_sha256="0" * 64, batch_size=2)
     protocol = ProtocolOptions.from_json(asked).for_device(DeviceKind.CUDA)

@@ -73,7 +73,7 @@ def test_a_folder_without_tokenizer_files_has_no_tokenizer(llama: Path) -> None:
     assert loaded_on_cpu(llama).tokenizer is None
 
 
-def test_a_missing_tensor_is_refused_rather_than_filled_with_random_numbers(llama: Path) -> None:
+def test_a_missing_tensor_is_refused_not_filled_with_random_numbers(llama: Path) -> None:
     tensors = load_file(llama / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, llama / WEIGHTS, metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def test_an_architecture_that_is_no_model_class_is_unsupported(llama: Path, name
         (ValueError("anything\nelse"), BenchmarkError),
     ],
 )
-def test_a_library_s_error_leaves_as_the_job_error_that_decides_about_a_retry(error: Exception, kind: type) -> None:
+def test_a_librarys_error_becomes_the_job_error_that_decides_a_retry(error: Exception, kind: type) -> None:
     with pytest.raises(kind, match="measuring: ") as caught, translated(BenchmarkError, "measuring"):
         raise error
     assert type(caught.value) is kind

@@ -79,7 +79,7 @@ def test_of_many_problems_the_first_are_shown_and_the_others_counted() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_must_be_there_only_where_the_workers_see_this_file_system(tmp_path: Path) -> None:
+def test_a_folder_must_exist_only_where_workers_see_this_file_system(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"line 1: no such folder.*line 2: .*config.json"):

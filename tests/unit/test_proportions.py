@@ -71,6 +71,7 @@ def test_positions_beyond_the_table_that_the_weights_hold_are_refused() -> None:
         refuse_disproportion({"n_positions": 10**5}, headers_of(("transformer.wpe.weight", (1024, 64))))
 
 
+@pytest.mark.slow
 def test_no_config_that_transformers_knows_of_is_refused_as_it_stands() -> None:
     """Whatever the weights: of these, one model alone keeps more experts than a few, as the rows of a table."""
     table = headers_of(("experts.weight", (16384, 64)))

@@ -128,6 +128,7 @@ def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_double_quantization_of_a_weight_whose_mean_depends_on_the_threads(torch_threads: int, tmp_path: Path) -> None:
     source = make_causal(
         tmp_path / "source",
@@ -183,6 +184,7 @@ def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=["lm_head", "q_proj"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", OVERWRITTEN_ARCHS)
 def test_values_that_transformers_overwrites_after_loading(arch: str, tmp_path: Path) -> None:
     source = make_overwritten(tmp_path / "source", arch, dtype="bfloat16")

@@ -15,7 +15,7 @@ from qbatch.worker.quantizing.tensors.source_reader import SourceReader
 from tests.tiny import make_causal
 
 
-def test_where_nothing_was_converted_the_order_is_what_transformers_makes_it(tmp_path: Path) -> None:
+def test_where_nothing_was_converted_the_order_is_transformers(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", num_hidden_layers=11)
     target = Target(scheme=Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16), folder=tmp_path)
     with SourceReader(vet_source(source), lambda _: None) as reader:

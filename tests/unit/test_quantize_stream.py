@@ -61,7 +61,7 @@ def test_files_have_the_mode_of_the_umask(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schemes", [(NF4, INT8), (NF4_DOUBLE, INT8)], ids=["single", "double"])
-def test_every_tensor_is_read_once_for_all_widths_and_progress_rises_to_the_total(
+def test_every_tensor_is_read_once_and_progress_rises_to_the_total(
     source: Path, tmp_path: Path, schemes: tuple[Scheme, ...]
 ) -> None:
     targets = targets_in(tmp_path, *schemes)
@@ -104,6 +104,7 @@ def progress(source: Path, targets: list[Target]) -> list[tuple[int, int, int]]:
     return seen
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     source = make_causal(
         tmp_path / "wide",
@@ -228,7 +229,7 @@ def test_a_whole_models_failure_leaves_the_next_target_alone(fused: Path, tmp_pa
     assert read + wrote == total
 
 
-def test_skipping_one_of_several_weights_that_are_one_in_the_source_is_unsupported(fused: Path, tmp_path: Path) -> None:
+def test_skipping_one_of_several_weights_fused_in_the_source_is_refused(fused: Path, tmp_path: Path) -> None:
     """transformers would leave all of them as they are, and load none of them."""
     some, all_ = ("q_proj",), ("q_proj", "k_proj", "v_proj")
     targets = targets_in(tmp_path, replace(NF4, skip_modules=some), replace(NF4, skip_modules=all_))

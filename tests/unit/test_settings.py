@@ -165,7 +165,7 @@ def test_a_broker_is_spelled_for_celery_and_for_redis(broker: str, redis_url: st
         f"redis+socket:///run/r.sock?virtual_host=0&password={SECRET}",
     ],
 )
-def test_a_broker_that_qbatch_cannot_speak_to_is_refused_without_its_password(broker: str) -> None:
+def test_an_unknown_broker_is_refused_without_its_password(broker: str) -> None:
     with pytest.raises(UsageError, match="QBATCH_BROKER_URL") as caught:
         read(BROKER_URL=broker)
     assert SECRET not in str(caught.value)
@@ -190,7 +190,7 @@ def test_no_password_is_shown() -> None:
         ("", ":", ()),
     ],
 )
-def test_any_folder_is_taken_while_all_workers_are_here_and_none_asked_otherwise(
+def test_any_folder_is_taken_while_all_workers_are_on_this_host(
     broker: str, roots: str, allowed: tuple[Path, ...] | None
 ) -> None:
     assert read(BROKER_URL=broker, MODEL_ROOTS=roots).allowed_roots == allowed
@@ -204,9 +204,7 @@ def test_no_model_s_code_is_trusted_unless_it_is_named() -> None:
     ("query", "verifies"),
     [("", ssl.CERT_REQUIRED), ("?ssl_ca_certs=ca.pem", ssl.CERT_REQUIRED), ("?ssl_cert_reqs=none", ssl.CERT_NONE)],
 )
-def test_celery_tells_the_password_to_no_broker_with_a_certificate_of_anyone_s(
-    query: str, verifies: ssl.VerifyMode
-) -> None:
+def test_celery_tells_no_broker_with_a_strangers_certificate_the_password(query: str, verifies: ssl.VerifyMode) -> None:
     app = make_app(read(BROKER_URL=f"rediss://:secret@r.example:6380/1{query}"))
     for connection in (app.connection_for_read(), app.connection_for_write()):
         assert connection.ssl["ssl_cert_reqs"] == verifies

@@ -43,7 +43,7 @@ def _worker(prefix: Path, end: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_killed_workers_sockets_are_removed_by_the_next_one_and_its_own_when_it_ends(short: Path) -> None:
+def test_a_killed_workers_sockets_are_removed_by_the_next_one(short: Path) -> None:
     prefix = short / "q"
     code, socket = _worker(prefix, "killed")
     assert code == -9

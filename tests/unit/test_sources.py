@@ -147,6 +147,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_the_longest_header_that_is_read_takes_bounded_memory(file: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _HOSTILE, str(file)], capture_output=True, text=True, timeout=120)
     said, peak_kib = done.stdout.splitlines()

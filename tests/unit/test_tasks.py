@@ -143,6 +143,7 @@ def test_the_bound_is_for_all_files_together(tmp_path: Path) -> None:
         read_tasks([str(path) for path in paths])
 
 
+@pytest.mark.slow
 def test_aliases_do_not_multiply_without_end(tmp_path: Path) -> None:
     path = write_quiz(tmp_path)
     bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]

@@ -351,7 +351,7 @@ def test_rounds_that_lie_apart_are_fewer_measurements_than_they_look() -> None:
     assert "×0.96≈" not in line_of(together, "j2")
 
 
-def test_rows_of_other_protocols_and_devices_stand_under_headings_of_their_own() -> None:
+def test_rows_of_other_protocols_and_devices_have_their_own_headings() -> None:
     longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
     failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", protocol=None, protocol_hash=None)
     rows = [BASELINE, result(3, **longer), QUANTIZED, result(4, "bnb-nf4", baseline_job_id="j3", **longer), failed]
@@ -366,7 +366,7 @@ def test_rows_of_other_protocols_and_devices_stand_under_headings_of_their_own()
     assert results_table([BASELINE, QUANTIZED]).count("prompt 256") == 1, "once, below the table"
 
 
-def test_a_heading_names_what_two_protocols_differ_in_where_their_shape_is_the_same() -> None:
+def test_a_heading_names_what_two_protocols_of_one_shape_differ_in() -> None:
     tasks = [{"name": "arc_easy", "sha256": None}]
     other = {"protocol": PROTOCOL | {"min_iterations": 9, "tasks": tasks}, "protocol_hash": "q"}
     table = results_table(
@@ -379,7 +379,7 @@ def test_a_heading_names_what_two_protocols_differ_in_where_their_shape_is_the_s
     ]
 
 
-def test_rows_of_one_protocol_that_ran_at_other_shapes_are_told_apart_below() -> None:
+def test_rows_of_one_protocol_at_other_shapes_are_told_apart_below() -> None:
     shapes = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 64, "eval_window": 32, "eval_stride": 32}
     clipped = [result(n, details={"shapes": shapes}, model=f"org/small-{n}") for n in range(3, 8)]
     table = " ".join(results_table([BASELINE, QUANTIZED, *clipped]).split())
@@ -394,7 +394,7 @@ def test_rows_of_one_protocol_that_ran_at_other_shapes_are_told_apart_below() ->
     assert "All measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
 
 
-def test_what_was_noticed_of_the_gpu_while_its_energy_was_measured_is_said_too() -> None:
+def test_what_was_noticed_of_the_gpu_during_the_energy_loop_is_said() -> None:
     energy = {"flags": {"foreign_processes": False, "throttled": True}}
     table = results_table([BASELINE, QUANTIZED | {"details": {"why": {"energy": energy}}}])
     assert "of its energy: while it was measured, the GPU lowered its clocks" in " ".join(table.split())

@@ -19,7 +19,7 @@ def with_step(verdict: str | None, scheme: str = "bnb-nf4", **step: Any) -> dict
     return explained(4, scheme, reasons(verdict, **({"wall_s": 0.02, "busy_s": 0.019, "launches": 1000} | step)))
 
 
-def test_nf4_is_slower_since_both_wait_for_the_host_and_would_not_be_without_it() -> None:
+def test_nf4_is_slower_because_both_wait_for_the_host() -> None:
     assert why(NF4, BF16) == [
         "bnb-nf4 decodes at ×0.73 of the baseline (35.5 tok/s against 48.8 tok/s).",
         "Both wait for the host: the device is busy for 24 % of a step, with the baseline for 34 %; a step launches "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -72,6 +73,8 @@ def _leave(reason: str) -> None:
 
 def run(order: Order, connection: Connection) -> None:
     """A runner's whole life. Everything it has to say goes through ``connection``; its output into the log."""
+    # What the forkserver imported stays: collecting garbage need not look through it, nor copy its pages by that.
+    gc.freeze()
     _redirect_output(order.log_path)
     keep_from_steering(sys.stdout)
     log_to_stderr()

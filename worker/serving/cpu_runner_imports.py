@@ -1,0 +1,9 @@
+"""Imported by the forkserver of a CPU's worker: what a GPU's leaves to its runners, since it initialises CUDA."""
+
+import logging
+
+try:
+    import bitsandbytes  # noqa: F401
+except Exception:
+    # It is each job's to meet this again, and to say so. Here it would end the forkserver, and with it the worker.
+    logging.getLogger("qbatch.worker").exception("importing bitsandbytes")
