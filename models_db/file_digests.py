@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.digest import Checksums
 from qbatch.core.file_stat import FileStat
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import insert_into
+from qbatch.models_db.session import NO_SYNC, insert_into
 from qbatch.models_db.tables import FileDigestRow
 
 # Fewer than SQLite takes parameters, and PostgreSQL plans well.
@@ -63,7 +63,7 @@ def forget(session: Session, places: Collection[str], older_than_s: float) -> in
     is_old = FileDigestRow.hashed_at < db_now(-older_than_s)
     gone = session.scalars(
         delete(FileDigestRow).where(FileDigestRow.place.in_(places), is_old).returning(FileDigestRow.place),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     )
     return len(gone.all())
 

@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import ENDED_STATES, JobState
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
 
-_NO_SYNC = {"synchronize_session": False}
 # Asked for by name: for what is not among some values, no index is of use.
 _OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 _Family = tuple[int, str, str | None]
@@ -118,17 +118,17 @@ def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
 
 def _delete(session: Session, job_ids: Sequence[int]) -> None:
     session.execute(
-        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=_NO_SYNC
+        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=NO_SYNC
     )
     for column in (Result.job_id, Attempt.job_id, Job.id):
-        session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=_NO_SYNC)
+        session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=NO_SYNC)
 
 
 def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
     """Delete those of the batches that have no job any more; how many."""
     has_jobs: ColumnElement[bool] = select(Job.id).where(Job.batch_id == Batch.id).exists()
     gone = session.scalars(
-        delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=_NO_SYNC
+        delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=NO_SYNC
     )
     return len(gone.all())
 

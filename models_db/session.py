@@ -28,6 +28,9 @@ _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
 # SQLite's word for what it cannot make sense of, in the same class of errors as those of a disk or a lock.
 _SQL_LOGIC_ERROR = 1
 
+NO_SYNC = {"synchronize_session": False}
+"""For statements that change rows which the session has not loaded, or that nobody reads from it any more."""
+
 
 class Database:
     """One database. Cheap to make; connects at first use.

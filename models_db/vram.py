@@ -51,3 +51,8 @@ def may_run_in(room_bytes: int) -> ColumnElement[bool]:
 def show_need(above_bytes: int) -> str:
     """``needs a GPU of more than 24 GiB``, for one whose 22.5 GiB were too few."""
     return f"needs a GPU of more than {max(vram_class(above_bytes), round(above_bytes / GIB))} GiB"
+
+
+def no_larger(above_bytes: int) -> str:
+    """``show_need`` where nobody has such a GPU."""
+    return f"{show_need(above_bytes)}, and no live worker has one"

@@ -9,19 +9,22 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 from qbatch.models_db.vram import may_run_in
 
 MOST_JOBS = 256
 """In one message. What is left of a larger bundle goes in the next one, once these have ended."""
 
-_NO_SYNC = {"synchronize_session": False}
+NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
+"""The dispatch columns of a job that no message stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +155,7 @@ def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> 
     misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= _NEED)
     for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
         alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
-        session.execute(alone, execution_options=_NO_SYNC)
+        session.execute(alone, execution_options=NO_SYNC)
     return bool(misfits)
 
 
@@ -176,11 +179,16 @@ def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
     return and_(
         Job.state == JobState.QUEUED,
         Job.dispatch_id.is_(None),
-        or_(Job.not_before.is_(None), Job.not_before <= db_now()),
+        is_due(),
         true() if needs.largest is None else may_run_in(needs.largest),
         *(Job.bundle.not_in(bundles) for bundles in under_way),
         *(~exists for exists in written),
     )
+
+
+def is_due() -> ColumnElement[bool]:
+    """A job whose backoff is over."""
+    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
 
 
 def _under_way(job: type[Job]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
@@ -216,7 +224,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
         .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     ).all()
     if not marked:
         return None
@@ -254,11 +262,11 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
         update(Job)
         .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
         .values(missed_scans=0),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
     session.execute(
         update(Job).where(Job.id.in_(waiting), Job.dispatch_id.in_(missing)).values(missed_scans=Job.missed_scans + 1),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
     gone = session.scalars(
         select(Job.dispatch_id)
@@ -281,8 +289,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
     session.execute(
-        update(Job)
-        .where(Job.id.in_(_free(session, *conditions, Job.state == JobState.QUEUED)))
-        .values(dispatch_id=None, queue=None, missed_scans=0),
-        execution_options=_NO_SYNC,
+        update(Job).where(Job.id.in_(_free(session, *conditions, Job.state == JobState.QUEUED))).values(**NO_MESSAGE),
+        execution_options=NO_SYNC,
     )

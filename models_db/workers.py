@@ -10,9 +10,8 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Worker
-
-_NO_SYNC = {"synchronize_session": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ def beat(session: Session, worker_id: int) -> str:
     """Renew a worker's heartbeat; its state, which may have been changed from outside."""
     state: str = session.execute(
         update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     ).scalar_one()
     return state
 
@@ -60,7 +59,7 @@ def mend_times(session: Session) -> int:
     for as long. How many there were."""
     ahead = Worker.heartbeat_at > db_now(SLACK_S)
     mended = session.execute(
-        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=_NO_SYNC
+        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=NO_SYNC
     )
     return len(mended.all())
 
@@ -69,7 +68,7 @@ def leave(session: Session, worker_id: int, state: str, note: str | None = None)
     """Mark a worker ``draining`` or ``stopped``, and why; a quarantine stays on record."""
     session.execute(
         update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state, note=note),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
 
 
