@@ -19,14 +19,14 @@ from qbatch.models_db.tables import Batch, EvalText, Job
 class NewJob:
     """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once.
 
-    ``above_memory_bytes`` is the prediction of which a GPU must have more, where there is one.
+    ``predicted_memory_bytes``: a GPU must have more, where there is a prediction.
     """
 
     spec: JobSpec
     bits: int
     checkpoint_key: str | None = None
     reused_from: int | None = None
-    above_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None
 
 
 def add_text(session: Session, sha256: str, content: str) -> None:
@@ -87,7 +87,7 @@ def _row(new: NewJob, batch_id: int, bundle: str, priority: int, time_limit_s: f
         checkpoint_key=new.checkpoint_key,
         state=JobState.SUCCEEDED if answered else JobState.QUEUED,
         reused_from=new.reused_from,
-        above_memory_bytes=new.above_memory_bytes,
+        above_memory_bytes=new.predicted_memory_bytes,
         finished_at=db_now() if answered else None,
     )
 

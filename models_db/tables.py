@@ -82,7 +82,7 @@ class Job(Base):
     error_kind: Mapped[str | None] = mapped_column(String(32))
     error_message: Mapped[str | None] = mapped_column(Text)
     reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
-    # The memory of the largest device that was too small for it; only a larger one may have it.
+    # A GPU must have more: predicted, or that of the largest GPU that was too small. ``memory_need`` tells which.
     above_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
     worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))

@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import may_run_in
 
 MOST_JOBS = 256
 """In one message. What is left of a larger bundle goes in the next one, once these have ended."""
@@ -42,7 +42,7 @@ class Dispatch:
 class QueueRange:
     """Which bundles belong into a queue, in bytes. The default takes all.
 
-    A bundle needs what its largest job needs (``above_memory_bytes``): ``over``, which the next smaller class holds, or
+    A bundle needs what its largest job needs, predicted or seen: ``over``, which the next smaller class holds, or
     more, and less than ``under``; None for the largest class there is, which also tries what is predicted to fit
     nowhere. ``largest`` is what that class holds: a job that was seen to need as much stands in no queue.
     """
@@ -52,11 +52,11 @@ class QueueRange:
     largest: int | None = None
 
 
-ANY_NEED = QueueRange()
+ANYNEED_BYTES = QueueRange()
 
 
 def choose(
-    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANY_NEED
+    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANYNEED_BYTES
 ) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
@@ -100,18 +100,14 @@ class _Ready:
     most: int
 
 
-# Less than the smallest class holds, which is nothing for certain.
-_NEED = func.coalesce(Job.above_memory_bytes, -1)
-
-
 def _highest_priority(session: Session, kind: DeviceKind, needs: QueueRange) -> int | None:
     """Of what may be ready. A cheap look, since most of the time the window is full and the backlog long."""
     waiting = and_(Job.state == JobState.QUEUED, Job.dispatch_id.is_(None), Job.device.in_((kind, DeviceKind.AUTO)))
-    highest = select(func.max(Job.priority)).where(waiting, *_belongs(_NEED, needs))
+    highest = select(func.max(Job.priority)).where(waiting, *_belongs(NEED_BYTES, needs))
     if needs.under is not None:
         # A small job of a large bundle belongs elsewhere.
         bundles = select(func.max(Job.priority).label("priority")).where(waiting).group_by(Job.bundle)
-        highest = select(func.max(bundles.having(*_belongs(func.max(_NEED), needs)).subquery().c.priority))
+        highest = select(func.max(bundles.having(*_belongs(func.max(NEED_BYTES), needs)).subquery().c.priority))
     return session.execute(highest).scalar_one()
 
 
@@ -122,14 +118,14 @@ def _belongs(need: ColumnElement[int], needs: QueueRange) -> list[ColumnElement[
 
 def _ready(session: Session, kind: DeviceKind, needs: QueueRange, limit: int) -> list[_Ready]:
     """The first ``limit`` bundles of each batch that may be dispatched now, and belong into ``needs``."""
-    most = func.max(_NEED)
+    most = func.max(NEED_BYTES)
     bundles = (
         select(
             Job.bundle,
             Job.batch_id,
             func.max(Job.priority).label("priority"),
             func.min(Job.id).label("first_id"),
-            func.min(_NEED).label("least"),
+            func.min(NEED_BYTES).label("least"),
             most.label("most"),
             func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place"),
         )
@@ -152,7 +148,7 @@ def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> 
     mixed = [row.bundle for row in ready if row.least < needs.largest <= row.most]
     if not mixed:
         return False
-    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= _NEED)
+    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= NEED_BYTES)
     for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
         alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
         session.execute(alone, execution_options=NO_SYNC)

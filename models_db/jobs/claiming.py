@@ -11,9 +11,10 @@ from qbatch.core.domain import Claim, DeviceKind, JobState, Stage
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs.transitions import lock
+from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job, Worker
-from qbatch.models_db.vram import may_run_in, usable_bytes
+from qbatch.models_db.vram import usable_bytes
 from qbatch.models_db.window import NO_MESSAGE, is_due
 from qbatch.models_db.workers import is_live
 
@@ -60,7 +61,7 @@ def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement
         is_live(lease_s),
         Worker.id != worker_id,
         Worker.device_kind == worker.device_kind,
-        or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < Worker.memory_bytes),
+        Worker.memory_bytes > NEED_BYTES,
     )
     # Not for longer: the others may be busy for hours.
     has_waited = Job.not_before <= db_now(-lease_s)

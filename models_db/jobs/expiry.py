@@ -13,9 +13,10 @@ from qbatch.core.retry_policy import EXPIRED, RetryLimits, longest_wait_s
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.transitions import end, requeue
+from qbatch.models_db.memory_need import seen_too_large_for
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job, Worker
-from qbatch.models_db.vram import no_larger, ran_out, usable_bytes
+from qbatch.models_db.vram import no_larger, usable_bytes
 from qbatch.models_db.workers import around
 
 
@@ -46,7 +47,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     rooms = [usable_bytes(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
     if not rooms:
         return []
-    too_large = and_(Job.state == JobState.QUEUED, Job.above_memory_bytes >= max(rooms), ran_out())
+    too_large = and_(Job.state == JobState.QUEUED, seen_too_large_for(max(rooms)))
     found = session.scalars(
         select(Job).where(too_large).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
     ).all()

@@ -12,6 +12,7 @@ from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
 from qbatch.models_db.jobs.transitions import Token, end, locked, requeue
+from qbatch.models_db.memory_need import remember_too_small
 from qbatch.models_db.tables import Job, Result, Worker
 from qbatch.models_db.vram import no_larger, usable_bytes
 from qbatch.models_db.workers import around
@@ -81,8 +82,7 @@ def _remember_too_small(session: Session, job: Job, lease_s: float) -> str | Non
     """Note the memory of the GPU that was too small, for good; what is missing where no worker around has a larger
     one."""
     worker = session.get_one(Worker, job.worker_id)
-    # The claim saw to it that this is more than was seen before; a prediction gives way to what is seen.
-    job.above_memory_bytes = worker.memory_bytes
+    remember_too_small(job, worker)
     is_there = any(usable_bytes(other) > worker.memory_bytes for other, _ in around(session, lease_s))
     return None if is_there else no_larger(worker.memory_bytes)
 
