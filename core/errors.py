@@ -229,6 +229,10 @@ _BY_KIND: dict[str, type[JobError]] = {cls.kind: cls for cls in JobError.__subcl
 ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)
 
 
+OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
+"""What only a mistake in code raises: never taken for a fault of a hub, a file or a model."""
+
+
 def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobError:
     """Rebuild an error that crossed a process or a database as (kind, message), a DiskFull with its ``needed_bytes``.
 

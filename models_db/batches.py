@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -49,10 +48,9 @@ def add_batch(
     name: str | None = None,
     priority: int = 0,
     time_limit_s: float | None = None,
-    options: dict[str, Any] | None = None,
 ) -> int:
     """Add a batch of bundles (jobs that share a source) and return its id."""
-    batch = Batch(name=name, priority=priority, options=options or {})
+    batch = Batch(name=name, priority=priority)
     session.add(batch)
     session.flush()
     session.add_all(

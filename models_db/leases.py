@@ -12,6 +12,14 @@ from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.session import NO_SYNC, insert_into
 from qbatch.models_db.tables import Lease
 
+LEAD = "scheduler"
+"""The lease of the scheduler that leads."""
+
+
+def of_gpu(uuid: str) -> str:
+    """The lease of the worker that has this GPU."""
+    return f"gpu:{uuid}"
+
 
 def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
     """Take or renew the lease ``name``; False where another holder's has not run out."""

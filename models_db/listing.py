@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import DeviceKind, JobState, format_batch_id, format_job_id
+from qbatch.core.domain import LOST, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.memory_need import NeedIs, need_is
 from qbatch.models_db.tables import Batch, Job, Worker
@@ -93,7 +93,7 @@ def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
     ):
         held.setdefault(worker_id, []).append(format_job_id(job_id))
     silent = Worker.heartbeat_at <= db_now(-lease_s)
-    rows = session.execute(select(Worker, silent).where(Worker.state != "stopped").order_by(Worker.id))
+    rows = session.execute(select(Worker, silent).where(Worker.state != WorkerState.STOPPED).order_by(Worker.id))
     return [_worker(worker, bool(lost), held.get(worker.id, [])) for worker, lost in rows]
 
 
@@ -107,7 +107,7 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
         "device_uuid": worker.device_uuid,
         "memory_bytes": worker.memory_bytes,
         "vram_class": vram_class(worker.memory_bytes) if worker.device_kind == DeviceKind.CUDA else None,
-        "state": "lost" if lost else worker.state,
+        "state": LOST if lost else worker.state,
         "jobs": held,
         "note": worker.note,
         "heartbeat_at": worker.heartbeat_at.isoformat(),

@@ -30,6 +30,8 @@ _SQL_LOGIC_ERROR = 1
 
 NO_SYNC = {"synchronize_session": False}
 """For statements that change rows which the session has not loaded, or that nobody reads from it any more."""
+VALUES_AT_ONCE = 500
+"""In one statement: fewer than SQLite takes parameters, and PostgreSQL plans well."""
 
 
 class Database:

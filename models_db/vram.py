@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind
 from qbatch.models_db.tables import Worker
 
-GIB = 2**30
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """In GiB, as cards are sold."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import Claim, DeviceKind, JobState, Stage
+from qbatch.core.domain import Claim, DeviceKind, JobState, Stage, WorkerState
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs.transitions import lock
@@ -55,7 +55,7 @@ def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: flo
 
 def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement[bool]:
     worker = session.get_one(Worker, worker_id, populate_existing=True)
-    if worker.state == "quarantined":
+    if worker.state == WorkerState.QUARANTINED:
         return false()
     another = select(Worker.id).where(
         is_live(lease_s),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
+from qbatch.core.domain import WorkerState
 from qbatch.core.errors import JobError
 from qbatch.core.retry_policy import QUARANTINED_AFTER
 from qbatch.models_db.jobs.transitions import text_of
@@ -20,7 +21,7 @@ def blame_device(session: Session, job: Job, error: JobError) -> None:
         return
     worker.device_errors += 1
     if worker.device_errors >= QUARANTINED_AFTER:
-        worker.state = "quarantined"
+        worker.state = WorkerState.QUARANTINED
         worker.note = f"two device errors in a row; the last: {text_of(error)}"
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState, Method, Stage
+from qbatch.core.domain import JobState, Method, Stage, Token
 from qbatch.core.retry_policy import WAITS_FOR_ROOM
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.jobs.transitions import Token, lock
+from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 

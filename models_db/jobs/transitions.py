@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import JobState, Token
 from qbatch.core.errors import JobError
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.window import NO_MESSAGE, own_bundle
-
-Token = tuple[int, int]
-"""(job_id, attempt): what a worker must show to change a job."""
 
 
 def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceChanged, StorageError
-from qbatch.core.filesystem import Refusal, move, share, sync
+from qbatch.core.filesystem import IS_TAKEN, Refusal, move, share, sync
 from qbatch.core.storage import CARD, MANIFEST, strangers
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content
@@ -321,7 +320,7 @@ def _move_into_place(folder: Path, place: Path) -> None:
     try:
         move(folder, place)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in IS_TAKEN:
             raise
         # Another writer was first. The caller verifies what it published.
         shutil.rmtree(folder)
