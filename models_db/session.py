@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
 from qbatch.models_db.database_file import DatabaseFile
+from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
 
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
@@ -125,7 +126,7 @@ class Database:
         state = SchemaState.read(connection) if version != SCHEMA_HEAD else None
         if state is not None and not state.is_newer_than(SCHEMA_HEAD):
             raise self._behind(version)
-        self._recognise(connection.execute(text("SELECT id FROM identity")).scalar())
+        self._recognise(find_database_id(connection))
         if state is not None:
             self.require_tolerable(state)
 
