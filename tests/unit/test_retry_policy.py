@@ -22,6 +22,7 @@ from qbatch.core.retry_policy import (
     decide,
     longest_wait_s,
 )
+from qbatch.core.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 LIMITS = RetryLimits(backoff_s=10.0, max_failures=3)
@@ -247,5 +248,7 @@ def in_words(rule: RetryRule) -> list[str]:
 
 
 def test_the_table_of_the_promises_is_what_the_policy_says() -> None:
+    defaults = Settings(home=Path(), storage=Path(), cache=Path())
+    assert (defaults.max_failures, defaults.backoff_s) == (3, 10.0), "the third, and 10 s"
     shown = {kind: cells[1:] for cells in rows("reliability.md") for kind in kinds_in(cells[0])}
     assert shown == {kind: in_words(rule) for kind, rule in retry_policy.RULES.items()}
