@@ -38,6 +38,7 @@ class WorkerState(StrEnum):
 LOST = "lost"
 """How a worker is listed that has been silent for a lease, whatever its state was."""
 
+OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 

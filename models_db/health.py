@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
@@ -51,10 +51,7 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
         )
     ).first()
     states = session.execute(
-        select(Job.state, func.count())
-        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-        .group_by(Job.state)
-        .order_by(Job.state)
+        select(Job.state, func.count()).where(Job.state.in_(OPEN_STATES)).group_by(Job.state).order_by(Job.state)
     )
     failed = session.execute(
         select(Job.error_kind, func.count())

@@ -10,13 +10,12 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.core.domain import ENDED_STATES, OPEN_STATES
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
 
 # Asked for by name: for what is not among some values, no index is of use.
-_OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 _Family = tuple[int, str, str | None]
 
 
@@ -54,7 +53,7 @@ def find_prunable(session: Session, older_than_s: float) -> Prunable:
 
 
 def _old_batches(older_than_s: float) -> Select[int]:
-    open_jobs = func.count(case((Job.state.in_(_OPEN_STATES), 1)))
+    open_jobs = func.count(case((Job.state.in_(OPEN_STATES), 1)))
     ended_at = func.max(func.coalesce(Job.finished_at, Job.created_at))
     return select(Job.batch_id).group_by(Job.batch_id).having(open_jobs == 0, ended_at < db_now(-older_than_s))
 
@@ -105,7 +104,7 @@ def delete_jobs(session: Session, job_ids: Sequence[int], older_than_s: float) -
 def _of_open_batches(session: Session, job_ids: Collection[int]) -> set[int]:
     rows = session.execute(select(Job.id, Job.batch_id).where(Job.id.in_(job_ids)))
     batches = {job_id: batch_id for job_id, batch_id in rows}
-    is_open = select(Job.id).where(Job.batch_id == Batch.id, Job.state.in_(_OPEN_STATES)).exists()
+    is_open = select(Job.id).where(Job.batch_id == Batch.id, Job.state.in_(OPEN_STATES)).exists()
     open_ = set(session.scalars(select(Batch.id).where(Batch.id.in_(set(batches.values())), is_open)))
     return {job_id for job_id, batch_id in batches.items() if batch_id in open_}
 
@@ -145,7 +144,7 @@ def needed_since(session: Session, older_than_s: float) -> datetime:
     """
     old = _old_batches(older_than_s)
     other = aliased(Job)
-    is_open = select(Job.batch_id).where(Job.state.in_(_OPEN_STATES))
+    is_open = select(Job.batch_id).where(Job.state.in_(OPEN_STATES))
     moments = (
         select(db_now(-older_than_s)),
         select(func.min(Batch.created_at)).where(Batch.id.not_in(old)),
