@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qbatch.core.domain import DeviceKind, DType
+from qbatch.core.byte_units import GIB, KIB, MIB
+from qbatch.core.domain import LARGEST_ID, DeviceKind, DType
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
 if __name__ != "qbatch.cli_options":
@@ -20,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 # The largest that a column of either database holds.
-_LARGEST = 2**31 - 1
+_LARGEST = LARGEST_ID
 
 
 class Duration(click.ParamType[float]):
@@ -142,7 +143,7 @@ class ByteSize(click.ParamType[int]):
     name = "size"
     _MOST = 2**63 - 1
     _UNITS: Mapping[str, int] = {
-        "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30
+        "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": KIB, "MIB": MIB, "GIB": GIB
     }  # fmt: skip
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:

@@ -13,8 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-CHUNK_BYTES = 64 * 2**20
-_READ_BYTES = 2**20
+from qbatch.core.byte_units import MIB
+
+CHUNK_BYTES = 64 * MIB
+_READ_BYTES = MIB
 _MOST_THREADS = 16
 
 OnBytes = Callable[[int], None]

@@ -26,6 +26,19 @@ class JobState(StrEnum):
         return self in ENDED_STATES
 
 
+class WorkerState(StrEnum):
+    """READY takes jobs; DRAINING finishes those that it has. A QUARANTINED one takes none: its device is sick."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    QUARANTINED = "quarantined"
+    STOPPED = "stopped"
+
+
+LOST = "lost"
+"""How a worker is listed that has been silent for a lease, whatever its state was."""
+
+OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -294,6 +307,10 @@ class JobSpec:
     protocol: ProtocolOptions
     force: bool = False
     allow_pickle: bool = False
+
+
+Token = tuple[int, int]
+"""(job_id, attempt): what a worker must show to change a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Every error qbatch raises on purpose. The class says what happens next.
+"""Every error qbatch raises on purpose. Its class says what happened; what is done about a job's is the business of
+``retry_policy``.
 
 QbatchError
 ├── UsageError                  the request cannot be understood: exit 2
@@ -14,38 +15,18 @@ QbatchError
 │   ├── StackNotRunning
 │   └── NoSuchDevice
 ├── WaitTimeout                 time ran out while waiting: exit 4
-└── JobError                    a job ended badly; ``retry`` is the policy
-    ├── CudaOom                 larger VRAM class, else fail
-    ├── HostOom                 backoff
-    ├── WorkerLost              backoff
-    ├── StorageError            backoff
-    ├── FetchError              backoff
-    ├── DeviceError             elsewhere, uncharged
-    │   └── ModelFault          never: the job's own doing
-    ├── JobTimeout              once more
-    ├── SourceChanged           once more
-    ├── DiskFull                uncharged, once there is room
-    └── SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, Unsupported,
-        QuantizationError, BenchmarkError, InternalError        never
+└── JobError                    a job ended badly; ``kind`` is its name in rows and messages
+    ├── DeviceError
+    │   └── ModelFault          the job's own doing
+    └── CudaOom, HostOom, WorkerLost, StorageError, FetchError, JobTimeout, SourceChanged, DiskFull, SourceNotFound,
+        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import ClassVar
 
 from qbatch.core.control_characters import escape_controls
-
-
-class Retry(StrEnum):
-    """What the queue does with a job after an error."""
-
-    NEVER = "never"
-    BACKOFF = "backoff"
-    ONCE = "once"
-    ELSEWHERE = "elsewhere"
-    WHEN_ROOM = "when_room"
-    LARGER_CLASS = "larger_class"
 
 
 class QbatchError(Exception):
@@ -123,63 +104,54 @@ class JobError(QbatchError):
     """A job ended badly."""
 
     kind: ClassVar[str] = "internal_error"
-    retry: ClassVar[Retry] = Retry.NEVER
 
 
 class CudaOom(JobError):
     """The GPU's memory does not hold the job."""
 
     kind = "cuda_oom"
-    retry = Retry.LARGER_CLASS
 
 
 class HostOom(JobError):
     """The kernel killed the runner for its memory."""
 
     kind = "host_oom"
-    retry = Retry.BACKOFF
 
 
 class WorkerLost(JobError):
     """The worker or its runner died without a word."""
 
     kind = "worker_lost"
-    retry = Retry.BACKOFF
 
 
 class StorageError(JobError):
     """Shared storage failed while reading or writing."""
 
     kind = "storage_error"
-    retry = Retry.BACKOFF
 
 
 class FetchError(JobError):
     """The source could not be fetched this time."""
 
     kind = "fetch_error"
-    retry = Retry.BACKOFF
 
 
 class DeviceError(JobError):
     """The GPU faulted, other than by running out of memory."""
 
     kind = "device_error"
-    retry = Retry.ELSEWHERE
 
 
 class JobTimeout(JobError):
     """The job ran past its time limit."""
 
     kind = "timeout"
-    retry = Retry.ONCE
 
 
 class SourceChanged(JobError):
     """The files of the source, or of a checkpoint, changed while the job used them."""
 
     kind = "source_changed"
-    retry = Retry.ONCE
 
 
 class DiskFull(JobError):
@@ -187,7 +159,6 @@ class DiskFull(JobError):
     it was written; a job that a full disk cuts short in its middle again and again fails."""
 
     kind = "disk_full"
-    retry = Retry.WHEN_ROOM
 
     def __init__(self, message: str, needed_bytes: int | None = None) -> None:
         super().__init__(message)
@@ -244,7 +215,6 @@ class ModelFault(DeviceError):
     """
 
     kind = BenchmarkError.kind
-    retry = Retry.NEVER
 
 
 class InternalError(JobError):
@@ -253,30 +223,14 @@ class InternalError(JobError):
     kind = "internal_error"
 
 
-_BY_KIND: dict[str, type[JobError]] = {
-    cls.kind: cls
-    for cls in (
-        CudaOom,
-        HostOom,
-        WorkerLost,
-        StorageError,
-        FetchError,
-        DeviceError,
-        JobTimeout,
-        SourceChanged,
-        DiskFull,
-        SourceNotFound,
-        SourceGated,
-        SourceCorrupt,
-        UnsafeSource,
-        Unsupported,
-        QuantizationError,
-        BenchmarkError,
-        InternalError,
-    )
-}
+# A ModelFault is of none of its own: it crosses as a BenchmarkError.
+_BY_KIND: dict[str, type[JobError]] = {cls.kind: cls for cls in JobError.__subclasses__()}
 
 ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)
+
+
+OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
+"""What only a mistake in code raises: never taken for a fault of a hub, a file or a model."""
 
 
 def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobError:

@@ -17,11 +17,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from qbatch.core.errors import StorageUnavailable
+from qbatch.core.errors import DiskFull, StorageError, StorageUnavailable
 
-_REFUSED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EISDIR})
-_NO_LOCKS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""How a file system says that it cannot do something at all."""
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+IS_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+"""How a rename of a folder finds another one in its place."""
+_REFUSED = CANNOT | {errno.EPERM, errno.EACCES, errno.EISDIR}
+_NO_LOCKS = CANNOT | {errno.ENOLCK}
+
+
+def storage_fault(error: OSError) -> type[DiskFull] | type[StorageError]:
+    """What an error of the shared storage, or of a cache, is to a job."""
+    return DiskFull if error.errno in NO_ROOM else StorageError
 
 
 class Refusal(StrEnum):
@@ -204,7 +213,7 @@ def _expect_refusal(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in IS_TAKEN:
             raise
         return
     raise OSError(errno.ENOTEMPTY, "it was replaced")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.errors import SourceNotFound
+from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import (
     DOCUMENTS,
     INDEX_NAME,
@@ -23,7 +24,7 @@ from qbatch.core.sources import (
     storage_errors,
     weight_files,
 )
-from qbatch.core.storage import CARD, MANIFEST
+from qbatch.core.storage import CARD
 
 # transformers applies an adapter that lies beside the weights, where PEFT is installed.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.errors import UsageError
 from qbatch.core.private_folder import is_runtime_dir
 
@@ -42,7 +43,7 @@ class Settings:
     home: Path
     storage: Path
     cache: Path
-    cache_bytes: int = 200 * 2**30
+    cache_bytes: int = 200 * GIB
     broker_url: str | None = field(default=None, repr=False)
     database_url: str | None = field(default=None, repr=False)
     lease_s: float = 60.0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qbatch.core.file_stat import Mounts, stat_file
+from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.sources import DOCUMENTS
 
-MANIFEST = "qbatch.json"
 CARD = "README.md"
 """A checkpoint's card is its owners' to edit: it is neither in its manifest nor part of a model."""
 BASE_OUTPUTS = "base-logits"
@@ -32,12 +31,14 @@ def standing(storage: Path, path: str, versions: Mapping[str, str] | None) -> St
     folder = storage / path
     mounts = Mounts()
     try:
-        files = {file["name"]: file["size"] for file in json.loads((folder / MANIFEST).read_bytes())["files"]}
-        stats = {name: stat_file(folder / name, mounts) for name in files}
-        has_strangers = bool(strangers(folder, files))
-    except (OSError, ValueError, LookupError, TypeError):
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            return Standing.GONE
+        stats = {name: stat_file(folder / name, mounts) for name in manifest.names}
+        has_strangers = bool(strangers(folder, manifest.names))
+    except OSError:
         return Standing.GONE
-    if any(stats[name].size != size for name, size in files.items()):
+    if any(stats[file.name].size != file.size for file in manifest.files):
         return Standing.GONE
     now = {name: stat.version for name, stat in stats.items()}
     return Standing.SOUND if versions == now and not has_strangers else Standing.DOUBTFUL

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -19,14 +18,14 @@ from qbatch.models_db.tables import Batch, EvalText, Job
 class NewJob:
     """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once.
 
-    ``above_memory_bytes`` is the prediction of which a GPU must have more, where there is one.
+    ``predicted_memory_bytes``: a GPU must have more, where there is a prediction.
     """
 
     spec: JobSpec
     bits: int
     checkpoint_key: str | None = None
     reused_from: int | None = None
-    above_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None
 
 
 def add_text(session: Session, sha256: str, content: str) -> None:
@@ -49,10 +48,9 @@ def add_batch(
     name: str | None = None,
     priority: int = 0,
     time_limit_s: float | None = None,
-    options: dict[str, Any] | None = None,
 ) -> int:
     """Add a batch of bundles (jobs that share a source) and return its id."""
-    batch = Batch(name=name, priority=priority, options=options or {})
+    batch = Batch(name=name, priority=priority)
     session.add(batch)
     session.flush()
     session.add_all(
@@ -87,7 +85,7 @@ def _row(new: NewJob, batch_id: int, bundle: str, priority: int, time_limit_s: f
         checkpoint_key=new.checkpoint_key,
         state=JobState.SUCCEEDED if answered else JobState.QUEUED,
         reused_from=new.reused_from,
-        above_memory_bytes=new.above_memory_bytes,
+        above_memory_bytes=new.predicted_memory_bytes,
         finished_at=db_now() if answered else None,
     )
 

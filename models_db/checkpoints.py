@@ -8,7 +8,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import insert_into
+from qbatch.models_db.session import NO_SYNC, insert_into
 from qbatch.models_db.tables import Checkpoint, Job
 
 
@@ -41,7 +41,7 @@ def verified_again(session: Session, path: str, versions: Mapping[str, str]) -> 
     """The files at ``path`` were read, and are what was published."""
     session.execute(
         update(Checkpoint).where(Checkpoint.path == path).values(file_versions=dict(versions), verified_at=db_now()),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.tables import DatabaseIdentity
 
+_ID = select(DatabaseIdentity.id)
+
 
 def database_id(session: Session) -> str:
     """A UUID, made by the migration that made its table."""
-    return session.scalars(select(DatabaseIdentity.id)).one()
+    return session.scalars(_ID).one()
+
+
+def find_database_id(connection: Connection) -> str | None:
+    """The same; None where somebody took it out."""
+    return connection.execute(_ID).scalar()

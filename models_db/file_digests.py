@@ -15,11 +15,8 @@ from sqlalchemy.orm import Session
 from qbatch.core.digest import Checksums
 from qbatch.core.file_stat import FileStat
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import insert_into
+from qbatch.models_db.session import NO_SYNC, VALUES_AT_ONCE, insert_into
 from qbatch.models_db.tables import FileDigestRow
-
-# Fewer than SQLite takes parameters, and PostgreSQL plans well.
-_AT_ONCE = 500
 
 
 def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksums]:
@@ -27,8 +24,9 @@ def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksu
     by_place = {_place(stat): stat for stat in stats}
     found: dict[FileStat, Checksums] = {}
     places = list(by_place)
-    for start in range(0, len(places), _AT_ONCE):
-        rows = session.scalars(select(FileDigestRow).where(FileDigestRow.place.in_(places[start : start + _AT_ONCE])))
+    for start in range(0, len(places), VALUES_AT_ONCE):
+        chunk = places[start : start + VALUES_AT_ONCE]
+        rows = session.scalars(select(FileDigestRow).where(FileDigestRow.place.in_(chunk)))
         for row in rows:
             stat = by_place[row.place]
             if row.version == _version(stat):
@@ -63,7 +61,7 @@ def forget(session: Session, places: Collection[str], older_than_s: float) -> in
     is_old = FileDigestRow.hashed_at < db_now(-older_than_s)
     gone = session.scalars(
         delete(FileDigestRow).where(FileDigestRow.place.in_(places), is_old).returning(FileDigestRow.place),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     )
     return len(gone.all())
 

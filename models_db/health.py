@@ -9,14 +9,14 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
 from qbatch.models_db.pauses import standing
 from qbatch.models_db.tables import Job, Lease, Worker
 
 _DAY_S = 86_400.0
-_SCHEDULER = "scheduler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +47,11 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
     longest_s = max(lead_s or 0.0, lease_s) + SLACK_S
     leader = session.scalars(
         select(Lease.holder).where(
-            Lease.name == _SCHEDULER, Lease.expires_at > db_now(), Lease.expires_at <= db_now(longest_s)
+            Lease.name == LEAD, Lease.expires_at > db_now(), Lease.expires_at <= db_now(longest_s)
         )
     ).first()
     states = session.execute(
-        select(Job.state, func.count())
-        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-        .group_by(Job.state)
-        .order_by(Job.state)
+        select(Job.state, func.count()).where(Job.state.in_(OPEN_STATES)).group_by(Job.state).order_by(Job.state)
     )
     failed = session.execute(
         select(Job.error_kind, func.count())

@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import format_batch_id, format_job_id, parse_id
+from qbatch.models_db.memory_need import need_is
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
@@ -41,7 +42,7 @@ def job_records(session: Session, job_ids: Sequence[int]) -> list[Row]:
     and until it is published.
     """
     rows = session.execute(
-        select(Job, Worker.name, Checkpoint, Result.created_at)
+        select(Job, Worker.name, need_is(), Checkpoint, Result.created_at)
         .outerjoin(Worker, Worker.id == Job.worker_id)
         .outerjoin(Checkpoint, Checkpoint.key == Job.checkpoint_key)
         .outerjoin(Result, Result.job_id == func.coalesce(Job.reused_from, Job.id))
@@ -49,9 +50,9 @@ def job_records(session: Session, job_ids: Sequence[int]) -> list[Row]:
     )
     attempts = _attempts(session, job_ids)
     records = {
-        job.id: _record(job, worker, checkpoint, attempts.get(job.id, []))
+        job.id: _record(job, worker, need, checkpoint, attempts.get(job.id, []))
         | {"measured_at": None if measured_at is None else measured_at.isoformat()}
-        for job, worker, checkpoint, measured_at in rows
+        for job, worker, need, checkpoint, measured_at in rows
     }
     return [records[job_id] for job_id in job_ids if job_id in records]
 
@@ -79,7 +80,7 @@ def _attempts(session: Session, job_ids: Sequence[int]) -> dict[int, list[Row]]:
     return found
 
 
-def _record(job: Job, worker: str | None, checkpoint: Checkpoint | None, attempts: list[Row]) -> Row:
+def _record(job: Job, worker: str | None, need: str | None, checkpoint: Checkpoint | None, attempts: list[Row]) -> Row:
     times = {name: getattr(job, name) for name in _TIMES}
     return {
         "job_id": format_job_id(job.id),
@@ -94,6 +95,7 @@ def _record(job: Job, worker: str | None, checkpoint: Checkpoint | None, attempt
         "priority": job.priority,
         "time_limit_s": job.time_limit_s,
         "above_memory_bytes": job.above_memory_bytes,
+        "above_memory_is": need,
         "stage": job.stage,
         "attempt": job.attempt,
         "failures": job.failures,

@@ -9,8 +9,16 @@ from sqlalchemy import delete, or_, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.database_clock import SLACK_S, db_now
-from qbatch.models_db.session import insert_into
+from qbatch.models_db.session import NO_SYNC, insert_into
 from qbatch.models_db.tables import Lease
+
+LEAD = "scheduler"
+"""The lease of the scheduler that leads."""
+
+
+def of_gpu(uuid: str) -> str:
+    """The lease of the worker that has this GPU."""
+    return f"gpu:{uuid}"
 
 
 def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
@@ -20,7 +28,7 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
         .where(Lease.name == name, or_(Lease.holder == holder, Lease.expires_at < db_now()))
         .values(holder=holder, expires_at=db_now(ttl_s))
         .returning(Lease.name),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     )
     if taken.first() is not None:
         return True
@@ -44,7 +52,7 @@ def cut(session: Session, name: str, ttl_s: float) -> str | None:
         .where(Lease.name == name, Lease.expires_at > db_now(ttl_s + SLACK_S))
         .values(expires_at=db_now(ttl_s))
         .returning(Lease.holder),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     ).scalars()
     return next(iter(holders), None)
 
@@ -53,5 +61,5 @@ def release(session: Session, name: str, holder: str) -> None:
     """Give the lease up, if it is still ``holder``'s."""
     session.execute(
         delete(Lease).where(Lease.name == name, Lease.holder == holder),
-        execution_options={"synchronize_session": False},
+        execution_options=NO_SYNC,
     )

@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import DeviceKind, JobState, format_batch_id, format_job_id
-from qbatch.core.errors import CudaOom
+from qbatch.core.domain import LOST, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.memory_need import NeedIs, need_is
 from qbatch.models_db.tables import Batch, Job, Worker
 from qbatch.models_db.vram import show_need, vram_class
 from qbatch.models_db.workers import is_live
@@ -43,15 +43,15 @@ def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
 
 def list_jobs(session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = ()) -> list[dict[str, Any]]:
     """Each job with its state, in submission order."""
-    query = select(Job, Worker.name).outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
+    query = select(Job, Worker.name, need_is()).outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
     if states:
         query = query.where(Job.state.in_(states))
-    return [_job(job, worker) for job, worker in session.execute(query)]
+    return [_job(job, worker, need) for job, worker, need in session.execute(query)]
 
 
-def _job(job: Job, worker: str | None) -> dict[str, Any]:
+def _job(job: Job, worker: str | None, need: str | None) -> dict[str, Any]:
     return {
         "job_id": format_job_id(job.id),
         "batch_id": format_batch_id(job.batch_id),
@@ -68,18 +68,19 @@ def _job(job: Job, worker: str | None) -> dict[str, Any]:
         "error_kind": job.error_kind,
         "error_message": job.error_message,
         "above_memory_bytes": job.above_memory_bytes,
-        "note": _note(job),
+        "above_memory_is": need,
+        "note": _note(job, need),
         "started_at": job.started_at.isoformat() if job.started_at else None,
         "finished_at": job.finished_at.isoformat() if job.finished_at else None,
     }
 
 
-def _note(job: Job) -> str | None:
+def _note(job: Job, need: str | None) -> str | None:
     """What a waiting job waits for, where not every device will do."""
     if job.state != JobState.QUEUED or job.above_memory_bytes is None:
         return None
     # One that only might be too large for a GPU may run on a CPU as well.
-    if job.device != DeviceKind.CUDA and job.error_kind != CudaOom.kind:
+    if job.device != DeviceKind.CUDA and need != NeedIs.SEEN:
         return None
     return show_need(job.above_memory_bytes)
 
@@ -92,7 +93,7 @@ def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
     ):
         held.setdefault(worker_id, []).append(format_job_id(job_id))
     silent = Worker.heartbeat_at <= db_now(-lease_s)
-    rows = session.execute(select(Worker, silent).where(Worker.state != "stopped").order_by(Worker.id))
+    rows = session.execute(select(Worker, silent).where(Worker.state != WorkerState.STOPPED).order_by(Worker.id))
     return [_worker(worker, bool(lost), held.get(worker.id, [])) for worker, lost in rows]
 
 
@@ -106,7 +107,7 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
         "device_uuid": worker.device_uuid,
         "memory_bytes": worker.memory_bytes,
         "vram_class": vram_class(worker.memory_bytes) if worker.device_kind == DeviceKind.CUDA else None,
-        "state": "lost" if lost else worker.state,
+        "state": LOST if lost else worker.state,
         "jobs": held,
         "note": worker.note,
         "heartbeat_at": worker.heartbeat_at.isoformat(),

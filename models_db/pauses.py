@@ -8,18 +8,16 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.database_clock import SLACK_S, db_now
-from qbatch.models_db.session import insert_into
+from qbatch.models_db.session import NO_SYNC, insert_into
 from qbatch.models_db.tables import Pause
 
 STORAGE_FULL = "storage_full"
-
-_NO_SYNC = {"synchronize_session": False}
 
 
 def pause(session: Session, reason: str, message: str, *, needed_bytes: int | None, for_s: float) -> None:
     """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes``: the room that would end it."""
     # One that is over is no beginning of this one.
-    session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=_NO_SYNC)
+    session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=NO_SYNC)
     values = {"message": message, "needed_bytes": needed_bytes, "until": db_now(for_s)}
     session.execute(
         insert_into(session, Pause)
@@ -40,7 +38,7 @@ def noted(session: Session) -> Sequence[Pause]:
 
 def renew(session: Session, reason: str, for_s: float) -> None:
     """Have a pause that is on record hold for ``for_s`` seconds from now."""
-    session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=_NO_SYNC)
+    session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=NO_SYNC)
 
 
 def mend_times(session: Session, longest_s: float) -> int:
@@ -50,11 +48,11 @@ def mend_times(session: Session, longest_s: float) -> int:
         .where(Pause.until > db_now(longest_s + SLACK_S))
         .values(until=db_now(longest_s))
         .returning(Pause.reason),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
     return len(mended.all())
 
 
 def lift(session: Session, reason: str) -> None:
     """End a pause before its time."""
-    session.execute(delete(Pause).where(Pause.reason == reason), execution_options=_NO_SYNC)
+    session.execute(delete(Pause).where(Pause.reason == reason), execution_options=NO_SYNC)

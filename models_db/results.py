@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
 from qbatch.core.errors import UsageError
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import VALUES_AT_ONCE
 from qbatch.models_db.tables import Checkpoint, Job, Result
 
 _JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
@@ -130,8 +131,6 @@ class Finished:
     versions: Mapping[str, str] | None
 
 
-# Fewer than SQLite takes parameters.
-_AT_ONCE = 500
 VERIFIED_FOR_S = 30 * 86_400.0
 """How long a checkpoint's content is taken for verified while its files' times stay: a disk that loses bits changes no
 times. Then it is read anew before it answers a job."""
@@ -147,8 +146,8 @@ def find_finished(
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
-    for start in range(0, len(keys), _AT_ONCE):
-        for row in session.execute(_finished(keys[start : start + _AT_ONCE], device_names)):
+    for start in range(0, len(keys), VALUES_AT_ONCE):
+        for row in session.execute(_finished(keys[start : start + VALUES_AT_ONCE], device_names)):
             found[row.checkpoint_key, row.protocol_hash] = Finished(
                 job_id=row.id,
                 checkpoint_key=row.checkpoint_key,
@@ -184,7 +183,7 @@ def keep(session: Session, job_ids: Collection[int]) -> set[int]:
     """Those of the jobs that are on record, and are not pruned before the transaction ends: whoever answers with one
     refers to it."""
     ids = sorted(job_ids)
-    chunks = (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
+    chunks = (ids[start : start + VALUES_AT_ONCE] for start in range(0, len(ids), VALUES_AT_ONCE))
     return {job_id for chunk in chunks for job_id in session.scalars(_kept(chunk))}
 
 

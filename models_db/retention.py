@@ -10,13 +10,12 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.core.domain import ENDED_STATES, OPEN_STATES
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
 
-_NO_SYNC = {"synchronize_session": False}
 # Asked for by name: for what is not among some values, no index is of use.
-_OPEN_STATES = (JobState.QUEUED, JobState.RUNNING)
 _Family = tuple[int, str, str | None]
 
 
@@ -54,7 +53,7 @@ def find_prunable(session: Session, older_than_s: float) -> Prunable:
 
 
 def _old_batches(older_than_s: float) -> Select[int]:
-    open_jobs = func.count(case((Job.state.in_(_OPEN_STATES), 1)))
+    open_jobs = func.count(case((Job.state.in_(OPEN_STATES), 1)))
     ended_at = func.max(func.coalesce(Job.finished_at, Job.created_at))
     return select(Job.batch_id).group_by(Job.batch_id).having(open_jobs == 0, ended_at < db_now(-older_than_s))
 
@@ -105,7 +104,7 @@ def delete_jobs(session: Session, job_ids: Sequence[int], older_than_s: float) -
 def _of_open_batches(session: Session, job_ids: Collection[int]) -> set[int]:
     rows = session.execute(select(Job.id, Job.batch_id).where(Job.id.in_(job_ids)))
     batches = {job_id: batch_id for job_id, batch_id in rows}
-    is_open = select(Job.id).where(Job.batch_id == Batch.id, Job.state.in_(_OPEN_STATES)).exists()
+    is_open = select(Job.id).where(Job.batch_id == Batch.id, Job.state.in_(OPEN_STATES)).exists()
     open_ = set(session.scalars(select(Batch.id).where(Batch.id.in_(set(batches.values())), is_open)))
     return {job_id for job_id, batch_id in batches.items() if batch_id in open_}
 
@@ -118,17 +117,17 @@ def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
 
 def _delete(session: Session, job_ids: Sequence[int]) -> None:
     session.execute(
-        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=_NO_SYNC
+        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=NO_SYNC
     )
     for column in (Result.job_id, Attempt.job_id, Job.id):
-        session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=_NO_SYNC)
+        session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=NO_SYNC)
 
 
 def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
     """Delete those of the batches that have no job any more; how many."""
     has_jobs: ColumnElement[bool] = select(Job.id).where(Job.batch_id == Batch.id).exists()
     gone = session.scalars(
-        delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=_NO_SYNC
+        delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=NO_SYNC
     )
     return len(gone.all())
 
@@ -145,7 +144,7 @@ def needed_since(session: Session, older_than_s: float) -> datetime:
     """
     old = _old_batches(older_than_s)
     other = aliased(Job)
-    is_open = select(Job.batch_id).where(Job.state.in_(_OPEN_STATES))
+    is_open = select(Job.batch_id).where(Job.state.in_(OPEN_STATES))
     moments = (
         select(db_now(-older_than_s)),
         select(func.min(Batch.created_at)).where(Batch.id.not_in(old)),

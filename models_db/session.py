@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
 from qbatch.models_db.database_file import DatabaseFile
+from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
 
 # The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
@@ -27,6 +28,11 @@ SCHEMA_HEAD = "0006"
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
 # SQLite's word for what it cannot make sense of, in the same class of errors as those of a disk or a lock.
 _SQL_LOGIC_ERROR = 1
+
+NO_SYNC = {"synchronize_session": False}
+"""For statements that change rows which the session has not loaded, or that nobody reads from it any more."""
+VALUES_AT_ONCE = 500
+"""In one statement: fewer than SQLite takes parameters, and PostgreSQL plans well."""
 
 
 class Database:
@@ -120,7 +126,7 @@ class Database:
         state = SchemaState.read(connection) if version != SCHEMA_HEAD else None
         if state is not None and not state.is_newer_than(SCHEMA_HEAD):
             raise self._behind(version)
-        self._recognise(connection.execute(text("SELECT id FROM identity")).scalar())
+        self._recognise(find_database_id(connection))
         if state is not None:
             self.require_tolerable(state)
 

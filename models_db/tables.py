@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from qbatch.core.domain import JobState, WorkerState
 from qbatch.models_db.database_clock import UtcDateTime, db_now
 
 
@@ -31,6 +32,7 @@ class Batch(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str | None] = mapped_column(String(200))
     priority: Mapped[int] = mapped_column(default=0)
+    # Nobody reads it. It stays, since workers of an older version write it, and no row goes without it.
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
@@ -71,7 +73,7 @@ class Job(Base):
     # Settled where the source's fingerprint and the device kind are known: at submit, or by the worker.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
 
-    state: Mapped[str] = mapped_column(String(16), default="queued")
+    state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED.value)
     stage: Mapped[str | None] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
@@ -82,7 +84,7 @@ class Job(Base):
     error_kind: Mapped[str | None] = mapped_column(String(32))
     error_message: Mapped[str | None] = mapped_column(Text)
     reused_from: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
-    # The memory of the largest device that was too small for it; only a larger one may have it.
+    # A GPU must have more: predicted, or that of the largest GPU that was too small. ``memory_need`` tells which.
     above_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
     worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
@@ -211,8 +213,7 @@ class Worker(Base):
     device_name: Mapped[str] = mapped_column(String(200))
     device_uuid: Mapped[str | None] = mapped_column(String(64))
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
-    # ready, draining, quarantined, stopped
-    state: Mapped[str] = mapped_column(String(16), default="ready")
+    state: Mapped[str] = mapped_column(String(16), default=WorkerState.READY.value)
     note: Mapped[str | None] = mapped_column(Text)
     device_errors: Mapped[int] = mapped_column(default=0)
     started_at: Mapped[datetime] = mapped_column(default=db_now())

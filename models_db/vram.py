@@ -1,14 +1,11 @@
-"""VRAM classes: which GPUs count as of one size, and which jobs a size holds."""
+"""VRAM classes: which GPUs count as of one size."""
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, or_, select
-
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind
-from qbatch.core.errors import CudaOom
-from qbatch.models_db.tables import Attempt, Job, Worker
+from qbatch.models_db.tables import Worker
 
-GIB = 2**30
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """In GiB, as cards are sold."""
 
@@ -38,16 +35,11 @@ def usable_bytes(worker: Worker) -> int:
     return floor_bytes(vram_class(worker.memory_bytes)) if worker.device_kind == DeviceKind.CUDA else 0
 
 
-def ran_out() -> ColumnElement[bool]:
-    """A job that did not fit into some GPU's memory: then ``above_memory_bytes`` is seen, and no prediction."""
-    return select(Attempt.id).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind).correlate(Job).exists()
-
-
-def may_run_in(room_bytes: int) -> ColumnElement[bool]:
-    """A job that was not seen to need more than ``room_bytes``. A prediction alone forbids nothing."""
-    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, ~ran_out())
-
-
 def show_need(above_bytes: int) -> str:
     """``needs a GPU of more than 24 GiB``, for one whose 22.5 GiB were too few."""
     return f"needs a GPU of more than {max(vram_class(above_bytes), round(above_bytes / GIB))} GiB"
+
+
+def no_larger(above_bytes: int) -> str:
+    """``show_need`` where nobody has such a GPU."""
+    return f"{show_need(above_bytes)}, and no live worker has one"

@@ -9,19 +9,22 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import may_run_in
 
 MOST_JOBS = 256
 """In one message. What is left of a larger bundle goes in the next one, once these have ended."""
 
-_NO_SYNC = {"synchronize_session": False}
+NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
+"""The dispatch columns of a job that no message stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class Dispatch:
 class QueueRange:
     """Which bundles belong into a queue, in bytes. The default takes all.
 
-    A bundle needs what its largest job needs (``above_memory_bytes``): ``over``, which the next smaller class holds, or
+    A bundle needs what its largest job needs, predicted or seen: ``over``, which the next smaller class holds, or
     more, and less than ``under``; None for the largest class there is, which also tries what is predicted to fit
     nowhere. ``largest`` is what that class holds: a job that was seen to need as much stands in no queue.
     """
@@ -49,11 +52,11 @@ class QueueRange:
     largest: int | None = None
 
 
-ANY_NEED = QueueRange()
+ANYNEED_BYTES = QueueRange()
 
 
 def choose(
-    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANY_NEED
+    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANYNEED_BYTES
 ) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
@@ -97,18 +100,14 @@ class _Ready:
     most: int
 
 
-# Less than the smallest class holds, which is nothing for certain.
-_NEED = func.coalesce(Job.above_memory_bytes, -1)
-
-
 def _highest_priority(session: Session, kind: DeviceKind, needs: QueueRange) -> int | None:
     """Of what may be ready. A cheap look, since most of the time the window is full and the backlog long."""
     waiting = and_(Job.state == JobState.QUEUED, Job.dispatch_id.is_(None), Job.device.in_((kind, DeviceKind.AUTO)))
-    highest = select(func.max(Job.priority)).where(waiting, *_belongs(_NEED, needs))
+    highest = select(func.max(Job.priority)).where(waiting, *_belongs(NEED_BYTES, needs))
     if needs.under is not None:
         # A small job of a large bundle belongs elsewhere.
         bundles = select(func.max(Job.priority).label("priority")).where(waiting).group_by(Job.bundle)
-        highest = select(func.max(bundles.having(*_belongs(func.max(_NEED), needs)).subquery().c.priority))
+        highest = select(func.max(bundles.having(*_belongs(func.max(NEED_BYTES), needs)).subquery().c.priority))
     return session.execute(highest).scalar_one()
 
 
@@ -119,14 +118,14 @@ def _belongs(need: ColumnElement[int], needs: QueueRange) -> list[ColumnElement[
 
 def _ready(session: Session, kind: DeviceKind, needs: QueueRange, limit: int) -> list[_Ready]:
     """The first ``limit`` bundles of each batch that may be dispatched now, and belong into ``needs``."""
-    most = func.max(_NEED)
+    most = func.max(NEED_BYTES)
     bundles = (
         select(
             Job.bundle,
             Job.batch_id,
             func.max(Job.priority).label("priority"),
             func.min(Job.id).label("first_id"),
-            func.min(_NEED).label("least"),
+            func.min(NEED_BYTES).label("least"),
             most.label("most"),
             func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place"),
         )
@@ -149,10 +148,10 @@ def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> 
     mixed = [row.bundle for row in ready if row.least < needs.largest <= row.most]
     if not mixed:
         return False
-    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= _NEED)
+    misfits = _free(session, Job.bundle.in_(mixed), _is_ready(needs), needs.largest <= NEED_BYTES)
     for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
         alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
-        session.execute(alone, execution_options=_NO_SYNC)
+        session.execute(alone, execution_options=NO_SYNC)
     return bool(misfits)
 
 
@@ -176,11 +175,16 @@ def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
     return and_(
         Job.state == JobState.QUEUED,
         Job.dispatch_id.is_(None),
-        or_(Job.not_before.is_(None), Job.not_before <= db_now()),
+        is_due(),
         true() if needs.largest is None else may_run_in(needs.largest),
         *(Job.bundle.not_in(bundles) for bundles in under_way),
         *(~exists for exists in written),
     )
+
+
+def is_due() -> ColumnElement[bool]:
+    """A job whose backoff is over."""
+    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
 
 
 def _under_way(job: type[Job]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
@@ -216,7 +220,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
         .where(Job.id.in_(_free(session, Job.bundle == bundle, _is_ready(needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     ).all()
     if not marked:
         return None
@@ -254,11 +258,11 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
         update(Job)
         .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
         .values(missed_scans=0),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
     session.execute(
         update(Job).where(Job.id.in_(waiting), Job.dispatch_id.in_(missing)).values(missed_scans=Job.missed_scans + 1),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     )
     gone = session.scalars(
         select(Job.dispatch_id)
@@ -281,8 +285,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
     session.execute(
-        update(Job)
-        .where(Job.id.in_(_free(session, *conditions, Job.state == JobState.QUEUED)))
-        .values(dispatch_id=None, queue=None, missed_scans=0),
-        execution_options=_NO_SYNC,
+        update(Job).where(Job.id.in_(_free(session, *conditions, Job.state == JobState.QUEUED))).values(**NO_MESSAGE),
+        execution_options=NO_SYNC,
     )

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import DeviceKind
+from qbatch.core.domain import DeviceKind, WorkerState
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Worker
-
-_NO_SYNC = {"synchronize_session": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ def beat(session: Session, worker_id: int) -> str:
     """Renew a worker's heartbeat; its state, which may have been changed from outside."""
     state: str = session.execute(
         update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
-        execution_options=_NO_SYNC,
+        execution_options=NO_SYNC,
     ).scalar_one()
     return state
 
@@ -60,29 +59,31 @@ def mend_times(session: Session) -> int:
     for as long. How many there were."""
     ahead = Worker.heartbeat_at > db_now(SLACK_S)
     mended = session.execute(
-        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=_NO_SYNC
+        update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=NO_SYNC
     )
     return len(mended.all())
 
 
-def leave(session: Session, worker_id: int, state: str, note: str | None = None) -> None:
+def leave(session: Session, worker_id: int, state: WorkerState, note: str | None = None) -> None:
     """Mark a worker ``draining`` or ``stopped``, and why; a quarantine stays on record."""
     session.execute(
-        update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state, note=note),
-        execution_options=_NO_SYNC,
+        update(Worker)
+        .where(Worker.id == worker_id, Worker.state != WorkerState.QUARANTINED)
+        .values(state=state, note=note),
+        execution_options=NO_SYNC,
     )
 
 
 def is_live(lease_s: float) -> ColumnElement[bool]:
     """A worker that takes jobs: ready, and heard of within a lease."""
-    return (Worker.state == "ready") & (Worker.heartbeat_at > db_now(-lease_s))
+    return (Worker.state == WorkerState.READY) & (Worker.heartbeat_at > db_now(-lease_s))
 
 
 def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bool]) -> list[Worker]:
     """The workers on record that ran where ``info`` runs and whose process is no more."""
     candidates = session.scalars(
         select(Worker)
-        .where(Worker.pid_space == info.pid_space, Worker.state != "stopped")
+        .where(Worker.pid_space == info.pid_space, Worker.state != WorkerState.STOPPED)
         .order_by(Worker.id)
         .with_for_update()
     )
@@ -95,7 +96,7 @@ def around(session: Session, lease_s: float) -> list[tuple[Worker, bool]]:
     One that restarts is missing for a moment only: what needs its device is kept for it meanwhile.
     """
     heard = select(Worker, is_live(lease_s)).where(
-        Worker.state != "quarantined", Worker.heartbeat_at > db_now(-2 * lease_s)
+        Worker.state != WorkerState.QUARANTINED, Worker.heartbeat_at > db_now(-2 * lease_s)
     )
     return [(worker, bool(takes_jobs)) for worker, takes_jobs in session.execute(heard.order_by(Worker.id))]
 

@@ -14,10 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.byte_units import MIB
 from qbatch.core.domain import TaskRef
 from qbatch.core.errors import UnsafeSource, UsageError
 
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 16 * MIB
 
 _NAME = re.compile(r"[\w.+()-]+")
 _HUB_DATASET = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -144,7 +145,7 @@ def _encoded(value: Any, path: Path, room: int) -> Iterator[str]:
 
 
 def _too_large(path: Path) -> UsageError:
-    return UsageError(f"{path}: the tasks' files and their data are over {MAX_BYTES // 2**20} MiB together")
+    return UsageError(f"{path}: the tasks' files and their data are over {MAX_BYTES // MIB} MiB together")
 
 
 def _read_file(path: Path, room: int) -> str:

@@ -25,7 +25,6 @@ from qbatch.scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
 
-_LEASE = "scheduler"
 _TICK_S = 1.0
 
 
@@ -75,7 +74,7 @@ class Scheduler:
     def _give_up_the_lead(self) -> None:
         try:
             with self._database.write() as session:
-                leases.release(session, _LEASE, self._holder)
+                leases.release(session, leases.LEAD, self._holder)
         except DatabaseUnreachable as error:
             log.warning("%s; the lead runs out by itself", error)
 
@@ -100,8 +99,8 @@ class Scheduler:
     def _lead(self) -> bool:
         with self._database.write() as session:
             self._database.require_own(session)
-            cut_from = leases.cut(session, _LEASE, self._settings.lead_s)
-            leads = leases.acquire(session, _LEASE, self._holder, self._settings.lead_s)
+            cut_from = leases.cut(session, leases.LEAD, self._settings.lead_s)
+            leads = leases.acquire(session, leases.LEAD, self._holder, self._settings.lead_s)
             now = session.execute(select(db_now())).scalar_one()
         if cut_from is not None and cut_from != self._cut_from:
             log.warning(

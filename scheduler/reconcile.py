@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qbatch.core.domain import format_job_id
 from qbatch.core.filesystem import disk_space
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, pauses, window, workers
 from qbatch.models_db.database_id import database_id
@@ -26,13 +27,13 @@ def expire_leases(database: Database, settings: Settings) -> None:
 
 def mend_times(database: Database, settings: Settings) -> None:
     """Cut short what the database's clock, before it was set back, dated far ahead: within a lease all is as usual."""
-    longest_pause_s = jobs.backoff_after(settings.max_failures, settings.backoff_s)
+    limits = RetryLimits(backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     with database.write() as session:
         # Leases first: by their heartbeats it is told whose they are.
         count = jobs.mend_times(
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
-        count += workers.mend_times(session) + pauses.mend_times(session, longest_pause_s)
+        count += workers.mend_times(session) + pauses.mend_times(session, limits.wait_s(settings.max_failures))
     if count:
         log.warning(
             "%s leases, backoffs, pauses or heartbeats lay further ahead than any that are given: the database's clock"

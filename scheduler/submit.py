@@ -221,7 +221,7 @@ def _new_job(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there:
         bits=asked.spec.scheme.bits(asked.spec.dtype),
         checkpoint_key=asked.settled.key if asked.settled is not None else None,
         reused_from=_answer(asked, answers, still_there),
-        above_memory_bytes=asked.need,
+        predicted_memory_bytes=asked.need,
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, DType, JobSpec, Method, Protocol, Scheme, stored_dtype
 from qbatch.core.sources import Header, TensorInfo, source_dtype
-from qbatch.models_db.vram import ANY_CLASS_BYTES, GIB
+from qbatch.models_db.vram import ANY_CLASS_BYTES
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The CUDA context, the kernels of torch and bitsandbytes, and cuBLAS's workspaces.

@@ -47,7 +47,7 @@ def bundle(
         NewJob(
             spec=spec(model, method, device),
             bits=spec(model, method).scheme.bits(DType.BFLOAT16),
-            above_memory_bytes=needs.get(method),
+            predicted_memory_bytes=needs.get(method),
         )
         for method in methods or (Method.NONE, Method.NF4, Method.INT8)
     ]

@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from qbatch.core.byte_units import GIB
+from qbatch.core.domain import LOST, WorkerState
 from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
 from qbatch.core.private_folder import fault_of
@@ -25,7 +27,7 @@ _WITHOUT = {
     Refusal.MODE: "chmod: who may read a checkpoint is the mount's to say",
 }
 # A checkpoint of a small model; under this, nothing useful can be written.
-_LEAST_FREE_BYTES = 1 << 30
+_LEAST_FREE_BYTES = GIB
 
 
 def examine(settings: Settings, *, gpus: Sequence[VisibleGpu], stack_runs: bool) -> Iterable[Check]:
@@ -202,16 +204,16 @@ def _scheduler(found: Health, is_needed: bool) -> Check:
 
 
 def _workers(found: Health, has_work: bool) -> Iterable[Check]:
-    ready = [worker for worker in found.workers if worker["state"] == "ready"]
+    ready = [worker for worker in found.workers if worker["state"] == WorkerState.READY]
     if ready:
         yield check("workers", State.OK, f"{len(ready)} ready: {', '.join(worker['worker'] for worker in ready)}")
     else:
         state = State.WRONG if has_work else State.NOTE
         yield check("workers", state, "none is ready" + (", and jobs are waiting" if has_work else ""))
     for worker in found.workers:
-        if worker["state"] == "quarantined":
+        if worker["state"] == WorkerState.QUARANTINED:
             yield check(worker["worker"], State.WRONG, f"quarantined: {worker['note'] or 'no reason is on record'}")
-        elif worker["state"] == "lost" and (worker["jobs"] or _is_of_today(worker["heartbeat_at"])):
+        elif worker["state"] == LOST and (worker["jobs"] or _is_of_today(worker["heartbeat_at"])):
             held = f", holding {', '.join(worker['jobs'])}" if worker["jobs"] else ""
             said = f"; {worker['note']}" if worker["note"] else ""
             yield check(worker["worker"], State.NOTE, f"silent since {show_time(worker['heartbeat_at'])}{held}{said}")

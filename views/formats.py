@@ -17,7 +17,6 @@ from unicodedata import combining, east_asian_width
 
 from qbatch.core.control_characters import escape_controls, escape_controls_of_json
 
-FORMATS = ("table", "json", "csv")
 NOTHING = "–"
 # Wide enough for anything: the width of what is not a terminal.
 UNLIMITED = 100_000
@@ -51,7 +50,7 @@ class Column:
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str:  # noqa: A002
-    """``rows`` in one of FORMATS, without a newline at the end.
+    """``rows`` as a ``table``, ``json`` or ``csv``, without a newline at the end.
 
     A table fits the terminal, and is as wide as it needs to be where standard output is none; it has no colour.
     JSON and CSV hold every key of the rows, not only ``columns``; a nested value is JSON text in CSV. Neither steers a

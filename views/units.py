@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from datetime import datetime
 
-_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+from qbatch.core.byte_units import GIB, KIB, MIB
 
 
 def show_bytes(count: int) -> str:
     """Bytes in KiB, MiB or GiB."""
-    if count < _MIB // 10:
-        return f"{count / _KIB:.1f} KiB"
-    if count < _GIB:
-        return f"{count / _MIB:.1f} MiB"
-    return f"{count / _GIB:.2f} GiB"
+    if count < MIB // 10:
+        return f"{count / KIB:.1f} KiB"
+    if count < GIB:
+        return f"{count / MIB:.1f} MiB"
+    return f"{count / GIB:.2f} GiB"
 
 
 def show_bytes_exactly(count: int) -> str:
     """Bytes in MiB, the unit of most size tables, with the exact number beside it."""
-    return f"{count / _MIB:,.2f} MiB ({count:,} bytes)"
+    return f"{count / MIB:,.2f} MiB ({count:,} bytes)"
 
 
 def show_seconds(seconds: float) -> str:

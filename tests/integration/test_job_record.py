@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from qbatch.core.domain import Method
+from sqlalchemy import update
+
+from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import CudaOom, FetchError
-from qbatch.models_db import checkpoints, jobs
+from qbatch.models_db import checkpoints, jobs, listing
 from qbatch.models_db.batches import NewJob, add_batch
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
-from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.job_record import job_records, whole_jobs
 from qbatch.models_db.leases import acquire
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Pause
-from tests.rows import a_batch, a_worker, claim, fail, spec, succeed
+from qbatch.models_db.vram import GIB
+from tests.rows import a_batch, a_gpu, a_worker, bundle, claim, fail, spec, succeed
 
 
 def test_a_job_is_told_with_its_attempts_its_checkpoint_and_its_baseline(database: Database) -> None:
@@ -88,3 +91,44 @@ def test_health_is_counted_by_the_database_s_clock(database: Database) -> None:
         acquire(session, "scheduler", "a", -1.0)
     with database.read() as session:
         assert health(session, 60.0).leader is None
+
+
+def test_a_memory_need_says_whether_it_is_predicted_or_seen(database: Database) -> None:
+    small, _ = a_gpu(database, 24), a_gpu(database, 80)
+    _, ids = a_batch(
+        database,
+        bundle("/a", Method.NF4, Method.INT8, device=DeviceKind.CUDA, needs={Method.INT8: 12 * GIB}),
+        bundle("/b", Method.NF4, device=DeviceKind.CUDA, needs={Method.NF4: 90 * GIB}),
+    )
+
+    def needs() -> list[tuple[int | None, str | None]]:
+        with database.read() as session:
+            listed = [(row["above_memory_bytes"], row["above_memory_is"]) for row in listing.list_jobs(session)]
+            on_record = [(row["above_memory_bytes"], row["above_memory_is"]) for row in job_records(session, ids)]
+        assert listed == on_record
+        return listed
+
+    assert needs() == [(None, None), (12 * GIB, "predicted"), (90 * GIB, "predicted")]
+    unknown, int8, large = claim(database, ids, small)
+    for token in (unknown, int8, large):
+        assert fail(database, token, CudaOom("CUDA out of memory"))
+    assert needs() == [(24 * GIB, "seen")] * 3
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == ids[0]).values(state="failed"))
+        assert jobs.retry(session, job_ids=[ids[0]]) == [ids[0]]
+    assert needs()[0] == (24 * GIB, "seen"), "a retry forgives, and the GPU is as small as before"
+
+
+def test_what_was_seen_on_a_gpu_is_noted_of_a_job_that_may_run_anywhere(database: Database) -> None:
+    """A CPU may not have it either, whatever the last error was."""
+    small, _ = a_gpu(database, 24), a_gpu(database, 80)
+    _, ids = a_batch(
+        database, bundle("/a", Method.NF4, Method.INT8, device=DeviceKind.AUTO, needs={Method.INT8: 12 * GIB})
+    )
+    (token, _) = sorted(claim(database, ids, small))
+    assert fail(database, token, CudaOom("CUDA out of memory"))
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == token[0]).values(error_kind="worker_lost"))
+    with database.read() as session:
+        notes = {row["job_id"]: row["note"] for row in listing.list_jobs(session, states=["queued"])}
+    assert notes == {f"j{token[0]}": "needs a GPU of more than 24 GiB"}

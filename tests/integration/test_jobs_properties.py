@@ -168,16 +168,16 @@ class Jobs(RuleBasedStateMachine):
     def top_up(self) -> None:
         with self.database.write() as session:
             sent = [
-                (job_id, lane.room)
-                for lane in live_queues(workers.around(session, 60.0))
-                for dispatch in window.choose(session, kind=lane.kind, queue=lane.queue, slots=3, room=lane.room)
+                (job_id, one.needs)
+                for one in live_queues(workers.around(session, 60.0))
+                for dispatch in window.choose(session, kind=one.kind, queue=one.queue, slots=3, needs=one.needs)
                 for job_id in dispatch.job_ids
             ]
         assert len(sent) == len(dict(sent))
         rows = self.rows()
-        for job_id, room in sent:
+        for job_id, needs in sent:
             assert rows[job_id]["state"] == JobState.QUEUED
-            assert self.too_small.get(job_id, 0.0) * GIB < (room.under or room.largest or 0)
+            assert self.too_small.get(job_id, 0.0) * GIB < (needs.under or needs.largest or 0)
 
     @rule()
     def everything_vanishes_from_redis(self) -> None:

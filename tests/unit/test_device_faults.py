@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qbatch.core.errors import BenchmarkError, DeviceError, JobError, Retry, job_error
+from qbatch.core.errors import BenchmarkError, DeviceError, JobError, job_error
+from qbatch.core.retry_policy import RULES, Again
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.models.load import translated
 from qbatch.worker.runner.messages import Failed, Question, Reply, RunnerMessage
@@ -46,7 +47,7 @@ def reported(text: str) -> tuple[list[JobError], tuple[int, ...]]:
 @pytest.mark.parametrize("text", _BY_MODEL)
 def test_what_the_model_did_fails_its_job_and_the_runner_leaves(text: str) -> None:
     (error,), still_open = reported(text)
-    assert (error.kind, error.retry) == ("benchmark_error", Retry.NEVER)
+    assert (error.kind, RULES[error.kind].again) == ("benchmark_error", Again.NEVER)
     assert text in str(error)
     assert still_open == (), "the others have a new runner"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -11,14 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceChanged, StorageError
-from qbatch.core.filesystem import Refusal, move, share, sync
-from qbatch.core.storage import CARD, MANIFEST, strangers
+from qbatch.core.filesystem import IS_TAKEN, Refusal, move, share, sync
+from qbatch.core.manifest import MANIFEST, Manifest
+from qbatch.core.storage import CARD, strangers
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
@@ -26,8 +26,6 @@ from qbatch.worker.files.staging import storage_error
 _MANIFEST_VERSION = 1
 # Each but the last found that others had moved a damaged checkpoint aside and put another in its place.
 _LOOKS = 20
-_FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
-_FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +128,8 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             judged = _identity(folder)
             if judged is None:
                 return None
-            manifest = _read_manifest(folder)
-            is_its_own = manifest is not None and manifest["key"] == key
+            manifest = Manifest.read(folder)
+            is_its_own = manifest is not None and manifest.key == key
             if manifest is not None and not is_its_own and not path.endswith(key[:16]):
                 return None  # it lies in its own place, and was looked up under another's key
             content = _verified(folder, manifest) if manifest is not None and is_its_own else None
@@ -161,29 +159,27 @@ def _identity(folder: Path) -> _Identity | None:
     return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
 
 
-def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
+def _verified(folder: Path, manifest: Manifest) -> Content | None:
     """The content of the files that the manifest names, read anew; None where it is not what was published."""
-    names = [entry["name"] for entry in manifest["files"]]
     try:
         # A file too many is one of them too: it is not what was published, now or after it was used.
         content = hash_content(
-            lambda: {name: folder / name for name in (*names, *strangers(folder, names))}, NoDigestCache()
+            lambda: {name: folder / name for name in (*manifest.names, *strangers(folder, manifest.names))},
+            NoDigestCache(),
         )
     except (SourceChanged, FileNotFoundError):  # it went away, or is being written
         return None
-    published = {(e["name"], e["size"], tuple(e["chunk_sha256"])) for e in manifest["files"]}
-    found = {(file.name, file.digest.size, file.digest.chunk_sha256) for file in content.files}
-    return content if found == published and content.root_sha256 == manifest["root_sha256"] else None
+    return None if manifest.differences({file.name: file.digest for file in content.files}) else content
 
 
-def _as_published(path: str, manifest: Mapping[str, Any], content: Content) -> Published:
+def _as_published(path: str, manifest: Manifest, content: Content) -> Published:
     return Published(
-        key=manifest["key"],
+        key=manifest.key,
         path=path,
-        root_sha256=manifest["root_sha256"],
-        disk_bytes=sum(entry["size"] for entry in manifest["files"] if entry["name"].endswith(".safetensors")),
-        audit=manifest["audit"],
-        quantize_s=manifest["quantize_s"],
+        root_sha256=manifest.root_sha256,
+        disk_bytes=manifest.weights_bytes,
+        audit=manifest.audit,
+        quantize_s=manifest.quantize_s,
         versions=content.versions,
     )
 
@@ -194,57 +190,14 @@ def problems(folder: Path) -> list[str]:
     The model card is not in the manifest: people may edit it.
     """
     try:
-        manifest = _read_manifest(folder)
-        return [f"no {MANIFEST} of qbatch's"] if manifest is None else _differences(folder, manifest)
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            return [f"no {MANIFEST} of qbatch's"]
+        found: dict[str, FileDigest | None] = dict.fromkeys(strangers(folder, manifest.names))
+        read = ((name, _digest(folder, name)) for name in manifest.names)
+        return manifest.differences(found | {name: digest for name, digest in read if digest is not None})
     except OSError as error:
         return [f"{error.filename or folder.name} cannot be read: {error.strerror}"]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is none, or none that makes sense. Raises OSError."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return manifest if _is_manifest(manifest) else None
-
-
-def _is_manifest(value: Any) -> bool:
-    return (
-        _has_fields(value, _FIELDS)
-        and all(_has_fields(entry, _FILE_FIELDS) for entry in value["files"])
-        and all(_is_file_name(entry["name"]) for entry in value["files"])
-    )
-
-
-def _has_fields(value: Any, fields: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and all(
-        name in value and isinstance(value[name], kind) for name, kind in fields.items()
-    )
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether it names one of the folder's own files: a manifest must not lead out of it."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
-
-
-def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    names = (entry["name"] for entry in manifest["files"])
-    found = [f"{name} is not in the manifest" for name in strangers(folder, names)]
-    digests = []
-    for entry in manifest["files"]:
-        name = entry["name"]
-        digest = _digest(folder, name)
-        if digest is None:
-            found.append(f"{name} is missing")
-            continue
-        digests.append(digest)
-        if (digest.size, list(digest.chunk_sha256)) != (entry["size"], entry["chunk_sha256"]):
-            found.append(f"{name} is not what was published ({digest.size} bytes, {entry['size']} published)")
-    if not found and root_sha256(digests) != manifest["root_sha256"]:
-        found.append("the root checksum does not match the files")
-    return found
 
 
 def _digest(folder: Path, name: str) -> FileDigest | None:
@@ -321,7 +274,7 @@ def _move_into_place(folder: Path, place: Path) -> None:
     try:
         move(folder, place)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in IS_TAKEN:
             raise
         # Another writer was first. The caller verifies what it published.
         shutil.rmtree(folder)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from qbatch.core.byte_units import GIB, mib
 from qbatch.core.errors import Unsupported
 from qbatch.core.model_files import python_files, sidecars
 
 # The largest tokenizers take 50 MB, the dense layers of the largest embedding models a few hundred.
-MOST_BYTES = 2**30
+MOST_BYTES = GIB
 
 
 def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
@@ -23,8 +24,8 @@ def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
     if total > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise Unsupported(
-            f"the files beside the weights take {_mib(total)}, and a checkpoint takes at most {_mib(MOST_BYTES)} of "
-            f"them along (the largest is {largest.relative_to(source)}, {_mib(sizes[largest])}): move what the model "
+            f"the files beside the weights take {mib(total)}, and a checkpoint takes at most {mib(MOST_BYTES)} of "
+            f"them along (the largest is {largest.relative_to(source)}, {mib(sizes[largest])}): move what the model "
             "does not need to another folder"
         )
     return total
@@ -39,7 +40,3 @@ def copy_sidecars(source: Path, folder: Path) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"

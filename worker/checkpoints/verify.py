@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
+from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
-from qbatch.core.storage import MANIFEST
 from qbatch.worker.checkpoints.publish import problems
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.vet import refuse_other_weights

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Self
 
+from qbatch.core.domain import Token
 from qbatch.core.errors import StorageError, StorageUnavailable
 from qbatch.core.filesystem import NO_ROOM
-from qbatch.worker.files.staging import Token, remove_stale, storage_error
+from qbatch.worker.files.staging import remove_stale, storage_error
 
 log = logging.getLogger("qbatch.worker")
 

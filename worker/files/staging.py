@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from qbatch.core.byte_units import mib
+from qbatch.core.domain import Token
 from qbatch.core.errors import DiskFull, StorageError
-from qbatch.core.filesystem import NO_ROOM, disk_space
-
-Token = tuple[int, int]
+from qbatch.core.filesystem import disk_space, storage_fault
 
 _FOLDER = re.compile(r"([0-9]+)-([0-9]+)")
 # No checkpoint takes less.
@@ -87,18 +87,13 @@ def require_space(folder: Path, nbytes: int, owed_bytes: int = 0) -> None:
         return
     left = max(0, room.free - owed_bytes)
     if room.capacity < nbytes:
-        raise StorageError(f"the storage holds {_mib(room.capacity)}, and a checkpoint of {_mib(nbytes)} is due")
+        raise StorageError(f"the storage holds {mib(room.capacity)}, and a checkpoint of {mib(nbytes)} is due")
     if left < nbytes:
         # Those have taken theirs by the time that anyone looks for the room of this one.
-        raise DiskFull(f"the storage has {_mib(left)} left, and a checkpoint of {_mib(nbytes)} is due", nbytes)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
+        raise DiskFull(f"the storage has {mib(left)} left, and a checkpoint of {mib(nbytes)} is due", nbytes)
 
 
 def storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
-    kind = DiskFull if error.errno in NO_ROOM else StorageError
     # Of a copy the second name is where it was going.
     place = error.filename2 or error.filename or "storage"
-    return kind(f"{doing}: {error.strerror or error} ({place})")
+    return storage_fault(error)(f"{doing}: {error.strerror or error} ({place})")

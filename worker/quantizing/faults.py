@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qbatch.core.errors import (
+    OUR_DEFECTS,
     DiskFull,
     InternalError,
     JobError,
     QuantizationError,
     SourceCorrupt,
-    StorageError,
     one_line,
 )
+from qbatch.core.filesystem import storage_fault
 from qbatch.worker.machine.device_faults import device_fault
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
 
 
 def as_job_error(error: BaseException) -> JobError:
@@ -33,11 +30,11 @@ def as_job_error(error: BaseException) -> JobError:
     if kind := device_fault(error):
         return kind(text)
     if isinstance(error, OSError):
-        return DiskFull(text) if error.errno in _NO_ROOM else StorageError(text)
+        return storage_fault(error)(text)
     if isinstance(error, SafetensorError):
         # safetensors reports a full disk in words alone: Os { code: 28, kind: StorageFull, … }
         return DiskFull(text) if "StorageFull" in text or "code: 28" in text else SourceCorrupt(text)
-    if isinstance(error, _OUR_DEFECTS):
+    if isinstance(error, OUR_DEFECTS):
         return InternalError(text)
     return QuantizationError(text)
 

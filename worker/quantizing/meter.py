@@ -6,6 +6,9 @@ import threading
 
 from qbatch.worker.quantizing.target import Progress
 
+REPORT_INTERVAL_S = 0.25
+"""How often who waits for the work reports."""
+
 
 class Meter:
     """Counts bytes from any thread, and reports them from one."""

@@ -22,7 +22,7 @@ from celery.platforms import EX_OK
 from celery.worker import state as celery_state
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import DeviceKind
+from qbatch.core.domain import DeviceKind, WorkerState
 from qbatch.core.errors import (
     DatabaseRefused,
     DatabaseReplaced,
@@ -62,6 +62,7 @@ log = logging.getLogger("qbatch.worker")
 _PRELOAD = ["qbatch.worker.serving.ignore_sigterm", "qbatch.worker.serving.runner_imports"]
 # A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
 _PRELOAD_ON_CPU = [*_PRELOAD, "qbatch.worker.serving.cpu_runner_imports"]
+_DATABASE_RETRY_S = 2.0
 _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
 
 
@@ -268,7 +269,7 @@ class CeleryWorker:
                 self._recorder.replay()
             except DatabaseUnreachable as error:
                 log.warning("%s; waiting for it, or for room on the disk", error)
-            self._stopping.wait(2.0)
+            self._stopping.wait(_DATABASE_RETRY_S)
         for job_id in self._recorder.lost():
             log.error("the outcome of j%s goes with this worker: neither the database nor the disk took it", job_id)
 
@@ -308,7 +309,7 @@ class CeleryWorker:
                 raise
             except DatabaseUnreachable as error:
                 log.warning("%s; waiting for it", error)
-            self._stopping.wait(2.0)
+            self._stopping.wait(_DATABASE_RETRY_S)
         return None
 
     def _own_staging(self) -> OwnStaging:
@@ -345,14 +346,14 @@ class CeleryWorker:
             worker_id=predecessor.id,
         )
         if predecessor.device_uuid is not None:
-            leases.release(session, f"gpu:{predecessor.device_uuid}", predecessor.name)
-        workers.leave(session, predecessor.id, "stopped")
+            leases.release(session, leases.of_gpu(predecessor.device_uuid), predecessor.name)
+        workers.leave(session, predecessor.id, WorkerState.STOPPED)
         self._gone.add(predecessor.name)
 
     def _holds_device(self, session: Session) -> bool:
         if self._info.device_uuid is None:
             return True
-        lease, ttl_s = f"gpu:{self._info.device_uuid}", self._settings.lease_s
+        lease, ttl_s = leases.of_gpu(self._info.device_uuid), self._settings.lease_s
         holder = leases.cut(session, lease, ttl_s)
         if holder not in (None, self._info.name):
             log.warning("%s holds %s from before the database's clock was set back; for %g s", holder, lease, ttl_s)
@@ -383,7 +384,7 @@ class CeleryWorker:
                     # What a host that never came back had begun.
                     self._sweep()
                     sweep_at = time.monotonic() + self._settings.lease_s
-                if state == "quarantined":
+                if state == WorkerState.QUARANTINED:
                     if not is_quarantined:
                         log.error("this worker is quarantined: its device failed twice in a row")
                     is_quarantined = True
@@ -425,7 +426,7 @@ class CeleryWorker:
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
-                workers.leave(session, worker_id, "draining", f"takes no more jobs: {why}")
+                workers.leave(session, worker_id, WorkerState.DRAINING, f"takes no more jobs: {why}")
         except DatabaseUnreachable as error:
             log.warning("%s; the list of workers does not say so", error)
         if isinstance(why, DatabaseReplaced):
@@ -440,12 +441,12 @@ class CeleryWorker:
             return
         # One that left by itself stays in the list, with its reason, until the next one on this machine starts.
         why = self._leaving.why
-        state, note = ("stopped", None) if why is None else ("draining", f"left: {why}")
+        state, note = (WorkerState.STOPPED, None) if why is None else (WorkerState.DRAINING, f"left: {why}")
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
                 workers.leave(session, worker_id, state, note)
                 if self._info.device_uuid is not None:
-                    leases.release(session, f"gpu:{self._info.device_uuid}", self._info.name)
+                    leases.release(session, leases.of_gpu(self._info.device_uuid), self._info.name)
         except DatabaseUnreachable as error:
             log.warning("%s; leaving without a word", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import re
@@ -25,6 +24,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import (
+    OUR_DEFECTS,
     DiskFull,
     FetchError,
     JobError,
@@ -34,6 +34,7 @@ from qbatch.core.errors import (
     StorageError,
     UnsafeSource,
 )
+from qbatch.core.filesystem import NO_ROOM
 from qbatch.core.identity import fingerprint_of
 from qbatch.core.legacy_identity import legacy_hub_fingerprint
 from qbatch.core.model_files import content_files, names_code
@@ -49,7 +50,6 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256_DIGITS = 64
 _LISTING_TIMEOUT_S = 30.0
 _POLL_S = 0.3
-_OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,7 +345,7 @@ def _hub_faults(source: SourceRef) -> Iterator[None]:
     """The one seam where huggingface_hub's exceptions become ours."""
     try:
         yield
-    except (JobError, *_OUR_DEFECTS):
+    except (JobError, *OUR_DEFECTS):
         raise
     except Exception as error:  # httpx's, httpx2's or hf_xet's: the version decides, and they share no other base
         raise _as_job_error(source, error) from error
@@ -366,7 +366,7 @@ def _as_job_error(source: SourceRef, error: BaseException) -> JobError:
         return SourceNotFound(f"{name} is no name of a hub repository")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return SourceGated(f"{name}: the hub refuses access with the workers' token")
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+    if getattr(error, "errno", None) in NO_ROOM or "(os error 28)" in str(error):
         return DiskFull(f"{name}: the disk of the source cache is full")
     return FetchError(f"{name}: {_one_line(error)}")
 

@@ -7,7 +7,6 @@ a disk spoils all the same is removed by the next reader, and made anew.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -24,8 +23,8 @@ from safetensors.torch import load_file, save
 
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Protocol, content_hash
-from qbatch.core.errors import BenchmarkError, DiskFull, StorageError
-from qbatch.core.filesystem import NO_ROOM, move, sync, touch
+from qbatch.core.errors import BenchmarkError, StorageError
+from qbatch.core.filesystem import IS_TAKEN, move, storage_fault, sync, touch
 from qbatch.worker.files.reference_folders import DESCRIPTION, IN_USE_S, beside, litter, occupants, remove
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
@@ -230,7 +229,7 @@ def _write(
         move(staging, folder)
         sync(folder.parent)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in IS_TAKEN:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -286,5 +285,4 @@ def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DiskFull if error.errno in NO_ROOM else StorageError
-        raise kind(f"cannot keep the base's outputs in {folder}: {error.strerror}") from error
+        raise storage_fault(error)(f"cannot keep the base's outputs in {folder}: {error.strerror}") from error

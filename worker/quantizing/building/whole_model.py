@@ -26,7 +26,7 @@ from qbatch.worker.files.staging import require_space
 from qbatch.worker.methods.packing import Packing, figures
 from qbatch.worker.models.architecture import load_config
 from qbatch.worker.quantizing.faults import as_job_error
-from qbatch.worker.quantizing.meter import Meter
+from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
 from qbatch.worker.quantizing.planning.loading import load_source, refuse_missing, unused
 from qbatch.worker.quantizing.planning.saving import read_generation_config
@@ -36,7 +36,6 @@ from qbatch.worker.quantizing.target import Deferred, Refused, Target, Written
 from qbatch.worker.quantizing.tensors.source_reader import SourceReader
 from qbatch.worker.quantizing.tensors.trace import Origin, is_elementwise, replay, sources_of
 
-_REPORT_INTERVAL_S = 0.25
 _Origins = Mapping[str, tuple[Origin, bool]]
 
 
@@ -119,7 +118,7 @@ class WholeModel:
         counted = 0
         done = False
         while not done:
-            done = bool(wait([work], _REPORT_INTERVAL_S).done)
+            done = bool(wait([work], REPORT_INTERVAL_S).done)
             written = _bytes_in(self._target.folder)
             meter.wrote(max(0, written - counted))
             counted = max(written, counted)

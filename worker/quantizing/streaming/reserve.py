@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 
+from qbatch.core.filesystem import CANNOT
+
 _libc = ctypes.CDLL(None, use_errno=True)
-# Where the file system cannot, the file grows as it is written, as ever.
-_CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
@@ -19,5 +18,5 @@ def reserve(descriptor: int, nbytes: int) -> None:
     if nbytes == 0:
         return
     done = _libc.fallocate(descriptor, ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
-    if done != 0 and (code := ctypes.get_errno()) not in _CANNOT:
+    if done != 0 and (code := ctypes.get_errno()) not in CANNOT:  # then the file grows as it is written, as ever
         raise OSError(code, os.strerror(code))

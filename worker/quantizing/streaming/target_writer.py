@@ -10,6 +10,7 @@ from typing import Any
 
 from qbatch.core.digest import FileDigest, digest_file
 from qbatch.core.errors import JobError
+from qbatch.core.sources import INDEX_NAME
 from qbatch.worker.files.staging import require_space
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.planning.audit import error_audit
@@ -19,8 +20,6 @@ from qbatch.worker.quantizing.planning.saving import Output, Shards
 from qbatch.worker.quantizing.planning.space import allocated_bytes
 from qbatch.worker.quantizing.streaming.output_file import OutputFile
 from qbatch.worker.quantizing.tensors.trace import QuantizedPart
-
-_INDEX_NAME = "model.safetensors.index.json"
 
 
 class TargetWriter:
@@ -69,7 +68,7 @@ class TargetWriter:
         for file in self._files:
             self._on_write(len(file.layout.head))
         if index is not None:
-            (self.loaded.target.folder / _INDEX_NAME).write_text(index, encoding="utf-8")
+            (self.loaded.target.folder / INDEX_NAME).write_text(index, encoding="utf-8")
         for output in self.outputs():
             if isinstance(output.content, bytes):
                 self.write(output.name, output.content, 0)

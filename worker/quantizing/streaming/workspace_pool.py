@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S
 from qbatch.worker.quantizing.tensors.workspace import Workspace, make_workspace, workspace_count
-
-_REPORT_INTERVAL_S = 0.25
 
 
 class WorkspacePool:
@@ -32,7 +31,7 @@ class WorkspacePool:
         try:
             for thread in threads:
                 while thread.is_alive():
-                    thread.join(_REPORT_INTERVAL_S)
+                    thread.join(REPORT_INTERVAL_S)
                     while_waiting()
         except BaseException as error:
             self._stop(error)

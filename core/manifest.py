@@ -1,0 +1,89 @@
+"""What a checkpoint says of itself: which files were published, and what they were. The one reader of that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from qbatch.core.digest import FileDigest, root_sha256
+
+MANIFEST = "qbatch.json"
+
+_FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
+_FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What was published, as far as anybody reads it again."""
+
+    key: str
+    root_sha256: str
+    files: tuple[FileDigest, ...]
+    audit: Mapping[str, Any]
+    quantize_s: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """None where there is none, or none that makes sense. Raises OSError."""
+        try:
+            value = json.loads((folder / MANIFEST).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return cls.from_json(value) if _is_manifest(value) else None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        files = tuple(
+            FileDigest(name=entry["name"], size=entry["size"], chunk_sha256=tuple(entry["chunk_sha256"]))
+            for entry in value["files"]
+        )
+        return cls(**{name: value[name] for name in _FIELDS} | {"files": files})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(file.name for file in self.files)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.size for file in self.files if file.name.endswith(".safetensors"))
+
+    def differences(self, found: Mapping[str, FileDigest | None]) -> list[str]:
+        """What of the files found is not what was published, one line each; empty where all of it is.
+
+        ``found`` has every file that is there, by name; None for one that was not read.
+        """
+        lines = [f"{name} is not in the manifest" for name in found if name not in self.names]
+        for published in self.files:
+            digest = found.get(published.name)
+            if digest is None:
+                lines.append(f"{published.name} is missing")
+            elif digest != published:
+                sizes = f"{digest.size} bytes, {published.size} published"
+                lines.append(f"{published.name} is not what was published ({sizes})")
+        if not lines and root_sha256(digest for digest in found.values() if digest is not None) != self.root_sha256:
+            lines.append("the root checksum does not match the files")
+        return lines
+
+
+def _is_manifest(value: Any) -> bool:
+    return (
+        _has_fields(value, _FIELDS)
+        and all(_has_fields(entry, _FILE_FIELDS) for entry in value["files"])
+        and all(_is_file_name(entry["name"]) for entry in value["files"])
+    )
+
+
+def _has_fields(value: Any, fields: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(
+        name in value and isinstance(value[name], kind) for name, kind in fields.items()
+    )
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names one of the folder's own files: a manifest must not lead out of it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,0 +1,95 @@
+"""How an attempt ends: with a result, with an error, or given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import JobState, Measurement, Protocol, Token
+from qbatch.core.errors import CudaOom, JobError
+from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
+from qbatch.models_db.jobs.carry_out import end_badly
+from qbatch.models_db.jobs.device_blame import clear_device
+from qbatch.models_db.jobs.transitions import end, locked, requeue
+from qbatch.models_db.memory_need import remember_too_small
+from qbatch.models_db.tables import Job, Result, Worker
+from qbatch.models_db.vram import no_larger, usable_bytes
+from qbatch.models_db.workers import around
+
+
+def succeed(
+    session: Session,
+    token: Token,
+    measurement: Measurement,
+    *,
+    protocol: Protocol,
+    checkpoint_path: str | None,
+) -> bool:
+    """Record a result. True where it counts: no newer attempt was claimed, and the job had not ended, unless it was
+    given up because nothing was heard of this very attempt, or its outcome could not be recorded."""
+    job = _open_to_success(session, token)
+    if job is None:
+        return False
+    # Where the database was away when the key was to be noted, the row may have an earlier content's.
+    job.checkpoint_key = measurement.details.get("checkpoint_key", job.checkpoint_key)
+    session.add(
+        Result(
+            job_id=job.id,
+            attempt=job.attempt,
+            checkpoint_path=checkpoint_path,
+            protocol=protocol.to_json(),
+            protocol_hash=protocol.hash,
+            **measurement.to_json() | {"details": dict(measurement.details)},
+        )
+    )
+    end(session, job, JobState.SUCCEEDED)
+    clear_device(session, job.worker_id)
+    return True
+
+
+def answer(session: Session, token: Token, reused_from: int) -> bool:
+    """End a job with the result of an earlier one, as ``succeed`` does with a new one."""
+    job = _open_to_success(session, token)
+    if job is None:
+        return False
+    job.reused_from = reused_from
+    end(session, job, JobState.SUCCEEDED)
+    return True
+
+
+def _open_to_success(session: Session, token: Token) -> Job | None:
+    job = locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
+    given_up = job is not None and job.state == JobState.FAILED
+    # For want of its outcome: nothing was heard, or what was heard could not be recorded and was set aside.
+    return None if job is None or (given_up and job.error_kind not in MAY_STILL_SUCCEED) else job
+
+
+def fail(
+    session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int, lease_s: float
+) -> bool:
+    """Apply the retry policy to a running attempt: fail the job, or queue it again. False for a stale token."""
+    job = locked(session, token, JobState.RUNNING)
+    if job is None:
+        return False
+    limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
+    no_larger_gpu = _remember_too_small(session, job, lease_s) if isinstance(error, CudaOom) else None
+    end_badly(session, job, error, limits, no_larger_gpu=no_larger_gpu)
+    return True
+
+
+def _remember_too_small(session: Session, job: Job, lease_s: float) -> str | None:
+    """Note the memory of the GPU that was too small, for good; what is missing where no worker around has a larger
+    one."""
+    worker = session.get_one(Worker, job.worker_id)
+    remember_too_small(job, worker)
+    is_there = any(usable_bytes(other) > worker.memory_bytes for other, _ in around(session, lease_s))
+    return None if is_there else no_larger(worker.memory_bytes)
+
+
+def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
+    """Queue running attempts again, uncharged; ``alone`` sends each job in a message of its own."""
+    for token in sorted(tokens):
+        job = locked(session, token, JobState.RUNNING)
+        if job is not None:
+            requeue(session, job, outcome=HANDED_BACK, alone=alone)

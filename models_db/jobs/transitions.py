@@ -1,0 +1,89 @@
+"""One row from one state to another. The row is locked by whoever calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import JobState, Token
+from qbatch.core.errors import JobError
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import NO_SYNC
+from qbatch.models_db.tables import Attempt, Job
+from qbatch.models_db.window import NO_MESSAGE, own_bundle
+
+
+def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
+    """The ids of these rows, locked in one order whoever locks: in two orders, PostgreSQL would end one of two."""
+    return session.scalars(select(Job.id).where(*conditions).order_by(Job.id).with_for_update()).all()
+
+
+def locked(session: Session, token: Token, *states: JobState) -> Job | None:
+    """The job, locked, if this is its newest attempt and it is in one of ``states``."""
+    job_id, attempt = token
+    return session.scalars(
+        select(Job).where(Job.id == job_id, Job.attempt == attempt, Job.state.in_(states)).with_for_update(),
+        execution_options={"populate_existing": True},
+    ).one_or_none()
+
+
+def end(
+    session: Session,
+    job: Job,
+    state: JobState,
+    error: JobError | None = None,
+    *,
+    attempt_error: JobError | None = None,
+    cut_short: bool = False,
+) -> None:
+    """``attempt_error``: what ended the attempt, where the job's own ``error`` says more."""
+    _close_attempt(session, job, error.kind if error else state.value, attempt_error or error, cut_short)
+    job.state = state
+    job.error_kind = error.kind if error else None
+    job.error_message = text_of(error)
+    job.lease_expires_at = None
+    job.finished_at = db_now()
+    _forget_message(job)
+    session.flush()
+
+
+def requeue(
+    session: Session,
+    job: Job,
+    *,
+    outcome: str,
+    alone: bool,
+    error: JobError | None = None,
+    cut_short: bool = False,
+) -> None:
+    """``alone``: in a message of its own from now on."""
+    _close_attempt(session, job, outcome, error, cut_short)
+    job.state = JobState.QUEUED
+    job.stage = None
+    job.progress = None
+    job.lease_expires_at = None
+    _forget_message(job)
+    if alone:
+        job.bundle = own_bundle(job.batch_id, job.id)
+    session.flush()
+
+
+def _forget_message(job: Job) -> None:
+    for column, value in NO_MESSAGE.items():
+        setattr(job, column, value)
+
+
+def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | None, cut_short: bool) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job.id, Attempt.attempt == job.attempt, Attempt.ended_at.is_(None))
+        .values(ended_at=db_now(), outcome=outcome, message=text_of(error), cut_short=cut_short or None),
+        execution_options=NO_SYNC,
+    )
+
+
+def text_of(error: JobError | None) -> str | None:
+    # An error quotes no control characters as they are: PostgreSQL keeps no NUL.
+    return str(error) if error else None

@@ -1,0 +1,74 @@
+"""What users ask of jobs: to cancel them, and to try again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.jobs.transitions import lock
+from qbatch.models_db.session import NO_SYNC
+from qbatch.models_db.tables import Attempt, Job
+from qbatch.models_db.window import NO_MESSAGE
+
+
+def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
+    """Cancel what has not ended. A running job's worker notices that it lost the job and kills the runner."""
+    open_ = and_(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES))
+    lock(session, open_)
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id.in_(select(Job.id).where(open_)), Attempt.ended_at.is_(None))
+        .values(ended_at=db_now(), outcome=JobState.CANCELLED),
+        execution_options=NO_SYNC,
+    )
+    # Not by a list of ids: a batch may hold more jobs than a statement may hold parameters.
+    rows = session.execute(
+        update(Job)
+        .where(open_)
+        .values(
+            state=JobState.CANCELLED,
+            error_kind=None,
+            error_message=None,
+            lease_expires_at=None,
+            finished_at=db_now(),
+            **NO_MESSAGE,
+        )
+        .returning(Job.id),
+        execution_options=NO_SYNC,
+    ).scalars()
+    return sorted(rows)
+
+
+def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
+    """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting, and the memory that was
+    too small stays on record."""
+    over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
+    lock(session, over)
+    rows = session.execute(
+        update(Job)
+        .where(over)
+        .values(
+            state=JobState.QUEUED,
+            stage=None,
+            failures=0,
+            forgiven_attempt=Job.attempt,
+            error_kind=None,
+            error_message=None,
+            finished_at=None,
+            not_before=None,
+            avoid_worker_id=None,
+            progress=None,
+            **NO_MESSAGE,
+        )
+        .returning(Job.id),
+        execution_options=NO_SYNC,
+    ).scalars()
+    return sorted(rows)
+
+
+def _named(batch_ids: Sequence[int], job_ids: Sequence[int]) -> ColumnElement[bool]:
+    return or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
