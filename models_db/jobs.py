@@ -19,7 +19,6 @@ from qbatch.core.domain import (
     Claim,
     DeviceKind,
     JobState,
-    Measurement,
     Method,
     Protocol,
     Stage,
@@ -37,6 +36,7 @@ from qbatch.core.errors import (
     WorkerLost,
     job_error,
 )
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.models_db import pauses
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import SLACK_S, db_now
@@ -178,7 +178,7 @@ def succeed(
     if job is None:
         return False
     # Where the database was away when the key was to be noted, the row may have an earlier content's.
-    job.checkpoint_key = measurement.details.get("checkpoint_key", job.checkpoint_key)
+    job.checkpoint_key = measurement.details.checkpoint_key or job.checkpoint_key
     session.add(
         Result(
             job_id=job.id,
@@ -186,7 +186,8 @@ def succeed(
             checkpoint_path=checkpoint_path,
             protocol=protocol.to_json(),
             protocol_hash=protocol.hash,
-            **measurement.to_json() | {"details": dict(measurement.details)},
+            **{name: getattr(measurement, name) for name in MEASURED_COLUMNS},
+            details=measurement.details.to_json(),
         )
     )
     _end(session, job, JobState.SUCCEEDED)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qbatch.core.domain import DType, Measurement, Protocol, Scheme
+from qbatch.core.domain import DType, Protocol, Scheme
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 from qbatch.worker.measuring.quality.reference import Reference
 from qbatch.worker.measuring.why.capture import Captures

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qbatch.core.domain import MEASURED_COLUMNS, Protocol
+from qbatch.core.domain import Protocol
+from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.worker.measuring.quality.reference import prepare_reference
 from qbatch.worker.measuring.speed.energy import Energy
 from qbatch.worker.measuring.why.decode_kernels import KernelsAlone
@@ -45,5 +46,5 @@ def test_the_details_of_a_result(tmp_path: Path, kind: str) -> None:
     reference = prepare_reference(loaded_on_cpu(source), QUICK, TEXT, tmp_path / "reference")
     folder = quantized(source, tmp_path / "nf4", NF4)
     found = measured(folder, NF4, reference=reference)
-    libraries = set(found.details["versions"])
+    libraries = set(found.details.to_json()["versions"])
     assert missing(names_in(found.details)) - libraries == set()
