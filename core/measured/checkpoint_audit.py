@@ -44,6 +44,7 @@ class CheckpointAudit(Stored):
     int8_infinite_scales: int | None = left_out()
     shared_pass: int | None = left_out()
     whole_model_because: str | None = left_out()
+    no_errors_because: str | None = left_out()
     writer: str | None = left_out()
 
 
