@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -26,9 +27,11 @@ from qbatch.core.errors import (
     WorkerLost,
 )
 from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.batches import NewJob, add_text, text_content
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.job_record import whole_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, Worker
 from qbatch.models_db.vram import GIB
@@ -47,6 +50,7 @@ from tests.rows import (
     states,
     succeed,
 )
+from tests.unit.test_golden_views import REAL
 from tests.waiting import until
 
 
@@ -131,6 +135,24 @@ def test_a_measurement_that_is_no_number_is_kept_as_none(database: Database) -> 
     with database.read() as session:
         (row,) = results.find_results(session)
     assert row.details.to_json() == {"kl": {"mean": None, "all": [None, 1.0]}, "note": "a\0b"}
+
+
+@pytest.mark.parametrize("row", REAL[:2], ids=["baseline", "int8"])
+def test_what_was_measured_comes_back_as_it_was(database: Database, row: dict[str, Any]) -> None:
+    """Key by key, in the same order: it is what ``results --json`` shows."""
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, worker)
+    found = Measurement.from_json({name: row[name] for name in (*MEASURED_COLUMNS, "details")})
+    with database.write() as session:
+        protocol = PROTOCOL.for_device(DeviceKind.CPU)
+        assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path=None)
+    with database.read() as session:
+        (job,) = whole_jobs(session, ids)
+    shown = job.to_json()
+    assert list(shown) == list(row)
+    assert {name: shown[name] for name in MEASURED_COLUMNS} == {name: row[name] for name in MEASURED_COLUMNS}
+    assert json.dumps(shown["details"]) == json.dumps(row["details"])
 
 
 def test_a_message_that_quotes_a_nul_is_recorded(database: Database) -> None:

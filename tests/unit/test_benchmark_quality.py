@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.measured.quality_figures import Quality
-from qbatch.worker.measuring.measure import finite
+from qbatch.core.measured.stored_json import as_json
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of
@@ -692,7 +692,7 @@ def test_two_pieces_of_text_are_too_few_for_similarities() -> None:
 
 
 def test_json_gets_none_for_what_is_no_number() -> None:
-    assert finite({"a": math.nan, "b": [1.0, -math.inf], "c": {"d": 2}, "e": None}) == {
+    assert as_json({"a": math.nan, "b": [1.0, -math.inf], "c": {"d": 2}, "e": None}) == {
         "a": None,
         "b": [1.0, None],
         "c": {"d": 2},
