@@ -39,11 +39,11 @@ class ModelRows:
 
 def models_of(rows: Sequence[ResultRow]) -> list[ModelRows]:
     """``find_results``'s rows by model, in the order given."""
-    found: dict[str, list[ResultRow]] = {}
+    by_name: dict[str, list[ResultRow]] = {}
     for row in rows:
         name = row.model + (f"@{row.revision}" if row.revision else "")
-        found.setdefault(name, []).append(row)
-    return [_model(name, members) for name, members in found.items()]
+        by_name.setdefault(name, []).append(row)
+    return [_model(name, members) for name, members in by_name.items()]
 
 
 def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
@@ -66,15 +66,15 @@ def _group(rows: Sequence[ResultRow]) -> Group:
     for row in sorted(rows, key=_age):
         before = newest.get(configuration(row))
         newest[configuration(row)] = row
-        if before is not None and measured_in(before) != measured_in(row):
+        if before is not None and measuring_job(before) != measuring_job(row):
             superseded = {old: row.job_id if new == before.job_id else new for old, new in superseded.items()}
             superseded[before.job_id] = row.job_id
     kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, _number(row.job_id)))
-    baselines = {row.job_id: found for row in kept if (found := _baseline(row, kept)) is not None}
+    baselines = {row.job_id: base for row in kept if (base := _baseline(row, kept)) is not None}
     return Group(rows=kept, baselines=baselines, superseded=superseded)
 
 
-def measured_in(row: ResultRow) -> str:
+def measuring_job(row: ResultRow) -> str:
     """The job that measured a row's figures."""
     return str(row.reused_from or row.job_id)
 
@@ -82,11 +82,11 @@ def measured_in(row: ResultRow) -> str:
 def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
     """Whether the two are known not to have been timed in turns: host time varies from visit to visit."""
     beside = row.details.rounds.interleaved_with
-    return beside is not None and measured_in(baseline) not in beside
+    return beside is not None and measuring_job(baseline) not in beside
 
 
 def _age(row: ResultRow) -> int:
-    return _number(measured_in(row))
+    return _number(measuring_job(row))
 
 
 def _number(job_id: str) -> int:

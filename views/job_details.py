@@ -20,7 +20,7 @@ from qbatch.views.measured_figures import (
     speed_table,
 )
 from qbatch.views.protocol import show_field, show_protocol
-from qbatch.views.quantized_share import audit_lines, defects, other_audits, unfair
+from qbatch.views.quantized_share import audit_lines, defects, fairness_remarks, other_audits
 from qbatch.views.ratios import may_compare
 from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
@@ -169,7 +169,7 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
 
 
 def _noticed(row: ResultRow) -> Lines:
-    yield from (("flag", text) for text in unfair(row.details.flags))
+    yield from (("flag", text) for text in fairness_remarks(row.details.flags))
     yield from other_audits(row)
 
 

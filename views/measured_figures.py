@@ -20,7 +20,7 @@ from qbatch.core.measured.speed_figures import Phase, PhaseTimes
 from qbatch.views.formats import NOTHING, Column, render
 from qbatch.views.metric_text import show_metric, show_value
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
-from qbatch.views.quantized_share import unfair
+from qbatch.views.quantized_share import fairness_remarks
 from qbatch.views.units import show_bytes_exactly, show_float, show_percent, show_rate, show_seconds
 
 Lines = Iterable[tuple[str, str]]
@@ -131,7 +131,7 @@ def energy_lines(row: ResultRow) -> Lines:
     for title, phase in (("prefill", energy.prefill), ("decode", energy.decode)):
         if phase.net_j is not None:
             yield title, _joules(phase)
-    for remark in unfair(energy.flags):
+    for remark in fairness_remarks(energy.flags):
         yield "not fair", remark
 
 

@@ -55,7 +55,7 @@ def differences(first_rows: Sequence[ResultRow]) -> list[str]:
     ]
 
 
-def unheaded(first_rows: Sequence[ResultRow]) -> list[str]:
+def differences_not_in_heading(first_rows: Sequence[ResultRow]) -> list[str]:
     """The fields of the protocol in which groups differ, each given by one of its rows, and ``show_protocol`` does not
     show."""
     protocols = [row.protocol.stored for row in first_rows]
@@ -65,8 +65,8 @@ def unheaded(first_rows: Sequence[ResultRow]) -> list[str]:
 
 def version_differences(rows: Sequence[ResultRow]) -> list[str]:
     """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``."""
-    found = {name: _distinct((row.details.versions or {}).get(name) for row in rows) for name in _VERSIONS}
-    return [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
+    seen = {name: _distinct((row.details.versions or {}).get(name) for row in rows) for name in _VERSIONS}
+    return [f"{name} ({', '.join(values)})" for name, values in seen.items() if len(values) > 1]
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:

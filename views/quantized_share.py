@@ -31,13 +31,13 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     if dropped:
         yield (
             f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
-            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {some_of(dropped)}"
+            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {first_names(dropped)}"
         )
     idle = row.details.audit.idle_skip_modules
     if idle:
-        yield f"it has no layer of those that --skip-modules names: {some_of(idle)}"
-    yield from unfair(row.details.flags)
-    for remark in unfair(row.details.why.energy.flags):
+        yield f"it has no layer of those that --skip-modules names: {first_names(idle)}"
+    yield from fairness_remarks(row.details.flags)
+    for remark in fairness_remarks(row.details.why.energy.flags):
         yield f"of its energy: {remark}"
     if row.details.audits.spread_between_rounds:
         # Without the number: rows share the footnote.
@@ -47,7 +47,7 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
         )
 
 
-def unfair(flags: Mapping[str, bool] | None) -> Iterable[str]:
+def fairness_remarks(flags: Mapping[str, bool] | None) -> Iterable[str]:
     """What was noticed of a GPU while it was measured."""
     for name, raised in (flags or {}).items():
         if raised:
@@ -58,7 +58,7 @@ def defects(row: ResultRow) -> Iterable[str]:
     """What makes a checkpoint unfit to ship."""
     broken = row.details.audit.not_finite
     if broken:
-        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {some_of(broken)}"
+        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {first_names(broken)}"
     infinite = row.details.audit.int8_infinite_scales
     if infinite:
         yield (
@@ -82,7 +82,10 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         count = NOTHING if part.parameters is None else show_count(part.parameters)
         yield f"left at {row.dtype}", f"{part.name}: {part.reason} ({count})"
     dropped = audit.dropped_tensors or ()
-    yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {some_of(dropped, 10)}" if dropped else "none"
+    yield (
+        "dropped by transformers",
+        f"{_count(len(dropped), 'tensor')}: {first_names(dropped, 10)}" if dropped else "none",
+    )
     yield from _errors(audit)
     if row.scheme == "bnb-int8" and audit.int8_zero_scales is not None:
         zero, infinite = audit.int8_zero_scales, audit.int8_infinite_scales
@@ -115,7 +118,7 @@ def _errors(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
     for layer in (audit.relative_error_worst or ())[:_WORST_SHOWN]:
         yield "worst layers", f"{NOTHING if layer.error is None else f'{layer.error:.4f}'}  {layer.name}"
     if audit.not_finite is not None:
-        yield "NaN or infinity in", some_of(audit.not_finite, 10) if audit.not_finite else "none of its tensors"
+        yield "NaN or infinity in", first_names(audit.not_finite, 10) if audit.not_finite else "none of its tensors"
 
 
 def other_audits(row: ResultRow) -> Iterable[tuple[str, str]]:
@@ -125,7 +128,7 @@ def other_audits(row: ResultRow) -> Iterable[tuple[str, str]]:
             yield name.replace("_", " "), str(value) if not isinstance(value, bool) else "yes"
 
 
-def some_of(names: Iterable[str], most: int = _NAMED) -> str:
+def first_names(names: Iterable[str], most: int = _NAMED) -> str:
     """``a, b, c and 9 more``"""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""

@@ -48,7 +48,7 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     said = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
         said.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
-    rejected = {row.job_id: found for row in group.rows if (found := list(_reasons(row, bounds, preference)))}
+    rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
         return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=said, rejected=rejected)

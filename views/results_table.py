@@ -12,8 +12,8 @@ from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
 from qbatch.views.formats import printable, terminal_width
 from qbatch.views.groups import timed_apart
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from qbatch.views.protocol import show_field, show_protocol, unheaded, version_differences
-from qbatch.views.quantized_share import audit_warnings, some_of
+from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol, version_differences
+from qbatch.views.quantized_share import audit_warnings, first_names
 from qbatch.views.ratios import may_compare
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_count
@@ -72,18 +72,18 @@ def _parts(rows: Sequence[ResultRow]) -> Iterable[_Part]:
         models.setdefault((row.batch_id, row.model, row.revision), []).append(row)
     several = len({row.batch_id for row in rows}) > 1
     measured = [group[0] for group in _measured(rows).values()]
-    unlike = None if len(measured) < 2 else unheaded(measured)
+    unlike = None if len(measured) < 2 else differences_not_in_heading(measured)
     for members in models.values():
         yield from _parts_of_model(members, ["", _heading(members, several)], unlike)
 
 
 def _measured(rows: Iterable[ResultRow]) -> dict[tuple[Any, ...], list[ResultRow]]:
     """Those with figures, by what these belong to."""
-    found: dict[tuple[Any, ...], list[ResultRow]] = {}
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.state == JobState.SUCCEEDED:
-            found.setdefault((row.protocol_hash, row.device_name), []).append(row)
-    return found
+            groups.setdefault((row.protocol_hash, row.device_name), []).append(row)
+    return groups
 
 
 def _parts_of_model(
@@ -198,7 +198,7 @@ def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
     for row in rows:
         shapes.setdefault(show_protocol(row), []).append(row.job_id)
     for shape, jobs in shapes.items():
-        yield f"{'All' if len(shapes) == 1 else some_of(jobs)} measured with {shape}."
+        yield f"{'All' if len(shapes) == 1 else first_names(jobs)} measured with {shape}."
 
 
 def _legend(measured: Sequence[Line]) -> Iterable[str]:
