@@ -9,7 +9,7 @@ from typing import Any
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit, MeasuringAudit
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.quality_figures import Quality, TaskScores, TextPerplexity
-from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, Rounds, RunShape, Size
+from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, RunShape, Size, TimedRounds
 from qbatch.core.measured.stored_json import LEFT_OUT, Stored, beside, left_out
 
 
@@ -30,7 +30,7 @@ class Details(Stored):
     memory: Memory = field(default_factory=Memory)
     shapes: RunShape = field(default_factory=RunShape)
     stats: Mapping[str, PhaseTimes] | None = None
-    rounds: Rounds = field(default_factory=Rounds)
+    rounds: TimedRounds = field(default_factory=TimedRounds)
     flags: Mapping[str, bool] | None = None
     why: DecodeReasons = field(default_factory=DecodeReasons)
     audits: MeasuringAudit = field(default_factory=MeasuringAudit)

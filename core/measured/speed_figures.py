@@ -43,7 +43,7 @@ class PhaseByRound(Stored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rounds(Stored):
+class TimedRounds(Stored):
     """``interleaved_with``: the jobs of other models that were timed between these rounds; None where unknown."""
 
     count: int | None = None

@@ -40,10 +40,10 @@ def beside(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A part of what is stored. ``stored`` is the mapping that it was read from; empty where it was made here, also out
-    of another one (``dataclasses.replace``)."""
+    """A part of what is stored. ``read_from`` is the mapping that it was read from; None where it was made here, also
+    out of another one (``dataclasses.replace``)."""
 
-    stored: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    read_from: Mapping[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -52,19 +52,24 @@ class Stored:
             return cls()
         read = {name: reader(value[name]) for name, reader in _layout(cls).readers.items() if name in value}
         part = cls(**{name: item for name, item in read.items() if item is not _WRONG})
-        object.__setattr__(part, "stored", value)
+        object.__setattr__(part, "read_from", value)
         return part
 
     def to_json(self) -> dict[str, Any]:
         """What was read is as it was. Of what was made here neither infinity nor NaN: JSON has none."""
-        if self.stored:
-            return dict(self.stored)
+        if self.read_from is not None:
+            return dict(self.read_from)
         return {name: as_json(getattr(self, name)) for name in self.written_order() if self._is_written(name)}
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:
         """The names of the fields, in the order in which they are written."""
         return field_names(cls)
+
+    @property
+    def stored(self) -> Mapping[str, Any]:
+        """All that it was read from, known and unknown; empty where it was made here."""
+        return self.read_from or {}
 
     @property
     def is_known(self) -> bool:
@@ -85,7 +90,7 @@ class Stored:
 def as_json(value: Any) -> Any:
     """``value`` of a field as JSON has it."""
     if isinstance(value, Stored):
-        return value.to_json() if value.is_known else None
+        return value.to_json() if value.is_known or value.read_from is not None else None
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):

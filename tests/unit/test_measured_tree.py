@@ -19,7 +19,7 @@ from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.measured.quality_figures import Quality, QualityFloor, Score, TaskScores
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase
-from qbatch.core.measured.stored_json import Stored, beside, field_names, left_out
+from qbatch.core.measured.stored_json import Stored, as_json, beside, field_names, left_out
 from tests.unit.measured_rows import result, stats
 from tests.unit.printed import Preference, comparison, read, rendered, results_table, show_jobs
 from tests.unit.test_golden_views import REAL, SETS, VARIANTS
@@ -68,6 +68,7 @@ def test_absent_is_none_and_an_empty_part_can_be_asked_on() -> None:
     assert details.times(Phase.DECODE).mean is None
     assert not details.quality.is_known
     assert Details.from_json(None) == details
+    assert (details.to_json(), as_json(details), as_json(Details())) == ({}, {}, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

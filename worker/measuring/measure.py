@@ -18,7 +18,7 @@ from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.quality_figures import Quality, TextPerplexity
-from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, Rounds, RunShape, Size
+from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, RunShape, Size, TimedRounds
 from qbatch.worker.measuring.pooled_rounds import Speed, pool
 from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
 from qbatch.worker.measuring.quality.perplexity import TextScore, score_text, text_windows
@@ -246,7 +246,9 @@ class RowBenchmark:
                 new_tokens=speed.shape.new_tokens,
             ),
             stats={Phase.LOAD_MODEL.value: self._model.load_times, **speed.stats},
-            rounds=Rounds(count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round),
+            rounds=TimedRounds(
+                count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round
+            ),
             flags=speed.flags,
             why=self._explained(speed, kernels),
             audits=replace(found.details.audits, spread_between_rounds=speed.notable_spread),
