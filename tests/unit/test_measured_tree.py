@@ -132,7 +132,7 @@ PLACES = [
 
 
 @given(st.sampled_from(PLACES), st.sampled_from(WRONG))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_row_with_a_wrong_value_anywhere_is_still_shown(place: tuple[Any, Any], wrong: Any) -> None:
     row, path = place
     changed = with_wrong(row, path, wrong)
