@@ -29,7 +29,7 @@ def benchmark(
     """Measure ``loaded``, fresh from ``folder``, by ``protocol``, by itself: all rounds in a row, nothing between them.
 
     ``scheme`` and ``dtype`` are resolved. ``on_step`` is told in a word or two what is being done. With the
-    ``reference`` of its base (see ``measuring.quality.reference``), ``details["quality"]`` says how far the model is
+    ``reference`` of its base (see ``measuring.quality.reference``), ``details.quality`` says how far the model is
     from it. ``task_texts`` are the protocol's packed tasks by their sha256. ``quantize_s`` is left to the caller.
     Raises BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError, StorageError.
     """
