@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +22,7 @@ if __name__ != "qbatch.cli":
     raise ImportError("this is qbatch.cli, and has no other name")
 
 if TYPE_CHECKING:
+    from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.session import Database
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
@@ -276,8 +278,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     _require(database, ids)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model)
-    _place_checkpoints(settings, rows)
-    click.echo(comparison(rows, Preference(**preference), by=by, format=format_))
+    click.echo(comparison(_placed(settings, rows), Preference(**preference), by=by, format=format_))
 
 
 @main.command()
@@ -295,9 +296,9 @@ def show(jobs: Sequence[str], format_: str) -> None:
     _require_jobs(database, ids)
     with database.read() as session:
         found = whole_jobs(session, ids)
-    rows = [row for row, _ in found]
-    _place_checkpoints(settings, rows)
-    click.echo(show_jobs(found) if format_ == "table" else render(rows, (), format_))
+    rows = _placed(settings, [job.row for job in found])
+    placed = [replace(job, row=row) for job, row in zip(found, rows, strict=True)]
+    click.echo(show_jobs(placed) if format_ == "table" else render([job.to_json() for job in placed], (), format_))
 
 
 @main.command()
@@ -656,19 +657,19 @@ def _print_outcome(database: Database, settings: Settings, receipt: Receipt, for
     _print_results(settings, rows, format_)
 
 
-def _print_results(settings: Settings, rows: Sequence[dict[str, Any]], format_: str) -> None:
+def _print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -> None:
     from qbatch.views.formats import render
     from qbatch.views.results_table import results_table
 
-    _place_checkpoints(settings, rows)
-    click.echo(results_table(rows) if format_ == "table" else render(rows, (), format_))
+    rows = _placed(settings, rows)
+    click.echo(results_table(rows) if format_ == "table" else render([row.to_json() for row in rows], (), format_))
 
 
-def _place_checkpoints(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
-    """A checkpoint's path is stored relative to the storage, which may be mounted elsewhere on each machine."""
-    for row in rows:
-        if row["checkpoint_path"] is not None:
-            row["checkpoint_path"] = str(settings.storage / row["checkpoint_path"])
+def _placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
+    each machine."""
+    paths = [None if row.checkpoint_path is None else str(settings.storage / row.checkpoint_path) for row in rows]
+    return [replace(row, checkpoint_path=path) for row, path in zip(rows, paths, strict=True)]
 
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:

@@ -27,7 +27,9 @@ from typing import Any
 
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source
-from qbatch.core.domain import BASELINE, DType, Measurement, Method, Protocol, Scheme
+from qbatch.core.domain import BASELINE, DType, Method, Protocol, Scheme
+from qbatch.core.measured.measurement import Measurement
+from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.machine.gpu import installed_gpus
 
 _INT8 = Scheme(method=Method.INT8)
@@ -326,10 +328,10 @@ def table(shape: str, device_name: str, found: Found) -> tuple[list[str], bool]:
     """Its lines, and whether every pair of figures agrees."""
     cells, agreements = [list(_COLUMNS)], list[bool]()
     for name, measurement in found.qbatch.items():
-        why, own = measurement.details["why"] or {}, found.own[name]
-        busy_s, alone_s = _dig(why, "profile", "device_busy_s"), _dig(why, "kernels_alone", "step_s")
+        why, own = measurement.details.why, found.own[name]
+        busy_s, alone_s = why.profile.device_busy_s, why.kernels_alone.step_s
         pair = [_ratio(busy_s, own.busy_s), _ratio(alone_s, own.alone_s)]
-        spread = measurement.details["rounds"]["phases"]["decode"]["spread"]
+        spread = measurement.details.by_round(Phase.DECODE).spread
         eager = _ratio(measurement.decode_tokens_per_s, own.eager_tokens_per_s)
         # Eager decoding is the host's, which is never twice the same: within its own spread is all that can be asked.
         agreements += _within(eager, max(spread or 0.0, _TOLERANCE))
@@ -343,11 +345,11 @@ def table(shape: str, device_name: str, found: Found) -> tuple[list[str], bool]:
                 _show(pair[0], ".3f"),
                 *(_show(alone_s and alone_s * 1e3, ".2f"), _show(own.alone_s and own.alone_s * 1e3, ".2f")),
                 _show(pair[1], ".3f"),
-                _show(_dig(why, "profile", "launches"), ".0f"),
-                _show(_dig(why, "profile", "synchronizations"), ".0f"),
-                str(why.get("verdict") or why.get("reason") or "–"),
-                _show(_dig(why, "energy", "decode", "gross_j_per_token"), ".3f"),
-                _show(_dig(why, "energy", "decode", "net_j_per_token"), ".3f"),
+                _show(why.profile.launches, ".0f"),
+                _show(why.profile.synchronizations, ".0f"),
+                str(why.verdict or why.reason or "–"),
+                _show(why.energy.decode.gross_j_per_token, ".3f"),
+                _show(why.energy.decode.net_j_per_token, ".3f"),
             ]
         )
     widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
@@ -364,28 +366,23 @@ def _within(ratio: float | None, tolerance: float) -> list[bool]:
 
 def _remarks(found: Found) -> Iterator[str]:
     for name, measurement in found.qbatch.items():
-        why, flags = measurement.details["why"] or {}, measurement.details["flags"] or {}
-        if raised := [flag for flag, is_raised in flags.items() if is_raised]:
+        why = measurement.details.why
+        if raised := [flag for flag, is_raised in (measurement.details.flags or {}).items() if is_raised]:
             yield f"{name}: not fair: {', '.join(raised)}"
-        for part in ("kernels_alone", "energy"):
-            if reason := _dig(why, part, "reason"):
-                yield f"{name}: no {part.replace('_', ' ')}: {reason}"
-    roofs = next((why["roofs"] for one in found.qbatch.values() if (why := one.details["why"])), None)
+        for part, reason in (("kernels alone", why.kernels_alone.reason), ("energy", why.energy.reason)):
+            if reason:
+                yield f"{name}: no {part}: {reason}"
+    known = (one.details.why.roofs for one in found.qbatch.values())
+    roofs = next((one for one in known if one.copy_bytes_per_s and one.matmul_flops_per_s), None)
     if roofs:
         yield (
-            f"roofs: copy {roofs['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
-            f"{roofs['dtype']} product {roofs['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s"
+            f"roofs: copy {(roofs.copy_bytes_per_s or 0) / 1e9:.0f} GB/s, "
+            f"{roofs.dtype} product {(roofs.matmul_flops_per_s or 0) / 1e12:.0f} TFLOP/s"
         )
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one and other else None
-
-
-def _dig(found: Any, *names: str) -> Any:
-    for name in names:
-        found = (found or {}).get(name)
-    return found
 
 
 def _show(value: float | None, form: str) -> str:

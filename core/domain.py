@@ -323,61 +323,6 @@ class Claim:
     time_limit_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """A sample of latencies in seconds. ``stdev`` is the sample's (n - 1); 0 for a single value."""
-
-    count: int
-    mean: float
-    stdev: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """What one benchmark found. None is "not measured", never 0. Bytes, seconds, tokens per second, nats.
-
-    The named fields are columns of the results table; ``details`` holds the full statistics, versions and
-    audits as JSON.
-    """
-
-    device_name: str
-    dtype: DType
-    compute_dtype: DType
-    num_parameters: int
-    quantized_fraction: float
-    bits_per_param: float
-    disk_bytes: int
-    memory_footprint_bytes: int
-    weights_bytes: int
-    max_allocated_bytes: int | None = None
-    load_model_s: float | None = None
-    quantize_s: float | None = None
-    prefill_s_p50: float | None = None
-    decode_tokens_per_s: float | None = None
-    per_token_s_p50: float | None = None
-    per_token_s_p99: float | None = None
-    forward_s_p50: float | None = None
-    forward_samples_per_s: float | None = None
-    perplexity: float | None = None
-    kl_mean: float | None = None
-    top1_agreement: float | None = None
-    details: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**dict(value) | {"dtype": DType(value["dtype"]), "compute_dtype": DType(value["compute_dtype"])})
-
-
-MEASURED_COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Measurement) if field.name != "details")
-
-
 def format_batch_id(number: int) -> str:
     return f"b{number}"
 

@@ -2,45 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import format_batch_id, format_job_id, parse_id
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.stored_json import Stored
 from qbatch.models_db.memory_need import need_is
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
-Row = dict[str, Any]
 
-_TIMES = ("created_at", "started_at", "finished_at", "lease_expires_at", "not_before")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord(Stored):
+    """One claim, and how it ended."""
+
+    attempt: int
+    worker: str
+    outcome: str | None = None
+    message: str | None = None
+    claimed_at: str
+    ended_at: str | None = None
+    seconds: float | None = None
 
 
-def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[tuple[Row, Row | None]]:
-    """For each of ``job_ids`` that exists, in that order: its row of ``find_results`` with its record merged in, and
-    its baseline's row where there is one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord(Stored):
+    """``written_by``: None where that job was pruned."""
+
+    root_sha256: str
+    disk_bytes: int | None = None
+    written_by: str | None = None
+    created_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord(Stored):
+    """``attempts`` has every claim, the first one first. ``checkpoint`` is that of the job's key: None for a baseline,
+    and until it is published. Times are aware, in ISO 8601."""
+
+    job_id: str
+    batch_id: str
+    bundle: str | None = None
+    location: str
+    is_folder: bool | None = None
+    device: str | None = None
+    asked_protocol: Mapping[str, Any] | None = None
+    force: bool | None = None
+    allow_pickle: bool
+    priority: int
+    time_limit_s: float | None = None
+    above_memory_bytes: int | None = None
+    above_memory_is: str | None = None
+    stage: str | None = None
+    attempt: int
+    failures: int
+    progress: Mapping[str, Any] | None = None
+    worker: str | None = None
+    queue: str | None = None
+    created_at: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    lease_expires_at: str | None = None
+    not_before: str | None = None
+    checkpoint_key: str | None = None
+    checkpoint: CheckpointRecord | None = None
+    attempts: tuple[AttemptRecord, ...]
+    measured_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeJob:
+    """All about a job: its row of results, its record, and its baseline's row where there is one."""
+
+    row: ResultRow
+    record: JobRecord
+    baseline: ResultRow | None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.row.to_json() | self.record.to_json()
+
+
+def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
+    """Those of ``job_ids`` that exist, in that order."""
     if not job_ids:
         return []
-    rows = {row["job_id"]: row for row in find_results(session, job_ids=job_ids)}
-    baseline_ids = {row["baseline_job_id"] for row in rows.values()} - {None}
-    baselines = {}
-    if baseline_ids:
-        found = find_results(session, job_ids=[parse_id(text)[1] for text in sorted(baseline_ids)])
-        baselines = {row["job_id"]: row for row in found}
+    rows = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
+    wanted = sorted(row.baseline_job_id for row in rows.values() if row.baseline_job_id is not None)
+    found = find_results(session, job_ids=[parse_id(text)[1] for text in wanted]) if wanted else []
+    baselines = {row.job_id: row for row in found}
     return [
-        (rows[record["job_id"]] | record, baselines.get(rows[record["job_id"]]["baseline_job_id"]))
+        WholeJob(
+            row=rows[record.job_id],
+            record=record,
+            baseline=baselines.get(rows[record.job_id].baseline_job_id or ""),
+        )
         for record in job_records(session, job_ids)
     ]
 
 
-def job_records(session: Session, job_ids: Sequence[int]) -> list[Row]:
-    """One mapping for each of ``job_ids`` that exists, in that order; times are aware, in ISO 8601.
-
-    ``attempts`` has every claim, the first one first. ``checkpoint`` is that of the job's key: None for a baseline,
-    and until it is published.
-    """
+def job_records(session: Session, job_ids: Sequence[int]) -> list[JobRecord]:
+    """Of those of ``job_ids`` that exist, in that order."""
     rows = session.execute(
         select(Job, Worker.name, need_is(), Checkpoint, Result.created_at)
         .outerjoin(Worker, Worker.id == Job.worker_id)
@@ -50,15 +117,14 @@ def job_records(session: Session, job_ids: Sequence[int]) -> list[Row]:
     )
     attempts = _attempts(session, job_ids)
     records = {
-        job.id: _record(job, worker, need, checkpoint, attempts.get(job.id, []))
-        | {"measured_at": None if measured_at is None else measured_at.isoformat()}
+        job.id: _record(job, worker, need, checkpoint, tuple(attempts.get(job.id, ())), measured_at)
         for job, worker, need, checkpoint, measured_at in rows
     }
     return [records[job_id] for job_id in job_ids if job_id in records]
 
 
-def _attempts(session: Session, job_ids: Sequence[int]) -> dict[int, list[Row]]:
-    found: dict[int, list[Row]] = {}
+def _attempts(session: Session, job_ids: Sequence[int]) -> dict[int, list[AttemptRecord]]:
+    found: dict[int, list[AttemptRecord]] = {}
     rows = session.execute(
         select(Attempt, Worker.name)
         .join(Worker, Worker.id == Attempt.worker_id)
@@ -67,52 +133,67 @@ def _attempts(session: Session, job_ids: Sequence[int]) -> dict[int, list[Row]]:
     )
     for attempt, worker in rows:
         found.setdefault(attempt.job_id, []).append(
-            {
-                "attempt": attempt.attempt,
-                "worker": worker,
-                "outcome": attempt.outcome,
-                "message": attempt.message,
-                "claimed_at": attempt.claimed_at.isoformat(),
-                "ended_at": attempt.ended_at.isoformat() if attempt.ended_at else None,
-                "seconds": (attempt.ended_at - attempt.claimed_at).total_seconds() if attempt.ended_at else None,
-            }
+            AttemptRecord(
+                attempt=attempt.attempt,
+                worker=worker,
+                outcome=attempt.outcome,
+                message=attempt.message,
+                claimed_at=attempt.claimed_at.isoformat(),
+                ended_at=_iso(attempt.ended_at),
+                seconds=(attempt.ended_at - attempt.claimed_at).total_seconds() if attempt.ended_at else None,
+            )
         )
     return found
 
 
-def _record(job: Job, worker: str | None, need: str | None, checkpoint: Checkpoint | None, attempts: list[Row]) -> Row:
-    times = {name: getattr(job, name) for name in _TIMES}
-    return {
-        "job_id": format_job_id(job.id),
-        "batch_id": format_batch_id(job.batch_id),
-        "bundle": job.bundle,
-        "location": job.location,
-        "is_folder": job.is_folder,
-        "device": job.device,
-        "asked_protocol": job.protocol,
-        "force": job.force,
-        "allow_pickle": job.allow_pickle,
-        "priority": job.priority,
-        "time_limit_s": job.time_limit_s,
-        "above_memory_bytes": job.above_memory_bytes,
-        "above_memory_is": need,
-        "stage": job.stage,
-        "attempt": job.attempt,
-        "failures": job.failures,
-        "progress": job.progress,
-        "worker": worker,
-        "queue": job.queue,
-        **{name: value.isoformat() if value is not None else None for name, value in times.items()},
-        "checkpoint_key": job.checkpoint_key,
-        "checkpoint": None if checkpoint is None else _checkpoint(checkpoint),
-        "attempts": attempts,
-    }
+def _record(
+    job: Job,
+    worker: str | None,
+    need: str | None,
+    checkpoint: Checkpoint | None,
+    attempts: tuple[AttemptRecord, ...],
+    measured_at: datetime | None,
+) -> JobRecord:
+    return JobRecord(
+        job_id=format_job_id(job.id),
+        batch_id=format_batch_id(job.batch_id),
+        bundle=job.bundle,
+        location=job.location,
+        is_folder=job.is_folder,
+        device=job.device,
+        asked_protocol=job.protocol,
+        force=job.force,
+        allow_pickle=job.allow_pickle,
+        priority=job.priority,
+        time_limit_s=job.time_limit_s,
+        above_memory_bytes=job.above_memory_bytes,
+        above_memory_is=need,
+        stage=job.stage,
+        attempt=job.attempt,
+        failures=job.failures,
+        progress=job.progress,
+        worker=worker,
+        queue=job.queue,
+        created_at=_iso(job.created_at),
+        started_at=_iso(job.started_at),
+        finished_at=_iso(job.finished_at),
+        lease_expires_at=_iso(job.lease_expires_at),
+        not_before=_iso(job.not_before),
+        checkpoint_key=job.checkpoint_key,
+        checkpoint=None if checkpoint is None else _checkpoint(checkpoint),
+        attempts=attempts,
+        measured_at=_iso(measured_at),
+    )
 
 
-def _checkpoint(checkpoint: Checkpoint) -> Row:
-    return {
-        "root_sha256": checkpoint.root_sha256,
-        "disk_bytes": checkpoint.disk_bytes,
-        "written_by": format_job_id(checkpoint.job_id) if checkpoint.job_id is not None else None,
-        "created_at": checkpoint.created_at.isoformat(),
-    }
+def _checkpoint(checkpoint: Checkpoint) -> CheckpointRecord:
+    return CheckpointRecord(
+        root_sha256=checkpoint.root_sha256,
+        disk_bytes=checkpoint.disk_bytes,
+        written_by=format_job_id(checkpoint.job_id) if checkpoint.job_id is not None else None,
+        created_at=checkpoint.created_at.isoformat(),
+    )
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()

@@ -9,8 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import MEASURED_COLUMNS, JobState, content_hash, format_batch_id, format_job_id
+from qbatch.core.domain import JobState, content_hash, format_batch_id, format_job_id
 from qbatch.core.errors import UsageError
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import MEASURED_COLUMNS
+from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import VALUES_AT_ONCE
 from qbatch.models_db.tables import Checkpoint, Job, Result
@@ -44,12 +47,11 @@ def find_results(
     bits: Collection[int] = (),
     sort: str | None = None,
     limit: int | None = None,
-) -> list[dict[str, Any]]:
-    """One mapping for each job, ended or not; what was not measured is None.
+) -> list[ResultRow]:
+    """One row for each job, ended or not.
 
-    ``options`` are the scheme's, as asked for; ``protocol`` is the one it was measured by. ``model`` matches a part of
-    the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without a value come last; the default is
-    submission order. Raises UsageError for a column that does not exist.
+    ``model`` matches a part of the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without a value
+    come last; the default is submission order. Raises UsageError for a column that does not exist.
     """
     query = (
         select(Job, Result)
@@ -67,7 +69,7 @@ def find_results(
         query = query.where(Job.bits.in_(bits))
     rows = session.execute(query).all()
     baselines = _baselines(session, {job.batch_id for job, _ in rows})
-    return [_as_mapping(job, result, baselines) for job, result in rows]
+    return [_row(job, result, baselines) for job, result in rows]
 
 
 def _order(sort: str | None) -> list[ColumnElement[Any]]:
@@ -90,33 +92,32 @@ def _family(job: Job) -> tuple[Any, ...]:
     return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
-def _as_mapping(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> dict[str, Any]:
+def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> ResultRow:
     baseline = baselines.get(_family(job))
     scheme: Mapping[str, Any] = job.scheme
-    row: dict[str, Any] = {
-        "batch_id": format_batch_id(job.batch_id),
-        "job_id": format_job_id(job.id),
-        "model": job.model,
-        "revision": job.revision,
-        "state": job.state,
-        "error_kind": job.error_kind,
-        "error_message": job.error_message,
-        "reused_from": format_job_id(job.reused_from) if job.reused_from is not None else None,
-        "scheme": job.method,
-        "bits": job.bits,
-        "double_quant": scheme["double_quant"],
-        "options": {name: value for name, value in scheme.items() if name != "method"},
-        "checkpoint_path": result.checkpoint_path if result else None,
-    }
-    row |= {name: getattr(result, name) if result else None for name in MEASURED_COLUMNS}
+    measured: dict[str, Any] = {} if result is None else {name: getattr(result, name) for name in MEASURED_COLUMNS}
     # Until it is measured, a row says what was asked for.
-    row["dtype"] = result.dtype if result else job.dtype
-    row["compute_dtype"] = result.compute_dtype if result else scheme["compute_dtype"]
-    row["baseline_job_id"] = format_job_id(baseline) if baseline is not None and baseline != job.id else None
-    row["protocol"] = result.protocol if result else None
-    row["protocol_hash"] = result.protocol_hash if result else None
-    row["details"] = result.details if result else None
-    return row
+    asked = {"dtype": job.dtype, "compute_dtype": scheme["compute_dtype"]}
+    return ResultRow(
+        batch_id=format_batch_id(job.batch_id),
+        job_id=format_job_id(job.id),
+        model=job.model,
+        revision=job.revision,
+        state=job.state,
+        error_kind=job.error_kind,
+        error_message=job.error_message,
+        reused_from=format_job_id(job.reused_from) if job.reused_from is not None else None,
+        scheme=job.method,
+        bits=job.bits,
+        double_quant=scheme["double_quant"],
+        options={name: value for name, value in scheme.items() if name != "method"},
+        checkpoint_path=result.checkpoint_path if result else None,
+        **(asked | measured),
+        baseline_job_id=format_job_id(baseline) if baseline is not None and baseline != job.id else None,
+        protocol=StoredProtocol.from_json(result.protocol if result else None),
+        protocol_hash=result.protocol_hash if result else None,
+        details=Details.from_json(result.details if result else None),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qbatch.core.domain import DType, Measurement, Protocol, Scheme
+from qbatch.core.domain import DType, Protocol, Scheme
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 from qbatch.worker.measuring.quality.reference import Reference
 from qbatch.worker.measuring.why.capture import Captures
@@ -28,7 +29,7 @@ def benchmark(
     """Measure ``loaded``, fresh from ``folder``, by ``protocol``, by itself: all rounds in a row, nothing between them.
 
     ``scheme`` and ``dtype`` are resolved. ``on_step`` is told in a word or two what is being done. With the
-    ``reference`` of its base (see ``measuring.quality.reference``), ``details["quality"]`` says how far the model is
+    ``reference`` of its base (see ``measuring.quality.reference``), ``details.quality`` says how far the model is
     from it. ``task_texts`` are the protocol's packed tasks by their sha256. ``quantize_s`` is left to the caller.
     Raises BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError, StorageError.
     """

@@ -8,18 +8,10 @@ from typing import Any
 
 from sqlalchemy import select
 
-from qbatch.core.domain import (
-    BASELINE,
-    DeviceKind,
-    DType,
-    JobSpec,
-    Measurement,
-    Method,
-    ProtocolOptions,
-    Scheme,
-    SourceRef,
-)
+from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import JobError
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import Measurement
 from qbatch.models_db import jobs, workers
 from qbatch.models_db.batches import NewJob, add_batch
 from qbatch.models_db.session import Database
@@ -110,7 +102,7 @@ def measured() -> Measurement:
         disk_bytes=10,
         memory_footprint_bytes=10,
         weights_bytes=10,
-        details={"task": "causal-lm"},
+        details=Details.from_json({"task": "causal-lm"}),
     )
 
 

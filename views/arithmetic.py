@@ -5,24 +5,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.checks import Check, State, check
-from qbatch.views.figures import Row, dig
-from qbatch.views.scheme import is_baseline
 from qbatch.views.units import show_float
 
 # In hardware 16 bits take no longer than 32: what takes half as long again is not noise.
 LEAST_SLOWDOWN = 1.5
 
 
-def emulation_remarks(rows: Sequence[Row]) -> Iterable[str]:
+def emulation_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
     """A sentence for each device and dtype that rows computed in by emulation."""
-    found: dict[tuple[str, str], list[tuple[Row, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[ResultRow, float]]] = {}
     for row in rows:
-        for dtype, slowdown in _emulated(dig(row, "details.arithmetic_slowdown") or {}).items():
-            found.setdefault((row["device_name"], dtype), []).append((row, slowdown))
+        for dtype, slowdown in _emulated(row.details.arithmetic_slowdown or {}).items():
+            found.setdefault((str(row.device_name), dtype), []).append((row, slowdown))
     for (device, dtype), measured in found.items():
         slowdown = statistics.median(slowdown for _, slowdown in measured)
-        too = ", the baseline's too," if any(is_baseline(row) for row, _ in measured) else ""
+        too = ", the baseline's too," if any(row.is_baseline for row, _ in measured) else ""
         yield (
             f"{device} emulates {dtype}: a matrix product takes {_times(slowdown)} as long there as in float32. The "
             f"speed of what computes in {dtype}{too} is the emulation's and not the model's."

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.figures import ALL_FIGURES, Figure, Row
 from qbatch.views.formats import printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
+from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.quantized_share import audit_warnings
 from qbatch.views.ratios import show_beside
 from qbatch.views.recommend import recommend
 from qbatch.views.results_table import show_state
-from qbatch.views.scheme import is_baseline, show_scheme
+from qbatch.views.scheme import show_scheme
 from qbatch.views.task_scores import task_table
 from qbatch.views.units import show_count
 from qbatch.views.why_words import why
@@ -25,7 +27,7 @@ from qbatch.views.why_words import why
 _TEXT_WIDTH = 100
 
 
-def comparison(rows: Sequence[Row], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
+def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
     """``find_results``'s rows compared, as a table, JSON or CSV. ``by``: what a table's lines are, of ORIENTATIONS."""
     models = models_of(rows)
     if format == "json":
@@ -40,7 +42,7 @@ def comparison(rows: Sequence[Row], preference: Preference, *, by: str, format: 
 
 
 def _model(model: ModelRows, preference: Preference, by: str, width: int) -> list[str]:
-    parameters = next((row["num_parameters"] for group in model.groups for row in group.rows), None)
+    parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
     lines = [printable(model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else ""))]
     prose = min(width, _TEXT_WIDTH)
     if len(model.groups) > 1:
@@ -48,7 +50,7 @@ def _model(model: ModelRows, preference: Preference, by: str, width: int) -> lis
     for group in model.groups:
         lines += _group(group, preference, by, width)
     for row in model.unmeasured:
-        lines += _wrapped(f"{row['job_id']} {show_scheme(row)} has no result: {show_state(row)}.", prose)
+        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.", prose)
     return lines
 
 
@@ -63,11 +65,11 @@ def _group(group: Group, preference: Preference, by: str, width: int) -> Iterabl
     yield ""
     yield from _side_by_side(group, by, width)
     yield ""
-    found = recommend(group, preference)
-    yield from _wrapped(found.sentence, text)
+    recommendation = recommend(group, preference)
+    yield from _wrapped(recommendation.sentence, text)
     for reasons in _reasons(group):
         yield from _wrapped(reasons, text)
-    for remark in _remarks(group, found.ship):
+    for remark in _remarks(group, recommendation.ship):
         yield from _wrapped(remark, text)
 
 
@@ -75,16 +77,16 @@ def _reasons(group: Group) -> Iterable[str]:
     """A paragraph for each quantized row; what was said of one is not said again of another."""
     said: set[str] = set()
     for row in group.rows:
-        sentences = [] if is_baseline(row) else why(row, group.baselines.get(row["job_id"]))
+        sentences = [] if row.is_baseline else why(row, group.baselines.get(row.job_id))
         yield " ".join(sentence for sentence in sentences if sentence not in said)
         said.update(sentences)
 
 
-def _remarks(group: Group, ship: Row | None) -> Iterable[str]:
+def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
     for row in group.rows:
         # The recommendation has told them of its own.
         for warning in audit_warnings(row) if row is not ship else ():
-            yield f"{row['job_id']} {show_scheme(row)}: {warning}."
+            yield f"{row.job_id} {show_scheme(row)}: {warning}."
     for old, new in group.superseded.items():
         yield f"{old} measured what {new} measured again: the newer one is shown."
     yield from _not_in_turns(group)
@@ -95,19 +97,19 @@ def _remarks(group: Group, ship: Row | None) -> Iterable[str]:
 
 def _not_in_turns(group: Group) -> Iterable[str]:
     for row in group.rows:
-        baseline = group.baselines.get(row["job_id"])
+        baseline = group.baselines.get(row.job_id)
         if baseline is not None and timed_apart(row, baseline):
             yield (
-                f"{row['job_id']} was not timed in turns with {baseline['job_id']}: host time varies from visit to "
+                f"{row.job_id} was not timed in turns with {baseline.job_id}: host time varies from visit to "
                 "visit, and their speeds with it."
             )
 
 
 def _side_by_side(group: Group, by: str, width: int) -> list[str]:
-    figures = [figure for figure in ALL_FIGURES if any(figure.key(row) for row in group.rows)]
-    titles = [figure.title(group.rows) for figure in figures]
-    heads = [f"{row['job_id']} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
-    cells = [[_cell(figure, row, group) for row in group.rows] for figure in figures]
+    columns = [column for column in COMPARE_COLUMNS if any(column.metric_of(row) for row in group.rows)]
+    titles = [column_title(column, group.rows) for column in columns]
+    heads = [f"{row.job_id} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
+    cells = [[_cell(column, row, group) for row in group.rows] for column in columns]
     for title, line in task_table(group):
         titles.append(title)
         cells.append(line)
@@ -116,15 +118,15 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     return _blocks(heads, titles, [list(line) for line in zip(*cells, strict=True)], width)
 
 
-def _of_base(row: Row, group: Group) -> str:
+def _of_base(row: ResultRow, group: Group) -> str:
     """Where several baselines stand side by side, the one that a row's figures are set against."""
-    baseline = group.baselines.get(row["job_id"])
-    alone = sum(is_baseline(other) for other in group.rows) < 2
-    return "" if alone or baseline is None else f" of {baseline['job_id']}"
+    baseline = group.baselines.get(row.job_id)
+    alone = sum(other.is_baseline for other in group.rows) < 2
+    return "" if alone or baseline is None else f" of {baseline.job_id}"
 
 
-def _cell(figure: Figure, row: Row, group: Group) -> str:
-    return f"{figure.show(row)} {show_beside(figure, row, group.baselines.get(row['job_id']))}".rstrip()
+def _cell(column: MetricColumn, row: ResultRow, group: Group) -> str:
+    return f"{show_column(column, row)} {show_beside(column, row, group.baselines.get(row.job_id))}".rstrip()
 
 
 def _blocks(titles: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[str]:

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qbatch.views.figures import FIGURES, Row
+from qbatch.core.measured.metrics import RESULTS_COLUMNS
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import UNLIMITED
+from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.ratios import show_beside
 
 GAP = "  "
@@ -15,21 +17,21 @@ GAP = "  "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One row as shown: its label, and (figure, ratio) for each of FIGURES, or a remark in their place."""
+    """One row as shown: its label, and (figure, ratio) for each of RESULTS_COLUMNS, or a remark in their place."""
 
-    row: Row
+    row: ResultRow
     label: str
     cells: Sequence[tuple[str, str]] = ()
     remark: str | None = None
 
 
-def cells_of(row: Row, baseline: Row | None) -> list[tuple[str, str]]:
-    return [(figure.show(row), show_beside(figure, row, baseline)) for figure in FIGURES]
+def cells_of(row: ResultRow, baseline: ResultRow | None) -> list[tuple[str, str]]:
+    return [(show_column(column, row), show_beside(column, row, baseline)) for column in RESULTS_COLUMNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Column:
-    """One of FIGURES, by its index; widths in characters, the ratio's with the space before it."""
+    """One of RESULTS_COLUMNS, by its index; widths in characters, the ratio's with the space before it."""
 
     number: int
     title: str
@@ -60,9 +62,11 @@ class FigureTable:
     def of(cls, lines: Sequence[Line]) -> FigureTable:
         """With a column for each figure that any line has."""
         measured = [line for line in lines if line.cells]
+        rows = [line.row for line in measured]
+        titles = [column_title(column, rows) for column in RESULTS_COLUMNS]
         columns = [
             _Column.of(number, title, [line.cells[number] for line in measured])
-            for number, title in enumerate(figure.title(line.row for line in measured) for figure in FIGURES)
+            for number, title in enumerate(titles)
             if title
         ]
         return cls(label_width=max(len(line.label) for line in lines), columns=columns)
@@ -71,7 +75,7 @@ class FigureTable:
         """Without the columns that do not fit; the first always stays."""
         columns = list(self.columns)
         while len(columns) > 1 and len(replace(self, columns=columns).header()) > width:
-            columns.remove(max(columns, key=lambda column: FIGURES[column.number].rank))
+            columns.remove(max(columns, key=lambda column: RESULTS_COLUMNS[column.number].rank))
         return replace(self, columns=columns)
 
     def titles_left_out(self, fitted: FigureTable) -> list[str]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.domain import JobState
-from qbatch.views.figures import Row, dig
-from qbatch.views.scheme import is_baseline
+from qbatch.core.measured.result_row import ResultRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +19,13 @@ class Group:
     ``superseded``: for each job id left out, that of the newer measurement of its configuration.
     """
 
-    rows: Sequence[Row]
-    baselines: Mapping[str, Row]
+    rows: Sequence[ResultRow]
+    baselines: Mapping[str, ResultRow]
     superseded: Mapping[str, str]
 
     @property
     def device_name(self) -> str:
-        return str(self.rows[0]["device_name"])
+        return str(self.rows[0].device_name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,72 +34,72 @@ class ModelRows:
 
     name: str
     groups: Sequence[Group]
-    unmeasured: Sequence[Row]
+    unmeasured: Sequence[ResultRow]
 
 
-def models_of(rows: Sequence[Row]) -> list[ModelRows]:
+def models_of(rows: Sequence[ResultRow]) -> list[ModelRows]:
     """``find_results``'s rows by model, in the order given."""
-    found: dict[str, list[Row]] = {}
+    by_name: dict[str, list[ResultRow]] = {}
     for row in rows:
-        name = row["model"] + (f"@{row['revision']}" if row["revision"] else "")
-        found.setdefault(name, []).append(row)
-    return [_model(name, members) for name, members in found.items()]
+        name = row.model + (f"@{row.revision}" if row.revision else "")
+        by_name.setdefault(name, []).append(row)
+    return [_model(name, members) for name, members in by_name.items()]
 
 
-def _model(name: str, rows: Sequence[Row]) -> ModelRows:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        if row["state"] == JobState.SUCCEEDED:
+        if row.state == JobState.SUCCEEDED:
             # A folder's content may have changed under its name: then it is another model.
-            source = dig(row, "details.fingerprint")
-            groups.setdefault((row["protocol_hash"], row["device_name"], source), []).append(row)
+            source = row.details.fingerprint
+            groups.setdefault((row.protocol_hash, row.device_name, source), []).append(row)
     return ModelRows(
         name=name,
         groups=[_group(members) for members in groups.values()],
-        unmeasured=[row for row in rows if row["state"] != JobState.SUCCEEDED],
+        unmeasured=[row for row in rows if row.state != JobState.SUCCEEDED],
     )
 
 
-def _group(rows: Sequence[Row]) -> Group:
-    newest: dict[str, Row] = {}
+def _group(rows: Sequence[ResultRow]) -> Group:
+    newest: dict[str, ResultRow] = {}
     superseded: dict[str, str] = {}
     for row in sorted(rows, key=_age):
         before = newest.get(configuration(row))
         newest[configuration(row)] = row
-        if before is not None and measured_in(before) != measured_in(row):
-            superseded = {old: row["job_id"] if new == before["job_id"] else new for old, new in superseded.items()}
-            superseded[before["job_id"]] = row["job_id"]
-    kept = sorted(newest.values(), key=lambda row: (not is_baseline(row), -row["bits"], _number(row["job_id"])))
-    baselines = {row["job_id"]: found for row in kept if (found := _baseline(row, kept)) is not None}
+        if before is not None and measuring_job(before) != measuring_job(row):
+            superseded = {old: row.job_id if new == before.job_id else new for old, new in superseded.items()}
+            superseded[before.job_id] = row.job_id
+    kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, _number(row.job_id)))
+    baselines = {row.job_id: base for row in kept if (base := _baseline(row, kept)) is not None}
     return Group(rows=kept, baselines=baselines, superseded=superseded)
 
 
-def measured_in(row: Row) -> str:
+def measuring_job(row: ResultRow) -> str:
     """The job that measured a row's figures."""
-    return str(row["reused_from"] or row["job_id"])
+    return str(row.reused_from or row.job_id)
 
 
-def timed_apart(row: Row, baseline: Row) -> bool:
+def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
     """Whether the two are known not to have been timed in turns: host time varies from visit to visit."""
-    beside = dig(row, "details.rounds.interleaved_with")
-    return beside is not None and measured_in(baseline) not in beside
+    beside = row.details.rounds.interleaved_with
+    return beside is not None and measuring_job(baseline) not in beside
 
 
-def _age(row: Row) -> int:
-    return _number(measured_in(row))
+def _age(row: ResultRow) -> int:
+    return _number(measuring_job(row))
 
 
 def _number(job_id: str) -> int:
     return int(job_id[1:])
 
 
-def configuration(row: Row) -> str:
+def configuration(row: ResultRow) -> str:
     """What would be shipped, whatever it was measured by."""
-    return json.dumps([row["scheme"], row["dtype"], row["compute_dtype"], row["options"]], sort_keys=True)
+    return json.dumps([row.scheme, row.dtype, row.compute_dtype, row.options], sort_keys=True)
 
 
-def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
+def _baseline(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow | None:
     """The unquantized row of the same dtype: of another batch too, since protocol, device and source are the same."""
-    if is_baseline(row):
+    if row.is_baseline:
         return None
-    return next((other for other in rows if is_baseline(other) and other["dtype"] == row["dtype"]), None)
+    return next((other for other in rows if other.is_baseline and other.dtype == row.dtype), None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.figures import Row, dig
 from qbatch.views.formats import Column, printable, render, terminal_width
 from qbatch.views.listings import show_progress
 from qbatch.views.measured_figures import (
@@ -20,10 +21,10 @@ from qbatch.views.measured_figures import (
     speed_table,
 )
 from qbatch.views.protocol import show_field, show_protocol
-from qbatch.views.quantized_share import audit_lines, defects, other_audits, unfair
+from qbatch.views.quantized_share import audit_lines, defects, fairness_remarks, other_audits
 from qbatch.views.ratios import may_compare
 from qbatch.views.results_table import show_state
-from qbatch.views.scheme import is_baseline, show_scheme
+from qbatch.views.scheme import show_scheme
 from qbatch.views.task_scores import task_lines
 from qbatch.views.units import show_seconds, show_time
 from qbatch.views.why_words import why
@@ -41,33 +42,34 @@ _ATTEMPTS: tuple[Column, ...] = (
 Lines = Iterable[tuple[str, str]]
 
 
-def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:
-    """``qbatch.models_db.job_record.whole_jobs``'s rows, each with its baseline's, one after the other."""
-    return "\n\n\n".join(_show_job(job, baseline) for job, baseline in jobs)
+def show_jobs(jobs: Sequence[WholeJob]) -> str:
+    """One after the other, each beside its baseline."""
+    return "\n\n\n".join(_show_job(job.row, job.record, job.baseline) for job in jobs)
 
 
-def _show_job(job: Row, baseline: Row | None) -> str:
-    if baseline is not None and not may_compare(job, baseline, on_device=True):
+def _show_job(row: ResultRow, record: JobRecord, baseline: ResultRow | None) -> str:
+    if baseline is not None and not may_compare(row, baseline, on_device=True):
         baseline = None
     width = terminal_width()
-    heading = f"{job['job_id']} {show_scheme(job)} of {job['model']} ({job['batch_id']}): {show_state(job)}"
-    parts = [*wrap(printable(heading), min(width, _TEXT_WIDTH)), *_section("job", _job(job), width), *_attempts(job)]
-    parts += _section("source", _source(job), width)
-    parts += _section("scheme", _scheme(job), width)
-    if job["state"] == JobState.SUCCEEDED:
-        parts += _measured(job, baseline, width)
+    heading = f"{row.job_id} {show_scheme(row)} of {row.model} ({row.batch_id}): {show_state(row)}"
+    parts = wrap(printable(heading), min(width, _TEXT_WIDTH))
+    parts += [*_section("job", _job(row, record), width), *_attempts(record)]
+    parts += _section("source", _source(row, record), width)
+    parts += _section("scheme", _scheme(row, record), width)
+    if row.state == JobState.SUCCEEDED:
+        parts += _measured(row, baseline, width)
     return "\n".join(parts)
 
 
 def _section(title: str, lines: Lines, width: int) -> list[str]:
     """A title, and each line's text beside its own title; nothing where there are no lines."""
-    found = [(name, printable(text)) for name, text in lines]
-    if not found:
+    texts = [(name, printable(text)) for name, text in lines]
+    if not texts:
         return []
-    room = max(len(name) for name, _ in found)
+    room = max(len(name) for name, _ in texts)
     shown = ["", title]
     before = None
-    for name, text in found:
+    for name, text in texts:
         first = GAP + ("" if name == before else name).ljust(room) + GAP
         shown += wrap(text, width, first=first, indent=" " * len(first)) if text else [first.rstrip()]
         before = name
@@ -78,63 +80,64 @@ def _table(title: str, table: str) -> list[str]:
     return ["", title, *table.splitlines()]
 
 
-def _job(job: Row) -> Lines:
-    if job["reused_from"] is not None:
-        yield "answered by", f"{job['reused_from']}, the same checkpoint and protocol; not measured again"
-    if job["state"] == JobState.RUNNING:
-        progress = show_progress(job["progress"] or {})
-        yield "stage", f"{job['stage']} on {job['worker']}" + (f", {progress}" if progress else "")
-    for title, key in (("submitted", "created_at"), ("started", "started_at"), ("finished", "finished_at")):
-        if job[key] is not None:
-            yield title, show_time(job[key])
-    if job["not_before"] is not None and job["state"] == JobState.QUEUED:
-        yield "not before", show_time(job["not_before"])
-    yield "attempts", f"{job['attempt']}, of which {job['failures']} charged"
-    if job["priority"]:
-        yield "priority", str(job["priority"])
-    if job["time_limit_s"] is not None:
-        yield "time limit", show_seconds(job["time_limit_s"])
+def _job(row: ResultRow, record: JobRecord) -> Lines:
+    if row.reused_from is not None:
+        yield "answered by", f"{row.reused_from}, the same checkpoint and protocol; not measured again"
+    if row.state == JobState.RUNNING:
+        progress = show_progress(record.progress or {})
+        yield "stage", f"{record.stage} on {record.worker}" + (f", {progress}" if progress else "")
+    moments = (("submitted", record.created_at), ("started", record.started_at), ("finished", record.finished_at))
+    for title, moment in moments:
+        if moment is not None:
+            yield title, show_time(moment)
+    if record.not_before is not None and row.state == JobState.QUEUED:
+        yield "not before", show_time(record.not_before)
+    yield "attempts", f"{record.attempt}, of which {record.failures} charged"
+    if record.priority:
+        yield "priority", str(record.priority)
+    if record.time_limit_s is not None:
+        yield "time limit", show_seconds(record.time_limit_s)
 
 
-def _attempts(job: Row) -> list[str]:
-    attempts: Sequence[Mapping[str, Any]] = job["attempts"]
+def _attempts(record: JobRecord) -> list[str]:
+    attempts = [attempt.to_json() for attempt in record.attempts]
     return _table("attempts", render(attempts, _ATTEMPTS, "table")) if attempts else []
 
 
-def _source(job: Row) -> Lines:
-    yield "location", job["location"]
-    if job["revision"]:
-        yield "revision", job["revision"]
-    if commit := dig(job, "details.commit"):
+def _source(row: ResultRow, record: JobRecord) -> Lines:
+    yield "location", record.location
+    if row.revision:
+        yield "revision", row.revision
+    if commit := row.details.commit:
         yield "commit", commit
-    if fingerprint := dig(job, "details.fingerprint"):
+    if fingerprint := row.details.fingerprint:
         yield "fingerprint", fingerprint
-    if job["allow_pickle"]:
+    if record.allow_pickle:
         yield "pickles", "allowed"
 
 
-def _scheme(job: Row) -> Lines:
-    yield "method", "the model itself, unquantized" if is_baseline(job) else job["scheme"]
-    yield "dtype", f"{job['dtype']}, computing in {job['compute_dtype']}"
-    for name in _options(job):
-        yield name, _plain(job["options"][name])
-    if job["checkpoint_key"]:
-        yield "checkpoint key", job["checkpoint_key"]
-    if job["checkpoint_path"]:
-        yield "checkpoint", job["checkpoint_path"]
-    if job["checkpoint"] is not None:
-        yield "sha256", job["checkpoint"]["root_sha256"]
-        if job["checkpoint"]["written_by"] != job["job_id"]:
-            yield "written by", job["checkpoint"]["written_by"] or "a job that was pruned"
+def _scheme(row: ResultRow, record: JobRecord) -> Lines:
+    yield "method", "the model itself, unquantized" if row.is_baseline else row.scheme
+    yield "dtype", f"{row.dtype}, computing in {row.compute_dtype}"
+    for name in _options(row):
+        yield name, _plain(row.options[name])
+    if record.checkpoint_key:
+        yield "checkpoint key", record.checkpoint_key
+    if row.checkpoint_path:
+        yield "checkpoint", row.checkpoint_path
+    if record.checkpoint is not None:
+        yield "sha256", record.checkpoint.root_sha256
+        if record.checkpoint.written_by != row.job_id:
+            yield "written by", record.checkpoint.written_by or "a job that was pruned"
 
 
-def _options(job: Row) -> Iterable[str]:
-    """The options that mean something to the job's method."""
-    if job["scheme"] == "bnb-int8":
+def _options(row: ResultRow) -> Iterable[str]:
+    """The options that mean something to the row's method."""
+    if row.scheme == "bnb-int8":
         yield "int8_threshold"
-    if job["scheme"] in ("bnb-nf4", "bnb-fp4"):
+    if row.scheme in ("bnb-nf4", "bnb-fp4"):
         yield from ("double_quant", "quant_storage")
-    if not is_baseline(job):
+    if not row.is_baseline:
         yield from ("skip_modules", "max_shard_bytes")
 
 
@@ -146,48 +149,48 @@ def _plain(value: Any) -> str:
     return "transformers' default" if value is None else str(value)
 
 
-def _measured(job: Row, baseline: Row | None, width: int) -> Iterable[str]:
-    yield from _section("protocol", _protocol(job), width)
-    yield from _section("versions", _versions(job), width)
-    yield from _section("size", size_lines(job), width)
-    if not is_baseline(job):
-        yield from _section("coverage audit", [*audit_lines(job), *(("unfit", text) for text in defects(job))], width)
-    table = speed_table(job)
-    yield from _table(f"speed on {printable(job['device_name'])}", table) if table else ()
-    yield from _section("speed by round", round_lines(job), width)
-    yield from _section("times", _times(job), width)
-    yield from _section("memory, at most", memory_lines(job), width)
-    yield from _section("quality", quality_lines(job), width)
-    yield from _section("tasks", task_lines(job), width)
-    yield from _section("energy", energy_lines(job), width)
-    yield from _section("noticed", _noticed(job), width)
-    reasons = why(job, baseline)
+def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterable[str]:
+    yield from _section("protocol", _protocol(row), width)
+    yield from _section("versions", _versions(row), width)
+    yield from _section("size", size_lines(row), width)
+    if not row.is_baseline:
+        yield from _section("coverage audit", [*audit_lines(row), *(("unfit", text) for text in defects(row))], width)
+    table = speed_table(row)
+    yield from _table(f"speed on {printable(str(row.device_name))}", table) if table else ()
+    yield from _section("speed by round", round_lines(row), width)
+    yield from _section("times", _times(row), width)
+    yield from _section("memory, at most", memory_lines(row), width)
+    yield from _section("quality", quality_lines(row), width)
+    yield from _section("tasks", task_lines(row), width)
+    yield from _section("energy", energy_lines(row), width)
+    yield from _section("noticed", _noticed(row), width)
+    reasons = why(row, baseline)
     if reasons:
         yield from ["", "why", *wrap(" ".join(reasons), min(width, _TEXT_WIDTH), first=GAP, indent=GAP)]
 
 
-def _noticed(job: Row) -> Lines:
-    yield from (("flag", text) for text in unfair(dig(job, "details.flags")))
-    yield from (("emulated", text) for text in emulation_remarks([job]))
-    yield from other_audits(job)
+def _noticed(row: ResultRow) -> Lines:
+    yield from (("flag", text) for text in fairness_remarks(row.details.flags))
+    yield from (("emulated", text) for text in emulation_remarks([row]))
+    yield from other_audits(row)
 
 
-def _protocol(job: Row) -> Lines:
-    yield "hash", job["protocol_hash"]
-    yield "shape", show_protocol(job)
-    for name, value in (job["protocol"] or {}).items():
+def _protocol(row: ResultRow) -> Lines:
+    yield "hash", str(row.protocol_hash)
+    yield "shape", show_protocol(row)
+    for name, value in row.protocol.stored.items():
         yield name, str(value) if name.endswith("sha256") else show_field(name, value)
 
 
-def _versions(job: Row) -> Lines:
-    for name, version in (dig(job, "details.versions") or {}).items():
+def _versions(row: ResultRow) -> Lines:
+    for name, version in (row.details.versions or {}).items():
         if version is not None:
             yield name, str(version)
-    if uuid := dig(job, "details.device_uuid"):
-        yield "device", f"{job['device_name']}, {uuid}"
+    if uuid := row.details.device_uuid:
+        yield "device", f"{row.device_name}, {uuid}"
 
 
-def _times(job: Row) -> Lines:
-    for title, key in (("quantize", "quantize_s"), ("load model", "load_model_s")):
-        if job[key] is not None:
-            yield title, show_seconds(job[key])
+def _times(row: ResultRow) -> Lines:
+    for title, seconds in (("quantize", row.quantize_s), ("load model", row.load_model_s)):
+        if seconds is not None:
+            yield title, show_seconds(seconds)

@@ -2,154 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from qbatch.views.figures import Row, dig
-from qbatch.views.formats import Column, render
-from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
-from qbatch.views.quantized_share import unfair
-from qbatch.views.units import (
-    show_bytes,
-    show_bytes_exactly,
-    show_float,
-    show_nats,
-    show_percent,
-    show_rate,
-    show_seconds,
+from qbatch.core.measured.decode_figures import PhaseEnergy
+from qbatch.core.measured.metrics import (
+    DECODE,
+    EMBEDDING_LINES,
+    MEMORY_METRICS,
+    PREDICTION_LINES,
+    THROUGHPUT,
+    Metric,
+    OfComparison,
+    Unit,
 )
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.speed_figures import Phase, PhaseTimes
+from qbatch.views.formats import NOTHING, Column, render
+from qbatch.views.metric_text import show_metric, show_value
+from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
+from qbatch.views.quantized_share import fairness_remarks
+from qbatch.views.units import show_bytes_exactly, show_float, show_percent, show_rate, show_seconds
 
 Lines = Iterable[tuple[str, str]]
-_STATISTICS = ("mean", "stdev", "p50", "p90", "p95", "p99")
 _PHASES: tuple[Column, ...] = (
     Column(key="phase", title="phase"),
     Column(key="count", title="count"),
-    *(Column(key=name, title=name, show=show_seconds) for name in _STATISTICS),
+    *(Column(key=name, title=name, show=show_seconds) for name in ("mean", "stdev", "p50", "p90", "p95", "p99")),
     Column(key="rate", title="rate"),
 )
-_RATES = {"decode": "decode_tokens_per_s", "forward": "forward_samples_per_s"}
-_MEMORY = {
-    "max_allocated": "allocated by torch",
-    "max_reserved": "reserved by torch",
-    "max_process_vram": "GPU, this process",
-    "max_global_vram": "GPU, all processes",
-    "max_ram": "host, resident",
-}
-_DIVERGENCE = {
-    "kl_mean": "mean KL",
-    "kl_median": "median KL",
-    "kl_p90": "KL p90",
-    "kl_p95": "KL p95",
-    "kl_p99": "KL p99",
-    "kl_max": "largest KL",
-    "ln_ppl_ratio": "ln PPL ratio",
-    "rms_delta_p": "RMS Δp",
-    "top1_agreement": "top-1 agreement",
-}
-_SIMILARITY = {
-    "cosine_mean": "mean cosine, centred",
-    "cosine_min": "smallest cosine",
-    "rank_correlation": "rank correlation",
-}
+_RATES = {Phase.DECODE: DECODE, Phase.FORWARD: THROUGHPUT}
 _AGAINST = {"hidden": "hidden states, replayed", "logits": "logits", "embedding": "embeddings"}
-# The columns of the row that carry a figure of the comparison, by which its noise is judged.
-_JUDGED = {"kl_mean": "kl_mean", "ln_ppl_ratio": "perplexity", "top1_agreement": "top1_agreement"}
 
 
-def size_lines(row: Row) -> Lines:
-    yield "parameters", f"{row['num_parameters']:,}"
-    yield "weights", show_bytes_exactly(row["weights_bytes"])
-    yield "on disk", show_bytes_exactly(row["disk_bytes"])
-    yield "memory footprint", f"{show_bytes_exactly(row['memory_footprint_bytes'])}, transformers' own figure"
+def size_lines(row: ResultRow) -> Lines:
+    yield "parameters", NOTHING if row.num_parameters is None else f"{row.num_parameters:,}"
+    yield "weights", _exactly(row.weights_bytes)
+    yield "on disk", _exactly(row.disk_bytes)
+    yield "memory footprint", f"{_exactly(row.memory_footprint_bytes)}, transformers' own figure"
 
 
-def speed_table(row: Row) -> str:
+def _exactly(count: int | None) -> str:
+    return NOTHING if count is None else show_bytes_exactly(count)
+
+
+def speed_table(row: ResultRow) -> str:
     """A line for each phase, over all rounds; "" where nothing was timed."""
-    stats: Mapping[str, Any] = dig(row, "details.stats") or {}
     lines = [
         {
             "phase": phase,
-            "rate": _rate(row, phase, found),
-            **{name: found.get(name) for name in ("count", *_STATISTICS)},
+            "rate": _rate(row, phase, times),
+            "count": times.count,
+            "mean": times.mean,
+            "stdev": times.stdev,
+            "p50": times.p50,
+            "p90": times.p90,
+            "p95": times.p95,
+            "p99": times.p99,
         }
-        for phase, found in stats.items()
+        for phase, times in (row.details.stats or {}).items()
     ]
     return render(lines, _PHASES, "table") if lines else ""
 
 
-def _rate(row: Row, phase: str, found: Mapping[str, Any]) -> str | None:
-    if found.get("tokens_per_s") is not None:
-        return show_rate(found["tokens_per_s"], "tok")
-    per_second = row.get(_RATES.get(phase, ""))
-    return None if per_second is None else show_rate(per_second, "tok" if phase == "decode" else "sample")
+def _rate(row: ResultRow, phase: str, times: PhaseTimes) -> str | None:
+    if times.tokens_per_s is not None:
+        return show_rate(times.tokens_per_s, "tok")
+    metric = next((metric for known, metric in _RATES.items() if known == phase), None)
+    return None if metric is None or metric.value(row) is None else show_metric(metric, row)
 
 
-def round_lines(row: Row) -> Lines:
+def round_lines(row: ResultRow) -> Lines:
     """How far the rounds of each phase lie apart, where there were several."""
-    rounds: Mapping[str, Any] = dig(row, "details.rounds") or {}
-    if rounds.get("count", 1) < 2:
+    rounds = row.details.rounds
+    if rounds.count is None or rounds.count < 2:
         return
-    others = ", ".join(rounds.get("interleaved_with") or ())
-    yield "rounds", f"{rounds['count']}, " + (f"in turns with {others}" if others else "in a row")
-    for phase, found in rounds["phases"].items():
-        medians = ", ".join(show_seconds(median) for median in found["p50"])
-        yield phase, f"{medians}: medians {show_percent(found['spread'])} apart"
+    others = ", ".join(rounds.interleaved_with or ())
+    yield "rounds", f"{rounds.count}, " + (f"in turns with {others}" if others else "in a row")
+    for phase, times in (rounds.phases or {}).items():
+        medians = ", ".join(show_seconds(median) for median in times.p50 or ())
+        apart = NOTHING if times.spread is None else show_percent(times.spread)
+        yield phase, f"{medians}: medians {apart} apart"
 
 
-def memory_lines(row: Row) -> Lines:
-    for name, title in _MEMORY.items():
-        if (size := dig(row, f"details.memory.{name}")) is not None:
-            yield title, show_bytes(size)
+def memory_lines(row: ResultRow) -> Lines:
+    for metric in MEMORY_METRICS:
+        if metric.value(row) is not None:
+            yield metric.line_title, show_metric(metric, row)
 
 
-def quality_lines(row: Row) -> Lines:
+def quality_lines(row: ResultRow) -> Lines:
     """Perplexity, and the comparison with the base: each figure ± its standard error, beside that of 16 bits alone."""
-    if row["perplexity"] is not None:
-        error = dig(row, "details.perplexity.perplexity_se")
+    if row.perplexity is not None:
+        error = row.details.perplexity.perplexity_se
         with_error = "" if error is None else f" ± {show_float(error, 2)}"
-        yield "perplexity", f"{show_float(row['perplexity'])}{with_error}{_scored(row)}"
-    found: Mapping[str, Any] = dig(row, "details.quality") or {}
-    if found.get("reason"):
-        yield "not compared", found["reason"]
-    for name, title in _DIVERGENCE.items():
-        if found.get(name) is not None:
-            yield title, _divergence(row, found, name)
-    for name, title in _SIMILARITY.items():
-        if found.get(name) is not None:
-            floor = dig(found, f"floor.{name}")
-            yield title, f"{found[name]:.4f}" + (f"  (16 bits alone: {floor:.4f})" if floor is not None else "")
-    if counts := [f"{found[name]:,} {name}" for name in ("windows", "rows", "pieces") if found.get(name) is not None]:
-        yield "over", ", ".join(counts) + f", against the base's {_AGAINST.get(str(found.get('against')), 'outputs')}"
+        yield "perplexity", f"{show_float(row.perplexity)}{with_error}{_scored(row)}"
+    quality = row.details.quality
+    if quality.reason:
+        yield "not compared", quality.reason
+    for metric in (*PREDICTION_LINES, *EMBEDDING_LINES):
+        if (value := metric.line_value(row)) is not None:
+            yield metric.line_title, _beside_floor(row, metric, value)
+    counts = (("windows", quality.windows), ("rows", quality.rows), ("pieces", quality.pieces))
+    if compared := [f"{count:,} {name}" for name, count in counts if count is not None]:
+        outputs = _AGAINST.get(str(quality.against), "outputs")
+        yield "over", ", ".join(compared) + f", against the base's {outputs}"
 
 
-def _scored(row: Row) -> str:
-    tokens, windows = (dig(row, f"details.perplexity.{name}") for name in ("tokens", "windows"))
-    return "" if tokens is None else f", of {tokens:,} tokens in {windows} windows"
+def _scored(row: ResultRow) -> str:
+    text = row.details.perplexity
+    return "" if text.tokens is None else f", of {text.tokens:,} tokens in {text.windows} windows"
 
 
-def _divergence(row: Row, found: Mapping[str, Any], name: str) -> str:
-    show = show_percent if name == "top1_agreement" else show_nats
-    error, floor = found.get(f"{name}_se"), dig(found, f"floor.{name}")
-    text = show(found[name]) + (f" ± {show(error)}" if error is not None else "")
-    if floor is not None:
-        text += f"  (16 bits alone: {show(floor)})"
-    return text + (f", {NOT_DISTINGUISHABLE}" if name in _JUDGED and is_noise(_JUDGED[name], row) else "")
+def _beside_floor(row: ResultRow, metric: Metric, value: float) -> str:
+    error, floor = (None if of is None else of(row) for of in (metric.error, metric.floor))
+    text = show_value(metric.unit, value)
+    text += "" if error is None else f" ± {show_value(metric.unit, error)}"
+    text += "" if floor is None else f"  (16 bits alone: {show_value(metric.unit, floor)})"
+    is_same = isinstance(metric.noise, OfComparison) and is_noise(metric, row)
+    return text + (f", {NOT_DISTINGUISHABLE}" if is_same else "")
 
 
-def energy_lines(row: Row) -> Lines:
-    energy: Mapping[str, Any] = dig(row, "details.why.energy") or {}
-    if energy.get("reason"):
-        yield "not measured", energy["reason"]
-    if energy.get("idle_w") is not None:
-        yield "idle", f"{energy['idle_w']:.0f} W with the model loaded"
-    for phase in ("prefill", "decode"):
-        if dig(energy, f"{phase}.net_j") is not None:
-            yield phase, _joules(energy[phase])
-    for remark in unfair(energy.get("flags")):
+def energy_lines(row: ResultRow) -> Lines:
+    energy = row.details.why.energy
+    if energy.reason:
+        yield "not measured", energy.reason
+    if energy.idle_w is not None:
+        yield "idle", f"{energy.idle_w:.0f} W with the model loaded"
+    for title, phase in (("prefill", energy.prefill), ("decode", energy.decode)):
+        if phase.net_j is not None:
+            yield title, _joules(phase)
+    for remark in fairness_remarks(energy.flags):
         yield "not fair", remark
 
 
-def _joules(phase: Mapping[str, Any]) -> str:
-    net, gross, error = (show_float(phase[name], 3) for name in ("net_j", "gross_j", "uncertainty_j"))
-    a_token = phase.get("net_j_per_token")
-    return f"{net} ± {error} J net, {gross} gross" + (f"; {show_float(a_token, 3)} J a token" if a_token else "")
+def _joules(phase: PhaseEnergy) -> str:
+    net, gross, error = (
+        NOTHING if value is None else show_float(value, 3)
+        for value in (phase.net_j, phase.gross_j, phase.uncertainty_j)
+    )
+    a_token = phase.net_j_per_token
+    return f"{net} ± {error} J net, {gross} gross" + (
+        f"; {show_value(Unit.JOULES, a_token)} a token" if a_token else ""
+    )

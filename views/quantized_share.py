@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from qbatch.views.figures import Row, dig
-from qbatch.views.scheme import is_baseline
+from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.formats import NOTHING
 from qbatch.views.units import show_bytes, show_count, show_percent
 
 _NAMED = 3
 _WORST_SHOWN = 5
-_KNOWN_AUDITS = ("cpu_layers_on_generic_kernel", "perplexity_not_finite", "spread_between_rounds")
 _UNFAIR = {
     "foreign_processes": "other processes used the GPU",
     "throttled": "the GPU lowered its clocks for heat or power",
@@ -19,28 +18,28 @@ _UNFAIR = {
 }
 
 
-def audit_warnings(row: Row) -> Iterable[str]:
+def audit_warnings(row: ResultRow) -> Iterable[str]:
     """What a reader must know before using a row's figures; nothing where all is as it should be."""
-    fraction = row["quantized_fraction"]
-    if not is_baseline(row) and fraction is not None and fraction < 0.5:
+    fraction = row.quantized_fraction
+    if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
-            f"only {fraction * 100:.3g} % of its parameters are stored in {row['bits']} bits: "
-            f"the rest is {row['dtype']} (`qbatch show JOB` says why)"
+            f"only {fraction * 100:.3g} % of its parameters are stored in {row.bits} bits: "
+            f"the rest is {row.dtype} (`qbatch show JOB` says why)"
         )
     yield from defects(row)
-    dropped = dig(row, "details.audit.dropped_tensors") or ()
+    dropped = row.details.audit.dropped_tensors
     if dropped:
         yield (
             f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
-            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {some_of(dropped)}"
+            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {first_names(dropped)}"
         )
-    idle = dig(row, "details.audit.idle_skip_modules") or ()
+    idle = row.details.audit.idle_skip_modules
     if idle:
-        yield f"it has no layer of those that --skip-modules names: {some_of(idle)}"
-    yield from unfair(dig(row, "details.flags"))
-    for remark in unfair(dig(row, "details.why.energy.flags")):
+        yield f"it has no layer of those that --skip-modules names: {first_names(idle)}"
+    yield from fairness_remarks(row.details.flags)
+    for remark in fairness_remarks(row.details.why.energy.flags):
         yield f"of its energy: {remark}"
-    if dig(row, "details.audits.spread_between_rounds"):
+    if row.details.audits.spread_between_rounds:
         # Without the number: rows share the footnote.
         yield (
             "its speed varied much between its rounds (`qbatch show JOB` says by how much): a difference of that size "
@@ -48,49 +47,53 @@ def audit_warnings(row: Row) -> Iterable[str]:
         )
 
 
-def unfair(flags: Mapping[str, bool] | None) -> Iterable[str]:
+def fairness_remarks(flags: Mapping[str, bool] | None) -> Iterable[str]:
     """What was noticed of a GPU while it was measured."""
     for name, raised in (flags or {}).items():
         if raised:
             yield f"while it was measured, {_UNFAIR.get(name, name.replace('_', ' '))}"
 
 
-def defects(row: Row) -> Iterable[str]:
+def defects(row: ResultRow) -> Iterable[str]:
     """What makes a checkpoint unfit to ship."""
-    broken = dig(row, "details.audit.not_finite") or ()
+    broken = row.details.audit.not_finite
     if broken:
-        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {some_of(broken)}"
-    infinite = dig(row, "details.audit.int8_infinite_scales")
+        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {first_names(broken)}"
+    infinite = row.details.audit.int8_infinite_scales
     if infinite:
         yield (
             f"{_count(infinite, 'int8 scale')} of it {'is' if infinite == 1 else 'are'} infinite: those rows, with "
             "values over 65504, are lost"
         )
-    if dig(row, "details.audits.perplexity_not_finite"):
+    if row.details.audits.perplexity_not_finite:
         yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
 
 
-def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
+def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
     """The coverage audit as titles and texts. ``row`` is a quantized row with a result."""
     yield "quantized", _coverage(row)
-    if row["bits_per_param"] is not None:
-        yield "bits per parameter", f"{row['bits_per_param']:.2f}"
-    audit: Mapping[str, Any] = dig(row, "details.audit") or {}
-    if not audit:
+    if row.bits_per_param is not None:
+        yield "bits per parameter", f"{row.bits_per_param:.2f}"
+    audit = row.details.audit
+    if not audit.is_known:
         yield "audit", "none is on record"
         return
-    for entry in audit.get("kept", ()):
-        yield f"left at {row['dtype']}", f"{entry['name']}: {entry['reason']} ({show_count(entry['parameters'])})"
-    dropped = audit.get("dropped_tensors") or ()
-    yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {some_of(dropped, 10)}" if dropped else "none"
+    for part in audit.kept or ():
+        count = NOTHING if part.parameters is None else show_count(part.parameters)
+        yield f"left at {row.dtype}", f"{part.name}: {part.reason} ({count})"
+    dropped = audit.dropped_tensors or ()
+    yield (
+        "dropped by transformers",
+        f"{_count(len(dropped), 'tensor')}: {first_names(dropped, 10)}" if dropped else "none",
+    )
     yield from _errors(audit)
-    if row["scheme"] == "bnb-int8" and audit.get("int8_zero_scales") is not None:
-        zero, infinite = audit["int8_zero_scales"], audit["int8_infinite_scales"]
+    if row.scheme == "bnb-int8" and audit.int8_zero_scales is not None:
+        zero, infinite = audit.int8_zero_scales, audit.int8_infinite_scales
         yield "int8 scales", f"{zero} zero (rows of zeros), {infinite} infinite (rows with values over 65504)"
-    if audit.get("writer") == "whole":
-        yield "written", f"from the whole model in memory, because {audit.get('whole_model_because')}"
-    elif audit.get("shared_pass"):
-        others = audit["shared_pass"] - 1
+    if audit.writer == "whole":
+        yield "written", f"from the whole model in memory, because {audit.whole_model_because}"
+    elif audit.shared_pass:
+        others = audit.shared_pass - 1
         yield (
             "written",
             "streamed, "
@@ -98,35 +101,34 @@ def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
         )
 
 
-def _coverage(row: Row) -> str:
-    size: Mapping[str, Any] = dig(row, "details.size") or {}
-    share = show_percent(row["quantized_fraction"])
-    if not size:
+def _coverage(row: ResultRow) -> str:
+    size = row.details.size
+    share = NOTHING if row.quantized_fraction is None else show_percent(row.quantized_fraction)
+    if size.quantized_parameters is None or size.num_parameters is None:
         return f"{share} of its parameters"
-    state = f", {show_bytes(size['quant_state_bytes'])} of scales and tables" if size.get("quant_state_bytes") else ""
-    quantized, total = show_count(size["quantized_parameters"]), show_count(size["num_parameters"])
+    state = f", {show_bytes(size.quant_state_bytes)} of scales and tables" if size.quant_state_bytes else ""
+    quantized, total = show_count(size.quantized_parameters), show_count(size.num_parameters)
     return f"{share} of its parameters ({quantized} of {total}){state}"
 
 
-def _errors(audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    mean = audit.get("relative_error_mean")
+def _errors(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
+    mean = audit.relative_error_mean
     if mean is not None:
         yield "relative error", f"{mean:.4f} on average over its layers (Frobenius norm of the error over the weight's)"
-    for entry in (audit.get("relative_error_worst") or ())[:_WORST_SHOWN]:
-        yield "worst layers", f"{entry['error']:.4f}  {entry['name']}"
-    if "not_finite" in audit:
-        broken = audit["not_finite"]
-        yield "NaN or infinity in", some_of(broken, 10) if broken else "none of its tensors"
+    for layer in (audit.relative_error_worst or ())[:_WORST_SHOWN]:
+        yield "worst layers", f"{NOTHING if layer.error is None else f'{layer.error:.4f}'}  {layer.name}"
+    if audit.not_finite is not None:
+        yield "NaN or infinity in", first_names(audit.not_finite, 10) if audit.not_finite else "none of its tensors"
 
 
-def other_audits(row: Row) -> Iterable[tuple[str, str]]:
+def other_audits(row: ResultRow) -> Iterable[tuple[str, str]]:
     """What else the benchmark noticed, by its own names."""
-    for name, value in (dig(row, "details.audits") or {}).items():
-        if name not in _KNOWN_AUDITS and value not in (None, False, 0, [], {}):
+    for name, value in row.details.audits.unknown().items():
+        if value not in (None, False, 0, [], {}):
             yield name.replace("_", " "), str(value) if not isinstance(value, bool) else "yes"
 
 
-def some_of(names: Iterable[str], most: int = _NAMED) -> str:
+def first_names(names: Iterable[str], most: int = _NAMED) -> str:
     """``a, b, c and 9 more``"""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""

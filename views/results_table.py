@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
-from qbatch.views.figures import Row, dig
 from qbatch.views.formats import printable, terminal_width
 from qbatch.views.groups import timed_apart
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from qbatch.views.protocol import show_field, show_protocol, unheaded, version_differences
-from qbatch.views.quantized_share import audit_warnings, some_of
+from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol, version_differences
+from qbatch.views.quantized_share import audit_warnings, first_names
 from qbatch.views.ratios import may_compare
-from qbatch.views.scheme import is_baseline, show_scheme
+from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_count
 from qbatch.views.why_words import why_briefly
 
@@ -41,10 +41,10 @@ class _Part:
     """Rows that stand together under a heading."""
 
     heading: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
 
 
-def results_table(rows: Sequence[Row]) -> str:
+def results_table(rows: Sequence[ResultRow]) -> str:
     """``qbatch.models_db.results.find_results``'s rows as a table that fits the terminal, with footnotes and a legend.
 
     Rows are grouped by batch and model in the order given, a group's baseline first; where rows were measured by
@@ -55,7 +55,7 @@ def results_table(rows: Sequence[Row]) -> str:
         return "no results"
     width = terminal_width()
     notes = Footnotes()
-    by_id = {row["job_id"]: row for row in rows}
+    by_id = {row.job_id: row for row in rows}
     parts = [(part, [_line(row, by_id, notes) for row in part.rows]) for part in _parts(rows)]
     lines = [line for _, members in parts for line in members]
     whole = FigureTable.of(lines)
@@ -67,92 +67,94 @@ def results_table(rows: Sequence[Row]) -> str:
     return "\n".join([*body, *footer]).lstrip("\n")
 
 
-def _parts(rows: Sequence[Row]) -> Iterable[_Part]:
-    models: dict[tuple[Any, ...], list[Row]] = {}
+def _parts(rows: Sequence[ResultRow]) -> Iterable[_Part]:
+    models: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        models.setdefault((row["batch_id"], row["model"], row["revision"]), []).append(row)
-    several = len({row["batch_id"] for row in rows}) > 1
+        models.setdefault((row.batch_id, row.model, row.revision), []).append(row)
+    several = len({row.batch_id for row in rows}) > 1
     measured = [group[0] for group in _measured(rows).values()]
-    unlike = None if len(measured) < 2 else unheaded(measured)
+    unlike = None if len(measured) < 2 else differences_not_in_heading(measured)
     for members in models.values():
         yield from _parts_of_model(members, ["", _heading(members, several)], unlike)
 
 
-def _measured(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+def _measured(rows: Iterable[ResultRow]) -> dict[tuple[Any, ...], list[ResultRow]]:
     """Those with figures, by what these belong to."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        if row["state"] == JobState.SUCCEEDED:
-            found.setdefault((row["protocol_hash"], row["device_name"]), []).append(row)
-    return found
+        if row.state == JobState.SUCCEEDED:
+            groups.setdefault((row.protocol_hash, row.device_name), []).append(row)
+    return groups
 
 
-def _parts_of_model(members: Sequence[Row], heading: Sequence[str], unlike: Sequence[str] | None) -> Iterable[_Part]:
+def _parts_of_model(
+    members: Sequence[ResultRow], heading: Sequence[str], unlike: Sequence[str] | None
+) -> Iterable[_Part]:
     """One part, unless the table has figures that do not compare: then each protocol and device is named, with the
     fields in which protocols are ``unlike`` besides."""
     measured = {} if unlike is None else _measured(members)
     for group in measured.values():
-        protocol = group[0]["protocol"] or {}
+        protocol = group[0].protocol.stored
         more = "".join(f", {name} {show_field(name, protocol.get(name))}" for name in unlike or ())
-        ours = f"{GAP}{show_protocol(group[0])}{more}, on {group[0]['device_name']}"
+        ours = f"{GAP}{show_protocol(group[0])}{more}, on {group[0].device_name}"
         yield _Part(heading=[*heading, printable(ours)], rows=_baseline_first(group))
         heading = []
-    others = [row for row in members if not measured or row["state"] != JobState.SUCCEEDED]
+    others = [row for row in members if not measured or row.state != JobState.SUCCEEDED]
     if others:
         yield _Part(heading=[f"{GAP}not measured"] if measured else heading, rows=_baseline_first(others))
 
 
-def _baseline_first(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: not is_baseline(row))
+def _baseline_first(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    return sorted(rows, key=lambda row: not row.is_baseline)
 
 
-def _heading(group: Sequence[Row], with_batch: bool) -> str:
+def _heading(group: Sequence[ResultRow], with_batch: bool) -> str:
     row = group[0]
-    parameters = next((r["num_parameters"] for r in group if r["num_parameters"] is not None), None)
+    parameters = next((r.num_parameters for r in group if r.num_parameters is not None), None)
     return printable(
-        row["model"]
-        + (f"@{row['revision']}" if row["revision"] else "")
+        row.model
+        + (f"@{row.revision}" if row.revision else "")
         + (f" · {show_count(parameters)} parameters" if parameters is not None else "")
-        + (f" · {row['batch_id']}" if with_batch else "")
+        + (f" · {row.batch_id}" if with_batch else "")
     )
 
 
-def _line(row: Row, by_id: Mapping[str, Row], notes: Footnotes) -> Line:
-    label = f"{GAP}{row['job_id']} {show_scheme(row)}"
-    if row["state"] != JobState.SUCCEEDED:
+def _line(row: ResultRow, by_id: Mapping[str, ResultRow], notes: Footnotes) -> Line:
+    label = f"{GAP}{row.job_id} {show_scheme(row)}"
+    if row.state != JobState.SUCCEEDED:
         return Line(row=row, label=label, remark=show_state(row))
-    baseline = by_id.get(row["baseline_job_id"])
+    baseline = by_id.get(row.baseline_job_id or "")
     marks = "".join(notes.mark(text) for text in _remarks(row, baseline))
     return Line(row=row, label=f"{label} {marks}".rstrip(), cells=cells_of(row, baseline))
 
 
-def show_state(row: Row) -> str:
+def show_state(row: ResultRow) -> str:
     """A row's state, and what went wrong: ``failed: cuda_oom: out of memory``."""
-    return printable(": ".join(filter(None, (row["state"], row["error_kind"], row["error_message"]))))
+    return printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
 
 
-def _remarks(row: Row, baseline: Row | None) -> Iterable[str]:
-    if row["reused_from"] is not None:
+def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
+    if row.reused_from is not None:
         yield "taken from an earlier job's measurement of the same checkpoint and protocol; not measured again"
     yield from audit_warnings(row)
-    if row["baseline_job_id"] is None:
+    if row.baseline_job_id is None:
         return
     if baseline is None:
         yield "no ratio: its baseline is not among the rows shown"
-    elif baseline["state"] != JobState.SUCCEEDED:
+    elif baseline.state != JobState.SUCCEEDED:
         yield "no ratio: its baseline has no result"
-    elif row["protocol_hash"] != baseline["protocol_hash"]:
+    elif row.protocol_hash != baseline.protocol_hash:
         yield "no ratio: measured under another protocol than its baseline, so that the numbers say different things"
-    elif dig(row, "details.fingerprint") != dig(baseline, "details.fingerprint"):
+    elif row.details.fingerprint != baseline.details.fingerprint:
         yield "no ratio: the model's files changed between its baseline's measurement and its own"
     else:
         yield from _other_visit(row, baseline)
 
 
-def _other_visit(row: Row, baseline: Row) -> Iterable[str]:
+def _other_visit(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     """What may tell a row from its baseline although both were measured under one protocol."""
-    if row["device_name"] != baseline["device_name"]:
-        yield f"no ratio of speed or memory: measured on {row['device_name']}, its baseline on another device"
+    if row.device_name != baseline.device_name:
+        yield f"no ratio of speed or memory: measured on {row.device_name}, its baseline on another device"
     elif timed_apart(row, baseline):
         yield "not timed in turns with its baseline: host time varies from visit to visit, and their speeds with it"
     if versions := version_differences([baseline, row]):
@@ -160,7 +162,7 @@ def _other_visit(row: Row, baseline: Row) -> Iterable[str]:
 
 
 def _footer(
-    lines: Sequence[Line], by_id: Mapping[str, Row], notes: Footnotes, left_out: Sequence[str], width: int
+    lines: Sequence[Line], by_id: Mapping[str, ResultRow], notes: Footnotes, left_out: Sequence[str], width: int
 ) -> list[str]:
     measured = [line for line in lines if line.cells]
     footer = [""] if measured else []
@@ -175,10 +177,10 @@ def _footer(
     return footer
 
 
-def _reasons(measured: Sequence[Line], by_id: Mapping[str, Row]) -> list[str]:
+def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[str]:
     """Why rows decode as fast as they do, a line for each of the first that have a reason."""
     said = [
-        f"{line.row['job_id']} {show_scheme(line.row)} {reason}."
+        f"{line.row.job_id} {show_scheme(line.row)} {reason}."
         for line in measured
         if (reason := why_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
     ]
@@ -186,39 +188,39 @@ def _reasons(measured: Sequence[Line], by_id: Mapping[str, Row]) -> list[str]:
     return said[:_REASONS_SHOWN] + ([f"`qbatch show JOB` says why for {more} more."] if more > 0 else [])
 
 
-def _comparable_baseline(row: Row, by_id: Mapping[str, Row]) -> Row | None:
-    baseline = by_id.get(row["baseline_job_id"])
+def _comparable_baseline(row: ResultRow, by_id: Mapping[str, ResultRow]) -> ResultRow | None:
+    baseline = by_id.get(row.baseline_job_id or "")
     return baseline if baseline is not None and may_compare(row, baseline, on_device=True) else None
 
 
-def _shapes_of_one_protocol(rows: Sequence[Row]) -> Iterable[str]:
+def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
     """What each model's positions, and its task, made of it."""
     shapes: dict[str, list[str]] = {}
     for row in rows:
-        shapes.setdefault(show_protocol(row), []).append(row["job_id"])
+        shapes.setdefault(show_protocol(row), []).append(row.job_id)
     for shape, jobs in shapes.items():
-        yield f"{'All' if len(shapes) == 1 else some_of(jobs)} measured with {shape}."
+        yield f"{'All' if len(shapes) == 1 else first_names(jobs)} measured with {shape}."
 
 
 def _legend(measured: Sequence[Line]) -> Iterable[str]:
     rows = [line.row for line in measured]
-    if any(row["baseline_job_id"] is not None for row in rows):
+    if any(row.baseline_job_id is not None for row in rows):
         yield (
             "× is a figure divided by its baseline's, the same model unquantized: ×0.5 of a size or a time is half of "
             "it, ×0.5 of a rate is half the speed. Perplexity, where lower is better, shows its change."
         )
-    if any(row.get("kl_mean") is not None for row in rows):
+    if any(row.kl_mean is not None for row in rows):
         yield (
             "KL is the mean divergence of the model's predictions from its baseline's, in nats; top-1 says how often "
             "the most likely token is the same."
         )
-    if any(dig(row, "details.quality.rank_correlation") is not None for row in rows):
+    if any(row.details.quality.rank_correlation is not None for row in rows):
         yield "Rank corr is the rank correlation of the similarities between texts with the baseline's."
     if any(ratio.endswith(NOISE_MARK) for line in measured for _, ratio in line.cells):
         yield NOISE_LEGEND
-    if len(found := _measured(rows)) == 1:
-        yield from _shapes_of_one_protocol(next(iter(found.values())))
-    devices = sorted({printable(row["device_name"]) for row in rows})
+    if len(measured_by := _measured(rows)) == 1:
+        yield from _shapes_of_one_protocol(next(iter(measured_by.values())))
+    devices = sorted({printable(str(row.device_name)) for row in rows})
     if devices:
         yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."
     yield from map(printable, emulation_remarks(rows))

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from qbatch.views.figures import Row, dig
+from qbatch.core.measured.quality_figures import Score, TaskScores
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING, printable
 from qbatch.views.groups import Group
 from qbatch.views.noise import NOISE_MARK
 
-_ERROR = "_stderr"
 
-
-def task_lines(row: Row) -> Iterable[tuple[str, str]]:
+def task_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
     """Each task's figures as titles and texts."""
-    reason = dig(row, "details.tasks_reason")
+    reason = row.details.tasks_reason
     if reason:
         yield "not run", reason
     for task, metric in _metrics(row):
-        found = _tasks(row)[task]
-        samples = found.get("n_samples")
-        asked = f", {samples} questions" if samples is not None else ""
-        yield f"{task} {metric}", f"{_show(found, metric)}{asked}"
+        result = _tasks(row)[task]
+        asked = f", {result.n_samples} questions" if result.n_samples is not None else ""
+        yield f"{task} {metric}", f"{_show(result.scores[metric])}{asked}"
 
 
 def task_table(group: Group) -> Iterable[tuple[str, list[str]]]:
@@ -32,42 +29,40 @@ def task_table(group: Group) -> Iterable[tuple[str, list[str]]]:
     for task, metric in names:
         yield (
             printable(f"{task} {metric}"),
-            [_cell(row, group.baselines.get(row["job_id"]), task, metric) for row in group.rows],
+            [_cell(row, group.baselines.get(row.job_id), task, metric) for row in group.rows],
         )
 
 
-def _tasks(row: Row) -> Mapping[str, Mapping[str, Any]]:
-    return dig(row, "details.tasks") or {}
+def _tasks(row: ResultRow) -> Mapping[str, TaskScores]:
+    return row.details.tasks or {}
 
 
-def _metrics(row: Row) -> Iterable[tuple[str, str]]:
-    """(task, metric) of each figure: what has a standard error beside it, known or not."""
-    for task, found in _tasks(row).items():
-        for name in found:
-            if f"{name}{_ERROR}" in found:
-                yield task, name
+def _metrics(row: ResultRow) -> Iterable[tuple[str, str]]:
+    for task, result in _tasks(row).items():
+        for metric in result.scores:
+            yield task, metric
 
 
-def _cell(row: Row, baseline: Row | None, task: str, metric: str) -> str:
-    found = _tasks(row).get(task, {})
-    if found.get(metric) is None:
+def _cell(row: ResultRow, baseline: ResultRow | None, task: str, metric: str) -> str:
+    result = _tasks(row).get(task, TaskScores())
+    score = result.scores.get(metric)
+    if score is None or score.value is None:
         return NOTHING
-    base = {} if baseline is None else _tasks(baseline).get(task, {})
-    return _show(found, metric) + (f" {NOISE_MARK}" if _is_noise(found, base, metric) else "")
+    base = TaskScores() if baseline is None else _tasks(baseline).get(task, TaskScores())
+    return _show(score) + (f" {NOISE_MARK}" if _is_noise(result, base, metric) else "")
 
 
-def _show(found: Mapping[str, Any], metric: str) -> str:
-    value, error = found[metric], found[f"{metric}{_ERROR}"]
-    if value is None:
+def _show(score: Score) -> str:
+    if score.value is None:
         return NOTHING
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{score.value:.4f}" + (f" ± {score.error:.4f}" if score.error is not None else "")
 
 
-def _is_noise(found: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> bool:
+def _is_noise(result: TaskScores, base: TaskScores, metric: str) -> bool:
     """Both answered the same questions, so that the errors are not independent: this one is rather too large."""
-    names = (metric, f"{metric}{_ERROR}")
-    values = [value for side in (found, base) for name in names if (value := side.get(name)) is not None]
-    if len(values) < 4 or found.get("samples_hash") != base.get("samples_hash"):
+    ours, theirs = result.scores.get(metric), base.scores.get(metric)
+    if ours is None or theirs is None or result.samples_hash != base.samples_hash:
         return False
-    value, error, base_value, base_error = values
-    return bool(abs(value - base_value) < math.hypot(error, base_error) or value == base_value)
+    if ours.value is None or ours.error is None or theirs.value is None or theirs.error is None:
+        return False
+    return abs(ours.value - theirs.value) < math.hypot(ours.error, theirs.error) or ours.value == theirs.value

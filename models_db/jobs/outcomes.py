@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState, Measurement, Protocol, Token
+from qbatch.core.domain import JobState, Protocol, Token
 from qbatch.core.errors import CudaOom, JobError
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
@@ -32,7 +33,7 @@ def succeed(
     if job is None:
         return False
     # Where the database was away when the key was to be noted, the row may have an earlier content's.
-    job.checkpoint_key = measurement.details.get("checkpoint_key", job.checkpoint_key)
+    job.checkpoint_key = measurement.details.checkpoint_key or job.checkpoint_key
     session.add(
         Result(
             job_id=job.id,
@@ -40,7 +41,8 @@ def succeed(
             checkpoint_path=checkpoint_path,
             protocol=protocol.to_json(),
             protocol_hash=protocol.hash,
-            **measurement.to_json() | {"details": dict(measurement.details)},
+            **{name: getattr(measurement, name) for name in MEASURED_COLUMNS},
+            details=measurement.details.to_json(),
         )
     )
     end(session, job, JobState.SUCCEEDED)

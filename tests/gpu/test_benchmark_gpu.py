@@ -11,8 +11,9 @@ import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qbatch.core.domain import BASELINE, DType, Measurement, Protocol, Scheme
+from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, CudaOom
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.quality.reference import compare, prepare_reference
 from qbatch.worker.measuring.speed.device_clock import CudaClock
 from qbatch.worker.measuring.speed.generation import time_generation
@@ -115,14 +116,14 @@ def test_a_gpu_s_measurement_has_memory_and_its_versions(tmp_path: Path, scheme:
     source = tiny.make_causal(tmp_path / "llama")
     folder = source if scheme.is_baseline else quantized(source, tmp_path / "checkpoint", scheme)
     measurement = run(folder, scheme)
-    memory = measurement.details["memory"]
+    memory = measurement.details.to_json()["memory"]
     assert measurement.max_allocated_bytes is not None
     assert measurement.weights_bytes < measurement.max_allocated_bytes <= memory["max_reserved"]
     assert memory["max_global_vram"] >= memory["max_reserved"]
     assert measurement.decode_tokens_per_s is not None
     assert measurement.perplexity == pytest.approx(tiny.VOCAB_SIZE, rel=0.3)
-    assert measurement.details["versions"]["cuda"]
-    assert measurement.details["versions"]["driver"]
+    assert measurement.details.to_json()["versions"]["cuda"]
+    assert measurement.details.to_json()["versions"]["driver"]
     assert "NVIDIA" in measurement.device_name
 
 
@@ -133,9 +134,9 @@ def test_a_reference_replays_bit_for_bit_and_int8_is_nearer_than_nf4(tmp_path: P
     reference = prepare_reference(base, PROTOCOL, TEXT, tmp_path / "references" / arch)
     assert reference is not None
     assert reference.form == "hidden"
-    assert compare(base, reference, PROTOCOL, TEXT)["kl_max"] == 0
+    assert compare(base, reference, PROTOCOL, TEXT).kl_max == 0
     kl = [
-        compare(on_gpu(quantized(source, tmp_path / name, scheme)), reference, PROTOCOL, TEXT)["kl_mean"]
+        compare(on_gpu(quantized(source, tmp_path / name, scheme)), reference, PROTOCOL, TEXT).kl_mean or 0.0
         for name, scheme in (("int8", INT8), ("nf4", NF4))
     ]
     assert 0 < kl[0] < kl[1]
@@ -145,7 +146,7 @@ def test_a_reference_replays_bit_for_bit_and_int8_is_nearer_than_nf4(tmp_path: P
 def test_an_explanation_has_every_part(tmp_path: Path) -> None:
     """A tiny model's weights fit in the cache, so there is no verdict, but everything it is made of is there."""
     source = tiny.make_causal(tmp_path / "llama")
-    details = run(source, BASELINE, replace(PROTOCOL, rounds=2, why=True, energy=True)).details
+    details = run(source, BASELINE, replace(PROTOCOL, rounds=2, why=True, energy=True)).details.to_json()
     assert details["flags"].keys() == {"foreign_processes", "throttled", "clocks_changed"}
     assert details["rounds"]["count"] == 2
     why = details["why"]

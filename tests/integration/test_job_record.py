@@ -35,9 +35,10 @@ def test_a_job_is_told_with_its_attempts_its_checkpoint_and_its_baseline(databas
         checkpoints.record(session, key="k" * 64, path="checkpoints/x", root_sha256="5" * 64, disk_bytes=7, job_id=nf4)
     assert succeed(database, token)
     with database.read() as session:
-        ((row, beside),) = whole_jobs(session, [nf4])
-    assert beside is not None
-    assert beside["job_id"] == f"j{baseline}"
+        (job,) = whole_jobs(session, [nf4])
+    row = job.to_json()
+    assert job.baseline is not None
+    assert job.baseline.job_id == f"j{baseline}"
     assert (row["state"], row["attempt"], row["failures"]) == ("succeeded", 2, 1)
     assert [(one["outcome"], one["worker"], one["message"]) for one in row["attempts"]] == [
         ("fetch_error", "cpu@here", "the hub is away"),
@@ -62,11 +63,11 @@ def test_jobs_come_in_the_order_asked_for_and_answers_bring_their_result(databas
         (number,) = session.scalars(Job.__table__.select().with_only_columns(Job.id).where(Job.batch_id == batch_id))
         found = whole_jobs(session, [number, job_ids[1], 999])
         assert whole_jobs(session, []) == []
-    assert [row["job_id"] for row, _ in found] == [f"j{number}", f"j{job_ids[1]}"]
-    assert found[0][0]["reused_from"] == f"j{job_ids[0]}"
-    assert found[0][0]["num_parameters"] == 10
-    assert found[0][0]["attempts"] == []
-    assert found[1][0]["checkpoint"] is None
+    assert [job.row.job_id for job in found] == [f"j{number}", f"j{job_ids[1]}"]
+    assert found[0].row.reused_from == f"j{job_ids[0]}"
+    assert found[0].row.num_parameters == 10
+    assert found[0].record.attempts == ()
+    assert found[1].record.checkpoint is None
 
 
 def test_health_is_counted_by_the_database_s_clock(database: Database) -> None:
@@ -104,7 +105,7 @@ def test_a_memory_need_says_whether_it_is_predicted_or_seen(database: Database) 
     def needs() -> list[tuple[int | None, str | None]]:
         with database.read() as session:
             listed = [(row["above_memory_bytes"], row["above_memory_is"]) for row in listing.list_jobs(session)]
-            on_record = [(row["above_memory_bytes"], row["above_memory_is"]) for row in job_records(session, ids)]
+            on_record = [(row.above_memory_bytes, row.above_memory_is) for row in job_records(session, ids)]
         assert listed == on_record
         return listed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -25,9 +26,12 @@ from qbatch.core.errors import (
     SourceChanged,
     WorkerLost,
 )
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.batches import NewJob, add_text, text_content
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.job_record import whole_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, Worker
 from qbatch.models_db.vram import GIB
@@ -46,6 +50,7 @@ from tests.rows import (
     states,
     succeed,
 )
+from tests.unit.test_golden_views import REAL
 from tests.waiting import until
 
 
@@ -112,10 +117,10 @@ def test_a_result_is_recorded_once(database: Database) -> None:
     assert not succeed(database, tokens[1])
     with database.read() as session:
         rows = results.find_results(session, sort="-disk_bytes")
-    assert [row["state"] for row in rows].count("succeeded") == 1
-    assert rows[0]["disk_bytes"] == 10
-    assert rows[0]["baseline_job_id"] == f"j{ids[0]}"
-    assert rows[0]["perplexity"] is None
+    assert [row.state for row in rows].count("succeeded") == 1
+    assert rows[0].disk_bytes == 10
+    assert rows[0].baseline_job_id == f"j{ids[0]}"
+    assert rows[0].perplexity is None
 
 
 def test_a_measurement_that_is_no_number_is_kept_as_none(database: Database) -> None:
@@ -125,11 +130,29 @@ def test_a_measurement_that_is_no_number_is_kept_as_none(database: Database) -> 
     details = {"kl": {"mean": float("nan"), "all": [float("inf"), 1.0]}, "note": "a\0b"}
     with database.write() as session:
         protocol = PROTOCOL.for_device(DeviceKind.CPU)
-        found = replace(measured(), details=details)
+        found = replace(measured(), details=Details.from_json(details))
         assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path=None)
     with database.read() as session:
         (row,) = results.find_results(session)
-    assert row["details"] == {"kl": {"mean": None, "all": [None, 1.0]}, "note": "a\0b"}
+    assert row.details.to_json() == {"kl": {"mean": None, "all": [None, 1.0]}, "note": "a\0b"}
+
+
+@pytest.mark.parametrize("row", REAL[:2], ids=["baseline", "int8"])
+def test_what_was_measured_comes_back_as_it_was(database: Database, row: dict[str, Any]) -> None:
+    """Key by key, in the same order: it is what ``results --json`` shows."""
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/models/a", Method.NF4))
+    (token,) = claim(database, ids, worker)
+    found = Measurement.from_json({name: row[name] for name in (*MEASURED_COLUMNS, "details")})
+    with database.write() as session:
+        protocol = PROTOCOL.for_device(DeviceKind.CPU)
+        assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path=None)
+    with database.read() as session:
+        (job,) = whole_jobs(session, ids)
+    shown = job.to_json()
+    assert list(shown) == list(row)
+    assert {name: shown[name] for name in MEASURED_COLUMNS} == {name: row[name] for name in MEASURED_COLUMNS}
+    assert json.dumps(shown["details"]) == json.dumps(row["details"])
 
 
 def test_a_message_that_quotes_a_nul_is_recorded(database: Database) -> None:
@@ -454,7 +477,7 @@ def test_a_result_stands_under_the_key_of_what_was_measured(database: Database) 
     worker = a_worker(database)
     _, ids = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="of what lay there at submit")])
     (token,) = claim(database, ids, worker)
-    found = replace(measured(), details={"checkpoint_key": "of what was used"})
+    found = replace(measured(), details=Details(checkpoint_key="of what was used"))
     with database.write() as session:
         protocol = PROTOCOL.for_device(DeviceKind.CPU)
         assert jobs.succeed(session, token, found, protocol=protocol, checkpoint_path="checkpoints/x")
@@ -483,7 +506,7 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
     with database.read() as session:
         (row,) = results.find_results(session, batch_ids=[answered])
-    assert (row["state"], row["reused_from"], row["disk_bytes"]) == ("succeeded", f"j{ids[0]}", 10)
+    assert (row.state, row.reused_from, row.disk_bytes) == ("succeeded", f"j{ids[0]}", 10)
 
 
 def ran_out_of_memory(database: Database, gpu: int, **of: Any) -> int:

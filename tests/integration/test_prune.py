@@ -153,7 +153,7 @@ def test_a_result_that_answers_a_batch_that_stays_stays_with_its_bundle(database
     assert sorted(states(database)) == [*ids[:3], job_id], "the bundle of the other model went"
     with database.read() as session:
         (row,) = find_results(session, batch_ids=[later])
-    assert row["checkpoint_path"] == "checkpoints/x"
+    assert row.checkpoint_path == "checkpoints/x"
     age(database, later, 31)
     assert run()["batches"] == (2, None)
     assert states(database) == {}
@@ -199,7 +199,8 @@ def test_checkpoints_stay_on_record_as_nobodys(database: Database, settings: Set
         jobs.note(session, (fresh[1], 1), checkpoint_key=f"{ids[1]:064}")
     with database.read() as session:
         (record,) = job_records(session, [fresh[1]])
-    assert record["checkpoint"]["written_by"] is None
+    assert record.checkpoint is not None
+    assert record.checkpoint.written_by is None
 
 
 def test_an_outcome_that_was_spooled_for_longer_changes_nothing(

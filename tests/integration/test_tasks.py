@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qbatch.core.domain import BASELINE, DType, Measurement, Protocol, Scheme, TaskRef
+from qbatch.core.domain import BASELINE, DType, Protocol, Scheme, TaskRef
 from qbatch.core.errors import BenchmarkError, JobError, UnsafeSource, Unsupported
+from qbatch.core.measured.measurement import Measurement
 from qbatch.scheduler.lm_eval_files import read_tasks
 from tests import quiz, tiny
 from tests.benchmarking import benchmark
@@ -68,7 +69,7 @@ def refused(folder: Path, asked: tuple[Protocol, dict[str, str]], error: type[Jo
 def test_the_figures_are_those_of_the_log_likelihoods(taught: Path, tmp_path: Path, scheme: Scheme) -> None:
     folder = taught if scheme.is_baseline else quantized(taught, tmp_path / "checkpoint", scheme)
     path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
-    figures = measured(folder, by_file(path), scheme).details["tasks"]["quiz"]
+    figures = measured(folder, by_file(path), scheme).details.to_json()["tasks"]["quiz"]
     scores = quiz.log_likelihoods(folder)
     assert figures["acc"] == quiz.accuracy(scores) == quiz.TAUGHT_ACCURACY
     # LLM.int8 looks for outliers in a whole batch: eight together are not quite eight apart.
@@ -83,7 +84,7 @@ def test_the_figures_are_those_of_the_log_likelihoods(taught: Path, tmp_path: Pa
 def test_a_model_that_was_not_taught_guesses(tmp_path: Path) -> None:
     folder = tiny.make_causal(tmp_path / "llama", seed=3)
     path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
-    figures = measured(folder, by_file(path)).details["tasks"]["quiz"]
+    figures = measured(folder, by_file(path)).details.to_json()["tasks"]["quiz"]
     scores = quiz.log_likelihoods(folder)
     assert figures["acc"] == quiz.accuracy(scores) < quiz.TAUGHT_ACCURACY
     assert figures["brier_score"] == pytest.approx(quiz.brier_score(scores), rel=0.02)
@@ -91,7 +92,7 @@ def test_a_model_that_was_not_taught_guesses(tmp_path: Path) -> None:
 
 def test_the_same_questions_give_the_same_figures_again(taught: Path, tmp_path: Path) -> None:
     asked = by_file(quiz.write_quiz(tmp_path, fewshot_split="test"), num_fewshot=2)
-    first, second = (measured(taught, asked).details["tasks"] for _ in range(2))
+    first, second = (measured(taught, asked).details.to_json()["tasks"] for _ in range(2))
     assert first == second
     assert first["quiz"]["num_fewshot"] == 2
 
@@ -99,7 +100,8 @@ def test_the_same_questions_give_the_same_figures_again(taught: Path, tmp_path: 
 def test_a_limit_asks_the_first_questions(taught: Path, tmp_path: Path) -> None:
     path = quiz.write_quiz(tmp_path)
     whole, limited = (
-        measured(taught, by_file(path, **fields)).details["tasks"]["quiz"] for fields in ({}, {"task_limit": 4})
+        measured(taught, by_file(path, **fields)).details.to_json()["tasks"]["quiz"]
+        for fields in ({}, {"task_limit": 4})
     )
     # Of the first four, the first is taught wrong, and so is none of the others.
     assert (limited["n_samples"], limited["acc"]) == (4, 0.75)
@@ -123,7 +125,7 @@ def test_generated_answers_and_perplexity_are_tasks_too(taught: Path, tmp_path: 
         tmp_path / "b", **common, task="read", output_type="loglikelihood_rolling", doc_to_target="{{question}}"
     )
     read = read_tasks([str(generated), str(rolling)])
-    tasks = measured(taught, (replace(QUICK, tasks=read.refs), dict(read.texts))).details["tasks"]
+    tasks = measured(taught, (replace(QUICK, tasks=read.refs), dict(read.texts))).details.to_json()["tasks"]
     # No end token was taught: the filter takes the first word that is an answer.
     assert tasks["written"]["exact_match,word"] == quiz.TAUGHT_ACCURACY
     assert tasks["written"]["exact_match,word_stderr"] > 0
@@ -133,7 +135,7 @@ def test_generated_answers_and_perplexity_are_tasks_too(taught: Path, tmp_path: 
 
 def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
     folder = tiny.make_encoder(tmp_path / "bert", "masked-lm")
-    details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details
+    details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details.to_json()
     assert details["tasks"] is None
     assert "continue a text" in details["tasks_reason"]
     assert details["stats"]["forward"]["count"] > 0
@@ -141,12 +143,12 @@ def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
 
 def test_an_encoder_decoder_answers(tmp_path: Path) -> None:
     folder = tiny.make_seq2seq(tmp_path / "t5")
-    figures = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details["tasks"]["quiz"]
+    figures = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details.to_json()["tasks"]["quiz"]
     assert 0 <= figures["acc"] <= 1
 
 
 def test_without_tasks_nothing_of_the_harness_is_there(taught: Path) -> None:
-    details = measured(taught, (QUICK, {})).details
+    details = measured(taught, (QUICK, {})).details.to_json()
     assert details["tasks"] is None
     assert details["tasks_reason"] is None
 
@@ -161,7 +163,7 @@ def test_a_head_of_its_own_is_left_apart(taught: Path, tmp_path: Path) -> None:
     tensors["lm_head.weight"] = torch.randn_like(tensors["lm_head.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
-    figures = measured(folder, by_file(path)).details["tasks"]["quiz"]
+    figures = measured(folder, by_file(path)).details.to_json()["tasks"]["quiz"]
     assert figures["brier_score"] == pytest.approx(quiz.brier_score(quiz.log_likelihoods(folder)), rel=0.02)
 
 

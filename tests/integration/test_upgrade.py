@@ -110,8 +110,8 @@ def test_what_0_1_0_knew_by_size_and_time_is_listed_and_answers_nobody(
     with database.read() as session:
         rows = results.find_results(session, job_ids=[old.baseline, old.quantized])
         (listed,) = [one.path for one in checkpoints.all_checkpoints(session)]
-    assert [row["disk_bytes"] for row in rows] == [10, 10]
-    assert rows[1]["baseline_job_id"] == rows[0]["job_id"], "they may stand side by side"
+    assert [row.disk_bytes for row in rows] == [10, 10]
+    assert rows[1].baseline_job_id == rows[0].job_id, "they may stand side by side"
     assert storage / listed == old.place
     assert problems(old.place) == []
 

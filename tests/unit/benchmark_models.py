@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from qbatch.core.domain import BASELINE, DeviceKind, DType, Measurement, Method, Protocol, ProtocolOptions, Scheme
+from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.measuring.quality.reference import Reference
 from qbatch.worker.models.architecture import model_class

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qbatch.core.domain import BASELINE as UNQUANTIZED
-from qbatch.core.domain import MEASURED_COLUMNS
+from qbatch.core.measured.measurement import MEASURED_COLUMNS
 
 NAME = "meta-llama/Meta-Llama-3.1-70B-Instruct"
 H200 = "NVIDIA H200"

@@ -14,12 +14,11 @@ from qbatch.cli import main
 from qbatch.core.domain import DType
 from qbatch.views.arithmetic import arithmetic_check, emulation_remarks, native_check
 from qbatch.views.checks import State
-from qbatch.views.compare import comparison
 from qbatch.views.comparison import Preference
-from qbatch.views.results_table import results_table
 from qbatch.worker.machine import cpu_arithmetic
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns, bfloat16_instructions
 from tests.unit.measured_rows import result
+from tests.unit.printed import comparison, read, results_table
 
 EPYC = "AMD EPYC 7302 (2 cores)"
 
@@ -87,7 +86,7 @@ def test_tables_say_by_how_much_bfloat16_is_slower() -> None:
 
 
 def test_a_row_by_itself_says_it_too() -> None:
-    (said,) = emulation_remarks([measured(2, "bnb-nf4", {"bfloat16": 2.71, "float16": 1.0})])
+    (said,) = emulation_remarks(read([measured(2, "bnb-nf4", {"bfloat16": 2.71, "float16": 1.0})]))
     assert said.startswith(f"{EPYC} emulates bfloat16: a matrix product takes 2.7 times as long")
     assert "baseline" not in said
 
@@ -95,7 +94,7 @@ def test_a_row_by_itself_says_it_too() -> None:
 @pytest.mark.parametrize("slowdown", [{"bfloat16": 0.46}, {}, None])
 def test_where_nothing_is_emulated_nothing_is_said(slowdown: dict[str, float] | None) -> None:
     assert "emulat" not in results_table([measured(1, "none", slowdown)])
-    assert not list(emulation_remarks([result(1, state="queued", details=None)]))
+    assert not list(emulation_remarks(read([result(1, state="queued", details=None)])))
 
 
 def test_doctor_says_what_the_cpu_computes_in() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbatch.core.domain import BASELINE, DType, Measurement, Scheme
+from qbatch.core.domain import BASELINE, DType, Scheme
 from qbatch.core.errors import BenchmarkError
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.measuring.tokens import max_positions
 from tests import tiny
@@ -42,11 +43,11 @@ def test_a_causal_lm_gets_prefill_decode_and_perplexity(tmp_path: Path, arch: st
     assert measurement.perplexity == pytest.approx(tiny.VOCAB_SIZE, rel=0.3)
     assert figures(measurement, FORWARD) == [None, None]
     assert measurement.max_allocated_bytes is None
-    assert measurement.details["stats"]["per_token"]["count"] == QUICK.new_tokens - 1
+    assert measurement.details.to_json()["stats"]["per_token"]["count"] == QUICK.new_tokens - 1
     # Llama's windows begin with BOS, which takes a place of the text's.
     stride = {"llama": 63, "bloom": 64}[arch]
     text = {"eval_window": 64, "eval_stride": stride, "eval_max_windows": 3}
-    assert measurement.details["shapes"] == {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 4} | text
+    assert measurement.details.to_json()["shapes"] == {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 4} | text
 
 
 @SCHEMES
@@ -67,7 +68,7 @@ def test_an_encoder_decoder_gets_prefill_and_decode(tmp_path: Path, arch: str) -
 @pytest.mark.parametrize("arch", tiny.CAUSAL_ARCHS)
 def test_every_causal_architecture_is_measured(tmp_path: Path, arch: str) -> None:
     measurement = measured(tiny.make_causal(tmp_path, arch))
-    assert measurement.details["stats"]["decode"]["count"] == QUICK.min_iterations
+    assert measurement.details.to_json()["stats"]["decode"]["count"] == QUICK.min_iterations
     assert measurement.perplexity is not None
 
 
@@ -77,7 +78,7 @@ def test_a_measurement_survives_json(tmp_path: Path) -> None:
 
 
 def test_the_details_name_protocol_versions_and_task(tmp_path: Path) -> None:
-    details = measured(tiny.make_causal(tmp_path)).details
+    details = measured(tiny.make_causal(tmp_path)).details.to_json()
     assert details["protocol"] == QUICK.to_json()
     assert details["protocol_hash"] == QUICK.hash
     assert details["task"] == "causal-lm"
@@ -88,7 +89,7 @@ def test_the_details_name_protocol_versions_and_task(tmp_path: Path) -> None:
 def test_the_protocol_is_clipped_to_the_positions_of_the_model(tmp_path: Path) -> None:
     protocol = replace(QUICK, prompt_tokens=600, new_tokens=100, eval_window=4096, eval_stride=4096, eval_max_windows=1)
     measurement = measured(tiny.make_causal(tmp_path, "gpt2"), protocol=protocol)
-    assert measurement.details["shapes"] == {
+    assert measurement.details.to_json()["shapes"] == {
         "batch_size": 1,
         "prompt_tokens": 412,
         "new_tokens": 100,
@@ -96,13 +97,13 @@ def test_the_protocol_is_clipped_to_the_positions_of_the_model(tmp_path: Path) -
         "eval_stride": tiny.MAX_TOKENS,
         "eval_max_windows": 1,
     }
-    assert measurement.details["perplexity"]["tokens"] == tiny.MAX_TOKENS - 1
+    assert measurement.details.to_json()["perplexity"]["tokens"] == tiny.MAX_TOKENS - 1
 
 
 def test_an_encoder_s_input_is_clipped_to_its_positions(tmp_path: Path) -> None:
     measurement = measured(tiny.make_encoder(tmp_path), protocol=replace(QUICK, prompt_tokens=10_000))
     shape = {"batch_size": 1, "prompt_tokens": tiny.MAX_TOKENS, "new_tokens": 0}
-    assert measurement.details["shapes"].items() >= shape.items()
+    assert measurement.details.to_json()["shapes"].items() >= shape.items()
 
 
 def test_positions_below_a_roberta_s_padding_index_are_not_counted() -> None:
@@ -172,5 +173,5 @@ def test_a_models_generation_defaults_change_nothing_and_are_restored(tmp_path: 
         eval_text=TEXT,
         on_step=lambda _step: None,
     )
-    assert measurement.details["stats"]["per_token"]["count"] == QUICK.new_tokens - 1
+    assert measurement.details.to_json()["stats"]["per_token"]["count"] == QUICK.new_tokens - 1
     assert loaded.model.generation_config is before

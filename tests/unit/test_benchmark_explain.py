@@ -352,7 +352,7 @@ def test_decoding_s_energy_is_generation_s_less_the_prefill_s_and_idle_s(monkeyp
     monkeypatch.setattr(energy, "loop_between_ticks", lambda work, _: loop(work, machine.read_j))
     monkeypatch.setattr(energy, "FairnessWatch", lambda _: SimpleNamespace(sighting=lambda: sighting(1000)))
     monkeypatch.setattr(energy.time, "sleep", machine.sleep)
-    found = measure_energy(None, prefill=call("prefill"), generate=call("generate"), tokens=256, decoded=32)
+    found = measure_energy(None, prefill=call("prefill"), generate=call("generate"), tokens=256, decoded=32).to_json()
     near = partial(pytest.approx, rel=0.02)
     assert found["idle_w"] == near(100.0)
     assert (found["prefill"]["gross_j"], found["prefill"]["net_j"]) == (near(150.0), near(100.0))
@@ -521,7 +521,9 @@ def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
 
 
 def concluded(explanation: Explanation, kernels: StepKernels | None) -> dict[str, Any]:
-    return explanation.conclude(device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, kernels=kernels)
+    return explanation.conclude(
+        device="cuda:0", compute_dtype=DType.BFLOAT16, step_wall_s=0.02, kernels=kernels
+    ).to_json()
 
 
 def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
@@ -620,6 +622,6 @@ def test_clocks_steady_in_each_round_may_have_changed_between_rounds() -> None:
 
 
 def test_a_cpu_s_measurement_explains_nothing(tmp_path: Path) -> None:
-    details = measured(tiny.make_causal(tmp_path), protocol=replace(QUICK, why=True, energy=True)).details
+    details = measured(tiny.make_causal(tmp_path), protocol=replace(QUICK, why=True, energy=True)).details.to_json()
     assert details["why"] is None
     assert details["flags"] is None

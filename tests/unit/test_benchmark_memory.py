@@ -50,7 +50,7 @@ def test_the_thread_ends_with_the_context_even_after_an_error() -> None:
 
 
 def test_a_cpu_benchmark_has_resident_memory_and_no_gpu_figures(tmp_path: Path) -> None:
-    memory = measured(tiny.make_causal(tmp_path)).details["memory"]
+    memory = measured(tiny.make_causal(tmp_path)).details.to_json()["memory"]
     assert memory["max_ram"] > 50 * MIB
     assert {name for name, value in memory.items() if value is None} == {
         "max_global_vram",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qbatch.core.domain import BASELINE, DType, Scheme
+from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, StorageError
-from qbatch.worker.measuring.measure import finite
+from qbatch.core.measured.quality_figures import Quality
+from qbatch.core.measured.stored_json import as_json
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of
@@ -100,6 +102,11 @@ def quantized_and_reference(
     return loaded_on_cpu(quantized(source, source.with_name("quantized"), scheme), dtype), reference
 
 
+def figures_of(model: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> dict[str, Any]:
+    """As they are stored."""
+    return compare(model, reference, protocol, text).to_json()
+
+
 @pytest.mark.parametrize("noise", [1.0, 0.0151], ids=["large", "a KL of 1e-4"])
 def test_every_statistic_is_that_of_a_float64_computation(noise: float) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -107,7 +114,7 @@ def test_every_statistic_is_that_of_a_float64_computation(noise: float) -> None:
     other = base + noise * torch.randn(base.shape, generator=generator)
     targets = torch.randint(3000, (120,), generator=generator)
     windows = [divergence(base[i : i + 20], other[i : i + 20], targets[i : i + 20].tolist()) for i in range(0, 120, 20)]
-    summary = summarize_divergence(windows)
+    summary = summarize_divergence(windows).to_json()
     expected = numpy_statistics(base.numpy(), other.numpy(), targets.numpy(), windows=6)
     assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     if noise < 1:
@@ -120,7 +127,7 @@ def test_figures_from_a_stored_reference_are_those_from_full_logits(tmp_path: Pa
     """Within a hundredth of a per cent, though the reference holds hidden states, a fraction of the bytes."""
     source = tiny.make_causal(tmp_path / arch, arch)
     model, reference = quantized_and_reference(source, scheme)
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     base = loaded_on_cpu(source)
     probes = probes_of(base, QUICK, TEXT)
     logits = [
@@ -145,7 +152,7 @@ def test_hidden_states_replay_to_the_base_s_very_bits(tmp_path: Path, arch: str)
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
     assert reference is not None
     assert reference.form == "hidden"
-    assert compare(base, reference, QUICK, TEXT)["kl_max"] == 0
+    assert figures_of(base, reference, QUICK, TEXT)["kl_max"] == 0
 
 
 def test_a_model_that_caps_its_logits_has_them_stored_instead(tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_a_model_that_caps_its_logits_has_them_stored_instead(tmp_path: Path) ->
     assert reference is not None
     assert reference.form == "logits"
     assert reference.probes == QUICK.eval_max_windows
-    assert compare(base, reference, QUICK, TEXT)["kl_max"] == 0
+    assert figures_of(base, reference, QUICK, TEXT)["kl_max"] == 0
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -174,15 +181,15 @@ def test_int8_is_nearer_the_base_than_nf4_and_both_are_above_the_floor(tmp_path:
     source = tiny.make_causal(tmp_path / arch, arch)
     four, reference = quantized_and_reference(source, NF4)
     eight = loaded_on_cpu(quantized(source, tmp_path / "int8", INT8))
-    kl = [compare(model, reference, QUICK, TEXT)["kl_mean"] for model in (eight, four)]
+    kl = [figures_of(model, reference, QUICK, TEXT)["kl_mean"] for model in (eight, four)]
     assert reference.floor is not None
-    assert 0 < reference.floor["kl_mean"] < kl[0] < kl[1]
+    assert 0 < reference.floor.kl_mean < kl[0] < kl[1]
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_encoders_are_compared_each_in_its_own_way(tmp_path: Path, head: str | None) -> None:
     model, reference = quantized_and_reference(tiny.make_encoder(tmp_path / "bert", head), NF4)
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     if head is None:
         assert 0.9 < figures["cosine_min"] <= figures["cosine_mean"] < 1
         assert 0.9 < figures["rank_correlation"] < 1
@@ -210,7 +217,7 @@ def test_a_masked_model_is_scored_on_the_tokens_that_were_masked(tmp_path: Path)
             rows.append(one.model(input_ids=asked).logits[0, [n + 1 for n in places]].float().numpy())
         targets += [piece[n] for n in places]
     expected = numpy_figures(np.concatenate(p), np.concatenate(q), np.array(targets))
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
@@ -230,7 +237,7 @@ def test_under_any_head_it_is_the_body_s_states_that_are_compared(tmp_path: Path
     body = loaded_on_cpu(source).model.bert
     ids = torch.tensor([probes_of(model, QUICK, TEXT)[0].ids])
     assert torch.equal(stored, body(ids).last_hidden_state[0].float().mean(0))
-    assert 0.9 < compare(model, reference, QUICK, TEXT)["rank_correlation"] < 1
+    assert 0.9 < figures_of(model, reference, QUICK, TEXT)["rank_correlation"] < 1
     assert measured(source, protocol=replace(QUICK, batch_size=2)).forward_s_p50 is not None
 
 
@@ -247,7 +254,7 @@ def test_a_classifier_of_tokens_is_compared_at_each_token_of_the_text(tmp_path: 
         for one in (base, model)
     )
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     assert figures["rows"] == len(kl)
     assert figures["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-6)
     assert figures["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
@@ -271,7 +278,7 @@ def test_labels_that_do_not_exclude_each_other_are_compared_one_by_one(tmp_path:
         for one in (base, model)
     )
     kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     assert figures["rows"] == len(kl) == 5 * len(asked)
     assert figures["kl_mean"] == pytest.approx(kl.mean(), rel=1e-6)
     assert figures["kl_max"] == pytest.approx(kl.max(), rel=1e-6)
@@ -284,7 +291,7 @@ def test_a_single_number_is_no_distribution_to_compare(tmp_path: Path) -> None:
         bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=1), NF4
     )
     with pytest.raises(BenchmarkError, match="a single number"):
-        compare(model, reference, QUICK, TEXT)
+        figures_of(model, reference, QUICK, TEXT)
 
 
 def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,14 +300,14 @@ def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
     monkeypatch.setattr("qbatch.worker.measuring.quality.reference.divergence", lambda *_: [][0])
     found = measured(tmp_path / "llama", reference=reference)
-    assert found.details["quality"] == {"reason": "cannot compare with the base: IndexError: list index out of range"}
+    assert found.details.quality == Quality(reason="cannot compare with the base: IndexError: list index out of range")
     assert found.perplexity is not None
 
 
 @pytest.mark.parametrize("arch", tiny.SEQ2SEQ_ARCHS)
 def test_an_encoder_decoder_is_compared_on_the_second_half_of_each_window(tmp_path: Path, arch: str) -> None:
     model, reference = quantized_and_reference(tiny.make_seq2seq(tmp_path / arch, arch), NF4)
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     assert figures["rows"] == sum(figures["window_tokens"]) == sum(len(p.labels) for p in probes_of(model, QUICK, TEXT))
     assert figures["kl_mean"] > 0
 
@@ -326,7 +333,7 @@ def test_an_encoder_decoder_is_scored_on_what_follows_its_first_half(tmp_path: P
             rows.append(output.logits[0].float().numpy())
         targets += said
     expected = numpy_figures(np.concatenate(p), np.concatenate(q), np.array(targets))
-    figures = compare(model, reference, QUICK, TEXT)
+    figures = figures_of(model, reference, QUICK, TEXT)
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
@@ -334,12 +341,12 @@ def test_a_reference_adds_the_comparison_and_leaves_the_perplexity(tmp_path: Pat
     source = tiny.make_causal(tmp_path / "llama")
     _, reference = quantized_and_reference(source, NF4)
     measurements = [measured(tmp_path / "quantized", NF4, reference=given) for given in (None, reference)]
-    assert measurements[0].details["quality"] is None
-    quality = measurements[1].details["quality"]
+    assert measurements[0].details.to_json()["quality"] is None
+    quality = measurements[1].details.to_json()["quality"]
     assert quality["kl_mean"] > 0
     assert quality["base_perplexity"] != quality["perplexity"]
     assert measurements[1].perplexity == pytest.approx(measurements[0].perplexity, rel=1e-6)
-    errors = [measurement.details["perplexity"]["perplexity_se"] for measurement in measurements]
+    errors = [measurement.details.to_json()["perplexity"]["perplexity_se"] for measurement in measurements]
     assert errors == [pytest.approx(quality["perplexity_se"], rel=1e-4)] * 2
 
 
@@ -369,7 +376,7 @@ def test_a_reference_too_large_for_the_bound_holds_fewer_windows(tmp_path: Path)
     assert reference is not None
     assert reference.probes == 2
     assert sum(path.stat().st_size for path in reference.folder.glob("*.safetensors")) <= 40_000
-    assert compare(base, reference, QUICK, TEXT)["windows"] == 2
+    assert figures_of(base, reference, QUICK, TEXT)["windows"] == 2
 
 
 def test_the_least_recently_used_references_make_room_but_not_those_in_use(tmp_path: Path) -> None:
@@ -434,7 +441,7 @@ def test_a_damaged_reference_is_none_and_is_made_anew(
     assert list(root.iterdir()) == []
     assert prepare_reference(base, QUICK, TEXT, root / "a") == whole
     assert whole is not None
-    assert compare(base, whole, QUICK, TEXT)["kl_max"] == 0
+    assert figures_of(base, whole, QUICK, TEXT)["kl_max"] == 0
 
 
 def test_a_probe_damaged_while_it_is_used_leaves_its_reason(tmp_path: Path) -> None:
@@ -443,7 +450,7 @@ def test_a_probe_damaged_while_it_is_used_leaves_its_reason(tmp_path: Path) -> N
     assert reference is not None
     cut(tmp_path / "reference" / "0001.safetensors")
     with pytest.raises(BenchmarkError, match="damaged"):
-        compare(base, reference, QUICK, TEXT)
+        figures_of(base, reference, QUICK, TEXT)
 
 
 def test_a_reference_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, disk_order: list[str]) -> None:
@@ -472,7 +479,7 @@ def test_another_text_is_not_compared(tmp_path: Path) -> None:
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
     assert reference is not None
     with pytest.raises(BenchmarkError, match="other tokens"):
-        compare(base, reference, QUICK, TEXT[100:])
+        figures_of(base, reference, QUICK, TEXT[100:])
 
 
 def test_another_output_head_is_not_replayed_through(tmp_path: Path) -> None:
@@ -482,7 +489,7 @@ def test_another_output_head_is_not_replayed_through(tmp_path: Path) -> None:
     with torch.no_grad():
         base.model.lm_head.weight[0, 0] += 1
     with pytest.raises(BenchmarkError, match="output head"):
-        compare(base, reference, QUICK, TEXT)
+        figures_of(base, reference, QUICK, TEXT)
 
 
 def test_what_cannot_be_compared_leaves_its_reason_and_other_figures(tmp_path: Path) -> None:
@@ -499,7 +506,7 @@ def test_what_cannot_be_compared_leaves_its_reason_and_other_figures(tmp_path: P
         on_step=lambda _step: None,
         reference=reference,
     )
-    assert "other tokens" in measurement.details["quality"]["reason"]
+    assert "other tokens" in measurement.details.to_json()["quality"]["reason"]
     assert measurement.perplexity is not None
 
 
@@ -541,7 +548,7 @@ def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     floor = arithmetic_floor(base, probes_of(base, QUICK, TEXT))
     assert floor is not None
-    assert floor["windows"] == 2
+    assert floor.windows == 2
     for name, tensor in base.model.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, before[name])
@@ -550,15 +557,15 @@ def test_the_floor_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_an_encoders_floor_is_in_its_own_figures_and_nf4_is_above_it(tmp_path: Path, head: str | None) -> None:
     model, reference = quantized_and_reference(tiny.make_encoder(tmp_path / "bert", head), NF4)
-    figures, floor = compare(model, reference, QUICK, TEXT), reference.floor
+    figures, floor = figures_of(model, reference, QUICK, TEXT), reference.floor
     assert floor is not None
     if head is None:
-        assert floor["pieces"] == 16
-        assert figures["rank_correlation"] < floor["rank_correlation"] < 1
-        assert figures["cosine_mean"] < floor["cosine_mean"] < 1
+        assert floor.pieces == 16
+        assert figures["rank_correlation"] < floor.rank_correlation < 1
+        assert figures["cosine_mean"] < floor.cosine_mean < 1
     else:
-        assert floor["windows"] == 16
-        assert 0 < floor["kl_mean"] < figures["kl_mean"]
+        assert floor.windows == 16
+        assert 0 < floor.kl_mean < figures["kl_mean"]
 
 
 def test_a_float32_model_has_no_floor(tmp_path: Path) -> None:
@@ -638,7 +645,7 @@ def test_a_percentile_s_error_is_that_of_a_bootstrap_over_windows() -> None:
     noise = torch.linspace(0.1, 1.0, 20).repeat_interleave(30)[:, None]
     other = base + noise * torch.randn(base.shape, generator=generator)
     windows = [divergence(base[i : i + 30], other[i : i + 30]) for i in range(0, 600, 30)]
-    summary = summarize_divergence(windows)
+    summary = summarize_divergence(windows).to_json()
     kl, numpy_generator = torch.stack([window.kl for window in windows]).numpy(), np.random.default_rng(0)
     drawn = kl[numpy_generator.integers(20, size=(4000, 20))].reshape(4000, -1)
     for name, percent in (("median", 50), ("p90", 90), ("p95", 95), ("p99", 99)):
@@ -651,10 +658,10 @@ def test_embeddings_are_centred_before_they_are_compared() -> None:
     base = torch.randn(10, 32, generator=generator)
     unrelated = torch.randn(10, 32, generator=generator)
     offset = torch.full((32,), 100.0)
-    same = compare_embeddings(base + offset, base - offset)
+    same = compare_embeddings(base + offset, base - offset).to_json()
     assert same["cosine_mean"] == pytest.approx(1)
     assert same["rank_correlation"] == pytest.approx(1)
-    assert abs(compare_embeddings(base + offset, unrelated + offset)["cosine_mean"]) < 0.3
+    assert abs(compare_embeddings(base + offset, unrelated + offset).to_json()["cosine_mean"]) < 0.3
 
 
 def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
@@ -669,7 +676,7 @@ def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
         return np.argsort(np.argsort((unit(vectors) @ unit(vectors).T)[np.triu_indices(8, 1)]))
 
     cosines = (unit(base) * unit(other)).sum(axis=1)
-    assert compare_embeddings(base, other) == pytest.approx(
+    assert compare_embeddings(base, other).to_json() == pytest.approx(
         {
             "pieces": 8,
             "cosine_mean": cosines.mean(),
@@ -680,12 +687,12 @@ def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
 
 
 def test_two_pieces_of_text_are_too_few_for_similarities() -> None:
-    found = compare_embeddings(torch.eye(4)[:2], torch.eye(4)[:2])
+    found = compare_embeddings(torch.eye(4)[:2], torch.eye(4)[:2]).to_json()
     assert found == {"pieces": 2, "reason": "similarities take three pieces of text or more"}
 
 
 def test_json_gets_none_for_what_is_no_number() -> None:
-    assert finite({"a": math.nan, "b": [1.0, -math.inf], "c": {"d": 2}, "e": None}) == {
+    assert as_json({"a": math.nan, "b": [1.0, -math.inf], "c": {"d": 2}, "e": None}) == {
         "a": None,
         "b": [1.0, None],
         "c": {"d": 2},

@@ -143,7 +143,7 @@ def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
     assert ear.entered(Stage.BENCHMARKING) == [(1,), (2,), (3,)] * 2
     assert list(ear.measured()) == [1, 2, 3]
     for job_id, done in ear.measured().items():
-        details = done.measurement.details
+        details = done.measurement.details.to_json()
         assert details["stats"]["prefill"]["count"] == details["rounds"]["count"] == 2
         assert details["stats"]["load_model"]["count"] == 2
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
@@ -155,7 +155,7 @@ def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> 
     ear = run(home, schemes=(BASELINE,))
     assert ear.entered(Stage.LOADING) == [(1,)], "nothing takes its place, so it is not loaded again"
     measurement = ear.measured()[1].measurement
-    rounds, loading = measurement.details["rounds"], measurement.details["stats"]["load_model"]
+    rounds, loading = measurement.details.to_json()["rounds"], measurement.details.to_json()["stats"]["load_model"]
     assert (rounds["count"], rounds["interleaved_with"]) == (2, [])
     assert (loading["count"], loading["p99"]) == (1, measurement.load_model_s)
 
@@ -175,10 +175,10 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
         first, second = done[one].measurement, done[three].measurement
         assert done[one].checkpoint_path == done[three].checkpoint_path
         assert (first.perplexity, first.kl_mean) == (second.perplexity, second.kl_mean)
-        assert first.details["quality"] == second.details["quality"]
-        assert [m.details["shapes"]["batch_size"] for m in (first, second)] == [1, 3]
-        assert [m.details["stats"]["load_model"]["count"] for m in (first, second)] == [2, 2]
-        assert first.details["protocol_hash"] != second.details["protocol_hash"]
+        assert first.details.to_json()["quality"] == second.details.to_json()["quality"]
+        assert [m.details.to_json()["shapes"]["batch_size"] for m in (first, second)] == [1, 3]
+        assert [m.details.to_json()["stats"]["load_model"]["count"] for m in (first, second)] == [2, 2]
+        assert first.details.to_json()["protocol_hash"] != second.details.to_json()["protocol_hash"]
     kl = [done[job_id].measurement.kl_mean for job_id in (3, 5)]
     assert kl[0] is not None
     assert kl[1] is not None
@@ -193,7 +193,7 @@ def test_what_is_answered_is_not_measured_and_the_reference_is_still_there(home:
     (done,) = ear.measured().values()
     assert done.job_id == 3
     assert done.measurement.kl_mean is not None
-    assert done.measurement.details["rounds"]["interleaved_with"] == []
+    assert done.measurement.details.to_json()["rounds"]["interleaved_with"] == []
 
 
 def test_without_the_bases_outputs_a_reason_replaces_the_comparison(home: Path) -> None:
@@ -201,7 +201,7 @@ def test_without_the_bases_outputs_a_reason_replaces_the_comparison(home: Path) 
     (done,) = run(home, answered=frozenset({1, 2})).measured().values()
     assert done.measurement.kl_mean is None
     assert done.measurement.perplexity is not None
-    assert "--force" in done.measurement.details["quality"]["reason"]
+    assert "--force" in done.measurement.details.to_json()["quality"]["reason"]
 
 
 @pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "kept: no room"), (None, "nothing to compare")])
@@ -215,7 +215,7 @@ def test_outputs_that_could_not_be_kept_leave_their_reason(
     shutil.rmtree(home / "storage" / "base-logits", ignore_errors=True)
     monkeypatch.setattr("qbatch.worker.measuring.quality.reference.prepare_reference", prepare)
     done = run(home).measured()
-    assert all(said in done[job_id].measurement.details["quality"]["reason"] for job_id in (2, 3))
+    assert all(said in done[job_id].measurement.details.to_json()["quality"]["reason"] for job_id in (2, 3))
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> Callable[[], int]:
@@ -286,19 +286,21 @@ def test_the_times_of_all_rounds_count_and_their_spread_is_told() -> None:
         generation([2.0, 4.0], [[0.1, 0.2], [0.1, 0.2]]),
     ]
     speed = pool(rounds)
-    assert speed.stats["prefill"]["count"] == 6
-    assert speed.stats["per_token"]["count"] == 12
-    assert speed.stats["prefill"]["tokens_per_s"] == pytest.approx(2 * 8 / (14 / 6))
-    assert speed.columns["decode_tokens_per_s"] == pytest.approx(2 * 2 / ((0.2 + 0.4 + 0.3) / 3))
-    assert speed.columns["per_token_s_p50"] == pytest.approx(0.15)
-    assert speed.by_round["prefill"] == {"p50": [2.0, 2.0, 3.0], "mean": [2.0, 2.0, 3.0], "spread": 0.5}
-    assert speed.by_round["per_token"]["spread"] == pytest.approx(0.1 / 0.15)
+    assert speed.stats["prefill"].count == 6
+    assert speed.stats["per_token"].count == 12
+    assert speed.stats["prefill"].tokens_per_s == pytest.approx(2 * 8 / (14 / 6))
+    assert speed.decode_tokens_per_s == pytest.approx(2 * 2 / ((0.2 + 0.4 + 0.3) / 3))
+    assert speed.per_token_s_p50 == pytest.approx(0.15)
+    assert speed.by_round["prefill"].to_json() == {"p50": [2.0, 2.0, 3.0], "mean": [2.0, 2.0, 3.0], "spread": 0.5}
+    assert speed.by_round["per_token"].spread == pytest.approx(0.1 / 0.15)
     assert speed.notable_spread == pytest.approx(0.1 / 0.15)
 
 
 def test_a_small_spread_is_not_worth_a_word_and_one_round_has_none() -> None:
     rounds = [a_round(forward=[1.0, 1.0]), a_round(forward=[1.1])]
     assert pool(rounds).notable_spread is None
-    assert pool(rounds).by_round["forward"]["spread"] == pytest.approx(0.1 / 1.05)
-    assert pool(rounds).columns == {"forward_s_p50": 1.0, "forward_samples_per_s": pytest.approx(2 / (3.1 / 3))}
-    assert pool(rounds[:1]).by_round["forward"]["spread"] is None
+    assert pool(rounds).by_round["forward"].spread == pytest.approx(0.1 / 1.05)
+    assert pool(rounds).forward_s_p50 == 1.0
+    assert pool(rounds).forward_samples_per_s == pytest.approx(2 / (3.1 / 3))
+    assert pool(rounds).decode_tokens_per_s is None
+    assert pool(rounds[:1]).by_round["forward"].spread is None

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from qbatch.views.compare import comparison
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.recommend import Recommendation, recommend
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
+from tests.unit.printed import comparison, read
 from tests.unit.test_views import on_terminal
 
 GIB = 2**30
@@ -33,14 +33,14 @@ ALL = [BASELINE, INT8, NF4, FP4]
 
 
 def recommended(rows: list[dict[str, Any]], **preference: Any) -> Recommendation:
-    (model,) = models_of(rows)
+    (model,) = models_of(read(rows))
     (group,) = model.groups
     return recommend(group, Preference(**preference))
 
 
 def shipped(rows: list[dict[str, Any]], **preference: Any) -> str | None:
     found = recommended(rows, **preference).ship
-    return None if found is None else str(found["job_id"])
+    return None if found is None else str(found.job_id)
 
 
 # what is recommended
@@ -106,7 +106,7 @@ def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
     assert shipped([timed(faster, 0.001), timed(NF4, 0.001)], prefer="speed") == "j2"
     found = recommended([timed(faster, 0.05), timed(NF4, 0.05)], prefer="speed")
     assert found.ship is not None
-    assert found.ship["job_id"] == "j3"
+    assert found.ship.job_id == "j3"
     assert "the highest rate measured" in found.sentence
     assert ", as far as can be told; in speed it is not distinguishable from bnb-int8 (j2), and is the smaller" in (
         found.sentence
@@ -129,7 +129,7 @@ def test_quality_that_was_not_measured_does_not_qualify() -> None:
     unknown = NF4 | {"kl_mean": None, "details": {"quality": {"reason": "another tokenizer"}}}
     found = recommended([BASELINE, unknown])
     assert found.ship is not None
-    assert found.ship["job_id"] == "j1"
+    assert found.ship.job_id == "j1"
     assert "its mean KL was not measured (another tokenizer)" in found.sentence
     assert shipped([unknown]) is None
     assert shipped([unknown], prefer="quality") is None
@@ -169,8 +169,8 @@ def test_protocols_and_devices_are_groups_and_say_how_they_differ() -> None:
         row(5, "bnb-nf4", 5.6, 0.02, protocol_hash="q", **longer),
         NF4 | {"job_id": "j6", "device_name": "A100"},
     ]
-    (model,) = models_of(rows)
-    assert [[one["job_id"] for one in group.rows] for group in model.groups] == [
+    (model,) = models_of(read(rows))
+    assert [[one.job_id for one in group.rows] for group in model.groups] == [
         ["j1", "j2", "j3", "j4"],
         ["j5"],
         ["j6"],
@@ -196,10 +196,10 @@ def test_a_baseline_of_another_batch_serves_where_everything_is_the_same() -> No
 def test_a_configuration_measured_twice_stands_once_by_its_newer_figures() -> None:
     again = NF4 | {"job_id": "j7", "decode_tokens_per_s": 36.0}
     reused = NF4 | {"job_id": "j8", "reused_from": "j3"}
-    (group,) = models_of([BASELINE, reused, NF4, again])[0].groups
-    assert [one["job_id"] for one in group.rows] == ["j1", "j7"]
+    (group,) = models_of(read([BASELINE, reused, NF4, again]))[0].groups
+    assert [one.job_id for one in group.rows] == ["j1", "j7"]
     assert "j7 measured again" in comparison([BASELINE, NF4, again], Preference(), by="figure", format="table")
-    (group,) = models_of([BASELINE, NF4, reused])[0].groups
+    (group,) = models_of(read([BASELINE, NF4, reused]))[0].groups
     assert dict(group.superseded) == {}, "an answer from an earlier result is not a second measurement"
 
 
@@ -313,8 +313,8 @@ def test_a_program_is_told_what_is_noise_and_which_versions_differ() -> None:
 def test_each_row_names_its_baseline_where_there_are_two() -> None:
     wide = row(5, "none", 30.0, dtype="float32", compute_dtype="float32")
     of_wide = row(6, "bnb-nf4", 6.0, 0.01, dtype="float32", compute_dtype="bfloat16", baseline_job_id="j5")
-    (group,) = models_of([BASELINE, NF4, wide, of_wide])[0].groups
-    assert {job_id: base["job_id"] for job_id, base in group.baselines.items()} == {"j3": "j1", "j6": "j5"}
+    (group,) = models_of(read([BASELINE, NF4, wide, of_wide]))[0].groups
+    assert {job_id: base.job_id for job_id, base in group.baselines.items()} == {"j3": "j1", "j6": "j5"}
     table = comparison([BASELINE, NF4, wide, of_wide], Preference(), by="scheme", format="table")
     assert "j3 bnb-nf4 of j1" in table
     assert "j6 bnb-nf4 in bfloat16 of j5" in table

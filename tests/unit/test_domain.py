@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from qbatch.core.domain import (
     BASELINE,
     LARGEST_ID,
-    MEASURED_COLUMNS,
     DeviceKind,
     DType,
     JobState,
-    Measurement,
     Method,
     Protocol,
     ProtocolOptions,
@@ -28,6 +26,8 @@ from qbatch.core.domain import (
     stored_dtype,
 )
 from qbatch.core.errors import ERROR_KINDS, JobError, UsageError, job_error
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CPU)
 
@@ -67,7 +67,7 @@ def test_a_measurement_survives_json() -> None:
         num_parameters=10,
         quantized_fraction=0.25,
         bits_per_param=7.5,
-        details={"nested": {"p99": [0.1, None]}},
+        details=Details.from_json({"nested": {"p99": [0.1, None]}}),
         **sizes,
     )
     assert Measurement.from_json(json.loads(json.dumps(measurement.to_json()))) == measurement

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qbatch.views.job_details import show_jobs
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, explained, stats
+from tests.unit.printed import show_jobs
 from tests.unit.test_views import on_terminal
 
 RECORD: dict[str, Any] = {

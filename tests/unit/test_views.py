@@ -21,9 +21,9 @@ from qbatch.core.errors import Unsupported
 from qbatch.views.formats import Column, render, text_width
 from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
 from qbatch.views.live import LiveProgress
-from qbatch.views.results_table import results_table
 from qbatch.views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
 from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
+from tests.unit.printed import results_table
 
 
 def job(number: int, state: str = "queued", **fields: Any) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from qbatch.views.results_table import results_table
-from qbatch.views.why_words import why, why_briefly
 from tests.unit.measured_rows import BF16_STEP, INT8_STEP, NF4_STEP, explained, reasons, result, stats
+from tests.unit.printed import results_table, why, why_briefly
 
 BF16 = explained(1, "none", BF16_STEP)
 NF4 = explained(2, "bnb-nf4", NF4_STEP)

@@ -8,20 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qbatch.core.domain import DType, Measurement, Protocol
+from qbatch.core.domain import DType, Protocol
 from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
+from qbatch.core.measured.checkpoint_audit import MeasuringAudit
+from qbatch.core.measured.decode_figures import DecodeReasons
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import Measurement
+from qbatch.core.measured.quality_figures import Quality, TextPerplexity
+from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, RunShape, Size, TimedRounds
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
 from qbatch.worker.measuring.pooled_rounds import Speed, pool
 from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
 from qbatch.worker.measuring.quality.perplexity import TextScore, score_text, text_windows
 from qbatch.worker.measuring.quality.reference import Reference, compare
-from qbatch.worker.measuring.speed.memory import allocator_peaks, reset_allocator_peaks, watching
+from qbatch.worker.measuring.speed.memory import (
+    AllocatorPeaks,
+    MemoryPeaks,
+    allocator_peaks,
+    reset_allocator_peaks,
+    watching,
+)
 from qbatch.worker.measuring.speed.phases import Round, time_round
-from qbatch.worker.measuring.speed.size import disk_bytes, measure_size
+from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.versions import device_name, versions
@@ -56,13 +67,22 @@ class ModelBenchmark:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.columns: dict[str, Any] = {}
-        self.details: dict[str, Any] = {}
-        self.audits: dict[str, Any] = {}
-        self.text_shape: dict[str, int] = {}
         self.is_explainable = False
+        # All that it found, but what each row has of its own.
+        self._found: Measurement | None = None
         self._loads_s: list[float] = []
         self._tasks = LoadedTasks(hashes={})
+
+    @property
+    def found(self) -> Measurement:
+        """What is known of the model so far; after ``begin``."""
+        if self._found is None:
+            raise BenchmarkError(f"{self.subject.folder.name} was not counted before it was measured")
+        return self._found
+
+    def not_compared(self, reason: str) -> None:
+        """Note why it does not stand beside its base."""
+        self._found = replace(self.found, details=replace(self.found.details, quality=Quality(reason=reason)))
 
     def begin(self, loaded: LoadedModel) -> None:
         """Count the model, and load its tasks, so that their memory is in every row alike."""
@@ -80,8 +100,8 @@ class ModelBenchmark:
             self._loads_s.append(loaded.load_model_s)
 
     @property
-    def load_stats(self) -> dict[str, Any]:
-        return asdict(summarize(self._loads_s))
+    def load_times(self) -> PhaseTimes:
+        return summarize(self._loads_s).as_times()
 
     def _begin(self, loaded: LoadedModel) -> None:
         if loaded.model.main_input_name != "input_ids":
@@ -90,56 +110,63 @@ class ModelBenchmark:
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
         size = measure_size(loaded.model)
-        self.columns |= {
-            "device_name": device_name(loaded.device),
-            "dtype": subject.dtype,
-            "compute_dtype": subject.compute_dtype,
-            "num_parameters": size.num_parameters,
-            "quantized_fraction": size.quantized_fraction,
-            "bits_per_param": size.bits_per_param,
-            "disk_bytes": disk_bytes(subject.folder),
-            "memory_footprint_bytes": size.memory_footprint_bytes,
-            "weights_bytes": size.weights_bytes,
-            "load_model_s": loaded.load_model_s,
-        }
-        self.details |= {
-            "task": loaded.task.value,
-            "versions": versions(),
-            "size": asdict(size),
-            "arithmetic_slowdown": arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
-        }
-        if loaded.tokenizer is not None:
-            cut = text_cut(loaded, subject.protocol)
-            self.text_shape = {"eval_window": cut.window, "eval_stride": cut.stride, "eval_max_windows": cut.count}
-        self.audits["cpu_layers_on_generic_kernel"] = avoid_packed_kernel(loaded.model, loaded.device)
+        self._found = Measurement(
+            device_name=device_name(loaded.device),
+            dtype=subject.dtype,
+            compute_dtype=subject.compute_dtype,
+            num_parameters=size.num_parameters,
+            quantized_fraction=size.quantized_fraction,
+            bits_per_param=size.bits_per_param,
+            disk_bytes=disk_bytes(subject.folder),
+            memory_footprint_bytes=size.memory_footprint_bytes,
+            weights_bytes=size.weights_bytes,
+            load_model_s=loaded.load_model_s,
+            details=Details(
+                task=loaded.task.value,
+                versions=versions(),
+                size=_stored_size(size),
+                arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
+                shapes=self._text_shape(loaded),
+                audits=MeasuringAudit(cpu_layers_on_generic_kernel=avoid_packed_kernel(loaded.model, loaded.device)),
+            ),
+        )
+
+    def _text_shape(self, loaded: LoadedModel) -> RunShape:
+        if loaded.tokenizer is None:
+            return RunShape()
+        cut = text_cut(loaded, self.subject.protocol)
+        return RunShape(eval_window=cut.window, eval_stride=cut.stride, eval_max_windows=cut.count)
 
     def _judge(self, loaded: LoadedModel, reference: Reference | None) -> None:
-        score, against_base = self._compare_and_score(loaded, reference)
+        score, quality = self._compare_and_score(loaded, reference)
         if self._tasks.tasks is not None:
             self.subject.on_step("tasks")
-        found = run_tasks(self._tasks, loaded, self.subject.protocol)
+        tasks = run_tasks(self._tasks, loaded, self.subject.protocol)
         perplexity = None if score is None else score.perplexity
-        figures = against_base or {}
-        self.columns |= {
-            "perplexity": finite(perplexity),
-            "kl_mean": finite(figures.get("kl_mean")),
-            "top1_agreement": finite(figures.get("top1_agreement")),
-        }
-        self.details |= {
-            "perplexity": finite(None if score is None else _score_details(score)),
-            "quality": finite(against_base),
-            "tasks": finite(found),
-            "tasks_reason": self._tasks.reason,
-        }
-        self.audits["perplexity_not_finite"] = perplexity is not None and not math.isfinite(perplexity)
+        found = self.found
+        self._found = replace(
+            found,
+            perplexity=finite(perplexity),
+            kl_mean=finite(quality.kl_mean),
+            top1_agreement=finite(quality.top1_agreement),
+            details=replace(
+                found.details,
+                perplexity=TextPerplexity() if score is None else _stored_score(score),
+                quality=quality,
+                tasks=tasks,
+                tasks_reason=self._tasks.reason,
+                audits=replace(
+                    found.details.audits,
+                    perplexity_not_finite=perplexity is not None and not math.isfinite(perplexity),
+                ),
+            ),
+        )
         self._tasks = LoadedTasks(hashes={})
 
-    def _compare_and_score(
-        self, loaded: LoadedModel, reference: Reference | None
-    ) -> tuple[TextScore | None, dict[str, Any] | None]:
+    def _compare_and_score(self, loaded: LoadedModel, reference: Reference | None) -> tuple[TextScore | None, Quality]:
         """The score is a causal LM's alone."""
         protocol, text, on_step = self.subject.protocol, self.subject.eval_text, self.subject.on_step
-        against_base = None
+        against_base = Quality()
         if reference is not None:
             on_step("quality")
             against_base = _compare(loaded, reference, protocol, text)
@@ -147,10 +174,10 @@ class ModelBenchmark:
         if loaded.task is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
         cut = text_windows(loaded, protocol, text)
-        if against_base is not None and len(against_base.get("window_nll", ())) == len(cut):
+        nll, tokens = against_base.window_nll, against_base.window_tokens
+        if nll is not None and tokens is not None and len(nll) == len(cut):
             # The comparison has scored the same windows.
-            nll, tokens = against_base["window_nll"], against_base["window_tokens"]
-            return TextScore(window_nll=tuple(nll), window_tokens=tuple(tokens)), against_base
+            return TextScore(window_nll=nll, window_tokens=tokens), against_base
         return score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), against_base
 
 
@@ -162,7 +189,7 @@ class RowBenchmark:
         self._protocol = protocol
         self._on_step = on_step
         self._rounds: list[Round] = []
-        self._memory: dict[str, Any] = {}
+        self._memory = Memory()
         self._why: Explanation | None = None
         self._device = "cpu"
 
@@ -183,7 +210,7 @@ class RowBenchmark:
             reset_allocator_peaks(loaded.device)
             with watching(loaded.device) as watch:
                 self._rounds.append(self._round(loaded, watch))
-            self._memory = asdict(watch.peaks) | allocator_peaks(loaded.device)
+            self._memory = _stored_memory(watch.peaks, allocator_peaks(loaded.device))
 
     def observe(self, loaded: LoadedModel) -> None:
         """Look behind the times of a causal LM on a GPU, as far as the protocol asks. What goes wrong leaves its reason
@@ -201,73 +228,101 @@ class RowBenchmark:
         """The shape at which a decode step's kernels are to be measured, where they are."""
         if self._why is None or self.fault is not None or not self._protocol.why:
             return None
-        return Shape(**self._rounds[0].shapes)
+        shape = self._rounds[0].shape
+        return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
 
     def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
         """The row, after at least one round. ``kernels`` are its own, where they were asked for;
         ``interleaved_with`` names the jobs of other models that were timed between its rounds."""
         speed = pool(self._rounds)
-        columns: dict[str, Any] = {**self._model.columns, **speed.columns}
-        return Measurement(
-            **columns,
-            max_allocated_bytes=self._memory["max_allocated"],
-            details={
-                **self._model.details,
-                "protocol": self._protocol.to_json(),
-                "protocol_hash": self._protocol.hash,
-                "memory": self._memory,
-                "shapes": {**speed.shapes, **self._model.text_shape},
-                "stats": {"load_model": self._model.load_stats, **speed.stats},
-                "rounds": {
-                    "count": len(self._rounds),
-                    "interleaved_with": list(interleaved_with),
-                    "phases": speed.by_round,
-                },
-                "flags": speed.flags,
-                "why": finite(self._explained(speed, kernels)),
-                "audits": self._model.audits | {"spread_between_rounds": speed.notable_spread},
-            },
+        found = self._model.found
+        details = replace(
+            found.details,
+            protocol=self._protocol.to_json(),
+            protocol_hash=self._protocol.hash,
+            memory=self._memory,
+            shapes=replace(
+                found.details.shapes,
+                batch_size=speed.shape.batch_size,
+                prompt_tokens=speed.shape.prompt_tokens,
+                new_tokens=speed.shape.new_tokens,
+            ),
+            stats={Phase.LOAD_MODEL.value: self._model.load_times, **speed.stats},
+            rounds=TimedRounds(
+                count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round
+            ),
+            flags=speed.flags,
+            why=self._explained(speed, kernels),
+            audits=replace(found.details.audits, spread_between_rounds=speed.notable_spread),
+        )
+        return replace(
+            found,
+            max_allocated_bytes=self._memory.max_allocated,
+            prefill_s_p50=speed.prefill_s_p50,
+            decode_tokens_per_s=speed.decode_tokens_per_s,
+            per_token_s_p50=speed.per_token_s_p50,
+            per_token_s_p99=speed.per_token_s_p99,
+            forward_s_p50=speed.forward_s_p50,
+            forward_samples_per_s=speed.forward_samples_per_s,
+            details=details,
         )
 
     def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
         return time_round(loaded, self._protocol, self._model.subject.eval_text, during_warmup)
 
-    def _explained(self, speed: Speed, kernels: StepKernels | None) -> dict[str, Any] | None:
-        """None where it was not asked for, and where there is nothing to explain: no GPU, or no decoding."""
-        if self._why is None:
-            return None
+    def _explained(self, speed: Speed, kernels: StepKernels | None) -> DecodeReasons:
+        """Empty where it was not asked for, and where there is nothing to explain: no GPU, or no decoding."""
+        if self._why is None or speed.per_token_s_p50 is None:
+            return DecodeReasons()
         return self._why.conclude(
             device=self._device,
             compute_dtype=self._model.subject.compute_dtype,
-            step_wall_s=speed.columns["per_token_s_p50"],
+            step_wall_s=speed.per_token_s_p50,
             kernels=kernels,
         )
 
 
-def finite(value: Any) -> Any:
-    """``value`` with every infinity and not-a-number in it replaced by None: JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list) else value
+def finite(value: float | None) -> float | None:
+    """None in place of infinity and of what is not a number: a column has neither."""
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> dict[str, Any]:
+def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> Quality:
     """What cannot be compared leaves its reason, and the other figures stand."""
     try:
         with translated(BenchmarkError, "cannot compare with the base"):
             return compare(loaded, reference, protocol, text)
     except BenchmarkError as error:
-        return {"reason": str(error)}
+        return Quality(reason=str(error))
 
 
-def _score_details(score: TextScore) -> dict[str, Any]:
-    return {
-        "mean_nll": score.mean_nll,
-        "perplexity_se": score.perplexity_se,
-        "tokens": score.tokens,
-        "windows": len(score.window_nll),
-        "window_nll": list(score.window_nll),
-        "window_tokens": list(score.window_tokens),
-    }
+def _stored_size(size: ModelSize) -> Size:
+    return Size(
+        num_parameters=size.num_parameters,
+        quantized_parameters=size.quantized_parameters,
+        weights_bytes=size.weights_bytes,
+        quant_state_bytes=size.quant_state_bytes,
+        buffer_bytes=size.buffer_bytes,
+        memory_footprint_bytes=size.memory_footprint_bytes,
+    )
+
+
+def _stored_score(score: TextScore) -> TextPerplexity:
+    return TextPerplexity(
+        mean_nll=score.mean_nll,
+        perplexity_se=score.perplexity_se,
+        tokens=score.tokens,
+        windows=len(score.window_nll),
+        window_nll=score.window_nll,
+        window_tokens=score.window_tokens,
+    )
+
+
+def _stored_memory(peaks: MemoryPeaks, allocator: AllocatorPeaks) -> Memory:
+    return Memory(
+        max_ram=peaks.max_ram,
+        max_global_vram=peaks.max_global_vram,
+        max_process_vram=peaks.max_process_vram,
+        max_allocated=allocator.allocated,
+        max_reserved=allocator.reserved,
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from qbatch.core.measured.speed_figures import Phase, PhaseByRound, PhaseTimes
 from qbatch.worker.measuring.speed.fairness import flags_of
-from qbatch.worker.measuring.speed.phases import Round
-from qbatch.worker.measuring.stats import percentile, summarize
+from qbatch.worker.measuring.speed.phases import Round, TimedShape
+from qbatch.worker.measuring.stats import Stats, percentile, summarize
 
 # A spread above this is said beside the figures: differences between rows under it are easily the host's.
 _NOTABLE_SPREAD = 0.2
@@ -17,53 +17,56 @@ _NOTABLE_SPREAD = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """``columns`` of the measurement and full ``stats`` by phase, over the times of all rounds. ``by_round`` has for
-    each phase every round's median (p50) and mean, and the ``spread``: (largest - smallest median) / their median;
-    None for a single round. ``notable_spread`` is the largest, where it is above 20 %."""
+    """What is stored of a row's speed: columns of the measurement, and the times of all rounds by phase. ``by_round``
+    has every round's, with the ``spread``: (largest - smallest median) / their median; None for a single round.
+    ``notable_spread`` is the largest, where it is above 20 %."""
 
-    columns: Mapping[str, float]
-    stats: Mapping[str, Any]
-    by_round: Mapping[str, Any]
+    prefill_s_p50: float | None = None
+    decode_tokens_per_s: float | None = None
+    per_token_s_p50: float | None = None
+    per_token_s_p99: float | None = None
+    forward_s_p50: float | None = None
+    forward_samples_per_s: float | None = None
+    stats: Mapping[str, PhaseTimes]
+    by_round: Mapping[str, PhaseByRound]
     notable_spread: float | None
-    shapes: Mapping[str, int]
+    shape: TimedShape
     flags: Mapping[str, bool] | None
 
 
 def pool(rounds: Sequence[Round]) -> Speed:
     """The figures of a row's ``rounds`` (one at least), all of one shape."""
-    shapes = rounds[0].shapes
+    shape = rounds[0].shape
     phases = {name: [one.times_s[name] for one in rounds] for name in rounds[0].times_s}
-    stats = {name: asdict(summarize([s for times_s in of for s in times_s])) for name, of in phases.items()}
+    stats = {name: summarize([s for times_s in of for s in times_s]) for name, of in phases.items()}
     by_round = {name: _by_round(of) for name, of in phases.items()}
-    largest = max((phase["spread"] or 0.0 for phase in by_round.values()), default=0.0)
-    if "prefill" in stats:
-        stats["prefill"]["tokens_per_s"] = shapes["batch_size"] * shapes["prompt_tokens"] / stats["prefill"]["mean"]
+    largest = max((phase.spread or 0.0 for phase in by_round.values()), default=0.0)
+    prefill, decode = stats.get(Phase.PREFILL), stats.get(Phase.DECODE)
+    per_token, forward = stats.get(Phase.PER_TOKEN), stats.get(Phase.FORWARD)
     return Speed(
-        columns=_columns(stats, shapes),
-        stats=stats,
-        by_round=by_round,
+        prefill_s_p50=None if prefill is None else prefill.p50,
+        decode_tokens_per_s=None if decode is None else shape.batch_size * (shape.new_tokens - 1) / decode.mean,
+        per_token_s_p50=None if per_token is None else per_token.p50,
+        per_token_s_p99=None if per_token is None else per_token.p99,
+        forward_s_p50=None if forward is None else forward.p50,
+        forward_samples_per_s=None if forward is None else shape.batch_size / forward.mean,
+        stats={str(name): _phase_times(name, of, shape) for name, of in stats.items()},
+        by_round={str(name): of for name, of in by_round.items()},
         notable_spread=largest if largest > _NOTABLE_SPREAD else None,
-        shapes=shapes,
+        shape=shape,
         flags=flags_of([one.sighting for one in rounds]),
     )
 
 
-def _columns(stats: Mapping[str, Any], shapes: Mapping[str, int]) -> dict[str, float]:
-    if "forward" in stats:
-        forward = stats["forward"]
-        return {"forward_s_p50": forward["p50"], "forward_samples_per_s": shapes["batch_size"] / forward["mean"]}
-    return {
-        "prefill_s_p50": stats["prefill"]["p50"],
-        "per_token_s_p50": stats["per_token"]["p50"],
-        "per_token_s_p99": stats["per_token"]["p99"],
-        "decode_tokens_per_s": shapes["batch_size"] * (shapes["new_tokens"] - 1) / stats["decode"]["mean"],
-    }
+def _phase_times(phase: Phase, stats: Stats, shape: TimedShape) -> PhaseTimes:
+    is_read = phase == Phase.PREFILL
+    return stats.as_times(tokens_per_s=shape.batch_size * shape.prompt_tokens / stats.mean if is_read else None)
 
 
-def _by_round(times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
-    medians = [percentile(sorted(of_round), 50) for of_round in times_s]
-    return {
-        "p50": medians,
-        "mean": [statistics.fmean(of_round) for of_round in times_s],
-        "spread": (max(medians) - min(medians)) / statistics.median(medians) if len(medians) > 1 else None,
-    }
+def _by_round(times_s: Sequence[Sequence[float]]) -> PhaseByRound:
+    medians = tuple(percentile(sorted(of_round), 50) for of_round in times_s)
+    return PhaseByRound(
+        p50=medians,
+        mean=tuple(statistics.fmean(of_round) for of_round in times_s),
+        spread=(max(medians) - min(medians)) / statistics.median(medians) if len(medians) > 1 else None,
+    )

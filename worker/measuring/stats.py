@@ -5,8 +5,35 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from qbatch.core.domain import Stats
+from qbatch.core.measured.speed_figures import PhaseTimes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """A sample of latencies in seconds. ``stdev`` is the sample's (n - 1); 0 for a single value."""
+
+    count: int
+    mean: float
+    stdev: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+    def as_times(self, *, tokens_per_s: float | None = None) -> PhaseTimes:
+        """As they are stored."""
+        return PhaseTimes(
+            count=self.count,
+            mean=self.mean,
+            stdev=self.stdev,
+            p50=self.p50,
+            p90=self.p90,
+            p95=self.p95,
+            p99=self.p99,
+            tokens_per_s=tokens_per_s,
+        )
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

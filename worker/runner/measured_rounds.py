@@ -15,8 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qbatch.core.domain import DeviceKind, Measurement, Stage, format_job_id
+from qbatch.core.domain import DeviceKind, Stage, format_job_id
 from qbatch.core.errors import DeviceError, JobError, SourceChanged
+from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.measurement import Measurement
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
@@ -153,7 +155,7 @@ class Rounds:
             self._keep_reference(turn, loaded)
         elif reference is None and loaded.tokenizer is not None:
             folder = self._reference_folder(turn.model.plans[0])
-            turn.benchmark.details["quality"] = {"reason": self._not_kept.get(folder, _NO_REFERENCE)}
+            turn.benchmark.not_compared(self._not_kept.get(folder, _NO_REFERENCE))
 
     def _reference_folder(self, plan: Plan) -> Path:
         from qbatch.worker.measuring.quality.reference import reference_name
@@ -265,19 +267,20 @@ class Rounds:
         return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
 
     def _with_origin(self, measurement: Measurement, plan: Plan, model: MeasuredModel) -> Measurement:
-        origin = {
-            "checkpoint_key": plan.settled.key,
-            "fingerprint": self._source.fingerprint,
-            "commit": self._source.revision,
-            "device_uuid": self._device_uuid(),
-        }
         published = model.published
-        audit = {"audit": dict(published.audit)} if published is not None else {}
+        details = dataclasses.replace(
+            measurement.details,
+            checkpoint_key=plan.settled.key,
+            fingerprint=self._source.fingerprint,
+            commit=self._source.revision,
+            device_uuid=self._device_uuid(),
+            audit=CheckpointAudit.from_json(published.audit if published is not None else None),
+        )
         return dataclasses.replace(
             measurement,
             device_name=self._order.device_name,
             quantize_s=published.quantize_s if published is not None else None,
-            details=dict(measurement.details) | origin | audit,
+            details=details,
         )
 
     def _device_uuid(self) -> str | None:

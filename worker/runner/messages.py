@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qbatch.core.digest import Checksums
-from qbatch.core.domain import Claim, DeviceKind, Measurement, Protocol, Stage
+from qbatch.core.domain import Claim, DeviceKind, Protocol, Stage
 from qbatch.core.file_stat import FileStat
+from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.checkpoints.publish import Published
 from qbatch.worker.sources.fetch import SourcePolicy
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import Measurement, Protocol, format_job_id
+from qbatch.core.domain import Protocol, format_job_id
 from qbatch.core.errors import (
     DatabaseRefused,
     DatabaseUnreachable,
@@ -24,6 +24,7 @@ from qbatch.core.errors import (
     job_error,
     one_line,
 )
+from qbatch.core.measured.measurement import Measurement
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, jobs
 from qbatch.models_db.jobs import Token

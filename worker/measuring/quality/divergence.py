@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
+from qbatch.core.measured.quality_figures import Quality
 from qbatch.worker.measuring.quality.perplexity import exponential
 from qbatch.worker.measuring.stats import clustered_error
 
@@ -22,7 +22,6 @@ from qbatch.worker.measuring.stats import clustered_error
 _ROWS_AT_ONCE = 8
 _RESAMPLES = 200
 _SEED = 0
-_PERCENTILES = (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,45 +66,71 @@ def _rows(base_logits: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor)
     return kl, agrees, -base_log_p, -log_p, log_p.exp() - base_log_p.exp()
 
 
-def summarize_divergence(windows: Sequence[Divergence]) -> dict[str, Any]:
+def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
     """The statistics over all rows of ``windows`` (not empty), each with a standard error clustered by window.
 
     Rows of one window share their context, so they are not independent; windows nearly are. With a single window
     there is no error to be had: None.
     """
-    kl = [window.kl for window in windows]
-    summary: dict[str, Any] = {"windows": len(windows), "rows": sum(len(rows) for rows in kl)}
-    summary |= _with_error("kl_mean", kl)
-    for name, q in _PERCENTILES:
-        summary[f"kl_{name}"] = float(torch.quantile(torch.cat(kl), q))
-        summary[f"kl_{name}_se"] = _quantile_error(kl, q)
-    summary["kl_max"] = float(torch.cat(kl).max())
-    summary |= _with_error("top1_agreement", [window.agrees for window in windows])
-    if not len(windows[0].nll):
-        return summary
-    summary["window_nll"] = [float(window.nll.sum()) for window in windows]
-    summary["window_tokens"] = [len(window.nll) for window in windows]
-    summary |= _perplexity_with_error("base_perplexity", [window.base_nll for window in windows])
-    summary |= _perplexity_with_error("perplexity", [window.nll for window in windows])
-    summary |= _with_error("ln_ppl_ratio", [window.nll - window.base_nll for window in windows])
-    return summary | _rms_with_error("rms_delta_p", [window.delta_p for window in windows])
+    kl, agrees = [window.kl for window in windows], [window.agrees for window in windows]
+    every_kl = torch.cat(kl)
+    summary = Quality(
+        windows=len(windows),
+        rows=len(every_kl),
+        kl_mean=float(every_kl.mean()),
+        kl_mean_se=_mean_error(kl),
+        kl_median=_quantile(kl, 0.5),
+        kl_median_se=_quantile_error(kl, 0.5),
+        kl_p90=_quantile(kl, 0.9),
+        kl_p90_se=_quantile_error(kl, 0.9),
+        kl_p95=_quantile(kl, 0.95),
+        kl_p95_se=_quantile_error(kl, 0.95),
+        kl_p99=_quantile(kl, 0.99),
+        kl_p99_se=_quantile_error(kl, 0.99),
+        kl_max=float(every_kl.max()),
+        top1_agreement=float(torch.cat(agrees).mean()),
+        top1_agreement_se=_mean_error(agrees),
+    )
+    return _with_targets(summary, windows) if len(windows[0].nll) else summary
 
 
-def _with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
-    return {name: float(torch.cat(list(clusters)).mean()), f"{name}_se": _mean_error(clusters)}
+def _with_targets(summary: Quality, windows: Sequence[Divergence]) -> Quality:
+    """What is known where each row has a token that comes next."""
+    base_nll, nll = [window.base_nll for window in windows], [window.nll for window in windows]
+    ratios = [window.nll - window.base_nll for window in windows]
+    base_perplexity, base_perplexity_se = _perplexity_with_error(base_nll)
+    perplexity, perplexity_se = _perplexity_with_error(nll)
+    rms_delta_p, rms_delta_p_se = _rms_with_error([window.delta_p for window in windows])
+    return replace(
+        summary,
+        window_nll=tuple(float(rows.sum()) for rows in nll),
+        window_tokens=tuple(len(rows) for rows in nll),
+        base_perplexity=base_perplexity,
+        base_perplexity_se=base_perplexity_se,
+        perplexity=perplexity,
+        perplexity_se=perplexity_se,
+        ln_ppl_ratio=float(torch.cat(ratios).mean()),
+        ln_ppl_ratio_se=_mean_error(ratios),
+        rms_delta_p=rms_delta_p,
+        rms_delta_p_se=rms_delta_p_se,
+    )
 
 
-def _perplexity_with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
+def _perplexity_with_error(clusters: Sequence[torch.Tensor]) -> tuple[float, float | None]:
     """d(exp m) = exp m · dm carries the error of the mean over to its exponential."""
     perplexity, error = exponential(float(torch.cat(list(clusters)).mean())), _mean_error(clusters)
-    return {name: perplexity, f"{name}_se": None if error is None else perplexity * error}
+    return perplexity, None if error is None else perplexity * error
 
 
-def _rms_with_error(name: str, clusters: Sequence[torch.Tensor]) -> dict[str, float | None]:
+def _rms_with_error(clusters: Sequence[torch.Tensor]) -> tuple[float, float | None]:
     """d√m = dm / 2√m carries the error of the mean square over to its root."""
     squares = [rows.square() for rows in clusters]
     rms, error = math.sqrt(float(torch.cat(squares).mean())), _mean_error(squares)
-    return {name: rms, f"{name}_se": error / (2 * rms) if error is not None and rms > 0 else error}
+    return rms, error / (2 * rms) if error is not None and rms > 0 else error
+
+
+def _quantile(clusters: Sequence[torch.Tensor], q: float) -> float:
+    return float(torch.quantile(torch.cat(list(clusters)), q))
 
 
 def _mean_error(clusters: Sequence[torch.Tensor]) -> float | None:

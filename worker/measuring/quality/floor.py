@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qbatch.core.errors import CudaOom, HostOom
+from qbatch.core.measured.quality_figures import Quality, QualityFloor
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.machine.host_memory import available_memory
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
@@ -23,13 +24,9 @@ _WINDOWS, _PIECES = 2, 16
 # Of a CPU's memory, beside the float32 copy itself: activations and logits, which grow with the model, and the rest.
 _ROOM_FACTOR = 1.25
 _ROOM_BYTES = 1 << 29
-_FIGURES = (
-    *("kl_mean", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_max"),
-    *("top1_agreement", "ln_ppl_ratio", "rms_delta_p"),
-)
 
 
-def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> dict[str, Any] | None:
+def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> QualityFloor | None:
     """How far the unquantized model in ``loaded`` is from itself computed in float32, on the first probes, in the
     figures that it is compared by.
 
@@ -40,8 +37,8 @@ def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> dict[str, 
         return None
     compare = _similarity if loaded.task is ModelKind.ENCODER else _divergence
     try:
-        return compare(
-            loaded, probes[: _WINDOWS if loaded.task in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) else _PIECES]
+        return _floor_of(
+            compare(loaded, probes[: _WINDOWS if loaded.task in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) else _PIECES])
         )
     except Exception as error:
         if device_fault(error) not in (CudaOom, HostOom):
@@ -49,15 +46,35 @@ def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> dict[str, 
         return None
 
 
-def _divergence(loaded: LoadedModel, probes: Sequence[Probe]) -> dict[str, Any]:
+def _floor_of(quality: Quality) -> QualityFloor:
+    return QualityFloor(
+        windows=quality.windows,
+        rows=quality.rows,
+        kl_mean=quality.kl_mean,
+        kl_median=quality.kl_median,
+        kl_p90=quality.kl_p90,
+        kl_p95=quality.kl_p95,
+        kl_p99=quality.kl_p99,
+        kl_max=quality.kl_max,
+        top1_agreement=quality.top1_agreement,
+        ln_ppl_ratio=quality.ln_ppl_ratio,
+        rms_delta_p=quality.rms_delta_p,
+        pieces=quality.pieces,
+        reason=quality.reason,
+        cosine_mean=quality.cosine_mean,
+        cosine_min=quality.cosine_min,
+        rank_correlation=quality.rank_correlation,
+    )
+
+
+def _divergence(loaded: LoadedModel, probes: Sequence[Probe]) -> Quality:
     rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
     with _in_float32(loaded.model):
         found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
-    summary = summarize_divergence(found)
-    return {name: summary[name] for name in ("windows", "rows", *_FIGURES) if name in summary}
+    return summarize_divergence(found)
 
 
-def _similarity(loaded: LoadedModel, probes: Sequence[Probe]) -> dict[str, Any]:
+def _similarity(loaded: LoadedModel, probes: Sequence[Probe]) -> Quality:
     rounded = _embeddings(loaded, probes)
     with _in_float32(loaded.model):
         exact = _embeddings(loaded, probes)

@@ -24,6 +24,7 @@ from typing import Any
 
 from qbatch.core.domain import Protocol, TaskRef, content_hash
 from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, Unsupported, one_line
+from qbatch.core.measured.quality_figures import Score, TaskScores
 from qbatch.scheduler.lm_eval_files import data_files, unpack
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
@@ -75,7 +76,7 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
     return LoadedTasks(tasks=tasks, hashes=hashes)
 
 
-def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> dict[str, dict[str, Any]] | None:
+def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> dict[str, TaskScores] | None:
     """Task or group → its figures (``docs/measurements.md`` says which); None where there are none to run.
 
     Deterministic: seeds and batch size are fixed, log-probabilities are float32. Raises BenchmarkError, UnsafeSource.
@@ -204,24 +205,24 @@ def _nothing() -> None:
     return None
 
 
-def _figures(name: str, found: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
+def _figures(name: str, found: Mapping[str, Any], hashes: Mapping[str, str]) -> TaskScores:
     results, config = found["results"][name], found["configs"].get(name)
-    figures: dict[str, Any] = {}
+    scores: dict[str, Score] = {}
     for key, value in results.items():
         metric, comma, how = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             # "none" is the harness's word for answers taken as they are.
             label = metric if how == "none" else key
-            figures[label] = _number(value)
-            figures[f"{label}_stderr"] = _number(results.get(f"{metric}_stderr,{how}"))
-    return figures | {
-        "n_samples": results.get("sample_len"),
-        "num_fewshot": found["n-shot"].get(name),
-        "version": _version(found["versions"].get(name)),
-        "higher_is_better": found["higher_is_better"].get(name),
-        "config_hash": hashes.get(name) or (None if config is None else _config_hash(config)),
-        "samples_hash": _samples_hash(found["samples"].get(name, ())),
-    }
+            scores[label] = Score(value=_number(value), error=_number(results.get(f"{metric}_stderr,{how}")))
+    return TaskScores.of(
+        scores,
+        n_samples=results.get("sample_len"),
+        num_fewshot=found["n-shot"].get(name),
+        version=_version(found["versions"].get(name)),
+        higher_is_better=found["higher_is_better"].get(name),
+        config_hash=hashes.get(name) or (None if config is None else _config_hash(config)),
+        samples_hash=_samples_hash(found["samples"].get(name, ())),
+    )
 
 
 def _number(value: Any) -> float | None:

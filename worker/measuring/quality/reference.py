@@ -11,11 +11,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +24,7 @@ from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Protocol, content_hash
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.filesystem import IS_TAKEN, move, storage_fault, sync, touch
+from qbatch.core.measured.quality_figures import Quality, QualityFloor
 from qbatch.worker.files.reference_folders import DESCRIPTION, IN_USE_S, beside, litter, occupants, remove
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
@@ -57,7 +57,7 @@ class Reference:
     head_sha256: str | None
     model: str
     device_name: str
-    floor: Mapping[str, Any] | None
+    floor: QualityFloor | None
 
 
 def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol: Protocol) -> str:
@@ -111,9 +111,11 @@ def _sound(folder: Path) -> Reference | None:
     """None where the description says nothing of use, or the outputs are not those that were stored: every byte is
     read, since a wrong one is a wrong figure. Raises OSError."""
     try:
-        reference = Reference(folder=folder, **json.loads((folder / DESCRIPTION).read_bytes()))
+        fields = json.loads((folder / DESCRIPTION).read_bytes())
+        floor = None if fields["floor"] is None else QualityFloor.from_json(fields["floor"])
+        reference = Reference(folder=folder, **fields | {"floor": floor})
         is_whole = _content_sha256(folder, reference.probes) == reference.content_sha256
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return reference if is_whole else None
 
@@ -153,7 +155,7 @@ def prepare_reference(
     return open_reference(folder)
 
 
-def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_text: str) -> dict[str, Any]:
+def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_text: str) -> Quality:
     """Set the model in ``loaded`` beside its base's ``reference``: the statistics of ``divergence`` or ``similarity``.
 
     Raises BenchmarkError where the two are not about the same tokens, or the output head is not the base's.
@@ -164,14 +166,15 @@ def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_
     if reference.form == "hidden" and head_sha256(loaded.model) != reference.head_sha256:
         raise BenchmarkError("the checkpoint's output head is not its base's, so the base cannot be replayed")
     figures = _compare_embeddings if reference.form == "embedding" else _compare_logits
-    return figures(loaded, reference, probes) | {
-        "against": reference.form,
-        "base_device_name": reference.device_name,
-        "floor": reference.floor,
-    }
+    return replace(
+        figures(loaded, reference, probes),
+        against=reference.form,
+        base_device_name=reference.device_name,
+        floor=reference.floor or QualityFloor(),
+    )
 
 
-def _compare_logits(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> dict[str, Any]:
+def _compare_logits(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
     found: list[Divergence] = []
     for number, probe in enumerate(probes):
         stored = _read(reference, number).to(loaded.device)
@@ -183,7 +186,7 @@ def _compare_logits(loaded: LoadedModel, reference: Reference, probes: list[Prob
     return summarize_divergence(found)
 
 
-def _compare_embeddings(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> dict[str, Any]:
+def _compare_embeddings(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
     base = torch.stack([_read(reference, number) for number in range(len(probes))])
     other = torch.stack([embedding_of(loaded.model, probe, loaded.device) for probe in probes])
     return compare_embeddings(base, other)
@@ -221,7 +224,7 @@ def _write(
             device_name=device_name(loaded.device),
             floor=arithmetic_floor(loaded, probes),
         )
-        fields = asdict(reference)
+        fields = asdict(reference) | {"floor": None if reference.floor is None else reference.floor.to_json()}
         del fields["folder"]
         (staging / DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
         sync(*staging.iterdir(), staging)

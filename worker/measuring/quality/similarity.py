@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from qbatch.core.measured.quality_figures import Quality
 
 
 def embedding(hidden: torch.Tensor) -> torch.Tensor:
@@ -12,7 +12,7 @@ def embedding(hidden: torch.Tensor) -> torch.Tensor:
     return hidden[0].float().mean(0)
 
 
-def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
+def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> Quality:
     """Set embeddings ``other`` beside those of the base, both [pieces, width], piece by piece and pair by pair.
 
     ``cosine_*``: cosine of each piece's two embeddings once the mean over all pieces is taken off; raw cosines say
@@ -22,14 +22,14 @@ def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> dict[str, Any
     """
     base, other = _centred(base), _centred(other)
     if len(base) < 3:
-        return {"pieces": len(base), "reason": "similarities take three pieces of text or more"}
+        return Quality(pieces=len(base), reason="similarities take three pieces of text or more")
     cosines = torch.nn.functional.cosine_similarity(base, other)
-    return {
-        "pieces": len(base),
-        "cosine_mean": float(cosines.mean()),
-        "cosine_min": float(cosines.min()),
-        "rank_correlation": _spearman(_pair_similarities(base), _pair_similarities(other)),
-    }
+    return Quality(
+        pieces=len(base),
+        cosine_mean=float(cosines.mean()),
+        cosine_min=float(cosines.min()),
+        rank_correlation=_spearman(_pair_similarities(base), _pair_similarities(other)),
+    )
 
 
 def _centred(embeddings: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pynvml
 
+from qbatch.core.measured.decode_figures import MeasuredEnergy, PhaseEnergy
 from qbatch.worker.measuring.speed.fairness import FairnessWatch, flags_of
 
 _LOOP_S = 10.0
@@ -87,7 +88,7 @@ def net_energy(span: EnergySpan, idle: EnergySpan) -> Energy:
 
 def measure_energy(
     handle: Any, *, prefill: Callable[[], None], generate: Callable[[], None], tokens: int, decoded: int
-) -> dict[str, Any]:
+) -> MeasuredEnergy:
     """Energy of the prefill, of decoding, and of idling, on the GPU of NVML's ``handle``; takes about 35 s.
 
     ``generate`` is the prefill and all decode steps; the prefill's energy is taken off it. ``tokens`` prompt tokens
@@ -98,18 +99,25 @@ def measure_energy(
     idle = loop_between_ticks(lambda: time.sleep(0.1), read_j)
     prefill_j = net_energy(loop_between_ticks(_watched(prefill, watch), read_j), idle)
     whole_j = net_energy(loop_between_ticks(_watched(generate, watch), read_j), idle)
-    return {
-        "idle_w": idle.watts,
-        "prefill": asdict(prefill_j) | {"net_j_per_token": prefill_j.net_j / tokens},
-        "decode": {
-            "gross_j": whole_j.gross_j - prefill_j.gross_j,
-            "net_j": whole_j.net_j - prefill_j.net_j,
-            "uncertainty_j": math.hypot(whole_j.uncertainty_j, prefill_j.uncertainty_j),
-            "gross_j_per_token": (whole_j.gross_j - prefill_j.gross_j) / decoded,
-            "net_j_per_token": (whole_j.net_j - prefill_j.net_j) / decoded,
-        },
-        "flags": flags_of([watch.sighting()]),
-    }
+    return MeasuredEnergy(
+        idle_w=idle.watts,
+        prefill=PhaseEnergy(
+            gross_j=prefill_j.gross_j,
+            net_j=prefill_j.net_j,
+            uncertainty_j=prefill_j.uncertainty_j,
+            repetitions=prefill_j.repetitions,
+            seconds=prefill_j.seconds,
+            net_j_per_token=prefill_j.net_j / tokens,
+        ),
+        decode=PhaseEnergy(
+            gross_j=whole_j.gross_j - prefill_j.gross_j,
+            net_j=whole_j.net_j - prefill_j.net_j,
+            uncertainty_j=math.hypot(whole_j.uncertainty_j, prefill_j.uncertainty_j),
+            gross_j_per_token=(whole_j.gross_j - prefill_j.gross_j) / decoded,
+            net_j_per_token=(whole_j.net_j - prefill_j.net_j) / decoded,
+        ),
+        flags=flags_of([watch.sighting()]),
+    )
 
 
 def _watched(work: Callable[[], None], watch: FairnessWatch) -> Callable[[], None]:

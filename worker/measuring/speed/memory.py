@@ -126,14 +126,21 @@ def reset_allocator_peaks(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def allocator_peaks(device: str) -> dict[str, int | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorPeaks:
+    """In bytes, of torch's allocator; None on a CPU."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+
+
+def allocator_peaks(device: str) -> AllocatorPeaks:
     """What torch's allocator handed out at most since the reset, and what it kept at most, in bytes; None on a CPU."""
     if not device.startswith("cuda"):
-        return {"max_allocated": None, "max_reserved": None}
-    return {
-        "max_allocated": torch.cuda.max_memory_allocated(device),
-        "max_reserved": torch.cuda.max_memory_reserved(device),
-    }
+        return AllocatorPeaks()
+    return AllocatorPeaks(
+        allocated=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.max_memory_reserved(device)
+    )
 
 
 def _larger(before: int | None, now: int | None) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qbatch.core.domain import Protocol
+from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.measuring.speed.device_clock import clock_of
 from qbatch.worker.measuring.speed.fairness import Sighting, fairness_watch
 from qbatch.worker.measuring.speed.generation import time_forward, time_generation
@@ -21,19 +22,28 @@ _GENERATIVE = (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """The times of one round in seconds, by phase ("prefill", "decode" and "per_token", or "forward"), for
-    ``prompts`` [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``sighting`` None without a GPU."""
+class TimedShape:
+    """What was timed."""
 
-    times_s: Mapping[str, list[float]]
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """The times of one round in seconds, by phase (prefill, decode and per token, or forward), for ``prompts``
+    [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``sighting`` None without a GPU."""
+
+    times_s: Mapping[Phase, list[float]]
     prompts: torch.Tensor
     new_tokens: int
     sighting: Sighting | None
 
     @property
-    def shapes(self) -> dict[str, int]:
+    def shape(self) -> TimedShape:
         batch_size, prompt_tokens = self.prompts.shape
-        return {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": self.new_tokens}
+        return TimedShape(batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=self.new_tokens)
 
 
 def time_round(
@@ -47,14 +57,14 @@ def time_round(
         return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, sighting=fairness.sighting())
 
 
-_Timed = tuple[Mapping[str, list[float]], torch.Tensor, int]
+_Timed = tuple[Mapping[Phase, list[float]], torch.Tensor, int]
 
 
 def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
     prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
     ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
     times = time_generation(loaded.model, ids, new_tokens=new_tokens, protocol=protocol, **options)
-    phases = {"prefill": times.prefill_s, "decode": times.decode_s, "per_token": times.per_token_s}
+    phases = {Phase.PREFILL: times.prefill_s, Phase.DECODE: times.decode_s, Phase.PER_TOKEN: times.per_token_s}
     return phases, ids, new_tokens
 
 
@@ -76,4 +86,4 @@ def _forward(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: M
     if type(loaded.model).__name__.endswith("ForMultipleChoice"):
         # [batch, choices, length]
         inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
-    return {"forward": time_forward(loaded.model, inputs, protocol=protocol, **options)}, ids, 0
+    return {Phase.FORWARD: time_forward(loaded.model, inputs, protocol=protocol, **options)}, ids, 0

@@ -13,7 +13,7 @@ from qbatch.core.sources import weight_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
+class ModelSize:
     """Counts of a loaded model. Tied weights count once. ``weights_bytes`` is the parameters and, where they are
     quantized, the state needed to use them; ``buffer_bytes`` is what else the modules hold (rotary tables, masks).
 
@@ -36,12 +36,12 @@ class Size:
         return self.weights_bytes * 8 / self.num_parameters
 
 
-def measure_size(model: Any) -> Size:
+def measure_size(model: Any) -> ModelSize:
     """Count ``model`` as loaded. Call it before any forward: on some CPUs bitsandbytes repacks its weights then."""
     parameters = list(model.parameters())
     state = [tensor for module in model.modules() for tensor in quant_state(module)]
     state_bytes = held_bytes(state)
-    return Size(
+    return ModelSize(
         num_parameters=sum(logical_elements(parameter) for parameter in parameters),
         quantized_parameters=sum(logical_elements(p) for p in parameters if _is_quantized(p)),
         weights_bytes=held_bytes(parameters) + state_bytes,

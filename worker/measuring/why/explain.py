@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from qbatch.core.domain import DType, Protocol
 from qbatch.core.errors import BenchmarkError, DeviceError, JobError
+from qbatch.core.measured.decode_figures import (
+    DecodeReasons,
+    DeviceRoofs,
+    MeasuredEnergy,
+    ProfiledStep,
+    ReadByStep,
+    StepAlone,
+)
 from qbatch.worker.measuring.speed.energy import NoEnergyCounter, measure_energy
 from qbatch.worker.measuring.speed.generation import greedy
 from qbatch.worker.measuring.speed.memory import nvml_handle
@@ -32,7 +40,7 @@ class Explanation:
         self._protocol = protocol
         self._on_step = on_step
         self._work: StepWork | None = None
-        self._energy: Mapping[str, Any] | None = None
+        self._energy = MeasuredEnergy()
         self._reason = None if protocol.why else "it was not asked why"
         # Spoils the device for this process; what was measured before it stands.
         self.fault: DeviceError | None = None
@@ -44,11 +52,11 @@ class Explanation:
         if self._protocol.energy:
             self._on_step("energy")
             energy, reason = self._attempt("measure energy", lambda: _energy(loaded, shape.prompts, shape.new_tokens))
-            self._energy = {"reason": reason} if energy is None else energy
+            self._energy = MeasuredEnergy(reason=reason) if energy is None else energy
 
     def conclude(
         self, *, device: str, compute_dtype: DType, step_wall_s: float, kernels: StepKernels | None
-    ) -> dict[str, Any]:
+    ) -> DecodeReasons:
         """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``kernels`` are its own."""
         profile = None if kernels is None else kernels.profile
         alone = None if kernels is None else kernels.alone
@@ -63,33 +71,38 @@ class Explanation:
             self._reason = kernels.reason
         elif self.fault is not None:
             self._reason = str(self.fault)
-        return {
-            **self._judged(device, step_wall_s, profile, roofs),
-            "step_wall_s": step_wall_s,
-            "roofs": None if roofs is None else asdict(roofs),
-            "kernels_alone": None if alone is None else asdict(alone),
-            "energy": self._energy,
-        }
+        return replace(
+            self._judged(device, step_wall_s, profile, roofs),
+            step_wall_s=step_wall_s,
+            roofs=_stored_roofs(roofs),
+            kernels_alone=StepAlone() if alone is None else StepAlone(step_s=alone.step_s, reason=alone.reason),
+            energy=self._energy,
+        )
 
     def _judged(
         self, device: str, step_wall_s: float, profile: StepProfile | None, roofs: Roofs | None
-    ) -> dict[str, Any]:
+    ) -> DecodeReasons:
         work = self._work
         if profile is None:
-            return {"verdict": None, "reason": self._reason, "profile": None, "busy_share": None, "work": None}
+            return DecodeReasons(reason=self._reason)
         cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
         verdict = None
         if roofs is not None and work is not None:
             verdict = judge(wall_s=step_wall_s, profile=profile, work=work, roofs=roofs, cache_size_bytes=cache_bytes)
             self._reason = "the weights fit in the GPU's cache" if verdict is None else None
-        return {
-            "verdict": None if verdict is None else verdict.value,
-            "reason": self._reason,
-            "profile": asdict(profile),
-            "busy_share": profile.device_busy_s / step_wall_s,
-            "work": None if work is None else asdict(work),
-            "bytes_per_s": work.bytes / profile.device_busy_s if work and profile.device_busy_s else None,
-        }
+        return DecodeReasons(
+            verdict=verdict,
+            reason=self._reason,
+            profile=ProfiledStep(
+                steps=profile.steps,
+                device_busy_s=profile.device_busy_s,
+                launches=profile.launches,
+                synchronizations=profile.synchronizations,
+            ),
+            busy_share=profile.device_busy_s / step_wall_s,
+            work=_stored_work(work),
+            bytes_per_s=work.bytes / profile.device_busy_s if work and profile.device_busy_s else None,
+        )
 
     def _attempt(self, doing: str, work: Callable[[], T]) -> tuple[T | None, str | None]:
         """What ``work`` returns; else why it did not. After a fault of the device nothing more is tried."""
@@ -106,6 +119,20 @@ class Explanation:
         return None, reason
 
 
+def _stored_roofs(roofs: Roofs | None) -> DeviceRoofs:
+    if roofs is None:
+        return DeviceRoofs()
+    return DeviceRoofs(
+        copy_bytes_per_s=roofs.copy_bytes_per_s, matmul_flops_per_s=roofs.matmul_flops_per_s, dtype=roofs.dtype
+    )
+
+
+def _stored_work(work: StepWork | None) -> ReadByStep:
+    if work is None:
+        return ReadByStep()
+    return ReadByStep(weight_bytes=work.weight_bytes, cache_bytes=work.cache_bytes, flops=work.flops)
+
+
 @torch.inference_mode()
 def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
     """With the cache as it is after the prefill: decoding adds little to it."""
@@ -113,10 +140,10 @@ def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
     return step_work(loaded.model, cache, batch_size=len(prompts))
 
 
-def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> MeasuredEnergy:
     with nvml_handle(loaded.device) as handle:
         if handle is None:
-            return {"reason": "NVML does not show this GPU"}
+            return MeasuredEnergy(reason="NVML does not show this GPU")
         try:
             return measure_energy(
                 handle,
@@ -126,7 +153,7 @@ def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> dict
                 decoded=len(prompts) * (new_tokens - 1),
             )
         except NoEnergyCounter as error:
-            return {"reason": str(error)}
+            return MeasuredEnergy(reason=str(error))
 
 
 def _generate(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
+from qbatch.core.measured.decode_figures import Verdict
 from qbatch.worker.measuring.why.profile import StepProfile
 from qbatch.worker.measuring.why.roofs import Roofs
 from qbatch.worker.measuring.why.traffic import StepWork
@@ -16,16 +15,6 @@ _ROOF_SHARE = 0.6
 # thousands of launches of an 8B model. So both: more than ``generate`` ever does, and often for the work at hand.
 _SYNCHRONIZATIONS = 16
 _SYNCHRONIZATIONS_PER_LAUNCH = 0.01
-
-
-class Verdict(StrEnum):
-    """What would have to become faster for the step to become faster."""
-
-    HOST_BOUND = "host-bound"
-    SYNCHRONIZATION_BOUND = "synchronization-bound"
-    MEMORY_BOUND = "memory-bound"
-    COMPUTE_BOUND = "compute-bound"
-    KERNEL_BOUND = "kernel-bound"
 
 
 def judge(

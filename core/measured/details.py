@@ -1,0 +1,53 @@
+"""What is stored of a result beside its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qbatch.core.measured.checkpoint_audit import CheckpointAudit, MeasuringAudit
+from qbatch.core.measured.decode_figures import DecodeReasons
+from qbatch.core.measured.quality_figures import Quality, TaskScores, TextPerplexity
+from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, RunShape, Size, TimedRounds
+from qbatch.core.measured.stored_json import LEFT_OUT, Stored, beside, left_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details(Stored):
+    """``docs/measurements.md`` says what each is. ``protocol`` is as ``Protocol.to_json`` gives it; ``flags`` has what
+    made a GPU's figures unfair."""
+
+    task: str | None = None
+    versions: Mapping[str, str | None] | None = None
+    size: Size = field(default_factory=Size)
+    arithmetic_slowdown: Mapping[str, float] | None = left_out()
+    perplexity: TextPerplexity = field(default_factory=TextPerplexity)
+    quality: Quality = field(default_factory=Quality)
+    tasks: Mapping[str, TaskScores] | None = None
+    tasks_reason: str | None = None
+    protocol: Mapping[str, Any] | None = None
+    protocol_hash: str | None = None
+    memory: Memory = field(default_factory=Memory)
+    shapes: RunShape = field(default_factory=RunShape)
+    stats: Mapping[str, PhaseTimes] | None = None
+    rounds: TimedRounds = field(default_factory=TimedRounds)
+    flags: Mapping[str, bool] | None = None
+    why: DecodeReasons = field(default_factory=DecodeReasons)
+    audits: MeasuringAudit = field(default_factory=MeasuringAudit)
+    checkpoint_key: str | None = left_out()
+    fingerprint: str | None = left_out()
+    commit: str | None = beside("fingerprint")
+    device_uuid: str | None = beside("fingerprint")
+    audit: CheckpointAudit = field(default_factory=CheckpointAudit, metadata=LEFT_OUT)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether it is known to have been measured on a CPU: a GPU has a UUID."""
+        return self.device_uuid is None and "device_uuid" in self.stored
+
+    def times(self, phase: Phase) -> PhaseTimes:
+        return (self.stats or {}).get(phase, PhaseTimes())
+
+    def by_round(self, phase: Phase) -> PhaseByRound:
+        return (self.rounds.phases or {}).get(phase, PhaseByRound())

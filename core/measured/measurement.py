@@ -1,0 +1,58 @@
+"""What one measurement found: the columns of a result, and its details."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qbatch.core.domain import DType
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.stored_json import Stored, field_names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures(Stored):
+    """What may be known of a measured model. None is "not measured", never 0. Bytes, seconds, tokens per second, nats.
+
+    The fields but ``details`` are columns of the results table.
+    """
+
+    device_name: str | None = None
+    dtype: str | None = None
+    compute_dtype: str | None = None
+    num_parameters: int | None = None
+    quantized_fraction: float | None = None
+    bits_per_param: float | None = None
+    disk_bytes: int | None = None
+    memory_footprint_bytes: int | None = None
+    weights_bytes: int | None = None
+    max_allocated_bytes: int | None = None
+    load_model_s: float | None = None
+    quantize_s: float | None = None
+    prefill_s_p50: float | None = None
+    decode_tokens_per_s: float | None = None
+    per_token_s_p50: float | None = None
+    per_token_s_p99: float | None = None
+    forward_s_p50: float | None = None
+    forward_samples_per_s: float | None = None
+    perplexity: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    details: Details = field(default_factory=Details)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement(Figures):
+    """What a worker measured: these are always known."""
+
+    device_name: str
+    dtype: DType
+    compute_dtype: DType
+    num_parameters: int
+    quantized_fraction: float
+    bits_per_param: float
+    disk_bytes: int
+    memory_footprint_bytes: int
+    weights_bytes: int
+
+
+MEASURED_COLUMNS: tuple[str, ...] = tuple(name for name in field_names(Figures) if name != "details")

@@ -1,0 +1,517 @@
+"""Every metric that is shown, in one place: what it is called, how it is written, and where it stands.
+
+``results``, ``compare`` and ``show``, their JSON and CSV, and the table of docs/measurements.md come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.speed_figures import Phase
+
+Value = Callable[[ResultRow], float | None]
+
+
+class Unit(StrEnum):
+    """Of a metric's value; it decides how that is written."""
+
+    BITS = "bits"
+    BYTES = "bytes"
+    CORRELATION = "−1 to 1"
+    JOULES = "joules"
+    NATS = "nats"
+    PLAIN = "a number"
+    PROBABILITY = "probability"
+    SAMPLES_PER_S = "samples/s"
+    SECONDS = "seconds"
+    SHARE = "share"
+    TOKENS_PER_S = "tokens/s"
+
+
+class Better(StrEnum):
+    """Which of two values is the better one."""
+
+    LOWER = "lower"
+    HIGHER = "higher"
+    NEITHER = "–"
+
+
+class BesideBaseline(StrEnum):
+    """What stands behind a value, where it may be compared with its baseline's."""
+
+    NOTHING = "–"
+    RATIO = "ratio"
+    CHANGE = "change in percent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfComparison:
+    """Noise where the ``distance`` from the base is under its ``error``, or not above that of 16-bit arithmetic alone
+    (``floor``)."""
+
+    distance: Value
+    error: Value
+    floor: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotBelow:
+    """Noise where the value is 1, or not below that of 16-bit arithmetic alone: no error of it is known."""
+
+    floor: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfTimes:
+    """Noise where row and baseline lie less apart than the standard error that the times of ``phase`` give."""
+
+    phase: Phase
+
+
+Noise = OfComparison | NotBelow | OfTimes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One figure. ``key``: its dotted path in a row's JSON, by which programs know it; ``value`` is the same path in
+    ``ResultRow``. ``label``: over a column; ``title``: before a line of ``show``, where that is another. ``on_device``:
+    comparable on one device alone. ``error`` and ``floor``: its standard error, and the value of 16-bit arithmetic
+    alone, which ``show`` sets beside it; ``in_details``: where ``show`` finds the value of a column. ``csv``: its
+    column in ``compare``'s CSV, where that is not the key's end.
+    """
+
+    key: str
+    label: str
+    unit: Unit
+    better: Better
+    value: Value
+    title: str = ""
+    beside: BesideBaseline = BesideBaseline.NOTHING
+    on_device: bool = False
+    noise: Noise | None = None
+    error: Value | None = None
+    floor: Value | None = None
+    in_details: Value | None = None
+    csv: str = ""
+
+    def line_value(self, row: ResultRow) -> float | None:
+        """For a line of ``show``."""
+        return (self.in_details or self.value)(row)
+
+    @property
+    def csv_name(self) -> str:
+        return self.csv or self.key.rpartition(".")[2]
+
+    @property
+    def line_title(self) -> str:
+        return self.title or self.label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricColumn:
+    """A column of a table: of its ``metrics`` the first that a row has. ``rank``: the higher leaves first where the
+    terminal is too narrow."""
+
+    metrics: tuple[Metric, ...]
+    rank: int = 0
+
+    def metric_of(self, row: ResultRow) -> Metric | None:
+        return next((metric for metric in self.metrics if metric.value(row) is not None), None)
+
+
+# Size
+
+DISK = Metric(
+    key="disk_bytes",
+    label="disk",
+    unit=Unit.BYTES,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    value=lambda row: row.disk_bytes,
+)
+WEIGHTS = Metric(
+    key="weights_bytes",
+    label="weights",
+    unit=Unit.BYTES,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    value=lambda row: row.weights_bytes,
+)
+BITS_PER_PARAM = Metric(
+    key="bits_per_param",
+    label="bits/param",
+    unit=Unit.BITS,
+    better=Better.LOWER,
+    value=lambda row: row.bits_per_param,
+)
+
+# Memory
+
+PEAK_MEMORY = Metric(
+    key="max_allocated_bytes",
+    label="peak memory",
+    unit=Unit.BYTES,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    value=lambda row: row.max_allocated_bytes,
+)
+MEMORY_METRICS: tuple[Metric, ...] = (
+    Metric(
+        key="details.memory.max_allocated",
+        label="allocated by torch",
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=lambda row: row.details.memory.max_allocated,
+    ),
+    Metric(
+        key="details.memory.max_reserved",
+        label="reserved by torch",
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=lambda row: row.details.memory.max_reserved,
+    ),
+    Metric(
+        key="details.memory.max_process_vram",
+        label="GPU, this process",
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=lambda row: row.details.memory.max_process_vram,
+    ),
+    Metric(
+        key="details.memory.max_global_vram",
+        label="GPU, all processes",
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=lambda row: row.details.memory.max_global_vram,
+    ),
+    Metric(
+        key="details.memory.max_ram",
+        label="host, resident",
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=lambda row: row.details.memory.max_ram,
+    ),
+)
+
+# Speed
+
+PREFILL = Metric(
+    key="prefill_s_p50",
+    label="prefill",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    noise=OfTimes(phase=Phase.PREFILL),
+    value=lambda row: row.prefill_s_p50,
+)
+FORWARD = Metric(
+    key="forward_s_p50",
+    label="forward",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    noise=OfTimes(phase=Phase.FORWARD),
+    value=lambda row: row.forward_s_p50,
+)
+DECODE = Metric(
+    key="decode_tokens_per_s",
+    label="decode",
+    unit=Unit.TOKENS_PER_S,
+    better=Better.HIGHER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    noise=OfTimes(phase=Phase.DECODE),
+    value=lambda row: row.decode_tokens_per_s,
+)
+THROUGHPUT = Metric(
+    key="forward_samples_per_s",
+    label="throughput",
+    unit=Unit.SAMPLES_PER_S,
+    better=Better.HIGHER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    noise=OfTimes(phase=Phase.FORWARD),
+    value=lambda row: row.forward_samples_per_s,
+)
+PER_TOKEN_P50 = Metric(
+    key="per_token_s_p50",
+    label="per token p50",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    noise=OfTimes(phase=Phase.PER_TOKEN),
+    value=lambda row: row.per_token_s_p50,
+)
+PER_TOKEN_P99 = Metric(
+    key="per_token_s_p99",
+    label="per token p99",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    value=lambda row: row.per_token_s_p99,
+)
+KERNELS_ALONE = Metric(
+    key="details.why.kernels_alone.step_s",
+    label="kernels alone",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    value=lambda row: row.details.why.kernels_alone.step_s,
+)
+ENERGY_PER_TOKEN = Metric(
+    key="details.why.energy.decode.net_j_per_token",
+    label="energy a token",
+    unit=Unit.JOULES,
+    better=Better.LOWER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    value=lambda row: row.details.why.energy.decode.net_j_per_token,
+)
+QUANTIZE = Metric(
+    key="quantize_s",
+    label="quantize",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    value=lambda row: row.quantize_s,
+)
+LOAD = Metric(
+    key="load_model_s",
+    label="load",
+    unit=Unit.SECONDS,
+    better=Better.LOWER,
+    value=lambda row: row.load_model_s,
+)
+
+# Quality
+
+_OF_PERPLEXITY = OfComparison(
+    distance=lambda row: row.details.quality.ln_ppl_ratio,
+    error=lambda row: row.details.quality.ln_ppl_ratio_se,
+    floor=lambda row: row.details.quality.floor.ln_ppl_ratio,
+)
+PERPLEXITY = Metric(
+    key="perplexity",
+    label="perplexity",
+    unit=Unit.PLAIN,
+    better=Better.LOWER,
+    beside=BesideBaseline.CHANGE,
+    noise=_OF_PERPLEXITY,
+    value=lambda row: row.perplexity,
+)
+KL_MEAN = Metric(
+    key="kl_mean",
+    label="KL",
+    title="mean KL",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    noise=OfComparison(
+        distance=lambda row: row.kl_mean,
+        error=lambda row: row.details.quality.kl_mean_se,
+        floor=lambda row: row.details.quality.floor.kl_mean,
+    ),
+    value=lambda row: row.kl_mean,
+    in_details=lambda row: row.details.quality.kl_mean,
+    error=lambda row: row.details.quality.kl_mean_se,
+    floor=lambda row: row.details.quality.floor.kl_mean,
+)
+KL_MEAN_ERROR = Metric(
+    key="details.quality.kl_mean_se",
+    label="KL's standard error",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_mean_se,
+)
+KL_FLOOR = Metric(
+    key="details.quality.floor.kl_mean",
+    label="KL of 16 bits alone",
+    unit=Unit.NATS,
+    better=Better.NEITHER,
+    csv="kl_floor",
+    value=lambda row: row.details.quality.floor.kl_mean,
+)
+KL_MEDIAN = Metric(
+    key="details.quality.kl_median",
+    label="median KL",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_median,
+    error=lambda row: row.details.quality.kl_median_se,
+    floor=lambda row: row.details.quality.floor.kl_median,
+)
+KL_P90 = Metric(
+    key="details.quality.kl_p90",
+    label="KL p90",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_p90,
+    error=lambda row: row.details.quality.kl_p90_se,
+    floor=lambda row: row.details.quality.floor.kl_p90,
+)
+KL_P95 = Metric(
+    key="details.quality.kl_p95",
+    label="KL p95",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_p95,
+    error=lambda row: row.details.quality.kl_p95_se,
+    floor=lambda row: row.details.quality.floor.kl_p95,
+)
+KL_P99 = Metric(
+    key="details.quality.kl_p99",
+    label="KL p99",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_p99,
+    error=lambda row: row.details.quality.kl_p99_se,
+    floor=lambda row: row.details.quality.floor.kl_p99,
+)
+KL_MAX = Metric(
+    key="details.quality.kl_max",
+    label="largest KL",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.kl_max,
+    floor=lambda row: row.details.quality.floor.kl_max,
+)
+LN_PPL_RATIO = Metric(
+    key="details.quality.ln_ppl_ratio",
+    label="ln PPL ratio",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    noise=_OF_PERPLEXITY,
+    value=lambda row: row.details.quality.ln_ppl_ratio,
+    error=lambda row: row.details.quality.ln_ppl_ratio_se,
+    floor=lambda row: row.details.quality.floor.ln_ppl_ratio,
+)
+LN_PPL_RATIO_ERROR = Metric(
+    key="details.quality.ln_ppl_ratio_se",
+    label="ln PPL ratio's standard error",
+    unit=Unit.NATS,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.ln_ppl_ratio_se,
+)
+RMS_DELTA_P = Metric(
+    key="details.quality.rms_delta_p",
+    label="RMS Δp",
+    unit=Unit.PROBABILITY,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.rms_delta_p,
+    error=lambda row: row.details.quality.rms_delta_p_se,
+    floor=lambda row: row.details.quality.floor.rms_delta_p,
+)
+TOP1 = Metric(
+    key="top1_agreement",
+    label="top-1",
+    title="top-1 agreement",
+    unit=Unit.SHARE,
+    better=Better.HIGHER,
+    noise=OfComparison(
+        distance=lambda row: _short_of_1(row.top1_agreement),
+        error=lambda row: row.details.quality.top1_agreement_se,
+        floor=lambda row: _short_of_1(row.details.quality.floor.top1_agreement),
+    ),
+    value=lambda row: row.top1_agreement,
+    in_details=lambda row: row.details.quality.top1_agreement,
+    error=lambda row: row.details.quality.top1_agreement_se,
+    floor=lambda row: row.details.quality.floor.top1_agreement,
+)
+TOP1_ERROR = Metric(
+    key="details.quality.top1_agreement_se",
+    label="top-1's standard error",
+    unit=Unit.SHARE,
+    better=Better.LOWER,
+    value=lambda row: row.details.quality.top1_agreement_se,
+)
+COSINE_MEAN = Metric(
+    key="details.quality.cosine_mean",
+    label="cosine",
+    title="mean cosine, centred",
+    unit=Unit.CORRELATION,
+    better=Better.HIGHER,
+    value=lambda row: row.details.quality.cosine_mean,
+    floor=lambda row: row.details.quality.floor.cosine_mean,
+)
+COSINE_MIN = Metric(
+    key="details.quality.cosine_min",
+    label="smallest cosine",
+    unit=Unit.CORRELATION,
+    better=Better.HIGHER,
+    value=lambda row: row.details.quality.cosine_min,
+    floor=lambda row: row.details.quality.floor.cosine_min,
+)
+RANK_CORRELATION = Metric(
+    key="details.quality.rank_correlation",
+    label="rank corr",
+    title="rank correlation",
+    unit=Unit.CORRELATION,
+    better=Better.HIGHER,
+    noise=NotBelow(floor=lambda row: row.details.quality.floor.rank_correlation),
+    value=lambda row: row.details.quality.rank_correlation,
+    floor=lambda row: row.details.quality.floor.rank_correlation,
+)
+
+
+def _short_of_1(share: float | None) -> float | None:
+    return None if share is None else 1 - share
+
+
+# Where they stand, in this order
+
+RESULTS_COLUMNS: tuple[MetricColumn, ...] = (
+    MetricColumn(metrics=(DISK,)),
+    MetricColumn(metrics=(WEIGHTS,), rank=3),
+    MetricColumn(metrics=(PEAK_MEMORY,), rank=2),
+    MetricColumn(metrics=(PREFILL, FORWARD), rank=1),
+    MetricColumn(metrics=(DECODE, THROUGHPUT)),
+    MetricColumn(metrics=(PERPLEXITY,)),
+    MetricColumn(metrics=(KL_MEAN,), rank=1),
+    MetricColumn(metrics=(TOP1,), rank=3),
+    MetricColumn(metrics=(RANK_CORRELATION,), rank=1),
+    MetricColumn(metrics=(BITS_PER_PARAM,), rank=4),
+    MetricColumn(metrics=(QUANTIZE,), rank=5),
+    MetricColumn(metrics=(LOAD,), rank=6),
+)
+"""Of ``results``; ``compare`` begins with them."""
+COMPARE_COLUMNS: tuple[MetricColumn, ...] = (
+    *RESULTS_COLUMNS,
+    MetricColumn(metrics=(KL_MEAN_ERROR,)),
+    MetricColumn(metrics=(KL_FLOOR,)),
+    MetricColumn(metrics=(KL_P99,)),
+    MetricColumn(metrics=(COSINE_MEAN,)),
+    MetricColumn(metrics=(PER_TOKEN_P50,)),
+    MetricColumn(metrics=(PER_TOKEN_P99,)),
+    MetricColumn(metrics=(KERNELS_ALONE,)),
+    MetricColumn(metrics=(ENERGY_PER_TOKEN,)),
+)
+"""Of ``compare``: what there is room for where a few rows of one model stand side by side."""
+COMPARE_CSV: tuple[Metric, ...] = (
+    *(KL_MEAN_ERROR, KL_P99, LN_PPL_RATIO, LN_PPL_RATIO_ERROR, TOP1_ERROR, RANK_CORRELATION, KL_FLOOR),
+)
+"""What ``compare --format csv`` has beside the columns of a result and the ratios."""
+PREDICTION_LINES: tuple[Metric, ...] = (
+    *(KL_MEAN, KL_MEDIAN, KL_P90, KL_P95, KL_P99, KL_MAX, LN_PPL_RATIO, RMS_DELTA_P, TOP1),
+)
+EMBEDDING_LINES: tuple[Metric, ...] = (COSINE_MEAN, COSINE_MIN, RANK_CORRELATION)
+"""Under "quality" in ``show``: of predictions, and of embeddings."""
+
+COMPARED_METRICS: tuple[Metric, ...] = tuple(metric for column in COMPARE_COLUMNS for metric in column.metrics)
+ALL_METRICS: tuple[Metric, ...] = tuple(
+    {
+        metric.key: metric
+        for metric in (*COMPARED_METRICS, *PREDICTION_LINES, *EMBEDDING_LINES, *COMPARE_CSV, *MEMORY_METRICS)
+    }.values()
+)

@@ -1,0 +1,144 @@
+"""How good a model's predictions are: by themselves, and beside its base's. In nats; ``_se`` is a standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from qbatch.core.measured.stored_json import Stored, as_json, beside, left_out, written_beside
+
+_ERROR = "_stderr"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPerplexity(Stored):
+    """What a perplexity rests on: sums and numbers of scored tokens by window."""
+
+    mean_nll: float | None = None
+    perplexity_se: float | None = None
+    tokens: int | None = None
+    windows: int | None = None
+    window_nll: tuple[float, ...] | None = None
+    window_tokens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityFloor(Stored):
+    """How far 16-bit arithmetic by itself moves the base: what is not above it is rounding."""
+
+    windows: int | None = left_out()
+    rows: int | None = left_out()
+    kl_mean: float | None = left_out()
+    kl_median: float | None = left_out()
+    kl_p90: float | None = left_out()
+    kl_p95: float | None = left_out()
+    kl_p99: float | None = left_out()
+    kl_max: float | None = left_out()
+    top1_agreement: float | None = left_out()
+    ln_ppl_ratio: float | None = left_out()
+    rms_delta_p: float | None = left_out()
+    pieces: int | None = left_out()
+    reason: str | None = left_out()
+    cosine_mean: float | None = left_out()
+    cosine_min: float | None = left_out()
+    rank_correlation: float | None = left_out()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality(Stored):
+    """A model beside its base: predictions token by token (``windows``, ``rows``), or an encoder's embeddings piece by
+    piece. ``reason`` says why there is no comparison."""
+
+    windows: int | None = left_out()
+    rows: int | None = left_out()
+    kl_mean: float | None = left_out()
+    kl_mean_se: float | None = beside("kl_mean")
+    kl_median: float | None = left_out()
+    kl_median_se: float | None = beside("kl_median")
+    kl_p90: float | None = left_out()
+    kl_p90_se: float | None = beside("kl_p90")
+    kl_p95: float | None = left_out()
+    kl_p95_se: float | None = beside("kl_p95")
+    kl_p99: float | None = left_out()
+    kl_p99_se: float | None = beside("kl_p99")
+    kl_max: float | None = left_out()
+    top1_agreement: float | None = left_out()
+    top1_agreement_se: float | None = beside("top1_agreement")
+    window_nll: tuple[float, ...] | None = left_out()
+    window_tokens: tuple[int, ...] | None = left_out()
+    base_perplexity: float | None = left_out()
+    base_perplexity_se: float | None = beside("base_perplexity")
+    perplexity: float | None = left_out()
+    perplexity_se: float | None = beside("perplexity")
+    ln_ppl_ratio: float | None = left_out()
+    ln_ppl_ratio_se: float | None = beside("ln_ppl_ratio")
+    rms_delta_p: float | None = left_out()
+    rms_delta_p_se: float | None = beside("rms_delta_p")
+    pieces: int | None = left_out()
+    reason: str | None = left_out()
+    cosine_mean: float | None = left_out()
+    cosine_min: float | None = left_out()
+    rank_correlation: float | None = left_out()
+    against: str | None = left_out()
+    base_device_name: str | None = left_out()
+    floor: QualityFloor = field(default_factory=QualityFloor, metadata=written_beside("against"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A figure of a task, and its standard error where the harness has one."""
+
+    value: float | None
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScores(Stored):
+    """What lm-evaluation-harness gave for a task or group. Its scores are stored under the harness's names for them,
+    beside these fields."""
+
+    n_samples: int | None = None
+    num_fewshot: int | None = None
+    version: str | None = None
+    higher_is_better: Mapping[str, Any] | None = None
+    config_hash: str | None = None
+    samples_hash: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scores: Mapping[str, Score],
+        *,
+        n_samples: int | None,
+        num_fewshot: int | None,
+        version: str | None,
+        higher_is_better: Mapping[str, Any] | None,
+        config_hash: str | None,
+        samples_hash: str | None,
+    ) -> Self:
+        rest = cls(
+            n_samples=n_samples,
+            num_fewshot=num_fewshot,
+            version=version,
+            higher_is_better=higher_is_better,
+            config_hash=config_hash,
+            samples_hash=samples_hash,
+        )
+        written: dict[str, Any] = {}
+        for name, score in scores.items():
+            written |= {name: as_json(score.value), f"{name}{_ERROR}": as_json(score.error)}
+        return cls.from_json(written | rest.to_json())
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """By metric: what has a standard error beside it, known or not."""
+        return {
+            name: Score(value=_number(value), error=_number(self.stored[f"{name}{_ERROR}"]))
+            for name, value in self.unknown().items()
+            if f"{name}{_ERROR}" in self.stored
+        }
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

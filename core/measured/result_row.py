@@ -1,0 +1,63 @@
+"""A job with what was measured of it: what ``results`` and ``compare`` show, and their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
+from qbatch.core.measured.stored_json import Stored
+
+_BEFORE = (
+    *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from"),
+    *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
+)
+_AFTER = ("baseline_job_id", "protocol", "protocol_hash", "details")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredProtocol(Stored):
+    """A protocol that something was measured by; ``stored`` has all of its fields."""
+
+    batch_size: int | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    eval_window: int | None = None
+    eval_stride: int | None = None
+    eval_max_windows: int | None = None
+    eval_text_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRow(Figures):
+    """A job, ended or not; what was not measured is None. ``options`` are its scheme's, as asked for; ``dtype`` and
+    ``compute_dtype`` are what was asked for until it is measured; ``protocol`` is what it was measured by.
+    ``baseline_job_id``: its batch's baseline of the same source and protocol."""
+
+    batch_id: str
+    job_id: str
+    model: str
+    revision: str | None = None
+    state: str
+    error_kind: str | None = None
+    error_message: str | None = None
+    reused_from: str | None = None
+    scheme: str
+    bits: int
+    double_quant: bool = False
+    options: Mapping[str, Any]
+    checkpoint_path: str | None = None
+    dtype: str
+    compute_dtype: str
+    baseline_job_id: str | None = None
+    protocol: StoredProtocol = field(default_factory=StoredProtocol)
+    protocol_hash: str | None = None
+
+    @classmethod
+    def written_order(cls) -> tuple[str, ...]:
+        return (*_BEFORE, *MEASURED_COLUMNS, *_AFTER)
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.scheme == "none"

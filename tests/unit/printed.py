@@ -1,0 +1,52 @@
+"""What the commands print of rows, which tests give as the JSON that they are stored and shown as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.models_db.job_record import JobRecord, WholeJob
+from qbatch.views import compare, job_details, why_words
+from qbatch.views import results_table as table_of_results
+from qbatch.views.comparison import Preference
+from qbatch.views.formats import render
+
+Row = dict[str, Any]
+
+
+def read(rows: Sequence[Row]) -> list[ResultRow]:
+    return [ResultRow.from_json(row) for row in rows]
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    return table_of_results.results_table(read(rows))
+
+
+def comparison(rows: Sequence[Row], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
+    return compare.comparison(read(rows), preference, by=by, format=format)
+
+
+def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:
+    whole = [
+        WholeJob(
+            row=ResultRow.from_json(job),
+            record=JobRecord.from_json(job),
+            baseline=None if baseline is None else ResultRow.from_json(baseline),
+        )
+        for job, baseline in jobs
+    ]
+    return job_details.show_jobs(whole)
+
+
+def why(row: Row, baseline: Row | None) -> list[str]:
+    return why_words.why(ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline))
+
+
+def why_briefly(row: Row, baseline: Row | None) -> str | None:
+    return why_words.why_briefly(ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline))
+
+
+def rendered(rows: Sequence[Row], format: str) -> str:  # noqa: A002
+    """``results`` or ``show`` as JSON or CSV."""
+    return render([row.to_json() for row in read(rows)], (), format)

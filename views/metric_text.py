@@ -1,0 +1,75 @@
+"""Metrics as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+from qbatch.core.measured.metrics import BesideBaseline, Metric, MetricColumn, Unit
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.formats import NOTHING
+from qbatch.views.units import (
+    show_bytes,
+    show_change,
+    show_float,
+    show_nats,
+    show_percent,
+    show_rate,
+    show_ratio,
+    show_seconds,
+)
+
+
+def show_value(unit: Unit, value: float) -> str:
+    match unit:
+        case Unit.BITS:
+            return f"{value:.2f}"
+        case Unit.BYTES:
+            return show_bytes(int(value))
+        case Unit.CORRELATION:
+            return f"{value:.4f}"
+        case Unit.JOULES:
+            return f"{show_float(value, 3)} J"
+        case Unit.NATS | Unit.PROBABILITY:
+            return show_nats(value)
+        case Unit.PLAIN:
+            return show_float(value)
+        case Unit.SAMPLES_PER_S:
+            return show_rate(value, "sample")
+        case Unit.SECONDS:
+            return show_seconds(value)
+        case Unit.SHARE:
+            return show_percent(value)
+        case Unit.TOKENS_PER_S:
+            return show_rate(value, "tok")
+        case _:
+            assert_never(unit)
+
+
+def show_beside_value(beside: BesideBaseline, ratio: float) -> str:
+    """What is written behind a value that is ``ratio`` times its baseline's."""
+    match beside:
+        case BesideBaseline.NOTHING:
+            return ""
+        case BesideBaseline.RATIO:
+            return show_ratio(ratio)
+        case BesideBaseline.CHANGE:
+            return show_change(ratio)
+        case _:
+            assert_never(beside)
+
+
+def show_metric(metric: Metric, row: ResultRow) -> str:
+    value = metric.value(row)
+    return NOTHING if value is None else show_value(metric.unit, value)
+
+
+def show_column(column: MetricColumn, row: ResultRow) -> str:
+    metric = column.metric_of(row)
+    return NOTHING if metric is None else show_metric(metric, row)
+
+
+def column_title(column: MetricColumn, rows: Iterable[ResultRow]) -> str:
+    """The labels of the metrics that ``rows`` have; "" where they have none."""
+    present = [metric.key for row in rows if (metric := column.metric_of(row)) is not None]
+    return "/".join(metric.label for metric in column.metrics if metric.key in present)

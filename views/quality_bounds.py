@@ -1,0 +1,145 @@
+"""What quantization costs in quality, and bounds on that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.metric_text import show_value
+from qbatch.views.noise import is_noise
+
+# Above it a float ends.
+_LARGEST_EXPONENT = 709.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityCost:
+    """A measure of what is lost; the lower the better, ``none`` is the baseline's own. ``metric`` says what is noise,
+    ``option`` sets another bound than ``default``."""
+
+    name: str
+    metric: Metric
+    value: Value
+    error: Value
+    none: float
+    default: float
+    option: str | None
+    unit: Unit
+
+    def show(self, value: float) -> str:
+        return show_value(self.unit, value)
+
+    @property
+    def suffix(self) -> str:
+        return " nats" if self.unit is Unit.NATS else ""
+
+    def show_with_error(self, row: ResultRow) -> str:
+        """``2.6e-03 ± 4.9e-05 nats``; of a row that has it."""
+        value, error = self.value(row), self.error(row)
+        shown = "" if value is None else self.show(value)
+        return shown + (f" ± {error:.1e}" if error is not None else "") + self.suffix
+
+
+def _perplexity_ratio(row: ResultRow) -> float | None:
+    logarithm = row.details.quality.ln_ppl_ratio
+    if logarithm is None:
+        return None
+    return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
+
+
+def _perplexity_ratio_error(row: ResultRow) -> float | None:
+    ratio, error = _perplexity_ratio(row), row.details.quality.ln_ppl_ratio_se
+    return None if ratio is None or error is None else ratio * error
+
+
+def _rank_correlation_lost(row: ResultRow) -> float | None:
+    correlation = row.details.quality.rank_correlation
+    return None if correlation is None else 1 - correlation
+
+
+KL_COST = QualityCost(
+    name="mean KL",
+    metric=KL_MEAN,
+    value=KL_MEAN.value,
+    error=lambda row: row.details.quality.kl_mean_se,
+    none=0.0,
+    default=0.05,
+    option="--max-kl",
+    unit=Unit.NATS,
+)
+PERPLEXITY_COST = QualityCost(
+    name="perplexity over the baseline's",
+    metric=PERPLEXITY,
+    value=_perplexity_ratio,
+    error=_perplexity_ratio_error,
+    none=1.0,
+    default=1.02,
+    option="--max-ppl-ratio",
+    unit=Unit.CORRELATION,
+)
+RANK_COST = QualityCost(
+    name="loss of rank correlation",
+    metric=RANK_CORRELATION,
+    value=_rank_correlation_lost,
+    error=lambda _: None,
+    none=0.0,
+    default=0.02,
+    option=None,
+    unit=Unit.CORRELATION,
+)
+QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityBound:
+    """A cost in quality that may not be passed."""
+
+    cost: QualityCost
+    limit: float
+    is_default: bool
+
+    def __str__(self) -> str:
+        changes = f", which {self.cost.option} changes" if self.cost.option else ""
+        default = f" (the default{changes})" if self.is_default else ""
+        return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
+
+    def broken_by(self, row: ResultRow) -> str | None:
+        """Why ``row`` is not within the bound."""
+        if row.is_baseline:
+            return None
+        value = self.cost.value(row)
+        if value is None:
+            reason = row.details.quality.reason
+            return f"its {self.cost.name} was not measured" + (f" ({reason})" if reason else "")
+        if value <= self.limit:
+            return None
+        return f"its {self.cost.name}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+
+
+def first_known_cost(row: ResultRow) -> QualityCost | None:
+    return next((cost for cost in QUALITY_COSTS if cost.value(row) is not None), None)
+
+
+def cost_or_infinite(cost: QualityCost, row: ResultRow) -> float:
+    value = cost.none if row.is_baseline else cost.value(row)
+    return math.inf if value is None else value
+
+
+def is_same_cost(cost: QualityCost, first: ResultRow, second: ResultRow) -> bool:
+    """Less than one standard error of the difference apart, or neither distinguishable from the baseline."""
+    if all(row.is_baseline or is_noise(cost.metric, row) for row in (first, second)):
+        return True
+    errors = [0.0 if row.is_baseline else cost.error(row) for row in (first, second)]
+    gap = abs(cost_or_infinite(cost, first) - cost_or_infinite(cost, second))
+    known = [error for error in errors if error is not None]
+    return gap == 0 or (len(known) == 2 and gap < math.hypot(*known))
+
+
+def cost_to_bound(rows: Sequence[ResultRow]) -> QualityCost | None:
+    """The first that any row has; KL where no row has one, since quality unknown is no quality."""
+    if all(row.is_baseline for row in rows):
+        return None
+    return next((cost for cost in QUALITY_COSTS if any(cost.value(row) is not None for row in rows)), KL_COST)
