@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from models_db import identity
-from models_db.batches import NewJob, add_batch
-from models_db.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef, content_hash
-from models_db.identity import settle, writer_versions
-from models_db.inspection import inspect_source
-from models_db.schema import upgrade
-from models_db.session import Database
-from models_db.sources import TensorInfo
-from models_db.tables import Job
-from scheduler.grid import Grid
-from scheduler.plan import memory_bytes
+from qbatch.core import identity
+from qbatch.core.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef, content_hash
+from qbatch.core.identity import settle, writer_versions
+from qbatch.core.inspection import inspect_source
+from qbatch.core.sources import TensorInfo
+from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.vram_prediction import memory_bytes
+from qbatch.views.quantized_share import audit_lines, defects
+from qbatch.views.scheme import show_scheme
+from qbatch.worker.checkpoints.publish import Origin, checkpoint_path, publish
+from qbatch.worker.measuring.speed.size import measure_size
+from qbatch.worker.measuring.why.traffic import step_work
+from qbatch.worker.models.load import load
+from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal
 from tests.unit.measured_rows import result
-from views.audit import audit_lines, defects
-from views.scheme import show_scheme
-from worker.benchmark.size import measure_size
-from worker.benchmark.traffic import step_work
-from worker.checkpoint import Origin, checkpoint_path, publish
-from worker.load import load
-from worker.quantize import Target, Written, write_checkpoints
 
 RECORDED = Path(__file__).with_suffix(".json")
 _COMMON = {
@@ -197,7 +197,7 @@ def _words() -> dict[str, Any]:
 
 
 def _page_options(row: Mapping[str, Any]) -> list[str]:
-    from views.job import _options  # what it lists, not how it lays it out
+    from qbatch.views.job_details import _options  # what it lists, not how it lays it out
 
     return list(_options(row))
 
