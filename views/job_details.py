@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.figures import Row, dig
 from qbatch.views.formats import Column, printable, render, terminal_width
@@ -129,10 +130,7 @@ def _scheme(job: Row) -> Lines:
 
 def _options(job: Row) -> Iterable[str]:
     """The options that mean something to the job's method."""
-    if job["scheme"] == "bnb-int8":
-        yield "int8_threshold"
-    if job["scheme"] in ("bnb-nf4", "bnb-fp4"):
-        yield from ("double_quant", "quant_storage")
+    yield from (option.name for option in describe_row(job["scheme"]).options)
     if not is_baseline(job):
         yield from ("skip_modules", "max_shard_bytes")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qbatch.core.methods.registry import every_library
 from qbatch.views.figures import Row, dig
 
 # What may change a speed between two visits of one protocol and one device.
-_VERSIONS = ("qbatch", "torch", "transformers", "bitsandbytes", "cuda", "driver")
+_VERSIONS = ("qbatch", "torch", "transformers", *every_library(), "cuda", "driver")
 
 
 _SHOWN = frozenset(

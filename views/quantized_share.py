@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.figures import Row, dig
 from qbatch.views.scheme import is_baseline
 from qbatch.views.units import show_bytes, show_count, show_percent
@@ -60,12 +61,7 @@ def defects(row: Row) -> Iterable[str]:
     broken = dig(row, "details.audit.not_finite") or ()
     if broken:
         yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {some_of(broken)}"
-    infinite = dig(row, "details.audit.int8_infinite_scales")
-    if infinite:
-        yield (
-            f"{_count(infinite, 'int8 scale')} of it {'is' if infinite == 1 else 'are'} infinite: those rows, with "
-            "values over 65504, are lost"
-        )
+    yield from describe_row(row["scheme"]).defects(dig(row, "details.audit") or {})
     if dig(row, "details.audits.perplexity_not_finite"):
         yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
 
@@ -84,9 +80,7 @@ def audit_lines(row: Row) -> Iterable[tuple[str, str]]:
     dropped = audit.get("dropped_tensors") or ()
     yield "dropped by transformers", f"{_count(len(dropped), 'tensor')}: {some_of(dropped, 10)}" if dropped else "none"
     yield from _errors(audit)
-    if row["scheme"] == "bnb-int8" and audit.get("int8_zero_scales") is not None:
-        zero, infinite = audit["int8_zero_scales"], audit["int8_infinite_scales"]
-        yield "int8 scales", f"{zero} zero (rows of zeros), {infinite} infinite (rows with values over 65504)"
+    yield from describe_row(row["scheme"]).audit_lines(audit)
     if audit.get("writer") == "whole":
         yield "written", f"from the whole model in memory, because {audit.get('whole_model_because')}"
     elif audit.get("shared_pass"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.figures import Row, dig
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, same_speed
 from qbatch.views.scheme import is_baseline, show_scheme
@@ -37,7 +38,7 @@ def why_briefly(row: Row, baseline: Row | None) -> str | None:
         return None
     if on_cpu(row):
         layers = dig(row, "details.audits.cpu_layers_on_generic_kernel")
-        return f"{layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if layers else None
+        return describe_row(row["scheme"]).on_cpu_briefly(layers or 0)
     if _reasons(row) is None:
         return None
     ratio = _rate_ratio(row, baseline) + (NOISE_MARK if same_speed(_RATE, row, baseline) else "")
@@ -61,17 +62,9 @@ def _get(row: Row, path: str) -> Any:
 def _on_cpu(row: Row) -> Iterable[str]:
     yield "On a CPU qbatch gives no verdict, since nothing there tells waiting from working."
     layers = dig(row, "details.audits.cpu_layers_on_generic_kernel")
-    if is_baseline(row) or row["bits"] != 4 or layers is None:
-        return
-    if layers:
-        yield (
-            f"{layers} of the 4-bit layers of {show_scheme(row)} run through bitsandbytes' generic kernel, since their "
-            "shape does not fit the packed AVX512-BF16 one."
-        )
-    else:
-        yield (
-            f"The 4-bit layers of {show_scheme(row)} all fit the packed AVX512-BF16 kernel, where the processor has it."
-        )
+    said = None if layers is None else describe_row(row["scheme"]).on_cpu(show_scheme(row), layers)
+    if said is not None:
+        yield said
 
 
 # What was measured
@@ -104,8 +97,8 @@ def _verdicts(row: Row, baseline: Row | None) -> Iterable[str]:
         )
         return
     yield f"{show_scheme(row)} {_verdict(row)}{_launches(row, baseline) if _is_waiting(row) else ''}."
-    if _get(row, "verdict") == "synchronization-bound" and _outlier_path(row):
-        yield "LLM.int8's outlier path is what stops it; --int8-threshold 0 turns that off, and is a scheme of its own."
+    if _get(row, "verdict") == "synchronization-bound" and (cause := _why_it_waits(row)) is not None:
+        yield cause
     if _get(row, "verdict") == "kernel-bound" and baseline is not None:
         yield from _bytes_saved(row, baseline)
     if baseline is not None:
@@ -137,8 +130,8 @@ def _is_waiting(row: Row) -> bool:
     return _get(row, "verdict") in _WAITING
 
 
-def _outlier_path(row: Row) -> bool:
-    return bool(row["scheme"] == "bnb-int8" and dig(row, "options.int8_threshold") != 0)
+def _why_it_waits(row: Row) -> str | None:
+    return describe_row(row["scheme"]).waits_because(row.get("options") or {})
 
 
 def _launches(row: Row, baseline: Row | None) -> str:

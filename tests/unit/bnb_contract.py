@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from qbatch.core import identity
-from qbatch.core.domain import DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef, content_hash
+from qbatch.core.domain import DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef, content_hash
 from qbatch.core.identity import settle, writer_versions
 from qbatch.core.inspection import inspect_source
 from qbatch.core.sources import TensorInfo
@@ -145,14 +145,12 @@ def _grids() -> dict[str, Any]:
     grids = {
         "4,8": Grid(bits=(4, 8)),
         "16": Grid(bits=(16,), baseline=False),
-        "fp4,nf4 double": Grid(bits=(4,), quant_types=("fp4", "nf4"), double_quant=True),
+        "fp4,nf4 double": Grid(bits=(4,), quant_types=(Method.FP4, Method.NF4), options={"double_quant": True}),
         "every option": Grid(
             bits=(4, 8),
-            double_quant=True,
+            options={"double_quant": True, "int8_threshold": 3.0, "quant_storage": "float32"},
             compute_dtype=DType.FLOAT16,
             skip_modules=("b", "a", "b"),
-            int8_threshold=3.0,
-            quant_storage="float32",
             max_shard_bytes=7,
         ),
     }
@@ -185,7 +183,11 @@ def _words() -> dict[str, Any]:
         options = _COMMON | {key: item for key, item in value.items() if key != "method"}
         row = result(number, value["method"], options=options, double_quant=options["double_quant"])
         row |= {"compute_dtype": options["compute_dtype"], "baseline_job_id": None}
-        row["details"] = {"audit": {"int8_zero_scales": 2, "int8_infinite_scales": 1, "relative_error_mean": 0.09}}
+        row["details"] = (
+            {}
+            if value["method"] == "none"
+            else {"audit": {"int8_zero_scales": 2, "int8_infinite_scales": 1, "relative_error_mean": 0.09}}
+        )
         row["bits_per_param"] = 4.5
         found[name] = {
             "scheme": show_scheme(row),

@@ -26,7 +26,7 @@ from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
-from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
+from qbatch.worker.methods.halves import weights_of_model
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
@@ -105,7 +105,9 @@ class ModelBenchmark:
         if loaded.tokenizer is not None:
             cut = text_cut(loaded, subject.protocol)
             self.text_shape = {"eval_window": cut.window, "eval_stride": cut.stride, "eval_max_windows": cut.count}
-        self.audits["cpu_layers_on_generic_kernel"] = avoid_packed_kernel(loaded.model, loaded.device)
+        self.audits["cpu_layers_on_generic_kernel"] = weights_of_model(loaded.model).prepare(
+            loaded.model, loaded.device
+        )
 
     def _judge(self, loaded: LoadedModel, reference: Reference | None) -> None:
         score, against_base = self._compare_and_score(loaded, reference)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import FIGURES
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
 
@@ -50,7 +51,9 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(lowest.isfinite() & highest.isfinite())
 
 
-def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]) -> dict[str, Any]:
+def error_audit(
+    weights: MethodWeights, figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]
+) -> dict[str, Any]:
     """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
     FIGURES of each weight's pieces. ``not_finite`` names what is wrong among the other tensors."""
     errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
@@ -61,9 +64,7 @@ def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: It
         "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
         "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MOST_LAYERS]],
         "not_finite": sorted((errors.keys() - finite.keys()).union(not_finite)),
-        "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
-        "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
-    }
+    } | weights.audit(pieces)
 
 
 def _relative_error(pieces: Sequence[Sequence[float]]) -> float:

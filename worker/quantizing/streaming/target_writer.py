@@ -11,6 +11,7 @@ from typing import Any
 from qbatch.core.digest import FileDigest, digest_file
 from qbatch.core.errors import JobError
 from qbatch.worker.files.staging import require_space
+from qbatch.worker.methods.halves import weights_of
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.planning.audit import error_audit
 from qbatch.worker.quantizing.planning.layout import FileLayout, lay_out
@@ -126,4 +127,4 @@ class TargetWriter:
             file.close()
 
     def error_audit(self) -> dict[str, Any]:
-        return error_audit(self._figures, self._not_finite)
+        return error_audit(weights_of(self.loaded.target.scheme.description), self._figures, self._not_finite)
