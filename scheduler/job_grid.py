@@ -45,6 +45,7 @@ class Grid:
             if bits not in (*known_bits(), _BASELINE_BITS):
                 raise UsageError(f"{bits} bits are unknown; {_known_bits()}")
         self._refuse_misplaced_options()
+        self._refuse_compute_dtype()
         for method in self._methods():
             method.description.refuse_device(self.device)
             method.description.refuse_dtype(self.dtype)
@@ -58,6 +59,15 @@ class Grid:
         for option in every_option():
             if option.unasked and option.of(self.options) != option.default and option.name not in taken:
                 raise UsageError(option.unasked)
+
+    def _refuse_compute_dtype(self) -> None:
+        methods = self._methods()
+        if (
+            self.compute_dtype is not DType.AUTO
+            and methods
+            and not any(m.description.takes_compute_dtype for m in methods)
+        ):
+            raise UsageError(f"{methods[0]} computes in the type of its inputs: leave --compute-dtype out")
 
     def schemes(self) -> tuple[Scheme, ...]:
         """The baseline first, then the others, those of more bits first, each once."""
@@ -79,7 +89,7 @@ class Grid:
         own = {option.name: option.of(self.options) for option in method.description.options}
         return Scheme.of(
             method,
-            compute_dtype=self.compute_dtype,
+            compute_dtype=self.compute_dtype if method.description.takes_compute_dtype else DType.AUTO,
             skip_modules=tuple(sorted(set(self.skip_modules))),
             max_shard_bytes=self.max_shard_bytes,
             **own,

@@ -70,7 +70,8 @@ class MethodDescription:
     asks for it; among several of as many bits ``quant_type`` tells which. ``options`` are those that mean something to
     it, ``carried`` those that its rows store as well. ``libraries`` are the packages whose versions decide a
     checkpoint's bytes, beside transformers, and ``extra`` is the extra of qbatch that installs them (None: qbatch needs
-    them anyway). It works on devices of the kinds in ``devices``, and with weights of the types in ``dtypes``.
+    them anyway). It works on devices of the kinds in ``devices``, and with weights of the types in ``dtypes``. Where it
+    does not ``takes_compute_dtype``, its layers compute in the type of their inputs.
     """
 
     name: str
@@ -83,6 +84,7 @@ class MethodDescription:
     libraries: tuple[str, ...] = ()
     extra: str | None = None
     devices: frozenset[DeviceKind] = frozenset({DeviceKind.CUDA, DeviceKind.CPU})
+    takes_compute_dtype: bool = True
     dtypes: frozenset[DType] = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32})
 
     # What it needs

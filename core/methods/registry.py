@@ -7,13 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
 
 from qbatch.core.errors import UsageError
-from qbatch.core.methods import bnb, unquantized
+from qbatch.core.methods import bnb, torchao, unquantized
 from qbatch.core.methods.description import CheckpointFamily, MethodDescription, MethodOption
 
-Description = unquantized.Unquantized | bnb.BnbFourBit | bnb.BnbInt8
+Description = unquantized.Unquantized | bnb.BnbFourBit | bnb.BnbInt8 | torchao.Torchao
 """What a method's description may be. The set is closed: whoever matches on it must know them all."""
 
-FAMILIES: tuple[CheckpointFamily, ...] = (bnb.BnbCheckpoints(),)
+FAMILIES: tuple[CheckpointFamily, ...] = (bnb.BnbCheckpoints(), torchao.TorchaoCheckpoints())
 
 
 class Method(StrEnum):
@@ -31,6 +31,9 @@ class Method(StrEnum):
     NF4 = bnb.NF4
     FP4 = bnb.FP4
     INT8 = bnb.INT8
+    TORCHAO_INT8_DYNAMIC = torchao.INT8_DYNAMIC
+    TORCHAO_INT8 = torchao.INT8
+    TORCHAO_INT4 = torchao.INT4
     NONE = unquantized.NONE
 
 

@@ -37,7 +37,7 @@ class Int8Packing(_BnbPacking):
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
         return {"weight": (torch.int8, (rows, columns)), "SCB": (torch.float32, (rows,))}
 
-    def parameter(self, rows: int, columns: int, part: MakePart) -> torch.nn.Parameter:
+    def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
         parts = {key: part(key, *shape) for key, shape in self.part_shapes(rows, columns).items()}
         parameter = torch.nn.Parameter(parts["weight"], requires_grad=False)
         parameter.SCB = parts["SCB"]  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ class FourBitPacking(_BnbPacking):
             "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
         }
 
-    def parameter(self, rows: int, columns: int, part: MakePart) -> torch.nn.Parameter:
+    def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
         codes = part("weight", *self.part_shapes(rows, columns)["weight"])
         return torch.nn.Parameter(codes, requires_grad=False)
 

@@ -16,7 +16,6 @@ import torch
 from qbatch.core.domain import Scheme
 from qbatch.core.errors import SourceCorrupt
 from qbatch.core.methods import bnb as described
-from qbatch.core.methods.unquantized import Unquantized
 from qbatch.core.sources import TensorInfo
 from qbatch.worker.methods.bnb_states import is_state, state_problems
 from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
@@ -32,7 +31,7 @@ class BnbWeights(MethodWeights):
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
         from transformers import BitsAndBytesConfig
 
-        if isinstance(scheme.description, described.BnbInt8):
+        if isinstance(_described(scheme), described.BnbInt8):
             threshold = float(scheme[described.INT8_THRESHOLD])
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skips)
         return BitsAndBytesConfig(
@@ -47,7 +46,7 @@ class BnbWeights(MethodWeights):
     def packing(self, scheme: Scheme) -> Packing:
         from qbatch.worker.methods.bnb_packing import FourBitPacking, Int8Packing
 
-        description = scheme.description
+        description = _described(scheme)
         match description:
             case described.BnbFourBit():
                 return FourBitPacking(
@@ -57,8 +56,6 @@ class BnbWeights(MethodWeights):
                 )
             case described.BnbInt8():
                 return Int8Packing()
-            case Unquantized():
-                raise ValueError("the baseline packs nothing")
             case _:
                 assert_never(description)
 
@@ -130,6 +127,12 @@ class BnbWeights(MethodWeights):
         if self.library not in sys.modules:
             with _hub_kernels_hidden():
                 importlib.import_module(self.library)
+
+
+def _described(scheme: Scheme) -> described.BnbFourBit | described.BnbInt8:
+    if not isinstance(scheme.description, described.BnbFourBit | described.BnbInt8):
+        raise TypeError(f"{scheme.method} is not bitsandbytes'")
+    return scheme.description
 
 
 def _is_int8(parameter: Any) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, assert_never
 
-from qbatch.core.methods import bnb, unquantized
+from qbatch.core.methods import bnb, torchao, unquantized
 from qbatch.core.methods.registry import Description
 from qbatch.worker.methods.bnb_weights import WEIGHTS as BNB_WEIGHTS
 from qbatch.worker.methods.method_weights import MethodWeights, PlainWeights
+from qbatch.worker.methods.torchao_weights import WEIGHTS as TORCHAO_WEIGHTS
 
 
 def weights_of(description: Description) -> MethodWeights:
@@ -16,6 +17,8 @@ def weights_of(description: Description) -> MethodWeights:
     match description:
         case bnb.BnbFourBit() | bnb.BnbInt8():
             return BNB_WEIGHTS
+        case torchao.Torchao():
+            return TORCHAO_WEIGHTS
         case unquantized.Unquantized():
             raise ValueError("the baseline is not quantized")
         case _:
@@ -23,7 +26,7 @@ def weights_of(description: Description) -> MethodWeights:
 
 
 _PLAIN = PlainWeights()
-_BY_LIBRARY: Mapping[str, MethodWeights] = {weights.library: weights for weights in (BNB_WEIGHTS,)}
+_BY_LIBRARY: Mapping[str, MethodWeights] = {weights.library: weights for weights in (BNB_WEIGHTS, TORCHAO_WEIGHTS)}
 
 
 def weights_of_config(quantization: Any) -> MethodWeights | None:

@@ -42,8 +42,8 @@ class Packing(ABC):
         """Of every part that is cut from the values."""
 
     @abstractmethod
-    def parameter(self, rows: int, columns: int, part: MakePart) -> torch.nn.Parameter:
-        """What a quantized weight is in a loaded model, without data."""
+    def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
+        """What a quantized weight of that dtype is in a loaded model, without data."""
 
     def why_unfit(self, rows: int, columns: int) -> str | None:
         """Why a weight of that shape cannot be quantized so; None where it can."""

@@ -148,7 +148,9 @@ class WholeModel:
         self._save(model)
         sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in self._layers(model)}
         dropped = loading["unexpected_keys"] if self._dropped is None else self._dropped
-        return coverage(self._skeleton, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+        return (
+            coverage(self._skeleton, self._packing, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+        )
 
     def _load(self, reader: SourceReader) -> tuple[Any, Any]:
         """The quantized model. Its tensors are read through the reader, which counts."""

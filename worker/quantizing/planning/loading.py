@@ -154,7 +154,9 @@ class TracingQuantizer:
         """Where every weight that would be quantized comes from, and whether it is transposed first."""
 
     def param_needs_quantization(self, model: Any, name: str) -> bool:
-        return bool(self._skeleton.quantizer.param_needs_quantization(model, name))
+        if not self._skeleton.quantizer.param_needs_quantization(model, name):
+            return False
+        return self.packing.why_left(*model.get_parameter(name).shape) is None
 
     def get_quantize_ops(self) -> TracingQuantizer:
         return self
@@ -180,7 +182,7 @@ class TracingQuantizer:
             if (reason := self.packing.why_unfit(*needed)) is not None:
                 self._refusals.append(Unsupported(f"{name} {reason}"))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
-        return self.packing.parameter(*needed, partial(traced_part, name))
+        return self.packing.parameter(*needed, traced.dtype, partial(traced_part, name))
 
     def raise_if_refused(self) -> None:
         for error in self._refusals:
