@@ -102,7 +102,7 @@ def _loaded_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
-    """``bitsandbytes 4 bits (nf4, double quantization)``; what no method here writes by its name alone."""
+    """In words of the method's own; what no method here writes by its name alone."""
     settings = _settings(config)
     if settings is None:
         return None

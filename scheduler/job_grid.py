@@ -40,7 +40,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
-            raise UsageError(f"no bits were asked for; {_known_bits()}")
+            raise UsageError(f"nothing was asked for; give --bits or --scheme ({_known_bits()})")
         for bits in self.bits:
             if bits not in (*known_bits(), _BASELINE_BITS):
                 raise UsageError(f"{bits} bits are unknown; {_known_bits()}")

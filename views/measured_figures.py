@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.figures import Row, dig
 from qbatch.views.formats import Column, render
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
@@ -60,7 +61,10 @@ def size_lines(row: Row) -> Lines:
     yield "parameters", f"{row['num_parameters']:,}"
     yield "weights", show_bytes_exactly(row["weights_bytes"])
     yield "on disk", show_bytes_exactly(row["disk_bytes"])
-    yield "memory footprint", f"{show_bytes_exactly(row['memory_footprint_bytes'])}, transformers' own figure"
+    yield (
+        "memory footprint",
+        f"{show_bytes_exactly(row['memory_footprint_bytes'])}, {describe_row(row['scheme']).footprint}",
+    )
 
 
 def speed_table(row: Row) -> str:

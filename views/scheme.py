@@ -16,7 +16,7 @@ def is_baseline(row: Row) -> bool:
 
 
 def show_scheme(row: Row) -> str:
-    """``baseline bfloat16``, ``bnb-nf4 double``, ``bnb-int8 threshold 0``: the method, and what is not as usual."""
+    """``baseline bfloat16``, or the method and which of its options are not as usual."""
     if is_baseline(row):
         return f"baseline {row['dtype']}"
     description, options = describe_row(row["scheme"]), _options(row)

@@ -11,6 +11,7 @@ from qbatch.core.errors import UsageError
 from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredTensor
 
 LIBRARY = "bitsandbytes"
+_ENVIRONMENT = ("BNB_", "BITSANDBYTES_")
 # A float32 for each block of so many values, or with double quantization a byte.
 _BLOCK = 64
 # LLM.int8 dequantizes the columns that meet an outlier in its input, at worst all: codes, and float32 twice.
@@ -130,6 +131,8 @@ NF4 = BnbFourBit(
     options=(DOUBLE_QUANT, QUANT_STORAGE),
     carried=(INT8_THRESHOLD,),
     libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
 )
 FP4 = BnbFourBit(
     name="bnb-fp4",
@@ -140,6 +143,8 @@ FP4 = BnbFourBit(
     options=(DOUBLE_QUANT, QUANT_STORAGE),
     carried=(INT8_THRESHOLD,),
     libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
 )
 INT8 = BnbInt8(
     name="bnb-int8",
@@ -149,6 +154,8 @@ INT8 = BnbInt8(
     options=(INT8_THRESHOLD,),
     carried=(DOUBLE_QUANT, QUANT_STORAGE),
     libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
 )
 
 

@@ -71,7 +71,9 @@ class MethodDescription:
     it, ``carried`` those that its rows store as well. ``libraries`` are the packages whose versions decide a
     checkpoint's bytes, beside transformers, and ``extra`` is the extra of qbatch that installs them (None: qbatch needs
     them anyway). It works on devices of the kinds in ``devices``, and with weights of the types in ``dtypes``. Where it
-    does not ``takes_compute_dtype``, its layers compute in the type of their inputs.
+    does not ``takes_compute_dtype``, its layers compute in the type of their inputs. ``silenced`` are the loggers
+    whose warnings, while the library is imported and used, say nothing of a job, and ``environment`` the beginnings of
+    the variables that it reads. ``footprint`` says whose figure the memory footprint is.
     """
 
     name: str
@@ -85,6 +87,9 @@ class MethodDescription:
     extra: str | None = None
     devices: frozenset[DeviceKind] = frozenset({DeviceKind.CUDA, DeviceKind.CPU})
     takes_compute_dtype: bool = True
+    silenced: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+    footprint: str = "transformers' own figure"
     dtypes: frozenset[DType] = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32})
 
     # What it needs

@@ -86,6 +86,14 @@ def optional_libraries() -> dict[str, str]:
     }
 
 
+def every_silenced_logger() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in Method for name in method.description.silenced))
+
+
+def every_environment_prefix() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in Method for name in method.description.environment))
+
+
 def required_libraries() -> tuple[str, ...]:
     """Those that qbatch cannot do without."""
     return tuple(library for library in every_library() if library not in optional_libraries())

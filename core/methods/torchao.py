@@ -25,6 +25,10 @@ _WORKING_BYTES = 16
 # Parts of a quantized weight, as safetensors has them beside each other.
 _CODES, _STATE = "_weight_qdata", ("_weight_scale", "_weight_zero_point")
 
+# Importing it tells of kernels that other builds of torch have, and of names that torch will drop.
+_SILENCED = ("torchao", "torch.utils._pytree")
+_FOOTPRINT = "codes and what is not quantized (transformers' own figure takes codes for 16-bit weights)"
+
 
 class WeightKind(Enum):
     """What torchao makes of a weight."""
@@ -81,6 +85,8 @@ INT8_DYNAMIC = Torchao(
     libraries=(LIBRARY, "torch"),
     extra=EXTRA,
     takes_compute_dtype=False,
+    silenced=_SILENCED,
+    footprint=_FOOTPRINT,
     kind=WeightKind.INT8_DYNAMIC,
 )
 INT8 = Torchao(
@@ -89,6 +95,8 @@ INT8 = Torchao(
     libraries=(LIBRARY, "torch"),
     extra=EXTRA,
     takes_compute_dtype=False,
+    silenced=_SILENCED,
+    footprint=_FOOTPRINT,
     kind=WeightKind.INT8,
 )
 INT4 = Torchao(
@@ -98,6 +106,8 @@ INT4 = Torchao(
     libraries=(LIBRARY, "torch"),
     extra=EXTRA,
     takes_compute_dtype=False,
+    silenced=_SILENCED,
+    footprint=_FOOTPRINT,
     devices=frozenset({DeviceKind.CUDA}),
     dtypes=frozenset({DType.BFLOAT16}),
     kind=WeightKind.INT4,

@@ -88,7 +88,7 @@ class ModelBenchmark:
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
-        size = measure_size(loaded.model)
+        weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self.columns |= {
             "device_name": device_name(loaded.device),
             "dtype": subject.dtype,
@@ -101,13 +101,11 @@ class ModelBenchmark:
             "weights_bytes": size.weights_bytes,
             "load_model_s": loaded.load_model_s,
         }
-        self.details |= {"task": loaded.task.value, "versions": versions(), "size": asdict(size)}
+        self.details |= {"task": loaded.task.value, "versions": versions(*weights.libraries), "size": asdict(size)}
         if loaded.tokenizer is not None:
             cut = text_cut(loaded, subject.protocol)
             self.text_shape = {"eval_window": cut.window, "eval_stride": cut.stride, "eval_max_windows": cut.count}
-        self.audits["cpu_layers_on_generic_kernel"] = weights_of_model(loaded.model).prepare(
-            loaded.model, loaded.device
-        )
+        self.audits["cpu_layers_on_generic_kernel"] = weights.prepare(loaded.model, loaded.device)
 
     def _judge(self, loaded: LoadedModel, reference: Reference | None) -> None:
         score, against_base = self._compare_and_score(loaded, reference)

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 
-from qbatch.core.methods.description import MethodDescription
 from qbatch.core.methods.registry import required_libraries
 
 _PACKAGES = ("qbatch", "torch", "transformers", *required_libraries(), "accelerate", "safetensors", "lm_eval")
 
 
-def versions(method: MethodDescription | None = None) -> dict[str, str | None]:
-    """Version of each package, those of the ``method`` included, of Python, of CUDA and of its driver; None for what is
-    not there."""
-    libraries = () if method is None else method.libraries
+def versions(*libraries: str) -> dict[str, str | None]:
+    """Version of each package, the ``libraries`` of a method among them, of Python, of CUDA and of its driver; None for
+    what is not there."""
     return {name: _package(name) for name in (*_PACKAGES, *libraries)} | {
         # The package's metadata need not say which build it is (+cpu, +cu130).
         "torch": str(torch.__version__),

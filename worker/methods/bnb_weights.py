@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from qbatch.worker.methods.packing import Packing, figures
 class BnbWeights(MethodWeights):
     """4-bit codes with blocks' scales, or int8 codes with rows' scales."""
 
-    library = described.LIBRARY
+    libraries = (described.LIBRARY,)
 
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
         from transformers import BitsAndBytesConfig
@@ -123,10 +122,9 @@ class BnbWeights(MethodWeights):
         """int8 layers warn at every call that 16-bit inputs are cast, which is how LLM.int8 works. On a CPU with
         AVX512-BF16, importing the library would download a kernel from the hub: the import runs without that package.
         """
-        logging.getLogger(self.library).setLevel(logging.ERROR)
-        if self.library not in sys.modules:
+        if described.LIBRARY not in sys.modules:
             with _hub_kernels_hidden():
-                importlib.import_module(self.library)
+                importlib.import_module(described.LIBRARY)
 
 
 def _described(scheme: Scheme) -> described.BnbFourBit | described.BnbInt8:

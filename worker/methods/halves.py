@@ -26,7 +26,7 @@ def weights_of(description: Description) -> MethodWeights:
 
 
 _PLAIN = PlainWeights()
-_BY_LIBRARY: Mapping[str, MethodWeights] = {weights.library: weights for weights in (BNB_WEIGHTS, TORCHAO_WEIGHTS)}
+_BY_LIBRARY: Mapping[str, MethodWeights] = {weights.libraries[0]: weights for weights in (BNB_WEIGHTS, TORCHAO_WEIGHTS)}
 
 
 def weights_of_config(quantization: Any) -> MethodWeights | None:

@@ -16,7 +16,10 @@ from qbatch.worker.methods.packing import Packing, StreamedPacking
 
 
 class PlainWeights:
-    """How a loaded model's weights are counted; as it stands, those of one that is not quantized."""
+    """How a loaded model's weights are counted; as it stands, those of one that is not quantized. ``libraries`` are the
+    packages that it computes with, beside torch and transformers."""
+
+    libraries: tuple[str, ...] = ()
 
     def is_quantized(self, parameter: torch.Tensor) -> bool:
         return False
@@ -49,7 +52,6 @@ class MethodWeights(PlainWeights, ABC):
     ``why_whole`` says why the whole model is built to write a checkpoint; None where it is written tensor by tensor.
     """
 
-    library: str
     why_whole: str | None = None
 
     # Writing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ _PROBED_COLUMNS = 1024
 class TorchaoWeights(MethodWeights):
     """int8 or int4 codes; activations are quantized on the fly, or not at all."""
 
-    library = LIBRARY
+    libraries = (LIBRARY,)
     why_whole = "torchao quantizes the layers of a model"
 
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
@@ -102,8 +101,6 @@ class TorchaoWeights(MethodWeights):
         return figures(exact, _restored(weight))
 
     def quiet_import(self) -> None:
-        """It warns of kernels that other builds of torch have."""
-        logging.getLogger(LIBRARY).setLevel(logging.ERROR)
         importlib.import_module(LIBRARY)
 
 

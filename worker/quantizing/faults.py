@@ -17,7 +17,7 @@ from qbatch.core.errors import (
     StorageError,
     one_line,
 )
-from qbatch.core.methods.registry import every_library
+from qbatch.core.methods.registry import every_silenced_logger
 from qbatch.worker.machine.device_faults import device_fault
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -51,7 +51,7 @@ def quiet() -> Iterator[None]:
 
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    loggers = [logging.getLogger(library) for library in every_library()]
+    loggers = [logging.getLogger(library) for library in every_silenced_logger()]
     levels = [logger.level for logger in loggers]
     log.set_verbosity_error()
     log.disable_progress_bar()

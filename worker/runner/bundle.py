@@ -198,7 +198,7 @@ class Bundle:
             dtype=plan.settled.dtype,
             device_kind=self._order.device_kind,
             device_name=self._order.device_name,
-            versions={name: str(value) for name, value in versions(plan.settled.scheme.description).items()},
+            versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
         )
 
     def _throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:
