@@ -74,6 +74,11 @@ class Torchao(MethodDescription):
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _WORKING_BYTES * largest_weight
 
+    def waits_because(self, options: Options) -> str | None:
+        if self.kind is not WeightKind.INT8_DYNAMIC:
+            return None
+        return "torchao looks at the activations on the host before each product, but where the model is compiled."
+
 
 def _up(size: int, step: int) -> int:
     return -(-size // step) * step

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, TorchAoConfig
 
 from qbatch.core.domain import DeviceKind, DType, Method, Scheme
 from qbatch.core.errors import Unsupported, UsageError
@@ -25,6 +22,7 @@ from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_seq2seq
+from tests.torchao_reference import contents, reference
 
 DYNAMIC = Scheme(method=Method.TORCHAO_INT8_DYNAMIC, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.TORCHAO_INT8, compute_dtype=DType.BFLOAT16)
@@ -48,46 +46,6 @@ def sound(source: Path, folder: Path, scheme: Scheme, dtype: DType = DType.BFLOA
     (outcome,) = written(source, folder, scheme, dtype=dtype)
     assert isinstance(outcome, Written), outcome
     return outcome
-
-
-def reference(source: Path, folder: Path, scheme: Scheme, dtype: DType, skips: list[str] | None = None) -> Path:
-    """What a user would do without qbatch, with the library's own defaults."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-
-    is_dynamic = scheme.method is Method.TORCHAO_INT8_DYNAMIC
-    own = Int8DynamicActivationInt8WeightConfig() if is_dynamic else Int8WeightOnlyConfig()
-    (architecture,) = AutoConfig.from_pretrained(source).architectures
-    limit = {} if scheme.max_shard_bytes is None else {"max_shard_size": scheme.max_shard_bytes}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = getattr(transformers, architecture).from_pretrained(
-            source,
-            quantization_config=TorchAoConfig(own, modules_to_not_convert=skips),
-            dtype=getattr(torch, dtype.value),
-            device_map={"": "cpu"},
-        )
-        model.save_pretrained(folder, **limit)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """What is compared: of a weight file its header, whose metadata has no order, and its data byte for byte."""
-    return {path.name: _content(path) for path in sorted(folder.iterdir())}
-
-
-def _content(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return _without_inductor(json.loads(path.read_text()))
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return header, file.read()
-
-
-def _without_inductor(config: dict[str, Any]) -> dict[str, Any]:
-    """The one setting that is not the library's default: it says nothing of the weights."""
-    if "quantization_config" in config:
-        del config["quantization_config"]["quant_type"]["default"]["_data"]["set_inductor_config"]
-    return config
 
 
 def models(folder: Path) -> Iterator[Path]:
