@@ -21,7 +21,7 @@ from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
-from tests.tiny import make_causal, make_encoder, make_seq2seq
+from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 from tests.torchao_reference import contents, reference
 
 DYNAMIC = Scheme(method=Method.TORCHAO_INT8_DYNAMIC, compute_dtype=DType.BFLOAT16)
@@ -130,6 +130,19 @@ def test_inspection_reads_what_it_is(source: Path, tmp_path: Path) -> None:
     seen, plain = (inspect_source(parse_source(str(place))) for place in (folder, source))
     assert seen["quantization"] == "torchao Int8DynamicActivationInt8WeightConfig"
     assert seen["num_parameters"] == plain["num_parameters"]
+
+
+@BOTH
+def test_what_would_not_load_again_is_refused(scheme: Scheme, tmp_path: Path) -> None:
+    """torchao's own checkpoint of it does not load, nor transformers' quantization of weights cut from one tensor."""
+    for source, reason in (
+        (make_seq2seq(tmp_path / "bart", "bart"), "final_logits_bias, which belongs to no module"),
+        (make_fused_qkv(tmp_path / "fused"), "transformers loses layers.0.self_attn.k_proj.weight while it quantizes"),
+    ):
+        (outcome,) = written(source, tmp_path / f"{source.name} out", scheme)
+        assert isinstance(outcome, Refused)
+        assert isinstance(outcome.error, Unsupported), outcome.error
+        assert reason in str(outcome.error)
 
 
 def test_int4_is_refused_on_a_cpu(source: Path, tmp_path: Path) -> None:

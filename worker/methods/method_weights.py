@@ -79,6 +79,10 @@ class MethodWeights(PlainWeights, ABC):
         """Why the method does not work on this device; None where it does."""
         return None
 
+    def why_not_loaded(self, names: Iterable[str]) -> str | None:
+        """Why a checkpoint of a model whose state has those names could not be loaded again; None where it can."""
+        return None
+
     def files_to_settle(self, folder: Path) -> Iterable[Path]:
         """Those of the weight files in which ``save_pretrained`` leaves an order to chance."""
         return ()

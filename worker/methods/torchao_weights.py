@@ -74,6 +74,11 @@ class TorchaoWeights(MethodWeights):
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
         )
 
+    def why_not_loaded(self, names: Iterable[str]) -> str | None:
+        """torchao 0.18 takes every tensor to belong to a module."""
+        of_none = sorted(name for name in names if "." not in name)
+        return f"torchao cannot load a checkpoint with {of_none[0]}, which belongs to no module" if of_none else None
+
     def files_to_settle(self, folder: Path) -> Iterable[Path]:
         """What each weight is stands in the files' metadata, weight by weight."""
         return sorted(folder.glob("*.safetensors"))

@@ -54,6 +54,8 @@ class WholeModel:
         self._refuse_unfit(dtype, device)
         self._packing = self._weights.packing(scheme)
         self._skeleton = build_skeleton(source, scheme, dtype, device, trusted=self._target.trusted)
+        if (reason := self._weights.why_not_loaded(self._skeleton.model.state_dict())) is not None:
+            raise Unsupported(reason)
         self._to_quantize = self._quantized_shapes()
         self._to_write = weights_bytes(self._skeleton.model, self._packing, self._to_quantize)
         self._origins, self._dropped, self._no_origins_because = self._trace()
@@ -164,6 +166,8 @@ class WholeModel:
             output_loading_info=True,
             local_files_only=True,
         )
+        if lost := sorted(self._origins.keys() & loading["missing_keys"]):
+            raise Unsupported(f"transformers loses {lost[0]} while it quantizes what it is cut from")
         refuse_missing(loading["missing_keys"])
         for name, module in self._layers(model):
             if not self._weights.is_quantized(module.weight):
