@@ -69,6 +69,6 @@ def writer_versions(method: Method) -> Mapping[str, str]:
     """
     if (missing := missing_library(method.description)) is not None:
         raise Unsupported(missing)
-    libraries = (*method.description.libraries, "transformers")
+    libraries = (*method.description.libraries, *method.description.also_decided_by, "transformers")
     # A package's builds for CPUs and for CUDA are of one version.
     return {name: version(name).partition("+")[0] for name in libraries} | {"writer": _WRITER}

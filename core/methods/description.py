@@ -41,9 +41,8 @@ class MethodOption(Generic[T]):
     """An option of one or several methods, as stored under ``name`` and given by ``flag``.
 
     ``choices`` are those that the command line offers, where it is one of few. ``check`` raises UsageError for what it
-    cannot be.
-    ``words`` is what is added to a row's name where the value is not the default. ``unasked`` refuses the option where
-    none of the methods asked for has it; without, it is then ignored.
+    cannot be. ``words`` is what is added to a row's name where the value is not the default. ``unasked`` refuses the
+    option where none of the methods asked for has it; without, it is then ignored.
     """
 
     name: str
@@ -64,33 +63,32 @@ class MethodOption(Generic[T]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodDescription:
     """A method's torch-free half. As it stands it describes a method of which nothing but the name is known, such as a
-    newer version's.
-
-    ``bits`` are a weight's nominal ones; None where they are those of the data type. ``meant_by_bits``: ``--bits N``
-    asks for it; among several of as many bits ``quant_type`` tells which. ``options`` are those that mean something to
-    it, ``carried`` those that its rows store as well. ``libraries`` are the packages whose versions decide a
-    checkpoint's bytes, beside transformers, and ``extra`` is the extra of qbatch that installs them (None: qbatch needs
-    them anyway). It works on devices of the kinds in ``devices``, and with weights of the types in ``dtypes``. Where it
-    does not ``takes_compute_dtype``, its layers compute in the type of their inputs. ``silenced`` are the loggers
-    whose warnings, while the library is imported and used, say nothing of a job, and ``environment`` the beginnings of
-    the variables that it reads. ``footprint`` says whose figure the memory footprint is.
-    """
+    newer version's."""
 
     name: str
     aliases: tuple[str, ...] = ()
+    # A weight's nominal ones; None where they are those of the data type.
     bits: int | None = None
+    # --bits N asks for it; among several of as many bits --quant-type tells which.
     meant_by_bits: bool = False
     quant_type: str | None = None
+    # Those that mean something to it, and those that its rows store as well.
     options: tuple[MethodOption[Any], ...] = ()
     carried: tuple[MethodOption[Any], ...] = ()
+    # The packages that it is made of, and the extra of qbatch that installs them (None: qbatch needs them anyway).
+    # Their versions decide a checkpoint's bytes, with transformers' and those of ``also_decided_by``.
     libraries: tuple[str, ...] = ()
     extra: str | None = None
+    also_decided_by: tuple[str, ...] = ()
+    # What it works on and with. Without a compute dtype its layers compute in the type of their inputs.
     devices: frozenset[DeviceKind] = frozenset({DeviceKind.CUDA, DeviceKind.CPU})
+    dtypes: frozenset[DType] = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32})
     takes_compute_dtype: bool = True
+    # Loggers whose warnings say nothing of a job, and the beginnings of the variables that its libraries read.
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    # Whose figure the memory footprint is.
     footprint: str = "transformers' own figure"
-    dtypes: frozenset[DType] = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32})
 
     # What it needs
 
