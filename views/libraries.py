@@ -49,13 +49,13 @@ def versions() -> Iterable[Check]:
         yield _version(name, (floors or {}).get(name))
     for name, extra in optional_libraries().items():
         if is_installed(name):
-            yield _version(name, None)
+            yield _version(name, (_floors(extra) or {}).get(name))
         else:
             yield check(name, State.NOTE, f"is not installed; its methods need it: pip install 'qbatch[{extra}]'")
 
 
-def _floors() -> Mapping[str, Any] | None:
-    """What qbatch's own metadata asks of each package; None where it runs from a source tree."""
+def _floors(extra: str = "") -> Mapping[str, Any] | None:
+    """What qbatch's own metadata asks of each package, with that ``extra``; None where it runs from a source tree."""
     from packaging.requirements import Requirement
 
     try:
@@ -63,7 +63,11 @@ def _floors() -> Mapping[str, Any] | None:
     except metadata.PackageNotFoundError:
         return None
     wanted = (Requirement(text) for text in listed)
-    return {item.name.lower(): item.specifier for item in wanted if item.marker is None or item.marker.evaluate()}
+    return {
+        item.name.lower(): item.specifier
+        for item in wanted
+        if item.marker is None or item.marker.evaluate({"extra": extra})
+    }
 
 
 def _installed(name: str) -> str | None:
