@@ -16,6 +16,7 @@ from qbatch.cli_options import Bits, Duration, compare_options, format_options, 
 from qbatch.core.control_characters import escape_controls, is_unicode
 from qbatch.core.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from qbatch.core.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
+from qbatch.core.methods.registry import Method
 from qbatch.core.settings import Settings
 
 if __name__ != "qbatch.cli":
@@ -471,29 +472,36 @@ def _connected(settings: Settings) -> Database:
     return database
 
 
+def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
+    from qbatch.core.methods.registry import quant_types
+
+    known = quant_types()
+    names = [name for value in values for name in value.split(",")]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{name!r} is no 4-bit data type; qbatch knows {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
 def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
-    from qbatch.scheduler.job_grid import QUANT_TYPES, Grid
+    from qbatch.core.methods.registry import every_option
+    from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.lm_eval_files import read_tasks
     from qbatch.scheduler.model_list import read_model_list
     from qbatch.scheduler.submit import Submission
     from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
-    quant_types = tuple(name for value in options["quant_types"] for name in value.split(",")) or ("nf4",)
-    for name in quant_types:
-        if name not in QUANT_TYPES:
-            raise UsageError(f"{name!r} is no 4-bit data type; qbatch knows {', '.join(QUANT_TYPES)}")
     grid = Grid(
-        bits=options["bits"],
-        quant_types=quant_types,
-        double_quant=options["double_quant"],
+        bits=options["bits"] or (),
+        quant_types=_quant_types(options["quant_types"]),
+        methods=tuple(method for listed in options["schemes"] for method in listed),
+        options={option.name: options[option.name] for option in every_option()},
         compute_dtype=DType(options["compute_dtype"]),
         dtype=DType(options["dtype"]),
         device=DeviceKind(options["device"]),
         baseline=options["baseline"],
         force=options["force"],
         skip_modules=tuple(pattern for listed in options["skip_modules"] for pattern in listed),
-        int8_threshold=options["int8_threshold"],
-        quant_storage=options["quant_storage"],
         max_shard_bytes=options["max_shard_size"],
         allow_pickle=options["allow_pickle"],
         batch_sizes=options["batch_sizes"] or (),

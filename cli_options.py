@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 import click
 
 from qbatch.core.byte_units import GIB, KIB, MIB
-from qbatch.core.domain import LARGEST_ID, DeviceKind, DType
+from qbatch.core.domain import LARGEST_ID
+from qbatch.core.errors import UsageError
+from qbatch.core.kinds import DeviceKind, DType
+from qbatch.core.methods.description import MethodOption
+from qbatch.core.methods.registry import Method, every_option, find_method, known_bits, meant_by_bits, quant_types
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
 if __name__ != "qbatch.cli_options":
@@ -75,6 +79,20 @@ class Bits(click.ParamType[tuple[int, ...]]):
         if not all(re.fullmatch(r"[0-9]{1,3}", part) for part in parts):
             self.fail(f"{_cut(value)} is no list of bits; write 4,8", param, ctx)
         return tuple(map(int, parts))
+
+
+class Schemes(click.ParamType[tuple[Method, ...]]):
+    """A comma list of methods by name or alias."""
+
+    name = "schemes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Method, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(find_method(part.strip()) for part in str(value).split(","))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Amount(click.FloatRange):
@@ -204,6 +222,21 @@ def compare_options(command: Command) -> Command:
     return command
 
 
+def _usual(bits: int) -> str:
+    return f"{bits} means {meant_by_bits(bits)[0]}"
+
+
+def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
+    """The flag of a method's own option."""
+    if isinstance(option.default, bool):
+        negated = option.flag.replace("--", "--no-", 1)
+        return click.option(f"{option.flag}/{negated}", option.name, default=option.default, help=option.help)
+    kind = click.Choice(option.choices) if option.choices else Amount(min=0)
+    return click.option(
+        option.flag, option.name, type=kind, default=option.default, show_default=True, help=option.help
+    )
+
+
 def submit_options(command: Command) -> Command:
     """What ``submit`` and ``run`` share."""
     options = [
@@ -215,16 +248,28 @@ def submit_options(command: Command) -> Command:
             help="One model a line: a hub id or a folder, @revision after an id; - is standard input.",
         ),
         click.option(
-            "--bits", type=Bits(), required=True, help="A comma list of 4, 8 and 16 (16: the baseline alone)."
+            "--bits",
+            type=Bits(),
+            help="A comma list of 4, 8 and 16 (16: the baseline alone). "
+            f"{' and '.join(_usual(bits) for bits in known_bits())}.",
+        ),
+        click.option(
+            "--scheme",
+            "schemes",
+            type=Schemes(),
+            multiple=True,
+            metavar="NAME",
+            help="Methods by name, instead of --bits or beside them; repeat it or give a comma list: "
+            f"{', '.join(Method)}.",
         ),
         click.option(
             "--quant-type",
             "quant_types",
             multiple=True,
-            metavar="nf4|fp4",
-            help="4-bit data types; repeat it or give a comma list.  [default: nf4]",
+            metavar="|".join(quant_types()),
+            help=f"4-bit data types; repeat it or give a comma list.  [default: {next(iter(quant_types()))}]",
         ),
-        click.option("--double-quant/--no-double-quant", default=False, help="Quantize the 4-bit scales too."),
+        *map(_method_option, every_option()),
         click.option(
             "--compute-dtype",
             type=click.Choice([d.value for d in DType]),
@@ -256,20 +301,6 @@ def submit_options(command: Command) -> Command:
             metavar="NAME",
             help="Layers to leave unquantized, beside transformers' own: the end of their names (down_proj), their "
             "beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Repeat it or give a comma list.",
-        ),
-        click.option(
-            "--int8-threshold",
-            type=Amount(min=0),
-            default=6.0,
-            show_default=True,
-            help="LLM.int8's outlier threshold; 0 turns the outlier path, and its synchronisations, off.",
-        ),
-        click.option(
-            "--quant-storage",
-            type=click.Choice(["uint8", "float16", "bfloat16", "float32"]),
-            default="uint8",
-            show_default=True,
-            help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
         ),
         click.option("--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this: 5GB."),
         click.option(

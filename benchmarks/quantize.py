@@ -36,7 +36,7 @@ from qbatch.worker.machine.gpu import installed_gpus
 GIB = 2**30
 _SCHEMES = {
     "nf4": Scheme(method=Method.NF4),
-    "nf4-double": Scheme(method=Method.NF4, double_quant=True),
+    "nf4-double": Scheme.of(Method.NF4, double_quant=True),
     "fp4": Scheme(method=Method.FP4),
     "int8": Scheme(method=Method.INT8),
 }
@@ -95,17 +95,18 @@ def baseline(task: Task) -> Outcome:
     import torch
     from transformers import AutoConfig
 
+    from qbatch.worker.methods.halves import weights_of
     from qbatch.worker.models.architecture import model_class
-    from qbatch.worker.quantizing.planning.skeleton import quantization_config
 
     cls = model_class(AutoConfig.from_pretrained(task.source))
     seconds = {}
     with _peaks(task.device) as peaks:
         for name in task.schemes:
             start = time.perf_counter()
+            scheme = _SCHEMES[name].resolved(task.dtype)
             model = cls.from_pretrained(
                 task.source,
-                quantization_config=quantization_config(_SCHEMES[name].resolved(task.dtype), frozenset()),
+                quantization_config=weights_of(scheme.description).quantization_config(scheme, None),
                 dtype=getattr(torch, task.dtype.value),
                 device_map={"": task.device},
             )

@@ -38,7 +38,7 @@ _SCHEMES = {
     "nf4": Scheme(method=Method.NF4),
     "int8": _INT8,
     # The same weights; only what is done with them differs.
-    "int8, threshold 0": Scheme(method=Method.INT8, int8_threshold=0.0),
+    "int8, threshold 0": Scheme.of(Method.INT8, int8_threshold=0.0),
 }
 # Energy takes half a minute a row.
 _WITH_ENERGY = ("16 bits", "nf4", "int8")

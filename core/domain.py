@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,6 +11,11 @@ from enum import StrEnum
 from typing import Any, Self
 
 from qbatch.core.errors import UsageError
+from qbatch.core.kinds import DeviceKind as DeviceKind
+from qbatch.core.kinds import DType as DType
+from qbatch.core.methods.description import MethodOption, OptionValue, T
+from qbatch.core.methods.registry import Description
+from qbatch.core.methods.registry import Method as Method
 
 
 class JobState(StrEnum):
@@ -52,32 +56,6 @@ class Stage(StrEnum):
     BENCHMARKING = "benchmarking"
 
 
-class Method(StrEnum):
-    """How the weights are stored. NONE is the baseline: the source's own weights at 16 (or 32) bits."""
-
-    NF4 = "bnb-nf4"
-    FP4 = "bnb-fp4"
-    INT8 = "bnb-int8"
-    NONE = "none"
-
-
-class DType(StrEnum):
-    """A floating-point type by its torch name; AUTO is resolved against the source (see ``stored_dtype``)."""
-
-    AUTO = "auto"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class DeviceKind(StrEnum):
-    """What a job may run on; AUTO is whichever kind a live worker serves, CUDA first."""
-
-    AUTO = "auto"
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
 def content_hash(value: Mapping[str, Any]) -> str:
     """sha256 (hex) of a mapping's canonical JSON: equal contents, equal hash, whatever the order."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -95,41 +73,60 @@ def stored_dtype(requested: DType, source: DType) -> DType:
 class Scheme:
     """One way to store a model's weights. Every field is part of the checkpoint's identity.
 
-    ``skip_modules`` is added to the modules that transformers leaves out by default. ``int8_threshold`` is
-    LLM.int8's outlier threshold (0 turns the outlier path off). ``quant_storage`` is the dtype that packed
-    4-bit codes are stored as. ``max_shard_bytes`` None means transformers' own default.
+    ``skip_modules`` is added to the modules that transformers leaves out by default. ``max_shard_bytes`` None means
+    transformers' own default. ``own`` are the options of the method, as pairs of name and value; those left out are at
+    their defaults. ``Scheme.of`` takes both kinds by name.
     """
 
     method: Method
-    double_quant: bool = False
     compute_dtype: DType = DType.AUTO
     skip_modules: tuple[str, ...] = ()
-    int8_threshold: float = 6.0
-    quant_storage: str = "uint8"
     max_shard_bytes: int | None = None
+    own: tuple[tuple[str, OptionValue], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.double_quant and not self.is_4bit:
-            raise UsageError(f"double quantization belongs to 4 bits, not to {self.method}")
-        if not 0 <= self.int8_threshold < math.inf:
-            raise UsageError(f"the int8 threshold is 0 or above, and finite, not {self.int8_threshold}")
+        stored = {option.name: option for option in self.description.stored_options}
+        given = dict(self.own)
+        if unknown := sorted(given.keys() - stored.keys()):
+            raise UsageError(f"{self.method} has no option {unknown[0]}")
+        values = {name: given.get(name, option.default) for name, option in stored.items()}
+        for name, option in stored.items():
+            option.check(values[name])
+        self.description.check(values)
         if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
             raise UsageError(f"a shard holds at least one byte, not {self.max_shard_bytes}")
+        object.__setattr__(self, "own", tuple(sorted(values.items())))
+
+    @classmethod
+    def of(cls, method: Method, **options: Any) -> Self:
+        """The scheme with those options, whether every method or this one alone has them."""
+        common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
+        return cls(method=method, own=tuple(options.items()), **common)
+
+    def with_options(self, **own: OptionValue) -> Self:
+        """The same scheme with other values of its method's own options."""
+        return replace(self, own=tuple((dict(self.own) | own).items()))
 
     @property
-    def is_4bit(self) -> bool:
-        return self.method in (Method.NF4, Method.FP4)
+    def description(self) -> Description:
+        return self.method.description
+
+    @property
+    def options(self) -> dict[str, OptionValue]:
+        """Its method's own options by name."""
+        return dict(self.own)
+
+    def __getitem__(self, option: MethodOption[T]) -> T:
+        return option.of(self.options)
 
     @property
     def is_baseline(self) -> bool:
         return self.method is Method.NONE
 
     def bits(self, dtype: DType) -> int:
-        """Nominal bits of a weight: 4, 8, or for a baseline those of ``dtype`` (16 or 32)."""
-        if self.is_4bit:
-            return 4
-        if self.method is Method.INT8:
-            return 8
+        """Nominal bits of a weight: its method's, or for a baseline those of ``dtype`` (16 or 32)."""
+        if self.description.bits is not None:
+            return self.description.bits
         return 32 if dtype is DType.FLOAT32 else 16
 
     def resolved(self, dtype: DType) -> Self:
@@ -139,20 +136,24 @@ class Scheme:
         return replace(self, compute_dtype=dtype)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"skip_modules": list(self.skip_modules)}
+        return {
+            "method": self.method,
+            "compute_dtype": self.compute_dtype,
+            "skip_modules": list(self.skip_modules),
+            "max_shard_bytes": self.max_shard_bytes,
+            **self.options,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(
-            **dict(value)
-            | {
-                "method": Method(value["method"]),
-                "compute_dtype": DType(value["compute_dtype"]),
-                "skip_modules": tuple(value["skip_modules"]),
-            }
-        )
+        options = dict(value) | {
+            "compute_dtype": DType(value["compute_dtype"]),
+            "skip_modules": tuple(value["skip_modules"]),
+        }
+        return cls.of(Method(options.pop("method")), **options)
 
 
+_COMMON_OPTIONS = ("compute_dtype", "skip_modules", "max_shard_bytes")
 BASELINE = Scheme(method=Method.NONE)
 
 

@@ -9,7 +9,9 @@ from importlib.metadata import version
 
 from qbatch.core.digest import Checksums, FileDigest, root_sha256
 from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, content_hash, stored_dtype
+from qbatch.core.errors import Unsupported
 from qbatch.core.file_stat import FileStat
+from qbatch.core.methods.registry import Method, missing_library
 
 # Rises when this package's own writing changes a checkpoint's bytes.
 _WRITER = "1"
@@ -38,7 +40,7 @@ def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: Devic
             "scheme": scheme.to_json(),
             "dtype": dtype,
             "device": device_kind,
-            "versions": dict(writer_versions()),
+            "versions": dict(writer_versions(scheme.method)),
         }
     )
     return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)
@@ -60,6 +62,13 @@ def fingerprint_of(root: str, *, runs_code: bool = False) -> str:
 
 
 @cache
-def writer_versions() -> Mapping[str, str]:
-    """The versions that decide a checkpoint's bytes. Each is read from a file, and a batch asks for every job."""
-    return {"bitsandbytes": version("bitsandbytes"), "transformers": version("transformers"), "writer": _WRITER}
+def writer_versions(method: Method) -> Mapping[str, str]:
+    """The versions that decide a checkpoint's bytes. Each is read from a file, and a batch asks for every job.
+
+    Raises Unsupported where a library of the method is not installed here.
+    """
+    if (missing := missing_library(method.description)) is not None:
+        raise Unsupported(missing)
+    libraries = (*method.description.libraries, *method.description.also_decided_by, "transformers")
+    # A package's builds for CPUs and for CUDA are of one version.
+    return {name: version(name).partition("+")[0] for name in libraries} | {"writer": _WRITER}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import FetchError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
+from qbatch.core.methods.registry import family_of
 from qbatch.core.sources import (
     INDEX_NAME,
     PICKLE_SUFFIXES,
@@ -36,18 +37,16 @@ _TORCH_NAMES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-# What bitsandbytes stores beside a weight; ".quant_state." is followed by the name of the type.
-_BNB_STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 _LOADED_WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
 def inspect_source(source: SourceRef) -> dict[str, Any]:
     """What the headers of ``source``, a folder or a model on the hub, say of it.
 
-    ``num_parameters`` counts floating-point elements as stored; of a bitsandbytes checkpoint the elements that the
-    packed codes stand for (one too many for each weight of odd size), and None for other quantizations, whose
-    headers do not tell. ``memory_bytes`` is that of all tensors as stored, ``memory_bytes_by_dtype`` what they would
-    take if loaded so (None where quantized); ``disk_bytes`` that of the files.
+    ``num_parameters`` counts floating-point elements as stored; of a checkpoint of a known method the elements
+    that the stored codes stand for, and None where headers do not tell. ``memory_bytes`` is that of all tensors as
+    stored, ``memory_bytes_by_dtype`` what they would take if loaded so (None where quantized); ``disk_bytes`` that of
+    the files.
 
     Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, StorageError, or FetchError.
     """
@@ -75,7 +74,7 @@ def _describe(
         "quantization": quantization,
         "dtype": next(iter(dtypes), None),
         "dtypes": dtypes,
-        "num_parameters": _num_parameters(tensors, quantization),
+        "num_parameters": _num_parameters(tensors, config),
         "num_tensors": len(tensors),
         "memory_bytes": sum(tensor.nbytes for tensor in tensors),
         "memory_bytes_by_dtype": None if quantization else _loaded_bytes(tensors),
@@ -103,36 +102,29 @@ def _loaded_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
-    """``bitsandbytes 4 bits (nf4, double quantization)``; another method by its name alone."""
+    """In words of the method's own; what no method here writes by its name alone."""
+    settings = _settings(config)
+    if settings is None:
+        return None
+    family = family_of(settings.get("quant_method"))
+    return str(settings.get("quant_method") or "unknown") if family is None else family.words(settings)
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     settings = config.get("quantization_config")
     if not settings:
         return None
     if not isinstance(settings, dict):
         raise SourceCorrupt("config.json: quantization_config is not an object")
-    if settings.get("quant_method") != "bitsandbytes":
-        return str(settings.get("quant_method") or "unknown")
-    if settings.get("load_in_8bit"):
-        return "bitsandbytes 8 bits"
-    kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
-    double = ", double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
-    return f"bitsandbytes 4 bits ({kind}{double})"
+    return settings
 
 
-def _num_parameters(tensors: list[TensorInfo], quantization: str | None) -> int | None:
-    if quantization is None:
+def _num_parameters(tensors: list[TensorInfo], config: Mapping[str, Any]) -> int | None:
+    settings = _settings(config)
+    if settings is None:
         return sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
-    if not quantization.startswith("bitsandbytes"):
-        return None
-    names = {tensor.name for tensor in tensors}
-    return sum(_bnb_elements(tensor, names) for tensor in tensors)
-
-
-def _bnb_elements(tensor: TensorInfo, names: set[str]) -> int:
-    if tensor.name.endswith(_BNB_STATE) or ".quant_state." in tensor.name:
-        return 0
-    if f"{tensor.name}.absmax" in names:
-        return tensor.nbytes * 2
-    return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
+    family = family_of(settings.get("quant_method"))
+    return None if family is None else family.num_parameters(tensors)
 
 
 def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, ...]]:

@@ -109,7 +109,7 @@ def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], in
         reused_from=format_job_id(job.reused_from) if job.reused_from is not None else None,
         scheme=job.method,
         bits=job.bits,
-        double_quant=scheme["double_quant"],
+        double_quant=scheme.get("double_quant", False),
         options={name: value for name, value in scheme.items() if name != "method"},
         checkpoint_path=result.checkpoint_path if result else None,
         **(asked | measured),

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
 
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import UsageError
+from qbatch.core.methods.description import Options
+from qbatch.core.methods.registry import every_option, known_bits, meant_by_bits
 
-BITS = (4, 8, 16)
-QUANT_TYPES = {"nf4": Method.NF4, "fp4": Method.FP4}
+_BASELINE_BITS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What to do to each model of a list. An empty tuple of a shape's sizes is the device's default; ``why`` and
-    ``energy`` None are too."""
+    """What to do to each model of a list. ``bits`` ask for the methods that are usual, of several with as many bits for
+    those in ``quant_types`` (empty: the first); ``methods`` ask for others by name. ``options`` are the methods' own.
+    An empty tuple of a shape's sizes is the device's default; ``why`` and ``energy`` None are too."""
 
-    bits: tuple[int, ...]
-    quant_types: tuple[str, ...] = ("nf4",)
-    double_quant: bool = False
+    bits: tuple[int, ...] = ()
+    quant_types: tuple[Method, ...] = ()
+    methods: tuple[Method, ...] = ()
+    options: Options = field(default_factory=dict)
     compute_dtype: DType = DType.AUTO
     dtype: DType = DType.AUTO
     device: DeviceKind = DeviceKind.AUTO
     baseline: bool = True
     force: bool = False
     skip_modules: tuple[str, ...] = ()
-    int8_threshold: float = 6.0
-    quant_storage: str = "uint8"
     max_shard_bytes: int | None = None
     allow_pickle: bool = False
     batch_sizes: tuple[int, ...] = ()
@@ -39,36 +39,57 @@ class Grid:
     energy: bool | None = None
 
     def __post_init__(self) -> None:
-        if not self.bits:
-            raise UsageError("no bits were asked for; qbatch knows 4, 8 and 16")
+        if not self.bits and not self.methods:
+            raise UsageError(f"nothing was asked for; give --bits or --scheme ({_known_bits()})")
         for bits in self.bits:
-            if bits not in BITS:
-                raise UsageError(f"{bits} bits are unknown; qbatch knows 4, 8 and 16")
-        if self.double_quant and 4 not in self.bits:
-            raise UsageError("double quantization belongs to 4 bits, which were not asked for")
+            if bits not in (*known_bits(), _BASELINE_BITS):
+                raise UsageError(f"{bits} bits are unknown; {_known_bits()}")
+        self._refuse_misplaced_options()
+        self._refuse_compute_dtype()
+        for method in self._methods():
+            method.description.refuse_device(self.device)
+            method.description.refuse_dtype(self.dtype)
         if min((*self.batch_sizes, *self.prompt_tokens), default=1) < 1:
             raise UsageError("a batch has at least one sequence, and a prompt at least one token")
         if min(self.new_tokens, default=2) < 2:
             raise UsageError("decoding is timed from the second token on: ask for at least 2 new tokens")
 
-    def schemes(self) -> tuple[Scheme, ...]:
-        """The baseline first, then 8 and 4 bits, each once."""
-        schemes: list[Scheme] = []
-        if self.baseline or 16 in self.bits:
-            schemes.append(BASELINE)
-        if 8 in self.bits:
-            schemes.append(self._scheme(Method.INT8, int8_threshold=self.int8_threshold))
-        if 4 in self.bits:
-            schemes += [
-                self._scheme(QUANT_TYPES[name], double_quant=self.double_quant, quant_storage=self.quant_storage)
-                for name in dict.fromkeys(self.quant_types)
-            ]
-        return tuple(schemes)
+    def _refuse_misplaced_options(self) -> None:
+        taken = {option.name for method in self._methods() for option in method.description.options}
+        for option in every_option():
+            if option.unasked and option.of(self.options) != option.default and option.name not in taken:
+                raise UsageError(option.unasked)
 
-    def _scheme(self, method: Method, **own: Any) -> Scheme:
-        return Scheme(
-            method=method,
-            compute_dtype=self.compute_dtype,
+    def _refuse_compute_dtype(self) -> None:
+        methods = self._methods()
+        if (
+            self.compute_dtype is not DType.AUTO
+            and methods
+            and not any(m.description.takes_compute_dtype for m in methods)
+        ):
+            raise UsageError(f"{methods[0]} computes in the type of its inputs: leave --compute-dtype out")
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The baseline first, then the others, those of more bits first, each once."""
+        wants_baseline = self.baseline or _BASELINE_BITS in self.bits or Method.NONE in self.methods
+        return (*([BASELINE] if wants_baseline else []), *map(self._scheme, self._methods()))
+
+    def _methods(self) -> list[Method]:
+        """What is asked for beside the baseline."""
+        asked = [method for bits in self.bits for method in self._of_bits(bits)]
+        distinct = dict.fromkeys([*asked, *(method for method in self.methods if method is not Method.NONE)])
+        return sorted(distinct, key=lambda method: -(method.description.bits or 0))
+
+    def _of_bits(self, bits: int) -> Iterator[Method]:
+        usual = meant_by_bits(bits)
+        chosen = [method for method in self.quant_types if method in usual]
+        yield from chosen or usual[:1]
+
+    def _scheme(self, method: Method) -> Scheme:
+        own = {option.name: option.of(self.options) for option in method.description.options}
+        return Scheme.of(
+            method,
+            compute_dtype=self.compute_dtype if method.description.takes_compute_dtype else DType.AUTO,
             skip_modules=tuple(sorted(set(self.skip_modules))),
             max_shard_bytes=self.max_shard_bytes,
             **own,
@@ -102,3 +123,8 @@ class Grid:
                 why=self.why,
                 energy=self.energy,
             )
+
+
+def _known_bits() -> str:
+    *others, last = map(str, (*known_bits(), _BASELINE_BITS))
+    return f"qbatch knows {', '.join(others)} and {last}"

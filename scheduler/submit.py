@@ -14,6 +14,7 @@ from qbatch.core.errors import JobError, UsageError
 from qbatch.core.file_stat import FileStat, Mounts, stat_file
 from qbatch.core.identity import Settled, settle, source_fingerprint
 from qbatch.core.legacy_identity import legacy_folder_fingerprint
+from qbatch.core.methods.registry import missing_library
 from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
 from qbatch.core.sources import read_config, read_headers, source_dtype
@@ -97,8 +98,10 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     """Store a batch. Nothing is half stored: it is one transaction.
 
     No file is read but headers and configs: a folder's content is known where a worker of this host hashed its files as
-    they are. Raises DatabaseUnreachable. Redis is not needed: the scheduler sends what is stored (see ``send_now``).
+    they are. Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers cannot do.
+    Redis is not needed: the scheduler sends what is stored (see ``send_now``).
     """
+    _refuse_missing_libraries(submission.grid)
     text_hash = hashlib.sha256(submission.eval_text.encode()).hexdigest()
     protocol = ProtocolOptions(
         eval_text_sha256=text_hash,
@@ -112,6 +115,7 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
+        _refuse_device(submission.grid, devices)
         asked = [
             [_settle(spec, one, fingerprint, devices) for spec in bundle]
             for bundle, one, fingerprint in zip(specs, seen, _fingerprints(session, seen), strict=True)
@@ -140,6 +144,21 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         live_workers=len(live),
         outdated=sum(one.legacy_pair in old and one.pair not in answers for one in flat),
     )
+
+
+def _refuse_missing_libraries(grid: Grid) -> None:
+    """Raises UsageError, with the line that installs what is missing: without it no job of that method has a key."""
+    for scheme in grid.schemes():
+        if (missing := missing_library(scheme.description)) is not None:
+            raise UsageError(missing)
+
+
+def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
+    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    kind = _device_kind(grid.device, devices)
+    for scheme in grid.schemes():
+        if kind is not None:
+            scheme.description.refuse_device(kind)
 
 
 def _look(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Seen | None:

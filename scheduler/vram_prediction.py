@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qbatch.core.byte_units import GIB
-from qbatch.core.domain import DeviceKind, DType, JobSpec, Method, Protocol, Scheme, stored_dtype
+from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, stored_dtype
 from qbatch.core.sources import Header, TensorInfo, source_dtype
 from qbatch.models_db.vram import ANY_CLASS_BYTES
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# The CUDA context, the kernels of torch and bitsandbytes, and cuBLAS's workspaces.
+# The CUDA context, the kernels of torch and of the method, and cuBLAS's workspaces.
 _CONTEXT_BYTES = GIB
 # A quantizing pass holds a few tensors and its pinned ring, whatever the model's size.
 _QUANTIZING_BYTES = 2 * GIB
@@ -24,12 +24,6 @@ _FRAGMENTATION = 1.05
 _LOGITS = 4
 # Of a layer's widest: gate, up, their product, and their copies in what a kernel takes.
 _ACTIVATIONS = 6
-# LLM.int8 dequantizes the columns that meet an outlier in its input, at worst all: codes, and float32 twice.
-_OUTLIER_BYTES = 9
-# Bytes of a quantized parameter, with what bitsandbytes keeps beside the codes: a float32 for each block of 64, or a
-# byte with double quantization.
-_PACKED_BYTES = {Method.NF4: 0.5 + 4 / 64, Method.FP4: 0.5 + 4 / 64, Method.INT8: 1.0}
-_DOUBLE_QUANT_BYTES = 0.5 + 1 / 64
 
 
 def predicted_need(spec: JobSpec, headers: tuple[Header, ...], config: Mapping[str, Any]) -> int | None:
@@ -54,9 +48,8 @@ def memory_bytes(
     running = weights * _FRAGMENTATION + largest + _cache_bytes(text, dtype, protocol)
     values = _LOGITS * _size(text, "vocab_size") + _ACTIVATIONS * _widest(text)
     running += protocol.eval_window * values * _width(dtype)
-    if scheme.method is Method.INT8 and scheme.int8_threshold:
-        quantized = (tensor.numel for tensor in tensors if _is_quantized(tensor, text, scheme))
-        running += _OUTLIER_BYTES * max(quantized, default=0)
+    quantized = (tensor.numel for tensor in tensors if _is_quantized(tensor, text, scheme))
+    running += scheme.description.working_bytes(max(quantized, default=0), scheme.options)
     return _CONTEXT_BYTES + round(running if scheme.is_baseline else max(running, _QUANTIZING_BYTES))
 
 
@@ -65,7 +58,8 @@ def _loaded_bytes(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme,
         return tensor.nbytes
     if not _is_quantized(tensor, config, scheme):
         return tensor.numel * _width(dtype)
-    return tensor.numel * (_DOUBLE_QUANT_BYTES if scheme.double_quant else _PACKED_BYTES[scheme.method])
+    rows, columns = tensor.shape
+    return scheme.description.loaded_bytes(rows, columns, scheme.options)
 
 
 def _is_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme) -> bool:

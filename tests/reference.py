@@ -42,14 +42,14 @@ def load_quantized(
 def _quantization_config(scheme: Scheme, skips: list[str] | None) -> BitsAndBytesConfig:
     if scheme.method is Method.INT8:
         return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=scheme.int8_threshold, llm_int8_skip_modules=skips
+            load_in_8bit=True, llm_int8_threshold=scheme.options["int8_threshold"], llm_int8_skip_modules=skips
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=scheme.method.value.removeprefix("bnb-"),
-        bnb_4bit_use_double_quant=scheme.double_quant,
+        bnb_4bit_use_double_quant=scheme.options["double_quant"],
         bnb_4bit_compute_dtype=scheme.compute_dtype.value,
-        bnb_4bit_quant_storage=scheme.quant_storage,
+        bnb_4bit_quant_storage=scheme.options["quant_storage"],
         llm_int8_skip_modules=skips,
     )
 

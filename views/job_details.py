@@ -7,6 +7,7 @@ from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views.arithmetic import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
@@ -133,10 +134,7 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
 
 def _options(row: ResultRow) -> Iterable[str]:
     """The options that mean something to the row's method."""
-    if row.scheme == "bnb-int8":
-        yield "int8_threshold"
-    if row.scheme in ("bnb-nf4", "bnb-fp4"):
-        yield from ("double_quant", "quant_storage")
+    yield from (option.name for option in describe_row(row.scheme).options)
     if not row.is_baseline:
         yield from ("skip_modules", "max_shard_bytes")
 

@@ -9,21 +9,23 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from textwrap import indent
 from typing import Any
 
+from qbatch.core.methods.bnb import TRIAL
+from qbatch.core.methods.registry import is_installed, optional_libraries, required_libraries
 from qbatch.views.checks import Check, State, check
 from qbatch.views.units import show_bytes
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "celery", "redis", "sqlalchemy")
-# Of normally distributed values; NF4's own error is a tenth.
+_PACKAGES = ("torch", "transformers", *required_libraries(), "accelerate", "celery", "redis", "sqlalchemy")
+# Of normally distributed values: twice what a method of 4 bits makes.
 _MOST_TRIAL_ERROR = 0.2
-_TRIAL = """
-import json, torch, transformers, bitsandbytes
-found = {}
+_TRIAL = f"""
+import json, torch, transformers
+found = {{}}
 for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
-    restored = bitsandbytes.functional.dequantize_4bit(codes, state)
+{indent(TRIAL.strip(), "    ")}
     found[device] = float((restored - weight).norm() / weight.norm())
 print(json.dumps(found))
 """
@@ -45,10 +47,15 @@ def versions() -> Iterable[Check]:
         yield check("qbatch", State.NOTE, "not installed as a package, so that the versions it needs are not known")
     for name in _PACKAGES:
         yield _version(name, (floors or {}).get(name))
+    for name, extra in optional_libraries().items():
+        if is_installed(name):
+            yield _version(name, (_floors(extra) or {}).get(name))
+        else:
+            yield check(name, State.NOTE, f"is not installed; its methods need it: pip install 'qbatch[{extra}]'")
 
 
-def _floors() -> Mapping[str, Any] | None:
-    """What qbatch's own metadata asks of each package; None where it runs from a source tree."""
+def _floors(extra: str = "") -> Mapping[str, Any] | None:
+    """What qbatch's own metadata asks of each package, with that ``extra``; None where it runs from a source tree."""
     from packaging.requirements import Requirement
 
     try:
@@ -56,7 +63,11 @@ def _floors() -> Mapping[str, Any] | None:
     except metadata.PackageNotFoundError:
         return None
     wanted = (Requirement(text) for text in listed)
-    return {item.name.lower(): item.specifier for item in wanted if item.marker is None or item.marker.evaluate()}
+    return {
+        item.name.lower(): item.specifier
+        for item in wanted
+        if item.marker is None or item.marker.evaluate({"extra": extra})
+    }
 
 
 def _installed(name: str) -> str | None:

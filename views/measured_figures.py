@@ -17,6 +17,7 @@ from qbatch.core.measured.metrics import (
 )
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase, PhaseTimes
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING, Column, render
 from qbatch.views.metric_text import show_metric, show_value
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
@@ -38,7 +39,7 @@ def size_lines(row: ResultRow) -> Lines:
     yield "parameters", NOTHING if row.num_parameters is None else f"{row.num_parameters:,}"
     yield "weights", _exactly(row.weights_bytes)
     yield "on disk", _exactly(row.disk_bytes)
-    yield "memory footprint", f"{_exactly(row.memory_footprint_bytes)}, transformers' own figure"
+    yield "memory footprint", f"{_exactly(row.memory_footprint_bytes)}, {describe_row(row.scheme).footprint}"
 
 
 def _exactly(count: int | None) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.core.measured.speed_figures import RunShape
+from qbatch.core.methods.registry import every_library
 
 # What may change a speed between two visits of one protocol and one device.
-_VERSIONS = ("qbatch", "torch", "transformers", "bitsandbytes", "cuda", "driver")
+_VERSIONS = ("qbatch", "torch", "transformers", *every_library(), "cuda", "driver")
 
 
 _SHOWN = frozenset(

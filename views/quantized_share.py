@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
 from qbatch.views.units import show_bytes, show_count, show_percent
 
@@ -59,12 +60,7 @@ def defects(row: ResultRow) -> Iterable[str]:
     broken = row.details.audit.not_finite
     if broken:
         yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {first_names(broken)}"
-    infinite = row.details.audit.int8_infinite_scales
-    if infinite:
-        yield (
-            f"{_count(infinite, 'int8 scale')} of it {'is' if infinite == 1 else 'are'} infinite: those rows, with "
-            "values over 65504, are lost"
-        )
+    yield from describe_row(row.scheme).defects(row.details.audit.stored)
     if row.details.audits.perplexity_not_finite:
         yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
 
@@ -87,9 +83,7 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         f"{_count(len(dropped), 'tensor')}: {first_names(dropped, 10)}" if dropped else "none",
     )
     yield from _errors(audit)
-    if row.scheme == "bnb-int8" and audit.int8_zero_scales is not None:
-        zero, infinite = audit.int8_zero_scales, audit.int8_infinite_scales
-        yield "int8 scales", f"{zero} zero (rows of zeros), {infinite} infinite (rows with values over 65504)"
+    yield from describe_row(row.scheme).audit_lines(audit.stored)
     if audit.writer == "whole":
         yield "written", f"from the whole model in memory, because {audit.whole_model_because}"
     elif audit.shared_pass:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from qbatch.core.measured.decode_figures import Verdict
 from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, same_speed
 from qbatch.views.scheme import show_scheme
@@ -39,7 +40,7 @@ def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
         return None
     if row.details.is_on_cpu:
         layers = row.details.audits.cpu_layers_on_generic_kernel
-        return f"{layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if layers else None
+        return describe_row(row.scheme).on_cpu_briefly(layers or 0)
     if not row.details.why.is_known:
         return None
     mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
@@ -49,17 +50,9 @@ def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
 def _on_cpu(row: ResultRow) -> Iterable[str]:
     yield "On a CPU qbatch gives no verdict, since nothing there tells waiting from working."
     layers = row.details.audits.cpu_layers_on_generic_kernel
-    if row.is_baseline or row.bits != 4 or layers is None:
-        return
-    if layers:
-        yield (
-            f"{layers} of the 4-bit layers of {show_scheme(row)} run through bitsandbytes' generic kernel, since their "
-            "shape does not fit the packed AVX512-BF16 one."
-        )
-    else:
-        yield (
-            f"The 4-bit layers of {show_scheme(row)} all fit the packed AVX512-BF16 kernel, where the processor has it."
-        )
+    said = None if layers is None else describe_row(row.scheme).on_cpu(show_scheme(row), layers)
+    if said is not None:
+        yield said
 
 
 # What was measured
@@ -95,8 +88,8 @@ def _verdicts(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
         )
         return
     yield f"{show_scheme(row)} {_verdict(row)}{_launches(row, baseline) if _is_waiting(row) else ''}."
-    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and _outlier_path(row):
-        yield "LLM.int8's outlier path is what stops it; --int8-threshold 0 turns that off, and is a scheme of its own."
+    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and (cause := _why_it_waits(row)) is not None:
+        yield cause
     if row.details.why.verdict == Verdict.KERNEL_BOUND and baseline is not None:
         yield from _bytes_saved(row, baseline)
     if baseline is not None:
@@ -129,8 +122,8 @@ def _is_waiting(row: ResultRow) -> bool:
     return row.details.why.verdict in _WAITING
 
 
-def _outlier_path(row: ResultRow) -> bool:
-    return row.scheme == "bnb-int8" and row.options.get("int8_threshold") != 0
+def _why_it_waits(row: ResultRow) -> str | None:
+    return describe_row(row.scheme).waits_because(row.options)
 
 
 def _launches(row: ResultRow, baseline: ResultRow | None) -> str:

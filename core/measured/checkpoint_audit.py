@@ -26,7 +26,8 @@ class LayerError(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointAudit(Stored):
-    """How much of a model really was quantized; what was not, and why; what is wrong with the numbers."""
+    """How much of a model really was quantized; what was not, and why; what is wrong with the numbers. What a method
+    adds to it is among ``stored``."""
 
     num_parameters: int | None = left_out()
     quantized_parameters: int | None = left_out()
@@ -40,8 +41,6 @@ class CheckpointAudit(Stored):
     relative_error_mean: float | None = left_out()
     relative_error_worst: tuple[LayerError, ...] | None = left_out()
     not_finite: tuple[str, ...] | None = left_out()
-    int8_zero_scales: int | None = left_out()
-    int8_infinite_scales: int | None = left_out()
     shared_pass: int | None = left_out()
     whole_model_because: str | None = left_out()
     no_errors_because: str | None = left_out()

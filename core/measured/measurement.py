@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qbatch.core.domain import DType
+from qbatch.core.kinds import DType
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.stored_json import Stored, field_names
 

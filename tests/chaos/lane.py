@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sqlalchemy import func, select
 
-from qbatch.core.domain import ENDED_STATES
+from qbatch.core.domain import ENDED_STATES, Method
 from qbatch.core.errors import BrokerUnreachable, ForeignSchema
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
@@ -229,7 +229,9 @@ class Lane:
         new = [self._next() for _ in range(min(self._rng.choice((1, 2, 3)) if self._made else 4, self._unmade()))]
         old = self._rng.sample(self._made[: len(self._made) - len(new)], 4 - len(new))
         grid = Grid(
-            bits=(4, 8), quant_types=(self._rng.choice(("nf4", "nf4", "fp4")),), double_quant=self._rng.random() < 0.25
+            bits=(4, 8),
+            quant_types=(self._rng.choice((Method.NF4, Method.NF4, Method.FP4)),),
+            options={"double_quant": self._rng.random() < 0.25},
         )
         submission = Submission(
             sources=tuple(parse_source(str(folder)) for folder in [*new, *old]),

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.gpu
 
 SCHEMES = (
     Scheme(method=Method.NF4),
-    Scheme(method=Method.NF4, double_quant=True),
+    Scheme.of(Method.NF4, double_quant=True),
     Scheme(method=Method.FP4),
-    Scheme(method=Method.FP4, double_quant=True),
+    Scheme.of(Method.FP4, double_quant=True),
     Scheme(method=Method.INT8),
 )
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16}

@@ -6,11 +6,14 @@ import hashlib
 import json
 import resource
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from qbatch.core import identity
 from qbatch.core.domain import (
     Claim,
     DeviceKind,
@@ -24,6 +27,7 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import DiskFull, StorageError, Unsupported
+from qbatch.core.methods import registry
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
     Answered,
@@ -45,7 +49,7 @@ from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
 
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
-NF4, INT8 = 1, 2
+NF4, INT8, TORCHAO = 1, 2, 3
 SCHEMES = {NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
 
 
@@ -85,7 +89,7 @@ def source(tmp_path: Path) -> Path:
     return make_causal(tmp_path / "llama", dtype="bfloat16")
 
 
-def run(source: Path, attempt: int = 1) -> Ear:
+def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES) -> Ear:
     """The bundle of both widths of ``source``."""
     claims = tuple(
         Claim(
@@ -99,7 +103,7 @@ def run(source: Path, attempt: int = 1) -> Ear:
                 protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
             ),
         )
-        for job_id, scheme in SCHEMES.items()
+        for job_id, scheme in schemes.items()
     )
     storage = source.parent / "storage"
     order = Order(
@@ -186,6 +190,29 @@ def test_a_width_that_cannot_be_written_leaves_the_other_alone(source: Path) -> 
     assert ear.measured() == {NF4}
     assert places(ear, source).keys() == {NF4}
     assert not list((source.parent / "storage" / ".staging").rglob("*.safetensors"))
+
+
+def test_a_library_that_this_worker_lacks_fails_the_jobs_that_need_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "torchao":
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(registry, "version", version)
+    identity.writer_versions.cache_clear()
+    ear = run(source, schemes={NF4: SCHEMES[NF4], TORCHAO: Scheme(method=Method.TORCHAO_INT8)})
+    assert ear.failed() == {TORCHAO: Unsupported.kind}
+    assert ear.measured() == {NF4}
+    alone = run(source, schemes={TORCHAO: Scheme(method=Method.TORCHAO_INT8)})
+    assert alone.failed() == {TORCHAO: Unsupported.kind}
+
+
+def test_a_method_that_does_not_work_on_this_device_fails_alone(source: Path) -> None:
+    ear = run(source, schemes={NF4: SCHEMES[NF4], TORCHAO: Scheme(method=Method.TORCHAO_INT4)})
+    assert ear.failed() == {TORCHAO: Unsupported.kind}
+    assert ear.measured() == {NF4}
 
 
 def test_what_lies_beside_the_weights_is_refused_where_it_is_too_much(source: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -170,7 +170,7 @@ def test_files_that_are_not_certainly_the_hubs_answer_nobody(database: Database,
 
 
 def test_old_answers_are_no_part_of_a_bundle_that_is_measured_now(database: Database, storage: Path, hub: Old) -> None:
-    answers, ids = claimed(database, storage, BASELINE, NF4, replace(NF4, double_quant=True))
+    answers, ids = claimed(database, storage, BASELINE, NF4, NF4.with_options(double_quant=True))
     assert answers.find(identities(database, *ids, legacy=f"hub:{COMMIT}")) == Answered(job_ids=frozenset())
 
 

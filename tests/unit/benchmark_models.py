@@ -13,13 +13,14 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, Pr
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.measuring.quality.reference import Reference
+from qbatch.worker.methods.halves import weights_of
 from qbatch.worker.models.architecture import model_class
 from qbatch.worker.models.load import LoadedModel, load, quiet_libraries
 from tests.benchmarking import benchmark
 
 TEXT = DEFAULT_EVAL_TEXT.read_text(encoding="utf-8")
 NF4 = Scheme(method=Method.NF4)
-NF4_DOUBLE = Scheme(method=Method.NF4, double_quant=True)
+NF4_DOUBLE = Scheme.of(Method.NF4, double_quant=True)
 FP4 = Scheme(method=Method.FP4)
 INT8 = Scheme(method=Method.INT8)
 
@@ -38,7 +39,7 @@ QUICK = replace(
 
 def quantized(source: Path, folder: Path, scheme: Scheme) -> Path:
     """The checkpoint of ``source`` that transformers itself writes for ``scheme`` at bfloat16."""
-    quiet_libraries(with_bitsandbytes=True)
+    quiet_libraries(weights_of(NF4.description))
     cls = model_class(AutoConfig.from_pretrained(source))
     model = cls.from_pretrained(source, quantization_config=_config(scheme), dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -75,7 +76,7 @@ def _config(scheme: Scheme) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(load_in_8bit=True)
     four_bit: dict[str, Any] = {
         "bnb_4bit_quant_type": scheme.method.removeprefix("bnb-"),
-        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_use_double_quant": scheme.options["double_quant"],
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }
     return BitsAndBytesConfig(load_in_4bit=True, **four_bit)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qbatch.core.domain import Scheme
-from qbatch.worker.measuring.speed.size import Size, disk_bytes, measure_size
+from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
 from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
 from tests import tiny
 from tests.unit.benchmark_models import FP4, INT8, NF4, NF4_DOUBLE, loaded_on_cpu, measured, quantized
@@ -24,7 +24,7 @@ BLOCK = 64
 CODE_BYTES = 16 * 4
 
 
-def size_of(folder: Path) -> Size:
+def size_of(folder: Path) -> ModelSize:
     return measure_size(loaded_on_cpu(folder).model)
 
 

@@ -197,7 +197,7 @@ def test_a_library_that_is_too_old_or_missing_is_a_fault(monkeypatch: pytest.Mon
     def other(name: str) -> str:
         if name == "celery":
             raise metadata.PackageNotFoundError(name)
-        return {"torch": "2.9.1+cpu"}.get(name) or real(name)
+        return {"torch": "2.9.1+cpu", "torchao": "0.17.0"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", other)
     found = {check.check: check for check in versions()}
@@ -205,6 +205,7 @@ def test_a_library_that_is_too_old_or_missing_is_a_fault(monkeypatch: pytest.Mon
     assert found["torch"].message.startswith("2.9.1+cpu; qbatch needs >=2.1")
     assert (found["celery"].state, found["celery"].message) == (State.WRONG, "is not installed")
     assert found["transformers"].state is State.OK
+    assert (found["torchao"].state, found["torchao"].message) == (State.WRONG, "0.17.0; qbatch needs >=0.18")
     gpu = cuda([VisibleGpu(name="NVIDIA H200", memory_bytes=141 * 2**30)])
     assert (gpu.state, gpu.message.split("; ")[1]) == (
         State.WRONG,

@@ -32,7 +32,7 @@ from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CPU)
 
 schemes = st.builds(
-    Scheme,
+    Scheme.of,
     method=st.sampled_from([Method.NF4, Method.FP4]),
     double_quant=st.booleans(),
     compute_dtype=st.sampled_from(DType),
@@ -86,7 +86,7 @@ def test_a_measurement_survives_json() -> None:
 )
 def test_an_invalid_scheme_cannot_be_built(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Scheme(**fields)
+        Scheme.of(**fields)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def methods(**options: Any) -> list[Method]:
         ({"bits": (4, 8), "baseline": False}, [Method.INT8, Method.NF4]),
         ({"bits": (16,), "baseline": False}, [Method.NONE]),
         ({"bits": (4, 16)}, [Method.NONE, Method.NF4]),
-        ({"bits": (4,), "quant_types": ("fp4", "nf4", "fp4")}, [Method.NONE, Method.FP4, Method.NF4]),
+        ({"bits": (4,), "quant_types": (Method.FP4, Method.NF4, Method.FP4)}, [Method.NONE, Method.FP4, Method.NF4]),
     ],
 )
 def test_the_baseline_comes_first_then_eight_then_four_bits_each_once(
@@ -42,9 +42,9 @@ def test_bits_that_do_not_exist_are_refused(bits: tuple[int, ...]) -> None:
 
 def test_double_quantization_needs_four_bits() -> None:
     with pytest.raises(UsageError, match="4 bits"):
-        Grid(bits=(8,), double_quant=True)
-    eight, four = Grid(bits=(4, 8), double_quant=True, baseline=False).schemes()
-    assert (eight.double_quant, four.double_quant) == (False, True)
+        Grid(bits=(8,), options={"double_quant": True})
+    eight, four = Grid(bits=(4, 8), options={"double_quant": True}, baseline=False).schemes()
+    assert (eight.options["double_quant"], four.options["double_quant"]) == (False, True)
 
 
 def test_an_option_reaches_the_schemes_it_belongs_to_and_no_others() -> None:
@@ -52,14 +52,13 @@ def test_an_option_reaches_the_schemes_it_belongs_to_and_no_others() -> None:
         bits=(4, 8),
         compute_dtype=DType.FLOAT16,
         skip_modules=("b", "a", "b"),
-        int8_threshold=0.0,
-        quant_storage="bfloat16",
+        options={"int8_threshold": 0.0, "quant_storage": "bfloat16"},
         max_shard_bytes=10,
     )
     baseline, eight, four = grid.schemes()
     assert baseline == BASELINE, "one baseline serves every choice of options"
-    assert (eight.int8_threshold, four.int8_threshold) == (0.0, 6.0)
-    assert (eight.quant_storage, four.quant_storage) == ("uint8", "bfloat16")
+    assert (eight.options["int8_threshold"], four.options["int8_threshold"]) == (0.0, 6.0)
+    assert (eight.options["quant_storage"], four.options["quant_storage"]) == ("uint8", "bfloat16")
     for scheme in (eight, four):
         assert scheme.compute_dtype is DType.FLOAT16
         assert scheme.skip_modules == ("a", "b"), "the order in which they were named is no identity"

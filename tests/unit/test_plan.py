@@ -97,14 +97,14 @@ def test_the_prediction_holds_the_weights_and_not_much_more(llama: Path) -> None
 def test_double_quantization_and_skipped_modules_count(llama: Path) -> None:
     headers = read_headers(llama)
     plain = need_gib(headers, NF4)
-    assert need_gib(headers, replace(NF4, double_quant=True)) < plain
+    assert need_gib(headers, NF4.with_options(double_quant=True)) < plain
     assert need_gib(headers, replace(NF4, skip_modules=("down_proj",))) > plain + 2
 
 
 def test_outliers_dequantize_at_worst_a_whole_weight(llama: Path) -> None:
     headers = read_headers(llama)
     # 4096 × 14336 values, of 9 bytes each.
-    without = need_gib(headers, replace(INT8, int8_threshold=0.0))
+    without = need_gib(headers, INT8.with_options(int8_threshold=0.0))
     assert need_gib(headers, INT8) - without == pytest.approx(0.49, abs=0.01)
 
 

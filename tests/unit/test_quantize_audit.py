@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
-NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
+NF4_DOUBLE = Scheme.of(Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -172,7 +171,7 @@ def test_so_are_those_of_tensors_that_are_not_quantized(value: float, tmp_path: 
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     names = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     edit(source, lambda tensors: [tensors[name].view(-1)[-1].fill_(value) for name in names])
-    storage = replace(NF4, quant_storage="bfloat16")
+    storage = NF4.with_options(quant_storage="bfloat16")
     for number, scheme in enumerate([NF4, storage, INT8]):
         assert audit_of(source, tmp_path / str(number), scheme)["not_finite"] == names
 
@@ -210,7 +209,7 @@ def test_a_storage_that_weights_do_not_fill_is_refused_by_name(tmp_path: Path) -
         tmp_path / "source", dtype="bfloat16", hidden_size=132, num_attention_heads=2, intermediate_size=205
     )
     (tmp_path / "out").mkdir()
-    target = Target(scheme=replace(NF4, quant_storage="float32"), folder=tmp_path / "out")
+    target = Target(scheme=NF4.with_options(quant_storage="float32"), folder=tmp_path / "out")
     (result,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
     assert isinstance(result, Refused)
     assert isinstance(result.error, Unsupported)

@@ -26,9 +26,9 @@ from tests.tiny import (
 )
 
 NF4 = Scheme(method=Method.NF4)
-NF4_DOUBLE = Scheme(method=Method.NF4, double_quant=True)
+NF4_DOUBLE = Scheme.of(Method.NF4, double_quant=True)
 FP4 = Scheme(method=Method.FP4)
-FP4_DOUBLE = Scheme(method=Method.FP4, double_quant=True)
+FP4_DOUBLE = Scheme.of(Method.FP4, double_quant=True)
 INT8 = Scheme(method=Method.INT8)
 ALL = (NF4, NF4_DOUBLE, FP4, FP4_DOUBLE, INT8)
 SHARD_BYTES = 100_000
@@ -174,13 +174,13 @@ def test_every_kind_of_nan(bits: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
 def test_every_storage_dtype(storage: str, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
-    schemes = [replace(scheme, quant_storage=storage) for scheme in (NF4, FP4_DOUBLE)]
+    schemes = [scheme.with_options(quant_storage=storage) for scheme in (NF4, FP4_DOUBLE)]
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes)
 
 
 def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
-    schemes = [replace(scheme, skip_modules=("q_proj",), int8_threshold=0.0) for scheme in (NF4, INT8)]
+    schemes = [replace(scheme, skip_modules=("q_proj",)).with_options(int8_threshold=0.0) for scheme in (NF4, INT8)]
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=["lm_head", "q_proj"])
 
 

@@ -6,10 +6,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qbatch.core.domain import Method, Scheme
 from qbatch.worker.methods.bnb_fourbit import _trusted_table, quantize_4bit
 from qbatch.worker.methods.bnb_int8 import quantize_int8
-from qbatch.worker.methods.packing import PIECE_STEP, Packing, block_maxima, pack
+from qbatch.worker.methods.bnb_packing import PIECE_STEP, FourBitPacking
 
 
 @pytest.fixture
@@ -91,16 +90,16 @@ def test_the_short_8_bit_way_gives_the_same(spoilt: float | None, weight: torch.
 
 
 def test_pieces_of_a_doubly_quantized_weight_are_those_of_the_whole(weight: torch.Tensor) -> None:
-    packing = Packing.of(Scheme(method=Method.NF4, double_quant=True))
+    packing = FourBitPacking(quant_type="nf4", nested=True, storage=torch.uint8)
     flat = weight.view(-1)
     expected, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    offset = float(block_maxima(flat, packing).mean())
+    offset = float(packing.block_maxima(flat).mean())
     assert offset == state.offset.item()
     packed = {}
     for key, (dtype, shape) in packing.part_shapes(*weight.shape).items():
         packed[key] = torch.zeros(shape, dtype=dtype).view(-1)
     for start in range(0, len(flat), PIECE_STEP):
-        for key, part in pack(flat[start : start + PIECE_STEP], packing, offset).parts.items():
+        for key, part in packing.pack(flat[start : start + PIECE_STEP], weight.shape[1], offset).parts.items():
             first = packing.part_start(key, start, weight.shape[1]) // part.itemsize
             packed[key][first : first + part.numel()] = part.view(-1)
     assert torch.equal(packed["weight"], expected.view(-1))

@@ -36,7 +36,7 @@ from tests.tiny import make_causal, make_fused_qkv, make_llama4, make_overwritte
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
-DOUBLE = replace(NF4, double_quant=True)
+DOUBLE = NF4.with_options(double_quant=True)
 
 
 @pytest.fixture

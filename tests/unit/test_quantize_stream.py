@@ -23,7 +23,7 @@ from tests.reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
-NF4_DOUBLE = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
+NF4_DOUBLE = Scheme.of(Method.NF4, compute_dtype=DType.BFLOAT16, double_quant=True)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
@@ -20,11 +18,8 @@ from qbatch.worker.models.vet import refuse_other_weights
 if TYPE_CHECKING:
     import torch
 
+    from qbatch.worker.methods.method_weights import MethodWeights
     from qbatch.worker.quantizing.planning.expected_files import Expected
-
-_STATE = ".quant_state.bitsandbytes__"
-# A quantization state is some 170 bytes of JSON.
-_MOST_STATE_BYTES = 2**16
 
 
 def verify(folder: Path) -> list[str]:
@@ -76,16 +71,18 @@ def _misplaced(folder: Path, headers: tuple[Header, ...]) -> list[str]:
 
 
 def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
+    from qbatch.worker.methods.halves import weights_of_config
     from qbatch.worker.models.load import quiet_libraries
 
-    quiet_libraries(with_bitsandbytes=True)
+    config = read_config(folder)
+    weights = weights_of_config(config.get("quantization_config"))
+    quiet_libraries(weights)
     from qbatch.worker.quantizing.planning.expected_files import describe
 
-    config = read_config(folder)
     refuse_other_weights(config)
     found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
     described = describe(folder, _dtype(folder), found)
-    lines = [*_missing(described.tensors, found), *_differing(described.tensors, found)]
+    lines = [*_missing(described.tensors, found), *_differing(weights, described.tensors, found)]
     lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
     if config.get("dtype") != described.config_dtype:
         lines.append(f"config.json says dtype {config.get('dtype')}; the model's is {described.config_dtype}")
@@ -110,14 +107,14 @@ def _missing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
             yield f"{name} is missing"
 
 
-def _differing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+def _differing(weights: MethodWeights | None, expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
     for name, one in expected.items():
         if name not in found:
             continue
         path, tensor = found[name]
         dtype, shape = _safetensors_dtype(one.tensor.dtype), tuple(one.tensor.shape)
-        if _STATE in name:
-            yield from _state_problems(path, tensor, one.tensor)
+        if weights is not None and weights.has_content(name):
+            yield from weights.content_problems(path, tensor, one.tensor)
         elif (tensor.dtype, tensor.shape) != (dtype, shape):
             yield f"{name} is {tensor.dtype} {list(tensor.shape)}; the config's is {dtype} {list(shape)}"
 
@@ -126,34 +123,3 @@ def _safetensors_dtype(dtype: torch.dtype) -> str:
     from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES
 
     return next((name for name, known in TORCH_DTYPES.items() if known == dtype), str(dtype))
-
-
-def _state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
-    """Where a packed quantization state (JSON, its offset apart) does not fit its weight."""
-    try:
-        state = _read_state(path, tensor)
-    except (ValueError, RecursionError):
-        return [f"{tensor.name} holds no quantization state"]
-    expected = json.loads(bytes(needed.tolist()))
-    offset = state.pop("nested_offset", None)
-    wrong = [
-        f"{tensor.name} says {key} {state.get(key)}; the config's is {expected.get(key)}"
-        for key in sorted(state.keys() | expected.keys() - {"nested_offset"})
-        if state.get(key) != expected.get(key)
-    ]
-    is_number = isinstance(offset, float) and math.isfinite(offset)
-    if is_number == ("nested_offset" in expected):
-        return wrong
-    return [*wrong, f"{tensor.name} says nested_offset {offset}"]
-
-
-def _read_state(path: Path, tensor: TensorInfo) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object."""
-    if tensor.dtype != "U8" or tensor.nbytes > _MOST_STATE_BYTES:
-        raise ValueError(tensor.dtype)
-    with path.open("rb") as file:
-        file.seek(tensor.start)
-        state = json.loads(file.read(tensor.nbytes).decode())
-    if not isinstance(state, dict):
-        raise ValueError(state)
-    return state

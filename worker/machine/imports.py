@@ -7,7 +7,6 @@ initialises it: torchao does, and transformers imports torchao where it is insta
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,6 @@ _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 def import_without_gpu(names: Sequence[str]) -> None:
     """Import each module of ``names`` as if there was no GPU. Raises ImportError."""
-    # It warns of kernels for GPUs that this one is not.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     with _no_gpu():
         for name in names:
             importlib.import_module(name)

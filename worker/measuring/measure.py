@@ -38,7 +38,7 @@ from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
-from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
+from qbatch.worker.methods.halves import weights_of_model
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
@@ -109,7 +109,7 @@ class ModelBenchmark:
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
-        size = measure_size(loaded.model)
+        weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self._found = Measurement(
             device_name=device_name(loaded.device),
             dtype=subject.dtype,
@@ -123,11 +123,11 @@ class ModelBenchmark:
             load_model_s=loaded.load_model_s,
             details=Details(
                 task=loaded.task.value,
-                versions=versions(),
+                versions=versions(*weights.libraries),
                 size=_stored_size(size),
                 arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
                 shapes=self._text_shape(loaded),
-                audits=MeasuringAudit(cpu_layers_on_generic_kernel=avoid_packed_kernel(loaded.model, loaded.device)),
+                audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
             ),
         )
 

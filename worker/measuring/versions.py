@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("qbatch", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "lm_eval")
+from qbatch.core.methods.registry import required_libraries
+
+_PACKAGES = ("qbatch", "torch", "transformers", *required_libraries(), "accelerate", "safetensors", "lm_eval")
 
 
-def versions() -> dict[str, str | None]:
-    """Version of each package, of Python, of CUDA and of its driver; None for what is not there."""
-    return {name: _package(name) for name in _PACKAGES} | {
+def versions(*libraries: str) -> dict[str, str | None]:
+    """Version of each package, the ``libraries`` of a method among them, of Python, of CUDA and of its driver; None for
+    what is not there."""
+    return {name: _package(name) for name in (*_PACKAGES, *libraries)} | {
         # The package's metadata need not say which build it is (+cpu, +cu130).
         "torch": str(torch.__version__),
         "python": platform.python_version(),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +13,8 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.machine.device_faults import device_fault
-from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
+from qbatch.worker.methods.halves import weights_of_config, weights_of_model
+from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
 from qbatch.worker.models.proportions import refuse_disproportion
 from qbatch.worker.models.vet import refuse_other_weights
@@ -48,9 +46,10 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
     written = read_config(folder)
     refuse_other_weights(written)
     quantized = "quantization_config" in written
+    weights = weights_of_config(written.get("quantization_config"))
     if not quantized:  # a checkpoint of ours was vetted before it was written
         refuse_disproportion(written, read_headers(folder))
-    quiet_libraries(with_bitsandbytes=quantized)
+    quiet_libraries(weights)
     corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
         config = load_config(folder, trusted=trusted)
@@ -65,7 +64,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
 
 @contextmanager
 def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
-    """The seam to torch, transformers and bitsandbytes: their errors leave it as JobErrors of one line.
+    """The seam to torch, transformers and a method's library: their errors leave it as JobErrors of one line.
 
     Memory and device faults get their own class, everything else becomes ``otherwise``.
     """
@@ -77,32 +76,14 @@ def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
         raise (device_fault(error) or otherwise)(f"{doing}: {one_line(error)}") from error
 
 
-def quiet_libraries(*, with_bitsandbytes: bool) -> None:
-    """Keep progress bars and repeated warnings of transformers and bitsandbytes out of a job's log.
-
-    int8 layers warn at every call that 16-bit inputs are cast, which is how LLM.int8 works. On a CPU with
-    AVX512-BF16, importing bitsandbytes would download a kernel from the hub: the import runs without that package.
-    """
+def quiet_libraries(weights: MethodWeights | None) -> None:
+    """Keep progress bars and repeated warnings of transformers, and of a method's library, out of a job's log."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if with_bitsandbytes and "bitsandbytes" not in sys.modules:
-        with _hub_kernels_hidden():
-            importlib.import_module("bitsandbytes")
-
-
-@contextmanager
-def _hub_kernels_hidden() -> Iterator[None]:
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
+    if weights is not None:
+        weights.quiet_import()
 
 
 def _load_model(
@@ -126,7 +107,7 @@ def _load_model(
     # transformers fills a missing tensor with random numbers and merely warns.
     if missing := sorted(info["missing_keys"]):
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}")
-    avoid_packed_kernel(model, device)
+    weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 
 

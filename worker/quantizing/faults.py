@@ -17,6 +17,7 @@ from qbatch.core.errors import (
     one_line,
 )
 from qbatch.core.filesystem import storage_fault
+from qbatch.core.methods.registry import every_silenced_logger
 from qbatch.worker.machine.device_faults import device_fault
 
 
@@ -41,22 +42,25 @@ def as_job_error(error: BaseException) -> JobError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' and bitsandbytes' warnings and progress bars out of job logs. Not for several threads."""
+    """Keep warnings and progress bars of transformers and the methods' libraries out of job logs. Not for several
+    threads."""
     import transformers
 
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    bnb_logger = logging.getLogger("bitsandbytes")
-    bnb_level = bnb_logger.level
+    loggers = [logging.getLogger(library) for library in every_silenced_logger()]
+    levels = [logger.level for logger in loggers]
     log.set_verbosity_error()
     log.disable_progress_bar()
-    bnb_logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         log.set_verbosity(verbosity)
-        bnb_logger.setLevel(bnb_level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             log.enable_progress_bar()

@@ -60,12 +60,16 @@ def _stream(
 def _stream_from(
     reader: SourceReader, source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter
 ) -> list[Outcome]:
+    from qbatch.worker.methods.halves import weights_of
     from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, trace_loading
     from qbatch.worker.quantizing.streaming.stream import stream
 
     outcomes: list[Outcome] = []
     loaded: list[TracedModel] = []
     for target in targets:
+        if (why := weights_of(target.scheme.description).why_whole) is not None:
+            outcomes.append(Deferred(target=target, reason=why))
+            continue
         try:
             loaded.append(trace_loading(source, reader, target, dtype, device))
         except NotStreamable as reason:

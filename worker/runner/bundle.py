@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qbatch.core.domain import DeviceKind, Stage
+from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.sources import read_headers, source_dtype
 from qbatch.worker.checkpoints.publish import Origin, Verified, find_published, publish
@@ -61,7 +61,9 @@ class Bundle:
     def _work(self, source: LocalSource) -> None:
         vet_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(read_headers(source.folder))
-        plans = [plan_job(claim, source, dtype, self._order.device_kind) for claim in self._order.claims]
+        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
+        if not plans:
+            return
         paths = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
         published = self._publish_all(source, models, paths)
@@ -72,6 +74,12 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ]
         )
+
+    def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
+        """None where a library that its method needs is not here, which is that job's fault alone."""
+        with self._reports.failing([claim.job_id]):
+            return [plan_job(claim, source, dtype, self._order.device_kind)]
+        return []
 
     def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
         """Leave alone what needs no work; where the checkpoints of the others lie, by key."""
@@ -198,7 +206,7 @@ class Bundle:
             dtype=plan.settled.dtype,
             device_kind=self._order.device_kind,
             device_name=self._order.device_name,
-            versions={name: str(value) for name, value in versions().items()},
+            versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
         )
 
     def _throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:

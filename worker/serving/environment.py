@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qbatch.core.methods.registry import every_environment_prefix
+
 # Where things are, how to speak, how to reach the hub. By QBATCH_HOME one tells whose a process is.
 _NAMES = frozenset(
     {
@@ -17,7 +19,8 @@ _PREFIXES = (
     *("LC_", "PYTHON", "LD_", "XDG_", "MALLOC_", "GLIBC_", "RUST_", "RAYON_"),
     *("SSL_", "CURL_CA_", "REQUESTS_CA_", "HF_", "HUGGING", "PG"),
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "VECLIB_", "ONEDNN_", "DNNL_", "ATEN_"),
-    *("CUDA", "CUBLAS", "CUDNN_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH", "TRITON_", "BNB_", "BITSANDBYTES_"),
+    *("CUDA", "CUBLAS", "CUDNN_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH", "TRITON_"),
+    *every_environment_prefix(),
     *("TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "ACCELERATE_", "DATASETS_", "LM_", "NLTK_"),
 )
 _LIBPQ_VARIABLE = "PGPASSWORD"

@@ -30,7 +30,7 @@ from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
 _SEED = 1234
-# Part of what the numbers mean: LLM.int8 finds its outliers in a whole batch.
+# Part of what the numbers mean: a method may look at a whole batch at once.
 _BATCH_SIZE = 8
 _BOOTSTRAP_DRAWS = 1000
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from qbatch.core.errors import BenchmarkError
-from qbatch.worker.measuring.speed.size import held_bytes, logical_elements, quant_state
+from qbatch.worker.measuring.speed.size import held_bytes
+from qbatch.worker.methods.halves import weights_of_model
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk")
@@ -37,13 +38,15 @@ def step_work(model: Any, cache: Any, *, batch_size: int) -> StepWork:
     Raises BenchmarkError for a mixture whose config does not say how many experts are chosen.
     """
     share = active_expert_share(model.config.get_text_config(), batch_size)
+    weights = weights_of_model(model)
     weight_bytes, elements = 0.0, 0.0
     for module, parameters, is_expert in _read(model):
         if is_expert and share is None:
             raise BenchmarkError("the config does not say of how many experts each token takes how many")
         part = share if is_expert and share is not None else 1.0
-        weight_bytes += part * (sum(p.nbytes for p in parameters) + held_bytes(quant_state(module)))
-        elements += part * sum(logical_elements(p) for p in parameters)
+        held = sum(tensor.nbytes for p in parameters for tensor in weights.held(p))
+        weight_bytes += part * (held + held_bytes(weights.state(module)))
+        elements += part * sum(weights.logical_elements(p) for p in parameters)
     return StepWork(weight_bytes=round(weight_bytes), cache_bytes=cache_bytes(cache), flops=2.0 * elements * batch_size)
 
 

@@ -11,8 +11,8 @@ from qbatch.worker.measuring.why.traffic import StepWork
 _BUSY_SHARE = 0.7
 # From this share of a roof on, the roof is what limits.
 _ROOF_SHARE = 0.6
-# ``generate`` itself waits once or twice in a step, however small the model; LLM.int8's outlier path 256 times in the
-# thousands of launches of an 8B model. So both: more than ``generate`` ever does, and often for the work at hand.
+# ``generate`` itself waits once or twice in a step, however small the model; a method's path for outliers 256 times in
+# the thousands of launches of an 8B model. So both: more than ``generate`` ever does, and often for the work at hand.
 _SYNCHRONIZATIONS = 16
 _SYNCHRONIZATIONS_PER_LAUNCH = 0.01
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import threading
@@ -14,17 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 
 from qbatch.core.digest import digest_file
 from qbatch.core.domain import DType
-from qbatch.core.errors import JobError, Unsupported, one_line
+from qbatch.core.errors import JobError, Unsupported, UsageError, one_line
 from qbatch.core.filesystem import share
 from qbatch.core.sources import Header, read_header
 from qbatch.worker.files.staging import require_space
-from qbatch.worker.methods.packing import Packing, figures
+from qbatch.worker.methods.halves import weights_of
 from qbatch.worker.models.architecture import load_config
+from qbatch.worker.quantizing.building.metadata_order import settle_metadata
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
@@ -49,10 +48,25 @@ class WholeModel:
         """Raises what building a model without data raises."""
         self._source, self._headers, self._deferred = source, headers, deferred
         self._dtype, self._device = dtype, device
-        self._packing = Packing.of(self._target.scheme)
-        self._skeleton = build_skeleton(source, self._target.scheme, dtype, device, trusted=self._target.trusted)
-        self._to_write = weights_bytes(self._skeleton.model, self._packing, self._quantized_shapes())
+        scheme = self._target.scheme
+        self._weights = weights_of(scheme.description)
+        self._refuse_unfit(dtype, device)
+        self._packing = self._weights.packing(scheme)
+        self._skeleton = build_skeleton(source, scheme, dtype, device, trusted=self._target.trusted)
+        if (reason := self._weights.why_not_loaded(self._skeleton.model.state_dict())) is not None:
+            raise Unsupported(reason)
+        self._to_quantize = self._quantized_shapes()
+        self._to_write = weights_bytes(self._skeleton.model, self._packing, self._to_quantize)
         self._origins, self._dropped, self._no_origins_because = self._trace()
+
+    def _refuse_unfit(self, dtype: DType, device: str) -> None:
+        description = self._target.scheme.description
+        if (reason := self._weights.why_not_on(description, device)) is not None:
+            raise Unsupported(reason)
+        try:
+            description.refuse_dtype(dtype)
+        except UsageError as error:
+            raise Unsupported(str(error)) from error
 
     @property
     def _target(self) -> Target:
@@ -61,7 +75,11 @@ class WholeModel:
     def _quantized_shapes(self) -> dict[str, torch.Size]:
         quantizer, model = self._skeleton.quantizer, self._skeleton.model
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        return {name: shape for name, shape in shapes.items() if quantizer.param_needs_quantization(model, name)}
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if quantizer.param_needs_quantization(model, name) and self._packing.why_left(*shape) is None
+        }
 
     def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:
         """Where each quantized weight comes from and which tensors of the source go nowhere; neither, and why not,
@@ -129,9 +147,11 @@ class WholeModel:
             model, loading = self._load(reader)
             errors = self._errors(model, reader)
         self._save(model)
-        sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in _quantized(model)}
+        sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in self._layers(model)}
         dropped = loading["unexpected_keys"] if self._dropped is None else self._dropped
-        return coverage(self._skeleton, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+        return (
+            coverage(self._skeleton, self._packing, model, sizes, _weights_bytes(self._target.folder), dropped) | errors
+        )
 
     def _load(self, reader: SourceReader) -> tuple[Any, Any]:
         """The quantized model. Its tensors are read through the reader, which counts."""
@@ -145,13 +165,19 @@ class WholeModel:
             output_loading_info=True,
             local_files_only=True,
         )
+        if lost := sorted(self._origins.keys() & loading["missing_keys"]):
+            raise Unsupported(f"transformers loses {lost[0]} while it quantizes what it is cut from")
         refuse_missing(loading["missing_keys"])
-        for name, module in _quantized(model):
-            if not hasattr(module.weight, "SCB" if self._packing.is_int8 else "quant_state"):
+        for name, module in self._layers(model):
+            if not self._weights.is_quantized(module.weight):
                 raise Unsupported(f"transformers left {name}.weight unquantized in a quantized layer")
         if model.can_generate():
             read_generation_config(model, self._source)
         return model, loading
+
+    def _layers(self, model: Any) -> list[tuple[str, Any]]:
+        """The layers whose weights were to be quantized, by name."""
+        return [(name, module) for name, module in model.named_modules() if f"{name}.weight" in self._to_quantize]
 
     def _save(self, model: Any) -> None:
         limit = self._target.scheme.max_shard_bytes
@@ -160,12 +186,14 @@ class WholeModel:
             save_original_format=not self._converted_weights_may_be_quantized(),
             **({} if limit is None else {"max_shard_size": limit}),
         )
+        for path in self._weights.files_to_settle(self._target.folder):
+            settle_metadata(path)
         for path in self._target.folder.iterdir():
             share(path)
 
     def _converted_weights_may_be_quantized(self) -> bool:
-        """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails (int8),
-        or leaves a checkpoint that cannot be loaded any more (4 bits)."""
+        """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails, or
+        leaves a checkpoint that cannot be loaded any more."""
         if self._no_origins_because is not None:
             return True
         return not all(is_elementwise(origin) for origin, _ in self._origins.values())
@@ -177,14 +205,16 @@ class WholeModel:
         # The parts of one source tensor are neighbours in the model.
         read = lru_cache(maxsize=1)(reader.whole)
         found = {}
-        for name, module in _quantized(model):
+        for name, module in self._layers(model):
             origin, transposed = self._origins[f"{name}.weight"]
             exact = replay(origin, read).to(module.weight.device)
-            found[f"{name}.weight"] = [_measure(exact.t() if transposed else exact, module.weight)]
+            found[f"{name}.weight"] = [
+                self._weights.figures(exact.t() if transposed else exact, module.weight).tolist()
+            ]
         state = model.state_dict()
         # Of quantized weights the pieces above were looked at; their codes may be of any dtype.
-        others = (name for name in state if not name.startswith(tuple(found)) and not name.endswith(".SCB"))
-        return error_audit(found, (name for name in others if not is_finite(state[name])))
+        others = (name for name in state if not name.startswith(tuple(found)) and not self._weights.is_state_name(name))
+        return error_audit(self._weights, found, (name for name in others if not is_finite(state[name])))
 
 
 class _Unread:
@@ -204,21 +234,6 @@ def _stoppable(on_read: Callable[[int], None], stopped: threading.Event) -> Call
         on_read(nbytes)
 
     return count
-
-
-def _quantized(model: Any) -> list[tuple[str, Any]]:
-    """bitsandbytes' modules, by name."""
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "source_cls")]
-
-
-def _measure(exact: torch.Tensor, weight: Any) -> list[float]:
-    """The FIGURES of a quantized parameter that was ``exact``."""
-    if isinstance(weight, bnb.nn.Int8Params):
-        restored = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-        return list(figures(exact, restored, weight.SCB).tolist())
-    state = copy.copy(weight.quant_state)
-    state.dtype = torch.float32
-    return list(figures(exact, bnb.functional.dequantize_4bit(weight.data, state)).tolist())
 
 
 def _weights_bytes(folder: Path) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qbatch.worker.methods.packing import FIGURES
+from qbatch.worker.methods.method_weights import MethodWeights
+from qbatch.worker.methods.packing import FIGURES, Packing
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -21,13 +22,18 @@ _MOST_LAYERS = 4096
 
 
 def coverage(
-    skeleton: Skeleton, model: Any, quantized: Mapping[str, int], weights_bytes: int, dropped: Iterable[str]
+    skeleton: Skeleton,
+    packing: Packing,
+    model: Any,
+    quantized: Mapping[str, int],
+    weights_bytes: int,
+    dropped: Iterable[str],
 ) -> dict[str, Any]:
     """Counts over the distinct parameters of the loaded ``model`` (a tied one once).
 
     ``quantized`` gives the true size of each quantized parameter; ``weights_bytes`` is that of all tensors written.
     """
-    total, kept = _count(skeleton, model, quantized)
+    total, kept = _count(skeleton, packing, model, quantized)
     packed = sum(quantized.values())
     return {
         "num_parameters": total,
@@ -50,7 +56,9 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(lowest.isfinite() & highest.isfinite())
 
 
-def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]) -> dict[str, Any]:
+def error_audit(
+    weights: MethodWeights, figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]
+) -> dict[str, Any]:
     """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
     FIGURES of each weight's pieces. ``not_finite`` names what is wrong among the other tensors."""
     errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
@@ -61,9 +69,7 @@ def error_audit(figures: Mapping[str, Sequence[Sequence[float]]], not_finite: It
         "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
         "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MOST_LAYERS]],
         "not_finite": sorted((errors.keys() - finite.keys()).union(not_finite)),
-        "int8_zero_scales": int(sum(piece["zero_scales"] for piece in pieces)),
-        "int8_infinite_scales": int(sum(piece["infinite_scales"] for piece in pieces)),
-    }
+    } | weights.audit(pieces)
 
 
 def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
@@ -72,7 +78,9 @@ def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
     return error / value if value else error
 
 
-def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tuple[int, list[dict[str, Any]]]:
+def _count(
+    skeleton: Skeleton, packing: Packing, model: Any, quantized: Mapping[str, int]
+) -> tuple[int, list[dict[str, Any]]]:
     """Parameters in all, and the large ones that stay as they are, grouped over layers."""
     total = sum(quantized.values())
     groups: Counter[tuple[str, str]] = Counter()
@@ -81,7 +89,7 @@ def _count(skeleton: Skeleton, model: Any, quantized: Mapping[str, int]) -> tupl
             continue
         total += parameter.numel()
         if parameter.numel() >= _WORTH_NAMING or _is_linear_weight(model, name):
-            groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, model, name)] += parameter.numel()
+            groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, packing, model, name)] += parameter.numel()
     return total, [
         {"name": name, "reason": reason, "parameters": count} for (name, reason), count in groups.most_common()
     ]
@@ -92,7 +100,7 @@ def _is_linear_weight(model: Any, name: str) -> bool:
     return leaf == "weight" and is_plain_linear(model.get_submodule(path))
 
 
-def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
+def _reason(skeleton: Skeleton, packing: Packing, model: Any, name: str) -> str:
     path = name.rpartition(".")[0]
     if not _is_linear_weight(model, name):
         is_stack = model.get_parameter(name).dim() > 2 and "expert" in name
@@ -101,4 +109,4 @@ def _reason(skeleton: Skeleton, model: Any, name: str) -> str:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
         return "kept in a higher precision by the model"
-    return "skipped on request"
+    return packing.why_left(*model.get_parameter(name).shape) or "skipped on request"

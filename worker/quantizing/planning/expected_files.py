@@ -11,7 +11,8 @@ import torch
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
-from qbatch.worker.methods.packing import Packing
+from qbatch.worker.methods.halves import weights_of_config
+from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.loading import load_traced
 from qbatch.worker.quantizing.planning.saving import as_saved, quantized_state
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, published_skeleton
@@ -28,56 +29,48 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class ExpectedFiles:
     """Every tensor by name, and the dtype that config.json would give (that of the first parameter)."""
 
     tensors: Mapping[str, Expected]
     config_dtype: str
 
 
-def describe(folder: Path, dtype: DType, names: Iterable[str]) -> Description:
+def describe(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
     """What the checkpoint in ``folder``, loaded in ``dtype``, should hold. ``names`` are those that it has: they tell
     which of transformers' conversions its layout needs.
 
-    Raises SourceCorrupt, UnsafeSource or Unsupported where its config describes no model quantized by bitsandbytes.
+    Raises SourceCorrupt, UnsafeSource or Unsupported where its config describes no model quantized by a known method.
     """
     skeleton = published_skeleton(folder, dtype)
-    model, packing = skeleton.model, _packing(skeleton.quantizer.quantization_config)
-    _, recorder = load_traced(skeleton, packing, _own_tensors(skeleton), [], dtype)
-    offsets = dict.fromkeys(recorder.weights, 0.0) if packing.nested else {}
+    model, quantization = skeleton.model, skeleton.quantizer.quantization_config
+    weights = weights_of_config(quantization)
+    if weights is None:
+        raise SourceCorrupt("config.json names a quantization method that qbatch does not know")
+    packing = weights.packing_of_config(quantization)
+    _, recorder = load_traced(skeleton, packing, _own_tensors(skeleton, packing), [], dtype)
+    nested = isinstance(packing, StreamedPacking) and packing.nested
+    offsets = dict.fromkeys(recorder.weights, 0.0) if nested else {}
     state = quantized_state(model, packing, recorder.weights, offsets, "cpu")
     model._weight_conversions = _conversions_used(skeleton, names, state)
     ties = _ties(model)
     tensors = {name: Expected(tensor=tensor, tie=_tie(tensor, ties)) for name, tensor in as_saved(state, model).items()}
-    return Description(tensors=tensors, config_dtype=str(model.dtype).removeprefix("torch."))
+    return ExpectedFiles(tensors=tensors, config_dtype=str(model.dtype).removeprefix("torch."))
 
 
-def _packing(quantization: Any) -> Packing:
-    if quantization.load_in_8bit:
-        return Packing(quant_type="int8", nested=False, storage=torch.int8)
-    if quantization.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise SourceCorrupt(f"config.json names the unknown 4-bit type {quantization.bnb_4bit_quant_type}")
-    return Packing(
-        quant_type=quantization.bnb_4bit_quant_type,
-        nested=quantization.bnb_4bit_use_double_quant,
-        storage=quantization.bnb_4bit_quant_storage,
-    )
-
-
-def _own_tensors(skeleton: Skeleton) -> dict[str, Traced]:
+def _own_tensors(skeleton: Skeleton, packing: Packing) -> dict[str, Traced]:
     """The model's own state, as if that were the source: nothing is missing and nothing needs converting."""
     return {
-        name: Traced.of(_as_in_source(skeleton, name, tensor), FromSource(name))
+        name: Traced.of(_as_in_source(skeleton, packing, name, tensor), FromSource(name))
         for name, tensor in skeleton.model.state_dict().items()
     }
 
 
-def _as_in_source(skeleton: Skeleton, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _as_in_source(skeleton: Skeleton, packing: Packing, name: str, tensor: torch.Tensor) -> torch.Tensor:
     model = skeleton.model
     if not skeleton.quantizer.param_needs_quantization(model, name):
         return tensor
-    is_linear = model.get_submodule(name.rpartition(".")[0]).source_cls is torch.nn.Linear
-    return tensor if is_linear else tensor.t()
+    return tensor.t() if packing.is_transposed(model.get_submodule(name.rpartition(".")[0])) else tensor
 
 
 def _conversions_used(skeleton: Skeleton, names: Iterable[str], state: dict[str, Any]) -> list[Any]:

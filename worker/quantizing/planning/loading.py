@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, SourceCorrupt, Unsupported
-from qbatch.worker.methods.packing import Packing
+from qbatch.worker.methods.halves import weights_of
+from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton
 from qbatch.worker.quantizing.target import Target
@@ -50,7 +52,7 @@ class TracedModel:
     """A target's model with traced tensors in place of weights, and what is to be quantized, by parameter name."""
 
     target: Target
-    packing: Packing
+    packing: StreamedPacking
     skeleton: Skeleton
     weights: Mapping[str, Weight]
     dropped: tuple[str, ...]
@@ -62,7 +64,8 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     Raises SourceCorrupt where a key is missing or has the wrong shape, Unsupported, NotStreamable.
     """
     skeleton = build_skeleton(source, target.scheme, dtype, device, trusted=target.trusted)
-    model, packing = skeleton.model, Packing.of(target.scheme)
+    model = skeleton.model
+    packing = weights_of(target.scheme.description).streamed_packing(target.scheme)
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_refused()
@@ -151,7 +154,9 @@ class TracingQuantizer:
         """Where every weight that would be quantized comes from, and whether it is transposed first."""
 
     def param_needs_quantization(self, model: Any, name: str) -> bool:
-        return bool(self._skeleton.quantizer.param_needs_quantization(model, name))
+        if not self._skeleton.quantizer.param_needs_quantization(model, name):
+            return False
+        return self.packing.why_left(*model.get_parameter(name).shape) is None
 
     def get_quantize_ops(self) -> TracingQuantizer:
         return self
@@ -162,9 +167,9 @@ class TracingQuantizer:
     def _record(self, model: Any, name: str, value: Any) -> torch.Tensor:
         traced: Traced = value[0] if isinstance(value, list) else value
         module = model.get_submodule(name.rpartition(".")[0])
-        # As bitsandbytes' own operation does, for 4 bits alone: nothing in such a module is initialized later.
-        module._is_hf_initialized = not self.packing.is_int8
-        transposed = module.source_cls is not torch.nn.Linear
+        # As the library's own operation does: nothing in such a module is initialized later.
+        module._is_hf_initialized = self.packing.marks_initialized
+        transposed = self.packing.is_transposed(module)
         needed = (module.out_features, module.in_features)
         found = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
         origin = simplified(traced.origin)
@@ -174,18 +179,10 @@ class TracingQuantizer:
         elif isinstance(origin, Call | QuantizedPart):
             self._not_streamable.append(NotStreamable(f"{name} is converted and then quantized"))
         else:
-            if not self.packing.fills_whole_elements(needed[0] * needed[1]):
-                reason = f"{name} does not fill whole elements of {self.packing.storage}"
-                self._refusals.append(Unsupported(f"{reason}: choose another --quant-storage"))
+            if (reason := self.packing.why_unfit(*needed)) is not None:
+                self._refusals.append(Unsupported(f"{name} {reason}"))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
-        return self._packed_parameter(name, needed)
-
-    def _packed_parameter(self, name: str, shape: tuple[int, int]) -> torch.nn.Parameter:
-        shapes = self.packing.part_shapes(*shape)
-        parameter = torch.nn.Parameter(traced_part(name, "weight", *shapes["weight"]), requires_grad=False)
-        if self.packing.is_int8:
-            parameter.SCB = traced_part(name, "SCB", *shapes["SCB"])  # type: ignore[attr-defined]
-        return parameter
+        return self.packing.parameter(*needed, traced.dtype, partial(traced_part, name))
 
     def raise_if_refused(self) -> None:
         for error in self._refusals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_state_dict_into_shards_factory
 
 from qbatch.core.errors import SourceCorrupt, one_line
-from qbatch.worker.methods.packing import Packing, state_entries
+from qbatch.worker.methods.packing import Packing
 from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, Weight, traced_part
 from qbatch.worker.quantizing.tensors.trace import Origin, QuantizedPart, Traced, has_quantized_part, simplified
 
@@ -67,13 +68,13 @@ def quantized_state(
     model: Any, packing: Packing, weights: Mapping[str, Weight], offsets: Mapping[str, float], device: str
 ) -> dict[str, Any]:
     """The state of a loaded ``model`` under its own names, the parts of quantized ``weights`` among them."""
-    if not packing.is_int8:
-        for name, weight in weights.items():
-            model.get_parameter(name).quant_state = _State(packing, weight, offsets.get(name), device)
+    for name, weight in weights.items():
+        part, offset = partial(traced_part, name), offsets.get(name)
+        packing.attach_state(model.get_parameter(name), weight.shape, weight.dtype, offset, device, part)
     state: dict[str, Any] = model.state_dict()
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    return state
+    return packing.as_stored(state, {name: weight.shape for name, weight in weights.items()}, traced_part)
 
 
 def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -87,21 +88,6 @@ def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
     if getattr(model, "_weight_conversions", None) == []:
         return dict(sorted(state.items(), key=lambda item: dot_natural_key(item[0])))
     return dict(revert_weight_conversion(model, state))
-
-
-class _State:
-    """Stands in for bitsandbytes' QuantState in ``state_dict()``."""
-
-    def __init__(self, packing: Packing, weight: Weight, offset: float | None, device: str) -> None:
-        self._entries = state_entries(packing, weight.shape, weight.dtype, offset, device)
-        shapes = packing.part_shapes(*weight.shape)
-        for key in self._entries.keys() & shapes.keys():
-            self._entries[key] = traced_part(weight.name, key, *shapes[key])
-
-    def as_dict(self, *, packed: bool) -> dict[str, torch.Tensor]:
-        if not packed:
-            raise ValueError("only the packed form is known")
-        return self._entries
 
 
 def _without_tied(state: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -144,11 +130,11 @@ def _index(loaded: TracedModel, split: Any) -> str:
 
 
 def _num_parameters(loaded: TracedModel) -> int:
-    """As ``PreTrainedModel.num_parameters`` counts: two for each byte of packed 4-bit codes."""
+    """As ``PreTrainedModel.num_parameters`` counts."""
     total = 0
     for name, parameter in loaded.skeleton.model.named_parameters():
-        packed = name in loaded.weights and not loaded.packing.is_int8
-        total += parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        packed = name in loaded.weights
+        total += loaded.packing.counted_elements(parameter) if packed else parameter.numel()
     return total
 
 

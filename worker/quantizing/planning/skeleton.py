@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
 from qbatch.core.sources import read_config, read_headers
+from qbatch.worker.methods.halves import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
 from qbatch.worker.models.proportions import refuse_disproportion
 
@@ -20,7 +21,7 @@ _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, L
 class Skeleton:
     """A model class and its instance on the meta device, as ``from_pretrained`` has it before it loads weights.
 
-    ``model`` has bitsandbytes' modules where weights will be quantized; ``default_skips`` are the modules that
+    ``model`` has the method's modules where weights will be quantized; ``default_skips`` are the modules that
     transformers leaves out of its own accord, ``idle_skips`` those of the user's patterns that match no layer.
     """
 
@@ -40,7 +41,10 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     config = _with_dtype(load_config(source, trusted=trusted), dtype)
     cls = model_class(config, trusted=source if trusted else None)
     skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    skeleton = _skeleton(cls, config, quantization_config(scheme, skips), device)
+    # Passing a list replaces the default one.
+    listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
+    quantization = weights_of(scheme.description).quantization_config(scheme, listed)
+    skeleton = _skeleton(cls, config, quantization, device)
     return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
 
 
@@ -52,8 +56,8 @@ def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
     refuse_disproportion(read_config(folder), read_headers(folder))
     config = _with_dtype(load_config(folder, trusted=False), dtype)
     quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
-        raise SourceCorrupt("config.json has no quantization_config of bitsandbytes")
+    if not isinstance(quantization, dict) or weights_of_config(quantization) is None:
+        raise SourceCorrupt("config.json has no quantization_config of a method that qbatch knows")
     try:
         return _skeleton(model_class(config), config, quantization, "cpu")
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -101,32 +105,11 @@ def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether bitsandbytes could have quantized it, and has not."""
+    """Whether a method could have quantized it, and has not."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return type(module) is nn.Linear or isinstance(module, Conv1D)
-
-
-def quantization_config(scheme: Scheme, skips: frozenset[str]) -> Any:
-    """transformers' own config of the scheme. The user's skip list is added to ``skips``, the default ones, which
-    passing a list would otherwise replace."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
-    if scheme.method is Method.INT8:
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=float(scheme.int8_threshold), llm_int8_skip_modules=listed
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=listed,
-        bnb_4bit_quant_type=scheme.method.value.removeprefix("bnb-"),
-        bnb_4bit_use_double_quant=scheme.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, scheme.compute_dtype.value),
-        bnb_4bit_quant_storage=scheme.quant_storage,
-    )
 
 
 def _with_dtype(config: Any, dtype: DType) -> Any:

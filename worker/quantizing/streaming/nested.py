@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from qbatch.worker.methods.bnb_fourbit import BLOCK
-from qbatch.worker.methods.packing import Packing, block_maxima
+from qbatch.worker.methods.packing import StreamedPacking
 from qbatch.worker.quantizing.planning.loading import TracedModel, Weight
 from qbatch.worker.quantizing.streaming.pieces import as_quantized, cut, piece_step
 from qbatch.worker.quantizing.streaming.workspace_pool import WorkspacePool
@@ -24,7 +23,7 @@ class NestedPassFailed(Exception):
     """Finding the means failed; the cause says why."""
 
 
-_Doubly = tuple[Packing, Weight]
+_Doubly = tuple[StreamedPacking, Weight]
 
 
 def nested_offsets(
@@ -37,7 +36,7 @@ def nested_offsets(
     """
     offsets: dict[str, float] = {}
     for batch in _batches(doubly_quantized(loaded)):
-        maxima = {weight.name: torch.empty(_blocks(weight), device=device) for _, weight in batch}
+        maxima = {weight.name: torch.empty(_blocks(packing, weight), device=device) for packing, weight in batch}
         if error := WorkspacePool(device).run(_jobs(batch, reader, device, maxima), while_waiting):
             raise NestedPassFailed from error
         offsets |= {name: float(found.mean().item()) for name, found in maxima.items()}
@@ -56,15 +55,15 @@ def _batches(weights: list[_Doubly]) -> Iterator[list[_Doubly]]:
     batch: list[_Doubly] = []
     for packing, weight in weights:
         batch.append((packing, weight))
-        if sum(_blocks(one) for _, one in batch) * BLOCK >= _BATCH_VALUES:
+        if sum(one.shape[0] * one.shape[1] for _, one in batch) >= _BATCH_VALUES:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def _blocks(weight: Weight) -> int:
-    return -(-weight.shape[0] * weight.shape[1] // BLOCK)
+def _blocks(packing: StreamedPacking, weight: Weight) -> int:
+    return -(-weight.shape[0] * weight.shape[1] // packing.block)
 
 
 def _jobs(
@@ -77,7 +76,7 @@ def _jobs(
 
 
 def _find(
-    packing: Packing,
+    packing: StreamedPacking,
     weight: Weight,
     start: int,
     count: int,
@@ -87,6 +86,7 @@ def _find(
 ) -> None:
     host = reader.read_into(workspace.input, weight.source, start, count)
     with workspace.turn():
-        found = block_maxima(as_quantized(workspace.to_device(host), weight), packing)
-        maxima[start // BLOCK : start // BLOCK + len(found)] = found
+        found = packing.block_maxima(as_quantized(workspace.to_device(host), weight))
+        first = start // packing.block
+        maxima[first : first + len(found)] = found
     workspace.wait()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from qbatch.worker.methods.packing import PIECE_STEP, Packing, pack
+from qbatch.worker.methods.packing import StreamedPacking
 from qbatch.worker.quantizing.planning.audit import is_finite
 from qbatch.worker.quantizing.planning.loading import Weight
 from qbatch.worker.quantizing.planning.saving import Output
@@ -70,8 +70,7 @@ class QuantizePiece:
                 continue
             packing = target_writer.loaded.packing
             try:
-                shaped = piece.view(-1, weight.shape[1]) if packing.is_int8 else piece
-                packed = pack(shaped, packing, target_writer.offsets.get(weight.name))
+                packed = packing.pack(piece, weight.shape[1], target_writer.offsets.get(weight.name))
                 parts = {key: workspace.stage(part) for key, part in packed.parts.items()}
                 yield Staged(target_writer, weight, self.start + first, parts, workspace.stage(packed.figures))
             except Exception as error:
@@ -204,11 +203,10 @@ def cut(weight: Weight, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(length, values - start)) for start in range(0, values, length))
 
 
-def piece_step(packings: Sequence[Packing], columns: int, most_values: int) -> int:
-    """How many values to quantize at once: whole rows for int8, whole (nested) blocks for 4 bits, and as many of them
-    as fit ``most_values``, but at least one."""
-    units = [columns if packing.is_int8 else PIECE_STEP for packing in packings]
-    unit = lcm(*units)
+def piece_step(packings: Sequence[StreamedPacking], columns: int, most_values: int) -> int:
+    """How many values to quantize at once: what all packings quantize independently, and as many of that as fit
+    ``most_values``, but at least one."""
+    unit = lcm(*(packing.unit(columns) for packing in packings))
     return unit * max(1, most_values // unit)
 
 

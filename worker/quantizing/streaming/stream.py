@@ -141,9 +141,9 @@ def _audit(target_writer: TargetWriter) -> dict[str, Any]:
     loaded = target_writer.loaded
     quantized = {name: weight.shape[0] * weight.shape[1] for name, weight in loaded.weights.items()}
     weights_bytes = sum(output.nbytes for output in target_writer.outputs())
-    return coverage(loaded.skeleton, loaded.skeleton.model, quantized, weights_bytes, loaded.dropped) | (
-        target_writer.error_audit()
-    )
+    return coverage(
+        loaded.skeleton, loaded.packing, loaded.skeleton.model, quantized, weights_bytes, loaded.dropped
+    ) | (target_writer.error_audit())
 
 
 def _give_back_memory(device: str) -> None:

@@ -12,6 +12,7 @@ from qbatch.core.digest import FileDigest, digest_file
 from qbatch.core.errors import JobError
 from qbatch.core.sources import INDEX_NAME
 from qbatch.worker.files.staging import require_space
+from qbatch.worker.methods.halves import weights_of
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.planning.audit import error_audit
 from qbatch.worker.quantizing.planning.layout import FileLayout, lay_out
@@ -125,4 +126,4 @@ class TargetWriter:
             file.close()
 
     def error_audit(self) -> dict[str, Any]:
-        return error_audit(self._figures, self._not_finite)
+        return error_audit(weights_of(self.loaded.target.scheme.description), self._figures, self._not_finite)

@@ -1,0 +1,22 @@
+"""The words for data types and devices. Standard library only."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """A floating-point type by its torch name; AUTO is resolved against the source (see ``stored_dtype``)."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class DeviceKind(StrEnum):
+    """What a job may run on; AUTO is whichever kind a live worker serves, CUDA first."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"

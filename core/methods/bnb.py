@@ -1,0 +1,195 @@
+"""bitsandbytes: NF4 and FP4 in 4 bits, LLM.int8 in 8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qbatch.core.errors import UsageError
+from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredTensor
+
+LIBRARY = "bitsandbytes"
+_ENVIRONMENT = ("BNB_", "BITSANDBYTES_")
+# A float32 for each block of so many values, or with double quantization a byte.
+_BLOCK = 64
+# LLM.int8 dequantizes the columns that meet an outlier in its input, at worst all: codes, and float32 twice.
+_OUTLIER_BYTES = 9
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# What is stored beside a weight; ".quant_state." is followed by the name of the type.
+_STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+
+
+def _check_threshold(value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UsageError(f"the int8 threshold is 0 or above, and finite, not {value}")
+
+
+DOUBLE_QUANT: MethodOption[bool] = MethodOption(
+    name="double_quant",
+    flag="--double-quant",
+    help="Quantize the 4-bit scales too.",
+    default=False,
+    unasked="double quantization belongs to 4 bits, which were not asked for",
+)
+INT8_THRESHOLD: MethodOption[float] = MethodOption(
+    name="int8_threshold",
+    flag="--int8-threshold",
+    help="LLM.int8's outlier threshold; 0 turns the outlier path, and its synchronisations, off.",
+    default=6.0,
+    check=_check_threshold,
+    words=lambda value: f" threshold {value:g}",
+)
+QUANT_STORAGE: MethodOption[str] = MethodOption(
+    name="quant_storage",
+    flag="--quant-storage",
+    help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
+    default="uint8",
+    choices=("uint8", "float16", "bfloat16", "float32"),
+    words=lambda value: f" stored as {value}",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BnbFourBit(MethodDescription):
+    """Blocks of 64 values, each with a scale."""
+
+    def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
+        scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
+        return rows * columns * (0.5 + scale_bytes / _BLOCK)
+
+    def title(self, options: Options) -> str:
+        return f"{self.name} double" if DOUBLE_QUANT.of(options) else self.name
+
+    def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
+        return _infinite_scales(audit)
+
+    def on_cpu(self, name: str, slow_layers: int) -> str | None:
+        if slow_layers:
+            return (
+                f"{slow_layers} of the 4-bit layers of {name} run through bitsandbytes' generic kernel, since their "
+                "shape does not fit the packed AVX512-BF16 one."
+            )
+        return f"The 4-bit layers of {name} all fit the packed AVX512-BF16 kernel, where the processor has it."
+
+    def on_cpu_briefly(self, slow_layers: int) -> str | None:
+        return (
+            f"{slow_layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if slow_layers else None
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BnbInt8(MethodDescription):
+    """Rows of codes, each with a scale; inputs over a threshold go around them."""
+
+    def check(self, options: Options) -> None:
+        refuse_double_quantization(self.name, options)
+
+    def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
+        return float(rows * columns)
+
+    def working_bytes(self, largest_weight: int, options: Options) -> int:
+        return _OUTLIER_BYTES * largest_weight if INT8_THRESHOLD.of(options) else 0
+
+    def audit_lines(self, audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+        if audit.get("int8_zero_scales") is None:
+            return
+        zero, infinite = audit["int8_zero_scales"], audit.get("int8_infinite_scales")
+        yield "int8 scales", f"{zero} zero (rows of zeros), {infinite} infinite (rows with values over 65504)"
+
+    def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
+        return _infinite_scales(audit)
+
+    def waits_because(self, options: Options) -> str | None:
+        if INT8_THRESHOLD.of(options) == 0:
+            return None
+        return (
+            f"LLM.int8's outlier path is what stops it; {INT8_THRESHOLD.flag} 0 turns that off, and is a scheme of its "
+            "own."
+        )
+
+
+def _infinite_scales(audit: Mapping[str, Any]) -> Iterable[str]:
+    infinite = audit.get("int8_infinite_scales")
+    if infinite:
+        scales = "1 int8 scale of it is" if infinite == 1 else f"{infinite} int8 scales of it are"
+        yield f"{scales} infinite: those rows, with values over 65504, are lost"
+
+
+def refuse_double_quantization(name: str, options: Options) -> None:
+    if DOUBLE_QUANT.of(options):
+        raise UsageError(f"double quantization belongs to 4 bits, not to {name}")
+
+
+NF4 = BnbFourBit(
+    name="bnb-nf4",
+    aliases=("nf4",),
+    bits=4,
+    meant_by_bits=True,
+    quant_type="nf4",
+    options=(DOUBLE_QUANT, QUANT_STORAGE),
+    carried=(INT8_THRESHOLD,),
+    libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
+)
+FP4 = BnbFourBit(
+    name="bnb-fp4",
+    aliases=("fp4",),
+    bits=4,
+    meant_by_bits=True,
+    quant_type="fp4",
+    options=(DOUBLE_QUANT, QUANT_STORAGE),
+    carried=(INT8_THRESHOLD,),
+    libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
+)
+INT8 = BnbInt8(
+    name="bnb-int8",
+    aliases=("llm-int8",),
+    bits=8,
+    meant_by_bits=True,
+    options=(INT8_THRESHOLD,),
+    carried=(DOUBLE_QUANT, QUANT_STORAGE),
+    libraries=(LIBRARY,),
+    silenced=(LIBRARY,),
+    environment=_ENVIRONMENT,
+)
+
+
+class BnbCheckpoints:
+    """bitsandbytes' checkpoints from outside."""
+
+    quant_method = LIBRARY
+
+    def words(self, settings: Mapping[str, Any]) -> str:
+        """``bitsandbytes 4 bits (nf4, double quantization)``"""
+        if settings.get("load_in_8bit"):
+            return "bitsandbytes 8 bits"
+        kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
+        double = ", double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes 4 bits ({kind}{double})"
+
+    def num_parameters(self, tensors: Collection[StoredTensor]) -> int | None:
+        """One too many for each weight of odd size."""
+        names = {tensor.name for tensor in tensors}
+        return sum(_elements(tensor, names) for tensor in tensors)
+
+
+def _elements(tensor: StoredTensor, names: set[str]) -> int:
+    if tensor.name.endswith(_STATE) or ".quant_state." in tensor.name:
+        return 0
+    if f"{tensor.name}.absmax" in names:
+        return tensor.nbytes * 2
+    return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
+
+
+# NF4's own error is a tenth.
+TRIAL = """
+import bitsandbytes
+codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+restored = bitsandbytes.functional.dequantize_4bit(codes, state)
+"""
+"""Python by which ``qbatch doctor`` sees whether the library works: ``weight`` is quantized and restored."""

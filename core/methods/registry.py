@@ -1,0 +1,122 @@
+"""Every method: one line each. Its half in the worker is found by its description's class (``worker/methods``)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Self
+
+from qbatch.core.errors import UsageError
+from qbatch.core.methods import bnb, torchao, unquantized
+from qbatch.core.methods.description import CheckpointFamily, MethodDescription, MethodOption
+
+Description = unquantized.Unquantized | bnb.BnbFourBit | bnb.BnbInt8 | torchao.Torchao
+"""What a method's description may be. The set is closed: whoever matches on it must know them all."""
+
+FAMILIES: tuple[CheckpointFamily, ...] = (bnb.BnbCheckpoints(), torchao.TorchaoCheckpoints())
+
+
+class Method(StrEnum):
+    """How the weights are stored, by the name that rows have it under."""
+
+    _value_: str
+    description: Description
+
+    def __new__(cls, description: Description) -> Self:
+        member = str.__new__(cls, description.name)
+        member._value_ = description.name
+        member.description = description
+        return member
+
+    NF4 = bnb.NF4
+    FP4 = bnb.FP4
+    INT8 = bnb.INT8
+    TORCHAO_INT8_DYNAMIC = torchao.INT8_DYNAMIC
+    TORCHAO_INT8 = torchao.INT8
+    TORCHAO_INT4 = torchao.INT4
+    NONE = unquantized.NONE
+
+
+def find_method(text: str) -> Method:
+    """The method of that name or alias. Raises UsageError."""
+    for method in Method:
+        if text in (method.description.name, *method.description.aliases):
+            return method
+    raise UsageError(f"{text[:60]!r} is not a known scheme; qbatch knows {', '.join(Method)}")
+
+
+def describe_row(name: str) -> MethodDescription:
+    """The description of a stored row's method; one that says the name alone where newer code wrote it."""
+    known = {method.value: method.description for method in Method}
+    return known.get(name) or MethodDescription(name=name)
+
+
+def meant_by_bits(bits: int) -> tuple[Method, ...]:
+    """The methods that ``--bits`` may mean, the usual one first."""
+    return tuple(m for m in Method if m.description.meant_by_bits and m.description.bits == bits)
+
+
+def known_bits() -> tuple[int, ...]:
+    """What ``--bits`` takes."""
+    return tuple(sorted({m.description.bits for m in Method if m.description.meant_by_bits and m.description.bits}))
+
+
+def quant_types() -> dict[str, Method]:
+    """What ``--quant-type`` takes."""
+    return {m.description.quant_type: m for m in Method if m.description.quant_type is not None}
+
+
+def every_option() -> tuple[MethodOption[Any], ...]:
+    """The options of all methods, each once."""
+    return tuple({option.name: option for method in Method for option in method.description.options}.values())
+
+
+def every_library() -> tuple[str, ...]:
+    """The packages that methods are made of."""
+    return tuple(dict.fromkeys(library for method in Method for library in method.description.libraries))
+
+
+def optional_libraries() -> dict[str, str]:
+    """The libraries that qbatch can do without, and the extra that installs each."""
+    return {
+        library: method.description.extra
+        for method in Method
+        for library in method.description.libraries
+        if method.description.extra is not None
+    }
+
+
+def every_silenced_logger() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in Method for name in method.description.silenced))
+
+
+def every_environment_prefix() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for method in Method for name in method.description.environment))
+
+
+def required_libraries() -> tuple[str, ...]:
+    """Those that qbatch cannot do without."""
+    return tuple(library for library in every_library() if library not in optional_libraries())
+
+
+def missing_library(description: MethodDescription) -> str | None:
+    """What to say where a library that the method needs is not installed here."""
+    for library in description.libraries:
+        if not is_installed(library):
+            wanted = "qbatch" if description.extra is None else f"qbatch[{description.extra}]"
+            return f"{description.name} needs {library}, which is not installed here: pip install '{wanted}'"
+    return None
+
+
+def is_installed(library: str) -> bool:
+    """By the package's metadata: nothing is imported."""
+    try:
+        version(library)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def family_of(quant_method: object) -> CheckpointFamily | None:
+    """Of the checkpoints whose config names that ``quant_method``; None for those that no method here writes."""
+    return next((family for family in FAMILIES if family.quant_method == quant_method), None)

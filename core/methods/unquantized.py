@@ -1,0 +1,24 @@
+"""The baseline: the source's own weights at 16 (or 32) bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qbatch.core.methods import bnb
+from qbatch.core.methods.description import MethodDescription, Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unquantized(MethodDescription):
+    """No method. Its rows store bitsandbytes' options and its keys that library's version, as they always did."""
+
+    def check(self, options: Options) -> None:
+        bnb.refuse_double_quantization(self.name, options)
+
+
+NONE = Unquantized(
+    name="none",
+    aliases=("baseline",),
+    carried=(bnb.DOUBLE_QUANT, bnb.INT8_THRESHOLD, bnb.QUANT_STORAGE),
+    libraries=(bnb.LIBRARY,),
+)

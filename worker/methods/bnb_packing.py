@@ -1,0 +1,197 @@
+"""bitsandbytes' own quantization of a piece of a weight, and the shapes and names of what comes out.
+
+Blocks of 64 values (and for double quantization, 256 of those) are independent of each other, and int8 rows are too,
+so a weight quantized piece by piece gives the same bytes as in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+
+from qbatch.worker.methods.bnb_fourbit import BLOCK, quantize_4bit
+from qbatch.worker.methods.bnb_int8 import quantize_int8
+from qbatch.worker.methods.packing import MakePart, Packed, PartShapes, StreamedPacking, figures
+
+NESTED_BLOCK = 256
+# A piece that starts at a multiple of this many values starts a block and a nested block.
+PIECE_STEP = BLOCK * NESTED_BLOCK
+
+
+class _BnbPacking(StreamedPacking):
+    def is_transposed(self, module: Any) -> bool:
+        return module.source_cls is not torch.nn.Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Packing(_BnbPacking):
+    """LLM.int8: a row of codes has a scale."""
+
+    marks_initialized = False
+
+    def part_shapes(self, rows: int, columns: int) -> PartShapes:
+        return {"weight": (torch.int8, (rows, columns)), "SCB": (torch.float32, (rows,))}
+
+    def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
+        parts = {key: part(key, *shape) for key, shape in self.part_shapes(rows, columns).items()}
+        parameter = torch.nn.Parameter(parts["weight"], requires_grad=False)
+        parameter.SCB = parts["SCB"]  # type: ignore[attr-defined]
+        return parameter
+
+    def unit(self, columns: int) -> int:
+        return columns
+
+    def part_start(self, key: str, value: int, columns: int) -> int:
+        return value if key == "weight" else value // columns * 4
+
+    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
+        rows = values.reshape(-1, columns)
+        codes, scales, restored = quantize_int8(rows)
+        return Packed(parts={"weight": codes, "SCB": scales}, figures=figures(rows, restored, scales))
+
+    def load_kernels(self, device: str) -> None:
+        self.pack(torch.zeros(PIECE_STEP, dtype=torch.bfloat16, device=device), PIECE_STEP, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FourBitPacking(_BnbPacking):
+    """Blocks of 64 values. ``quant_type`` is "nf4" or "fp4"; ``nested`` is double quantization."""
+
+    quant_type: str
+    nested: bool
+    storage: torch.dtype
+    block: int = BLOCK
+
+    def why_unfit(self, rows: int, columns: int) -> str | None:
+        # Of a byte, even half of one will do.
+        if self.storage.itemsize == 1 or rows * columns % (2 * self.storage.itemsize) == 0:
+            return None
+        return f"does not fill whole elements of {self.storage}: choose another --quant-storage"
+
+    def part_shapes(self, rows: int, columns: int) -> PartShapes:
+        values = rows * columns
+        blocks = -(-values // BLOCK)
+        packed_bytes = -(-values // 2)
+        parts: PartShapes = {"weight": (self.storage, (packed_bytes // self.storage.itemsize, 1))}
+        if not self.nested:
+            return parts | {"absmax": (torch.float32, (blocks,))}
+        return parts | {
+            "absmax": (torch.uint8, (blocks,)),
+            "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
+        }
+
+    def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
+        codes = part("weight", *self.part_shapes(rows, columns)["weight"])
+        return torch.nn.Parameter(codes, requires_grad=False)
+
+    def attach_state(
+        self,
+        parameter: Any,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        offset: float | None,
+        device: str,
+        part: MakePart,
+    ) -> None:
+        entries = state_entries(self, shape, dtype, offset, device)
+        shapes = self.part_shapes(*shape)
+        for key in entries.keys() & shapes.keys():
+            entries[key] = part(key, *shapes[key])
+        parameter.quant_state = _State(entries)
+
+    def counted_elements(self, parameter: torch.Tensor) -> int:
+        """Two for each byte of packed codes."""
+        return parameter.numel() * 2 * parameter.element_size()
+
+    def unit(self, columns: int) -> int:
+        return PIECE_STEP
+
+    def part_start(self, key: str, value: int, columns: int) -> int:
+        if key == "weight":
+            return value // 2
+        if key == "nested_absmax":
+            return value // PIECE_STEP * 4
+        return value // BLOCK * (1 if self.nested else 4)
+
+    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
+        if self.nested != (nested_offset is not None):
+            raise ValueError(f"{self} and an offset of {nested_offset} do not go together")
+        values = values.reshape(-1)
+        codes, absmax = quantize_4bit(values, self.quant_type, self.storage)
+        parts, scales = {"weight": codes, "absmax": absmax}, absmax
+        if nested_offset is not None:
+            nested, state = bnb.functional.quantize_blockwise(absmax - nested_offset, blocksize=NESTED_BLOCK)
+            scales = bnb.functional.dequantize_blockwise(nested, state) + nested_offset
+            parts |= {"absmax": nested, "nested_absmax": state.absmax}
+        restored = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, scales, BLOCK, self.quant_type, values.shape, torch.float32
+        )
+        return Packed(parts=parts, figures=figures(values, restored))
+
+    def block_maxima(self, values: torch.Tensor) -> torch.Tensor:
+        """Exactly what ``quantize_4bit`` gives as absmax, cheaper where that is possible."""
+        flat = values.reshape(-1)
+        if flat.device.type == "cpu" and flat.numel() % BLOCK == 0:
+            maxima = flat.view(-1, BLOCK).abs().amax(dim=1)
+            if not maxima.isnan().any():
+                return maxima.float()
+        absmax: torch.Tensor
+        _, absmax = torch.ops.bitsandbytes.quantize_4bit.default(flat, BLOCK, self.quant_type, self.storage)
+        return absmax
+
+    def load_kernels(self, device: str) -> None:
+        values = torch.zeros(PIECE_STEP, dtype=torch.bfloat16, device=device)
+        self.pack(values, PIECE_STEP, 0.0 if self.nested else None)
+
+
+class _State:
+    """Stands in for bitsandbytes' QuantState in ``state_dict()``."""
+
+    def __init__(self, entries: dict[str, torch.Tensor]) -> None:
+        self._entries = entries
+
+    def as_dict(self, *, packed: bool) -> dict[str, torch.Tensor]:
+        if not packed:
+            raise ValueError("only the packed form is known")
+        return self._entries
+
+
+@cache
+def code_maps(packing: FourBitPacking, device: str) -> Mapping[str, torch.Tensor]:
+    """The constant tensors beside every 4-bit weight, as bitsandbytes makes them on ``device``."""
+    _, state = bnb.functional.quantize_4bit(
+        torch.zeros(BLOCK, 1, device=device), compress_statistics=packing.nested, quant_type=packing.quant_type
+    )
+    maps = {"quant_map": state.code.cpu()}
+    return maps | {"nested_quant_map": state.state2.code.cpu()} if packing.nested else maps
+
+
+def state_entries(
+    packing: FourBitPacking, shape: tuple[int, int], dtype: torch.dtype, offset: float | None, device: str
+) -> dict[str, torch.Tensor]:
+    """The quantization state's entries in bitsandbytes' own names and order; those cut from values are empty."""
+    empty = torch.empty(0)
+    maps = code_maps(packing, device)
+    nested = {}
+    if packing.nested:
+        inner = bnb.functional.QuantState(
+            absmax=empty, code=maps["nested_quant_map"], blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
+        nested = {"state2": inner, "offset": torch.tensor(offset, dtype=torch.float32)}
+    state = bnb.functional.QuantState(
+        absmax=empty,
+        shape=torch.Size(shape),
+        # Each weight has its own: tensors that share memory are kept in one shard.
+        code=maps["quant_map"].clone(),
+        blocksize=BLOCK,
+        quant_type=packing.quant_type,
+        dtype=dtype,
+        **nested,
+    )
+    entries: dict[str, torch.Tensor] = state.as_dict(packed=True)
+    return entries
