@@ -224,7 +224,12 @@ def submit_options(command: Command) -> Command:
             metavar="nf4|fp4",
             help="4-bit data types; repeat it or give a comma list.  [default: nf4]",
         ),
-        click.option("--double-quant/--no-double-quant", default=False, help="Quantize the 4-bit scales too."),
+        click.option(
+            "--double-quant/--no-double-quant",
+            default=False,
+            show_default=True,
+            help="Quantize the 4-bit scales too.",
+        ),
         click.option(
             "--compute-dtype",
             type=click.Choice([d.value for d in DType]),
