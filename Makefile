@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test chaos lint seed-table bench clean
+.PHONY: help install demo check test chaos lint docs seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ lint: install ## style, types, and which package may import which
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install ## write docs/cli.md anew from the commands' help
+	$(BIN)/python docs/generate_cli.py
 
 seed-table: install ## the recipe's table for bloom-1b7's architecture (random weights; 11 GB of disk, 10 GB of memory)
 	$(BIN)/python benchmarks/seed_table.py

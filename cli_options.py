@@ -230,7 +230,9 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
     """The flag of a method's own option."""
     if isinstance(option.default, bool):
         negated = option.flag.replace("--", "--no-", 1)
-        return click.option(f"{option.flag}/{negated}", option.name, default=option.default, help=option.help)
+        return click.option(
+            f"{option.flag}/{negated}", option.name, default=option.default, show_default=True, help=option.help
+        )
     kind = click.Choice(option.choices) if option.choices else Amount(min=0)
     return click.option(
         option.flag, option.name, type=kind, default=option.default, show_default=True, help=option.help

@@ -1,0 +1,62 @@
+"""docs/cli.md is what the commands say of themselves, and they say something of everything."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from qbatch.cli import main
+from qbatch.core.settings import Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+GENERATOR: dict[str, Any] = runpy.run_path(str(DOCS / "generate_cli.py"))
+# Nothing is given: a reader expects that.
+NO_DEFAULT = (None, False, ())
+
+
+def contexts() -> list[click.Context]:
+    return list(GENERATOR["contexts"](click.Context(main, info_name="qbatch")))
+
+
+def options() -> Iterator[tuple[str, click.Context, click.Option]]:
+    for context in contexts():
+        for option in context.command.params:
+            if isinstance(option, click.Option):
+                yield f"{context.command_path} {option.opts[0]}", context, option
+
+
+@pytest.mark.parametrize("columns", ["40", "100", "300"])
+def test_the_page_is_up_to_date(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert GENERATOR["reference"]() == (DOCS / "cli.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_every_command_has_help() -> None:
+    assert [context.command_path for context in contexts() if not context.command.help] == []
+
+
+def test_every_option_has_help() -> None:
+    assert [name for name, _, option in options() if not option.help] == []
+
+
+def test_every_option_shows_its_default() -> None:
+    shown = {name: (option.get_help_record(context) or ("", ""))[1] for name, context, option in options()}
+    silent = [name for name, _, option in options() if has_default(option) and "[default: " not in shown[name]]
+    assert silent == []
+
+
+def has_default(option: click.Option) -> bool:
+    """Whether leaving the option out means something that its help must say: of a pair of flags, one always holds."""
+    return bool(option.secondary_opts) or option.to_info_dict()["default"] not in NO_DEFAULT
+
+
+def test_every_setting_is_listed() -> None:
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    variables = {f"QBATCH_{field.name.upper()}" for field in fields(Settings)} - {"QBATCH_RUNTIME_DIR"}
+    assert {name for name in variables | {"XDG_RUNTIME_DIR"} if f"`{name}`" not in page} == set()
