@@ -65,13 +65,14 @@ def differences_not_in_heading(first_rows: Sequence[ResultRow]) -> list[str]:
 
 
 def version_differences(rows: Sequence[ResultRow]) -> list[str]:
-    """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``."""
+    """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``. A row says nothing of libraries
+    that it was measured without."""
     seen = {name: _distinct((row.details.versions or {}).get(name) for row in rows) for name in _VERSIONS}
     return [f"{name} ({', '.join(values)})" for name, values in seen.items() if len(values) > 1]
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(str(value) for value in values))
+    return list(dict.fromkeys(value for value in values if value is not None))
 
 
 def show_field(name: str, value: Any) -> str:

@@ -411,6 +411,9 @@ def test_a_row_of_another_visit_than_its_baseline_s_says_so() -> None:
     assert "[1][2]" in line_of(apart, "j2")
     assert "not timed in turns with its baseline" in " ".join(apart.split())
     assert "its baseline was measured with other versions: torch (2.12, 2.13)" in " ".join(apart.split())
+    of_its_method = visit(QUANTIZED, "2.12", "j1")
+    of_its_method["details"]["versions"]["torchao"] = "0.18"
+    assert "other versions" not in results_table([visit(BASELINE, "2.12", "j2"), of_its_method])
     reused = results_table([visit(BASELINE, "2.12") | {"reused_from": "j90"}, visit(QUANTIZED, "2.12", "j90")])
     assert "not timed in turns" not in reused
 
