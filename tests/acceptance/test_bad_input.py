@@ -49,7 +49,7 @@ def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_lis
     qbatch("submit", "--models", listed, "--bits", "four", code=2)
     qbatch("submit", "--models", listed, "--bits", "4", "--time-limit", "soon", code=2)
     skips = qbatch("submit", "--models", listed, "--bits", "4", "--skip-modules", "lm_head, [fc", code=2)
-    assert "'[fc' is no regular expression" in skips.stderr
+    assert "'[fc' is not a valid regular expression" in skips.stderr
 
 
 def test_numbers_and_texts_that_no_column_holds(
@@ -63,11 +63,11 @@ def test_numbers_and_texts_that_no_column_holds(
         (["--priority", "9" * 400], "is not in the range"),
         (["--name", "x" * 100_000], "200 characters at most"),
         (["--name", os.fsdecode(b"a\xffb")], "is not UTF-8 text"),
-        (["--eval-text", str(tmp_path / "nul")], "holds NUL characters"),
-        (["--eval-text", "/dev/zero"], "holds NUL characters"),
-        (["--models", "/dev/zero"], "holds NUL characters"),
+        (["--eval-text", str(tmp_path / "nul")], "contains NUL characters"),
+        (["--eval-text", "/dev/zero"], "contains NUL characters"),
+        (["--models", "/dev/zero"], "contains NUL characters"),
         (["--int8-threshold", "inf"], "is not a finite number"),
-        (["--time-limit", "9" * 400], "is no duration"),
+        (["--time-limit", "9" * 400], "is not a valid duration"),
     ):
         assert says in qbatch(*submit, *options, code=2).stderr, options
     for command in (["wait", f"b{2**31}"], ["show", "j999999999999"], ["results", "--limit", "9" * 30]):
@@ -139,7 +139,7 @@ def test_services_that_do_not_answer(qbatch: Qbatch, models: Path, model_list: C
     qbatch.env["QBATCH_BROKER_URL"] = "redis://:secret@127.0.0.1:1/0"
     done = qbatch("submit", "--models", listed, "--bits", "4", "-q")
     assert done.stdout.strip() == "b1"
-    assert "once Redis is back" in done.stderr
+    assert "when Redis is back" in done.stderr
     assert "secret" not in done.stderr
     qbatch("submit", "--models", listed, "--bits", "4", "--wait", code=3)
     qbatch.env["QBATCH_DATABASE_URL"] = "postgresql://someone:secret@127.0.0.1:1/x"

@@ -96,7 +96,7 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
         until(lambda: _states(services) & {"running"}, "running job")
         # Every message is lost while a job runs: the job goes on, and what waited is sent again.
         redis_server.kill()
-        assert "once Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
+        assert "when Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
         redis_server.start()
         services("wait", "b1", "b2", "--timeout", "2m")
     finally:

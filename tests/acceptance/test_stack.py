@@ -23,7 +23,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     until(lambda: "running" in _states(qbatch), "running job")
     assert stop(run, signal.SIGINT) == 130
     await_end_of(qbatch.home)
-    assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
+    assert "`qbatch up` continues it" in qbatch.home.with_suffix(".log").read_text()
     assert set(_states(qbatch)) <= {"queued", "succeeded"}
     assert all(job["failures"] == 0 for job in qbatch.json("jobs")), "an interruption is nobody's fault"
     up = qbatch.start("up", "--cpu")

@@ -86,7 +86,7 @@ def test_a_shape_without_tokens_is_refused(sizes: dict[str, tuple[int, ...]]) ->
 
 @pytest.mark.parametrize("text", ["0", "8,", "1.5", "-1", "a", "", "1_0", "99999999999"])
 def test_what_is_no_list_of_counts_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="comma list of whole numbers of at least 1"):
+    with pytest.raises(click.BadParameter, match="comma-separated list of whole numbers of at least 1"):
         Counts(1).convert(text, None, None)
 
 
