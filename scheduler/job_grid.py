@@ -16,8 +16,10 @@ QUANT_TYPES = {"nf4": Method.NF4, "fp4": Method.FP4}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What to do to each model of a list. An empty tuple of a shape's sizes is the device's default; ``why`` and
-    ``energy`` None are too."""
+    """What to do with each model of a list.
+
+    Empty tuples of sizes, and None for ``why`` and ``energy``, mean the default of the device.
+    """
 
     bits: tuple[int, ...]
     quant_types: tuple[str, ...] = ("nf4",)
@@ -40,19 +42,19 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.bits:
-            raise UsageError("no bits were asked for; qbatch knows 4, 8 and 16")
+            raise UsageError("no bit width was given (use 4, 8 or 16)")
         for bits in self.bits:
             if bits not in BITS:
-                raise UsageError(f"{bits} bits are unknown; qbatch knows 4, 8 and 16")
+                raise UsageError(f"{bits} is not a supported bit width (use 4, 8 or 16)")
         if self.double_quant and 4 not in self.bits:
-            raise UsageError("double quantization belongs to 4 bits, which were not asked for")
+            raise UsageError("double quantization needs a 4-bit scheme: add 4 to the bit widths")
         if min((*self.batch_sizes, *self.prompt_tokens), default=1) < 1:
-            raise UsageError("a batch has at least one sequence, and a prompt at least one token")
+            raise UsageError("the batch size and the number of prompt tokens must be at least 1")
         if min(self.new_tokens, default=2) < 2:
-            raise UsageError("decoding is timed from the second token on: ask for at least 2 new tokens")
+            raise UsageError("the number of new tokens must be at least 2: decoding is timed from the second token on")
 
     def schemes(self) -> tuple[Scheme, ...]:
-        """The baseline first, then 8 and 4 bits, each once."""
+        """The schemes without duplicates: the baseline first, then 8 bits, then 4 bits."""
         schemes: list[Scheme] = []
         if self.baseline or 16 in self.bits:
             schemes.append(BASELINE)
@@ -75,7 +77,7 @@ class Grid:
         )
 
     def bundle(self, source: SourceRef, protocol: ProtocolOptions) -> Sequence[JobSpec]:
-        """Every job of one source: each shape's in turn, its baseline first."""
+        """All jobs of one source, shape by shape, each with its baseline first."""
         return [
             JobSpec(
                 source=source,
@@ -91,9 +93,9 @@ class Grid:
         ]
 
     def _shaped(self, protocol: ProtocolOptions) -> Iterator[ProtocolOptions]:
-        """``protocol`` at every combination of the sizes asked for, each once."""
-        asked = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
-        for batch_size, prompt_tokens, new_tokens in product(*(dict.fromkeys(sizes or (None,)) for sizes in asked)):
+        """``protocol`` with every combination of the requested sizes, without duplicates."""
+        requested = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
+        for batch_size, prompt_tokens, new_tokens in product(*(dict.fromkeys(sizes or (None,)) for sizes in requested)):
             yield replace(
                 protocol,
                 batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""How a job runs."""
+"""The worker: runs jobs on a device."""
 
 if __name__ != "qbatch.worker":
-    raise ImportError("this is qbatch.worker, and has no other name")
+    raise ImportError("import this package as qbatch.worker, not under another name")

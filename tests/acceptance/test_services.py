@@ -154,7 +154,7 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
         stop(worker)
         stop(scheduler)
     (timed_out,) = services.json("results", "--batch", "b2")
-    assert (timed_out["error_kind"], timed_out["error_message"]) == ("timeout", "over its time limit of 0.1 s")
+    assert (timed_out["error_kind"], timed_out["error_message"]) == ("timeout", "exceeded its time limit of 0.1 s")
     assert [job["attempt"] for job in services.json("jobs", "--batch", "b2")] == [2], "a timeout is tried once more"
 
 

@@ -33,7 +33,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         redis_server.kill()
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
-        assert "is running already" in qbatch("up", code=3).stderr
+        assert "is already running" in qbatch("up", code=3).stderr
         _prune_beside_the_worker(qbatch, listed)
     finally:
         assert stop(up, signal.SIGINT) == 0
@@ -103,7 +103,7 @@ def test_a_stack_is_found_through_a_link_to_its_home(stack: Qbatch, tmp_path: Pa
     found = {check["check"]: check for check in linked.json("doctor")}
     assert (found["broker"]["state"], found["scheduler"]["state"]) == ("ok", "ok")
     assert [worker["worker"] for worker in linked.json("workers")] == [w["worker"] for w in stack.json("workers")]
-    assert "is running already" in linked("up", "--cpu", code=3).stderr
+    assert "is already running" in linked("up", "--cpu", code=3).stderr
 
 
 def _states(qbatch: Qbatch) -> list[str]:

@@ -111,7 +111,7 @@ def run(source: Path, attempt: int = 1) -> Ear:
         staging=storage / ".staging",
         cache=source.parent / "cache",
         cache_bytes=1 << 30,
-        doors=SourcePolicy(roots=None),
+        policy=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=storage / "log",
     )

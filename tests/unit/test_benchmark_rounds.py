@@ -121,7 +121,7 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
         staging=folder / "storage" / ".staging",
         cache=folder / "cache",
         cache_bytes=1 << 30,
-        doors=SourcePolicy(roots=None),
+        policy=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=folder / "log",
     )

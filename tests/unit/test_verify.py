@@ -232,7 +232,7 @@ STATES = [
     ({"quant_type": "fp4"}, "says quant_type fp4; the config's is nf4"),
     ({"blocksize": 128}, "says blocksize 128; the config's is 64"),
     ({"surprise": 1}, "says surprise 1; the config's is None"),
-    ({"nested_offset": 0.5}, "says nested_offset 0.5"),
+    ({"nested_offset": 0.5}, "has the unexpected nested_offset 0.5"),
 ]
 
 
@@ -251,7 +251,7 @@ def test_a_doubly_quantized_weight_without_its_offset_is_named(offset: object, c
     folder = copy("nf4-double")
     change(folder, lambda tensors: tensors.update({STATE: state_with(tensors, nested_offset=offset)}))
     sign(folder)
-    assert verify(folder) == [f"{STATE} says nested_offset {offset}"]
+    assert verify(folder) == [f"{STATE} has the unexpected nested_offset {offset}"]
 
 
 @pytest.mark.parametrize("state", [b"\xff" * 8, b"[1]", b"[" * 60_000, b" " * 70_000])
@@ -259,7 +259,7 @@ def test_a_state_that_is_none_is_named(state: bytes, copy: Callable[[str], Path]
     folder = copy("nf4")
     change(folder, lambda tensors: tensors.update({STATE: torch.tensor(list(state), dtype=torch.uint8)}))
     sign(folder)
-    assert verify(folder) == [f"{STATE} holds no quantization state"]
+    assert verify(folder) == [f"{STATE} does not contain a quantization state"]
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -337,10 +337,10 @@ def test_an_index_that_is_none_or_names_a_file_that_is_not_there(copy: Callable[
     files = weight_map(folder)
     edit_json(folder / INDEX, weight_map=files | {NORM: "gone.safetensors"})
     sign(folder)
-    assert verify(folder) == [f"{INDEX} names 'gone.safetensors', which is missing"]
+    assert verify(folder) == [f"{INDEX} lists 'gone.safetensors', which is missing"]
     (folder / INDEX).write_text("{}")
     sign(folder)
-    assert verify(folder) == [f"{INDEX} is no index of weights"]
+    assert verify(folder) == [f"{INDEX} is not an index of weights"]
 
 
 def test_a_tensor_in_two_files_is_named(copy: Callable[[str], Path]) -> None:

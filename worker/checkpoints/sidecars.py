@@ -1,4 +1,4 @@
-"""What of a source is copied beside a checkpoint's weights: tokenizer, templates, documents, modules. And how much."""
+"""Copy the files of a source that a checkpoint needs besides its weights: tokenizer, templates, documents, modules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOST_BYTES = 2**30
 
 
 def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
-    """What a checkpoint of ``source`` will hold beside its weights, its Python files among it ``with_code``.
+    """The size of the files that a checkpoint of ``source`` needs besides its weights, plus Python files ``with_code``.
 
-    Raises Unsupported where that is more than a checkpoint takes along; OSError.
+    Raises Unsupported if they exceed MOST_BYTES, or OSError.
     """
     paths = {*sidecars(source), *(python_files(source) if with_code else ())}
     sizes: dict[Path, int] = {path: path.stat().st_size for path in paths}
@@ -23,15 +23,15 @@ def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
     if total > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise Unsupported(
-            f"the files beside the weights take {_mib(total)}, and a checkpoint takes at most {_mib(MOST_BYTES)} of "
-            f"them along (the largest is {largest.relative_to(source)}, {_mib(sizes[largest])}): move what the model "
+            f"the files next to the weights take {_mib(total)}, more than the {_mib(MOST_BYTES)} that a checkpoint may "
+            f"copy (the largest is {largest.relative_to(source)}, {_mib(sizes[largest])}): move files that the model "
             "does not need to another folder"
         )
     return total
 
 
 def copy_sidecars(source: Path, folder: Path) -> None:
-    """Raises Unsupported as ``sidecar_bytes`` does, should they have grown since it was asked; OSError."""
+    """Copy the files. Raises Unsupported if they exceed MOST_BYTES by now, or OSError."""
     sidecar_bytes(source)
     for path in sorted(sidecars(source)):
         target = folder / path.relative_to(source)

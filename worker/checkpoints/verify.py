@@ -1,4 +1,4 @@
-"""Whether a published checkpoint is still what was published, and is what its config says."""
+"""Check that a published checkpoint is unchanged and matches its config."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from qbatch.worker.quantizing.planning.expected_files import Expected
 
 _STATE = ".quant_state.bitsandbytes__"
-# A quantization state is some 170 bytes of JSON.
+# A quantization state is JSON of about 170 bytes.
 _MOST_STATE_BYTES = 2**16
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the checkpoint in ``folder``, one line each; empty for a sound one.
+    """The problems of the checkpoint in ``folder``, one line each; empty if there are none.
 
-    First every file against the manifest; if those match, the tensors' names, dtypes, shapes and quantization states
-    against the config, by transformers' own code. Of the tensors only headers and states are read. Where only the
-    checkpoint's own code could say what it holds, the files alone are looked at.
+    First compares every file with the manifest. If they match, compares the names, dtypes, shapes and quantization
+    states of the tensors with the config, using the code of transformers; only headers and states are read for that. If
+    the model needs code of its own, the second part is skipped.
     """
     if not folder.is_dir():
         return ["no such folder"]
@@ -66,7 +66,7 @@ def _repeated(headers: Iterable[Header]) -> Iterator[str]:
 
 
 def _misplaced(folder: Path, headers: tuple[Header, ...]) -> list[str]:
-    """Where the index of a checkpoint of several files says something else than their headers."""
+    """Differences between the index of a sharded checkpoint and the headers of its files."""
     if (folder / SINGLE_NAME).is_file():
         return []
     files = read_object(folder / INDEX_NAME)["weight_map"]
@@ -86,14 +86,14 @@ def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
     found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
     described = describe(folder, _dtype(folder), found)
     lines = [*_missing(described.tensors, found), *_differing(described.tensors, found)]
-    lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
+    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in described.tensors]
     if config.get("dtype") != described.config_dtype:
-        lines.append(f"config.json says dtype {config.get('dtype')}; the model's is {described.config_dtype}")
+        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
     return lines
 
 
 def _dtype(folder: Path) -> DType:
-    """That in which the model was loaded to be quantized: the config's is that of its first parameter."""
+    """The dtype in which the model was loaded to be quantized. The config's is only that of the first parameter."""
     for path in (folder / MANIFEST, folder / "config.json"):
         with suppress(ValueError):
             return DType(read_object(path).get("dtype") or "")
@@ -119,7 +119,7 @@ def _differing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]
         if _STATE in name:
             yield from _state_problems(path, tensor, one.tensor)
         elif (tensor.dtype, tensor.shape) != (dtype, shape):
-            yield f"{name} is {tensor.dtype} {list(tensor.shape)}; the config's is {dtype} {list(shape)}"
+            yield f"{name} is {tensor.dtype} {list(tensor.shape)}; by the config it should be {dtype} {list(shape)}"
 
 
 def _safetensors_dtype(dtype: torch.dtype) -> str:
@@ -129,26 +129,26 @@ def _safetensors_dtype(dtype: torch.dtype) -> str:
 
 
 def _state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
-    """Where a packed quantization state (JSON, its offset apart) does not fit its weight."""
+    """Problems of a packed quantization state (JSON). Its nested offset is checked separately."""
     try:
         state = _read_state(path, tensor)
     except (ValueError, RecursionError):
-        return [f"{tensor.name} holds no quantization state"]
+        return [f"{tensor.name} does not contain a quantization state"]
     expected = json.loads(bytes(needed.tolist()))
     offset = state.pop("nested_offset", None)
     wrong = [
-        f"{tensor.name} says {key} {state.get(key)}; the config's is {expected.get(key)}"
+        f"{tensor.name} has {key} {state.get(key)}; by the config it should be {expected.get(key)}"
         for key in sorted(state.keys() | expected.keys() - {"nested_offset"})
         if state.get(key) != expected.get(key)
     ]
     is_number = isinstance(offset, float) and math.isfinite(offset)
     if is_number == ("nested_offset" in expected):
         return wrong
-    return [*wrong, f"{tensor.name} says nested_offset {offset}"]
+    return [*wrong, f"{tensor.name} has the unexpected nested_offset {offset}"]
 
 
 def _read_state(path: Path, tensor: TensorInfo) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object."""
+    """Read a quantization state. Raises ValueError if it is not a JSON object."""
     if tensor.dtype != "U8" or tensor.nbytes > _MOST_STATE_BYTES:
         raise ValueError(tensor.dtype)
     with path.open("rb") as file:

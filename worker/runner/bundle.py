@@ -20,7 +20,7 @@ from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, pl
 from qbatch.worker.runner.measured_rounds import Rounds, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
-from qbatch.worker.sources.fetch import LocalSource, fetched
+from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
 
@@ -48,11 +48,11 @@ class Bundle:
         progress = self._throttled(
             lambda done, total: Progressed(job_ids=ids, bytes_read=done, bytes_written=0, bytes_total=total)
         )
-        with fetched(
+        with fetch_source(
             self._order.claims[0].spec.source,
             cache=self._order.cache,
             cache_bytes=self._order.cache_bytes,
-            doors=self._order.doors,
+            policy=self._order.policy,
             on_progress=progress,
             digests=self._reports,
         ) as source:
@@ -76,9 +76,9 @@ class Bundle:
     def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
         """Leave alone what needs no work; where the checkpoints of the others lie, by key."""
         answered = self._reports.ask(Resolved(jobs={plan.job_id: plan.identity for plan in plans}))
-        if not answered.doubtful:
+        if not answered.unverified:
             return answered.paths
-        for path, key in answered.doubtful.items():
+        for path, key in answered.unverified.items():
             # What cannot be told answers nobody, and is nobody's fault.
             try:
                 found = find_published(self._order.storage, path, key)

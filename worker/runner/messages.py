@@ -25,7 +25,7 @@ class Order:
     staging: Path
     cache: Path
     cache_bytes: int
-    doors: SourcePolicy
+    policy: SourcePolicy
     lease_s: float
     log_path: Path
 
@@ -74,7 +74,7 @@ class Answered:
     still what was published: the runner verifies them and asks again. ``paths``: where a key's checkpoint lies."""
 
     job_ids: frozenset[int]
-    doubtful: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
 
 

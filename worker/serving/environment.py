@@ -1,10 +1,10 @@
-"""What of the environment a worker keeps once it has read its settings, and so what its runners have."""
+"""Which environment variables a worker keeps after reading its settings. Its runners inherit them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Where things are, how to speak, how to reach the hub. By QBATCH_HOME one tells whose a process is.
+# Paths, language, and proxies to reach the hub. QBATCH_HOME shows which stack a process belongs to.
 _NAMES = frozenset(
     {
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS", "NO_COLOR"),
@@ -12,7 +12,7 @@ _NAMES = frozenset(
         *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
     }
 )
-# Of the libraries that compute, fetch and speak TLS, each with settings of its own. PG is libpq's, for the worker.
+# Settings of the libraries used for computing, downloading and TLS. PG is for libpq in the worker.
 _PREFIXES = (
     *("LC_", "PYTHON", "LD_", "XDG_", "MALLOC_", "GLIBC_", "RUST_", "RAYON_"),
     *("SSL_", "CURL_CA_", "REQUESTS_CA_", "HF_", "HUGGING", "PG"),
@@ -24,7 +24,7 @@ _LIBPQ_VARIABLE = "PGPASSWORD"
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that a runner, and the model whose own code it may run, could need. The hub's token is one."""
+    """The variables that a runner may need. A model's own code can read them, including the token of the hub."""
     return {
         name: value
         for name, value in environ.items()
@@ -33,5 +33,5 @@ def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def has_database_password(environ: Mapping[str, str]) -> bool:
-    """Whether libpq would take its password from a variable that is not kept."""
+    """Whether libpq takes its password from a variable that ``without_secrets`` removes."""
     return bool(environ.get(_LIBPQ_VARIABLE))
