@@ -1,4 +1,4 @@
-"""All that is on record about a job beside its result: what was asked, its attempts, its checkpoint."""
+"""Everything recorded about a job besides its result: what was requested, its attempts, its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _TIMES = ("created_at", "started_at", "finished_at", "lease_expires_at", "not_be
 
 
 def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[tuple[Row, Row | None]]:
-    """For each of ``job_ids`` that exists, in that order: its row of ``find_results`` with its record merged in, and
-    its baseline's row where there is one."""
+    """For each existing job, in the order of ``job_ids``: its row of ``find_results`` merged with its record, and the
+    row of its baseline or None."""
     if not job_ids:
         return []
     rows = {row["job_id"]: row for row in find_results(session, job_ids=job_ids)}
@@ -35,7 +35,7 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[tuple[Row, Row 
 
 
 def job_records(session: Session, job_ids: Sequence[int]) -> list[Row]:
-    """One mapping for each of ``job_ids`` that exists, in that order; times are aware, in ISO 8601.
+    """One mapping for each existing job, in the order of ``job_ids``. Times are in ISO 8601, with a time zone.
 
     ``attempts`` has every claim, the first one first. ``checkpoint`` is that of the job's key: None for a baseline,
     and until it is published.

@@ -1,4 +1,4 @@
-"""What stands in the queue and who works on it, as plain mappings for people to look at."""
+"""Lists of batches, jobs and workers as plain mappings, for display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qbatch.models_db.workers import is_live
 
 
 def list_batches(session: Session, batch_ids: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Each batch with how many of its jobs are in each state, newest last."""
+    """All batches with the number of their jobs in each state, newest last."""
     counts: dict[int, dict[str, int]] = {}
     counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
     query = select(Batch).order_by(Batch.id)
@@ -42,7 +42,7 @@ def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def list_jobs(session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Each job with its state, in submission order."""
+    """All jobs with their state, in the order of submission."""
     query = select(Job, Worker.name).outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
@@ -75,17 +75,20 @@ def _job(job: Job, worker: str | None) -> dict[str, Any]:
 
 
 def _note(job: Job) -> str | None:
-    """What a waiting job waits for, where not every device will do."""
+    """What a queued job waits for, if it cannot run on every device."""
     if job.state != JobState.QUEUED or job.above_memory_bytes is None:
         return None
-    # One that only might be too large for a GPU may run on a CPU as well.
+    # A job that is only predicted to be too large for a GPU may still run on a CPU.
     if job.device != DeviceKind.CUDA and job.error_kind != CudaOom.kind:
         return None
     return show_need(job.above_memory_bytes)
 
 
 def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
-    """Each worker that did not stop in order, with the jobs it holds. ``state`` is ``lost`` once it is silent."""
+    """All workers except those that stopped normally, with their jobs.
+
+    ``state`` is ``lost`` if the worker has not renewed its heartbeat for the length of a lease.
+    """
     held: dict[int | None, list[str]] = {}
     for job_id, worker_id in session.execute(
         select(Job.id, Job.worker_id).where(Job.state == JobState.RUNNING).order_by(Job.id)

@@ -1,4 +1,4 @@
-"""What keeps bundles from being sent for a while: a storage without room. One row a reason; its only writer."""
+"""Pauses of dispatch, for example while the storage is full. One row per reason; only this module writes them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _NO_SYNC = {"synchronize_session": False}
 
 
 def pause(session: Session, reason: str, message: str, *, needed_bytes: int | None, for_s: float) -> None:
-    """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes``: the room that would end it."""
-    # One that is over is no beginning of this one.
+    """Pause for ``for_s`` seconds, or until it is lifted. ``needed_bytes`` is the free space that would end it."""
+    # Delete pauses that are over, so that a new one gets its own ``since``.
     session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=_NO_SYNC)
     values = {"message": message, "needed_bytes": needed_bytes, "until": db_now(for_s)}
     session.execute(
@@ -29,32 +29,32 @@ def pause(session: Session, reason: str, message: str, *, needed_bytes: int | No
 
 
 def standing(session: Session) -> Sequence[Pause]:
-    """The pauses that hold now."""
+    """The pauses in force now."""
     return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
 
 
 def noted(session: Session) -> Sequence[Pause]:
-    """The pauses on record: those that hold, and those that ended by themselves since the last one began."""
+    """All recorded pauses: those in force, and those that have expired since the last one began."""
     return session.scalars(select(Pause).order_by(Pause.reason)).all()
 
 
 def renew(session: Session, reason: str, for_s: float) -> None:
-    """Have a pause that is on record hold for ``for_s`` seconds from now."""
+    """Extend a recorded pause to ``for_s`` seconds from now."""
     session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=_NO_SYNC)
 
 
 def mend_times(session: Session, longest_s: float) -> int:
-    """Cut pauses that end later than one of ``longest_s`` begun now: the database's clock was set back. How many."""
-    mended = session.execute(
+    """Shorten pauses that would last longer than ``longest_s`` because the clock was set back. Returns how many."""
+    shortened = session.execute(
         update(Pause)
         .where(Pause.until > db_now(longest_s + SLACK_S))
         .values(until=db_now(longest_s))
         .returning(Pause.reason),
         execution_options=_NO_SYNC,
     )
-    return len(mended.all())
+    return len(shortened.all())
 
 
 def lift(session: Session, reason: str) -> None:
-    """End a pause before its time."""
+    """End a pause now."""
     session.execute(delete(Pause).where(Pause.reason == reason), execution_options=_NO_SYNC)

@@ -1,4 +1,4 @@
-"""Who works: one row for each Celery worker, kept alive by its heartbeat."""
+"""The workers: one row for each Celery worker, whose heartbeat shows that it is alive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_SYNC = {"synchronize_session": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """A worker as it introduces itself. ``memory_bytes`` is its device's (a CPU worker's is the host's)."""
+    """The description of a worker. ``memory_bytes`` is the memory of its GPU, or of the host for a CPU worker."""
 
     name: str
     host: str
@@ -47,7 +47,7 @@ def register(session: Session, info: WorkerInfo) -> int:
 
 
 def beat(session: Session, worker_id: int) -> str:
-    """Renew a worker's heartbeat; its state, which may have been changed from outside."""
+    """Renew a worker's heartbeat. Returns its state, which others may have changed."""
     state: str = session.execute(
         update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
         execution_options=_NO_SYNC,
@@ -56,17 +56,19 @@ def beat(session: Session, worker_id: int) -> str:
 
 
 def mend_times(session: Session) -> int:
-    """Date heartbeats that lie ahead of the database's clock now: it was set back, and who died before that would live
-    for as long. How many there were."""
+    """Set heartbeats that are in the future to now, and return how many there were.
+
+    They come from before the database's clock was set back. Without this, dead workers would count as alive.
+    """
     ahead = Worker.heartbeat_at > db_now(SLACK_S)
-    mended = session.execute(
+    changed = session.execute(
         update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=_NO_SYNC
     )
-    return len(mended.all())
+    return len(changed.all())
 
 
 def leave(session: Session, worker_id: int, state: str, note: str | None = None) -> None:
-    """Mark a worker ``draining`` or ``stopped``, and why; a quarantine stays on record."""
+    """Mark a worker as ``draining`` or ``stopped``, with a reason. A quarantined worker stays quarantined."""
     session.execute(
         update(Worker).where(Worker.id == worker_id, Worker.state != "quarantined").values(state=state, note=note),
         execution_options=_NO_SYNC,
@@ -74,12 +76,12 @@ def leave(session: Session, worker_id: int, state: str, note: str | None = None)
 
 
 def is_live(lease_s: float) -> ColumnElement[bool]:
-    """A worker that takes jobs: ready, and heard of within a lease."""
+    """Whether a worker takes jobs: it is ready, and has renewed its heartbeat within a lease."""
     return (Worker.state == "ready") & (Worker.heartbeat_at > db_now(-lease_s))
 
 
 def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bool]) -> list[Worker]:
-    """The workers on record that ran where ``info`` runs and whose process is no more."""
+    """The recorded workers from the pid namespace of ``info`` whose processes no longer exist."""
     candidates = session.scalars(
         select(Worker)
         .where(Worker.pid_space == info.pid_space, Worker.state != "stopped")
@@ -90,9 +92,9 @@ def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bo
 
 
 def around(session: Session, lease_s: float) -> list[tuple[Worker, bool]]:
-    """The workers heard of within two leases, each with whether it takes jobs now; without the quarantined.
+    """The workers, except quarantined ones, with a heartbeat within two leases, each with whether it takes jobs now.
 
-    One that restarts is missing for a moment only: what needs its device is kept for it meanwhile.
+    Two leases, so that jobs that need the device of a restarting worker are kept for it.
     """
     heard = select(Worker, is_live(lease_s)).where(
         Worker.state != "quarantined", Worker.heartbeat_at > db_now(-2 * lease_s)

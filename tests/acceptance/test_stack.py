@@ -92,7 +92,7 @@ def test_a_stack_whose_database_is_deleted_stops_and_says_so(qbatch: Qbatch) -> 
     finally:
         stop(up)
     said = qbatch.home.with_suffix(".log").read_text().splitlines()[-1]
-    assert f"{qbatch.home / 'qbatch.db'} was deleted while qbatch worked on it" in said
+    assert f"{qbatch.home / 'qbatch.db'} was deleted while qbatch was using it" in said
     await_end_of(qbatch.home)
     assert not (qbatch.home / "qbatch.db").exists(), "nobody made an empty one"
 

@@ -210,7 +210,7 @@ def test_room_is_judged_for_what_lies_beside_the_weights_too(source: Path, monke
     ear = run(source)
     (failed,) = [m for m in ear.heard if isinstance(m, Failed)]
     assert failed.kind == DiskFull.kind, "the other had room"
-    assert failed.message == "the storage has 0.6 MiB left, and a checkpoint of 9.6 MiB is due"
+    assert failed.message == "the checkpoint needs 9.6 MiB, and the storage has 0.6 MiB left"
     assert failed.needed_bytes is not None
     assert failed.needed_bytes > 9 * 2**20
     assert len(places(ear, source)) == 1

@@ -94,7 +94,7 @@ def test_a_copied_database_does_not_touch_what_living_workers_of_the_first_stage
     shutil.copy(tmp_path / "first" / "qbatch.db", tmp_path / "copy" / "qbatch.db")
     token, folder = first.begin()
     copy = Stack(Database(f"sqlite:///{tmp_path / 'copy' / 'qbatch.db'}"), tmp_path, "w2")
-    assert copy.staging.parent == first.staging.place, "the copy brought the id along"
+    assert copy.staging.parent == first.staging.parent, "the copy brought the id along"
     assert copy.held([token]) == frozenset(), "and knows nothing of what was begun since"
     assert copy.sweep() == []
     assert (folder / "model.safetensors").exists()

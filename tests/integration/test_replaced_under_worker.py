@@ -17,7 +17,7 @@ from qbatch.models_db import file_digests, jobs
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import CeleryWorker as WorkerRow
+from qbatch.models_db.tables import Worker as WorkerRow
 from qbatch.models_db.tables import Checkpoint, FileDigestRow
 from qbatch.worker.checkpoints.publish import Published
 from qbatch.worker.runner.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, JobIdentity, Resolved
