@@ -24,8 +24,7 @@ _NETWORK = frozenset(
     }
 )
 _REMEDY = (
-    "set QBATCH_DATABASE_URL to sqlite:////a/local/disk/qbatch.db to use a local disk, or to postgresql://… to use a"
-    " server"
+    "set QBATCH_DATABASE_URL=sqlite:////a/local/disk/qbatch.db to use a local disk, or postgresql://… to use a server"
 )
 
 

@@ -195,7 +195,7 @@ def test_what_lies_beside_the_weights_is_refused_where_it_is_too_much(source: Pa
     assert ear.failed() == {NF4: Unsupported.kind, INT8: Unsupported.kind}
     said = {m.message for m in ear.heard if isinstance(m, Failed)}
     assert said.pop().startswith(
-        "the files beside the weights take 3072.0 MiB, and a checkpoint takes at most 1024.0 MiB of them along (the "
+        "the files next to the weights take 3072.0 MiB, more than the 1024.0 MiB that a checkpoint may copy (the "
         "largest is events.json, 3072.0 MiB): move"
     )
     known = next(number for number, m in enumerate(ear.heard) if isinstance(m, Resolved))

@@ -202,7 +202,7 @@ def test_without_the_base_s_outputs_the_reason_stands_in_place_of_the_comparison
     assert "--force" in done.measurement.details["quality"]["reason"]
 
 
-@pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "kept: no room"), (None, "nothing to compare")])
+@pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "stored: no room"), (None, "nothing to compare")])
 def test_outputs_that_could_not_be_kept_leave_their_reason(
     home: Path, monkeypatch: pytest.MonkeyPatch, kept: StorageError | None, said: str
 ) -> None:

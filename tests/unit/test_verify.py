@@ -198,7 +198,7 @@ def test_a_renamed_tensor_is_missing_and_another_is_there(kind: str, name: str, 
     folder = copy(kind)
     change(folder, lambda tensors: rename(tensors, name, f"{name}_"))
     sign(folder)
-    assert verify(folder) == [f"{name} is missing", f"{name}_: is not a tensor of the configured model"]
+    assert verify(folder) == [f"{name} is missing", f"{name}_ is not a tensor of the configured model"]
 
 
 DIFFERENT: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str]] = [
