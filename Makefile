@@ -1,11 +1,12 @@
-# Needs Python 3.11 or newer, pip and make; everything else is installed into .venv/.
+# Requires Python 3.11 or newer, pip and make; everything else is installed into .venv/.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Nothing here asks a hub. Waiting threads sleep: on a busy machine those that spin slow each other down tenfold.
+# Nothing here contacts a hub. Waiting threads sleep, because on a busy machine spinning threads make each other ten times
+# slower.
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY := passive
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## set up .venv/ with qbatch and the development tools
+install: $(STAMP) ## install qbatch and the development tools into .venv/
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qbatch needs Python 3.11 or newer")'
@@ -39,10 +40,10 @@ test: install ## all tests that need no GPU
 
 CHAOS_KILLS ?= 200
 
-chaos: install ## kill everything at random under batches of jobs, then account for each (CHAOS_KILLS=1000 for a long one)
+chaos: install ## kill processes at random while batches run, then check every job (CHAOS_KILLS=1000 for a long run)
 	$(BIN)/python -m tests.chaos --kills $(CHAOS_KILLS)
 
-lint: install ## style, types, and which package may import which
+lint: install ## check style, types, and which package may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -54,9 +55,9 @@ docs: install ## write docs/cli.md anew from the commands' help
 seed-table: install ## the recipe's table for bloom-1b7's architecture (random weights; 11 GB of disk, 10 GB of memory)
 	$(BIN)/python benchmarks/seed_table.py
 
-bench: install ## side by side with what one would do without qbatch
+bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.why
 
-clean: ## remove what was made here, but not .venv/
+clean: ## remove generated files, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -20,7 +20,7 @@ from qbatch.core.methods.registry import Method
 from qbatch.core.settings import Settings
 
 if __name__ != "qbatch.cli":
-    raise ImportError("this is qbatch.cli, and has no other name")
+    raise ImportError("import this module as qbatch.cli, not under another name")
 
 if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from qbatch.views.checks import Check
 
 _INTERRUPTED = 130
-# Characters. A list of a hundred thousand models fits, and a text that takes a day to measure on.
-_MOST_OF_A_LIST = 16 * 2**20
-_MOST_OF_A_TEXT = 64 * 2**20
+# In characters. Enough for a list of a hundred thousand models, and for an evaluation text that takes a day to measure.
+_MODEL_LIST_LIMIT = 16 * 2**20
+_EVAL_TEXT_LIMIT = 64 * 2**20
 
 
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # A file's name may be any bytes, and what is no text can be neither stored nor shown.
+        # A file name may be any sequence of bytes, but only valid text can be stored and shown.
         for argument in args:
             if not is_unicode(argument):
                 ctx.fail(f"{argument!r} is not UTF-8 text")
@@ -64,9 +64,9 @@ def main() -> None:
 
 @main.command()
 @submit_options
-@click.option("--wait", "wait_", is_flag=True, help="Wait until every job has ended.")
+@click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
 def submit(format_: str, wait_: bool, **options: Any) -> None:
-    """Store a batch of quantize-and-benchmark jobs, and print its id."""
+    """Store a batch of quantize-and-benchmark jobs and print its id."""
     settings = _settings()
     submission = _submission(settings, options)
     database = _database(settings)
@@ -76,7 +76,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
         click.echo(hint, err=True)
     if wait_ and hint is not None:
         _print_receipt(receipt, format_)
-        raise StackNotRunning(f"{batch} is stored, and nothing runs that could be waited for")
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it, so there is no wait")
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
@@ -90,8 +90,8 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
 def run(format_: str, **options: Any) -> None:
     """Submit a batch, run it here, and print the results.
 
-    Starts the embedded stack (Redis, scheduler, workers) unless one is running or QBATCH_BROKER_URL is set,
-    and stops what it started.
+    Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
+    set. Stops what it started when the batch has finished.
     """
     from qbatch.scheduler.local_stack import stack_is_running
 
@@ -113,13 +113,13 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
         click.echo(hint, err=True)
-        raise StackNotRunning(f"{batch} is stored, and nothing runs that could be waited for")
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it, so there is no wait")
     tend = stack.tend if stack is not None else None
     try:
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)
     except KeyboardInterrupt:
         click.echo(
-            f"stopped; {batch} is stored: `qbatch up` goes on with it, `qbatch cancel {batch}` drops it", err=True
+            f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it", err=True
         )
         return _INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
@@ -127,8 +127,8 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
 
 
 @main.command()
-@click.option("--gpus", help="all, or indices and UUIDs separated by commas.  [default: all, or the CPU]")
-@click.option("--cpu", is_flag=True, help="One CPU worker.")
+@click.option("--gpus", help="all, or GPU indices or UUIDs separated by commas.  [default: all, or the CPU]")
+@click.option("--cpu", is_flag=True, help="Start one CPU worker.")
 def up(gpus: str | None, cpu: bool) -> None:
     """Run the embedded stack in the foreground until Ctrl-C."""
     import time
@@ -136,21 +136,21 @@ def up(gpus: str | None, cpu: bool) -> None:
     settings = _settings()
     _interrupt_on_signals()
     with _stack(settings, gpus, cpu) as stack:
-        click.echo(f"qbatch is up, its home is {settings.home}; Ctrl-C stops it", err=True)
+        click.echo(f"qbatch is running with its home in {settings.home}; press Ctrl-C to stop it", err=True)
         try:
             while True:
                 stack.tend()
                 time.sleep(0.5)
         except KeyboardInterrupt:
-            click.echo("stopping: running jobs go back to the queue", err=True)
+            click.echo("stopping: running jobs return to the queue", err=True)
 
 
 @main.command()
-@click.option("--gpus", help="all, or indices and UUIDs separated by commas.  [default: all, or the CPU]")
-@click.option("--cpu", is_flag=True, help="One CPU worker.")
-@click.option("--drain", is_flag=True, help="Finish the running bundle on SIGTERM rather than hand it back.")
+@click.option("--gpus", help="all, or GPU indices or UUIDs separated by commas.  [default: all, or the CPU]")
+@click.option("--cpu", is_flag=True, help="Start one CPU worker.")
+@click.option("--drain", is_flag=True, help="On SIGTERM, finish running jobs instead of returning them to the queue.")
 def worker(gpus: str | None, cpu: bool, drain: bool) -> None:
-    """Run one worker for each GPU of this machine, or one for its CPU."""
+    """Run one worker for each GPU of this machine, or one CPU worker."""
     from qbatch.worker.serving.launch import main as launch
 
     _settings()
@@ -159,7 +159,7 @@ def worker(gpus: str | None, cpu: bool, drain: bool) -> None:
 
 @main.command()
 def scheduler() -> None:
-    """Run the scheduler. Several may run: one leads."""
+    """Run the scheduler. Several may run at once; only one is active."""
     from qbatch.scheduler.__main__ import main as run_scheduler
 
     sys.exit(run_scheduler())
@@ -177,19 +177,23 @@ def status(batch: str | None, format_: str) -> None:
 
     ids = _batch_ids([batch] if batch else [])
     database = _database(_settings())
-    _require(database, ids)
+    _require_batches(database, ids)
     with database.read() as session:
         click.echo(render(list_batches(session, ids), BATCH_COLUMNS, format_))
         for pause in standing(session):
-            click.echo(f"nothing is sent to the workers until there is room: {pause.message}", err=True)
+            click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
             click.echo(render(list_jobs(session, batch_ids=ids), JOB_COLUMNS, format_))
 
 
 @main.command()
-@click.option("--batch", "batches", multiple=True, help="Only this batch's.")
+@click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only jobs of this batch; may be repeated.")
 @click.option(
-    "--state", "states", multiple=True, type=click.Choice([s.value for s in JobState]), help="Only in this state."
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice([s.value for s in JobState]),
+    help="Only jobs in this state; may be repeated.",
 )
 @format_options("table", "json", "csv")
 def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
@@ -200,7 +204,7 @@ def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
 
     ids = _batch_ids(batches)
     database = _database(_settings())
-    _require(database, ids)
+    _require_batches(database, ids)
     with database.read() as session:
         click.echo(render(list_jobs(session, batch_ids=ids, states=states), JOB_COLUMNS, format_))
 
@@ -208,7 +212,7 @@ def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
 @main.command()
 @click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
 def cancel(targets: Sequence[str]) -> None:
-    """Cancel what has not ended; running jobs are stopped."""
+    """Cancel batches or jobs. Running jobs are stopped; finished jobs stay as they are."""
     from qbatch.models_db.jobs import cancel as cancel_jobs
 
     _change(targets, cancel_jobs, "cancelled")
@@ -229,33 +233,33 @@ def retry(targets: Sequence[str]) -> None:
 
 @main.command()
 @click.argument("batches", nargs=-1, required=True, metavar="BATCH...")
-@click.option("--timeout", type=Duration(), help="Give up, with exit code 4, after this long.")
+@click.option("--timeout", type=Duration(), help="Stop waiting after this long and exit with 4: 30s, 10m, 2h.")
 def wait(batches: Sequence[str], timeout: float | None) -> None:
-    """Wait until every job of the batches has ended."""
+    """Wait until every job of the batches has finished."""
     settings = _settings()
     ids = _batch_ids(batches)
     database = _database(settings)
-    _require(database, ids)
+    _require_batches(database, ids)
     sys.exit(0 if _wait(database, settings, ids, timeout_s=timeout) else 1)
 
 
 @main.command()
-@click.option("--batch", "batches", multiple=True, help="Only this batch's.")
-@click.option("--model", help="Only models whose name holds this.")
-@click.option("--bits", type=Bits(), default=(), help="Only these bits.")
-@click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN downwards.")
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="INTEGER", help="At most so many rows.")
+@click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only jobs of this batch; may be repeated.")
+@click.option("--model", help="Only models whose name contains this text.")
+@click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8.")
+@click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN sorts descending.")
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="INTEGER", help="Show at most this many rows.")
 @format_options("table", "json", "csv")
 def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
 ) -> None:
-    """Show what was measured, each quantized model beside its baseline."""
+    """Show the measurements of each quantized model next to those of its baseline."""
     from qbatch.models_db.results import find_results
 
     ids = _batch_ids(batches)
     settings = _settings()
     database = _database(settings)
-    _require(database, ids)
+    _require_batches(database, ids)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
     _print_results(settings, rows, format_)
@@ -265,9 +269,10 @@ def results(
 @compare_options
 @format_options("table", "json", "csv")
 def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **preference: Any) -> None:
-    """Set each model's schemes side by side, and say which to ship.
+    """Compare each model's quantization schemes and recommend one.
 
-    Rows of different protocols or devices stand apart. Without a bound on quality, one is set and shown.
+    Results of different protocols or devices are listed separately. If you set no limit on quality, a default limit
+    is used and shown.
     """
     from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
@@ -276,7 +281,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     ids = _batch_ids(batches)
     settings = _settings()
     database = _database(settings)
-    _require(database, ids)
+    _require_batches(database, ids)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model)
     click.echo(comparison(_placed(settings, rows), Preference(**preference), by=by, format=format_))
@@ -286,7 +291,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
 @format_options("table", "json", "csv")
 def show(jobs: Sequence[str], format_: str) -> None:
-    """Show all about a job: attempts, scheme, protocol, figures, coverage audit, and why it is as fast as it is."""
+    """Show everything about a job: attempts, scheme, protocol, measurements, audit, and what limits its speed."""
     from qbatch.models_db.job_record import whole_jobs
     from qbatch.views.formats import render
     from qbatch.views.job_details import show_jobs
@@ -303,10 +308,10 @@ def show(jobs: Sequence[str], format_: str) -> None:
 
 
 @main.command()
-@click.option("--deep", is_flag=True, help="Import the libraries too, and quantize a weight; takes half a minute.")
+@click.option("--deep", is_flag=True, help="Also import the libraries and quantize a weight; takes half a minute.")
 @format_options("table", "json", "csv")
 def doctor(deep: bool, format_: str) -> None:
-    """Check the installation, and say what is wrong. Exits with 1 if something is."""
+    """Check the installation and report problems. Exits with 1 if there are any."""
     from qbatch.scheduler.local_stack import stack_is_running
     from qbatch.views.checks import State, render_checks
     from qbatch.views.doctor import examine
@@ -315,13 +320,13 @@ def doctor(deep: bool, format_: str) -> None:
 
     settings = _settings()
     gpus = [VisibleGpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
-    found = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
+    checks = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
     if deep or not gpus:
-        found.append(_cpu_check(measure=deep))
+        checks.append(_cpu_check(measure=deep))
     if deep:
-        found += examine_libraries()
-    click.echo(render_checks(found, format_))
-    sys.exit(1 if any(check.state is State.WRONG for check in found) else 0)
+        checks += examine_libraries()
+    click.echo(render_checks(checks, format_))
+    sys.exit(1 if any(check.state is State.WRONG for check in checks) else 0)
 
 
 def _cpu_check(*, measure: bool) -> Check:
@@ -342,7 +347,7 @@ def _cpu_check(*, measure: bool) -> Check:
 @main.command()
 @format_options("table", "json", "csv")
 def workers(format_: str) -> None:
-    """List the workers, their devices and what they do."""
+    """List the workers, their devices, and what they are working on."""
     from qbatch.models_db.listing import list_workers
     from qbatch.views.formats import render
     from qbatch.views.listings import WORKER_COLUMNS
@@ -356,7 +361,7 @@ def workers(format_: str) -> None:
 @click.argument("model")
 @format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
-    """Tell a model's dtype, parameters and size from its headers alone."""
+    """Show a model's dtype, parameter count and size, read from its file headers alone."""
     from qbatch.core.errors import FetchError, JobError, ServiceUnreachable
     from qbatch.core.inspection import inspect_source
     from qbatch.core.sources import parse_source
@@ -364,21 +369,21 @@ def inspect(model: str, format_: str) -> None:
     from qbatch.views.model_description import inspection_table
 
     try:
-        found = inspect_source(parse_source(model))
+        description = inspect_source(parse_source(model))
     except FetchError as error:
         raise ServiceUnreachable(f"{model}: {error}") from error
     except JobError as error:
         raise UsageError(f"{model}: {error}") from error
-    click.echo(inspection_table(found) if format_ == "table" else render([found], (), format_))
+    click.echo(inspection_table(description) if format_ == "table" else render([description], (), format_))
 
 
 @main.command()
 @click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
 @format_options("table", "json", "csv")
 def verify(targets: Sequence[str], format_: str) -> None:
-    """Check published checkpoints: every file against its manifest, the tensors against the config.
+    """Check published checkpoints: every file against the manifest, the tensors against the config.
 
-    CHECKPOINT is a folder. Without arguments, every checkpoint on record. Exits with 1 if one does not hold.
+    CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS
@@ -392,18 +397,23 @@ def verify(targets: Sequence[str], format_: str) -> None:
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     if any(row["problems"] for row in rows):
-        click.echo("submitted with --force, its job moves a damaged checkpoint aside and writes it anew", err=True)
+        click.echo(
+            "to replace a damaged checkpoint, submit its job again with --force: the damaged one is moved aside",
+            err=True,
+        )
         sys.exit(1)
 
 
 @main.command()
-@click.option("--older-than", type=Duration(), required=True, help="How long ago a batch must have ended: 30d, 12h.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option(
+    "--older-than", type=Duration(), required=True, help="Remove batches that finished longer ago than this: 30d, 12h."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @format_options("table", "json", "csv")
 def prune(older_than: float, dry_run: bool, format_: str) -> None:
-    """Remove batches that ended long ago, their logs, rejected checkpoints, unused base outputs, old file digests.
+    """Remove old batches with their logs, damaged checkpoints, unused baseline outputs and old file checksums.
 
-    Checkpoints stay, and so do jobs whose results answer others that stay. Works beside running workers.
+    Checkpoints are kept, and so are jobs whose results are reused by jobs that stay. Workers may run meanwhile.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import PRUNE_COLUMNS
@@ -422,24 +432,24 @@ def prune(older_than: float, dry_run: bool, format_: str) -> None:
 
 @main.group()
 def db() -> None:
-    """Look after the database."""
+    """Maintain the database."""
 
 
 @db.command()
 def upgrade() -> None:
-    """Bring the database to this version's schema."""
+    """Upgrade the database to the schema of this version."""
     from qbatch.models_db.schema import upgrade as upgrade_schema
 
     database = _connected(_settings())
     upgrade_schema(database)
-    click.echo(f"{database.place} is at schema {database.schema_version()}", err=True)
+    click.echo(f"{database.place} now has schema {database.schema_version()}", err=True)
 
 
 @main.command()
 @click.option("--address", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True, help="The port to listen on.")
 def flower(address: str, port: int) -> None:
-    """Watch the queue in a browser. Needs QBATCH_FLOWER_AUTH=user:password."""
+    """Serve Flower, a web page that shows the queue. Requires QBATCH_FLOWER_AUTH=user:password."""
     from qbatch.scheduler.flower import serve
 
     serve(_settings(), address=address, port=port)
@@ -450,7 +460,7 @@ def _settings() -> Settings:
 
 
 def _database(settings: Settings) -> Database:
-    """The database, with this version's schema. An embedded one is made where there is none."""
+    """Connect to the database and require this version's schema. An SQLite file is created or upgraded if necessary."""
     database = _connected(settings)
     if database.is_sqlite and database.is_behind():
         from qbatch.models_db.schema import upgrade as upgrade_schema
@@ -461,7 +471,10 @@ def _database(settings: Settings) -> Database:
 
 
 def _connected(settings: Settings) -> Database:
-    """Whatever its schema. Raises DatabaseOfAnotherHost for SQLite that another host works on."""
+    """Connect to the database without checking its schema.
+
+    Raises DatabaseOfAnotherHost for an SQLite file that another host is using.
+    """
     from qbatch.models_db.network_share import share_of
     from qbatch.models_db.session import Database
 
@@ -510,11 +523,11 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
         why=options["why"],
         energy=options["energy"],
     )
-    lines = _read_text(options["models_file"], _MOST_OF_A_LIST).splitlines()
+    lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
     return Submission(
         sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
         grid=grid,
-        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _MOST_OF_A_TEXT),
+        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT),
         tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
         num_fewshot=options["num_fewshot"],
         task_limit=options["task_limit"],
@@ -524,42 +537,46 @@ def _submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
     )
 
 
-def _time_limit_s(settings: Settings, asked: float | None) -> float | None:
-    """What is stored: None is no limit, which must be asked for."""
-    limit_s = settings.time_limit_s if asked is None else asked
+def _time_limit_s(settings: Settings, requested_s: float | None) -> float | None:
+    """The time limit to store, in seconds. None means no limit, which a user must ask for with ``none``."""
+    limit_s = settings.time_limit_s if requested_s is None else requested_s
     return limit_s if math.isfinite(limit_s) else None
 
 
-def _read_text(name: str, most: int) -> str:
-    """A file of at most so many characters, standard input where it is called ``-``. What has no end is not read to it.
+def _read_text(name: str, limit: int) -> str:
+    """Read a UTF-8 text file of at most ``limit`` characters; ``-`` is standard input.
 
-    Raises UsageError where it is larger, or is no UTF-8 text.
+    Never reads much further than the limit, so an endless file such as /dev/zero is refused at once.
+    Raises UsageError if the file is larger, cannot be read, or is not UTF-8 text.
     """
     try:
         with sys.stdin if name == "-" else Path(name).open(encoding="utf-8") as file:
-            text = file.read(most + 1)
+            text = file.read(limit + 1)
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text") from error
-    if not is_unicode(text):  # standard input may let it pass
+    if not is_unicode(text):  # Python may decode standard input with surrogate escapes instead of failing
         raise UsageError(f"{name} is not UTF-8 text")
     if "\0" in text:
-        raise UsageError(f"{name} holds NUL characters, as no text does")
-    if len(text) > most:
-        raise UsageError(f"{name} has more than {most // 2**20} Mi characters")
+        raise UsageError(f"{name} contains NUL characters, so it is not a text file")
+    if len(text) > limit:
+        raise UsageError(f"{name} has more than {limit // 2**20} Mi characters, which is the limit")
     return text
 
 
 def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
-    """Store a batch and send it; the second says what will run it, where nothing does now."""
+    """Store a batch and send it to the workers.
+
+    Returns the receipt, and None or, if nothing can run the batch now, a sentence that says what will.
+    """
     from qbatch.scheduler.submit import submit as store
 
     receipt = store(database, settings, submission)
     if receipt.outdated:
         click.echo(
-            f"{receipt.outdated} jobs are done again: qbatch 0.1.0, which measured them, told models apart by their "
-            "files' sizes and times",
+            f"{receipt.outdated} jobs are measured again: qbatch 0.1.0, which measured them before, identified models "
+            "by the sizes and modification times of their files, not by their content",
             err=True,
         )
     return receipt, _send(database, settings) if _has_work(receipt) else None
@@ -570,16 +587,16 @@ def _has_work(receipt: Receipt) -> bool:
 
 
 def _send(database: Database, settings: Settings) -> str | None:
-    """Send what is queued; where that is not possible, what will do it instead."""
+    """Send queued jobs to the workers. If that is not possible, return a sentence that says what will send them."""
     from qbatch.scheduler.local_stack import stack_is_running
     from qbatch.scheduler.submit import send_now
 
     if settings.is_embedded and not stack_is_running(settings):
-        return "stored; no stack is running here: `qbatch up` will run it"
+        return "stored, but no stack is running here: start one with `qbatch up` to run it"
     try:
         send_now(database, settings)
     except BrokerUnreachable as error:
-        return f"stored; {error}: the scheduler will send it once Redis is back"
+        return f"stored, but {error}: the scheduler will send it when Redis is back"
     return None
 
 
@@ -595,7 +612,7 @@ def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
 
     if not settings.is_embedded:
         raise UsageError("QBATCH_BROKER_URL is set: start `qbatch scheduler` and `qbatch worker` instead")
-    devices_for(gpus, cpu, os.environ)  # says now what the workers would say later
+    devices_for(gpus, cpu, os.environ)  # raises now what the workers would raise later
     share = share_of(Database(settings.sqlalchemy_url).file)
     if share is not None:
         click.echo(share.warning, err=True)
@@ -686,23 +703,23 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
     for target in targets:
         if not Path(target).is_dir() and not target.startswith("b"):
-            raise UsageError(f"{target!r} is neither a checkpoint's folder nor a batch (b12)")
+            raise UsageError(f"{target!r} is neither a checkpoint folder nor a batch id such as b12")
     batch_ids = _batch_ids([target for target in targets if not Path(target).is_dir()])
     if targets and not batch_ids:
         return folders
     settings = _settings()
     database = _database(settings)
-    _require(database, batch_ids)
+    _require_batches(database, batch_ids)
     with database.read() as session:
-        found = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
-        return folders + [settings.storage / checkpoint.path for checkpoint in found]
+        checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
+        return folders + [settings.storage / checkpoint.path for checkpoint in checkpoints]
 
 
 def _batch_ids(texts: Sequence[str]) -> list[int]:
     parsed = [parse_id(text) for text in texts]
     for text, (kind, _) in zip(texts, parsed, strict=True):
         if kind != "b":
-            raise UsageError(f"{text} is a job; a batch is asked for (b12)")
+            raise UsageError(f"{text} is a job id; this command takes batch ids such as b12")
     return [number for _, number in parsed]
 
 
@@ -710,11 +727,11 @@ def _job_ids(texts: Sequence[str]) -> list[int]:
     parsed = [parse_id(text) for text in texts]
     for text, (kind, _) in zip(texts, parsed, strict=True):
         if kind != "j":
-            raise UsageError(f"{text} is a batch; a job is asked for (j345)")
+            raise UsageError(f"{text} is a batch id; this command takes job ids such as j345")
     return [number for _, number in parsed]
 
 
-def _require(database: Database, batch_ids: Sequence[int]) -> None:
+def _require_batches(database: Database, batch_ids: Sequence[int]) -> None:
     from qbatch.models_db.batches import batch_exists
 
     with database.read() as session:
@@ -740,7 +757,7 @@ def _change(
     batch_ids = [number for kind, number in parsed if kind == "b"]
     job_ids = [number for kind, number in parsed if kind == "j"]
     database = _database(settings)
-    _require(database, batch_ids)
+    _require_batches(database, batch_ids)
     _require_jobs(database, job_ids)
     with database.write() as session:
         changed = change(session, batch_ids=batch_ids, job_ids=job_ids)
@@ -751,7 +768,7 @@ def _change(
 
 
 def _interrupt_on_signals() -> None:
-    """A service manager's SIGTERM drains as Ctrl-C does, and Ctrl-C works even where a shell's ``&`` turned it off."""
+    """Handle SIGTERM like Ctrl-C, and enable Ctrl-C even in a process that a shell started with ``&``."""
     import signal
 
     def interrupt(*_: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What the commands' options mean: their types, and those that several commands share."""
+"""The types of command-line options, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qbatch.core.methods.registry import Method, every_option, find_method, know
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
 if __name__ != "qbatch.cli_options":
-    raise ImportError("this is qbatch.cli_options, and has no other name")
+    raise ImportError("import this module as qbatch.cli_options, not under another name")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,7 +29,7 @@ _LARGEST = LARGEST_ID
 
 
 class Duration(click.ParamType[float]):
-    """90, 90s, 15m, 2h, 1d: seconds, of ten years at most."""
+    """A duration such as 90, 90s, 15m, 2h or 1d, as a number of seconds. At most ten years."""
 
     name = "duration"
     _MOST = 3650 * 86400.0
@@ -41,12 +41,14 @@ class Duration(click.ParamType[float]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
         seconds = float(match[1]) * self._UNITS[match[2]] if match is not None else 0.0
         if not 0 < seconds <= self._MOST:
-            self.fail(f"{_cut(value)} is no duration; write 90s, 15m, 2h or 1d, and ten years at most", param, ctx)
+            self.fail(
+                f"{_shorten(value)} is not a valid duration (use 90s, 15m, 2h or 1d; at most ten years)", param, ctx
+            )
         return seconds
 
 
 class TimeLimit(Duration):
-    """A duration, or ``none``: infinity."""
+    """A duration in seconds, or ``none``, which is infinity."""
 
     name = "time limit"
 
@@ -55,7 +57,7 @@ class TimeLimit(Duration):
 
 
 class Name(click.ParamType[str]):
-    """A text that fits the column of names."""
+    """A name that fits its database column."""
 
     name = "name"
     _LONGEST = 200
@@ -63,12 +65,12 @@ class Name(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
         if len(text) > self._LONGEST:
-            self.fail(f"a name has {self._LONGEST} characters at most, and this one has {len(text)}", param, ctx)
+            self.fail(f"a name may have at most {self._LONGEST} characters; this one has {len(text)}", param, ctx)
         return text
 
 
 class Bits(click.ParamType[tuple[int, ...]]):
-    """A comma list of bits."""
+    """A comma-separated list of bit widths."""
 
     name = "bits"
 
@@ -77,7 +79,7 @@ class Bits(click.ParamType[tuple[int, ...]]):
             return value
         parts = [part.strip() for part in str(value).split(",")]
         if not all(re.fullmatch(r"[0-9]{1,3}", part) for part in parts):
-            self.fail(f"{_cut(value)} is no list of bits; write 4,8", param, ctx)
+            self.fail(f"{_shorten(value)} is not a list of bit widths (use 4,8)", param, ctx)
         return tuple(map(int, parts))
 
 
@@ -96,17 +98,17 @@ class Schemes(click.ParamType[tuple[Method, ...]]):
 
 
 class Amount(click.FloatRange):
-    """A finite number within a range. Not-a-number is none: it is neither below nor above any bound."""
+    """A finite number within a range. NaN is refused here because it passes every comparison with a bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{_cut(value)} is not a finite number", param, ctx)
+            self.fail(f"{_shorten(value)} is not a finite number", param, ctx)
         return number
 
 
 class Patterns(click.ParamType[tuple[str, ...]]):
-    """A comma list of names or regular expressions. A comma within brackets is the expression's own."""
+    """A comma-separated list of names or regular expressions. A comma within brackets belongs to the expression."""
 
     name = "patterns"
 
@@ -118,7 +120,7 @@ class Patterns(click.ParamType[tuple[str, ...]]):
             try:
                 re.compile(pattern)
             except re.error as error:
-                self.fail(f"{pattern!r} is no regular expression: {error}", param, ctx)
+                self.fail(f"{pattern!r} is not a valid regular expression: {error}", param, ctx)
         return patterns
 
 
@@ -138,7 +140,7 @@ def _is_balanced(pattern: str) -> bool:
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
-    """A comma list of whole numbers, each at least ``least``."""
+    """A comma-separated list of whole numbers, each at least ``least``."""
 
     name = "counts"
 
@@ -149,9 +151,9 @@ class Counts(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
-        # Not by int(), which takes 1_000 and other scripts' digits.
+        # int() alone would also accept 1_000 and the digits of other scripts.
         if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= self._least for part in parts):
-            self.fail(f"{value!r} is no comma list of whole numbers of at least {self._least}", param, ctx)
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers of at least {self._least}", param, ctx)
         return tuple(int(part) for part in parts)
 
 
@@ -170,18 +172,18 @@ class ByteSize(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", str(value).strip().upper())
         size = float(match[1]) * self._UNITS[match[2] or ""] if match is not None else 0.0
         if not 1 <= size <= self._MOST:
-            self.fail(f"{_cut(value)} is no size; write 500MB, 5GB or 2GiB", param, ctx)
+            self.fail(f"{_shorten(value)} is not a valid size (use 500MB, 5GB or 2GiB)", param, ctx)
         return int(size)
 
 
-def _cut(value: Any) -> str:
-    """What was typed, for an error's one line."""
+def _shorten(value: Any) -> str:
+    """The repr of what was typed, shortened so that the error message fits on one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
-    """--format and --json."""
+    """Add the options --format and --json."""
 
     def add(command: Command) -> Command:
         command = click.option(
@@ -195,23 +197,36 @@ def format_options(*formats: str) -> Callable[[Command], Command]:
 
 
 def compare_options(command: Command) -> Command:
-    """Which rows are compared, how they are laid out, and what is wished of the one to ship."""
+    """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
     options = [
-        click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only these batches' rows; repeat it."),
-        click.option("--model", help="Only models whose name holds this."),
+        click.option(
+            "--batch", "batches", multiple=True, metavar="BATCH", help="Only results of this batch; may be repeated."
+        ),
+        click.option("--model", help="Only models whose name contains this text."),
         click.option(
             "--by",
             type=click.Choice(ORIENTATIONS),
             default="figure",
             show_default=True,
-            help="What a line of the table is: a figure, with a column for each scheme, or a scheme.",
+            help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
         ),
         click.option(
             "--prefer",
             type=click.Choice(PREFERENCES),
             default="size",
             show_default=True,
-            help="What to have the most of, among those within the bounds: small weights, speed, or quality.",
+            help="What to optimize among the schemes that meet the limits: small weights, speed, or quality.",
+        ),
+        click.option(
+            "--max-kl", type=Amount(min=0), help="The largest acceptable mean KL divergence from the baseline, in nats."
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=Amount(min=0),
+            help="The largest acceptable perplexity, divided by the baseline's: 1.01.",
+        ),
+        click.option(
+            "--max-weights-bytes", type=ByteSize(), help="The most memory that the weights may take: 6GB, 5.5GiB."
         ),
         click.option("--max-kl", type=Amount(min=0), help="The mean KL from the baseline, at most; in nats."),
         click.option("--max-ppl-ratio", type=Amount(min=0), help="The perplexity over the baseline's, at most: 1.01."),
@@ -240,14 +255,14 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
 
 
 def submit_options(command: Command) -> Command:
-    """What ``submit`` and ``run`` share."""
+    """Add the options that ``submit`` and ``run`` share."""
     options = [
         click.option(
             "--models",
             "models_file",
             required=True,
             metavar="FILE",
-            help="One model a line: a hub id or a folder, @revision after an id; - is standard input.",
+            help="A file with one model per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
         ),
         click.option(
             "--bits",
@@ -277,14 +292,14 @@ def submit_options(command: Command) -> Command:
             type=click.Choice([d.value for d in DType]),
             default="auto",
             show_default=True,
-            help="What quantized layers compute in; auto: the stored dtype.",
+            help="The dtype in which quantized layers compute; auto: the dtype chosen by --dtype.",
         ),
         click.option(
             "--dtype",
             type=click.Choice([d.value for d in DType]),
             default="auto",
             show_default=True,
-            help="What stays unquantized; auto: the source's own 16-bit dtype, bfloat16 for fp32.",
+            help="The dtype of unquantized weights; auto: that of a 16-bit source, bfloat16 for an fp32 source.",
         ),
         click.option(
             "--device",
@@ -301,14 +316,15 @@ def submit_options(command: Command) -> Command:
             type=Patterns(),
             multiple=True,
             metavar="NAME",
-            help="Layers to leave unquantized, beside transformers' own: the end of their names (down_proj), their "
-            "beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Repeat it or give a comma list.",
+            help="Layers to leave unquantized, besides those that transformers leaves: the end of their names "
+            "(down_proj), their beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Separate several "
+            "with commas; may be repeated.",
         ),
         click.option("--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this: 5GB."),
         click.option(
             "--allow-pickle",
             is_flag=True,
-            help="Convert .bin weights of models that have no safetensors; refused otherwise.",
+            help="Convert the .bin weights of models without safetensors; by default such models are refused.",
         ),
         click.option("--name", type=Name(), help="A name for the batch."),
         click.option(
@@ -317,13 +333,13 @@ def submit_options(command: Command) -> Command:
             default=0,
             metavar="INTEGER",
             show_default=True,
-            help="Higher runs sooner.",
+            help="Batches with a higher priority run first.",
         ),
         click.option(
             "--time-limit",
             type=TimeLimit(),
-            help="A job's own working time, after which it is ended: 90s, 15m, 2h, none.  "
-            "[default: QBATCH_TIME_LIMIT_S, a day]",
+            help="Stop a job after this much working time of its own: 90s, 15m, 2h, none.  "
+            "[default: QBATCH_TIME_LIMIT_S, one day]",
         ),
         click.option(
             "--eval-text",
@@ -334,42 +350,48 @@ def submit_options(command: Command) -> Command:
             "--tasks",
             multiple=True,
             metavar="NAME|FILE",
-            help="lm-evaluation-harness tasks (qbatch[eval]): names, and YAML files of your own; repeat it or give a "
-            "comma list.",
+            help="lm-evaluation-harness tasks (needs qbatch[eval]): task names or your own YAML files, separated by "
+            "commas; may be repeated.",
         ),
         click.option(
-            "--num-fewshot", type=click.IntRange(0, _LARGEST), help="Worked examples before each question of the tasks."
+            "--num-fewshot",
+            type=click.IntRange(0, _LARGEST),
+            help="The number of worked examples before each question of the tasks.",
         ),
         click.option(
-            "--task-limit", type=click.IntRange(1, _LARGEST), help="Ask at most so many questions of each task."
+            "--task-limit", type=click.IntRange(1, _LARGEST), help="Ask at most this many questions of each task."
         ),
         click.option(
             "--batch-size",
             "batch_sizes",
             type=Counts(1),
-            help="Sequences generated at once; a comma list gives a row each.  [default: 1]",
+            help="How many sequences to generate at once; several, separated by commas, are measured one by one.  "
+            "[default: 1]",
         ),
         click.option(
             "--prompt-tokens",
             type=Counts(1),
-            help="Length of the prompts, and of an encoder's input; a comma list.  [default: 256, on a CPU 64]",
+            help="The length of the prompts and of an encoder's input; several may be given, separated by commas.  "
+            "[default: 256, on a CPU 64]",
         ),
         click.option(
             "--new-tokens",
             type=Counts(2),
-            help="Tokens to generate; a comma list.  [default: 64, on a CPU 16]",
+            help="How many tokens to generate; several may be given, separated by commas.  [default: 64, on a CPU 16]",
         ),
         click.option(
             "--why/--no-why",
             default=None,
-            help="On a GPU, find out what a language model's decoding waits for; a few seconds a row.  [default: why]",
+            help="On a GPU, find out what limits the decoding speed of a language model; takes a few seconds per row.  "
+            "[default: why]",
         ),
         click.option(
             "--energy/--no-energy",
             default=None,
-            help="On a GPU, measure the energy of a language model's tokens: 40 s a row or more.  [default: no-energy]",
+            help="On a GPU, measure the energy that a language model takes per token; takes 40 s per row or more.  "
+            "[default: no-energy]",
         ),
-        click.option("--force", is_flag=True, help="Measure again what is already in the database."),
+        click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),
         format_options("table", "json", "quiet"),
     ]

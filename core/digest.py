@@ -1,6 +1,6 @@
-"""Checksums of large files: sha256 of each 64 MiB chunk, and one root over all files of a checkpoint or a source.
+"""Checksums of large files: the sha256 of each 64 MiB chunk, and one root hash over all files of a model.
 
-Chunks can be hashed in parallel and in any order, which one stream over the whole file cannot.
+Chunks can be hashed in parallel and in any order; a single hash over a whole file cannot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileDigest:
-    """A file's name (no folder), size in bytes, and the sha256 (hex) of each CHUNK_BYTES of it, in order."""
+    """A file's name (no folder), its size in bytes, and the sha256 (hex) of each chunk of CHUNK_BYTES, in order."""
 
     name: str
     size: int
@@ -33,21 +33,24 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checksums:
-    """The sha256 (hex) of each CHUNK_BYTES of a file, in order, and of the whole, where that was asked for."""
+    """The sha256 (hex) of each chunk of CHUNK_BYTES of a file, in order; and of the whole file, or None.
+
+    The hash of the whole file is computed on request, and is always known for a file of at most one chunk.
+    """
 
     chunk_sha256: tuple[str, ...]
     sha256: str | None
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Hash one file as it is on disk. An empty file has no chunks. Raises OSError."""
+    """Hash a file on disk. An empty file has no chunks. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
-        (found,) = checksums([(descriptor, size)])
+        (hashed,) = checksums([(descriptor, size)])
     finally:
         os.close(descriptor)
-    return FileDigest(name=path.name, size=size, chunk_sha256=found.chunk_sha256)
+    return FileDigest(name=path.name, size=size, chunk_sha256=hashed.chunk_sha256)
 
 
 def checksums(
@@ -55,11 +58,12 @@ def checksums(
 ) -> list[Checksums]:
     """Hash open files, given as (descriptor, size in bytes), on as many threads as there are processors.
 
-    ``whole`` are the descriptors of those whose one sha256 is wanted too: it is made of the same reads, in one stream.
-    ``on_bytes`` is told how much was hashed, from any thread. Raises OSError.
+    ``whole`` holds the descriptors of the files whose sha256 over all bytes is needed as well; it is computed from the
+    same reads, one chunk after another. ``on_bytes`` is called with the number of bytes just hashed, from any thread.
+    Returns one result per file, in the order of ``files``. Raises OSError.
     """
     with ThreadPoolExecutor(max_workers=min(_MOST_THREADS, _processors())) as pool:
-        # The longest streams first: they alone cannot be shared.
+        # The largest whole-file hashes start first, because one of them cannot be divided among threads.
         order = sorted(range(len(files)), key=lambda n: (files[n][0] not in whole, -files[n][1]))
         started = {n: _start(pool, *files[n], is_whole=files[n][0] in whole, on_bytes=on_bytes) for n in order}
         return [started[n]() for n in range(len(files))]
@@ -79,10 +83,10 @@ def _start(
     ]
 
     def gather() -> Checksums:
-        found = tuple(chunk.result() for chunk in chunks)
-        if len(found) > 1:
-            return Checksums(chunk_sha256=found, sha256=None)
-        return Checksums(chunk_sha256=found, sha256=found[0] if found else hashlib.sha256().hexdigest())
+        hashes = tuple(chunk.result() for chunk in chunks)
+        if len(hashes) > 1:
+            return Checksums(chunk_sha256=hashes, sha256=None)
+        return Checksums(chunk_sha256=hashes, sha256=hashes[0] if hashes else hashlib.sha256().hexdigest())
 
     return gather
 

@@ -1,4 +1,4 @@
-"""What a job is: frozen values that cross every boundary. Standard library only."""
+"""The values that describe a job: frozen dataclasses used by every package. Standard library only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ENDED_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 class Stage(StrEnum):
-    """Where a running job stands."""
+    """What a running job is doing."""
 
     FETCHING = "fetching"
     QUANTIZING = "quantizing"
@@ -57,13 +57,13 @@ class Stage(StrEnum):
 
 
 def content_hash(value: Mapping[str, Any]) -> str:
-    """sha256 (hex) of a mapping's canonical JSON: equal contents, equal hash, whatever the order."""
+    """sha256 (hex) of a mapping's canonical JSON. The order of keys does not matter."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def stored_dtype(requested: DType, source: DType) -> DType:
-    """The dtype of what stays unquantized: a 16-bit source keeps its own, an fp32 source becomes bfloat16."""
+    """The dtype of unquantized weights. AUTO keeps that of a 16-bit source and makes an fp32 source bfloat16."""
     if requested is not DType.AUTO:
         return requested
     return DType.BFLOAT16 if source in (DType.FLOAT32, DType.AUTO) else source
@@ -130,7 +130,7 @@ class Scheme:
         return 32 if dtype is DType.FLOAT32 else 16
 
     def resolved(self, dtype: DType) -> Self:
-        """The same scheme with ``compute_dtype`` settled: AUTO is the stored dtype."""
+        """The same scheme with a definite ``compute_dtype``: AUTO becomes ``dtype``, the stored dtype."""
         if self.compute_dtype is not DType.AUTO:
             return self
         return replace(self, compute_dtype=dtype)
@@ -159,7 +159,7 @@ BASELINE = Scheme(method=Method.NONE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRef:
-    """A task of lm-evaluation-harness: of its own registry, or a packed file by the sha256 of its text."""
+    """A task of lm-evaluation-harness: one of its registry, or a packed file identified by the sha256 of its text."""
 
     name: str
     sha256: str | None = None
@@ -171,13 +171,13 @@ def _task_refs(values: Iterable[Mapping[str, Any]]) -> tuple[TaskRef, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """Everything that decides what a measured number means. Numbers of different protocols are never compared.
+    """Every parameter of a measurement. Numbers measured under different protocols are never compared.
 
-    ``prompt_tokens`` is the length of an encoder's input too. The text is scored in windows of ``eval_window``
-    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None leaves it to each task;
-    ``task_limit`` is the number of a task's questions that are asked. The times are taken in ``rounds``, between which
-    the other models of the bundle have theirs; the minima are those of all rounds together, the warm-up is each
-    round's. ``why`` and ``energy`` ask for what lies behind a decode step on a GPU.
+    ``prompt_tokens`` is also the length of an encoder's input. The text is scored in windows of ``eval_window``
+    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None uses each task's own
+    default; ``task_limit`` is the number of questions asked per task. Speed is measured in ``rounds``, alternating
+    with the other models of the bundle. ``min_iterations`` and ``min_duration_s`` apply to all rounds together,
+    ``warmup_iterations`` to each round. ``why`` and ``energy`` ask for an analysis of a decode step on a GPU.
     """
 
     batch_size: int
@@ -202,14 +202,16 @@ class Protocol:
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.new_tokens < 2:
-            raise UsageError(f"decoding is timed from the second token on: new_tokens {self.new_tokens} is too few")
+            raise UsageError(
+                f"new_tokens must be at least 2, not {self.new_tokens}: decoding is timed from the second token on"
+            )
 
     @property
     def hash(self) -> str:
         return content_hash(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Without the fields that stand at their default: one added later changes no hash stored before it."""
+        """Omits fields with default values, so that adding a field does not change the hash of stored protocols."""
         value = asdict(self)
         return {f.name: value[f.name] for f in fields(self) if getattr(self, f.name) != f.default}
 
@@ -232,7 +234,7 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "eval_stride": 1024,
         "eval_max_windows": 32,
     },
-    # A CPU decodes a billion parameters at about one token a second: the same shape, shortened.
+    # A CPU decodes a model of a billion parameters at about one token per second, so everything is shorter.
     DeviceKind.CPU: {
         "batch_size": 1,
         "prompt_tokens": 64,
@@ -250,7 +252,7 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtocolOptions:
-    """What a user asked of the protocol. None means the default of the device that the job lands on."""
+    """The part of the protocol that a user chose. None means the default for the device on which the job runs."""
 
     eval_text_sha256: str
     batch_size: int | None = None
@@ -264,18 +266,18 @@ class ProtocolOptions:
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
-            raise UsageError("few-shot examples and a limit belong to tasks, and none were asked for")
+            raise UsageError("--num-fewshot and --task-limit need --tasks")
 
     @property
     def text_hashes(self) -> tuple[str, ...]:
-        """Of the stored texts that measuring needs: the evaluation text, and the packed tasks."""
+        """The sha256 of each stored text that the measurement needs: the evaluation text and the packed tasks."""
         return (self.eval_text_sha256, *(task.sha256 for task in self.tasks if task.sha256 is not None))
 
     def for_device(self, kind: DeviceKind) -> Protocol:
         """The protocol on a device of ``kind`` (CUDA or CPU)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if kind is DeviceKind.CPU:
-            # Nothing there tells waiting from working, or has a counter: asking changes no number.
+            # On a CPU there is nothing to analyse and no energy counter; the request must not change the protocol.
             values |= {"why": False, "energy": False}
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
@@ -289,7 +291,7 @@ class ProtocolOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRef:
-    """A model as the user named it. ``location`` is what workers open: a hub id or an absolute folder."""
+    """A model as the user named it. ``location`` is what workers open: a hub id or the absolute path of a folder."""
 
     name: str
     location: str
@@ -299,7 +301,7 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` admits a source that has only pickles."""
+    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` accepts a source that has only pickles."""
 
     source: SourceRef
     scheme: Scheme
@@ -334,12 +336,12 @@ def format_job_id(number: int) -> str:
 
 _TYPED_ID = re.compile(r"([bj])([1-9][0-9]{0,9})")
 LARGEST_ID = 2**31 - 1
-"""Of a column that holds ids."""
+"""The largest id that a database column holds."""
 
 
 def parse_id(text: str) -> tuple[str, int]:
-    """``b12`` → ("b", 12), ``j345`` → ("j", 345). UsageError for anything else."""
+    """``b12`` → ("b", 12), ``j345`` → ("j", 345). Raises UsageError for anything else."""
     match = _TYPED_ID.fullmatch(text.strip())
     if match is None or int(match[2]) > LARGEST_ID:
-        raise UsageError(f"{text[:60]!r} is neither a batch (b12) nor a job (j345)")
+        raise UsageError(f"{text[:60]!r} is neither a batch id such as b12 nor a job id such as j345")
     return match[1], int(match[2])

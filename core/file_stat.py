@@ -1,4 +1,4 @@
-"""One state of a file, told from another without reading it: what its file system says of it."""
+"""The state of a file as its file system reports it: tells two versions of a file apart without reading them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 
-# As long as two changes of a file may lie apart and leave its times the same; FAT counts in two seconds.
+# Two changes of a file within this time may leave it with the same timestamps; those of FAT have a resolution of 2 s.
 TICK_NS = 2 * 10**9
-# As far as a server's clock may be behind ours, where it cannot be asked.
+# How far a server's clock is assumed to be behind ours if it cannot be read.
 _SKEW_NS = 3600 * 10**9
 MOUNTS = Path("/proc/self/mountinfo")
-# Their times are a server's. What a FUSE file system is, its name does not say.
+# File systems whose timestamps come from a server. FUSE is included because its name does not tell what is behind it.
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "gluster", "beegfs", "gpfs", "afs", "virtiofs", "gfs2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """A mounted file system: where, its type, and ``label``, what of it (type, source, the folder of it, its own
-    options)."""
+    """A mounted file system.
+
+    ``label`` identifies what is mounted: the type, the source, the folder of the source, and the options of the file
+    system.
+    """
 
     point: str
     file_system: str
@@ -32,7 +35,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStat:
-    """A file's place and state. ``path`` has no links in it; times are in ns, and no program can set ``ctime_ns``."""
+    """A file's location and state. ``path`` contains no links. Times are in ns; no program can set ``ctime_ns``."""
 
     path: str
     device: int
@@ -44,33 +47,36 @@ class FileStat:
 
     @property
     def version(self) -> str:
-        """What changes with the file's content, and is the same on every host that mounts its file system."""
+        """Changes whenever the content changes, and is the same on every host that mounts the file system."""
         return f"{self.inode}:{self.size}:{self.mtime_ns}:{self.ctime_ns}"
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after ``now_ns`` (by the file system's clock, see ``clock_ns``) would give it another
-        ``ctime_ns``. One that lies ahead is from a clock that was set back."""
+        """Whether any change after ``now_ns`` would give the file another ``ctime_ns``.
+
+        ``now_ns`` is read from the file system's clock (see ``clock_ns``). A ctime in the future, left by a clock that
+        was set back, does not count as settled.
+        """
         return self.ctime_ns < now_ns - TICK_NS
 
 
 class Mounts:
-    """The mounts that this process sees; none where the system does not list them."""
+    """The mounts visible to this process; empty if the system does not list them."""
 
     def __init__(self) -> None:
         lines = MOUNTS.read_text(errors="surrogateescape").splitlines() if MOUNTS.exists() else []
-        # Of two mounts at one place the later one hides the other.
+        # If two mounts share a mount point, the later one hides the earlier one.
         self._by_point = {mount.point: mount for mount in map(_mount, lines)}
 
     def of(self, path: str) -> Mount | None:
-        """The mount that holds ``path``, which is absolute and without links."""
-        place = path
-        while place not in self._by_point and place != "/":
-            place = os.path.dirname(place)  # noqa: PTH120
-        return self._by_point.get(place)
+        """The mount that contains ``path``, which must be absolute and free of links."""
+        folder = path
+        while folder not in self._by_point and folder != "/":
+            folder = os.path.dirname(folder)  # noqa: PTH120
+        return self._by_point.get(folder)
 
 
 def _mount(line: str) -> Mount:
-    # man 5 proc: id parent device root point options [tags] - type source options; blanks are octal escapes.
+    # man 5 proc: id parent device root point options [tags] - type source options; spaces are octal escapes.
     own, _, rest = line.partition(" - ")
     kind, source, options = rest.split(" ", 2)
     root, point = own.split(" ")[3:5]
@@ -83,9 +89,9 @@ def _mount(line: str) -> Mount:
 
 
 def stat_file(path: Path, mounts: Mounts) -> FileStat:
-    """The state of the file that ``path`` leads to. Opened for it, since a network mount asks its server then.
+    """The state of the file at ``path``, with links followed. Raises OSError.
 
-    Raises OSError.
+    The file is opened, because a network mount then asks its server instead of using cached attributes.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -96,24 +102,24 @@ def stat_file(path: Path, mounts: Mounts) -> FileStat:
 
 def stat_open(descriptor: int, path: Path, mounts: Mounts) -> FileStat:
     """The state of an open file. Raises OSError."""
-    found = os.fstat(descriptor)
+    result = os.fstat(descriptor)
     real = os.path.realpath(path)
     return FileStat(
         path=real,
-        device=found.st_dev,
-        inode=found.st_ino,
-        size=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        ctime_ns=found.st_ctime_ns,
+        device=result.st_dev,
+        inode=result.st_ino,
+        size=result.st_size,
+        mtime_ns=result.st_mtime_ns,
+        ctime_ns=result.st_ctime_ns,
         mount=mounts.of(real),
     )
 
 
 def clock_ns(stats: Iterable[FileStat]) -> int:
-    """No more than what the clocks of the file systems of ``stats`` show now, in ns.
+    """The earliest of the current times, in ns, of the file systems that hold ``stats``.
 
-    A local one's is this machine's. A server's shows in the times of a file made there; where none can be made, its
-    clock may be behind ours.
+    A local file system uses this machine's clock. A server's clock is read from the ctime of a temporary file created
+    next to the file. If that is not possible, the server is assumed to be an hour behind.
     """
     now_ns = time.time_ns()
     remote = {stat.mount.point: stat for stat in stats if stat.mount is not None and stat.mount.is_remote}
@@ -122,7 +128,7 @@ def clock_ns(stats: Iterable[FileStat]) -> int:
 
 def _server_clock_ns(stat: FileStat, now_ns: int) -> int:
     try:
-        # Hidden: where it has a name, nobody is to take it for a file of the model.
+        # A hidden name, so that nobody takes the file for part of the model while it exists.
         with TemporaryFile(dir=Path(stat.path).parent, prefix=".qbatch-") as probe:
             probe.write(b"?")
             probe.flush()

@@ -1,5 +1,7 @@
-"""What file systems refuse: mounts of object stores, CIFS, some of FUSE. What is not needed is done without, and told;
-what is needed is asked for beforehand."""
+"""File operations on file systems that support only some of them: object-store mounts, CIFS, some FUSE file systems.
+
+An unsupported operation that is not essential is skipped and reported; support for essential ones is probed beforehand.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def storage_fault(error: OSError) -> type[DiskFull] | type[StorageError]:
 
 
 class Refusal(StrEnum):
-    """What can be done without. The values stand in manifests."""
+    """An operation that the file system refused and that qbatch can do without. The values are stored in manifests."""
 
     SYNC_FILE = "fsync of a file"
     SYNC_FOLDER = "fsync of a folder"
@@ -43,28 +45,28 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpace:
-    """Bytes of a file system: what it could ever give us, and what it would give us now."""
+    """Bytes of a file system available to us: ``capacity`` if it were empty, and ``free`` now."""
 
     capacity: int
     free: int
 
 
 def disk_space(folder: Path) -> DiskSpace | None:
-    """None where the file system does not say. Raises OSError."""
+    """The disk space of the file system that holds ``folder``; None if it does not report any. Raises OSError."""
     try:
         disk = shutil.disk_usage(folder)
     except OSError as error:
         if error.errno in _REFUSED:
             return None
         raise
-    # Not its total, of which some may be reserved for root.
+    # Not ``total``, part of which may be reserved for root.
     return DiskSpace(capacity=disk.used + disk.free, free=disk.free) if disk.total else None
 
 
 def sync(*paths: Path) -> frozenset[Refusal]:
-    """Put files and folders on the disk: a rename that outlives a power cut must not be of files that do not.
+    """Flush files and folders to disk, so that a later rename cannot survive a power cut without their content.
 
-    Returns what the file system refuses to do. Raises OSError for what it fails to do.
+    Returns the operations that the file system does not support. Raises OSError if one fails.
     """
     return frozenset(refusal for path in paths if (refusal := _sync(path)) is not None)
 
@@ -78,7 +80,7 @@ def _sync(path: Path) -> Refusal | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # A file that may not be opened is no matter of the file system's.
+        # A file that may not be opened is a matter of permissions, not of what the file system supports.
         if error.errno not in _REFUSED or (not is_folder and error.errno == errno.EACCES):
             raise
         return Refusal.SYNC_FOLDER if is_folder else Refusal.SYNC_FILE
@@ -86,9 +88,9 @@ def _sync(path: Path) -> Refusal | None:
 
 
 def share(path: Path) -> Refusal | None:
-    """Give a file the permissions that one made plainly has: safetensors makes 0600, useless on shared storage.
+    """Give a file the permissions of a newly created one. safetensors creates files with 0600, too strict to share.
 
-    None is taken away, since a folder's default ACL may have given more. Raises OSError.
+    Permissions are only added, because the folder's default ACL may have granted more. Raises OSError.
     """
     mode = stat.S_IMODE(path.stat().st_mode)
     wanted = mode | (0o666 & ~umask())
@@ -104,21 +106,23 @@ def share(path: Path) -> Refusal | None:
 
 
 def umask() -> int:
-    """This process's, which other threads make files by meanwhile: it is not changed to look at it, where that can be
-    helped."""
+    """The umask of this process.
+
+    Read from /proc where possible: os.umask() can only read it by changing it, which affects other threads.
+    """
     try:
-        found = re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    if found is not None:
-        return int(found[1], 8)
+        match = None
+    if match is not None:
+        return int(match[1], 8)
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def touch(path: Path) -> None:
-    """Mark a file as used just now, where the file system lets us: another user's file may not be ours to touch."""
+    """Set a file's times to now if that is permitted; it may not be for another user's file."""
     try:
         os.utime(path)
     except OSError as error:
@@ -127,8 +131,10 @@ def touch(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename. A rename that was done, and whose reply was lost, counts as done: the second try of a network's client
-    finds nothing to move. Raises OSError."""
+    """Rename ``source`` to ``target``. Raises OSError.
+
+    A network client that lost the server's reply tries again and finds no source; such a rename counts as done.
+    """
     try:
         source.rename(target)
     except OSError:
@@ -137,64 +143,65 @@ def move(source: Path, target: Path) -> None:
 
 
 def probe(folder: Path) -> frozenset[Refusal]:
-    """Try in ``folder`` what checkpoints need; what of it is refused and can be done without. Leaves nothing behind.
+    """Try in ``folder`` every operation that publishing a checkpoint uses, and leave nothing behind.
 
-    Raises StorageUnavailable, in one line, for what cannot. A disk without room is not judged.
+    Returns the unsupported operations that qbatch can do without. Raises StorageUnavailable, with a one-line message,
+    if an essential one is not supported. A full disk passes, because it says nothing about the file system.
     """
-    place = folder / f".probe-{uuid.uuid4().hex[:12]}"
+    scratch = folder / f".probe-{uuid.uuid4().hex[:12]}"
     try:
-        return _probe(folder, place)
+        return _probe(folder, scratch)
     except OSError as error:
         if error.errno in NO_ROOM:
             return frozenset()
         raise StorageUnavailable(f"{error.filename or folder}: {error.strerror}") from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _probe(folder: Path, place: Path) -> frozenset[Refusal]:
-    made, file = place / "made", place / "made" / "file"
-    made.mkdir(parents=True)
-    with _needed(folder, "write a file at any place of it"):
+def _probe(folder: Path, scratch: Path) -> frozenset[Refusal]:
+    staged, file = scratch / "staged", scratch / "staged" / "file"
+    staged.mkdir(parents=True)
+    with _essential(folder, "write to a file at any offset"):
         _write_backwards(file)
-    with _needed(folder, "map a file into memory"):
+    with _essential(folder, "map a file into memory"):
         _map(file)
-    found = sync(file, made) | _set_mode(file)
-    with _needed(folder, "rename a folder"):
-        move(made, place / "published")
-    made.mkdir()
+    refusals = sync(file, staged) | _set_mode(file)
+    with _essential(folder, "rename a folder"):
+        move(staged, scratch / "published")
+    staged.mkdir()
     file.touch()
-    with _needed(folder, "refuse to replace a folder that is not empty by another one"):
-        _expect_refusal(made, place / "published")
-    return found
+    with _essential(folder, "refuse to replace a folder that is not empty"):
+        _expect_refusal(staged, scratch / "published")
+    return refusals
 
 
 @contextmanager
-def _needed(folder: Path, what: str) -> Iterator[None]:
+def _essential(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
         raise StorageUnavailable(
-            f"{folder}: its file system cannot {what} ({error.strerror}), which publishing a checkpoint needs"
+            f"{folder}: its file system cannot {what} ({error.strerror}), which publishing a checkpoint requires"
         ) from error
 
 
 def _write_backwards(path: Path) -> None:
-    """As several widths of a model are written: not from the beginning to the end, and read again meanwhile."""
+    """Write the end of a file first and read it back, as quantizing does when it writes several widths at once."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         for offset in (4096, 0):
             os.pwrite(descriptor, b"probe", offset)
         if os.pread(descriptor, 5, 4096) != b"probe":
-            raise OSError(errno.EIO, "what was written is not what is read")
+            raise OSError(errno.EIO, "the bytes read back differ from those written")
     finally:
         os.close(descriptor)
 
 
 def _map(path: Path) -> None:
-    """As safetensors reads what was published."""
+    """Map a file into memory, as safetensors does to read a checkpoint."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
         pass
 
@@ -220,9 +227,9 @@ def _expect_refusal(source: Path, target: Path) -> None:
 
 
 def require_locks(folder: Path, what: str, variable: str) -> None:
-    """Raises StorageUnavailable, in one line, where files in ``folder`` cannot be locked, which ``what`` needs.
+    """Raise StorageUnavailable, with a one-line message, if files in ``folder`` cannot be locked, as ``what`` needs.
 
-    A folder that cannot be made or written is not judged: perhaps nobody needs it.
+    A folder that cannot be created or written passes: it may not be needed.
     """
     path = folder / f".lock-probe-{uuid.uuid4().hex[:12]}"
     try:
@@ -242,6 +249,6 @@ def require_locks(folder: Path, what: str, variable: str) -> None:
 
 def no_locks(folder: Path, error: OSError, what: str, variable: str) -> StorageUnavailable:
     return StorageUnavailable(
-        f"{folder}: its file system has no locks ({error.strerror}), which {what} needs: set {variable} to a folder on "
-        "a local disk"
+        f"{folder}: its file system does not support locks ({error.strerror}), which {what} needs: set {variable} to a "
+        "folder on a local disk"
     )

@@ -1,4 +1,4 @@
-"""What makes two jobs the same: everything about a job settled, and hashed."""
+"""The identity of a job's checkpoint: a hash over everything that decides its bytes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from qbatch.core.errors import Unsupported
 from qbatch.core.file_stat import FileStat
 from qbatch.core.methods.registry import Method, missing_library
 
-# Rises when this package's own writing changes a checkpoint's bytes.
+# Increase this when a change in this package changes the bytes of checkpoints.
 _WRITER = "1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """A job whose source and device kind are known: nothing about it is AUTO any more.
+    """A job whose source and device kind are known, so that none of its options is AUTO.
 
-    ``key`` is the checkpoint's identity: source, scheme, dtype, device kind, and the versions that write it.
+    ``key`` identifies the checkpoint: a hash of source, scheme, dtype, device kind, and the library versions that
+    write it.
     """
 
     dtype: DType
@@ -31,7 +32,7 @@ class Settled:
 
 
 def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: DeviceKind) -> Settled:
-    """Settle ``spec`` for a source of that fingerprint and dtype on a device of that kind (CUDA or CPU)."""
+    """Resolve the AUTO options of ``spec`` for a source of that fingerprint and dtype on that device (CUDA or CPU)."""
     dtype = stored_dtype(spec.dtype, source)
     scheme = spec.scheme.resolved(dtype)
     key = content_hash(
@@ -47,7 +48,7 @@ def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: Devic
 
 
 def source_fingerprint(stats: Mapping[str, FileStat], known: Mapping[FileStat, Checksums]) -> str | None:
-    """The identity of a source by its files; None where not all were hashed in the state in which they are."""
+    """The identity of a source, from the hashes of its files; None unless each was hashed in its current state."""
     if any(stat not in known for stat in stats.values()):
         return None
     digests = (
@@ -57,7 +58,7 @@ def source_fingerprint(stats: Mapping[str, FileStat], known: Mapping[FileStat, C
 
 
 def fingerprint_of(root: str, *, runs_code: bool = False) -> str:
-    """The identity of a source whose files have that root; one whose own code runs is another model."""
+    """The identity of a source whose files have that root hash. With its own code running, it is another model."""
     return f"sha256:{root}+code" if runs_code else f"sha256:{root}"
 
 

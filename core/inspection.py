@@ -1,4 +1,4 @@
-"""What a model is, from its config and its safetensors headers alone. No torch, and no weights are read."""
+"""Describe a model from its config and safetensors headers alone. Needs no torch and reads no weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LOADED_WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
 def inspect_source(source: SourceRef) -> dict[str, Any]:
-    """What the headers of ``source``, a folder or a model on the hub, say of it.
+    """Describe ``source``, a folder or a model on the hub, from its config and headers, as JSON-compatible values.
 
     ``num_parameters`` counts floating-point elements as stored; of a checkpoint of a known method the elements
     that the stored codes stand for, and None where headers do not tell. ``memory_bytes`` is that of all tensors as
@@ -84,7 +84,7 @@ def _describe(
 
 
 def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
-    """Elements and bytes of each stored dtype, that with most bytes first."""
+    """Elements and bytes of each stored dtype, ordered by bytes, largest first."""
     parameters, sizes = Counter[str](), Counter[str]()
     for tensor in tensors:
         parameters[tensor.dtype] += tensor.numel
@@ -128,7 +128,7 @@ def _num_parameters(tensors: list[TensorInfo], config: Mapping[str, Any]) -> int
 
 
 def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, ...]]:
-    """The commit, the config and the headers; all of that one commit."""
+    """The commit of the requested revision, and the config and headers at that commit."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -141,16 +141,16 @@ def _read_hub(source: SourceRef) -> tuple[str, Mapping[str, Any], tuple[Header, 
 
     if "config.json" not in sizes:
         raise SourceNotFound("the model has no config.json on the hub")
-    if SINGLE_NAME in sizes:  # an index beside it may be a stale one: transformers does not look at it
+    if SINGLE_NAME in sizes:  # transformers ignores an index next to it, which may be out of date
         names = [SINGLE_NAME]
     elif INDEX_NAME in sizes:
         names = indexed_files(download(INDEX_NAME))
     elif any(name.endswith(PICKLE_SUFFIXES) for name in sizes):
-        raise UnsafeSource("the model holds pickles and no safetensors")
+        raise UnsafeSource("the model has only pickles, no safetensors")
     else:
         raise SourceNotFound(f"the model has neither {SINGLE_NAME} nor {INDEX_NAME} on the hub")
     if missing := [name for name in names if name not in sizes]:
-        raise SourceCorrupt(f"{INDEX_NAME} names {missing[0]!r}, which is missing")
+        raise SourceCorrupt(f"{INDEX_NAME} lists {missing[0]!r}, which is missing")
     read = partial(_hub_header, api, source.location, commit, sizes)
     with ThreadPoolExecutor(max_workers=8) as pool:
         return commit, read_object(download("config.json")), tuple(pool.map(read, names))
@@ -160,25 +160,25 @@ def _hub_header(api: HfApi, repo: str, commit: str, sizes: Mapping[str, int], na
     from huggingface_hub.errors import SafetensorsParsingError
 
     try:
-        found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
-    except (SafetensorsParsingError, TypeError, AttributeError) as error:  # it trusts the shape of the JSON
+        parsed = api.parse_safetensors_file_metadata(repo, name, revision=commit)
+    except (SafetensorsParsingError, TypeError, AttributeError) as error:  # it does not check the JSON's structure
         raise SourceCorrupt(f"{name}: the header cannot be read") from error
     entries: dict[str, Any] = {
         key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
-        for key, tensor in found.tensors.items()
+        for key, tensor in parsed.tensors.items()
     }
-    # The library does not say how long the header is; the tensors are the rest of the file.
-    ends = [tensor.data_offsets[-1] for tensor in found.tensors.values() if tensor.data_offsets]
+    # The library does not report the length of the header; the tensors fill the rest of the file.
+    ends = [tensor.data_offsets[-1] for tensor in parsed.tensors.values() if tensor.data_offsets]
     data_start = sizes[name] - max((end for end in ends if isinstance(end, int)), default=0)
     if data_start < 8:
-        raise SourceCorrupt(f"{name}: a file of {sizes[name]} bytes does not hold its tensors")
+        raise SourceCorrupt(f"{name}: the file has {sizes[name]} bytes, too few for the tensors in its header")
     return vet_header(Path(name), entries, data_start=data_start, size=sizes[name])
 
 
 @contextmanager
 def _hub_errors(source: SourceRef) -> Iterator[None]:
-    """The hub's errors as ours, each in one line."""
-    # HTTPError is httpx's or its successor's, whichever this huggingface_hub is built on.
+    """Translate the errors of huggingface_hub into qbatch's, each with a one-line message."""
+    # HTTPError comes from httpx or its successor, depending on the version of huggingface_hub.
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         DisabledRepoError,
         EntryNotFoundError,
@@ -195,20 +195,22 @@ def _hub_errors(source: SourceRef) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise SourceNotFound("no folder here, and the hub is switched off by HF_HUB_OFFLINE") from error
+        raise SourceNotFound("no such folder, and HF_HUB_OFFLINE disables the hub") from error
     except (GatedRepoError, DisabledRepoError) as error:
-        raise SourceGated("the hub wants an accepted licence and a token (`hf auth login`)") from error
+        raise SourceGated(
+            "access is restricted: accept the model's licence on the hub and log in with a token (`hf auth login`)"
+        ) from error
     except RevisionNotFoundError as error:
-        raise SourceNotFound(f"no revision {source.revision} on the hub") from error
+        raise SourceNotFound(f"the hub has no revision {source.revision} of this model") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise SourceNotFound("neither a folder here nor a model on the hub, or a private one") from error
+        raise SourceNotFound("no such folder, and no such model on the hub (unless it is private)") from error
     except LocalEntryNotFoundError as error:
         raise FetchError("the hub cannot be reached") from error
     except EntryNotFoundError as error:
-        raise SourceNotFound("a file that the hub lists is not there") from error
+        raise SourceNotFound("a file that the hub lists is missing there") from error
     except HfHubHTTPError as error:
-        raise FetchError(f"the hub answered {error.response.status_code}") from error
+        raise FetchError(f"the hub answered with HTTP status {error.response.status_code}") from error
     except JSONDecodeError as error:
-        raise FetchError("what answered in the hub's place speaks no JSON") from error
+        raise FetchError("the answer is not JSON, so it did not come from the hub (a proxy or login page?)") from error
     except (HTTPError, OSError) as error:
         raise FetchError(f"the hub cannot be reached ({type(error).__name__})") from error

@@ -1,7 +1,8 @@
-"""How 0.1.0 told sources apart: a folder by names, sizes, times and headers, a hub's model by its commit.
+"""The fingerprints that version 0.1.0 gave to sources, which find the results that it stored.
 
-Results that were stored so are found by it: those of a hub's model whose files are the hub's answer jobs, those of a
-folder are counted, since neither its place nor its content stood in them.
+That of a folder covers file names, sizes, times and headers; that of a hub model is its commit. Results of a hub model
+still answer jobs if its files match the hub's. Results of a folder are only counted, because the fingerprint covers
+neither the folder's path nor its content.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from qbatch.core.sources import SIDECARS, read_config, read_headers
 
 
 def legacy_folder_fingerprint(folder: Path) -> str:
-    """Raises SourceNotFound, SourceCorrupt, UnsafeSource, StorageError or OSError."""
+    """The fingerprint of a folder. Raises SourceNotFound, SourceCorrupt, UnsafeSource, StorageError or OSError."""
     files = [
         {
             "name": header.path.name,
@@ -29,10 +30,10 @@ def legacy_folder_fingerprint(folder: Path) -> str:
 def _beside(folder: Path) -> list[tuple[str, int, int]]:
     paths = {path for pattern in SIDECARS for path in folder.glob(pattern) if path.is_file()}
     paths -= {folder / "config.json", *folder.glob("*.index.json")}
-    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(paths)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(paths)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def legacy_hub_fingerprint(commit_sha: str, code_sha256: str | None) -> str:
-    """``code_sha256`` is that of the Python files of a model whose own code runs."""
+    """The fingerprint of a hub model. ``code_sha256`` is the hash of its Python files if its own code runs."""
     return f"hub:{commit_sha}" if code_sha256 is None else f"hub:{commit_sha}+{code_sha256}"

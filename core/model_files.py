@@ -1,4 +1,4 @@
-"""Which files are a model's: whatever changes what is computed with it, or what is published of it."""
+"""Which files belong to a model: those that affect what it computes or what is published with it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from qbatch.core.sources import (
 )
 from qbatch.core.storage import CARD
 
-# transformers applies an adapter that lies beside the weights, where PEFT is installed.
+# If PEFT is installed, transformers applies an adapter that it finds next to the weights.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _NOT_BESIDE = ("config.json", MANIFEST, "*.index.json")
 
 
 def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool = False) -> dict[str, Path]:
-    """The files of the model in ``folder`` by their names relative to it: its config, weights and their index, what
-    lies beside them, and its Python files ``with_code``.
+    """The files of the model in ``folder``, by their path relative to it.
+
+    These are the config, the weights with their index, the files next to them (see ``sidecars``), and, if
+    ``with_code``, the Python files.
 
     Raises SourceNotFound, SourceCorrupt, UnsafeSource for pickles that are not allowed, or StorageError.
     """
@@ -53,22 +55,25 @@ def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool =
 
 
 def sidecars(folder: Path) -> set[Path]:
-    """What a user needs beside the weights: tokenizer, templates, documents, and the files of the modules of a
-    sentence-transformers model. Pickles, Python files and other frameworks' weights are none. Raises OSError."""
-    found = {path for pattern in (*SIDECARS, *DOCUMENTS) for path in folder.glob(pattern) if path.is_file()}
-    found -= {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
+    """The files that a user needs besides the weights. Raises OSError.
+
+    These are the tokenizer, templates, documents, and the module files of a sentence-transformers model. Pickles,
+    Python files and the weights of other frameworks are not included.
+    """
+    files = {path for pattern in (*SIDECARS, *DOCUMENTS) for path in folder.glob(pattern) if path.is_file()}
+    files -= {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
     for module in _module_folders(folder):
-        found |= {path for path in module.rglob("*") if path.is_file() and _is_module_file(path)}
-    return found
+        files |= {path for path in module.rglob("*") if path.is_file() and _is_module_file(path)}
+    return files
 
 
 def names_code(folder: Path) -> bool:
-    """Whether the model in ``folder`` names classes of its own. Raises SourceCorrupt."""
+    """Whether a config of the model in ``folder`` refers to classes of its own. Raises SourceCorrupt."""
     return any(auto_map(folder / name) for name in ("config.json", "tokenizer_config.json"))
 
 
 def auto_map(path: Path) -> Any:
-    """The classes that a config names, as it stands there; None where it names none. Raises SourceCorrupt."""
+    """The ``auto_map`` of a config file, which names the model's own classes; None if absent. Raises SourceCorrupt."""
     return read_object(path).get("auto_map") if path.is_file() else None
 
 
@@ -77,7 +82,7 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def _module_folders(folder: Path) -> Iterator[Path]:
-    """The folders of a sentence-transformers model (pooling, normalization, dense) that modules.json names."""
+    """The module folders (pooling, normalization, dense) that modules.json of a sentence-transformers model lists."""
     path = folder / "modules.json"
     if not path.is_file():
         return
@@ -85,7 +90,7 @@ def _module_folders(folder: Path) -> Iterator[Path]:
         raw = file.read(MAX_HEADER_BYTES)
     try:
         modules = json.loads(raw)
-    except (ValueError, RecursionError):  # a file of that name that is another library's is copied, no more
+    except (ValueError, RecursionError):  # another library may use this file name; the file itself is still copied
         return
     entries = modules if isinstance(modules, list) else []
     names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]

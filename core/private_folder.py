@@ -1,4 +1,4 @@
-"""A folder for sockets that is this user's alone: in anyone else's at its place, others could listen in."""
+"""A folder for sockets that only this user can access. In another user's folder, that user could listen in."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 
 from qbatch.core.errors import StorageUnavailable
 
-# The kernel takes 107 bytes, and the longest socket below it has 84: the one of a worker's forkserver.
+# A socket path may have 107 bytes, and the longest one below this folder, of a worker's forkserver, takes 84 of them.
 _LONGEST_RUNTIME_DIR = 23
 
 
 def make_private(folder: Path) -> None:
-    """Make it unless it is there. Raises StorageUnavailable, saying whose it is, where it is not private; OSError."""
+    """Create ``folder`` unless it exists. Raises StorageUnavailable if it exists and is not private, or OSError."""
     if not os.path.lexists(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
     fault = fault_of(folder)
     if fault is not None:
         raise StorageUnavailable(
             f"{folder} {fault}, so it is not a private directory of this user:"
-            " have it removed, or set XDG_RUNTIME_DIR to a folder of your own"
+            " remove it, or set XDG_RUNTIME_DIR to a folder of your own"
         )
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why nobody should put a socket there, as the end of a sentence; None for a private one, and for none."""
+    """Why ``folder`` is unsafe for sockets, as the predicate of a sentence; None if it is private or does not exist."""
     try:
-        found = folder.lstat()
+        result = folder.lstat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISDIR(found.st_mode):
-        return "is no directory"
-    if found.st_uid != os.getuid():
-        return f"belongs to {_name(found.st_uid)}"
-    mode = stat.S_IMODE(found.st_mode)
+    if not stat.S_ISDIR(result.st_mode):
+        return "is not a directory"
+    if result.st_uid != os.getuid():
+        return f"belongs to {_name(result.st_uid)}"
+    mode = stat.S_IMODE(result.st_mode)
     return None if mode == 0o700 else f"is open to others (mode {mode:04o})"
 
 
@@ -44,7 +44,7 @@ def is_private(folder: Path) -> bool:
 
 
 def is_runtime_dir(folder: Path | None) -> bool:
-    """Whether it is what XDG_RUNTIME_DIR promises: there, ours alone, and short enough for a socket below it."""
+    """Whether ``folder`` is usable as XDG_RUNTIME_DIR: it exists, is private, and is short enough for a socket path."""
     return (
         folder is not None
         and folder.is_absolute()

@@ -1,4 +1,4 @@
-"""Which folders a source may lie in. Checked where it is submitted, and again where it is opened."""
+"""Which folders a source may be in. Checked when it is submitted and again when a worker opens it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from qbatch.core.errors import UnsafeSource
 
 
 def check_place(folder: Path, roots: Sequence[Path] | None) -> None:
-    """Raises UnsafeSource unless ``folder``, and whatever the links in it lead to, lies in one of ``roots``.
+    """Raise UnsafeSource unless ``folder``, and everything that links in it point to, is in one of ``roots``.
 
-    None allows any place. A folder that does not exist is judged by where it would be.
+    None allows any folder. A folder that does not exist is judged by its path.
     """
     if roots is None:
         return
     if not roots:
-        raise UnsafeSource("folders are refused: the broker is on another machine, and QBATCH_MODEL_ROOTS is not set")
+        raise UnsafeSource(
+            "folders are refused because the broker is on another machine and QBATCH_MODEL_ROOTS is not set"
+        )
     allowed = [Path(os.path.realpath(root)) for root in roots]
     if not _is_in(folder, allowed):
         raise UnsafeSource(f"{folder} is not in a folder of QBATCH_MODEL_ROOTS")
     for link in _links(folder):
         if not _is_in(link, allowed):
-            raise UnsafeSource(f"{link} leads out of the folders of QBATCH_MODEL_ROOTS")
+            raise UnsafeSource(f"{link} is a link to a place outside the folders of QBATCH_MODEL_ROOTS")
 
 
 def _is_in(path: Path, roots: Sequence[Path]) -> bool:
@@ -32,8 +34,11 @@ def _is_in(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    """Every symbolic link below ``folder``, and below the folders that those lead to: whoever copies what a pattern
-    finds follows them too. A linked folder is searched only after its link was taken."""
+    """Every symbolic link below ``folder``, and below the folders that those links point to.
+
+    Links are followed because copying the files of a model follows them too. A link is yielded before the folder
+    that it points to is searched.
+    """
     searched = set()
     for at, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(at)

@@ -1,4 +1,4 @@
-"""What the environment says, read once at each entry point and passed down."""
+"""The settings from the environment, read once at each entry point and passed down."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from qbatch.core.byte_units import GIB
 from qbatch.core.errors import UsageError
 from qbatch.core.private_folder import is_runtime_dir
 
-# A URL without a host names a socket, or Redis' default: localhost.
+# A URL without a host means a socket or Redis' default host, localhost.
 _LOCAL_HOSTS = frozenset({None, "localhost", "127.0.0.1", "::1"})
 _BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
-# Of a socket's path: the kernel takes about 100 bytes, and a URL must say it as it is.
+# The limits of a socket path: the kernel accepts about 100 bytes, and a URL must contain it without escapes.
 _LONGEST_SOCKET = 100
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Every QBATCH_* variable: ``lease_s`` is QBATCH_LEASE_S. Durations in seconds, sizes in bytes.
+    """The QBATCH_* variables: ``lease_s`` is QBATCH_LEASE_S, and so on. Durations are in seconds, sizes in bytes.
 
-    ``home`` holds what is this machine's own: logs of the stack, the spool, and by default everything else.
+    ``home`` holds what belongs to this machine: the logs of the stack, the spool, and by default everything else.
     ``storage`` is shared by all workers; ``cache`` keeps at most ``cache_bytes`` of fetched sources on each machine.
-    ``broker_url`` and ``database_url`` None mean the embedded default: a private Redis and SQLite under ``home``.
-    A worker renews its leases of ``lease_s`` every ``heartbeat_s``; the scheduler looks for lost leases and messages
-    every ``scan_s``, and keeps ``window`` bundles a live worker in Redis. A failed attempt waits ``backoff_s``, doubled
-    each time, until ``max_failures``. ``time_limit_s`` is the working time of a job that is submitted without a limit
-    of its own. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders that sources may lie in (see
-    ``allowed_roots``); ``trust_remote_code`` names the models (hub ids, absolute folders) whose own code this machine's
-    workers run. ``runtime_dir`` is XDG_RUNTIME_DIR.
+    If ``broker_url`` and ``database_url`` are None, the embedded defaults are used: a private Redis, and SQLite under
+    ``home``. A worker renews its leases of ``lease_s`` every ``heartbeat_s``. The scheduler looks for lost leases and
+    messages every ``scan_s``, and keeps ``window`` bundles per live worker in Redis. A failed attempt is repeated
+    after ``backoff_s``, doubled each time, until ``max_failures``. ``time_limit_s`` is the working time of jobs that
+    were submitted without a limit of their own. ``flower_auth`` is ``user:password``. ``model_roots`` are the folders
+    that sources may be in (see ``allowed_roots``). ``trust_remote_code`` holds the models (hub ids, absolute folders)
+    whose own code the workers of this machine may run. ``runtime_dir`` is XDG_RUNTIME_DIR.
     """
 
     home: Path
@@ -60,23 +60,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.heartbeat_s * 2 > self.lease_s:
-            raise UsageError(f"a lease of {self.lease_s} s does not outlive two heartbeats of {self.heartbeat_s} s")
+            raise UsageError(
+                f"QBATCH_LEASE_S ({self.lease_s} s) must be at least twice QBATCH_HEARTBEAT_S ({self.heartbeat_s} s)"
+            )
         if self.window < 1 or self.max_failures < 1:
             raise UsageError("QBATCH_WINDOW and QBATCH_MAX_FAILURES must be at least 1")
         if self.broker_url is not None and not _is_redis(self.broker_url):
-            # Unquoted: it may carry a password.
-            raise UsageError("QBATCH_BROKER_URL is not redis://host:port/db, rediss://… or redis+socket:///path")
+            # The value is not quoted, because it may contain a password.
+            raise UsageError("QBATCH_BROKER_URL must be redis://host:port/db, rediss://… or redis+socket:///path")
         if self.broker_url is not None and "password" in parse_qs(urlsplit(self.broker_url).query):
-            # Those who log a URL hide the password before the @, and no other.
-            raise UsageError("QBATCH_BROKER_URL has its password among the options: write redis://:password@host")
+            # Libraries that log a URL hide a password before the @, but not one in the query.
+            raise UsageError("QBATCH_BROKER_URL has its password in the query: write redis://:password@host instead")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
-        """Raises UsageError, naming the variable, where a value cannot be read."""
-        # Links followed: the socket, the spool and the database have their names from it, whichever way it was reached.
+        """Read the settings. Raises UsageError, naming the variable, if a value is not valid."""
+        # Links are resolved, because the names of the socket, the spool and the database derive from this path.
         home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().resolve()
         if "?" in str(home):
-            raise UsageError("QBATCH_HOME must not hold a '?': in the database's URL it would end the path")
+            raise UsageError("QBATCH_HOME must not contain a '?': it would end the path in the database URL")
         kinds: dict[str, type[int] | type[float]] = {
             "cache_bytes": int,
             "lease_s": float,
@@ -105,12 +107,12 @@ class Settings:
 
     @property
     def lead_s(self) -> float:
-        """How long a scheduler leads without renewing its lead."""
+        """How long a scheduler stays the active one without renewing its lease."""
         return 3 * self.scan_s
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the private Redis is the broker."""
+        """Whether the broker is the private Redis."""
         return self.broker_url is None
 
     @property
@@ -120,16 +122,21 @@ class Settings:
 
     @property
     def allowed_roots(self) -> tuple[Path, ...] | None:
-        """The folders that sources may lie in; None: any that can be read. Without a setting that is what holds while
-        all workers are on this machine, and none at all otherwise."""
+        """The folders that sources may be in; None allows any readable folder.
+
+        If QBATCH_MODEL_ROOTS is not set, any folder is allowed if all workers run on this machine, and none otherwise.
+        """
         if self.model_roots is not None:
             return self.model_roots
         return None if self.is_one_machine else ()
 
     @property
     def socket_dir(self) -> Path:
-        """Where a stack of this environment has its sockets, a 0700 directory: in the user's runtime directory where
-        there is one, else in /tmp. Its name is short, since socket paths over about 100 bytes fail."""
+        """The 0700 directory for the sockets of a stack started in this environment.
+
+        It is in the user's runtime directory if there is a suitable one, else in /tmp. Its name is short, because
+        socket paths of more than about 100 bytes fail.
+        """
         name = f"qbatch-{hashlib.sha256(str(self.home).encode()).hexdigest()[:16]}"
         if self.runtime_dir is not None and self._has_short_home and is_runtime_dir(self.runtime_dir):
             return self.runtime_dir / name
@@ -137,13 +144,15 @@ class Settings:
 
     @property
     def socket_link(self) -> Path:
-        """What leads all clients to the directory of the stack that runs, whatever their own environment says."""
+        """A link to the socket directory of the running stack. Clients use it whatever their own environment says."""
         return self.home / "run"
 
     @property
     def socket(self) -> Path:
-        """The embedded Redis as clients find it: through the link, or, for a home whose path is no socket's, in the
-        one place that is always the same."""
+        """The socket of the embedded Redis, as clients reach it.
+
+        They use the link, unless the path of the home is not suitable for a socket; then the socket is in /tmp.
+        """
         return (self.socket_link if self._has_short_home else self.socket_dir) / "redis.sock"
 
     @property
@@ -153,7 +162,11 @@ class Settings:
 
     @property
     def celery_broker_url(self) -> str:
-        """The broker as Celery spells it. By itself it takes any certificate, and tells its owner the password."""
+        """The broker URL in Celery's form.
+
+        For ``rediss`` it requires a valid certificate. By default Celery accepts any certificate, and would send the
+        password to whoever presents one.
+        """
         url = self.broker_url or f"redis+socket://{self.socket}?virtual_host=0"
         query = urlsplit(url).query
         if not url.startswith("rediss:") or "ssl_cert_reqs=" in query:
@@ -162,7 +175,7 @@ class Settings:
 
     @property
     def redis_url(self) -> str:
-        """The broker as redis-py spells it."""
+        """The broker URL in redis-py's form."""
         if self.broker_url is None:
             return f"unix://{self.socket}?db=0"
         if self.broker_url.startswith("redis+socket://"):
@@ -182,35 +195,35 @@ class Settings:
         return self.storage / ".staging"
 
     def staging_of(self, database_id: str) -> Path:
-        """What belongs to one database stands apart from what belongs to others: their job ids are the same."""
+        """Each database has a staging folder of its own, because different databases use the same job ids."""
         return self.staging / database_id
 
     @property
     def logs(self) -> Path:
-        """Those of jobs that lie here themselves are of version 0.1.0, of all databases together."""
+        """The folder of all job logs. Version 0.1.0 wrote the logs of all databases directly into it."""
         return self.storage / "logs"
 
     def logs_of(self, database_id: str) -> Path:
-        """Of one database's jobs: they are named by their ids."""
+        """The folder of one database's job logs. Logs are named by job id, which other databases use too."""
         return self.logs / database_id
 
     @property
     def spool(self) -> Path:
-        """Where a worker keeps outcomes that the database could not take yet; local to the machine."""
+        """Where workers of this machine keep outcomes that the database could not accept yet."""
         return self.home / "spool" / self._database_name
 
     @property
     def _database_name(self) -> str:
-        """A home may be told to use one database now and another one later, and their job ids are the same."""
-        place = self.sqlalchemy_url.rpartition("@")[2]
-        if place.startswith("sqlite:"):
-            place += _machine_id()
-        return hashlib.sha256(place.encode()).hexdigest()[:8]
+        """A short hash that tells databases apart: one home may be used with several, which use the same job ids."""
+        url = self.sqlalchemy_url.rpartition("@")[2]
+        if url.startswith("sqlite:"):
+            url += _machine_id()
+        return hashlib.sha256(url.encode()).hexdigest()[:8]
 
 
 @functools.cache
 def _machine_id() -> str:
-    """systemd's; empty where there is none, as in most containers."""
+    """The machine id of systemd; empty if there is none, as in most containers."""
     try:
         return Path("/etc/machine-id").read_text().strip()
     except OSError:
@@ -221,7 +234,7 @@ def _is_redis(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in _BROKER_SCHEMES and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, or a bracket that is not closed
+    except ValueError:  # the port is not a number, or a bracket is not closed
         return False
 
 
@@ -232,7 +245,7 @@ def _folders(text: str | None) -> tuple[Path, ...] | None:
 
 
 def _names(text: str | None) -> frozenset[str]:
-    """A comma list of models as jobs name their place: a hub id, or an absolute folder without a slash at its end."""
+    """A comma-separated list of models, each a hub id or an absolute folder. A trailing slash is removed."""
     names = (part.strip() for part in (text or "").split(","))
     return frozenset(str(Path(name)) if name.startswith("/") else name for name in names if name)
 
@@ -248,5 +261,5 @@ def _number(environ: Mapping[str, str], name: str, kind: type[int] | type[float]
     except ValueError as error:
         raise UsageError(f"{_variable(name)} is not a number: {text!r}") from error
     if value <= 0 or not math.isfinite(value):
-        raise UsageError(f"{_variable(name)} must be above 0 and finite, not {text}")
+        raise UsageError(f"{_variable(name)} must be greater than 0 and finite, not {text}")
     return value

@@ -1,4 +1,4 @@
-"""A model's place and identity, from names and safetensors headers alone. No torch."""
+"""Model names, and the safetensors headers and file lists of models. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DType, SourceRef
 from qbatch.core.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 
-# What is longer is refused before it is read. A quarter of a million tensors fit. Hostile JSON takes 25 bytes of memory
-# for each of its own, so that safetensors' limit of 100 MB would cost 2.4 GB.
+# Longer headers are refused before they are read. This is enough for a quarter of a million tensors. Hostile JSON takes
+# 25 times its size in memory, so the limit of safetensors itself, 100 MB, would cost 2.4 GB.
 MAX_HEADER_BYTES = 2**25
-# No size or offset of a real file is beyond it; Python's own integers have no end.
+# No size or offset of a real file is larger; Python integers are unbounded.
 _MAX_SIZE = 2**63 - 1
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
-# What lies beside a model's weights and is part of it: its tokenizer, generation defaults, templates.
+# Files next to the weights that are part of a model: its tokenizer, generation defaults, templates.
 SIDECARS = (
     "*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja",
     "additional_chat_templates/*.jinja",
@@ -66,7 +66,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A vetted safetensors header: every offset lies in the file, sizes match shapes, nothing overlaps."""
+    """A checked safetensors header: every offset is within the file, sizes match shapes, and tensors do not overlap."""
 
     path: Path
     tensors: tuple[TensorInfo, ...]
@@ -75,26 +75,27 @@ class Header:
 
 
 def parse_source(text: str) -> SourceRef:
-    """``hub/id@revision`` or a folder. A path is what starts with ``/``, ``.`` or ``~``, or is a folder here.
+    """Parse ``hub/id@revision`` or the path of a folder.
 
-    Raises UsageError where the text is neither; a folder is not required to exist.
+    Text that starts with ``/``, ``.`` or ``~``, has more than one slash, or is an existing folder, is a path. A folder
+    need not exist. Raises UsageError if the text is neither.
     """
     if not text or "\0" in text:
-        raise UsageError(f"{text!r} names no model")
+        raise UsageError(f"{text!r} is not the name of a model")
     if looks_like_path(text) or _is_folder(text):
         return SourceRef(name=text, location=str(_absolute(text)), is_folder=True)
     name, at, revision = text.partition("@")
     if _is_folder(name):
-        raise UsageError(f"{text!r}: a folder has no revisions")
+        raise UsageError(f"{text!r}: {name!r} is a folder, and a folder has no revisions")
     if not is_hub_id(name):
         raise UsageError(f"{text!r} is neither a folder nor a hub id")
     if at and not is_revision(revision):
-        raise UsageError(f"{text!r}: {revision!r} is no revision")
+        raise UsageError(f"{text!r}: {revision!r} is not a valid revision")
     return SourceRef(name=name, location=name, revision=revision or None)
 
 
 def is_hub_id(text: str) -> bool:
-    # The hub has neither ".." nor "--" in a name.
+    # The hub allows neither ".." nor "--" in names.
     return bool(_HUB_ID.fullmatch(text)) and ".." not in text and "--" not in text
 
 
@@ -109,7 +110,7 @@ def looks_like_path(text: str) -> bool:
 def _is_folder(text: str) -> bool:
     try:
         return bool(text) and Path(text).is_dir()
-    except OSError:  # a name too long, or a parent that may not be entered: no folder that we could use
+    except OSError:  # the name is too long, or a parent folder is not accessible: not a folder that we could use
         return False
 
 
@@ -117,12 +118,12 @@ def _absolute(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
-        raise UsageError(f"{text!r}: no such user") from error
+        raise UsageError(f"{text!r}: there is no such user") from error
 
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """What cannot be read, as a StorageError."""
+    """Translate OSError into StorageError."""
     try:
         yield
     except OSError as error:
@@ -131,8 +132,10 @@ def storage_errors() -> Iterator[None]:
 
 @storage_errors()
 def read_header(path: Path) -> Header:
-    """Read and vet one safetensors header. Raises SourceCorrupt before allocating what a bad header asks for,
-    StorageError where the file cannot be read at all."""
+    """Read and check a safetensors header.
+
+    Raises SourceCorrupt, before allocating memory for a bad header, or StorageError if the file cannot be read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -140,10 +143,13 @@ def read_header(path: Path) -> Header:
             raise SourceCorrupt(f"{path.name}: {size} bytes are too few for a safetensors file")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise SourceCorrupt(f"{path.name}: a header of {length} bytes in a file of {size}")
+            raise SourceCorrupt(
+                f"{path.name}: the header claims {length} bytes, too many for a file of {size} or over the limit of "
+                f"{MAX_HEADER_BYTES}"
+            )
         raw = file.read(length)
     try:
-        # Decoded first, since json would take UTF-16 too.
+        # Decoded here, because json.loads would accept UTF-16 bytes too.
         entries = json.loads(raw.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
@@ -153,11 +159,11 @@ def read_header(path: Path) -> Header:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON, whatever Python says")
+    raise ValueError(f"{name} is not valid JSON, although Python accepts it")
 
 
 def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
-    """The header whose JSON is ``entries``, of a file of ``size`` bytes whose tensors begin at ``data_start``.
+    """Check the parsed header ``entries`` of a file of ``size`` bytes whose tensors begin at byte ``data_start``.
 
     Raises SourceCorrupt.
     """
@@ -174,23 +180,25 @@ def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size:
 
 
 def _tensor(file_name: str, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
-    where = f"{file_name}: tensor {_shown(name)}"
+    where = f"{file_name}: tensor {_shorten(name)}"
     if not is_unicode(name):
-        raise SourceCorrupt(f"{where} has a name that is no Unicode text")
+        raise SourceCorrupt(f"{where} has a name that is not valid Unicode")
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise SourceCorrupt(f"{where} has no dtype, shape and data_offsets")
+        raise SourceCorrupt(f"{where} lacks a dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise SourceCorrupt(f"{where} has a malformed dtype")
     if dtype not in _BITS:
-        raise SourceCorrupt(f"{where} has the unknown dtype {_shown(dtype)}")
+        raise SourceCorrupt(f"{where} has the unknown dtype {_shorten(dtype)}")
     if not _all_sizes(shape) or not _all_sizes(offsets) or len(offsets) != 2:
         raise SourceCorrupt(f"{where} has a malformed shape or offsets")
     start, end = offsets
     if not start <= end <= size - data_start:
-        raise SourceCorrupt(f"{where} ends at byte {data_start + end} of a file of {size}: truncated or wrong offsets")
+        raise SourceCorrupt(
+            f"{where} ends at byte {data_start + end} of a file of {size}: it is truncated, or the offsets are wrong"
+        )
     if (end - start) * 8 != _numel(shape) * _BITS[dtype]:
-        raise SourceCorrupt(f"{where}: {end - start} bytes do not hold {dtype} {_shown(shape)}")
+        raise SourceCorrupt(f"{where}: {end - start} bytes do not match {dtype} {_shorten(shape)}")
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=data_start + start, end=data_start + end)
 
 
@@ -201,7 +209,7 @@ def _all_sizes(value: Any) -> bool:
 
 
 def _numel(shape: list[int]) -> int:
-    """The product of ``shape``, given up on once it is beyond any file: a million dimensions would take hours."""
+    """The product of ``shape``. Stops once it exceeds any file's size, as a million dimensions would take hours."""
     numel = 1
     for size in shape:
         numel *= size
@@ -210,8 +218,8 @@ def _numel(shape: list[int]) -> int:
     return numel
 
 
-def _shown(value: str | list[int]) -> str:
-    """``value`` for an error's one line, which a file must not be able to fill."""
+def _shorten(value: str | list[int]) -> str:
+    """The repr of ``value``, shortened so that a file cannot make an error message arbitrarily long."""
     text = repr(value)
     return text if len(text) <= 100 else text[:99] + "…"
 
@@ -221,21 +229,21 @@ def _check_layout(file_name: str, tensors: tuple[TensorInfo, ...], data_start: i
     for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
         if tensor.start != position:
             raise SourceCorrupt(
-                f"{file_name}: tensor {_shown(tensor.name)} starts at {tensor.start}, not at {position}"
+                f"{file_name}: tensor {_shorten(tensor.name)} starts at byte {tensor.start}, not at {position}"
             )
         position = tensor.end
     if position != size:
-        raise SourceCorrupt(f"{file_name}: {size - position} bytes belong to no tensor")
+        raise SourceCorrupt(f"{file_name}: the last {size - position} bytes belong to no tensor")
 
 
 @storage_errors()
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the model, in order: the single file, else those that the index names.
+    """The safetensors files of the model, in order: the single file, or else those listed in the index.
 
-    Where both are there, transformers loads the single file, and so do we.
+    If both exist, transformers loads the single file, and so does qbatch.
 
-    Raises SourceNotFound without a folder or config.json, UnsafeSource where there are only pickles,
-    SourceCorrupt where the index is broken or names a file that is missing or lies elsewhere, StorageError where
+    Raises SourceNotFound if the folder or config.json is missing, UnsafeSource if there are only pickles,
+    SourceCorrupt if the index is malformed or lists a file that is missing or in another folder, and StorageError if
     the folder cannot be read.
     """
     if not folder.is_dir():
@@ -248,20 +256,20 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if index.is_file():
         return tuple(_present(folder, name, index) for name in indexed_files(index))
     if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-        raise UnsafeSource(f"{folder} holds pickles and no safetensors; --allow-pickle converts them")
+        raise UnsafeSource(f"{folder} has only pickles, no safetensors; use --allow-pickle to convert them")
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
 @storage_errors()
 def is_pickled(folder: Path) -> bool:
-    """Whether the model's weights are there as pickles alone: where there are safetensors too, those are loaded."""
+    """Whether the model has its weights only as pickles. If there are safetensors too, those are loaded."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return bool(names & {PICKLE_NAME, PICKLE_INDEX_NAME}) and not names & {SINGLE_NAME, INDEX_NAME}
 
 
 @storage_errors()
 def pickle_files(folder: Path) -> tuple[Path, ...]:
-    """The pickles that make up a model that ``is_pickled``, in order. Raises SourceCorrupt, StorageError."""
+    """The weight files of a model that ``is_pickled``, in order. Raises SourceCorrupt or StorageError."""
     if (folder / PICKLE_NAME).is_file():
         return (folder / PICKLE_NAME,)
     index = folder / PICKLE_INDEX_NAME
@@ -269,21 +277,21 @@ def pickle_files(folder: Path) -> tuple[Path, ...]:
 
 
 def indexed_files(index: Path, *, suffix: str = ".safetensors") -> list[str]:
-    """The names of the files that an index spreads the model over, in order. Raises SourceCorrupt."""
+    """The names of the weight files that an index lists, sorted. Raises SourceCorrupt."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceCorrupt(f"{index.name} is no index of weights")
+        raise SourceCorrupt(f"{index.name} is not an index of weights")
     for name in weight_map.values():
         if not isinstance(name, str):
-            raise SourceCorrupt(f"{index.name} is no index of weights")
+            raise SourceCorrupt(f"{index.name} is not an index of weights")
         if "/" in name or "\0" in name or not name.endswith(suffix) or not is_unicode(name):
-            raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is no {suffix} file of this folder")
+            raise SourceCorrupt(f"{index.name} lists {_shorten(name)}, which is not a {suffix} file of this folder")
     return sorted(set(weight_map.values()))
 
 
 def _present(folder: Path, name: str, index: Path) -> Path:
     if not (folder / name).is_file():
-        raise SourceCorrupt(f"{index.name} names {_shown(name)}, which is missing")
+        raise SourceCorrupt(f"{index.name} lists {_shorten(name)}, which is missing")
     return folder / name
 
 
@@ -297,7 +305,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of no more than MAX_HEADER_BYTES. Raises SourceCorrupt."""
+    """Read a JSON object from a file of at most MAX_HEADER_BYTES. Raises SourceCorrupt."""
     with path.open("rb") as file:
         raw = file.read(MAX_HEADER_BYTES)
     try:
@@ -310,12 +318,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> tuple[Header, ...]:
-    """Every weight file's header, vetted."""
+    """The checked headers of all weight files. Raises what ``weight_files`` and ``read_header`` raise."""
     return tuple(read_header(path) for path in weight_files(folder))
 
 
 def source_dtype(headers: tuple[Header, ...]) -> DType:
-    """The dtype that most of the floating-point bytes are stored in; FLOAT32 where none is one of ours."""
+    """The dtype in which most floating-point bytes are stored; FLOAT32 if there is no float32, float16 or bfloat16."""
     totals: dict[DType, int] = {}
     for header in headers:
         for tensor in header.tensors:

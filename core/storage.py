@@ -1,4 +1,4 @@
-"""What everyone knows of the shared storage: whether a published checkpoint is what was published. No SQLAlchemy."""
+"""The layout of the shared storage, and whether a published checkpoint is still as it was. Needs no SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.sources import DOCUMENTS
 
 CARD = "README.md"
-"""A checkpoint's card is its owners' to edit: it is neither in its manifest nor part of a model."""
+"""The model card of a checkpoint. Users may edit it, so it is neither in the manifest nor part of the model."""
 BASE_OUTPUTS = "base-logits"
-"""What the baselines said, for the quantized models to be compared with: of every database that shares the storage."""
+"""The folder of baseline outputs, to which quantized models are compared. All databases on the storage share it."""
 
 
-class Standing(StrEnum):
-    """SOUND: every file is in the state in which its content was verified. DOUBTFUL: only reading them would tell."""
+class CheckpointState(StrEnum):
+    """SOUND: no file has changed since its content was verified. UNVERIFIED: the files must be read to know.
+
+    GONE: the checkpoint is missing or incomplete.
+    """
 
     SOUND = "sound"
-    DOUBTFUL = "doubtful"
+    UNVERIFIED = "unverified"
     GONE = "gone"
 
 
-def standing(storage: Path, path: str, versions: Mapping[str, str] | None) -> Standing:
-    """How the checkpoint at ``path`` of the storage stands. ``versions`` are its files' states (``FileStat.version``)
-    when they were verified; None where that is unknown or too long ago."""
+def checkpoint_state(storage: Path, path: str, versions: Mapping[str, str] | None) -> CheckpointState:
+    """The state of the checkpoint at ``path`` within the storage, without reading its weights.
+
+    ``versions`` maps each file to its state (``FileStat.version``) when it was last verified; None if that is unknown
+    or too long ago.
+    """
     folder = storage / path
     mounts = Mounts()
     try:
         manifest = Manifest.read(folder)
         if manifest is None:
-            return Standing.GONE
+            return CheckpointState.GONE
         stats = {name: stat_file(folder / name, mounts) for name in manifest.names}
-        has_strangers = bool(strangers(folder, manifest.names))
+        has_extra_files = bool(unpublished_files(folder, manifest.names))
     except OSError:
-        return Standing.GONE
+        return CheckpointState.GONE
     if any(stats[file.name].size != file.size for file in manifest.files):
-        return Standing.GONE
+        return CheckpointState.GONE
     now = {name: stat.version for name, stat in stats.items()}
-    return Standing.SOUND if versions == now and not has_strangers else Standing.DOUBTFUL
+    return CheckpointState.SOUND if versions == now and not has_extra_files else CheckpointState.UNVERIFIED
 
 
-def strangers(folder: Path, published: Iterable[str]) -> list[str]:
-    """Files that were not published, and may change what is loaded: an adapter, another tokenizer, more weights.
+def unpublished_files(folder: Path, published: Iterable[str]) -> list[str]:
+    """Files that were added to a checkpoint and may change what is loaded: an adapter, another tokenizer, weights.
 
-    Raises OSError.
+    ``published`` holds the names in the manifest. Raises OSError.
     """
     known = {MANIFEST, CARD, *published}
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -55,6 +61,6 @@ def strangers(folder: Path, published: Iterable[str]) -> list[str]:
 
 
 def _is_harmless(path: Path) -> bool:
-    """Documents, and what hides: a file system's own files, and those that others are still writing."""
+    """Documents and hidden files: files of the file system itself, or files that others are still writing."""
     is_document = any(fnmatchcase(path.name, pattern) for pattern in DOCUMENTS)
     return is_document or any(part.startswith(".") or part == "__pycache__" for part in path.parts)

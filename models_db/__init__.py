@@ -1,4 +1,4 @@
-"""What a job is and where it is remembered."""
+"""The database: its tables, and everything that reads or writes them."""
 
 if __name__ != "qbatch.models_db":
-    raise ImportError("this is qbatch.models_db, and has no other name")
+    raise ImportError("import this package as qbatch.models_db, not under another name")

@@ -1,4 +1,4 @@
-"""How a batch becomes rows, and how a row becomes a job's specification again."""
+"""Store batches as rows, and turn rows back into job specifications."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qbatch.models_db.tables import Batch, EvalText, Job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job to add. ``checkpoint_key`` where it is known already; ``reused_from`` answers it at once.
+    """A job to add.
 
     ``predicted_memory_bytes``: a GPU must have more, where there is a prediction.
     """
@@ -29,12 +29,12 @@ class NewJob:
 
 
 def add_text(session: Session, sha256: str, content: str) -> None:
-    """Keep a text under its hash; a text already there is left alone."""
+    """Store a text under its hash, unless it is stored already."""
     session.execute(insert_into(session, EvalText).values(sha256=sha256, content=content).on_conflict_do_nothing())
 
 
 def text_content(session: Session, sha256: str) -> str:
-    """The text of that hash. Raises KeyError where it was never added."""
+    """The text with that hash. Raises KeyError if it is not stored."""
     text = session.get(EvalText, sha256)
     if text is None:
         raise KeyError(sha256)
@@ -108,7 +108,7 @@ def spec_of(job: Job) -> JobSpec:
 
 
 def are_of_one_model(session: Session, job_ids: Sequence[int]) -> bool:
-    """Whether those of the jobs that exist are of one batch and one source: what a worker may do at once."""
+    """Whether the existing ones among these jobs share a batch and a source, as a worker's bundle must."""
     sources = select(Job.batch_id, Job.location, Job.revision, Job.is_folder).where(Job.id.in_(job_ids)).distinct()
     return len(session.execute(sources).all()) <= 1
 

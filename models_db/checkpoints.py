@@ -1,4 +1,4 @@
-"""Which checkpoints are published, by key."""
+"""The published checkpoints, by key."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def record(
     job_id: int,
     versions: Mapping[str, str] | None = None,
 ) -> None:
-    """Remember a checkpoint that was just verified; the newest word on a key stands.
+    """Record a checkpoint that was just verified, replacing an earlier record of its key.
 
-    ``versions`` are the states of its files then; None where they are not known.
+    ``versions`` are the states in which its files were verified; None if they are unknown.
     """
-    # As it may be that of a job that was pruned meanwhile, where its result was spooled for that long.
+    # A subquery, because the job may have been pruned while its outcome was in a spool.
     writer = select(Job.id).where(Job.id == job_id).scalar_subquery()
     known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
     verified = {"file_versions": dict(versions), "verified_at": db_now()} if versions is not None else {}
@@ -38,7 +38,7 @@ def record(
 
 
 def verified_again(session: Session, path: str, versions: Mapping[str, str]) -> None:
-    """The files at ``path`` were read, and are what was published."""
+    """Record that the files at ``path`` were read and found unchanged."""
     session.execute(
         update(Checkpoint).where(Checkpoint.path == path).values(file_versions=dict(versions), verified_at=db_now()),
         execution_options=NO_SYNC,
@@ -46,7 +46,7 @@ def verified_again(session: Session, path: str, versions: Mapping[str, str]) -> 
 
 
 def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
-    """Where the checkpoints of these keys lie, as far as they are on record."""
+    """The paths of the recorded checkpoints with these keys, by key."""
     rows = session.execute(select(Checkpoint.key, Checkpoint.path).where(Checkpoint.key.in_(keys)))
     return {key: path for key, path in rows}
 
@@ -56,7 +56,7 @@ def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
 
 
 def checkpoints_of(session: Session, batch_ids: Sequence[int]) -> Sequence[Checkpoint]:
-    """What the batches' jobs ask for and is published, whatever became of the jobs; in the jobs' order."""
+    """The recorded checkpoints for the jobs of these batches, whatever state the jobs are in, in job order."""
     jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(Job.batch_id.in_(batch_ids))
     wanted = jobs.group_by(Job.checkpoint_key).subquery()
     return session.scalars(

@@ -1,4 +1,4 @@
-"""The database's clock, so that hosts whose clocks differ agree on leases."""
+"""The database's clock. All hosts use it for leases, because their own clocks may differ."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-# Below it, a time that lies ahead is two clocks' roundings, or a clock that is being slewed.
+# A time that is in the future by less than this is due to rounding or a clock that is being slewed.
 SLACK_S = 1.0
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Aware datetimes in UTC on every database. SQLite keeps them as text without a zone."""
+    """Aware datetimes in UTC on every database. SQLite stores them as text without a time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -24,7 +24,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError(f"a naive datetime has no place here: {value}")
+            raise ValueError(f"the datetime must have a time zone: {value}")
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
@@ -35,7 +35,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class db_now(FunctionElement[datetime]):  # noqa: N801  (reads as the SQL function that it is)
-    """The database's time now, ``offset_s`` seconds later. Advances within a transaction."""
+    """The database's current time plus ``offset_s`` seconds. It advances within a transaction."""
 
     type = UtcDateTime()
     inherit_cache = True
@@ -46,7 +46,7 @@ class db_now(FunctionElement[datetime]):  # noqa: N801  (reads as the SQL functi
 
 @compiles(db_now, "sqlite")
 def _sqlite(element: db_now, compiler: Any, **kw: Any) -> str:
-    # SQLAlchemy stores six digits of the second where %f gives three; padded, text order is time order.
+    # SQLAlchemy stores six digits of the second, and %f gives three. Padded, the order of texts is that of times.
     offset = compiler.process(element.clauses, **kw)
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({offset}) || ' seconds') || '000')"
 

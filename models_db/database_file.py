@@ -1,4 +1,4 @@
-"""The file that an SQLite database lies in, as long as a process works on it."""
+"""Notice when the file of an SQLite database is deleted or replaced while a process uses it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from qbatch.core.errors import DatabaseReplaced
 
 
 class DatabaseFile:
-    """Knows its file again. A connection goes on with a file that was deleted; the next one would make an empty one."""
+    """Remembers the inode of the file.
+
+    Without this check, an open connection would continue on a deleted file, and the next one would create an empty one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._inode: tuple[int, int] | None = None
 
     def note(self) -> None:
-        """Remember the file that stands there now, unless one was remembered before."""
+        """Remember the file that exists now, unless one is remembered already."""
         if self._inode is None:
             self._inode = self._standing()
 
     def check(self) -> None:
-        """Raises DatabaseReplaced unless the remembered file stands there."""
+        """Raise DatabaseReplaced unless the remembered file is still there."""
         if self._inode is None:
             return
         standing = self._standing()
@@ -28,8 +31,8 @@ class DatabaseFile:
             return
         happened = "was deleted" if standing is None else "was replaced by another file"
         raise DatabaseReplaced(
-            f"the database {self.path} {happened} while qbatch worked on it; nothing more is done on it: stop what"
-            " runs, put the file back if it is missed, and start again"
+            f"the database {self.path} {happened} while qbatch was using it, so qbatch stops using it: stop all of its"
+            " processes, restore the file if you need it, and start again"
         )
 
     def _standing(self) -> tuple[int, int] | None:
@@ -38,6 +41,6 @@ class DatabaseFile:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
-            # A file system that does not answer says nothing about the file: SQLite will say what it meets.
+            # If the file system does not answer, nothing is known about the file; SQLite will report the error.
             return self._inode
         return found.st_dev, found.st_ino

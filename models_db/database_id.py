@@ -1,4 +1,4 @@
-"""What a database is called, among others that share its storage or take its place. A copy brings the name along."""
+"""The identity of a database, which tells it from others on the same storage or at the same URL. Copies share it."""
 
 from __future__ import annotations
 

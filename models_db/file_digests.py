@@ -1,6 +1,6 @@
-"""The digests of files that were hashed, for as long as their file systems say that they are the same.
+"""The checksums of files that were hashed, valid while the file system reports the same state of the file.
 
-Each host has its own: what a path leads to is the host's matter.
+They are stored per host, because the same path may lead to different files on different hosts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qbatch.models_db.tables import FileDigestRow
 
 
 def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksums]:
-    """The digests of those of ``stats`` that this host hashed in that very state."""
+    """The checksums of the files that this host has hashed in exactly this state."""
     by_place = {_place(stat): stat for stat in stats}
     found: dict[FileStat, Checksums] = {}
     places = list(by_place)
@@ -35,7 +35,7 @@ def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksu
 
 
 def remember(session: Session, digests: Mapping[FileStat, Checksums]) -> None:
-    """Keep the digests of this host's files; a file's newest takes the place of the one before."""
+    """Store the checksums of files of this host, replacing older ones of the same file."""
     rows: Sequence[tuple[str, FileStat]] = sorted((_place(stat), stat) for stat in digests)
     for place, stat in rows:
         state = {
@@ -52,12 +52,12 @@ def remember(session: Session, digests: Mapping[FileStat, Checksums]) -> None:
 
 
 def hashed_before(session: Session, older_than_s: float) -> list[str]:
-    """The places of those that were hashed ``older_than_s`` ago, by the database's clock."""
+    """The places of files that were last hashed longer than ``older_than_s`` ago, by the database's clock."""
     return list(session.scalars(select(FileDigestRow.place).where(FileDigestRow.hashed_at < db_now(-older_than_s))))
 
 
 def forget(session: Session, places: Collection[str], older_than_s: float) -> int:
-    """Delete those of ``places`` that were not hashed again meanwhile; how many."""
+    """Delete the checksums of ``places`` that were not hashed again meanwhile. Returns how many were deleted."""
     is_old = FileDigestRow.hashed_at < db_now(-older_than_s)
     gone = session.scalars(
         delete(FileDigestRow).where(FileDigestRow.place.in_(places), is_old).returning(FileDigestRow.place),
@@ -67,7 +67,7 @@ def forget(session: Session, places: Collection[str], older_than_s: float) -> in
 
 
 def _place(stat: FileStat) -> str:
-    """A hash, since no index takes every path."""
+    """A hash of host, mount and path, because a path may be too long for an index."""
     label = stat.mount.label if stat.mount is not None else ""
     place = "\0".join((socket.gethostname(), label, stat.path))
     return hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()

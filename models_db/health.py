@@ -1,4 +1,4 @@
-"""What the database knows of the health of an installation."""
+"""The part of an installation's health that the database shows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ class PauseNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """``leader``: who leads the schedulers now. ``ahead_s``: how far ahead of the database's clock lies what it dated
-    before it was set back; None where nothing does. ``workers`` as ``list_workers`` gives them. ``failed``: the jobs
-    that failed within a day, by error kind; ``open_jobs``: the queued and running ones by state."""
+    """The health of an installation.
+
+    ``leader`` is the scheduler that leads now. ``ahead_s`` is how far stored times are in the future, because the
+    database's clock was set back; None if none are. ``workers`` is the result of ``list_workers``. ``failed`` counts
+    the jobs that failed within the last day by error kind, ``open_jobs`` the queued and running ones by state.
+    """
 
     leader: str | None
     ahead_s: float | None
@@ -43,7 +46,7 @@ class Health:
 
 
 def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> Health:
-    """By the database's clock. ``lead_s``: how long the longest lead runs, where that is not ``lease_s``."""
+    """Read the health, by the database's clock. ``lead_s`` is the longest lease of a leader if not ``lease_s``."""
     longest_s = max(lead_s or 0.0, lease_s) + SLACK_S
     leader = session.scalars(
         select(Lease.holder).where(

@@ -1,4 +1,4 @@
-"""All that is on record about a job beside its result: what was asked, its attempts, its checkpoint."""
+"""Everything recorded about a job besides its result: what was requested, its attempts, its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Exclusive rights by name, by the database's clock: one worker a GPU, one leading scheduler.
+"""Named locks that expire by the database's clock: one worker per GPU, and one leading scheduler.
 
-A clock that was set back leaves leases that end long after any that is given now: they are cut to the longest.
+After the clock is set back, leases taken before would last much longer than intended; ``cut`` shortens them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def of_gpu(uuid: str) -> str:
 
 
 def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
-    """Take or renew the lease ``name``; False where another holder's has not run out."""
+    """Take or renew the lease ``name``. Returns False if another holder's lease has not expired."""
     taken = session.execute(
         update(Lease)
         .where(Lease.name == name, or_(Lease.holder == holder, Lease.expires_at < db_now()))
@@ -32,7 +32,7 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
     )
     if taken.first() is not None:
         return True
-    # By what it returns: SQLAlchemy does not know how many rows an INSERT on PostgreSQL made, and says -1.
+    # RETURNING, because SQLAlchemy reports -1 as the number of rows of such an INSERT on PostgreSQL.
     added = session.execute(
         insert_into(session, Lease)
         .values(name=name, holder=holder, expires_at=db_now(ttl_s))
@@ -43,9 +43,9 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
 
 
 def cut(session: Session, name: str, ttl_s: float) -> str | None:
-    """Have a lease that ends later than one of ``ttl_s`` taken now end with it; the holder, where there was one.
+    """Shorten a lease that would last longer than ``ttl_s`` from now. Returns its holder, or None if there is none.
 
-    A holder that lives renews it, and loses nothing.
+    A holder that is alive renews it, so it loses nothing.
     """
     holders = session.execute(
         update(Lease)
@@ -58,7 +58,7 @@ def cut(session: Session, name: str, ttl_s: float) -> str | None:
 
 
 def release(session: Session, name: str, holder: str) -> None:
-    """Give the lease up, if it is still ``holder``'s."""
+    """Release the lease if ``holder`` still holds it."""
     session.execute(
         delete(Lease).where(Lease.name == name, Lease.holder == holder),
         execution_options=NO_SYNC,

@@ -1,4 +1,4 @@
-"""What stands in the queue and who works on it, as plain mappings for people to look at."""
+"""Lists of batches, jobs and workers as plain mappings, for display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qbatch.models_db.workers import is_live
 
 
 def list_batches(session: Session, batch_ids: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Each batch with how many of its jobs are in each state, newest last."""
+    """All batches with the number of their jobs in each state, newest last."""
     counts: dict[int, dict[str, int]] = {}
     counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
     query = select(Batch).order_by(Batch.id)
@@ -86,7 +86,10 @@ def _note(job: Job, need: str | None) -> str | None:
 
 
 def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:
-    """Each worker that did not stop in order, with the jobs it holds. ``state`` is ``lost`` once it is silent."""
+    """All workers except those that stopped normally, with their jobs.
+
+    ``state`` is ``lost`` if the worker has not renewed its heartbeat for the length of a lease.
+    """
     held: dict[int | None, list[str]] = {}
     for job_id, worker_id in session.execute(
         select(Job.id, Job.worker_id).where(Job.state == JobState.RUNNING).order_by(Job.id)

@@ -1,6 +1,6 @@
-"""SQLite on a network file system: one host may work there, with a warning; a second one is refused.
+"""SQLite on a network file system: one host may use it, with a warning; a second one is refused.
 
-SQLite's writers agree by locks and shared memory that such a file system keeps within one host at best.
+Writers of SQLite coordinate through locks and shared memory, which at best work within one host on such a file system.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _NETWORK = frozenset(
         *("fuse.gcsfuse", "fuse.rclone", "fuse.juicefs", "fuse.mfs", "fuse.cephfs", "fuse.blobfuse", "fuse.blobfuse2"),
     }
 )
-_REMEDY = "QBATCH_DATABASE_URL=sqlite:////a/local/disk/qbatch.db moves it to a local disk, postgresql://… to a server"
+_REMEDY = (
+    "set QBATCH_DATABASE_URL=sqlite:////a/local/disk/qbatch.db to use a local disk, or postgresql://… to use a server"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkShare:
-    """Where an SQLite database lies, its ``file_system`` being of the network.
+    """An SQLite database on a network file system of the type ``file_system``.
 
-    Who works there longer than for a command says so in ``<database>.host``, and again within each lease.
+    A host whose processes use it for longer than a command writes its name to ``<database>.host``, and renews that file
+    within each lease.
     """
 
     file: Path
@@ -39,19 +42,19 @@ class NetworkShare:
     @property
     def warning(self) -> str:
         return (
-            f"the database {self.file} lies on a network file system ({self.file_system}): SQLite is slow there, and"
-            f" one host at most may use it; {_REMEDY}"
+            f"the database {self.file} is on a network file system ({self.file_system}): SQLite is slow there, and"
+            f" at most one host may use it; {_REMEDY}"
         )
 
     def check(self, lease_s: float) -> None:
-        """Raises DatabaseOfAnotherHost while another host works there, DatabaseUnreachable where nobody can tell."""
+        """Raise DatabaseOfAnotherHost while another host uses it, or DatabaseUnreachable if that cannot be read."""
         try:
             self._holder(lease_s)
         except OSError as error:
             raise DatabaseUnreachable(f"{error.filename}: {error.strerror}") from error
 
     def hold(self, lease_s: float) -> None:
-        """Say for a lease that this host works there. Raises as ``check`` does."""
+        """Claim the database for this host for the length of a lease. Raises as ``check`` does."""
         try:
             if self._holder(lease_s) == _this_kernel():
                 os.utime(self._note)
@@ -65,7 +68,7 @@ class NetworkShare:
         return self.file.with_name(f"{self.file.name}.host")
 
     def _holder(self, lease_s: float) -> str | None:
-        """The kernel that works there, None where none has for a lease."""
+        """The boot id of the host that uses the database; None if no host has renewed its claim within a lease."""
         try:
             kernel, _, host = self._note.read_text().strip().partition(" ")
             noted_at = self._note.stat().st_mtime
@@ -77,13 +80,13 @@ class NetworkShare:
         if abs(age_s) >= lease_s:
             return None
         raise DatabaseOfAnotherHost(
-            f"the database {self.file} lies on a network file system ({self.file_system}), and host {host} works on it"
-            f" (seen {max(age_s, 0.0):.0f} s ago): SQLite is for one host there. Use qbatch on {host}, or stop it there"
-            f" first; {_REMEDY}"
+            f"the database {self.file} is on a network file system ({self.file_system}), and host {host} is using it"
+            f" (seen {max(age_s, 0.0):.0f} s ago): only one host may use SQLite there. Use qbatch on {host}, or stop it"
+            f" there first; or {_REMEDY}"
         )
 
     def _now(self) -> float:
-        """By the file system's clock, which dates its files; hosts' clocks differ."""
+        """The time by the clock of the file system, which dates its files; the clocks of hosts may differ."""
         probe = self._partial()
         try:
             probe.touch()
@@ -102,7 +105,7 @@ class NetworkShare:
 
 
 def share_of(file: Path | None) -> NetworkShare | None:
-    """The network file system that a database's file lies on, or would; None for a local one, and for no file."""
+    """The network file system on which ``file`` is or would be; None if it is local, or if ``file`` is None."""
     if file is None:
         return None
     real = file.resolve()
@@ -113,7 +116,7 @@ def share_of(file: Path | None) -> NetworkShare | None:
 
 
 def _this_kernel() -> str:
-    """What differs between hosts, and not between a host's containers: they share its locks."""
+    """An id of this host. Containers on one host share it, as they share its file locks."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:

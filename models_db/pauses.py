@@ -1,4 +1,4 @@
-"""What keeps bundles from being sent for a while: a storage without room. One row a reason; its only writer."""
+"""Pauses of dispatch, for example while the storage is full. One row per reason; only this module writes them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def pause(session: Session, reason: str, message: str, *, needed_bytes: int | No
 
 
 def standing(session: Session) -> Sequence[Pause]:
-    """The pauses that hold now."""
+    """The pauses in force now."""
     return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
 
 
 def noted(session: Session) -> Sequence[Pause]:
-    """The pauses on record: those that hold, and those that ended by themselves since the last one began."""
+    """All recorded pauses: those in force, and those that have expired since the last one began."""
     return session.scalars(select(Pause).order_by(Pause.reason)).all()
 
 
@@ -42,15 +42,15 @@ def renew(session: Session, reason: str, for_s: float) -> None:
 
 
 def mend_times(session: Session, longest_s: float) -> int:
-    """Cut pauses that end later than one of ``longest_s`` begun now: the database's clock was set back. How many."""
-    mended = session.execute(
+    """Shorten pauses that would last longer than ``longest_s`` because the clock was set back. Returns how many."""
+    shortened = session.execute(
         update(Pause)
         .where(Pause.until > db_now(longest_s + SLACK_S))
         .values(until=db_now(longest_s))
         .returning(Pause.reason),
         execution_options=NO_SYNC,
     )
-    return len(mended.all())
+    return len(shortened.all())
 
 
 def lift(session: Session, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What was measured, and the questions asked of it."""
+"""Queries for results."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _order(sort: str | None) -> list[ColumnElement[Any]]:
 
 
 def _baselines(session: Session, batch_ids: Collection[int]) -> dict[tuple[Any, ...], int]:
-    """The baseline job of each (batch, source, protocol as asked)."""
+    """The baseline job of each (batch, source, dtype, requested protocol)."""
     jobs = session.scalars(select(Job).where(Job.batch_id.in_(batch_ids), Job.method == "none").order_by(Job.id))
     return {_family(job): job.id for job in jobs}
 
@@ -122,9 +122,11 @@ def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A job that has a result of its own. ``checkpoint_path`` is relative to the storage; a baseline has none.
-    ``versions`` are the states of its files when they were last read and found to be what was published; None where
-    that is unknown, or longer ago than VERIFIED_FOR_S."""
+    """A job with a result of its own.
+
+    ``checkpoint_path`` is relative to the storage; None for a baseline. ``versions`` are the states of its files when
+    they were last verified; None if that is unknown or longer ago than VERIFIED_FOR_S.
+    """
 
     job_id: int
     checkpoint_key: str
@@ -133,17 +135,16 @@ class Finished:
 
 
 VERIFIED_FOR_S = 30 * 86_400.0
-"""How long a checkpoint's content is taken for verified while its files' times stay: a disk that loses bits changes no
-times. Then it is read anew before it answers a job."""
+"""How long a verified checkpoint is trusted while its files' times do not change. After that it is read again before it
+answers a job, because a failing disk can corrupt a file without changing its times."""
 
 
 def find_finished(
     session: Session, wanted: Collection[tuple[str, str]], *, device_names: Collection[str] | None
 ) -> dict[tuple[str, str], Finished]:
-    """For each (checkpoint key, protocol hash) of ``wanted`` the newest job whose own result answers it, if there is
-    one.
+    """The newest job with a result of its own for each (checkpoint key, protocol hash) of ``wanted``, if there is one.
 
-    ``device_names`` None accepts any device: speed is only the same on a device of the same name.
+    Only results of devices with these names count, because speed differs between devices; None accepts any device.
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
@@ -181,8 +182,10 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
 
 
 def keep(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Those of the jobs that are on record, and are not pruned before the transaction ends: whoever answers with one
-    refers to it."""
+    """Lock the existing jobs among ``job_ids`` against pruning until the transaction ends, and return their ids.
+
+    Call it before recording that one of them answers another job.
+    """
     ids = sorted(job_ids)
     chunks = (ids[start : start + VALUES_AT_ONCE] for start in range(0, len(ids), VALUES_AT_ONCE))
     return {job_id for chunk in chunks for job_id in session.scalars(_kept(chunk))}

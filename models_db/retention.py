@@ -1,4 +1,4 @@
-"""Which batches are old enough to go, and their going, in transactions of a bounded size."""
+"""Find batches that are old enough to be pruned, and delete them in transactions of limited size."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _Family = tuple[int, str, str | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prunable:
-    """What may go: jobs, in an order in which they can be deleted, those that were answered by others first; and the
-    batches of which none stays."""
+    """What may be deleted: batches, and jobs in an order in which that is possible (those answered by others first)."""
 
     batch_ids: tuple[int, ...]
     job_ids: tuple[int, ...]
 
 
 def find_prunable(session: Session, older_than_s: float) -> Prunable:
-    """The batches whose jobs have all ended, the last one ``older_than_s`` ago, by the database's clock.
+    """The batches whose last job finished longer than ``older_than_s`` ago, by the database's clock.
 
-    A job whose result answers a job that stays, stays too, and with it the jobs of its batch for the same source: its
-    baseline, and the one whose name its log has.
+    A job whose result answers a kept job is kept too, together with the jobs of its batch for the same source: its
+    baseline, and the job after which its log is named.
     """
     rows = session.execute(
         select(Job.id, Job.batch_id, Job.location, Job.revision, Job.reused_from)
@@ -59,7 +58,7 @@ def _old_batches(older_than_s: float) -> Select[int]:
 
 
 def _needed(session: Session, older_than_s: float) -> set[int]:
-    """The jobs that answer those of batches that are not old."""
+    """The jobs whose results answer jobs of batches that are not old."""
     stays = Job.batch_id.not_in(_old_batches(older_than_s))
     found = session.scalars(select(Job.reused_from).where(Job.reused_from.is_not(None), stays).distinct())
     return {job_id for job_id in found if job_id is not None}
@@ -68,7 +67,7 @@ def _needed(session: Session, older_than_s: float) -> set[int]:
 def _kept(
     families: Mapping[int, _Family], answered_by: Mapping[int, int], needed: Iterable[int]
 ) -> Collection[_Family]:
-    """The families of ``needed``, of those that answer their members, and so on."""
+    """The families of the ``needed`` jobs, of the jobs that answer members of those families, and so on."""
     members: dict[_Family, list[int]] = defaultdict(list)
     for job_id, family in families.items():
         members[family].append(job_id)
@@ -84,17 +83,20 @@ def _kept(
 
 
 def delete_jobs(session: Session, job_ids: Sequence[int], older_than_s: float) -> int:
-    """Delete these jobs with their attempts and results, but for those that were taken up again or answer others by
-    now, or that somebody else holds; how many. A checkpoint stays on record, as nobody's."""
+    """Delete these jobs with their attempts and results. Returns how many were deleted.
+
+    Skips jobs that were retried or answer others by now, or that another transaction has locked. Checkpoint rows are
+    kept, without a job.
+    """
     ended = (Job.state.in_(ENDED_STATES), func.coalesce(Job.finished_at, Job.created_at) < db_now(-older_than_s))
-    # Never waiting, so never in a deadlock. Once it is locked, nobody can refer to it.
+    # SKIP LOCKED never waits, so it cannot deadlock. Once a job is locked, no other job can begin to refer to it.
     free = set(
         session.scalars(
             select(Job.id).where(Job.id.in_(job_ids), *ended).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
         )
     )
     free -= _of_open_batches(session, free)
-    # By statements of their own, which see what was committed until the lock was had.
+    # Separate statements, which see what was committed before the locks were acquired.
     while referred := _referred(session, free):
         free -= referred
     _delete(session, sorted(free))
@@ -110,7 +112,7 @@ def _of_open_batches(session: Session, job_ids: Collection[int]) -> set[int]:
 
 
 def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Those that answer a job which is none of them."""
+    """The jobs among ``job_ids`` that answer a job outside of ``job_ids``."""
     others = select(Job.reused_from).where(Job.reused_from.in_(job_ids), Job.id.not_in(job_ids))
     return {job_id for job_id in session.scalars(others) if job_id is not None}
 
@@ -124,7 +126,7 @@ def _delete(session: Session, job_ids: Sequence[int]) -> None:
 
 
 def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
-    """Delete those of the batches that have no job any more; how many."""
+    """Delete the batches that have no jobs left. Returns how many were deleted."""
     has_jobs: ColumnElement[bool] = select(Job.id).where(Job.batch_id == Batch.id).exists()
     gone = session.scalars(
         delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=NO_SYNC
@@ -133,14 +135,14 @@ def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
 
 
 def existing(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Which of these jobs there are."""
+    """The ids of the jobs that exist."""
     return set(session.scalars(select(Job.id).where(Job.id.in_(job_ids))))
 
 
 def needed_since(session: Session, older_than_s: float) -> datetime:
-    """What was used last before this, no batch that stays has used, and none that is open will want again.
+    """Baseline outputs that were last used before this time are needed by no kept batch and no open batch.
 
-    A batch that is open may have its baseline from another one, and go by what that one left on the storage.
+    An open batch may reuse the baseline of an older batch, and need the outputs that this one left on the storage.
     """
     old = _old_batches(older_than_s)
     other = aliased(Job)

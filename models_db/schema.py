@@ -1,4 +1,4 @@
-"""Bring a database to this version's schema. Imported where it is needed: Alembic is slow to import."""
+"""Upgrade a database to this version's schema. Import it only where it is needed, because Alembic is slow to import."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from qbatch.core.errors import StorageUnavailable
 from qbatch.models_db.schema_state import SchemaState
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 
-# Any constant will do; it keeps two upgrades of one PostgreSQL database apart.
+# An arbitrary constant: the PostgreSQL lock that prevents two upgrades of a database at once.
 _UPGRADE_LOCK = 7_226_284
 
 
 def upgrade(database: Database) -> None:
-    """Run the migrations that are missing, in one transaction. Safe to run twice, and from two places at once.
+    """Run the missing migrations in one transaction. Running it twice, or from two processes at once, is safe.
 
-    Where a newer version's have run there is nothing to do. Raises ForeignSchema where this one's code cannot work with
-    what they left, DatabaseUnreachable, and StorageUnavailable where SQLite's file has no folder to be in.
+    Does nothing if migrations of a newer version have run. Raises ForeignSchema if this version cannot work with those,
+    DatabaseUnreachable, or StorageUnavailable if the folder of an SQLite file cannot be created.
     """
     if database.file is not None:
         _make_folder(database, database.file.parent)
@@ -41,7 +41,7 @@ def _make_folder(database: Database, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageUnavailable(
-            f"the database {database.place} cannot be made: {error.filename}: {error.strerror}"
+            f"the database {database.place} cannot be created: {error.filename}: {error.strerror}"
         ) from error
 
 
@@ -53,7 +53,7 @@ def alembic_config() -> Config:
 
 
 def ensure(database: Database) -> None:
-    """Make an embedded database ready: SQLite is brought up to date unasked, PostgreSQL only by its owner."""
+    """Upgrade the database if it is SQLite; a PostgreSQL database must be upgraded with ``qbatch db upgrade``."""
     if database.is_sqlite and database.is_behind():
         upgrade(database)
     database.require_schema()

@@ -1,4 +1,4 @@
-"""Whether this version's code fits a database, told from its tables: asked when the database refused something."""
+"""Compare the tables of a database with this version's schema, to explain why the database refused a statement."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from qbatch.models_db.tables import Base
 
 
 def explain(database: Database, refusal: DatabaseRefused) -> DatabaseUnreachable:
-    """What stands behind a refusal: the schema is no longer this version's (WrongDatabase), the database has gone
-    meanwhile (DatabaseUnreachable), or what was asked for was at fault: ``refusal`` itself."""
+    """The cause of a refusal.
+
+    WrongDatabase if the schema has changed or the database was replaced, DatabaseUnreachable if it does not answer any
+    more, or else ``refusal`` itself: then the statement was at fault.
+    """
     try:
         with database.read() as session:
             database.require_own(session)
@@ -23,11 +26,13 @@ def explain(database: Database, refusal: DatabaseRefused) -> DatabaseUnreachable
         return error
     if problem is None:
         return refusal
-    return ForeignSchema(f"the database {database.place} was changed: {problem}: update qbatch here, or undo it")
+    return ForeignSchema(
+        f"the schema of the database {database.place} was changed: {problem}: update qbatch here, or undo the change"
+    )
 
 
 def misfit(connection: Connection) -> str | None:
-    """The first column that this version's code misses, or would have to fill and does not know."""
+    """The first missing column, or the first unknown column that requires a value; None if there is neither."""
     inspector = inspect(connection)
     for table in Base.metadata.sorted_tables:
         if inspector.has_table(table.name):
@@ -41,11 +46,11 @@ def _misfit_of(table: Table, found: list[ReflectedColumn]) -> str | None:
     names = {column["name"] for column in found}
     for known in table.columns:
         if known.name not in names:
-            return f"{table.name} has no column {known.name} any more"
+            return f"the table {table.name} no longer has the column {known.name}"
     for column in found:
         ours = table.columns.get(column["name"])
         if _must_be_filled(column) and (ours is None or ours.nullable):
-            return f"{table.name} wants a value for {column['name']}, which this version does not give"
+            return f"the table {table.name} requires a value for {column['name']}, which this version does not know"
     return None
 
 

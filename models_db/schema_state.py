@@ -1,4 +1,4 @@
-"""Which schema a database stands at, and which code works with it. Read by every version, so it must not change."""
+"""Which migrations have run on a database, and which code works with it. Every version reads this: do not change it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from sqlalchemy import Connection, inspect, text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaState:
-    """``version``: the newest migration, None for an empty database. ``oldest_code``: by migration, the oldest schema
-    whose code works with what it left; the migrations themselves write it down."""
+    """``version`` is the newest migration that has run, None for an empty database.
+
+    ``oldest_code`` maps each migration to the oldest schema whose code works with its result; the migrations themselves
+    store it.
+    """
 
     version: str | None
     oldest_code: dict[str, str]
 
     @classmethod
     def read(cls, connection: Connection) -> Self:
-        """Of any database, be it empty or another program's."""
+        """Read the state of any database, even an empty one or that of another program."""
         tables = inspect(connection)
         if not tables.has_table("alembic_version"):
             return cls(version=None, oldest_code={})
@@ -28,12 +31,12 @@ class SchemaState:
         )
 
     def is_newer_than(self, head: str) -> bool:
-        """Whether a newer version's migrations have run than the one whose newest is ``head``."""
-        # Four digits each, so that the order of the texts is that of the numbers.
+        """Whether migrations newer than ``head`` have run."""
+        # All have four digits, so the order of texts is that of numbers.
         return self.version is not None and self.version > head
 
     def works_with(self, head: str) -> bool:
-        """Whether code whose newest migration is ``head`` works with it, as far as the migrations since then say."""
+        """Whether code whose newest migration is ``head`` works with this schema, according to the later migrations."""
         if self.version == head:
             return True
         newer = {version: oldest for version, oldest in self.oldest_code.items() if version > head}
@@ -41,7 +44,7 @@ class SchemaState:
 
 
 def read_version(connection: Connection) -> str | None:
-    """Cheap enough for every claim. Fails where there is no such table."""
+    """The newest migration that has run. Cheap enough for every claim. Fails if there is no ``alembic_version``."""
     version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return version
 

@@ -1,4 +1,4 @@
-"""Engines and transactions on SQLite and PostgreSQL, and the one seam that translates their failures."""
+"""Engines and transactions on SQLite and PostgreSQL, and the translation of their errors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from qbatch.models_db.database_file import DatabaseFile
 from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
 
-# The newest migration; a test holds it to what Alembic says. Asking Alembic would cost every command 0.3 s.
+# The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
 SCHEMA_HEAD = "0006"
-# PostgreSQL's words for a write where none is allowed, as by a demoted primary, for rights that were taken away, and
-# for a schema or a table that is not there, as while a backup is restored.
+# PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
+# schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
-# SQLite's word for what it cannot make sense of, in the same class of errors as those of a disk or a lock.
+# SQLite's code for an invalid statement, which it raises with the same class as errors of a disk or a lock.
 _SQL_LOGIC_ERROR = 1
 
 NO_SYNC = {"synchronize_session": False}
@@ -36,27 +36,27 @@ VALUES_AT_ONCE = 500
 
 
 class Database:
-    """One database. Cheap to make; connects at first use.
+    """A database. Creating the object is cheap; it connects on first use.
 
-    Who writes and is silent within a transaction for ``frozen_s`` is ended by PostgreSQL; None: only by its network's
-    keepalive, hours later.
+    PostgreSQL ends a write transaction that is idle for ``frozen_s``, for example because its process is frozen. With
+    None, only the keepalive of the network ends it, hours later.
     """
 
     def __init__(self, url: str, *, frozen_s: float | None = None) -> None:
-        """Raises UsageError where the URL is not one that qbatch speaks."""
+        """Raises UsageError if the URL is not supported."""
         try:
             parsed = make_url(url)
-        except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        except (ArgumentError, ValueError) as error:  # ValueError: the port is not a number
             raise UsageError("QBATCH_DATABASE_URL is not a database URL") from error
         backend = parsed.get_backend_name()
         if backend not in ("sqlite", "postgresql"):
-            raise UsageError(f"qbatch keeps its jobs in SQLite or PostgreSQL, not in {backend}")
+            raise UsageError(f"QBATCH_DATABASE_URL must be for SQLite or PostgreSQL, not {backend}")
         if backend == "postgresql" and parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.is_sqlite = backend == "sqlite"
         if self.is_sqlite:
             _refuse_other_files(parsed)
-        self.place = _shown(parsed)
+        self.place = _without_password(parsed)
         self.file = Path(parsed.database) if self.is_sqlite and parsed.database else None
         self._file = DatabaseFile(self.file) if self.file is not None else None
         self._identity: str | None = None
@@ -65,7 +65,7 @@ class Database:
                 _sqlite_engine(parsed, self._file) if self.is_sqlite else _postgresql_engine(parsed, frozen_s)
             )
         except (ArgumentError, ImportError) as error:
-            raise UsageError(f"QBATCH_DATABASE_URL wants {parsed.drivername}, which is not installed") from error
+            raise UsageError(f"QBATCH_DATABASE_URL needs {parsed.drivername}, which is not installed") from error
         self._reader = self._engine.execution_options(qbatch_read=True)
 
     @property
@@ -80,12 +80,12 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only looks. Raises DatabaseUnreachable."""
+        """A read-only transaction. Raises DatabaseUnreachable."""
         with _reachable(self.place), Session(self._reader) as session, session.begin():
             yield session
 
     def schema(self) -> SchemaState:
-        """Where the database stands. Creates nothing. Raises DatabaseUnreachable."""
+        """The state of the schema. Creates nothing. Raises DatabaseUnreachable."""
         if self._file is not None:
             self._file.check()
             if not self._has_file(self._file.path):
@@ -94,12 +94,14 @@ class Database:
             return SchemaState.read(connection)
 
     def schema_version(self) -> str | None:
-        """The migration that the database stands at; None for an empty database. Creates nothing."""
+        """The newest migration that has run; None for an empty database. Creates nothing."""
         return self.schema().version
 
     def is_behind(self) -> bool:
-        """Whether migrations of this version are missing. Raises ForeignSchema where a newer version's have run that
-        this one's code cannot work with."""
+        """Whether migrations of this version have not run yet.
+
+        Raises ForeignSchema if migrations of a newer version have run with which this version cannot work.
+        """
         state = self.schema()
         self.require_tolerable(state)
         return not state.is_newer_than(SCHEMA_HEAD) and state.version != SCHEMA_HEAD
@@ -108,19 +110,23 @@ class Database:
         try:
             return file.exists()
         except OSError as error:
-            raise DatabaseUnreachable(f"the database {self.place} cannot be looked at: {error.strerror}") from error
+            raise DatabaseUnreachable(f"the database {self.place} cannot be accessed: {error.strerror}") from error
 
     def require_schema(self) -> None:
-        """Raises DatabaseUnreachable, saying what to run, unless this version works with the schema: ForeignSchema
-        where it is a newer one's, which is not waited for."""
+        """Raise DatabaseUnreachable, saying what to run, unless this version can work with the schema.
+
+        Raises ForeignSchema if a newer version has changed the schema; waiting does not help then.
+        """
         if self.is_behind():
             raise self._behind(self.schema_version())
         with self.read() as session:
             self.require_own(session)
 
     def require_own(self, session: Session) -> None:
-        """The same within a transaction, at little cost. Raises DatabaseReplaced too, where this is not the database
-        that it was when it was first asked."""
+        """The same check within a transaction, at little cost.
+
+        Also raises DatabaseReplaced if this is not the database that was there at the first check.
+        """
         connection = session.connection()
         version = read_version(connection)
         state = SchemaState.read(connection) if version != SCHEMA_HEAD else None
@@ -131,27 +137,30 @@ class Database:
             self.require_tolerable(state)
 
     def require_same(self, session: Session) -> None:
-        """The same, for what keeps alive or gives back what runs already: a newer version's schema may take that all
-        the same; another database must not."""
+        """The same check, but accepting any schema of a newer version.
+
+        For renewing leases and returning running jobs: a changed schema may still permit that, but it must never
+        happen on another database.
+        """
         with suppress(ForeignSchema):
             self.require_own(session)
 
     @property
     def identity(self) -> str | None:
-        """What tells this database from another in its place; None until it was asked whether it is our own."""
+        """The UUID that tells this database from another at the same URL; None until the first ``require_own``."""
         return self._identity
 
     def _behind(self, version: str | None) -> DatabaseUnreachable:
         return DatabaseUnreachable(
-            f"the database {self.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}:"
+            f"the database {self.place} has schema {version or 'none'}, and this qbatch needs {SCHEMA_HEAD}:"
             " run `qbatch db upgrade`"
         )
 
     def require_tolerable(self, state: SchemaState) -> None:
-        """Raises ForeignSchema for a newer version's schema that this one's code does not work with."""
+        """Raise ForeignSchema for the schema of a newer version with which this version cannot work."""
         if state.is_newer_than(SCHEMA_HEAD) and not state.works_with(SCHEMA_HEAD):
             raise ForeignSchema(
-                f"the database {self.place} is at schema {state.version}, made by a newer qbatch; this one knows"
+                f"the database {self.place} has schema {state.version} of a newer qbatch; this one knows"
                 f" {SCHEMA_HEAD} and cannot work with it: update qbatch here"
             )
 
@@ -160,8 +169,8 @@ class Database:
             self._identity = identity
         elif identity != self._identity:
             raise DatabaseReplaced(
-                f"the database {self.place} is not the one it was: another one was put in its place; nothing more is"
-                " done on it: start again what is to work on the new one"
+                f"the database {self.place} was replaced by another one, so qbatch stops using it: restart the"
+                " processes that should use the new one"
             )
 
     def dispose(self) -> None:
@@ -169,19 +178,19 @@ class Database:
 
 
 def insert_into(session: Session, table: type[Any]) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that can say what happens on conflict, which SQLAlchemy has only by dialect."""
+    """An INSERT with support for ON CONFLICT, which SQLAlchemy offers only per dialect."""
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     return insert(table)
 
 
-def _shown(url: URL) -> str:
-    """The URL for people: no password, neither in its place nor among the driver's options."""
+def _without_password(url: URL) -> str:
+    """The URL for messages, without a password, also not one among the options of the driver."""
     options = {key: value for key, value in url.query.items() if "pass" not in key.lower()}
     return url.set(query=options).render_as_string(hide_password=True)
 
 
 def _to_json(value: Any) -> str:
-    """PostgreSQL's JSON knows no NaN and no infinity: what is no number is null, on both databases alike."""
+    """Encode JSON with null for NaN and infinity, which PostgreSQL's JSON does not support."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -197,21 +206,26 @@ def _finite(value: Any) -> Any:
 
 
 def _refuse_other_files(url: URL) -> None:
-    """Raises UsageError unless a SQLite URL names a plain file: what is kept in memory is forgotten with each process,
-    and what SQLite is told of a file (``mode=ro``, ``immutable=1``) either passes unheard or cannot be worked with."""
+    """Raise UsageError unless a SQLite URL names a plain file.
+
+    A database in memory would be lost with each process. Options of SQLite (``mode=ro``, ``immutable=1``) are either
+    ignored or make the database unusable for qbatch.
+    """
     name = url.database or ""
     if url.host or not name or name.startswith((":memory:", "file:")) or "\0" in name:
-        raise UsageError("QBATCH_DATABASE_URL names no file: write sqlite:////absolute/path/qbatch.db")
+        raise UsageError("QBATCH_DATABASE_URL does not name a file: write sqlite:////absolute/path/qbatch.db")
     if unknown := url.query.keys() - {"timeout"}:
-        raise UsageError(f"QBATCH_DATABASE_URL: SQLite takes no option here but timeout, and not {min(unknown)!r}")
+        raise UsageError(
+            f"QBATCH_DATABASE_URL has the option {min(unknown)!r}; the only one supported for SQLite is timeout"
+        )
     try:
         float(str(url.query.get("timeout", 0)))
     except ValueError as error:
-        raise UsageError("QBATCH_DATABASE_URL: SQLite's timeout is no number of seconds") from error
+        raise UsageError("QBATCH_DATABASE_URL: the option timeout must be a number of seconds") from error
 
 
 def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
-    # Arguments beat the URL, and how long to wait for another writer is the URL's to say: ``?timeout=5``.
+    # How long to wait for another writer. Arguments override the URL, so this is omitted if it has ``?timeout=5``.
     waits = {} if "timeout" in url.query else {"timeout": 30.0}
     engine = create_engine(url, json_serializer=_to_json, connect_args=waits | {"check_same_thread": False})
 
@@ -224,7 +238,7 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
     def _on_connect(connection: Any, _record: Any) -> None:
         if file is not None:
             file.note()
-        # The driver must not begin transactions by itself: _on_begin says which kind.
+        # The driver must not begin transactions by itself, because _on_begin chooses their kind.
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -233,7 +247,7 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
     def _on_begin(connection: Connection) -> None:
         if file is not None:
             file.check()
-        # A deferred transaction that turns from reading to writing loses updates of other processes.
+        # A deferred transaction that first reads and then writes could overwrite updates of other processes.
         reads = connection.get_execution_options().get("qbatch_read", False)
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
@@ -241,7 +255,7 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
 
 
 def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
-    # A server that is cut off without a word must not hold a supervisor past its lease: 15 s, then it is unreachable.
+    # If the network drops packets silently, a supervisor must not hang past its lease: give up after 15 s.
     alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
     engine = create_engine(
         url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
@@ -254,7 +268,7 @@ def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
 
     @event.listens_for(engine, "handle_error")
     def _on_error(context: ExceptionContext) -> None:
-        # As good as away, until a new connection finds it whole.
+        # Treat the server as unreachable until a new connection works.
         if getattr(context.original_exception, "sqlstate", None) in _NOT_NOW:
             context.is_disconnect = True
 
@@ -266,16 +280,16 @@ def _reachable(place: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if type(error.orig) is sqlite3.DatabaseError:  # SQLite's for a file that is none of its own, or is damaged
+        if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged or not a SQLite database
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if _is_away(error):
             raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
-        raise DatabaseRefused(f"the database {place} refuses: {_first_line(error)}") from error
+        raise DatabaseRefused(f"the database {place} refused a statement: {_first_line(error)}") from error
 
 
 def _is_away(error: DBAPIError) -> bool:
     if isinstance(error.orig, sqlite3.OperationalError) and error.orig.sqlite_errorcode == _SQL_LOGIC_ERROR:
-        # A table that is missing comes back with the backup that is being restored; a column does not.
+        # A missing table may mean that a backup is being restored; a missing column does not.
         return "no such table" in str(error.orig)
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 

@@ -1,4 +1,4 @@
-"""The tables. Each has one writer among the modules beside this one; ``retention`` deletes."""
+"""The tables. Each is written by one module of this package only; ``retention`` deletes rows of several."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Batch(Base):
 
 
 class EvalText(Base):
-    """A text that perplexity is measured on, by its sha256, so that workers need no file of the submitter's."""
+    """A text for measuring perplexity, or a packed task, by its sha256. Workers need no files of the submitter."""
 
     __tablename__ = "texts"
 
@@ -53,7 +53,7 @@ class Job(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"))
-    # Jobs of one bundle share it; a job that is sent alone has one of its own.
+    # The same for all jobs of a bundle. A job that is sent alone has a bundle of its own.
     bundle: Mapped[str] = mapped_column(String(80), index=True)
 
     model: Mapped[str] = mapped_column(Text)
@@ -70,14 +70,14 @@ class Job(Base):
     allow_pickle: Mapped[bool] = mapped_column(default=False, server_default=false())
     priority: Mapped[int] = mapped_column(default=0)
     time_limit_s: Mapped[float | None]
-    # Settled where the source's fingerprint and the device kind are known: at submit, or by the worker.
+    # Set when the source's fingerprint and the device kind are known: by submit or by the worker.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
 
     state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED.value)
     stage: Mapped[str | None] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
-    # What the attempts up to this one ended in counts no more: a user wished for a clean slate.
+    # The outcomes of attempts up to this one no longer count, because a user has retried the job.
     forgiven_attempt: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     work_started: Mapped[bool] = mapped_column(default=False)
     progress: Mapped[dict[str, Any] | None]
@@ -92,7 +92,7 @@ class Job(Base):
     lease_expires_at: Mapped[datetime | None]
     not_before: Mapped[datetime | None]
 
-    # The hint in Redis: which message carries this job, on which queue, and how many scans missed it.
+    # The message in Redis: its id, its queue, and how many scans in a row did not find it.
     dispatch_id: Mapped[str | None] = mapped_column(String(36), index=True)
     queue: Mapped[str | None] = mapped_column(String(64))
     missed_scans: Mapped[int] = mapped_column(default=0)
@@ -105,14 +105,14 @@ class Job(Base):
         Index(None, "state", "dispatch_id"),
         Index(None, "state", "lease_expires_at"),
         Index(None, "batch_id", "state"),
-        # Who else writes a checkpoint is asked of every job that waits for it.
+        # For every waiting job, the dispatcher asks whether another job is writing its checkpoint.
         Index(None, "checkpoint_key", "state"),
         Index(None, "checkpoint_key", "dispatch_id"),
     )
 
 
 class Attempt(Base):
-    """One claim of one job, kept for the record."""
+    """One claim of one job."""
 
     __tablename__ = "attempts"
 
@@ -125,14 +125,14 @@ class Attempt(Base):
     # succeeded, handed_back, expired, cancelled, or an error kind
     outcome: Mapped[str | None] = mapped_column(String(32))
     message: Mapped[str | None] = mapped_column(Text)
-    # Whether storage failed it in the middle of its own work; null where that was not noted.
+    # Whether the storage failed during the job's own work; null if that is unknown.
     cut_short: Mapped[bool | None]
 
     __table_args__ = (UniqueConstraint("job_id", "attempt"),)
 
 
 class Checkpoint(Base):
-    """A published directory of shared storage, by its key. ``path`` is relative to the storage."""
+    """A published checkpoint, by its key. ``path`` is relative to the storage."""
 
     __tablename__ = "checkpoints"
 
@@ -140,7 +140,7 @@ class Checkpoint(Base):
     path: Mapped[str] = mapped_column(Text)
     root_sha256: Mapped[str] = mapped_column(String(64))
     disk_bytes: Mapped[int] = mapped_column(BigInteger)
-    # Whose attempt wrote it; nobody's once that job is pruned.
+    # The job that wrote it; null after that job was pruned.
     job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     # File name → the state (``FileStat.version``) in which its content was last verified, and when that was.
@@ -149,7 +149,7 @@ class Checkpoint(Base):
 
 
 class FileDigestRow(Base):
-    """What a file's content hashed to, in the state that ``version`` names; ``place`` is its host, mount and path."""
+    """The checksums of a file in the state ``version``. ``place`` is a hash of its host, mount and path."""
 
     __tablename__ = "file_digests"
 
@@ -163,7 +163,7 @@ class FileDigestRow(Base):
 
 
 class Result(Base):
-    """What one job measured. A job answered from an earlier one has no row of its own."""
+    """The measurement of one job. A job that is answered by an earlier result has no row here."""
 
     __tablename__ = "results"
 
@@ -199,7 +199,7 @@ class Result(Base):
 
 
 class Worker(Base):
-    """One Celery worker and the device that it owns."""
+    """One Celery worker and its device."""
 
     __tablename__ = "workers"
 
@@ -207,7 +207,7 @@ class Worker(Base):
     name: Mapped[str] = mapped_column(String(200))
     host: Mapped[str] = mapped_column(String(200))
     pid: Mapped[int]
-    # The boot and pid namespace in which ``pid`` means something.
+    # The boot and pid namespace in which ``pid`` is valid.
     pid_space: Mapped[str] = mapped_column(String(100))
     device_kind: Mapped[str] = mapped_column(String(8))
     device_name: Mapped[str] = mapped_column(String(200))
@@ -221,7 +221,7 @@ class Worker(Base):
 
 
 class Lease(Base):
-    """An exclusive right to something by name: a GPU's UUID, or to lead the schedulers."""
+    """A named lock that expires: for a GPU by its UUID, or for the leading scheduler."""
 
     __tablename__ = "leases"
 
@@ -231,7 +231,7 @@ class Lease(Base):
 
 
 class Pause(Base):
-    """Why nothing is dispatched until then; one row a reason."""
+    """A reason why nothing is dispatched until ``until``; one row per reason."""
 
     __tablename__ = "pauses"
 
@@ -243,7 +243,7 @@ class Pause(Base):
 
 
 class SchemaVersion(Base):
-    """A migration that has run, and the oldest schema whose code works with what it left. Written by the migrations."""
+    """A migration that has run, and the oldest schema whose code works with its result. Written by the migrations."""
 
     __tablename__ = "schema_versions"
 
@@ -252,7 +252,7 @@ class SchemaVersion(Base):
 
 
 class DatabaseIdentity(Base):
-    """One row: what tells this database from another one in its place. Written by the migration that made it."""
+    """One row with a UUID that tells this database from others at its URL. Written by a migration."""
 
     __tablename__ = "identity"
 

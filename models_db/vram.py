@@ -7,36 +7,36 @@ from qbatch.core.domain import DeviceKind
 from qbatch.models_db.tables import Worker
 
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
-"""In GiB, as cards are sold."""
+"""In GiB, as GPUs are sold."""
 
-# Error correction and the driver keep some of it back: cards sold with 24 GB show 22.5 to 24 GiB.
+# Error correction and the driver use some of the memory: GPUs sold with 24 GB show 22.5 to 24 GiB.
 _SHOWN_TENTHS = 9
 
 
 def vram_class(memory_bytes: int) -> int:
-    """The class of a GPU that shows ``memory_bytes``: the largest of which it has nine tenths, else the smallest."""
+    """The class of a GPU with ``memory_bytes``: the largest of which it has nine tenths, else the smallest class."""
     return max(size for size in VRAM_CLASSES if floor_bytes(size) <= memory_bytes)
 
 
 def floor_bytes(size: int) -> int:
-    """What every GPU of the class has at least. The smallest class promises nothing."""
+    """The least memory of a GPU of this class in bytes; 0 for the smallest class."""
     return 0 if size == VRAM_CLASSES[0] else size * GIB * _SHOWN_TENTHS // 10
 
 
 ANY_CLASS_BYTES = floor_bytes(VRAM_CLASSES[1])
-"""A job that is predicted to need less than this may go to any GPU."""
+"""A job that is predicted to need less than this may run on any GPU."""
 
 
 def usable_bytes(worker: Worker) -> int:
-    """The bytes that a worker counts for: its class's, so that cards sold as one size are as good as each other.
+    """The least memory of the worker's class in bytes, so that all GPUs of one class are equal.
 
-    Nothing for a CPU: what ran out of a GPU's memory waits for a GPU.
+    0 for a CPU, because a job that ran out of GPU memory needs a larger GPU.
     """
     return floor_bytes(vram_class(worker.memory_bytes)) if worker.device_kind == DeviceKind.CUDA else 0
 
 
 def show_need(above_bytes: int) -> str:
-    """``needs a GPU of more than 24 GiB``, for one whose 22.5 GiB were too few."""
+    """``needs a GPU of more than 24 GiB``, even if it ran out of the 22.5 GiB that such a GPU shows."""
     return f"needs a GPU of more than {max(vram_class(above_bytes), round(above_bytes / GIB))} GiB"
 
 

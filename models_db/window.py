@@ -1,6 +1,6 @@
-"""Which bundles stand in Redis: a window of about four for each live worker, chosen by priority and fair share.
+"""Which bundles are in Redis: about four per live worker (the window), chosen by priority and fair share.
 
-The backlog stays in the database. ``dispatch_id`` marks a queued job that a message stands for.
+All others wait in the database. ``dispatch_id`` is set on a queued job for which a message was sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 
 MOST_JOBS = 256
-"""In one message. What is left of a larger bundle goes in the next one, once these have ended."""
+"""The most jobs in one message. The rest of a larger bundle is sent when these have ended."""
 
 NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 """The dispatch columns of a job that no message stands for."""
@@ -29,7 +29,7 @@ NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """One message to send: a bundle's job ids, under an id that the database knows."""
+    """A message to send: the job ids of a bundle, and an id that is stored with the jobs."""
 
     dispatch_id: str
     queue: str
@@ -40,7 +40,7 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRange:
-    """Which bundles belong into a queue, in bytes. The default takes all.
+    """Which bundles belong in a queue, by the memory they need, in bytes. The default accepts all.
 
     A bundle needs what its largest job needs, predicted or seen: ``over``, which the next smaller class holds, or
     more, and less than ``under``; None for the largest class there is, which also tries what is predicted to fit
@@ -60,7 +60,7 @@ def choose(
 ) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
-    A bundle of higher priority than all that stand in the queue gets in even when no slot is free.
+    A bundle with a higher priority than all bundles in the queue is added even if no slot is free.
     """
     standing = standing_bundles(session, queue)
     highest = _highest_priority(session, kind, needs)
@@ -101,11 +101,11 @@ class _Ready:
 
 
 def _highest_priority(session: Session, kind: DeviceKind, needs: QueueRange) -> int | None:
-    """Of what may be ready. A cheap look, since most of the time the window is full and the backlog long."""
+    """The highest priority among queued jobs. A cheap check, because usually the window is full."""
     waiting = and_(Job.state == JobState.QUEUED, Job.dispatch_id.is_(None), Job.device.in_((kind, DeviceKind.AUTO)))
     highest = select(func.max(Job.priority)).where(waiting, *_belongs(NEED_BYTES, needs))
     if needs.under is not None:
-        # A small job of a large bundle belongs elsewhere.
+        # A small job of a bundle with a large one belongs in another queue.
         bundles = select(func.max(Job.priority).label("priority")).where(waiting).group_by(Job.bundle)
         highest = select(func.max(bundles.having(*_belongs(func.max(NEED_BYTES), needs)).subquery().c.priority))
     return session.execute(highest).scalar_one()
@@ -139,9 +139,9 @@ def _ready(session: Session, kind: DeviceKind, needs: QueueRange, limit: int) ->
 
 
 def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> bool:
-    """Give each job that even the largest class is predicted not to hold a bundle of its own, where others fit.
+    """Move each job that is predicted to fit no GPU into a bundle of its own if other jobs of its bundle fit.
 
-    It is tried alone then: the others do not wait for what will probably fail, nor for the runner that it takes along.
+    It is then tried alone, so that the others need not wait for a job that will probably fail and end its runner.
     """
     if needs.largest is None or needs.under is not None:
         return False
@@ -156,19 +156,19 @@ def _split_off(session: Session, ready: Sequence[_Ready], needs: QueueRange) -> 
 
 
 def own_bundle(batch_id: int, job_id: int) -> str:
-    """The name of a bundle that no other job is in."""
+    """The name of a bundle with only this job."""
     return f"{batch_id}:j{job_id}"
 
 
 def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
-    """Queued, due, not dispatched, not too large, of a bundle that is not under way, and wanting no checkpoint that
-    another one is writing.
+    """Whether a job may be dispatched.
 
-    The rest of a bundle waits for the part of it that was sent: that writes its checkpoints, and may hold its baseline.
-    Not every checkpoint's key is known by then.
+    It must be queued, due, not dispatched, and not too large; no part of its bundle may be under way, and no other
+    bundle may be writing its checkpoint. The rest of a bundle waits for the part that was sent, because that part
+    writes its checkpoints and may include its baseline, and not every checkpoint key is known yet.
     """
     other = aliased(Job)
-    # Not correlated: it is looked up once for all jobs, and few are under way.
+    # Not correlated, so that it is evaluated once for all jobs; few are under way.
     under_way = [select(other.bundle).where(condition) for condition in _under_way(other)]
     writes_it = (other.checkpoint_key == Job.checkpoint_key, other.bundle != Job.bundle, other.method != Method.NONE)
     written = [select(other.id).where(*writes_it, condition).correlate(Job).exists() for condition in _under_way(other)]
@@ -188,13 +188,16 @@ def is_due() -> ColumnElement[bool]:
 
 
 def _under_way(job: type[Job]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """Running, or sent. Two conditions, each with an index of its own: of an ``OR``, SQLite would look at every job of
-    the checkpoint. It uses none for ``IS NOT NULL``."""
+    """Whether a job is running, and whether it is dispatched.
+
+    Two conditions, because each has its own index: with an ``OR``, SQLite would read every job of the checkpoint. It
+    uses no index for ``IS NOT NULL``, hence ``> ""``.
+    """
     return job.state == JobState.RUNNING, job.dispatch_id > ""
 
 
 def _share_of_batches(session: Session) -> Mapping[int, int]:
-    """How many bundles of each batch are under way: standing in Redis or running."""
+    """How many bundles of each batch are under way, in Redis or running."""
     rows = session.execute(
         select(Job.batch_id, func.count(func.distinct(Job.bundle)))
         .where(or_(Job.state == JobState.RUNNING, Job.dispatch_id.is_not(None)))
@@ -230,17 +233,16 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
 
 
 def _free(session: Session, *conditions: ColumnElement[bool], most: int | None = None) -> Sequence[int]:
-    """The ids of these rows (the first ``most``), locked, but for those that a claim or a cancel holds: never waiting,
-    never in a deadlock.
+    """Lock the rows that match (at most ``most``) and return their ids, skipping those that others have locked.
 
-    A job left out for that reason is looked at again a second later.
+    It never waits, so it cannot deadlock. Skipped jobs are considered again a second later.
     """
     query = select(Job.id).where(*conditions).order_by(Job.id).limit(most)
     return session.scalars(query.with_for_update(skip_locked=True, of=Job)).all()
 
 
 def standing(session: Session) -> dict[str, str]:
-    """Every dispatched message that nobody has claimed yet: dispatch id → queue."""
+    """All dispatched messages that no worker has claimed yet: dispatch id → queue."""
     rows = session.execute(
         select(Job.dispatch_id, Job.queue).where(Job.state == JobState.QUEUED, Job.dispatch_id.is_not(None)).distinct()
     )
@@ -248,10 +250,10 @@ def standing(session: Session) -> dict[str, str]:
 
 
 def note_scan(session: Session, *, missing: Collection[str], present: Collection[str]) -> list[str]:
-    """Count a scan that found ``missing`` messages in no list of Redis; take those missed twice out of the window.
+    """Count a scan that did not find the ``missing`` messages in Redis, and release those missing twice in a row.
 
-    One scan is not enough: a message is on no list for the moment between its pop and its note as unacknowledged.
-    Returns the dispatch ids taken out, whose bundles are ready to be sent again.
+    One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
+    Returns the released dispatch ids, whose bundles can be sent again.
     """
     waiting = _free(session, Job.dispatch_id.in_([*missing, *present]), Job.state == JobState.QUEUED)
     session.execute(
@@ -274,12 +276,12 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
 
 
 def take_out(session: Session, dispatch_ids: Collection[str]) -> None:
-    """Forget that these messages were sent; their jobs are ready again."""
+    """Mark the jobs of these messages as not sent, so that they can be sent again."""
     _undispatch(session, Job.dispatch_id.in_(dispatch_ids))
 
 
 def recall(session: Session, served: Collection[str]) -> None:
-    """Take out what stands in other queues than ``served``: no worker is left that would read it there."""
+    """Mark jobs in queues other than ``served`` as not sent, because no worker reads those queues any more."""
     _undispatch(session, Job.dispatch_id.is_not(None), Job.queue.not_in(served))
 
 

@@ -1,4 +1,4 @@
-"""Who works: one row for each Celery worker, kept alive by its heartbeat."""
+"""The workers: one row for each Celery worker, whose heartbeat shows that it is alive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qbatch.models_db.tables import Worker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """A worker as it introduces itself. ``memory_bytes`` is its device's (a CPU worker's is the host's)."""
+    """The description of a worker. ``memory_bytes`` is the memory of its GPU, or of the host for a CPU worker."""
 
     name: str
     host: str
@@ -46,7 +46,7 @@ def register(session: Session, info: WorkerInfo) -> int:
 
 
 def beat(session: Session, worker_id: int) -> str:
-    """Renew a worker's heartbeat; its state, which may have been changed from outside."""
+    """Renew a worker's heartbeat. Returns its state, which others may have changed."""
     state: str = session.execute(
         update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
         execution_options=NO_SYNC,
@@ -55,13 +55,15 @@ def beat(session: Session, worker_id: int) -> str:
 
 
 def mend_times(session: Session) -> int:
-    """Date heartbeats that lie ahead of the database's clock now: it was set back, and who died before that would live
-    for as long. How many there were."""
+    """Set heartbeats that are in the future to now, and return how many there were.
+
+    They come from before the database's clock was set back. Without this, dead workers would count as alive.
+    """
     ahead = Worker.heartbeat_at > db_now(SLACK_S)
-    mended = session.execute(
+    changed = session.execute(
         update(Worker).where(ahead).values(heartbeat_at=db_now()).returning(Worker.id), execution_options=NO_SYNC
     )
-    return len(mended.all())
+    return len(changed.all())
 
 
 def leave(session: Session, worker_id: int, state: WorkerState, note: str | None = None) -> None:
@@ -80,7 +82,7 @@ def is_live(lease_s: float) -> ColumnElement[bool]:
 
 
 def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bool]) -> list[Worker]:
-    """The workers on record that ran where ``info`` runs and whose process is no more."""
+    """The recorded workers from the pid namespace of ``info`` whose processes no longer exist."""
     candidates = session.scalars(
         select(Worker)
         .where(Worker.pid_space == info.pid_space, Worker.state != WorkerState.STOPPED)
@@ -91,9 +93,9 @@ def dead_here(session: Session, info: WorkerInfo, pid_exists: Callable[[int], bo
 
 
 def around(session: Session, lease_s: float) -> list[tuple[Worker, bool]]:
-    """The workers heard of within two leases, each with whether it takes jobs now; without the quarantined.
+    """The workers, except quarantined ones, with a heartbeat within two leases, each with whether it takes jobs now.
 
-    One that restarts is missing for a moment only: what needs its device is kept for it meanwhile.
+    Two leases, so that jobs that need the device of a restarting worker are kept for it.
     """
     heard = select(Worker, is_live(lease_s)).where(
         Worker.state != WorkerState.QUARANTINED, Worker.heartbeat_at > db_now(-2 * lease_s)

@@ -23,10 +23,10 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     hide_from_equals()
     stop = Stop()
-    stop.heed_signals()
+    stop.set_on_signals()
     try:
         settings = Settings.from_env(os.environ)
-        # Frozen, or with its host gone, it must not keep the lead locked.
+        # If this process freezes or its host fails, its locks on the database must be released.
         database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         hold_share(database, settings)
         wait_for_schema(database, stop)
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def hold_share(database: Database, settings: Settings) -> None:
-    """Warn of SQLite on a network file system. Raises DatabaseOfAnotherHost while another host works there."""
+    """Warn of SQLite on a network file system. Raises DatabaseOfAnotherHost while another host uses it."""
     share = share_of(database.file)
     if share is not None:
         log.warning("%s", share.warning)
@@ -46,8 +46,10 @@ def hold_share(database: Database, settings: Settings) -> None:
 
 
 def wait_for_schema(database: Database, stop: Stop) -> None:
-    """Until the database answers with this version's schema, or ``stop`` is set. Raises WrongDatabase for one that need
-    not be waited for."""
+    """Wait until the database answers and has this version's schema, or ``stop`` is set.
+
+    Raises WrongDatabase if waiting cannot help.
+    """
     while not stop.is_set():
         try:
             ensure(database)
@@ -55,7 +57,7 @@ def wait_for_schema(database: Database, stop: Stop) -> None:
         except WrongDatabase:
             raise
         except DatabaseUnreachable as error:
-            log.warning("%s; waiting for it", error)
+            log.warning("%s; trying again in 5 s", error)
             stop.wait(5.0)
 
 

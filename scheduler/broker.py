@@ -1,4 +1,4 @@
-"""Redis as the dispatcher sees it: messages in, and which of them still stand there."""
+"""The dispatcher's view of Redis: sending messages, and finding out which of them are still there."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qbatch.scheduler.queues import PRIORITY_STEPS, RUN_BUNDLE, redis_priority
 
 log = logging.getLogger("qbatch.scheduler")
 
-# How kombu spells a queue's lists and its notes of what was popped but not acknowledged.
+# The names that kombu gives to the lists of a queue, and to the hash of unacknowledged messages.
 _PRIORITY_SEPARATOR = "\x06\x16"
 _UNACKED = "unacked"
 
 
 class Broker:
-    """A connection to Redis. Every method raises BrokerUnreachable where it does not answer."""
+    """A connection to Redis. Every method raises BrokerUnreachable if Redis does not answer."""
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_app(settings)
@@ -43,7 +43,7 @@ class Broker:
 
     def send(self, dispatches: Iterable[Dispatch]) -> None:
         """Put one message for each bundle on its queue."""
-        # Where nothing answers this says so at once; kombu would try for six seconds.
+        # Fails at once if Redis does not answer; kombu would try for six seconds.
         self.ping()
         with _reachable(), self._app.producer_pool.acquire(block=True) as producer:
             for dispatch in dispatches:
@@ -57,19 +57,19 @@ class Broker:
                     producer=producer,
                 )
 
-    def standing(self, queues: Iterable[str]) -> frozenset[str]:
-        """The ids of all messages that wait in ``queues`` or are popped and not acknowledged."""
+    def message_ids(self, queues: Iterable[str]) -> frozenset[str]:
+        """The ids of all messages that wait in ``queues`` or were delivered and not yet acknowledged."""
         with _reachable():
-            return frozenset(self._message_ids(queues))
+            return frozenset(self._read_ids(queues))
 
-    def _message_ids(self, queues: Iterable[str]) -> Iterator[str]:
+    def _read_ids(self, queues: Iterable[str]) -> Iterator[str]:
         for queue in queues:
             for step in PRIORITY_STEPS:
                 key = f"{queue}{_PRIORITY_SEPARATOR}{step}" if step else queue
                 for message in _as_list(self._redis.lrange(key, 0, -1)):
                     yield from _task_id(message)
-        for note in _as_list(self._redis.hvals(_UNACKED)):
-            yield from _task_id(note, noted=True)
+        for entry in _as_list(self._redis.hvals(_UNACKED)):
+            yield from _task_id(entry, unacknowledged=True)
 
     def close(self) -> None:
         self._redis.close()
@@ -80,13 +80,13 @@ def _as_list(reply: Any) -> list[str]:
     return list(reply)
 
 
-def _task_id(text: str, *, noted: bool = False) -> Iterator[str]:
-    """The id of a message, or of one noted as popped; none of what somebody else put there."""
+def _task_id(text: str, *, unacknowledged: bool = False) -> Iterator[str]:
+    """Yield the id of a queued or unacknowledged message, or nothing if the message is not one of qbatch's."""
     try:
         message = json.loads(text)
-        yield str((message[0] if noted else message)["headers"]["id"])
+        yield str((message[0] if unacknowledged else message)["headers"]["id"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        log.warning("a message in Redis is not one of qbatch's; left alone")
+        log.warning("Redis holds a message that qbatch did not send; ignoring it")
 
 
 @contextmanager
@@ -94,5 +94,5 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except (redis.RedisError, KombuOperationalError, OSError) as error:
-        # The URL may carry a password: the message names none.
+        # The message leaves out the URL, which may contain a password.
         raise BrokerUnreachable(f"Redis does not answer: {type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""The Celery application, each setting with its reason."""
+"""The Celery application, with a reason for each setting."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from celery import Celery
 from qbatch.core.settings import Settings
 from qbatch.scheduler.queues import PRIORITY_STEPS
 
-# Celery takes these before what it is told, whoever's they are: the messages would go where no worker of ours looks, or
-# where strangers do.
-_OTHERS = (
+# Celery prefers these variables to its configuration. Set for another application, they would send qbatch's messages to
+# a broker that its workers do not read, and others may.
+_CELERY_VARIABLES = (
     *("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"),
     *("CELERY_RESULT_BACKEND", "CELERY_LOADER"),
 )
 
 
 def make_app(settings: Settings) -> Celery:
-    """A Celery application on the broker of ``settings``. Connects to nothing yet."""
-    for name in _OTHERS:
+    """A Celery application that uses the broker of ``settings``. It does not connect yet."""
+    for name in _CELERY_VARIABLES:
         os.environ.pop(name, None)
     app = Celery("qbatch", broker=settings.celery_broker_url, set_as_current=False)
     app.conf.update(_configuration(settings))
@@ -29,33 +29,33 @@ def make_app(settings: Settings) -> Celery:
 
 def _configuration(settings: Settings) -> dict[str, Any]:
     return {
-        # Messages are ids: nothing that needs, or could smuggle, more than JSON.
+        # Messages carry only ids, so they need nothing beyond JSON, and JSON cannot carry code.
         "task_serializer": "json",
         "accept_content": ["json"],
-        # Results live in the database.
+        # Results are stored in the database.
         "task_ignore_result": True,
-        # A message is a hint that is spent once it is read: the database holds the job from its claim on. Acknowledged
-        # late, it would be delivered again under every job longer than the visibility timeout.
+        # A message has done its work once it is read: from the claim on, the database keeps track of the job. With late
+        # acknowledgement, it would be delivered again during every job longer than the visibility timeout.
         "task_acks_late": False,
-        # One bundle at a time, and none set aside that another worker could have begun.
+        # Take one bundle at a time, and reserve none that another worker could start.
         "worker_prefetch_multiplier": 1,
         "worker_disable_prefetch": True,
-        # A Redis blip must not kill hours of work; the database fences.
+        # A short interruption of Redis must not kill hours of work; the database prevents double results.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
-            # Only a message that died between its pop and its acknowledgement waits this long.
+            # Only a message whose worker died between receiving and acknowledging it waits this long.
             "visibility_timeout": max(int(settings.lease_s), 1),
             "priority_steps": PRIORITY_STEPS,
             "queue_order_strategy": "priority",
             "socket_connect_timeout": 5,
-            # A network that goes silent without a word would hold a command, and with it the consumer, for ever.
+            # If the network drops packets silently, a command, and with it the consumer, would hang for ever.
             "socket_timeout": 10,
             "socket_keepalive": True,
             "health_check_interval": 10,
         },
-        # Sending must fail soon, so that submit can say that the scheduler will do it.
+        # Sending must fail quickly, so that `submit` can report that the scheduler will send the job instead.
         "task_publish_retry": False,
         "worker_send_task_events": True,
         "task_send_sent_event": True,

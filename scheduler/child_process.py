@@ -1,4 +1,4 @@
-"""Child processes that do not outlive us, and are started again when they die; and what others see of this one."""
+"""Child processes that end with their parent and are restarted when they die; and hiding this process from others."""
 
 from __future__ import annotations
 
@@ -23,35 +23,38 @@ _MAX_BACKOFF_S = 30.0
 _HEALTHY_AFTER_S = 60.0
 
 REFUSALS = (2, 3)
-"""Exit codes with which a process says that it cannot work as it was asked to: started again, it would say the same."""
+"""Exit codes of a process that cannot work as configured. Restarting it would not help."""
 
 FINAL = DatabaseReplaced.exit_code
-"""With this one it is not started again even if it did work: it would make an empty database and work on that."""
+"""A process with this exit code is never restarted: it would create an empty database and use that."""
 
 
 def dies_with_parent() -> Callable[[], None] | None:
-    """A ``preexec_fn`` that has the kernel send SIGTERM to the child when the thread that started it ends (Linux)."""
+    """A ``preexec_fn`` that makes the kernel send SIGTERM to the child when the thread that started it ends (Linux)."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def set_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the kernel was asked
+        if os.getppid() != parent:  # the parent ended before prctl was called
             os.kill(os.getpid(), signal.SIGTERM)
 
     return set_signal
 
 
 def hide_from_equals() -> None:
-    """Keep other processes of this user, those that run a model's own code among them, from reading this one's
-    environment and memory (Linux). It can then not be traced, and leaves no core. What it starts is not hidden."""
+    """Prevent other processes of this user from reading this one's environment and memory (Linux).
+
+    Those may be processes that run a model's own code. This process can then not be traced and leaves no core dump.
+    Child processes are not hidden.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class Child:
-    """One supervised process. ``tend`` starts it again, more slowly each time that it dies young."""
+    """One supervised process. ``tend`` restarts it, after a delay that grows while the process keeps dying early."""
 
     def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path | None = None) -> None:
         self.name = name
@@ -66,7 +69,7 @@ class Child:
 
     @property
     def has_refused(self) -> bool:
-        """Whether it ended with one of REFUSALS or FINAL, and is not started again."""
+        """Whether it ended with an exit code of REFUSALS or FINAL and will not be restarted."""
         return self._start_after == math.inf
 
     @property
@@ -74,9 +77,9 @@ class Child:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Start it, with its output appended to the log where one was given."""
+        """Start the process. Its output is appended to the log file, if there is one."""
         self._started_at = time.monotonic()
-        # In a group of its own: a Ctrl-C at the terminal is ours alone to pass on.
+        # In a session of its own, so that Ctrl-C at the terminal reaches only this process, which passes it on.
         options = {"start_new_session": True, "preexec_fn": dies_with_parent(), "stdin": subprocess.DEVNULL}
         if self._log_path is None:
             self._process = subprocess.Popen(self._argv, env=self._env, **options)  # type: ignore[call-overload]
@@ -88,9 +91,9 @@ class Child:
             )
 
     def tend(self) -> int | None:
-        """Start it again if it has ended, unless it refused; the exit code with which it ended, once.
+        """Restart the process if it has ended and did not refuse to work. Returns its exit code once, else None.
 
-        One that did work before does not refuse, but for FINAL: what it meets then is a fault that may pass.
+        After it has worked for a while, only FINAL counts as a refusal: other failures may be temporary.
         """
         if self._process is None:
             if time.monotonic() >= self._start_after:
@@ -107,7 +110,7 @@ class Child:
             return code
         self._backoff_s = 0.5 if lived_s > _HEALTHY_AFTER_S else min(self._backoff_s * 2, _MAX_BACKOFF_S)
         self._start_after = time.monotonic() + self._backoff_s
-        log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, self._backoff_s)
+        log.warning("%s ended with exit code %s; restarting it in %.1f s", self.name, code, self._backoff_s)
         return code
 
     def ask_to_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -115,13 +118,13 @@ class Child:
             self._process.send_signal(number)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Wait for its end; kill it once ``timeout_s`` has passed."""
+        """Wait until the process ends, and kill it after ``timeout_s``."""
         if self._process is None:
             return
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            log.warning("%s did not stop within %s s; killed", self.name, timeout_s)
+            log.warning("%s did not stop within %s s and is killed", self.name, timeout_s)
             self._process.kill()
             self._process.wait()
         self._process = None

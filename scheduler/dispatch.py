@@ -1,4 +1,4 @@
-"""Keep a window of bundles in Redis."""
+"""Keep a limited number of bundles in Redis; the rest of the queue is in the database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qbatch.scheduler.queues import queue_of, queues_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveQueue:
-    """A queue, how many workers read it now, and what belongs into it."""
+    """A queue, how many workers read it now, and which jobs belong in it."""
 
     kind: DeviceKind
     queue: str
@@ -29,14 +29,15 @@ class LiveQueue:
     needs: QueueRange
 
 
-def live_queues(around: Sequence[tuple[Worker, bool]]) -> list[LiveQueue]:
-    """The queues of these workers (each with whether it takes jobs now), the largest VRAM class first, the CPU's last:
-    a job that may run anywhere goes to a GPU where there is one.
+def live_queues(present: Sequence[tuple[Worker, bool]]) -> list[LiveQueue]:
+    """The queues of these workers, each given with whether it takes jobs now.
+
+    The largest VRAM class comes first and the CPU queue last, so a job that may run anywhere prefers a GPU.
     """
-    gpus = [(vram_class(worker.memory_bytes), ready) for worker, ready in around if _is(worker, DeviceKind.CUDA)]
-    cpus = [ready for worker, ready in around if _is(worker, DeviceKind.CPU)]
+    gpus = [(vram_class(worker.memory_bytes), ready) for worker, ready in present if _is(worker, DeviceKind.CUDA)]
+    cpus = [ready for worker, ready in present if _is(worker, DeviceKind.CPU)]
     sizes = sorted({size for size, _ in gpus}, reverse=True)
-    found = [
+    queues = [
         LiveQueue(
             kind=DeviceKind.CUDA,
             queue=queue_of(DeviceKind.CUDA, size),
@@ -51,10 +52,10 @@ def live_queues(around: Sequence[tuple[Worker, bool]]) -> list[LiveQueue]:
         for size in sizes
     ]
     if cpus:
-        # What ran out of a GPU's memory is not for a CPU.
+        # A job that ran out of GPU memory is not sent to a CPU.
         needs = QueueRange(largest=0)
-        found.append(LiveQueue(kind=DeviceKind.CPU, queue=queue_of(DeviceKind.CPU), readers=sum(cpus), needs=needs))
-    return found
+        queues.append(LiveQueue(kind=DeviceKind.CPU, queue=queue_of(DeviceKind.CPU), readers=sum(cpus), needs=needs))
+    return queues
 
 
 def _read_by(worker: Worker) -> list[str]:
@@ -66,10 +67,10 @@ def _is(worker: Worker, kind: DeviceKind) -> bool:
 
 
 def top_up(database: Database, broker: Broker, settings: Settings) -> int:
-    """Fill the queue of each VRAM class, and the CPUs', to ``window`` bundles a live worker; how many were sent.
+    """Fill the queue of each VRAM class, and of the CPUs, to ``window`` bundles per live worker.
 
-    Rows first, messages second: what dies in between leaves rows that the next scans find without a message.
-    Raises BrokerUnreachable after taking back what could not be sent.
+    Returns how many bundles were sent. Their rows are marked before the messages are sent: if this process dies in
+    between, the next scans find rows without a message. Raises BrokerUnreachable, after undoing the marks.
     """
     with database.write() as session:
         chosen = _choose(session, settings)
@@ -78,7 +79,7 @@ def top_up(database: Database, broker: Broker, settings: Settings) -> int:
     try:
         broker.send(chosen)
     except BrokerUnreachable:
-        # A message that did get out before the break is then a second copy, which changes nothing.
+        # Some messages may have been sent before the failure. They become duplicates, which are harmless.
         with database.write() as session:
             window.take_out(session, [dispatch.dispatch_id for dispatch in chosen])
         raise
@@ -88,12 +89,12 @@ def top_up(database: Database, broker: Broker, settings: Settings) -> int:
 def _choose(session: Session, settings: Settings) -> list[Dispatch]:
     if pauses.standing(session):
         return []
-    around = workers.around(session, settings.lease_s)
-    if around:
-        window.recall(session, {queue for worker, _ in around for queue in _read_by(worker)})
+    present = workers.around(session, settings.lease_s)
+    if present:
+        window.recall(session, {queue for worker, _ in present for queue in _read_by(worker)})
     return [
         dispatch
-        for live_queue in live_queues(around)
+        for live_queue in live_queues(present)
         if live_queue.readers
         for dispatch in window.choose(
             session,

@@ -1,4 +1,4 @@
-"""Flower, shut: none of its pages answers without the one user's password."""
+"""Flower with a password on every page."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from qbatch.core.errors import UsageError
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 
-# Flower runs the Python of a flowerconfig.py where it is started, which could open it again.
+# Flower would execute a flowerconfig.py in the current directory, which could turn the password off.
 _NO_CONFIG = f"--conf={os.devnull}"
 
 
 def serve(settings: Settings, *, address: str, port: int) -> None:
-    """Run Flower until it is told to stop. Raises UsageError without credentials."""
+    """Run Flower until it is stopped. Raises UsageError if no user and password are set."""
     credentials = _credentials(settings)
     from flower import urls
     from flower.options import options
 
-    # Not by FLOWER_BASIC_AUTH, a comma list: what follows a comma in a password would be a user of its own, without
-    # one. Nor by the arguments: those are everyone's to read in the process list.
+    # Set in Python, because FLOWER_BASIC_AUTH is a comma-separated list, in which the part of a password after a comma
+    # would become a user without a password; and command-line arguments are visible to everyone in the process list.
     os.environ.pop("FLOWER_BASIC_AUTH", None)
     options.basic_auth = [credentials]
-    urls.handlers[:] = [_shut(handler) for handler in urls.handlers]
+    urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
     make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
 
 
 def _credentials(settings: Settings) -> str:
     credentials = settings.flower_auth or ""
     if not all(credentials.partition(":")):
-        raise UsageError("Flower is open to anyone without a password: set QBATCH_FLOWER_AUTH=user:password")
+        raise UsageError("Flower needs a password: set QBATCH_FLOWER_AUTH=user:password")
     if not (credentials.isascii() and credentials.isprintable()):
-        # Flower compares no others, and would turn its own user away.
-        raise UsageError("QBATCH_FLOWER_AUTH has other than printable ASCII characters, which Flower cannot compare")
+        # Flower cannot compare other characters, and would refuse the right password.
+        raise UsageError("QBATCH_FLOWER_AUTH must contain only printable ASCII characters: Flower supports no others")
     return credentials
 
 
-def _shut(entry: Any) -> Any:
-    """A page of Flower's that asks for the password before anything else: its own do each for itself, and ``/metrics``
-    and ``/healthcheck`` do not. Its pictures and styles are the same everywhere, and left as they are."""
+def _require_password(entry: Any) -> Any:
+    """Make a page of Flower ask for the password first.
+
+    In Flower, each page checks it by itself, and ``/metrics`` and ``/healthcheck`` do not. Images and style sheets
+    stay public: they are the same in every installation.
+    """
     from flower.views import BaseHandler
     from tornado.web import HTTPError, URLSpec
 
@@ -51,7 +54,7 @@ def _shut(entry: Any) -> Any:
     def prepare(self: Any) -> Any:
         try:
             self.get_current_user()  # raises 401
-        except TypeError as error:  # what is not ASCII, which Flower would answer with a page of its insides
+        except TypeError as error:  # a password that is not ASCII; Flower would answer with a traceback
             raise HTTPError(401) from error
         return page.prepare(self)
 

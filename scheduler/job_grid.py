@@ -50,9 +50,9 @@ class Grid:
             method.description.refuse_device(self.device)
             method.description.refuse_dtype(self.dtype)
         if min((*self.batch_sizes, *self.prompt_tokens), default=1) < 1:
-            raise UsageError("a batch has at least one sequence, and a prompt at least one token")
+            raise UsageError("the batch size and the number of prompt tokens must be at least 1")
         if min(self.new_tokens, default=2) < 2:
-            raise UsageError("decoding is timed from the second token on: ask for at least 2 new tokens")
+            raise UsageError("the number of new tokens must be at least 2: decoding is timed from the second token on")
 
     def _refuse_misplaced_options(self) -> None:
         taken = {option.name for method in self._methods() for option in method.description.options}
@@ -96,7 +96,7 @@ class Grid:
         )
 
     def bundle(self, source: SourceRef, protocol: ProtocolOptions) -> Sequence[JobSpec]:
-        """Every job of one source: each shape's in turn, its baseline first."""
+        """All jobs of one source, shape by shape, each with its baseline first."""
         return [
             JobSpec(
                 source=source,
@@ -112,9 +112,9 @@ class Grid:
         ]
 
     def _shaped(self, protocol: ProtocolOptions) -> Iterator[ProtocolOptions]:
-        """``protocol`` at every combination of the sizes asked for, each once."""
-        asked = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
-        for batch_size, prompt_tokens, new_tokens in product(*(dict.fromkeys(sizes or (None,)) for sizes in asked)):
+        """``protocol`` with every combination of the requested sizes, without duplicates."""
+        requested = (self.batch_sizes, self.prompt_tokens, self.new_tokens)
+        for batch_size, prompt_tokens, new_tokens in product(*(dict.fromkeys(sizes or (None,)) for sizes in requested)):
             yield replace(
                 protocol,
                 batch_size=batch_size,

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness as a user names them: names of its registry, and YAML files with what they refer to.
+"""Tasks of lm-evaluation-harness as a user gives them: names in its registry, or YAML files with the data they need.
 
-A file is packed into one text that any worker can run: its includes merged, the data that it names beside it. It may
-hold no code: of the harness's own keys, those that take a function, a module or a script are left out.
+A file is packed into one text that any worker can run: the YAML with its includes merged, and the data files. It must
+not contain code: keys of the harness that accept a function, a module or a script are refused.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _FEWSHOT_KEYS = frozenset({
     "sampler", "split", "fewshot_indices", "samples", "doc_to_text", "doc_to_choice", "doc_to_target", "gen_prefix",
     "fewshot_delimiter", "target_delimiter",
 })  # fmt: skip
-# ``generate`` takes whatever else is given, a repository with its own code among it.
+# ``generate`` accepts many other keys, among them a repository whose code it would run.
 _GENERATION_KEYS = frozenset({
     "until", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "repetition_penalty",
     "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens",
 })  # fmt: skip
-# Readers of plain text, with what may be said to them; others of ``datasets`` read pickles.
+# The readers of plain text in ``datasets``, with the options allowed for each; other readers load pickles.
 _READERS = {
     "json": frozenset({"data_files", "field"}),
     "csv": frozenset({"data_files", "delimiter", "column_names"}),
@@ -51,7 +51,7 @@ _HUB_KEYS = frozenset({"revision"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFiles:
-    """What ``--tasks`` named. ``texts`` are the packed files by their sha256."""
+    """The tasks given with ``--tasks``. ``texts`` maps the sha256 of each packed file to its text."""
 
     refs: tuple[TaskRef, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -59,24 +59,24 @@ class TaskFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTask:
-    """A task's configuration, whose ``data_files`` are names in ``files``: name → content."""
+    """A task's configuration, and its data ``files`` by name. Its ``data_files`` refer to those names."""
 
     config: Mapping[str, Any]
     files: Mapping[str, str]
 
 
 def read_tasks(items: Sequence[str]) -> TaskFiles:
-    """The tasks of ``items``: names, and paths of YAML files.
+    """Read the tasks ``items``, each a name or the path of a YAML file. A name is looked up when the task runs.
 
-    Raises UsageError for a file that cannot be read, that could run code, or that has the name of another task, and
-    where the files and their data are over MAX_BYTES together. A name is looked up where the task runs.
+    Raises UsageError if a file cannot be read, could run code, or has the name of another task, or if the files and
+    their data exceed MAX_BYTES in total.
     """
     refs: list[TaskRef] = []
     texts: dict[str, str] = {}
     for item in dict.fromkeys(items):
         if not _is_path(item):
             if not _NAME.fullmatch(item):
-                raise UsageError(f"{item!r} is neither a task's name nor the path of a .yaml file")
+                raise UsageError(f"{item!r} is neither the name of a task nor the path of a .yaml file")
             refs.append(TaskRef(name=item))
             continue
         name, text = _pack(Path(item), room=MAX_BYTES - sum(map(len, texts.values())))
@@ -86,12 +86,12 @@ def read_tasks(items: Sequence[str]) -> TaskFiles:
     names = [ref.name for ref in refs]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"two tasks are called {name!r}")
+            raise UsageError(f"two tasks have the name {name!r}")
     return TaskFiles(refs=tuple(refs), texts=texts)
 
 
 def unpack(text: str) -> PackedTask:
-    """What ``read_tasks`` packed. Raises UnsafeSource for a text that it would have refused."""
+    """Read a task that ``read_tasks`` has packed. Raises UnsafeSource for a text that it would have refused."""
     packed = json.loads(text)
     task = PackedTask(config=packed["config"], files=packed["files"])
     refusal = _refusal(task.config)
@@ -101,10 +101,10 @@ def unpack(text: str) -> PackedTask:
 
 
 def data_files(config: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
-    """The files that a task reads, by split; none where its data are on the hub."""
-    named = (config.get("dataset_kwargs") or {}).get("data_files") or {}
-    # A single file, or a list of them, is the training split for ``datasets``.
-    by_split = named if isinstance(named, Mapping) else {"train": named}
+    """The files that a task reads, by split; empty if its data are on the hub."""
+    listed = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    # ``datasets`` treats a single file or a list of files as the training split.
+    by_split = listed if isinstance(listed, Mapping) else {"train": listed}
     return {split: files if isinstance(files, list) else [files] for split, files in by_split.items()}
 
 
@@ -113,7 +113,7 @@ def _is_path(item: str) -> bool:
 
 
 def _pack(path: Path, *, room: int) -> tuple[str, str]:
-    """(the task's name, its text)."""
+    """Pack a task into at most ``room`` characters. Returns its name and its text."""
     config = _read_config(path, seen=())
     refusal = _refusal(config)
     if refusal is not None:
@@ -131,8 +131,8 @@ def _pack(path: Path, *, room: int) -> tuple[str, str]:
 
 
 def _encoded(value: Any, path: Path, room: int) -> Iterator[str]:
-    # Piece by piece: a few aliases make a short YAML file that is endless in JSON. The order of keys is kept: that of
-    # the answers is in it.
+    # Encoded piece by piece, because a short YAML file with aliases can become enormous in JSON. Keys keep their order,
+    # which decides the order of the answers.
     size = 0
     try:
         for piece in json.JSONEncoder(separators=(",", ":")).iterencode(value):
@@ -141,7 +141,7 @@ def _encoded(value: Any, path: Path, room: int) -> Iterator[str]:
                 raise _too_large(path)
             yield piece
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: {error}; quote what is meant as text") from error
+        raise UsageError(f"{path}: {error}; put quotes around values that are meant as text") from error
 
 
 def _too_large(path: Path) -> UsageError:
@@ -162,7 +162,7 @@ def _read_file(path: Path, room: int) -> str:
 
 
 def _read_config(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
-    """A YAML file with its includes merged into it; its own keys win."""
+    """Read a YAML file and merge its includes into it. Its own keys take precedence."""
     import yaml
 
     if path.resolve() in seen:
@@ -184,12 +184,12 @@ def _loader(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Knows one tag more, to refuse it in words."""
+        """A safe loader that refuses the tag ``!function`` with a clear message."""
 
     def refuse(_loader: Any, node: Any) -> None:
         raise UsageError(
-            f"{path}: !function {node.value} is code, which a task's file may not bring; only the tasks that "
-            "lm-evaluation-harness itself installs may use functions"
+            f"{path}: !function {node.value} is code, which a task file must not contain; only the tasks installed "
+            "with lm-evaluation-harness itself may use functions"
         )
 
     Loader.add_constructor("!function", refuse)
@@ -197,41 +197,41 @@ def _loader(path: Path) -> Any:
 
 
 def _refusal(config: Mapping[str, Any]) -> str | None:
-    """Why a task is not accepted from a file; None for one that is."""
+    """Why a task is not accepted from a file; None if it is accepted."""
     name = config.get("task")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        return "a file describes one task, and names it: `task: my_task`"
+        return "the file must name its task, as in `task: my_task`"
     if config.get("unsafe_code"):
-        return "it says of itself that it runs unsafe code"
+        return "unsafe_code is set, and a task from a file must not run code"
     for where, value, known in (
         ("", config, _KEYS),
         ("fewshot_config: ", config.get("fewshot_config"), _FEWSHOT_KEYS),
         ("generation_kwargs: ", config.get("generation_kwargs"), _GENERATION_KEYS),
     ):
         if not isinstance(value or {}, Mapping):
-            return f"{where}a mapping is expected"
+            return f"{where}this must be a mapping"
         unknown = sorted(map(str, (value or {}).keys() - known))
         if unknown:
-            return f"{where}{unknown[0]} is not accepted from a file"
+            return f"{where}{unknown[0]} is not accepted in a file"
     return _metric_refusal(config.get("metric_list") or []) or _data_refusal(config)
 
 
 def _metric_refusal(metrics: Any) -> str | None:
     if not isinstance(metrics, list) or not all(isinstance(metric, Mapping) for metric in metrics):
-        return "metric_list is a list of mappings"
+        return "metric_list must be a list of mappings"
     for metric in metrics:
-        # What the harness does not know itself it looks for in the ``evaluate`` library: a script, by name or path.
+        # The harness loads a metric that it does not know from the ``evaluate`` library: a script, by name or path.
         if metric.get("hf_evaluate") or not _NAME.fullmatch(str(metric.get("metric"))):
-            return f"the metric {metric.get('metric')!r} would be a script"
+            return f"the metric {metric.get('metric')!r} would be loaded from a script, which is not accepted"
     return None
 
 
 def _data_refusal(config: Mapping[str, Any]) -> str | None:
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str) or not isinstance(options, Mapping):
-        return "dataset_path names its data: json, csv or text with data_files, or a data set of the hub"
+        return "dataset_path must be json, csv or text, with data_files, or a data set on the hub"
     if options.get("trust_remote_code"):
-        return "trust_remote_code runs code of the hub"
+        return "trust_remote_code would run code from the hub, which is not accepted"
     known = _READERS.get(path, _HUB_KEYS)
     unknown = sorted(map(str, options.keys() - known - {"trust_remote_code"}))
     if unknown:
@@ -242,5 +242,5 @@ def _data_refusal(config: Mapping[str, Any]) -> str | None:
         )
     files = data_files(config)
     if not files or not all(isinstance(f, str) for names in files.values() for f in names):
-        return f"dataset_path {path!r} needs data_files: names of files, by split"
+        return f"dataset_path {path!r} needs data_files with file names by split"
     return None

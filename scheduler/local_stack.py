@@ -1,4 +1,4 @@
-"""The embedded stack: a private Redis, a scheduler and workers, as children of one command on one machine."""
+"""The embedded stack: a private Redis, a scheduler and workers, run as child processes of one command."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from qbatch.scheduler.private_redis import PrivateRedis
 
 _DRAIN_S = 30.0
 _LOCK_S = 1.0
-_OF_REDIS = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "TMPDIR")
+_REDIS_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "TMPDIR")
 
 
 def stack_is_running(settings: Settings) -> bool:
     """Whether another process holds the stack of this home."""
     try:
         lock = (settings.home / "stack.lock").open("r+b")
-    except OSError:  # none was made, or the home is none that a stack of ours could hold
+    except OSError:  # there is no lock file, or the home cannot belong to a stack of this user
         return False
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # without locks no stack starts
+        except OSError:  # the file system has no locks, and a stack does not start without them
             return False
         return False
 
 
 class LocalStack:
-    """A context: entered, the children run; left, everything that it started has stopped."""
+    """A context manager: the child processes run inside it, and all have stopped when it exits."""
 
     def __init__(self, settings: Settings, *, worker_args: Sequence[str], environ: Mapping[str, str]) -> None:
         self._settings = settings
@@ -48,8 +48,8 @@ class LocalStack:
         self._lock: IO[bytes] | None = None
         logs = settings.home / "logs"
         python = [sys.executable, "-P", "-m"]
-        # It needs nothing that another of this user's processes should not read.
-        plain = {name: environ[name] for name in _OF_REDIS if name in environ}
+        # Other processes of this user can read the environment of Redis, so it gets no secrets.
+        plain = {name: environ[name] for name in _REDIS_VARIABLES if name in environ}
         self._redis = PrivateRedis(settings, environ=plain)
         self._scheduler = Child(
             "scheduler", [*python, "qbatch.scheduler"], env=self._environ, log_path=logs / "scheduler.log"
@@ -62,7 +62,7 @@ class LocalStack:
         )
 
     def __enter__(self) -> Self:
-        """Start everything. Raises StackNotRunning where another stack holds this home, or a service's error."""
+        """Start everything. Raises StackNotRunning if another stack uses this home, or the error of a service."""
         prepare_home(self._settings)
         self._take_lock()
         try:
@@ -80,10 +80,10 @@ class LocalStack:
         self.stop()
 
     def tend(self) -> None:
-        """Start again what died, and a Redis that nobody reaches.
+        """Restart children that have died, and a Redis that clients cannot reach.
 
-        Call it from the thread that entered: children die with the thread they came from. Raises StackNotRunning when
-        the workers say that they cannot work here at all.
+        Call it from the thread that entered the context, because children end with the thread that started them.
+        Raises StackNotRunning if the workers or the scheduler report that they cannot work here.
         """
         self._redis.tend()
         for child in (self._scheduler, self._workers):
@@ -92,7 +92,7 @@ class LocalStack:
                 raise StackNotRunning(f"the {child.name} cannot work: {_last_line(log)}")
 
     def stop(self) -> None:
-        """Workers first, so that they hand their jobs back while the services still answer."""
+        """Stop everything, the workers first, so that they can return their jobs while the services still run."""
         for child in (self._workers, self._scheduler):
             child.ask_to_stop()
             child.wait(_DRAIN_S)
@@ -109,10 +109,10 @@ class LocalStack:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                # Whoever only looks (``stack_is_running``) holds it for a moment.
+                # ``stack_is_running`` in another process holds the lock for a moment, so try for a while.
                 if time.monotonic() > deadline:
                     lock.close()
-                    raise StackNotRunning(f"a stack of {self._settings.home} is running already") from error
+                    raise StackNotRunning(f"a stack of {self._settings.home} is already running") from error
                 time.sleep(0.02)
             except OSError as error:
                 lock.close()
@@ -121,7 +121,7 @@ class LocalStack:
 
 
 def prepare_home(settings: Settings) -> None:
-    """Make the folders that the embedded stack needs. Raises StorageUnavailable."""
+    """Create the folders that the embedded stack needs. Raises StorageUnavailable."""
     try:
         for name, folder in (("home", settings.home), ("storage", settings.storage)):
             folder.mkdir(parents=True, exist_ok=True)

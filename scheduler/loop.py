@@ -1,4 +1,4 @@
-"""The scheduler: one leads, the others stand by."""
+"""The scheduler's main loop. Several schedulers may run: one is active (it leads), and the others stand by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.dispatch import top_up
-from qbatch.scheduler.reconcile import expire_leases, give_up_too_large, mend_times, resend_vanished, watch_disk_space
+from qbatch.scheduler.reconcile import (
+    expire_leases,
+    fail_jobs_without_gpu,
+    resend_vanished,
+    shorten_future_times,
+    watch_disk_space,
+)
 from qbatch.scheduler.stop import Stop
 
 log = logging.getLogger("qbatch.scheduler")
@@ -29,25 +35,25 @@ _TICK_S = 1.0
 
 
 class Scheduler:
-    """Tops the window up every second and reconciles every ``scan_s``, while it leads."""
+    """While it leads, sends bundles every second, and looks for lost leases and messages every ``scan_s``."""
 
     def __init__(self, database: Database, broker: Broker, settings: Settings) -> None:
         self._database = database
         self._broker = broker
         self._settings = settings
-        # Containers that share the host's network have its name, and all of them are process 1.
+        # Host name and pid are not enough: containers on the host's network share its name, and all are process 1.
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._tick_s = min(_TICK_S, settings.scan_s)
         self._share = share_of(database.file)
         self._leads = False
-        self._cut_from: str | None = None
+        self._shortened_lead_of: str | None = None
         self._last_scan: float | None = None
-        self._mended_at: float | None = None
+        self._last_time_repair: float | None = None
         self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
     def run(self, stop: Stop) -> None:
-        """Until ``stop`` is set. A service that does not answer is waited for. Raises WrongDatabase."""
+        """Run until ``stop`` is set, and keep trying while a service does not answer. Raises WrongDatabase."""
         try:
             while not stop.is_set():
                 try:
@@ -55,39 +61,38 @@ class Scheduler:
                 except WrongDatabase:
                     raise
                 except DatabaseRefused as error:
-                    self._see_into(error)
+                    self._examine(error)
                 except (BrokerUnreachable, DatabaseUnreachable) as error:
                     log.warning("%s; trying again", error)
                 stop.wait(self._tick_s)
         finally:
             if self._leads:
-                self._give_up_the_lead()
+                self._release_lead()
 
-    def _see_into(self, refusal: DatabaseRefused) -> None:
-        """Raises WrongDatabase where the schema is at fault. A defect of ours may concern one job, and is no reason to
-        leave all others."""
-        found = explain(self._database, refusal)
-        if isinstance(found, WrongDatabase):
-            raise found from refusal
-        log.error("%s; trying again", found, exc_info=refusal)
+    def _examine(self, refusal: DatabaseRefused) -> None:
+        """Raise WrongDatabase if the schema is at fault. Otherwise log and go on: a defect may affect only one job."""
+        cause = explain(self._database, refusal)
+        if isinstance(cause, WrongDatabase):
+            raise cause from refusal
+        log.error("%s; trying again", cause, exc_info=refusal)
 
-    def _give_up_the_lead(self) -> None:
+    def _release_lead(self) -> None:
         try:
             with self._database.write() as session:
                 leases.release(session, leases.LEAD, self._holder)
         except DatabaseUnreachable as error:
-            log.warning("%s; the lead runs out by itself", error)
+            log.warning("%s; the lease on the lead will expire by itself", error)
 
     def tick(self) -> None:
         """One round. Raises BrokerUnreachable or DatabaseUnreachable."""
         leads = self._lead()
         now = time.monotonic()
-        # Also while another's lead has to run out: what it would wait for runs out meanwhile.
-        if self._mended_at is None or now - self._mended_at >= self._settings.scan_s:
-            self._mended_at = now
+        # This also runs while another scheduler leads: if that one is dead, leases must not wait for its lease to end.
+        if self._last_time_repair is None or now - self._last_time_repair >= self._settings.scan_s:
+            self._last_time_repair = now
             if self._share is not None:
                 self._share.hold(self._settings.lease_s)
-            mend_times(self._database, self._settings)
+            shorten_future_times(self._database, self._settings)
         if not leads:
             return
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
@@ -99,19 +104,19 @@ class Scheduler:
     def _lead(self) -> bool:
         with self._database.write() as session:
             self._database.require_own(session)
-            cut_from = leases.cut(session, leases.LEAD, self._settings.lead_s)
+            shortened = leases.cut(session, leases.LEAD, self._settings.lead_s)
             leads = leases.acquire(session, leases.LEAD, self._holder, self._settings.lead_s)
             now = session.execute(select(db_now())).scalar_one()
-        if cut_from is not None and cut_from != self._cut_from:
+        if shortened is not None and shortened != self._shortened_lead_of:
             log.warning(
-                "the lead of %s was to end later than any that is given: the database's clock was set back, or its"
-                " QBATCH_SCAN_S is larger; it ends within %g s unless it is renewed",
-                cut_from,
+                "the lease of the leading scheduler %s was longer than this one's settings allow: the database's clock"
+                " was set back, or that scheduler has a larger QBATCH_SCAN_S; it is cut to %g s unless it is renewed",
+                shortened,
                 self._settings.lead_s,
             )
-            self._cut_from = cut_from
+            self._shortened_lead_of = shortened
         if leads and not self._leads:
-            log.info("leading")
+            log.info("this scheduler now leads")
             self._last_contact = None
         if leads:
             self._note_contact(now)
@@ -119,21 +124,21 @@ class Scheduler:
         return leads
 
     def _note_contact(self, now: datetime) -> None:
-        """After an outage (or before its first look) a leader cannot tell a dead worker from one that could not renew
-        its lease: it gives everyone one full lease to do so.
+        """Notice an outage, and then expire no leases for the length of one lease.
 
-        By the database's clock, which also shows that this machine slept, or that the clock was set.
+        After an outage, or at the start, a leader cannot tell a dead worker from one that could not renew its lease.
+        ``now`` is the database's time, which also reveals that this machine slept or that the clock was changed.
         """
         gap_s = (now - self._last_contact).total_seconds() if self._last_contact is not None else None
         if gap_s is not None and gap_s < -SLACK_S:
-            log.warning("the database's clock was set back by %g s; leases are ended again after one of them", -gap_s)
-            self._mended_at = None
+            log.warning("the database's clock was set back by %g s; no job is taken back for one lease", -gap_s)
+            self._last_time_repair = None
         if gap_s is None or not -SLACK_S <= gap_s <= self._longest_gap_s():
             self._quiet_until = time.monotonic() + self._settings.lease_s
         self._last_contact = now
 
     def _longest_gap_s(self) -> float:
-        """Between two looks. A longer one may have cost a worker that renews in time its lease."""
+        """The longest time between two contacts in which no worker can have lost its lease through an outage."""
         settings = self._settings
         spare_s = settings.lease_s - 2 * settings.heartbeat_s
         return max(min(spare_s, 2 * settings.scan_s), 2 * self._tick_s)
@@ -141,5 +146,5 @@ class Scheduler:
     def _scan(self, now: float) -> None:
         if now >= self._quiet_until:
             expire_leases(self._database, self._settings)
-            give_up_too_large(self._database, self._settings)
+            fail_jobs_without_gpu(self._database, self._settings)
         resend_vanished(self._database, self._broker)

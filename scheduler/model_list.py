@@ -1,4 +1,4 @@
-"""list.txt → sources."""
+"""Read a list of models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qbatch.core.roots import check_place
 from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
-# Of a path that the kernel takes.
+# The longest path that Linux accepts.
 _LONGEST = 4095
 
 
 def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
-    """One model a line: a hub id or a folder, ``@revision`` after an id; blank lines and ``#`` comments are skipped.
+    """Parse one model per line: a hub id, optionally with ``@revision``, or a folder. ``#`` starts a comment.
 
-    A model named twice is taken once. A folder must lie in one of ``roots`` (None: anywhere); with ``check_folders``
-    (where the workers see this file system) it must exist and hold a config.json. Raises UsageError naming every line
-    that cannot be used, and for an empty list.
+    Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere). With ``check_folders``, for workers
+    that see this file system, it must exist and contain a config.json. Raises UsageError for an empty list, or for
+    unusable lines, of which it names the first few.
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
@@ -38,29 +38,29 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
         except OSError as error:
             problems.append(f"line {number}: {source.name}: {error.strerror}")
             continue
-        # Links to one folder lead to one model.
-        place = os.path.realpath(source.location) if source.is_folder else source.location
-        sources.setdefault((place, source.revision), source)
+        # Links to the same folder are the same model.
+        location = os.path.realpath(source.location) if source.is_folder else source.location
+        sources.setdefault((location, source.revision), source)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         raise UsageError("; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
-        raise UsageError("the list names no model")
+        raise UsageError("the list contains no models")
     return list(sources.values())
 
 
 def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, start=1):
-        # Some editors begin a file with a byte order mark.
+        # Some editors start a file with a byte order mark.
         text = line.removeprefix("\ufeff").strip()
-        # A path may hold a '#': only one after a blank begins a comment.
+        # A path may contain a '#', so only one that follows white space starts a comment.
         if text and not text.startswith("#"):
             yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
 
 
 def _parse(text: str) -> SourceRef:
     if len(text) > _LONGEST:
-        raise UsageError(f"a model's place has {_LONGEST} characters at most, and this one has {len(text)}")
+        raise UsageError(f"the name of a model may have at most {_LONGEST} characters; this one has {len(text)}")
     return parse_source(text)
 
 

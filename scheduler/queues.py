@@ -1,4 +1,4 @@
-"""The Redis queues: one for CPUs, and one for each VRAM class of GPUs."""
+"""The Redis queues: one for CPUs, and one for each VRAM class of GPUs (see ``models_db/vram.py``)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from qbatch.core.domain import DeviceKind
 from qbatch.models_db.vram import VRAM_CLASSES, vram_class
 
 RUN_BUNDLE = "qbatch.run_bundle"
-"""The task's name: all that the scheduler knows of the worker."""
+"""The name of the Celery task: all that the scheduler knows about the worker's code."""
 
 PRIORITY_STEPS = list(range(10))
 _MIDDLE = 5
 
 
 def queue_of(kind: DeviceKind, size: int | None = None) -> str:
-    """Where bundles wait for a device of that kind; ``size`` is a VRAM class, which every queue of GPUs has."""
+    """The queue of bundles for a kind of device. ``size`` is the VRAM class, required for GPUs."""
     return f"qbatch.{kind.value}" if size is None else f"qbatch.{kind.value}.{size}"
 
 
 def queues_of(kind: DeviceKind, memory_bytes: int) -> list[str]:
-    """The queues that such a worker reads, that of its own class first.
+    """The queues that a worker with this device reads, that of its own class first.
 
-    Of equally urgent bundles it takes those that need its memory; with none it takes smaller ones, and is never idle
-    beside a smaller worker's backlog.
+    Among equally urgent bundles it prefers those that need its memory. Otherwise it takes those of smaller classes, so
+    that it is never idle while smaller workers have a backlog.
     """
     if kind is not DeviceKind.CUDA:
         return [queue_of(kind)]
@@ -30,5 +30,8 @@ def queues_of(kind: DeviceKind, memory_bytes: int) -> list[str]:
 
 
 def redis_priority(priority: int) -> int:
-    """A batch's priority as Redis counts it, where 0 is served first. Beyond the steps the database orders alone."""
+    """Convert a batch's priority to that of a message, where 0 comes first.
+
+    Priorities beyond the range become equal in Redis; the database still sends the higher one first.
+    """
     return min(max(_MIDDLE - priority, PRIORITY_STEPS[0]), PRIORITY_STEPS[-1])

@@ -1,4 +1,4 @@
-"""Compare what the database believes with what is: leases that ran out, messages that vanished."""
+"""Correct the database where it no longer matches reality: expired leases, vanished messages, times in the future."""
 
 from __future__ import annotations
 
@@ -18,77 +18,80 @@ log = logging.getLogger("qbatch.scheduler")
 
 
 def expire_leases(database: Database, settings: Settings) -> None:
-    """Take jobs back from workers that have been silent for a lease."""
+    """Take jobs back from workers that have not renewed their lease in time."""
     with database.write() as session:
         lost = jobs.expire(session, backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     for job_id in lost:
-        log.warning("%s: its worker was silent for longer than a lease; taken back", format_job_id(job_id))
+        log.warning("%s was taken back: its worker did not renew the lease in time", format_job_id(job_id))
 
 
-def mend_times(database: Database, settings: Settings) -> None:
-    """Cut short what the database's clock, before it was set back, dated far ahead: within a lease all is as usual."""
+def shorten_future_times(database: Database, settings: Settings) -> None:
+    """Shorten leases, backoffs, pauses and heartbeats that lie too far in the future.
+
+    They were recorded before the database's clock was set back. Everything is normal again within one lease.
+    """
     limits = RetryLimits(backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     with database.write() as session:
-        # Leases first: by their heartbeats it is told whose they are.
+        # Leases first, because the heartbeats tell which workers they belong to.
         count = jobs.mend_times(
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
         count += workers.mend_times(session) + pauses.mend_times(session, limits.wait_s(settings.max_failures))
     if count:
         log.warning(
-            "%s leases, backoffs, pauses or heartbeats lay further ahead than any that are given: the database's clock"
-            " was set back, or is set otherwise; they end in time",
+            "%s leases, backoffs, pauses or heartbeats were too far in the future, and were shortened: the database's"
+            " clock was set back, or other schedulers or workers have other settings",
             count,
         )
 
 
-def give_up_too_large(database: Database, settings: Settings) -> None:
-    """Fail what waits for a GPU larger than there are any longer."""
+def fail_jobs_without_gpu(database: Database, settings: Settings) -> None:
+    """Fail jobs that wait for a larger GPU than any worker still has."""
     with database.write() as session:
         failed = jobs.give_up_too_large(session, settings.lease_s)
     for job_id in failed:
-        log.warning("%s ran out of memory, and no larger GPU is left", format_job_id(job_id))
+        log.warning("%s failed: it ran out of GPU memory, and no larger GPU is left", format_job_id(job_id))
 
 
 def watch_disk_space(database: Database, settings: Settings) -> None:
-    """End a pause as soon as the storage has the room that was missing, or nobody waits for it any more; not before.
+    """End a pause as soon as the storage has the missing space, or no job waits for it.
 
-    Where that cannot be told from here a pause ends by itself, and the job that waits finds out anew.
+    If the storage is not visible from here, the pause expires by itself, and the waiting job tries again.
     """
     with database.read() as session:
         needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
         is_awaited = bool(needed) and jobs.any_waits_for_space(session)
-        # Where workers make checkpoints. A machine with another file system in the storage's place does not have it.
+        # The folder in which workers write checkpoints. It is missing on a machine that has not mounted the storage.
         staging = settings.staging_of(database_id(session))
     for reason, needed_bytes in needed.items():
         missing = _missing_bytes(staging, needed_bytes)
         if not is_awaited or (missing is not None and missing <= 0):
             with database.write() as session:
                 pauses.lift(session, reason)
-            log.info("the storage has room again, or nobody waits for it: bundles are sent again")
+            log.info("the storage has enough space again, or no job waits for it: sending jobs again")
         elif missing is not None:
             with database.write() as session:
                 pauses.renew(session, reason, settings.backoff_s)
 
 
 def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
-    """None where nobody knows what is needed, or the storage is not seen from here."""
+    """How many bytes are missing; None if the need is unknown or the storage is not visible from here."""
     try:
-        room = disk_space(staging) if needed_bytes is not None else None
+        space = disk_space(staging) if needed_bytes is not None else None
     except OSError:
         return None
-    return None if room is None or needed_bytes is None else needed_bytes - room.free
+    return None if space is None or needed_bytes is None else needed_bytes - space.free
 
 
 def resend_vanished(database: Database, broker: Broker) -> None:
-    """Free the bundles whose message two scans in a row did not find, so that ``top_up`` sends them again."""
+    """Release bundles whose message was missing in two scans in a row, so that ``top_up`` sends them again."""
     with database.read() as session:
-        believed = window.standing(session)
-    if not believed:
+        expected = window.standing(session)
+    if not expected:
         return
-    found = broker.standing(set(believed.values()))
-    missing = believed.keys() - found
+    present = broker.message_ids(set(expected.values()))
+    missing = expected.keys() - present
     with database.write() as session:
-        gone = window.note_scan(session, missing=missing, present=believed.keys() & found)
-    for dispatch_id in gone:
+        vanished = window.note_scan(session, missing=missing, present=expected.keys() & present)
+    for dispatch_id in vanished:
         log.warning("message %s vanished from Redis; its bundle will be sent again", dispatch_id)

@@ -1,4 +1,4 @@
-"""Being told to stop, by a signal."""
+"""A request to stop, set by a signal handler."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 
 
 class Stop:
-    """What a signal handler sets and others look at or wait for.
+    """A flag that a signal handler sets and that others can check or wait for.
 
-    Not threading.Event: a handler that sets one waits for ever where it interrupted this thread's own ``set`` or
-    ``wait``, which hold a lock for a moment. A SimpleQueue may be entered again.
+    threading.Event would deadlock: its ``set`` and ``wait`` hold a lock for a moment, and a handler that interrupts one
+    of them in the same thread would wait for that lock for ever. SimpleQueue is reentrant.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class Stop:
         self._wake.put(None)
 
     def wait(self, timeout_s: float) -> bool:
-        """Return once it is set, or after ``timeout_s``; whether it is."""
+        """Wait until it is set, at most ``timeout_s``. Returns whether it is set."""
         try:
             self._wake.get(timeout=timeout_s)
         except queue.Empty:
             return self._is_set
-        self._wake.put(None)  # for whoever else waits
+        self._wake.put(None)  # for other waiting threads
         return True
 
-    def heed_signals(self) -> None:
-        """SIGTERM and SIGINT set it from now on. Of the main thread."""
+    def set_on_signals(self) -> None:
+        """From now on, SIGTERM and SIGINT set the flag. Call it in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.set())

@@ -1,4 +1,4 @@
-"""One submit: rows first, messages second."""
+"""Submit a batch: store its jobs first, send messages second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qbatch.core.methods.registry import missing_library
 from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
 from qbatch.core.sources import read_config, read_headers, source_dtype
-from qbatch.core.storage import Standing, standing
+from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.models_db import file_digests, results, workers
 from qbatch.models_db.batches import NewJob, add_batch, add_text
 from qbatch.models_db.results import Finished
@@ -30,7 +30,7 @@ from qbatch.scheduler.vram_prediction import predicted_need
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What a user submits, understood."""
+    """A validated request to submit a batch."""
 
     sources: tuple[SourceRef, ...]
     grid: Grid
@@ -49,8 +49,11 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What became of it. ``answered`` jobs need no work; ``live_workers`` may do the others now. ``outdated`` are those
-    of the others that have a result of 0.1.0, which knew a folder by its files' sizes and times alone."""
+    """The outcome of ``submit``.
+
+    ``answered`` jobs already have a result; ``live_workers`` can work on the others now. ``outdated`` counts those
+    others that have a result of version 0.1.0, which identified a folder only by the sizes and times of its files.
+    """
 
     batch_id: int
     jobs: int
@@ -60,9 +63,12 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """What a folder shows without being read. ``stats`` are its files' by name, None where what is made of them is for
-    a worker to say; ``legacy_fingerprint`` is what 0.1.0 called it."""
+class _Folder:
+    """What is known about a folder from its headers and config.
+
+    ``stats`` maps each file name to its state; None for a model with its own code, whose identity depends on whether a
+    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0.
+    """
 
     dtype: DType
     needs: Mapping[Scheme, int | None]
@@ -71,9 +77,12 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """A job that is asked for. ``settled`` where its content and its device's kind are known, ``legacy`` where 0.1.0
-    would have known them."""
+class _RequestedJob:
+    """A job to store.
+
+    ``settled`` is None unless the source's content and the kind of device are known. ``legacy`` is the same with the
+    identity that version 0.1.0 would have used.
+    """
 
     spec: JobSpec
     need: int | None
@@ -90,15 +99,15 @@ class _Asked:
 
 
 def _pair(settled: Settled) -> tuple[str, str]:
-    """By which a result is found."""
+    """The (checkpoint key, protocol hash) by which a result is found."""
     return settled.key, settled.protocol.hash
 
 
 def submit(database: Database, settings: Settings, submission: Submission) -> Receipt:
-    """Store a batch. Nothing is half stored: it is one transaction.
+    """Store a batch in one transaction.
 
-    No file is read but headers and configs: a folder's content is known where a worker of this host hashed its files as
-    they are. Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers cannot do.
+    Only headers and configs are read: a folder's content is known if a worker of this host has hashed its files in
+    their current state. Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     Redis is not needed: the scheduler sends what is stored (see ``send_now``).
     """
     _refuse_missing_libraries(submission.grid)
@@ -111,20 +120,20 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     )
     specs = [submission.grid.bundle(source, protocol) for source in submission.sources]
     mounts = Mounts()
-    seen = [_look(source, bundle, mounts) for source, bundle in zip(submission.sources, specs, strict=True)]
+    folders = [_inspect(source, bundle, mounts) for source, bundle in zip(submission.sources, specs, strict=True)]
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
         _refuse_device(submission.grid, devices)
-        asked = [
-            [_settle(spec, one, fingerprint, devices) for spec in bundle]
-            for bundle, one, fingerprint in zip(specs, seen, _fingerprints(session, seen), strict=True)
+        bundles = [
+            [_settle(spec, folder, fingerprint, devices) for spec in bundle]
+            for bundle, folder, fingerprint in zip(specs, folders, _fingerprints(session, folders), strict=True)
         ]
-        flat = [one for bundle in asked for one in bundle]
+        flat = [one for bundle in bundles for one in bundle]
         finished = _find_finished(session, flat, devices)
         old = _find_old(session, flat)
     answers = _answers(settings, finished)
-    # Whoever writes holds up all others on SQLite: everything was looked up before.
+    # A write transaction blocks all other writers on SQLite, so everything was looked up before it begins.
     with database.write() as session:
         add_text(session, text_hash, submission.eval_text)
         for sha256, content in submission.tasks.texts.items():
@@ -132,7 +141,7 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
         still_there = results.keep(session, set(answers.values()))
         batch_id = add_batch(
             session,
-            [[_new_job(one, answers, still_there) for one in bundle] for bundle in asked],
+            [[_new_job(one, answers, still_there) for one in bundle] for bundle in bundles],
             name=submission.name,
             priority=submission.priority,
             time_limit_s=submission.time_limit_s,
@@ -161,17 +170,17 @@ def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> Non
             scheme.description.refuse_device(kind)
 
 
-def _look(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Seen | None:
-    """None for a hub id, and for a folder that does not read: its job will say why when it runs."""
+def _inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Folder | None:
+    """None for a hub id, and for a folder that cannot be read: its job will fail with the reason."""
     if not source.is_folder:
         return None
     folder = Path(source.location)
     try:
         headers, config = read_headers(folder), read_config(folder)
-        return _Seen(
+        return _Folder(
             dtype=source_dtype(headers),
             needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
-            # Whether its code may run is the worker's to say, and makes it another model.
+            # Each worker decides whether the model's own code may run, which makes it a different model.
             stats=None if names_code(folder) else _stats(folder, mounts),
             legacy_fingerprint=legacy_folder_fingerprint(folder),
         )
@@ -183,88 +192,93 @@ def _stats(folder: Path, mounts: Mounts) -> dict[str, FileStat]:
     return {name: stat_file(path, mounts) for name, path in content_files(folder).items()}
 
 
-def _fingerprints(session: Session, seen: Sequence[_Seen | None]) -> list[str | None]:
-    """The identity of each source all of whose files were hashed as they are."""
-    stats = [one.stats if one is not None else None for one in seen]
+def _fingerprints(session: Session, folders: Sequence[_Folder | None]) -> list[str | None]:
+    """The identity of each source; None unless all its files were hashed in their current state."""
+    stats = [folder.stats if folder is not None else None for folder in folders]
     known = file_digests.known(session, {stat for files in stats if files is not None for stat in files.values()})
     return [source_fingerprint(files, known) if files is not None else None for files in stats]
 
 
 def _settle(
-    spec: JobSpec, seen: _Seen | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
-) -> _Asked:
-    if seen is None:
-        return _Asked(spec=spec, need=None, settled=None, legacy=None)
+    spec: JobSpec, folder: _Folder | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
+) -> _RequestedJob:
+    if folder is None:
+        return _RequestedJob(spec=spec, need=None, settled=None, legacy=None)
     kind = _device_kind(spec.device, devices)
 
     def settled(name: str | None) -> Settled | None:
         if name is None or kind is None:
             return None
-        return settle(spec, fingerprint=name, source=seen.dtype, device_kind=kind)
+        return settle(spec, fingerprint=name, source=folder.dtype, device_kind=kind)
 
-    return _Asked(
-        spec=spec, need=seen.needs[spec.scheme], settled=settled(fingerprint), legacy=settled(seen.legacy_fingerprint)
+    return _RequestedJob(
+        spec=spec,
+        need=folder.needs[spec.scheme],
+        settled=settled(fingerprint),
+        legacy=settled(folder.legacy_fingerprint),
     )
 
 
 def _find_finished(
-    session: Session, asked: Sequence[_Asked], devices: Sequence[tuple[DeviceKind, str]]
+    session: Session, requested: Sequence[_RequestedJob], devices: Sequence[tuple[DeviceKind, str]]
 ) -> dict[tuple[str, str], Finished]:
-    """By (key, protocol), on a device as those that are there now."""
-    found: dict[tuple[str, str], Finished] = {}
+    """Earlier results by (key, protocol hash), measured on a device with the name of one that is live now."""
+    finished: dict[tuple[str, str], Finished] = {}
     for kind in (DeviceKind.CUDA, DeviceKind.CPU):
-        own = (one for one in asked if _device_kind(one.spec.device, devices) is kind)
-        # With nobody there to measure on, any device of the kind answers.
+        jobs = (one for one in requested if _device_kind(one.spec.device, devices) is kind)
+        # If no worker of this kind is live, results of any device of the kind are accepted.
         names = {name for device, name in devices if device is kind} or None
-        found |= results.find_finished(session, {one.pair for one in own if one.pair}, device_names=names)
-    return found
+        finished |= results.find_finished(session, {one.pair for one in jobs if one.pair}, device_names=names)
+    return finished
 
 
 def _answers(settings: Settings, finished: Mapping[tuple[str, str], Finished]) -> dict[tuple[str, str], int]:
-    """The earlier jobs whose results answer: their checkpoints' files are as they were verified. A doubtful one is left
-    to a worker, which reads it."""
-    # As far as this machine can see: it may not have the storage mounted.
+    """The ids of earlier jobs whose results can be reused, because their checkpoints are as they were verified.
+
+    A checkpoint whose files must be read to know is left to a worker.
+    """
+    # If this machine has not mounted the storage, the checkpoints cannot be checked here.
     sees_storage = settings.storage.is_dir()
     return {
         pair: one.job_id
         for pair, one in finished.items()
         if one.checkpoint_path is None
         or not sees_storage
-        or standing(settings.storage, one.checkpoint_path, one.versions) is Standing.SOUND
+        or checkpoint_state(settings.storage, one.checkpoint_path, one.versions) is CheckpointState.SOUND
     }
 
 
-def _new_job(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> NewJob:
+def _new_job(job: _RequestedJob, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> NewJob:
     return NewJob(
-        spec=asked.spec,
-        bits=asked.spec.scheme.bits(asked.spec.dtype),
-        checkpoint_key=asked.settled.key if asked.settled is not None else None,
-        reused_from=_answer(asked, answers, still_there),
-        predicted_memory_bytes=asked.need,
+        spec=job.spec,
+        bits=job.spec.scheme.bits(job.spec.dtype),
+        checkpoint_key=job.settled.key if job.settled is not None else None,
+        reused_from=_answer(job, answers, still_there),
+        predicted_memory_bytes=job.need,
     )
 
 
-def _answer(asked: _Asked, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> int | None:
-    job_id = answers.get(asked.pair) if asked.pair is not None else None
+def _answer(job: _RequestedJob, answers: Mapping[tuple[str, str], int], still_there: Collection[int]) -> int | None:
+    job_id = answers.get(job.pair) if job.pair is not None else None
     return job_id if job_id in still_there else None
 
 
-def _find_old(session: Session, asked: Sequence[_Asked]) -> set[tuple[str, str]]:
-    """What 0.1.0 measured by (key, protocol), which may be another model's."""
-    pairs = {one.legacy_pair for one in asked if one.legacy_pair}
+def _find_old(session: Session, requested: Sequence[_RequestedJob]) -> set[tuple[str, str]]:
+    """The (key, protocol hash) pairs that 0.1.0 has measured, perhaps for a different model."""
+    pairs = {one.legacy_pair for one in requested if one.legacy_pair}
     return set(results.find_finished(session, pairs, device_names=None))
 
 
-def _device_kind(asked: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:
-    """Where the job will land; None while nobody can tell."""
-    if asked is not DeviceKind.AUTO:
-        return asked
+def _device_kind(requested: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:
+    """The kind of device on which the job will run; None if that cannot be known yet."""
+    if requested is not DeviceKind.AUTO:
+        return requested
     kinds = {kind for kind, _ in devices}
     return next((kind for kind in (DeviceKind.CUDA, DeviceKind.CPU) if kind in kinds), None)
 
 
 def send_now(database: Database, settings: Settings) -> None:
-    """Send what the window has room for. Raises BrokerUnreachable: the scheduler will send it then."""
+    """Send as many jobs as the window allows. Raises BrokerUnreachable; the scheduler will send them later."""
     from qbatch.scheduler.broker import Broker
     from qbatch.scheduler.dispatch import top_up
 

@@ -1,6 +1,6 @@
-"""What a job will need of a GPU's memory, predicted from safetensors headers and config.json alone. No torch.
+"""Predict how much GPU memory a job will need, from safetensors headers and config.json alone. Needs no torch.
 
-A prediction only chooses the queue: where it is wrong, an out-of-memory error teaches better.
+The prediction only chooses the queue. If it is too low, the job runs out of memory and moves to a larger GPU.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from qbatch.models_db.vram import ANY_CLASS_BYTES
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # The CUDA context, the kernels of torch and of the method, and cuBLAS's workspaces.
 _CONTEXT_BYTES = GIB
-# A quantizing pass holds a few tensors and its pinned ring, whatever the model's size.
+# Quantizing holds a few tensors and pinned buffers at a time, whatever the size of the model.
 _QUANTIZING_BYTES = 2 * GIB
-# The allocator rounds up, and what it has split does not come together again.
+# The allocator rounds sizes up, and does not merge all the blocks that it has split.
 _FRAGMENTATION = 1.05
-# A window's logits: the model's, the base's, and the rows of each that are compared.
+# Copies of a window's logits: the model's, the baseline's, and the rows of each that are compared.
 _LOGITS = 4
-# Of a layer's widest: gate, up, their product, and their copies in what a kernel takes.
+# Activations as wide as the widest layer: gate, up, their product, and copies in the dtype that a kernel needs.
 _ACTIVATIONS = 6
 
 
 def predicted_need(spec: JobSpec, headers: tuple[Header, ...], config: Mapping[str, Any]) -> int | None:
-    """Bytes of which a GPU must have more; None where any will do: on a CPU, or where it is less than every GPU has."""
+    """The bytes of memory that the GPU must exceed; None if any device will do.
+
+    That is the case on a CPU, and if every VRAM class has enough.
+    """
     if spec.device is DeviceKind.CPU:
         return None
     dtype = stored_dtype(spec.dtype, source_dtype(headers))
@@ -39,11 +42,11 @@ def predicted_need(spec: JobSpec, headers: tuple[Header, ...], config: Mapping[s
 def memory_bytes(
     tensors: Iterable[TensorInfo], config: Mapping[str, Any], scheme: Scheme, dtype: DType, protocol: Protocol
 ) -> int:
-    """Peak bytes on the GPU while the model is quantized and measured by ``protocol``; ``dtype`` is resolved."""
+    """Peak GPU memory in bytes while the model is quantized and measured by ``protocol``. ``dtype`` is not AUTO."""
     tensors = tuple(tensors)
     text = _text_config(config)
     weights = sum(_loaded_bytes(tensor, text, scheme, dtype) for tensor in tensors)
-    # While it is cast, a tensor is there in the source's dtype too.
+    # While a tensor is being cast, a copy in the source's dtype exists too.
     largest = max((tensor.nbytes for tensor in tensors), default=0)
     running = weights * _FRAGMENTATION + largest + _cache_bytes(text, dtype, protocol)
     values = _LOGITS * _size(text, "vocab_size") + _ACTIVATIONS * _widest(text)
@@ -63,8 +66,11 @@ def _loaded_bytes(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme,
 
 
 def _is_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme) -> bool:
-    """As far as names and shapes tell: matrices, but for embeddings, heads, experts (which transformers fuses, and
-    leaves at 16 bits) and what the user skips."""
+    """Whether a tensor will be quantized, judging by its name and shape.
+
+    Matrices are, except embeddings, heads, experts (which transformers fuses and leaves at 16 bits), and the modules
+    that the user skips.
+    """
     if scheme.is_baseline or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
         return False
     left_alone = (".experts.", "embed", ".wte.", ".wpe.", *scheme.skip_modules)
@@ -72,7 +78,7 @@ def _is_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme)
 
 
 def _cache_bytes(config: Mapping[str, Any], dtype: DType, protocol: Protocol) -> int:
-    """The keys and values of every layer at the end of a generation; 0 where the config does not tell."""
+    """Bytes of the keys and values of all layers at the end of a generation; 0 if the config does not tell."""
     layers, hidden = _size(config, "num_hidden_layers", "n_layer"), _size(config, "hidden_size", "n_embd", "d_model")
     heads = _size(config, "num_attention_heads", "n_head")
     head_dim = _size(config, "head_dim") or (hidden // heads if heads else 0)
@@ -92,7 +98,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these that is a whole number above 0; a config.json may say anything."""
+    """The first of these config values that is a positive integer, else 0; a config.json may contain anything."""
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), 0)
 

@@ -1,4 +1,4 @@
-"""Wait until batches have ended."""
+"""Wait until batches have finished."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def wait(
     on_update: Callable[[list[dict[str, Any]], int], None],
     on_poll: Callable[[], None],
 ) -> bool:
-    """Until every job of the batches has ended; True if all succeeded.
+    """Wait until every job of the batches has finished. Returns whether all succeeded.
 
-    ``on_update`` gets the jobs and the number of live workers about twice a second; ``on_poll`` is called between.
-    Raises WaitTimeout, and DatabaseRefused or WrongDatabase. A database that stops answering is waited for.
+    ``on_update`` gets the jobs and the number of live workers about twice a second; ``on_poll`` is called at each poll.
+    Keeps trying while the database does not answer. Raises WaitTimeout, DatabaseRefused or WrongDatabase.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     show_at = 0.0
@@ -39,12 +39,12 @@ def wait(
         if ended:
             return states == {JobState.SUCCEEDED}
         if deadline is not None and time.monotonic() >= deadline:
-            raise WaitTimeout(f"not all jobs ended within {timeout_s:g} s")
+            raise WaitTimeout(f"not all jobs finished within {timeout_s:g} s")
         time.sleep(_POLL_S)
 
 
 def _states(database: Database, batch_ids: Sequence[int]) -> set[JobState] | None:
-    """The states that these batches' jobs are in; None while the database does not answer."""
+    """The set of states of these batches' jobs; None while the database does not answer."""
     try:
         with database.read() as session:
             database.require_own(session)
@@ -58,7 +58,10 @@ def _states(database: Database, batch_ids: Sequence[int]) -> set[JobState] | Non
 def _show(
     database: Database, batch_ids: Sequence[int], lease_s: float, on_update: Callable[[list[dict[str, Any]], int], None]
 ) -> float:
-    """Hand the jobs on; when to do so again: reading tens of thousands takes its time, and may take a tenth of ours."""
+    """Pass the jobs to ``on_update``. Returns when to do so next.
+
+    Reading tens of thousands of jobs takes a while; the interval is chosen so that it takes a tenth of the time.
+    """
     began = time.monotonic()
     try:
         with database.read() as session:

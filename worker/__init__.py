@@ -1,4 +1,4 @@
-"""How a job runs."""
+"""The worker: runs jobs on a device."""
 
 import logging
 

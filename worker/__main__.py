@@ -1,7 +1,7 @@
-"""``python -P -m qbatch.worker launch|serve``: the workers of a machine, or the one of a device.
+"""``python -P -m qbatch.worker launch|serve``: run the workers of a machine, or the worker of one device.
 
-Both start here because multiprocessing imports a program's main module again in every child, unless that is a
-package's ``__main__``: a runner must not wait for Celery's imports.
+Both start here because multiprocessing imports the main module of a program again in every child process, unless it is
+the ``__main__`` of a package. A runner must not wait for the import of Celery.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def main() -> int:
     launch = commands.add_parser("launch", help="one worker for each device")
     launch.add_argument("--gpus")
     launch.add_argument("--cpu", action="store_true")
-    serve = commands.add_parser("serve", help="the worker of the device that the environment pins")
-    serve.add_argument("--uuid", help="that GPU's UUID; the CPU without it")
+    serve = commands.add_parser("serve", help="the worker of the device that the environment selects")
+    serve.add_argument("--uuid", help="the UUID of that GPU; without it, the CPU")
     for command in (launch, serve):
         command.add_argument("--drain", action="store_true", help="finish the running bundle on SIGTERM")
     options = parser.parse_args()

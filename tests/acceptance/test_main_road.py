@@ -136,7 +136,9 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
     damaged = folder / "config.json"
     text = damaged.read_text()
     damaged.write_text(text + " ")
-    assert problems(folder) == [f"config.json is not what was published ({len(text) + 1} bytes, {len(text)} published)"]
+    assert problems(folder) == [
+        f"config.json has changed since it was published (now {len(text) + 1} bytes, then {len(text)})"
+    ]
     damaged.write_text(text)
 
 
@@ -147,7 +149,7 @@ def _check_verify(qbatch: Qbatch, folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert "model.safetensors is not what was published" in qbatch("verify", str(folder), code=1).stderr
+    assert "model.safetensors has changed since it was published" in qbatch("verify", str(folder), code=1).stderr
     weights.write_bytes(whole)
     config, manifest = folder / "config.json", folder / "qbatch.json"
     texts = config.read_text(), manifest.read_text()
@@ -214,7 +216,7 @@ def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
     whole = weights.read_bytes()
     for damaged, options in ((whole[:-1], ()), (whole[:-1] + bytes([whole[-1] ^ 1]), ("--force",))):
         weights.write_bytes(damaged)
-        assert "model.safetensors is not what was published" in stack("verify", str(folder), code=1).stderr
+        assert "model.safetensors has changed since it was published" in stack("verify", str(folder), code=1).stderr
         (row,) = stack.json("submit", "--models", listed, "--bits", "8", "--no-baseline", *options, "--wait")
         assert (row["state"], row["reused_from"], row["checkpoint_path"]) == ("succeeded", None, str(folder))
         assert weights.read_bytes() == whole
@@ -263,7 +265,7 @@ def test_a_checkpoint_whose_benchmark_failed_is_verified_too(
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for target in ([batch], []):
-        assert "model.safetensors is not what was published" in stack("verify", *target, code=1).stderr
+        assert "model.safetensors has changed since it was published" in stack("verify", *target, code=1).stderr
 
 
 def test_a_text_of_ones_own_is_another_protocol(

@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from qbatch.core.settings import Settings
 from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
-from tests.acceptance.test_doors import make_own
+from tests.acceptance.test_security import make_own
 from tests.acceptance.test_services import PASSWORD, RedisServer
 from tests.hub import Hub, serving
 from tests.unprivileged import LOOKING_INTO_PROCESSES, without_rights

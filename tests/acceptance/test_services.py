@@ -99,7 +99,7 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
         until(lambda: "running" in services.states(), "running job")
         # Every message is lost while a job runs: the job goes on, and what waited is sent again.
         redis_server.kill()
-        assert "once Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
+        assert "when Redis is back" in services("submit", "--models", listed, "--bits", "16").stderr
         redis_server.start()
         services("wait", "b1", "b2", "--timeout", "2m")
     finally:
@@ -157,7 +157,7 @@ def test_a_running_job_is_cancelled_and_a_slow_one_runs_out_of_time(
         stop(worker)
         stop(scheduler)
     (timed_out,) = services.json("results", "--batch", "b2")
-    assert (timed_out["error_kind"], timed_out["error_message"]) == ("timeout", "over its time limit of 0.1 s")
+    assert (timed_out["error_kind"], timed_out["error_message"]) == ("timeout", "exceeded its time limit of 0.1 s")
     assert [job["attempt"] for job in services.json("jobs", "--batch", "b2")] == [2], "a timeout is tried once more"
 
 

@@ -24,7 +24,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
     until(lambda: "running" in qbatch.states(), "running job")
     assert stop(run, signal.SIGINT) == 130
     await_end_of(qbatch.home)
-    assert "`qbatch up` goes on with it" in qbatch.home.with_suffix(".log").read_text()
+    assert "`qbatch up` continues it" in qbatch.home.with_suffix(".log").read_text()
     assert set(_states(qbatch)) <= {"queued", "succeeded"}
     assert all(job["failures"] == 0 for job in qbatch.json("jobs")), "an interruption is nobody's fault"
     up = qbatch.start("up", "--cpu")
@@ -34,7 +34,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         redis_server.kill()
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
-        assert "is running already" in qbatch("up", code=3).stderr
+        assert "is already running" in qbatch("up", code=3).stderr
         _prune_beside_the_worker(qbatch, listed)
     finally:
         assert stop(up, signal.SIGINT) == 0
@@ -93,7 +93,7 @@ def test_a_stack_whose_database_is_deleted_stops_and_says_so(qbatch: Qbatch) -> 
     finally:
         stop(up)
     said = qbatch.home.with_suffix(".log").read_text().splitlines()[-1]
-    assert f"{qbatch.home / 'qbatch.db'} was deleted while qbatch worked on it" in said
+    assert f"{qbatch.home / 'qbatch.db'} was deleted while qbatch was using it" in said
     await_end_of(qbatch.home)
     assert not (qbatch.home / "qbatch.db").exists(), "nobody made an empty one"
 
@@ -104,7 +104,7 @@ def test_a_stack_is_found_through_a_link_to_its_home(stack: Qbatch, tmp_path: Pa
     found = {check["check"]: check for check in linked.json("doctor")}
     assert (found["broker"]["state"], found["scheduler"]["state"]) == ("ok", "ok")
     assert [worker["worker"] for worker in linked.json("workers")] == [w["worker"] for w in stack.json("workers")]
-    assert "is running already" in linked("up", "--cpu", code=3).stderr
+    assert "is already running" in linked("up", "--cpu", code=3).stderr
 
 
 def _states(qbatch: Qbatch) -> list[str]:

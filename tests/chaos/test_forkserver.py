@@ -34,10 +34,10 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
     with sqlite_database.write() as session:
         add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
         claims = claim(session, ids, worker_id, settings.lease_s)
-    context = multiprocessing.get_context("forkserver")
-    forkserver = _started(context)
+    processes = multiprocessing.get_context("forkserver")
+    forkserver = _started(processes)
     forkserver.suspend()
-    station = WorkerContext(
+    context = WorkerContext(
         database=sqlite_database,
         settings=settings,
         recorder=Recorder(sqlite_database, settings),
@@ -45,10 +45,10 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
         device_kind=DeviceKind.CPU,
         device_name="a CPU",
         staging=settings.staging,
-        forkserver=context,
+        forkserver=processes,
         stopping=Stop(),
     )
-    supervisor = threading.Thread(target=Supervisor(station, claims).run)
+    supervisor = threading.Thread(target=Supervisor(context, claims).run)
     supervisor.start()
     time.sleep(1.0)  # its request stands before a forkserver that does not answer
     assert supervisor.is_alive()

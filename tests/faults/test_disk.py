@@ -130,7 +130,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     (large,) = fleet.submit(make_model(large=True))
     fleet.wait_for(lambda: fleet.outcomes(large) == ["disk_full"], "disk_full")
     (other,) = fleet.submit(make_model())
-    message = "the storage has 4.0 MiB left, and a checkpoint of 11.2 MiB is due"
+    message = "the checkpoint needs 11.2 MiB, and the storage has 4.0 MiB left"
     job = fleet.job(large)
     assert (job.state, job.failures, job.error_message) == ("queued", 0, message)
     (pause,) = _pauses(fleet.database)

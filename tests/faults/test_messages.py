@@ -63,7 +63,7 @@ def _is_swallowed(fleet: Fleet, redis_server: Redis, broker: Broker, workers: li
     assert top_up(fleet.database, broker, fleet.settings) == 1
     with fleet.database.read() as session:
         sent = window.standing(session)
-    if not broker.standing([CPU]):
+    if not broker.message_ids([CPU]):
         return True
     with redis_server.client() as client:
         client.delete(LIST)
@@ -84,12 +84,12 @@ def test_a_message_delivered_twice_at_once_is_claimed_by_one_worker(
         with fleet.suspended(*idle(fleet)), redis_server.client() as client:
             time.sleep(_BRPOP_S)
             assert top_up(fleet.database, broker, fleet.settings) == 1
-            (dispatch_id,) = broker.standing([CPU])
+            (dispatch_id,) = broker.message_ids([CPU])
             (message,) = client.lrange(LIST, 0, -1)
             client.lpush(LIST, message)
         fleet.succeed([job])
     assert fleet.outcomes(job) == ["succeeded"]
-    fleet.wait_for(lambda: broker.standing([CPU]) == frozenset(), "acknowledgement of both")
+    fleet.wait_for(lambda: broker.message_ids([CPU]) == frozenset(), "acknowledgement of both")
     fleet.wait_for(lambda: all(_answers(fleet, dispatch_id)), "the answers of both workers")
     assert sorted(_answers(fleet, dispatch_id)) == [["nothing to do"], ["recorded"]]
     broker.close()
@@ -123,7 +123,7 @@ def test_a_vanished_message_before_a_thousand_is_sent_again_in_two_scans(
     time.sleep(settings.scan_s)
     scheduler.tick()
     assert a_job(sqlite_database, ids[0]).dispatch_id not in (None, lost)
-    standing = broker.standing([CPU])
+    standing = broker.message_ids([CPU])
     assert len(standing) == 1001
     assert a_job(sqlite_database, ids[0]).dispatch_id in standing
     broker.close()

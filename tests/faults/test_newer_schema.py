@@ -48,7 +48,7 @@ def test_a_fleet_stays_as_the_schema_grows_and_leaves_as_it_changes(
     assert fleet.running.pop("scheduler").wait(60.0) == 3
     for name in ("w1", "scheduler"):
         last = fleet.log(name).read_text().splitlines()[-1]
-        assert f"at schema {AFTER_NEXT}, made by a newer qbatch" in last, last
+        assert f"has schema {AFTER_NEXT} of a newer qbatch" in last, last
     assert len(fleet.spooled()) == 1
     assert (fleet.job(waiting).state, fleet.job(waiting).attempt) == ("queued", 0)
     # As the newer version would, whose code fills the column.

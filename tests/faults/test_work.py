@@ -45,7 +45,7 @@ def test_two_batches_that_want_one_checkpoint_quantize_it_once(fleet: Fleet, mak
     assert one.finished_at is not None
     assert fleet.claimed_at(second) >= one.finished_at, "the second waited for the first"
     log = (fleet.logs / f"j{second}-{other.attempt}.log").read_text()
-    assert "is published already" in log
+    assert "reusing the published checkpoint" in log
     assert f"j{second}: quantizing" not in log
     assert fleet.result(first).checkpoint_path == fleet.result(second).checkpoint_path
 

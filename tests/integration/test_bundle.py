@@ -115,7 +115,7 @@ def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES)
         staging=storage / ".staging",
         cache=source.parent / "cache",
         cache_bytes=1 << 30,
-        doors=SourcePolicy(roots=None),
+        policy=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=storage / "log",
     )
@@ -222,7 +222,7 @@ def test_what_lies_beside_the_weights_is_refused_where_it_is_too_much(source: Pa
     assert ear.failed() == {NF4: Unsupported.kind, INT8: Unsupported.kind}
     said = {m.message for m in ear.heard if isinstance(m, Failed)}
     assert said.pop().startswith(
-        "the files beside the weights take 3072.0 MiB, and a checkpoint takes at most 1024.0 MiB of them along (the "
+        "the files next to the weights take 3072.0 MiB, more than the 1024.0 MiB that a checkpoint may copy (the "
         "largest is events.json, 3072.0 MiB): move"
     )
     known = next(number for number, m in enumerate(ear.heard) if isinstance(m, Resolved))
@@ -237,7 +237,7 @@ def test_room_is_judged_for_what_lies_beside_the_weights_too(source: Path, monke
     ear = run(source)
     (failed,) = [m for m in ear.heard if isinstance(m, Failed)]
     assert failed.kind == DiskFull.kind, "the other had room"
-    assert failed.message == "the storage has 0.6 MiB left, and a checkpoint of 9.6 MiB is due"
+    assert failed.message == "the checkpoint needs 9.6 MiB, and the storage has 0.6 MiB left"
     assert failed.needed_bytes is not None
     assert failed.needed_bytes > 9 * 2**20
     assert len(places(ear, source)) == 1

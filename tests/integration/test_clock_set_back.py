@@ -65,7 +65,7 @@ def test_the_lead_of_a_dead_scheduler_runs_out(
         leases.acquire(session, "scheduler", "the dead one", AHEAD_S)
     assert leader(database) is None, "nobody is said to lead"
     tick_until(scheduler, lambda: leader(database) not in (None, "the dead one"))
-    (said,) = [record.getMessage() for record in caplog.records if "lead of the dead one" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "scheduler the dead one" in record.getMessage()]
     assert "clock was set back" in said
 
 

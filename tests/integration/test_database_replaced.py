@@ -99,5 +99,5 @@ def test_a_postgresql_in_whose_place_another_was_made_is_not_worked_on(postgresq
         connection.execute(text("CREATE SCHEMA public"))
     upgrade(other)
     other.dispose()
-    with pytest.raises(DatabaseReplaced, match="not the one it was"):
+    with pytest.raises(DatabaseReplaced, match="was replaced by another one"):
         database.require_schema()

@@ -25,7 +25,7 @@ from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.dispatch import top_up
 from qbatch.scheduler.private_redis import redis_server_path
 from qbatch.scheduler.queues import queue_of, queues_of
-from qbatch.scheduler.reconcile import give_up_too_large, resend_vanished
+from qbatch.scheduler.reconcile import fail_jobs_without_gpu, resend_vanished
 from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states
 from tests.waiting import until
 
@@ -98,14 +98,14 @@ def test_the_window_is_filled_and_its_messages_stand_in_redis(
     a_batch(sqlite_database, *[bundle(f"/models/{n}") for n in range(6)])
     assert top_up(sqlite_database, broker, settings) == 4
     assert top_up(sqlite_database, broker, settings) == 0, "the window is full"
-    assert broker.standing([CPU]) == dispatched(sqlite_database).keys()
+    assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
     assert set(dispatched(sqlite_database).values()) == {CPU}
 
 
 def test_without_a_live_worker_nothing_is_sent(sqlite_database: Database, broker: Broker, settings: Settings) -> None:
     a_batch(sqlite_database)
     assert top_up(sqlite_database, broker, settings) == 0
-    assert broker.standing([CPU]) == frozenset()
+    assert broker.message_ids([CPU]) == frozenset()
 
 
 def test_after_redis_forgot_everything_it_is_sent_again_at_the_second_scan(
@@ -122,7 +122,7 @@ def test_after_redis_forgot_everything_it_is_sent_again_at_the_second_scan(
     resend_vanished(sqlite_database, broker)
     assert dispatched(sqlite_database) == {}
     assert top_up(sqlite_database, broker, settings) == 2
-    assert broker.standing([CPU]) == dispatched(sqlite_database).keys()
+    assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
     assert before.isdisjoint(dispatched(sqlite_database))
 
 
@@ -138,7 +138,7 @@ def test_a_message_behind_a_thousand_others_is_not_mistaken_for_lost(
     for _ in range(3):
         resend_vanished(sqlite_database, broker)
     assert len(dispatched(sqlite_database)) == 1
-    assert len(broker.standing([CPU])) == 1001
+    assert len(broker.message_ids([CPU])) == 1001
 
 
 def test_a_message_popped_and_not_acknowledged_counts_as_standing(
@@ -212,10 +212,10 @@ def test_while_redis_is_away_nothing_stays_marked_and_then_it_is_sent(
             top_up(sqlite_database, broker, settings)
         assert dispatched(sqlite_database) == {}
     with pytest.raises(BrokerUnreachable):
-        broker.standing([CPU])
+        broker.message_ids([CPU])
     server.start()
     assert top_up(sqlite_database, broker, settings) == 2
-    assert broker.standing([CPU]) == dispatched(sqlite_database).keys()
+    assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
 
 
 @pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "redis+socket://:hunter2@/nowhere/r.sock"])
@@ -291,7 +291,7 @@ def test_each_bundle_stands_where_the_smallest_class_that_holds_it_reads(
     assert top_up(database, broker, settings) == 3
     queues = dict.fromkeys(large, LARGE) | dict.fromkeys([*small, *unknown], SMALL)
     assert standing(database) == queues
-    assert broker.standing([SMALL, LARGE]) == dispatched(database).keys()
+    assert broker.message_ids([SMALL, LARGE]) == dispatched(database).keys()
 
 
 def test_a_larger_gpu_reads_what_needs_it_first_and_then_what_is_smaller(
@@ -421,7 +421,7 @@ def test_when_the_larger_gpu_is_gone_what_is_known_to_need_it_fails(
     top_up(database, broker, settings)
     assert standing(database) == {ids[0]: LARGE}
     goes_silent(database, large, since_s=121)
-    give_up_too_large(database, settings)
+    fail_jobs_without_gpu(database, settings)
     top_up(database, broker, settings)
     assert a_job(database, ids[0]).error_message == "needs a GPU of more than 24 GiB, and no live worker has one"
     assert {state for job_id, state in states(database).items() if job_id != ids[0]} == {"running"}

@@ -24,7 +24,7 @@ from qbatch.core.domain import SourceRef
 from qbatch.core.errors import SourceCorrupt, SourceNotFound
 from qbatch.core.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from qbatch.worker.files.content import NoDigestCache
-from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetched
+from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
 from tests.hub import Hub, serving
 from tests.identity import fingerprint
 from tests.waiting import until
@@ -49,11 +49,11 @@ while line := sys.stdin.readline():
     doors = SourcePolicy(roots=(), trusted=frozenset(trusted), allow_pickle=allow_pickle)
     steps = []
     try:
-        with fetched(
+        with fetch_source(
             source,
             cache=Path(cache),
             cache_bytes=room,
-            doors=doors,
+            policy=policy,
             on_progress=lambda *n: steps.append(n),
             digests=NoDigestCache(),
         ) as got:
@@ -518,11 +518,11 @@ def test_a_link_is_followed_once_so_that_nobody_can_turn_it_there_and_back(tmp_p
 
 def _folder(folder: Path, home: Path) -> AbstractContextManager[LocalSource]:
     source = SourceRef(name="model", location=str(folder), is_folder=True)
-    return fetched(
+    return fetch_source(
         source,
         cache=home / "cache",
         cache_bytes=_PLENTY,
-        doors=SourcePolicy(roots=None),
+        policy=SourcePolicy(roots=None),
         on_progress=lambda *_: None,
         digests=NoDigestCache(),
     )

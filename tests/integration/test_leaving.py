@@ -18,14 +18,14 @@ from qbatch.worker.serving.celery_task import _run_bundle
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.migrating import NEXT, NOT_NULL, migrate
 from tests.rows import PROTOCOL, a_batch, a_job, bundle
-from tests.station import a_station, settings_in
+from tests.worker_context import a_worker_context, settings_in
 
 _MESSAGE = "4b1de4d2-0000-4000-8000-000000000000"
 
 
 @pytest.fixture
-def station(database: Database, tmp_path: Path) -> WorkerContext:
-    return a_station(database, settings_in(tmp_path))
+def context(database: Database, tmp_path: Path) -> WorkerContext:
+    return a_worker_context(database, settings_in(tmp_path))
 
 
 def sent(database: Database) -> list[int]:
@@ -35,12 +35,12 @@ def sent(database: Database) -> list[int]:
     return ids
 
 
-def claimed(station: WorkerContext, folder: Path) -> list[Claim]:
+def claimed(context: WorkerContext, folder: Path) -> list[Claim]:
     """A bundle whose model is not there."""
-    _, ids = a_batch(station.database, bundle(str(folder / "no-model")))
-    with station.database.write() as session:
+    _, ids = a_batch(context.database, bundle(str(folder / "no-model")))
+    with context.database.write() as session:
         add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
-        return jobs.claim(session, ids, station.worker_id, 60.0)
+        return jobs.claim(session, ids, context.worker_id, 60.0)
 
 
 def by_a_newer_version(database: Database, folder: Path) -> None:
@@ -56,24 +56,24 @@ def by_hand(database: Database, _: Path) -> None:
 def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
     station: WorkerContext, tmp_path: Path, change: Callable[[Database, Path], None]
 ) -> None:
-    ids = sent(station.database)
-    change(station.database, tmp_path)
-    assert _run_bundle(station, _MESSAGE, ids) == "nothing to do"
-    assert isinstance(station.leaving.why, ForeignSchema)
-    assert [(job.state, job.attempt) for job in (a_job(station.database, n) for n in ids)] == [("queued", 0)] * 3
-    with station.database.read() as session:
+    ids = sent(context.database)
+    change(context.database, tmp_path)
+    assert _run_bundle(context, _MESSAGE, ids) == "nothing to do"
+    assert isinstance(context.leaving.why, ForeignSchema)
+    assert [(job.state, job.attempt) for job in (a_job(context.database, n) for n in ids)] == [("queued", 0)] * 3
+    with context.database.read() as session:
         assert window.standing(session) == {}
-    assert _run_bundle(station, _MESSAGE, ids) == "nothing to do"
+    assert _run_bundle(context, _MESSAGE, ids) == "nothing to do"
 
 
-def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(station: WorkerContext, tmp_path: Path) -> None:
-    claims = claimed(station, tmp_path)
+def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(context: WorkerContext, tmp_path: Path) -> None:
+    claims = claimed(context, tmp_path)
     # Its runner is not heard of before that is seen: it would find that there is no such model.
-    station.leaving.because(ForeignSchema("a newer one"))
-    Supervisor(station, claims).run()
-    found = [a_job(station.database, claim.job_id) for claim in claims]
+    context.leaving.because(ForeignSchema("a newer one"))
+    Supervisor(context, claims).run()
+    found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.failures, job.error_kind) for job in found] == [("queued", 0, None)] * 3
-    assert sorted(station.settings.spool.glob("*")) == []
+    assert sorted(context.settings.spool.glob("*")) == []
 
 
 def a_refused_order(database: Database) -> None:
@@ -85,20 +85,20 @@ def a_refused_order(database: Database) -> None:
         connection.execute(text(view.replace("AS_WORDS", as_words)))
 
 
-def test_a_bundle_whose_order_the_database_refuses_fails(station: WorkerContext, tmp_path: Path) -> None:
-    claims = claimed(station, tmp_path)
-    a_refused_order(station.database)
-    Supervisor(station, claims).run()
-    found = [a_job(station.database, claim.job_id) for claim in claims]
+def test_a_bundle_whose_order_the_database_refuses_fails(context: WorkerContext, tmp_path: Path) -> None:
+    claims = claimed(context, tmp_path)
+    a_refused_order(context.database)
+    Supervisor(context, claims).run()
+    found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.error_kind) for job in found] == [("failed", "internal_error")] * 3
     assert all("refuses" in (job.error_message or "") for job in found)
 
 
-def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(station: WorkerContext, tmp_path: Path) -> None:
-    claims = claimed(station, tmp_path)
-    with station.database.engine.begin() as connection:
+def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(context: WorkerContext, tmp_path: Path) -> None:
+    claims = claimed(context, tmp_path)
+    with context.database.engine.begin() as connection:
         connection.execute(text("ALTER TABLE texts RENAME COLUMN content TO words"))
-    Supervisor(station, claims).run()
-    found = [a_job(station.database, claim.job_id) for claim in claims]
+    Supervisor(context, claims).run()
+    found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.failures) for job in found] == [("queued", 0)] * 3
-    assert isinstance(station.leaving.why, ForeignSchema), "or it would claim the next ones for nothing"
+    assert isinstance(context.leaving.why, ForeignSchema), "or it would claim the next ones for nothing"

@@ -57,7 +57,7 @@ def test_any_other_is_refused_in_one_line_that_says_which_is_newer(
         with pytest.raises(ForeignSchema) as caught:
             ask()
         said = str(caught.value)
-        assert f"at schema {at}, made by a newer qbatch; this one knows {SCHEMA_HEAD}" in said
+        assert f"has schema {at} of a newer qbatch; this one knows {SCHEMA_HEAD}" in said
         assert "update qbatch" in said
         assert "\n" not in said
     assert database.schema_version() == at
@@ -66,7 +66,7 @@ def test_any_other_is_refused_in_one_line_that_says_which_is_newer(
 def test_a_version_that_no_migration_tells_of_is_refused(database: Database) -> None:
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(ForeignSchema, match="at schema 9999"):
+    with pytest.raises(ForeignSchema, match="has schema 9999"):
         database.require_schema()
 
 
@@ -109,7 +109,7 @@ def test_a_schema_that_was_changed_by_hand_is_told_by_its_columns(postgresql_dat
 
 
 def test_a_refusal_of_what_was_asked_is_no_change_of_the_schema(database: Database) -> None:
-    with pytest.raises(DatabaseRefused, match="refuses") as refused, database.write() as session:
+    with pytest.raises(DatabaseRefused, match="refused a statement") as refused, database.write() as session:
         session.execute(text("INSERT INTO leases (name) VALUES ('x')"))
     assert explain(database, refused.value) is refused.value
 
@@ -133,7 +133,7 @@ def test_every_command_refuses_in_one_line(database: Database, tmp_path: Path, c
     url = database.engine.url.render_as_string(hide_password=False)
     qbatch = Qbatch(tmp_path / "home", {"QBATCH_DATABASE_URL": url, "QBATCH_BROKER_URL": "redis://127.0.0.1:1/0"})
     said = qbatch(*command, code=3).stderr.splitlines()[-1]
-    assert f"at schema {NEXT}, made by a newer qbatch; this one knows {SCHEMA_HEAD}" in said
+    assert f"has schema {NEXT} of a newer qbatch; this one knows {SCHEMA_HEAD}" in said
 
 
 # What a migration says of itself

@@ -17,7 +17,7 @@ from qbatch.models_db.session import Database
 from qbatch.worker.files.prune import prune
 from qbatch.worker.serving.supervisor import Supervisor
 from tests.rows import PROTOCOL, a_batch
-from tests.station import a_station, settings_in
+from tests.worker_context import a_worker_context, settings_in
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def other_database(tmp_path: Path) -> Database:
 
 
 def log_of_the_first_bundle(database: Database, settings: Settings) -> Path:
-    station = a_station(database, settings)
+    context = a_worker_context(database, settings)
     _, ids = a_batch(database)
     with database.write() as session:
         add_text(session, PROTOCOL.eval_text_sha256, "It was a quiet evening.")
-        claims = jobs.claim(session, ids, station.worker_id, 60.0)
-    return Supervisor(station, claims)._order().log_path
+        claims = jobs.claim(session, ids, context.worker_id, 60.0)
+    return Supervisor(context, claims)._order().log_path
 
 
 def test_jobs_of_one_id_do_not_write_into_one_log(

@@ -94,7 +94,7 @@ def test_a_copied_database_leaves_alone_what_living_workers_stage(first: Stack, 
     shutil.copy(tmp_path / "first" / "qbatch.db", tmp_path / "copy" / "qbatch.db")
     token, folder = first.begin()
     copy = Stack(Database(f"sqlite:///{tmp_path / 'copy' / 'qbatch.db'}"), tmp_path, "w2")
-    assert copy.staging.place == first.staging.place, "the copy brought the id along"
+    assert copy.staging.parent == first.staging.parent, "the copy brought the id along"
     assert copy.held([token]) == frozenset(), "and knows nothing of what was begun since"
     assert copy.sweep() == []
     assert (folder / "model.safetensors").exists()
@@ -175,7 +175,7 @@ def test_a_storage_that_takes_no_heartbeat_is_refused_in_one_line(tmp_path: Path
     staging = OwnStaging(tmp_path / "place", "w1", lease_s=LEASE_S, renew_s=60.0).start()
     shutil.rmtree(tmp_path / "place")
     (tmp_path / "place").write_text("")
-    with pytest.raises(StorageError, match="cannot sweep the staging folder"):
+    with pytest.raises(StorageError, match="cannot clean up the staging folder"):
         staging.sweep(lambda _: [])
 
 
@@ -192,7 +192,7 @@ def test_a_worker_starts_and_sweeps_on_a_storage_that_is_full(
 
     with monkeypatch.context() as full:
         full.setattr(os, "mkdir", mkdir)
-        second = OwnStaging(first.staging.place, "w2", lease_s=LEASE_S, renew_s=0.02).start()
+        second = OwnStaging(first.staging.parent, "w2", lease_s=LEASE_S, renew_s=0.02).start()
         assert second.sweep(first.held) == [], "nobody can say how late it is"
         assert second.sweep(first.held, gone={"w1"}) == [folder.name], "but of a process that is gone all goes"
     until((second.folder / _HEARTBEAT).exists, "heartbeat, as soon as there is room")

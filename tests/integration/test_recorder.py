@@ -302,7 +302,7 @@ def test_a_column_that_somebody_added_by_hand_loses_no_result(
     recorder = Recorder(database, settings)
     succeed(recorder, token)
     for _ in range(2):
-        with pytest.raises(ForeignSchema, match="results wants a value for site"):
+        with pytest.raises(ForeignSchema, match="the table results requires a value for site"):
             recorder.replay()
     assert spooled(settings) == [f"{token[0]}-{token[1]}.json"]
     with database.write() as session:

@@ -25,7 +25,7 @@ from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.celery_worker import CeleryWorker
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, claim, measured, spec
-from tests.station import a_station, settings_in
+from tests.worker_context import a_worker_context, settings_in
 
 KEY = "A" * 64
 ADDRESS = PROTOCOL.for_device(DeviceKind.CPU)
@@ -38,18 +38,18 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def station(database: Database, settings: Settings) -> WorkerContext:
-    return a_station(database, settings)
+def context(database: Database, settings: Settings) -> WorkerContext:
+    return a_worker_context(database, settings)
 
 
 def baseline() -> NewJob:
     return NewJob(spec=spec(method=Method.NONE), bits=16, checkpoint_key=KEY)
 
 
-def claimed(station: WorkerContext) -> Claim:
-    _, ids = a_batch(station.database, [baseline()])
-    with station.database.write() as session:
-        (one,) = jobs.claim(session, ids, station.worker_id, 60.0)
+def claimed(context: WorkerContext) -> Claim:
+    _, ids = a_batch(context.database, [baseline()])
+    with context.database.write() as session:
+        (one,) = jobs.claim(session, ids, context.worker_id, 60.0)
     return one
 
 
@@ -61,65 +61,65 @@ def replace(database: Database) -> None:
         session.execute(text("UPDATE identity SET id = 'another'"))
 
 
-def earlier_result(station: WorkerContext) -> None:
-    _, ids = a_batch(station.database, [baseline()])
-    (token,) = claim(station.database, ids, station.worker_id)
-    with station.database.write() as session:
+def earlier_result(context: WorkerContext) -> None:
+    _, ids = a_batch(context.database, [baseline()])
+    (token,) = claim(context.database, ids, context.worker_id)
+    with context.database.write() as session:
         assert jobs.succeed(session, token, measured(), protocol=ADDRESS, checkpoint_path=None)
 
 
-def answers(station: WorkerContext, one: Claim) -> Answers:
-    return Answers(station.database, station.settings.storage, station.device_name, {one.job_id: one})
+def answers(context: WorkerContext, one: Claim) -> Answers:
+    return Answers(context.database, context.settings.storage, context.device_name, {one.job_id: one})
 
 
-def test_no_job_is_answered_there(station: WorkerContext) -> None:
-    earlier_result(station)
-    one = claimed(station)
+def test_no_job_is_answered_there(context: WorkerContext) -> None:
+    earlier_result(context)
+    one = claimed(context)
     asked = Resolved(jobs={one.job_id: JobIdentity(key=KEY, legacy_key=None, protocol_hash=ADDRESS.hash)})
-    replace(station.database)
-    assert answers(station, one).find(asked).job_ids == frozenset()
-    assert a_job(station.database, one.job_id).state == "running"
+    replace(context.database)
+    assert answers(context, one).find(asked).job_ids == frozenset()
+    assert a_job(context.database, one.job_id).state == "running"
 
 
-def test_no_checkpoint_is_called_verified_there(station: WorkerContext) -> None:
-    one = claimed(station)
-    with station.database.write() as session:
+def test_no_checkpoint_is_called_verified_there(context: WorkerContext) -> None:
+    one = claimed(context)
+    with context.database.write() as session:
         session.add(Checkpoint(key=KEY, path="checkpoints/x", root_sha256="r" * 64, disk_bytes=7))
-    replace(station.database)
+    replace(context.database)
     published = Published(
         key=KEY, path="checkpoints/x", root_sha256="r" * 64, disk_bytes=7, audit={}, quantize_s=1.0, versions={"x": "1"}
     )
-    answers(station, one).verified(CheckpointVerified(published=published))
-    with station.database.read() as session:
+    answers(context, one).verified(CheckpointVerified(published=published))
+    with context.database.read() as session:
         assert session.get_one(Checkpoint, KEY).file_versions is None
 
 
-def test_no_lease_is_renewed_and_no_stage_noted_there(station: WorkerContext) -> None:
-    one = claimed(station)
-    replace(station.database)
-    before = a_job(station.database, one.job_id)
-    supervisor = Supervisor(station, [one])
+def test_no_lease_is_renewed_and_no_stage_noted_there(context: WorkerContext) -> None:
+    one = claimed(context)
+    replace(context.database)
+    before = a_job(context.database, one.job_id)
+    supervisor = Supervisor(context, [one])
     for renew in (True, False):
         assert supervisor._still_ours(renew=renew), "it is the worker's to leave"
     supervisor._entered(Entered(job_ids=(one.job_id,), stage=Stage.LOADING))
-    after = a_job(station.database, one.job_id)
+    after = a_job(context.database, one.job_id)
     assert (after.lease_expires_at, after.stage) == (before.lease_expires_at, before.stage)
 
 
-def test_no_checksums_are_taken_from_there_or_kept_there(station: WorkerContext, tmp_path: Path) -> None:
-    one = claimed(station)
+def test_no_checksums_are_taken_from_there_or_kept_there(context: WorkerContext, tmp_path: Path) -> None:
+    one = claimed(context)
     known, new = tmp_path / "known", tmp_path / "new"
     for path in (known, new):
         path.write_text("{}")
     stats = {path: stat_file(path, Mounts()) for path in (known, new)}
     sums = Checksums(chunk_sha256=("0" * 64,), sha256=None)
-    with station.database.write() as session:
+    with context.database.write() as session:
         file_digests.remember(session, {stats[known]: sums})
-    replace(station.database)
-    supervisor = Supervisor(station, [one])
+    replace(context.database)
+    supervisor = Supervisor(context, [one])
     assert supervisor._known(FilesSeen(stats=(stats[known],))).digests == {}
     supervisor._remember(FilesHashed(digests={stats[new]: sums}))
-    with station.database.read() as session:
+    with context.database.read() as session:
         assert list(session.scalars(select(FileDigestRow.path))) == [str(known)]
 
 
@@ -150,7 +150,7 @@ def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, wo
     with pytest.raises(DatabaseReplaced) as raised:
         worker._renew(worker_id)
     worker._leaving.because(raised.value)
-    worker._say_good_bye(worker_id, raised.value)
+    worker._announce_leaving(worker_id, raised.value)
     worker._leave(worker_id)
     assert state_of(database, worker_id) == ("ready", heartbeat)
 
@@ -167,7 +167,7 @@ def test_an_idle_worker_that_is_not_listed_there_notices(database: Database, wor
 def test_nothing_is_swept_for_what_is_not_held_there(database: Database, worker: CeleryWorker) -> None:
     replace(database)
     with pytest.raises(DatabaseReplaced):
-        worker._held([(1, 1)])
+        worker._held_jobs([(1, 1)])
 
 
 def test_nobody_registers_there(database: Database, worker: CeleryWorker) -> None:

@@ -84,7 +84,7 @@ def test_two_upgrades_at_once_both_end_well(database: Database) -> None:
 def test_a_schema_that_is_not_this_versions_says_what_to_run(database: Database) -> None:
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
-    with pytest.raises(DatabaseUnreachable, match=f"at schema 0000, .* needs {SCHEMA_HEAD}: run `qbatch db upgrade`"):
+    with pytest.raises(DatabaseUnreachable, match=f"has schema 0000, .* needs {SCHEMA_HEAD}: run `qbatch db upgrade`"):
         database.require_schema()
 
 
@@ -100,7 +100,7 @@ def test_ensure_makes_a_sqlite_database_and_its_folder(tmp_path: Path) -> None:
 
 def test_ensure_leaves_an_empty_postgresql_to_its_owner(postgresql_database: Database) -> None:
     downgrade(postgresql_database)
-    with pytest.raises(DatabaseUnreachable, match="at schema none"):
+    with pytest.raises(DatabaseUnreachable, match="has schema none"):
         ensure(postgresql_database)
     assert tables(postgresql_database) == {"alembic_version"}
 

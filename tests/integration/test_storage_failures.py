@@ -10,7 +10,7 @@ from qbatch.models_db.session import Database
 from tests.rows import POLICY, a_batch, a_job, a_worker, bundle, claim
 
 FULL = DiskFull("No space left on device (tokenizer.json)")
-NO_ROOM = DiskFull("the storage has 4.0 MiB left, and a checkpoint of 11.2 MiB is due", 11)
+NO_ROOM = DiskFull("the checkpoint needs 11.2 MiB, and the storage has 4.0 MiB left", 11)
 
 
 def begun(database: Database, job_id: int, stage: Stage = Stage.PUBLISHING) -> Token:

@@ -156,7 +156,7 @@ def test_a_hubs_model_whose_files_are_the_hubs_keeps_its_answers(database: Datab
     asked = identities(database, *ids, legacy=f"hub:{COMMIT}")
     path = str(hub.place.relative_to(storage))
     first = answers.find(asked)
-    assert (first.job_ids, list(first.doubtful)) == (frozenset(), [path]), "nobody has read it since"
+    assert (first.job_ids, list(first.unverified)) == (frozenset(), [path]), "nobody has read it since"
     verified = find_published(storage, path, KEY)
     assert verified is not None
     answers.verified(CheckpointVerified(published=verified.confirm()))

@@ -121,7 +121,7 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
         staging=folder / "storage" / ".staging",
         cache=folder / "cache",
         cache_bytes=1 << 30,
-        doors=SourcePolicy(roots=None),
+        policy=SourcePolicy(roots=None),
         lease_s=60.0,
         log_path=folder / "log",
     )
@@ -204,7 +204,7 @@ def test_without_the_bases_outputs_a_reason_replaces_the_comparison(home: Path) 
     assert "--force" in done.measurement.details.to_json()["quality"]["reason"]
 
 
-@pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "kept: no room"), (None, "nothing to compare")])
+@pytest.mark.parametrize(("kept", "said"), [(StorageError("no room"), "stored: no room"), (None, "nothing to compare")])
 def test_outputs_that_could_not_be_kept_leave_their_reason(
     home: Path, monkeypatch: pytest.MonkeyPatch, kept: StorageError | None, said: str
 ) -> None:

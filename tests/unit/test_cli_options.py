@@ -25,7 +25,7 @@ def test_a_comma_within_brackets_is_the_pattern_s_own(typed: str, patterns: list
 
 @pytest.mark.parametrize("typed", ["lm_head, [fc", "(a,b", "*"])
 def test_what_is_no_pattern_is_refused(typed: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no regular expression"):
+    with pytest.raises(click.BadParameter, match="is not a valid regular expression"):
         Patterns().convert(typed, None, None)
 
 
@@ -52,7 +52,7 @@ def test_what_has_no_end_is_refused_in_short(kind: click.ParamType[object], type
 def test_a_time_limit_may_be_none(typed: str, limit_s: float) -> None:
     assert TimeLimit().convert(typed, None, None) == limit_s
     for beyond in ("3651d", "0", "-1s"):
-        with pytest.raises(click.BadParameter, match="is no duration"):
+        with pytest.raises(click.BadParameter, match="is not a valid duration"):
             TimeLimit().convert(beyond, None, None)
 
 

@@ -177,7 +177,7 @@ def test_a_newer_schema_is_a_fault_unless_its_migrations_allow_ours(
     assert "database" not in wrong(settings)
     assert f"schema {NEXT}, newer than this qbatch's" in examined(settings)["database"].message
     migrate(database, tmp_path, (SCHEMA_HEAD, INDEX), (AFTER_NEXT, NULLABLE))
-    assert "made by a newer qbatch" in wrong(settings)["database"]
+    assert "of a newer qbatch" in wrong(settings)["database"]
     assert "update qbatch" in wrong(settings)["database"]
 
 

@@ -106,7 +106,7 @@ def test_the_probe_and_doctor_name_what_is_done_without(settings: Settings) -> N
 @pytest.mark.parametrize(
     ("call", "number", "said"),
     [
-        ("pwrite", errno.EOPNOTSUPP, "cannot write a file at any place of it (Operation not supported)"),
+        ("pwrite", errno.EOPNOTSUPP, "cannot write to a file at any offset (Operation not supported)"),
         ("mmap", errno.ENODEV, "cannot map a file into memory (No such device)"),
         ("rename", errno.ENOSYS, "cannot rename a folder (Function not implemented)"),
     ],
@@ -117,7 +117,7 @@ def test_what_is_needed_is_refused_at_start_up_in_one_line(
     monkeypatch.setattr(mmap if call == "mmap" else os, call, fails(number))
     with pytest.raises(StorageUnavailable) as caught:
         check_surroundings(settings)
-    expected = f"{settings.staging}: its file system {said}, which publishing a checkpoint needs"
+    expected = f"{settings.staging}: its file system {said}, which publishing a checkpoint requires"
     assert str(caught.value) == expected
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert (found["file system"].state, said in found["file system"].message) == (State.WRONG, True)
@@ -148,8 +148,8 @@ def test_locks_that_are_needed_are_asked_for_at_start_up(
     with pytest.raises(StorageUnavailable) as caught:
         check_surroundings(settings)
     assert str(caught.value) == (
-        f"{settings.cache}: its file system has no locks ({os.strerror(number)}), which the cache of sources needs: "
-        "set QBATCH_CACHE to a folder on a local disk"
+        f"{settings.cache}: its file system does not support locks ({os.strerror(number)}), which the cache of "
+        "sources needs: set QBATCH_CACHE to a folder on a local disk"
     )
     with pytest.raises(StorageUnavailable, match=r"which the stack needs: set QBATCH_HOME"):
         LocalStack(settings, worker_args=(), environ={}).__enter__()

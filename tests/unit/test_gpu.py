@@ -99,4 +99,4 @@ def test_a_gpu_that_does_not_answer_hides_no_other(
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
     assert installed_gpus() == (INSTALLED[0], INSTALLED[2])
-    assert "GPU 1 does not answer" in caplog.text
+    assert "ignoring GPU 1, which does not answer" in caplog.text

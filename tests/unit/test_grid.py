@@ -36,7 +36,7 @@ def test_the_baseline_comes_first_then_eight_then_four_bits_each_once(
 
 @pytest.mark.parametrize("bits", [(), (3,), (4, 5), (0,), (-4,)])
 def test_bits_that_do_not_exist_are_refused(bits: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="4, 8 and 16"):
+    with pytest.raises(UsageError, match="4, 8 or 16"):
         Grid(bits=bits)
 
 
@@ -85,7 +85,7 @@ def test_a_shape_without_tokens_is_refused(sizes: dict[str, tuple[int, ...]]) ->
 
 @pytest.mark.parametrize("text", ["0", "8,", "1.5", "-1", "a", "", "1_0", "99999999999"])
 def test_what_is_no_list_of_counts_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="comma list of whole numbers of at least 1"):
+    with pytest.raises(click.BadParameter, match="comma-separated list of whole numbers of at least 1"):
         Counts(1).convert(text, None, None)
 
 

@@ -186,7 +186,7 @@ def test_a_revision_that_does_not_exist_is_named(hub: Hub, llama: Path) -> None:
 
 
 def test_a_model_that_does_not_exist_is_not_found(hub: Hub) -> None:
-    with pytest.raises(SourceNotFound, match="neither a folder"):
+    with pytest.raises(SourceNotFound, match="no such model on the hub"):
         inspect_source(parse_source("org/nobody-made-this"))
 
 

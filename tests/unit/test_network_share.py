@@ -102,7 +102,7 @@ def test_commands_and_services_of_a_second_host_refuse(
     for command in (["status"], ["db", "upgrade"], ["up", "--cpu"], ["scheduler"]):
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 3, (command, done.output)
-        assert "works on it" in done.stderr.splitlines()[-1]
+        assert "is using it" in done.stderr.splitlines()[-1]
     assert not (home / "qbatch.db").exists()
 
 
@@ -131,4 +131,4 @@ def test_one_host_is_warned_by_doctor(tmp_path: Path, home: Path, monkeypatch: p
     on_host("second", tmp_path, monkeypatch)
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert found["database"].state == "wrong"
-    assert "works on it" in found["database"].message
+    assert "is using it" in found["database"].message

@@ -32,7 +32,7 @@ def test_whose_a_squatted_one_is_is_said(tmp_path: Path) -> None:
 def test_a_link_may_lead_anywhere(tmp_path: Path) -> None:
     make_private(tmp_path / "sockets")
     (tmp_path / "link").symlink_to(tmp_path / "sockets")
-    assert fault_of(tmp_path / "link") == "is no directory"
+    assert fault_of(tmp_path / "link") == "is not a directory"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o701])

@@ -126,7 +126,7 @@ def test_a_home_that_no_url_can_name_is_refused() -> None:
 
 
 def test_a_lease_outlives_two_heartbeats() -> None:
-    with pytest.raises(UsageError, match="lease"):
+    with pytest.raises(UsageError, match="QBATCH_LEASE_S"):
         read(LEASE_S="29", HEARTBEAT_S="15")
     assert read(LEASE_S="30", HEARTBEAT_S="15").lease_s == 30
 

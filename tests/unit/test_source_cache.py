@@ -15,7 +15,7 @@ def test_a_source_larger_than_the_caches_disk_is_not_waited_for(tmp_path: Path) 
     disk = shutil.disk_usage(tmp_path)
     cache = SourceCache(root=tmp_path / "cache", limit_bytes=2**62)
     with cache.using("a"):
-        with pytest.raises(StorageError, match="exceed the disk of the source cache; set QBATCH_CACHE"):
+        with pytest.raises(StorageError, match="more than the disk of the source cache: set QBATCH_CACHE"):
             cache.reserve("a", {"model.safetensors": disk.used + 2 * disk.free})
         with pytest.raises(DiskFull) as caught:
             cache.reserve("a", {"model.safetensors": disk.free + disk.used // 2})

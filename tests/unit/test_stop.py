@@ -14,7 +14,7 @@ import os, signal, threading
 from qbatch.scheduler.stop import Stop
 
 stop = Stop()
-stop.heed_signals()
+stop.set_on_signals()
 
 def storm():
     while not done:

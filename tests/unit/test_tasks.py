@@ -15,9 +15,9 @@ from qbatch.scheduler.lm_eval_files import MAX_BYTES, read_tasks, unpack
 from tests.quiz import CONFIG, QUESTIONS, write_quiz
 
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CPU)
-# Each would run code, or open a door to it. A key of CONFIG, its value, and a word of the refusal.
+# Each would run code, or allow it. A key of CONFIG, its value, and a word of the refusal.
 UNSAFE: dict[str, tuple[str, Any, str]] = {
-    "its own word": ("unsafe_code", True, "unsafe code"),
+    "its own word": ("unsafe_code", True, "unsafe_code"),
     "a class": ("class", "os.system", "class"),
     "a function for its data": ("custom_dataset", "os.getcwd", "custom_dataset"),
     "a function for its documents": ("process_docs", "os.getcwd", "process_docs"),
@@ -130,7 +130,7 @@ def test_data_that_are_not_there_are_said_so(tmp_path: Path) -> None:
 def test_the_size_is_bounded(tmp_path: Path) -> None:
     path = write_quiz(tmp_path)
     (tmp_path / "quiz.jsonl").write_bytes(b"x" * (MAX_BYTES + 1))
-    with pytest.raises(UsageError, match="over 16 MiB together"):
+    with pytest.raises(UsageError, match="exceed 16 MiB in total"):
         read_tasks([str(path)])
 
 
@@ -139,7 +139,7 @@ def test_the_bound_is_for_all_files_together(tmp_path: Path) -> None:
     for path in paths:
         path.with_name("quiz.jsonl").write_bytes(b"x" * (MAX_BYTES * 2 // 3))
     read_tasks([str(paths[0])])
-    with pytest.raises(UsageError, match="over 16 MiB together"):
+    with pytest.raises(UsageError, match="exceed 16 MiB in total"):
         read_tasks([str(path) for path in paths])
 
 
@@ -149,13 +149,13 @@ def test_aliases_do_not_multiply_without_end(tmp_path: Path) -> None:
     bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     bomb += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     path.write_text(f"{path.read_text()}metadata:\n" + "".join(f"  {line}\n" for line in bomb))
-    with pytest.raises(UsageError, match="over 16 MiB together"):
+    with pytest.raises(UsageError, match="exceed 16 MiB in total"):
         read_tasks([str(path)])
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [write_quiz(tmp_path / "a"), write_quiz(tmp_path / "b", num_fewshot=1)]
-    with pytest.raises(UsageError, match="two tasks are called 'quiz'"):
+    with pytest.raises(UsageError, match="two tasks have the name 'quiz'"):
         read_tasks([str(path) for path in paths])
 
 
@@ -210,7 +210,7 @@ def test_a_protocol_stored_before_there_were_tasks_is_one_without() -> None:
 
 
 def test_a_limit_without_tasks_is_refused() -> None:
-    with pytest.raises(UsageError, match="belong to tasks"):
+    with pytest.raises(UsageError, match="need --tasks"):
         ProtocolOptions(eval_text_sha256="0" * 64, task_limit=5)
 
 

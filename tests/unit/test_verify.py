@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was published, or not what its config says, is told by name; a sound one is sound."""
+"""A checkpoint that was changed or does not match its config is reported by name; an intact one has no problems."""
 
 from __future__ import annotations
 
@@ -198,21 +198,26 @@ def test_a_renamed_tensor_is_missing_and_another_is_there(kind: str, name: str, 
     folder = copy(kind)
     change(folder, lambda tensors: rename(tensors, name, f"{name}_"))
     sign(folder)
-    assert verify(folder) == [f"{name} is missing", f"{name}_: the config's model has no such tensor"]
+    assert verify(folder) == [f"{name} is missing", f"{name}_ is not a tensor of the configured model"]
 
 
 DIFFERENT: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str]] = [
-    ("nf4", f"{UP}.weight", lambda t: t.view(-1), "is U8 [16384]; the config's is U8 [16384, 1]"),
-    ("nf4", f"{UP}.weight", lambda t: t.view(torch.int8), "is I8 [16384, 1]; the config's is U8 [16384, 1]"),
-    ("nf4", f"{UP}.weight.absmax", lambda t: t[1:].clone(), "is F32 [511]; the config's is F32 [512]"),
-    ("nf4", f"{UP}.weight.absmax", lambda t: t.half(), "is F16 [512]; the config's is F32 [512]"),
-    ("nf4-double", f"{UP}.weight.absmax", lambda t: t.float(), "is F32 [512]; the config's is U8 [512]"),
-    ("nf4", NORM, lambda t: t.float(), "is F32 [128]; the config's is BF16 [128]"),
-    ("nf4", NORM, lambda t: t.view(2, 64), "is BF16 [2, 64]; the config's is BF16 [128]"),
-    ("int8", f"{UP}.weight", lambda t: t.t().contiguous(), "is I8 [128, 256]; the config's is I8 [256, 128]"),
-    ("int8", f"{UP}.weight", lambda t: t.bfloat16(), "is BF16 [256, 128]; the config's is I8 [256, 128]"),
-    ("int8", f"{UP}.SCB", lambda t: t.half(), "is F16 [256]; the config's is F32 [256]"),
-    ("int8", f"{UP}.weight_format", lambda t: t.int(), "is I32 []; the config's is U8 []"),
+    ("nf4", f"{UP}.weight", lambda t: t.view(-1), "is U8 [16384]; by the config it should be U8 [16384, 1]"),
+    ("nf4", f"{UP}.weight", lambda t: t.view(torch.int8), "is I8 [16384, 1]; by the config it should be U8 [16384, 1]"),
+    ("nf4", f"{UP}.weight.absmax", lambda t: t[1:].clone(), "is F32 [511]; by the config it should be F32 [512]"),
+    ("nf4", f"{UP}.weight.absmax", lambda t: t.half(), "is F16 [512]; by the config it should be F32 [512]"),
+    ("nf4-double", f"{UP}.weight.absmax", lambda t: t.float(), "is F32 [512]; by the config it should be U8 [512]"),
+    ("nf4", NORM, lambda t: t.float(), "is F32 [128]; by the config it should be BF16 [128]"),
+    ("nf4", NORM, lambda t: t.view(2, 64), "is BF16 [2, 64]; by the config it should be BF16 [128]"),
+    (
+        "int8",
+        f"{UP}.weight",
+        lambda t: t.t().contiguous(),
+        "is I8 [128, 256]; by the config it should be I8 [256, 128]",
+    ),
+    ("int8", f"{UP}.weight", lambda t: t.bfloat16(), "is BF16 [256, 128]; by the config it should be I8 [256, 128]"),
+    ("int8", f"{UP}.SCB", lambda t: t.half(), "is F16 [256]; by the config it should be F32 [256]"),
+    ("int8", f"{UP}.weight_format", lambda t: t.int(), "is I32 []; by the config it should be U8 []"),
 ]
 
 
@@ -227,12 +232,12 @@ def test_another_shape_or_dtype_is_named(
 
 
 STATES = [
-    ({"shape": [128, 256]}, "says shape [128, 256]; the config's is [256, 128]"),
-    ({"dtype": "float16"}, "says dtype float16; the config's is bfloat16"),
-    ({"quant_type": "fp4"}, "says quant_type fp4; the config's is nf4"),
-    ({"blocksize": 128}, "says blocksize 128; the config's is 64"),
-    ({"surprise": 1}, "says surprise 1; the config's is None"),
-    ({"nested_offset": 0.5}, "says nested_offset 0.5"),
+    ({"shape": [128, 256]}, "has shape [128, 256]; by the config it should be [256, 128]"),
+    ({"dtype": "float16"}, "has dtype float16; by the config it should be bfloat16"),
+    ({"quant_type": "fp4"}, "has quant_type fp4; by the config it should be nf4"),
+    ({"blocksize": 128}, "has blocksize 128; by the config it should be 64"),
+    ({"surprise": 1}, "has surprise 1; by the config it should be None"),
+    ({"nested_offset": 0.5}, "has the unexpected nested_offset 0.5"),
 ]
 
 
@@ -251,7 +256,7 @@ def test_a_doubly_quantized_weight_without_its_offset_is_named(offset: object, c
     folder = copy("nf4-double")
     change(folder, lambda tensors: tensors.update({STATE: state_with(tensors, nested_offset=offset)}))
     sign(folder)
-    assert verify(folder) == [f"{STATE} says nested_offset {offset}"]
+    assert verify(folder) == [f"{STATE} has the unexpected nested_offset {offset}"]
 
 
 @pytest.mark.parametrize("state", [b"\xff" * 8, b"[1]", b"[" * 60_000, b" " * 70_000])
@@ -259,7 +264,7 @@ def test_a_state_that_is_none_is_named(state: bytes, copy: Callable[[str], Path]
     folder = copy("nf4")
     change(folder, lambda tensors: tensors.update({STATE: torch.tensor(list(state), dtype=torch.uint8)}))
     sign(folder)
-    assert verify(folder) == [f"{STATE} holds no quantization state"]
+    assert verify(folder) == [f"{STATE} does not contain a quantization state"]
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -276,11 +281,11 @@ def truncate(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (flip_a_bit, "model.safetensors is not what was published"),
-        (truncate, "model.safetensors is not what was published"),
+        (flip_a_bit, "model.safetensors has changed since it was published"),
+        (truncate, "model.safetensors has changed since it was published"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda folder: (folder / "qbatch.json").unlink(), "no qbatch.json of qbatch's"),
+        (lambda folder: (folder / "qbatch.json").unlink(), "there is no valid qbatch.json"),
         (lambda folder: (folder / "extra.safetensors").touch(), "extra.safetensors is not in the manifest"),
         (shutil.rmtree, "no such folder"),
     ],
@@ -337,10 +342,10 @@ def test_an_index_that_is_none_or_names_a_file_that_is_not_there(copy: Callable[
     files = weight_map(folder)
     edit_json(folder / INDEX, weight_map=files | {NORM: "gone.safetensors"})
     sign(folder)
-    assert verify(folder) == [f"{INDEX} names 'gone.safetensors', which is missing"]
+    assert verify(folder) == [f"{INDEX} lists 'gone.safetensors', which is missing"]
     (folder / INDEX).write_text("{}")
     sign(folder)
-    assert verify(folder) == [f"{INDEX} is no index of weights"]
+    assert verify(folder) == [f"{INDEX} is not an index of weights"]
 
 
 def test_a_tensor_in_two_files_is_named(copy: Callable[[str], Path]) -> None:
@@ -380,7 +385,7 @@ def quantization(folder: Path, **fields: Any) -> None:
         (lambda folder: quantization(folder, bnb_4bit_quant_storage="made-up"), "describes no quantized model"),
         (lambda folder: edit_json(folder / "config.json", architectures=["Made"]), "no architecture Made"),
         (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "config.json"),
-        (lambda folder: edit_json(folder / "config.json", dtype="float16"), "config.json says dtype float16"),
+        (lambda folder: edit_json(folder / "config.json", dtype="float16"), "config.json has dtype float16"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
     ],
 )
@@ -399,8 +404,14 @@ def test_a_config_that_describes_nothing_is_one_line(
     [
         ({"bnb_4bit_quant_type": "fp4"}, f"{STATE.replace('nf4', 'fp4')} is missing"),
         ({"bnb_4bit_use_double_quant": True}, f"{UP}.weight.nested_absmax is missing"),
-        ({"bnb_4bit_quant_storage": "bfloat16"}, f"{UP}.weight is U8 [16384, 1]; the config's is BF16 [8192, 1]"),
-        ({"llm_int8_skip_modules": ["up_proj"]}, f"{UP}.weight is U8 [16384, 1]; the config's is BF16 [256, 128]"),
+        (
+            {"bnb_4bit_quant_storage": "bfloat16"},
+            f"{UP}.weight is U8 [16384, 1]; by the config it should be BF16 [8192, 1]",
+        ),
+        (
+            {"llm_int8_skip_modules": ["up_proj"]},
+            f"{UP}.weight is U8 [16384, 1]; by the config it should be BF16 [256, 128]",
+        ),
         ({"load_in_4bit": False, "load_in_8bit": True}, f"{UP}.SCB is missing"),
     ],
 )

@@ -18,20 +18,23 @@ from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.filesystem import IS_TAKEN, Refusal, move, share, sync
 from qbatch.core.manifest import MANIFEST, Manifest
-from qbatch.core.storage import CARD, strangers
+from qbatch.core.storage import CARD, unpublished_files
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
 
 _MANIFEST_VERSION = 1
-# Each but the last found that others had moved a damaged checkpoint aside and put another in its place.
-_LOOKS = 20
+# Each attempt but the last found that others had moved a damaged checkpoint aside and published a new one.
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """A checkpoint in its place. ``path`` is relative to the storage; ``disk_bytes`` are its weights'. ``versions`` are
-    the states in which its files were verified (see ``Content.versions``)."""
+    """A published checkpoint.
+
+    ``path`` is relative to the storage; ``disk_bytes`` is the size of the weights. ``versions`` are the states in which
+    its files were verified (see ``Content.versions``).
+    """
 
     key: str
     path: str
@@ -44,20 +47,20 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """A published checkpoint, and its files as they were when every one of them matched its manifest."""
+    """A published checkpoint and the content of its files, all of which matched the manifest."""
 
     published: Published
     content: Content
 
     def confirm(self) -> Published:
-        """What is to be remembered of it once it was used. Raises SourceChanged, StorageError."""
+        """Check the files again after use, and return the checkpoint to record. Raises SourceChanged, StorageError."""
         self.content.confirm()
         return replace(self.published, versions=self.content.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a manifest says of where a checkpoint came from."""
+    """The origin of a checkpoint, as recorded in its manifest."""
 
     model: str
     revision: str | None
@@ -76,7 +79,7 @@ def slug(name: str) -> str:
 
 
 def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
-    """Where a checkpoint of that key lies, relative to the storage: a slug and hashes, nothing of the user's."""
+    """The path of a checkpoint relative to the storage. It consists of a slug and hashes, and needs no escaping."""
     return f"checkpoints/{slug(model)}/{scheme.method}-{key[:16]}"
 
 
@@ -92,11 +95,12 @@ def publish(
     quantize_s: float,
     confirm: Callable[[], None],
 ) -> Verified:
-    """Complete the staged ``folder`` and move it to its place. ``files`` are those that the writer hashed itself;
-    ``confirm`` is called once the source is used no more, and what it raises leaves nothing published.
+    """Complete the staged ``folder`` and rename it into place.
 
-    Of two writers the first rename wins; the loser adopts what the winner published, if it verifies.
-    Raises DiskFull, StorageError, or Unsupported for what lies beside the weights.
+    ``files`` are those that the writer has hashed already. ``confirm`` is called after the last use of the source; if
+    it raises, nothing is published. If two writers publish the same checkpoint, the first rename wins, and the other
+    one uses that checkpoint if it verifies. Raises DiskFull, StorageError, or Unsupported if the files next to the
+    weights are too large.
     """
     path = checkpoint_path(origin.model, origin.scheme, key)
     try:
@@ -118,12 +122,12 @@ def publish(
 
 
 def find_published(storage: Path, path: str, key: str) -> Verified | None:
-    """The checkpoint at ``path``, if it is there, is that key's, and every file matches its manifest.
+    """The checkpoint at ``path`` if it exists, has this key, and every file matches the manifest; else None.
 
-    What is there and does not is moved aside. Raises StorageError where that cannot be told.
+    A checkpoint that does not match is moved aside. Raises StorageError if it cannot be read.
     """
     folder = storage / path
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         try:
             judged = _identity(folder)
             if judged is None:
@@ -131,7 +135,7 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             manifest = Manifest.read(folder)
             is_its_own = manifest is not None and manifest.key == key
             if manifest is not None and not is_its_own and not path.endswith(key[:16]):
-                return None  # it lies in its own place, and was looked up under another's key
+                return None  # the checkpoint is where it belongs, and was looked up with the key of another one
             content = _verified(folder, manifest) if manifest is not None and is_its_own else None
             is_still_there = _identity(folder) == judged
         except OSError as error:
@@ -140,18 +144,20 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             raise StorageError(f"cannot verify a checkpoint: {error}") from error
         if manifest is not None and content is not None:
             return Verified(published=_as_published(path, manifest, content), content=content)
-        # Another verifier may have moved it aside meanwhile, and a writer put a fresh one in its place: look again.
+        # Others may have moved it aside and published a new one meanwhile; then verify that one.
         if is_still_there:
             _reject(folder, judged)
             return None
-    raise StorageError(f"{path} was another folder at each of {_LOOKS} looks: is its inode not its own for long?")
+    raise StorageError(
+        f"{path} changed its inode during each of {_ATTEMPTS} attempts to verify it: does its file system keep inodes?"
+    )
 
 
 _Identity = tuple[int, int]
 
 
 def _identity(folder: Path) -> _Identity | None:
-    """The file system and inode of a folder; None where there is none. Raises OSError."""
+    """The device and inode of a folder; None if it does not exist. Raises OSError."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -162,12 +168,12 @@ def _identity(folder: Path) -> _Identity | None:
 def _verified(folder: Path, manifest: Manifest) -> Content | None:
     """The content of the files that the manifest names, read anew; None where it is not what was published."""
     try:
-        # A file too many is one of them too: it is not what was published, now or after it was used.
+        # Extra files are included, so that they are noticed now and when the content is confirmed after use.
         content = hash_content(
-            lambda: {name: folder / name for name in (*manifest.names, *strangers(folder, manifest.names))},
+            lambda: {name: folder / name for name in (*manifest.names, *unpublished_files(folder, manifest.names))},
             NoDigestCache(),
         )
-    except (SourceChanged, FileNotFoundError):  # it went away, or is being written
+    except (SourceChanged, FileNotFoundError):  # a file was removed, or is being written
         return None
     return None if manifest.differences({file.name: file.digest for file in content.files}) else content
 
@@ -185,15 +191,15 @@ def _as_published(path: str, manifest: Manifest, content: Content) -> Published:
 
 
 def problems(folder: Path) -> list[str]:
-    """What of a published checkpoint differs from its manifest, one line each; empty for a sound one.
+    """How a published checkpoint differs from its manifest, one line each; empty if it does not.
 
-    The model card is not in the manifest: people may edit it.
+    The model card is not in the manifest, because users may edit it.
     """
     try:
         manifest = Manifest.read(folder)
         if manifest is None:
             return [f"no {MANIFEST} of qbatch's"]
-        found: dict[str, FileDigest | None] = dict.fromkeys(strangers(folder, manifest.names))
+        found: dict[str, FileDigest | None] = dict.fromkeys(unpublished_files(folder, manifest.names))
         read = ((name, _digest(folder, name)) for name in manifest.names)
         return manifest.differences(found | {name: digest for name, digest in read if digest is not None})
     except OSError as error:
@@ -201,7 +207,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def _digest(folder: Path, name: str) -> FileDigest | None:
-    """None for a file that is not there. Raises OSError for one that cannot be read now: it may be sound."""
+    """The digest of a file; None if it does not exist. Raises OSError if it cannot be read, as it may be intact."""
     try:
         digest = digest_file(folder / name)
     except FileNotFoundError:
@@ -210,11 +216,11 @@ def _digest(folder: Path, name: str) -> FileDigest | None:
 
 
 def _reject(folder: Path, judged: _Identity) -> None:
-    """Move a checkpoint that does not verify aside, so that it is neither adopted nor lost."""
+    """Move a damaged checkpoint aside, so that it is neither used nor lost."""
     aside = folder.with_name(f"{folder.name}.rejected-{time.time_ns()}")
     try:
         folder.rename(aside)
-        if _identity(aside) != judged:  # a fresh one, that had taken its place at the last moment
+        if _identity(aside) != judged:  # a new checkpoint had replaced it at the last moment
             aside.rename(folder)
     except FileNotFoundError:
         return
@@ -264,18 +270,18 @@ def _write_manifest(
 
 
 def _set_modes(folder: Path) -> frozenset[Refusal]:
-    """Folders were made by us, with what umask, default ACLs and the set-group-ID bit give them."""
+    """Make files readable as usual. Folders have the right mode already, from umask, ACLs and the set-group-ID bit."""
     shared = [share(path) for path in folder.rglob("*") if path.is_file()]
     return frozenset(refusal for refusal in shared if refusal is not None)
 
 
-def _move_into_place(folder: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _move_into_place(folder: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        move(folder, place)
+        move(folder, target)
     except OSError as error:
         if error.errno not in IS_TAKEN:
             raise
-        # Another writer was first. The caller verifies what it published.
+        # Another writer has published it first. The caller verifies that checkpoint.
         shutil.rmtree(folder)
-    sync(place.parent)
+    sync(target.parent)

@@ -1,4 +1,4 @@
-"""What of a source is copied beside a checkpoint's weights: tokenizer, templates, documents, modules. And how much."""
+"""Copy the files of a source that a checkpoint needs besides its weights: tokenizer, templates, documents, modules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MOST_BYTES = GIB
 
 
 def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
-    """What a checkpoint of ``source`` will hold beside its weights, its Python files among it ``with_code``.
+    """The size of the files that a checkpoint of ``source`` needs besides its weights, plus Python files ``with_code``.
 
-    Raises Unsupported where that is more than a checkpoint takes along; OSError.
+    Raises Unsupported if they exceed MOST_BYTES, or OSError.
     """
     paths = {*sidecars(source), *(python_files(source) if with_code else ())}
     sizes: dict[Path, int] = {path: path.stat().st_size for path in paths}
@@ -32,7 +32,7 @@ def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
 
 
 def copy_sidecars(source: Path, folder: Path) -> None:
-    """Raises Unsupported as ``sidecar_bytes`` does, should they have grown since it was asked; OSError."""
+    """Copy the files. Raises Unsupported if they exceed MOST_BYTES by now, or OSError."""
     sidecar_bytes(source)
     for path in sorted(sidecars(source)):
         target = folder / path.relative_to(source)

@@ -1,4 +1,4 @@
-"""Whether a published checkpoint is still what was published, and is what its config says."""
+"""Check that a published checkpoint is unchanged and matches its config."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the checkpoint in ``folder``, one line each; empty for a sound one.
+    """The problems of the checkpoint in ``folder``, one line each; empty if there are none.
 
-    First every file against the manifest; if those match, the tensors' names, dtypes, shapes and quantization states
-    against the config, by transformers' own code. Of the tensors only headers and states are read. Where only the
-    checkpoint's own code could say what it holds, the files alone are looked at.
+    First compares every file with the manifest. If they match, compares the names, dtypes, shapes and quantization
+    states of the tensors with the config, using the code of transformers; only headers and states are read for that. If
+    the model needs code of its own, the second part is skipped.
     """
     if not folder.is_dir():
         return ["no such folder"]
@@ -61,7 +61,7 @@ def _repeated(headers: Iterable[Header]) -> Iterator[str]:
 
 
 def _misplaced(folder: Path, headers: tuple[Header, ...]) -> list[str]:
-    """Where the index of a checkpoint of several files says something else than their headers."""
+    """Differences between the index of a sharded checkpoint and the headers of its files."""
     if (folder / SINGLE_NAME).is_file():
         return []
     files = read_object(folder / INDEX_NAME)["weight_map"]
@@ -85,12 +85,12 @@ def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
     lines = [*_missing(described.tensors, found), *_differing(weights, described.tensors, found)]
     lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
     if config.get("dtype") != described.config_dtype:
-        lines.append(f"config.json says dtype {config.get('dtype')}; the model's is {described.config_dtype}")
+        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
     return lines
 
 
 def _dtype(folder: Path) -> DType:
-    """That in which the model was loaded to be quantized: the config's is that of its first parameter."""
+    """The dtype in which the model was loaded to be quantized. The config's is only that of the first parameter."""
     for path in (folder / MANIFEST, folder / "config.json"):
         with suppress(ValueError):
             return DType(read_object(path).get("dtype") or "")
@@ -116,7 +116,7 @@ def _differing(weights: MethodWeights | None, expected: Mapping[str, Expected], 
         if weights is not None and weights.has_content(name):
             yield from weights.content_problems(path, tensor, one.tensor)
         elif (tensor.dtype, tensor.shape) != (dtype, shape):
-            yield f"{name} is {tensor.dtype} {list(tensor.shape)}; the config's is {dtype} {list(shape)}"
+            yield f"{name} is {tensor.dtype} {list(tensor.shape)}; by the config it should be {dtype} {list(shape)}"
 
 
 def _safetensors_dtype(dtype: torch.dtype) -> str:

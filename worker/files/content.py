@@ -1,4 +1,4 @@
-"""The content of a set of files: hashed before they are used, and confirmed after."""
+"""The content of a set of files: hashed before they are used, and confirmed afterwards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qbatch.core.errors import SourceChanged
 from qbatch.core.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file, stat_open
 from qbatch.worker.files.staging import storage_error
 
-# Of the files of one model; a process may have a thousand.
+# How many files are open at once; a process may usually open about a thousand.
 _OPEN_AT_ONCE = 256
 
 Lister = Callable[[], Mapping[str, Path]]
-"""The files as they are now, by name."""
+"""Lists the files that exist now, by name."""
 
 
 class DigestCache(Protocol):
-    """Digests by the state in which a file had them."""
+    """Stores the checksums of files by their state."""
 
     def known(self, stats: Iterable[FileStat]) -> Mapping[FileStat, Checksums]: ...
 
@@ -32,19 +32,22 @@ class DigestCache(Protocol):
 
 
 class NoDigestCache:
-    """Everything is hashed."""
+    """A cache that knows nothing, so that every file is hashed."""
 
     def known(self, stats: Iterable[FileStat]) -> Mapping[FileStat, Checksums]:  # noqa: ARG002
         return {}
 
     def remember(self, digests: Mapping[FileStat, Checksums]) -> None:
-        """Nothing is kept."""
+        """Store nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedFile:
-    """A file and what it held in the state ``stat``. Where it is not ``settled``, it had changed so shortly before it
-    was hashed that a later change might not show in its times."""
+    """A file and its checksums in the state ``stat``.
+
+    If it is not ``settled``, it had changed so shortly before the hashing that a later change might not show in its
+    times.
+    """
 
     name: str
     path: Path
@@ -58,7 +61,7 @@ class HashedFile:
 
 
 class Content:
-    """Files as they were when they were hashed: ``root_sha256`` is their identity."""
+    """A set of files with the content that they had when they were hashed. ``root_sha256`` identifies it."""
 
     def __init__(self, files: Iterable[HashedFile], lister: Lister, cache: DigestCache) -> None:
         self._files = tuple(files)
@@ -75,30 +78,30 @@ class Content:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of each file the state in which it has this content; "" where its times cannot tell."""
+        """The state in which each file has this content; "" if its times cannot tell."""
         return {file.name: file.stat.version if file.settled else "" for file in self._files}
 
     def confirm(self) -> None:
-        """Raises SourceChanged unless all that was read of the files since they were hashed was this content, and
-        StorageError where that cannot be told.
+        """Raise SourceChanged unless everything read from the files since they were hashed was this content.
 
-        Files whose times are not as they were, or too young to tell, are hashed again. A file that was written is a
-        changed one whatever it holds now: what was used may have been something else.
+        Files whose times have changed, or are too recent to tell, are hashed again. A file that was written to counts
+        as changed even if it has the same content now, because it may have had another one while it was used. Raises
+        StorageError if the files cannot be checked.
         """
         mounts = Mounts()
         try:
             now = {name: (path, stat_file(path, mounts)) for name, path in self._lister().items()}
         except FileNotFoundError as error:
-            raise SourceChanged(f"{error.filename} went away while it was used") from error
+            raise SourceChanged(f"{error.filename} was removed while it was used") from error
         except OSError as error:
-            raise storage_error(error, "cannot look at the files again") from error
+            raise storage_error(error, "cannot check the files again") from error
         _refuse_others({file.name for file in self._files}, now.keys())
         for file in self._files:
             _refuse_written(file, now[file.name][1])
-        doubtful = {f.name: f.path for f in self._files if not f.settled or f.stat != now[f.name][1]}
-        if doubtful:
-            _let_settle([now[name][1] for name in doubtful])
-            again = {file.name: file for file in hash_files(doubtful, self._cache, use_known=False)}
+        uncertain = {f.name: f.path for f in self._files if not f.settled or f.stat != now[f.name][1]}
+        if uncertain:
+            _wait_until_settled([now[name][1] for name in uncertain])
+            again = {file.name: file for file in hash_files(uncertain, self._cache, use_known=False)}
             for file in self._files:
                 if file.name in again and again[file.name].digest != file.digest:
                     raise SourceChanged(f"{file.path} changed while it was used")
@@ -108,21 +111,21 @@ class Content:
 def _refuse_others(before: Iterable[str], now: Iterable[str]) -> None:
     differing = sorted(set(before) ^ set(now))
     if differing:
-        raise SourceChanged(f"{differing[0]} came or went while the model was used")
+        raise SourceChanged(f"{differing[0]} was added or removed while the model was used")
 
 
 def _is_unwritten(before: FileStat, now: FileStat) -> bool:
-    """A link made to a file, or another mode, changes its ctime alone."""
+    """Whether only the ctime differs: it changes when a file gets another link or another mode."""
     return replace(now, ctime_ns=before.ctime_ns) == before
 
 
 def _refuse_written(file: HashedFile, now: FileStat) -> None:
     if not _is_unwritten(file.stat, now):
-        raise SourceChanged(f"{file.path} was written while it was used")
+        raise SourceChanged(f"{file.path} was modified while it was used")
 
 
-def _let_settle(stats: Sequence[FileStat]) -> None:
-    """Wait for as long as it takes until what is hashed now need not be hashed again; not for a clock ahead of ours."""
+def _wait_until_settled(stats: Sequence[FileStat]) -> None:
+    """Wait until the files have settled, so that they need not be hashed once more. Ignores times in the future."""
     youngest_ns = clock_ns(stats) - max(stat.ctime_ns for stat in stats)
     if 0 <= youngest_ns <= TICK_NS:
         time.sleep((TICK_NS - youngest_ns + 1) / 1e9)
@@ -135,11 +138,11 @@ def hash_content(
     whole: Callable[[str], bool] = lambda _: False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Content:
-    """The content of the files that ``lister`` lists, hashed where ``cache`` does not know them as they are.
+    """Hash the files that ``lister`` lists, except those whose current state ``cache`` knows.
 
-    ``whole`` says of which names the one sha256 of the whole file is wanted. ``on_progress(bytes_done, bytes_total)``
-    is called while something is hashed, by one thread at a time. Raises SourceChanged for a file that changes
-    meanwhile, StorageError, and what ``lister`` raises.
+    ``whole`` tells for which names the sha256 of the whole file is needed too. ``on_progress(bytes_done, bytes_total)``
+    is called during the hashing, by one thread at a time. Raises SourceChanged if a file changes meanwhile,
+    StorageError, and what ``lister`` raises.
     """
     return Content(hash_files(lister(), cache, whole=whole, on_progress=on_progress), lister, cache)
 
@@ -152,11 +155,11 @@ def hash_files(
     whole: Callable[[str], bool] = lambda _: False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[HashedFile]:
-    """The named files, each read once where it has to be. What is settled is remembered."""
+    """Hash the named files, reading each at most once. The checksums of settled files are stored in ``cache``."""
     try:
         return _hash_files(files, cache, use_known=use_known, whole=whole, on_progress=on_progress)
     except FileNotFoundError as error:
-        raise SourceChanged(f"{error.filename} went away while it was read") from error
+        raise SourceChanged(f"{error.filename} was removed while it was read") from error
     except OSError as error:
         raise storage_error(error, "cannot hash the files") from error
 
@@ -217,7 +220,7 @@ def _read_group(
             whole={descriptors[name] for name in files if whole(name)},
             on_bytes=count,
         )
-    # By their names: what was read may have been replaced by another file.
+    # Looked up by name again, because another file may have replaced the one that was read.
     after = {name: stat_file(path, mounts) for name, path in files.items()}
     for name, path in files.items():
         if not _is_unwritten(before[name], after[name]):

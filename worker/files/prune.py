@@ -1,5 +1,4 @@
-"""``qbatch prune``: batches that ended long ago go, with what the storage keeps for them but checkpoints; so do the
-digests of files that were hashed long ago."""
+"""``qbatch prune``: remove old batches with their files on the storage, except checkpoints, and old file checksums."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ from qbatch.models_db.retention import Prunable, delete_empty, delete_jobs, exis
 from qbatch.models_db.session import Database
 from qbatch.worker.files.reference_folders import IN_USE_S, occupants, remove_unused
 
-# In one transaction: SQLite has one writer, and workers renew their leases.
+# Rows per transaction. SQLite has one writer at a time, and workers must be able to renew their leases.
 _AT_ONCE = 200
-# Files are dated by their hosts' clocks, rows by the database's.
+# How far the clocks of hosts, which date files, may differ from that of the database, which dates rows.
 _CLOCKS_APART_S = 3600.0
 _Id = TypeVar("_Id", int, str)
 _LOG = re.compile(r"j([0-9]+)-[0-9]+\.log")
@@ -31,7 +30,7 @@ _REJECTED = re.compile(r".+\.rejected-([0-9]+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What went of one kind, or would go. ``size_bytes`` None where nobody can tell; ``problems`` are a line each."""
+    """What was removed of one kind, or would be. ``size_bytes`` is None if unknown; each problem is one line."""
 
     what: str
     number: int
@@ -43,10 +42,10 @@ class Pruned:
 
 
 def prune(database: Database, settings: Settings, older_than_s: float, *, dry_run: bool = False) -> list[Pruned]:
-    """Remove what is ``older_than_s`` seconds old, or say what would go. Checkpoints stay, and so does the record of
-    them. Safe beside workers, and to be begun again where it broke off.
+    """Remove what is older than ``older_than_s`` seconds, or report what would be removed.
 
-    Raises DatabaseUnreachable. What cannot be removed from the storage is among the ``problems``.
+    Checkpoints and their rows are kept. It is safe while workers run, and may be interrupted and run again. Raises
+    DatabaseUnreachable; files that cannot be removed are listed in ``problems``.
     """
     with database.read() as session:
         found = find_prunable(session, older_than_s)
@@ -69,22 +68,22 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
 
 
 def _delete(database: Database, found: Prunable, older_than_s: float) -> tuple[int, int]:
-    """How many batches and jobs went."""
+    """Delete rows. Returns how many batches and jobs were deleted."""
     jobs = batches = 0
     for job_ids in _chunks(found.job_ids):
-        with _leaving_room(), database.write() as session:
+        with _pausing_afterwards(), database.write() as session:
             jobs += delete_jobs(session, job_ids, older_than_s)
     for batch_ids in _chunks(found.batch_ids):
-        with _leaving_room(), database.write() as session:
+        with _pausing_afterwards(), database.write() as session:
             batches += delete_empty(session, batch_ids)
     return batches, jobs
 
 
 def _forget(database: Database, places: Sequence[str], older_than_s: float) -> int:
-    """How many files will be hashed again when they are next used."""
+    """Delete checksums. Returns how many files will be hashed again when they are next used."""
     forgotten = 0
     for chunk in _chunks(places):
-        with _leaving_room(), database.write() as session:
+        with _pausing_afterwards(), database.write() as session:
             forgotten += file_digests.forget(session, chunk, older_than_s)
     return forgotten
 
@@ -94,26 +93,26 @@ def _chunks(ids: Sequence[_Id]) -> Iterator[Sequence[_Id]]:
 
 
 @contextlib.contextmanager
-def _leaving_room() -> Iterator[None]:
-    """Whoever waits to write gets as much time as was taken."""
+def _pausing_afterwards() -> Iterator[None]:
+    """Pause for as long as the block took, so that others who wait to write get a turn."""
     begun = time.monotonic()
     yield
     time.sleep(time.monotonic() - begun)
 
 
 def _logs(database: Database, folder: Path, before_s: float, gone: frozenset[int]) -> Iterator[Path]:
-    """The old logs of jobs that are not there, or are ``gone``.
+    """The old logs of jobs that do not exist, or that are in ``gone``.
 
-    A log has the name of the first job of its bundle, which stays as long as any of them. Those of version 0.1.0 lie
-    above, of all databases together: they go by their age.
+    A log is named after the first job of its bundle, which is kept as long as any of its jobs. Version 0.1.0 wrote the
+    logs of all databases to the parent folder; those are judged by age alone.
     """
     named = {path: int(match[1]) for path in folder.glob("*") if (match := _LOG.fullmatch(path.name))}
     ids = sorted(set(named.values()))
-    there: set[int] = set()
+    present: set[int] = set()
     for chunk in _chunks(ids):
         with database.read() as session:
-            there |= existing(session, chunk)
-    kept = there - gone
+            present |= existing(session, chunk)
+    kept = present - gone
     orphans = (path for path, job_id in named.items() if job_id not in kept)
     earlier = (path for path in folder.parent.glob("*") if _LOG.fullmatch(path.name))
     return (path for path in (*orphans, *earlier) if _is_older(path, before_s))
@@ -126,7 +125,7 @@ def _is_older(path: Path, before_s: float) -> bool:
 
 
 def _rejected(settings: Settings, before_s: float) -> Iterator[Path]:
-    """What was moved aside since it did not verify; its name says when."""
+    """Damaged checkpoints that were moved aside longer ago than ``before_s``; their names contain the time."""
     for folder in settings.checkpoints.glob("*/*.rejected-*"):
         match = _REJECTED.fullmatch(folder.name)
         if match is not None and int(match[1]) / 1e9 < before_s:
@@ -146,7 +145,7 @@ def _remove(what: str, paths: Iterable[Path], remove: Callable[[Path], object], 
             size_bytes = _size(path)
             if dry_run or remove(path) is not False:
                 sizes.append(size_bytes)
-        except FileNotFoundError:  # another prune was first
+        except FileNotFoundError:  # another prune has removed it
             continue
         except OSError as error:
             problems.append(f"{error.filename or path} cannot be removed: {error.strerror}")
@@ -154,7 +153,7 @@ def _remove(what: str, paths: Iterable[Path], remove: Callable[[Path], object], 
 
 
 def _size(path: Path) -> int:
-    """In bytes, of a file or of all the files of a folder. Raises OSError."""
+    """The bytes of a file, or of all files in a folder. Raises OSError."""
     if not path.is_dir():
         return path.stat().st_size
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

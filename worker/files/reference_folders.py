@@ -1,4 +1,4 @@
-"""The folders of stored references: used when, how large, taken away whole. Importing it does not import torch."""
+"""The folders of stored baseline outputs: their last use, size and removal. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 DESCRIPTION = "reference.json"
-"""Written last, and touched by whoever opens the reference."""
+"""Written last, so its presence means the folder is complete; touched each time the reference is opened."""
 
 IN_USE_S = 3600.0
-"""A folder used this recently may have a reader, who opens its files one by one."""
+"""A folder used within this time may still have a reader, which opens its files one by one."""
 
-# A folder on its way in or out, which nobody opens, is done with in less.
+# A folder that is being written or removed takes less time than this.
 _LITTER_S = 3600.0
 
 
 def occupants(root: Path) -> Iterator[tuple[float, Path, int]]:
-    """(time of last use, folder, bytes) of each reference in ``root`` that does not vanish meanwhile."""
+    """Yield (time of last use, folder, bytes) of each reference in ``root``, skipping those that vanish meanwhile."""
     for description in root.glob(f"[!.]*/{DESCRIPTION}"):
         with suppress(FileNotFoundError):
             size = sum(file.stat().st_size for file in description.parent.iterdir())
@@ -28,7 +28,7 @@ def occupants(root: Path) -> Iterator[tuple[float, Path, int]]:
 
 
 def remove(folder: Path) -> None:
-    """Take a reference away, whole at once. Raises OSError."""
+    """Remove a reference atomically. Raises OSError."""
     doomed = beside(folder)
     with suppress(FileNotFoundError):  # another worker removes it too
         folder.rename(doomed)
@@ -36,25 +36,25 @@ def remove(folder: Path) -> None:
 
 
 def remove_unused(folder: Path, since_s: float) -> bool:
-    """The same, unless it was used after ``since_s``; whether we took it. Raises OSError."""
+    """Remove a reference unless it was used after ``since_s``. Returns whether it was removed. Raises OSError."""
     doomed = beside(folder)
-    with suppress(FileNotFoundError):  # a worker that makes room is at it too
+    with suppress(FileNotFoundError):  # a worker that frees space removes it too
         folder.rename(doomed)
         if (doomed / DESCRIPTION).stat().st_mtime <= since_s:
             shutil.rmtree(doomed)
             return True
-        # Somebody opened it at the last moment.
+        # It was opened at the last moment.
         doomed.rename(folder)
     return False
 
 
 def beside(folder: Path) -> Path:
-    """A name for a folder on its way in or out."""
+    """A temporary name for a folder that is being written or removed."""
     return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
 
 def litter(root: Path) -> Iterator[Path]:
-    """The folders of ``beside`` that nobody has touched for long."""
+    """The temporary folders (see ``beside``) that have been left behind."""
     for folder in root.glob(".*.????????"):
         with suppress(FileNotFoundError):
             if folder.is_dir() and time.time() - folder.stat().st_mtime > _LITTER_S:

@@ -1,6 +1,6 @@
-"""Where an attempt's files lie until they are published: on the storage, since a rename cannot cross file systems.
+"""The folders for an attempt's files until they are published. On the storage, as a rename cannot cross file systems.
 
-.staging/<database>/<worker>/<job>-<attempt>/        ``staging`` is a worker's folder of it (see ``own_staging``)
+.staging/<database>/<worker>/<job>-<attempt>/        ``staging`` is the folder of one worker (see ``own_staging``)
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qbatch.core.errors import DiskFull, StorageError
 from qbatch.core.filesystem import disk_space, storage_fault
 
 _FOLDER = re.compile(r"([0-9]+)-([0-9]+)")
-# No checkpoint takes less.
+# Every checkpoint is larger than this.
 _LEAST_BYTES = 2**16
 
 
 def stage(staging: Path, job_id: int, attempt: int) -> Path:
-    """An empty folder for this attempt's files; what earlier attempts of the job left is removed.
+    """Create an empty folder for an attempt's files, and remove those of earlier attempts of the job.
 
-    A later attempt's is left alone: ours may be one that lost its job and does not know it yet.
+    The folder of a later attempt is left alone: this attempt may have lost its job without knowing it yet.
     Raises DiskFull or StorageError.
     """
     folder = folder_of(staging, job_id, attempt)
@@ -32,7 +32,7 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
         for other in staging.glob(f"{job_id}-*"):
             if int(other.name.rpartition("-")[2]) <= attempt:
                 unstage(other)
-        # Of ours, nothing is there by now: what is there was made by a first try whose reply was lost.
+        # Our own folder was removed above. If it exists now, a first mkdir succeeded and its reply was lost.
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_folder(error, staging) from error
@@ -40,11 +40,11 @@ def stage(staging: Path, job_id: int, attempt: int) -> Path:
 
 
 def _no_folder(error: OSError, staging: Path) -> DiskFull | StorageError:
-    """Nothing is begun by then: a storage that is full to the last byte is waited for."""
-    found = storage_error(error, "cannot make a staging folder")
-    if isinstance(found, DiskFull) and (room := disk_space(staging)) is not None and room.free < _LEAST_BYTES:
-        found.needed_bytes = _LEAST_BYTES
-    return found
+    """If the storage is completely full, the error says how much space a retry should wait for."""
+    failure = storage_error(error, "cannot create a staging folder")
+    if isinstance(failure, DiskFull) and (space := disk_space(staging)) is not None and space.free < _LEAST_BYTES:
+        failure.needed_bytes = _LEAST_BYTES
+    return failure
 
 
 def folder_of(staging: Path, job_id: int, attempt: int) -> Path:
@@ -52,22 +52,22 @@ def folder_of(staging: Path, job_id: int, attempt: int) -> Path:
 
 
 def unstage(folder: Path) -> None:
-    """Remove a staging folder; one that is gone, or that others remove as well, is fine. Raises StorageError."""
+    """Remove a staging folder, even if it does not exist or others are removing it too. Raises StorageError."""
     try:
         while folder.exists():
-            # Another was first with some file of it, and the rest is still there.
+            # If another process has removed one of the files, try again with the rest.
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
     except OSError as error:
-        # Not even for want of room, which some file systems need to remove a file: nothing waits for it.
+        # Never DiskFull, although some file systems need space to remove a file: no job should wait for that.
         raise StorageError(str(storage_error(error, "cannot remove a staging folder"))) from error
 
 
 def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], Iterable[int]]) -> list[str]:
-    """Remove from ``folders`` what attempts left there that run no more, which a killed runner could not; their names.
+    """Remove from ``folders`` what attempts left that no longer run, for example killed runners. Returns their names.
 
-    ``running`` tells which of the attempts still hold their jobs. It is asked after the folders were listed, so an
-    attempt that begins meanwhile is safe. Raises StorageError.
+    ``running`` tells which attempts still hold their jobs. It is called after the folders were listed, so an attempt
+    that begins meanwhile is safe. Raises StorageError.
     """
     paths = [path for folder in folders for path in folder.glob("*-*")]
     tokens = {path: (int(match[1]), int(match[2])) for path in paths if (match := _FOLDER.fullmatch(path.name))}
@@ -78,22 +78,26 @@ def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], I
     return [path.name for path in stale]
 
 
-def require_space(folder: Path, nbytes: int, owed_bytes: int = 0) -> None:
-    """Raises DiskFull where the file system of ``folder`` has less than ``nbytes`` left beside the ``owed_bytes`` that
-    are promised to others, StorageError where it never will have as much: nobody should wait for that. A file system
-    that does not say is tried."""
-    room = disk_space(folder)
-    if room is None:
+def require_space(folder: Path, nbytes: int, reserved_bytes: int = 0) -> None:
+    """Raise DiskFull if less than ``nbytes`` are free in addition to the ``reserved_bytes`` that others will use.
+
+    Raises StorageError if even the whole file system is too small, because waiting cannot help then. A file system that
+    does not report its space passes.
+    """
+    space = disk_space(folder)
+    if space is None:
         return
-    left = max(0, room.free - owed_bytes)
-    if room.capacity < nbytes:
-        raise StorageError(f"the storage holds {mib(room.capacity)}, and a checkpoint of {mib(nbytes)} is due")
+    left = max(0, space.free - reserved_bytes)
+    if space.capacity < nbytes:
+        raise StorageError(
+            f"the checkpoint needs {mib(nbytes)}, more than the whole storage, which has {mib(space.capacity)}"
+        )
     if left < nbytes:
-        # Those have taken theirs by the time that anyone looks for the room of this one.
-        raise DiskFull(f"the storage has {mib(left)} left, and a checkpoint of {mib(nbytes)} is due", nbytes)
+        # The others will have used their reservation by the time somebody waits for this space, so it is not added.
+        raise DiskFull(f"the checkpoint needs {mib(nbytes)}, and the storage has {mib(left)} left", nbytes)
 
 
 def storage_error(error: OSError, doing: str) -> DiskFull | StorageError:
-    # Of a copy the second name is where it was going.
+    # For a copy, the second name is the target.
     place = error.filename2 or error.filename or "storage"
     return storage_fault(error)(f"{doing}: {error.strerror or error} ({place})")

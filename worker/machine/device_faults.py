@@ -1,4 +1,4 @@
-"""Which errors of torch, bitsandbytes or NumPy mean that memory ran out, or that the device failed, and why it did."""
+"""Recognize errors of torch, bitsandbytes or NumPy that mean a lack of memory or a fault of the device."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import errno
 
 from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, ModelFault
 
-# Not every error that speaks of CUDA: two tensors on different devices are a mistake, not a fault.
+# Not every error that mentions CUDA is a fault: two tensors on different devices are a programming error.
 _DEVICE_FAULTS = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "CUDNN_STATUS", "illegal memory access")
-# What a sound device does with a model that asks for what cannot be: on the next one it would do the same.
+# Errors that a model causes on a healthy device, because it asks for something impossible. They recur on any device.
 _MODEL_FAULTS = ("device-side assert", "CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_INVALID_VALUE")
 _OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def device_fault(error: BaseException) -> type[JobError] | None:
-    """HostOom, CudaOom, DeviceError or its ModelFault, where ``error`` is one."""
+    """The class that ``error`` belongs to: HostOom, CudaOom, DeviceError or its subclass ModelFault; else None."""
     import torch
 
     if isinstance(error, JobError):

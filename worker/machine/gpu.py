@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, through NVML: no CUDA context, no torch."""
+"""The NVIDIA GPUs of this machine, found through NVML without a CUDA context and without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("qbatch.worker")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU. ``memory_bytes`` is its total memory; ``uuid`` pins a process to it wherever indices move."""
+    """One GPU. ``memory_bytes`` is its total memory. ``uuid`` identifies it even if indices change."""
 
     index: int
     uuid: str
@@ -25,7 +25,7 @@ class Gpu:
 
 
 def installed_gpus() -> tuple[Gpu, ...]:
-    """Every GPU that the driver shows; none without a driver."""
+    """All GPUs that the driver lists; empty without a driver."""
     try:
         with _nvml():
             gpus = [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -35,7 +35,7 @@ def installed_gpus() -> tuple[Gpu, ...]:
 
 
 def _describe(index: int) -> Gpu | None:
-    """None for one that does not answer: it must not hide the others."""
+    """Describe a GPU. None if it does not answer, so that one faulty GPU does not hide the others."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         return Gpu(
@@ -45,7 +45,7 @@ def _describe(index: int) -> Gpu | None:
             memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
         )
     except pynvml.NVMLError as error:
-        log.warning("GPU %s does not answer (%s); it is left out", index, error)
+        log.warning("ignoring GPU %s, which does not answer: %s", index, error)
         return None
 
 
@@ -63,9 +63,9 @@ def _nvml() -> Iterator[None]:
 
 
 def visible_gpus(installed: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves (as Slurm sets it), in its order; all of them where it is unset.
+    """The GPUs listed in CUDA_VISIBLE_DEVICES (which Slurm sets), in that order; all of them if it is not set.
 
-    As CUDA does, stops at the first entry that names no GPU.
+    Like CUDA, stops at the first entry that is not a GPU.
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
@@ -80,24 +80,26 @@ def visible_gpus(installed: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[
 
 
 def _each_once(gpus: Iterable[Gpu]) -> tuple[Gpu, ...]:
-    # A second worker of the same GPU would wait for the first's lease for ever.
+    # A second worker on the same GPU would wait for the lease of the first for ever.
     return tuple(dict.fromkeys(gpus))
 
 
 def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    """``all``, or indices among ``visible`` and UUIDs, separated by commas.
+    """Choose GPUs by ``all``, or by indices among ``visible`` and UUIDs, separated by commas.
 
-    Raises NoSuchDevice, naming what is missing, and where there is no GPU at all.
+    Raises NoSuchDevice if one of them does not exist, or if there is no GPU at all.
     """
     if not visible:
-        raise NoSuchDevice("this machine has no NVIDIA GPU that is visible here; --cpu starts a CPU worker")
+        raise NoSuchDevice("no NVIDIA GPU is visible on this machine; use --cpu to start a CPU worker")
     if wanted == "all":
         return tuple(visible)
     chosen: list[Gpu] = []
     for name in wanted.split(","):
         gpu = _by_position(visible, name.strip()) or _find(visible, name.strip(), by_index=False)
         if gpu is None:
-            raise NoSuchDevice(f"no GPU {name.strip()!r} here; visible are {', '.join(g.uuid for g in visible)}")
+            raise NoSuchDevice(
+                f"there is no GPU {name.strip()!r}; the visible GPUs are {', '.join(g.uuid for g in visible)}"
+            )
         chosen.append(gpu)
     return _each_once(chosen)
 
@@ -107,7 +109,7 @@ def _by_position(visible: Sequence[Gpu], name: str) -> Gpu | None:
 
 
 def _find(gpus: Sequence[Gpu], name: str, *, by_index: bool = True) -> Gpu | None:
-    """A GPU by index, or by its UUID or a beginning of it that fits no other, as CUDA takes it."""
+    """Find a GPU by index, UUID, or unique prefix of a UUID, as CUDA does."""
     if by_index and name.isdecimal():
         return next((gpu for gpu in gpus if gpu.index == int(name)), None)
     if not name.startswith("GPU-"):

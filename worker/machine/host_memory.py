@@ -1,4 +1,4 @@
-"""What is left of the host's memory for this process: in a container, of the container's share."""
+"""How much host memory is left for this process, taking the limits of its container into account."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import psutil
 
 _MINE = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-# Of a control group of version 2, and of version 1: its limit, what it takes, and how much of that is cached files that
-# the kernel gives up first.
+# For control groups of version 2 and of version 1: the files with the limit and the usage, and the statistic of cached
+# files, which the kernel drops first.
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -18,19 +18,19 @@ _FILES = (
 
 
 def available_memory(mine: Path = _MINE, groups: Path = _GROUPS) -> int:
-    """Bytes that can be taken before the kernel kills somebody: the least that the host or a limit leaves.
+    """The bytes that can be allocated before the kernel kills a process: the smallest rest of the host or any limit.
 
-    ``mine`` lists the process's control groups, which are mounted under ``groups``.
+    ``mine`` is the file that lists the control groups of the process, which are mounted under ``groups``.
     """
     return min([psutil.virtual_memory().available, *_left_by_limits(mine, groups)])
 
 
 def _left_by_limits(mine: Path, groups: Path) -> Iterator[int]:
-    """What each group that the process is in, and each that this is in, leaves below its limit."""
+    """The bytes left below the limit of each group of the process, and of the groups above it."""
     for root, path in _memory_groups(mine, groups):
-        # A container may see its own group at the root and still be told its path on the host.
-        for place in (path, *path.parents):
-            left = _left(root / place.relative_to("/"))
+        # In a container, its own group may be mounted at the root although the listed path is that on the host.
+        for group in (path, *path.parents):
+            left = _left(root / group.relative_to("/"))
             if left is not None:
                 yield left
 
@@ -38,7 +38,7 @@ def _left_by_limits(mine: Path, groups: Path) -> Iterator[int]:
 def _memory_groups(mine: Path, groups: Path) -> Iterator[tuple[Path, PurePosixPath]]:
     try:
         lines = mine.read_text().splitlines()
-    except OSError:  # no Linux, or no control groups
+    except OSError:  # not Linux, or no control groups
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -49,7 +49,7 @@ def _memory_groups(mine: Path, groups: Path) -> Iterator[tuple[Path, PurePosixPa
 
 
 def _left(group: Path) -> int | None:
-    """None without a limit, and where there is no such group."""
+    """The bytes left below the group's limit; None if it has no limit or does not exist."""
     for limit_name, used_name, cached_name in _FILES:
         try:
             limit, used = (group / limit_name).read_text().strip(), (group / used_name).read_text()

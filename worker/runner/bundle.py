@@ -1,4 +1,4 @@
-"""One bundle on one device: source → quantize every width → publish → verify → benchmark, in rounds."""
+"""Run a bundle on one device: fetch the source, quantize every width, publish, verify, and benchmark in rounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, pl
 from qbatch.worker.runner.measured_rounds import Rounds, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
-from qbatch.worker.sources.fetch import LocalSource, fetched
+from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
 
@@ -28,7 +28,7 @@ _PROGRESS_INTERVAL_S = 0.3
 
 
 class Bundle:
-    """One bundle on one device: the jobs of one source."""
+    """The jobs of one source, run on one device."""
 
     def __init__(self, order: Order, link: ReportChannel) -> None:
         self._order = order
@@ -36,7 +36,7 @@ class Bundle:
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
 
     def run(self) -> None:
-        """Every job of the bundle ends in a message, except after a fault that spoils the device for those left."""
+        """Run all jobs. Each ends with a message, unless a fault makes the device unusable for the remaining ones."""
         ids = self._reports.open()
         self._reports.enter(ids, Stage.FETCHING)
         with self._reports.failing(ids), self._source() as source:
@@ -48,11 +48,11 @@ class Bundle:
         progress = self._throttled(
             lambda done, total: Progressed(job_ids=ids, bytes_read=done, bytes_written=0, bytes_total=total)
         )
-        with fetched(
+        with fetch_source(
             self._order.claims[0].spec.source,
             cache=self._order.cache,
             cache_bytes=self._order.cache_bytes,
-            doors=self._order.doors,
+            policy=self._order.policy,
             on_progress=progress,
             digests=self._reports,
         ) as source:
@@ -82,18 +82,18 @@ class Bundle:
         return []
 
     def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
-        """Leave alone what needs no work; where the checkpoints of the others lie, by key."""
+        """Ask which jobs are answered already, which closes them. Returns the paths of existing checkpoints by key."""
         answered = self._reports.ask(Resolved(jobs={plan.job_id: plan.identity for plan in plans}))
-        if not answered.doubtful:
+        if not answered.unverified:
             return answered.paths
-        for path, key in answered.doubtful.items():
-            # What cannot be told answers nobody, and is nobody's fault.
+        for path, key in answered.unverified.items():
+            # A checkpoint that cannot be verified answers no job, but that is no failure of these jobs.
             try:
                 found = find_published(self._order.storage, path, key)
                 if found is not None:
                     self._reports.send(CheckpointVerified(published=found.confirm()))
             except (StorageError, SourceChanged) as error:
-                log.warning("an earlier result does not answer: %s", error)
+                log.warning("an earlier result cannot be reused: %s", error)
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
         return self._reports.ask(Resolved(jobs=still_open)).paths
 
@@ -104,21 +104,25 @@ class Bundle:
     def _publish_all(
         self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
     ) -> dict[str, Verified]:
-        """Every quantized model's checkpoint by its key: adopted where it is published, else written now, once for all
-        of its jobs."""
+        """The checkpoint of every quantized model, by its key.
+
+        A published one that verifies is reused; otherwise it is written now, once for all jobs that need it.
+        """
         published: dict[str, Verified] = {}
         missing: list[tuple[Plan, ...]] = []
         for key, plans in models.items():
             if plans[0].settled.scheme.is_baseline:
                 continue
             with self._reports.failing(plan.job_id for plan in plans):
-                # One of the same content may have been published under another name.
-                places = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
-                found = next(filter(None, (find_published(self._order.storage, path, key) for path in places)), None)
+                # A source with the same content may have been published under another name.
+                candidates = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
+                found = next(
+                    filter(None, (find_published(self._order.storage, path, key) for path in candidates)), None
+                )
                 if found is None:
                     missing.append(plans)
                 else:
-                    log.info("j%s: %s is published already", plans[0].job_id, found.published.path)
+                    log.info("j%s: reusing the published checkpoint %s", plans[0].job_id, found.published.path)
                     published[key] = found
         if missing:
             published |= self._quantize(source, missing)
@@ -190,7 +194,7 @@ class Bundle:
         try:
             return sidecar_bytes(source.folder, with_code=source.runs_code)
         except OSError as error:
-            raise storage_error(error, "cannot read what lies beside the weights") from error
+            raise storage_error(error, "cannot read the files next to the weights") from error
 
     def _stage(self, plan: Plan) -> Path:
         return stage(self._order.staging, plan.job_id, plan.claim.attempt)

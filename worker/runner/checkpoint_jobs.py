@@ -1,4 +1,4 @@
-"""The jobs of a bundle once their source is known."""
+"""The jobs of a bundle after their source has been identified, grouped by checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qbatch.worker.sources.fetch import LocalSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A claim whose source is known."""
+    """A claimed job whose source has been identified."""
 
     claim: Claim
     settled: Settled
@@ -36,8 +36,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredModel:
-    """What is loaded and measured: a published checkpoint, or for a baseline (``verified`` None) the source in
-    ``folder``. Its jobs differ in their protocol's shape alone."""
+    """A model to load and measure: a published checkpoint, or, for a baseline, the source (then ``verified`` is None).
+
+    Its jobs differ only in batch size and in the numbers of tokens.
+    """
 
     plans: tuple[Plan, ...]
     folder: Path
@@ -53,7 +55,7 @@ class MeasuredModel:
 
 
 def plan_job(claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind) -> Plan:
-    """``dtype`` is the source's."""
+    """Plan a claimed job. ``dtype`` is that of the source."""
 
     def settled(fingerprint: str) -> Settled:
         return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind)
@@ -67,8 +69,8 @@ def plan_job(claim: Claim, source: LocalSource, dtype: DType, device_kind: Devic
 
 
 def by_key(plans: Iterable[Plan]) -> dict[str, tuple[Plan, ...]]:
-    """Plans of one checkpoint key, in the order in which the keys come."""
-    found: dict[str, list[Plan]] = {}
+    """Group plans by checkpoint key, in the order in which the keys first appear."""
+    groups: dict[str, list[Plan]] = {}
     for plan in plans:
-        found.setdefault(plan.settled.key, []).append(plan)
-    return {key: tuple(members) for key, members in found.items()}
+        groups.setdefault(plan.settled.key, []).append(plan)
+    return {key: tuple(members) for key, members in groups.items()}

@@ -1,6 +1,6 @@
-"""The rows of a bundle, measured in rounds: each model has its turn in every one, the baseline first.
+"""Measure the models of a bundle in rounds: in each round every model has a turn, the baseline first.
 
-Host time varies from minute to minute: what is compared is timed in turns, so that a slow minute meets all of it.
+The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("qbatch.runner")
 
 _NO_REFERENCE = (
-    "its baseline's outputs are not stored: none was measured on such a device with these versions, or they made room "
-    "for others (`--force` measures it again)"
+    "the outputs of its baseline are not stored: it was not measured on such a device with these versions, or they "
+    "were removed to free space (`--force` measures it again)"
 )
-_NOTHING_TO_COMPARE = "the text gives nothing to compare: no token of it can be scored, or there is none to mask"
+_NOTHING_TO_COMPARE = "the text contains no token that can be scored or masked, so there is nothing to compare"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Turn:
-    """A model's place in every round. ``rows`` are by job id."""
+    """A model's turn, repeated in every round. ``rows`` are by job id."""
 
     model: MeasuredModel
     benchmark: ModelBenchmark
@@ -52,12 +52,12 @@ class _Turn:
 
     @property
     def fault(self) -> DeviceError | None:
-        """What spoilt the device while its rows were explained: they are whole, and the process is of no more use."""
+        """A device fault during the analysis of a row. The rows are complete, but the device is unusable here."""
         return next((row.fault for row in self.rows.values() if row.fault is not None), None)
 
 
 class Rounds:
-    """Sees the measuring of a bundle's models through. Use once."""
+    """Measures the models of a bundle. Use it once."""
 
     def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str) -> None:
         self._order = order
@@ -107,7 +107,7 @@ class Rounds:
         with self._reports.failing(turn.model.ids):
             self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
         if is_last:
-            # The process that captures takes the model's place: nothing else refers to it by now.
+            # Unload the model, to which nothing else refers now: the capturing process needs its memory.
             self._loaded = None
             if turn.fault is None:
                 free_device_memory()
@@ -120,7 +120,7 @@ class Rounds:
             turn.benchmark.begin(loaded)
         for job_id in self._reports.open(turn.model.ids):
             if not self._reports.open([job_id]):
-                return  # the shape before it took the device with it
+                return  # the previous shape made the device unusable
             with self._reports.failing([job_id]):
                 self._reports.enter([job_id], Stage.BENCHMARKING)
                 turn.rows[job_id].time(loaded)
@@ -130,7 +130,7 @@ class Rounds:
             self._observe(turn, loaded, captures)
 
     def _load(self, turn: _Turn) -> LoadedModel:
-        """The turn's model, loaded from its published files unless it is there. Charged to all of its jobs."""
+        """Load the model of the turn from its published files, unless it is loaded. Failures affect all its jobs."""
         from qbatch.worker.models.load import load
 
         if self._loaded is not None and self._loaded[0] is turn:
@@ -144,7 +144,7 @@ class Rounds:
         return loaded
 
     def _judge(self, turn: _Turn, loaded: LoadedModel) -> None:
-        """Quality does not depend on the shape: it is measured once, for all of the model's jobs."""
+        """Measure quality once for all jobs of the model, because it does not depend on the shape."""
         if not self._reports.open(turn.model.ids):
             return
         self._reports.enter(turn.model.ids, Stage.BENCHMARKING)
@@ -169,14 +169,16 @@ class Rounds:
         return self._order.storage / BASE_OUTPUTS / name
 
     def _reference(self, plan: Plan) -> Reference | None:
-        """The base's outputs, if it was measured on such a device on the same text."""
+        """The outputs of the baseline, if it was measured on such a device with the same text."""
         from qbatch.worker.measuring.quality.reference import open_reference
 
         return open_reference(self._reference_folder(plan))
 
     def _keep_reference(self, turn: _Turn, loaded: LoadedModel) -> None:
-        """Store the base's outputs for the quantized models. Failing here costs only those comparisons, unless the
-        device is of no more use."""
+        """Store the outputs of the baseline, with which the quantized models are compared.
+
+        If that fails, only those comparisons are missing, unless the device has become unusable.
+        """
         from qbatch.worker.measuring.quality.reference import prepare_reference
 
         subject, plan = turn.benchmark.subject, turn.model.plans[0]
@@ -187,7 +189,7 @@ class Rounds:
                 subject.protocol,
                 subject.eval_text,
                 folder,
-                # A baseline stages nothing else; what a killed runner leaves there is cleared.
+                # A baseline stages nothing else. If this runner is killed, its staging folder is removed.
                 staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
                 confirm=lambda: self._reports.confirm(self._source),
             )
@@ -197,20 +199,20 @@ class Rounds:
         except (DeviceError, SourceChanged):
             raise
         except JobError as error:
-            log.warning("%s: %s; quality will not be compared", _names(turn.model.ids), error)
-            self._not_kept[folder] = f"its baseline's outputs could not be kept: {error}"
+            log.warning("%s: %s; quality will not be compared with the baseline", _names(turn.model.ids), error)
+            self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
         free_device_memory()
 
     def _observe(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
         for job_id in self._reports.open(turn.model.ids):
             self._reports.enter([job_id], Stage.BENCHMARKING)
             turn.rows[job_id].observe(loaded)
-        # The host is not timed any more: the imports may begin.
+        # All timing on the host is over, so the imports of the capturing process may begin.
         if any(row.captured_shape is not None for row in turn.rows.values()):
             captures.prepare()
 
     def _conclude(self, turn: _Turn, captures: Captures) -> None:
-        """Send every row of the model. After a fault of the device the rest of the bundle is left to a new runner."""
+        """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""
         ids = self._reports.open(turn.model.ids)
         self._reports.enter(ids, Stage.BENCHMARKING)
         kernels = self._kernels(turn, ids, captures)
@@ -223,7 +225,7 @@ class Rounds:
             self._reports.leave_spoilt_device(turn.fault)
 
     def _confirm(self, model: MeasuredModel) -> None:
-        """Nothing more is read of the model: raises SourceChanged where that was not what it is called."""
+        """After the last use of the model, raise SourceChanged if its files have changed."""
         if model.verified is None:
             self._reports.confirm(self._source)
             return
@@ -232,7 +234,7 @@ class Rounds:
             self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
     def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
-        """By job id, for those whose protocol wants it; one process loads the model for all shapes."""
+        """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all shapes."""
         from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
 
         shapes = {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
@@ -262,7 +264,7 @@ class Rounds:
         )
 
     def _timed_beside(self, turn: _Turn) -> list[str]:
-        """The jobs of the other models that were timed in these rounds."""
+        """The jobs of other models that were measured in the same rounds."""
         others = (other for other in self._turns if other is not turn)
         return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
 
@@ -284,20 +286,20 @@ class Rounds:
         )
 
     def _device_uuid(self) -> str | None:
-        """Of the one GPU that this process sees. Raises DeviceError where it sees another number of them."""
+        """The UUID of the GPU; None on a CPU. Raises DeviceError unless exactly one GPU is visible."""
         if self._order.device_kind is not DeviceKind.CUDA:
             return None
         import torch
 
         if torch.cuda.device_count() != 1:
-            raise DeviceError(f"pinned to one GPU, and {torch.cuda.device_count()} are visible")
+            raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
         return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
 def free_device_memory() -> None:
-    """Give back what the last model had, on the device and of the host."""
+    """Release the memory of the last model, on the device and on the host."""
     gc.collect()
-    # glibc keeps what was freed, and the next model's max_ram would have it. Other C libraries have no such call.
+    # glibc keeps freed memory, which would count as the next model's max_ram. Other C libraries have no malloc_trim.
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     torch = sys.modules.get("torch")

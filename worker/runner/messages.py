@@ -1,4 +1,4 @@
-"""What a runner and its supervisor say to each other, over one pipe."""
+"""The messages between a runner and its supervisor, sent over one pipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qbatch.worker.sources.fetch import SourcePolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """All that a runner needs to know. ``texts`` are the evaluation texts and packed tasks by their sha256."""
+    """What a runner needs to do its work. ``texts`` holds evaluation texts and packed tasks by their sha256."""
 
     claims: tuple[Claim, ...]
     texts: Mapping[str, str]
@@ -26,42 +26,42 @@ class Order:
     staging: Path
     cache: Path
     cache_bytes: int
-    doors: SourcePolicy
+    policy: SourcePolicy
     lease_s: float
     log_path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesSeen:
-    """Files in the state in which they are to be used. The supervisor replies with a ``FilesKnown``."""
+    """Files in their current state, whose checksums are needed. The supervisor replies with ``FilesKnown``."""
 
     stats: tuple[FileStat, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesKnown:
-    """The digests of those of the files that were hashed in that state before."""
+    """The checksums of the files that were hashed in that state before."""
 
     digests: Mapping[FileStat, Checksums]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesHashed:
-    """Digests to remember."""
+    """Checksums to store."""
 
     digests: Mapping[FileStat, Checksums]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """job id → its identity. The supervisor replies with an ``Answered``."""
+    """The identity of each job, by job id. The supervisor replies with ``Answered``."""
 
     jobs: Mapping[int, JobIdentity]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
-    """``key`` is the checkpoint's, ``legacy_key`` what 0.1.0 made of the same content, where that is certain."""
+    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known."""
 
     key: str
     legacy_key: str | None
@@ -70,25 +70,28 @@ class JobIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """``job_ids``: those that the runner leaves alone, since an earlier result answers them, or another runner writes
-    their checkpoint now. ``doubtful``: checkpoints (path → key) whose results would answer others, if their files are
-    still what was published: the runner verifies them and asks again. ``paths``: where a key's checkpoint lies."""
+    """The supervisor's answer to ``Resolved``.
+
+    ``job_ids`` are jobs that the runner must not work on: an earlier result answers them, or another runner is writing
+    their checkpoint. ``unverified`` are checkpoints (path → key) whose results would answer more jobs if the files are
+    unchanged: the runner verifies them and asks again. ``paths`` maps keys to the paths of existing checkpoints.
+    """
 
     job_ids: frozenset[int]
-    doubtful: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointVerified:
-    """A checkpoint's files are what was published."""
+    """The files of a checkpoint were read and match what was published."""
 
     published: Published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entered:
-    """These jobs' own work is at ``stage`` now; the runner works on no others."""
+    """The runner now works on these jobs, and no others, and is in ``stage``."""
 
     job_ids: tuple[int, ...]
     stage: Stage
@@ -96,7 +99,7 @@ class Entered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progressed:
-    """Bytes of the current stage's reading and writing."""
+    """Bytes read and written in the current stage."""
 
     job_ids: tuple[int, ...]
     bytes_read: int
@@ -106,7 +109,7 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointReady:
-    """The job's checkpoint is published; said again once its files were seen not to change while it was measured."""
+    """The job's checkpoint is published. Sent again when its files were found unchanged after the measurement."""
 
     job_id: int
     published: Published
@@ -124,7 +127,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The job failed with an error of this kind; ``needed_bytes`` is a DiskFull's."""
+    """The job failed with an error of this kind. ``needed_bytes`` is set for DiskFull only."""
 
     job_id: int
     kind: str
@@ -134,12 +137,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The runner is through; jobs it said nothing of go back to the queue."""
+    """The runner has finished. Jobs that it has not reported return to the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
-    """From the supervisor, every second or so: still here."""
+    """Sent by the supervisor about every second to show that it is alive."""
 
 
 Question = FilesSeen | Resolved

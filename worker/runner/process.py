@@ -1,4 +1,4 @@
-"""The process that owns the GPU, for one bundle: its pipe, its log, its end."""
+"""The runner: a process that uses the GPU for one bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
-from qbatch.worker.machine.logs import keep_from_steering, log_to_stderr
+from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import Ended, Order, Pulse, Question, Reply, RunnerMessage
 
@@ -18,12 +18,12 @@ _ORPHANED = 70
 
 
 class SupervisorLink:
-    """The runner's end of the pipe. Its own thread reads, so that a silent supervisor is noticed during any work."""
+    """The runner's end of the pipe. A separate thread reads it, to notice at any time if the supervisor is silent."""
 
     def __init__(self, connection: Connection, lease_s: float) -> None:
         self._connection = connection
         self._lease_s = lease_s
-        # Progress is told by threads of its own.
+        # Progress is reported from several threads.
         self._sending = threading.Lock()
         self._replies = SimpleQueue[Reply]()
         self._ended = False
@@ -35,39 +35,39 @@ class SupervisorLink:
             self._connection.send(message)
 
     def end(self) -> None:
-        """Say that there is no more to come, and wait for the supervisor to hang up.
+        """Send the last message, and wait until the supervisor closes the pipe.
 
-        An end of the pipe that closes earlier fails the supervisor's next word, with ours still unread.
+        If the runner closed it first, the supervisor's next message would fail, and it might not read ours.
         """
         self._ended = True
         self.send(Ended())
         self._listener.join(self._lease_s)
 
     def ask(self, question: Question) -> Reply:
-        """The supervisor's reply to ``question``; one at a time."""
+        """Ask the supervisor and wait for its reply. Only one question may be open at a time."""
         self.send(question)
         return self._replies.get()
 
     def _listen(self) -> None:
         while True:
             try:
-                # A worker that is stopped, or gone, has lost its lease by then: its runner must free the GPU.
+                # A worker that was silent for so long has lost its lease, so its runner must release the GPU.
                 if not self._connection.poll(self._lease_s):
-                    _leave("the worker has been silent for a lease")
+                    _leave("the worker has not sent anything for the length of a lease")
                 message = self._connection.recv()
             except (EOFError, OSError):
                 if self._ended:
                     return
-                _leave("the worker is gone")
+                _leave("the worker has ended")
             if isinstance(message, Reply):
                 self._replies.put(message)
             elif not isinstance(message, Pulse):
-                _leave(f"the worker said {message!r}")
+                _leave(f"the worker sent an unknown message, {message!r}")
 
 
 def _leave(reason: str) -> None:
-    # At once: there is nobody left to report to, and the main thread may sit in a kernel.
-    print(f"runner: {reason}; leaving", file=sys.stderr, flush=True)  # noqa: T201
+    # Exit at once: there is nobody to report to, and the main thread may be blocked in a kernel.
+    print(f"runner: {reason}; exiting", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(_ORPHANED)
 
 
@@ -76,12 +76,12 @@ def run(order: Order, connection: Connection) -> None:
     # What the forkserver imported stays: collecting garbage need not look through it, nor copy its pages by that.
     gc.freeze()
     _redirect_output(order.log_path)
-    keep_from_steering(sys.stdout)
+    escape_control_characters(sys.stdout)
     log_to_stderr()
     link = SupervisorLink(connection, order.lease_s)
     Bundle(order, link).run()
     link.end()
-    # Not through interpreter shutdown: CUDA's teardown can hang, and everything is said and synced.
+    # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -92,9 +92,8 @@ def _redirect_output(log_path: Path) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
-        # A storage that is full must be said as such, by the work that it stops. What is said meanwhile, the worker's
-        # log gets.
-        print(f"runner: no log at {log_path}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+        # Go on, so that the work itself reports a full storage. The output goes to the worker's log meanwhile.
+        print(f"runner: cannot open the log {log_path}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
         return
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

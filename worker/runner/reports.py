@@ -1,4 +1,4 @@
-"""What a bundle says of its jobs, and which of them are still open."""
+"""Report the progress and outcome of the jobs of a bundle, and keep track of which are still open."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("qbatch.runner")
 
 
 class ReportChannel(Protocol):
-    """How a bundle reports (see ``qbatch.worker.runner.process``)."""
+    """The channel to the supervisor (see ``qbatch.worker.runner.process``)."""
 
     def send(self, message: RunnerMessage) -> None: ...
 
@@ -40,7 +40,7 @@ class ReportChannel(Protocol):
 
 
 class Reports:
-    """Each job ends in one message, except after a fault that spoils the device for those left."""
+    """Sends one final message per job, unless a fault makes the device unusable for the remaining jobs."""
 
     def __init__(self, link: ReportChannel, job_ids: Iterable[int]) -> None:
         self._link = link
@@ -48,14 +48,14 @@ class Reports:
         self._entered: tuple[tuple[int, ...], Stage] | None = None
 
     def open(self, job_ids: Iterable[int] | None = None) -> tuple[int, ...]:
-        """Those of ``job_ids`` (of all jobs) that have not ended, in ascending order."""
+        """The jobs among ``job_ids`` (by default all) that have not ended, in ascending order."""
         return tuple(sorted(self._open if job_ids is None else self._open.intersection(job_ids)))
 
     def send(self, message: RunnerMessage) -> None:
         self._link.send(message)
 
     def known(self, stats: Iterable[FileStat]) -> Mapping[FileStat, Checksums]:
-        """The digests of the files that were hashed in that state before."""
+        """The checksums of the files that were hashed in that state before."""
         reply = self._link.ask(FilesSeen(stats=tuple(stats)))
         assert isinstance(reply, FilesKnown)  # noqa: S101  (each question has its reply)
         return reply.digests
@@ -65,14 +65,14 @@ class Reports:
             self._link.send(FilesHashed(digests=digests))
 
     def ask(self, resolved: Resolved) -> Answered:
-        """What is known of these jobs; those that need no work are open no more."""
+        """Ask what is known about these jobs. Jobs that need no work are closed."""
         reply = self._link.ask(resolved)
         assert isinstance(reply, Answered)  # noqa: S101  (each question has its reply)
         self._open -= reply.job_ids
         return reply
 
     def enter(self, job_ids: Iterable[int], stage: Stage) -> None:
-        """The work is now that of the open ones of ``job_ids``, and of no others."""
+        """Report that the runner now works on the open jobs among ``job_ids``, and on no others."""
         ids = self.open(job_ids)
         if ids and (ids, stage) != self._entered:
             self._entered = (ids, stage)
@@ -85,7 +85,7 @@ class Reports:
 
     @contextlib.contextmanager
     def failing(self, job_ids: Iterable[int]) -> Iterator[None]:
-        """An error within fails those of ``job_ids`` that are still open, and no others."""
+        """An error within this context fails the open jobs among ``job_ids``, and no others."""
         try:
             yield
         except Exception as error:
@@ -93,8 +93,10 @@ class Reports:
             self.failed(job_ids, translated)
 
     def confirm(self, source: LocalSource) -> None:
-        """Raises SourceChanged, after it failed every open job, where the source is not what it was: what one of them
-        measured of it could be set beside what another did."""
+        """If the source has changed, fail every open job and raise SourceChanged.
+
+        All of them fail, because their measurements would otherwise be compared although the source was not the same.
+        """
         try:
             source.confirm()
         except SourceChanged as error:
@@ -102,7 +104,7 @@ class Reports:
             raise
 
     def failed(self, job_ids: Iterable[int], error: JobError) -> None:
-        """A fault that spoils the device is charged to the first of them: the others may be innocent."""
+        """Fail the open jobs among ``job_ids``. A device fault fails only the first: the others may not be at fault."""
         for job_id in self.open(job_ids):
             if job_id not in self._open:
                 return
@@ -113,13 +115,13 @@ class Reports:
             self.leave_spoilt_device(error)
 
     def leave_spoilt_device(self, error: JobError) -> None:
-        """Leave what is open to a new runner, which begins with the whole device."""
+        """After a device fault, leave the open jobs to a new runner, which starts with all of the device's memory."""
         if isinstance(error, (CudaOom, DeviceError)):
             self._open.clear()
 
 
 def _unforeseen(error: Exception) -> JobError:
     traceback.print_exc()
-    # A sick device may fail anything that touches it: importing bitsandbytes does.
-    meant = as_job_error(error)
-    return meant if isinstance(meant, (CudaOom, DeviceError, DiskFull, HostOom)) else InternalError(one_line(error))
+    # A faulty device may cause an error in anything that uses it, even in the import of bitsandbytes.
+    cause = as_job_error(error)
+    return cause if isinstance(cause, (CudaOom, DeviceError, DiskFull, HostOom)) else InternalError(one_line(error))

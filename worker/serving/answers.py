@@ -1,4 +1,4 @@
-"""Which jobs of a bundle need no work, once their source is known."""
+"""Find earlier results that answer jobs of a bundle, once the content of their source is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import Claim
 from qbatch.core.errors import DatabaseUnreachable
-from qbatch.core.storage import Standing, standing
+from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.models_db import checkpoints, jobs, results
 from qbatch.models_db.results import Finished
 from qbatch.models_db.session import Database
@@ -18,45 +18,48 @@ from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdent
 
 log = logging.getLogger("qbatch.worker")
 
-_Standings = Mapping[str | None, Standing]
-"""By the checkpoint's path; a baseline's is None."""
+_States = Mapping[str | None, CheckpointState]
+"""The state of each checkpoint by its path; the path of a baseline is None."""
 
 
 class Answers:
-    """Earlier results for a bundle's jobs, measured on a device of the same name."""
+    """Looks for earlier results for the jobs of a bundle, measured on a device with the same name."""
 
     def __init__(self, database: Database, storage: Path, device_name: str, claims: Mapping[int, Claim]) -> None:
         self._database = database
         self._storage = storage
         self._device_name = device_name
         self._claims = claims
-        # By path: what the runner was asked to read, and what it found to be as it was published.
-        self._asked: set[str] = set()
+        # Paths of checkpoints that the runner was asked to read, and of those that it found to be intact.
+        self._requested: set[str] = set()
         self._verified: set[str] = set()
 
     def find(self, resolved: Resolved) -> Answered:
-        """End the jobs that an earlier result answers, and hand back those whose checkpoint another runner writes now:
-        neither is to be worked on. While a checkpoint is doubtful, nothing is decided."""
+        """Find out which jobs the runner need not work on, and record them.
+
+        Jobs that an earlier result answers end here. Jobs whose checkpoint another runner is writing are returned to
+        the queue. If checkpoints must be read first to know whether they are intact, the answer lists only those.
+        """
         wanted = {n: identity for n, identity in resolved.jobs.items() if not self._claims[n].spec.force}
         try:
             with self._database.read() as session:
                 self._database.require_own(session)
-                found = self._found(session, wanted)
-            stand = {one.checkpoint_path: self._standing(one) for answers in found for one in answers.values()}
-            doubtful = self._doubtful(found, stand)
-            if doubtful:
-                self._asked |= doubtful.keys()
-                return Answered(job_ids=frozenset(), doubtful=doubtful)
-            sound = _sound(found, stand, whole=len(wanted))
+                candidates = self._candidates(session, wanted)
+            states = {one.checkpoint_path: self._state(one) for answers in candidates for one in answers.values()}
+            unverified = self._unverified(candidates, states)
+            if unverified:
+                self._requested |= unverified.keys()
+                return Answered(job_ids=frozenset(), unverified=unverified)
+            sound = _sound(candidates, states, whole=len(wanted))
             with self._database.write() as session:
                 self._database.require_own(session)
                 return self._record(session, resolved, sound)
         except DatabaseUnreachable as error:
-            log.warning("%s; measuring anew", error)
+            log.warning("%s; measuring without looking for earlier results", error)
             return Answered(job_ids=frozenset())
 
     def verified(self, message: CheckpointVerified) -> None:
-        """The runner read a checkpoint that was doubtful."""
+        """Record that the runner has read a checkpoint and found it intact."""
         published = message.published
         self._verified.add(published.path)
         try:
@@ -64,11 +67,13 @@ class Answers:
                 self._database.require_own(session)
                 checkpoints.verified_again(session, published.path, published.versions)
         except DatabaseUnreachable as error:
-            log.warning("%s; that %s was verified is not recorded", error, published.path)
+            log.warning("%s; it is not recorded that %s was verified", error, published.path)
 
-    def _found(self, session: Session, wanted: Mapping[int, JobIdentity]) -> list[dict[int, Finished]]:
-        """By job, what may answer: results of this content, and results of 0.1.0 where those are for every job and the
-        others are not."""
+    def _candidates(self, session: Session, wanted: Mapping[int, JobIdentity]) -> list[dict[int, Finished]]:
+        """Results that may answer, by job: first those for this content, then perhaps those of version 0.1.0.
+
+        The latter are included only if they cover every job and the former do not.
+        """
         new = self._by_key(session, {n: (one.key, one.protocol_hash) for n, one in wanted.items()})
         legacy = {n: (one.legacy_key, one.protocol_hash) for n, one in wanted.items() if one.legacy_key is not None}
         if len(new) == len(wanted) or len(legacy) < len(wanted):
@@ -76,23 +81,23 @@ class Answers:
         old = self._by_key(session, legacy)
         return [new, old] if len(old) == len(wanted) else [new]
 
-    def _doubtful(self, found: Sequence[Mapping[int, Finished]], stand: _Standings) -> dict[str, str]:
-        """The checkpoints, by path, that nobody was asked to read yet; each with its key."""
+    def _unverified(self, candidates: Sequence[Mapping[int, Finished]], states: _States) -> dict[str, str]:
+        """The checkpoints to read, path → key, without those that the runner was already asked to read."""
         return {
             str(one.checkpoint_path): one.checkpoint_key
-            for answers in found
+            for answers in candidates
             for one in answers.values()
-            if one.checkpoint_path not in self._asked and stand[one.checkpoint_path] is Standing.DOUBTFUL
+            if one.checkpoint_path not in self._requested and states[one.checkpoint_path] is CheckpointState.UNVERIFIED
         }
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
         found = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
         return {n: found[pair] for n, pair in pairs.items() if pair in found}
 
-    def _standing(self, found: Finished) -> Standing:
+    def _state(self, found: Finished) -> CheckpointState:
         if found.checkpoint_path is None or found.checkpoint_path in self._verified:
-            return Standing.SOUND
-        return standing(self._storage, found.checkpoint_path, found.versions)
+            return CheckpointState.SOUND
+        return checkpoint_state(self._storage, found.checkpoint_path, found.versions)
 
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):
@@ -110,11 +115,11 @@ class Answers:
         for job_id in sorted(answered):
             log.info("j%s is answered by an earlier result", job_id)
         for job_id in sorted(waiting):
-            log.info("j%s goes back to the queue: another runner writes its checkpoint", job_id)
+            log.info("j%s returns to the queue: another runner is writing its checkpoint", job_id)
         return Answered(job_ids=frozenset(answered | waiting), paths=paths)
 
     def _written_elsewhere(self, session: Session, keys: Mapping[int, str]) -> set[int]:
-        """Which of the jobs, by the keys of checkpoints that are not there yet."""
+        """The jobs whose checkpoint, given by its key, another runner is writing."""
         quantized = {n: key for n, key in keys.items() if not self._claims[n].spec.scheme.is_baseline}
         written = jobs.keys_being_written(session, set(quantized.values()), but_by=self._claims.keys())
         return {n for n, key in quantized.items() if key in written}
@@ -123,10 +128,14 @@ class Answers:
         return (job_id, self._claims[job_id].attempt)
 
 
-def _sound(found: Sequence[Mapping[int, Finished]], stand: _Standings, *, whole: int) -> dict[int, Finished]:
-    """By job, what answers. What 0.1.0 measured answers a bundle as a whole or not at all: its source has another name
-    there, and nothing that is measured now could be set beside it."""
+def _sound(candidates: Sequence[Mapping[int, Finished]], states: _States, *, whole: int) -> dict[int, Finished]:
+    """The results with an intact checkpoint, by job.
+
+    Results of version 0.1.0 are used only for all ``whole`` jobs together: their source has another identity, so they
+    cannot be compared with what is measured now.
+    """
     new, *old = (
-        {n: one for n, one in answers.items() if stand[one.checkpoint_path] is Standing.SOUND} for answers in found
+        {n: one for n, one in answers.items() if states[one.checkpoint_path] is CheckpointState.SOUND}
+        for answers in candidates
     )
     return next((answers for answers in old if len(answers) == whole), new)

@@ -1,4 +1,4 @@
-"""The Celery task: claim, supervise a runner, record."""
+"""The Celery task: claim jobs, and supervise the runner that does them."""
 
 from __future__ import annotations
 
@@ -25,77 +25,77 @@ _CONSUMER = "qbatch.worker.serving.message_vet:Consumer"
 
 
 class BundleFailed(Exception):
-    """A job of the bundle failed. It is recorded; this only keeps Celery and Flower from calling it a success."""
+    """A job of the bundle failed. That is already recorded; this makes Celery and Flower show a failure too."""
 
 
-def register(app: Celery, station: WorkerContext) -> None:
-    """Have ``app`` run bundles at ``station``, and nothing else: what else a message may ask for is refused."""
+def register(app: Celery, context: WorkerContext) -> None:
+    """Make ``app`` run bundles in ``context``. Messages that ask for anything else are refused."""
 
     @app.task(name=RUN_BUNDLE, bind=True, throws=(BundleFailed,))  # type: ignore[untyped-decorator]
     def run_bundle(task: Any, job_ids: list[int]) -> str:
-        return _run_bundle(station, task.request.id, job_ids)
+        return _run_bundle(context, task.request.id, job_ids)
 
     app.conf.worker_consumer = _CONSUMER
     app.finalize()
-    # Celery brings tasks of its own, which run others.
+    # Celery registers tasks of its own, which can run other tasks.
     for name in app.tasks.keys() - {RUN_BUNDLE}:
         app.tasks.unregister(name)
     control.Panel.data = Commands()
 
 
-def _run_bundle(station: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> str:
-    claims = _claim(station, dispatch_id, job_ids)
+def _run_bundle(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> str:
+    claims = _claim(context, dispatch_id, job_ids)
     if not claims:
         return "nothing to do"
-    supervisor = Supervisor(station, claims)
+    supervisor = Supervisor(context, claims)
     supervisor.run()
     if supervisor.failed:
         raise BundleFailed(", ".join(format_job_id(job_id) for job_id in supervisor.failed))
     return "recorded"
 
 
-def _claim(station: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
-    """Claim what the message names, waiting for a database that does not answer."""
-    while not station.stopping.is_set() and station.leaving.why is None:
+def _claim(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
+    """Claim the jobs of a message. Waits while the database does not answer."""
+    while not context.stopping.is_set() and context.leaving.why is None:
         try:
-            # What could not be recorded yet may end the very jobs that are about to be claimed.
-            station.recorder.replay()
-            return _claim_now(station, dispatch_id, job_ids)
+            # Outcomes that could not be recorded yet may belong to the jobs that are about to be claimed.
+            context.recorder.replay()
+            return _claim_now(context, dispatch_id, job_ids)
         except WrongDatabase as error:
-            station.leaving.because(error)
+            context.leaving.because(error)
         except DatabaseUnreachable as error:
             log.warning("%s; waiting for it", error)
-            station.stopping.wait(_DATABASE_WAIT_S)
-    if station.leaving.why is not None:
-        _give_back(station, dispatch_id)
+            context.stopping.wait(_DATABASE_WAIT_S)
+    if context.leaving.why is not None:
+        _return_message(context, dispatch_id)
     return []
 
 
-def _claim_now(station: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
+def _claim_now(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
     try:
-        with station.database.write() as session:
-            station.database.require_own(session)
+        with context.database.write() as session:
+            context.database.require_own(session)
             if not are_of_one_model(session, job_ids):
-                log.error("message %s refused: it names jobs of several models", dispatch_id)
+                log.error("message %s refused: its jobs belong to different models", dispatch_id)
                 return []
-            claims = jobs.claim(session, job_ids, station.worker_id, station.settings.lease_s)
-            # The message is spent: what it named and we may not have is for the next one.
+            claims = jobs.claim(session, job_ids, context.worker_id, context.settings.lease_s)
+            # The message has been read; jobs that could not be claimed will be sent in another one.
             window.take_out(session, [dispatch_id])
         return claims
     except DatabaseRefused as error:
-        found = explain(station.database, error)
-        if found is error:
-            # These jobs' fault or ours: whoever waited here would take no other message.
-            log.exception("message %s names what cannot be claimed", dispatch_id)
+        cause = explain(context.database, error)
+        if cause is error:
+            # The fault is with these jobs or with our code. Waiting would keep this worker from all other messages.
+            log.exception("the jobs of message %s cannot be claimed", dispatch_id)
             return []
-        raise found from error
+        raise cause from error
 
 
-def _give_back(station: WorkerContext, dispatch_id: str) -> None:
-    """Have the jobs of a message that nobody will act on sent again at once, where the database takes it."""
+def _return_message(context: WorkerContext, dispatch_id: str) -> None:
+    """Let the scheduler send the jobs of a message again at once, if the database permits."""
     try:
-        with station.database.write() as session:
-            station.database.require_same(session)
+        with context.database.write() as session:
+            context.database.require_same(session)
             window.take_out(session, [dispatch_id])
     except DatabaseUnreachable as error:
-        log.warning("%s; message %s is sent again once it is missed", error, dispatch_id)
+        log.warning("%s; message %s will be sent again when the scheduler misses it", error, dispatch_id)

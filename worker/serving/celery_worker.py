@@ -1,4 +1,4 @@
-"""One Celery worker on one device, which the environment pins."""
+"""A Celery worker on one device, selected by the environment."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
 
 
 def main(uuid: str | None, *, drain: bool) -> int:
-    """Serve the GPU of that UUID, or the CPU, until told to stop; the exit code."""
+    """Serve the GPU with that UUID, or the CPU, until told to stop. Returns the exit code."""
     log_to_stderr()
     try:
         settings = Settings.from_env(os.environ)
@@ -80,22 +80,27 @@ def main(uuid: str | None, *, drain: bool) -> int:
 
 
 def _drop_secrets(settings: Settings) -> None:
-    """From here on they are in ``settings`` alone: the forkserver, whenever one starts, has this environment.
+    """Remove secrets from the environment, which every forkserver inherits. From here on only ``settings`` has them.
 
-    Raises UsageError where the database could then not be signed in to.
+    Raises UsageError if the password of the database is one of them.
     """
     if has_database_password(os.environ) and not settings.sqlalchemy_url.startswith("sqlite"):
-        raise UsageError("a worker would hand PGPASSWORD on to its runners: put the password into QBATCH_DATABASE_URL")
+        raise UsageError(
+            "PGPASSWORD is set, and runners would inherit it: unset it and put the password into QBATCH_DATABASE_URL"
+        )
     kept = without_secrets(os.environ)
     for name in os.environ.keys() - kept.keys():
         del os.environ[name]
 
 
 def check_surroundings(settings: Settings) -> None:
-    """Raises UsageError for SQLite beside a remote broker, StorageUnavailable where nothing can be published or a file
-    system lacks what is needed."""
+    """Check that this worker can do its work here.
+
+    Raises UsageError for SQLite with a broker on another machine, and StorageUnavailable if a folder is not writable
+    or its file system lacks an operation that is needed.
+    """
     if not settings.is_one_machine and settings.sqlalchemy_url.startswith("sqlite"):
-        raise UsageError("SQLite is for one machine, and this broker is on another: set QBATCH_DATABASE_URL")
+        raise UsageError("the broker is on another machine, and SQLite works on one only: set QBATCH_DATABASE_URL")
     try:
         for folder in (settings.home, settings.checkpoints, settings.staging, settings.logs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,14 +109,14 @@ def check_surroundings(settings: Settings) -> None:
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
     for refusal in sorted(probe(settings.staging)):
-        log.info("the storage's file system refuses %s; it is done without", refusal)
+        log.info("the file system of the storage does not support %s; continuing without it", refusal)
     require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
 
 
 def describe(uuid: str | None) -> WorkerInfo:
-    """This worker as it introduces itself. Raises NoSuchDevice for a GPU that is not there."""
+    """Describe this worker for its row in the database. Raises NoSuchDevice if there is no such GPU."""
     host = socket.gethostname()
-    # Hosts behind one name (host networking) may give the same pid: the name holds the GPU's lease, and must differ.
+    # Containers that share a host name may have equal pids, and the name must be unique: it holds the lease of the GPU.
     suffix = secrets.token_hex(2)
     common = {"host": host, "pid": os.getpid(), "pid_space": pid_space()}
     if uuid is None:
@@ -125,7 +130,7 @@ def describe(uuid: str | None) -> WorkerInfo:
         )
     gpu = next((gpu for gpu in installed_gpus() if gpu.uuid == uuid), None)
     if gpu is None:
-        raise NoSuchDevice(f"no GPU {uuid} on this machine")
+        raise NoSuchDevice(f"this machine has no GPU with the UUID {uuid}")
     return WorkerInfo(
         name=f"gpu{gpu.index}-{os.getpid()}-{suffix}@{host}",
         device_kind=DeviceKind.CUDA,
@@ -137,7 +142,7 @@ def describe(uuid: str | None) -> WorkerInfo:
 
 
 def pid_space() -> str:
-    """Where a pid means this process: a boot and a pid namespace. Two containers of one host name differ."""
+    """Identifies where a pid is valid: one boot and one pid namespace. It differs between containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -146,7 +151,7 @@ def pid_space() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, with its count of usable cores: both decide how fast it is."""
+    """The name of the processor and the number of usable cores, both of which decide its speed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_processor()} ({cores} cores)"
 
@@ -161,7 +166,7 @@ def _processor() -> str:
 
 
 def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
-    """Have a Celery consumer leave its queues. To be called again: a connection that breaks just then forgets it."""
+    """Make a Celery consumer stop reading its queues. Call it repeatedly, because a reconnection undoes it."""
     tasks_of = consumer.task_consumer
     for queue in queues:
         if tasks_of is not None and tasks_of.consuming_from(queue):
@@ -176,29 +181,32 @@ def _as_a_runner() -> None:
 
 
 class CeleryWorker:
-    """A registered Celery worker. ``run`` once."""
+    """A registered Celery worker. Call ``run`` once."""
 
     def __init__(self, settings: Settings, uuid: str | None, *, drain: bool) -> None:
         self._settings = settings
         self._info = describe(uuid)
         self._drain = drain
-        # Frozen, or with its host gone, it must not keep locked what others are to take up.
+        # If this process freezes or its host fails, its locks on the database must be released.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
         self._share = share_of(self._database.file)
         self._recorder = Recorder(self._database, settings)
         self._staging: OwnStaging | None = None
-        # Workers of this machine whose processes are no more.
-        self._gone: set[str] = set()
+        # The names of workers of this machine whose processes no longer exist.
+        self._dead_workers: set[str] = set()
         self._stopping = Stop()
         self._leaving = Leaving()
         self._ended = threading.Event()
 
     def run(self) -> int:
-        """Until told to stop; the exit code. Raises WrongDatabase once it has left a database that is not its own."""
-        self._refuse_early()
-        context = self._preload()
-        # Celery handles signals once it runs; until then a stop must end the waiting.
-        self._stopping.heed_signals()
+        """Run until told to stop, and return the exit code.
+
+        Raises WrongDatabase after leaving because the database has been replaced or has another schema.
+        """
+        self._check_database_early()
+        forkserver = self._preload()
+        # Celery handles signals once it runs; until then a signal must end the waiting below.
+        self._stopping.set_on_signals()
         wait_for_schema(self._database, self._stopping)
         worker_id = self._register()
         if worker_id is None:
@@ -209,7 +217,7 @@ class CeleryWorker:
             self._leave(worker_id)
             return 0
         app = make_app(self._settings)
-        station = WorkerContext(
+        context = WorkerContext(
             database=self._database,
             settings=self._settings,
             recorder=self._recorder,
@@ -217,11 +225,11 @@ class CeleryWorker:
             device_kind=self._info.device_kind,
             device_name=self._info.device_name,
             staging=self._own_staging().folder,
-            forkserver=context,
+            forkserver=forkserver,
             stopping=self._stopping,
             leaving=self._leaving,
         )
-        tasks.register(app, station)
+        tasks.register(app, context)
         queues = queues_of(self._info.device_kind, self._info.memory_bytes)
         celery_worker = app.Worker(
             pool="threads",
@@ -246,24 +254,24 @@ class CeleryWorker:
         finally:
             self._ended.set()
             beats.join()
-            self._keep_what_is_in_memory()
+            self._save_outcomes_in_memory()
             self._leave(worker_id)
         if self._leaving.why is not None:
             raise self._leaving.why
         return int(celery_worker.exitcode or 0)
 
-    def _refuse_early(self) -> None:
-        """Raises WrongDatabase before the imports, which take long enough to be spared for a refusal."""
+    def _check_database_early(self) -> None:
+        """Raise WrongDatabase before the imports of ``_preload``, which take a while."""
         try:
             hold_share(self._database, self._settings)
             self._database.is_behind()
         except WrongDatabase:
             raise
         except DatabaseUnreachable as error:
-            log.warning("%s; it is waited for", error)
+            log.warning("%s; continuing, and waiting for it later", error)
 
-    def _keep_what_is_in_memory(self) -> None:
-        """Nobody asked us to leave at once: stay until the disk or the database takes what only we know."""
+    def _save_outcomes_in_memory(self) -> None:
+        """Wait until the disk or the database accepts outcomes that are only in memory, unless told to stop."""
         while self._recorder.has_in_memory and self._leaving.why is not None and not self._stopping.is_set():
             try:
                 self._recorder.replay()
@@ -271,7 +279,7 @@ class CeleryWorker:
                 log.warning("%s; waiting for it, or for room on the disk", error)
             self._stopping.wait(_DATABASE_RETRY_S)
         for job_id in self._recorder.lost():
-            log.error("the outcome of j%s goes with this worker: neither the database nor the disk took it", job_id)
+            log.error("the outcome of j%s is lost: neither the database nor the disk accepted it", job_id)
 
     def _preload(self) -> multiprocessing.context.ForkServerContext:
         context = multiprocessing.get_context("forkserver")
@@ -289,22 +297,22 @@ class CeleryWorker:
         return context
 
     def _register(self) -> int | None:
-        """Introduce ourselves, holding the GPU's lease; None if told to stop while waiting for it."""
-        said = False
+        """Register this worker and acquire the lease of its GPU. Returns None if told to stop while waiting for it."""
+        has_warned = False
         while not self._stopping.is_set():
             try:
-                # A predecessor's outcomes count before it is taken for lost with its jobs.
+                # Record the outcomes that a dead predecessor has spooled before its jobs are taken back.
                 self._recorder.replay()
                 self._own_staging()
                 with self._database.write() as session:
                     self._database.require_own(session)
                     for predecessor in workers.dead_here(session, self._info, psutil.pid_exists):
-                        self._bury(session, predecessor)
+                        self._release_jobs_of(session, predecessor)
                     if self._holds_device(session):
                         return workers.register(session, self._info)
-                if not said:
-                    log.warning("GPU %s belongs to another worker; waiting for its lease", self._info.device_uuid)
-                    said = True
+                if not has_warned:
+                    log.warning("GPU %s is in use by another worker; waiting for its lease", self._info.device_uuid)
+                    has_warned = True
             except WrongDatabase:
                 raise
             except DatabaseUnreachable as error:
@@ -313,32 +321,32 @@ class CeleryWorker:
         return None
 
     def _own_staging(self) -> OwnStaging:
-        """Where this worker stages, made when it is first asked for. Raises DatabaseUnreachable, StorageUnavailable."""
+        """This worker's staging folder, created on first use. Raises DatabaseUnreachable or StorageUnavailable."""
         if self._staging is None:
             with self._database.write() as session:
-                place = self._settings.staging_of(database_id(session))
+                folder = self._settings.staging_of(database_id(session))
             self._staging = OwnStaging(
-                place, self._info.name, lease_s=self._settings.lease_s, renew_s=self._settings.heartbeat_s
+                folder, self._info.name, lease_s=self._settings.lease_s, renew_s=self._settings.heartbeat_s
             ).start()
         return self._staging
 
-    def _held(self, tokens: Iterable[jobs.Token]) -> frozenset[int]:
+    def _held_jobs(self, tokens: Iterable[jobs.Token]) -> frozenset[int]:
         with self._database.read() as session:
             self._database.require_same(session)
             return jobs.held(session, tokens)
 
     def _sweep(self) -> None:
-        """Remove what killed runners left; outside any transaction, since deleting gigabytes takes its time."""
+        """Remove files that killed runners left. Not in a transaction, because deleting gigabytes takes time."""
         try:
-            removed = self._own_staging().sweep(self._held, gone=self._gone)
+            removed = self._own_staging().sweep(self._held_jobs, gone=self._dead_workers)
         except (DatabaseUnreachable, StorageError) as error:
-            log.warning("%s; the staging folder is not swept", error)
+            log.warning("%s; the staging folder is not cleaned up now", error)
             return
         for name in removed:
-            log.info("removed what attempt %s had left in the staging folder", name)
+            log.info("removed the staged files of attempt %s", name)
 
-    def _bury(self, session: Session, predecessor: WorkerRow) -> None:
-        """A worker of this machine that is gone for certain: its jobs need not wait for their leases."""
+    def _release_jobs_of(self, session: Session, predecessor: WorkerRow) -> None:
+        """Take back the jobs of a worker of this machine whose process no longer exists, before their leases end."""
         jobs.expire(
             session,
             backoff_s=self._settings.backoff_s,
@@ -348,7 +356,7 @@ class CeleryWorker:
         if predecessor.device_uuid is not None:
             leases.release(session, leases.of_gpu(predecessor.device_uuid), predecessor.name)
         workers.leave(session, predecessor.id, WorkerState.STOPPED)
-        self._gone.add(predecessor.name)
+        self._dead_workers.add(predecessor.name)
 
     def _holds_device(self, session: Session) -> bool:
         if self._info.device_uuid is None:
@@ -356,53 +364,62 @@ class CeleryWorker:
         lease, ttl_s = leases.of_gpu(self._info.device_uuid), self._settings.lease_s
         holder = leases.cut(session, lease, ttl_s)
         if holder not in (None, self._info.name):
-            log.warning("%s holds %s from before the database's clock was set back; for %g s", holder, lease, ttl_s)
+            log.warning(
+                "the lease %s of %s was too long, since the database's clock was set back; it is cut to %g s",
+                lease,
+                holder,
+                ttl_s,
+            )
         return leases.acquire(session, lease, self._info.name, ttl_s)
 
     def _on_ready(self, **_: object) -> None:
-        # In place of Celery's handlers, which would tell us under a lock: there a second signal waited for it for ever.
+        # These replace Celery's handlers, which call ours while holding a lock: a second signal then deadlocked on it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        # Told to stop when Celery did not handle signals yet: it has not heard of it.
+        # A signal that arrived before Celery handled signals has not reached it.
         if self._stopping.is_set():
             celery_state.should_stop = EX_OK
 
     def _on_signal(self, *_: object) -> None:
-        # Warm shutdown waits for the running task, which then stops its runner and hands the jobs back.
+        # Celery's warm shutdown waits for the running task, which then stops its runner and returns its jobs.
         if not self._drain:
             self._stopping.set()
         celery_state.should_stop = EX_OK
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
-        is_quarantined = said_good_bye = False
+        is_quarantined = has_announced = False
         sweep_at = time.monotonic() + self._settings.lease_s
         while not self._ended.wait(self._settings.heartbeat_s / 3):
             try:
                 state = self._renew(worker_id)
                 self._recorder.replay()
                 if time.monotonic() >= sweep_at:
-                    # What a host that never came back had begun.
+                    # Also files of hosts that failed and never came back.
                     self._sweep()
                     sweep_at = time.monotonic() + self._settings.lease_s
                 if state == WorkerState.QUARANTINED:
                     if not is_quarantined:
-                        log.error("this worker is quarantined: its device failed twice in a row")
+                        log.error("this worker is quarantined and takes no more jobs: its device failed twice in a row")
                     is_quarantined = True
                     stop_consuming()
             except WrongDatabase as error:
                 self._leaving.because(error)
             except DatabaseUnreachable as error:
-                log.warning("%s; the worker goes on", error)
+                log.warning("%s; this worker continues", error)
             except Exception:
-                # A thread that died here would let a healthy worker be taken for lost.
-                log.exception("renewing this worker's heartbeat")
-            if self._leaving.why is not None and not said_good_bye:
-                self._say_good_bye(worker_id, self._leaving.why)
-                said_good_bye = True
+                # If this thread ended, a healthy worker would be considered lost.
+                log.exception("this worker's heartbeat could not be renewed")
+            if self._leaving.why is not None and not has_announced:
+                self._announce_leaving(worker_id, self._leaving.why)
+                has_announced = True
 
     def _renew(self, worker_id: int) -> str:
-        """Renew what is ours, also where the schema is no longer: what runs may need hours yet. Raises WrongDatabase
-        then, the heartbeat being renewed where the schema takes it, and in no other database."""
+        """Renew the heartbeat and the GPU's lease. Returns the state of this worker's row.
+
+        Raises WrongDatabase if the database was replaced or its schema does not fit. With a schema that does not fit,
+        the heartbeat is still renewed if the schema permits, because a running job may need hours yet; a database that
+        replaced ours is not touched.
+        """
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
@@ -411,7 +428,10 @@ class CeleryWorker:
         except DatabaseRefused as error:
             raise explain(self._database, error) from error
         if not holds:
-            log.error("another worker took over GPU %s while this one was silent; leaving", self._info.device_uuid)
+            log.error(
+                "this worker stops: it did not renew its lease in time, and another one took over GPU %s",
+                self._info.device_uuid,
+            )
             self._stopping.set()
             os.kill(os.getpid(), signal.SIGTERM)
         with self._database.read() as session:
@@ -420,18 +440,18 @@ class CeleryWorker:
             self._share.hold(self._settings.lease_s)
         return state
 
-    def _say_good_bye(self, worker_id: int, why: WrongDatabase) -> None:
-        """Take no more jobs, finish what runs and leave. What runs on a database that is gone is for nobody."""
-        log.error("%s; this worker takes no more jobs and leaves", why)
+    def _announce_leaving(self, worker_id: int, why: WrongDatabase) -> None:
+        """Take no more jobs, finish the running ones and stop. If the database was replaced, stop running jobs too."""
+        log.error("%s; this worker takes no more jobs and stops", why)
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
                 workers.leave(session, worker_id, WorkerState.DRAINING, f"takes no more jobs: {why}")
         except DatabaseUnreachable as error:
-            log.warning("%s; the list of workers does not say so", error)
+            log.warning("%s; the list of workers does not show that this one is stopping", error)
         if isinstance(why, DatabaseReplaced):
             self._stopping.set()
-        # Celery's warm shutdown, as a signal would begin it.
+        # Start Celery's warm shutdown, as a signal would.
         celery_state.should_stop = EX_OK
 
     def _leave(self, worker_id: int | None) -> None:
@@ -439,7 +459,7 @@ class CeleryWorker:
             self._staging.close()
         if worker_id is None:
             return
-        # One that left by itself stays in the list, with its reason, until the next one on this machine starts.
+        # A worker that stopped by itself stays listed with its reason until the next one on this machine starts.
         why = self._leaving.why
         state, note = (WorkerState.STOPPED, None) if why is None else (WorkerState.DRAINING, f"left: {why}")
         try:
@@ -449,4 +469,4 @@ class CeleryWorker:
                 if self._info.device_uuid is not None:
                     leases.release(session, leases.of_gpu(self._info.device_uuid), self._info.name)
         except DatabaseUnreachable as error:
-            log.warning("%s; leaving without a word", error)
+            log.warning("%s; this worker stops without recording it", error)

@@ -1,4 +1,4 @@
-"""What of the environment a worker keeps once it has read its settings, and so what its runners have."""
+"""Which environment variables a worker keeps after reading its settings. Its runners inherit them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = frozenset(
         *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
     }
 )
-# Of the libraries that compute, fetch and speak TLS, each with settings of its own. PG is libpq's, for the worker.
+# Settings of the libraries used for computing, downloading and TLS. PG is for libpq in the worker.
 _PREFIXES = (
     *("LC_", "PYTHON", "LD_", "XDG_", "MALLOC_", "GLIBC_", "RUST_", "RAYON_"),
     *("SSL_", "CURL_CA_", "REQUESTS_CA_", "HF_", "HUGGING", "PG"),
@@ -27,7 +27,7 @@ _LIBPQ_VARIABLE = "PGPASSWORD"
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that a runner, and the model whose own code it may run, could need. The hub's token is one."""
+    """The variables that a runner may need. A model's own code can read them, including the token of the hub."""
     return {
         name: value
         for name, value in environ.items()
@@ -36,5 +36,5 @@ def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def has_database_password(environ: Mapping[str, str]) -> bool:
-    """Whether libpq would take its password from a variable that is not kept."""
+    """Whether libpq takes its password from a variable that ``without_secrets`` removes."""
     return bool(environ.get(_LIBPQ_VARIABLE))

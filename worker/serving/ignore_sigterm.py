@@ -1,7 +1,7 @@
-"""Imported by the forkserver before all else: it and its runners do not heed SIGTERM.
+"""Imported first by the forkserver, so that it and its runners ignore SIGTERM.
 
-A service manager sends it to every process of a service at once. Only the worker knows what it means: it stops its
-runner with SIGKILL, or with ``--drain`` lets it finish, and the forkserver ends with the worker.
+A service manager sends SIGTERM to all processes of a service at once, but only the worker can decide what to do: it
+stops its runner with SIGKILL, or, with ``--drain``, lets it finish. The forkserver ends with the worker.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""One Celery worker process for each device of this machine, kept alive."""
+"""Run one Celery worker process for each device of this machine, and restart those that die."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DRAIN_S = 25.0
 
 
 def devices_for(gpus: str | None, cpu: bool, environ: Mapping[str, str]) -> tuple[Gpu | None, ...]:
-    """The devices to serve, None for the CPU. Asked for neither: all GPUs, or the CPU where there is none.
+    """The devices to serve, with None for the CPU. By default all GPUs, or the CPU if there are none.
 
-    Raises NoSuchDevice for a GPU that is not there.
+    Raises NoSuchDevice if a requested GPU does not exist.
     """
     chosen: tuple[Gpu | None, ...] = ()
     visible = visible_gpus(installed_gpus(), environ)
@@ -35,13 +35,13 @@ def devices_for(gpus: str | None, cpu: bool, environ: Mapping[str, str]) -> tupl
 
 
 def worker_environment(device: Gpu | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment that pins a worker to its device, and keeps the libraries it loads quiet."""
+    """The environment that binds a worker to its device and silences the libraries that it loads."""
     return {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         **environ,
         "CUDA_VISIBLE_DEVICES": device.uuid if device is not None else "",
-        # Names of devices then follow the bus, as NVML's do.
+        # CUDA then numbers devices by PCI bus, as NVML does.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -49,7 +49,7 @@ def worker_environment(device: Gpu | None, environ: Mapping[str, str]) -> dict[s
 
 
 def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
-    # -P: a folder named ``worker`` or ``scheduler`` where the user stands must not be imported in our place.
+    # -P keeps the current directory out of sys.path, so that nothing in it is imported instead of our modules.
     argv = [sys.executable, "-P", "-m", "qbatch.worker", "serve"]
     if device is not None:
         argv += ["--uuid", device.uuid]
@@ -57,9 +57,12 @@ def _argv(device: Gpu | None, *, drain: bool) -> list[str]:
 
 
 def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, str]) -> int:
-    """Run the workers until SIGTERM or SIGINT, then let them drain; the exit code."""
+    """Run the workers until SIGTERM or SIGINT, then stop them. Returns the exit code.
+
+    With ``drain``, waits until they have finished their jobs.
+    """
     stop = Stop()
-    stop.heed_signals()
+    stop.set_on_signals()
     children = [
         Child(
             f"worker on {device.uuid if device is not None else 'the CPU'}",
@@ -80,7 +83,7 @@ def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, 
 
 
 def _tend(children: Sequence[Child], stop: Stop) -> int:
-    """Until told to stop, or every child refused: one bad GPU does not stop the others."""
+    """Restart children until told to stop or all have refused to work: one bad GPU does not stop the others."""
     refused: dict[str, int] = {}
     while not stop.wait(_TEND_S):
         for child in children:
@@ -93,7 +96,7 @@ def _tend(children: Sequence[Child], stop: Stop) -> int:
 
 
 def main(gpus: str | None, cpu: bool, drain: bool) -> int:
-    """``qbatch worker``: the exit code. Errors go to stderr as one line."""
+    """``qbatch worker``. Returns the exit code; errors go to stderr as one line."""
     log_to_stderr()
     try:
         devices = devices_for(gpus, cpu, os.environ)

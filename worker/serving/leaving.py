@@ -1,4 +1,4 @@
-"""Why a worker takes no more jobs and leaves, though nobody told it to stop."""
+"""The reason for which a worker decided to stop by itself."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from qbatch.core.errors import WrongDatabase
 
 
 class Leaving:
-    """Said by whoever meets a database that is not to be worked on; heard by those who would begin something new."""
+    """Set by any thread that finds the database unusable for good; checked before new work begins."""
 
     def __init__(self) -> None:
         self._why: WrongDatabase | None = None
 
     @property
     def why(self) -> WrongDatabase | None:
-        """None as long as the worker stays."""
+        """The reason, or None while the worker keeps working."""
         return self._why
 
     def because(self, error: WrongDatabase) -> None:
-        """The first reason stands."""
+        """Set the reason. If one is already set, it is kept."""
         self._why = self._why or error

@@ -1,4 +1,4 @@
-"""What a worker takes from the broker: ids of jobs of one model, and questions."""
+"""Check messages from the broker: a worker accepts only lists of job ids, and commands that change nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qbatch.scheduler.queues import RUN_BUNDLE
 log = logging.getLogger("qbatch.worker")
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# What Celery and Flower show.
+# Texts that Celery and Flower display.
 _TEXTS = frozenset({"lang", "argsrepr", "kwargsrepr", "origin", "root_id", "parent_id"})
 _LONGEST_TEXT = 2000
 _FLAGS = frozenset({"ignore_result", "redelivered"})
-# With these a message could be held back, dropped, repeated, or shown as another.
+# Headers with which a message could be delayed, dropped, repeated, or displayed as another task.
 _UNSET = frozenset(
     {
         *("eta", "expires", "group", "group_index", "retries", "replaced_task_nesting"),
@@ -28,8 +28,8 @@ _UNSET = frozenset(
     }
 )
 _NAMES = _TEXTS | _FLAGS | _UNSET | {"id", "task", "timelimit"}
-# What Flower and ``celery inspect`` ask. Celery's others stop a worker, take its queues away or tell it what to drop,
-# and whoever reaches the broker can send them.
+# The commands of Flower and ``celery inspect``. Celery's other commands stop a worker, remove its queues or revoke
+# tasks, and anyone who can reach the broker can send them.
 _QUESTIONS = frozenset(
     {
         *("active", "active_queues", "clock", "conf", "ping", "query_task", "registered", "report", "reserved"),
@@ -40,8 +40,10 @@ _QUESTIONS = frozenset(
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
-    """Celery's own, which sees no message with which ``problem_of`` finds something wrong: what it cannot read would
-    end it, be put back, and end the next."""
+    """Celery's consumer behind a check: messages in which ``problem_of`` finds a problem are refused.
+
+    An unreadable message would crash Celery's consumer, return to the queue, and crash the next one.
+    """
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle: Callable[[Any], Any] = super().create_task_handler(*args, **options)
@@ -50,7 +52,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             problem = problem_of(message)
             if problem is None:
                 return handle(message)
-            log.error("message %s refused: %s", shown(message.properties.get("correlation_id")), problem)
+            log.error("message %s refused: %s", shorten(message.properties.get("correlation_id")), problem)
             message.reject_log_error(log, self.connection_errors)
             return None
 
@@ -58,26 +60,26 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
 
 class Commands(dict[str, Callable[..., Any]]):
-    """Celery's remote control commands, of which a worker answers those that change nothing."""
+    """Celery's remote control commands, reduced to those that change nothing."""
 
     def __init__(self) -> None:
         super().__init__({name: answer for name, answer in control.Panel.data.items() if name in _QUESTIONS})
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        log.error("remote control command %s refused", shown(name))
+        log.error("remote control command %s refused", shorten(name))
         return _refuse
 
 
 def _refuse(*_: Any, **__: Any) -> dict[str, str]:
-    return {"error": "refused: qbatch's commands do that"}
+    return {"error": "refused: use the commands of qbatch instead"}
 
 
 def problem_of(message: Any) -> str | None:
-    """Why a kombu message may not be acted on; None for one like those that ``Broker.send`` makes."""
+    """Why a kombu message is refused; None if it is like those that ``Broker.send`` makes."""
     try:
         return _problem_of_headers(message.headers) or _problem_of_body(message.payload)
     except Exception as error:
-        # Whatever it is that cannot be read: the codecs' own exceptions, a header of another type, too deep a list.
+        # Anything can be wrong: exceptions of the codecs, a header of another type, a list nested too deeply.
         return f"it cannot be read ({type(error).__name__})"
 
 
@@ -85,16 +87,16 @@ def _problem_of_headers(headers: dict[str, Any]) -> str | None:
     if headers.get("task") != RUN_BUNDLE:
         return "it is for another task"
     if not isinstance(headers.get("id"), str) or not _UUID.fullmatch(headers["id"]):
-        return "its id is no UUID"
+        return "its id is not a UUID"
     if strange := headers.keys() - _NAMES:
-        return f"it has a header {shown(min(strange))}"
+        return f"it has the unknown header {shorten(min(strange))}"
     if headers.get("timelimit") not in (None, [None, None]) or any(headers.get(name) for name in _UNSET):
-        return "it says when or as what to run"
+        return "it has a header that changes when or how it runs"
     texts = [headers[name] for name in _TEXTS & headers.keys() if headers[name] is not None]
     if not all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts):
-        return "what it shows is no text, or a long one"
+        return "a header that should be a short text is not one"
     if any(headers.get(name) not in (None, False, True) for name in _FLAGS):
-        return "a flag of it is neither true nor false"
+        return "a header that should be true or false is neither"
     return None
 
 
@@ -102,21 +104,21 @@ def _problem_of_body(payload: Any) -> str | None:
     match payload:
         case [[job_ids], {**keywords}, {**embedded}] if not keywords and not any(embedded.values()):
             return problem_of_ids(job_ids)
-    return "it holds more than a list of job ids"
+    return "its content is not just a list of job ids"
 
 
 def problem_of_ids(job_ids: Any) -> str | None:
-    """Why this is no list of job ids; None for one."""
+    """Why this is not a valid list of job ids; None if it is."""
     if not isinstance(job_ids, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in job_ids):
         return "its argument is not a list of job ids"
     if not 1 <= len(job_ids) <= MOST_JOBS or len(set(job_ids)) < len(job_ids):
-        return f"it names {len(job_ids)} jobs, or one of them twice"
+        return f"it lists {len(job_ids)} jobs, too many or with duplicates"
     if not all(1 <= n <= LARGEST_ID for n in job_ids):
-        return "it names a job that no database has"
+        return "it lists an impossible job id"
     return None
 
 
-def shown(value: Any) -> str:
-    """What a stranger wrote, on one line of bounded length."""
+def shorten(value: Any) -> str:
+    """Untrusted input for a log message, in ASCII, on one line of limited length."""
     text = ascii(value)
     return text if len(text) <= 100 else f"{text[:99]}…"

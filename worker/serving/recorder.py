@@ -1,6 +1,6 @@
-"""Outcomes go to the database; what it does not take is spooled to disk, and recorded later.
+"""Record outcomes in the database. If it does not accept one, spool it to disk and record it later.
 
-An embedded database shares its disk with the spool: while that is full, outcomes stay in memory.
+If the disk is full too, as with an embedded database on the same disk, outcomes stay in memory.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ log = logging.getLogger("qbatch.worker")
 
 
 class _OfAnotherDatabase(Exception):
-    """The outcome of a job of a database that stood in this one's place."""
+    """The outcome belongs to a job of another database, which was in use here before this one."""
 
 
 class Recorder:
-    """The only way an outcome leaves a worker. Recording the same outcome twice changes nothing."""
+    """Records all outcomes of a worker. Recording the same outcome twice changes nothing."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
         self._spool = Spool(settings.spool)
         self._in_memory: dict[Token, Spooled] = {}
-        # What cannot be taken out of the spool, and was said.
+        # Files that cannot be removed from the spool and were reported.
         self._stuck: set[Path] = set()
 
     def succeed(self, token: Token, measurement: Measurement, protocol: Protocol, published: Published | None) -> None:
@@ -63,16 +63,16 @@ class Recorder:
         )
 
     def note_checkpoint(self, job_id: int, published: Published) -> None:
-        """Remember a checkpoint before its result is there: where the benchmark fails, ``verify`` must find it too."""
+        """Record a checkpoint before its result, so that ``verify`` finds it even if the benchmark fails."""
         try:
             with self._database.write() as session:
                 self._database.require_own(session)
                 checkpoints.record(session, job_id=job_id, **_as_json(published))
         except DatabaseUnreachable as error:
-            log.warning("%s; the checkpoint of j%s is recorded with its outcome", error, job_id)
+            log.warning("%s; the checkpoint of j%s will be recorded with its outcome", error, job_id)
 
     def fail(self, token: Token, error: JobError, published: Published | None = None) -> None:
-        """``published`` is what the attempt had published by then."""
+        """Record a failure. ``published`` is the checkpoint that the attempt had published before it failed."""
         needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
         outcome = {"outcome": "failed", "kind": error.kind, "message": str(error), "needed_bytes": needed_bytes}
         self._record(token, outcome | {"checkpoint": _as_json(published) if published is not None else None})
@@ -88,29 +88,29 @@ class Recorder:
 
     @property
     def has_in_memory(self) -> bool:
-        """Whether there are outcomes that neither the database nor the disk took yet."""
+        """Whether there are outcomes that neither the database nor the disk has accepted yet."""
         return bool(self._in_memory)
 
     def lost(self) -> list[int]:
-        """The jobs whose outcomes are nowhere but in memory."""
+        """The jobs whose outcomes are only in memory, and are lost when this process ends."""
         return sorted(job_id for job_id, _ in self._in_memory)
 
     def replay(self) -> None:
-        """Record what was spooled or kept in memory. Raises DatabaseUnreachable, with the rest still there.
+        """Record what was spooled or kept in memory. Raises DatabaseUnreachable; the rest then stays where it is.
 
-        The workers of one machine share the spool: of several that replay at once each outcome counts once. What the
-        database, being the right one, refuses for what it is, is set aside, or it would stop every worker of the
-        machine for ever. A folder out of which nothing can be taken stops nobody: what lies there is read each time.
+        All workers of a machine share the spool, and several may replay it at once; each outcome still counts once. An
+        outcome that the right database refuses is set aside, because it would otherwise stop every worker of the
+        machine. If files cannot be removed from the folder, they are read again each time, which is harmless.
         """
         for kept in list(self._in_memory.values()):
             self._replay_from_memory(kept)
         for path in self._spool.waiting():
             try:
                 spooled = self._spool.read(path)
-            except FileNotFoundError:  # another worker was first
+            except FileNotFoundError:  # another worker has recorded it
                 continue
             except OSError as error:
-                log.warning("%s; it is read again later", error)
+                log.warning("%s; trying to read it again later", error)
                 continue
             except ValueError as error:
                 self._set_aside(path, None, error)
@@ -122,17 +122,17 @@ class Recorder:
         try:
             self._write(spooled)
         except DatabaseRefused as error:
-            found = explain(self._database, error)
-            if found is not error:
-                raise found from error
+            cause = explain(self._database, error)
+            if cause is not error:
+                raise cause from error
             self._set_aside(path, spooled, error)
         except DatabaseUnreachable:
             raise
         except Exception as error:
             self._set_aside(path, spooled, error)
         else:
-            if self._take_out(path):
-                log.info("j%s: the spooled outcome of attempt %s is recorded", *spooled.token)
+            if self._remove(path):
+                log.info("j%s: recorded the spooled outcome of attempt %s", *spooled.token)
 
     def _record(self, token: Token, outcome: dict[str, Any]) -> None:
         spooled = self._spooled(token, outcome)
@@ -141,21 +141,24 @@ class Recorder:
         except DatabaseUnreachable as error:
             self._keep(spooled, error)
             if isinstance(error, DatabaseRefused | WrongDatabase):
-                self._note_over(token)
+                self._mark_work_as_over(token)
         except Exception as error:
-            # Whatever it is: what was measured is worth more than the reason. ``replay`` decides.
-            log.exception("recording the outcome of j%s", token[0])
+            # Keep the measurement, whatever went wrong. ``replay`` tries again and decides what to do.
+            log.exception("the outcome of j%s could not be recorded", token[0])
             self._keep(spooled, error)
 
-    def _note_over(self, token: Token) -> None:
-        """What is spooled cannot be lost any more: where the database still takes notes, nobody is to be charged for it
-        should the lease run out before it is recorded."""
+    def _mark_work_as_over(self, token: Token) -> None:
+        """Note that the job's work is over, if the database accepts notes.
+
+        The outcome is safe in the spool, so the job must not be charged with a failure if its lease expires before the
+        outcome is recorded.
+        """
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
                 jobs.note(session, token, work_started=False)
         except DatabaseUnreachable as error:
-            log.warning("%s; that the work of j%s is over is not recorded", error, token[0])
+            log.warning("%s; it is not recorded that the work of j%s is over", error, token[0])
 
     def _spooled(self, token: Token, outcome: dict[str, Any]) -> Spooled:
         return Spooled(token=token, database=self._database.identity, outcome=outcome)
@@ -166,7 +169,7 @@ class Recorder:
             path = self._spool.put(spooled)
             log.warning("%s: %s; its outcome is spooled in %s", job, error, path)
         except OSError as full:
-            log.warning("%s: %s, and %s; its outcome is kept in memory", job, error, full)
+            log.warning("%s: %s; %s; its outcome is kept in memory", job, error, full)
             self._in_memory[spooled.token] = spooled
 
     def _replay_from_memory(self, spooled: Spooled) -> None:
@@ -180,24 +183,24 @@ class Recorder:
                 return
             raise
         except Exception:
-            log.exception("recording the outcome of j%s", spooled.token[0])
+            log.exception("the outcome of j%s could not be recorded", spooled.token[0])
             with suppress(OSError):
                 self._spool.put(spooled)
                 self._in_memory.pop(spooled.token, None)
             return
-        # Two threads of a worker may be at it at once.
+        # Two threads of a worker may do this at once.
         self._in_memory.pop(spooled.token, None)
 
     def _set_aside(self, path: Path, spooled: Spooled | None, error: Exception) -> None:
-        """Put what cannot be recorded where people find it, and say so in the job's row."""
+        """Set aside an outcome that cannot be recorded, and name its file in the job's row."""
         handed_back = spooled is not None and spooled.outcome["outcome"] == "handed_back"
         if handed_back and isinstance(error, _OfAnotherDatabase):
-            self._take_out(path)  # nobody's job, and nothing measured
+            self._remove(path)  # it concerns no job of this database, and contains no measurement
             return
         why = str(error) if isinstance(error, DatabaseRefused | _OfAnotherDatabase) else one_line(error)
         try:
             aside = self._spool.set_aside(path)
-        except FileNotFoundError:  # another worker was first
+        except FileNotFoundError:  # another worker has set it aside
             return
         except OSError as refused:
             if path in self._stuck:
@@ -205,32 +208,35 @@ class Recorder:
             aside = path
             self._stuck.add(path)
             log.error(
-                "%s cannot be recorded: %s; nor can it be set aside: %s: tried again each time, make %s writable",
+                "%s cannot be recorded (%s) or set aside (%s): make %s writable; it is tried again and again",
                 path, why, refused.strerror, path.parent,
             )  # fmt: skip
         else:
             log.error(
-                "%s cannot be recorded: %s; set aside as %s, tried again once it has its name back", path, why, aside
+                "%s cannot be recorded: %s; it is set aside as %s; to try again, give it its former name back",
+                path,
+                why,
+                aside,
             )
         if spooled is None or handed_back or isinstance(error, _OfAnotherDatabase):
             return
-        said = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
+        failure = InternalError(f"its outcome could not be recorded: {why}; it is kept in {aside}")
         try:
             with self._database.write() as session:
                 self._database.require_own(session)
-                self._fail(session, spooled.token, said)
+                self._fail(session, spooled.token, failure)
         except DatabaseUnreachable as unreachable:
-            log.warning("%s; j%s is given up once its lease runs out", unreachable, spooled.token[0])
+            log.warning("%s; j%s will be taken back when its lease expires", unreachable, spooled.token[0])
 
-    def _take_out(self, path: Path) -> bool:
-        """Whether it is gone. What stays does no harm: recorded again, it changes nothing."""
+    def _remove(self, path: Path) -> bool:
+        """Remove a recorded file; return whether it is gone. If it stays, recording it again changes nothing."""
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             if path not in self._stuck:
                 self._stuck.add(path)
                 log.error(
-                    "%s is done with, and cannot be removed: %s; make %s writable", path, error.strerror, path.parent
+                    "%s is recorded but cannot be removed: %s; make %s writable", path, error.strerror, path.parent
                 )
             return False
         return True
@@ -247,12 +253,12 @@ class Recorder:
         )
 
     def _write(self, spooled: Spooled) -> None:
-        """Raises DatabaseUnreachable; and whatever a spooled outcome that is none leads to."""
+        """Write an outcome to the database. Raises DatabaseUnreachable, or anything if the outcome is malformed."""
         token, outcome = spooled.token, spooled.outcome
         with self._database.write() as session:
             self._database.require_own(session)
             if spooled.database not in (None, self._database.identity):
-                raise _OfAnotherDatabase("it belongs to another database, which stood in this one's place")
+                raise _OfAnotherDatabase("it belongs to another database, which was in use here before this one")
             if outcome["outcome"] == "handed_back":
                 jobs.hand_back(session, [token], alone=outcome["alone"])
                 return

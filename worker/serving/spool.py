@@ -1,4 +1,4 @@
-"""Outcomes on this machine's disk until the database takes them: one file a job's attempt, ``<job>-<attempt>.json``."""
+"""Outcomes kept on disk until the database accepts them, one file per attempt: ``<job>-<attempt>.json``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qbatch.models_db.jobs import Token
 log = logging.getLogger("qbatch.worker")
 
 SPOOL_VERSION = 1
-"""Rises when an older version could misread what is spooled. Every version reads all that came before; the first had no
-number, nor the database's identity."""
+"""Increased when an older qbatch could misread the files. Every version reads all earlier formats; the first had
+neither a version number nor the identity of the database."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spooled:
-    """What became of an attempt. ``database``: the identity of the one that holds the job, where it is known.
+    """The outcome of an attempt. ``database`` is the identity of the job's database, or None if it is unknown.
 
-    ``outcome`` is of plain JSON values: ``{"outcome": "succeeded" | "failed" | "handed_back", …}``.
+    ``outcome`` consists of plain JSON values: ``{"outcome": "succeeded" | "failed" | "handed_back", …}``.
     """
 
     token: Token
@@ -32,7 +32,7 @@ class Spooled:
 
 
 class Spool:
-    """A folder. The workers of a machine share it: what one reads another may have taken away."""
+    """The spool folder. All workers of a machine share it, so a file may disappear while one of them reads it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Spool:
         return sorted(self._folder.glob("*.json"))
 
     def put(self, spooled: Spooled) -> Path:
-        """Write it, whole or not at all. Raises OSError where the disk does not take it."""
+        """Write a file, completely or not at all. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "{}-{}.json".format(*spooled.token)
         partial = path.with_suffix(".partial")
@@ -58,27 +58,30 @@ class Spool:
         return path
 
     def read(self, path: Path) -> Spooled | None:
-        """None for one that a newer version wrote: it is left to that version.
+        """Read a file. Returns None if a newer version wrote it, which must then record it.
 
-        Raises FileNotFoundError where it is no longer there, and ValueError for what is no spooled outcome.
+        Raises FileNotFoundError if it no longer exists, ValueError if it is not a spooled outcome, or OSError.
         """
         job_id, _, attempt = path.stem.partition("-")
         token = int(job_id), int(attempt)
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or not isinstance(version := found.pop("version", 0), int):
-            raise ValueError("it is no spooled outcome")
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not isinstance(version := content.pop("version", 0), int):
+            raise ValueError("the file is not a spooled outcome")
         if version > SPOOL_VERSION:
             if path not in self._newer:
-                log.warning("%s was spooled by a newer qbatch (version %s of the spool); left to it", path, version)
+                log.warning("%s was written by a newer qbatch (spool version %s), which must record it", path, version)
                 self._newer.add(path)
             return None
-        database = found.pop("database", None)
-        if "outcome" not in found:
-            raise ValueError("it names no outcome")
-        return Spooled(token=token, database=database, outcome=found)
+        database = content.pop("database", None)
+        if "outcome" not in content:
+            raise ValueError("the file contains no outcome")
+        return Spooled(token=token, database=database, outcome=content)
 
     def set_aside(self, path: Path) -> Path:
-        """Rename it, so that nobody tries it again; its new name. Raises FileNotFoundError where another was first."""
+        """Rename a file, so that it is not tried again, and return its new path.
+
+        Raises FileNotFoundError if another worker has taken it, or OSError.
+        """
         aside = path.with_suffix(".rejected")
         path.replace(aside)
         return aside

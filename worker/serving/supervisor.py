@@ -1,4 +1,4 @@
-"""One bundle's runner, watched: leases renewed, outcomes recorded, killed when it must be."""
+"""Supervise the runner of a bundle: renew leases, record outcomes, and kill the runner when necessary."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ log = logging.getLogger("qbatch.worker")
 
 _POLL_S = 0.2
 _PULSE_S = 1.0
-_LOOK_S = 1.5
-# Before each try to start a runner. A killed forkserver's pipes close before it counts as dead, and only a dead one is
-# replaced.
+_CHECK_S = 1.5
+# Pauses before each attempt to start a runner. The pipes of a killed forkserver close a moment before it counts as
+# dead, and only then is it replaced.
 _FORK_PAUSES_S = (0.0, 0.1, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
-    """A worker's fixed surroundings. ``staging`` is its own folder of the storage's."""
+    """What a worker needs to run bundles; fixed for its lifetime. ``staging`` is its own folder on the storage."""
 
     database: Database
     settings: Settings
@@ -89,9 +89,9 @@ class WorkerContext:
 
 
 class _Pulsing:
-    """The supervisor's end of the pipe, with a pulse on it from a thread of its own.
+    """The supervisor's end of the pipe, on which a separate thread sends a pulse every second.
 
-    While the database blocks the supervisor, its runner must not take the worker for dead.
+    The pulse shows the runner that its worker is alive, even while the database blocks the supervisor.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -102,7 +102,7 @@ class _Pulsing:
         self._thread.start()
 
     def send(self, message: Reply | Pulse) -> bool:
-        """False where the runner hears no more; what it said before may still be unread."""
+        """Send a message. False if the runner no longer reads; its last messages may still be unread here."""
         try:
             with self._lock:
                 self.connection.send(message)
@@ -120,106 +120,109 @@ class _Pulsing:
 
 
 class _NoRunner(Exception):
-    """The forkserver dies over every start."""
+    """No runner can be started, because the forkserver died each time."""
 
 
 class Supervisor:
-    """Sees one bundle through. Use once."""
+    """Runs one bundle. Use it once."""
 
-    def __init__(self, station: WorkerContext, claims: Sequence[Claim]) -> None:
-        self._station = station
+    def __init__(self, context: WorkerContext, claims: Sequence[Claim]) -> None:
+        self._context = context
         self._claims = {claim.job_id: claim for claim in claims}
         self._open = set(self._claims)
         self._published: dict[int, Published] = {}
-        self._answers = Answers(station.database, station.settings.storage, station.device_name, self._claims)
+        self._answers = Answers(context.database, context.settings.storage, context.device_name, self._claims)
         self._active: tuple[int, ...] = ()
         self._has_begun = False
         self._active_s = dict.fromkeys(self._claims, 0.0)
         self.failed: list[int] = []
 
     def run(self) -> None:
-        """Until every claimed job is recorded or handed back."""
+        """Run the bundle until every claimed job has a recorded outcome or is returned to the queue."""
         try:
             process, connection = self._start()
             pulse = _Pulsing(connection)
             try:
                 self._watch(process, pulse)
             finally:
-                # In this order: a pulse into a full pipe ends with the runner.
+                # In this order: a pulse that is blocked on a full pipe ends when the runner does.
                 _kill(process)
                 pulse.end()
                 connection.close()
                 self._clear_staging()
         except WrongDatabase as error:
-            self._station.leaving.because(error)
-            log.warning("%s; %s go back to the queue", error, _names(self._open))
+            self._context.leaving.because(error)
+            log.warning("%s; returning %s to the queue", error, _names(self._open))
         except DatabaseRefused as error:
-            self._give_up(error)
+            self._fail_all(error)
         except DatabaseUnreachable as error:
-            log.warning("%s; %s go back to the queue", error, _names(self._open))
+            log.warning("%s; returning %s to the queue", error, _names(self._open))
         except _NoRunner as error:
-            # No work had begun, so nobody is charged. The launcher starts another worker, which may do better.
-            log.error("%s; this worker ends, and %s go back to the queue", error, _names(self._open))
+            # No work had begun, so no job is charged. The launcher starts another worker, which may be able to.
+            log.error("%s; this worker ends, returning %s to the queue", error, _names(self._open))
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception as error:
-            self._give_up(error)
+            self._fail_all(error)
         finally:
             self._hand_back(alone=False)
 
-    def _give_up(self, error: Exception) -> None:
-        """Handed back, what a defect of ours or a row of theirs stops would come round for ever."""
-        log.exception("supervising %s", _names(self._open))
+    def _fail_all(self, error: Exception) -> None:
+        """Fail the open jobs. If they were returned to the queue, the same defect would stop them again and again."""
+        log.exception("supervising %s failed", _names(self._open))
         for job_id in sorted(self._open):
             self._fail(job_id, InternalError(one_line(error)))
 
     def _start(self) -> tuple[BaseProcess, Connection]:
-        """Raises _NoRunner, DatabaseUnreachable: of these WrongDatabase too, and DatabaseRefused for what these jobs
-        ask for."""
+        """Start the runner.
+
+        Raises _NoRunner or DatabaseUnreachable. Its subclasses are possible too: WrongDatabase, and DatabaseRefused if
+        the database refuses what these jobs need.
+        """
         try:
             order = self._order()
         except DatabaseRefused as error:
-            raise explain(self._station.database, error) from error
+            raise explain(self._context.database, error) from error
         for pause_s in _FORK_PAUSES_S:
             time.sleep(pause_s)
             try:
                 return self._fork(order)
             except (EOFError, OSError) as error:
-                died = one_line(error)
-                log.warning("the forkserver died (%s)", died)
-        raise _NoRunner(f"no runner can be started: {died}")
+                reason = one_line(error)
+                log.warning("the forkserver died (%s)", reason)
+        raise _NoRunner(f"no runner can be started: {reason}")
 
     def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
-        ours, theirs = self._station.forkserver.Pipe()
+        ours, theirs = self._context.forkserver.Pipe()
         with theirs:
-            process = self._station.forkserver.Process(target=runner.run, args=(order, theirs), daemon=True)
+            process = self._context.forkserver.Process(target=runner.run, args=(order, theirs), daemon=True)
             try:
                 process.start()
             except BaseException:
-                # It may run all the same, unknown to us: it leaves when its pipe closes.
+                # A runner may have started nevertheless. It ends when its pipe closes.
                 ours.close()
                 raise
         return process, ours
 
     def _order(self) -> Order:
-        station, settings = self._station, self._station.settings
+        context, settings = self._context, self._context.settings
         hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.protocol.text_hashes}
-        with station.database.read() as session:
-            station.database.require_same(session)
+        with context.database.read() as session:
+            context.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
             logs = settings.logs_of(database_id(session))
         return Order(
             claims=tuple(self._claims.values()),
             texts=texts,
-            device_kind=station.device_kind,
-            device_name=station.device_name,
+            device_kind=context.device_kind,
+            device_name=context.device_name,
             storage=settings.storage,
-            staging=station.staging,
+            staging=context.staging,
             cache=settings.cache,
             cache_bytes=settings.cache_bytes,
-            doors=SourcePolicy(
+            policy=SourcePolicy(
                 roots=settings.allowed_roots,
                 trusted=settings.trust_remote_code,
-                # The jobs of a bundle are of one batch, and so of one mind.
+                # All jobs of a bundle come from the same submit, so they agree.
                 allow_pickle=all(claim.spec.allow_pickle for claim in self._claims.values()),
             ),
             lease_s=settings.lease_s,
@@ -231,8 +234,8 @@ class Supervisor:
         return f"j{first}-{self._claims[first].attempt}.log"
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
-        settings = self._station.settings
-        beat_at = look_at = last = time.monotonic()
+        settings = self._context.settings
+        beat_at = check_at = last = time.monotonic()
         while True:
             try:
                 message = pulse.connection.recv() if pulse.connection.poll(_POLL_S) else None
@@ -245,24 +248,24 @@ class Supervisor:
             for job_id in self._active:
                 self._active_s[job_id] += now - last
             last = now
-            if self._station.stopping.is_set():
-                log.info("stopping: %s go back to the queue", _names(self._open))
+            if self._context.stopping.is_set():
+                log.info("stopping: returning %s to the queue", _names(self._open))
                 return
-            if self._station.leaving.why is not None and not self._has_begun:
-                log.info("leaving: %s have not begun, and go back to the queue", _names(self._open))
+            if self._context.leaving.why is not None and not self._has_begun:
+                log.info("stopping: returning %s, whose work has not begun, to the queue", _names(self._open))
                 return
             if self._over_time():
                 return
-            if now >= look_at:
+            if now >= check_at:
                 beats = now >= beat_at
                 if beats:
                     beat_at = now + settings.heartbeat_s
-                look_at = now + _LOOK_S
+                check_at = now + _CHECK_S
                 if not self._still_ours(renew=beats):
                     return
 
     def _handle(self, message: RunnerMessage, pulse: _Pulsing) -> bool:
-        """Act on what the runner says; True once it has ended."""
+        """Act on a message from the runner. Returns True if it has ended."""
         match message:
             case Resolved():
                 pulse.send(self._answer(message))
@@ -278,9 +281,9 @@ class Supervisor:
                 self._progressed(message)
             case CheckpointReady():
                 self._published[message.job_id] = message.published
-                self._station.recorder.note_checkpoint(message.job_id, message.published)
+                self._context.recorder.note_checkpoint(message.job_id, message.published)
             case Measured():
-                self._station.recorder.succeed(
+                self._context.recorder.succeed(
                     self._token(message.job_id),
                     message.measurement,
                     message.protocol,
@@ -301,24 +304,24 @@ class Supervisor:
 
     def _known(self, seen: FilesSeen) -> FilesKnown:
         try:
-            with self._station.database.read() as session:
-                self._station.database.require_own(session)
+            with self._context.database.read() as session:
+                self._context.database.require_own(session)
                 return FilesKnown(digests=file_digests.known(session, seen.stats))
         except DatabaseUnreachable as error:
-            log.warning("%s; everything is hashed", error)
+            log.warning("%s; hashing all files", error)
             return FilesKnown(digests={})
 
     def _remember(self, hashed: FilesHashed) -> None:
         try:
-            with self._station.database.write() as session:
-                self._station.database.require_own(session)
+            with self._context.database.write() as session:
+                self._context.database.require_own(session)
                 file_digests.remember(session, hashed.digests)
         except DatabaseUnreachable as error:
             log.warning("%s; the files will be hashed again", error)
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)
-        # What was fetched stays in the machine's cache.
+        # Fetching does not count as work: what was fetched stays in the cache of this machine.
         self._has_begun = self._has_begun or message.stage is not Stage.FETCHING
         self._write_notes(
             [(job_id, {"stage": message.stage, "work_started": True}) for job_id in self._active]
@@ -335,42 +338,42 @@ class Supervisor:
 
     def _write_notes(self, notes: Sequence[tuple[int, dict[str, object]]]) -> None:
         try:
-            with self._station.database.write() as session:
-                self._station.database.require_same(session)
-                # In id order, as everyone locks them.
+            with self._context.database.write() as session:
+                self._context.database.require_same(session)
+                # Rows are locked in the order of their ids everywhere, to avoid deadlocks.
                 for job_id, values in sorted(notes, key=lambda note: note[0]):
                     jobs.note(session, self._token(job_id), **values)  # type: ignore[arg-type]
         except DatabaseUnreachable as error:
-            # Only what people watch is lost; leases and outcomes have their own care.
+            # Only the progress display suffers; leases and outcomes are handled separately.
             log.warning("%s; progress is not recorded", error)
 
     def _still_ours(self, *, renew: bool) -> bool:
-        """Whether every open job is still held; a job cancelled or taken back ends the runner."""
+        """Whether this worker still holds every open job. If one was cancelled or taken back, the runner must end."""
         tokens = [self._token(job_id) for job_id in self._open]
-        database = self._station.database
+        database = self._context.database
         try:
             if renew:
                 with database.write() as session:
                     database.require_same(session)
-                    held = jobs.heartbeat(session, tokens, self._station.settings.lease_s)
+                    held = jobs.heartbeat(session, tokens, self._context.settings.lease_s)
             else:
                 with database.read() as session:
                     database.require_same(session)
                     held = jobs.held(session, tokens)
         except DatabaseUnreachable as error:
-            log.warning("%s; the runner goes on", error)
+            log.warning("%s; the runner continues", error)
             return True
         lost = self._open - held
         if not lost:
             return True
-        log.info("%s cancelled or taken back; stopping the runner", _names(lost))
+        log.info("stopping the runner: %s cancelled or taken back", _names(lost))
         self._open -= lost
         return False
 
     def _over_time(self) -> bool:
         over = [job_id for job_id in self._active if job_id in self._open and self._is_over_time(job_id)]
         for job_id in over:
-            self._fail(job_id, JobTimeout(f"over its time limit of {self._claims[job_id].time_limit_s:g} s"))
+            self._fail(job_id, JobTimeout(f"exceeded its time limit of {self._claims[job_id].time_limit_s:g} s"))
         return bool(over)
 
     def _is_over_time(self, job_id: int) -> bool:
@@ -378,7 +381,10 @@ class Supervisor:
         return limit_s is not None and self._active_s[job_id] > limit_s
 
     def _runner_died(self, process: BaseProcess) -> None:
-        """Charge the jobs that it was working on; the others go back, each alone, so that a poison job is found."""
+        """Fail the jobs that the runner was working on, and return the others to the queue.
+
+        Each of those is sent alone, so that a job that kills its runner takes no others with it.
+        """
         process.join(10.0)
         code = process.exitcode
         for job_id in [job_id for job_id in self._active if job_id in self._open]:
@@ -386,7 +392,7 @@ class Supervisor:
         self._hand_back(alone=True)
 
     def _fail(self, job_id: int, error: JobError) -> None:
-        self._station.recorder.fail(self._token(job_id), error, self._published.get(job_id))
+        self._context.recorder.fail(self._token(job_id), error, self._published.get(job_id))
         self._close(job_id)
         self.failed.append(job_id)
 
@@ -396,14 +402,14 @@ class Supervisor:
 
     def _hand_back(self, *, alone: bool) -> None:
         if self._open:
-            self._station.recorder.hand_back([self._token(job_id) for job_id in sorted(self._open)], alone=alone)
+            self._context.recorder.hand_back([self._token(job_id) for job_id in sorted(self._open)], alone=alone)
         self._open.clear()
 
     def _clear_staging(self) -> None:
-        """A runner that was killed left its files."""
+        """Remove the files that a killed runner has left."""
         for job_id, claim in self._claims.items():
             try:
-                unstage(folder_of(self._station.staging, job_id, claim.attempt))
+                unstage(folder_of(self._context.staging, job_id, claim.attempt))
             except StorageError as error:
                 log.warning("j%s: %s", job_id, error)
 
@@ -413,10 +419,10 @@ class Supervisor:
 
 def _death(code: int | None) -> JobError:
     if code == -signal.SIGKILL:
-        return HostOom("the runner was killed (SIGKILL): out of host memory, or by hand")
+        return HostOom("the runner was killed with SIGKILL: the host ran out of memory, or somebody killed it")
     if code is not None and code < 0:
-        return WorkerLost(f"the runner died of {signal.Signals(-code).name}")
-    return WorkerLost(f"the runner ended with code {code} without a word")
+        return WorkerLost(f"the runner was killed by {signal.Signals(-code).name}")
+    return WorkerLost(f"the runner ended unexpectedly with exit code {code}")
 
 
 def _kill(process: BaseProcess) -> None:

@@ -1,4 +1,4 @@
-"""Bring a source to the node: a folder as it stands, a hub repository into the bounded cache. No torch."""
+"""Make a source available on this machine: a folder as it is, a hub repository in the source cache. Needs no torch."""
 
 from __future__ import annotations
 
@@ -54,9 +54,12 @@ _POLL_S = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSource:
-    """A source that can be opened. ``fingerprint`` names its content; ``legacy_fingerprint`` is what 0.1.0 called the
-    same content of a hub, where that is certain. ``revision`` is the commit of a hub source, None for a folder;
-    ``runs_code`` says that loading it may run the Python files in ``folder``."""
+    """A source that can be opened.
+
+    ``fingerprint`` identifies its content. ``legacy_fingerprint`` is the identity that version 0.1.0 gave to this
+    content of a hub model, or None if that is not certain. ``revision`` is the commit of a hub model, None for a
+    folder. ``runs_code`` says that loading it may run the Python files in ``folder``.
+    """
 
     folder: Path
     fingerprint: str
@@ -66,15 +69,18 @@ class LocalSource:
     legacy_fingerprint: str | None = None
 
     def confirm(self) -> None:
-        """Raises SourceChanged unless all that was read of the source so far was what its fingerprint names."""
+        """Raise SourceChanged unless everything read so far was the content that the fingerprint identifies."""
         for content in self.contents:
             content.confirm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePolicy:
-    """What a source may do here. ``roots`` are the folders that it may lie in, None any; ``trusted`` are the names (hub
-    ids, absolute folders) of those whose own code may run; pickles are converted where the job allows it."""
+    """Which sources are accepted.
+
+    ``roots`` are the folders that a source may be in; None allows any. ``trusted`` are the models (hub ids, absolute
+    folders) whose own code may run. ``allow_pickle`` allows the conversion of pickles.
+    """
 
     roots: tuple[Path, ...] | None
     trusted: frozenset[str] = frozenset()
@@ -82,30 +88,29 @@ class SourcePolicy:
 
 
 @contextmanager
-def fetched(
+def fetch_source(
     source: SourceRef,
     *,
     cache: Path,
     cache_bytes: int,
-    doors: SourcePolicy,
+    policy: SourcePolicy,
     on_progress: Callable[[int, int], None],
     digests: DigestCache,
 ) -> Iterator[LocalSource]:
-    """The source on this machine, its headers vetted, its content hashed, kept from eviction while the context lasts.
+    """Fetch the source, check its headers, and hash its content. The cache keeps it while the context lasts.
 
-    ``on_progress(bytes_done, bytes_total)`` is called from other threads, one at a time, while a download, a
-    conversion or the hashing of what ``digests`` does not know runs, and never after this has yielded. A token, if one
-    is needed, is the environment's (``HF_TOKEN``).
+    ``on_progress(bytes_done, bytes_total)`` is called from other threads, one at a time, during a download, a
+    conversion, or the hashing of files that ``digests`` does not know, and never after this has yielded. The token of
+    the hub comes from the environment (``HF_TOKEN``).
 
-    Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource; FetchError where a retry may help; Unsupported
-    for a repository larger than ``cache_bytes``; SourceChanged; DiskFull; StorageError for a folder that cannot be
-    read.
+    Raises SourceNotFound, SourceGated, SourceCorrupt, UnsafeSource, SourceChanged or DiskFull; FetchError if a retry
+    may help; Unsupported for a repository larger than ``cache_bytes``; StorageError for a folder that cannot be read.
     """
     with ExitStack() as held:
         fetch = _Fetch(
             source=source,
             cache=SourceCache(root=cache, limit_bytes=cache_bytes),
-            doors=doors,
+            policy=policy,
             on_progress=on_progress,
             digests=digests,
             held=held,
@@ -115,11 +120,11 @@ def fetched(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fetch:
-    """One source on its way. What it needs of the cache stays in use until ``held`` is left."""
+    """Fetches one source. The cache entries that it needs stay in use until ``held`` is closed."""
 
     source: SourceRef
     cache: SourceCache
-    doors: SourcePolicy
+    policy: SourcePolicy
     on_progress: Callable[[int, int], None]
     digests: DigestCache
     held: ExitStack
@@ -132,57 +137,60 @@ class _Fetch:
             return self._offline_source() if is_offline_mode() else self._hub_source()
 
     def _check_names(self) -> None:
-        """As submit did: both become parts of paths in the caches."""
+        """Check again what submit has checked, because id and revision become parts of paths in the caches."""
         revision = self.source.revision
         if not is_hub_id(self.source.location) or not (revision is None or is_revision(revision)):
-            raise UnsafeSource("the job names no model of a hub")
+            raise UnsafeSource("the job does not name a valid hub id or revision")
 
     @property
     def _is_trusted(self) -> bool:
-        # A revision is one that a submitter chose: a name without one does not speak for all that was ever proposed.
-        return _name(self.source) in self.doors.trusted
+        # The submitter chooses the revision, and anyone can propose one on the hub: trust in a name without a revision
+        # does not extend to all of them.
+        return _name(self.source) in self.policy.trusted
 
     def _folder_source(self, folder: Path) -> LocalSource:
-        check_place(folder, self.doors.roots)
+        check_place(folder, self.policy.roots)
         try:
-            # A link may lead elsewhere the next moment, and back again before anybody looks.
+            # Resolved once, because a link could point elsewhere for a moment without being noticed.
             return self._opened(folder.resolve(), None)
         except OSError as error:
             raise StorageError(f"{folder} cannot be read: {error.strerror or error}") from error
 
     def _offline_source(self) -> LocalSource:
-        """The user's ordinary Hugging Face cache, as it stands."""
+        """Use the model from the user's Hugging Face cache."""
         source = self.source
         where = f"{_name(source)}: HF_HUB_OFFLINE is set, and the Hugging Face cache"
         config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
         if not isinstance(config, str):
-            raise SourceNotFound(f"{where} does not hold it")
+            raise SourceNotFound(f"{where} does not contain it")
         folder = Path(config).parent
         try:
             return self._opened(folder, folder.name, _names_of_blobs)
         except (SourceNotFound, SourceCorrupt) as error:
-            raise SourceNotFound(f"{where} holds only a part of it: {error}") from error
+            raise SourceNotFound(f"{where} contains only a part of it: {error}") from error
 
     def _hub_source(self) -> LocalSource:
         repository = self._resolve()
         folder = self._entry(repository.entry, lambda: _download(repository, self.cache))
         try:
             return self._opened(folder, repository.commit, lambda _: repository.hashes)
-        except _NotTheHubs as error:
-            # Downloaded anew at the next attempt, by whoever makes it.
+        except _DiffersFromHub as error:
+            # The next attempt downloads it again.
             error.path.unlink(missing_ok=True)
-            raise FetchError(f"{_name(self.source)}: {error.path.name} is not what the hub lists") from error
+            raise FetchError(
+                f"{_name(self.source)}: the downloaded {error.path.name} does not match the hub's checksum"
+            ) from error
 
     def _resolve(self) -> Repository:
         repository = _resolve(self.source)
-        return replace(repository, allow_pickle=self.doors.allow_pickle, with_code=self._is_trusted)
+        return replace(repository, allow_pickle=self.policy.allow_pickle, with_code=self._is_trusted)
 
     def _entry(self, entry: str, fill: Callable[[], None]) -> Path:
-        """The folder of an entry of the cache, filled first where it is not complete."""
+        """The folder of a cache entry. If the entry is not complete, it is filled first."""
         folder = self.held.enter_context(self.cache.using(entry))
         if not self.cache.is_complete(entry):
             with _progress(self.cache, entry, self.on_progress), self.cache.filling(entry):
-                # Whoever held the right before may have done the work.
+                # The process that held the lock before may have filled it.
                 if not self.cache.is_complete(entry):
                     fill()
         return folder
@@ -190,8 +198,8 @@ class _Fetch:
     def _opened(
         self, folder: Path, commit: str | None, hub_hashes: Callable[[Content], Mapping[str, str]] | None = None
     ) -> LocalSource:
-        """The model in ``folder``, its headers vetted. ``hub_hashes`` tells the hub's own hashes of its files."""
-        pickled = self.doors.allow_pickle and is_pickled(folder)
+        """Check and hash the model in ``folder``. ``hub_hashes`` returns the hub's own hashes of its files."""
+        pickled = self.policy.allow_pickle and is_pickled(folder)
         if not pickled:
             read_headers(folder)
         runs_code = self._is_trusted and names_code(folder)
@@ -213,29 +221,31 @@ class _Fetch:
         return self._converted(source) if pickled else source
 
     def _is_the_hubs(self, content: Content, hashes: Mapping[str, str]) -> bool:
-        """Whether every file is what the hub's hash of it says. Raises _NotTheHubs for one in our own cache that is
-        not; in the user's, the content decides."""
+        """Whether every file has the hub's hash.
+
+        Raises _DiffersFromHub for a file in our own cache that has not. In the user's cache such a file is accepted:
+        the content decides which model it is.
+        """
         for file in content.files:
             expected = hashes.get(file.name)
             if expected is not None and _hub_hash(file, expected) != expected:
                 if is_offline_mode():
                     return False
-                raise _NotTheHubs(file.path)
+                raise _DiffersFromHub(file.path)
         return all(file.name in hashes for file in content.files)
 
     def _hash(self, lister: Lister, *, whole: bool = False) -> Content:
         return hash_content(lister, self.digests, whole=lambda _: whole, on_progress=self.on_progress)
 
     def _converted(self, source: LocalSource) -> LocalSource:
-        """The safetensors that were made of the pickles in ``source``, made now where they are not there, or are not
-        what was made."""
+        """The pickles of ``source`` converted to safetensors, from the cache if they are there and unchanged."""
         from qbatch.worker.sources.pickles import convert, converted_entry
 
         entry = converted_entry(source.folder, source.fingerprint)
 
         def fill() -> None:
             convert(source.folder, self.cache, entry, with_code=source.runs_code)
-            # Without this, what was read of other pickles would be these ones' for good.
+            # If the pickles changed during the conversion, the result must not be kept under their identity.
             source.confirm()
             self.cache.set_root(entry, hash_content(listed, self.digests).root_sha256)
 
@@ -249,13 +259,13 @@ class _Fetch:
             self._entry(entry, fill)
             content = self._hash(listed)
             if content.root_sha256 != self.cache.root_sha256(entry):
-                raise StorageError(f"{folder} does not hold what was just written there")
+                raise StorageError(f"the content of {folder} differs from what was just written there")
         read_headers(folder)
         return replace(source, folder=folder, contents=(*source.contents, content))
 
 
-class _NotTheHubs(Exception):
-    """A file is not what the hub's hash says."""
+class _DiffersFromHub(Exception):
+    """The hash of a file differs from the one that the hub lists."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -263,7 +273,7 @@ class _NotTheHubs(Exception):
 
 
 def _hub_hash(file: HashedFile, expected: str) -> str | None:
-    """The file's hash of the kind that ``expected`` is: sha256, or the id that git gives a blob."""
+    """The file's hash of the same kind as ``expected``: sha256, or the id of a git blob."""
     if len(expected) == _SHA256_DIGITS:
         return file.checksums.sha256
     digest = hashlib.sha1(b"blob %d\0" % file.stat.size, usedforsecurity=False)
@@ -274,7 +284,7 @@ def _hub_hash(file: HashedFile, expected: str) -> str | None:
 
 
 def _names_of_blobs(content: Content) -> dict[str, str]:
-    """The hub's hashes of files in the Hugging Face cache, which names its blobs by them."""
+    """The hub's hashes of files in the Hugging Face cache, whose blobs are named by their hash."""
     return {file.name: name for file in content.files if _HASH.fullmatch(name := Path(file.stat.path).name)}
 
 
@@ -286,15 +296,17 @@ def _resolve(source: SourceRef) -> Repository:
     files = {path: size for path, size in sizes.items() if size is not None and ".." not in PurePosixPath(path).parts}
     hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
     if info.sha is None or not _COMMIT.fullmatch(info.sha) or len(files) < len(sizes):
-        raise FetchError(f"{_name(source)}: the hub's listing lacks a commit or a size, or has a path that leads out")
-    known = {path: found for path, found in hashes.items() if found is not None and _HASH.fullmatch(found)}
+        raise FetchError(
+            f"{_name(source)}: the hub's list of files lacks the commit or a size, or has a path outside the repository"
+        )
+    known = {path: digest for path, digest in hashes.items() if digest is not None and _HASH.fullmatch(digest)}
     return Repository(repo_id=source.location, commit=info.sha, files=files, hashes=known)
 
 
 def _download(repository: Repository, cache: SourceCache) -> None:
     folder = cache.root / repository.entry
-    for litter in folder.glob(".cache/huggingface/**/*.incomplete"):
-        litter.unlink()
+    for incomplete in folder.glob(".cache/huggingface/**/*.incomplete"):
+        incomplete.unlink()
     repository.check()
     if repository.guides:
         _snapshot(repository, folder, repository.guides)
@@ -302,8 +314,8 @@ def _download(repository: Repository, cache: SourceCache) -> None:
     cache.reserve(repository.entry, {path: repository.files[path] for path in wanted})
     _snapshot(repository, folder, wanted)
     if not cache.is_complete(repository.entry):
-        # With a folder that holds something already, the library calls an unreachable hub a success.
-        raise FetchError(f"{repository.repo_id}: the download stopped before its end")
+        # If the folder is not empty, the library reports success even when the hub cannot be reached.
+        raise FetchError(f"{repository.repo_id}: the download is incomplete")
 
 
 def _snapshot(repository: Repository, folder: Path, paths: Iterable[str]) -> None:
@@ -318,7 +330,7 @@ def _snapshot(repository: Repository, folder: Path, paths: Iterable[str]) -> Non
 
 @contextmanager
 def _progress(cache: SourceCache, entry: str, on_progress: Callable[[int, int], None]) -> Iterator[None]:
-    """Report an entry's growth from what is on the disk: it holds whichever process downloads."""
+    """Report the progress of a download from the size of the entry on disk, whichever process is downloading."""
     ended = threading.Event()
 
     def report() -> None:
@@ -342,28 +354,30 @@ def _progress(cache: SourceCache, entry: str, on_progress: Callable[[int, int], 
 
 @contextmanager
 def _hub_faults(source: SourceRef) -> Iterator[None]:
-    """The one seam where huggingface_hub's exceptions become ours."""
+    """Translate the exceptions of huggingface_hub into ours."""
     try:
         yield
     except (JobError, *OUR_DEFECTS):
         raise
-    except Exception as error:  # httpx's, httpx2's or hf_xet's: the version decides, and they share no other base
+    except Exception as error:  # from httpx, httpx2 or hf_xet, depending on the version; they share no other base
         raise _as_job_error(source, error) from error
 
 
 def _as_job_error(source: SourceRef, error: BaseException) -> JobError:
     name = _name(source)
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        # The library's summary; its cause says whether the hub refused or did not answer.
+        # This is the library's summary; only the cause tells whether the hub refused or did not answer.
         return _as_job_error(source, error.__cause__)
     if isinstance(error, GatedRepoError):
-        return SourceGated(f"{name} is gated: accept its terms on the hub, and give the workers HF_TOKEN")
+        return SourceGated(f"{name} is gated: accept its terms on the hub, and set HF_TOKEN for the workers")
     if isinstance(error, RepositoryNotFoundError):
-        return SourceNotFound(f"{name}: no such repository on the hub, or it is private and the workers' token is not")
+        return SourceNotFound(
+            f"{name}: no such repository on the hub, or it is private and the workers' HF_TOKEN gives no access"
+        )
     if isinstance(error, RevisionNotFoundError):
         return SourceNotFound(f"{name}: the repository has no such revision")
     if isinstance(error, HFValidationError):
-        return SourceNotFound(f"{name} is no name of a hub repository")
+        return SourceNotFound(f"{name} is not a valid name of a hub repository")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return SourceGated(f"{name}: the hub refuses access with the workers' token")
     if getattr(error, "errno", None) in NO_ROOM or "(os error 28)" in str(error):
@@ -377,5 +391,5 @@ def _name(source: SourceRef) -> str:
 
 def _one_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    # A redirect's query carries a signature that opens the file to whoever reads the log.
+    # The query of a redirect contains a signature with which any reader of the log could download the file.
     return f"{type(error).__name__}: {re.sub(r'[?][^ ]+', '', line)[:300]}"

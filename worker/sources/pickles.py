@@ -1,5 +1,8 @@
-"""Pickled weights made into safetensors, so that everything after knows one format. torch reads them with
-``weights_only``: it rebuilds tensors and plain containers, and calls nothing that a pickle names."""
+"""Convert pickled weights to safetensors, so that everything after this handles one format.
+
+torch reads them with ``weights_only``: it rebuilds tensors and plain containers, and calls no function that a pickle
+names.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES
 from qbatch.worker.sources.repository import Repository
 from qbatch.worker.sources.source_cache import SourceCache
 
-# Tied weights are written once for each of their names; far more is a small file that was made to fill a disk.
+# Tied weights are written once per name. A larger total comes from a small file that was made to fill the disk.
 _MOST_COPIES = 4
 _ZIP_MAGIC = b"PK\x03\x04"
 _NOT_WEIGHTS_ONLY = "Cannot use ``weights_only=True``"
@@ -39,15 +42,15 @@ _OPERANDS = frozenset(ord(opcode.code) for opcode in pickletools.opcodes)
 
 
 def converted_entry(folder: Path, fingerprint: str) -> str:
-    """The name of a converted folder in the cache: another one when anything of the model changes."""
+    """The name of the cache entry for a converted model. It changes when the content of the model changes."""
     return f"{slug(folder.name)}--{content_hash({'fingerprint': fingerprint})[:16]}"
 
 
 def convert(folder: Path, cache: SourceCache, entry: str, *, with_code: bool) -> None:
-    """Make ``entry``, which the caller uses and alone fills, the model in ``folder`` as safetensors.
+    """Convert the model in ``folder`` into the cache entry ``entry``, which the caller must be using and filling.
 
-    One file for each pickle, and no more than one of them in memory at a time. Raises UnsafeSource for a pickle that
-    would run code, SourceCorrupt for a broken one, Unsupported, DiskFull or StorageError.
+    Each pickle becomes one file, and only one is in memory at a time. Raises UnsafeSource for a pickle that would run
+    code, SourceCorrupt for a broken one, Unsupported, DiskFull or StorageError.
     """
     try:
         _convert(folder, cache, entry, _listing(folder, with_code))
@@ -73,7 +76,7 @@ def _convert(folder: Path, cache: SourceCache, entry: str, listing: Repository) 
 
 
 def _listing(folder: Path, with_code: bool) -> Repository:
-    """The folder as if it were a hub's, which knows what a model needs beside its weights."""
+    """The folder as a repository, to find out which files a model needs besides its weights."""
     paths = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
     return Repository(repo_id=folder.name, commit="", files=files, allow_pickle=True, with_code=with_code)
@@ -96,16 +99,16 @@ def _index(plans: Sequence[FileLayout]) -> bytes:
     for plan in plans:
         for name in plan.starts:
             if name in weight_map:
-                raise SourceCorrupt(f"{name} is in two of the pickles")
+                raise SourceCorrupt(f"the tensor {name} is in two of the pickles")
             weight_map[name] = plan.name
     total_size = sum(output.nbytes for plan in plans for output in plan.outputs)
     return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}).encode()
 
 
 def _write(tensors: Mapping[str, torch.Tensor], plan: FileLayout, folder: Path) -> None:
-    """A file that is cut short has another name."""
+    """Write a file under a temporary name, and rename it when it is complete."""
     if tensors.keys() != plan.starts.keys():
-        raise SourceCorrupt(f"the pickles changed while {plan.name} was made of them")
+        raise SourceCorrupt(f"the pickles changed while they were converted to {plan.name}")
     draft = folder / f"{plan.name}.part"
     with draft.open("wb") as file:
         file.write(plan.head)
@@ -115,17 +118,17 @@ def _write(tensors: Mapping[str, torch.Tensor], plan: FileLayout, folder: Path) 
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one pickled state dict, on the CPU, mapped from the file where its format allows it.
+    """The tensors of a pickled state dict, on the CPU, memory-mapped if the format of the file permits.
 
-    Raises UnsafeSource where loading it would take more than ``weights_only`` does, Unsupported for tensors that
-    safetensors has no place for, SourceCorrupt where it is no state dict.
+    Raises UnsafeSource if ``weights_only`` refuses the file, Unsupported for tensors that safetensors cannot store, and
+    SourceCorrupt if it is not a state dict.
     """
     state = _load(path)
     if not isinstance(state, dict) or not state:
-        raise SourceCorrupt(f"{path.name} holds no state dict")
+        raise SourceCorrupt(f"{path.name} does not contain a state dict")
     tensors = {name: _vetted(path, name, value) for name, value in state.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_COPIES * path.stat().st_size:
-        raise SourceCorrupt(f"{path.name} claims more than it holds")
+        raise SourceCorrupt(f"{path.name} claims tensors that are much larger than the file")
     return tensors
 
 
@@ -145,13 +148,13 @@ def _load(path: Path) -> Any:
 
 
 def _refusal(path: Path, cause: BaseException | None) -> JobError | None:
-    """UnsafeSource for a pickle that is sound, and does what ``weights_only`` does not; None for a broken one."""
+    """UnsafeSource for a valid pickle that needs more than ``weights_only`` permits; None for a broken one."""
     text = str(cause)
     operand = _OPERAND.search(text)
     if (operand is not None and int(operand[1]) not in _OPERANDS) or "String is too long" in text:
         return None
     if isinstance(cause, pickle.UnpicklingError) or text.startswith(_NOT_WEIGHTS_ONLY):
-        return UnsafeSource(f"{path.name} is more than weights: torch's weights_only refuses it")
+        return UnsafeSource(f"{path.name} contains more than weights: torch refuses it with weights_only=True")
     return None
 
 
@@ -161,26 +164,26 @@ def _is_zip(path: Path) -> bool:
 
 
 def _refuse_compression(path: Path) -> None:
-    """torch stores its records as they are; a compressed one could grow to any size."""
+    """Refuse compressed archives, which could expand to any size. torch never compresses."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise SourceCorrupt(f"{path.name} is no whole archive: {error}") from error
+        raise SourceCorrupt(f"{path.name} is not a complete archive: {error}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise SourceCorrupt(f"{path.name} is compressed, which no torch writes")
+        raise SourceCorrupt(f"{path.name} is compressed, so torch did not write it")
 
 
 def _vetted(path: Path, name: Any, value: Any) -> torch.Tensor:
     if not isinstance(name, str) or name == "__metadata__" or not name.isprintable():
-        raise SourceCorrupt(f"{path.name} has an entry whose name is no tensor's")
+        raise SourceCorrupt(f"{path.name} has an entry whose name is not valid for a tensor")
     if not isinstance(value, torch.Tensor):
-        raise SourceCorrupt(f"{path.name}: {name} is no tensor but {type(value).__name__}")
+        raise SourceCorrupt(f"{path.name}: {name} is not a tensor but {type(value).__name__}")
     tensor = value.detach()
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise Unsupported(f"{path.name}: {name} is not a plain tensor")
     if tensor.dtype not in TORCH_DTYPES.values():
-        raise Unsupported(f"{path.name}: {name} is of {tensor.dtype}")
+        raise Unsupported(f"{path.name}: {name} has the unsupported dtype {tensor.dtype}")
     if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise SourceCorrupt(f"{path.name}: {name} claims more values than are stored")
+        raise SourceCorrupt(f"{path.name}: {name} claims more values than the file stores")
     return tensor

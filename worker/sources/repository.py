@@ -24,15 +24,18 @@ from qbatch.core.sources import (
 _MODULES_NAME = "modules.json"
 _MODULE_FILES = (".json", ".txt", ".model", ".safetensors")
 _OTHER_WEIGHTS = (*PICKLE_SUFFIXES, ".h5", ".msgpack")
-# Whatever pattern such a name also fits.
+# Files with these suffixes are never fetched as sidecars, even if they match one of the patterns.
 _NEVER = (*_OTHER_WEIGHTS, ".onnx", ".gguf", ".py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """``files`` is path → bytes; no path leads out of the repository. ``hashes`` is path → the hub's own: the sha256 of
-    what it keeps apart (LFS, Xet), git's blob id of the rest. Pickles are wanted where they are allowed and there is
-    nothing else, Python files only ``with_code``."""
+    """A hub repository at one commit.
+
+    ``files`` maps each path, none of which leads outside, to its size in bytes. ``hashes`` maps paths to the hub's
+    hash: the sha256 of LFS and Xet files, and git's blob id of others. Pickles are fetched if they are allowed and
+    there are no safetensors, Python files only ``with_code``.
+    """
 
     repo_id: str
     commit: str
@@ -43,7 +46,7 @@ class Repository:
 
     @property
     def entry(self) -> str:
-        """Its name as a folder: the id's slug and twelve digits of the commit."""
+        """The name of its cache entry: a slug of the id and twelve digits of the commit."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "--", self.repo_id).lstrip(".")
         return f"{slug}--{self.commit[:12]}" + ("--code" if self.with_code else "")
 
@@ -55,7 +58,7 @@ class Repository:
 
     @property
     def guides(self) -> list[str]:
-        """The small files that say which others are needed; ``wanted`` reads them."""
+        """The small files that list which others are needed; ``wanted`` reads them."""
         return [name for name in (self._index, _MODULES_NAME) if name is not None and name in self.files]
 
     @property
@@ -64,27 +67,27 @@ class Repository:
 
     @property
     def _index(self) -> str | None:
-        """None where one file holds all, which transformers looks for first: an index beside it may be a stale one."""
+        """The index; None if there is a single weight file. transformers prefers that, and an index may be stale."""
         name = PICKLE_INDEX_NAME if self.is_pickled else INDEX_NAME
         return name if name in self.files and self._single not in self.files else None
 
     def check(self) -> None:
-        """Raises SourceNotFound or UnsafeSource for a repository that holds no model of ours."""
+        """Raise SourceNotFound or UnsafeSource if the repository contains no model that can be used."""
         if "config.json" not in self.files:
             raise SourceNotFound(f"{self.repo_id} has no config.json")
         if INDEX_NAME in self.files or SINGLE_NAME in self.files or (self.is_pickled and self.allow_pickle):
             return
         if any(path.endswith(_OTHER_WEIGHTS) for path in self.files) and not self.allow_pickle:
-            raise UnsafeSource(f"{self.repo_id} holds pickles and no safetensors; --allow-pickle converts them")
+            raise UnsafeSource(f"{self.repo_id} has only pickles, no safetensors; use --allow-pickle to convert them")
         raise SourceNotFound(f"{self.repo_id} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
     def wanted(self, folder: Path) -> list[str]:
-        """The paths to fetch, in order. ``folder`` holds the guides. Raises SourceCorrupt where one is broken."""
+        """The paths to fetch, in order. ``folder`` contains the ``guides``. Raises SourceCorrupt if one is broken."""
         index = [] if self._index is None else [self._index]
         return sorted({*self.sidecars(folder), *index, *self._weights(folder)})
 
     def sidecars(self, folder: Path) -> list[str]:
-        """What of it is no weights. Raises SourceCorrupt."""
+        """The paths to fetch, except weights and their index. Raises SourceCorrupt."""
         code = [path for path in self.files if self.with_code and path.endswith(".py")]
         return sorted({*self._root_files(), *self._module_files(folder), *code})
 
@@ -96,16 +99,16 @@ class Repository:
                 yield path
 
     def _weights(self, folder: Path) -> set[str]:
-        """What is loaded, no more: a repository may hold the same weights twice, in another layout."""
+        """The weight files that will be loaded; a repository may contain the same weights in another layout too."""
         if self._index is None:
             return {self._single}
         names = set(indexed_files(folder / self._index, suffix=".bin" if self.is_pickled else ".safetensors"))
         if missing := sorted(names - self.files.keys()):
-            raise SourceCorrupt(f"{self.repo_id}: {self._index} names {missing[0]!r}, which the repository lacks")
+            raise SourceCorrupt(f"{self.repo_id}: {self._index} lists {missing[0]!r}, which the repository lacks")
         return names
 
     def _module_files(self, folder: Path) -> Iterator[str]:
-        """Files of the sentence-transformers modules (pooling, dense) that modules.json names."""
+        """The files of sentence-transformers modules (pooling, dense) that modules.json lists."""
         if _MODULES_NAME not in self.files:
             return
         try:
@@ -119,5 +122,5 @@ class Repository:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """As a glob does it: a star ends at a slash."""
+    """Match like a glob, in which a star does not match a slash."""
     return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)

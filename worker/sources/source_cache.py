@@ -1,4 +1,4 @@
-"""Downloaded sources on the node's own disk: bounded, shared by its processes, least recently used out first."""
+"""A cache of downloaded sources, shared by the processes of a machine. The least recently used are removed first."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from qbatch.core.errors import DiskFull, StorageError, Unsupported
 from qbatch.core.filesystem import disk_space, move, touch
 
-# Its own folder of locks and plans: what has no lock here was not put in the cache by us, and is never removed.
+# The folder of locks and plans. A folder without a lock here was not created by the cache, and is never removed.
 _STATE = ".state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCache:
-    """Entries are folders ``root/<name>``; ``limit_bytes`` bounds them all together.
+    """Entries are folders ``root/<name>``; their total size is at most ``limit_bytes``.
 
-    For every entry ``.state`` holds a ``.use`` lock (shared by its users, exclusive to remove it), a ``.fill`` lock
-    (exclusive to download into it), and a plan: the size in bytes of each file that it is to hold. The plan is the
-    reservation of its room, and the entry is complete when every file of it has that size. The kernel drops the
-    locks of a process that dies, so what it left half-done is resumed or removed like anything else.
+    For every entry, ``.state`` contains a ``.use`` lock (shared by its users, exclusive to remove it), a ``.fill`` lock
+    (exclusive to download into it), and a plan: the size in bytes of each of its files. The plan reserves the space,
+    and the entry is complete when every file has the planned size. The kernel releases the locks of a process that
+    dies, so an unfinished entry is resumed or removed like any other.
     """
 
     root: Path
@@ -33,7 +33,7 @@ class SourceCache:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Path]:
-        """The entry's folder, complete or not: nobody removes it meanwhile."""
+        """Keep an entry, complete or not, from being removed. Yields its folder."""
         with self._locked(f"{name}.use", fcntl.LOCK_SH):
             self._touch(name)
             try:
@@ -43,7 +43,7 @@ class SourceCache:
 
     @contextmanager
     def filling(self, name: str) -> Iterator[None]:
-        """The sole right to write into an entry in use; waits while another process has it."""
+        """Lock an entry in use for writing. Waits while another process holds the lock."""
         with self._locked(f"{name}.fill", fcntl.LOCK_EX):
             yield
 
@@ -52,50 +52,50 @@ class SourceCache:
         return bool(files) and all(_size(self.root / name / file) == size for file, size in files.items())
 
     def plan(self, name: str) -> dict[str, int]:
-        """File name → bytes, of what the entry is to hold; empty while that is unknown."""
+        """The planned files of the entry, file name → bytes; empty while they are unknown."""
         try:
             files: dict[str, int] = json.loads(self._state(f"{name}.json").read_text())
-        except (FileNotFoundError, ValueError):  # a plan that a power cut left unreadable is no plan
+        except (FileNotFoundError, ValueError):  # a power cut may leave an unreadable plan
             return {}
         return files
 
     def root_sha256(self, name: str) -> str | None:
-        """What ``set_root`` was told last of the entry's content."""
+        """The root hash of the entry's content that ``set_root`` has stored, or None."""
         try:
             return self._state(f"{name}.root").read_text()
         except FileNotFoundError:
             return None
 
     def set_root(self, name: str, root_sha256: str) -> None:
-        """Note the content of an entry that was just filled."""
+        """Store the root hash of an entry that was just filled."""
         draft = self._state(f"{name}.root.new")
         draft.write_text(root_sha256)
         draft.replace(self._state(f"{name}.root"))
 
     def forget(self, name: str) -> None:
-        """Take an entry in use for not complete: its content is not what it was."""
+        """Mark an entry in use as incomplete, because its content has changed."""
         self._state(f"{name}.json").unlink(missing_ok=True)
 
     def held_bytes(self, name: str) -> int:
-        """What the entry takes on the disk, half-downloaded files and all."""
+        """The bytes that the entry takes on disk, including unfinished downloads."""
         folder = self.root / name
         return sum(_size(Path(at) / file) or 0 for at, _, files in os.walk(folder) for file in files)
 
     def reserve(self, name: str, files: Mapping[str, int]) -> None:
-        """Make room for an entry in use, and set its plan: file name → bytes.
+        """Make space for an entry in use, and store its plan: file name → bytes.
 
-        Raises Unsupported where the cache could never hold it, StorageError where its disk could not, DiskFull where
-        the entries in use leave no room.
+        Raises Unsupported if the entry exceeds the cache's limit, StorageError if it exceeds the disk, and DiskFull if
+        the entries in use leave too little space.
         """
         needed = sum(files.values())
         if needed > self.limit_bytes:
             raise Unsupported(
-                f"{name}: {needed} bytes exceed the source cache of {self.limit_bytes}; raise QBATCH_CACHE_BYTES"
+                f"{name} needs {needed} bytes, and the source cache has {self.limit_bytes}: raise QBATCH_CACHE_BYTES"
             )
         room = disk_space(self.root)
         if room is not None and needed > room.capacity:
             raise StorageError(
-                f"{name}: {needed} bytes exceed the disk of the source cache; set QBATCH_CACHE to a larger one"
+                f"{name} needs {needed} bytes, more than the disk of the source cache: set QBATCH_CACHE to a larger one"
             )
         with self._locked("room", fcntl.LOCK_EX):
             self._make_room(name, needed)
@@ -107,14 +107,14 @@ class SourceCache:
         bytes_of = {other: self._claimed_bytes(other) for other in self._names() if other != name}
         used = sum(bytes_of.values())
         missing = needed - self.held_bytes(name)
-        for other in sorted(bytes_of, key=self._worth):
+        for other in sorted(bytes_of, key=self._removal_order):
             if self._fits(used + needed, missing):
                 return
             if self._evict(other):
                 used -= bytes_of[other]
         if not self._fits(used + needed, missing):
             raise DiskFull(
-                f"no room for the {needed} bytes of {name}: sources in use hold {used} of the cache's "
+                f"there is no space for the {needed} bytes of {name}: sources in use take {used} of the cache's "
                 f"{self.limit_bytes}, and its disk has {self._free_bytes()} free",
                 needed,
             )
@@ -123,7 +123,7 @@ class SourceCache:
         return total <= self.limit_bytes and missing <= self._free_bytes()
 
     def _free_bytes(self) -> int:
-        """What its limit leaves room for, where the disk does not say."""
+        """The free bytes of the disk, or the limit of the cache if the disk does not report any."""
         room = disk_space(self.root)
         return self.limit_bytes if room is None else room.free
 
@@ -135,8 +135,8 @@ class SourceCache:
             return 0
         return max(self.held_bytes(name), sum(self.plan(name).values()))
 
-    def _worth(self, name: str) -> tuple[bool, int]:
-        """Order of removal: downloads that were given up first, then by last use."""
+    def _removal_order(self, name: str) -> tuple[bool, int]:
+        """Sort key: incomplete downloads come first, then the least recently used entries."""
         try:
             used_at_ns = self._state(f"{name}.json").stat().st_mtime_ns
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class SourceCache:
         return self.is_complete(name), used_at_ns
 
     def _evict(self, name: str) -> bool:
-        """Whether the entry is gone; False where a process uses it."""
+        """Remove an entry. Returns False if a process is using it."""
         try:
             with self._locked(f"{name}.use", fcntl.LOCK_EX | fcntl.LOCK_NB):
                 self.forget(name)

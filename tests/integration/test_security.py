@@ -39,7 +39,7 @@ from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.checkpoints.publish import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetched
+from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
 from qbatch.worker.sources.pickles import convert
 from qbatch.worker.sources.repository import Repository
 from tests import tiny
@@ -70,22 +70,22 @@ def state_dict(source: Path) -> dict[str, torch.Tensor]:
     return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
 
 
-def opened(folder: Path, home: Path, doors: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> LocalSource:
+def opened(folder: Path, home: Path, policy: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> LocalSource:
     source = SourceRef(name=folder.name, location=str(folder), is_folder=True)
-    with fetched(
+    with fetch_source(
         source,
         cache=home / "cache",
         cache_bytes=room,
-        doors=doors,
+        policy=policy,
         on_progress=lambda *_: None,
         digests=NoDigestCache(),
     ) as local:
         return local
 
 
-def refused(folder: Path, home: Path, doors: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> JobError:
+def refused(folder: Path, home: Path, policy: SourcePolicy = ALLOWED, *, room: int = PLENTY) -> JobError:
     with pytest.raises(JobError) as caught:
-        opened(folder, home, doors, room=room)
+        opened(folder, home, policy, room=room)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -346,8 +346,8 @@ def test_views_and_parameters_are_written_as_they_look(pickled: Path, tmp_path: 
 def test_safetensors_win_where_both_are_there(pickled: Path, llama: Path, tmp_path: Path) -> None:
     (pickled / PICKLE_NAME).write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     shutil.copy(llama / SINGLE_NAME, pickled)
-    for doors in (ALLOWED, SourcePolicy(roots=None)):
-        local = opened(pickled, tmp_path, doors)
+    for policy in (ALLOWED, SourcePolicy(roots=None)):
+        local = opened(pickled, tmp_path, policy)
         assert (local.folder, local.fingerprint) == (pickled, fingerprint(pickled))
     assert not (tmp_path / "canary").exists()
 
@@ -495,11 +495,11 @@ def test_a_row_that_no_submit_wrote_leads_nowhere(
     source = SourceRef(name=name, location=name, revision=revision)
     with (
         pytest.raises(UnsafeSource),
-        fetched(
+        fetch_source(
             source,
             cache=tmp_path / "cache",
             cache_bytes=PLENTY,
-            doors=ALLOWED,
+            policy=ALLOWED,
             on_progress=lambda *_: None,
             digests=NoDigestCache(),
         ),

@@ -18,7 +18,7 @@ def settings_in(folder: Path) -> Settings:
     return Settings(home=folder / "h", storage=folder / "s", cache=folder / "c", broker_url="redis://x/0")
 
 
-def a_station(database: Database, settings: Settings) -> WorkerContext:
+def a_worker_context(database: Database, settings: Settings) -> WorkerContext:
     return WorkerContext(
         database=database,
         settings=settings,

@@ -23,7 +23,7 @@ from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import RUN_BUNDLE, queue_of
 from tests.acceptance.conftest import Qbatch, processes_of, stop
-from tests.integration.test_doors import Canary
+from tests.integration.test_security import Canary
 from tests.waiting import until
 
 _CONFIGURATION = """
@@ -338,7 +338,7 @@ def test_jobs_of_two_models_are_no_bundle(
     ids = [int(job["job_id"][1:]) for job in stack.json("jobs")]
     log = stack.home / "logs" / "workers.log"
     app.send_task(RUN_BUNDLE, args=[ids], queue=queue_of(DeviceKind.CPU), task_id=str(uuid.uuid4()))
-    until(lambda: "refused: it names jobs of several models" in log.read_text(), "refusal")
+    until(lambda: "refused: its jobs belong to different models" in log.read_text(), "refusal")
 
 
 def test_what_is_no_message_at_all_does_not_stop_the_queue(
