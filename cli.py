@@ -76,7 +76,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
         click.echo(hint, err=True)
     if wait_ and hint is not None:
         _print_receipt(receipt, format_)
-        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it, so there is no wait")
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
@@ -113,7 +113,7 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
         click.echo(hint, err=True)
-        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it, so there is no wait")
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
     tend = stack.tend if stack is not None else None
     try:
         all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)

@@ -43,7 +43,7 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
 
 
 def cut(session: Session, name: str, ttl_s: float) -> str | None:
-    """Shorten a lease that would last longer than ``ttl_s`` from now. Returns its holder, or None if there is none.
+    """Shorten a lease that would last longer than ``ttl_s`` from now. Returns its holder, or None if it did not.
 
     A holder that is alive renews it, so it loses nothing.
     """

@@ -247,7 +247,7 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
     def _on_begin(connection: Connection) -> None:
         if file is not None:
             file.check()
-        # A deferred transaction that first reads and then writes could overwrite updates of other processes.
+        # A deferred transaction that first reads and then writes could lose updates of other processes.
         reads = connection.get_execution_options().get("qbatch_read", False)
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 

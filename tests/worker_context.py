@@ -1,4 +1,4 @@
-"""A worker's surroundings, without the worker."""
+"""A WorkerContext for tests, without a running worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How Alembic runs the migrations: on the connection that ``upgrade`` hands over."""
+"""Alembic's environment: run the migrations on the connection that ``upgrade`` passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def note_oldest_code(
     heads: Collection[Any],  # noqa: ARG001
     run_args: Mapping[str, Any],  # noqa: ARG001
 ) -> None:
-    """Write down which code works with what a migration left (its ``oldest_code``), for versions older than it."""
+    """Store the ``oldest_code`` of a migration: the oldest schema whose code works with its result."""
     if ctx.connection is None or not sa.inspect(ctx.connection).has_table("schema_versions"):
         return
     versions = sa.table("schema_versions", sa.column("version"), sa.column("oldest_code"))
@@ -33,7 +33,7 @@ def note_oldest_code(
 context.configure(
     connection=connection,
     target_metadata=Base.metadata,
-    # SQLite alters a table only by copying it.
+    # SQLite can alter a table only by copying it.
     render_as_batch=connection.dialect.name == "sqlite",
     transaction_per_migration=False,
     on_version_apply=note_oldest_code,

@@ -1,5 +1,5 @@
-"""A job queue that quantizes models in batches, measures them, and says which to ship.
+"""A job queue that quantizes models in batches, benchmarks them, and recommends which to ship.
 
-The folders beside this file are links to those at the top of the repository: what lies there is imported as
-``qbatch.worker`` and so on.
+The folders next to this file are links to those at the top of the repository, which are imported as ``qbatch.worker``
+and so on.
 """

@@ -1,4 +1,4 @@
-"""What comes from outside, through the whole of qbatch: models that would run code, messages that are more than ids."""
+"""Hostile input to a running stack: models that would run code, and messages that are more than job ids."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ _AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM"
 
 @pytest.fixture
 def canaries(tmp_path: Path) -> Path:
-    """Where code that runs leaves its name."""
+    """The folder in which executed code leaves its name."""
     folder = tmp_path / "canaries"
     folder.mkdir()
     return folder
 
 
 def make_own(folder: Path, llama: Path, canaries: Path, **config: Any) -> Path:
-    """A Llama that brings its own configuration, model and tokenizer, each with a canary that sings when imported."""
+    """A Llama with its own configuration, model and tokenizer code, each of which leaves a mark when imported."""
     shutil.copytree(llama, folder)
     files = {"configuration_own": _CONFIGURATION, "modeling_own": _MODELING, "tokenization_own": _TOKENIZATION}
     for name, code in files.items():
@@ -220,7 +220,7 @@ def app(stack: Qbatch) -> Iterator[Celery]:
 
 
 def _hostile(app: Celery) -> list[dict[str, Any]]:
-    """Messages to the right task that are no list of ids, or more than that."""
+    """Messages to the right task that are not a list of ids, or contain more than that."""
     return [
         {"args": [["1"]]},
         {"args": [[[1]]]},
@@ -332,7 +332,7 @@ def test_a_worker_answers_questions_and_takes_no_orders(
 def test_jobs_of_two_models_are_no_bundle(
     stack: Qbatch, app: Celery, models: Path, model_list: Callable[..., str]
 ) -> None:
-    """A runner opens one source: with another model's job beside it, a result would be that of the wrong model."""
+    """A runner opens only one source: a job of another model in its bundle would get the results of the wrong model."""
     listed = model_list(models / "llama", models / "bloom")
     stack("submit", "--models", listed, "--bits", "16", "--wait")
     ids = [int(job["job_id"][1:]) for job in stack.json("jobs")]
@@ -344,7 +344,7 @@ def test_jobs_of_two_models_are_no_bundle(
 def test_what_is_no_message_at_all_does_not_stop_the_queue(
     stack: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
-    """Such a thing ends the Celery process, which is started again."""
+    """Such a command ends the Celery process, which is then restarted."""
     with redis.Redis.from_url(Settings.from_env(stack.environ).redis_url) as client:
         for raw in ("garbage", "{}", "[]", '{"body": "x", "headers": {"task": "qbatch.run_bundle"}, "properties": {}}'):
             client.lpush(queue_of(DeviceKind.CPU), raw)

@@ -1,4 +1,4 @@
-"""What a source may do to the worker that opens it: nothing, unless the job or the worker's settings say so."""
+"""A source must not affect the worker that opens it, unless the job or the worker's settings permit it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ALLOWED = SourcePolicy(roots=None, allow_pickle=True)
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied model, as safetensors: the output head is not stored."""
+    """A model with tied weights, as safetensors: the output head is not stored."""
     return tiny.make_causal(tmp_path_factory.mktemp("llama"), dtype="bfloat16", tie_word_embeddings=True)
 
 
@@ -230,7 +230,7 @@ def test_a_name_in_two_shards_is_corrupt(llama: Path, pickled: Path, tmp_path: P
 
 
 class Canary:
-    """Unpickled by pickle itself, it leaves a folder."""
+    """An object that creates a folder when plain pickle loads it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -374,7 +374,7 @@ def test_a_pickle_without_config_is_no_model(pickled: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def roots(llama: Path, tmp_path: Path) -> Path:
-    """``inside`` holds a model and links; ``outside`` is no root."""
+    """``inside`` contains a model and links; ``outside`` is not an allowed root."""
     for place in ("inside", "outside"):
         shutil.copytree(llama, tmp_path / place / "model")
     return tmp_path
@@ -390,7 +390,7 @@ def linked(roots: Path, name: str) -> Path:
 
 
 def check_both(folder: Path, home: Path, roots: tuple[Path, ...] | None) -> tuple[str, str]:
-    """What submit says of a folder, and what a worker does."""
+    """The answers of submit and of a worker to a folder."""
     return (
         _verdict(UsageError, lambda: read_model_list(["# a comment", str(folder)], check_folders=False, roots=roots)),
         _verdict(UnsafeSource, lambda: opened(folder, home, SourcePolicy(roots=roots))),
@@ -448,7 +448,7 @@ def test_what_a_folder_s_links_lead_to_must_lie_in_a_root_too(roots: Path) -> No
 
 
 def test_a_linked_folder_s_own_links_must_lie_in_a_root_too(roots: Path) -> None:
-    """A pattern of what is copied beside the weights follows both."""
+    """The patterns of files copied next to the weights follow both kinds of links."""
     folder, elsewhere = roots / "inside" / "model", roots / "inside" / "elsewhere"
     elsewhere.mkdir()
     (folder / "additional_chat_templates").symlink_to(elsewhere)
@@ -459,7 +459,7 @@ def test_a_linked_folder_s_own_links_must_lie_in_a_root_too(roots: Path) -> None
 
 
 def test_a_hugging_face_cache_is_a_root_like_any_other(roots: Path, llama: Path) -> None:
-    """A snapshot is links to ../../blobs."""
+    """A snapshot in the Hugging Face cache consists of links to ../../blobs."""
     repository = roots / "inside" / "models--org--model"
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

@@ -1,1 +1,1 @@
-"""Published checkpoints: written under their name, verified."""
+"""Publishing and verifying checkpoints."""

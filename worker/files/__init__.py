@@ -1,1 +1,1 @@
-"""What lies on the storage while it is written, and whether it stayed the same."""
+"""Files on the storage: staging, content hashes, stored baseline outputs, and pruning."""

@@ -1,1 +1,1 @@
-"""The machine: its GPUs, its memory, what its faults mean."""
+"""The machine: its GPUs, its memory, its device faults, and logging."""

@@ -1,1 +1,1 @@
-"""The process that owns the device while one bundle is worked on."""
+"""The runner: the process that uses the device for one bundle."""

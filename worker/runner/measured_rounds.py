@@ -65,13 +65,13 @@ class Rounds:
         self._source = source
         self._device = device
         self._turns: list[_Turn] = []
-        # Loaded is one model at a time: the one measured last.
+        # Only one model is loaded at a time: the one measured last.
         self._loaded: tuple[_Turn, LoadedModel] | None = None
-        # Why there is no reference where there should be one by now.
+        # By folder, why the outputs of a baseline were not stored.
         self._not_kept: dict[Path, str] = {}
 
     def run(self, models: Sequence[MeasuredModel]) -> None:
-        """Measure every open job of ``models``; each ends in its message, in the last round."""
+        """Measure the open jobs of ``models``. The final message of each is sent in the last round."""
         from qbatch.worker.measuring.why.capture import Captures
 
         self._turns = [self._turn(model) for model in models]

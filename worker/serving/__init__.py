@@ -1,1 +1,1 @@
-"""The Celery process of one device: takes bundles, watches their runners, records what they say."""
+"""The Celery process of one device: it takes bundles, supervises their runners, and records their results."""

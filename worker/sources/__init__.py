@@ -1,1 +1,1 @@
-"""A model brought to the node."""
+"""Fetching models: folders, hub repositories, the cache, and the conversion of pickles."""
