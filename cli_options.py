@@ -228,9 +228,6 @@ def compare_options(command: Command) -> Command:
         click.option(
             "--max-weights-bytes", type=ByteSize(), help="The most memory that the weights may take: 6GB, 5.5GiB."
         ),
-        click.option("--max-kl", type=Amount(min=0), help="The mean KL from the baseline, at most; in nats."),
-        click.option("--max-ppl-ratio", type=Amount(min=0), help="The perplexity over the baseline's, at most: 1.01."),
-        click.option("--max-weights-bytes", type=ByteSize(), help="The weights in memory, at most: 6GB, 5.5GiB."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -107,8 +107,9 @@ def submit(database: Database, settings: Settings, submission: Submission) -> Re
     """Store a batch in one transaction.
 
     Only headers and configs are read: a folder's content is known if a worker of this host has hashed its files in
-    their current state. Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
-    Redis is not needed: the scheduler sends what is stored (see ``send_now``).
+    their current state. Redis is not needed: the scheduler sends what is stored (see ``send_now``).
+
+    Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
     _refuse_missing_libraries(submission.grid)
     text_hash = hashlib.sha256(submission.eval_text.encode()).hexdigest()
