@@ -161,10 +161,10 @@ _Identity = tuple[int, int]
 def _identity(folder: Path) -> _Identity | None:
     """The device and inode of a folder; None if it does not exist. Raises OSError."""
     try:
-        found = folder.stat()
+        result = folder.stat()
     except FileNotFoundError:
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+    return (result.st_dev, result.st_ino) if stat.S_ISDIR(result.st_mode) else None
 
 
 def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
@@ -178,8 +178,8 @@ def _verified(folder: Path, manifest: Mapping[str, Any]) -> Content | None:
     except (SourceChanged, FileNotFoundError):  # a file was removed, or is being written
         return None
     published = {(e["name"], e["size"], tuple(e["chunk_sha256"])) for e in manifest["files"]}
-    found = {(file.name, file.digest.size, file.digest.chunk_sha256) for file in content.files}
-    return content if found == published and content.root_sha256 == manifest["root_sha256"] else None
+    actual = {(file.name, file.digest.size, file.digest.chunk_sha256) for file in content.files}
+    return content if actual == published and content.root_sha256 == manifest["root_sha256"] else None
 
 
 def _as_published(path: str, manifest: Mapping[str, Any], content: Content) -> Published:
@@ -237,20 +237,22 @@ def _is_file_name(name: str) -> bool:
 
 def _differences(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     names = (entry["name"] for entry in manifest["files"])
-    found = [f"{name} is not in the manifest" for name in unpublished_files(folder, names)]
+    differences = [f"{name} is not in the manifest" for name in unpublished_files(folder, names)]
     digests = []
     for entry in manifest["files"]:
         name = entry["name"]
         digest = _digest(folder, name)
         if digest is None:
-            found.append(f"{name} is missing")
+            differences.append(f"{name} is missing")
             continue
         digests.append(digest)
         if (digest.size, list(digest.chunk_sha256)) != (entry["size"], entry["chunk_sha256"]):
-            found.append(f"{name} has changed since it was published (now {digest.size} bytes, then {entry['size']})")
-    if not found and root_sha256(digests) != manifest["root_sha256"]:
-        found.append("the root checksum does not match the files")
-    return found
+            differences.append(
+                f"{name} has changed since it was published (now {digest.size} bytes, then {entry['size']})"
+            )
+    if not differences and root_sha256(digests) != manifest["root_sha256"]:
+        differences.append("the root checksum does not match the files")
+    return differences
 
 
 def _digest(folder: Path, name: str) -> FileDigest | None:

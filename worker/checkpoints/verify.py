@@ -83,12 +83,12 @@ def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
 
     config = read_config(folder)
     refuse_other_weights(config)
-    found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
-    described = describe(folder, _dtype(folder), found)
-    lines = [*_missing(described.tensors, found), *_differing(described.tensors, found)]
-    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in described.tensors]
-    if config.get("dtype") != described.config_dtype:
-        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
+    stored = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
+    expected = describe(folder, _dtype(folder), stored)
+    lines = [*_missing(expected.tensors, stored), *_differing(expected.tensors, stored)]
+    lines += [f"{name} is not a tensor of the configured model" for name in stored if name not in expected.tensors]
+    if config.get("dtype") != expected.config_dtype:
+        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {expected.config_dtype}")
     return lines
 
 
@@ -100,21 +100,21 @@ def _dtype(folder: Path) -> DType:
     return DType.FLOAT32
 
 
-_Found = Mapping[str, tuple[Path, TensorInfo]]
+_StoredTensors = Mapping[str, tuple[Path, TensorInfo]]
 
 
-def _missing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
-    there = {one.tie for name, one in expected.items() if name in found}
+def _missing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterator[str]:
+    stored_ties = {one.tie for name, one in expected.items() if name in stored}
     for name, one in expected.items():
-        if name not in found and (one.tie is None or one.tie not in there):
+        if name not in stored and (one.tie is None or one.tie not in stored_ties):
             yield f"{name} is missing"
 
 
-def _differing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+def _differing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterator[str]:
     for name, one in expected.items():
-        if name not in found:
+        if name not in stored:
             continue
-        path, tensor = found[name]
+        path, tensor = stored[name]
         dtype, shape = _safetensors_dtype(one.tensor.dtype), tuple(one.tensor.shape)
         if _STATE in name:
             yield from _state_problems(path, tensor, one.tensor)
