@@ -97,21 +97,23 @@ def _dtype(folder: Path) -> DType:
     return DType.FLOAT32
 
 
-_Found = Mapping[str, tuple[Path, TensorInfo]]
+_StoredTensors = Mapping[str, tuple[Path, TensorInfo]]
 
 
-def _missing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
-    there = {one.tie for name, one in expected.items() if name in found}
+def _missing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterator[str]:
+    stored_ties = {one.tie for name, one in expected.items() if name in stored}
     for name, one in expected.items():
-        if name not in found and (one.tie is None or one.tie not in there):
+        if name not in stored and (one.tie is None or one.tie not in stored_ties):
             yield f"{name} is missing"
 
 
-def _differing(weights: MethodWeights | None, expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+def _differing(
+    weights: MethodWeights | None, expected: Mapping[str, Expected], stored: _StoredTensors
+) -> Iterator[str]:
     for name, one in expected.items():
-        if name not in found:
+        if name not in stored:
             continue
-        path, tensor = found[name]
+        path, tensor = stored[name]
         dtype, shape = _safetensors_dtype(one.tensor.dtype), tuple(one.tensor.shape)
         if weights is not None and weights.has_content(name):
             yield from weights.content_problems(path, tensor, one.tensor)
