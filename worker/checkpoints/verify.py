@@ -83,7 +83,7 @@ def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
     found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
     described = describe(folder, _dtype(folder), found)
     lines = [*_missing(described.tensors, found), *_differing(weights, described.tensors, found)]
-    lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
+    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in described.tensors]
     if config.get("dtype") != described.config_dtype:
         lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
     return lines
