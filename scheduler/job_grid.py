@@ -40,7 +40,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
-            raise UsageError(f"no bit width was given ({_known_bits()}), and no --scheme")
+            raise UsageError(f"no bit width was given; give --bits or --scheme ({_known_bits()})")
         for bits in self.bits:
             if bits not in (*known_bits(), _BASELINE_BITS):
                 raise UsageError(f"{bits} is not a supported bit width ({_known_bits()})")

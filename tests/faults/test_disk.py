@@ -136,7 +136,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     (pause,) = _pauses(fleet.database)
     assert pause.needed_bytes is not None
     assert _LEFT_BYTES < pause.needed_bytes < _STORAGE_BYTES
-    said = f"nothing is sent to the workers until there is room: j{large}: {message}"
+    said = f"no jobs are sent to the workers until disk space is free: j{large}: {message}"
     assert said in fleet.qbatch("status").stderr
     assert "dispatch is paused since" in fleet.qbatch("doctor", code=1).stdout
     assert list(small.root.glob(".staging/*/*/*-*")) == []
