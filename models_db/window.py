@@ -52,11 +52,11 @@ class QueueRange:
     largest: int | None = None
 
 
-ANYNEED_BYTES = QueueRange()
+ANY_NEED = QueueRange()
 
 
 def choose(
-    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANYNEED_BYTES
+    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANY_NEED
 ) -> list[Dispatch]:
     """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
 
