@@ -83,7 +83,7 @@ class MethodWeights(PlainWeights, ABC):
         """Why a checkpoint of a model whose state has those names could not be loaded again; None where it can."""
         return None
 
-    def files_to_settle(self, folder: Path) -> Iterable[Path]:
+    def files_with_unsorted_metadata(self, folder: Path) -> Iterable[Path]:
         """Those of the weight files in which ``save_pretrained`` leaves an order to chance."""
         return ()
 

@@ -79,7 +79,7 @@ class TorchaoWeights(MethodWeights):
         of_none = sorted(name for name in names if "." not in name)
         return f"torchao cannot load a checkpoint with {of_none[0]}, which belongs to no module" if of_none else None
 
-    def files_to_settle(self, folder: Path) -> Iterable[Path]:
+    def files_with_unsorted_metadata(self, folder: Path) -> Iterable[Path]:
         """What each weight is stands in the files' metadata, weight by weight."""
         return sorted(folder.glob("*.safetensors"))
 
