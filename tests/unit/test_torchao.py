@@ -181,7 +181,7 @@ def test_int4_is_planned_with_what_its_layout_fills_up(
     assert {key: sizes for key, (_, sizes) in found.items()} == parts
     nbytes = sum(torch.Size(sizes).numel() * dtype.itemsize for dtype, sizes in found.values())
     assert scheme.description.loaded_bytes(*shape, scheme.options) == nbytes
-    assert packing.why_left(100, 1000) is not None
+    assert packing.why_skipped(100, 1000) is not None
 
 
 def test_the_metadata_of_a_file_says_what_each_weight_is(source: Path, tmp_path: Path) -> None:

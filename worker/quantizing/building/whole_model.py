@@ -78,7 +78,7 @@ class WholeModel:
         return {
             name: shape
             for name, shape in shapes.items()
-            if quantizer.param_needs_quantization(model, name) and self._packing.why_left(*shape) is None
+            if quantizer.param_needs_quantization(model, name) and self._packing.why_skipped(*shape) is None
         }
 
     def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:

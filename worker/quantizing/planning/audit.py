@@ -114,4 +114,4 @@ def _reason(skeleton: Skeleton, packing: Packing, model: Any, name: str) -> str:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
         return "kept in a higher precision by the model"
-    return packing.why_left(*model.get_parameter(name).shape) or "skipped on request"
+    return packing.why_skipped(*model.get_parameter(name).shape) or "skipped on request"

@@ -164,7 +164,7 @@ class TracingQuantizer:
     def param_needs_quantization(self, model: Any, name: str) -> bool:
         if not self._skeleton.quantizer.param_needs_quantization(model, name):
             return False
-        return self.packing.why_left(*model.get_parameter(name).shape) is None
+        return self.packing.why_skipped(*model.get_parameter(name).shape) is None
 
     def get_quantize_ops(self) -> TracingQuantizer:
         return self
@@ -187,7 +187,7 @@ class TracingQuantizer:
         elif isinstance(origin, Call | QuantizedPart):
             self._not_streamable.append(NotStreamable(f"{name} is converted and then quantized"))
         else:
-            if (reason := self.packing.why_unfit(*needed)) is not None:
+            if (reason := self.packing.why_unsupported(*needed)) is not None:
                 self._refusals.append(Unsupported(f"{name} {reason}"))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
         return self.packing.parameter(*needed, traced.dtype, partial(traced_part, name))
