@@ -159,7 +159,7 @@ def test_int4_is_for_bfloat16_and_for_groups_that_its_kernel_knows() -> None:
         Grid(methods=(Method.TORCHAO_INT4,), dtype=DType.FLOAT16)
     with pytest.raises(UsageError, match="32, 64, 128, 256 values, not 48"):
         Grid(methods=(Method.TORCHAO_INT4,), options={"group_size": 48}).schemes()
-    with pytest.raises(UsageError, match="a group size belongs to torchao-int4"):
+    with pytest.raises(UsageError, match="a group size applies only to torchao-int4"):
         Grid(methods=(Method.TORCHAO_INT8,), options={"group_size": 64})
 
 
