@@ -51,20 +51,20 @@ class Manifest:
     def weights_bytes(self) -> int:
         return sum(file.size for file in self.files if file.name.endswith(".safetensors"))
 
-    def differences(self, found: Mapping[str, FileDigest | None]) -> list[str]:
+    def differences(self, existing: Mapping[str, FileDigest | None]) -> list[str]:
         """The differences between the files that exist and those published, one line each; empty if there are none.
 
-        ``found`` has the digest of every existing file by name; None for a file that was not read.
+        ``existing`` has the digest of every existing file by name; None for a file that was not read.
         """
-        lines = [f"{name} is not in the manifest" for name in found if name not in self.names]
+        lines = [f"{name} is not in the manifest" for name in existing if name not in self.names]
         for published in self.files:
-            digest = found.get(published.name)
+            digest = existing.get(published.name)
             if digest is None:
                 lines.append(f"{published.name} is missing")
             elif digest != published:
                 sizes = f"{digest.size} bytes, {published.size} published"
                 lines.append(f"{published.name} is not what was published ({sizes})")
-        if not lines and root_sha256(digest for digest in found.values() if digest is not None) != self.root_sha256:
+        if not lines and root_sha256(digest for digest in existing.values() if digest is not None) != self.root_sha256:
             lines.append("the root checksum does not match the files")
         return lines
 

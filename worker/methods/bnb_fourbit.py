@@ -71,10 +71,10 @@ def _table(quant_type: str) -> _Table:
 def _trusted_table(quant_type: str) -> _Table | None:
     """The table, if it gives the same results as the installed version of bitsandbytes; else None."""
     table, sample = _table(quant_type), _sample(quant_type)
-    theirs = torch.ops.bitsandbytes.quantize_4bit.default(sample, BLOCK, quant_type, torch.uint8)
-    ours = _quantize(sample, table)
-    same = torch.equal(ours[0].unsqueeze(1), theirs[0])
-    return table if same and torch.equal(ours[1].view(torch.int32), theirs[1].view(torch.int32)) else None
+    by_library = torch.ops.bitsandbytes.quantize_4bit.default(sample, BLOCK, quant_type, torch.uint8)
+    by_table = _quantize(sample, table)
+    same = torch.equal(by_table[0].unsqueeze(1), by_library[0])
+    return table if same and torch.equal(by_table[1].view(torch.int32), by_library[1].view(torch.int32)) else None
 
 
 def _sample(quant_type: str) -> torch.Tensor:

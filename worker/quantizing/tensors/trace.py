@@ -159,9 +159,9 @@ def sources_of(origin: Origin) -> frozenset[str]:
         return sources_of(origin.of)
     if isinstance(origin, QuantizedPart):
         return frozenset()
-    found: set[str] = set()
-    tree_map_only(Traced, lambda traced: found.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
-    return frozenset(found)
+    names: set[str] = set()
+    tree_map_only(Traced, lambda traced: names.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
+    return frozenset(names)
 
 
 Steps = tuple[str, *tuple[torch.dtype, ...]]
@@ -188,9 +188,9 @@ def has_quantized_part(origin: Origin) -> bool:
     if isinstance(origin, Cast):
         return has_quantized_part(origin.of)
     if isinstance(origin, Call):
-        found: list[bool] = []
-        tree_map_only(Traced, lambda t: found.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
-        return any(found)
+        results: list[bool] = []
+        tree_map_only(Traced, lambda t: results.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
+        return any(results)
     return isinstance(origin, QuantizedPart)
 
 
