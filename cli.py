@@ -93,13 +93,14 @@ def run(format_: str, **options: Any) -> None:
     Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
     set. Stops what it started when the batch has finished.
     """
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.local_stack import prepare_home, stack_is_running
 
     settings = _settings()
     submission = _submission(settings, options)
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None))
     _interrupt_on_signals()
+    prepare_home(settings)
     click.echo(f"starting Redis, the scheduler and the workers; their logs are in {settings.home / 'logs'}", err=True)
     with _local_stack(settings, device=DeviceKind(options["device"])) as stack:
         code = _run(settings, submission, format_, stack=stack)
@@ -492,7 +493,7 @@ def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
     names = [name for value in values for name in value.split(",")]
     for name in names:
         if name not in known:
-            raise UsageError(f"{name!r} is no 4-bit data type; qbatch knows {', '.join(known)}")
+            raise UsageError(f"{name!r} is not a 4-bit data type (use {' or '.join(known)})")
     return tuple(known[name] for name in dict.fromkeys(names))
 
 

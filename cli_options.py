@@ -317,7 +317,9 @@ def submit_options(command: Command) -> Command:
             "(down_proj), their beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Separate several "
             "with commas; may be repeated.",
         ),
-        click.option("--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this: 5GB."),
+        click.option(
+            "--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this size: 5GB."
+        ),
         click.option(
             "--allow-pickle",
             is_flag=True,

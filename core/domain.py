@@ -94,7 +94,7 @@ class Scheme:
             option.check(values[name])
         self.description.check(values)
         if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
-            raise UsageError(f"a shard holds at least one byte, not {self.max_shard_bytes}")
+            raise UsageError(f"the shard size must be at least one byte, not {self.max_shard_bytes}")
         object.__setattr__(self, "own", tuple(sorted(values.items())))
 
     @classmethod

@@ -62,8 +62,8 @@ class Manifest:
             if digest is None:
                 lines.append(f"{published.name} is missing")
             elif digest != published:
-                sizes = f"{digest.size} bytes, {published.size} published"
-                lines.append(f"{published.name} is not what was published ({sizes})")
+                sizes = f"now {digest.size} bytes, then {published.size}"
+                lines.append(f"{published.name} has changed since it was published ({sizes})")
         if not lines and root_sha256(digest for digest in existing.values() if digest is not None) != self.root_sha256:
             lines.append("the root checksum does not match the files")
         return lines

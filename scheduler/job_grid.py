@@ -40,10 +40,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
-            raise UsageError(f"nothing was asked for; give --bits or --scheme ({_known_bits()})")
+            raise UsageError(f"no bit width was given ({_known_bits()}), and no --scheme")
         for bits in self.bits:
             if bits not in (*known_bits(), _BASELINE_BITS):
-                raise UsageError(f"{bits} bits are unknown; {_known_bits()}")
+                raise UsageError(f"{bits} is not a supported bit width ({_known_bits()})")
         self._refuse_misplaced_options()
         self._refuse_compute_dtype()
         for method in self._methods():
@@ -127,4 +127,4 @@ class Grid:
 
 def _known_bits() -> str:
     *others, last = map(str, (*known_bits(), _BASELINE_BITS))
-    return f"qbatch knows {', '.join(others)} and {last}"
+    return f"use {', '.join(others)} or {last}"

@@ -30,14 +30,14 @@ def _check_threshold(value: float) -> None:
 DOUBLE_QUANT: MethodOption[bool] = MethodOption(
     name="double_quant",
     flag="--double-quant",
-    help="Quantize the 4-bit scales too.",
+    help="Also quantize the 4-bit scales.",
     default=False,
-    unasked="double quantization applies only to 4-bit schemes, and none was given",
+    unasked="double quantization needs a 4-bit scheme: add 4 to the bit widths",
 )
 INT8_THRESHOLD: MethodOption[float] = MethodOption(
     name="int8_threshold",
     flag="--int8-threshold",
-    help="LLM.int8's outlier threshold; 0 turns the outlier path, and its synchronisations, off.",
+    help="The outlier threshold of LLM.int8; 0 turns the outlier path and its synchronisations off.",
     default=6.0,
     check=_check_threshold,
     words=lambda value: f" threshold {value:g}",
@@ -45,7 +45,7 @@ INT8_THRESHOLD: MethodOption[float] = MethodOption(
 QUANT_STORAGE: MethodOption[str] = MethodOption(
     name="quant_storage",
     flag="--quant-storage",
-    help="What packed 4-bit codes are stored as (FSDP-QLoRA wants the compute dtype).",
+    help="The dtype in which packed 4-bit codes are stored (FSDP-QLoRA needs the compute dtype).",
     default="uint8",
     choices=("uint8", "float16", "bfloat16", "float32"),
     words=lambda value: f" stored as {value}",
@@ -120,7 +120,7 @@ def _infinite_scales(audit: Mapping[str, Any]) -> Iterable[str]:
 
 def refuse_double_quantization(name: str, options: Options) -> None:
     if DOUBLE_QUANT.of(options):
-        raise UsageError(f"double quantization applies only to 4-bit schemes, not to {name}")
+        raise UsageError(f"double quantization needs a 4-bit method; {name} has none")
 
 
 NF4 = BnbFourBit(

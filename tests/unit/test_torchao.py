@@ -157,7 +157,7 @@ def test_int4_is_refused_on_a_cpu(source: Path, tmp_path: Path) -> None:
 def test_int4_is_for_bfloat16_and_for_groups_that_its_kernel_knows() -> None:
     with pytest.raises(UsageError, match="torchao-int4 does not work with float16; use --dtype bfloat16"):
         Grid(methods=(Method.TORCHAO_INT4,), dtype=DType.FLOAT16)
-    with pytest.raises(UsageError, match="32, 64, 128, 256 values, not 48"):
+    with pytest.raises(UsageError, match="32, 64, 128, 256, not 48"):
         Grid(methods=(Method.TORCHAO_INT4,), options={"group_size": 48}).schemes()
     with pytest.raises(UsageError, match="a group size applies only to torchao-int4"):
         Grid(methods=(Method.TORCHAO_INT8,), options={"group_size": 64})

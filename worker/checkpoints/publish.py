@@ -159,10 +159,10 @@ _Identity = tuple[int, int]
 def _identity(folder: Path) -> _Identity | None:
     """The device and inode of a folder; None if it does not exist. Raises OSError."""
     try:
-        found = folder.stat()
+        result = folder.stat()
     except FileNotFoundError:
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+    return (result.st_dev, result.st_ino) if stat.S_ISDIR(result.st_mode) else None
 
 
 def _verified(folder: Path, manifest: Manifest) -> Content | None:

@@ -24,8 +24,8 @@ def sidecar_bytes(source: Path, *, with_code: bool = False) -> int:
     if total > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise Unsupported(
-            f"the files beside the weights take {mib(total)}, and a checkpoint takes at most {mib(MOST_BYTES)} of "
-            f"them along (the largest is {largest.relative_to(source)}, {mib(sizes[largest])}): move what the model "
+            f"the files next to the weights take {mib(total)}, more than the {mib(MOST_BYTES)} that a checkpoint may "
+            f"copy (the largest is {largest.relative_to(source)}, {mib(sizes[largest])}): move files that the model "
             "does not need to another folder"
         )
     return total

@@ -83,7 +83,7 @@ def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
     found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
     described = describe(folder, _dtype(folder), found)
     lines = [*_missing(described.tensors, found), *_differing(weights, described.tensors, found)]
-    lines += [f"{name}: the config's model has no such tensor" for name in found if name not in described.tensors]
+    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in described.tensors]
     if config.get("dtype") != described.config_dtype:
         lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
     return lines
@@ -97,21 +97,23 @@ def _dtype(folder: Path) -> DType:
     return DType.FLOAT32
 
 
-_Found = Mapping[str, tuple[Path, TensorInfo]]
+_StoredTensors = Mapping[str, tuple[Path, TensorInfo]]
 
 
-def _missing(expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
-    there = {one.tie for name, one in expected.items() if name in found}
+def _missing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterator[str]:
+    stored_ties = {one.tie for name, one in expected.items() if name in stored}
     for name, one in expected.items():
-        if name not in found and (one.tie is None or one.tie not in there):
+        if name not in stored and (one.tie is None or one.tie not in stored_ties):
             yield f"{name} is missing"
 
 
-def _differing(weights: MethodWeights | None, expected: Mapping[str, Expected], found: _Found) -> Iterator[str]:
+def _differing(
+    weights: MethodWeights | None, expected: Mapping[str, Expected], stored: _StoredTensors
+) -> Iterator[str]:
     for name, one in expected.items():
-        if name not in found:
+        if name not in stored:
             continue
-        path, tensor = found[name]
+        path, tensor = stored[name]
         dtype, shape = _safetensors_dtype(one.tensor.dtype), tuple(one.tensor.shape)
         if weights is not None and weights.has_content(name):
             yield from weights.content_problems(path, tensor, one.tensor)

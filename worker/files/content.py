@@ -180,13 +180,13 @@ def _hash_files(
         for name, stat in stats.items()
         if stat in known and (known[stat].sha256 is not None or not whole(name))
     }
-    found = [
+    already_hashed = [
         HashedFile(name=name, path=files[name], stat=stats[name], checksums=sums, settled=True)
         for name, sums in usable.items()
     ]
     fresh = _read({name: path for name, path in files.items() if name not in usable}, mounts, whole, on_progress)
     cache.remember({file.stat: file.checksums for file in fresh if file.settled})
-    return sorted([*found, *fresh], key=lambda file: file.name)
+    return sorted([*already_hashed, *fresh], key=lambda file: file.name)
 
 
 def _read(
@@ -201,7 +201,9 @@ def _read(
     count = _counter(on_progress, sum(sizes.values()))
     groups = (order[start : start + _OPEN_AT_ONCE] for start in range(0, len(order), _OPEN_AT_ONCE))
     return [
-        found for group in groups for found in _read_group({name: files[name] for name in group}, mounts, whole, count)
+        hashed
+        for group in groups
+        for hashed in _read_group({name: files[name] for name in group}, mounts, whole, count)
     ]
 
 
@@ -230,10 +232,10 @@ def _read_group(
             name=name,
             path=path,
             stat=before[name],
-            checksums=found,
+            checksums=file_checksums,
             settled=before[name].is_settled(now_ns) and after[name] == before[name],
         )
-        for (name, path), found in zip(files.items(), sums, strict=True)
+        for (name, path), file_checksums in zip(files.items(), sums, strict=True)
     ]
 
 

@@ -48,15 +48,15 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
     DatabaseUnreachable; files that cannot be removed are listed in ``problems``.
     """
     with database.read() as session:
-        found = find_prunable(session, older_than_s)
+        prunable = find_prunable(session, older_than_s)
         needed_s = needed_since(session, older_than_s).timestamp()
         places = file_digests.hashed_before(session, older_than_s)
         own_logs = settings.logs_of(database_id(session))
-    batches, jobs = len(found.batch_ids), len(found.job_ids)
+    batches, jobs = len(prunable.batch_ids), len(prunable.job_ids)
     if not dry_run:
-        batches, jobs = _delete(database, found, older_than_s)
+        batches, jobs = _delete(database, prunable, older_than_s)
     before_s = time.time() - older_than_s
-    gone = frozenset(found.job_ids) if dry_run else frozenset[int]()
+    gone = frozenset(prunable.job_ids) if dry_run else frozenset[int]()
     return [
         Pruned(what="batches", number=batches),
         Pruned(what="jobs", number=jobs),
@@ -67,13 +67,13 @@ def prune(database: Database, settings: Settings, older_than_s: float, *, dry_ru
     ]
 
 
-def _delete(database: Database, found: Prunable, older_than_s: float) -> tuple[int, int]:
+def _delete(database: Database, prunable: Prunable, older_than_s: float) -> tuple[int, int]:
     """Delete rows. Returns how many batches and jobs were deleted."""
     jobs = batches = 0
-    for job_ids in _chunks(found.job_ids):
+    for job_ids in _chunks(prunable.job_ids):
         with _pausing_afterwards(), database.write() as session:
             jobs += delete_jobs(session, job_ids, older_than_s)
-    for batch_ids in _chunks(found.batch_ids):
+    for batch_ids in _chunks(prunable.batch_ids):
         with _pausing_afterwards(), database.write() as session:
             batches += delete_empty(session, batch_ids)
     return batches, jobs

@@ -26,18 +26,18 @@ def state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list
     try:
         state = _read_state(path, tensor)
     except (ValueError, RecursionError):
-        return [f"{tensor.name} is not a valid quantization state"]
+        return [f"{tensor.name} does not contain a quantization state"]
     expected = json.loads(bytes(needed.tolist()))
     offset = state.pop("nested_offset", None)
     wrong = [
-        f"{tensor.name} has {key} {state.get(key)}, but the config has {expected.get(key)}"
+        f"{tensor.name} has {key} {state.get(key)}; by the config it should be {expected.get(key)}"
         for key in sorted(state.keys() | expected.keys() - {"nested_offset"})
         if state.get(key) != expected.get(key)
     ]
     is_number = isinstance(offset, float) and math.isfinite(offset)
     if is_number == ("nested_offset" in expected):
         return wrong
-    return [*wrong, f"{tensor.name} has nested_offset {offset}"]
+    return [*wrong, f"{tensor.name} has the unexpected nested_offset {offset}"]
 
 
 def _read_state(path: Path, tensor: TensorInfo) -> dict[str, Any]:

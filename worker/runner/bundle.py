@@ -89,9 +89,9 @@ class Bundle:
         for path, key in answered.unverified.items():
             # A checkpoint that cannot be verified answers no job, but that is no failure of these jobs.
             try:
-                found = find_published(self._order.storage, path, key)
-                if found is not None:
-                    self._reports.send(CheckpointVerified(published=found.confirm()))
+                verified = find_published(self._order.storage, path, key)
+                if verified is not None:
+                    self._reports.send(CheckpointVerified(published=verified.confirm()))
             except (StorageError, SourceChanged) as error:
                 log.warning("an earlier result cannot be reused: %s", error)
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
@@ -116,14 +116,14 @@ class Bundle:
             with self._reports.failing(plan.job_id for plan in plans):
                 # A source with the same content may have been published under another name.
                 candidates = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
-                found = next(
+                existing = next(
                     filter(None, (find_published(self._order.storage, path, key) for path in candidates)), None
                 )
-                if found is None:
+                if existing is None:
                     missing.append(plans)
                 else:
-                    log.info("j%s: reusing the published checkpoint %s", plans[0].job_id, found.published.path)
-                    published[key] = found
+                    log.info("j%s: reusing the published checkpoint %s", plans[0].job_id, existing.published.path)
+                    published[key] = existing
         if missing:
             published |= self._quantize(source, missing)
         for key, checkpoint in published.items():

@@ -91,13 +91,13 @@ class Answers:
         }
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
-        found = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
-        return {n: found[pair] for n, pair in pairs.items() if pair in found}
+        finished = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
+        return {n: finished[pair] for n, pair in pairs.items() if pair in finished}
 
-    def _state(self, found: Finished) -> CheckpointState:
-        if found.checkpoint_path is None or found.checkpoint_path in self._verified:
+    def _state(self, result: Finished) -> CheckpointState:
+        if result.checkpoint_path is None or result.checkpoint_path in self._verified:
             return CheckpointState.SOUND
-        return checkpoint_state(self._storage, found.checkpoint_path, found.versions)
+        return checkpoint_state(self._storage, result.checkpoint_path, result.versions)
 
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):

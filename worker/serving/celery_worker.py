@@ -276,7 +276,7 @@ class CeleryWorker:
             try:
                 self._recorder.replay()
             except DatabaseUnreachable as error:
-                log.warning("%s; waiting for it, or for room on the disk", error)
+                log.warning("%s; waiting for it, or for free disk space", error)
             self._stopping.wait(_DATABASE_RETRY_S)
         for job_id in self._recorder.lost():
             log.error("the outcome of j%s is lost: neither the database nor the disk accepted it", job_id)

@@ -379,7 +379,7 @@ def _as_job_error(source: SourceRef, error: BaseException) -> JobError:
     if isinstance(error, HFValidationError):
         return SourceNotFound(f"{name} is not a valid name of a hub repository")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return SourceGated(f"{name}: the hub refuses access with the workers' token")
+        return SourceGated(f"{name}: the hub refuses access with the workers' HF_TOKEN")
     if getattr(error, "errno", None) in NO_ROOM or "(os error 28)" in str(error):
         return DiskFull(f"{name}: the disk of the source cache is full")
     return FetchError(f"{name}: {_one_line(error)}")
