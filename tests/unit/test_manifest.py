@@ -57,7 +57,10 @@ def test_all_three_take_what_was_published(tmp_path: Path) -> None:
         (lambda folder: edit(folder, files=[{"name": "../x", "size": 1, "chunk_sha256": []}]), "no qbatch.json"),
         (lambda folder: edit(folder, audit=None), "no qbatch.json"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not what was published (2 bytes, 2"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "config.json has changed since it was published (now 2 bytes, then 2",
+        ),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json is not in the"),
         (lambda folder: edit(folder, root_sha256="0" * 64), "the root checksum"),
     ],
@@ -82,6 +85,6 @@ def test_everything_that_differs_is_named() -> None:
     changed = FileDigest(name="b", size=2, chunk_sha256=("1" * 64,))
     assert manifest.differences({"x": None, "a": same["a"], "b": changed}) == [
         "x is not in the manifest",
-        "b is not what was published (2 bytes, 1 published)",
+        "b has changed since it was published (now 2 bytes, then 1)",
         "c is missing",
     ]
