@@ -1,1 +1,1 @@
-"""Measurements, side by side with what one would do without qbatch."""
+"""Benchmarks that compare qbatch with what a user would do without it."""

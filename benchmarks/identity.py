@@ -1,12 +1,12 @@
-"""What it costs that content decides: hashing a source beside quantizing it.
+"""The cost of identifying sources by content: hashing a source, compared with quantizing it.
 
     python -m benchmarks.identity
     python -m benchmarks.identity --shape llama-8b --device cuda
 
-Builds a source of random weights, then times, each in a process of its own and in turn: hashing it with its files in
-the page cache and without, asking for digests that are known, confirming them after use; and the pass that writes NF4
-and int8, alone and after hashing, again with the files in the page cache and without. Hashing is timed once more
-without the processor's SHA instructions. Prints one table last.
+Builds a source with random weights. Then it times in turn, each in a process of its own: hashing the source with and
+without its files in the page cache; looking up digests that are known, and confirming them after use; and the pass that
+writes NF4 and int8, alone and after hashing, also with and without the files in the page cache. Hashing is also timed
+without the processor's SHA instructions. Prints a table at the end.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from qbatch.core.model_files import content_files
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content
 from qbatch.worker.machine.gpu import installed_gpus
 
-# OpenSSL's mask: without the bits of SHA-NI, and of AVX2, AVX-512 and BMI2, which its next best code uses.
+# OpenSSL's mask that disables SHA-NI, and also AVX2, AVX-512 and BMI2, which its second fastest code uses.
 _NO_SHA = "~0x0:~0x20000000"
 _HASH = "import sys; from pathlib import Path; from benchmarks.identity import hash_s; print(hash_s(Path(sys.argv[1])))"
 
 
-class _Kept:
-    """Digests in memory, in the database's place."""
+class _MemoryDigestCache:
+    """Keeps digests in memory instead of the database."""
 
     def __init__(self) -> None:
         self.digests: dict[FileStat, Checksums] = {}
@@ -64,18 +64,18 @@ def hash_s(source: Path) -> float:
 
 
 def known_s(source: Path) -> tuple[float, float]:
-    """Asking for digests that are known, and confirming them."""
-    cache = _Kept()
+    """Seconds to look up digests that are known, and to confirm them."""
+    cache = _MemoryDigestCache()
     hash_content(lambda: content_files(source), cache)
-    found: list[Content] = []
-    asked_s = _timed(lambda: found.append(hash_content(lambda: content_files(source), cache)))
-    return asked_s, _timed(found[0].confirm)
+    contents: list[Content] = []
+    lookup_s = _timed(lambda: contents.append(hash_content(lambda: content_files(source), cache)))
+    return lookup_s, _timed(contents[0].confirm)
 
 
 def pass_s(task: Task, *, hashed: bool) -> float:
-    """The pass, after hashing where that is wanted."""
-    before_s = hash_s(task.source) if hashed else 0.0
-    return before_s + streamed(task).total_s
+    """Seconds for the quantizing pass, with ``hashed`` including hashing the source first."""
+    hashing_s = hash_s(task.source) if hashed else 0.0
+    return hashing_s + streamed(task).total_s
 
 
 def drop_from_cache(source: Path) -> None:
@@ -115,8 +115,8 @@ def measure(arguments: argparse.Namespace, source: Path, work: Path) -> dict[str
             if cold:
                 drop_from_cache(source)
             note(f"hash, {where}", in_fresh_process(hash_s, source))
-        asked_s, confirmed_s = in_fresh_process(known_s, source)
-        note("known", asked_s)
+        lookup_s, confirmed_s = in_fresh_process(known_s, source)
+        note("known", lookup_s)
         note("confirm", confirmed_s)
         note("hash, warm, no SHA instructions", without_sha_s(source))
     return times
@@ -146,7 +146,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="qbatch-bench-", dir=arguments.folder))
     try:
         nbytes = in_fresh_process(build_source, arguments.shape, work / "source")
-        # What is settled is remembered: two ticks of a clock must have passed.
+        # Only files that have not changed recently are cached, so wait for more than two clock ticks.
         time.sleep(3)
         times = measure(arguments, work / "source", work)
     finally:

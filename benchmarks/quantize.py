@@ -1,12 +1,12 @@
-"""Quantizing side by side: qbatch's streaming writer and what a user would do without it.
+"""Compares qbatch's streaming writer with what a user would do without it.
 
     python -m benchmarks.quantize
     python -m benchmarks.quantize --shape llama-8b --device cuda
 
-Without options: an 8B and a 1.7B model where there is a GPU, else one of 300M parameters on the CPU. Builds a source
-of random weights, then measures pairs in turn, each in a process of its own, so that peaks are true. Source files are
-in the page cache. Nothing is synced to disk by either side. Prints one table last, and exits 1 where the two sides'
-files differ.
+Without options, it measures an 8B and a 1.7B model if there is a GPU, else a model of 300M parameters on the CPU. It
+builds a source with random weights, then measures both sides in turn, each in a process of its own, so that memory
+peaks are correct. Source files are in the page cache. Neither side syncs to disk. Prints a table at the end, and exits
+with 1 if the files of the two sides differ.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class Task:
     dtype: DType
     device: str
     check: bool
-    """Whether the checksums that come with the files are compared with the files."""
+    """Whether to verify the checksums that the writer returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """``seconds`` by scheme, or of all together; growth over the process that had imported everything."""
+    """``seconds`` by scheme, or for all schemes together. ``host_growth_bytes`` is the growth of the process's memory
+    after all imports."""
 
     seconds: dict[str, float]
     host_growth_bytes: int
@@ -70,8 +71,8 @@ class Outcome:
 
 
 def write_ceiling(folder: Path, nbytes: int, files: int) -> float:
-    """The best rate, in bytes per second, at which this machine takes writes to so many files at once: with a thread
-    each, and with 4 and 8 in all. Measured twice, since memory that was never used is slower."""
+    """The highest rate, in bytes per second, at which this machine writes ``files`` files at once, with one thread per
+    file and with 4 and 8 threads in total. Each is measured twice, because memory is slower when first used."""
     tile = memoryview(os.urandom(2**20) * 16)
     return max(_write_rate(folder, nbytes, threads, files, tile) for threads in (files, 4, 8) for _ in range(2))
 
@@ -117,7 +118,7 @@ def baseline(task: Task) -> Outcome:
 
 
 def streamed(task: Task) -> Outcome:
-    """qbatch, all schemes in one pass."""
+    """qbatch's writer, with all schemes in one pass."""
     from qbatch.worker.quantizing import Target, Written, write_checkpoints
 
     targets = []
@@ -135,13 +136,13 @@ def streamed(task: Task) -> Outcome:
             raise result.error
         for digest in result.files if task.check else ():
             if digest != digest_file(result.target.folder / digest.name):
-                raise ValueError(f"{digest.name}: the checksums are not those of the file")
+                raise ValueError(f"{digest.name}: the checksums do not match the file")
     return Outcome(seconds={"+".join(task.schemes): elapsed_s}, **peaks, written_bytes=_bytes_in(task.folder))
 
 
 @contextmanager
 def _peaks(device: str) -> Iterator[dict[str, int]]:
-    """Peak host memory over what it was on entry, and peak device memory that torch reserved."""
+    """Measures the growth of peak host memory since entry, and the peak device memory that torch reserved."""
     import psutil
     import torch
 
@@ -151,7 +152,7 @@ def _peaks(device: str) -> Iterator[dict[str, int]]:
         torch.cuda.reset_peak_memory_stats()
     process, stop = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
-    found: dict[str, int] = {}
+    peaks: dict[str, int] = {}
 
     def watch() -> None:
         nonlocal peak
@@ -161,12 +162,12 @@ def _peaks(device: str) -> Iterator[dict[str, int]]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield found
+        yield peaks
     finally:
         stop.set()
         watcher.join()
-    found["host_growth_bytes"] = peak - before
-    found["device_peak_bytes"] = torch.cuda.max_memory_reserved() if on_cuda else 0
+    peaks["host_growth_bytes"] = peak - before
+    peaks["device_peak_bytes"] = torch.cuda.max_memory_reserved() if on_cuda else 0
 
 
 def _bytes_in(folder: Path) -> int:
@@ -174,7 +175,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call in a fork of this process, which has imported torch and transformers and has not touched CUDA."""
+    """Call ``function`` in a fork of this process, which has imported torch and transformers, but not started CUDA."""
     with multiprocessing.get_context("fork").Pool(1, initializer=_finish_imports) as pool:
         return pool.apply(function, args)
 
@@ -215,7 +216,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
         files: in_fresh_process(write_ceiling, work, min(source_bytes, 4 * GIB), files)
         for files in sorted({1, len(schemes)})
     }
-    _say(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_shown(ceilings)}")
+    _log(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_show_ceilings(ceilings)}")
     runs: dict[str, list[Outcome]] = {"baseline": [], "all": [], **{name: [] for name in schemes}}
     identical = True
     for repeat in range(arguments.repeats):
@@ -225,7 +226,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
             task = Task(source=source, folder=folder, schemes=chosen, dtype=dtype, device=device, check=repeat == 0)
             outcome = in_fresh_process(baseline if label == "baseline" else streamed, task)
             runs[label].append(outcome)
-            _say(f"  {repeat + 1}/{arguments.repeats} {label}: {outcome.total_s:.2f} s")
+            _log(f"  {repeat + 1}/{arguments.repeats} {label}: {outcome.total_s:.2f} s")
             if label not in ("baseline", "all"):
                 shutil.rmtree(folder)
         if repeat == 0:
@@ -246,31 +247,31 @@ def print_table(
     identical: bool,
 ) -> None:
     print(f"\n{shape} on {device}, medians of {len(runs['all'])}; files identical: {'yes' if identical else 'NO'}")
-    print(_shown(ceilings))
+    print(_show_ceilings(ceilings))
     print(f"{'':12}{'baseline s':>12}{'qbatch s':>10}{'faster':>8}{'of ceiling':>12}{'host GiB':>16}{'device GiB':>16}")
     base = runs["baseline"]
     for label, names in [(name, (name,)) for name in schemes] + ([("all", schemes)] if len(schemes) > 1 else []):
-        mine = runs[label]
+        ours = runs[label]
         pairs = [
-            (sum(one.seconds[name] for name in names), other.total_s) for one, other in zip(base, mine, strict=True)
+            (sum(one.seconds[name] for name in names), other.total_s) for one, other in zip(base, ours, strict=True)
         ]
         before_s, after_s = (statistics.median(side) for side in zip(*pairs, strict=True))
         faster = statistics.median(one / other for one, other in pairs)
-        share = mine[0].written_bytes / after_s / ceilings[len(names)]
-        host = [max(run.host_growth_bytes for run in side) / GIB for side in (base, mine)]
-        card = [max(run.device_peak_bytes for run in side) / GIB for side in (base, mine)]
+        share = ours[0].written_bytes / after_s / ceilings[len(names)]
+        host = [max(run.host_growth_bytes for run in side) / GIB for side in (base, ours)]
+        card = [max(run.device_peak_bytes for run in side) / GIB for side in (base, ours)]
         print(
             f"{label:12}{before_s:12.2f}{after_s:10.2f}{faster:7.2f}x{share:12.0%}"
             f"{f'{host[0]:.2f} → {host[1]:.2f}':>16}{f'{card[0]:.2f} → {card[1]:.2f}':>16}"
         )
 
 
-def _shown(ceilings: Mapping[int, float]) -> str:
+def _show_ceilings(ceilings: Mapping[int, float]) -> str:
     rates = " and ".join(f"{rate / GIB:.2f} GiB/s to {files} at once" for files, rate in ceilings.items())
-    return f"files take at best {rates}"
+    return f"highest write rate: {rates}"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -291,7 +292,7 @@ def main() -> int:
 
     shapes = arguments.shapes or (["llama-8b", "bloom-1b7"] if arguments.device == "cuda" else ["300m"])
     for shape in shapes:
-        # transformers imports a model's module when it is first asked for.
+        # transformers imports a model's module when one of its attributes is first accessed.
         getattr(transformers, SHAPES[shape][0])
     identical = [_measure_in_folder(arguments, shape) for shape in shapes]
     return 0 if all(identical) else 1

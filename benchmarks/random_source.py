@@ -1,4 +1,4 @@
-"""Models of random weights, built on the spot at the speed of the disk, without ever holding one."""
+"""Creates models with random weights at the speed of the disk, without holding a whole model in memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def build_source(shape: str, folder: Path) -> int:
-    """Write random weights of ``shape`` without ever holding the model. Returns the file's size in bytes."""
+    """Write random weights of ``shape``. Returns the size of the weight file in bytes."""
     import numpy as np
     import torch
     import transformers
@@ -89,7 +89,7 @@ def _write_tiles(path: Path, head: bytes, tile: bytes, data_bytes: int) -> None:
 
 
 def pwrite_all(descriptor: int, data: memoryview, position: int) -> None:
-    """Write all of ``data`` at byte ``position``, in as many calls as that takes."""
+    """Write all of ``data`` at byte ``position``, with as many calls as needed."""
     while data:
         written = os.pwrite(descriptor, data, position)
         data, position = data[written:], position + written

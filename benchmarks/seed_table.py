@@ -1,7 +1,7 @@
-"""The recipe's table, through qbatch: bigscience/bloom-1b7's architecture in full, at 8 bits and at 4.
+"""Reproduces the recipe's table with qbatch: the full architecture of bigscience/bloom-1b7, with 8 and 4 bits.
 
-The weights are random: every size is the real model's, its text would not be. Exits 1 unless the parameters are
-counted and the files sized as the recipe found them. Needs 11 GB of disk and 10 GB of memory.
+The weights are random, so sizes are those of the real model, but its text is not. Exits with 1 unless the number of
+parameters and the file sizes match the recipe's. Needs 11 GB of disk space and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 def make_source(folder: Path) -> None:
-    """Random weights of the architecture in ``folder``, whole or not at all; kept for the next time."""
+    """Create the model with random weights in ``folder``, atomically. An existing one is kept."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,8 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _values(pool: Any, seed: int, name: str, shape: tuple[int, ...]) -> Any:
-    """A stretch of the pool from a place of its own; norms start at 1 and biases at 0, as in training."""
+    """The values of one tensor, float32 ``shape``: a slice of the pool at a position that depends on the name. As in a
+    new model, norms are 1 and biases 0."""
     if len(shape) == 1:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=np.float32)
     count = int(np.prod(shape))
@@ -110,7 +111,7 @@ def _values(pool: Any, seed: int, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def qbatch(*arguments: str) -> Any:
-    """Run the installed command and read its JSON; its progress goes to the terminal. Exits where it fails."""
+    """Run the installed command and parse its JSON. Its progress is printed to the terminal. Exits if it fails."""
     command = [str(Path(sys.executable).with_name("qbatch")), *arguments, "--format", "json"]
     environ = os.environ | {"QBATCH_HOME": str((PLACE / "home").absolute())}
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=False)
@@ -120,7 +121,7 @@ def qbatch(*arguments: str) -> Any:
 
 
 def measure(source: Path) -> list[dict[str, Any]]:
-    """The rows of the table: as it is in float32, then at 8 and 4 bits with 16-bit embeddings."""
+    """The rows of the table: unquantized in float32, then with 8 and 4 bits and 16-bit embeddings."""
     models_file, text_file = PLACE / "models.txt", PLACE / "eval.txt"
     models_file.write_text(f"{source.absolute()}\n")
     text_file.write_text(EVAL_TEXT)
@@ -145,7 +146,7 @@ def _cell(value: Any, key: str, form: str) -> str:
 
 
 def misses(inspected: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """What differs from the recipe's own figures."""
+    """The differences from the recipe's figures, one line each."""
     of = {row["bits"]: row for row in rows}
     expected = (
         ("parameters by the headers", inspected["num_parameters"], 1722408960, 0.0),
@@ -158,9 +159,9 @@ def misses(inspected: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str
         ("MiB of files at 4 bits", of[4]["disk_bytes"] / MIB, 1630.0, TOLERANCE_MIB),
     )
     return [
-        f"{what}: {found} instead of {wanted}"
-        for what, found, wanted, tolerance in expected
-        if abs(found - wanted) > tolerance
+        f"{what}: {measured} instead of {wanted}"
+        for what, measured, wanted, tolerance in expected
+        if abs(measured - wanted) > tolerance
     ]
 
 
@@ -172,8 +173,8 @@ def main() -> None:
     print_table(rows)
     problems = misses(inspected, rows)
     if problems:
-        sys.exit("not the recipe's figures:\n  " + "\n  ".join(problems))
-    print("the recipe's figures, each one")
+        sys.exit("these figures differ from the recipe's:\n  " + "\n  ".join(problems))
+    print("all figures match the recipe's")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""qbatch's explanation of decoding beside an independent measurement, in one visit to one GPU.
+"""Compares qbatch's analysis of decoding with an independent measurement, on the same GPU in the same session.
 
     python -m benchmarks.why --shape llama-8b
-    python -m benchmarks.why --shape 300m --device cpu    (building and timing alone: a CPU explains nothing)
+    python -m benchmarks.why --shape 300m --device cpu    (only building and timing: a CPU has no analysis)
 
-Of a model of random weights at 16 bits, NF4 and int8 (with and without the outlier path): the device's busy time in an
-eager decode step, from a profiler's trace summed here, a step's kernels alone, from a CUDA graph captured and timed
-here, and decoding by a stopwatch, beside what ``qbatch.worker.measuring`` says of the same checkpoints. Prints one
-table last, and exits 1 where the two differ by more than 5 %, or in eager decoding by more than its spread between
-rounds. The 8B model takes about five minutes and 29 GiB of disk.
+It uses a model with random weights at 16 bits, NF4 and int8 (with and without the outlier path). This script measures
+the device's busy time in an eager decode step (by summing a profiler's trace), the time of a step's kernels alone (with
+a CUDA graph), and the speed of decoding (with a stopwatch), and compares them with the figures that
+``qbatch.worker.measuring`` gives for the same checkpoints. Prints a table at the end, and exits with 1 if the two sides
+differ by more than 5 %, or in eager decoding by more than the spread between rounds. The 8B model takes about five
+minutes and 29 GiB of disk space.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _SCHEMES = {
     "16 bits": BASELINE,
     "nf4": Scheme(method=Method.NF4),
     "int8": _INT8,
-    # The same weights; only what is done with them differs.
+    # Has the same weights as int8, and only computes with them in a different way.
     "int8, threshold 0": Scheme.of(Method.INT8, int8_threshold=0.0),
 }
-# Energy takes half a minute a row.
+# Measuring energy takes half a minute for each row.
 _WITH_ENERGY = ("16 bits", "nf4", "int8")
 _ROUNDS = 3
 _TOLERANCE = 0.05
@@ -50,8 +51,8 @@ _BEGIN_S = time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
-    """What this script finds by itself, in seconds and tokens per second; None where there is nothing to find."""
+class OwnFigures:
+    """What this script measures itself, in seconds and tokens per second; None if it cannot be measured."""
 
     eager_tokens_per_s: float | None = None
     busy_s: float | None = None
@@ -59,18 +60,18 @@ class Own:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """Both sides, by the scheme's name."""
+class BothSides:
+    """The measurements of both sides, by the name of the scheme."""
 
     qbatch: Mapping[str, Measurement]
-    own: Mapping[str, Own]
+    own: Mapping[str, OwnFigures]
 
 
-# The independent side: nothing of qbatch.worker.measuring
+# The independent side, which uses nothing from qbatch.worker.measuring
 
 
 def eager_tokens_per_s(model: Any, prompt: Any, new_tokens: int) -> float:
-    """Decoding as a stopwatch sees it: generating ``new_tokens``, less generating one, by the host's clock."""
+    """Tokens per second of decoding by the host's clock: the time to generate ``new_tokens``, minus that for one."""
     return (new_tokens - 1) / (_generate_s(model, prompt, new_tokens) - _generate_s(model, prompt, 1))
 
 
@@ -92,7 +93,8 @@ def _generate_s(model: Any, prompt: Any, new_tokens: int) -> float:
 
 
 def busy_s(model: Any, prompt: Any, trace: Path) -> float:
-    """Kernels, copies and fills of an eager greedy step, summed: mean of 8 steps after ``prompt`` [1, length]."""
+    """Seconds that kernels, copies and fills take in an eager greedy step: the mean of 8 steps after ``prompt``
+    [1, length]."""
     import torch
 
     kinds = torch.profiler.ProfilerActivity
@@ -118,30 +120,31 @@ def busy_s(model: Any, prompt: Any, trace: Path) -> float:
 
 
 def alone_s(model: Any, prompt: Any, room: int) -> float | None:
-    """A step under a CUDA graph, replayed back to back with a static cache of the prompt and ``room`` tokens more.
+    """Seconds of a decode step as a CUDA graph, replayed without pauses. The static cache holds the prompt and ``room``
+    more tokens.
 
-    None where it cannot be captured; after that the process is good for nothing.
+    None if the step cannot be captured; after that, the process can no longer use CUDA.
     """
     import torch
     from transformers import StaticCache
 
-    assert room >= _WARMUP_REPLAYS + _REPLAYS * _REPLAY_ROUNDS, "every replay moves the cache on by a token"  # noqa: S101
+    assert room >= _WARMUP_REPLAYS + _REPLAYS * _REPLAY_ROUNDS, "every replay adds a token to the cache"  # noqa: S101
     with torch.inference_mode():
         cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
         model(input_ids=prompt, past_key_values=cache, use_cache=True)
         token, position = prompt[:, -1:].clone(), torch.full_like(prompt[:, -1:], prompt.shape[1])
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(_WARMUP_REPLAYS):
                 model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
         except RuntimeError as error:
-            _say(f"  not captured here either: {str(error).splitlines()[0]}")
+            _log(f"  not captured here either: {str(error).splitlines()[0]}")
             return None
         return statistics.median(_replay_s(graph) for _ in range(_REPLAY_ROUNDS))
 
@@ -163,7 +166,8 @@ def _replay_s(graph: Any) -> float:
 
 
 def write_quantized(source: Path, folder: Path, dtype: DType, device: str) -> dict[str, Path]:
-    """Every scheme's folder. What int8 stores does not depend on the threshold: its files are linked, not written."""
+    """Write the quantized checkpoints, and return the folder of each scheme. The files of int8 do not depend on the
+    threshold, so they are linked for the second int8 scheme."""
     from qbatch.worker.quantizing import Refused, Target, write_checkpoints
 
     folders = {name: folder / f"checkpoint-{number}" for number, name in enumerate(_SCHEMES)}
@@ -216,16 +220,16 @@ def _new_tokens(device: str) -> int:
 
 
 def _prompt(device: str) -> Any:
-    """The stopwatch's own, [1, prompt tokens]."""
+    """The prompt for this script's own measurements, int64 [1, prompt tokens]."""
     import torch
 
     torch.manual_seed(1)
     return torch.randint(1000, (1, _prompt_tokens(device)), device=device)
 
 
-def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, energy: bool) -> Found:
-    """All models are resident, so that their eager speeds are timed in turns without loading again: each by qbatch and
-    by the stopwatch, one right after the other."""
+def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, energy: bool) -> BothSides:
+    """Measure both sides. All models stay loaded, so that eager decoding can be timed in turns: for each model first by
+    qbatch, and immediately afterwards by the stopwatch."""
     loaded = {name: _load(name, folder, dtype, device) for name, folder in folders.items()}
     rows = {name: _row(name, folders[name], dtype, loaded[name], energy) for name in folders}
     prompt = _prompt(device)
@@ -234,49 +238,49 @@ def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, 
         for name, row in rows.items():
             row.time(loaded[name])
             if device != "cpu":
-                _say(f"{name}: timed here, round {number + 1}")
+                _log(f"{name}: timed here, round {number + 1}")
                 eager[name].append(eager_tokens_per_s(loaded[name].model, prompt, _new_tokens(device)))
     if device == "cpu":
-        return Found(qbatch=_measured(rows, {}), own={name: Own() for name in rows})
+        return BothSides(qbatch=_measured(rows, {}), own={name: OwnFigures() for name in rows})
     kernels = _explain(rows, loaded, folders, dtype, device)
-    # qbatch's last words come before our own captures: the one that fails spoils this process.
+    # qbatch's measurements end before this script captures graphs, because a failed capture makes CUDA unusable.
     qbatch = _measured(rows, kernels)
-    return Found(qbatch=qbatch, own=_own(loaded, prompt, eager, work))
+    return BothSides(qbatch=qbatch, own=_own(loaded, prompt, eager, work))
 
 
 def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
     from qbatch.worker.models.load import load
 
-    _say(f"{name}: loading")
+    _log(f"{name}: loading")
     return load(folder, dtype=dtype, device=device)
 
 
 def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> Any:
     from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 
-    def tell(step: str) -> None:
-        _say(f"{name}: {step}")
+    def report(step: str) -> None:
+        _log(f"{name}: {step}")
 
-    asked = protocol(name, loaded.device, energy=energy)
+    requested = protocol(name, loaded.device, energy=energy)
     model = ModelBenchmark(
         Subject(
             folder=folder,
             dtype=dtype,
             compute_dtype=dtype,
-            protocol=asked,
+            protocol=requested,
             eval_text="",
             task_texts={},
-            on_step=tell,
+            on_step=report,
         )
     )
     model.begin(loaded)
-    return RowBenchmark(model, asked, tell)
+    return RowBenchmark(model, requested, report)
 
 
 def _explain(
     rows: Mapping[str, Any], loaded: Mapping[str, Any], folders: Mapping[str, Path], dtype: DType, device: str
 ) -> dict[str, Any]:
-    """Each row's kernels, by qbatch."""
+    """The time of each row's kernels, measured by qbatch."""
     from qbatch.worker.measuring.why.capture import Captures
     from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
 
@@ -286,7 +290,7 @@ def _explain(
     with Captures() as captures:
         for name, row in rows.items():
             if (shape := row.captured_shape) is not None:
-                _say(f"{name}: kernels")
+                _log(f"{name}: kernels")
                 folder = str(folders[name])
                 request = KernelsRequest(folder=folder, dtype=dtype.value, device=device, shapes=(shape,))
                 kernels[name] = captures.kernels(request)[0]
@@ -300,18 +304,19 @@ def _measured(rows: Mapping[str, Any], kernels: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _own(loaded: Mapping[str, Any], prompt: Any, eager: Mapping[str, list[float]], work: Path) -> dict[str, Own]:
-    """What is profiled and captured here comes last: a profiler slows its process, and a failed capture spoils it."""
+def _own(loaded: Mapping[str, Any], prompt: Any, eager: Mapping[str, list[float]], work: Path) -> dict[str, OwnFigures]:
+    """This script's own figures. Profiling and capturing come last, because a profiler slows down its process, and a
+    failed capture makes CUDA unusable in it."""
     busy, alone = {}, {}
     for name, one in loaded.items():
-        _say(f"{name}: profiled here")
+        _log(f"{name}: profiled here")
         busy[name] = busy_s(one.model, prompt, work / "trace.json")
-    # int8 with its outlier path cannot be captured, and comes last.
+    # int8 with its outlier path cannot be captured, so it comes last.
     for name in sorted(loaded, key=lambda name: name == "int8"):
-        _say(f"{name}: captured here")
+        _log(f"{name}: captured here")
         alone[name] = alone_s(loaded[name].model, prompt, _new_tokens(one.device))
     return {
-        name: Own(eager_tokens_per_s=statistics.median(eager[name]), busy_s=busy[name], alone_s=alone[name])
+        name: OwnFigures(eager_tokens_per_s=statistics.median(eager[name]), busy_s=busy[name], alone_s=alone[name])
         for name in loaded
     }
 
@@ -324,16 +329,16 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def table(shape: str, device_name: str, found: Found) -> tuple[list[str], bool]:
-    """Its lines, and whether every pair of figures agrees."""
+def table(shape: str, device_name: str, measured: BothSides) -> tuple[list[str], bool]:
+    """The lines of the table, and whether all pairs of figures agree."""
     cells, agreements = [list(_COLUMNS)], list[bool]()
-    for name, measurement in found.qbatch.items():
-        why, own = measurement.details.why, found.own[name]
+    for name, measurement in measured.qbatch.items():
+        why, own = measurement.details.why, measured.own[name]
         busy_s, alone_s = why.profile.device_busy_s, why.kernels_alone.step_s
         pair = [_ratio(busy_s, own.busy_s), _ratio(alone_s, own.alone_s)]
         spread = measurement.details.by_round(Phase.DECODE).spread
         eager = _ratio(measurement.decode_tokens_per_s, own.eager_tokens_per_s)
-        # Eager decoding is the host's, which is never twice the same: within its own spread is all that can be asked.
+        # Eager decoding depends on the host, whose speed varies, so it only has to agree within its own spread.
         agreements += _within(eager, max(spread or 0.0, _TOLERANCE))
         agreements += [within for ratio in pair for within in _within(ratio, _TOLERANCE)]
         cells.append(
@@ -356,23 +361,23 @@ def table(shape: str, device_name: str, found: Found) -> tuple[list[str], bool]:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     agree = all(agreements)
     verdict = f"{len(agreements)} pairs compared, {'all within' if agree else 'NOT ALL WITHIN'} their tolerance"
-    return [f"{shape} on {device_name}", *lines, *_remarks(found), verdict], agree
+    return [f"{shape} on {device_name}", *lines, *_remarks(measured), verdict], agree
 
 
 def _within(ratio: float | None, tolerance: float) -> list[bool]:
-    """Nothing, where there was nothing to compare."""
+    """Whether the ratio is within ``tolerance`` of 1; empty if there was nothing to compare."""
     return [] if ratio is None else [abs(ratio - 1) <= tolerance]
 
 
-def _remarks(found: Found) -> Iterator[str]:
-    for name, measurement in found.qbatch.items():
+def _remarks(measured: BothSides) -> Iterator[str]:
+    for name, measurement in measured.qbatch.items():
         why = measurement.details.why
         if raised := [flag for flag, is_raised in (measurement.details.flags or {}).items() if is_raised]:
-            yield f"{name}: not fair: {', '.join(raised)}"
+            yield f"{name}: unfair conditions: {', '.join(raised)}"
         for part, reason in (("kernels alone", why.kernels_alone.reason), ("energy", why.energy.reason)):
             if reason:
                 yield f"{name}: no {part}: {reason}"
-    known = (one.details.why.roofs for one in found.qbatch.values())
+    known = (one.details.why.roofs for one in measured.qbatch.values())
     roofs = next((one for one in known if one.copy_bytes_per_s and one.matmul_flops_per_s), None)
     if roofs:
         yield (
@@ -389,7 +394,7 @@ def _show(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{time.perf_counter() - _BEGIN_S:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
@@ -397,17 +402,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--no-energy", dest="energy", action="store_false", help="half a minute less for each model")
+    parser.add_argument(
+        "--no-energy",
+        dest="energy",
+        action="store_false",
+        help="do not measure energy, which takes half a minute for each model",
+    )
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary directory)")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not installed_gpus():
-        print("no NVIDIA GPU here, so there is nothing to explain")
+        print("this machine has no NVIDIA GPU, so there is nothing to analyze")
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"
     import accelerate  # noqa: F401 - what every fork starts with
     import transformers
 
-    # transformers imports a model's module when it is first asked for.
+    # transformers imports a model's module when one of its attributes is first accessed.
     getattr(transformers, SHAPES[arguments.shape][0])
     work = Path(tempfile.mkdtemp(prefix="qbatch-why-", dir=arguments.folder))
     try:
@@ -421,13 +431,13 @@ def main() -> int:
 def _in_folder(arguments: argparse.Namespace, work: Path) -> tuple[list[str], bool]:
     device = "cuda:0" if arguments.device == "cuda" else "cpu"
     dtype = DType(SHAPES[arguments.shape][1])
-    _say("building and quantizing")
+    _log("building and quantizing")
     source = work / "source"
     in_fresh_process(build_source, arguments.shape, source)
     folders = in_fresh_process(write_quantized, source, work, dtype, device)
-    found = in_fresh_process(measure, folders, dtype, device, work, arguments.energy)
-    device_name = next(iter(found.qbatch.values())).device_name
-    return table(arguments.shape, device_name, found)
+    measured = in_fresh_process(measure, folders, dtype, device, work, arguments.energy)
+    device_name = next(iter(measured.qbatch.values())).device_name
+    return table(arguments.shape, device_name, measured)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: which files were published, and what they were. The one reader of that."""
+"""Reads a checkpoint's manifest: the published files with their checksums, and the audit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What was published, as far as anybody reads it again."""
+    """The contents of a manifest that qbatch reads back."""
 
     key: str
     root_sha256: str
@@ -28,7 +28,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """None where there is none, or none that makes sense. Raises OSError."""
+        """Read the manifest in ``folder``. None if there is none, or it is invalid. Raises OSError."""
         try:
             value = json.loads((folder / MANIFEST).read_text())
         except (FileNotFoundError, ValueError):
@@ -51,20 +51,20 @@ class Manifest:
     def weights_bytes(self) -> int:
         return sum(file.size for file in self.files if file.name.endswith(".safetensors"))
 
-    def differences(self, found: Mapping[str, FileDigest | None]) -> list[str]:
-        """What of the files found is not what was published, one line each; empty where all of it is.
+    def differences(self, existing: Mapping[str, FileDigest | None]) -> list[str]:
+        """The differences between the files that exist and those published, one line each; empty if there are none.
 
-        ``found`` has every file that is there, by name; None for one that was not read.
+        ``existing`` has the digest of every existing file by name; None for a file that was not read.
         """
-        lines = [f"{name} is not in the manifest" for name in found if name not in self.names]
+        lines = [f"{name} is not in the manifest" for name in existing if name not in self.names]
         for published in self.files:
-            digest = found.get(published.name)
+            digest = existing.get(published.name)
             if digest is None:
                 lines.append(f"{published.name} is missing")
             elif digest != published:
                 sizes = f"now {digest.size} bytes, then {published.size}"
                 lines.append(f"{published.name} has changed since it was published ({sizes})")
-        if not lines and root_sha256(digest for digest in found.values() if digest is not None) != self.root_sha256:
+        if not lines and root_sha256(digest for digest in existing.values() if digest is not None) != self.root_sha256:
             lines.append("the root checksum does not match the files")
         return lines
 
@@ -84,6 +84,6 @@ def _has_fields(value: Any, fields: Mapping[str, Any]) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether it names one of the folder's own files: a manifest must not lead out of it."""
+    """Whether ``name`` is a relative path inside the folder. A manifest must not refer to files outside of it."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name

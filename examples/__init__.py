@@ -1,1 +1,1 @@
-"""What shows qbatch at work: small models that are made on the spot."""
+"""Small example models, trained on demand, to try qbatch with."""

@@ -1,7 +1,7 @@
-"""Make the example models on the spot: a tiny Llama (bfloat16) and a tiny Bloom (float32), with their tokenizers.
+"""Train the example models: a tiny Llama (bfloat16) and a tiny Bloom (float32), with their tokenizers.
 
-They learn from the standard library's own documentation and sources, long enough for perplexity to mean
-something. A model that is already there is left alone; an interrupted run leaves none half made.
+They are trained on the standard library's documentation and sources, long enough for perplexity to be meaningful.
+Models that already exist are not trained again, and an interrupted run leaves no incomplete model.
 
     python -m examples.make_models [FOLDER]        (from the repository's root; default: models/ beside this file)
 """
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.progress import Piece, progress
+from examples.progress import BackgroundTask, progress
 
 _CHAT_TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A model to make. Every width is a multiple of 64, since bitsandbytes' CPU kernels need that. ``dtype`` is the one
-    that it is stored in."""
+    """A model to train. All widths are multiples of 64, because bitsandbytes' CPU kernels need that. ``dtype`` is the
+    dtype in which the model is stored."""
 
     name: str
     architecture: str
@@ -61,14 +61,14 @@ EXAMPLES = (
 
 def main(argv: Sequence[str]) -> None:
     into = Path(argv[0]) if argv else Path(__file__).parent / "models"
-    wanted = [example for example in EXAMPLES if not (into / example.name).exists()]
-    if not wanted:
-        print(f"the example models are in {into}")
+    missing = [example for example in EXAMPLES if not (into / example.name).exists()]
+    if not missing:
+        print(f"the example models are already in {into}")
         return
-    names = " and ".join(example.name for example in wanted)
-    print(f"making {names} in {into}: about a minute on two cores", flush=True)
-    # This process imports nothing heavy, so that it can say how far the others are from the first second on.
-    work = {example.name: Piece.start(_make, example, into) for example in wanted}
+    names = " and ".join(example.name for example in missing)
+    print(f"training {names} in {into}, which takes about a minute on two cores", flush=True)
+    # This process imports nothing heavy, so that it can report the progress of the others immediately.
+    work = {example.name: BackgroundTask.start(_make, example, into) for example in missing}
     for line in progress(work):
         print(line, flush=True)
 
@@ -79,7 +79,7 @@ def _make(example: Example, into: Path, report: Callable[[str], None]) -> str:
 
     from examples.training import make
 
-    # One thread and one process each: threads that wait for each other crawl on a machine that is busy.
+    # One process per model, with one thread: several threads wait for each other, and are very slow on a busy machine.
     torch.set_num_threads(1)
     return make(example, into, report=report)
 

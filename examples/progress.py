@@ -1,4 +1,4 @@
-"""How far several pieces of work are: a line every few seconds, also while none of them has anything to say."""
+"""Runs several tasks in processes of their own, and reports their progress every few seconds."""
 
 from __future__ import annotations
 
@@ -14,52 +14,55 @@ EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Work in a process of its own, which says (whether it is done, what it does or how it went)."""
+class BackgroundTask:
+    """A task in a process of its own. ``messages`` receives pairs of (whether it is done, a text): what it is doing,
+    and in the end how it went."""
 
     process: BaseProcess
-    said: Connection
+    messages: Connection
 
     @classmethod
     def start(cls, work: Callable[..., str], *args: Any) -> Self:
-        """``work(*args, report)``: what it returns is the line that says how it went. It ends with this process."""
+        """Start ``work(*args, report)``, which returns a line that says how it went. It is killed if this process
+        ends."""
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(work, args, theirs), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(work, args, sender), daemon=True)
         process.start()
-        theirs.close()
-        return cls(process=process, said=ours)
+        sender.close()
+        return cls(process=process, messages=receiver)
 
 
-def _run(work: Callable[..., str], args: tuple[Any, ...], said: Connection) -> None:
-    said.send((True, work(*args, lambda text: said.send((False, text)))))
+def _run(work: Callable[..., str], args: tuple[Any, ...], messages: Connection) -> None:
+    messages.send((True, work(*args, lambda text: messages.send((False, text)))))
 
 
-def progress(work: Mapping[str, Piece], every_s: float = EVERY_S) -> Iterator[str]:
-    """What to print, when it is to be printed, until each piece, here by its name, is done.
+def progress(work: Mapping[str, BackgroundTask], every_s: float = EVERY_S) -> Iterator[str]:
+    """Yield lines to print as soon as they are due, until all tasks (by name) are done: one every ``every_s`` seconds,
+    and one when a task is done.
 
-    Raises RuntimeError where one ends without a result; it has said why on stderr.
+    Raises RuntimeError if a task's process ends without a result; the process has printed the reason to stderr.
     """
     started = time.monotonic()
-    pieces = dict(work)
-    doing = dict.fromkeys(work, "starting")
+    running = dict(work)
+    status = dict.fromkeys(work, "starting")
     due = started + every_s
-    while pieces:
-        heard = wait([piece.said for piece in pieces.values()], timeout=max(due - time.monotonic(), 0.0))
-        for name in [name for name, piece in pieces.items() if piece.said in heard]:
-            is_done, doing[name] = _hear(name, pieces[name])
+    while running:
+        ready = wait([task.messages for task in running.values()], timeout=max(due - time.monotonic(), 0.0))
+        for name in [name for name, task in running.items() if task.messages in ready]:
+            is_done, status[name] = _receive(name, running[name])
             if is_done:
-                del pieces[name]
-                yield doing[name]
-        if pieces and time.monotonic() >= due:
+                del running[name]
+                yield status[name]
+        if running and time.monotonic() >= due:
             due = time.monotonic() + every_s
-            yield f"{time.monotonic() - started:4.0f} s  " + "; ".join(f"{name}: {doing[name]}" for name in pieces)
+            yield f"{time.monotonic() - started:4.0f} s  " + "; ".join(f"{name}: {status[name]}" for name in running)
 
 
-def _hear(name: str, piece: Piece) -> tuple[bool, str]:
+def _receive(name: str, task: BackgroundTask) -> tuple[bool, str]:
     try:
-        is_done, text = piece.said.recv()
+        is_done, text = task.messages.recv()
     except EOFError as error:
-        piece.process.join()
-        raise RuntimeError(f"{name} was not made: its process ended with code {piece.process.exitcode}") from error
+        task.process.join()
+        raise RuntimeError(f"{name} was not made: its process ended with code {task.process.exitcode}") from error
     return is_done, text

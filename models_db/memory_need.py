@@ -1,8 +1,8 @@
-"""The GPU memory that a job needs more of: predicted before it ran, or seen on a GPU that was too small.
+"""A lower bound of the GPU memory that a job needs: predicted before it ran, or observed on a GPU that was too small.
 
-Both stand in the column ``above_memory_bytes``, the newest word on it. Which of the two it is, the job's attempts say:
-one that ran out of memory is on record in the transaction that wrote what was seen. A column of its own would be a
-second truth, and workers of an older version would not write it during a rolling upgrade.
+Both are stored in the column ``above_memory_bytes``, which holds the newest value. The job's attempts show which of the
+two it is: the transaction that stores an observed value also records the attempt that ran out of memory. A separate
+column could contradict the attempts, and workers of an older version would not write it during a rolling upgrade.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from qbatch.models_db.tables import Attempt, Job, Worker
 
 
 class NeedIs(StrEnum):
-    """PREDICTED chooses the queue and forbids nothing. SEEN forbids every GPU that has no more, for good."""
+    """PREDICTED only chooses the queue. SEEN permanently excludes every GPU that does not have more memory."""
 
     PREDICTED = "predicted"
     SEEN = "seen"
 
 
-# Less than the smallest class holds, which is nothing for certain, where nothing is known.
+# The bound; -1 if nothing is known, which is less than the memory of any worker, CPU workers included.
 NEED_BYTES: ColumnElement[int] = func.coalesce(Job.above_memory_bytes, -1)
 
 
 def need_is() -> ColumnElement[Any]:
-    """Which of the two a job's need is; null where nothing is known of it."""
+    """The ``NeedIs`` of a job's need; null if nothing is known."""
     return case(
         (Job.above_memory_bytes.is_(None), None),
         (_ran_out(), NeedIs.SEEN.value),
@@ -37,24 +37,24 @@ def need_is() -> ColumnElement[Any]:
 
 
 def may_run_in(room_bytes: int) -> ColumnElement[bool]:
-    """A job that was not seen to need more than ``room_bytes``."""
+    """Jobs that may run with ``room_bytes`` of GPU memory: no attempt has shown that they need more."""
     return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, ~_ran_out())
 
 
 def seen_too_large_for(room_bytes: int) -> ColumnElement[bool]:
-    """A job that was seen to need more than ``room_bytes``: the opposite of ``may_run_in``."""
+    """Jobs that were observed to need more than ``room_bytes``; the opposite of ``may_run_in``."""
     return and_(Job.above_memory_bytes >= room_bytes, _ran_out())
 
 
 def remember_too_small(job: Job, worker: Worker) -> None:
-    """Note what was seen: this worker's GPU is too small. A prediction gives way to it.
+    """Record that the memory of this worker's GPU was too small for the job. This replaces a prediction.
 
-    The claim saw to it that this is more than what was seen before. The attempt must end as ``cuda_oom`` in the same
-    transaction.
+    The value is larger than any observed before, because the job was claimed only by workers with more memory. The
+    caller must end the attempt with ``cuda_oom`` in the same transaction.
     """
     job.above_memory_bytes = worker.memory_bytes
 
 
 def _ran_out() -> ColumnElement[bool]:
-    """A job that did not fit into some GPU's memory."""
+    """Jobs that have run out of memory on some GPU."""
     return select(Attempt.id).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind).correlate(Job).exists()

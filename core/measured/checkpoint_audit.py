@@ -1,4 +1,4 @@
-"""What was noticed while a checkpoint was written (docs/performance.md), and while it was measured."""
+"""The audits recorded when a checkpoint was written (docs/performance.md) and when it was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qbatch.core.measured.stored_json import Stored, left_out
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedPart(Stored):
-    """Parameters that stayed as they were, grouped over layers."""
+    """Parameters that were not quantized, grouped over layers."""
 
     name: str | None = None
     reason: str | None = None
@@ -18,7 +18,7 @@ class UnquantizedPart(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError(Stored):
-    """The Frobenius norm of a layer's error over that of its weight."""
+    """The Frobenius norm of a layer's quantization error, divided by that of its weight."""
 
     name: str | None = None
     error: float | None = None
@@ -26,8 +26,8 @@ class LayerError(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointAudit(Stored):
-    """How much of a model really was quantized; what was not, and why; what is wrong with the numbers. What a method
-    adds to it is among ``stored``."""
+    """How much of a model was quantized, what was not and why, and the quantization errors. A method's own entries are
+    in ``stored``."""
 
     num_parameters: int | None = left_out()
     quantized_parameters: int | None = left_out()
@@ -49,7 +49,7 @@ class CheckpointAudit(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuringAudit(Stored):
-    """What was noticed while a model was measured. ``spread_between_rounds``: where it is large."""
+    """Remarks from measuring a model. ``spread_between_rounds`` is set only if it is large."""
 
     cpu_layers_on_generic_kernel: int | None = None
     perplexity_not_finite: bool | None = left_out()

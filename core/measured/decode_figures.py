@@ -1,4 +1,4 @@
-"""Why decoding is as fast as it is, and what it costs in energy: what is known of a GPU's decode steps."""
+"""The analysis of decode steps on a GPU: what limits their speed, and the energy that they use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.core.measured.stored_json import Stored, beside, left_out, written_b
 
 
 class Verdict(StrEnum):
-    """What would have to become faster for a decode step to become faster."""
+    """The bottleneck of a decode step: what would have to be faster to make the step faster."""
 
     HOST_BOUND = "host-bound"
     SYNCHRONIZATION_BOUND = "synchronization-bound"
@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfiledStep(Stored):
-    """A decode step under the profiler, on average over ``steps``."""
+    """A decode step under the profiler: averages over ``steps`` steps."""
 
     steps: int | None = None
     device_busy_s: float | None = None
@@ -31,7 +31,7 @@ class ProfiledStep(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadByStep(Stored):
-    """What a decode step must read and compute, for the whole batch."""
+    """The bytes that a decode step must read, and the operations that it must compute, for the whole batch."""
 
     weight_bytes: int | None = None
     cache_bytes: int | None = None
@@ -44,7 +44,7 @@ class ReadByStep(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRoofs(Stored):
-    """What a plain copy and a large matrix product of ``dtype`` reach on the device."""
+    """The rates that a plain copy and a large matrix product in ``dtype`` reach on the device."""
 
     copy_bytes_per_s: float | None = None
     matmul_flops_per_s: float | None = None
@@ -53,7 +53,7 @@ class DeviceRoofs(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAlone(Stored):
-    """A decode step's kernels without the host: seconds a step, else why it could not be timed."""
+    """The time of a decode step's kernels without the host, in seconds per step, or the reason if it is missing."""
 
     step_s: float | None = None
     reason: str | None = None
@@ -61,7 +61,8 @@ class StepAlone(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEnergy(Stored):
-    """Joules of one call: as the counter has it, and less what idling takes for as long."""
+    """The energy of one call in joules: ``gross_j`` from the counter, ``net_j`` without the idle energy of the same
+    time."""
 
     gross_j: float | None = None
     net_j: float | None = None
@@ -74,7 +75,8 @@ class PhaseEnergy(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredEnergy(Stored):
-    """``flags``: what made it unfair; ``reason``: why there is none."""
+    """The energy of prefill and decoding. ``flags``: conditions that made the measurement unfair; ``reason``: why there
+    is none; ``idle_w``: the idle power in watts."""
 
     reason: str | None = left_out()
     idle_w: float | None = left_out()
@@ -85,8 +87,8 @@ class MeasuredEnergy(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeReasons(Stored):
-    """The verdict on an eager decode step of ``step_wall_s`` seconds, and what it rests on. ``verdict``: a ``Verdict``,
-    or what newer code calls one."""
+    """The verdict on an eager decode step of ``step_wall_s`` seconds, and the figures that it is based on. ``verdict``
+    is the value of a ``Verdict``, or one that only newer code knows."""
 
     verdict: str | None = None
     reason: str | None = None

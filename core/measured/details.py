@@ -1,4 +1,4 @@
-"""What is stored of a result beside its columns."""
+"""The details of a result, stored as JSON in addition to its columns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qbatch.core.measured.stored_json import LEFT_OUT, Stored, beside, left_out
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details(Stored):
-    """``docs/measurements.md`` says what each is. ``protocol`` is as ``Protocol.to_json`` gives it; ``flags`` has what
-    made a GPU's figures unfair."""
+    """The details of a result; ``docs/measurements.md`` explains each. ``protocol`` is the output of
+    ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -43,7 +43,7 @@ class Details(Stored):
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether it is known to have been measured on a CPU: a GPU has a UUID."""
+        """Whether the result was certainly measured on a CPU: the device's UUID is stored as null."""
         return self.device_uuid is None and "device_uuid" in self.stored
 
     def times(self, phase: Phase) -> PhaseTimes:

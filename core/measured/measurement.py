@@ -1,4 +1,4 @@
-"""What one measurement found: the columns of a result, and its details."""
+"""One measurement: the columns of a result, and its details."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qbatch.core.measured.stored_json import Stored, field_names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures(Stored):
-    """What may be known of a measured model. None is "not measured", never 0. Bytes, seconds, tokens per second, nats.
+    """The figures of a measured model, in bytes, seconds, tokens per second, and nats. None means "not measured".
 
-    The fields but ``details`` are columns of the results table.
+    All fields except ``details`` are columns of the results table.
     """
 
     device_name: str | None = None
@@ -42,7 +42,7 @@ class Figures(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement(Figures):
-    """What a worker measured: these are always known."""
+    """The figures that a worker measured. The fields listed here are always known."""
 
     device_name: str
     dtype: DType

@@ -1,6 +1,6 @@
-"""Every metric that is shown, in one place: what it is called, how it is written, and where it stands.
+"""All metrics that are shown: their names, formats, and places in the tables.
 
-``results``, ``compare`` and ``show``, their JSON and CSV, and the table of docs/measurements.md come from here.
+``results``, ``compare`` and ``show``, their JSON and CSV, and the table in docs/measurements.md are built from these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Value = Callable[[ResultRow], float | None]
 
 
 class Unit(StrEnum):
-    """Of a metric's value; it decides how that is written."""
+    """The unit of a metric, which determines how its values are formatted."""
 
     BITS = "bits"
     BYTES = "bytes"
@@ -32,7 +32,7 @@ class Unit(StrEnum):
 
 
 class Better(StrEnum):
-    """Which of two values is the better one."""
+    """Which of two values is better."""
 
     LOWER = "lower"
     HIGHER = "higher"
@@ -40,7 +40,7 @@ class Better(StrEnum):
 
 
 class BesideBaseline(StrEnum):
-    """What stands behind a value, where it may be compared with its baseline's."""
+    """What is shown after a value, if it can be compared with the baseline's."""
 
     NOTHING = "–"
     RATIO = "ratio"
@@ -49,8 +49,8 @@ class BesideBaseline(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfComparison:
-    """Noise where the ``distance`` from the base is under its ``error``, or not above that of 16-bit arithmetic alone
-    (``floor``)."""
+    """The value is noise if its ``distance`` from the base is less than its standard ``error``, or not more than the
+    distance caused by 16-bit arithmetic alone (``floor``)."""
 
     distance: Value
     error: Value
@@ -59,14 +59,15 @@ class OfComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotBelow:
-    """Noise where the value is 1, or not below that of 16-bit arithmetic alone: no error of it is known."""
+    """The value is noise if it is 1, or not below the value caused by 16-bit arithmetic alone (``floor``). For metrics
+    without a standard error."""
 
     floor: Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfTimes:
-    """Noise where row and baseline lie less apart than the standard error that the times of ``phase`` give."""
+    """The value is noise if row and baseline differ by less than the standard error of the times of ``phase``."""
 
     phase: Phase
 
@@ -76,11 +77,14 @@ Noise = OfComparison | NotBelow | OfTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One figure. ``key``: its dotted path in a row's JSON, by which programs know it; ``value`` is the same path in
-    ``ResultRow``. ``label``: over a column; ``title``: before a line of ``show``, where that is another. ``on_device``:
-    comparable on one device alone. ``error`` and ``floor``: its standard error, and the value of 16-bit arithmetic
-    alone, which ``show`` sets beside it; ``in_details``: where ``show`` finds the value of a column. ``csv``: its
-    column in ``compare``'s CSV, where that is not the key's end.
+    """One metric.
+
+    ``key``: its dotted path in a row's JSON, which programs use; ``value`` reads the same from a ``ResultRow``.
+    ``label``: the heading of its column; ``title``: its name in ``show``, if different. ``beside``: what is shown after
+    the value. ``on_device``: values are comparable only on the same device. ``error`` and ``floor``: the standard
+    error, and the value for 16-bit arithmetic alone, both shown by ``show``. ``in_details``: where ``show``
+    reads the value from, if not with ``value``. ``csv``: its column in ``compare``'s CSV, if not the last part of the
+    key.
     """
 
     key: str
@@ -98,7 +102,7 @@ class Metric:
     csv: str = ""
 
     def line_value(self, row: ResultRow) -> float | None:
-        """For a line of ``show``."""
+        """The value that ``show`` prints."""
         return (self.in_details or self.value)(row)
 
     @property
@@ -112,8 +116,8 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricColumn:
-    """A column of a table: of its ``metrics`` the first that a row has. ``rank``: the higher leaves first where the
-    terminal is too narrow."""
+    """A column of a table, which shows the first of its ``metrics`` that a row has. ``rank``: if the terminal is too
+    narrow, columns with the highest rank are dropped first."""
 
     metrics: tuple[Metric, ...]
     rank: int = 0
@@ -469,7 +473,7 @@ def _short_of_1(share: float | None) -> float | None:
     return None if share is None else 1 - share
 
 
-# Where they stand, in this order
+# The tables' columns and sections, in order
 
 RESULTS_COLUMNS: tuple[MetricColumn, ...] = (
     MetricColumn(metrics=(DISK,)),
@@ -485,7 +489,7 @@ RESULTS_COLUMNS: tuple[MetricColumn, ...] = (
     MetricColumn(metrics=(QUANTIZE,), rank=5),
     MetricColumn(metrics=(LOAD,), rank=6),
 )
-"""Of ``results``; ``compare`` begins with them."""
+"""The columns of ``results``, and the first ones of ``compare``."""
 COMPARE_COLUMNS: tuple[MetricColumn, ...] = (
     *RESULTS_COLUMNS,
     MetricColumn(metrics=(KL_MEAN_ERROR,)),
@@ -497,16 +501,16 @@ COMPARE_COLUMNS: tuple[MetricColumn, ...] = (
     MetricColumn(metrics=(KERNELS_ALONE,)),
     MetricColumn(metrics=(ENERGY_PER_TOKEN,)),
 )
-"""Of ``compare``: what there is room for where a few rows of one model stand side by side."""
+"""Further columns of ``compare``, which has space for them because it shows few rows of one model."""
 COMPARE_CSV: tuple[Metric, ...] = (
     *(KL_MEAN_ERROR, KL_P99, LN_PPL_RATIO, LN_PPL_RATIO_ERROR, TOP1_ERROR, RANK_CORRELATION, KL_FLOOR),
 )
-"""What ``compare --format csv`` has beside the columns of a result and the ratios."""
+"""The columns that ``compare --format csv`` has in addition to those of a result and the ratios."""
 PREDICTION_LINES: tuple[Metric, ...] = (
     *(KL_MEAN, KL_MEDIAN, KL_P90, KL_P95, KL_P99, KL_MAX, LN_PPL_RATIO, RMS_DELTA_P, TOP1),
 )
 EMBEDDING_LINES: tuple[Metric, ...] = (COSINE_MEAN, COSINE_MIN, RANK_CORRELATION)
-"""Under "quality" in ``show``: of predictions, and of embeddings."""
+"""The metrics under "quality" in ``show``: for predictions, and for embeddings."""
 
 COMPARED_METRICS: tuple[Metric, ...] = tuple(metric for column in COMPARE_COLUMNS for metric in column.metrics)
 ALL_METRICS: tuple[Metric, ...] = tuple(

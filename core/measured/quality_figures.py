@@ -1,4 +1,5 @@
-"""How good a model's predictions are: by themselves, and beside its base's. In nats; ``_se`` is a standard error."""
+"""The quality of a model's predictions, by themselves and compared with its base's. Losses and divergences are in nats;
+``_se`` is a standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _ERROR = "_stderr"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPerplexity(Stored):
-    """What a perplexity rests on: sums and numbers of scored tokens by window."""
+    """The data of a perplexity: the summed negative log-likelihood and the number of scored tokens, per window."""
 
     mean_nll: float | None = None
     perplexity_se: float | None = None
@@ -25,7 +26,7 @@ class TextPerplexity(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityFloor(Stored):
-    """How far 16-bit arithmetic by itself moves the base: what is not above it is rounding."""
+    """How much 16-bit arithmetic alone changes the base's predictions. Differences not above this are rounding."""
 
     windows: int | None = left_out()
     rows: int | None = left_out()
@@ -47,8 +48,8 @@ class QualityFloor(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(Stored):
-    """A model beside its base: predictions token by token (``windows``, ``rows``), or an encoder's embeddings piece by
-    piece. ``reason`` says why there is no comparison."""
+    """A model compared with its base: predictions token by token (``windows``, ``rows``), or an encoder's embeddings
+    for each piece of text (``pieces``). ``reason`` says why there is no comparison."""
 
     windows: int | None = left_out()
     rows: int | None = left_out()
@@ -87,7 +88,7 @@ class Quality(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A figure of a task, and its standard error where the harness has one."""
+    """A score in a task, and its standard error if the harness has one."""
 
     value: float | None
     error: float | None
@@ -95,8 +96,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores(Stored):
-    """What lm-evaluation-harness gave for a task or group. Its scores are stored under the harness's names for them,
-    beside these fields."""
+    """The results of lm-evaluation-harness for a task or group. The scores are stored in the same JSON object as these
+    fields, under the harness's names."""
 
     n_samples: int | None = None
     num_fewshot: int | None = None
@@ -117,7 +118,7 @@ class TaskScores(Stored):
         config_hash: str | None,
         samples_hash: str | None,
     ) -> Self:
-        rest = cls(
+        known = cls(
             n_samples=n_samples,
             num_fewshot=num_fewshot,
             version=version,
@@ -128,11 +129,11 @@ class TaskScores(Stored):
         written: dict[str, Any] = {}
         for name, score in scores.items():
             written |= {name: as_json(score.value), f"{name}{_ERROR}": as_json(score.error)}
-        return cls.from_json(written | rest.to_json())
+        return cls.from_json(written | known.to_json())
 
     @property
     def scores(self) -> dict[str, Score]:
-        """By metric: what has a standard error beside it, known or not."""
+        """The scores by metric: all entries for which a standard error is stored too, even if it is null."""
         return {
             name: Score(value=_number(value), error=_number(self.stored[f"{name}{_ERROR}"]))
             for name, value in self.unknown().items()

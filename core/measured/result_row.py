@@ -1,4 +1,4 @@
-"""A job with what was measured of it: what ``results`` and ``compare`` show, and their JSON."""
+"""A job and its measurement: the rows that ``results`` and ``compare`` show, and write as JSON."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_json import Stored
 
-_BEFORE = (
+_FIRST_FIELDS = (
     *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from"),
     *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
 )
-_AFTER = ("baseline_job_id", "protocol", "protocol_hash", "details")
+_LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "details")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProtocol(Stored):
-    """A protocol that something was measured by; ``stored`` has all of its fields."""
+    """The protocol of a measurement. ``stored`` has all of its fields."""
 
     batch_size: int | None = None
     prompt_tokens: int | None = None
@@ -31,9 +31,12 @@ class StoredProtocol(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow(Figures):
-    """A job, ended or not; what was not measured is None. ``options`` are its scheme's, as asked for; ``dtype`` and
-    ``compute_dtype`` are what was asked for until it is measured; ``protocol`` is what it was measured by.
-    ``baseline_job_id``: its batch's baseline of the same source and protocol."""
+    """A job, ended or not. Figures that were not measured are None.
+
+    ``options`` are the options of its scheme as requested. ``dtype`` and ``compute_dtype`` are the requested ones until
+    the job is measured. ``protocol`` is the protocol of the measurement. ``baseline_job_id`` is the baseline in the
+    same batch with the same source and protocol.
+    """
 
     batch_id: str
     job_id: str
@@ -56,7 +59,7 @@ class ResultRow(Figures):
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:
-        return (*_BEFORE, *MEASURED_COLUMNS, *_AFTER)
+        return (*_FIRST_FIELDS, *MEASURED_COLUMNS, *_LAST_FIELDS)
 
     @property
     def is_baseline(self) -> bool:

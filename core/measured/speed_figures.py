@@ -1,4 +1,4 @@
-"""How fast a model is, and how much memory that took."""
+"""The speed of a model, and the memory that it used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.core.measured.stored_json import Stored, left_out
 
 
 class Phase(StrEnum):
-    """What is timed."""
+    """The timed phases."""
 
     LOAD_MODEL = "load_model"
     PREFILL = "prefill"
@@ -21,7 +21,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTimes(Stored):
-    """The times of a phase over all rounds, in seconds. ``tokens_per_s``: of the prefill alone."""
+    """Statistics of a phase's times over all rounds, in seconds. ``tokens_per_s`` is known only for the prefill."""
 
     count: int | None = None
     mean: float | None = None
@@ -35,7 +35,8 @@ class PhaseTimes(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseByRound(Stored):
-    """Each round's median and mean, in seconds, and (largest - smallest median) / their median: None for one round."""
+    """The median and mean of each round, in seconds. ``spread`` is (largest - smallest median) / median of the medians;
+    None for a single round."""
 
     p50: tuple[float, ...] | None = None
     mean: tuple[float, ...] | None = None
@@ -44,7 +45,7 @@ class PhaseByRound(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedRounds(Stored):
-    """``interleaved_with``: the jobs of other models that were timed between these rounds; None where unknown."""
+    """The timing rounds. ``interleaved_with``: the jobs of other models timed between these rounds; None if unknown."""
 
     count: int | None = None
     interleaved_with: tuple[str, ...] | None = None
@@ -53,8 +54,8 @@ class TimedRounds(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunShape(Stored):
-    """What was really run, after the model's positions clipped what was asked for. An encoder has 0 new tokens; what
-    begins with ``eval`` is of the text."""
+    """The sizes that were actually run, after limiting the requested ones to the model's number of positions. Encoders
+    have 0 new tokens. Fields that begin with ``eval`` belong to the evaluation text."""
 
     batch_size: int | None = left_out()
     prompt_tokens: int | None = left_out()
@@ -66,7 +67,7 @@ class RunShape(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory(Stored):
-    """Peaks in bytes; None where the device does not tell."""
+    """Peak memory use in bytes; None if the device does not report it."""
 
     max_ram: int | None = None
     max_global_vram: int | None = None
@@ -77,7 +78,7 @@ class Memory(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size(Stored):
-    """Counts of parameters, tied ones once, and the bytes that hold them."""
+    """The numbers of parameters (tied ones count once), and the bytes that they use."""
 
     num_parameters: int | None = None
     quantized_parameters: int | None = None

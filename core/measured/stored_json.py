@@ -1,8 +1,7 @@
-"""Dataclasses that are stored as JSON: read without ever failing, and written without losing anything.
+"""Dataclasses that are stored as JSON. Reading never fails for optional fields, and writing loses nothing.
 
-What is stored may come from an older version, which did not know a field, or from a newer one, which knows more. Absent
-is the field's default (None, or an empty part), as is a value of another type than the field's; what is not known is
-kept, and is there again when the part is written.
+Stored JSON may be from an older version, without some fields, or from a newer one, with more. A field that is absent or
+has the wrong type gets its default (None, or an empty part). Unknown entries are kept, and are written back.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
-# What a reader gives for a value of the wrong type; None may be right.
+# What a reader returns for a value of the wrong type. None may be a valid value.
 _WRONG = object()
-_WHERE_KNOWN = "written where it is known"
-_BESIDE = "written where this field is known"
-LEFT_OUT: Mapping[str, Any] = types.MappingProxyType({_WHERE_KNOWN: True})
-"""Metadata of a field that is not written where it is not known, in place of null."""
+_ONLY_IF_KNOWN = "written only if it is known"
+_BESIDE = "written if this other field is known"
+LEFT_OUT: Mapping[str, Any] = types.MappingProxyType({_ONLY_IF_KNOWN: True})
+"""Metadata of a field that is omitted if it is not known, instead of written as null."""
 
 Reader = Callable[[Any], Any]
 
 
 def written_beside(name: str) -> Mapping[str, Any]:
-    """Metadata of a field that is written, null where it is not known, wherever field ``name`` is known."""
+    """Metadata of a field that is written if the field ``name`` is known, as null if it is not known itself."""
     return {_BESIDE: name}
 
 
@@ -40,14 +39,14 @@ def beside(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A part of what is stored. ``read_from`` is the mapping that it was read from; None where it was made here, also
-    out of another one (``dataclasses.replace``)."""
+    """A part of the stored JSON. ``read_from`` is the mapping that it was read from; None if it was created in this
+    process, including copies with ``dataclasses.replace``."""
 
     read_from: Mapping[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises TypeError where a field without a default is absent or of the wrong type."""
+        """Read a part from JSON. Raises TypeError if a field without a default is absent or has the wrong type."""
         if not isinstance(value, Mapping):
             return cls()
         read = {name: reader(value[name]) for name, reader in _layout(cls).readers.items() if name in value}
@@ -56,7 +55,8 @@ class Stored:
         return part
 
     def to_json(self) -> dict[str, Any]:
-        """What was read is as it was. Of what was made here neither infinity nor NaN: JSON has none."""
+        """The part as JSON. A part that was read is returned unchanged. In others, NaN and infinity become null, since
+        JSON cannot express them."""
         if self.read_from is not None:
             return dict(self.read_from)
         return {name: as_json(getattr(self, name)) for name in self.written_order() if self._is_written(name)}
@@ -68,27 +68,27 @@ class Stored:
 
     @property
     def stored(self) -> Mapping[str, Any]:
-        """All that it was read from, known and unknown; empty where it was made here."""
+        """All entries that the part was read from, known and unknown; empty if it was created in this process."""
         return self.read_from or {}
 
     @property
     def is_known(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether any field or entry is known."""
         return bool(self.stored) or any(_is_known(getattr(self, name)) for name in field_names(type(self)))
 
     def unknown(self) -> dict[str, Any]:
-        """What was stored under names that are no field's."""
+        """The stored entries whose names are not fields."""
         return {name: value for name, value in self.stored.items() if name not in _layout(type(self)).readers}
 
     def _is_written(self, name: str) -> bool:
         rule = _layout(type(self)).rules[name]
         if _BESIDE in rule:
             return _is_known(getattr(self, rule[_BESIDE]))
-        return _WHERE_KNOWN not in rule or _is_known(getattr(self, name))
+        return _ONLY_IF_KNOWN not in rule or _is_known(getattr(self, name))
 
 
 def as_json(value: Any) -> Any:
-    """``value`` of a field as JSON has it."""
+    """Convert the ``value`` of a field to JSON."""
     if isinstance(value, Stored):
         return value.to_json() if value.is_known or value.read_from is not None else None
     if isinstance(value, Enum):
@@ -101,7 +101,7 @@ def as_json(value: Any) -> Any:
 
 
 def field_names(cls: type[Stored]) -> tuple[str, ...]:
-    """The names of what ``cls`` stores."""
+    """The names of the fields that ``cls`` stores."""
     return tuple(_layout(cls).readers)
 
 
@@ -111,7 +111,7 @@ def _is_known(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Of a class, by field: what reads it, and when it is written."""
+    """The reader of each field of a class, and the metadata that says when it is written."""
 
     readers: Mapping[str, Reader]
     rules: Mapping[str, Mapping[str, Any]]
@@ -123,18 +123,18 @@ def _layout(cls: Any) -> _Layout:
 
 @functools.cache
 def _layout_once(cls: type[Stored]) -> _Layout:
-    hints, stored = get_type_hints(cls), [one for one in fields(cls) if one.init]
+    hints, stored = get_type_hints(cls), [each for each in fields(cls) if each.init]
     return _Layout(
-        readers={one.name: _reader(hints[one.name]) for one in stored},
-        rules={one.name: one.metadata for one in stored},
+        readers={each.name: _reader(hints[each.name]) for each in stored},
+        rules={each.name: each.metadata for each in stored},
     )
 
 
 def _reader(hint: Any) -> Reader:
-    """What makes of a JSON value one of type ``hint``, or _WRONG."""
+    """A function that converts a JSON value to the type ``hint``, and returns _WRONG if that is impossible."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        (inner,) = (_reader(one) for one in arguments if one is not type(None))
+        (inner,) = (_reader(argument) for argument in arguments if argument is not type(None))
         return lambda value: None if value is None else inner(value)
     if origin is tuple:
         return functools.partial(_tuple, _reader(arguments[0]))
@@ -165,7 +165,7 @@ def _integer(value: Any) -> Any:
 
 
 def _tuple(reader: Reader, value: Any) -> Any:
-    """Whole or not at all: of a part nothing true could be said."""
+    """Convert a list. If any item is wrong, the whole list is, because a partial list would be misleading."""
     if not isinstance(value, list | tuple):
         return _WRONG
     items = tuple(reader(item) for item in value)
@@ -173,7 +173,7 @@ def _tuple(reader: Reader, value: Any) -> Any:
 
 
 def _mapping(reader: Reader, value: Any) -> Any:
-    """Without the entries of the wrong type."""
+    """Convert a mapping, and drop entries of the wrong type."""
     if not isinstance(value, Mapping):
         return _WRONG
     read = {key: reader(item) for key, item in value.items()}

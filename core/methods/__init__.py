@@ -1,4 +1,4 @@
-"""What each quantization method is, for those that plan, store and show. Never imports what computes."""
+"""Descriptions of the quantization methods, for planning, storing and showing. Imports no library that computes."""
 
 if __name__ != "qbatch.core.methods":
     raise ImportError("this is qbatch.core.methods, and has no other name")

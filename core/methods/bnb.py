@@ -1,4 +1,4 @@
-"""bitsandbytes: NF4 and FP4 in 4 bits, LLM.int8 in 8."""
+"""bitsandbytes' methods: NF4 and FP4 with 4 bits, and LLM.int8 with 8 bits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from qbatch.core.methods.description import MethodDescription, MethodOption, Opt
 
 LIBRARY = "bitsandbytes"
 _ENVIRONMENT = ("BNB_", "BITSANDBYTES_")
-# A float32 for each block of so many values, or with double quantization a byte.
+# Each block of this many values has a float32 scale, or one of a single byte with double quantization.
 _BLOCK = 64
-# LLM.int8 dequantizes the columns that meet an outlier in its input, at worst all: codes, and float32 twice.
+# LLM.int8 dequantizes the columns for which the input has an outlier, in the worst case all of them: a byte of code and
+# two float32 per value.
 _OUTLIER_BYTES = 9
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-# What is stored beside a weight; ".quant_state." is followed by the name of the type.
+# Suffixes of the tensors stored with a weight, apart from ".quant_state.", which is followed by the name of the type.
 _STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
 
@@ -53,7 +54,7 @@ QUANT_STORAGE: MethodOption[str] = MethodOption(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BnbFourBit(MethodDescription):
-    """Blocks of 64 values, each with a scale."""
+    """4-bit codes with one scale per block of 64 values."""
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
@@ -81,7 +82,7 @@ class BnbFourBit(MethodDescription):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BnbInt8(MethodDescription):
-    """Rows of codes, each with a scale; inputs over a threshold go around them."""
+    """int8 codes with one scale per row. Input columns with values over a threshold are multiplied at 16 bits."""
 
     def check(self, options: Options) -> None:
         refuse_double_quantization(self.name, options)
@@ -160,7 +161,7 @@ INT8 = BnbInt8(
 
 
 class BnbCheckpoints:
-    """bitsandbytes' checkpoints from outside."""
+    """Reads bitsandbytes' checkpoints from their config and headers."""
 
     quant_method = LIBRARY
 
@@ -173,7 +174,7 @@ class BnbCheckpoints:
         return f"bitsandbytes 4 bits ({kind}{double})"
 
     def num_parameters(self, tensors: Collection[StoredTensor]) -> int | None:
-        """One too many for each weight of odd size."""
+        """The number of parameters; one too many for each 4-bit weight with an odd number of values."""
         names = {tensor.name for tensor in tensors}
         return sum(_elements(tensor, names) for tensor in tensors)
 
@@ -186,10 +187,10 @@ def _elements(tensor: StoredTensor, names: set[str]) -> int:
     return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
 
 
-# NF4's own error is a tenth.
+# The relative error of NF4 is about 0.1.
 TRIAL = """
 import bitsandbytes
 codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
 restored = bitsandbytes.functional.dequantize_4bit(codes, state)
 """
-"""Python by which ``qbatch doctor`` sees whether the library works: ``weight`` is quantized and restored."""
+"""Python code with which ``qbatch doctor`` tests the library: it quantizes ``weight`` and sets ``restored``."""

@@ -1,4 +1,5 @@
-"""Every method: one line each. Its half in the worker is found by its description's class (``worker/methods``)."""
+"""All methods, one line each. The worker finds the implementation by the class of the description
+(``worker/methods``)."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from qbatch.core.methods import bnb, torchao, unquantized
 from qbatch.core.methods.description import CheckpointFamily, MethodDescription, MethodOption
 
 Description = unquantized.Unquantized | bnb.BnbFourBit | bnb.BnbInt8 | torchao.Torchao
-"""What a method's description may be. The set is closed: whoever matches on it must know them all."""
+"""The classes of descriptions. The set is closed, so that the type checker finds a ``match`` that misses one."""
 
 FAMILIES: tuple[CheckpointFamily, ...] = (bnb.BnbCheckpoints(), torchao.TorchaoCheckpoints())
 
 
 class Method(StrEnum):
-    """How the weights are stored, by the name that rows have it under."""
+    """A quantization method. The value is the name stored in rows."""
 
     _value_: str
     description: Description
@@ -38,7 +39,7 @@ class Method(StrEnum):
 
 
 def find_method(text: str) -> Method:
-    """The method of that name or alias. Raises UsageError."""
+    """The method with this name or alias. Raises UsageError if there is none."""
     for method in Method:
         if text in (method.description.name, *method.description.aliases):
             return method
@@ -46,23 +47,23 @@ def find_method(text: str) -> Method:
 
 
 def describe_row(name: str) -> MethodDescription:
-    """The description of a stored row's method; one that says the name alone where newer code wrote it."""
+    """The description of a stored row's method. A method of newer code gets a description with only its name."""
     known = {method.value: method.description for method in Method}
     return known.get(name) or MethodDescription(name=name)
 
 
 def meant_by_bits(bits: int) -> tuple[Method, ...]:
-    """The methods that ``--bits`` may mean, the usual one first."""
+    """The methods that ``--bits`` may select, the default one first."""
     return tuple(m for m in Method if m.description.meant_by_bits and m.description.bits == bits)
 
 
 def known_bits() -> tuple[int, ...]:
-    """What ``--bits`` takes."""
+    """The values that ``--bits`` accepts."""
     return tuple(sorted({m.description.bits for m in Method if m.description.meant_by_bits and m.description.bits}))
 
 
 def quant_types() -> dict[str, Method]:
-    """What ``--quant-type`` takes."""
+    """The values that ``--quant-type`` accepts, with their methods."""
     return {m.description.quant_type: m for m in Method if m.description.quant_type is not None}
 
 
@@ -72,12 +73,12 @@ def every_option() -> tuple[MethodOption[Any], ...]:
 
 
 def every_library() -> tuple[str, ...]:
-    """The packages that methods are made of."""
+    """The packages that implement the methods."""
     return tuple(dict.fromkeys(library for method in Method for library in method.description.libraries))
 
 
 def optional_libraries() -> dict[str, str]:
-    """The libraries that qbatch can do without, and the extra that installs each."""
+    """The optional libraries, each with the extra of qbatch that installs it."""
     return {
         library: method.description.extra
         for method in Method
@@ -95,12 +96,12 @@ def every_environment_prefix() -> tuple[str, ...]:
 
 
 def required_libraries() -> tuple[str, ...]:
-    """Those that qbatch cannot do without."""
+    """The libraries that qbatch always requires."""
     return tuple(library for library in every_library() if library not in optional_libraries())
 
 
 def missing_library(description: MethodDescription) -> str | None:
-    """What to say where a library that the method needs is not installed here."""
+    """An error message if a library that the method needs is not installed here; else None."""
     for library in description.libraries:
         if not is_installed(library):
             wanted = "qbatch" if description.extra is None else f"qbatch[{description.extra}]"
@@ -109,7 +110,7 @@ def missing_library(description: MethodDescription) -> str | None:
 
 
 def is_installed(library: str) -> bool:
-    """By the package's metadata: nothing is imported."""
+    """Whether a package is installed, according to its metadata. Nothing is imported."""
     try:
         version(library)
     except PackageNotFoundError:
@@ -118,5 +119,5 @@ def is_installed(library: str) -> bool:
 
 
 def family_of(quant_method: object) -> CheckpointFamily | None:
-    """Of the checkpoints whose config names that ``quant_method``; None for those that no method here writes."""
+    """The family of checkpoints whose config has this ``quant_method``; None if no method here writes them."""
     return next((family for family in FAMILIES if family.quant_method == quant_method), None)

@@ -1,4 +1,4 @@
-"""torchao: int8 weights with activations quantized on the fly, and int8 and int4 weights alone."""
+"""torchao's methods: int8 weights with activations quantized at run time, and int8 or int4 weights only."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from qbatch.core.methods.description import MethodDescription, MethodOption, Opt
 
 LIBRARY = "torchao"
 EXTRA = "torchao"
-# A row's float32 scale, and a zero point of one byte that is stored though it is zero.
+# Each row has a float32 scale, and a zero point of one byte, which is stored although it is always zero.
 _ROW_BYTES = 5
-# int4 is packed for tensor cores: rows and columns are filled up to multiples of these.
+# int4 is packed for tensor cores: rows and columns are padded to multiples of these.
 ROW_STEP, COLUMN_STEP = 8, 1024
 # A bfloat16 scale and zero point for each group of a row.
 _GROUP_BYTES = 4
-# While a weight is quantized it stands there in float32 several times; where the int8 kernel cannot take a shape (fewer
-# than 17 rows of activations, as in decoding) torchao multiplies in float32 too.
+# Quantizing a weight needs several float32 copies of it. Where the int8 kernel does not support a shape (fewer than 17
+# rows of activations, as in decoding), torchao multiplies in float32 too.
 _WORKING_BYTES = 16
-# Parts of a quantized weight, as safetensors has them beside each other.
+# Suffixes of the tensors in which the parts of a quantized weight are stored.
 _CODES, _STATE = "_weight_qdata", ("_weight_scale", "_weight_zero_point")
 
-# Importing it tells of kernels that other builds of torch have, and of names that torch will drop.
+# Importing torchao warns of kernels that only other builds of torch have, and of deprecated names.
 _SILENCED = ("torchao", "torch.utils._pytree")
 _FOOTPRINT = "codes and what is not quantized (transformers' own figure takes codes for 16-bit weights)"
 
 
 class WeightKind(Enum):
-    """What torchao makes of a weight."""
+    """How torchao quantizes a weight."""
 
     INT8 = "int8"
     INT8_DYNAMIC = "int8 with dynamic activations"
@@ -40,7 +40,7 @@ class WeightKind(Enum):
 
 def _check_group_size(value: int) -> None:
     if value not in GROUP_SIZES:
-        raise UsageError(f"a group of int4 weights has {', '.join(map(str, GROUP_SIZES))} values, not {value}")
+        raise UsageError(f"the group size must be one of {', '.join(map(str, GROUP_SIZES))}, not {value}")
 
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -52,13 +52,13 @@ GROUP_SIZE: MethodOption[int] = MethodOption(
     choices=GROUP_SIZES,
     check=_check_group_size,
     words=lambda value: f" groups of {value}",
-    unasked="a group size belongs to torchao-int4, which was not asked for",
+    unasked="a group size applies only to torchao-int4, which was not given",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torchao(MethodDescription):
-    """What torchao quantizes, one weight of a linear layer after the other."""
+    """A method of torchao, which quantizes the weights of linear layers."""
 
     kind: WeightKind
 
@@ -66,9 +66,9 @@ class Torchao(MethodDescription):
         if self.kind is not WeightKind.INT4:
             return rows * (columns + _ROW_BYTES)
         group_size = GROUP_SIZE.of(options)
-        if columns % group_size:  # left as it is, at 16 bits
+        if columns % group_size:  # stays unquantized, at 16 bits
             return rows * columns * 2
-        rows, columns = _up(rows, ROW_STEP), _up(columns, COLUMN_STEP)
+        rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
         return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
 
     def working_bytes(self, largest_weight: int, options: Options) -> int:
@@ -80,7 +80,7 @@ class Torchao(MethodDescription):
         return "torchao looks at the activations on the host before each product, but where the model is compiled."
 
 
-def _up(size: int, step: int) -> int:
+def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
@@ -123,7 +123,7 @@ INT4 = Torchao(
 
 
 class TorchaoCheckpoints:
-    """torchao's checkpoints from outside."""
+    """Reads torchao's checkpoints from their config and headers."""
 
     quant_method = LIBRARY
 
@@ -135,7 +135,7 @@ class TorchaoCheckpoints:
         return f"torchao {name}" if isinstance(name, str) else "torchao"
 
     def num_parameters(self, tensors: Collection[StoredTensor]) -> int | None:
-        """None for 4 bits, whose codes are filled up."""
+        """The number of parameters; None for 4 bits, whose codes are padded."""
         if any(tensor.name.endswith(_CODES) and tensor.dtype != "I8" for tensor in tensors):
             return None
         return sum(tensor.numel for tensor in tensors if not tensor.name.endswith(_STATE))

@@ -10,7 +10,8 @@ from qbatch.core.methods.description import MethodDescription, Options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unquantized(MethodDescription):
-    """No method. Its rows store bitsandbytes' options and its keys that library's version, as they always did."""
+    """No quantization. Its rows store bitsandbytes' options, and its keys contain that library's version, because they
+    did so in earlier versions."""
 
     def check(self, options: Options) -> None:
         bnb.refuse_double_quantization(self.name, options)

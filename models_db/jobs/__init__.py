@@ -1,20 +1,20 @@
-"""The job state machine. Only the modules of this folder write a job's state, once ``batches`` has added the job.
+"""The job state machine. After ``batches`` has added a job, only the modules in this folder change its state.
 
     queued → running → succeeded | failed | cancelled
 
-``attempt`` rises at every claim and fences out whoever held the job before. ``failures`` rises only when an attempt
-whose own work had started is lost or fails.
+``attempt`` increases with every claim, so that writes by an earlier holder of the job are rejected. ``failures``
+increases only if an attempt whose own work had started fails or is lost.
 
-Every change of a job's state goes through one of these functions, within the caller's transaction:
+Every change of a job's state is made by one of these functions, in the caller's transaction:
 
 - ``claiming``: a worker takes queued jobs;
-- ``holding``: who holds a job, renews its lease and says how far it is;
-- ``outcomes``: an attempt ends, well or badly, or is given back;
-- ``expiry``: what ends because nobody was heard of, or nobody is large enough;
-- ``user_requests``: a user cancels or retries.
+- ``holding``: the holder of a job renews its lease and reports progress;
+- ``outcomes``: an attempt succeeds, fails, or is given back;
+- ``expiry``: jobs end because their lease expired, or because no GPU is large enough;
+- ``user_requests``: a user cancels or retries jobs.
 
-They share ``transitions``, which moves one locked row, and ``carry_out``, which does what
-``qbatch.core.retry_policy`` decides. A test holds the rest of the package to leaving a job's state alone.
+They share ``transitions``, which changes one locked row, and ``carry_out``, which applies the decisions of
+``qbatch.core.retry_policy``. A test checks that the rest of the package does not change a job's state.
 """
 
 from __future__ import annotations

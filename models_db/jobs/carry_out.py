@@ -1,4 +1,4 @@
-"""What the retry policy decides is done to a job that runs: the facts it asks for, and its decision carried out."""
+"""Applies the retry policy to a running job: collects the facts that it needs, and carries out its decision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qbatch.models_db.tables import Attempt, Job
 def end_badly(
     session: Session, job: Job, error: JobError, limits: RetryLimits, *, no_larger_gpu: str | None = None
 ) -> None:
-    """End a running attempt with ``error``: the job fails, or is queued again. ``no_larger_gpu`` as in ``JobFacts``."""
+    """End a running attempt with ``error``: its job fails or is queued again. ``no_larger_gpu``: see ``JobFacts``."""
     decision = decide(error, _facts(session, job, no_larger_gpu), limits)
     job.failures += decision.charged
     if decision.blames_device:
@@ -63,14 +63,14 @@ def _facts(session: Session, job: Job, no_larger_gpu: str | None) -> JobFacts:
 
 
 def _earlier(session: Session, job: Job) -> Sequence[PastAttempt]:
-    found = (
+    query = (
         select(Attempt.attempt, Attempt.outcome, Attempt.cut_short)
         .where(Attempt.job_id == job.id, Attempt.attempt < job.attempt, Attempt.attempt > job.forgiven_attempt)
         .order_by(Attempt.attempt.desc())
     )
     return [
         PastAttempt(number=number, outcome=outcome, was_cut_short=bool(cut_short))
-        for number, outcome, cut_short in session.execute(found)
+        for number, outcome, cut_short in session.execute(query)
     ]
 
 

@@ -1,4 +1,4 @@
-"""A worker takes queued jobs."""
+"""How workers take queued jobs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qbatch.models_db.workers import is_live
 
 
 def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: float) -> list[Claim]:
-    """Take those of ``job_ids`` that are queued and due, baseline first. Of two claimants one gets each job.
+    """Claim those of ``job_ids`` that are queued and due; the baseline comes first. Two workers never get the same job.
 
-    A job that failed on this worker is left to another one for a lease, where another of its kind is live. A job that
-    ran out of a GPU's memory is left to those of a larger class for good.
+    A job that failed on this worker is left to other live workers of the same device kind for the length of a lease. A
+    job that ran out of memory on a GPU is left to GPUs of a larger class permanently.
     """
-    may_have = _may_have(session, worker_id, lease_s)
-    free = lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, is_due(), may_have)
+    allowed = _allowed(session, worker_id, lease_s)
+    free = lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, is_due(), allowed)
     session.execute(
         update(Job)
         .where(Job.id.in_(free))
@@ -53,7 +53,8 @@ def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: flo
     ]
 
 
-def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement[bool]:
+def _allowed(session: Session, worker_id: int, lease_s: float) -> ColumnElement[bool]:
+    """The jobs that this worker may claim."""
     worker = session.get_one(Worker, worker_id, populate_existing=True)
     if worker.state == WorkerState.QUARANTINED:
         return false()
@@ -63,7 +64,7 @@ def _may_have(session: Session, worker_id: int, lease_s: float) -> ColumnElement
         Worker.device_kind == worker.device_kind,
         Worker.memory_bytes > NEED_BYTES,
     )
-    # Not for longer: the others may be busy for hours.
+    # The job waits no longer than this for another worker, since the others may be busy for hours.
     has_waited = Job.not_before <= db_now(-lease_s)
     return and_(
         Job.device.in_((DeviceKind.AUTO, worker.device_kind)),

@@ -1,4 +1,4 @@
-"""Which device is to blame for the errors of devices, and is taken out of service."""
+"""Counts device errors of a worker, and puts it into quarantine after several in a row."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from qbatch.models_db.tables import Attempt, Job, Worker
 
 
 def blame_device(session: Session, job: Job, error: JobError) -> None:
-    """Quarantine the worker at its second device error in a row. The error of a model that failed on another worker's
-    device too does not count: it may be the model's doing, which would cost the whole fleet, worker by worker."""
+    """Quarantine the worker at its second device error in a row.
+
+    An error does not count if the same model also failed on another worker's device: the model may be the cause, and
+    would put one worker after the other into quarantine.
+    """
     worker = session.get(Worker, job.worker_id, with_for_update=True) if job.worker_id is not None else None
     if worker is None or _failed_elsewhere(session, job, error, worker):
         return
@@ -27,11 +30,11 @@ def blame_device(session: Session, job: Job, error: JobError) -> None:
 
 def _failed_elsewhere(session: Session, job: Job, error: JobError, worker: Worker) -> bool:
     other = aliased(Job)
-    # A worker that was started again is another one on the same GPU.
+    # After a restart, the same GPU has a worker with another id, so GPUs are compared by UUID if it is known.
     another = Worker.id != worker.id
     if worker.device_uuid is not None:
         another = Worker.device_uuid.is_distinct_from(worker.device_uuid)
-    found = (
+    failures_elsewhere = (
         select(Attempt.id)
         .join(other, other.id == Attempt.job_id)
         .join(Worker, Worker.id == Attempt.worker_id)
@@ -42,11 +45,11 @@ def _failed_elsewhere(session: Session, job: Job, error: JobError, worker: Worke
             Attempt.outcome == error.kind,
         )
     )
-    return session.scalars(found.limit(1)).first() is not None
+    return session.scalars(failures_elsewhere.limit(1)).first() is not None
 
 
 def clear_device(session: Session, worker_id: int | None) -> None:
-    """A job succeeded on it: its errors are not in a row."""
+    """Reset the worker's count of device errors in a row, after a job succeeded on it."""
     session.execute(
         update(Worker).where(Worker.id == worker_id, Worker.device_errors > 0).values(device_errors=0),
         execution_options=NO_SYNC,

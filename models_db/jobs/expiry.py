@@ -1,4 +1,4 @@
-"""What ends because its time is over: leases that nobody renewed, jobs that no GPU is large enough for."""
+"""Ends attempts whose lease expired, and jobs for which no GPU is large enough."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from qbatch.models_db.workers import around
 
 
 def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: int | None = None) -> list[int]:
-    """Take back the jobs whose lease ran out, or all those of a worker that is dead for certain.
+    """End the attempts whose lease expired, or with ``worker_id`` all attempts of that worker, which must be dead.
+    Returns the ids of their jobs.
 
-    Only work that had started is charged.
+    An attempt counts as a failure only if its work had started.
     """
     limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
-    gone = Job.lease_expires_at < db_now() if worker_id is None else Job.worker_id == worker_id
+    expired = Job.lease_expires_at < db_now() if worker_id is None else Job.worker_id == worker_id
     lost = session.scalars(
-        select(Job).where(Job.state == JobState.RUNNING, gone).order_by(Job.id).with_for_update(skip_locked=True)
+        select(Job).where(Job.state == JobState.RUNNING, expired).order_by(Job.id).with_for_update(skip_locked=True)
     ).all()
     for job in lost:
         if job.work_started:
@@ -40,44 +41,45 @@ def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: 
 
 
 def give_up_too_large(session: Session, lease_s: float) -> list[int]:
-    """Fail the queued jobs that ran out of memory on a GPU, where no larger one was heard of within two leases.
+    """Fail the queued jobs that ran out of memory on a GPU, if no worker with a larger one sent a heartbeat within two
+    leases. Returns their ids.
 
-    Without any GPU worker they wait, as all jobs do.
+    If there is no GPU worker at all, they wait, as all jobs do.
     """
-    rooms = [usable_bytes(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
-    if not rooms:
+    usable = [usable_bytes(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
+    if not usable:
         return []
-    too_large = and_(Job.state == JobState.QUEUED, seen_too_large_for(max(rooms)))
-    found = session.scalars(
+    too_large = and_(Job.state == JobState.QUEUED, seen_too_large_for(max(usable)))
+    jobs = session.scalars(
         select(Job).where(too_large).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
     ).all()
-    for job in found:
+    for job in jobs:
         end(session, job, JobState.FAILED, CudaOom(no_larger(job.above_memory_bytes or 0)))
-    return [job.id for job in found]
+    return [job.id for job in jobs]
 
 
 def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
-    """Cut what ends later than anything that is given now, since the database's clock was set back: leases whose worker
-    is not there to renew them, and backoffs. How many there were."""
+    """Shorten leases and backoffs that end later than any given now could, because the database's clock was set back.
+    Leases are shortened only if their worker is gone. Returns how many were changed."""
     limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
-    heard_of = and_(Worker.heartbeat_at >= db_now(-lease_s), Worker.heartbeat_at <= db_now(SLACK_S))
+    alive = and_(Worker.heartbeat_at >= db_now(-lease_s), Worker.heartbeat_at <= db_now(SLACK_S))
     abandoned = and_(
         Job.state == JobState.RUNNING,
         Job.lease_expires_at > db_now(lease_s + SLACK_S),
-        # One that lives renews it, and may have been set to longer leases.
-        Job.worker_id.not_in(select(Worker.id).where(heard_of)),
+        # A live worker renews its leases, and may be configured with longer ones.
+        Job.worker_id.not_in(select(Worker.id).where(alive)),
     )
-    count = _cut(session, abandoned, Job.lease_expires_at, lease_s)
-    waits = and_(Job.state == JobState.QUEUED, Job.not_before > db_now(backoff_s + SLACK_S))
-    for failures, kind in session.execute(select(Job.failures, Job.error_kind).where(waits).distinct()).all():
+    count = _shorten(session, abandoned, Job.lease_expires_at, lease_s)
+    waiting = and_(Job.state == JobState.QUEUED, Job.not_before > db_now(backoff_s + SLACK_S))
+    for failures, kind in session.execute(select(Job.failures, Job.error_kind).where(waiting).distinct()).all():
         longest_s = longest_wait_s(failures, kind, limits)
-        alike = and_(waits, Job.failures == failures, Job.error_kind.is_not_distinct_from(kind))
+        alike = and_(waiting, Job.failures == failures, Job.error_kind.is_not_distinct_from(kind))
         too_long = and_(alike, Job.not_before > db_now(longest_s + SLACK_S))
-        count += _cut(session, too_long, Job.not_before, longest_s)
+        count += _shorten(session, too_long, Job.not_before, longest_s)
     return count
 
 
-def _cut(session: Session, which: ColumnElement[bool], column: Any, to_s: float) -> int:
+def _shorten(session: Session, which: ColumnElement[bool], column: Any, to_s: float) -> int:
     query = select(Job.id).where(which).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
     ids = session.scalars(query).all()
     for job_id in ids:

@@ -1,4 +1,4 @@
-"""Who holds a running job, until when, and how far it is."""
+"""The leases of running jobs, and their progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qbatch.models_db.tables import Job
 
 
 def heartbeat(session: Session, tokens: Iterable[Token], lease_s: float) -> frozenset[int]:
-    """Renew the leases of ``tokens``; the job ids still held. A job that is not among them is no longer ours."""
+    """Renew the leases of ``tokens``. Returns the ids of the jobs that are still held; the others were lost."""
     held = lock(session, _holds(tokens))
     session.execute(
         update(Job).where(Job.id.in_(held)).values(lease_expires_at=db_now(lease_s)), execution_options=NO_SYNC
@@ -26,7 +26,7 @@ def heartbeat(session: Session, tokens: Iterable[Token], lease_s: float) -> froz
 
 
 def held(session: Session, tokens: Iterable[Token]) -> frozenset[int]:
-    """Which of ``tokens`` still hold their job; a cheap look between heartbeats."""
+    """The ids of the jobs that ``tokens`` still hold. A cheap check between heartbeats."""
     return frozenset(session.scalars(select(Job.id).where(_holds(tokens))))
 
 
@@ -44,7 +44,7 @@ def note(
     progress: Mapping[str, Any] | None = None,
     checkpoint_key: str | None = None,
 ) -> None:
-    """Record how far a running attempt is; without effect once the attempt is stale."""
+    """Record the progress of a running attempt. Has no effect if the attempt no longer holds the job."""
     values: dict[str, Any] = {}
     if stage is not None:
         values["stage"] = stage
@@ -58,14 +58,14 @@ def note(
 
 
 def any_waits_for_space(session: Session) -> bool:
-    """Whether a queued job goes on as soon as the storage has room."""
-    # Without a time: one that found its source cache full has one.
+    """Whether a queued job waits until the storage has space."""
+    # A job that found its source cache full has a time to wait for, and is excluded.
     waits = and_(Job.state == JobState.QUEUED, Job.error_kind.in_(WAITS_FOR_ROOM), Job.not_before.is_(None))
     return session.scalars(select(Job.id).where(waits).limit(1)).first() is not None
 
 
 def keys_being_written(session: Session, keys: Collection[str], *, but_by: Collection[int]) -> set[str]:
-    """Those of the checkpoint keys that running jobs, other than ``but_by``, want."""
+    """The checkpoint keys, among ``keys``, that running jobs other than ``but_by`` (job ids) need."""
     wanted = select(Job.checkpoint_key).where(
         Job.checkpoint_key.in_(keys),
         Job.state == JobState.RUNNING,

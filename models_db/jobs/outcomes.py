@@ -1,4 +1,4 @@
-"""How an attempt ends: with a result, with an error, or given back."""
+"""The end of an attempt: with a result, with an error, or given back to the queue."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ def succeed(
     protocol: Protocol,
     checkpoint_path: str | None,
 ) -> bool:
-    """Record a result. True where it counts: no newer attempt was claimed, and the job had not ended, unless it was
-    given up because nothing was heard of this very attempt, or its outcome could not be recorded."""
+    """Record a result. Returns whether it counts.
+
+    It counts if no newer attempt was claimed and the job has not ended, or has failed only because the outcome of this
+    attempt was unknown or could not be recorded.
+    """
     job = _open_to_success(session, token)
     if job is None:
         return False
-    # Where the database was away when the key was to be noted, the row may have an earlier content's.
+    # If the database was unreachable when the key was to be recorded, the row may have the key of an earlier content.
     job.checkpoint_key = measurement.details.checkpoint_key or job.checkpoint_key
     session.add(
         Result(
@@ -51,7 +54,7 @@ def succeed(
 
 
 def answer(session: Session, token: Token, reused_from: int) -> bool:
-    """End a job with the result of an earlier one, as ``succeed`` does with a new one."""
+    """End a job with the result of the earlier job ``reused_from``. Returns whether it counts, as ``succeed`` does."""
     job = _open_to_success(session, token)
     if job is None:
         return False
@@ -63,14 +66,15 @@ def answer(session: Session, token: Token, reused_from: int) -> bool:
 def _open_to_success(session: Session, token: Token) -> Job | None:
     job = locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
     given_up = job is not None and job.state == JobState.FAILED
-    # For want of its outcome: nothing was heard, or what was heard could not be recorded and was set aside.
+    # A failed job may still succeed if it failed because its outcome was unknown, or could not be recorded.
     return None if job is None or (given_up and job.error_kind not in MAY_STILL_SUCCEED) else job
 
 
 def fail(
     session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int, lease_s: float
 ) -> bool:
-    """Apply the retry policy to a running attempt: fail the job, or queue it again. False for a stale token."""
+    """Apply the retry policy to a running attempt: fail the job, or queue it again. Returns False if the attempt no
+    longer holds the job."""
     job = locked(session, token, JobState.RUNNING)
     if job is None:
         return False
@@ -81,8 +85,8 @@ def fail(
 
 
 def _remember_too_small(session: Session, job: Job, lease_s: float) -> str | None:
-    """Note the memory of the GPU that was too small, for good; what is missing where no worker around has a larger
-    one."""
+    """Record that the memory of the worker's GPU was too small. Returns a message if no current worker has a larger
+    one, else None."""
     worker = session.get_one(Worker, job.worker_id)
     remember_too_small(job, worker)
     is_there = any(usable_bytes(other) > worker.memory_bytes for other, _ in around(session, lease_s))
@@ -90,7 +94,8 @@ def _remember_too_small(session: Session, job: Job, lease_s: float) -> str | Non
 
 
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
-    """Queue running attempts again, uncharged; ``alone`` sends each job in a message of its own."""
+    """Put the jobs of running attempts back into the queue, without counting a failure. With ``alone``, each job is
+    sent in a message of its own from now on."""
     for token in sorted(tokens):
         job = locked(session, token, JobState.RUNNING)
         if job is not None:

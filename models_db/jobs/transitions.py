@@ -1,4 +1,4 @@
-"""One row from one state to another. The row is locked by whoever calls."""
+"""Changes the state of one job. The caller must have locked the row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qbatch.models_db.window import NO_MESSAGE, own_bundle
 
 
 def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
-    """The ids of these rows, locked in one order whoever locks: in two orders, PostgreSQL would end one of two."""
+    """Lock the rows that match, and return their ids. Rows are always locked in the same order, to avoid deadlocks."""
     return session.scalars(select(Job.id).where(*conditions).order_by(Job.id).with_for_update()).all()
 
 
 def locked(session: Session, token: Token, *states: JobState) -> Job | None:
-    """The job, locked, if this is its newest attempt and it is in one of ``states``."""
+    """Lock and return the job, if ``token`` is its newest attempt and it is in one of ``states``; else None."""
     job_id, attempt = token
     return session.scalars(
         select(Job).where(Job.id == job_id, Job.attempt == attempt, Job.state.in_(states)).with_for_update(),
@@ -38,7 +38,7 @@ def end(
     attempt_error: JobError | None = None,
     cut_short: bool = False,
 ) -> None:
-    """``attempt_error``: what ended the attempt, where the job's own ``error`` says more."""
+    """End a job in ``state``. ``attempt_error`` is the error of the attempt, if it differs from the job's."""
     _close_attempt(session, job, error.kind if error else state.value, attempt_error or error, cut_short)
     job.state = state
     job.error_kind = error.kind if error else None
@@ -58,7 +58,7 @@ def requeue(
     error: JobError | None = None,
     cut_short: bool = False,
 ) -> None:
-    """``alone``: in a message of its own from now on."""
+    """Put a job back into the queue. With ``alone``, it is sent in a message of its own from now on."""
     _close_attempt(session, job, outcome, error, cut_short)
     job.state = JobState.QUEUED
     job.stage = None
@@ -85,5 +85,5 @@ def _close_attempt(session: Session, job: Job, outcome: str, error: JobError | N
 
 
 def text_of(error: JobError | None) -> str | None:
-    # An error quotes no control characters as they are: PostgreSQL keeps no NUL.
+    # Errors contain no raw control characters, which matters because PostgreSQL cannot store NUL.
     return str(error) if error else None

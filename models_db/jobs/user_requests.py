@@ -1,4 +1,4 @@
-"""What users ask of jobs: to cancel them, and to try again."""
+"""Cancels and retries jobs at a user's request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qbatch.models_db.window import NO_MESSAGE
 
 
 def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
-    """Cancel what has not ended. A running job's worker notices that it lost the job and kills the runner."""
+    """Cancel the jobs that have not ended, and return their ids. The worker of a running job notices that it no longer
+    holds the job, and kills the runner."""
     open_ = and_(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES))
     lock(session, open_)
     session.execute(
@@ -25,7 +26,7 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
         .values(ended_at=db_now(), outcome=JobState.CANCELLED),
         execution_options=NO_SYNC,
     )
-    # Not by a list of ids: a batch may hold more jobs than a statement may hold parameters.
+    # Selected by condition instead of ids: a batch may have more jobs than a statement may have parameters.
     rows = session.execute(
         update(Job)
         .where(open_)
@@ -44,8 +45,8 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 
 
 def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
-    """Queue failed and cancelled jobs again with a clean slate; the attempt goes on counting, and the memory that was
-    too small stays on record."""
+    """Queue failed and cancelled jobs again with no failures, and return their ids. Attempt numbers continue, and GPU
+    memory that was too small stays recorded."""
     over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
     lock(session, over)
     rows = session.execute(

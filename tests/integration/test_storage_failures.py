@@ -38,7 +38,7 @@ def test_a_disk_that_fills_up_under_every_attempt_ends_the_job(database: Databas
         fail(database, begun(database, job_id), FULL)
     job = a_job(database, job_id)
     assert (job.state, job.error_kind, job.failures) == (JobState.FAILED, "disk_full", 0)
-    assert job.error_message == f"{FULL}; attempts 1, 2 and 3 in a row ended so"
+    assert job.error_message == f"{FULL}; attempts 1, 2 and 3 in a row failed this way"
 
 
 def test_what_waits_for_room_waits_as_long_as_it_takes(database: Database) -> None:
@@ -61,7 +61,7 @@ def test_what_is_nobodys_fault_does_not_break_a_row_of_attempts(database: Databa
     fail(database, lost, FULL)
     assert a_job(database, job_id).state == JobState.QUEUED, "the last one's own work had not begun"
     fail(database, begun(database, job_id), FULL)
-    assert a_job(database, job_id).error_message == f"{FULL}; attempts 1, 5 and 7 in a row ended so"
+    assert a_job(database, job_id).error_message == f"{FULL}; attempts 1, 5 and 7 in a row failed this way"
 
 
 def test_another_error_begins_the_count_anew_and_a_retry_does(database: Database) -> None:
@@ -84,4 +84,4 @@ def test_a_job_that_storage_errors_end_says_which_attempts_met_them(database: Da
         fail(database, begun(database, job_id), StorageError("Input/output error"))
     job = a_job(database, job_id)
     assert (job.state, job.failures) == (JobState.FAILED, 3)
-    assert job.error_message == "Input/output error; attempts 1, 2 and 3 in a row ended so"
+    assert job.error_message == "Input/output error; attempts 1, 2 and 3 in a row failed this way"

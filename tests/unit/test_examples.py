@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from examples import make_models, training
 from examples.make_models import EXAMPLES, Example
-from examples.muon import orthogonalised
+from examples.muon import orthogonalized
 from qbatch.core.domain import DType
 from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.models.architecture import ModelKind
@@ -118,14 +118,14 @@ def test_training_knows_no_16_bit_arithmetic(example: Example) -> None:
 
 def test_muon_s_updates_are_nearly_orthogonal() -> None:
     matrices = torch.randn(2, 128, 384, generator=torch.Generator().manual_seed(0))
-    for found in (orthogonalised(matrices), orthogonalised(matrices.mT)):
+    for found in (orthogonalized(matrices), orthogonalized(matrices.mT)):
         values = torch.linalg.svdvals(found)
         assert ((values > 0.6) & (values < 1.3)).all()
     # The same as torch's own, which computes in bfloat16.
     parameter = torch.nn.Parameter(torch.zeros(128, 384))
     parameter.grad = matrices[0].clone()
     torch.optim.Muon([parameter], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0).step()
-    torch.testing.assert_close(-parameter.data, orthogonalised(matrices)[0], atol=0.01, rtol=0.05)
+    torch.testing.assert_close(-parameter.data, orthogonalized(matrices)[0], atol=0.01, rtol=0.05)
 
 
 def test_the_first_line_waits_for_no_import() -> None:

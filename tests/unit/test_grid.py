@@ -41,7 +41,7 @@ def test_bits_that_do_not_exist_are_refused(bits: tuple[int, ...]) -> None:
 
 
 def test_double_quantization_needs_four_bits() -> None:
-    with pytest.raises(UsageError, match="4 bits"):
+    with pytest.raises(UsageError, match="4-bit scheme"):
         Grid(bits=(8,), options={"double_quant": True})
     eight, four = Grid(bits=(4, 8), options={"double_quant": True}, baseline=False).schemes()
     assert (eight.options["double_quant"], four.options["double_quant"]) == (False, True)

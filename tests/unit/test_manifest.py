@@ -12,7 +12,7 @@ import pytest
 from qbatch.core.digest import FileDigest, digest_file, root_sha256
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
-from qbatch.core.storage import Standing, standing
+from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.worker.checkpoints.publish import find_published, problems
 
 KEY = "ab" * 32
@@ -44,7 +44,7 @@ def versions(folder: Path) -> dict[str, str]:
 def test_all_three_take_what_was_published(tmp_path: Path) -> None:
     folder = published(tmp_path)
     assert problems(folder) == []
-    assert standing(tmp_path, PATH, versions(folder)) is Standing.SOUND
+    assert checkpoint_state(tmp_path, PATH, versions(folder)) is CheckpointState.SOUND
     found = find_published(tmp_path, PATH, KEY)
     assert found is not None
     assert (found.published.disk_bytes, found.published.audit) == (len(b"weights"), {"a": 1})
@@ -57,7 +57,10 @@ def test_all_three_take_what_was_published(tmp_path: Path) -> None:
         (lambda folder: edit(folder, files=[{"name": "../x", "size": 1, "chunk_sha256": []}]), "no qbatch.json"),
         (lambda folder: edit(folder, audit=None), "no qbatch.json"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json has changed since it was published (now 2 bytes, then 2"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "config.json has changed since it was published (now 2 bytes, then 2",
+        ),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json is not in the"),
         (lambda folder: edit(folder, root_sha256="0" * 64), "the root checksum"),
     ],
@@ -70,7 +73,7 @@ def test_none_of_them_takes_what_was_not(tmp_path: Path, damage: Callable[[Path]
     (line,) = problems(folder)
     assert line.startswith(said)
     if "root" not in said:  # which only reading the files would tell
-        assert standing(tmp_path, PATH, before) is not Standing.SOUND
+        assert checkpoint_state(tmp_path, PATH, before) is not CheckpointState.SOUND
     assert find_published(tmp_path, PATH, KEY) is None
 
 

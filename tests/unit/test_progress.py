@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from examples.progress import EVERY_S, Piece, progress
+from examples.progress import EVERY_S, BackgroundTask, progress
 
 
 def slow(seconds: float, report: Callable[[str], None]) -> str:
@@ -25,9 +25,9 @@ def broken(report: Callable[[str], None]) -> str:
 
 def test_silent_work_is_spoken_for_every_few_seconds() -> None:
     started = time.monotonic()
-    pieces = {"one": Piece.start(slow, 1.0), "two": Piece.start(slow, 1.6)}
+    tasks = {"one": BackgroundTask.start(slow, 1.0), "two": BackgroundTask.start(slow, 1.6)}
     at_s, lines = [], []
-    for line in progress(pieces, every_s=0.2):
+    for line in progress(tasks, every_s=0.2):
         at_s.append(time.monotonic() - started)
         lines.append(line)
     assert lines[0].endswith(("two: starting", "two: thinking")), "the first comes before the work has ended"
@@ -39,4 +39,4 @@ def test_silent_work_is_spoken_for_every_few_seconds() -> None:
 
 def test_work_that_dies_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="one was not made: its process ended with code 3"):
-        list(progress({"one": Piece.start(broken)}))
+        list(progress({"one": BackgroundTask.start(broken)}))

@@ -50,7 +50,7 @@ LLAMA = headers_of(*((f"model.layers.{n}.mlp.up_proj.weight", (256, 128)) for n 
     ids=str,
 )
 def test_what_the_weights_cannot_fill_is_refused(config: dict[str, Any], named: str) -> None:
-    with pytest.raises(SourceCorrupt, match=f"of {named}, and the weights are 20 tensors"):
+    with pytest.raises(SourceCorrupt, match=rf"sets {named} to .*, but the weights are only 20 tensors"):
         refuse_disproportion(config, LLAMA)
 
 

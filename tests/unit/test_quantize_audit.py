@@ -213,7 +213,7 @@ def test_a_storage_that_weights_do_not_fill_is_refused_by_name(tmp_path: Path) -
     (result,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
     assert isinstance(result, Refused)
     assert isinstance(result.error, Unsupported)
-    assert "proj.weight does not fill whole elements of torch.float32: choose another" in str(result.error)
+    assert "proj.weight does not fill a whole number of torch.float32 elements: choose another" in str(result.error)
 
 
 def test_useless_int8_scales_are_counted(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_attempts_that_storage_cut_short_in_a_row_are_named() -> None:
     others = past((6, "expired", False), (5, "disk_full", False), (4, "disk_full", True), (2, "disk_full", True))
     decision = after("disk_full", replace(BEGUN, attempt=7, earlier=others))
     assert (decision.again, decision.charged, decision.cut_short) == ("never", False, True)
-    assert str(decision.error) == "why; attempts 2, 4 and 7 in a row ended so"
+    assert str(decision.error) == "why; attempts 2, 4 and 7 in a row failed this way"
 
 
 @pytest.mark.parametrize("between", [*ERROR_KINDS, "handed_back", "expired", None])

@@ -157,9 +157,9 @@ def test_int4_is_refused_on_a_cpu(source: Path, tmp_path: Path) -> None:
 def test_int4_is_for_bfloat16_and_for_groups_that_its_kernel_knows() -> None:
     with pytest.raises(UsageError, match="torchao-int4 does not work with float16; use --dtype bfloat16"):
         Grid(methods=(Method.TORCHAO_INT4,), dtype=DType.FLOAT16)
-    with pytest.raises(UsageError, match="32, 64, 128, 256 values, not 48"):
+    with pytest.raises(UsageError, match="32, 64, 128, 256, not 48"):
         Grid(methods=(Method.TORCHAO_INT4,), options={"group_size": 48}).schemes()
-    with pytest.raises(UsageError, match="a group size belongs to torchao-int4"):
+    with pytest.raises(UsageError, match="a group size applies only to torchao-int4"):
         Grid(methods=(Method.TORCHAO_INT8,), options={"group_size": 64})
 
 
@@ -181,7 +181,7 @@ def test_int4_is_planned_with_what_its_layout_fills_up(
     assert {key: sizes for key, (_, sizes) in found.items()} == parts
     nbytes = sum(torch.Size(sizes).numel() * dtype.itemsize for dtype, sizes in found.values())
     assert scheme.description.loaded_bytes(*shape, scheme.options) == nbytes
-    assert packing.why_left(100, 1000) is not None
+    assert packing.why_skipped(100, 1000) is not None
 
 
 def test_the_metadata_of_a_file_says_what_each_weight_is(source: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What is done to a weight, method by method."""
+"""The worker's part of each quantization method: how its weights are quantized, stored and counted."""

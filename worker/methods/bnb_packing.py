@@ -1,7 +1,7 @@
-"""bitsandbytes' own quantization of a piece of a weight, and the shapes and names of what comes out.
+"""bitsandbytes' quantization of a piece of a weight, and the shapes and names of the stored tensors.
 
-Blocks of 64 values (and for double quantization, 256 of those) are independent of each other, and int8 rows are too,
-so a weight quantized piece by piece gives the same bytes as in one go.
+Blocks of 64 values (with double quantization, groups of 256 blocks) are independent of each other, and so are int8
+rows. Quantizing a weight piece by piece therefore gives the same bytes as quantizing it at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qbatch.worker.methods.bnb_int8 import quantize_int8
 from qbatch.worker.methods.packing import MakePart, Packed, PartShapes, StreamedPacking, figures
 
 NESTED_BLOCK = 256
-# A piece that starts at a multiple of this many values starts a block and a nested block.
+# A multiple of this many values is the start of both a block and a nested block.
 PIECE_STEP = BLOCK * NESTED_BLOCK
 
 
@@ -30,7 +30,7 @@ class _BnbPacking(StreamedPacking):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Packing(_BnbPacking):
-    """LLM.int8: a row of codes has a scale."""
+    """LLM.int8: int8 codes with one scale per row."""
 
     marks_initialized = False
 
@@ -60,18 +60,19 @@ class Int8Packing(_BnbPacking):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FourBitPacking(_BnbPacking):
-    """Blocks of 64 values. ``quant_type`` is "nf4" or "fp4"; ``nested`` is double quantization."""
+    """4-bit codes with one scale per block of 64 values. ``quant_type`` is "nf4" or "fp4"; ``nested`` is double
+    quantization; ``storage`` is the dtype in which packed codes are stored."""
 
     quant_type: str
     nested: bool
     storage: torch.dtype
     block: int = BLOCK
 
-    def why_unfit(self, rows: int, columns: int) -> str | None:
-        # Of a byte, even half of one will do.
+    def why_unsupported(self, rows: int, columns: int) -> str | None:
+        # A storage dtype of one byte may be left half filled.
         if self.storage.itemsize == 1 or rows * columns % (2 * self.storage.itemsize) == 0:
             return None
-        return f"does not fill whole elements of {self.storage}: choose another --quant-storage"
+        return f"does not fill a whole number of {self.storage} elements: choose another --quant-storage"
 
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
         values = rows * columns
@@ -105,7 +106,7 @@ class FourBitPacking(_BnbPacking):
         parameter.quant_state = _State(entries)
 
     def counted_elements(self, parameter: torch.Tensor) -> int:
-        """Two for each byte of packed codes."""
+        """Two elements for each byte of packed codes."""
         return parameter.numel() * 2 * parameter.element_size()
 
     def unit(self, columns: int) -> int:
@@ -120,7 +121,7 @@ class FourBitPacking(_BnbPacking):
 
     def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
         if self.nested != (nested_offset is not None):
-            raise ValueError(f"{self} and an offset of {nested_offset} do not go together")
+            raise ValueError(f"an offset of {nested_offset} does not fit {self}: exactly nested packings need one")
         values = values.reshape(-1)
         codes, absmax = quantize_4bit(values, self.quant_type, self.storage)
         parts, scales = {"weight": codes, "absmax": absmax}, absmax
@@ -134,7 +135,7 @@ class FourBitPacking(_BnbPacking):
         return Packed(parts=parts, figures=figures(values, restored))
 
     def block_maxima(self, values: torch.Tensor) -> torch.Tensor:
-        """Exactly what ``quantize_4bit`` gives as absmax, cheaper where that is possible."""
+        """Exactly the absmax of ``quantize_4bit``, computed without quantizing where possible."""
         flat = values.reshape(-1)
         if flat.device.type == "cpu" and flat.numel() % BLOCK == 0:
             maxima = flat.view(-1, BLOCK).abs().amax(dim=1)
@@ -157,13 +158,13 @@ class _State:
 
     def as_dict(self, *, packed: bool) -> dict[str, torch.Tensor]:
         if not packed:
-            raise ValueError("only the packed form is known")
+            raise ValueError("only the packed form of the quantization state is available")
         return self._entries
 
 
 @cache
 def code_maps(packing: FourBitPacking, device: str) -> Mapping[str, torch.Tensor]:
-    """The constant tensors beside every 4-bit weight, as bitsandbytes makes them on ``device``."""
+    """The constant code tables stored with every 4-bit weight, by name, as bitsandbytes creates them on ``device``."""
     _, state = bnb.functional.quantize_4bit(
         torch.zeros(BLOCK, 1, device=device), compress_statistics=packing.nested, quant_type=packing.quant_type
     )
@@ -174,7 +175,8 @@ def code_maps(packing: FourBitPacking, device: str) -> Mapping[str, torch.Tensor
 def state_entries(
     packing: FourBitPacking, shape: tuple[int, int], dtype: torch.dtype, offset: float | None, device: str
 ) -> dict[str, torch.Tensor]:
-    """The quantization state's entries in bitsandbytes' own names and order; those cut from values are empty."""
+    """The entries of bitsandbytes' quantization state, with its names and in its order. Entries that depend on the
+    weight's values are empty tensors."""
     empty = torch.empty(0)
     maps = code_maps(packing, device)
     nested = {}
@@ -186,7 +188,7 @@ def state_entries(
     state = bnb.functional.QuantState(
         absmax=empty,
         shape=torch.Size(shape),
-        # Each weight has its own: tensors that share memory are kept in one shard.
+        # Each weight needs its own copy, because tensors that share memory are kept in one shard.
         code=maps["quant_map"].clone(),
         blocksize=BLOCK,
         quant_type=packing.quant_type,

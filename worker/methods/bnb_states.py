@@ -1,4 +1,4 @@
-"""bitsandbytes' packed quantization states: JSON beside a weight's codes."""
+"""Checks bitsandbytes' packed quantization states: JSON, stored as a uint8 tensor with each weight's codes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from qbatch.core.sources import TensorInfo
 
 _STATE = ".quant_state.bitsandbytes__"
-# A quantization state is some 170 bytes of JSON.
-_MOST_STATE_BYTES = 2**16
+# A quantization state is about 170 bytes of JSON.
+_MAX_STATE_BYTES = 2**16
 
 
 def is_state(name: str) -> bool:
@@ -21,7 +21,8 @@ def is_state(name: str) -> bool:
 
 
 def state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
-    """Where a packed quantization state (JSON, its offset apart) does not fit its weight."""
+    """Compare the packed quantization state ``tensor`` in the file ``path`` with the expected one, ``needed``. Returns
+    one line per difference. Of the nested offset, which depends on the weight, only its presence is checked."""
     try:
         state = _read_state(path, tensor)
     except (ValueError, RecursionError):
@@ -40,8 +41,8 @@ def state_problems(path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list
 
 
 def _read_state(path: Path, tensor: TensorInfo) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object."""
-    if tensor.dtype != "U8" or tensor.nbytes > _MOST_STATE_BYTES:
+    """The state as a mapping. Raises ValueError if the tensor is not a JSON object."""
+    if tensor.dtype != "U8" or tensor.nbytes > _MAX_STATE_BYTES:
         raise ValueError(tensor.dtype)
     with path.open("rb") as file:
         file.seek(tensor.start)

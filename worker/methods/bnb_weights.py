@@ -1,4 +1,4 @@
-"""bitsandbytes' half in the worker."""
+"""The worker's part of bitsandbytes' methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from qbatch.core.domain import Scheme
 from qbatch.core.errors import SourceCorrupt
-from qbatch.core.methods import bnb as described
+from qbatch.core.methods import bnb as bnb_methods
 from qbatch.core.sources import TensorInfo
 from qbatch.worker.methods.bnb_states import is_state, state_problems
 from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
@@ -23,37 +23,37 @@ from qbatch.worker.methods.packing import Packing, figures
 
 
 class BnbWeights(MethodWeights):
-    """4-bit codes with blocks' scales, or int8 codes with rows' scales."""
+    """4-bit codes with one scale per block, or int8 codes with one scale per row."""
 
-    libraries = (described.LIBRARY,)
+    libraries = (bnb_methods.LIBRARY,)
 
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
         from transformers import BitsAndBytesConfig
 
-        if isinstance(_described(scheme), described.BnbInt8):
-            threshold = float(scheme[described.INT8_THRESHOLD])
+        if isinstance(_bnb_description(scheme), bnb_methods.BnbInt8):
+            threshold = float(scheme[bnb_methods.INT8_THRESHOLD])
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skips)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skips,
             bnb_4bit_quant_type=scheme.description.quant_type,
-            bnb_4bit_use_double_quant=scheme[described.DOUBLE_QUANT],
+            bnb_4bit_use_double_quant=scheme[bnb_methods.DOUBLE_QUANT],
             bnb_4bit_compute_dtype=getattr(torch, scheme.compute_dtype.value),
-            bnb_4bit_quant_storage=scheme[described.QUANT_STORAGE],
+            bnb_4bit_quant_storage=scheme[bnb_methods.QUANT_STORAGE],
         )
 
     def packing(self, scheme: Scheme) -> Packing:
         from qbatch.worker.methods.bnb_packing import FourBitPacking, Int8Packing
 
-        description = _described(scheme)
+        description = _bnb_description(scheme)
         match description:
-            case described.BnbFourBit():
+            case bnb_methods.BnbFourBit():
                 return FourBitPacking(
                     quant_type=str(description.quant_type),
-                    nested=scheme[described.DOUBLE_QUANT],
-                    storage=getattr(torch, scheme[described.QUANT_STORAGE]),
+                    nested=scheme[bnb_methods.DOUBLE_QUANT],
+                    storage=getattr(torch, scheme[bnb_methods.QUANT_STORAGE]),
                 )
-            case described.BnbInt8():
+            case bnb_methods.BnbInt8():
                 return Int8Packing()
             case _:
                 assert_never(description)
@@ -63,8 +63,8 @@ class BnbWeights(MethodWeights):
 
         if config.load_in_8bit:
             return Int8Packing()
-        if config.bnb_4bit_quant_type not in (described.NF4.quant_type, described.FP4.quant_type):
-            raise SourceCorrupt(f"config.json names the unknown 4-bit type {config.bnb_4bit_quant_type}")
+        if config.bnb_4bit_quant_type not in (bnb_methods.NF4.quant_type, bnb_methods.FP4.quant_type):
+            raise SourceCorrupt(f"config.json has the unknown 4-bit type {config.bnb_4bit_quant_type}")
         return FourBitPacking(
             quant_type=config.bnb_4bit_quant_type,
             nested=config.bnb_4bit_use_double_quant,
@@ -75,7 +75,7 @@ class BnbWeights(MethodWeights):
         return getattr(parameter, "quant_state", None) is not None or _is_int8(parameter)
 
     def logical_elements(self, parameter: torch.Tensor) -> int:
-        """Packed 4-bit codes count as what they decode to."""
+        """The number of values that the packed codes decode to."""
         state = getattr(parameter, "quant_state", None)
         return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
@@ -119,17 +119,16 @@ class BnbWeights(MethodWeights):
         return avoid_packed_kernel(model, device)
 
     def quiet_import(self) -> None:
-        """int8 layers warn at every call that 16-bit inputs are cast, which is how LLM.int8 works. On a CPU with
-        AVX512-BF16, importing the library would download a kernel from the hub: the import runs without that package.
-        """
-        if described.LIBRARY not in sys.modules:
+        """On a CPU with AVX512-BF16, importing bitsandbytes would download a kernel from the hub, so the ``kernels``
+        package that does this is hidden during the import."""
+        if bnb_methods.LIBRARY not in sys.modules:
             with _hub_kernels_hidden():
-                importlib.import_module(described.LIBRARY)
+                importlib.import_module(bnb_methods.LIBRARY)
 
 
-def _described(scheme: Scheme) -> described.BnbFourBit | described.BnbInt8:
-    if not isinstance(scheme.description, described.BnbFourBit | described.BnbInt8):
-        raise TypeError(f"{scheme.method} is not bitsandbytes'")
+def _bnb_description(scheme: Scheme) -> bnb_methods.BnbFourBit | bnb_methods.BnbInt8:
+    if not isinstance(scheme.description, bnb_methods.BnbFourBit | bnb_methods.BnbInt8):
+        raise TypeError(f"{scheme.method} is not a method of bitsandbytes")
     return scheme.description
 
 

@@ -1,4 +1,4 @@
-"""Layers that bitsandbytes' fast CPU kernel cannot take."""
+"""Keeps layers away from bitsandbytes' fast CPU kernel if it does not support their shape."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _ROWS_PER_BLOCK = 32
 
 
 def avoid_packed_kernel(model: Any, device: str) -> int:
-    """Send the 4-bit layers that the packed AVX512-BF16 kernel would fail on through the generic one.
+    """Make 4-bit layers use the generic kernel if the packed AVX512-BF16 kernel would fail on them.
 
-    The packed layout wants out_features in multiples of 32 and whole quantization blocks in a row; without this a
-    classifier of two labels, which transformers does quantize, could not be run on a CPU. Returns their number, and
-    may be called again.
+    The packed layout needs out_features to be a multiple of 32, and whole quantization blocks in each row. Without
+    this, a classifier with two labels, which transformers does quantize, could not run on a CPU. Returns the number of
+    such layers, 0 on other devices. May be called repeatedly.
     """
     if device != "cpu":
         return 0
-    odd = [module for module in model.modules() if _is_4bit(module) and not _fits(module)]
-    for module in odd:
+    unsupported = [module for module in model.modules() if _is_4bit(module) and not _fits(module)]
+    for module in unsupported:
         module.support_avx512bf16_for_cpu = False
-    return len(odd)
+    return len(unsupported)
 
 
 def _is_4bit(module: Any) -> bool:

@@ -1,4 +1,5 @@
-"""A description's half in the worker. A library is imported only where it is needed: some start CUDA then."""
+"""Finds the worker's part of a method. Importing this module does not import the methods' libraries, because some of
+them start CUDA when they are imported."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from qbatch.worker.methods.torchao_weights import WEIGHTS as TORCHAO_WEIGHTS
 
 
 def weights_of(description: Description) -> MethodWeights:
-    """What does a method's work. Raises ValueError for the baseline, which has none done."""
+    """The implementation of a method, by its description. Raises ValueError for the baseline."""
     match description:
         case bnb.BnbFourBit() | bnb.BnbInt8():
             return BNB_WEIGHTS
@@ -30,14 +31,14 @@ _BY_LIBRARY: Mapping[str, MethodWeights] = {weights.libraries[0]: weights for we
 
 
 def weights_of_config(quantization: Any) -> MethodWeights | None:
-    """What did a checkpoint's, by its ``quantization_config``: a mapping, or transformers' own object. None where there
-    is none, and for a library that qbatch does not know."""
+    """The implementation of a checkpoint's method, by its ``quantization_config``: a mapping, or transformers' own
+    object. None if ``quantization`` is None, or of a library that qbatch does not know."""
     is_mapping = isinstance(quantization, Mapping)
     method = quantization.get("quant_method") if is_mapping else getattr(quantization, "quant_method", None)
     return _BY_LIBRARY.get(str(getattr(method, "value", method)))
 
 
 def weights_of_model(model: Any) -> PlainWeights:
-    """What counts a loaded model's weights."""
+    """The implementation that counts the weights of a loaded model."""
     config = getattr(model, "config", None)
     return weights_of_config(getattr(config, "quantization_config", None)) or _PLAIN

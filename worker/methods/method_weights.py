@@ -1,4 +1,4 @@
-"""What a worker does for a method: the half of its description that computes."""
+"""The interface that each method implements in the worker."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from qbatch.worker.methods.packing import Packing, StreamedPacking
 
 
 class PlainWeights:
-    """How a loaded model's weights are counted; as it stands, those of one that is not quantized. ``libraries`` are the
-    packages that it computes with, beside torch and transformers."""
+    """How the weights of a loaded model are counted. This class itself is for unquantized models.
+
+    ``libraries`` are the packages that the method computes with, besides torch and transformers.
+    """
 
     libraries: tuple[str, ...] = ()
 
@@ -25,11 +27,11 @@ class PlainWeights:
         return False
 
     def logical_elements(self, parameter: torch.Tensor) -> int:
-        """Elements of the weight that a parameter stands for."""
+        """The number of values that ``parameter`` represents after dequantization."""
         return parameter.numel()
 
     def held(self, parameter: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The tensors in memory that a parameter is, without scales and tables."""
+        """The tensors that hold the parameter's data in memory, without scales and tables."""
         return (parameter,)
 
     def state(self, module: Any) -> Iterable[torch.Tensor]:
@@ -37,19 +39,20 @@ class PlainWeights:
         return ()
 
     def memory_footprint(self, model: Any) -> int:
-        """transformers' own figure: parameters and buffers, without quantization state."""
+        """transformers' own figure in bytes: parameters and buffers, without quantization state."""
         return int(model.get_memory_footprint())
 
     def prepare(self, model: Any, device: str) -> int:
-        """Have a loaded model's layers take kernels that can run them. Returns how many take a slower one; may be
-        called again."""
+        """Select kernels that can run the layers of a loaded model. Returns how many layers use a slower kernel. May be
+        called repeatedly."""
         return 0
 
 
 class MethodWeights(PlainWeights, ABC):
-    """One library's methods: how a checkpoint is made, and how what was loaded of one is counted.
+    """The methods of one library: how a checkpoint is written, and how a loaded checkpoint is counted.
 
-    ``why_whole`` says why the whole model is built to write a checkpoint; None where it is written tensor by tensor.
+    ``why_whole`` is the reason if checkpoints are written by building the whole model; None if they are written tensor
+    by tensor.
     """
 
     why_whole: str | None = None
@@ -58,55 +61,58 @@ class MethodWeights(PlainWeights, ABC):
 
     @abstractmethod
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
-        """transformers' own config of the scheme; ``skips`` is its whole list of modules to leave alone, None for its
-        default."""
+        """transformers' quantization config for the scheme. ``skips`` is the complete list of modules to leave
+        unquantized; None for transformers' default."""
 
     @abstractmethod
     def packing(self, scheme: Scheme) -> Packing:
-        """How the scheme stores a weight; a StreamedPacking where checkpoints are written tensor by tensor."""
+        """How the scheme stores a weight. A StreamedPacking if checkpoints are written tensor by tensor."""
 
     @abstractmethod
     def packing_of_config(self, config: Any) -> Packing:
-        """The same of a published checkpoint, by transformers' own config. Raises SourceCorrupt where that is none."""
+        """How a published checkpoint stores a weight, by transformers' quantization config. Raises SourceCorrupt if the
+        config is not one that qbatch writes."""
 
     def streamed_packing(self, scheme: Scheme) -> StreamedPacking:
+        """``packing`` for the streaming writer. Raises TypeError if the method cannot be streamed."""
         packing = self.packing(scheme)
         if not isinstance(packing, StreamedPacking):
             raise TypeError(f"{scheme.method} is not written tensor by tensor")
         return packing
 
     def why_not_on(self, description: MethodDescription, device: str) -> str | None:
-        """Why the method does not work on this device; None where it does."""
+        """Why the method does not work on ``device`` ("cpu" or "cuda:N"); None if it does."""
         return None
 
     def why_not_loaded(self, names: Iterable[str]) -> str | None:
-        """Why a checkpoint of a model whose state has those names could not be loaded again; None where it can."""
+        """Why a checkpoint whose state dict has these ``names`` could not be loaded again; None if it can."""
         return None
 
-    def files_to_settle(self, folder: Path) -> Iterable[Path]:
-        """Those of the weight files in which ``save_pretrained`` leaves an order to chance."""
+    def files_with_unsorted_metadata(self, folder: Path) -> Iterable[Path]:
+        """The weight files whose metadata ``save_pretrained`` writes in random order."""
         return ()
 
     @abstractmethod
     def figures(self, exact: torch.Tensor, weight: Any) -> torch.Tensor:
-        """The FIGURES of a quantized parameter that was ``exact``."""
+        """The FIGURES of a quantized parameter, float64 [4]; ``exact`` are its values before quantization."""
 
     def audit(self, pieces: list[dict[str, float]]) -> dict[str, Any]:
-        """What the FIGURES of all weights' pieces say beyond the errors, by the audit's own names."""
+        """The method's own entries in the audit, from the FIGURES of all pieces of all weights."""
         return {}
 
     def is_state_name(self, name: str) -> bool:
-        """Whether a tensor of that name in a model's state is scales or tables, whose values nobody asks about."""
+        """Whether the tensor ``name`` of a state dict holds scales or tables, which are not checked for NaN."""
         return False
 
     # A published checkpoint
 
     def has_content(self, name: str) -> bool:
-        """Whether what the tensor of that name holds follows from the config, beside its dtype and shape."""
+        """Whether the config determines the content of the tensor ``name``, not only its dtype and shape."""
         return False
 
     def content_problems(self, path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
-        """What is wrong with such a tensor in the file ``path``; ``needed`` is what it should be."""
+        """What is wrong with the content of such a tensor in the file ``path``, one line each; ``needed`` is the
+        expected tensor."""
         return []
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How a weight's values become the tensors that are stored, whatever the method."""
+"""The interface that converts a weight's values to stored tensors, for all methods."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from qbatch.worker.methods.scratch import as_floats
 PartShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of each stored part of a weight, by its key."""
 MakePart = Callable[[str, torch.dtype, tuple[int, ...]], torch.Tensor]
-"""Gives the part of a key as a tensor without data."""
+"""Called with a part's key, dtype and shape; returns the part as a tensor without data."""
 MakeNamedPart = Callable[[str, str, torch.dtype, tuple[int, ...]], torch.Tensor]
-"""The same of the weight of a name."""
+"""The same, with the weight's name as the first argument."""
 
-# What the audit needs of a piece: the Frobenius norms of the error and of the values, and what the method counts
-# besides, the first two of which every method has.
+# What the audit needs to know of a piece: the Frobenius norms of the error and of the values, which every method has,
+# and the counts of unusual row scales, which only some have.
 FIGURES = ("error_norm", "value_norm", "zero_scales", "infinite_scales")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One piece's parts, and its FIGURES as one float64 tensor [4], all on its device."""
+    """The stored parts of one quantized piece by key, and its FIGURES, float64 [4]; all on the device."""
 
     parts: Mapping[str, torch.Tensor]
     figures: torch.Tensor
 
 
 class Packing(ABC):
-    """How whole weights [rows, columns] are stored."""
+    """How a weight [rows, columns] is stored."""
 
     marks_initialized = True
-    """Whether a layer whose weight was quantized is never initialized by transformers afterwards."""
+    """Whether transformers marks a layer as initialized once its weight is quantized, and does not initialize it."""
 
     @abstractmethod
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
-        """Of every part that is cut from the values."""
+        """dtype and shape of every part that is computed from the weight's values."""
 
     @abstractmethod
     def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
-        """What a quantized weight of that dtype is in a loaded model, without data."""
+        """The parameter, without data, of a quantized weight in a loaded model. ``dtype`` is the dtype of its values
+        before quantization."""
 
-    def why_unfit(self, rows: int, columns: int) -> str | None:
-        """Why a weight of that shape cannot be quantized so; None where it can."""
+    def why_unsupported(self, rows: int, columns: int) -> str | None:
+        """Why a weight of this shape cannot be stored this way, which is an error; None if it can."""
         return None
 
-    def why_left(self, rows: int, columns: int) -> str | None:
-        """Why the library leaves a weight of that shape as it is; None where it quantizes it."""
+    def why_skipped(self, rows: int, columns: int) -> str | None:
+        """Why the library leaves a weight of this shape unquantized; None if it quantizes it."""
         return None
 
     def is_transposed(self, module: Any) -> bool:
-        """Whether the source's weight is turned before it is quantized into ``module``."""
+        """Whether the source's weight is transposed before it is quantized into ``module``."""
         return False
 
     def attach_state(
@@ -66,48 +67,50 @@ class Packing(ABC):
         device: str,
         part: MakePart,
     ) -> None:
-        """Put what ``state_dict()`` takes beside the codes onto a parameter without data, where that takes any."""
+        """Attach the quantization state that ``state_dict()`` reads from a parameter without data, if the method has
+        one."""
         return
 
     def as_stored(
         self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], part: MakeNamedPart
     ) -> dict[str, Any]:
-        """A model's state with the parts of its quantized weights (``shapes`` by name) as they are stored."""
+        """A model's state dict with its quantized weights (``shapes`` [rows, columns] by name) replaced by the parts
+        that are stored."""
         return dict(state)
 
     def counted_elements(self, parameter: torch.Tensor) -> int:
-        """As ``PreTrainedModel.num_parameters`` counts a quantized parameter."""
+        """The number of elements that ``PreTrainedModel.num_parameters`` counts for a quantized parameter."""
         return parameter.numel()
 
 
 class StreamedPacking(Packing):
-    """One that needs only a piece of the values at a time. Pieces start at multiples of ``unit``."""
+    """A packing that can quantize a weight piece by piece. Pieces start at multiples of ``unit`` values."""
 
     nested = False
-    """Whether it needs the mean of a whole weight's block maxima before it can quantize a piece."""
+    """Whether the mean of the block maxima of the whole weight is needed before any piece can be quantized."""
     block = 1
-    """The number of values whose maximum such a one takes."""
+    """The number of values in a block, if ``nested``."""
 
     @abstractmethod
     def unit(self, columns: int) -> int:
-        """How many values are quantized independently of others, in a weight of so many columns."""
+        """The smallest number of values that are quantized independently of others, in a weight with ``columns``."""
 
     @abstractmethod
     def part_start(self, key: str, value: int, columns: int) -> int:
-        """Byte offset in the part ``key`` of what the value number ``value`` (a piece's first) becomes."""
+        """The byte offset in the part ``key`` of the result for value number ``value``, the first of a piece."""
 
     @abstractmethod
     def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
-        """Quantize flat ``values`` of a weight of so many columns, that start at a multiple of ``unit``. A nested one,
-        and that alone, needs the ``nested_offset`` of the whole weight."""
+        """Quantize a piece: flat ``values`` of a weight with ``columns``, starting at a multiple of ``unit``.
+        ``nested_offset`` is the mean of the whole weight's block maxima if ``nested``, else None."""
 
     def block_maxima(self, values: torch.Tensor) -> torch.Tensor:
-        """float32 [blocks], of values that start a block; of a nested one alone."""
+        """The largest magnitude of each block, float32 [blocks]. ``values`` must start at a block. Needs ``nested``."""
         raise NotImplementedError(f"{self} is not nested")
 
     @abstractmethod
     def load_kernels(self, device: str) -> None:
-        """Have a GPU load what ``pack`` runs there: the first call of each kernel takes a fraction of a second."""
+        """Load the GPU kernels that ``pack`` uses, because the first call of each takes a fraction of a second."""
 
 
 def load_kernels(device: str, packings: Iterable[StreamedPacking]) -> None:
@@ -119,12 +122,13 @@ def load_kernels(device: str, packings: Iterable[StreamedPacking]) -> None:
 
 
 def figures(values: torch.Tensor, restored: torch.Tensor, row_scales: torch.Tensor | None = None) -> torch.Tensor:
-    """The FIGURES of ``values`` that were quantized, and of what they stand for then (overwritten)."""
+    """The FIGURES of a quantized piece, float64 [4]. ``values`` are the original values, ``restored`` the dequantized
+    ones, which are overwritten."""
     exact = as_floats(values, "exact")
-    found = [torch.linalg.vector_norm(one) for one in (restored.view_as(exact).sub_(exact), exact)]
+    computed = [torch.linalg.vector_norm(tensor) for tensor in (restored.view_as(exact).sub_(exact), exact)]
     if row_scales is not None:
-        found += [(row_scales == 0).sum(), row_scales.isfinite().logical_not_().sum()]
+        computed += [(row_scales == 0).sum(), row_scales.isfinite().logical_not_().sum()]
     row = torch.zeros(len(FIGURES), dtype=torch.float64, device=values.device)
-    for number, figure in enumerate(found):
-        row[number] = figure
+    for index, figure in enumerate(computed):
+        row[index] = figure
     return row

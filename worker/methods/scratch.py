@@ -1,5 +1,5 @@
-"""Memory that a thread uses again and again. Fresh memory of a piece's size comes page by page from the system, and the
-page faults cost more than the arithmetic done in it."""
+"""Buffers that a thread reuses. Newly allocated memory of a piece's size causes page faults, which cost more than the
+arithmetic on the piece."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 
 import torch
 
-# A piece of the source takes twice or four times its size as float32. What is larger is rare, and not kept.
-_MOST_VALUES = 2**20
+# Enough for a piece of the source in float32. Larger tensors are rare, and get no buffer that is kept.
+_MAX_VALUES = 2**20
 
 
 class _Buffers(threading.local):
@@ -20,8 +20,8 @@ _buffers = _Buffers()
 
 
 def as_floats(values: torch.Tensor, use: str) -> torch.Tensor:
-    """16-bit ``values`` in float32. On a CPU they are valid until this thread's next call for the same ``use``."""
-    if values.device.type != "cpu" or values.numel() > _MOST_VALUES or values.dtype is torch.float32:
+    """``values`` in float32. On a CPU, the result is valid until this thread's next call with the same ``use``."""
+    if values.device.type != "cpu" or values.numel() > _MAX_VALUES or values.dtype is torch.float32:
         return values.float()
     buffer = _buffers.by_use.get(use)
     if buffer is None or len(buffer) < values.numel():

@@ -1,4 +1,4 @@
-"""torchao's half in the worker. Its weights are tensors of classes of its own, which hold codes and scales."""
+"""The worker's part of torchao's methods. torchao's weights are tensor subclasses that hold codes and scales."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import MakeNamedPart, MakePart, Packing, PartShapes, figures
 
 _CODES = "qdata"
-# Of the tensor cores that int4's kernel needs.
-_LEAST_CAPABILITY = 8
-# The kernel packs this many tiles of 16 columns together, for 32 threads, two codes to a byte of an int32.
+# The lowest compute capability whose tensor cores can run the int4 kernel.
+_MIN_CAPABILITY = 8
+# The kernel packs this many tiles of 16 columns together, for 32 threads, with two codes per byte of an int32.
 _TILES = 8
-# Columns of an identity matrix that are multiplied at once to see what int4 weights stand for.
+# To dequantize int4 weights, this many columns of an identity matrix are multiplied at a time.
 _PROBED_COLUMNS = 1024
 
 
 class TorchaoWeights(MethodWeights):
-    """int8 or int4 codes; activations are quantized on the fly, or not at all."""
+    """int8 or int4 codes. Activations are quantized at run time, or not at all."""
 
     libraries = (LIBRARY,)
     why_whole = "torchao quantizes the layers of a model"
@@ -38,7 +38,7 @@ class TorchaoWeights(MethodWeights):
         return TorchAoConfig(_config(scheme), modules_to_not_convert=skips)
 
     def packing(self, scheme: Scheme) -> Packing:
-        return TorchaoPacking(kind=_described(scheme).kind, group_size=GROUP_SIZE.of(scheme.options))
+        return TorchaoPacking(kind=_torchao_description(scheme).kind, group_size=GROUP_SIZE.of(scheme.options))
 
     def packing_of_config(self, config: Any) -> Packing:
         from torchao.quantization import (
@@ -55,7 +55,7 @@ class TorchaoWeights(MethodWeights):
         kind = kinds.get(type(config.quant_type))
         if kind is None:
             raise SourceCorrupt(
-                f"config.json names torchao's {type(config.quant_type).__name__}, which qbatch never writes"
+                f"config.json has torchao's {type(config.quant_type).__name__}, which qbatch never writes"
             )
         return TorchaoPacking(
             kind=kind, group_size=getattr(config.quant_type, "group_size", None) or GROUP_SIZE.default
@@ -67,20 +67,20 @@ class TorchaoWeights(MethodWeights):
         if not device.startswith("cuda"):
             return f"{description.name} does not work on {device}"
         capability = torch.cuda.get_device_capability(device)
-        if capability[0] >= _LEAST_CAPABILITY:
+        if capability[0] >= _MIN_CAPABILITY:
             return None
         return (
-            f"{description.name} needs a GPU of compute capability {_LEAST_CAPABILITY}.0 or above; "
+            f"{description.name} needs a GPU of compute capability {_MIN_CAPABILITY}.0 or above; "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
         )
 
     def why_not_loaded(self, names: Iterable[str]) -> str | None:
-        """torchao 0.18 takes every tensor to belong to a module."""
-        of_none = sorted(name for name in names if "." not in name)
-        return f"torchao cannot load a checkpoint with {of_none[0]}, which belongs to no module" if of_none else None
+        """torchao 0.18 assumes that every tensor belongs to a module."""
+        orphans = sorted(name for name in names if "." not in name)
+        return f"torchao cannot load a checkpoint with {orphans[0]}, which belongs to no module" if orphans else None
 
-    def files_to_settle(self, folder: Path) -> Iterable[Path]:
-        """What each weight is stands in the files' metadata, weight by weight."""
+    def files_with_unsorted_metadata(self, folder: Path) -> Iterable[Path]:
+        """All weight files: their metadata describes each weight."""
         return sorted(folder.glob("*.safetensors"))
 
     def is_quantized(self, parameter: torch.Tensor) -> bool:
@@ -98,7 +98,7 @@ class TorchaoWeights(MethodWeights):
         yield from (value for value in values if isinstance(value, torch.Tensor))
 
     def memory_footprint(self, model: Any) -> int:
-        """As transformers' own figure is meant, which takes torchao's weights for 16-bit ones."""
+        """Like transformers' own figure, which would count torchao's weights with 16 bits per value."""
         held = sum(tensor.nbytes for parameter in model.parameters() for tensor in self.held(parameter))
         return held + sum(int(buffer.nbytes) for buffer in model.buffers())
 
@@ -111,7 +111,7 @@ class TorchaoWeights(MethodWeights):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchaoPacking(Packing):
-    """The tensors that a weight of torchao's is flattened into."""
+    """The plain tensors that torchao flattens a weight into."""
 
     kind: WeightKind
     group_size: int
@@ -125,7 +125,7 @@ class TorchaoPacking(Packing):
                     "zero_point": (torch.int8, (rows, 1)),
                 }
             case WeightKind.INT4:
-                rows, columns = _up(rows, ROW_STEP), _up(columns, COLUMN_STEP)
+                rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
                 return {
                     _CODES: (torch.int32, (rows // ROW_STEP, columns // (16 * _TILES), 32, _TILES // 2)),
                     "scale_and_zero": (torch.bfloat16, (columns // self.group_size, rows, 2)),
@@ -136,7 +136,7 @@ class TorchaoPacking(Packing):
     def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
         return torch.nn.Parameter(part("weight", dtype, (rows, columns)), requires_grad=False)
 
-    def why_left(self, rows: int, columns: int) -> str | None:
+    def why_skipped(self, rows: int, columns: int) -> str | None:
         if self.kind is not WeightKind.INT4 or columns % self.group_size == 0:
             return None
         return f"its width is not a multiple of the group size {self.group_size}"
@@ -155,14 +155,14 @@ class TorchaoPacking(Packing):
         return stored
 
 
-def _described(scheme: Scheme) -> Torchao:
+def _torchao_description(scheme: Scheme) -> Torchao:
     if not isinstance(scheme.description, Torchao):
-        raise TypeError(f"{scheme.method} is not torchao's")
+        raise TypeError(f"{scheme.method} is not a method of torchao")
     return scheme.description
 
 
 def _config(scheme: Scheme) -> Any:
-    """torchao's own. ``set_inductor_config`` would change how the whole process compiles."""
+    """torchao's own config. ``set_inductor_config`` is off because it would change how the whole process compiles."""
     from torchao.quantization import (
         Int4WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -170,7 +170,7 @@ def _config(scheme: Scheme) -> Any:
     )
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
-    kind = _described(scheme).kind
+    kind = _torchao_description(scheme).kind
     match kind:
         case WeightKind.INT8_DYNAMIC:
             return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
@@ -187,22 +187,22 @@ def _config(scheme: Scheme) -> Any:
 
 
 def _restored(weight: Any) -> torch.Tensor:
-    """float32 [rows, columns]: what the codes stand for. int4's layout is its kernel's own, so that is asked: a product
-    with the identity is the weights, exactly."""
+    """The dequantized values, float32 [rows, columns]. Only the int4 kernel knows the layout of int4 weights, so they
+    are multiplied with the identity matrix, which gives the values exactly."""
     if getattr(weight, _CODES).dtype is torch.int8:
-        restored: torch.Tensor = weight.dequantize(torch.float32)
-        return restored
+        dequantized: torch.Tensor = weight.dequantize(torch.float32)
+        return dequantized
     rows, columns = weight.shape
-    found = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
+    restored = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
     for start in range(0, columns, _PROBED_COLUMNS):
         count = min(_PROBED_COLUMNS, columns - start)
         probe = torch.zeros(count, columns, dtype=weight.dtype, device=weight.device)
         probe[:, start : start + count].fill_diagonal_(1)
-        found[:, start : start + count] = torch.nn.functional.linear(probe, weight).t()
-    return found
+        restored[:, start : start + count] = torch.nn.functional.linear(probe, weight).t()
+    return restored
 
 
-def _up(size: int, step: int) -> int:
+def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 

@@ -1,1 +1,1 @@
-"""A model's architecture, its own code, and loading it through transformers."""
+"""A model's architecture, its own code, and how it is loaded with transformers."""

@@ -1,4 +1,4 @@
-"""What a model is, from what its config says of itself: transformers' config, class and tokenizer, and its task."""
+"""Determines transformers' config, class and tokenizer for a model, and the model's task, from its config."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
-# What transformers raises for a config with values that make no sense.
+# Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 class ModelKind(StrEnum):
-    """What a model computes; it decides how it is measured."""
+    """What a model computes, which determines how it is measured."""
 
     CAUSAL_LM = "causal-lm"
     MASKED_LM = "masked-lm"
@@ -34,7 +34,7 @@ class ModelKind(StrEnum):
     ENCODER = "encoder"
 
 
-# The auto classes that a config's auto_map may give a class of the model's own for.
+# The auto classes for which a config's auto_map may name a class of the model's own code.
 _OWN_TASKS = {
     "AutoModelForCausalLM": ModelKind.CAUSAL_LM,
     "AutoModelForSeq2SeqLM": ModelKind.SEQ2SEQ,
@@ -46,10 +46,10 @@ _OWN_TASKS = {
 
 
 def load_config(folder: Path, *, trusted: bool) -> Any:
-    """transformers' config of the model in ``folder``; its own code runs only where it is ``trusted``.
+    """transformers' config of the model in ``folder``. The model's own code runs only if ``trusted``.
 
-    Raises UnsafeSource where it needs code and is not, Unsupported where this transformers does not know the model
-    type, else SourceCorrupt.
+    Raises UnsafeSource if the model needs its own code and is not trusted, Unsupported if this version of transformers
+    does not know the model type, SourceCorrupt for any other fault.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -65,7 +65,8 @@ def load_config(folder: Path, *, trusted: bool) -> Any:
 
 
 def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
-    """The tokenizer in ``folder``, None where there is none. Raises UnsafeSource, and what transformers raises."""
+    """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
+    whatever transformers raises."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -84,10 +85,11 @@ def _architecture(config: Any) -> str | None:
 
 
 def model_class(config: Any, *, trusted: Path | None = None) -> Any:
-    """The class named by ``config.architectures``; without one, the causal LM of that model type, else its body.
+    """The class named in ``config.architectures``. If none is named, the causal LM of the model type, or else the base
+    model without a head.
 
-    A class that only the model itself has comes from ``trusted``, its folder. Raises UnsafeSource where that is None,
-    Unsupported where this transformers has no such model class.
+    A class that transformers does not have is loaded from ``trusted``, the model's folder. Raises UnsafeSource if that
+    is None, Unsupported if this version of transformers has no such model class.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -114,7 +116,7 @@ def _library_class(name: str) -> Any:
 def _is_in_library(name: str | None) -> bool:
     import transformers
 
-    # config.json is the source's word: "pipeline" is an attribute of transformers too.
+    # config.json is not trusted: the name could be any attribute of transformers, such as "pipeline".
     cls = getattr(transformers, name, None) if name is not None else None
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
 
@@ -128,8 +130,8 @@ def _dynamic_class(reference: str, trusted: Path | None) -> Any:
 
 
 def _own_class(config: Any) -> tuple[str, str] | None:
-    """An auto class, and the class that the model brings for it as ``module.Class``: that which is its architecture,
-    else the first. None where the library has the architecture."""
+    """An auto class, and the model's own class for it as ``module.Class``: the class that is its architecture, or else
+    the first. None if transformers has the architecture."""
     auto_map = getattr(config, "auto_map", None)
     if not isinstance(auto_map, Mapping) or _is_in_library(_architecture(config)):
         return None
@@ -139,15 +141,18 @@ def _own_class(config: Any) -> tuple[str, str] | None:
 
 
 def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
-    """The task of ``model_class(config)``. A head for choices or answers is measured as an encoder, and so is the body
-    of an encoder-decoder, which has no tokens to say; a vision-language model as the causal LM inside."""
+    """The task of ``model_class(config)``.
+
+    Models with heads for multiple choice or question answering are measured as encoders, and so are encoder-decoders
+    without a head, which cannot generate. A vision-language model is measured as the causal LM that it contains.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     cls = model_class(config, trusted=trusted)
     own = _own_class(config)
     if own is not None and (task := _OWN_TASKS[own[0]]) is not None:
         return task
-    # A class may stand in several mappings (BART's generates and fills masks; GPT-2's does more): first fit wins.
+    # A class may be in several mappings (BART's generates and fills masks). The first match wins.
     for task, names in (
         (ModelKind.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
         (ModelKind.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),

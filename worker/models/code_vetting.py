@@ -1,4 +1,4 @@
-"""Whether a model needs code that may not run."""
+"""Refuses models that need code which is not allowed to run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def vet_code(folder: Path, *, trusted: bool) -> None:
-    """Raises UnsafeSource for a model that needs code which may not run: its own unless ``trusted``, another
-    repository's in any case. Of one that names code, SourceCorrupt or Unsupported where it cannot be told."""
+    """Raise UnsafeSource if the model needs code that is not allowed to run: its own code unless ``trusted``, or code
+    of another repository in any case.
+
+    Raises SourceCorrupt or Unsupported if the model names code, but cannot be checked.
+    """
     if not names_code(folder):
         return
     if trusted:
         _refuse_foreign_code(folder)
         return
-    # Only transformers knows whether it has classes of its own for the model: then the model's are left alone.
-    with translated(Unsupported, f"cannot tell whether {folder.name} needs code of its own"):
+    # If transformers has its own classes for the model, the model's code is not used. Only transformers knows that.
+    with translated(Unsupported, f"cannot determine whether {folder.name} needs code of its own"):
         model_class(load_config(folder, trusted=False))
         load_tokenizer(folder, trusted=False)
 
@@ -32,13 +35,13 @@ def _refuse_foreign_code(folder: Path) -> None:
     for path in (folder / "config.json", folder / _TOKENIZER_CONFIG):
         for reference in _references(auto_map(path)):
             if "--" in reference:
-                raise UnsafeSource(f"{path.name} names code of another repository, which is never run")
+                raise UnsafeSource(f"{path.name} refers to code of another repository, which is never run")
 
 
 def _references(named: Any) -> list[str]:
-    """Every class that it names: a string, or a pair of them for a tokenizer's two."""
+    """All class references in an ``auto_map``. Each entry is a string, or for tokenizers a list of two."""
     values = named.values() if isinstance(named, Mapping) else [named]
-    found = [item for value in values for item in (value if isinstance(value, list) else [value]) if item is not None]
-    if not all(isinstance(item, str) for item in found):
-        raise SourceCorrupt("auto_map names no classes")
-    return found
+    classes = [item for value in values for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if not all(isinstance(item, str) for item in classes):
+        raise SourceCorrupt("auto_map contains a value that is not a class name")
+    return classes

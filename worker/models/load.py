@@ -1,4 +1,4 @@
-"""Loads a model from a folder through plain ``from_pretrained``: a source, or a published checkpoint."""
+"""Loads a model, a source or a published checkpoint, from a folder with plain ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from qbatch.worker.models.vet import refuse_other_weights
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel:
-    """A model in evaluation mode on ``device``, as its folder describes it.
+    """A model in evaluation mode on ``device``.
 
-    ``tokenizer`` is None where the folder has none. ``load_model_s`` is the time of ``from_pretrained`` alone,
-    the device synchronised at both ends.
+    ``tokenizer`` is None if the folder has none. ``load_model_s`` is the time of ``from_pretrained`` only, with the
+    device synchronized before and after.
     """
 
     model: Any
@@ -36,19 +36,19 @@ class LoadedModel:
 
 
 def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> LoadedModel:
-    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), what is not quantized in ``dtype`` (resolved). Python
-    files in it run only where it is ``trusted``.
+    """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), with unquantized weights in ``dtype`` (not "auto"). Python
+    files in the folder run only if ``trusted``.
 
-    Raises SourceNotFound or SourceCorrupt for a source's faults, BenchmarkError for a published checkpoint's,
-    UnsafeSource for one that needs code and is not trusted, Unsupported for what this transformers cannot load,
-    CudaOom, HostOom or DeviceError for the device's.
+    Raises SourceNotFound or SourceCorrupt for faults of a source, BenchmarkError for faults of a published checkpoint,
+    UnsafeSource if the model needs code and is not trusted, Unsupported if this version of transformers cannot load
+    it, and CudaOom, HostOom or DeviceError for faults of the device.
     """
-    written = read_config(folder)
-    refuse_other_weights(written)
-    quantized = "quantization_config" in written
-    weights = weights_of_config(written.get("quantization_config"))
-    if not quantized:  # a checkpoint of ours was vetted before it was written
-        refuse_disproportion(written, read_headers(folder))
+    raw_config = read_config(folder)
+    refuse_other_weights(raw_config)
+    quantized = "quantization_config" in raw_config
+    weights = weights_of_config(raw_config.get("quantization_config"))
+    if not quantized:  # the source of one of our checkpoints was checked before it was written
+        refuse_disproportion(raw_config, read_headers(folder))
     quiet_libraries(weights)
     corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
@@ -64,9 +64,8 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
 
 @contextmanager
 def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
-    """The seam to torch, transformers and a method's library: their errors leave it as JobErrors of one line.
-
-    Memory and device faults get their own class, everything else becomes ``otherwise``.
+    """Convert errors of torch, transformers and the methods' libraries to JobErrors with a message of one line, which
+    starts with ``doing``. Memory and device faults get their own class; everything else becomes ``otherwise``.
     """
     try:
         yield
@@ -77,7 +76,7 @@ def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
 
 
 def quiet_libraries(weights: MethodWeights | None) -> None:
-    """Keep progress bars and repeated warnings of transformers, and of a method's library, out of a job's log."""
+    """Keep progress bars and repeated warnings of transformers and of a method's library out of job logs."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -104,9 +103,9 @@ def _load_model(
     )
     _synchronize(device)
     load_model_s = time.perf_counter() - begin_s
-    # transformers fills a missing tensor with random numbers and merely warns.
+    # transformers fills missing tensors with random numbers, and only warns.
     if missing := sorted(info["missing_keys"]):
-        raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}, the first is {missing[0]}")
+        raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 

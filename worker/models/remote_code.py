@@ -1,4 +1,4 @@
-"""Code that a model brings with it: its checksum, and its copy beside a checkpoint. Imports neither torch nor
+"""The Python code that comes with a model: its checksum, and its copy in a checkpoint. Imports neither torch nor
 transformers."""
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 from qbatch.core.model_files import python_files
 from qbatch.worker.files.staging import storage_error
 
-REFUSAL = "the model needs code of its own, which runs only where QBATCH_TRUST_REMOTE_CODE names it"
+REFUSAL = "the model needs code of its own, which runs only if QBATCH_TRUST_REMOTE_CODE lists it"
 
 
 def code_sha256(folder: Path) -> str:
-    """One sha256 (hex) over the Python files of a model."""
+    """The sha256 (hex) over all Python files of a model, with their paths and sizes."""
     digest = hashlib.sha256()
     for path in python_files(folder):
         content = path.read_bytes()
@@ -24,7 +24,7 @@ def code_sha256(folder: Path) -> str:
 
 
 def copy_code(source: Path, checkpoint: Path) -> None:
-    """Give a checkpoint the Python files that its config names; those that transformers copied stay.
+    """Copy the source's Python files into a checkpoint, except those that transformers has already copied.
 
     Raises DiskFull or StorageError.
     """

@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded."""
+"""Checks that refuse a source before anything of it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.core.errors import SourceCorrupt, Unsupported
 from qbatch.core.sources import Header, TensorInfo, read_config, read_headers
 from qbatch.worker.models.proportions import refuse_disproportion
 
-# What quantizers of all kinds leave beside or instead of a weight.
+# Suffixes of tensors that quantizers of all kinds store with or instead of a weight.
 _QUANTIZED_SUFFIXES = (
     ".SCB",
     ".absmax",
@@ -26,10 +26,10 @@ _WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 def vet_source(source: Path) -> tuple[Header, ...]:
-    """The vetted headers of an unquantized safetensors model.
+    """Check an unquantized safetensors model, and return its headers.
 
-    Raises SourceCorrupt, SourceNotFound, UnsafeSource (pickles alone), or Unsupported where the source is
-    quantized already, names weights of its own or has modules replaced.
+    Raises SourceCorrupt, SourceNotFound, UnsafeSource (if it has only pickled weights), or Unsupported if the source is
+    already quantized, or its config names other weight files or replaces modules.
     """
     config = read_config(source)
     _refuse_quantized_config(config)
@@ -43,15 +43,16 @@ def vet_source(source: Path) -> tuple[Header, ...]:
 
 
 def refuse_other_weights(config: Mapping[str, Any]) -> None:
-    """Raise Unsupported where transformers would load other files than those that were vetted, a pickle among them."""
+    """Raise Unsupported if transformers would load files that were not checked, which might be pickles."""
     if config.get("transformers_weights") is not None:
-        raise Unsupported("config.json points at weight files of its own (transformers_weights)")
+        raise Unsupported("config.json names other weight files (transformers_weights)")
 
 
 def _refuse_fusions(config: Mapping[str, Any]) -> None:
-    """transformers replaces the modules that it names by others, with converted weights, in the whole process."""
+    """Raise Unsupported if the config has a fusion_config: transformers would replace the modules that it names in the
+    whole process, and convert their weights."""
     if config.get("fusion_config"):
-        raise Unsupported("config.json has modules replaced by fused ones (fusion_config)")
+        raise Unsupported("config.json replaces modules by fused ones (fusion_config)")
 
 
 def _refuse_quantized_config(config: Mapping[str, Any]) -> None:
@@ -70,7 +71,7 @@ def _refuse_quantized_tensors(headers: tuple[Header, ...]) -> None:
 
 
 def _is_codes(tensor: TensorInfo) -> bool:
-    """Whether a weight is whole numbers, which transformers would take for its values."""
+    """Whether a weight consists of integers, which transformers would interpret as its values."""
     return tensor.name.endswith(".weight") and len(tensor.shape) > 1 and tensor.dtype in _WHOLE_NUMBERS
 
 

@@ -1,4 +1,4 @@
-"""The streaming bitsandbytes writer."""
+"""Writes quantized checkpoints: in one streaming pass over the source, or by building the whole model."""
 
 from qbatch.worker.quantizing.target import Progress, Refused, Target, Written
 from qbatch.worker.quantizing.write import write_checkpoints

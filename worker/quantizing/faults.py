@@ -1,4 +1,4 @@
-"""The quantizer's seam: what other libraries raise in it becomes ours."""
+"""Turns the errors that other libraries raise while quantizing into JobErrors, and silences those libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qbatch.worker.machine.device_faults import device_fault
 
 
 def as_job_error(error: BaseException) -> JobError:
-    """The JobError that ``error`` means while quantizing. A JobError is returned as it is."""
+    """Convert an error raised while quantizing to a JobError. A JobError is returned unchanged."""
     from safetensors import SafetensorError
 
     if isinstance(error, JobError):
@@ -33,7 +33,7 @@ def as_job_error(error: BaseException) -> JobError:
     if isinstance(error, OSError):
         return storage_fault(error)(text)
     if isinstance(error, SafetensorError):
-        # safetensors reports a full disk in words alone: Os { code: 28, kind: StorageFull, … }
+        # safetensors reports a full disk only in the message: Os { code: 28, kind: StorageFull, … }
         return DiskFull(text) if "StorageFull" in text or "code: 28" in text else SourceCorrupt(text)
     if isinstance(error, OUR_DEFECTS):
         return InternalError(text)
@@ -42,8 +42,10 @@ def as_job_error(error: BaseException) -> JobError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and progress bars of transformers and the methods' libraries out of job logs. Not for several
-    threads."""
+    """Keep warnings and progress bars of transformers and the methods' libraries out of job logs.
+
+    Not thread-safe: it changes log levels and warning filters of the whole process.
+    """
     import transformers
 
     log = transformers.utils.logging

@@ -1,4 +1,4 @@
-"""How far a pass has come."""
+"""The progress of quantization, in bytes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from qbatch.worker.quantizing.target import Progress
 
 REPORT_INTERVAL_S = 0.25
-"""How often who waits for the work reports."""
+"""How often the thread that waits for the work reports progress."""
 
 
 class Meter:
-    """Counts bytes from any thread, and reports them from one."""
+    """Counts bytes. Any thread may count; one thread reports."""
 
     def __init__(self, on_progress: Progress) -> None:
         self._on_progress = on_progress
@@ -19,7 +19,7 @@ class Meter:
         self._read = self._written = self._planned = 0
 
     def plan(self, nbytes: int) -> None:
-        """More bytes will be read or written."""
+        """Add ``nbytes`` that will be read or written."""
         with self._lock:
             self._planned += nbytes
 
@@ -31,8 +31,8 @@ class Meter:
         with self._lock:
             self._written += nbytes
 
-    def settle(self) -> None:
-        """What has not been read or written by now will not be: those whose it was have failed."""
+    def drop_remaining(self) -> None:
+        """Take everything not yet read or written out of the plan, for example because its target failed."""
         with self._lock:
             self._planned = self._read + self._written
 

@@ -1,4 +1,4 @@
-"""What is asked of the quantizer, and what comes back."""
+"""The quantizer's input and its possible results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import JobError
 
 Progress = Callable[[int, int, int], None]
-"""Called with bytes read, bytes written, and the bytes of both that are planned in all."""
+"""Called with the bytes read, the bytes written, and the total planned for both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One checkpoint to write: how to quantize, and the existing empty folder it goes to. ``trusted`` lets the source's
-    own code run; ``beside_bytes`` is what will be put beside the weights later, and needs room too."""
+    """One checkpoint to write: the scheme, and an existing empty folder for the files.
+
+    ``trusted`` lets the source's own code run. ``beside_bytes`` is the size of files that will be added to the folder
+    later, and need disk space too. Raises ValueError if the scheme does not quantize or its compute dtype is "auto".
+    """
 
     scheme: Scheme
     folder: Path
@@ -32,10 +35,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A finished checkpoint: weights, index, config.json and (of a generative model) generation_config.json.
+    """A finished checkpoint: weights, index, config.json and, for a generative model, generation_config.json.
 
-    ``audit`` says how much of the model really was quantized (JSON values only; docs/performance.md lists the keys).
-    ``writer`` is "stream", or "whole" where the whole model had to be built.
+    ``audit`` says how much of the model was actually quantized (JSON values only; docs/performance.md lists the keys).
+    ``writer`` is "stream", or "whole" if the whole model had to be built.
     """
 
     target: Target
@@ -47,7 +50,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A target that could not be written, and why. What is left in its folder is worthless."""
+    """A target that could not be written, and why. Files left in its folder are not usable."""
 
     target: Target
     error: JobError
@@ -55,7 +58,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deferred:
-    """A target that cannot be streamed, and why. Its folder is still empty."""
+    """A target that cannot be streamed and must be built as a whole model, and why. Its folder is still empty."""
 
     target: Target
     reason: str

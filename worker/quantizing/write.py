@@ -1,4 +1,4 @@
-"""Write every target of one source. Importing this imports neither torch nor bitsandbytes, whose import starts CUDA."""
+"""Write all targets of one source. Importing this module does not import torch or bitsandbytes, which start CUDA."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write_checkpoints(
 ) -> Iterator[Written | Refused]:
     """Quantize ``source`` (a local safetensors folder), reading it once for all targets.
 
-    ``dtype`` is what stays unquantized; ``device`` is "cpu" or "cuda:0". A target that cannot be streamed is written
-    the long way after the others. A source that is unfit refuses every target with the same error; a target that
-    fails by itself leaves the others alone. Nothing is raised but what ``on_progress`` raises.
+    ``dtype`` is the dtype of tensors that stay unquantized; ``device`` is "cpu" or "cuda:0". Targets that cannot be
+    streamed are written last, each by building its whole model. If the source is unusable, every target is refused
+    with the same error; if one target fails, the others continue. Raises only what ``on_progress`` raises.
     """
     meter = Meter(on_progress)
     try:
@@ -52,7 +52,7 @@ def _stream(
         return [Refused(target=target, error=as_job_error(error)) for target in targets]
     with reader:
         outcomes = _stream_from(reader, source, targets, dtype, device, meter)
-    meter.settle()
+    meter.drop_remaining()
     meter.report()
     return outcomes
 
@@ -67,43 +67,43 @@ def _stream_from(
     outcomes: list[Outcome] = []
     loaded: list[TracedModel] = []
     for target in targets:
-        if (why := weights_of(target.scheme.description).why_whole) is not None:
-            outcomes.append(Deferred(target=target, reason=why))
+        if (reason := weights_of(target.scheme.description).why_whole) is not None:
+            outcomes.append(Deferred(target=target, reason=reason))
             continue
         try:
             loaded.append(trace_loading(source, reader, target, dtype, device))
-        except NotStreamable as reason:
-            outcomes.append(Deferred(target=target, reason=str(reason)))
+        except NotStreamable as error:
+            outcomes.append(Deferred(target=target, reason=str(error)))
         except Exception as error:
-            # A model's own code may do what the tracing does not expect of transformers' classes.
+            # A model's own code may do things that tracing does not support.
             if target.trusted and not isinstance(error, JobError):
                 outcomes.append(Deferred(target=target, reason=one_line(error)))
             else:
                 outcomes.append(Refused(target=target, error=as_job_error(error)))
-    meter.settle()  # what comparing tied tensors took has been read
+    meter.drop_remaining()  # comparing tied tensors has already read some bytes
     return outcomes + (stream(source, loaded, reader, device, meter) if loaded else [])
 
 
 def _write_whole(
     headers: tuple[Header, ...], source: Path, deferred: list[Deferred], dtype: DType, device: str, meter: Meter
 ) -> Iterator[Written | Refused]:
-    """One after the other, since each needs memory for the model; all are planned first."""
+    """Write the deferred targets one at a time, since each needs memory for the whole model. All are planned first."""
     from qbatch.worker.quantizing.building.whole_model import WholeModel
 
     models: list[WholeModel] = []
-    for one in deferred:
+    for each in deferred:
         try:
             with quiet():
-                models.append(WholeModel(source, headers, one, dtype, device))
+                models.append(WholeModel(source, headers, each, dtype, device))
         except Exception as error:
-            yield Refused(target=one.target, error=as_job_error(error))
-    left = sum(model.planned_bytes() for model in models)
-    meter.plan(left)
+            yield Refused(target=each.target, error=as_job_error(error))
+    remaining_bytes = sum(model.planned_bytes() for model in models)
+    meter.plan(remaining_bytes)
     for model in models:
         with quiet():
             outcome = model.write(meter)
-        left -= model.planned_bytes()
-        meter.settle()
-        meter.plan(left)
+        remaining_bytes -= model.planned_bytes()
+        meter.drop_remaining()
+        meter.plan(remaining_bytes)
         meter.report()
         yield outcome

@@ -1,5 +1,5 @@
-"""One order for a safetensors file's metadata. safetensors writes it in the order of a hash map, which differs at every
-run, so that the same checkpoint would have other checksums each time."""
+"""Sorts the metadata in a safetensors file. safetensors writes it in the order of a hash map, which changes with every
+run, so that otherwise the same checkpoint would have different checksums each time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import struct
 from pathlib import Path
 
 
-def settle_metadata(path: Path) -> None:
-    """Put the metadata in ``path`` in the order of its keys. No byte moves but those of the metadata itself.
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in ``path`` by key, in place. Tensor data does not move.
 
-    Raises OSError; ValueError where the header would have another length, which other texts of the same values may.
+    Raises OSError, or ValueError if the header becomes longer, which can happen if it was serialized differently.
     """
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -19,6 +19,6 @@ def settle_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
-            raise ValueError(f"{path.name}: a header of {length} bytes became one of {len(text)}")
+            raise ValueError(f"{path.name}: sorting the metadata grew the header from {length} to {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(length))

@@ -1,4 +1,4 @@
-"""The long way: build the whole model, then save it. Needs memory for all of it, one target after the other."""
+"""Write a checkpoint by building the whole quantized model and saving it. Needs memory for all of the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qbatch.core.sources import Header, read_header
 from qbatch.worker.files.staging import require_space
 from qbatch.worker.methods.halves import weights_of
 from qbatch.worker.models.architecture import load_config
-from qbatch.worker.quantizing.building.metadata_order import settle_metadata
+from qbatch.worker.quantizing.building.metadata_order import sort_metadata
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
@@ -39,27 +39,27 @@ _Origins = Mapping[str, tuple[Origin, bool]]
 
 
 class WholeModel:
-    """A target that is written by building its whole model. Made before it is written, so that what it will read and
-    write is known early."""
+    """A target that is written by building its whole model. Created well before ``write``, so that the number of bytes
+    it will read and write is known early."""
 
     def __init__(
         self, source: Path, headers: tuple[Header, ...], deferred: Deferred, dtype: DType, device: str
     ) -> None:
-        """Raises what building a model without data raises."""
+        """Trace the model without data. Raises what ``build_skeleton`` and ``load_source`` raise."""
         self._source, self._headers, self._deferred = source, headers, deferred
         self._dtype, self._device = dtype, device
         scheme = self._target.scheme
         self._weights = weights_of(scheme.description)
-        self._refuse_unfit(dtype, device)
+        self._refuse_unsupported(dtype, device)
         self._packing = self._weights.packing(scheme)
         self._skeleton = build_skeleton(source, scheme, dtype, device, trusted=self._target.trusted)
         if (reason := self._weights.why_not_loaded(self._skeleton.model.state_dict())) is not None:
             raise Unsupported(reason)
         self._to_quantize = self._quantized_shapes()
         self._to_write = weights_bytes(self._skeleton.model, self._packing, self._to_quantize)
-        self._origins, self._dropped, self._no_origins_because = self._trace()
+        self._origins, self._dropped, self._why_untraced = self._trace()
 
-    def _refuse_unfit(self, dtype: DType, device: str) -> None:
+    def _refuse_unsupported(self, dtype: DType, device: str) -> None:
         description = self._target.scheme.description
         if (reason := self._weights.why_not_on(description, device)) is not None:
             raise Unsupported(reason)
@@ -78,12 +78,12 @@ class WholeModel:
         return {
             name: shape
             for name, shape in shapes.items()
-            if quantizer.param_needs_quantization(model, name) and self._packing.why_left(*shape) is None
+            if quantizer.param_needs_quantization(model, name) and self._packing.why_skipped(*shape) is None
         }
 
     def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:
-        """Where each quantized weight comes from and which tensors of the source go nowhere; neither, and why not,
-        where a model's own code hides it."""
+        """Return the origin of each quantized weight, and the source tensors that the model does not use. If a model's
+        own code cannot be traced, return no origins, None, and the reason."""
         try:
             with SourceReader(self._headers, lambda _: None) as reader:
                 _, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
@@ -95,16 +95,17 @@ class WholeModel:
         return recorder.origins, dropped, None
 
     def planned_bytes(self) -> int:
-        """What will be read and written, nearly: the source to load it, then again what the errors are computed of."""
+        """Roughly how many bytes will be read and written. Tensors whose quantization errors are computed are read
+        twice: to load the model, and to compare."""
         sizes = {tensor.name: tensor.nbytes for header in self._headers for tensor in header.tensors}
         compared = {name for origin, _ in self._origins.values() for name in sources_of(origin)}
         return sum(sizes.values()) + sum(sizes[name] for name in compared) + self._to_write
 
     def write(self, meter: Meter) -> Written | Refused:
-        """``from_pretrained`` + ``save_pretrained``. Reports a few times a second, from the calling thread, and raises
-        nothing but what that raises."""
+        """Load with ``from_pretrained`` and save with ``save_pretrained``. Reports progress a few times a second from
+        the calling thread, and raises only what reporting raises."""
         stopped = threading.Event()
-        # On CPU, double quantization depends on the number of threads.
+        # On a CPU, the result of double quantization depends on the number of torch threads.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
             work = pool.submit(self._write, _stoppable(meter.read, stopped))
             try:
@@ -115,10 +116,10 @@ class WholeModel:
         try:
             return work.result()
         except Exception as error:
-            # Its traceback would keep the model.
+            # The traceback would keep the model in memory.
             return Refused(target=self._target, error=as_job_error(error).with_traceback(None))
         finally:
-            _give_back_memory()
+            _release_memory()
 
     def _write(self, on_read: Callable[[int], None]) -> Written:
         start = time.perf_counter()
@@ -133,13 +134,13 @@ class WholeModel:
         )
 
     def _watch(self, work: Future[Written], meter: Meter) -> None:
-        counted = 0
+        counted_bytes = 0
         done = False
         while not done:
             done = bool(wait([work], REPORT_INTERVAL_S).done)
-            written = _bytes_in(self._target.folder)
-            meter.wrote(max(0, written - counted))
-            counted = max(written, counted)
+            written_bytes = _bytes_on_disk(self._target.folder)
+            meter.wrote(max(0, written_bytes - counted_bytes))
+            counted_bytes = max(written_bytes, counted_bytes)
             meter.report()
 
     def _load_and_save(self, on_read: Callable[[int], None]) -> dict[str, Any]:
@@ -154,11 +155,12 @@ class WholeModel:
         )
 
     def _load(self, reader: SourceReader) -> tuple[Any, Any]:
-        """The quantized model. Its tensors are read through the reader, which counts."""
+        """Return the quantized model and transformers' loading info. Tensors are read through ``reader``, which counts
+        the bytes. Raises Unsupported if transformers loses a weight or leaves it unquantized."""
         model, loading = self._skeleton.cls.from_pretrained(
             None,
             config=load_config(self._source, trusted=self._target.trusted),
-            state_dict={tensor.name: _Unread(reader, tensor.name) for tensor in reader.tensors()},
+            state_dict={tensor.name: _LazyTensor(reader, tensor.name) for tensor in reader.tensors()},
             quantization_config=self._skeleton.quantizer.quantization_config,
             dtype=getattr(torch, self._dtype.value),
             device_map={"": self._device},
@@ -166,7 +168,7 @@ class WholeModel:
             local_files_only=True,
         )
         if lost := sorted(self._origins.keys() & loading["missing_keys"]):
-            raise Unsupported(f"transformers loses {lost[0]} while it quantizes what it is cut from")
+            raise Unsupported(f"transformers loses {lost[0]} while it quantizes the tensor that it is cut from")
         refuse_missing(loading["missing_keys"])
         for name, module in self._layers(model):
             if not self._weights.is_quantized(module.weight):
@@ -176,7 +178,7 @@ class WholeModel:
         return model, loading
 
     def _layers(self, model: Any) -> list[tuple[str, Any]]:
-        """The layers whose weights were to be quantized, by name."""
+        """Names and modules of the layers whose weights should be quantized."""
         return [(name, module) for name, module in model.named_modules() if f"{name}.weight" in self._to_quantize]
 
     def _save(self, model: Any) -> None:
@@ -186,39 +188,41 @@ class WholeModel:
             save_original_format=not self._converted_weights_may_be_quantized(),
             **({} if limit is None else {"max_shard_size": limit}),
         )
-        for path in self._weights.files_to_settle(self._target.folder):
-            settle_metadata(path)
+        for path in self._weights.files_with_unsorted_metadata(self._target.folder):
+            sort_metadata(path)
         for path in self._target.folder.iterdir():
             share(path)
 
     def _converted_weights_may_be_quantized(self) -> bool:
-        """Whether the checkpoint must be in the model's own layout: converting codes back to the source's fails, or
-        leaves a checkpoint that cannot be loaded any more."""
-        if self._no_origins_because is not None:
+        """Whether the checkpoint must keep the model's own layout. Converting quantized codes back to the source's
+        layout fails, or gives a checkpoint that cannot be loaded."""
+        if self._why_untraced is not None:
             return True
         return not all(is_elementwise(origin) for origin, _ in self._origins.values())
 
     def _errors(self, model: Any, reader: SourceReader) -> dict[str, Any]:
-        """The audit of the errors, one weight at a time."""
-        if self._no_origins_because is not None:
-            return {"no_errors_because": self._no_origins_because}
-        # The parts of one source tensor are neighbours in the model.
+        """The audit of quantization errors, computed one weight at a time."""
+        if self._why_untraced is not None:
+            return {"no_errors_because": self._why_untraced}
+        # Weights that are cut from the same source tensor are neighbours in the model, so caching one is enough.
         read = lru_cache(maxsize=1)(reader.whole)
-        found = {}
+        errors = {}
         for name, module in self._layers(model):
             origin, transposed = self._origins[f"{name}.weight"]
             exact = replay(origin, read).to(module.weight.device)
-            found[f"{name}.weight"] = [
+            errors[f"{name}.weight"] = [
                 self._weights.figures(exact.t() if transposed else exact, module.weight).tolist()
             ]
         state = model.state_dict()
-        # Of quantized weights the pieces above were looked at; their codes may be of any dtype.
-        others = (name for name in state if not name.startswith(tuple(found)) and not self._weights.is_state_name(name))
-        return error_audit(self._weights, found, (name for name in others if not is_finite(state[name])))
+        # The loop above checked the quantized weights, whose codes may have any dtype.
+        others = (
+            name for name in state if not name.startswith(tuple(errors)) and not self._weights.is_state_name(name)
+        )
+        return error_audit(self._weights, errors, (name for name in others if not is_finite(state[name])))
 
 
-class _Unread:
-    """A tensor of the source that transformers reads when its turn has come."""
+class _LazyTensor:
+    """A source tensor that is read when transformers indexes it."""
 
     def __init__(self, reader: SourceReader, name: str) -> None:
         self._reader, self._name = reader, name
@@ -230,7 +234,7 @@ class _Unread:
 def _stoppable(on_read: Callable[[int], None], stopped: threading.Event) -> Callable[[int], None]:
     def count(nbytes: int) -> None:
         if stopped.is_set():
-            raise InterruptedError("nobody waits for this any more")
+            raise InterruptedError("quantization was cancelled")
         on_read(nbytes)
 
     return count
@@ -241,11 +245,11 @@ def _weights_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for header in headers for tensor in header.tensors)
 
 
-def _bytes_in(folder: Path) -> int:
-    """What is on disk of the weights in ``folder``. safetensors makes a hidden file of the full length first, and
-    renames it last."""
+def _bytes_on_disk(folder: Path) -> int:
+    """How many bytes of weights are on disk in ``folder``. safetensors first creates a hidden file of the full length,
+    and renames it at the end."""
     total = 0
-    with suppress(OSError):  # a file renamed this moment; any other fault the writer meets too, and says so
+    with suppress(OSError):  # a file was just renamed; the writer runs into any other fault too, and reports it
         for entry in os.scandir(folder):
             if entry.name.endswith(".safetensors"):
                 total += entry.stat().st_size
@@ -254,7 +258,7 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _give_back_memory() -> None:
+def _release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

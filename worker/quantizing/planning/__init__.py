@@ -1,1 +1,1 @@
-"""What a checkpoint's files will hold, known before any weight is read."""
+"""Determines the contents of a checkpoint's files before any weight is read."""

@@ -1,4 +1,4 @@
-"""How much of a model really was quantized, and what was not, and why."""
+"""The audit of a checkpoint: how much of the model was quantized, what was not and why, and the errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qbatch.worker.methods.packing import FIGURES, Packing
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-# What is no linear layer and smaller than this is not worth a line of its own.
-_WORTH_NAMING = 65_536
-# Of all models but some mixtures that is every one.
-_MOST_LAYERS = 4096
+# Unquantized parameters smaller than this are not listed, unless they belong to a linear layer.
+_MIN_LISTED_PARAMETERS = 65_536
+# Enough for every layer of any model except some mixtures of experts.
+_MAX_LISTED_LAYERS = 4096
 
 
 def coverage(
@@ -29,9 +29,10 @@ def coverage(
     weights_bytes: int,
     dropped: Iterable[str],
 ) -> dict[str, Any]:
-    """Counts over the distinct parameters of the loaded ``model`` (a tied one once).
+    """Count over the distinct parameters of the loaded ``model``; a tied parameter counts once.
 
-    ``quantized`` gives the true size of each quantized parameter; ``weights_bytes`` is that of all tensors written.
+    ``quantized`` maps the name of each quantized parameter to its number of values before packing. ``weights_bytes``
+    is the size of all tensors written. ``dropped`` names the source's tensors that the model does not use.
     """
     total, kept = _count(skeleton, packing, model, quantized)
     packed = sum(quantized.values())
@@ -49,31 +50,35 @@ def coverage(
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no NaN or infinity is among them; of a dtype that has such."""
+    """Whether ``values`` contain no NaN and no infinity. Dtypes of one byte, and integers, count as finite."""
     if not values.is_floating_point() or values.itemsize < 2 or not values.numel():
         return True
-    lowest, highest = values.aminmax()  # NaN where there is one
+    lowest, highest = values.aminmax()  # both are NaN if any value is
     return bool(lowest.isfinite() & highest.isfinite())
 
 
 def error_audit(
     weights: MethodWeights, figures: Mapping[str, Sequence[Sequence[float]]], not_finite: Iterable[str]
 ) -> dict[str, Any]:
-    """The relative Frobenius error of each layer, worst first, and what is wrong with the numbers themselves, of the
-    FIGURES of each weight's pieces. ``not_finite`` names what is wrong among the other tensors."""
+    """The relative Frobenius error of each quantized weight, worst first, and the names of tensors with NaN or
+    infinities.
+
+    ``figures`` holds the FIGURES of each weight's pieces, by parameter name; ``not_finite`` names the unquantized
+    tensors that are not finite.
+    """
     errors = {name: _relative_error(pieces) for name, pieces in figures.items()}
     finite = {name: error for name, error in errors.items() if math.isfinite(error)}
     worst = sorted(finite, key=lambda name: finite[name], reverse=True)
     pieces = [dict(zip(FIGURES, piece, strict=True)) for several in figures.values() for piece in several]
     return {
         "relative_error_mean": sum(finite.values()) / len(finite) if finite else None,
-        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MOST_LAYERS]],
+        "relative_error_worst": [{"name": name, "error": finite[name]} for name in worst[:_MAX_LISTED_LAYERS]],
         "not_finite": sorted((errors.keys() - finite.keys()).union(not_finite)),
     } | weights.audit(pieces)
 
 
 def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
-    """The Frobenius norm of the error over that of the values; 0 for a weight of zeros."""
+    """The Frobenius norm of the error divided by that of the values. For a weight of zeros, the norm of the error."""
     error, value = (math.hypot(*norms) for norms in list(zip(*pieces, strict=True))[:2])
     return error / value if value else error
 
@@ -81,14 +86,14 @@ def _relative_error(pieces: Sequence[Sequence[float]]) -> float:
 def _count(
     skeleton: Skeleton, packing: Packing, model: Any, quantized: Mapping[str, int]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Parameters in all, and the large ones that stay as they are, grouped over layers."""
+    """The total number of parameters, and the unquantized parameters worth listing, grouped over layers."""
     total = sum(quantized.values())
     groups: Counter[tuple[str, str]] = Counter()
     for name, parameter in model.named_parameters():
         if name in quantized:
             continue
         total += parameter.numel()
-        if parameter.numel() >= _WORTH_NAMING or _is_linear_weight(model, name):
+        if parameter.numel() >= _MIN_LISTED_PARAMETERS or _is_linear_weight(model, name):
             groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, packing, model, name)] += parameter.numel()
     return total, [
         {"name": name, "reason": reason, "parameters": count} for (name, reason), count in groups.most_common()
@@ -109,4 +114,4 @@ def _reason(skeleton: Skeleton, packing: Packing, model: Any, name: str) -> str:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
         return "kept in a higher precision by the model"
-    return packing.why_left(*model.get_parameter(name).shape) or "skipped on request"
+    return packing.why_skipped(*model.get_parameter(name).shape) or "skipped on request"

@@ -1,4 +1,5 @@
-"""What the files of a checkpoint hold if its config is true: transformers' own code again, without any data."""
+"""The tensors that a checkpoint must contain according to its config, determined with transformers' own loading and
+saving code, without data."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ from qbatch.worker.quantizing.tensors.trace import FromSource, Traced, sources_o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """One tensor that should be there. ``tensor`` has its dtype and shape, and data only where they follow from the
-    config; of a ``tie`` (the name of its group) one tensor is enough."""
+    """A tensor that the checkpoint should contain.
+
+    ``tensor`` has the expected dtype and shape, and data only if the values follow from the config. ``tie`` names the
+    group of tied tensors that it belongs to, of which the files need only one; None if it is not tied.
+    """
 
     tensor: torch.Tensor
     tie: str | None
@@ -30,17 +34,18 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedFiles:
-    """Every tensor by name, and the dtype that config.json would give (that of the first parameter)."""
+    """All expected tensors by name, and the dtype that config.json should state (that of the first parameter)."""
 
     tensors: Mapping[str, Expected]
     config_dtype: str
 
 
 def describe(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
-    """What the checkpoint in ``folder``, loaded in ``dtype``, should hold. ``names`` are those that it has: they tell
-    which of transformers' conversions its layout needs.
+    """What the checkpoint in ``folder``, loaded in ``dtype``, should contain.
 
-    Raises SourceCorrupt, UnsafeSource or Unsupported where its config describes no model quantized by a known method.
+    ``names`` are the tensors that it does contain; they show which of transformers' conversions its layout needs.
+    Raises SourceCorrupt, UnsafeSource or Unsupported if its config does not describe a model quantized by a known
+    method.
     """
     skeleton = published_skeleton(folder, dtype)
     model, quantization = skeleton.model, skeleton.quantizer.quantization_config
@@ -59,7 +64,7 @@ def describe(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
 
 
 def _own_tensors(skeleton: Skeleton, packing: Packing) -> dict[str, Traced]:
-    """The model's own state, as if that were the source: nothing is missing and nothing needs converting."""
+    """The model's own state, traced as if it were the source, so that nothing is missing or needs converting."""
     return {
         name: Traced.of(_as_in_source(skeleton, packing, name, tensor), FromSource(name))
         for name, tensor in skeleton.model.state_dict().items()
@@ -74,8 +79,8 @@ def _as_in_source(skeleton: Skeleton, packing: Packing, name: str, tensor: torch
 
 
 def _conversions_used(skeleton: Skeleton, names: Iterable[str], state: dict[str, Any]) -> list[Any]:
-    """Those of transformers' conversions that lead from ``names`` to the ``state``. A name that they lead nowhere is no
-    tensor of the model, and has no say."""
+    """The transformers conversions that map ``names`` to keys of ``state``. Names that map to no key are not tensors of
+    the model, and are ignored."""
     mapping = _mapping(skeleton)
     known = [name for name in names if _renamed(skeleton, name, mapping, state) in state]
     mapping = _mapping(skeleton)
@@ -91,16 +96,16 @@ def _mapping(skeleton: Skeleton) -> list[Any]:
 
 
 def _renamed(skeleton: Skeleton, name: str, mapping: list[Any], state: dict[str, Any]) -> str:
-    """The parameter that a tensor of that name goes into; what was used of ``mapping`` remembers it."""
+    """The parameter that the tensor ``name`` is loaded into. Marks the conversions used in ``mapping`` as used."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
     return str(rename_source_key(name, renamings, converters, skeleton.model.base_model_prefix, state)[0])
 
 
 def _ties(model: Any) -> dict[str, str]:
-    """The group of each tied parameter, named after the one that the others are tied to."""
+    """The group of each tied parameter by name. A group has the name of the parameter that the others are tied to."""
     ties = {}
     for tied, kept in model.all_tied_weights_keys.items():
         ties[tied] = ties[kept] = kept

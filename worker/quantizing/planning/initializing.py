@@ -1,4 +1,4 @@
-"""transformers' initialization after loading: what it overwrites of the source's values."""
+"""Detects loaded values that transformers' initialization after loading overwrites."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qbatch.worker.quantizing.tensors.trace import traced_tensors
 
 
 def why_overwritten(model: Any, info: Any) -> str | None:
-    """Initialize a traced ``model`` that is not tied yet, as ``from_pretrained`` does, and say what of the source's
-    values that changes; None where it changes nothing.
+    """Initialize a traced ``model`` whose weights are not tied yet, as ``from_pretrained`` does. Return a message that
+    names a loaded tensor which this overwrites, or None.
 
-    It is meant for what the source lacks. But it tells loaded tensors by an attribute, which a slice of one has not,
-    so some models set the padding row of a loaded embedding to zero.
+    The initialization is meant for tensors that the source lacks. It recognizes loaded tensors by an attribute, which
+    a slice of a tensor does not have, so some models set the padding row of a loaded embedding to zero.
     """
     model.mark_tied_weights_as_initialized(info)
     writes = _Writes({_storage(tensor): name for name, tensor in traced_tensors(model)})
     try:
-        # Without data nothing is drawn for parameters; a few models draw what they copy into them.
+        # Meta tensors draw no random numbers, but a few models draw real values and copy them into parameters.
         with torch.random.fork_rng(devices=[]), writes:
             model.initialize_weights()
     except Exception as error:
@@ -31,7 +31,7 @@ def why_overwritten(model: Any, info: Any) -> str | None:
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of the ``watched`` tensors (names by storage) are written to, in whatever way, slices included."""
+    """Records which ``watched`` tensors (names by storage) are written to by any operation, also through slices."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -44,11 +44,11 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             arguments = func._schema.arguments
-            values = {one.name: value for one, value in zip(arguments, args, strict=False)} | kwargs
-            self._note([values.get(one.name) for one in arguments if one.is_write])
+            values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+            self._record([values.get(argument.name) for argument in arguments if argument.is_write])
         return func(*args, **kwargs)
 
-    def _note(self, written: list[Any]) -> None:
+    def _record(self, written: list[Any]) -> None:
         for tensor in written:
             if isinstance(tensor, torch.Tensor) and (name := self._watched.get(_storage(tensor))):
                 self.hit.append(name)

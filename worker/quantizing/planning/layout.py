@@ -1,4 +1,4 @@
-"""Where each tensor lies in a safetensors file, exactly as the safetensors library would put it."""
+"""The position of each tensor in a safetensors file, identical to what the safetensors library would write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 
 from qbatch.worker.quantizing.planning.saving import Output
 
-# What save_pretrained writes; transformers refuses files without it.
+# The metadata that save_pretrained writes; transformers refuses files without it.
 _METADATA = {"format": "pt"}
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLayout:
-    """One file: ``head`` is its length prefix and header; ``starts`` gives each tensor's first byte by name."""
+    """One file of ``size`` bytes. ``head`` is the length prefix and the JSON header; ``starts`` maps each tensor's name
+    to the offset of its first byte in the file."""
 
     name: str
     head: bytes
@@ -30,7 +31,7 @@ class FileLayout:
 
 
 def lay_out(file_name: str, outputs: Sequence[Output]) -> FileLayout:
-    """Place ``outputs`` in one file. The order is the library's own, asked of it with tensors of no size."""
+    """Place ``outputs`` in one file, in the safetensors library's own order."""
     by_name = {output.name: output for output in outputs}
     header: dict[str, Any] = {"__metadata__": _METADATA}
     position = 0
@@ -47,7 +48,8 @@ def lay_out(file_name: str, outputs: Sequence[Output]) -> FileLayout:
 
 
 def _order(outputs: Sequence[Output]) -> list[tuple[str, str]]:
-    """Names in file order, with safetensors' names of their dtypes."""
+    """Tensor names in file order, each with the name that safetensors gives its dtype. The order is determined by
+    letting the library serialize empty tensors of the same names and dtypes."""
     empty = {output.name: torch.empty(0, dtype=output.dtype) for output in outputs}
     raw = safetensors.torch.save(empty, metadata=_METADATA)
     (length,) = struct.unpack("<Q", raw[:8])

@@ -1,4 +1,4 @@
-"""A target's model after loading, without its data: transformers' own loading code, run on traced tensors."""
+"""Loads a target's model without its data, by running transformers' own loading code on traced tensors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ from qbatch.worker.quantizing.tensors.trace import (
 
 
 class NotStreamable(Exception):
-    """This model cannot be quantized tensor by tensor; the whole of it must be built. ``str()`` says why."""
+    """The model cannot be quantized tensor by tensor and must be built as a whole. The message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """A tensor of the source (perhaps cast) that is quantized. ``shape`` is [rows, columns] as it is quantized;
-    the source's is the other way round where ``transposed``. ``dtype`` is that of the values quantized."""
+    """A parameter to quantize, made from one source tensor (possibly cast).
+
+    ``shape`` is [rows, columns] as it is quantized; if ``transposed``, the source tensor is [columns, rows]. ``dtype``
+    is the dtype of the values after casting, before quantization.
+    """
 
     name: str
     source: str
@@ -49,7 +52,8 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedModel:
-    """A target's model with traced tensors in place of weights, and what is to be quantized, by parameter name."""
+    """A target's model with traced tensors in place of weights. ``weights`` are those to quantize, by parameter name;
+    ``dropped`` names the source's tensors that the model does not use."""
 
     target: Target
     packing: StreamedPacking
@@ -59,9 +63,9 @@ class TracedModel:
 
 
 def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DType, device: str) -> TracedModel:
-    """Load ``source`` without its data, except where only the values of two tensors say whether they are tied.
+    """Load ``source`` without its data. Values are read only if two tensors may be tied and must be compared.
 
-    Raises SourceCorrupt where a key is missing or has the wrong shape, Unsupported, NotStreamable.
+    Raises SourceCorrupt if a tensor is missing or has the wrong shape, Unsupported, or NotStreamable.
     """
     skeleton = build_skeleton(source, target.scheme, dtype, device, trusted=target.trusted)
     model = skeleton.model
@@ -69,12 +73,12 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_refused()
-    _refuse_misfits(info)
+    _refuse_mismatched(info)
     dropped = unused(reader, model, recorder)
     overwritten = why_overwritten(model, info)
     _tie(model, info, reader)
     refuse_missing(info.missing_keys)
-    # Last: what is wrong with a source need not wait until its whole model is built.
+    # Checked last, so that faults of the source are reported before anything falls back to building the whole model.
     recorder.raise_if_not_streamable()
     if overwritten is not None:
         raise NotStreamable(overwritten)
@@ -84,7 +88,7 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
 def load_source(
     skeleton: Skeleton, packing: Packing, reader: SourceReader, dtype: DType
 ) -> tuple[Any, TracingQuantizer]:
-    """``load_traced`` with the source's tensors, converted as transformers converts them."""
+    """``load_traced`` with the source's tensors and transformers' own conversions for the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     mapping = get_model_conversion_mapping(skeleton.model, None, skeleton.quantizer)
@@ -94,8 +98,11 @@ def load_source(
 def load_traced(
     skeleton: Skeleton, packing: Packing, tensors: dict[str, Traced], mapping: list[Any], dtype: DType
 ) -> tuple[Any, TracingQuantizer]:
-    """Put traced ``tensors`` into the skeleton's model, converted by transformers' ``mapping``. Returns its own report
-    of what is missing, left over or misshapen, and what would be quantized."""
+    """Load traced ``tensors`` into the skeleton's model, converted by transformers' ``mapping``.
+
+    Returns transformers' report of missing, unexpected and mismatched keys, and the quantizer that recorded which
+    weights would be quantized.
+    """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -114,7 +121,7 @@ def load_traced(
         ),
         disk_offload_index=None,
     )
-    # Before 5.23, transformers takes any shape where there is a quantizer.
+    # Before version 5.23, transformers accepts any shape if there is a quantizer.
     for name, tensor in traced_tensors(skeleton.model):
         if name not in recorder.origins and tensor.shape != needed[name]:
             info.mismatched_keys.add((name, tensor.shape, needed[name]))
@@ -122,7 +129,7 @@ def load_traced(
 
 
 def _all_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, a shared one under each of its names."""
+    """All parameters and buffers; a shared one appears under each of its names."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
@@ -137,9 +144,10 @@ def _traced_source(reader: SourceReader) -> dict[str, Traced]:
 
 
 class TracingQuantizer:
-    """Stands in for transformers' quantizer while loading: notes what would be quantized, and quantizes nothing.
+    """Replaces transformers' quantizer while loading. It records what would be quantized, and quantizes nothing.
 
-    It refuses later, not at once: transformers swallows what is raised while it converts.
+    Errors are recorded too and raised later by ``raise_if_refused``, because transformers swallows exceptions that are
+    raised during conversion.
     """
 
     pre_quantized = False
@@ -151,12 +159,12 @@ class TracingQuantizer:
         self.packing = packing
         self.weights: dict[str, Weight] = {}
         self.origins: dict[str, tuple[Origin, bool]] = {}
-        """Where every weight that would be quantized comes from, and whether it is transposed first."""
+        """The origin of every weight that would be quantized, and whether it is transposed first."""
 
     def param_needs_quantization(self, model: Any, name: str) -> bool:
         if not self._skeleton.quantizer.param_needs_quantization(model, name):
             return False
-        return self.packing.why_left(*model.get_parameter(name).shape) is None
+        return self.packing.why_skipped(*model.get_parameter(name).shape) is None
 
     def get_quantize_ops(self) -> TracingQuantizer:
         return self
@@ -167,19 +175,19 @@ class TracingQuantizer:
     def _record(self, model: Any, name: str, value: Any) -> torch.Tensor:
         traced: Traced = value[0] if isinstance(value, list) else value
         module = model.get_submodule(name.rpartition(".")[0])
-        # As the library's own operation does: nothing in such a module is initialized later.
+        # transformers' own quantize operation sets this too, so that nothing in the module is initialized later.
         module._is_hf_initialized = self.packing.marks_initialized
         transposed = self.packing.is_transposed(module)
         needed = (module.out_features, module.in_features)
-        found = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
+        shape = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
         origin = simplified(traced.origin)
         self.origins[name] = (origin, transposed)
-        if found != needed:
-            self._refusals.append(SourceCorrupt(f"{name} has {found} for its shape; the model needs {needed}"))
+        if shape != needed:
+            self._refusals.append(SourceCorrupt(f"{name} has the shape {shape}, but the model needs {needed}"))
         elif isinstance(origin, Call | QuantizedPart):
             self._not_streamable.append(NotStreamable(f"{name} is converted and then quantized"))
         else:
-            if (reason := self.packing.why_unfit(*needed)) is not None:
+            if (reason := self.packing.why_unsupported(*needed)) is not None:
                 self._refusals.append(Unsupported(f"{name} {reason}"))
             self.weights[name] = _weight(name, origin, transposed, needed, traced.dtype)
         return self.packing.parameter(*needed, traced.dtype, partial(traced_part, name))
@@ -199,12 +207,12 @@ def _weight(name: str, origin: Origin, transposed: bool, shape: tuple[int, int],
 
 
 def traced_part(weight: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Traced:
-    """The part ``key`` of a quantized weight, as a tensor without data."""
+    """A tensor without data for the part ``key`` of a quantized weight."""
     return Traced.of(torch.empty(shape, dtype=dtype, device="meta"), QuantizedPart(weight, key))
 
 
 def refuse_missing(keys: Any) -> None:
-    """Raise SourceCorrupt where the source lacks keys: transformers would fill them with random numbers."""
+    """Raise SourceCorrupt if the source lacks ``keys``; transformers would fill them with random numbers."""
     if keys:
         names = sorted(keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -212,25 +220,28 @@ def refuse_missing(keys: Any) -> None:
 
 
 def _refuse_unquantized(skeleton: Skeleton, recorder: TracingQuantizer, info: Any) -> None:
-    """transformers asks only about the first of the parameters that it cuts from one tensor whether it is quantized.
-    The others would be written as they are, into layers that could not be loaded."""
+    """Raise Unsupported if a parameter that should be quantized would be written unquantized.
+
+    When transformers splits one tensor into several parameters, it decides by the first whether all are quantized. The
+    others would be written unquantized into quantized layers, and the checkpoint could not be loaded.
+    """
     accounted_for = recorder.origins.keys() | info.missing_keys
     for name, _ in skeleton.model.named_parameters():
         if name not in accounted_for and recorder.param_needs_quantization(skeleton.model, name):
-            raise Unsupported(f"{name} is cut from one tensor with a weight that is skipped: skip both, or neither")
+            raise Unsupported(f"{name} and a skipped weight are cut from the same tensor: skip both or neither")
 
 
-def _refuse_misfits(info: Any) -> None:
-    for name, found, needed in sorted(info.mismatched_keys):
-        raise SourceCorrupt(f"{name} has {tuple(found)} for its shape; the model needs {tuple(needed)}")
+def _refuse_mismatched(info: Any) -> None:
+    for name, shape, needed in sorted(info.mismatched_keys):
+        raise SourceCorrupt(f"{name} has the shape {tuple(shape)}, but the model needs {tuple(needed)}")
     for name, text in sorted(info.conversion_errors.items()):
         raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
 
 
 def unused(reader: SourceReader, model: Any, recorder: TracingQuantizer) -> tuple[str, ...]:
-    """Names of the source's tensors that went into no parameter and no buffer of the traced ``model``.
+    """Names of source tensors that are used by no parameter or buffer of the traced ``model``.
 
-    transformers' own list of unexpected keys has other names where keys were renamed, and leaves some out by pattern.
+    transformers' own list of unexpected keys contains names after renaming, and omits some keys by pattern.
     """
     used = {name for origin, _ in recorder.origins.values() for name in sources_of(origin)}
     for _, tensor in traced_tensors(model):
@@ -239,8 +250,12 @@ def unused(reader: SourceReader, model: Any, recorder: TracingQuantizer) -> tupl
 
 
 def _tie(model: Any, info: Any, reader: SourceReader) -> None:
-    """Tie as ``from_pretrained`` does. Where the source holds both tensors of a pair, equal values decide, which
-    transformers cannot see without data: so it is told that an equal one is missing, and of the others nothing."""
+    """Tie weights as ``from_pretrained`` does.
+
+    If the source has both tensors of a pair, they are tied if their values are equal. transformers cannot compare them
+    without data, so they are compared here: an equal one is reported to transformers as missing, and a pair that
+    differs is removed from the pairs to tie.
+    """
     for tied, kept in list(model.all_tied_weights_keys.items()):
         if tied in info.missing_keys or kept in info.missing_keys:
             continue

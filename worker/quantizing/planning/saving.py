@@ -1,4 +1,4 @@
-"""What a target's files will hold: transformers' own saving code, run on traced tensors."""
+"""Determines the contents of a target's files by running transformers' own saving code on traced tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DEFAULT_SHARD_SIZE = "50GB"  # transformers' own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One tensor of the checkpoint; ``content`` is its bytes, or where they come from."""
+    """One tensor of the checkpoint. ``content`` is its bytes, or the origin to compute them from."""
 
     name: str
     dtype: torch.dtype
@@ -36,16 +36,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shards:
-    """A checkpoint's tensors, by file name in order; ``index`` is the text of the index, None for a single file."""
+    """A checkpoint's tensors in order, by file name. ``index`` is the text of the index, None for a single file."""
 
     files: Mapping[str, tuple[Output, ...]]
     index: str | None
 
 
 def trace_saving(loaded: TracedModel, offsets: Mapping[str, float], device: str) -> Shards:
-    """Divide the checkpoint into files. ``offsets`` are those of double quantization, by parameter name.
+    """Divide the checkpoint into files. ``offsets`` are the means that double quantization subtracts, by parameter
+    name; empty without double quantization.
 
-    Raises NotStreamable.
+    Raises NotStreamable if a tensor's content cannot be computed from the source.
     """
     model = loaded.skeleton.model
     state = quantized_state(model, loaded.packing, loaded.weights, offsets, device)
@@ -67,7 +68,7 @@ def trace_saving(loaded: TracedModel, offsets: Mapping[str, float], device: str)
 def quantized_state(
     model: Any, packing: Packing, weights: Mapping[str, Weight], offsets: Mapping[str, float], device: str
 ) -> dict[str, Any]:
-    """The state of a loaded ``model`` under its own names, the parts of quantized ``weights`` among them."""
+    """The state dict of a loaded ``model`` under its own names, including the parts of the quantized ``weights``."""
     for name, weight in weights.items():
         part, offset = partial(traced_part, name), offsets.get(name)
         packing.attach_state(model.get_parameter(name), weight.shape, weight.dtype, offset, device, part)
@@ -78,10 +79,10 @@ def quantized_state(
 
 
 def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The state under the names, and in the order, in which transformers saves it.
+    """The state dict with the names and the order in which transformers saves it.
 
-    Where nothing was converted on loading its function only sorts, but first compiles a regular expression for each
-    tensor: half of all planning.
+    If nothing was converted on loading, transformers' function only sorts, but compiles a regular expression for each
+    tensor first. That would take half of the planning time, so this case sorts directly.
     """
     from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
@@ -91,8 +92,8 @@ def as_saved(state: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _without_tied(state: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The state without tied duplicates. transformers tells those of meta tensors by the model's parameters, so what
-    is neither parameter nor buffer goes around it."""
+    """The state dict without tied duplicates. transformers recognizes duplicates among meta tensors by the model's
+    parameters, so tensors that are neither parameters nor buffers bypass its function."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     beside = {name for name, tensor in state.items() if not _belongs_to_model(tensor)}
@@ -130,7 +131,7 @@ def _index(loaded: TracedModel, split: Any) -> str:
 
 
 def _num_parameters(loaded: TracedModel) -> int:
-    """As ``PreTrainedModel.num_parameters`` counts."""
+    """The number of parameters as ``PreTrainedModel.num_parameters`` counts them."""
     total = 0
     for name, parameter in loaded.skeleton.model.named_parameters():
         packed = name in loaded.weights
@@ -139,9 +140,9 @@ def _num_parameters(loaded: TracedModel) -> int:
 
 
 def save_configs(loaded: TracedModel, source: Path) -> None:
-    """Write config.json, and generation_config.json of a model that generates, as ``save_pretrained`` does.
+    """Write config.json and, for a generative model, generation_config.json, as ``save_pretrained`` does.
 
-    Raises SourceCorrupt where the latter makes no sense.
+    Raises SourceCorrupt if the source's generation_config.json is invalid.
     """
     model, folder = loaded.skeleton.model, loaded.target.folder
     model.hf_quantizer = loaded.skeleton.quantizer
@@ -158,8 +159,8 @@ def save_configs(loaded: TracedModel, source: Path) -> None:
 
 
 def read_generation_config(model: Any, source: Path) -> None:
-    """Give a model the generation config that ``from_pretrained(source)`` would: none to one that generates in a way of
-    its own, such as SpeechT5."""
+    """Give ``model`` the generation config that ``from_pretrained(source)`` would. Models with their own way of
+    generating, such as SpeechT5, get none."""
     if not hasattr(model, "adjust_generation_fn"):
         return
     model.adjust_generation_fn(

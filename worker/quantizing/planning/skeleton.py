@@ -1,4 +1,4 @@
-"""The model without its weights: transformers' own class on the meta device, its quantizer already applied."""
+"""Builds the model without its weights: transformers' own class on the meta device, with its quantizer applied."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qbatch.worker.methods.halves import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
 from qbatch.worker.models.proportions import refuse_disproportion
 
-# What a class of transformers raises for a config that it cannot follow, or a library that it lacks.
+# Exceptions that transformers' classes raise for a config with impossible values, or if a library is missing.
 _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model class and its instance on the meta device, as ``from_pretrained`` has it before it loads weights.
+    """A model class and its instance on the meta device, as ``from_pretrained`` has it before loading weights.
 
-    ``model`` has the method's modules where weights will be quantized; ``default_skips`` are the modules that
-    transformers leaves out of its own accord, ``idle_skips`` those of the user's patterns that match no layer.
+    In ``model``, the layers to quantize are already replaced by the method's modules. ``default_skips`` are the modules
+    that transformers does not quantize by default; ``idle_skips`` are the user's patterns that match no layer.
     """
 
     cls: Any
@@ -33,15 +33,14 @@ class Skeleton:
 
 
 def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, trusted: bool = False) -> Skeleton:
-    """The quantized meta-device model of ``source`` for one scheme, with weights of ``dtype``; ``trusted`` lets the
-    source's own code run.
+    """The quantized model of ``source`` on the meta device, for one scheme, with unquantized weights in ``dtype``.
 
-    Raises SourceCorrupt, UnsafeSource, Unsupported.
+    ``trusted`` lets the source's own code run. Raises SourceCorrupt, UnsafeSource, or Unsupported.
     """
     config = _with_dtype(load_config(source, trusted=trusted), dtype)
     cls = model_class(config, trusted=source if trusted else None)
     skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    # Passing a list replaces the default one.
+    # A list given to transformers replaces its default list, so both are merged.
     listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
     quantization = weights_of(scheme.description).quantization_config(scheme, listed)
     skeleton = _skeleton(cls, config, quantization, device)
@@ -49,9 +48,9 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
 
 
 def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
-    """The same of a published checkpoint, quantized as its own config says.
+    """The model of a published checkpoint on the meta device, quantized as its own config says.
 
-    Raises SourceCorrupt, UnsafeSource, Unsupported.
+    Raises SourceCorrupt, UnsafeSource, or Unsupported.
     """
     refuse_disproportion(read_config(folder), read_headers(folder))
     config = _with_dtype(load_config(folder, trusted=False), dtype)
@@ -76,8 +75,8 @@ def _skeleton(cls: Any, config: Any, quantization: Any, device: str) -> Skeleton
 
 
 def _refuse_replaced(model: Any, quantizer: Any) -> None:
-    """Raise Unsupported where a module is replaced on loading a quantized checkpoint, but not while one is written: its
-    weights would be missing then."""
+    """Raise Unsupported if transformers replaces a module when it loads a quantized checkpoint, but not when it writes
+    one: the replacement's weights would be missing from the checkpoint."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
     method = quantizer.quantization_config.quant_method
@@ -90,14 +89,14 @@ def _refuse_replaced(model: Any, quantizer: Any) -> None:
 
 
 def default_skips(cls: Any, config: Any) -> frozenset[str]:
-    """The modules that transformers leaves unquantized unless it is given a list: output layer, tied, last."""
+    """The modules that transformers leaves unquantized by default: the output layer, tied modules, the last module."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return frozenset(get_keys_to_not_convert(_meta_model(cls, config, None, "meta")))
 
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``patterns`` that leave no layer of ``model`` unquantized, as transformers matches them."""
+    """The ``patterns`` that match no unquantized layer of ``model``, by transformers' own matching."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = [name for name, module in model.named_modules() if is_plain_linear(module)]
@@ -105,7 +104,7 @@ def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Whether a method could have quantized it, and has not."""
+    """Whether ``module`` is a linear layer that a method could have quantized, but did not."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -113,7 +112,7 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def _with_dtype(config: Any, dtype: DType) -> Any:
-    """The config, saying ``dtype`` everywhere, as ``from_pretrained(dtype=…)`` makes it."""
+    """Set ``dtype`` in the config and all its parts, as ``from_pretrained(dtype=…)`` does."""
     import torch
 
     config.dtype = getattr(torch, dtype.value)
@@ -134,8 +133,8 @@ def _meta_model(cls: Any, config: Any, quantizer: Any, device: str) -> Any:
 
 
 def _instance(cls: Any, config: Any) -> Any:
-    """A model of the class. Raises Unsupported where transformers' own makes nothing of the config; what a model's own
-    code raises is left as it is."""
+    """Instantiate the class. Raises Unsupported if a class of transformers cannot be built from the config; exceptions
+    from a model's own code pass through."""
     try:
         return cls(config)
     except _CANNOT_BUILD as error:

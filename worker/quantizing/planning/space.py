@@ -1,4 +1,4 @@
-"""The room that a checkpoint needs, known before any of its data is read."""
+"""The disk space that a checkpoint needs, computed before any data is read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qbatch.worker.methods.packing import Packing
 
 
 def weights_bytes(model: Any, packing: Packing, quantized: Mapping[str, Sequence[int]]) -> int:
-    """What the tensors of ``model``'s checkpoint take, but for some hundred bytes a weight. ``quantized`` are the
-    shapes [rows, columns] of the weights that are, by parameter name."""
+    """The size of all tensors in ``model``'s checkpoint, accurate to some hundred bytes per weight. ``quantized`` maps
+    the name of each quantized parameter to its shape [rows, columns]."""
     parts = [part for shape in quantized.values() for part in packing.part_shapes(*shape).values()]
     others = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in quantized)
     packed: int = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in parts)
@@ -21,5 +21,5 @@ def weights_bytes(model: Any, packing: Packing, quantized: Mapping[str, Sequence
 
 
 def allocated_bytes(paths: Iterable[Path]) -> int:
-    """What files take of the disk by now; a file system that sets nothing aside allocates as they are written."""
+    """The disk space allocated to the files so far. File systems without preallocation allocate it during writing."""
     return sum(path.stat().st_blocks * 512 for path in paths)

@@ -1,4 +1,4 @@
-"""A weight file that is written in any order, by any thread, and hashed chunk by chunk as chunks fill up."""
+"""A weight file that threads write in any order, and whose chunks are hashed as soon as they are complete."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _HASH_READ_BYTES = 2**22
 
 
 class OutputFile:
-    """One safetensors file being written. ``write`` may be called from any thread; every byte is written once.
-    ``writers`` of them may be in the kernel at a time (see ``writers_per_file``).
+    """One safetensors file being written. Any thread may call ``write``; every byte must be written exactly once. At
+    most ``writers`` threads write to the file at a time (see ``writers_per_file``).
 
-    A chunk is hashed by the thread that completes it, from the page cache that it has just filled: holding chunks in
-    memory until they are full would cost 64 MiB for each of the three or four places that a file grows at.
+    The thread that completes a chunk reads it back from the page cache and hashes it. Keeping chunks in memory until
+    they are full would cost 64 MiB for each of the three or four places at which a file grows.
     """
 
     def __init__(self, folder: Path, layout: FileLayout, writers: int) -> None:
@@ -39,7 +39,7 @@ class OutputFile:
             raise
 
     def write(self, data: bytes | memoryview, start: int) -> None:
-        """Write ``data`` at byte ``start``, and hash what chunks that completes. Raises OSError."""
+        """Write ``data`` at byte ``start``, and hash the chunks that this completes. Raises OSError."""
         left, position = memoryview(data), start
         with self._writing:
             while left:
@@ -71,7 +71,7 @@ class OutputFile:
         return digest.hexdigest()
 
     def digest(self) -> FileDigest:
-        """The finished file's checksums. Raises ValueError where bytes are missing."""
+        """The finished file's checksums. Raises ValueError if some bytes were never written."""
         hashes = tuple(value for value in self._hashes if value is not None)
         if len(hashes) != len(self._hashes):
             raise ValueError(f"{self.layout.name}: {sum(self._unwritten)} bytes were never written")

@@ -1,4 +1,4 @@
-"""The work of one pass over a source, cut into pieces that any lane can do in any order."""
+"""Divides the work of one pass over a source into jobs that any thread can do in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qbatch.worker.quantizing.tensors.workspace import Workspace, as_bytes, host
 
 
 class Staged(NamedTuple):
-    """A quantized piece on its way to a sink; the bytes are valid once its lane has waited."""
+    """A quantized piece for one target. Its bytes are valid after the workspace's ``wait``."""
 
     target_writer: TargetWriter
     weight: Weight
@@ -32,24 +32,25 @@ class Staged(NamedTuple):
     def deliver(self) -> None:
         for key, part in self.parts.items():
             self.target_writer.write_part(self.weight, key, host_view(part), self.first_value)
-        self.target_writer.measure(self.weight, self.figures.view(torch.float64).tolist())
+        self.target_writer.add_figures(self.weight, self.figures.view(torch.float64).tolist())
 
 
-Takers = tuple[tuple[TargetWriter, Weight], ...]
+Consumers = tuple[tuple[TargetWriter, Weight], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizePiece:
-    """Values [start, start + count) of one source tensor, quantized for everyone who takes it, in steps of ``step``."""
+    """Quantizes values [start, start + count) of one source tensor for all its ``consumers``, ``step`` values at a
+    time."""
 
-    takers: Takers
+    consumers: Consumers
     start: int
     count: int
     step: int
 
     def run(self, workspace: Workspace, reader: SourceReader) -> None:
-        weight = self.takers[0][1]
-        if all(target_writer.error is not None for target_writer, _ in self.takers):
+        weight = self.consumers[0][1]
+        if all(target_writer.error is not None for target_writer, _ in self.consumers):
             return
         host = reader.read_into(workspace.input, weight.source, self.start, self.count)
         staged = self._quantize(workspace, host)
@@ -59,13 +60,13 @@ class QuantizePiece:
 
     def _quantize(self, workspace: Workspace, host: torch.Tensor) -> list[Staged]:
         with workspace.turn():
-            values = as_quantized(workspace.to_device(host), self.takers[0][1])
+            values = values_to_quantize(workspace.to_device(host), self.consumers[0][1])
             steps = range(0, len(values), self.step)
             return [piece for first in steps for piece in self._pack(workspace, values, first)]
 
     def _pack(self, workspace: Workspace, values: torch.Tensor, first: int) -> Iterator[Staged]:
         piece = values[first : first + self.step]
-        for target_writer, weight in self.takers:
+        for target_writer, weight in self.consumers:
             if target_writer.error is not None:
                 continue
             packing = target_writer.loaded.packing
@@ -77,15 +78,15 @@ class QuantizePiece:
                 target_writer.fail(error)
 
 
-def as_quantized(values: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """A piece of the source as the flat values that are quantized: cast, and of a transposed weight turned."""
+def values_to_quantize(values: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Convert a piece of the source, flat, to the flat values to quantize: cast, and transposed if the weight is."""
     values = replay(weight.origin, lambda _: values)
     return values.view(weight.shape[::-1]).t().reshape(-1) if weight.transposed else values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPiece:
-    """Values [start, start + count) of a source tensor, perhaps cast, for every output that is that."""
+    """Copies values [start, start + count) of a source tensor, possibly cast, to every output with those values."""
 
     outputs: tuple[tuple[TargetWriter, Output], ...]
     origin: Origin
@@ -100,16 +101,16 @@ class CopyPiece:
             return reader.read_into(workspace.input, name, self.start, self.count)
 
         values = replay(self.origin, read)
-        data, is_sound = host_view(as_bytes(values)), is_finite(values)
+        data, finite = host_view(as_bytes(values)), is_finite(values)
         for target_writer, output in self.outputs:
             target_writer.write(output.name, data, self.start * output.dtype.itemsize)
-            if not is_sound:
-                target_writer.flag(output.name)
+            if not finite:
+                target_writer.note_not_finite(output.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOutput:
-    """A whole output that transformers' conversions make out of one or several source tensors."""
+    """Computes a whole output from one or several source tensors, with transformers' conversions."""
 
     target_writer: TargetWriter
     output: Output
@@ -119,7 +120,7 @@ class BuildOutput:
         values = replay(self.origin, reader.whole)
         self.target_writer.write(self.output.name, host_view(as_bytes(values)), 0)
         if not is_finite(values):
-            self.target_writer.flag(self.output.name)
+            self.target_writer.note_not_finite(self.output.name)
 
 
 Job = QuantizePiece | CopyPiece | BuildOutput
@@ -127,22 +128,23 @@ Job = QuantizePiece | CopyPiece | BuildOutput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Copies:
-    """The outputs that are one source tensor, cast alike."""
+    """The outputs that are copies of one source tensor, all cast in the same way."""
 
     outputs: tuple[tuple[TargetWriter, Output], ...]
     origin: Origin
 
 
-_Group = Takers | _Copies | BuildOutput
+_Group = Consumers | _Copies | BuildOutput
 
 
 def planned_read_bytes(target_writers: Sequence[TargetWriter], reader: SourceReader) -> int:
-    """What ``plan_jobs`` will read in all."""
+    """The total number of bytes that the jobs of ``plan_jobs`` will read."""
     return sum(reader.info(name).nbytes for group in _groups(target_writers) for name in _sources(group))
 
 
 def plan_jobs(target_writers: Sequence[TargetWriter], reader: SourceReader, piece_bytes: int) -> Iterator[Job]:
-    """All of the work, in the order in which the source lies on disk."""
+    """All jobs of the pass, in the order of the source's tensors on disk. ``piece_bytes`` is the size that is read at
+    a time, where the quantization allows it."""
     for group in sorted(_groups(target_writers), key=lambda group: reader.position(min(_sources(group)))):
         if isinstance(group, tuple):
             yield from _quantize_pieces(group, reader, piece_bytes)
@@ -160,8 +162,8 @@ def _sources(group: _Group) -> frozenset[str]:
     return frozenset({group[0][1].source}) if isinstance(group, tuple) else sources_of(group.origin)
 
 
-def _quantize_groups(target_writers: Sequence[TargetWriter]) -> list[Takers]:
-    """Who quantizes the same source tensor, so that it is read once."""
+def _quantize_groups(target_writers: Sequence[TargetWriter]) -> list[Consumers]:
+    """Group the targets that quantize the same source tensor, so that it is read only once."""
     groups: dict[tuple[str, bool, torch.dtype], list[tuple[TargetWriter, Weight]]] = defaultdict(list)
     for target_writer in target_writers:
         for weight in target_writer.loaded.weights.values():
@@ -170,7 +172,7 @@ def _quantize_groups(target_writers: Sequence[TargetWriter]) -> list[Takers]:
 
 
 def _other_groups(target_writers: Sequence[TargetWriter]) -> Iterator[_Copies | BuildOutput]:
-    """What is not quantized; a tensor that several outputs copy is read once."""
+    """The unquantized outputs. Outputs that copy the same source tensor are grouped, so that it is read only once."""
     copies: dict[Steps, list[tuple[TargetWriter, Output]]] = defaultdict(list)
     origins: dict[Steps, Origin] = {}
     for target_writer in target_writers:
@@ -188,26 +190,26 @@ def _other_groups(target_writers: Sequence[TargetWriter]) -> Iterator[_Copies | 
         yield _Copies(outputs=tuple(outputs), origin=origins[steps])
 
 
-def _quantize_pieces(takers: Takers, reader: SourceReader, piece_bytes: int) -> Iterator[QuantizePiece]:
-    weight = takers[0][1]
-    packings = [target_writer.loaded.packing for target_writer, _ in takers]
+def _quantize_pieces(consumers: Consumers, reader: SourceReader, piece_bytes: int) -> Iterator[QuantizePiece]:
+    weight = consumers[0][1]
+    packings = [target_writer.loaded.packing for target_writer, _ in consumers]
     step = piece_step(packings, weight.shape[1], piece_bytes // reader.itemsize(weight.source))
     for start, count in cut(weight, step):
-        yield QuantizePiece(takers=takers, start=start, count=count, step=step)
+        yield QuantizePiece(consumers=consumers, start=start, count=count, step=step)
 
 
 def cut(weight: Weight, step: int) -> Iterator[tuple[int, int]]:
-    """(start, count) of the pieces that a weight's source is read in: of a transposed one, all at once."""
+    """(start, count) of the pieces in which a weight's source is read. A transposed weight is read in one piece."""
     values = weight.shape[0] * weight.shape[1]
     length = values if weight.transposed else step
     return ((start, min(length, values - start)) for start in range(0, values, length))
 
 
-def piece_step(packings: Sequence[StreamedPacking], columns: int, most_values: int) -> int:
-    """How many values to quantize at once: what all packings quantize independently, and as many of that as fit
-    ``most_values``, but at least one."""
+def piece_step(packings: Sequence[StreamedPacking], columns: int, max_values: int) -> int:
+    """How many values to quantize at once: a multiple of what every packing can quantize independently, at most
+    ``max_values`` if at least one such unit fits."""
     unit = lcm(*(packing.unit(columns) for packing in packings))
-    return unit * max(1, most_values // unit)
+    return unit * max(1, max_values // unit)
 
 
 def _copy_pieces(copies: _Copies, reader: SourceReader, piece_bytes: int) -> Iterator[CopyPiece]:

@@ -1,4 +1,4 @@
-"""Room on disk for a file that is about to be written."""
+"""Reserves disk space for a file before it is written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Have the file system set ``nbytes`` aside for a file, whose length becomes that. Raises OSError (ENOSPC).
+    """Allocate ``nbytes`` of disk space for an open file, and set its length to that. Raises OSError (ENOSPC).
 
-    Not ``os.posix_fallocate``: where the file system cannot, that writes to every block instead.
+    ``os.posix_fallocate`` is not used because it writes to every block if the file system cannot preallocate.
     """
     if nbytes == 0:
         return
-    done = _libc.fallocate(descriptor, ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
-    if done != 0 and (code := ctypes.get_errno()) not in CANNOT:  # then the file grows as it is written, as ever
+    result = _libc.fallocate(descriptor, ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
+    # If the file system cannot preallocate, the file simply grows while it is written.
+    if result != 0 and (code := ctypes.get_errno()) not in CANNOT:
         raise OSError(code, os.strerror(code))

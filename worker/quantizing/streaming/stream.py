@@ -1,4 +1,4 @@
-"""One pass over a source that writes several targets at once, in memory that does not grow with the model."""
+"""Writes several targets in one pass over the source, with memory use that does not grow with the model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ from qbatch.worker.quantizing.tensors.workspace import piece_bytes, writers_per_
 def stream(
     source: Path, loaded: Sequence[TracedModel], reader: SourceReader, device: str, meter: Meter
 ) -> list[Outcome]:
-    """Write every target whose loading was traced. One that fails leaves the others alone; nothing is raised but
-    what the meter's reader raises. ``quantize_s`` is the time of the pass that they shared."""
+    """Write every target whose loading was traced. If one target fails, the others continue.
+
+    Raises only what reporting progress raises. ``quantize_s`` of the results is the time of the whole shared pass.
+    """
     start = time.perf_counter()
     threads = torch.get_num_threads()
     target_writers: list[TargetWriter] = []
     try:
-        with ThreadPoolExecutor(1) as beside:
-            # What fails here fails again in the pass, and is reported there.
-            beside.submit(load_kernels, device, [one.packing for one in loaded])
-            # Double quantization reads, and reports, before the pass itself can be planned.
+        with ThreadPoolExecutor(1) as background:
+            # Errors are ignored here: they occur again in the pass, and are reported there.
+            background.submit(load_kernels, device, [model.packing for model in loaded])
+            # Double quantization reads the source, and reports progress, before the pass itself can be planned.
             expected = _expected_bytes(loaded, reader)
             meter.plan(expected)
-            outcomes = _open_sinks(source, loaded, reader, device, meter, target_writers)
+            outcomes = _open_writers(source, loaded, reader, device, meter, target_writers)
         meter.plan(planned_read_bytes(target_writers, reader) - expected)
         jobs = (partial(job.run, reader=reader) for job in plan_jobs(target_writers, reader, piece_bytes(device)))
         error = WorkspacePool(device).run(jobs, meter.report)
@@ -52,22 +54,22 @@ def stream(
             for target_writer in target_writers:
                 target_writer.fail(error)
         elapsed_s = time.perf_counter() - start
-        return outcomes + [_finished(target_writer, len(target_writers), elapsed_s) for target_writer in target_writers]
+        return outcomes + [_outcome(target_writer, len(target_writers), elapsed_s) for target_writer in target_writers]
     finally:
         for target_writer in target_writers:
             target_writer.close()
-        # Lanes set it for themselves, which also changes what threads yet to come begin with.
+        # Workspaces set the number of torch threads for their own thread, which also changes the default of new ones.
         torch.set_num_threads(threads)
-        _give_back_memory(device)
+        _release_memory(device)
 
 
 def _expected_bytes(loaded: Sequence[TracedModel], reader: SourceReader) -> int:
-    """What the pass will read and write, nearly."""
+    """Roughly how many bytes the pass will read and write."""
     read = sum(tensor.nbytes for tensor in reader.tensors())
-    return read + sum(int(parameter.nbytes) for one in loaded for parameter in one.skeleton.model.parameters())
+    return read + sum(int(parameter.nbytes) for model in loaded for parameter in model.skeleton.model.parameters())
 
 
-def _open_sinks(
+def _open_writers(
     source: Path,
     loaded: Sequence[TracedModel],
     reader: SourceReader,
@@ -75,57 +77,60 @@ def _open_sinks(
     meter: Meter,
     target_writers: list[TargetWriter],
 ) -> list[Outcome]:
-    """Open a sink for each target that can have one, and say what becomes of the others."""
-    loaded, outcomes = _with_room(loaded)
+    """Add a writer to ``target_writers`` for each target that can be streamed. Return the outcomes of the others."""
+    loaded, outcomes = _with_disk_space(loaded)
     meter.plan(sum(reader.info(weight.source).nbytes for _, weight in doubly_quantized(loaded)))
     try:
         offsets = nested_offsets(loaded, reader, device, meter.report)
     except NestedPassFailed as failure:
         error = as_job_error(failure.__cause__ or failure)
-        outcomes += [Refused(target=one.target, error=error) for one in loaded if one.packing.nested]
-        loaded, offsets = [one for one in loaded if not one.packing.nested], {}
-    for one in loaded:
+        outcomes += [Refused(target=model.target, error=error) for model in loaded if model.packing.nested]
+        loaded, offsets = [model for model in loaded if not model.packing.nested], {}
+    for model in loaded:
         try:
-            owed_bytes = sum(target_writer.owed_bytes() for target_writer in target_writers)
-            target_writers.append(_open_sink(source, one, offsets, device, meter, owed_bytes))
-        except NotStreamable as reason:
-            outcomes.append(Deferred(target=one.target, reason=str(reason)))
+            reserved_bytes = sum(target_writer.unwritten_bytes() for target_writer in target_writers)
+            target_writers.append(_open_writer(source, model, offsets, device, meter, reserved_bytes))
+        except NotStreamable as error:
+            outcomes.append(Deferred(target=model.target, reason=str(error)))
         except Exception as error:
-            outcomes.append(Refused(target=one.target, error=as_job_error(error)))
+            outcomes.append(Refused(target=model.target, error=as_job_error(error)))
     return outcomes
 
 
-def _with_room(loaded: Sequence[TracedModel]) -> tuple[list[TracedModel], list[Outcome]]:
-    """Those that the storage has room for, nearly, all of them together, and what becomes of the others: double
-    quantization reads the source once before it is known to the byte."""
+def _with_disk_space(loaded: Sequence[TracedModel]) -> tuple[list[TracedModel], list[Outcome]]:
+    """Divide the targets into those that fit on the disk together, and the outcomes of those that do not.
+
+    This check is approximate but early: with double quantization, the exact size is known only after the source was
+    read once.
+    """
     fitting: list[TracedModel] = []
     outcomes: list[Outcome] = []
-    owed_bytes = 0
-    for one in loaded:
-        shapes = {name: weight.shape for name, weight in one.weights.items()}
-        needed_bytes = weights_bytes(one.skeleton.model, one.packing, shapes) + one.target.beside_bytes
+    reserved_bytes = 0
+    for model in loaded:
+        shapes = {name: weight.shape for name, weight in model.weights.items()}
+        needed_bytes = weights_bytes(model.skeleton.model, model.packing, shapes) + model.target.beside_bytes
         try:
-            require_space(one.target.folder, needed_bytes, owed_bytes)
+            require_space(model.target.folder, needed_bytes, reserved_bytes)
         except Exception as error:
-            outcomes.append(Refused(target=one.target, error=as_job_error(error)))
+            outcomes.append(Refused(target=model.target, error=as_job_error(error)))
             continue
-        owed_bytes += needed_bytes
-        fitting.append(one)
+        reserved_bytes += needed_bytes
+        fitting.append(model)
     return fitting, outcomes
 
 
-def _open_sink(
-    source: Path, loaded: TracedModel, offsets: Mapping[str, float], device: str, meter: Meter, owed_bytes: int
+def _open_writer(
+    source: Path, loaded: TracedModel, offsets: Mapping[str, float], device: str, meter: Meter, reserved_bytes: int
 ) -> TargetWriter:
-    own = offsets if loaded.packing.nested else {}
-    shards = trace_saving(loaded, own, device)
+    target_offsets = offsets if loaded.packing.nested else {}
+    shards = trace_saving(loaded, target_offsets, device)
     save_configs(loaded, source)
-    target_writer = TargetWriter(loaded, shards, own, meter.wrote, writers_per_file(device), owed_bytes)
+    target_writer = TargetWriter(loaded, shards, target_offsets, meter.wrote, writers_per_file(device), reserved_bytes)
     meter.plan(target_writer.size)
     return target_writer
 
 
-def _finished(target_writer: TargetWriter, shared_by: int, elapsed_s: float) -> Outcome:
+def _outcome(target_writer: TargetWriter, shared_by: int, elapsed_s: float) -> Outcome:
     target = target_writer.loaded.target
     try:
         if target_writer.error is not None:
@@ -141,14 +146,15 @@ def _audit(target_writer: TargetWriter) -> dict[str, Any]:
     loaded = target_writer.loaded
     quantized = {name: weight.shape[0] * weight.shape[1] for name, weight in loaded.weights.items()}
     weights_bytes = sum(output.nbytes for output in target_writer.outputs())
-    return coverage(
-        loaded.skeleton, loaded.packing, loaded.skeleton.model, quantized, weights_bytes, loaded.dropped
-    ) | (target_writer.error_audit())
+    return (
+        coverage(loaded.skeleton, loaded.packing, loaded.skeleton.model, quantized, weights_bytes, loaded.dropped)
+        | target_writer.error_audit()
+    )
 
 
-def _give_back_memory(device: str) -> None:
+def _release_memory(device: str) -> None:
     if device != "cpu":
         torch.cuda.empty_cache()
-        # Pinned memory is kept by torch as well; there is no public name for giving it back.
-        if give_back := getattr(torch._C, "_host_emptyCache", None):
-            give_back()
+        # torch caches pinned memory as well, and has no public function to release it.
+        if release_pinned := getattr(torch._C, "_host_emptyCache", None):
+            release_pinned()

@@ -1,4 +1,4 @@
-"""Where one target's bytes go while a source streams by."""
+"""Writes the files of one target while its source is streamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qbatch.worker.quantizing.tensors.trace import QuantizedPart
 
 
 class TargetWriter:
-    """One target's files, open for writing from any thread. Once it has failed it swallows what it is given."""
+    """One target's files, open for writing from any thread. After a failure, further writes are ignored."""
 
     def __init__(
         self,
@@ -33,9 +33,10 @@ class TargetWriter:
         offsets: Mapping[str, float],
         on_write: Callable[[int], None],
         writers: int,
-        owed_bytes: int,
+        reserved_bytes: int,
     ) -> None:
-        """``owed_bytes`` of the storage's room are promised to others. Raises DiskFull, StorageError or OSError."""
+        """Create the files. ``offsets`` are the means that double quantization subtracts, by parameter name;
+        ``reserved_bytes`` is the disk space that other targets still need. Raises DiskFull, StorageError or OSError."""
         self.loaded = loaded
         self.offsets = offsets
         self.error: JobError | None = None
@@ -46,7 +47,7 @@ class TargetWriter:
         folder = loaded.target.folder
         layouts = [lay_out(name, outputs) for name, outputs in shards.files.items()]
         self.size = sum(layout.size for layout in layouts)
-        require_space(folder, self.size + loaded.target.beside_bytes, owed_bytes)
+        require_space(folder, self.size + loaded.target.beside_bytes, reserved_bytes)
         self._files: list[OutputFile] = []
         try:
             self._open(folder, layouts, shards.index, writers)
@@ -63,9 +64,10 @@ class TargetWriter:
             for output in self.outputs()
             if isinstance(output.content, QuantizedPart)
         }
-        self._write_small(index)
+        self._write_known(index)
 
-    def _write_small(self, index: str | None) -> None:
+    def _write_known(self, index: str | None) -> None:
+        """Write everything that is known without reading the source: the index, and tensors with fixed bytes."""
         for file in self._files:
             self._on_write(len(file.layout.head))
         if index is not None:
@@ -74,16 +76,16 @@ class TargetWriter:
             if isinstance(output.content, bytes):
                 self.write(output.name, output.content, 0)
 
-    def owed_bytes(self) -> int:
-        """What of the storage's room is promised to this target, and not taken yet. Raises OSError."""
-        taken = allocated_bytes(self.loaded.target.folder / file.layout.name for file in self._files)
-        return max(0, self.size - taken) + self.loaded.target.beside_bytes
+    def unwritten_bytes(self) -> int:
+        """The disk space that this target still needs beyond what is allocated to its files. Raises OSError."""
+        allocated = allocated_bytes(self.loaded.target.folder / file.layout.name for file in self._files)
+        return max(0, self.size - allocated) + self.loaded.target.beside_bytes
 
     def outputs(self) -> list[Output]:
         return [output for file in self._files for output in file.layout.outputs]
 
     def write(self, name: str, data: bytes | memoryview, offset: int) -> None:
-        """Write ``data`` at byte ``offset`` of the tensor ``name``. A fault is this target's own."""
+        """Write ``data`` at byte ``offset`` of the tensor ``name``. An OSError fails this target, and is not raised."""
         if self.error is not None:
             return
         file, start = self._places[name]
@@ -95,17 +97,17 @@ class TargetWriter:
         self._on_write(len(data))
 
     def write_part(self, weight: Weight, key: str, data: memoryview, first_value: int) -> None:
-        """Write what the values from number ``first_value`` on became under ``key``."""
+        """Write the part ``key`` of a quantized piece, whose first value is number ``first_value`` of the weight."""
         offset = self.loaded.packing.part_start(key, first_value, weight.shape[1])
         self.write(self._parts[weight.name, key], data, offset)
 
-    def measure(self, weight: Weight, figures: Sequence[float]) -> None:
-        """Note a piece's FIGURES for the audit."""
+    def add_figures(self, weight: Weight, figures: Sequence[float]) -> None:
+        """Record a piece's FIGURES for the audit."""
         with self._lock:
             self._figures[weight.name].append(figures)
 
-    def flag(self, name: str) -> None:
-        """Note for the audit that a tensor which is not quantized holds a NaN or an infinity."""
+    def note_not_finite(self, name: str) -> None:
+        """Record for the audit that the unquantized tensor ``name`` contains a NaN or an infinity."""
         with self._lock:
             self._not_finite.add(name)
 
@@ -115,7 +117,7 @@ class TargetWriter:
                 self.error = as_job_error(error)
 
     def digests(self) -> tuple[FileDigest, ...]:
-        """Checksums of everything in the target's folder. Raises ValueError where a weight file is incomplete."""
+        """Checksums of all files in the target's folder. Raises ValueError if a weight file is incomplete."""
         weights = [file.digest() for file in self._files]
         known = {digest.name for digest in weights}
         others = [digest_file(path) for path in self.loaded.target.folder.iterdir() if path.name not in known]

@@ -1,4 +1,4 @@
-"""Run jobs on all lanes of a device."""
+"""Runs jobs in several threads, each with its own workspace on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.worker.quantizing.tensors.workspace import Workspace, make_workspace
 
 
 class WorkspacePool:
-    """Threads with a lane each, for one pass over the jobs."""
+    """Threads with a workspace each, for one pass over the jobs."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -20,9 +20,10 @@ class WorkspacePool:
     def run(
         self, jobs: Iterable[Callable[[Workspace], None]], while_waiting: Callable[[], None]
     ) -> BaseException | None:
-        """Do every job once. ``while_waiting`` is called a few times a second by the calling thread, and may raise.
+        """Run every job once. The calling thread calls ``while_waiting`` a few times a second; it may raise.
 
-        The first exception of a job ends the pass, when the jobs under way have ended, and is returned.
+        The first exception of a job stops the pass: no new jobs start, those running finish, and the exception is
+        returned.
         """
         remaining = iter(jobs)
         threads = [threading.Thread(target=self._work, args=(remaining,)) for _ in range(workspace_count(self._device))]

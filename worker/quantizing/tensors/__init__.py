@@ -1,1 +1,1 @@
-"""Tensors on their way: traced without data, read from files, and the memory that they pass through."""
+"""Tensors during quantization: traced without data, read from files, and the buffers used to process them."""

@@ -1,4 +1,4 @@
-"""Read a source's tensors into buffers that the caller owns, whole or in part."""
+"""Reads a source's tensors, whole or in part."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_COMPARED_VALUES = 2**19
+_VALUES_PER_COMPARISON = 2**19
 
 
 class SourceReader:
-    """The open files of a source. Reading is safe from any thread; ``on_read`` is told the bytes of each read."""
+    """The open files of a source. Any thread may read; ``on_read`` is called with the number of bytes of each read."""
 
     def __init__(self, headers: Iterable[Header], on_read: Callable[[int], None]) -> None:
         self._on_read = on_read
@@ -62,7 +62,7 @@ class SourceReader:
         return self._tensors[name][1]
 
     def position(self, name: str) -> tuple[int, int]:
-        """Sorts tensors as they lie on disk."""
+        """A sort key: tensors in the order of their position on disk."""
         descriptor, tensor = self._tensors[name]
         return descriptor, tensor.start
 
@@ -70,9 +70,10 @@ class SourceReader:
         return TORCH_DTYPES[self.info(name).dtype].itemsize
 
     def read_into(self, buffer_of: Callable[[int], torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
-        """Values [start, start + count) of a tensor, flat, at the front of a uint8 buffer of as many bytes or more.
+        """Read values [start, start + count) of a tensor, flat, into a uint8 buffer. ``buffer_of(nbytes)`` must return
+        a host buffer of at least ``nbytes`` bytes; the result is a view of its front.
 
-        Raises SourceCorrupt where the file has become shorter than its header says, OSError.
+        Raises SourceCorrupt if the file is shorter than its header says, or OSError.
         """
         descriptor, tensor = self._tensors[name]
         dtype = TORCH_DTYPES[tensor.dtype]
@@ -82,41 +83,41 @@ class SourceReader:
         while left:
             size = os.preadv(descriptor, [left], position)
             if not size:
-                raise SourceCorrupt(f"{name}: the file ends at byte {position}")
+                raise SourceCorrupt(f"{name}: the file ends too early, at byte {position}")
             left, position = left[size:], position + size
         self._on_read(len(raw))
         return raw.view(dtype)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
+        """The whole tensor, in newly allocated memory."""
         tensor = self.info(name)
-        return self.read_into(_fresh, name, 0, tensor.numel).view(tensor.shape)
+        return self.read_into(_new_buffer, name, 0, tensor.numel).view(tensor.shape)
 
     def same_values(self, one: Origin, other: Origin) -> bool:
-        """Whether two tensors are equal, value by value, as ``torch.equal`` has it."""
-        mine, theirs = elementwise_steps(one), elementwise_steps(other)
-        if mine is None or theirs is None:
+        """Whether two tensors are equal, as ``torch.equal`` defines it."""
+        one_steps, other_steps = elementwise_steps(one), elementwise_steps(other)
+        if one_steps is None or other_steps is None:
             return torch.equal(replay(one, self.whole), replay(other, self.whole))
-        # Every target asks.
-        if (mine, theirs) not in self._same:
-            self._same[mine, theirs] = self._equal_in_pieces(one, other)
-        return self._same[mine, theirs]
+        # Cached, because the same comparison is made for every target.
+        if (one_steps, other_steps) not in self._same:
+            self._same[one_steps, other_steps] = self._equal_in_pieces(one, other)
+        return self._same[one_steps, other_steps]
 
     def _equal_in_pieces(self, one: Origin, other: Origin) -> bool:
-        (mine,), (theirs,) = sources_of(one), sources_of(other)
-        if self.info(mine).shape != self.info(theirs).shape:
+        (one_name,), (other_name,) = sources_of(one), sources_of(other)
+        if self.info(one_name).shape != self.info(other_name).shape:
             return False
         return all(
             torch.equal(self._piece(one, start), self._piece(other, start))
-            for start in range(0, self.info(mine).numel, _COMPARED_VALUES)
+            for start in range(0, self.info(one_name).numel, _VALUES_PER_COMPARISON)
         )
 
     def _piece(self, origin: Origin, start: int) -> torch.Tensor:
         def read(name: str) -> torch.Tensor:
-            return self.read_into(_fresh, name, start, min(_COMPARED_VALUES, self.info(name).numel - start))
+            return self.read_into(_new_buffer, name, start, min(_VALUES_PER_COMPARISON, self.info(name).numel - start))
 
         return replay(origin, read)
 
 
-def _fresh(nbytes: int) -> torch.Tensor:
+def _new_buffer(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)

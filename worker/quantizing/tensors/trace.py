@@ -1,5 +1,5 @@
-"""Tensors without data that remember how they came about, so that transformers' own loading code can be run first
-and its work be done later, tensor by tensor."""
+"""Tensors without data that record how they were computed. transformers' own loading code runs on them first, and the
+actual computation is done later, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FromSource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cast:
-    """Another tensor's values in ``dtype``."""
+    """Another tensor's values, cast to ``dtype``."""
 
     of: Origin
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class Cast:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """Result number ``index`` of a torch function (None where it returns a single tensor)."""
+    """Result number ``index`` of a torch function; None if the function returns a single tensor."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedPart:
-    """What quantizing the parameter ``weight`` gives under ``key`` ("weight", "absmax", "SCB" …)."""
+    """The part ``key`` ("weight", "absmax", "SCB" …) of the result of quantizing the parameter ``weight``."""
 
     weight: str
     key: str
@@ -52,7 +52,7 @@ Origin = FromSource | Cast | Call | QuantizedPart
 
 
 class Traced(torch.Tensor):
-    """A meta tensor with an origin. Every torch function on it runs on meta data and is remembered."""
+    """A meta tensor with an origin. Torch functions on it run on the meta device, and the result records the call."""
 
     origin: Origin
 
@@ -76,20 +76,20 @@ class Traced(torch.Tensor):
 
 
 def traced_tensors(model: Any) -> list[tuple[str, Traced]]:
-    """The parameters and buffers of a model that are traced, each under one of its names."""
+    """The traced parameters and buffers of a model, each under one of its names."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor) for name, tensor in named if isinstance(tensor, Traced)]
 
 
 def _all_plain(args: tuple[Any, ...]) -> list[Any]:
-    # Nearly all arguments are tensors and numbers: walking a tree for them is most of the time of tracing.
+    # Nearly all arguments are plain tensors and numbers. Calling tree_map_only for those would dominate tracing time.
     return [
-        _plain(arg) if isinstance(arg, Traced) else tree_map_only(Traced, _plain, arg) if _is_nest(arg) else arg
+        _plain(arg) if isinstance(arg, Traced) else tree_map_only(Traced, _plain, arg) if _is_nested(arg) else arg
         for arg in args
     ]
 
 
-def _is_nest(arg: Any) -> bool:
+def _is_nested(arg: Any) -> bool:
     return isinstance(arg, (tuple, list, dict)) and type(arg) is not torch.Size
 
 
@@ -159,9 +159,9 @@ def sources_of(origin: Origin) -> frozenset[str]:
         return sources_of(origin.of)
     if isinstance(origin, QuantizedPart):
         return frozenset()
-    found: set[str] = set()
-    tree_map_only(Traced, lambda traced: found.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
-    return frozenset(found)
+    names: set[str] = set()
+    tree_map_only(Traced, lambda traced: names.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
+    return frozenset(names)
 
 
 Steps = tuple[str, *tuple[torch.dtype, ...]]
@@ -188,9 +188,9 @@ def has_quantized_part(origin: Origin) -> bool:
     if isinstance(origin, Cast):
         return has_quantized_part(origin.of)
     if isinstance(origin, Call):
-        found: list[bool] = []
-        tree_map_only(Traced, lambda t: found.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
-        return any(found)
+        results: list[bool] = []
+        tree_map_only(Traced, lambda t: results.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
+        return any(results)
     return isinstance(origin, QuantizedPart)
 
 

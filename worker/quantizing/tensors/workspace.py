@@ -1,4 +1,4 @@
-"""A thread's own road through the device: buffers that are used again and again, and turns on the GPU."""
+"""A thread's buffers for moving pieces of tensors to the device and back, and its exclusive access to the GPU."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any, Protocol
 
 import torch
 
-# What is made of so much fits a core's cache.
+# The results of quantizing a piece of this size fit into a core's cache.
 _CPU_PIECE_BYTES = 2**20
-# Large enough that launching kernels costs nothing beside copying, small enough that all lanes' buffers are.
+# Large enough that launching kernels is negligible compared with copying, small enough that all buffers together are
+# small.
 _CUDA_PIECE_BYTES = 2**24
-_MOST_CUDA_LANES = 16
+_MAX_CUDA_WORKSPACES = 16
 
 
 class Workspace(Protocol):
-    """What a streaming thread needs of a device. A lane belongs to the thread that made it."""
+    """What a streaming thread needs to use a device. A workspace belongs to the thread that created it."""
 
     def input(self, nbytes: int) -> torch.Tensor:
-        """uint8 [at least nbytes] on the host, valid until the next call."""
+        """A uint8 buffer [at least nbytes] on the host, reused by the next call."""
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Device work is enqueued inside."""
+        """A context with exclusive use of the device; enqueue all device work inside it."""
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor: ...
 
     def stage(self, part: torch.Tensor) -> torch.Tensor:
-        """A flat uint8 view of ``part`` on the host, valid after ``wait``."""
+        """The bytes of ``part`` on the host, flat uint8, valid after ``wait``."""
 
     def wait(self) -> None:
-        """Return once everything staged is there."""
+        """Block until everything staged has arrived on the host."""
 
 
 class CpuWorkspace:
-    """Quantizes on one core. torch's own threads would only wait for each other on pieces this small."""
+    """Quantizes on one core. On pieces this small, torch's own threads would only wait for each other."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -61,10 +62,10 @@ class CpuWorkspace:
 
 
 class CudaWorkspace:
-    """Copies to the GPU and back through pinned memory that torch's allocator keeps and hands out again.
+    """Copies to the GPU and back through pinned memory, which torch's allocator caches and reuses.
 
-    All lanes work on the default stream, one at a time: bitsandbytes' 4-bit kernel runs there whatever the current
-    stream is. A turn only enqueues; reading, writing and hashing go on beside it.
+    All workspaces use the default stream, one at a time, because bitsandbytes' 4-bit kernel always runs there, whatever
+    the current stream is. A turn only enqueues work; reading, writing and hashing continue in parallel.
     """
 
     _turns = threading.Lock()
@@ -111,16 +112,17 @@ def make_workspace(device: str) -> Workspace:
 
 
 def workspace_count(device: str) -> int:
-    """How many lanes keep the machine busy: one for each core that torch may use, or enough to hide the I/O."""
-    return torch.get_num_threads() if device == "cpu" else min(_MOST_CUDA_LANES, os.cpu_count() or 1)
+    """How many workspaces keep the machine busy: on a CPU one per core that torch may use, on a GPU enough to hide the
+    time of reading and writing."""
+    return torch.get_num_threads() if device == "cpu" else min(_MAX_CUDA_WORKSPACES, os.cpu_count() or 1)
 
 
 def piece_bytes(device: str) -> int:
-    """How much of the source a lane takes at a time, where a tensor allows it."""
+    """How many bytes of the source to process at a time, where a tensor can be divided that finely."""
     return _CPU_PIECE_BYTES if device == "cpu" else _CUDA_PIECE_BYTES
 
 
 def writers_per_file(device: str) -> int:
-    """How many lanes may be in the kernel to write to one file. It lets one of them write, while the others spin: the
-    one that spins takes over at once, which is worth a core where there are enough."""
+    """How many threads may call the kernel to write to one file. The kernel lets one write while the others spin. A
+    spinning thread takes over immediately, which is worth a core if there are enough of them."""
     return 1 if device == "cpu" else 2
