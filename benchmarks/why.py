@@ -269,7 +269,7 @@ def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> An
             on_step=tell,
         )
     )
-    model.begin(loaded)
+    model.prepare(loaded)
     return RowBenchmark(model, asked, tell)
 
 
