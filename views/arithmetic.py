@@ -31,14 +31,14 @@ def emulation_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
 def arithmetic_check(slowdowns: Mapping[str, float]) -> Check:
     """The check of this CPU. ``slowdowns``: for each dtype, the time of a matrix product divided by that in float32."""
     emulated = _emulated(slowdowns)
-    said = [
+    remarks = [
         f"emulates {dtype}: a matrix product takes {_times(slowdown)} as long as in float32"
         for dtype, slowdown in emulated.items()
     ]
     if "bfloat16" not in emulated:
-        said.insert(0, "computes in bfloat16 as fast as in float32")
-        return check("cpu", State.OK, "; ".join(said))
-    return check("cpu", State.NOTE, "; ".join([*said, "speeds of 16-bit models here are those of the emulation"]))
+        remarks.insert(0, "computes in bfloat16 as fast as in float32")
+        return check("cpu", State.OK, "; ".join(remarks))
+    return check("cpu", State.NOTE, "; ".join([*remarks, "speeds of 16-bit models here are those of the emulation"]))
 
 
 def native_check(instructions: str) -> Check:

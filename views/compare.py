@@ -16,7 +16,7 @@ from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.quantized_share import audit_warnings
-from qbatch.views.ratios import show_beside
+from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
 from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
@@ -126,7 +126,7 @@ def _of_base(row: ResultRow, group: Group) -> str:
 
 
 def _cell(column: MetricColumn, row: ResultRow, group: Group) -> str:
-    return f"{show_column(column, row)} {show_beside(column, row, group.baselines.get(row.job_id))}".rstrip()
+    return f"{show_column(column, row)} {show_relative(column, row, group.baselines.get(row.job_id))}".rstrip()
 
 
 def _blocks(titles: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[str]:

@@ -10,7 +10,7 @@ from qbatch.core.measured.metrics import RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import UNLIMITED
 from qbatch.views.metric_text import column_title, show_column
-from qbatch.views.ratios import show_beside
+from qbatch.views.ratios import show_relative
 
 GAP = "  "
 
@@ -26,7 +26,7 @@ class Line:
 
 
 def cells_of(row: ResultRow, baseline: ResultRow | None) -> list[tuple[str, str]]:
-    return [(show_column(column, row), show_beside(column, row, baseline)) for column in RESULTS_COLUMNS]
+    return [(show_column(column, row), show_relative(column, row, baseline)) for column in RESULTS_COLUMNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ def show_value(unit: Unit, value: float) -> str:
             assert_never(unit)
 
 
-def show_beside_value(beside: BesideBaseline, ratio: float) -> str:
+def show_relative_value(beside: BesideBaseline, ratio: float) -> str:
     """The text after a value that is ``ratio`` times its baseline's: ``×0.57``, ``+0.8 %``, or ""."""
     match beside:
         case BesideBaseline.NOTHING:

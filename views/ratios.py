@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qbatch.core.measured.metrics import BesideBaseline, Metric, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.metric_text import show_beside_value
+from qbatch.views.metric_text import show_relative_value
 from qbatch.views.noise import NOISE_MARK, is_noise
 
 
@@ -16,7 +16,7 @@ def ratio_of(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> floa
     return None if value is None or not other else value / other
 
 
-def show_beside(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> str:
+def show_relative(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> str:
     """``×0.57``, with a mark if the difference is noise; "" if there is nothing to compare.
 
     A ratio is only shown for rows of one protocol, and for speed and memory of one device.
@@ -31,7 +31,7 @@ def show_beside(column: MetricColumn, row: ResultRow, baseline: ResultRow | None
         # The metric is already a comparison with the baseline, such as KL.
         return mark
     ratio = ratio_of(metric, row, compared_with)
-    return "" if ratio is None else show_beside_value(metric.beside, ratio) + mark
+    return "" if ratio is None else show_relative_value(metric.beside, ratio) + mark
 
 
 def may_compare(row: ResultRow, baseline: ResultRow, *, on_device: bool) -> bool:

@@ -63,9 +63,12 @@ def _is_noise(result: TaskScores, base: TaskScores, metric: str) -> bool:
 
     Since both models answered the same questions, the errors are not independent, and this one is somewhat too large.
     """
-    ours, theirs = result.scores.get(metric), base.scores.get(metric)
-    if ours is None or theirs is None or result.samples_hash != base.samples_hash:
+    score, base_score = result.scores.get(metric), base.scores.get(metric)
+    if score is None or base_score is None or result.samples_hash != base.samples_hash:
         return False
-    if ours.value is None or ours.error is None or theirs.value is None or theirs.error is None:
+    if score.value is None or score.error is None or base_score.value is None or base_score.error is None:
         return False
-    return abs(ours.value - theirs.value) < math.hypot(ours.error, theirs.error) or ours.value == theirs.value
+    return (
+        abs(score.value - base_score.value) < math.hypot(score.error, base_score.error)
+        or score.value == base_score.value
+    )

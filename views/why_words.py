@@ -129,11 +129,11 @@ def _why_it_waits(row: ResultRow) -> str | None:
 
 
 def _launches(row: ResultRow, baseline: ResultRow | None) -> str:
-    ours = row.details.why.profile.launches
-    theirs = None if baseline is None else baseline.details.why.profile.launches
-    if not ours or not theirs:
+    own = row.details.why.profile.launches
+    base = None if baseline is None else baseline.details.why.profile.launches
+    if not own or not base:
         return ""
-    return f"; a step launches {_times(ours / theirs)} as many kernels ({ours:,.0f} against {theirs:,.0f})"
+    return f"; a step launches {_times(own / base)} as many kernels ({own:,.0f} against {base:,.0f})"
 
 
 def _times(ratio: float) -> str:
@@ -141,11 +141,11 @@ def _times(ratio: float) -> str:
 
 
 def _bytes_saved(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
-    ours, theirs = row.details.why.work.bytes, baseline.details.why.work.bytes
+    own, base = row.details.why.work.bytes, baseline.details.why.work.bytes
     slower = (row.details.why.profile.device_busy_s or 0) > (baseline.details.why.profile.device_busy_s or 0)
-    if ours < theirs and slower:
+    if own < base and slower:
         yield (
-            f"A step reads {show_bytes(ours)} against the baseline's {show_bytes(theirs)}, and its "
+            f"A step reads {show_bytes(own)} against the baseline's {show_bytes(base)}, and its "
             "kernels do not turn that into time."
         )
 
@@ -154,21 +154,21 @@ def _bytes_saved(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
 
 
 def _without_host(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
-    ours, theirs = (r.details.why.kernels_alone.step_s if r is not None else None for r in (row, baseline))
-    if ours and theirs:
-        yield _host_free(row, baseline, ours, theirs)
-    elif ours:
-        yield f"{_faster_host(row)} {_kernels(row)} alone would take {show_seconds(ours)} a step."
+    own, base = (r.details.why.kernels_alone.step_s if r is not None else None for r in (row, baseline))
+    if own and base:
+        yield _host_free(row, baseline, own, base)
+    elif own:
+        yield f"{_faster_host(row)} {_kernels(row)} alone would take {show_seconds(own)} a step."
     elif reason := row.details.why.kernels_alone.reason:
         yield f"The kernels of {show_scheme(row)} alone could not be timed: {reason}."
         yield from _by_profile(row, baseline)
 
 
-def _host_free(row: ResultRow, baseline: ResultRow | None, ours: float, theirs: float) -> str:
-    ratio = theirs / ours
+def _host_free(row: ResultRow, baseline: ResultRow | None, own: float, base: float) -> str:
+    ratio = base / own
     return (
-        f"{_faster_host(row, baseline)} {_kernels(row)} alone would take {show_seconds(ours)} a step against the "
-        f"baseline's {show_seconds(theirs)}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
+        f"{_faster_host(row, baseline)} {_kernels(row)} alone would take {show_seconds(own)} a step against the "
+        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
     )
 
 
@@ -199,11 +199,11 @@ def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str
 
 def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     """Yield a bound from the profile: a step takes at least as long as the device is busy in it."""
-    ours, theirs = (r.details.why.profile.device_busy_s if r is not None else None for r in (row, baseline))
-    if ours and theirs:
+    own, base = (r.details.why.profile.device_busy_s if r is not None else None for r in (row, baseline))
+    if own and base:
         yield (
-            f"By the profile they are busy for {show_seconds(ours)} of a step against the baseline's "
-            f"{show_seconds(theirs)}: {show_ratio(theirs / ours)} of its rate at best, on a host that keeps up."
+            f"By the profile they are busy for {show_seconds(own)} of a step against the baseline's "
+            f"{show_seconds(base)}: {show_ratio(base / own)} of its rate at best, on a host that keeps up."
         )
 
 
@@ -236,8 +236,8 @@ def _brief_parts(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     if verdict is None:
         yield f"no verdict, {row.details.why.reason or 'without a reason'}"
         return
-    ours, theirs = row.details.why.profile.launches, baseline.details.why.profile.launches
-    launches = f", {_times(ours / theirs)} the launches" if _is_waiting(row) and ours and theirs else ""
+    own, base = row.details.why.profile.launches, baseline.details.why.profile.launches
+    launches = f", {_times(own / base)} the launches" if _is_waiting(row) and own and base else ""
     yield f"{verdict} (device busy {_busy(row)} of a step{launches})"
     alone, base_alone = (one.details.why.kernels_alone.step_s for one in (row, baseline))
     if alone and base_alone:

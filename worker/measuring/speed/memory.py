@@ -115,8 +115,8 @@ def _device_memory(handle: Any) -> DeviceMemory | None:
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return None
-    mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return DeviceMemory(total_used=used, process_used=mine[0] if mine else None)
+    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+    return DeviceMemory(total_used=used, process_used=own[0] if own else None)
 
 
 def reset_allocator_peaks(device: str) -> None:
