@@ -47,10 +47,10 @@ def benchmark(
         )
     )
     row = RowBenchmark(model, protocol, on_step)
-    model.begin(loaded)
+    model.prepare(loaded)
     for _ in range(protocol.rounds):
         row.time(loaded)
-    model.judge(loaded, reference)
+    model.measure_quality(loaded, reference)
     row.observe(loaded)
     kernels = None
     if (shape := row.captured_shape) is not None:

@@ -1,4 +1,4 @@
-"""How often somebody who waits is told that there is nothing new: often at first, and not for ever."""
+"""How often to print a line while nothing changes: often at first, later once a minute."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _FIRST_S = 300.0
 
 
 class Cadence:
-    """Asked now and then, it says when a line is due. A log of days must not fill with them."""
+    """Decides when the next line is due, so that the log of a job that takes days does not fill with them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began = self._spoke = clock()
+        self._started = self._last_line = clock()
 
     @property
     def elapsed_s(self) -> float:
-        return self._clock() - self._began
+        return self._clock() - self._started
 
-    def spoke(self) -> None:
-        """Something was said just now."""
-        self._spoke = self._clock()
+    def note_line(self) -> None:
+        """Note that a line was printed just now."""
+        self._last_line = self._clock()
 
     def is_due(self) -> bool:
-        """Whether nothing was said for too long."""
-        most_s = AT_FIRST_S if self.elapsed_s < _FIRST_S else LATER_S
-        return self._clock() - self._spoke >= most_s
+        """Whether the last line was printed long enough ago."""
+        interval_s = AT_FIRST_S if self.elapsed_s < _FIRST_S else LATER_S
+        return self._clock() - self._last_line >= interval_s

@@ -1,4 +1,4 @@
-"""What ``qbatch doctor`` found: one line a check."""
+"""The checks of ``qbatch doctor``, one line each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One finding, in a line. ``note``: worth knowing, and no fault of the installation."""
+    """One finding, in one line. The state ``note`` means worth knowing, but not a fault of the installation."""
 
     check: str
     state: State
@@ -27,7 +27,7 @@ class Check:
 COLUMNS: tuple[Column, ...] = (
     Column(key="check", title="check"),
     Column(key="state", title="state"),
-    Column(key="message", title="what was found", wraps=True),
+    Column(key="message", title="finding", wraps=True),
 )
 
 

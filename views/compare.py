@@ -16,7 +16,7 @@ from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.quantized_share import audit_warnings
-from qbatch.views.ratios import show_beside
+from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
 from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
@@ -28,7 +28,7 @@ _TEXT_WIDTH = 100
 
 
 def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
-    """``find_results``'s rows compared, as a table, JSON or CSV. ``by``: what a table's lines are, of ORIENTATIONS."""
+    """Compare the rows of ``find_results`` as a table, JSON or CSV. ``by``: its lines (ORIENTATIONS)."""
     models = models_of(rows)
     if format == "json":
         return render([model_as_mapping(model, preference) for model in models], (), "json")
@@ -74,17 +74,17 @@ def _group(group: Group, preference: Preference, by: str, width: int) -> Iterabl
 
 
 def _reasons(group: Group) -> Iterable[str]:
-    """A paragraph for each quantized row; what was said of one is not said again of another."""
-    said: set[str] = set()
+    """Yield a paragraph for each quantized row, without the sentences that an earlier row already has."""
+    seen: set[str] = set()
     for row in group.rows:
         sentences = [] if row.is_baseline else why(row, group.baselines.get(row.job_id))
-        yield " ".join(sentence for sentence in sentences if sentence not in said)
-        said.update(sentences)
+        yield " ".join(sentence for sentence in sentences if sentence not in seen)
+        seen.update(sentences)
 
 
 def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
     for row in group.rows:
-        # The recommendation has told them of its own.
+        # The recommendation already includes the warnings of its own row.
         for warning in audit_warnings(row) if row is not ship else ():
             yield f"{row.job_id} {show_scheme(row)}: {warning}."
     for old, new in group.superseded.items():
@@ -119,18 +119,21 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
 
 
 def _of_base(row: ResultRow, group: Group) -> str:
-    """Where several baselines stand side by side, the one that a row's figures are set against."""
+    """`` of j1``, the row's baseline, if the group has several; else ""."""
     baseline = group.baselines.get(row.job_id)
-    alone = sum(other.is_baseline for other in group.rows) < 2
-    return "" if alone or baseline is None else f" of {baseline.job_id}"
+    is_only_one = sum(other.is_baseline for other in group.rows) < 2
+    return "" if is_only_one or baseline is None else f" of {baseline.job_id}"
 
 
 def _cell(column: MetricColumn, row: ResultRow, group: Group) -> str:
-    return f"{show_column(column, row)} {show_beside(column, row, group.baselines.get(row.job_id))}".rstrip()
+    return f"{show_column(column, row)} {show_relative(column, row, group.baselines.get(row.job_id))}".rstrip()
 
 
 def _blocks(titles: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> list[str]:
-    """A table of ``cells``, a line for each of ``titles`` under ``heads``; cut into several that fit ``width``."""
+    """A table of ``cells`` with a line for each of ``titles`` and a column for each of ``heads``.
+
+    It is split into several tables, one below the other, that each fit ``width``.
+    """
     first = max(map(text_width, titles), default=0)
     widths = [max(text_width(head), *(text_width(line[n]) for line in cells)) for n, head in enumerate(heads)]
     lines: list[str] = []
@@ -146,15 +149,15 @@ def _text_line(title: str, line: Sequence[str], first: int, numbers: Sequence[in
     return (GAP + GAP.join([title + " " * (first - text_width(title)), *parts])).rstrip()
 
 
-def _cuts(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of the columns, in runs that fit; each run has one column at least."""
+def _cuts(widths: Sequence[int], available: int) -> list[list[int]]:
+    """The numbers of the columns, split into runs that fit ``available`` characters; each run has at least one."""
     cuts: list[list[int]] = []
     left = 0
     for number, width in enumerate(widths):
         left -= width + len(GAP)
         if not cuts or left < 0:
             cuts.append([])
-            left = room - width - len(GAP)
+            left = available - width - len(GAP)
         cuts[-1].append(number)
     return cuts
 

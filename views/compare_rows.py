@@ -1,4 +1,4 @@
-"""Compared rows for programs: JSON, and CSV with a line for each row."""
+"""Compared rows for programs: mappings for JSON, and flat mappings for the lines of a CSV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qbatch.views.why_words import why
 
 
 def group_differences(model: ModelRows) -> list[str]:
-    """What tells the groups of one model apart, in words."""
+    """How the groups of one model differ, such as ``prompt_tokens (64, 256)``."""
     first_rows = [group.rows[0] for group in model.groups]
     sources = {row.details.fingerprint for row in first_rows}
     return differences(first_rows) + (["the model's content"] if len(sources) > 1 else [])

@@ -1,4 +1,4 @@
-"""What is asked of a comparison: light enough for every start of the command line."""
+"""The options of a comparison. Importing this is cheap, since every command does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREFERENCES = ("size", "speed", "quality")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """What a configuration must keep to, and what is preferred among those that do. None: not bounded by the user."""
+    """The user's limits, and what to prefer among the configurations within them. None: no limit was given."""
 
     prefer: str = "size"
     max_kl: float | None = None

@@ -1,4 +1,4 @@
-"""``qbatch doctor``: is this installation well, and if not, what is wrong with it, in words. Changes nothing."""
+"""``qbatch doctor``: check whether this installation works, and say what is wrong if it does not. Changes nothing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from qbatch.views.libraries import VisibleGpu, cuda, versions
 from qbatch.views.units import show_bytes, show_time
 
 _WITHOUT = {
-    Refusal.SYNC_FILE: "fsync of a file: what was written just before a power cut may be made again",
-    Refusal.SYNC_FOLDER: "fsync of a folder: what was published just before a power cut may be made again",
-    Refusal.MODE: "chmod: who may read a checkpoint is the mount's to say",
+    Refusal.SYNC_FILE: "fsync of a file: a power cut may lose recent writes, which are then made again",
+    Refusal.SYNC_FOLDER: "fsync of a folder: a power cut may lose recent renames, which are then done again",
+    Refusal.MODE: "chmod: the mount decides who may read a checkpoint",
 }
-# A checkpoint of a small model; under this, nothing useful can be written.
+# The size of a small model's checkpoint: with less free, nothing useful can be written.
 _LEAST_FREE_BYTES = GIB
 
 
 def examine(settings: Settings, *, gpus: Sequence[VisibleGpu], stack_runs: bool) -> Iterable[Check]:
-    """All checks that need no heavy import. ``gpus``: what NVML shows; ``stack_runs``: whether the embedded stack of
-    this home is up."""
+    """Yield all checks that need no heavy import.
+
+    ``gpus``: those that NVML lists. ``stack_runs``: whether the embedded stack of this home is running.
+    """
     yield from versions()
     yield cuda(gpus)
     yield _folder("home", settings.home)
@@ -40,50 +42,50 @@ def examine(settings: Settings, *, gpus: Sequence[VisibleGpu], stack_runs: bool)
     yield _file_system(settings.storage)
     yield from _locks(settings)
     yield _broker(settings, stack_runs)
-    database_checks, found = _database(settings)
+    database_checks, database_health = _database(settings)
     yield from database_checks
     yield from _spool(settings)
-    if found is not None:
-        yield from _service(found, waits=not settings.is_embedded or stack_runs)
+    if database_health is not None:
+        yield from _service(database_health, services_expected=not settings.is_embedded or stack_runs)
 
 
-# Where things are kept
+# Folders and disks
 
 
 def _folder(name: str, folder: Path) -> Check:
-    """Whether files can be written there, and how much room there is. Leaves nothing behind."""
+    """Check that files can be written to ``folder``, and how much space is free. Leaves nothing behind."""
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            room = disk_space(place)
+            space = disk_space(place)
     except OSError as error:
         return check(name, State.WRONG, f"{folder} cannot be written: {error.strerror}")
-    free = "its file system does not say how much is free" if room is None else f"{show_bytes(room.free)} free"
-    said = f"{folder}, {free}" + ("" if place == folder else "; made when it is first needed")
-    if room is not None and room.free < _LEAST_FREE_BYTES:
-        return check(name, State.WRONG, f"{said}: less than {show_bytes(_LEAST_FREE_BYTES)}")
-    return check(name, State.OK, said)
+    free = "its file system does not report free space" if space is None else f"{show_bytes(space.free)} free"
+    message = f"{folder}, {free}" + ("" if place == folder else "; created when it is first needed")
+    if space is not None and space.free < _LEAST_FREE_BYTES:
+        return check(name, State.WRONG, f"{message}: less than {show_bytes(_LEAST_FREE_BYTES)}")
+    return check(name, State.OK, message)
 
 
 def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """The folder itself, or its nearest parent that exists."""
     return next((place for place in (folder, *folder.parents) if place.exists()), folder)
 
 
 def _file_system(storage: Path) -> Check:
-    """What the storage's refuses. Leaves nothing behind."""
+    """Check which operations the file system of ``storage`` refuses. Leaves nothing behind."""
     try:
         refused = probe(_existing(storage))
     except StorageUnavailable as error:
         return check("file system", State.WRONG, str(error))
     if refused:
-        said = "; ".join(_WITHOUT[refusal] for refusal in sorted(refused))
-        return check("file system", State.NOTE, f"the storage's refuses {said}")
-    return check("file system", State.OK, "the storage's does all that checkpoints need")
+        refusals = "; ".join(_WITHOUT[refusal] for refusal in sorted(refused))
+        return check("file system", State.NOTE, f"that of the storage refuses {refusals}")
+    return check("file system", State.OK, "that of the storage supports all that checkpoints need")
 
 
 def _locks(settings: Settings) -> Iterable[Check]:
-    """What is wrong with those of the folders that are this machine's own, as far as these are there."""
+    """Check that file locks work in the folders that belong to this machine alone."""
     for folder, what, variable in (
         (settings.home, "the stack", "QBATCH_HOME"),
         (settings.cache, "the cache of sources", "QBATCH_CACHE"),
@@ -94,12 +96,12 @@ def _locks(settings: Settings) -> Iterable[Check]:
             yield check("locks", State.WRONG, str(error))
 
 
-# What must answer
+# Broker and database
 
 
 def _broker(settings: Settings, stack_runs: bool) -> Check:
     place = broker_place(settings)
-    # Of a stack that runs the link knows; it may have started with another environment.
+    # A running stack may have been started with another environment: then the link to its socket is right.
     folder = settings.socket.parent.resolve() if stack_runs else settings.socket_dir
     fault = fault_of(folder) if settings.is_embedded else None
     if fault is not None:
@@ -113,7 +115,7 @@ def _broker(settings: Settings, stack_runs: bool) -> Check:
     try:
         client.ping()
     except (redis.RedisError, OSError) as error:
-        # Its own words may hold the URL, and with it the password.
+        # The text of the error may contain the URL, and with it the password.
         return check("broker", State.WRONG, f"{place} does not answer ({type(error).__name__})")
     finally:
         client.close()
@@ -130,106 +132,111 @@ def broker_place(settings: Settings) -> str:
 
 
 def _database(settings: Settings) -> tuple[list[Check], Health | None]:
-    """Its checks, and what it knows where it can be asked."""
+    """The checks of the database, and its health record if it can be read."""
     try:
         database = Database(settings.sqlalchemy_url)
     except UsageError as error:
         return [check("database", State.WRONG, str(error))], None
     share = share_of(database.file)
-    warned = [check("database's disk", State.NOTE, share.warning)] if share is not None else []
+    warnings = [check("database's disk", State.NOTE, share.warning)] if share is not None else []
     try:
         if share is not None:
             share.check(settings.lease_s)
-        found_check, found = _ask(database, settings)
+        database_check, database_health = _query(database, settings)
     except DatabaseUnreachable as error:
-        return [*warned, check("database", State.WRONG, str(error))], None
+        return [*warnings, check("database", State.WRONG, str(error))], None
     finally:
         database.dispose()
-    return [*warned, found_check], found
+    return [*warnings, database_check], database_health
 
 
-def _ask(database: Database, settings: Settings) -> tuple[Check, Health | None]:
-    """Raises DatabaseUnreachable."""
+def _query(database: Database, settings: Settings) -> tuple[Check, Health | None]:
+    """The check of a database that answers, and its health record unless its schema is old.
+
+    Raises DatabaseUnreachable.
+    """
     if database.is_behind():
         return _behind(database, database.schema_version()), None
     version = database.schema_version()
     with database.read() as session:
-        found = health(session, settings.lease_s, lead_s=settings.lead_s)
+        database_health = health(session, settings.lease_s, lead_s=settings.lead_s)
     newer = f", newer than this qbatch's {SCHEMA_HEAD}, which works with it" if version != SCHEMA_HEAD else ""
-    return check("database", State.OK, f"{database.place}, schema {version}{newer}"), found
+    return check("database", State.OK, f"{database.place}, schema {version}{newer}"), database_health
 
 
 def _behind(database: Database, version: str | None) -> Check:
     if database.is_sqlite and version is None:
-        return check("database", State.NOTE, f"{database.place}: none yet; made when it is first needed")
-    stands = f"{database.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}"
+        return check("database", State.NOTE, f"{database.place}: none yet; created when it is first needed")
+    versions = f"{database.place} is at schema {version or 'none'}, this qbatch needs {SCHEMA_HEAD}"
     if database.is_sqlite:
-        return check("database", State.NOTE, f"{stands}; the next command brings it up to date")
-    return check("database", State.WRONG, f"{stands}: run `qbatch db upgrade`")
+        return check("database", State.NOTE, f"{versions}; the next command upgrades it")
+    return check("database", State.WRONG, f"{versions}: run `qbatch db upgrade`")
 
 
 def _spool(settings: Settings) -> Iterable[Check]:
-    """Outcomes that this machine's workers hold for the database; a line only where there are any."""
+    """Check for outcomes that this machine's workers could not yet record in the database."""
     waiting = sorted(settings.spool.glob("*.json"))
     if waiting:
-        said = f"{len(waiting)} waiting in {settings.spool} for a worker of this home to record them"
-        yield check("spool", State.NOTE, said)
+        message = f"{len(waiting)} waiting in {settings.spool} for a worker of this home to record them"
+        yield check("spool", State.NOTE, message)
     for aside in sorted(settings.spool.glob("*.rejected")):
-        said = f"{aside} could not be recorded and was set aside: rename it to .json to try it again, or delete it"
-        yield check("spool", State.WRONG, said)
+        message = f"{aside} could not be recorded and was set aside: rename it to .json to try again, or delete it"
+        yield check("spool", State.WRONG, message)
 
 
-# What works
+# Scheduler, workers and jobs
 
 
-def _service(found: Health, *, waits: bool) -> Iterable[Check]:
-    """``waits``: services are meant to run, also while there is nothing to do."""
-    if found.ahead_s is not None:
-        yield check("clock", State.WRONG, _clock(found.ahead_s))
-    has_work = bool(found.open_jobs)
-    yield _scheduler(found, waits or has_work)
-    yield from _workers(found, has_work)
-    jobs = ", ".join(f"{count} {state}" for state, count in found.open_jobs.items())
+def _service(report: Health, *, services_expected: bool) -> Iterable[Check]:
+    """``services_expected``: a scheduler should run even while there is nothing to do."""
+    if report.ahead_s is not None:
+        yield check("clock", State.WRONG, _clock(report.ahead_s))
+    has_work = bool(report.open_jobs)
+    yield _scheduler(report, services_expected or has_work)
+    yield from _workers(report, has_work)
+    jobs = ", ".join(f"{count} {state}" for state, count in report.open_jobs.items())
     yield check("jobs", State.OK, jobs or "none is waiting or running")
-    failed = ", ".join(f"{count} {kind}" for kind, count in found.failed.items())
+    failed = ", ".join(f"{count} {kind}" for kind, count in report.failed.items())
     yield check("failures", State.NOTE if failed else State.OK, f"within a day: {failed or 'none'}")
-    for pause in found.pauses:
+    for pause in report.pauses:
         yield check("pause", State.WRONG, _pause(pause))
 
 
-def _scheduler(found: Health, is_needed: bool) -> Check:
-    if found.leader is not None:
-        return check("scheduler", State.OK, f"{found.leader} leads")
-    return check("scheduler", State.WRONG if is_needed else State.NOTE, "none leads: nothing is dispatched or retried")
+def _scheduler(report: Health, is_needed: bool) -> Check:
+    if report.leader is not None:
+        return check("scheduler", State.OK, f"{report.leader} leads")
+    state = State.WRONG if is_needed else State.NOTE
+    return check("scheduler", state, "none leads, so nothing is dispatched or retried")
 
 
-def _workers(found: Health, has_work: bool) -> Iterable[Check]:
-    ready = [worker for worker in found.workers if worker["state"] == WorkerState.READY]
+def _workers(report: Health, has_work: bool) -> Iterable[Check]:
+    ready = [worker for worker in report.workers if worker["state"] == WorkerState.READY]
     if ready:
         yield check("workers", State.OK, f"{len(ready)} ready: {', '.join(worker['worker'] for worker in ready)}")
     else:
         state = State.WRONG if has_work else State.NOTE
         yield check("workers", state, "none is ready" + (", and jobs are waiting" if has_work else ""))
-    for worker in found.workers:
+    for worker in report.workers:
         if worker["state"] == WorkerState.QUARANTINED:
             yield check(worker["worker"], State.WRONG, f"quarantined: {worker['note'] or 'no reason is on record'}")
         elif worker["state"] == LOST and (worker["jobs"] or _is_of_today(worker["heartbeat_at"])):
             held = f", holding {', '.join(worker['jobs'])}" if worker["jobs"] else ""
-            said = f"; {worker['note']}" if worker["note"] else ""
-            yield check(worker["worker"], State.NOTE, f"silent since {show_time(worker['heartbeat_at'])}{held}{said}")
+            note = f"; {worker['note']}" if worker["note"] else ""
+            yield check(worker["worker"], State.NOTE, f"silent since {show_time(worker['heartbeat_at'])}{held}{note}")
 
 
 def _clock(ahead_s: float) -> str:
     return (
-        f"leases or heartbeats lie {ahead_s:.0f} s further ahead than any given now: the database's clock was set back,"
-        " which a running scheduler puts right within a lease; or QBATCH_LEASE_S or QBATCH_SCAN_S is smaller here"
+        f"leases or heartbeats lie {ahead_s:.0f} s further in the future than new ones would: either the clock "
+        "of the database was set back, which a running scheduler corrects within one lease, or QBATCH_LEASE_S or "
+        "QBATCH_SCAN_S is smaller here than on other machines"
     )
 
 
 def _is_of_today(iso: str) -> bool:
-    # Those that were killed once stay on record for ever.
+    # Workers that were killed stay on record for ever.
     return datetime.now(UTC) - datetime.fromisoformat(iso) < timedelta(days=1)
 
 
 def _pause(pause: PauseNote) -> str:
-    return f"dispatch is paused since {show_time(pause.since.isoformat())}: {pause.message}"
+    return f"dispatch has been paused since {show_time(pause.since.isoformat())}: {pause.message}"

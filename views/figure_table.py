@@ -1,4 +1,4 @@
-"""Lines of figures under common columns, as wide as the terminal allows."""
+"""A table of figures that drops columns until it fits the terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qbatch.core.measured.metrics import RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import UNLIMITED
 from qbatch.views.metric_text import column_title, show_column
-from qbatch.views.ratios import show_beside
+from qbatch.views.ratios import show_relative
 
 GAP = "  "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One row as shown: its label, and (figure, ratio) for each of RESULTS_COLUMNS, or a remark in their place."""
+    """A line of the table: a label and (figure, ratio) for each of RESULTS_COLUMNS, or a remark in their place."""
 
     row: ResultRow
     label: str
@@ -26,12 +26,12 @@ class Line:
 
 
 def cells_of(row: ResultRow, baseline: ResultRow | None) -> list[tuple[str, str]]:
-    return [(show_column(column, row), show_beside(column, row, baseline)) for column in RESULTS_COLUMNS]
+    return [(show_column(column, row), show_relative(column, row, baseline)) for column in RESULTS_COLUMNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Column:
-    """One of RESULTS_COLUMNS, by its index; widths in characters, the ratio's with the space before it."""
+    """One of RESULTS_COLUMNS, by its index. Widths are in characters; the ratio's includes the space before it."""
 
     number: int
     title: str
@@ -53,14 +53,14 @@ class _Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureTable:
-    """Lines of every model under common columns."""
+    """Columns that the lines of all models share."""
 
     label_width: int
     columns: Sequence[_Column]
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> FigureTable:
-        """With a column for each figure that any line has."""
+        """A table with a column for each figure that any line has."""
         measured = [line for line in lines if line.cells]
         rows = [line.row for line in measured]
         titles = [column_title(column, rows) for column in RESULTS_COLUMNS]
@@ -72,7 +72,7 @@ class FigureTable:
         return cls(label_width=max(len(line.label) for line in lines), columns=columns)
 
     def fitted(self, width: int) -> FigureTable:
-        """Without the columns that do not fit; the first always stays."""
+        """The same without the columns that do not fit ``width``, least important first. One always stays."""
         columns = list(self.columns)
         while len(columns) > 1 and len(replace(self, columns=columns).header()) > width:
             columns.remove(max(columns, key=lambda column: RESULTS_COLUMNS[column.number].rank))
@@ -95,5 +95,5 @@ class FigureTable:
 def wrap(text: str, width: int, *, first: str = "", indent: str = "") -> list[str]:
     if width >= UNLIMITED:
         return [first + text]
-    # A label that takes up the line leaves the text its own line.
+    # A label that fills the line leaves the text a line of its own.
     return textwrap.wrap(text, max(width, 40), initial_indent=first, subsequent_indent=indent) or [first]

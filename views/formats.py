@@ -1,4 +1,4 @@
-"""Rows of mappings as a table for people, JSON or CSV for programs."""
+"""Render rows (mappings) as a table for people, or as JSON or CSV for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unicodedata import combining, east_asian_width
 from qbatch.core.control_characters import escape_controls, escape_controls_of_json
 
 NOTHING = "–"
-# Wide enough for anything: the width of what is not a terminal.
+# Wide enough for anything: the width if standard output is not a terminal.
 UNLIMITED = 100_000
 _NARROWEST_TEXT = 20
 _GAP = "  "
@@ -36,10 +36,10 @@ def show_plain(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column of a table: ``show`` turns the row's value under ``key``, where it is not None, into text.
+    """One column of a table: ``show`` turns the row's value under ``key`` into text, unless it is None.
 
-    ``wraps``: long text, which a narrow terminal may break into lines. ``spare``: left out of a terminal that is too
-    narrow for every column, the last one first, and where no row has a value.
+    ``wraps``: long text may be broken into lines on a narrow terminal. ``spare``: the column is left out if no row has
+    a value, or if the terminal is too narrow for all columns, the last such column first.
     """
 
     key: str
@@ -52,9 +52,9 @@ class Column:
 def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str:  # noqa: A002
     """``rows`` as a ``table``, ``json`` or ``csv``, without a newline at the end.
 
-    A table fits the terminal, and is as wide as it needs to be where standard output is none; it has no colour.
-    JSON and CSV hold every key of the rows, not only ``columns``; a nested value is JSON text in CSV. Neither steers a
-    terminal: JSON has escapes of its own, and CSV has Python's.
+    A table fits the terminal; if standard output is not a terminal, it is as wide as it needs to be. It has no colour.
+    JSON and CSV contain every key of the rows, not only ``columns``; CSV holds a nested value as JSON text.
+    Control characters are escaped, so that they cannot control a terminal: as JSON escapes in JSON, as Python's in CSV.
     """
     if format == "json":
         return _json([_finite(row) for row in rows], indent=2)
@@ -64,17 +64,17 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str: 
 
 
 def terminal_width() -> int:
-    """Columns of the terminal that standard output is; UNLIMITED where it is none."""
+    """The terminal's width in columns; UNLIMITED if standard output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, without what would steer a terminal: names and messages come from strangers."""
+    """``text`` on one line, without control characters: names and messages may come from untrusted sources."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN."""
+    """``value`` with None in place of infinity and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -102,14 +102,14 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
-    # A table of 100,000 jobs takes rich minutes, since it measures every cell several times over.
+    # Not with rich, which takes minutes for a table of 100,000 jobs because it measures every cell several times.
     shown = [column for column in columns if not (column.spare and rows and _is_empty(rows, column.key))]
     cells = {column.key: [_cell(row, column) for row in rows] for column in shown}
     widths = {column.key: max(map(text_width, (column.title, *cells[column.key]))) for column in shown}
     least = {c.key: min(widths[c.key], _NARROWEST_TEXT) if c.wraps else widths[c.key] for c in shown}
     while _total(least, shown) > width and any(column.spare for column in shown):
         shown.remove([column for column in shown if column.spare][-1])
-    # Where even that is too wide, the terminal breaks the lines: an id cut short is worse.
+    # If the table is still too wide, the terminal breaks its lines, which is better than truncated ids.
     _shrink(widths, least, shown, width)
     right = {column.key for column in shown if _is_numeric(rows, column.key)}
     lines = [
@@ -127,19 +127,20 @@ def _total(widths: Mapping[str, int], columns: Sequence[Column]) -> int:
 
 
 def _shrink(widths: dict[str, int], least: Mapping[str, int], columns: Sequence[Column], width: int) -> None:
-    """Take from whichever text column is widest, until the table fits or none can give."""
+    """Narrow the widest text column, repeatedly, until the table fits or no column can become narrower."""
     while (excess := _total(widths, columns) - width) > 0:
-        givers = sorted((c.key for c in columns if widths[c.key] > least[c.key]), key=lambda key: -widths[key])
-        if not givers:
+        shrinkable = sorted((c.key for c in columns if widths[c.key] > least[c.key]), key=lambda key: -widths[key])
+        if not shrinkable:
             return
-        second = widths[givers[1]] if len(givers) > 1 else 0
-        widths[givers[0]] -= min(excess, max(1, widths[givers[0]] - max(second, least[givers[0]])))
+        second = widths[shrinkable[1]] if len(shrinkable) > 1 else 0
+        widest = shrinkable[0]
+        widths[widest] -= min(excess, max(1, widths[widest] - max(second, least[widest])))
 
 
 def _lines(
     cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, int], right: Container[str]
 ) -> Iterable[str]:
-    """One row; as many lines as its longest cell takes."""
+    """The lines of one row: as many as its longest cell needs."""
     if all(text_width(cell) <= widths[column.key] for cell, column in zip(cells, columns, strict=True)):
         return [_line(cells, columns, widths, right)]
     folded = [
@@ -163,7 +164,7 @@ def _cell(row: Row, column: Column) -> str:
 
 
 def text_width(text: str) -> int:
-    """Terminal columns that ``text`` takes: two for each wide character, none for a combining one."""
+    """The terminal columns that ``text`` takes: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,4 +1,4 @@
-"""Which measured rows may stand side by side: one model, one protocol, one device."""
+"""Groups of measured rows that may be compared: of one model, one protocol and one device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qbatch.core.measured.result_row import ResultRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Rows of one model, protocol and device, a baseline first and each configuration once.
+    """Rows of one model, protocol and device: baselines first, each configuration once.
 
-    ``baselines``: for each job id the row that its figures are set against, where the group has one.
-    ``superseded``: for each job id left out, that of the newer measurement of its configuration.
+    ``baselines``: for each job id, the row that its figures are compared with, if the group has one.
+    ``superseded``: for each job id left out, the id of the newer measurement of the same configuration.
     """
 
     rows: Sequence[ResultRow]
@@ -38,7 +38,7 @@ class ModelRows:
 
 
 def models_of(rows: Sequence[ResultRow]) -> list[ModelRows]:
-    """``find_results``'s rows by model, in the order given."""
+    """Group the rows of ``find_results`` by model, in the order given."""
     by_name: dict[str, list[ResultRow]] = {}
     for row in rows:
         name = row.model + (f"@{row.revision}" if row.revision else "")
@@ -50,7 +50,7 @@ def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
     groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.state == JobState.SUCCEEDED:
-            # A folder's content may have changed under its name: then it is another model.
+            # If a folder's content has changed, it is another model under the same name.
             source = row.details.fingerprint
             groups.setdefault((row.protocol_hash, row.device_name, source), []).append(row)
     return ModelRows(
@@ -80,9 +80,9 @@ def measuring_job(row: ResultRow) -> str:
 
 
 def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
-    """Whether the two are known not to have been timed in turns: host time varies from visit to visit."""
-    beside = row.details.rounds.interleaved_with
-    return beside is not None and measuring_job(baseline) not in beside
+    """Whether the two are known not to have been timed in turns, so that the host's speed may have differed."""
+    interleaved_with = row.details.rounds.interleaved_with
+    return interleaved_with is not None and measuring_job(baseline) not in interleaved_with
 
 
 def _age(row: ResultRow) -> int:
@@ -94,12 +94,12 @@ def _number(job_id: str) -> int:
 
 
 def configuration(row: ResultRow) -> str:
-    """What would be shipped, whatever it was measured by."""
+    """A key of what would be shipped: scheme, dtypes and options, regardless of how it was measured."""
     return json.dumps([row.scheme, row.dtype, row.compute_dtype, row.options], sort_keys=True)
 
 
 def _baseline(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow | None:
-    """The unquantized row of the same dtype: of another batch too, since protocol, device and source are the same."""
+    """The unquantized row of the same dtype. It may be of another batch: protocol, device and source are the same."""
     if row.is_baseline:
         return None
     return next((other for other in rows if other.is_baseline and other.dtype == row.dtype), None)

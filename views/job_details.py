@@ -1,4 +1,4 @@
-"""All about one job, in sections: what was asked, how it went, what was measured."""
+"""Everything about one job, in sections: what was requested, how it went, what was measured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Lines = Iterable[tuple[str, str]]
 
 
 def show_jobs(jobs: Sequence[WholeJob]) -> str:
-    """One after the other, each beside its baseline."""
+    """Show jobs one after the other, each compared with its baseline."""
     return "\n\n\n".join(_show_job(job.row, job.record, job.baseline) for job in jobs)
 
 
@@ -63,15 +63,15 @@ def _show_job(row: ResultRow, record: JobRecord, baseline: ResultRow | None) -> 
 
 
 def _section(title: str, lines: Lines, width: int) -> list[str]:
-    """A title, and each line's text beside its own title; nothing where there are no lines."""
+    """The section's lines, (title, text) each, under ``title``; empty if there are none."""
     texts = [(name, printable(text)) for name, text in lines]
     if not texts:
         return []
-    room = max(len(name) for name, _ in texts)
+    name_width = max(len(name) for name, _ in texts)
     shown = ["", title]
     before = None
     for name, text in texts:
-        first = GAP + ("" if name == before else name).ljust(room) + GAP
+        first = GAP + ("" if name == before else name).ljust(name_width) + GAP
         shown += wrap(text, width, first=first, indent=" " * len(first)) if text else [first.rstrip()]
         before = name
     return shown
@@ -133,7 +133,7 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
 
 
 def _options(row: ResultRow) -> Iterable[str]:
-    """The options that mean something to the row's method."""
+    """The names of the options that apply to the row's method."""
     yield from (option.name for option in describe_row(row.scheme).options)
     if not row.is_baseline:
         yield from ("skip_modules", "max_shard_bytes")

@@ -1,4 +1,4 @@
-"""Whether what qbatch stands on is installed, new enough, and works."""
+"""Check that the libraries qbatch needs are installed, recent enough, and work."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from qbatch.views.checks import Check, State, check
 from qbatch.views.units import show_bytes
 
 _PACKAGES = ("torch", "transformers", *required_libraries(), "accelerate", "celery", "redis", "sqlalchemy")
-# Of normally distributed values: twice what a method of 4 bits makes.
+# The relative error of normally distributed weights: about twice what a 4-bit method causes.
 _MOST_TRIAL_ERROR = 0.2
 _TRIAL = f"""
 import json, torch, transformers
-found = {{}}
+errors = {{}}
 for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
 {indent(TRIAL.strip(), "    ")}
-    found[device] = float((restored - weight).norm() / weight.norm())
-print(json.dumps(found))
+    errors[device] = float((restored - weight).norm() / weight.norm())
+print(json.dumps(errors))
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisibleGpu:
-    """A GPU that NVML shows."""
+    """A GPU that NVML lists."""
 
     name: str
     memory_bytes: int
 
 
 def versions() -> Iterable[Check]:
-    """By the packages' metadata: nothing is imported."""
+    """Check versions by the packages' metadata, without importing them."""
     yield check("python", State.OK, platform.python_version())
     floors = _floors()
     if floors is None:
-        yield check("qbatch", State.NOTE, "not installed as a package, so that the versions it needs are not known")
+        yield check("qbatch", State.NOTE, "not installed as a package, so the versions that it needs are unknown")
     for name in _PACKAGES:
         yield _version(name, (floors or {}).get(name))
     for name, extra in optional_libraries().items():
@@ -55,7 +55,10 @@ def versions() -> Iterable[Check]:
 
 
 def _floors(extra: str = "") -> Mapping[str, Any] | None:
-    """What qbatch's own metadata asks of each package, with that ``extra``; None where it runs from a source tree."""
+    """The version range that qbatch requires of each package, including those of ``extra``.
+
+    None if qbatch is not installed as a package but runs from a source tree.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -78,31 +81,31 @@ def _installed(name: str) -> str | None:
 
 
 def _version(name: str, wanted: Any) -> Check:
-    found = _installed(name)
-    if found is None:
+    installed = _installed(name)
+    if installed is None:
         return check(name, State.WRONG, "is not installed")
-    if wanted is not None and not wanted.contains(found, prereleases=True):
-        return check(name, State.WRONG, f"{found}; qbatch needs {wanted}")
-    return check(name, State.OK, found)
+    if wanted is not None and not wanted.contains(installed, prereleases=True):
+        return check(name, State.WRONG, f"{installed}; qbatch needs {wanted}")
+    return check(name, State.OK, installed)
 
 
 def cuda(gpus: Sequence[VisibleGpu]) -> Check:
-    """Whether the installed torch can use the GPUs that NVML shows."""
+    """Check whether the installed torch can use the GPUs that NVML lists."""
     if not gpus:
-        return check("gpu", State.NOTE, "NVML shows no NVIDIA GPU; jobs here run on the CPU")
+        return check("gpu", State.NOTE, "NVML lists no NVIDIA GPU; jobs run on the CPU")
     shown = ", ".join(f"{gpu.name} ({show_bytes(gpu.memory_bytes)})" for gpu in gpus)
     if (_installed("torch") or "").endswith("+cpu"):
-        return check("gpu", State.WRONG, f"{shown}; but the torch that is installed is built without CUDA")
+        return check("gpu", State.WRONG, f"{shown}; but the installed torch is built without CUDA")
     return check("gpu", State.OK, shown)
 
 
 def examine_libraries() -> Iterable[Check]:
-    """Whether the libraries can be imported and quantize a weight; takes as long as importing them does."""
-    # In a process of its own: a broken CUDA library takes down whoever imports it.
+    """Check that the libraries can be imported and quantize a weight. Takes as long as importing them."""
+    # In a separate process, since a broken CUDA library can crash the process that imports it.
     done = subprocess.run([sys.executable, "-P", "-c", _TRIAL], capture_output=True, text=True, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not answers:
-        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no error output"])[-1]
         yield check("libraries", State.WRONG, f"cannot quantize a weight (exit code {done.returncode}): {last}")
         return
     for device, error in json.loads(answers[-1]).items():

@@ -1,4 +1,4 @@
-"""Which columns of the queue people see. The rows are ``qbatch.models_db.listing``'s."""
+"""The columns of the tables of batches, jobs and workers. The rows come from ``qbatch.models_db.listing``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.views.units import show_bytes, show_time
 
 
 def show_progress(progress: Mapping[str, Any]) -> str:
-    """``1.50 GiB of 23.46 GiB (1.20 GiB read, 300.0 MiB written)``: what is known of it. The total is of both."""
+    """``1.50 GiB of 23.46 GiB (1.20 GiB read, 300.0 MiB written)``, as far as known; the total counts both."""
     read, written, total = (progress.get(key) for key in ("bytes_read", "bytes_written", "bytes_total"))
     if read is None:
         return ""

@@ -1,4 +1,4 @@
-"""What happens while somebody waits: a live display on a terminal, plain lines in a log."""
+"""Progress of jobs while a command waits: a live display on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _STARTING = "the worker is starting, which takes longest the first time: it impo
 
 
 class LiveProgress:
-    """Shows jobs as they go, on ``stream`` (standard error unless given).
+    """Shows the progress of jobs on ``stream`` (default: standard error). A context manager.
 
-    On a terminal: a bar of ended jobs, and each running job with its stage and bytes. Elsewhere: one line for each
-    change of a job's state or stage, and one now and then while nothing changes. ``quiet`` shows nothing at all.
-    ``starts_workers``: whoever waits has started the workers too, and they are on their way. A context manager.
+    On a terminal: a bar of finished jobs, and each running job with its stage and bytes. Elsewhere: a line for each
+    change of a job's state or stage, and a line from time to time while nothing changes. ``quiet`` shows nothing.
+    ``starts_workers``: the waiting command has just started workers itself, so having none yet is normal.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LiveProgress:
             self._live.stop()
 
     def update(self, jobs: Sequence[Job], workers: int) -> None:
-        """``jobs``: rows of ``qbatch.models_db.listing.list_jobs``; ``workers``: how many are live."""
+        """Show ``jobs``, rows of ``qbatch.models_db.listing.list_jobs``. ``workers``: how many are live."""
         if self._quiet:
             return
         for job in jobs:
@@ -77,15 +77,15 @@ class LiveProgress:
 
     def _note_change(self, job: Job) -> None:
         now = (job["state"], job["stage"])
-        # A job that was never seen otherwise is simply queued: no news.
+        # A job seen for the first time counts as queued before: a queued one is no news.
         before = self._seen.get(job["job_id"], (JobState.QUEUED, None))
         self._seen[job["job_id"]] = now
-        # On a terminal the running jobs are in the frame; only what went wrong should stay on the screen.
+        # On a terminal, the frame shows the running jobs; only failures should stay on the screen.
         if now != before and (self._live is None or job["state"] == JobState.FAILED):
             self._say(_news(job))
 
     def _say(self, line: str) -> None:
-        self._cadence.spoke()
+        self._cadence.note_line()
         if self._live is not None:
             from rich.text import Text
 
@@ -117,7 +117,7 @@ def _news(job: Job) -> str:
 
 
 def _standing(jobs: Sequence[Job]) -> str:
-    """What is going on where nothing changed: ``1/6 jobs, 2 running, 3 queued: j1 llama baseline: benchmarking``"""
+    """A summary while nothing changes: ``1/6 jobs, 2 running, 3 queued: j1 llama baseline: benchmarking``"""
     running = [job for job in jobs if job["state"] == JobState.RUNNING]
     named = [_news(job) for job in running[:_MOST_RUNNING_NAMED]]
     more = [f"and {len(running) - len(named)} more"] if len(running) > len(named) else []
@@ -130,7 +130,7 @@ def _frame(jobs: Sequence[Job], console: Console, elapsed_s: float, starting: bo
     from rich.text import Text
 
     running = [job for job in jobs if job["state"] == JobState.RUNNING]
-    # A frame higher than the terminal cannot be redrawn in place.
+    # A frame that is taller than the terminal cannot be redrawn in place.
     shown = running[: max(1, min(_MOST_RUNNING_SHOWN, console.height - 4))]
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(overflow="ellipsis", no_wrap=True)
@@ -150,7 +150,7 @@ def _bar(jobs: Sequence[Job], elapsed_s: float) -> RenderableType:
     from rich.text import Text
 
     ended = sum(job["state"] in ENDED_STATES for job in jobs)
-    # The seconds show that it moves.
+    # The seconds show that the display is alive.
     words = [*_counts(jobs), f"{elapsed_s:.0f} s"]
     bar = Table.grid(padding=(0, 2, 0, 0))
     bar.add_row(ProgressBar(total=max(1, len(jobs)), completed=ended, width=30), Text(", ".join(words)))

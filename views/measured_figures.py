@@ -1,4 +1,4 @@
-"""One row's figures at length: size, speed by phase, memory, quality with its errors, energy."""
+"""All figures of one row: size, speed by phase, memory, quality with standard errors, energy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _exactly(count: int | None) -> str:
 
 
 def speed_table(row: ResultRow) -> str:
-    """A line for each phase, over all rounds; "" where nothing was timed."""
+    """A table with a line for each phase, over all rounds; "" if nothing was timed."""
     lines = [
         {
             "phase": phase,
@@ -73,7 +73,7 @@ def _rate(row: ResultRow, phase: str, times: PhaseTimes) -> str | None:
 
 
 def round_lines(row: ResultRow) -> Lines:
-    """How far the rounds of each phase lie apart, where there were several."""
+    """Yield each phase's medians by round and how far they lie apart. Nothing if there was one round."""
     rounds = row.details.rounds
     if rounds.count is None or rounds.count < 2:
         return
@@ -92,7 +92,7 @@ def memory_lines(row: ResultRow) -> Lines:
 
 
 def quality_lines(row: ResultRow) -> Lines:
-    """Perplexity, and the comparison with the base: each figure ± its standard error, beside that of 16 bits alone."""
+    """Yield perplexity and the comparison with the base: each figure ± its standard error, with the 16-bit floor."""
     if row.perplexity is not None:
         error = row.details.perplexity.perplexity_se
         with_error = "" if error is None else f" ± {show_float(error, 2)}"

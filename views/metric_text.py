@@ -1,4 +1,4 @@
-"""Metrics as people read them."""
+"""Format the values of metrics as text."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def show_value(unit: Unit, value: float) -> str:
             assert_never(unit)
 
 
-def show_beside_value(beside: BesideBaseline, ratio: float) -> str:
-    """What is written behind a value that is ``ratio`` times its baseline's."""
+def show_relative_value(beside: BesideBaseline, ratio: float) -> str:
+    """The text after a value that is ``ratio`` times its baseline's: ``×0.57``, ``+0.8 %``, or ""."""
     match beside:
         case BesideBaseline.NOTHING:
             return ""
@@ -70,6 +70,6 @@ def show_column(column: MetricColumn, row: ResultRow) -> str:
 
 
 def column_title(column: MetricColumn, rows: Iterable[ResultRow]) -> str:
-    """The labels of the metrics that ``rows`` have; "" where they have none."""
+    """The labels of the column's metrics that ``rows`` have, joined by a slash; "" if they have none."""
     present = [metric.key for row in rows if (metric := column.metric_of(row)) is not None]
     return "/".join(metric.label for metric in column.metrics if metric.key in present)

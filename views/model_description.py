@@ -1,4 +1,4 @@
-"""What ``qbatch inspect`` says of a model."""
+"""The output of ``qbatch inspect``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qbatch.views.units import show_bytes_exactly, show_count
 
 
 def inspection_table(inspection: Mapping[str, Any]) -> str:
-    """``qbatch.core.inspection.inspect_source``'s mapping, one figure to a line."""
+    """The mapping of ``qbatch.core.inspection.inspect_source``, one figure per line."""
     lines = [(title, printable(text)) for title, text in _lines(inspection)]
     width = max(len(title) for title, _ in lines)
     return "\n".join(f"{title.ljust(width)}  {text}" for title, text in lines)

@@ -1,6 +1,6 @@
-"""Which differences are noise: under their standard error, or under what 16-bit arithmetic does by itself.
+"""Which differences are noise: those below their standard error, or no larger than 16-bit arithmetic alone causes.
 
-A standard error here is one standard error of the difference. Where none is known, nothing is called noise.
+The standard error is that of the difference, taken once. Where it is unknown, only equal values count as noise.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ NOISE_MARK = "≈"
 
 
 def is_noise(metric: Metric, row: ResultRow, baseline: ResultRow | None = None) -> bool:
-    """Whether ``row``'s value cannot be told from its baseline's.
+    """Whether ``row``'s value cannot be distinguished from its baseline's.
 
-    Quality is judged by the row's own comparison with its base; speed needs the baseline's row.
+    Quality is judged by the row's own comparison with its base. Speed needs ``baseline``.
     """
     match metric.noise:
         case None:
@@ -39,13 +39,15 @@ def is_noise(metric: Metric, row: ResultRow, baseline: ResultRow | None = None) 
 def _is_under(difference: float | None, error: float | None, floor: float | None) -> bool:
     if difference is None:
         return False
-    # No difference at all is no difference, whatever is known of its error.
+    # Equal values do not differ, whether or not the error is known.
     return difference == 0 or abs(difference) < (error or 0.0) or abs(difference) <= abs(floor or 0.0)
 
 
 def same_speed(metric: Metric, first: ResultRow, second: ResultRow) -> bool:
-    """Whether two rows' times or rates differ by less than the standard error of the difference; a median is given its
-    mean's."""
+    """Whether two rows' times or rates differ by less than the standard error of the difference.
+
+    A median is assigned the standard error of the mean.
+    """
     one, other = metric.value(first), metric.value(second)
     if one is None or other is None or not isinstance(metric.noise, OfTimes):
         return False
@@ -57,8 +59,10 @@ def same_speed(metric: Metric, first: ResultRow, second: ResultRow) -> bool:
 
 
 def relative_error(row: ResultRow, phase: Phase) -> float | None:
-    """The standard error of a phase's mean, over the mean: by all its times, or by the means of its rounds where those
-    lie further apart. None for one value."""
+    """The standard error of a phase's mean, divided by the mean; None for fewer than two values.
+
+    It is the larger of two: from all times, and from the means of the rounds.
+    """
     times = row.details.times(phase)
     if not times.count or times.count < 2 or not times.mean or times.stdev is None:
         return None
@@ -66,7 +70,10 @@ def relative_error(row: ResultRow, phase: Phase) -> float | None:
 
 
 def _between_rounds(row: ResultRow, phase: Phase) -> float:
-    """A host that is slow for a round is slow for all its times: they are fewer measurements than they look."""
+    """The relative standard error from the rounds' means; 0 for one round.
+
+    The times of one round are not independent: a host that is slow during a round is slow for all of them.
+    """
     means = row.details.by_round(phase).mean or ()
     if len(means) < 2:
         return 0.0

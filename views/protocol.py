@@ -1,4 +1,4 @@
-"""A protocol and the device in words: what a measured number belongs to."""
+"""Describe the protocol that a row was measured under, and how protocols and versions differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.core.measured.speed_figures import RunShape
 from qbatch.core.methods.registry import every_library
 
-# What may change a speed between two visits of one protocol and one device.
+# Versions that can change a speed between two measurements under one protocol on one device.
 _VERSIONS = ("qbatch", "torch", "transformers", *every_library(), "cuda", "driver")
 
 
@@ -24,29 +24,30 @@ _SHOWN = frozenset(
 def show_protocol(row: ResultRow) -> str:
     """The shape of a measured row: ``batch 1, prompt 64, 16 new tokens; 8 windows of 256 tokens of text d95eae75``.
 
-    The shape is the one that was run; where the model's positions clipped it, what was asked for is said too.
+    It is the shape that was run, followed by the requested one if the model's maximum length shortened it.
     """
-    asked, run = row.protocol, row.details.shapes
-    prompt, new = _run_of(run.prompt_tokens, asked.prompt_tokens), _run_of(run.new_tokens, asked.new_tokens)
+    requested, run = row.protocol, row.details.shapes
+    prompt = _run_of(run.prompt_tokens, requested.prompt_tokens)
+    new = _run_of(run.new_tokens, requested.new_tokens)
     generated = "" if run.new_tokens == 0 else f", {new} new tokens"
-    return f"batch {asked.batch_size}, prompt {prompt}{generated}; {_windows(run, asked)}"
+    return f"batch {requested.batch_size}, prompt {prompt}{generated}; {_windows(run, requested)}"
 
 
-def _run_of(run: int | None, asked: int | None) -> str:
-    return str(asked) if run in (None, asked) else f"{run} (of {asked} asked for)"
+def _run_of(run: int | None, requested: int | None) -> str:
+    return str(requested) if run in (None, requested) else f"{run} (of {requested} asked for)"
 
 
-def _windows(run: RunShape, asked: StoredProtocol) -> str:
-    stride = asked.eval_stride if run.eval_stride is None else run.eval_stride
-    most = asked.eval_max_windows if run.eval_max_windows is None else run.eval_max_windows
-    # By themselves pieces follow each other: only what was asked for otherwise is worth a word.
-    apart = "" if asked.eval_stride == asked.eval_window else f", {stride} apart"
-    window, text = _run_of(run.eval_window, asked.eval_window), str(asked.eval_text_sha256)[:8]
+def _windows(run: RunShape, requested: StoredProtocol) -> str:
+    stride = requested.eval_stride if run.eval_stride is None else run.eval_stride
+    most = requested.eval_max_windows if run.eval_max_windows is None else run.eval_max_windows
+    # By default windows follow each other without overlap: only another stride is worth mentioning.
+    apart = "" if requested.eval_stride == requested.eval_window else f", {stride} apart"
+    window, text = _run_of(run.eval_window, requested.eval_window), str(requested.eval_text_sha256)[:8]
     return f"at most {most} windows of {window} tokens{apart}, of text {text}"
 
 
 def differences(first_rows: Sequence[ResultRow]) -> list[str]:
-    """What tells groups apart, each given by one of its rows: ``prompt_tokens (64, 256)``."""
+    """How groups differ, each given by one of its rows: ``prompt_tokens (64, 256)``."""
     facts = [{"device": row.device_name, **row.protocol.stored} for row in first_rows]
     names = dict.fromkeys(name for fact in facts for name in fact)
     return [
@@ -57,16 +58,20 @@ def differences(first_rows: Sequence[ResultRow]) -> list[str]:
 
 
 def differences_not_in_heading(first_rows: Sequence[ResultRow]) -> list[str]:
-    """The fields of the protocol in which groups differ, each given by one of its rows, and ``show_protocol`` does not
-    show."""
+    """The protocol fields in which groups differ and that ``show_protocol`` does not show.
+
+    Each group is given by one of its rows.
+    """
     protocols = [row.protocol.stored for row in first_rows]
     names = dict.fromkeys(name for protocol in protocols for name in protocol if name not in _SHOWN)
     return [name for name in names if len({show_field(name, protocol.get(name)) for protocol in protocols}) > 1]
 
 
 def version_differences(rows: Sequence[ResultRow]) -> list[str]:
-    """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``. A row says nothing of libraries
-    that it was measured without."""
+    """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``.
+
+    A row measured without a library does not count for that library.
+    """
     seen = {name: _distinct((row.details.versions or {}).get(name) for row in rows) for name in _VERSIONS}
     return [f"{name} ({', '.join(values)})" for name, values in seen.items() if len(values) > 1]
 
@@ -76,7 +81,7 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
 
 
 def show_field(name: str, value: Any) -> str:
-    """A protocol's field; of tasks their names, of a hash its beginning."""
+    """The value of a protocol field: tasks by their names, hashes by their first eight digits."""
     if name == "tasks":
         return " ".join(_task(task) for task in value or ()) or "none"
     if value is None:

@@ -1,4 +1,4 @@
-"""What quantization costs in quality, and bounds on that."""
+"""Measures of the quality that quantization costs, and bounds on them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_value
 from qbatch.views.noise import is_noise
 
-# Above it a float ends.
+# exp of a larger number overflows a float.
 _LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityCost:
-    """A measure of what is lost; the lower the better, ``none`` is the baseline's own. ``metric`` says what is noise,
-    ``option`` sets another bound than ``default``."""
+    """A measure of lost quality: lower is better, and ``none`` is the baseline's own value.
+
+    ``metric`` decides what is noise. ``default`` is the bound unless the user sets another with ``option``.
+    """
 
     name: str
     metric: Metric
@@ -37,7 +39,7 @@ class QualityCost:
         return " nats" if self.unit is Unit.NATS else ""
 
     def show_with_error(self, row: ResultRow) -> str:
-        """``2.6e-03 ± 4.9e-05 nats``; of a row that has it."""
+        """``2.6e-03 ± 4.9e-05 nats``. ``row`` must have a value."""
         value, error = self.value(row), self.error(row)
         shown = "" if value is None else self.show(value)
         return shown + (f" ± {error:.1e}" if error is not None else "") + self.suffix
@@ -95,7 +97,7 @@ QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityBound:
-    """A cost in quality that may not be passed."""
+    """The highest acceptable value of a cost."""
 
     cost: QualityCost
     limit: float
@@ -107,7 +109,7 @@ class QualityBound:
         return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
 
     def broken_by(self, row: ResultRow) -> str | None:
-        """Why ``row`` is not within the bound."""
+        """Why ``row`` is not within the bound; None if it is."""
         if row.is_baseline:
             return None
         value = self.cost.value(row)
@@ -129,17 +131,20 @@ def cost_or_infinite(cost: QualityCost, row: ResultRow) -> float:
 
 
 def is_same_cost(cost: QualityCost, first: ResultRow, second: ResultRow) -> bool:
-    """Less than one standard error of the difference apart, or neither distinguishable from the baseline."""
+    """Whether two costs differ by less than one standard error, or neither is distinguishable from the baseline."""
     if all(row.is_baseline or is_noise(cost.metric, row) for row in (first, second)):
         return True
     errors = [0.0 if row.is_baseline else cost.error(row) for row in (first, second)]
-    gap = abs(cost_or_infinite(cost, first) - cost_or_infinite(cost, second))
+    difference = abs(cost_or_infinite(cost, first) - cost_or_infinite(cost, second))
     known = [error for error in errors if error is not None]
-    return gap == 0 or (len(known) == 2 and gap < math.hypot(*known))
+    return difference == 0 or (len(known) == 2 and difference < math.hypot(*known))
 
 
 def cost_to_bound(rows: Sequence[ResultRow]) -> QualityCost | None:
-    """The first that any row has; KL where no row has one, since quality unknown is no quality."""
+    """The first cost that any row has, or KL if no row has one, so that rows of unknown quality do not qualify.
+
+    None if all rows are baselines.
+    """
     if all(row.is_baseline for row in rows):
         return None
     return next((cost for cost in QUALITY_COSTS if any(cost.value(row) is not None for row in rows)), KL_COST)

@@ -1,4 +1,4 @@
-"""How much of a model really was quantized, and what is wrong with it, in words."""
+"""How much of a model was actually quantized, and warnings about its checkpoint and measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNFAIR = {
 
 
 def audit_warnings(row: ResultRow) -> Iterable[str]:
-    """What a reader must know before using a row's figures; nothing where all is as it should be."""
+    """Yield what a reader must know before using a row's figures. Nothing if all is well."""
     fraction = row.quantized_fraction
     if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
@@ -41,7 +41,7 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     for remark in fairness_remarks(row.details.why.energy.flags):
         yield f"of its energy: {remark}"
     if row.details.audits.spread_between_rounds:
-        # Without the number: rows share the footnote.
+        # Without the number, so that several rows can share the footnote.
         yield (
             "its speed varied much between its rounds (`qbatch show JOB` says by how much): a difference of that size "
             "is easily the host's"
@@ -49,14 +49,14 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
 
 
 def fairness_remarks(flags: Mapping[str, bool] | None) -> Iterable[str]:
-    """What was noticed of a GPU while it was measured."""
+    """Yield what disturbed the GPU during the measurement."""
     for name, raised in (flags or {}).items():
         if raised:
             yield f"while it was measured, {_UNFAIR.get(name, name.replace('_', ' '))}"
 
 
 def defects(row: ResultRow) -> Iterable[str]:
-    """What makes a checkpoint unfit to ship."""
+    """Yield what makes a checkpoint unfit to ship."""
     broken = row.details.audit.not_finite
     if broken:
         yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {first_names(broken)}"
@@ -66,7 +66,7 @@ def defects(row: ResultRow) -> Iterable[str]:
 
 
 def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
-    """The coverage audit as titles and texts. ``row`` is a quantized row with a result."""
+    """The coverage audit as (title, text). ``row`` must be a quantized row with a result."""
     yield "quantized", _coverage(row)
     if row.bits_per_param is not None:
         yield "bits per parameter", f"{row.bits_per_param:.2f}"
@@ -116,7 +116,7 @@ def _errors(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
 
 
 def other_audits(row: ResultRow) -> Iterable[tuple[str, str]]:
-    """What else the benchmark noticed, by its own names."""
+    """Audits that this version does not know, as (title, text), named as the benchmark named them."""
     for name, value in row.details.audits.unknown().items():
         if value not in (None, False, 0, [], {}):
             yield name.replace("_", " "), str(value) if not isinstance(value, bool) else "yes"

@@ -1,4 +1,4 @@
-"""Which of a group's configurations to ship, in a sentence that says why, and how far it holds."""
+"""Recommend one of a group's configurations, in a sentence that gives the reasons and the scope."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ _RATES = ((DECODE, "decodes"), (THROUGHPUT, "passes its input"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """``ship`` None: nothing qualifies. ``rejected``: for each job id the reasons; ``alike``: the job ids that cannot
-    be told from ``ship`` by what is preferred."""
+    """``ship`` is None if nothing qualifies.
+
+    ``rejected``: the reasons, by job id. ``alike``: the job ids that cannot be distinguished from ``ship`` in what the
+    user prefers.
+    """
 
     ship: ResultRow | None
     sentence: str
@@ -43,38 +46,38 @@ class Recommendation:
 
 
 def recommend(group: Group, preference: Preference) -> Recommendation:
-    """The configuration of ``group`` to ship."""
+    """Recommend the configuration of ``group`` to ship."""
     bounds = _bounds(group.rows, preference)
-    said = [str(bound) for bound in bounds]
+    bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
-        said.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+        bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
     rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
-        return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=said, rejected=rejected)
+        return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
-    sentence = _sentence(group, ship, alike, bounds, said, rejected, preference)
+    sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)
     return Recommendation(
-        ship=ship, sentence=sentence, bounds=said, rejected=rejected, alike=[row.job_id for row in alike]
+        ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
     )
 
 
 def _bounds(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
-    asked = [
+    requested = [
         QualityBound(cost=cost, limit=limit, is_default=False)
         for cost, limit in ((KL_COST, preference.max_kl), (PERPLEXITY_COST, preference.max_ppl_ratio))
         if limit is not None
     ]
-    if asked or preference.prefer == "quality":
-        return asked
+    if requested or preference.prefer == "quality":
+        return requested
     cost = cost_to_bound(rows)
     return [] if cost is None else [QualityBound(cost=cost, limit=cost.default, is_default=True)]
 
 
 def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Preference) -> Iterable[str]:
-    """Why a row does not qualify."""
+    """Yield the reasons why a row does not qualify. Nothing if it does."""
     yield from defects(row)
-    yield from (said for bound in bounds if (said := bound.broken_by(row)) is not None)
+    yield from (reason for bound in bounds if (reason := bound.broken_by(row)) is not None)
     if preference.max_weights_bytes is not None and _weights_bytes(row) > preference.max_weights_bytes:
         yield f"its weights, {show_metric(WEIGHTS, row)}, are over {show_bytes(preference.max_weights_bytes)}"
     if preference.prefer == "speed" and rate_of(row) is None:
@@ -84,7 +87,7 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
 
 
 def rate_of(row: ResultRow) -> Metric | None:
-    """The rate that it was measured by."""
+    """The metric of the row's speed; None if it was not measured."""
     return next((metric for metric, _ in _RATES if metric.value(row) is not None), None)
 
 
@@ -92,7 +95,7 @@ def _weights_bytes(row: ResultRow) -> float:
     return math.inf if row.weights_bytes is None else row.weights_bytes
 
 
-# The choice: (the row, those that cannot be told from it)
+# The choice: (the row to ship, the others that cannot be distinguished from it)
 
 
 def _choose(fit: Sequence[ResultRow], preference: Preference) -> tuple[ResultRow, list[ResultRow]]:
@@ -141,13 +144,14 @@ def _sentence(
     ship: ResultRow,
     alike: Sequence[ResultRow],
     bounds: Sequence[QualityBound],
-    said: Sequence[str],
+    bounds_text: Sequence[str],
     rejected: Mapping[str, Sequence[str]],
     preference: Preference,
 ) -> str:
     baseline = group.baselines.get(ship.job_id)
+    reason = _reason(ship, baseline, bounds_text, preference)
     clauses = [
-        f"Ship {_name(ship)}: {_reason(ship, baseline, said, preference)}{', as far as can be told' if alike else ''}",
+        f"Ship {_name(ship)}: {reason}{', as far as can be told' if alike else ''}",
         *_alike(ship, alike, preference),
         *_quality(ship, bounds),
         *_speed(ship, baseline),
@@ -158,8 +162,8 @@ def _sentence(
     return "; ".join(clauses) + "."
 
 
-def _reason(ship: ResultRow, baseline: ResultRow | None, said: Sequence[str], preference: Preference) -> str:
-    within = f" within {' and '.join(said)}" if said else ""
+def _reason(ship: ResultRow, baseline: ResultRow | None, bounds_text: Sequence[str], preference: Preference) -> str:
+    within = f" within {' and '.join(bounds_text)}" if bounds_text else ""
     if preference.prefer == "speed":
         return f"the highest rate measured{within}"
     if preference.prefer == "quality":
@@ -185,8 +189,8 @@ def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
     noise = f", {NOT_DISTINGUISHABLE} from the baseline itself" if is_noise(cost.metric, ship) else ""
     yield f"its {cost.name} is {cost.show_with_error(ship)}{noise}"
     for bound in bounds:
-        lost, margin = bound.cost.value(ship), bound.cost.error(ship)
-        if lost is not None and margin is not None and bound.limit - lost < margin:
+        value, error = bound.cost.value(ship), bound.cost.error(ship)
+        if value is not None and error is not None and bound.limit - value < error:
             yield f"its {bound.cost.name} is within its standard error of the bound, so that it may well be over it"
 
 

@@ -1,4 +1,4 @@
-"""The table of results for people: by model, each quantized row's figures beside their ratio to the baseline."""
+"""The table of results: by model, the figures of each row and their ratios to the baseline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REASONS_SHOWN = 12
 
 @dataclass(slots=True)
 class Footnotes:
-    """Numbered remarks; the same remark has one number."""
+    """Numbered remarks. Equal remarks share a number."""
 
     texts: list[str] = field(default_factory=list)
 
@@ -38,18 +38,18 @@ class Footnotes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """Rows that stand together under a heading."""
+    """Rows under one heading."""
 
     heading: Sequence[str]
     rows: Sequence[ResultRow]
 
 
 def results_table(rows: Sequence[ResultRow]) -> str:
-    """``qbatch.models_db.results.find_results``'s rows as a table that fits the terminal, with footnotes and a legend.
+    """Show the rows of ``qbatch.models_db.results.find_results`` in a table that fits the terminal.
 
-    Rows are grouped by batch and model in the order given, a group's baseline first; where rows were measured by
-    several protocols or on several devices, each has its own heading. A ratio stands only beside a figure that was
-    measured under its baseline's protocol, and for speed and memory on its device.
+    Footnotes and a legend follow. Rows are grouped by batch and model in the order given, baselines first.
+    Rows of different protocols or devices have separate headings. A figure has a ratio only if it was measured under
+    its baseline's protocol, and for speed and memory on its baseline's device.
     """
     if not rows:
         return "no results"
@@ -58,12 +58,12 @@ def results_table(rows: Sequence[ResultRow]) -> str:
     by_id = {row.job_id: row for row in rows}
     parts = [(part, [_line(row, by_id, notes) for row in part.rows]) for part in _parts(rows)]
     lines = [line for _, members in parts for line in members]
-    whole = FigureTable.of(lines)
-    grid = whole.fitted(width)
-    body = [grid.header()] if grid.columns else []
+    full_table = FigureTable.of(lines)
+    table = full_table.fitted(width)
+    body = [table.header()] if table.columns else []
     for part, members in parts:
-        body += [*part.heading, *(text for line in members for text in grid.show(line, width))]
-    footer = _footer(lines, by_id, notes, whole.titles_left_out(grid), min(width, _LEGEND_WIDTH))
+        body += [*part.heading, *(text for line in members for text in table.show(line, width))]
+    footer = _footer(lines, by_id, notes, full_table.titles_left_out(table), min(width, _LEGEND_WIDTH))
     return "\n".join([*body, *footer]).lstrip("\n")
 
 
@@ -71,15 +71,15 @@ def _parts(rows: Sequence[ResultRow]) -> Iterable[_Part]:
     models: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         models.setdefault((row.batch_id, row.model, row.revision), []).append(row)
-    several = len({row.batch_id for row in rows}) > 1
+    with_batch = len({row.batch_id for row in rows}) > 1
     measured = [group[0] for group in _measured(rows).values()]
     unlike = None if len(measured) < 2 else differences_not_in_heading(measured)
     for members in models.values():
-        yield from _parts_of_model(members, ["", _heading(members, several)], unlike)
+        yield from _parts_of_model(members, ["", _heading(members, with_batch)], unlike)
 
 
 def _measured(rows: Iterable[ResultRow]) -> dict[tuple[Any, ...], list[ResultRow]]:
-    """Those with figures, by what these belong to."""
+    """The rows with figures, by protocol and device."""
     groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.state == JobState.SUCCEEDED:
@@ -90,14 +90,17 @@ def _measured(rows: Iterable[ResultRow]) -> dict[tuple[Any, ...], list[ResultRow
 def _parts_of_model(
     members: Sequence[ResultRow], heading: Sequence[str], unlike: Sequence[str] | None
 ) -> Iterable[_Part]:
-    """One part, unless the table has figures that do not compare: then each protocol and device is named, with the
-    fields in which protocols are ``unlike`` besides."""
+    """Yield one part, or one for each protocol and device if the table has several.
+
+    ``unlike``: the names of further protocol fields to show, in which the protocols differ; None if the table has one
+    protocol and device.
+    """
     measured = {} if unlike is None else _measured(members)
     for group in measured.values():
         protocol = group[0].protocol.stored
         more = "".join(f", {name} {show_field(name, protocol.get(name))}" for name in unlike or ())
-        ours = f"{GAP}{show_protocol(group[0])}{more}, on {group[0].device_name}"
-        yield _Part(heading=[*heading, printable(ours)], rows=_baseline_first(group))
+        subheading = f"{GAP}{show_protocol(group[0])}{more}, on {group[0].device_name}"
+        yield _Part(heading=[*heading, printable(subheading)], rows=_baseline_first(group))
         heading = []
     others = [row for row in members if not measured or row.state != JobState.SUCCEEDED]
     if others:
@@ -129,7 +132,7 @@ def _line(row: ResultRow, by_id: Mapping[str, ResultRow], notes: Footnotes) -> L
 
 
 def show_state(row: ResultRow) -> str:
-    """A row's state, and what went wrong: ``failed: cuda_oom: out of memory``."""
+    """A row's state and its error, if any: ``failed: cuda_oom: out of memory``."""
     return printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
 
 
@@ -152,7 +155,7 @@ def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
 
 
 def _other_visit(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
-    """What may tell a row from its baseline although both were measured under one protocol."""
+    """Yield how the measurements of a row and its baseline differ although their protocol is the same."""
     if row.device_name != baseline.device_name:
         yield f"no ratio of speed or memory: measured on {row.device_name}, its baseline on another device"
     elif timed_apart(row, baseline):
@@ -178,14 +181,14 @@ def _footer(
 
 
 def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[str]:
-    """Why rows decode as fast as they do, a line for each of the first that have a reason."""
-    said = [
+    """Why rows decode as fast as they do: a line for each row with a reason, up to a limit."""
+    reasons = [
         f"{line.row.job_id} {show_scheme(line.row)} {reason}."
         for line in measured
         if (reason := why_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
     ]
-    more = len(said) - _REASONS_SHOWN
-    return said[:_REASONS_SHOWN] + ([f"`qbatch show JOB` says why for {more} more."] if more > 0 else [])
+    more = len(reasons) - _REASONS_SHOWN
+    return reasons[:_REASONS_SHOWN] + ([f"`qbatch show JOB` says why for {more} more."] if more > 0 else [])
 
 
 def _comparable_baseline(row: ResultRow, by_id: Mapping[str, ResultRow]) -> ResultRow | None:
@@ -194,7 +197,7 @@ def _comparable_baseline(row: ResultRow, by_id: Mapping[str, ResultRow]) -> Resu
 
 
 def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
-    """What each model's positions, and its task, made of it."""
+    """Yield the shapes that were run under one protocol, which depend on a model's maximum length and task."""
     shapes: dict[str, list[str]] = {}
     for row in rows:
         shapes.setdefault(show_protocol(row), []).append(row.job_id)

@@ -1,4 +1,4 @@
-"""A row's scheme in words: what tells it from the other rows of its model."""
+"""A short name for a row's scheme, which distinguishes it from the other rows of its model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qbatch.views.units import show_bytes
 
 
 def show_scheme(row: ResultRow) -> str:
-    """``baseline bfloat16``, or the method and which of its options are not as usual."""
+    """``baseline bfloat16``, or the method with the options that differ from their defaults."""
     if row.is_baseline:
         return f"baseline {row.dtype}"
     description, options = describe_row(row.scheme), _options(row)

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness's tasks gave, each figure with its standard error."""
+"""The scores of lm-evaluation-harness tasks, each with its standard error."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qbatch.views.noise import NOISE_MARK
 
 
 def task_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
-    """Each task's figures as titles and texts."""
+    """Yield each task's scores as (title, text)."""
     reason = row.details.tasks_reason
     if reason:
         yield "not run", reason
     for task, metric in _metrics(row):
         result = _tasks(row)[task]
-        asked = f", {result.n_samples} questions" if result.n_samples is not None else ""
-        yield f"{task} {metric}", f"{_show(result.scores[metric])}{asked}"
+        questions = f", {result.n_samples} questions" if result.n_samples is not None else ""
+        yield f"{task} {metric}", f"{_show(result.scores[metric])}{questions}"
 
 
 def task_table(group: Group) -> Iterable[tuple[str, list[str]]]:
-    """(title, a cell for each row) of every figure that a row of ``group`` has."""
+    """Yield (title, a cell for each row) for every score that any row of ``group`` has."""
     names = dict.fromkeys(name for row in group.rows for name in _metrics(row))
     for task, metric in names:
         yield (
@@ -59,10 +59,16 @@ def _show(score: Score) -> str:
 
 
 def _is_noise(result: TaskScores, base: TaskScores, metric: str) -> bool:
-    """Both answered the same questions, so that the errors are not independent: this one is rather too large."""
-    ours, theirs = result.scores.get(metric), base.scores.get(metric)
-    if ours is None or theirs is None or result.samples_hash != base.samples_hash:
+    """Whether two scores on the same questions differ by less than the standard error of the difference, or not at all.
+
+    Since both models answered the same questions, the errors are not independent, and this one is somewhat too large.
+    """
+    score, base_score = result.scores.get(metric), base.scores.get(metric)
+    if score is None or base_score is None or result.samples_hash != base.samples_hash:
         return False
-    if ours.value is None or ours.error is None or theirs.value is None or theirs.error is None:
+    if score.value is None or score.error is None or base_score.value is None or base_score.error is None:
         return False
-    return abs(ours.value - theirs.value) < math.hypot(ours.error, theirs.error) or ours.value == theirs.value
+    return (
+        abs(score.value - base_score.value) < math.hypot(score.error, base_score.error)
+        or score.value == base_score.value
+    )

@@ -1,4 +1,4 @@
-"""Figures as people read them. Every function takes a number and gives text; None is the caller's affair."""
+"""Format numbers with units as text. Callers must handle None themselves."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def show_bytes(count: int) -> str:
 
 
 def show_bytes_exactly(count: int) -> str:
-    """Bytes in MiB, the unit of most size tables, with the exact number beside it."""
+    """Bytes in MiB, the unit of most size tables, followed by the exact number."""
     return f"{count / MIB:,.2f} MiB ({count:,} bytes)"
 
 
 def show_seconds(seconds: float) -> str:
-    """Seconds, or milliseconds below one, in three figures."""
+    """Seconds, or milliseconds below one second, to three significant figures."""
     if seconds >= 0.9995:
         return f"{show_float(seconds, 3)} s"
     return f"{show_float(seconds * 1000, 3)} ms"
 
 
 def show_count(count: int) -> str:
-    """A count in thousands (k), millions (M) or billions (B), in three figures."""
+    """A count in thousands (k), millions (M) or billions (B), to three significant figures."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{show_float(count / size, 3)} {unit}"
@@ -42,7 +42,10 @@ def show_rate(per_second: float, unit: str) -> str:
 
 
 def show_float(value: float, figures: int = 4) -> str:
-    """``figures`` significant figures, never in scientific notation below 10¹⁵; whole digits are not rounded off."""
+    """``value`` to ``figures`` significant figures, but never rounding digits before the decimal point.
+
+    Scientific notation is only used from 10¹⁵ up.
+    """
     if value == 0 or not abs(value) < 1e15:  # infinity and NaN too
         return f"{value:g}"
     exponent = int(f"{value:.{figures - 1}e}".partition("e")[2])
@@ -50,12 +53,12 @@ def show_float(value: float, figures: int = 4) -> str:
 
 
 def show_nats(value: float) -> str:
-    """A divergence in nats, in two figures: ``1.6e-03``; its size is what tells."""
+    """A divergence in nats, to two significant figures: ``1.6e-03``. The order of magnitude matters most."""
     return f"{value:.1e}"
 
 
 def show_percent(share: float) -> str:
-    """A share of one: 0.989 → ``98.9 %``."""
+    """A share between 0 and 1 in percent: 0.989 → ``98.9 %``."""
     return f"{share * 100:.1f} %"
 
 
@@ -70,5 +73,5 @@ def show_change(ratio: float) -> str:
 
 
 def show_time(iso: str) -> str:
-    """An aware ISO 8601 time by the reader's own clock."""
+    """An aware ISO 8601 time in the reader's local time zone."""
     return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,4 +1,4 @@
-"""Why decoding is as fast as it is, in words: from ``details.why`` (docs/measurements.md), and claiming no more."""
+"""Explain decoding speed in sentences, from ``details.why`` (see docs/measurements.md) alone."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ _WAITING = (Verdict.HOST_BOUND, Verdict.SYNCHRONIZATION_BOUND)
 
 
 def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
-    """Sentences on a measured row's decoding, beside its baseline's where the two may be compared (one protocol, one
-    device; else None). Empty for a model that does not decode."""
+    """Sentences that explain a measured row's decoding speed. Empty for a model that does not decode.
+
+    ``baseline`` must be of the same protocol and device, else None.
+    """
     if row.decode_tokens_per_s is None:
         return []
     if row.details.is_on_cpu:
         return [*_on_cpu(row)]
     if not row.details.why.is_known:
         return ["Its reasons were not measured."]
-    beside = baseline if baseline is not None and baseline.details.why.is_known else None
+    explained_baseline = baseline if baseline is not None and baseline.details.why.is_known else None
     return [
         *_speed(row, row.decode_tokens_per_s, baseline),
-        *_verdicts(row, beside),
-        *_without_host(row, beside),
+        *_verdicts(row, explained_baseline),
+        *_without_host(row, explained_baseline),
     ]
 
 
 def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
-    """One line for a table's foot; None where there is nothing to say."""
+    """One line for the foot of a table; None if there is nothing to explain."""
     ratio = _rate_ratio(row, baseline)
     if row.is_baseline or baseline is None or ratio is None:
         return None
@@ -50,9 +52,9 @@ def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
 def _on_cpu(row: ResultRow) -> Iterable[str]:
     yield "On a CPU qbatch gives no verdict, since nothing there tells waiting from working."
     layers = row.details.audits.cpu_layers_on_generic_kernel
-    said = None if layers is None else describe_row(row.scheme).on_cpu(show_scheme(row), layers)
-    if said is not None:
-        yield said
+    remark = None if layers is None else describe_row(row.scheme).on_cpu(show_scheme(row), layers)
+    if remark is not None:
+        yield remark
 
 
 # What was measured
@@ -97,7 +99,7 @@ def _verdicts(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
 
 
 def _verdict(row: ResultRow) -> str:
-    """What follows a row's name."""
+    """The predicate of a sentence whose subject is the row."""
     verdict = row.details.why.verdict
     if verdict == Verdict.HOST_BOUND:
         return f"waits for the host: the device is busy for {_busy(row)} of a step"
@@ -127,11 +129,11 @@ def _why_it_waits(row: ResultRow) -> str | None:
 
 
 def _launches(row: ResultRow, baseline: ResultRow | None) -> str:
-    ours = row.details.why.profile.launches
-    theirs = None if baseline is None else baseline.details.why.profile.launches
-    if not ours or not theirs:
+    own = row.details.why.profile.launches
+    base = None if baseline is None else baseline.details.why.profile.launches
+    if not own or not base:
         return ""
-    return f"; a step launches {_times(ours / theirs)} as many kernels ({ours:,.0f} against {theirs:,.0f})"
+    return f"; a step launches {_times(own / base)} as many kernels ({own:,.0f} against {base:,.0f})"
 
 
 def _times(ratio: float) -> str:
@@ -139,11 +141,11 @@ def _times(ratio: float) -> str:
 
 
 def _bytes_saved(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
-    ours, theirs = row.details.why.work.bytes, baseline.details.why.work.bytes
+    own, base = row.details.why.work.bytes, baseline.details.why.work.bytes
     slower = (row.details.why.profile.device_busy_s or 0) > (baseline.details.why.profile.device_busy_s or 0)
-    if ours < theirs and slower:
+    if own < base and slower:
         yield (
-            f"A step reads {show_bytes(ours)} against the baseline's {show_bytes(theirs)}, and its "
+            f"A step reads {show_bytes(own)} against the baseline's {show_bytes(base)}, and its "
             "kernels do not turn that into time."
         )
 
@@ -152,20 +154,22 @@ def _bytes_saved(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
 
 
 def _without_host(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
-    ours, theirs = (r.details.why.kernels_alone.step_s if r is not None else None for r in (row, baseline))
-    if ours and theirs:
-        yield _host_free(row, baseline, ours, theirs)
-    elif ours:
-        yield f"{_faster_host(row)} {_kernels(row)} alone would take {show_seconds(ours)} a step."
+    own, base = (r.details.why.kernels_alone.step_s if r is not None else None for r in (row, baseline))
+    if own and base:
+        yield _host_free(row, baseline, own, base)
+    elif own:
+        yield f"{_faster_host(row)} {_kernels(row)} alone would take {show_seconds(own)} a step."
     elif reason := row.details.why.kernels_alone.reason:
         yield f"The kernels of {show_scheme(row)} alone could not be timed: {reason}."
         yield from _by_profile(row, baseline)
 
 
-def _host_free(row: ResultRow, baseline: ResultRow | None, ours: float, theirs: float) -> str:
-    ratio = theirs / ours
-    said = f"{_kernels(row)} alone would take {show_seconds(ours)} a step against the baseline's {show_seconds(theirs)}"
-    return f"{_faster_host(row, baseline)} {said}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
+def _host_free(row: ResultRow, baseline: ResultRow | None, own: float, base: float) -> str:
+    ratio = base / own
+    return (
+        f"{_faster_host(row, baseline)} {_kernels(row)} alone would take {show_seconds(own)} a step against the "
+        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
+    )
 
 
 def _kernels(row: ResultRow) -> str:
@@ -185,7 +189,7 @@ def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str
     differs_here = not same_speed(DECODE, row, baseline)
     slower_here = differs_here and ratio_here < 1
     faster_here = differs_here and not slower_here
-    # As they are shown: ×1.00 is no difference that a reader could see.
+    # Compared as shown: a reader could not see a difference at ×1.00.
     if show_ratio(ratio) == show_ratio(1.0):
         return ", so there it would be as fast" if slower_here else ""
     if ratio > 1:
@@ -194,12 +198,12 @@ def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str
 
 
 def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
-    """A step takes at least as long as the device is busy in it."""
-    ours, theirs = (r.details.why.profile.device_busy_s if r is not None else None for r in (row, baseline))
-    if ours and theirs:
+    """Yield a bound from the profile: a step takes at least as long as the device is busy in it."""
+    own, base = (r.details.why.profile.device_busy_s if r is not None else None for r in (row, baseline))
+    if own and base:
         yield (
-            f"By the profile they are busy for {show_seconds(ours)} of a step against the baseline's "
-            f"{show_seconds(theirs)}: {show_ratio(theirs / ours)} of its rate at best, on a host that keeps up."
+            f"By the profile they are busy for {show_seconds(own)} of a step against the baseline's "
+            f"{show_seconds(base)}: {show_ratio(base / own)} of its rate at best, on a host that keeps up."
         )
 
 
@@ -232,8 +236,8 @@ def _brief_parts(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     if verdict is None:
         yield f"no verdict, {row.details.why.reason or 'without a reason'}"
         return
-    ours, theirs = row.details.why.profile.launches, baseline.details.why.profile.launches
-    launches = f", {_times(ours / theirs)} the launches" if _is_waiting(row) and ours and theirs else ""
+    own, base = row.details.why.profile.launches, baseline.details.why.profile.launches
+    launches = f", {_times(own / base)} the launches" if _is_waiting(row) and own and base else ""
     yield f"{verdict} (device busy {_busy(row)} of a step{launches})"
     alone, base_alone = (one.details.why.kernels_alone.step_s for one in (row, baseline))
     if alone and base_alone:

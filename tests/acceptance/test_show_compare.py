@@ -78,7 +78,7 @@ def _check_compare(qbatch: Qbatch) -> None:
 
 def _check_doctor(qbatch: Qbatch) -> None:
     """Well after a run; not once jobs wait that nobody runs."""
-    assert qbatch("doctor").stdout.splitlines()[0].split() == ["check", "state", "what", "was", "found"]
+    assert qbatch("doctor").stdout.splitlines()[0].split() == ["check", "state", "finding"]
     qbatch("submit", "--models", "-", "--bits", "4", "--force", stdin=f"{qbatch.json('show', 'j1')[0]['location']}\n")
     faults = {check["check"] for check in qbatch.json("doctor", code=1) if check["state"] == "wrong"}
     assert faults == {"scheduler", "workers"}

@@ -138,7 +138,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     assert _LEFT_BYTES < pause.needed_bytes < _STORAGE_BYTES
     said = f"no jobs are sent to the workers until disk space is free: j{large}: {message}"
     assert said in fleet.qbatch("status").stderr
-    assert "dispatch is paused since" in fleet.qbatch("doctor", code=1).stdout
+    assert "dispatch has been paused since" in fleet.qbatch("doctor", code=1).stdout
     assert list(small.root.glob(".staging/*/*/*-*")) == []
     (published,) = small.root.glob("checkpoints/*/*")
     assert problems(published) == [], "what was published before is as it was"

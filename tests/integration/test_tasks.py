@@ -137,7 +137,7 @@ def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
     folder = tiny.make_encoder(tmp_path / "bert", "masked-lm")
     details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details.to_json()
     assert details["tasks"] is None
-    assert "continue a text" in details["tasks_reason"]
+    assert "generates text" in details["tasks_reason"]
     assert details["stats"]["forward"]["count"] > 0
 
 
@@ -173,12 +173,12 @@ def test_a_head_of_its_own_is_left_apart(taught: Path, tmp_path: Path) -> None:
 )
 def test_a_template_reaches_nothing_but_its_data(taught: Path, tmp_path: Path, template: str) -> None:
     path = quiz.write_quiz(tmp_path, doc_to_text=template)
-    refused(taught, by_file(path), UnsafeSource, "reaches for more than its data")
+    refused(taught, by_file(path), UnsafeSource, "accesses more than its data")
 
 
 def test_a_metric_that_the_harness_does_not_have_is_refused(taught: Path, tmp_path: Path) -> None:
     path = quiz.write_quiz(tmp_path, metric_list=[{"metric": "rouge"}])
-    refused(taught, by_file(path), UnsafeSource, "a script of the hub")
+    refused(taught, by_file(path), UnsafeSource, "a script from the hub")
 
 
 def test_a_task_whose_template_fails_says_why(taught: Path, tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_a_worker_without_the_harness_says_so(taught: Path, tmp_path: Path, monk
     ("name", "error", "match"),
     [
         ("no_such_task", Unsupported, "has no task 'no_such_task'"),
-        ("humaneval", UnsafeSource, "runs what the model writes"),
-        ("kobest_boolq", UnsafeSource, "script of the hub"),
+        ("humaneval", UnsafeSource, "runs code that the model writes"),
+        ("kobest_boolq", UnsafeSource, "script from the hub"),
         ("xnli_va", UnsafeSource, "comes with code"),
         # A group, for one of its tasks.
         ("catalan_bench", UnsafeSource, "comes with code"),

@@ -31,7 +31,7 @@ from qbatch.worker.measuring.speed.energy import (
     measure_energy,
     net_energy,
 )
-from qbatch.worker.measuring.speed.fairness import FairnessWatch, Sighting, flags_of
+from qbatch.worker.measuring.speed.fairness import FairnessMonitor, GpuConditions, flags_of
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why import decode_kernels as graph
@@ -204,7 +204,7 @@ def test_a_mixture_of_unknown_size_gets_no_verdict_but_keeps_its_profile(
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral"))
     loaded.model.config.num_experts_per_tok = 0
     explanation = Explanation(replace(QUICK, why=True), lambda _step: None)
-    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, conditions=None)
     explanation.observe(loaded, shape)
     why = concluded(explanation, StepKernels(profile=PROFILE))
     assert (why["verdict"], why["work"], why["bytes_per_s"]) == (None, None, None)
@@ -350,7 +350,7 @@ def test_decoding_s_energy_is_generation_s_less_the_prefill_s_and_idle_s(monkeyp
 
     loop = partial(loop_between_ticks, min_s=50.0, now_s=machine.now_s, sleep=machine.sleep)
     monkeypatch.setattr(energy, "loop_between_ticks", lambda work, _: loop(work, machine.read_j))
-    monkeypatch.setattr(energy, "FairnessWatch", lambda _: SimpleNamespace(sighting=lambda: sighting(1000)))
+    monkeypatch.setattr(energy, "FairnessMonitor", lambda _: SimpleNamespace(conditions=lambda: conditions(1000)))
     monkeypatch.setattr(energy.time, "sleep", machine.sleep)
     found = measure_energy(None, prefill=call("prefill"), generate=call("generate"), tokens=256, decoded=32).to_json()
     near = partial(pytest.approx, rel=0.02)
@@ -372,7 +372,7 @@ def test_a_roof_counts_reads_writes_and_both_operations_of_a_product(monkeypatch
 
 def test_a_counter_that_stands_still_is_no_counter() -> None:
     machine = Machine(watts=0.0)
-    with pytest.raises(NoEnergyCounter, match="did not move"):
+    with pytest.raises(NoEnergyCounter, match="did not change"):
         loop_between_ticks(machine.work(1), machine.read_j, now_s=machine.now_s, sleep=machine.sleep)
 
 
@@ -422,7 +422,7 @@ def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: P
     """Each in a process of its own: what goes wrong in one is a reason, and the next is asked all the same."""
     with Captures() as captures:
         on_cpu = captures.kernels(replace(REQUEST, device="cpu"))
-        assert reasons(on_cpu) == [("there are no CUDA graphs on a CPU", "a CPU runs no kernels")] * 2
+        assert reasons(on_cpu) == [("a CPU has no CUDA graphs", "a CPU has no kernels to profile")] * 2
         server = captures.prepare().pid
         assert psutil.Process(server).num_threads() == 1, "it forks"
         broken = captures.kernels(replace(REQUEST, folder=str(tmp_path)))
@@ -448,7 +448,7 @@ def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path
         # The profile is asked for anew: the capture may be what the first one died of.
         killer = threading.Thread(target=_kill_children_of, args=(captures.prepare().pid, 2))
         killer.start()
-        assert all("died without a word" in reason for reason in reasons(captures.kernels(stuck))[0])
+        assert all("the capturing process died" in reason for reason in reasons(captures.kernels(stuck))[0])
         killer.join()
         captures._time_limit_s = 1.0
         server = captures.prepare().pid
@@ -496,7 +496,7 @@ def test_a_capture_that_fails_leaves_the_profile_to_another_process(
 def test_a_profiler_that_sees_no_kernels_gives_no_profile(tmp_path: Path) -> None:
     """A device that is busy for none of a step would be called host-bound."""
     model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
-    assert graph._profile(model, SHAPE, "cpu") == StepKernels(reason="the profiler saw nothing run on the GPU")
+    assert graph._profile(model, SHAPE, "cpu") == StepKernels(reason="the profiler recorded no work on the GPU")
 
 
 @pytest.mark.slow
@@ -532,7 +532,7 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     steps: list[str] = []
     explanation = Explanation(replace(QUICK, why=True, energy=True), steps.append)
     prompts = torch.ones(1, 8, dtype=torch.long)
-    explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, sighting=None))
+    explanation.observe(loaded, Round(times_s={}, prompts=prompts, new_tokens=4, conditions=None))
     without = StepKernels(alone=KernelsAlone(reason="not captured"), reason="cannot profile a step: no")
     why = concluded(explanation, without)
     assert steps == ["energy"]
@@ -548,7 +548,7 @@ def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monke
 
     monkeypatch.setattr("qbatch.worker.measuring.why.explain.step_work", fault)
     explanation = Explanation(replace(QUICK, why=True, energy=True), lambda _step: None)
-    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, sighting=None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, conditions=None)
     explanation.observe(loaded_on_cpu(tiny.make_causal(tmp_path)), shape)
     why = concluded(explanation, None)
     assert explanation.fault is not None
@@ -572,14 +572,14 @@ FAIR = {"foreign_processes": False, "throttled": False, "clocks_changed": False}
 
 
 def test_a_gpu_to_oneself_at_a_steady_clock_is_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, watch = Card(monkeypatch), FairnessWatch("handle")
-    assert watch.sighting() is None, "nothing was seen yet"
-    watch.look()
+    card, watch = Card(monkeypatch), FairnessMonitor("handle")
+    assert watch.conditions() is None, "nothing was seen yet"
+    watch.sample()
     card.clock_mhz = 1935
     card.reasons = 0x1 | 0x2  # idle, and clocks that somebody set
     card.pids = [1]  # the host's number of this process
-    watch.look()
-    assert flags_of([watch.sighting()]) == FAIR
+    watch.sample()
+    assert flags_of([watch.conditions()]) == FAIR
 
 
 @pytest.mark.parametrize(
@@ -595,28 +595,28 @@ def test_a_gpu_to_oneself_at_a_steady_clock_is_fair(monkeypatch: pytest.MonkeyPa
 def test_what_makes_a_measurement_unfair_is_flagged_though_it_passes(
     monkeypatch: pytest.MonkeyPatch, name: str, change: dict[str, Any]
 ) -> None:
-    card, watch = Card(monkeypatch), FairnessWatch("handle")
+    card, watch = Card(monkeypatch), FairnessMonitor("handle")
     before = {key: getattr(card, key) for key in change}
     for state in (before, change, before):
         for key, value in state.items():
             setattr(card, key, value)
-        watch.look()
-    assert flags_of([watch.sighting()]) == FAIR | {name: True}
+        watch.sample()
+    assert flags_of([watch.conditions()]) == FAIR | {name: True}
 
 
-def sighting(clock_mhz: int, *, throttled: bool = False) -> Sighting:
-    return Sighting(foreign_processes=False, throttled=throttled, slowest_mhz=clock_mhz, fastest_mhz=clock_mhz)
+def conditions(clock_mhz: int, *, throttled: bool = False) -> GpuConditions:
+    return GpuConditions(foreign_processes=False, throttled=throttled, slowest_mhz=clock_mhz, fastest_mhz=clock_mhz)
 
 
 def test_the_flags_of_all_rounds_are_those_of_the_row() -> None:
-    rounds = [sighting(1980), None, sighting(1935, throttled=True)]
+    rounds = [conditions(1980), None, conditions(1935, throttled=True)]
     assert flags_of(rounds) == FAIR | {"throttled": True}
     assert flags_of([None, None]) is None
 
 
 def test_clocks_steady_in_each_round_may_have_changed_between_rounds() -> None:
-    shape = Round(times_s={"forward": [1.0]}, prompts=torch.ones(1, 8), new_tokens=0, sighting=None)
-    slow, fast = replace(shape, sighting=sighting(1005)), replace(shape, sighting=sighting(1980))
+    shape = Round(times_s={"forward": [1.0]}, prompts=torch.ones(1, 8), new_tokens=0, conditions=None)
+    slow, fast = replace(shape, conditions=conditions(1005)), replace(shape, conditions=conditions(1980))
     assert pool([fast, fast]).flags == FAIR
     assert pool([fast, slow, shape]).flags == FAIR | {"clocks_changed": True}
 

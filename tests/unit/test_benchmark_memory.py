@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from qbatch.worker.measuring.speed.memory import DeviceMemory, MemoryPeaks, MemoryWatch
+from qbatch.worker.measuring.speed.memory import DeviceMemory, MemoryMonitor, MemoryPeaks
 from tests import tiny
 from tests.unit.benchmark_models import measured
 from tests.waiting import until
@@ -21,7 +21,7 @@ MIB = 1 << 20
 def test_memory_that_is_freed_again_before_the_end_is_seen() -> None:
     gc.collect()  # what earlier tests left must not go while this one looks
     before = psutil.Process().memory_info().rss
-    with MemoryWatch() as watch:
+    with MemoryMonitor() as watch:
         block = np.ones(256 * MIB, dtype=np.uint8)
         until(lambda: (watch.peaks.max_ram or 0) >= before + 200 * MIB)
         del block
@@ -30,7 +30,7 @@ def test_memory_that_is_freed_again_before_the_end_is_seen() -> None:
 def test_the_largest_of_the_device_s_values_is_kept() -> None:
     seen = [DeviceMemory(total_used=n, process_used=n - 1) for n in (5, 9, 7)]
     unseen = list(seen)
-    with MemoryWatch(lambda: unseen.pop(0) if unseen else seen[0]) as watch:
+    with MemoryMonitor(lambda: unseen.pop(0) if unseen else seen[0]) as watch:
         until(lambda: not unseen)
     assert watch.peaks.max_global_vram == 9
     assert watch.peaks.max_process_vram == 8
@@ -38,13 +38,13 @@ def test_the_largest_of_the_device_s_values_is_kept() -> None:
 
 def test_what_the_driver_does_not_say_stays_unknown() -> None:
     peaks = MemoryPeaks()
-    peaks.see(3, None)
-    peaks.see(2, DeviceMemory(total_used=4, process_used=None))
+    peaks.record(3, None)
+    peaks.record(2, DeviceMemory(total_used=4, process_used=None))
     assert (peaks.max_ram, peaks.max_global_vram, peaks.max_process_vram) == (3, 4, None)
 
 
 def test_the_thread_ends_with_the_context_even_after_an_error() -> None:
-    with pytest.raises(ValueError, match="broken"), MemoryWatch():
+    with pytest.raises(ValueError, match="broken"), MemoryMonitor():
         raise ValueError("broken")
     assert "memory-watch" not in {thread.name for thread in threading.enumerate()}
 

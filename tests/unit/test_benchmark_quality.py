@@ -688,7 +688,7 @@ def test_cosines_and_their_rank_correlation_are_those_of_numpy() -> None:
 
 def test_two_pieces_of_text_are_too_few_for_similarities() -> None:
     found = compare_embeddings(torch.eye(4)[:2], torch.eye(4)[:2]).to_json()
-    assert found == {"pieces": 2, "reason": "similarities take three pieces of text or more"}
+    assert found == {"pieces": 2, "reason": "similarities need at least three pieces of text"}
 
 
 def test_json_gets_none_for_what_is_no_number() -> None:

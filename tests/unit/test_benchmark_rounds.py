@@ -271,7 +271,7 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
 
 
 def a_round(**times_s: list[float]) -> Round:
-    return Round(times_s=times_s, prompts=torch.ones(2, 8, dtype=torch.long), new_tokens=3, sighting=None)
+    return Round(times_s=times_s, prompts=torch.ones(2, 8, dtype=torch.long), new_tokens=3, conditions=None)
 
 
 def generation(prefill: list[float], per_token: list[list[float]]) -> Round:

@@ -114,7 +114,7 @@ def test_a_round_has_its_share_of_iterations_and_is_not_disturbed() -> None:
         time.sleep(SLOW_STEP_S)
 
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
-    times = time_generation(model, prompts, new_tokens=3, protocol=protocol, clock=HostClock(), look=look)
+    times = time_generation(model, prompts, new_tokens=3, protocol=protocol, clock=HostClock(), between_iterations=look)
     assert len(times.prefill_s) == 3, "half of five, rounded up"
     assert looks == [2, 2, 2, 2], "after the warm-up and after each iteration, when its last step is done"
     assert min(times.prefill_s) < PREFILL_S + SLOW_STEP_S

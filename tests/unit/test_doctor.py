@@ -48,7 +48,7 @@ def test_a_fresh_installation_is_well_and_stays_untouched(settings: Settings) ->
     found = examined(settings)
     assert {check.state for check in found.values()} <= {State.OK, State.NOTE}
     assert found["torch"].state is State.OK
-    assert "made when it is first needed" in found["database"].message
+    assert "created when it is first needed" in found["database"].message
     assert "`qbatch up` starts one" in found["broker"].message
     assert not settings.home.exists()
 
@@ -209,7 +209,7 @@ def test_a_library_that_is_too_old_or_missing_is_a_fault(monkeypatch: pytest.Mon
     gpu = cuda([VisibleGpu(name="NVIDIA H200", memory_bytes=141 * 2**30)])
     assert (gpu.state, gpu.message.split("; ")[1]) == (
         State.WRONG,
-        "but the torch that is installed is built without CUDA",
+        "but the installed torch is built without CUDA",
     )
 
 

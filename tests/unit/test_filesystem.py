@@ -99,7 +99,7 @@ def test_the_probe_and_doctor_name_what_is_done_without(settings: Settings) -> N
     assert probe(settings.staging) == {Refusal.MODE, Refusal.SYNC_FOLDER}
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert found["file system"].state is State.NOTE
-    assert found["file system"].message.startswith("the storage's refuses chmod: who may read")
+    assert found["file system"].message.startswith("that of the storage refuses chmod: the mount decides who may read")
     assert list(settings.staging.iterdir()) == list(settings.cache.iterdir()) == [], "nothing is left behind"
 
 
@@ -228,6 +228,6 @@ def test_a_file_system_that_does_not_say_how_large_it_is_is_tried(
     assert disk_space(tmp_path) is None
     require_space(tmp_path, 2**60)
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
-    assert (found["storage"].state, "does not say" in found["storage"].message) == (State.OK, True)
+    assert (found["storage"].state, "does not report free space" in found["storage"].message) == (State.OK, True)
     monkeypatch.setattr(shutil, "disk_usage", fails(errno.ENOSYS))
     assert disk_space(tmp_path) is None

@@ -198,7 +198,7 @@ def problems(folder: Path) -> list[str]:
     try:
         manifest = Manifest.read(folder)
         if manifest is None:
-            return [f"no {MANIFEST} of qbatch's"]
+            return [f"there is no valid {MANIFEST}"]
         found: dict[str, FileDigest | None] = dict.fromkeys(unpublished_files(folder, manifest.names))
         read = ((name, _digest(folder, name)) for name in manifest.names)
         return manifest.differences(found | {name: digest for name, digest in read if digest is not None})

@@ -17,7 +17,7 @@ from qbatch.models_db import file_digests
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.retention import Prunable, delete_empty, delete_jobs, existing, find_prunable, needed_since
 from qbatch.models_db.session import Database
-from qbatch.worker.files.reference_folders import IN_USE_S, occupants, remove_unused
+from qbatch.worker.files.reference_folders import IN_USE_S, remove_unused, stored_references
 
 # Rows per transaction. SQLite has one writer at a time, and workers must be able to renew their leases.
 _AT_ONCE = 200
@@ -133,7 +133,7 @@ def _rejected(settings: Settings, before_s: float) -> Iterator[Path]:
 
 
 def _base_outputs(settings: Settings, before_s: float, *, dry_run: bool) -> Pruned:
-    unused = (folder for used_s, folder, _ in occupants(settings.storage / BASE_OUTPUTS) if used_s < before_s)
+    unused = (folder for used_s, folder, _ in stored_references(settings.storage / BASE_OUTPUTS) if used_s < before_s)
     return _remove("base outputs", unused, lambda folder: remove_unused(folder, before_s), dry_run=dry_run)
 
 

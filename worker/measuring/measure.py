@@ -1,6 +1,6 @@
-"""What is measured of a model: once its size and quality, and for each shape its speed, in rounds, its memory, and why.
+"""Measure a model: its size and quality once, and for each shape its speed in rounds, its memory, and what limits it.
 
-Size comes first, since a forward may repack weights.
+Size comes first, since a forward pass may repack weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qbatch.worker.measuring.speed.memory import (
     AllocatorPeaks,
     MemoryPeaks,
     allocator_peaks,
+    memory_monitor,
     reset_allocator_peaks,
-    watching,
 )
 from qbatch.worker.measuring.speed.phases import Round, time_round
 from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
@@ -45,8 +45,11 @@ from qbatch.worker.models.load import LoadedModel, translated
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The model in ``folder``, and by which rules it is measured. ``dtype`` and ``compute_dtype`` are resolved; of
-    ``protocol`` only what does not depend on the shape counts. ``task_texts`` are its packed tasks by their sha256."""
+    """The model in ``folder``, and how it is measured.
+
+    ``dtype`` and ``compute_dtype`` are resolved. Of ``protocol`` only fields that do not depend on the shape are used.
+    ``task_texts``: its packed tasks by their sha256. ``on_step``: called with the name of each step.
+    """
 
     folder: Path
     dtype: DType
@@ -61,41 +64,44 @@ class Subject:
 
 
 class ModelBenchmark:
-    """What is measured of a model once, whatever shapes it is timed at. ``begin`` wants it freshly loaded, ``judge``
-    is for after the first times. Both raise BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom,
-    DeviceError or StorageError."""
+    """Measures what does not depend on the shape, once for a model.
+
+    Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after its first round. Both raise
+    BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError or StorageError.
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.is_explainable = False
-        # All that it found, but what each row has of its own.
-        self._found: Measurement | None = None
+        # All figures except those of a single row.
+        self._measured: Measurement | None = None
         self._loads_s: list[float] = []
         self._tasks = LoadedTasks(hashes={})
 
     @property
-    def found(self) -> Measurement:
-        """What is known of the model so far; after ``begin``."""
-        if self._found is None:
-            raise BenchmarkError(f"{self.subject.folder.name} was not counted before it was measured")
-        return self._found
+    def measured(self) -> Measurement:
+        """The figures known so far. Raises BenchmarkError before ``prepare``."""
+        if self._measured is None:
+            raise BenchmarkError(f"{self.subject.folder.name} must be counted before it is measured")
+        return self._measured
 
-    def not_compared(self, reason: str) -> None:
-        """Note why it does not stand beside its base."""
-        self._found = replace(self.found, details=replace(self.found.details, quality=Quality(reason=reason)))
+    def note_not_compared(self, reason: str) -> None:
+        """Record why the model is not compared with its base."""
+        measured = self.measured
+        self._measured = replace(measured, details=replace(measured.details, quality=Quality(reason=reason)))
 
-    def begin(self, loaded: LoadedModel) -> None:
-        """Count the model, and load its tasks, so that their memory is in every row alike."""
+    def prepare(self, loaded: LoadedModel) -> None:
+        """Count the model, and load its tasks, so that every row includes their memory."""
         with self.subject.errors():
-            self._begin(loaded)
+            self._prepare(loaded)
 
-    def judge(self, loaded: LoadedModel, reference: Reference | None) -> None:
-        """Measure its quality, beside its base's ``reference`` where there is one."""
+    def measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
+        """Measure quality, compared with ``reference`` if there is one."""
         with self.subject.errors():
-            self._judge(loaded, reference)
+            self._measure_quality(loaded, reference)
 
-    def see(self, loaded: LoadedModel) -> None:
-        """Note how long it took to load: once, however often it is timed until it is loaded again."""
+    def note_load_time(self, loaded: LoadedModel) -> None:
+        """Record how long the model took to load, once for each time that it is loaded."""
         if self._loads_s[-1:] != [loaded.load_model_s]:
             self._loads_s.append(loaded.load_model_s)
 
@@ -103,14 +109,14 @@ class ModelBenchmark:
     def load_times(self) -> PhaseTimes:
         return summarize(self._loads_s).as_times()
 
-    def _begin(self, loaded: LoadedModel) -> None:
+    def _prepare(self, loaded: LoadedModel) -> None:
         if loaded.model.main_input_name != "input_ids":
-            raise Unsupported(f"{type(loaded.model).__name__} reads {loaded.model.main_input_name}, not text")
+            raise Unsupported(f"{type(loaded.model).__name__} takes {loaded.model.main_input_name} as input, not text")
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
-        self._found = Measurement(
+        self._measured = Measurement(
             device_name=device_name(loaded.device),
             dtype=subject.dtype,
             compute_dtype=subject.compute_dtype,
@@ -137,26 +143,26 @@ class ModelBenchmark:
         cut = text_cut(loaded, self.subject.protocol)
         return RunShape(eval_window=cut.window, eval_stride=cut.stride, eval_max_windows=cut.count)
 
-    def _judge(self, loaded: LoadedModel, reference: Reference | None) -> None:
+    def _measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
         score, quality = self._compare_and_score(loaded, reference)
         if self._tasks.tasks is not None:
             self.subject.on_step("tasks")
         tasks = run_tasks(self._tasks, loaded, self.subject.protocol)
         perplexity = None if score is None else score.perplexity
-        found = self.found
-        self._found = replace(
-            found,
+        measured = self.measured
+        self._measured = replace(
+            measured,
             perplexity=finite(perplexity),
             kl_mean=finite(quality.kl_mean),
             top1_agreement=finite(quality.top1_agreement),
             details=replace(
-                found.details,
+                measured.details,
                 perplexity=TextPerplexity() if score is None else _stored_score(score),
                 quality=quality,
                 tasks=tasks,
                 tasks_reason=self._tasks.reason,
                 audits=replace(
-                    found.details.audits,
+                    measured.details.audits,
                     perplexity_not_finite=perplexity is not None and not math.isfinite(perplexity),
                 ),
             ),
@@ -164,25 +170,25 @@ class ModelBenchmark:
         self._tasks = LoadedTasks(hashes={})
 
     def _compare_and_score(self, loaded: LoadedModel, reference: Reference | None) -> tuple[TextScore | None, Quality]:
-        """The score is a causal LM's alone."""
+        """(the score of the text, for causal LMs only; the comparison with the base)."""
         protocol, text, on_step = self.subject.protocol, self.subject.eval_text, self.subject.on_step
         against_base = Quality()
         if reference is not None:
             on_step("quality")
             against_base = _compare(loaded, reference, protocol, text)
-        # Perplexity has no meaning for other tasks, nor over random ids in place of a text.
+        # Perplexity is meaningless for other tasks, and for random ids instead of a text.
         if loaded.task is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
         cut = text_windows(loaded, protocol, text)
         nll, tokens = against_base.window_nll, against_base.window_tokens
         if nll is not None and tokens is not None and len(nll) == len(cut):
-            # The comparison has scored the same windows.
+            # The comparison has already scored the same windows.
             return TextScore(window_nll=nll, window_tokens=tokens), against_base
         return score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), against_base
 
 
 class RowBenchmark:
-    """What is measured of a model at one protocol's shape, round by round."""
+    """Measures a model at one protocol's shape, in rounds."""
 
     def __init__(self, model: ModelBenchmark, protocol: Protocol, on_step: Callable[[str], None]) -> None:
         self._model = model
@@ -195,26 +201,28 @@ class RowBenchmark:
 
     @property
     def rounds(self) -> int:
-        """How many were timed."""
+        """The number of rounds timed so far."""
         return len(self._rounds)
 
     def time(self, loaded: LoadedModel) -> None:
-        """Time one round, and in the first one watch the memory. Raises as ``ModelBenchmark`` does."""
+        """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
         self._on_step("speed")
         self._device = loaded.device
-        self._model.see(loaded)
+        self._model.note_load_time(loaded)
         with self._model.subject.errors():
             if self._rounds:
                 self._rounds.append(self._round(loaded, nullcontext()))
                 return
             reset_allocator_peaks(loaded.device)
-            with watching(loaded.device) as watch:
-                self._rounds.append(self._round(loaded, watch))
-            self._memory = _stored_memory(watch.peaks, allocator_peaks(loaded.device))
+            with memory_monitor(loaded.device) as monitor:
+                self._rounds.append(self._round(loaded, monitor))
+            self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
 
     def observe(self, loaded: LoadedModel) -> None:
-        """Look behind the times of a causal LM on a GPU, as far as the protocol asks. What goes wrong leaves its reason
-        in the row, and where it spoilt the device, ``fault``."""
+        """Measure what limits a causal LM on a GPU, and its energy, if the protocol asks for them.
+
+        Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
+        """
         if self._model.is_explainable and (self._protocol.why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
             self._why.observe(loaded, self._rounds[0])
@@ -225,24 +233,27 @@ class RowBenchmark:
 
     @property
     def captured_shape(self) -> Shape | None:
-        """The shape at which a decode step's kernels are to be measured, where they are."""
+        """The shape at which the kernels of a decode step should be measured; None if they should not be."""
         if self._why is None or self.fault is not None or not self._protocol.why:
             return None
         shape = self._rounds[0].shape
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
 
     def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
-        """The row, after at least one round. ``kernels`` are its own, where they were asked for;
-        ``interleaved_with`` names the jobs of other models that were timed between its rounds."""
+        """All figures of the row, after at least one round.
+
+        ``kernels``: those of ``captured_shape``, if it is not None. ``interleaved_with``: the ids of other models' jobs
+        that were timed between this row's rounds.
+        """
         speed = pool(self._rounds)
-        found = self._model.found
+        measured = self._model.measured
         details = replace(
-            found.details,
+            measured.details,
             protocol=self._protocol.to_json(),
             protocol_hash=self._protocol.hash,
             memory=self._memory,
             shapes=replace(
-                found.details.shapes,
+                measured.details.shapes,
                 batch_size=speed.shape.batch_size,
                 prompt_tokens=speed.shape.prompt_tokens,
                 new_tokens=speed.shape.new_tokens,
@@ -253,10 +264,10 @@ class RowBenchmark:
             ),
             flags=speed.flags,
             why=self._explained(speed, kernels),
-            audits=replace(found.details.audits, spread_between_rounds=speed.notable_spread),
+            audits=replace(measured.details.audits, spread_between_rounds=speed.notable_spread),
         )
         return replace(
-            found,
+            measured,
             max_allocated_bytes=self._memory.max_allocated,
             prefill_s_p50=speed.prefill_s_p50,
             decode_tokens_per_s=speed.decode_tokens_per_s,
@@ -271,7 +282,7 @@ class RowBenchmark:
         return time_round(loaded, self._protocol, self._model.subject.eval_text, during_warmup)
 
     def _explained(self, speed: Speed, kernels: StepKernels | None) -> DecodeReasons:
-        """Empty where it was not asked for, and where there is nothing to explain: no GPU, or no decoding."""
+        """The explanation. Empty if none was requested, and without a GPU or decoding."""
         if self._why is None or speed.per_token_s_p50 is None:
             return DecodeReasons()
         return self._why.conclude(
@@ -283,12 +294,12 @@ class RowBenchmark:
 
 
 def finite(value: float | None) -> float | None:
-    """None in place of infinity and of what is not a number: a column has neither."""
+    """``value``, or None if it is infinite or NaN, since columns store neither."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> Quality:
-    """What cannot be compared leaves its reason, and the other figures stand."""
+    """Compare with the base. If that fails, the result has only the reason, and the other figures are kept."""
     try:
         with translated(BenchmarkError, "cannot compare with the base"):
             return compare(loaded, reference, protocol, text)

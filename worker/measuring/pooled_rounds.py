@@ -1,4 +1,4 @@
-"""The rounds of a row together: its figures, and how far they lie apart."""
+"""The figures of a row from all its rounds, and how far the rounds lie apart."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from qbatch.worker.measuring.speed.fairness import flags_of
 from qbatch.worker.measuring.speed.phases import Round, TimedShape
 from qbatch.worker.measuring.stats import Stats, percentile, summarize
 
-# A spread above this is said beside the figures: differences between rows under it are easily the host's.
+# A larger spread is reported with the figures, since the host alone may cause differences of that size.
 _NOTABLE_SPREAD = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What is stored of a row's speed: columns of the measurement, and the times of all rounds by phase. ``by_round``
-    has every round's, with the ``spread``: (largest - smallest median) / their median; None for a single round.
-    ``notable_spread`` is the largest, where it is above 20 %."""
+    """A row's speed as it is stored: columns of the measurement, and the times of all rounds by phase (``stats``).
+
+    ``by_round`` has the times of each round by phase, and their ``spread``, (largest - smallest median) / median of the
+    medians, None for a single round. ``notable_spread`` is the largest spread of all phases if it is above 20 %.
+    """
 
     prefill_s_p50: float | None = None
     decode_tokens_per_s: float | None = None
@@ -35,7 +37,7 @@ class Speed:
 
 
 def pool(rounds: Sequence[Round]) -> Speed:
-    """The figures of a row's ``rounds`` (one at least), all of one shape."""
+    """The figures of a row from its ``rounds``, of which there is at least one, all of one shape."""
     shape = rounds[0].shape
     phases = {name: [one.times_s[name] for one in rounds] for name in rounds[0].times_s}
     stats = {name: summarize([s for times_s in of for s in times_s]) for name, of in phases.items()}
@@ -54,13 +56,13 @@ def pool(rounds: Sequence[Round]) -> Speed:
         by_round={str(name): of for name, of in by_round.items()},
         notable_spread=largest if largest > _NOTABLE_SPREAD else None,
         shape=shape,
-        flags=flags_of([one.sighting for one in rounds]),
+        flags=flags_of([one.conditions for one in rounds]),
     )
 
 
 def _phase_times(phase: Phase, stats: Stats, shape: TimedShape) -> PhaseTimes:
-    is_read = phase == Phase.PREFILL
-    return stats.as_times(tokens_per_s=shape.batch_size * shape.prompt_tokens / stats.mean if is_read else None)
+    is_prefill = phase == Phase.PREFILL
+    return stats.as_times(tokens_per_s=shape.batch_size * shape.prompt_tokens / stats.mean if is_prefill else None)
 
 
 def _by_round(times_s: Sequence[Sequence[float]]) -> PhaseByRound:

@@ -1,4 +1,4 @@
-"""A sample of numbers in a few."""
+"""Summary statistics of a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qbatch.core.measured.speed_figures import PhaseTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """A sample of latencies in seconds. ``stdev`` is the sample's (n - 1); 0 for a single value."""
+    """Summary of latencies in seconds. ``stdev`` is the sample standard deviation (n - 1), 0 for a single value."""
 
     count: int
     mean: float
@@ -23,7 +23,7 @@ class Stats:
     p99: float
 
     def as_times(self, *, tokens_per_s: float | None = None) -> PhaseTimes:
-        """As they are stored."""
+        """The form in which they are stored."""
         return PhaseTimes(
             count=self.count,
             mean=self.mean,
@@ -38,10 +38,10 @@ class Stats:
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
     """The ``percent``-th percentile of an ascending, non-empty sample, interpolated linearly (NumPy's default)."""
-    place = (len(ordered) - 1) * percent / 100
-    below = math.floor(place)
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def summarize(sample: Sequence[float]) -> Stats:
@@ -59,10 +59,10 @@ def summarize(sample: Sequence[float]) -> Stats:
 
 
 def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of Σ sums / Σ counts, the mean over the rows of clusters that alone are independent.
+    """Standard error of Σ sums / Σ counts: a mean over rows, of which only whole clusters are independent.
 
-    The linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran, Sampling Techniques,
-    ch. 9A): clusters may differ in size. None for a single cluster.
+    It is the root of the linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran,
+    Sampling Techniques, ch. 9A). Clusters may differ in size. None for a single cluster.
     """
     clusters, rows = len(sums), sum(counts)
     if clusters < 2:

@@ -1,4 +1,4 @@
-"""Token ids to measure with: prompts, and the text that is scored."""
+"""Token ids for measurements: prompts, and the evaluation text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qbatch.worker.models.load import LoadedModel
 
 _RANDOM_TOKENS = 4096
 _SEED = 0
-# Encoders read the text in short pieces: a similarity needs many pairs, a label many inputs.
+# Encoders read the text in short pieces, because similarities need many pairs, and labels many inputs.
 _PIECE_TOKENS = 64
 _MAX_PIECES = 64
 _CHARACTERS_PER_TOKEN = 8
@@ -24,14 +24,14 @@ _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affixes:
-    """What the tokenizer puts around a text by itself: BOS or [CLS] before it, EOS or [SEP] after it."""
+    """The special tokens that a tokenizer adds: BOS or [CLS] before a text, EOS or [SEP] after it."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
 
 def affixes(tokenizer: Any) -> Affixes:
-    """The special tokens that ``tokenizer`` (None for none) adds around a single text."""
+    """The special tokens that ``tokenizer`` adds around a single text. Empty if ``tokenizer`` is None."""
     if tokenizer is None:
         return Affixes(before=(), after=())
     plain = tokenizer("text", add_special_tokens=False)["input_ids"]
@@ -44,8 +44,10 @@ def affixes(tokenizer: Any) -> Affixes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a text is cut for a model: at most ``count`` pieces that have ``window`` tokens with the special ones around
-    them, ``stride`` tokens of the text apart."""
+    """How a text is cut for a model: into at most ``count`` pieces that begin ``stride`` tokens apart.
+
+    A piece has ``window`` tokens, including the special ones around it.
+    """
 
     window: int
     stride: int
@@ -53,12 +55,12 @@ class Cut:
 
     @property
     def tokens(self) -> int:
-        """As many of the text are looked at."""
+        """The number of tokens of the text that are used."""
         return (self.count - 1) * self.stride + self.window
 
 
 def text_cut(loaded: LoadedModel, protocol: Protocol) -> Cut:
-    """How ``protocol``'s text is cut, clipped to the positions that the model has."""
+    """How the text of ``protocol`` is cut, with windows no longer than the model's maximum length."""
     limit, around = max_positions(loaded.model), affixes(loaded.tokenizer)
     window = protocol.eval_window if limit is None else min(protocol.eval_window, limit)
     if loaded.task is ModelKind.CAUSAL_LM:
@@ -71,10 +73,10 @@ def text_cut(loaded: LoadedModel, protocol: Protocol) -> Cut:
 
 
 def text_ids(loaded: LoadedModel, text: str, most: int) -> list[int]:
-    """The ids of the first ``most`` tokens of ``text``, or of all where it has fewer, without special tokens; without a
-    tokenizer, random ids of a fixed seed.
+    """The ids of the first ``most`` tokens of ``text``, or of all if it has fewer, without special tokens.
 
-    Raises BenchmarkError where an id has no row in the model's embeddings: on a GPU that would be a device fault.
+    Without a tokenizer, random ids from a fixed seed. Raises BenchmarkError if the text has no tokens, or if an id has
+    no row in the model's embeddings, which would be a device fault on a GPU.
     """
     rows = _vocabulary(loaded.model)
     if loaded.tokenizer is None:
@@ -89,18 +91,18 @@ def text_ids(loaded: LoadedModel, text: str, most: int) -> list[int]:
 
 
 def _first_ids(tokenizer: Any, text: str, most: int) -> list[int]:
-    """Of no more of the text than it takes: ten megabytes are ten seconds, and over a gigabyte of memory."""
+    """Tokenize no more of ``text`` than needed: 10 MB would take ten seconds and over a gigabyte of memory."""
     characters = _CHARACTERS_PER_TOKEN * (most + _MARGIN)
     while True:
         ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
-        # The last ones may be what the end of the piece made of them.
+        # The cut may have changed the last tokens, so a margin is dropped.
         if characters >= len(text) or len(ids) >= most + _MARGIN:
             return ids[:most]
         characters *= 2
 
 
 def prompts(loaded: LoadedModel, text: str, *, batch_size: int, length: int) -> torch.Tensor:
-    """Ids [batch_size, length] on the model's device: consecutive pieces of ``text``, repeated where it ends."""
+    """Ids [batch_size, length] on the model's device: consecutive pieces of ``text``, repeated if it is too short."""
     around = affixes(loaded.tokenizer)
     inner = length - len(around.before) - len(around.after)
     if inner < 1:
@@ -114,14 +116,14 @@ def prompts(loaded: LoadedModel, text: str, *, batch_size: int, length: int) -> 
 
 
 def max_positions(model: Any) -> int | None:
-    """The longest input that the model has positions for; None where there is no such limit (ALiBi, relative)."""
+    """The longest input in tokens that the model has positions for; None without such a limit (ALiBi, relative)."""
     config = model.config.get_text_config()
     limit = next((value for name in _POSITION_FIELDS if isinstance(value := getattr(config, name, None), int)), None)
     return None if limit is None or limit < 1 else limit - _reserved_positions(model)
 
 
 def _reserved_positions(model: Any) -> int:
-    """RoBERTa's family counts positions from ``padding_idx + 1`` on and never uses the ones before."""
+    """The number of positions never used: RoBERTa and its relatives count from ``padding_idx + 1``."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1

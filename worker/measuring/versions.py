@@ -1,4 +1,4 @@
-"""The software and the device that a number was measured with."""
+"""The software versions and the device of a measurement."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _PACKAGES = ("qbatch", "torch", "transformers", *required_libraries(), "accelera
 
 
 def versions(*libraries: str) -> dict[str, str | None]:
-    """Version of each package, the ``libraries`` of a method among them, of Python, of CUDA and of its driver; None for
-    what is not there."""
+    """The versions of qbatch's packages, the given ``libraries``, Python, CUDA and the NVIDIA driver.
+
+    None for whatever is not installed.
+    """
     return {name: _package(name) for name in (*_PACKAGES, *libraries)} | {
-        # The package's metadata need not say which build it is (+cpu, +cu130).
+        # The package's metadata may lack the build (+cpu, +cu130).
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -26,7 +28,7 @@ def versions(*libraries: str) -> dict[str, str | None]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
+    """The name of the GPU, or of the processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     for line in _cpuinfo():

@@ -117,7 +117,7 @@ class Rounds:
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
         loaded = self._load(turn)
         if is_first:
-            turn.benchmark.begin(loaded)
+            turn.benchmark.prepare(loaded)
         for job_id in self._reports.open(turn.model.ids):
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable
@@ -125,7 +125,7 @@ class Rounds:
                 self._reports.enter([job_id], Stage.BENCHMARKING)
                 turn.rows[job_id].time(loaded)
         if is_first:
-            self._judge(turn, loaded)
+            self._measure_quality(turn, loaded)
         if is_last:
             self._observe(turn, loaded, captures)
 
@@ -143,19 +143,19 @@ class Rounds:
         self._loaded = (turn, loaded)
         return loaded
 
-    def _judge(self, turn: _Turn, loaded: LoadedModel) -> None:
+    def _measure_quality(self, turn: _Turn, loaded: LoadedModel) -> None:
         """Measure quality once for all jobs of the model, because it does not depend on the shape."""
         if not self._reports.open(turn.model.ids):
             return
         self._reports.enter(turn.model.ids, Stage.BENCHMARKING)
         is_baseline = turn.model.published is None
         reference = None if is_baseline else self._reference(turn.model.plans[0])
-        turn.benchmark.judge(loaded, reference)
+        turn.benchmark.measure_quality(loaded, reference)
         if is_baseline:
             self._keep_reference(turn, loaded)
         elif reference is None and loaded.tokenizer is not None:
             folder = self._reference_folder(turn.model.plans[0])
-            turn.benchmark.not_compared(self._not_kept.get(folder, _NO_REFERENCE))
+            turn.benchmark.note_not_compared(self._not_kept.get(folder, _NO_REFERENCE))
 
     def _reference_folder(self, plan: Plan) -> Path:
         from qbatch.worker.measuring.quality.reference import reference_name

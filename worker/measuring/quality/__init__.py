@@ -1,1 +1,1 @@
-"""What quantization costs in quality."""
+"""Measure the quality of a model, and how much of it quantization costs."""

@@ -1,9 +1,10 @@
-"""How far a model's predictions lie from its base's, token by token and in sum.
+"""How far a model's predictions differ from its base's, for each token and summarized.
 
-The figures are those of llama.cpp (``llama-perplexity --kl-divergence``, tools/perplexity/perplexity.cpp): KL of base
-to model, ln of the ratio of perplexities, agreement of the most probable token, root mean square of the change in the
-true token's probability. Natural logarithms: nats. Computed in float64; a KL of 1e-4 nats is a difference of
-logarithms a million times larger, which float32 would leave with an error of a per cent.
+The figures are those of llama.cpp (``llama-perplexity --kl-divergence``, tools/perplexity/perplexity.cpp): KL
+divergence from base to model, ln of the ratio of perplexities, agreement of the most probable token, and root mean
+square of the change in the correct token's probability. All in nats (natural logarithms). Computed in float64, since a
+KL of 1e-4 nats is the difference of terms a million times larger, in which float32 would cause an error of one per
+cent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qbatch.core.measured.quality_figures import Quality
 from qbatch.worker.measuring.quality.perplexity import exponential
 from qbatch.worker.measuring.stats import clustered_error
 
-# Rows turned to float64 at once: 8 rows of a 250,880-word vocabulary are 15 MiB, and a handful of such are alive.
+# Rows converted to float64 at once: 8 rows of a vocabulary of 250,880 take 15 MiB, and several such tensors coexist.
 _ROWS_AT_ONCE = 8
 _RESAMPLES = 200
 _SEED = 0
@@ -26,7 +27,7 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Of each compared row of one window, float64 on the CPU. The last three are empty where there is no target."""
+    """Figures of each compared row of one window, float64 on the CPU. Without targets, the last three are empty."""
 
     kl: torch.Tensor
     agrees: torch.Tensor
@@ -36,41 +37,44 @@ class Divergence:
 
 
 def divergence(base_logits: torch.Tensor, logits: torch.Tensor, targets: Sequence[int] = ()) -> Divergence:
-    """Set ``logits`` beside ``base_logits``, both [rows, vocabulary] in any dtype; ``targets`` has a token per row."""
-    wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
+    """Compare ``logits`` with ``base_logits``, both [rows, vocabulary] in any dtype.
+
+    ``targets``: the correct token id of each row, or none.
+    """
+    target_ids = torch.tensor(targets, dtype=torch.long, device=logits.device)
     pieces = [
         _rows(base_logits[begin : begin + _ROWS_AT_ONCE], logits[begin : begin + _ROWS_AT_ONCE], part)
-        for begin, part in _parts(len(logits), wanted)
+        for begin, part in _parts(len(logits), target_ids)
     ]
     columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
     return Divergence(kl=columns[0], agrees=columns[1], base_nll=columns[2], nll=columns[3], delta_p=columns[4])
 
 
-def _parts(rows: int, wanted: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    return [(begin, wanted[begin : begin + _ROWS_AT_ONCE]) for begin in range(0, rows, _ROWS_AT_ONCE)]
+def _parts(rows: int, target_ids: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    return [(begin, target_ids[begin : begin + _ROWS_AT_ONCE]) for begin in range(0, rows, _ROWS_AT_ONCE)]
 
 
-def _rows(base_logits: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _rows(base_logits: torch.Tensor, logits: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     base, other = base_logits.double(), logits.double()
     base_total, other_total = base.logsumexp(-1), other.logsumexp(-1)
-    # argmax gives the first of several largest values.
+    # Of equal largest values, argmax returns the first.
     agrees = (base.argmax(-1) == other.argmax(-1)).double()
     p = (base - base_total[:, None]).exp_()
-    # A token that is impossible to the base adds nothing: 0 · (-inf - x) is 0 here.
+    # A token that the base considers impossible adds nothing: 0 · (-inf - x) counts as 0.
     difference = (base - other).masked_fill_(p == 0, 0.0)
     kl = torch.linalg.vecdot(p, difference) - (base_total - other_total)
-    if not len(wanted):
+    if not len(target_ids):
         return kl, agrees, kl[:0], kl[:0], kl[:0]
-    base_log_p = base.gather(1, wanted[:, None])[:, 0] - base_total
-    log_p = other.gather(1, wanted[:, None])[:, 0] - other_total
+    base_log_p = base.gather(1, target_ids[:, None])[:, 0] - base_total
+    log_p = other.gather(1, target_ids[:, None])[:, 0] - other_total
     return kl, agrees, -base_log_p, -log_p, log_p.exp() - base_log_p.exp()
 
 
 def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
-    """The statistics over all rows of ``windows`` (not empty), each with a standard error clustered by window.
+    """Statistics over all rows of ``windows`` (at least one), each with a standard error clustered by window.
 
-    Rows of one window share their context, so they are not independent; windows nearly are. With a single window
-    there is no error to be had: None.
+    Rows of one window share their context, so they are not independent; windows nearly are. For a single window, the
+    standard errors are None.
     """
     kl, agrees = [window.kl for window in windows], [window.agrees for window in windows]
     every_kl = torch.cat(kl)
@@ -95,7 +99,7 @@ def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
 
 
 def _with_targets(summary: Quality, windows: Sequence[Divergence]) -> Quality:
-    """What is known where each row has a token that comes next."""
+    """``summary`` with the figures that need the correct token of each row."""
     base_nll, nll = [window.base_nll for window in windows], [window.nll for window in windows]
     ratios = [window.nll - window.base_nll for window in windows]
     base_perplexity, base_perplexity_se = _perplexity_with_error(base_nll)
@@ -117,13 +121,13 @@ def _with_targets(summary: Quality, windows: Sequence[Divergence]) -> Quality:
 
 
 def _perplexity_with_error(clusters: Sequence[torch.Tensor]) -> tuple[float, float | None]:
-    """d(exp m) = exp m · dm carries the error of the mean over to its exponential."""
+    """Perplexity and its standard error, which follows from that of the mean: d(exp m) = exp m · dm."""
     perplexity, error = exponential(float(torch.cat(list(clusters)).mean())), _mean_error(clusters)
     return perplexity, None if error is None else perplexity * error
 
 
 def _rms_with_error(clusters: Sequence[torch.Tensor]) -> tuple[float, float | None]:
-    """d√m = dm / 2√m carries the error of the mean square over to its root."""
+    """Root mean square and its standard error, which follows from that of the mean square: d√m = dm / 2√m."""
     squares = [rows.square() for rows in clusters]
     rms, error = math.sqrt(float(torch.cat(squares).mean())), _mean_error(squares)
     return rms, error / (2 * rms) if error is not None and rms > 0 else error
@@ -138,8 +142,10 @@ def _mean_error(clusters: Sequence[torch.Tensor]) -> float | None:
 
 
 def _quantile_error(clusters: Sequence[torch.Tensor], q: float) -> float | None:
-    """Standard error of a quantile by bootstrap: whole windows drawn again and again, with a fixed seed. The last
-    factor makes up for the scatter that drawing from so few takes away. None for a single window."""
+    """Standard error of a quantile, by a bootstrap over whole windows with a fixed seed. None for a single window.
+
+    The last factor corrects for the bootstrap's too small variance with few windows.
+    """
     count = len(clusters)
     if count < 2:
         return None

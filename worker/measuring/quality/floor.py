@@ -1,4 +1,4 @@
-"""How far 16-bit arithmetic by itself moves a model's predictions: what is below is noise."""
+"""How far 16-bit arithmetic alone changes a model's predictions: smaller differences are noise."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from qbatch.worker.measuring.quality.similarity import compare_embeddings
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel
 
-# As many windows of a text, or of the short pieces that encoders read.
+# The number of windows of a text, and of the short pieces that encoders read.
 _WINDOWS, _PIECES = 2, 16
-# Of a CPU's memory, beside the float32 copy itself: activations and logits, which grow with the model, and the rest.
-_ROOM_FACTOR = 1.25
-_ROOM_BYTES = 1 << 29
+# Host memory needed: the float32 copy and, on top, activations and logits, which grow with the model, and the rest.
+_MEMORY_FACTOR = 1.25
+_EXTRA_BYTES = 1 << 29
 
 
 def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> QualityFloor | None:
-    """How far the unquantized model in ``loaded`` is from itself computed in float32, on the first probes, in the
-    figures that it is compared by.
+    """How far the unquantized model in ``loaded`` differs from the same model computed in float32, on the first probes.
 
-    The same weights and the same text, so all of it is rounding. None for a model that is float32 already, and
-    where the device has no room for the float32 copy.
+    Weights and text are the same, so every difference is due to rounding. None if the model is in float32 already, or
+    if the memory is too small for the float32 copy.
     """
-    if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()) or not _has_room(loaded):
+    if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()) or not _fits_in_float32(loaded):
         return None
     compare = _similarity if loaded.task is ModelKind.ENCODER else _divergence
     try:
@@ -70,8 +69,8 @@ def _floor_of(quality: Quality) -> QualityFloor:
 def _divergence(loaded: LoadedModel, probes: Sequence[Probe]) -> Quality:
     rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
     with _in_float32(loaded.model):
-        found = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
-    return summarize_divergence(found)
+        divergences = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
+    return summarize_divergence(divergences)
 
 
 def _similarity(loaded: LoadedModel, probes: Sequence[Probe]) -> Quality:
@@ -85,12 +84,16 @@ def _embeddings(loaded: LoadedModel, probes: Sequence[Probe]) -> torch.Tensor:
     return torch.stack([embedding_of(loaded.model, probe, loaded.device) for probe in probes])
 
 
-def _has_room(loaded: LoadedModel) -> bool:
-    """A GPU says so when its memory is full; of a CPU's the kernel kills whoever takes more than there is."""
+def _fits_in_float32(loaded: LoadedModel) -> bool:
+    """Whether there is enough memory, as far as it can be known beforehand.
+
+    A GPU raises an error when its memory is full. On a CPU the kernel would kill the process, so this must be
+    estimated.
+    """
     if loaded.device.startswith("cuda"):
         return True
-    wide = sum(4 * tensor.numel() for tensor in _floats(loaded.model) if tensor.dtype != torch.float32)
-    return available_memory() >= _ROOM_FACTOR * wide + _ROOM_BYTES
+    float32_bytes = sum(4 * tensor.numel() for tensor in _floats(loaded.model) if tensor.dtype != torch.float32)
+    return available_memory() >= _MEMORY_FACTOR * float32_bytes + _EXTRA_BYTES
 
 
 def _floats(model: Any) -> list[torch.Tensor]:
@@ -104,8 +107,11 @@ def _from_float32(loaded: LoadedModel, probe: Probe, rounded: torch.Tensor) -> D
 
 @contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
-    """Weights in float32 inside; outside as they were, to the bit, since every 16-bit float is a float32."""
-    # The largest first, while there is room, and back the smallest first: each gives more than its 16 bits take.
+    """Convert weights and buffers to float32 within the context, and back to the same bits afterwards.
+
+    That is lossless, since float32 represents every 16-bit float exactly.
+    """
+    # The largest first, while most memory is free. Back with the smallest first: each frees more than its copy takes.
     tensors = sorted(_floats(model), key=torch.numel, reverse=True)
     before = [tensor.dtype for tensor in tensors]
     try:

@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness, asked of the model as it was loaded for every other figure.
+"""Run tasks of lm-evaluation-harness on the loaded model that all other figures are measured on.
 
-The harness (github.com/EleutherAI/lm-evaluation-harness) is an optional extra and is imported here alone. Its tasks by
-name are code of an installed package; those of a file were packed by ``qbatch.scheduler.lm_eval_files`` and hold none.
+The harness (github.com/EleutherAI/lm-evaluation-harness) is an optional extra and is imported only here. Tasks given by
+name are code of that installed package. Tasks from files were packed by ``qbatch.scheduler.lm_eval_files`` and contain
+no code.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
 _SEED = 1234
-# Part of what the numbers mean: a method may look at a whole batch at once.
+# The batch size affects the figures, since some methods look for outliers in a whole batch.
 _BATCH_SIZE = 8
 _BOOTSTRAP_DRAWS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTasks:
-    """``tasks`` is what lm-evaluation-harness's ``evaluate`` takes; None with the ``reason`` why none are run.
-    ``hashes`` are those of the tasks that came from files."""
+    """``tasks``: the argument of lm-evaluation-harness's ``evaluate``; None, with a ``reason``, if none are run.
+
+    ``hashes``: those of the tasks from files, by name.
+    """
 
     tasks: Mapping[str, Any] | None = None
     hashes: Mapping[str, str]
@@ -46,11 +49,11 @@ class LoadedTasks:
 
 
 def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]) -> LoadedTasks:
-    """The protocol's tasks, ready to be asked of ``loaded``; ``texts`` are the packed ones by their sha256.
+    """Load the protocol's tasks for ``loaded``. ``texts``: the packed tasks by their sha256.
 
-    Called before anything is timed: what cannot run is said at once, and the harness's memory is in every row alike.
-    Raises Unsupported without the harness or for a name that it does not know, UnsafeSource for a task that would
-    run code of the hub, FetchError where the hub does not answer, BenchmarkError where a task cannot be loaded.
+    Called before anything is timed, so that errors are reported early and every row includes the harness's memory.
+    Raises Unsupported if the harness is not installed or does not know a task, UnsafeSource if a task would run code
+    from the hub, FetchError if the hub cannot be reached, and BenchmarkError if a task cannot be loaded.
     """
     if not protocol.tasks:
         return LoadedTasks(hashes={})
@@ -58,8 +61,8 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
         raise Unsupported("--tasks needs lm-evaluation-harness on the worker: pip install 'qbatch[eval]'")
     hashes = {ref.name: ref.sha256 for ref in protocol.tasks if ref.sha256 is not None}
     if loaded.task not in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) or loaded.tokenizer is None:
-        return LoadedTasks(hashes=hashes, reason="tasks are asked of models that continue a text, with their tokenizer")
-    with _undisturbed(), tempfile.TemporaryDirectory() as folder:
+        return LoadedTasks(hashes=hashes, reason="tasks need a model that generates text and has a tokenizer")
+    with _quiet_single_process(), tempfile.TemporaryDirectory() as folder:
         specs = [_spec(ref, texts, Path(folder)) for ref in protocol.tasks]
         manager = _manager(with_registry=len(hashes) < len(protocol.tasks))
         for spec in specs:
@@ -67,7 +70,7 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
         with _translated("cannot load the tasks"):
             tasks = manager.load(specs)
     for task in tasks["tasks"].values():
-        # As the harness's own command does it: 0 in a task's own configuration stands.
+        # As the harness's own command does: a 0 in a task's configuration is not overridden.
         if protocol.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=protocol.num_fewshot)
         elif task.get_config("num_fewshot") is None:
@@ -77,28 +80,29 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
 
 
 def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> dict[str, TaskScores] | None:
-    """Task or group → its figures (``docs/measurements.md`` says which); None where there are none to run.
+    """Run the tasks. Returns scores by task or group (see ``docs/measurements.md``); None if there are none to run.
 
-    Deterministic: seeds and batch size are fixed, log-probabilities are float32. Raises BenchmarkError, UnsafeSource.
+    Deterministic: seeds and batch size are fixed, log-probabilities are in float32. Raises BenchmarkError,
+    UnsafeSource.
     """
     if loaded_tasks.tasks is None:
         return None
     from lm_eval.evaluator import evaluate
 
-    with _undisturbed(), _own_defaults_aside(loaded), _translated("cannot run the tasks"):
+    with _quiet_single_process(), _default_generation(loaded), _translated("cannot run the tasks"):
         _seed()
-        found = evaluate(
+        evaluation = evaluate(
             lm=_language_model(loaded),
             task_dict=loaded_tasks.tasks,
             limit=protocol.task_limit,
             bootstrap_iters=_BOOTSTRAP_DRAWS,
             log_samples=True,
         )
-    return {name: _figures(name, found, loaded_tasks.hashes) for name in found["results"]}
+    return {name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]}
 
 
 def _spec(ref: TaskRef, texts: Mapping[str, str], folder: Path) -> str | dict[str, Any]:
-    """What the harness's manager loads: a name, or a configuration whose data are files in ``folder``."""
+    """The argument for the harness's manager: a name, or a configuration whose data files are written to ``folder``."""
     if ref.sha256 is None:
         return ref.name
     packed = unpack(texts[ref.sha256])
@@ -107,14 +111,14 @@ def _spec(ref: TaskRef, texts: Mapping[str, str], folder: Path) -> str | dict[st
         return config
     home = folder / ref.sha256
     home.mkdir()
-    # Named by us: what the text calls its files leads nowhere.
+    # The names of the files are ours: names from the task's text could lead out of the folder.
     paths = {name: home / str(number) for number, name in enumerate(packed.files)}
     for name, path in paths.items():
         path.write_text(packed.files[name], encoding="utf-8")
     config["dataset_kwargs"] |= {
         "data_files": {split: [str(paths[name]) for name in names] for split, names in data_files(config).items()},
         "cache_dir": str(home / "cache"),
-        # The folder is gone when the questions are asked.
+        # The folder is deleted before the tasks run.
         "keep_in_memory": True,
     }
     return config
@@ -122,13 +126,13 @@ def _spec(ref: TaskRef, texts: Mapping[str, str], folder: Path) -> str | dict[st
 
 @functools.cache
 def _manager(*, with_registry: bool) -> Any:
-    """The harness's manager. Its registry of 14,000 tasks takes 10 s to read: once a process, and only for a name."""
+    """The harness's manager, one per process. Its registry of 14,000 tasks, needed for tasks by name, takes 10 s."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
     from lm_eval.tasks import TaskManager
 
-    # A template can reach any function of Python otherwise, and a file's templates are its author's.
+    # Without a sandbox, a template can call any Python function, and templates of files are not trusted.
     sandbox = SandboxedEnvironment(loader=utils.env.loader, undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters |= utils.env.filters
     utils.env = sandbox
@@ -136,7 +140,7 @@ def _manager(*, with_registry: bool) -> Any:
 
 
 def _check(spec: str | dict[str, Any], index: Mapping[str, Any]) -> None:
-    """Raises Unsupported for a name that is not in ``index``, UnsafeSource for what would run code of the hub."""
+    """Raise Unsupported for a name not in ``index``, UnsafeSource for a task that would run code from the hub."""
     if isinstance(spec, str) and spec not in index:
         raise Unsupported(f"lm-evaluation-harness {version('lm_eval')} has no task {spec!r}")
     name = spec if isinstance(spec, str) else spec["task"]
@@ -147,7 +151,7 @@ def _check(spec: str | dict[str, Any], index: Mapping[str, Any]) -> None:
 
 
 def _configs(members: Sequence[Any], index: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The configurations of ``members`` (names, or mappings with what they override), down to the tasks of groups."""
+    """Yield the configurations of ``members`` (names, or mappings of overrides), including the tasks of groups."""
     for member in members:
         own = member if isinstance(member, Mapping) else {"task": member}
         yield own
@@ -164,17 +168,17 @@ def _configs(members: Sequence[Any], index: Mapping[str, Any]) -> Iterator[Mappi
 
 def _unsafe(config: Mapping[str, Any]) -> str | None:
     if config.get("unsafe_code"):
-        return "runs what the model writes"
+        return "runs code that the model writes"
     if (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
-        return "has a data set that comes with code"
+        return "uses a data set that comes with code"
     for metric in config.get("metric_list") or []:
         if metric.get("hf_evaluate") or not (config.get("process_results") or _is_known(metric["metric"])):
-            return f"has the metric {metric['metric']!r}, which is not the harness's own: a script of the hub"
+            return f"uses the metric {metric['metric']!r}, which is not part of the harness but a script from the hub"
     return None
 
 
 def _is_known(metric: str) -> bool:
-    """A metric of the harness's registry, or a function of an installed task, which the index names by its path."""
+    """Whether it is a metric of the harness's registry, or a function of an installed task (named by its path)."""
     import lm_eval.api.metrics  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import metric_registry
 
@@ -182,16 +186,16 @@ def _is_known(metric: str) -> bool:
 
 
 def _language_model(loaded: LoadedModel) -> Any:
-    """The harness's view of ``loaded``, which stays as it is."""
+    """The harness's wrapper of ``loaded``, whose model and tokenizer stay unchanged."""
     from lm_eval.models.huggingface import HFLM
 
     model = loaded.model
-    # It ties the head to the embedding wherever the config says so, also where the checkpoint has two.
-    model.tie_weights = _nothing
+    # HFLM would tie the head to the embedding if the config says so, even if the checkpoint has both.
+    model.tie_weights = _do_nothing
     try:
         return HFLM(
             pretrained=model,
-            # It gives the tokenizer a padding token.
+            # A copy, because HFLM adds a padding token.
             tokenizer=copy.deepcopy(loaded.tokenizer),
             backend="seq2seq" if loaded.task is ModelKind.SEQ2SEQ else "causal",
             batch_size=_BATCH_SIZE,
@@ -201,27 +205,27 @@ def _language_model(loaded: LoadedModel) -> Any:
         del model.tie_weights
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     return None
 
 
-def _figures(name: str, found: Mapping[str, Any], hashes: Mapping[str, str]) -> TaskScores:
-    results, config = found["results"][name], found["configs"].get(name)
+def _task_scores(name: str, evaluation: Mapping[str, Any], hashes: Mapping[str, str]) -> TaskScores:
+    results, config = evaluation["results"][name], evaluation["configs"].get(name)
     scores: dict[str, Score] = {}
     for key, value in results.items():
-        metric, comma, how = key.partition(",")
+        metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
-            # "none" is the harness's word for answers taken as they are.
-            label = metric if how == "none" else key
-            scores[label] = Score(value=_number(value), error=_number(results.get(f"{metric}_stderr,{how}")))
+            # The harness calls unfiltered answers "none".
+            label = metric if answer_filter == "none" else key
+            scores[label] = Score(value=_number(value), error=_number(results.get(f"{metric}_stderr,{answer_filter}")))
     return TaskScores.of(
         scores,
         n_samples=results.get("sample_len"),
-        num_fewshot=found["n-shot"].get(name),
-        version=_version(found["versions"].get(name)),
-        higher_is_better=found["higher_is_better"].get(name),
+        num_fewshot=evaluation["n-shot"].get(name),
+        version=_version(evaluation["versions"].get(name)),
+        higher_is_better=evaluation["higher_is_better"].get(name),
         config_hash=hashes.get(name) or (None if config is None else _config_hash(config)),
-        samples_hash=_samples_hash(found["samples"].get(name, ())),
+        samples_hash=_samples_hash(evaluation["samples"].get(name, ())),
     )
 
 
@@ -230,12 +234,12 @@ def _number(value: Any) -> float | None:
 
 
 def _version(value: Any) -> str | None:
-    # "Yaml" is the harness's word for a task that states none.
+    # The harness uses "Yaml" for a task that states no version.
     return None if value in (None, "Yaml") else str(value)
 
 
 def _config_hash(config: Mapping[str, Any]) -> str:
-    """Of a configuration with its functions' source."""
+    """The hash of a configuration, including the source of its functions."""
     own = {key: value for key, value in config.items() if key != "metadata"}
     return content_hash(json.loads(json.dumps(own, default=_source)))
 
@@ -243,12 +247,12 @@ def _config_hash(config: Mapping[str, Any]) -> str:
 def _source(value: Any) -> str:
     try:
         return inspect.getsource(value)
-    except (TypeError, OSError):  # no function, or one without a file
+    except (TypeError, OSError):  # not a function, or one without a source file
         return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _samples_hash(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Of what was asked: two rows with the same one answered the same questions, whatever the hub holds today."""
+    """The hash of the questions as asked. Equal hashes mean equal questions, even if the hub has changed since."""
     asked = [[sample[key] for key in ("doc_hash", "prompt_hash", "target_hash")] for sample in samples]
     return content_hash({"asked": asked}) if asked else None
 
@@ -262,7 +266,7 @@ def _translated(doing: str) -> Iterator[None]:
         try:
             yield
         except SecurityError as error:
-            raise UnsafeSource(f"a task's template reaches for more than its data: {error}") from error
+            raise UnsafeSource(f"a template of a task accesses more than its data: {error}") from error
         except ConnectionError as error:
             if HF_HUB_OFFLINE:
                 raise
@@ -270,10 +274,10 @@ def _translated(doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """The harness's progress and remarks kept out of the job's log, and its processes out of the runner.
+def _quiet_single_process() -> Iterator[None]:
+    """Keep the harness's output out of the job's log, and keep it from starting processes.
 
-    A runner may have no children of its own; the bootstrap would start some.
+    Its bootstrap would start some, but a runner must not have child processes.
     """
     os.environ["DISABLE_MULTIPROC"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -286,8 +290,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_defaults_aside(loaded: LoadedModel) -> Iterator[None]:
-    """A task's own words decide how is generated, not the checkpoint's sampling and penalties."""
+def _default_generation(loaded: LoadedModel) -> Iterator[None]:
+    """Let the task decide how to generate, not the checkpoint's own sampling and penalties."""
     from transformers import GenerationConfig
 
     before = loaded.model.generation_config

@@ -14,27 +14,27 @@ from qbatch.worker.measuring.stats import clustered_error
 from qbatch.worker.measuring.tokens import affixes, text_cut, text_ids
 from qbatch.worker.models.load import LoadedModel
 
-# Rows of logits turned to float32 at once: 64 rows of a 250,880-word vocabulary are 61 MiB.
+# Rows of logits converted to float32 at once: 64 rows of a vocabulary of 250,880 take 61 MiB.
 _ROWS_AT_ONCE = 64
 _LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """``ids`` is what the model reads; of them the last ``scored`` are predicted and count."""
+    """``ids``: the tokens that the model reads, of which the last ``scored`` are scored."""
 
     ids: tuple[int, ...]
     scored: int
 
 
 def exponential(exponent: float) -> float:
-    """e to the power of ``exponent``: infinity where a float ends, rather than an OverflowError."""
+    """e to the power of ``exponent``; infinity instead of an OverflowError."""
     return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
-    """Negative log-likelihoods of a text in nats: per window the sum over its scored tokens, and their number."""
+    """Negative log-likelihoods of a text in nats: of each window the sum over its scored tokens, and their number."""
 
     window_nll: tuple[float, ...]
     window_tokens: tuple[int, ...]
@@ -53,7 +53,7 @@ class TextScore:
 
     @property
     def perplexity_se(self) -> float | None:
-        """Its standard error, clustered by window; None for a single one."""
+        """The standard error of the perplexity, clustered by window; None for a single window."""
         error = clustered_error(self.window_nll, self.window_tokens)
         return None if error is None else self.perplexity * error
 
@@ -61,39 +61,39 @@ class TextScore:
 def windows(
     ids: Sequence[int], before: Sequence[int], *, window: int, stride: int, max_windows: int
 ) -> Iterator[Window]:
-    """Cut ``ids`` into windows of at most ``window`` tokens, ``before`` (BOS or nothing) in front of each.
+    """Yield windows of ``ids`` of at most ``window`` tokens, each starting with ``before`` (BOS or nothing).
 
-    Consecutive windows begin ``stride`` tokens apart, or at once where that would leave a gap. A token is scored in
-    the first window that reaches it, but never at a window's very beginning: without BOS, nothing predicts it there.
+    Consecutive windows begin ``stride`` tokens apart, or less if that would leave a gap. A token is scored in the first
+    window that contains it, except as the first token of a window without BOS, where nothing precedes it.
     """
-    room = window - len(before)
-    stride = min(stride, room)
-    done = 0
+    text_tokens = window - len(before)
+    stride = min(stride, text_tokens)
+    scored_until = 0
     for index in range(max_windows):
         begin = index * stride
-        end = min(begin + room, len(ids))
-        scored = end - max(done, begin if before else begin + 1)
+        end = min(begin + text_tokens, len(ids))
+        scored = end - max(scored_until, begin if before else begin + 1)
         if scored < 1:
             return
         yield Window(ids=(*before, *ids[begin:end]), scored=scored)
-        done = end
+        scored_until = end
 
 
 def text_windows(loaded: LoadedModel, protocol: Protocol, text: str) -> list[Window]:
-    """The windows of ``text`` that ``protocol`` asks for, clipped to the positions that the model has."""
+    """The windows of ``text`` for ``protocol``, no longer than the model's maximum length."""
     cut, before = text_cut(loaded, protocol), affixes(loaded.tokenizer).before
     ids = text_ids(loaded, text, cut.tokens)
     return list(windows(ids, before, window=cut.window, stride=cut.stride, max_windows=cut.count))
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-ln p(target) in nats, float32 [rows], of logits [rows, vocabulary] in any dtype."""
+    """-ln p(target) in nats, float32 [rows], from logits [rows, vocabulary] in any dtype."""
     pieces = zip(torch.split(logits, _ROWS_AT_ONCE), torch.split(targets, _ROWS_AT_ONCE), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(rows.float(), to, reduction="none") for rows, to in pieces])
 
 
 def score_text(loaded: LoadedModel, cut: Sequence[Window], on_window: Callable[[int], None]) -> TextScore | None:
-    """Score ``cut``, windows of a text; None where there is nothing to score."""
+    """Score the windows of a text; None if there are none."""
     if not cut:
         return None
     nll = [_window_nll(loaded, window, on_window, number) for number, window in enumerate(cut, start=1)]

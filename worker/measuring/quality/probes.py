@@ -1,4 +1,4 @@
-"""The fixed inputs on which a quantized model is set beside its base, by task."""
+"""The fixed inputs on which a quantized model is compared with its base, by task."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _MASK_EVERY = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One input. ``rows`` are the positions of the output that are compared (None for all), ``targets`` the tokens
-    that belong there, ``labels`` what an encoder-decoder's decoder is made to say."""
+    """One input.
+
+    ``rows``: the output positions that are compared, None for all. ``targets``: the correct token at each of them.
+    ``labels``: the tokens that the decoder of an encoder-decoder is given to predict.
+    """
 
     ids: tuple[int, ...]
     rows: tuple[int, ...] | None = None
@@ -31,7 +34,7 @@ class Probe:
     labels: tuple[int, ...] = ()
 
     def inputs(self, model: Any, device: str) -> dict[str, Any]:
-        """Arguments of a forward with a batch of one."""
+        """Arguments of a forward pass with a batch of one."""
         ids = torch.tensor([self.ids], device=device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if model.can_generate():
@@ -44,7 +47,7 @@ class Probe:
 
 
 def probes_of(loaded: LoadedModel, protocol: Protocol, text: str) -> list[Probe]:
-    """The probes of ``text`` for the task of ``loaded``; none where it has no tokenizer, or no mask to predict."""
+    """The probes of ``text`` for the task of ``loaded``. Empty without a tokenizer or, if needed, a mask token."""
     if loaded.tokenizer is None:
         return []
     if loaded.task is ModelKind.CAUSAL_LM:
@@ -56,14 +59,14 @@ def probes_of(loaded: LoadedModel, protocol: Protocol, text: str) -> list[Probe]
         mask = loaded.tokenizer.mask_token_id
         return [] if mask is None else [_masked(loaded, piece, mask) for piece in pieces]
     if loaded.task is ModelKind.TOKEN_CLASSIFICATION:
-        # Nobody asks for the labels of special tokens.
+        # Labels of special tokens are never used.
         first = len(affixes(loaded.tokenizer).before)
         return [Probe(ids=_wrapped(loaded, piece), rows=tuple(range(first, first + len(piece)))) for piece in pieces]
     return [Probe(ids=_wrapped(loaded, piece)) for piece in pieces]
 
 
 def probes_hash(probes: Sequence[Probe]) -> str:
-    """Equal for equal token ids at equal places."""
+    """A hash of the token ids and the compared positions."""
     parts = [(probe.ids, probe.rows, probe.targets, probe.labels) for probe in probes]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -79,18 +82,18 @@ def _halves(loaded: LoadedModel, piece: tuple[int, ...]) -> Probe:
 
 
 def _masked(loaded: LoadedModel, piece: tuple[int, ...], mask: int) -> Probe:
-    chosen = range(_MASK_EVERY // 2 if len(piece) > _MASK_EVERY // 2 else 0, len(piece), _MASK_EVERY)
-    covered = tuple(mask if place in chosen else token for place, token in enumerate(piece))
+    positions = range(_MASK_EVERY // 2 if len(piece) > _MASK_EVERY // 2 else 0, len(piece), _MASK_EVERY)
+    masked = tuple(mask if position in positions else token for position, token in enumerate(piece))
     shift = len(affixes(loaded.tokenizer).before)
     return Probe(
-        ids=_wrapped(loaded, covered),
-        rows=tuple(place + shift for place in chosen),
-        targets=tuple(piece[place] for place in chosen),
+        ids=_wrapped(loaded, masked),
+        rows=tuple(position + shift for position in positions),
+        targets=tuple(piece[position] for position in positions),
     )
 
 
 def _pieces(loaded: LoadedModel, protocol: Protocol, text: str) -> Iterator[tuple[int, ...]]:
-    """Consecutive pieces of the text, without the special tokens that go around them."""
+    """Yield consecutive pieces of the text, without the special tokens around them."""
     cut = text_cut(loaded, protocol)
     ids = text_ids(loaded, text, cut.tokens)
     for begin in range(0, min(len(ids), cut.stride * cut.count), cut.stride):

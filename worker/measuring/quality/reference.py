@@ -1,8 +1,8 @@
-"""The base's side of a comparison: computed once for a model and protocol, stored, and shared by every width.
+"""Stored outputs of a baseline, with which its quantized models are compared: computed once per model and protocol.
 
-A reference is a folder: one safetensors file for each probe, and ``reference.json``, written last. It appears by a
-rename, so a reader sees a whole one or none, and of two writers the first wins. Files are on the disk before that; what
-a disk spoils all the same is removed by the next reader, and made anew.
+A reference is a folder with a safetensors file for each probe, and ``reference.json``, which is written last. The
+folder is renamed into place after its files are flushed to disk, so readers see a complete reference or none, and the
+first of two writers wins. A reader that finds a damaged reference removes it, and it is computed again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,24 @@ from qbatch.core.domain import DType, Protocol, content_hash
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.filesystem import IS_TAKEN, move, storage_fault, sync, touch
 from qbatch.core.measured.quality_figures import Quality, QualityFloor
-from qbatch.worker.files.reference_folders import DESCRIPTION, IN_USE_S, beside, litter, occupants, remove
+from qbatch.worker.files.reference_folders import (
+    DESCRIPTION,
+    IN_USE_S,
+    abandoned_folders,
+    remove,
+    stored_references,
+    temporary_name,
+)
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import Probe, probes_hash, probes_of
-from qbatch.worker.measuring.quality.replay import embedding_of, head_sha256, hidden_and_logits, logits_of, replayed
+from qbatch.worker.measuring.quality.replay import (
+    embedding_of,
+    head_sha256,
+    hidden_and_logits,
+    logits_of,
+    replayed_logits,
+)
 from qbatch.worker.measuring.quality.similarity import compare_embeddings
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.models.architecture import ModelKind
@@ -44,10 +57,13 @@ _PROBE = "base"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """The base's outputs on the probes of a protocol. ``form`` is what is stored: "hidden" (the output head's input,
-    to be replayed), "logits", or "embedding". ``probes`` may be fewer than the protocol has, for want of room;
-    ``probes_sha256`` is of their tokens, ``content_sha256`` of the stored outputs.
-    ``floor`` is how far 16-bit arithmetic alone moves the base; None where that could not be measured."""
+    """The base's outputs on the probes of a protocol.
+
+    ``form``: what is stored, "hidden" (the inputs of the output head, from which it gives the logits again), "logits"
+    or "embedding". ``probes``: their number, less than the protocol's if they would take too much space.
+    ``probes_sha256`` is the hash of their tokens, ``content_sha256`` that of the stored outputs. ``floor``: how far
+    16-bit arithmetic alone changes the base's outputs; None if that could not be measured.
+    """
 
     folder: Path
     form: str
@@ -61,12 +77,12 @@ class Reference:
 
 
 def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol: Protocol) -> str:
-    """The name of the folder for the reference of a source (by its fingerprint), so run and so read.
+    """The folder name of the reference for a source (by its fingerprint), dtype, device and protocol.
 
-    Of the protocol only what decides the probes: one reference serves every shape. The versions are part of it since
-    other kernels may round differently.
+    Only the protocol's fields that determine the probes count, so that all shapes share one reference. The versions
+    count because other kernels may round differently.
     """
-    found = versions()
+    installed = versions()
     return content_hash(
         {
             "format": _FORMAT,
@@ -79,37 +95,39 @@ def reference_name(*, fingerprint: str, dtype: DType, device_name: str, protocol
                 "stride": protocol.eval_stride,
                 "windows": protocol.eval_max_windows,
             },
-            "torch": found["torch"],
-            "transformers": found["transformers"],
+            "torch": installed["torch"],
+            "transformers": installed["transformers"],
         }
     )
 
 
 def open_reference(folder: Path) -> Reference | None:
-    """The reference stored in ``folder``, marked as used just now; None where there is none.
+    """The reference stored in ``folder``, marked as used just now; None if there is none.
 
-    One that is damaged is none, and is removed. Raises StorageError.
+    A damaged reference is removed and counts as none. Raises StorageError.
     """
     description = folder / DESCRIPTION
     try:
         if not folder.is_dir():
             return None
-        reference = _sound(folder)
+        reference = _read_if_intact(folder)
         if reference is None:
-            log.warning("%s is damaged and will be made anew", folder)
+            log.warning("%s is damaged; it is removed and will be computed again", folder)
             remove(folder)
             return None
         touch(description)
-    except FileNotFoundError:  # another worker made room
+    except FileNotFoundError:  # another worker removed it to free space
         return None
     except OSError as error:
         raise StorageError(f"cannot read {description}: {error}") from error
     return reference
 
 
-def _sound(folder: Path) -> Reference | None:
-    """None where the description says nothing of use, or the outputs are not those that were stored: every byte is
-    read, since a wrong one is a wrong figure. Raises OSError."""
+def _read_if_intact(folder: Path) -> Reference | None:
+    """Read the reference; None if its description is invalid or its outputs are not those that were stored.
+
+    Every byte is checked, since a wrong one would give a wrong figure. Raises OSError.
+    """
     try:
         fields = json.loads((folder / DESCRIPTION).read_bytes())
         floor = None if fields["floor"] is None else QualityFloor.from_json(fields["floor"])
@@ -134,37 +152,39 @@ def prepare_reference(
     max_bytes: int = DEFAULT_MAX_BYTES,
     confirm: Callable[[], None] = lambda: None,
 ) -> Reference | None:
-    """Store in ``folder`` what the base in ``loaded`` says to the protocol's probes, or adopt what is there.
+    """Store the outputs of the base in ``loaded`` on the protocol's probes in ``folder``, unless already there.
 
-    ``folder``'s name must stand for what decides the outputs: see ``reference_name``. All references beside it stay
-    under ``max_bytes`` together: the least recently used are removed, and if this one is larger by itself, it holds
-    fewer probes (one at least). It is written in ``staging``, which must not be there yet, on the same file system:
-    who may be killed names a place that somebody clears. ``confirm`` is called before it is put in its place, and what
-    it raises leaves nothing there. None where the model has nothing to compare (no tokenizer).
-    Raises StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
+    ``folder``: named by ``reference_name``. It and the references next to it take at most ``max_bytes`` together: the
+    least recently used ones are removed, and a reference that is too large by itself holds fewer probes, but at least
+    one. ``staging``: where to write it first, a path on the same file system that does not exist yet; a process that
+    may be killed should pass one that is cleaned up later. ``confirm`` is called before the folder is renamed into
+    place; if it raises, nothing is stored. Returns None if the model has nothing to compare (no tokenizer). Raises
+    StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
     """
     existing = open_reference(folder)
     if existing is not None:
         return existing
-    with translated(BenchmarkError, "cannot keep the base's outputs"), _storage_errors(folder):
+    with translated(BenchmarkError, "cannot store the outputs of the baseline"), _storage_errors(folder):
         probes = probes_of(loaded, protocol, eval_text)
         if not probes:
             return None
-        _write(loaded, probes, folder, staging or beside(folder), max_bytes, confirm)
+        _write(loaded, probes, folder, staging or temporary_name(folder), max_bytes, confirm)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
 
 
 def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_text: str) -> Quality:
-    """Set the model in ``loaded`` beside its base's ``reference``: the statistics of ``divergence`` or ``similarity``.
+    """Compare the model in ``loaded`` with its base's ``reference``, by ``divergence`` or ``similarity``.
 
-    Raises BenchmarkError where the two are not about the same tokens, or the output head is not the base's.
+    Raises BenchmarkError if the tokens are not the same, or the output head is not the base's.
     """
     probes = probes_of(loaded, protocol, eval_text)[: reference.probes]
     if probes_hash(probes) != reference.probes_sha256:
-        raise BenchmarkError("the base was measured on other tokens: another text, protocol or tokenizer")
+        raise BenchmarkError("the baseline was measured on other tokens: its text, protocol or tokenizer differs")
     if reference.form == "hidden" and head_sha256(loaded.model) != reference.head_sha256:
-        raise BenchmarkError("the checkpoint's output head is not its base's, so the base cannot be replayed")
+        raise BenchmarkError(
+            "the checkpoint's output head differs from the baseline's, so it cannot recompute the baseline's logits"
+        )
     figures = _compare_embeddings if reference.form == "embedding" else _compare_logits
     return replace(
         figures(loaded, reference, probes),
@@ -175,15 +195,15 @@ def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_
 
 
 def _compare_logits(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
-    found: list[Divergence] = []
+    divergences: list[Divergence] = []
     for number, probe in enumerate(probes):
         stored = _read(reference, number).to(loaded.device)
-        base = replayed(loaded.model, stored, probe) if reference.form == "hidden" else stored
+        base = replayed_logits(loaded.model, stored, probe) if reference.form == "hidden" else stored
         if base.shape[-1] == 1:
-            # The softmax of a single number is 1 whatever the number: the two would always agree.
-            raise BenchmarkError("the model says a single number, which is no distribution to compare")
-        found.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
-    return summarize_divergence(found)
+            # The softmax of a single number is always 1, so the two models would always agree.
+            raise BenchmarkError("the model outputs a single number, which is not a distribution that can be compared")
+        divergences.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
+    return summarize_divergence(divergences)
 
 
 def _compare_embeddings(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
@@ -197,7 +217,7 @@ def _read(reference: Reference, number: int) -> torch.Tensor:
     try:
         return load_file(path)[_PROBE]
     except (SafetensorError, KeyError) as error:
-        raise BenchmarkError(f"the base's outputs in {path} are damaged") from error
+        raise BenchmarkError(f"the stored outputs of the baseline in {path} are damaged") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}") from error
 
@@ -239,7 +259,7 @@ def _write(
 
 
 def _write_probes(loaded: LoadedModel, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
-    """(form, number of probes written). Logits replace hidden states from the start where one does not replay."""
+    """(form, number of probes written). If a hidden state does not give its logits again, logits are stored for all."""
     if loaded.task is ModelKind.ENCODER:
         embeddings = (embedding_of(loaded.model, probe, loaded.device) for probe in probes)
         return "embedding", _write_all(embeddings, staging, max_bytes)
@@ -252,7 +272,7 @@ def _write_probes(loaded: LoadedModel, probes: list[Probe], staging: Path, max_b
 
 
 class _NotReplayable(Exception):
-    """A hidden state did not give its logits again."""
+    """The output head does not give the same logits again from a hidden state."""
 
 
 def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes: int) -> int:
@@ -260,7 +280,7 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
     for number, tensor in enumerate(tensors):
         if tensor is None:
             raise _NotReplayable
-        # Not save_file, which gives the file mode 0600 whatever the umask says.
+        # Not save_file, which creates files with mode 0600 regardless of the umask.
         content = save({_PROBE: tensor.cpu().contiguous()})
         written += len(content)
         if number and written > max_bytes:
@@ -270,11 +290,13 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
 
 
 def _evict(root: Path, *, keep: Path, max_bytes: int) -> None:
-    """Remove the least recently used references of ``root`` until the rest have at most ``max_bytes``, and what
-    writers and removers that were killed left behind."""
-    for left in litter(root):
-        shutil.rmtree(left, ignore_errors=True)
-    kept = sorted(occupants(root))
+    """Remove the least recently used references in ``root`` until the rest take at most ``max_bytes``.
+
+    Also remove what killed processes left behind.
+    """
+    for folder in abandoned_folders(root):
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = sorted(stored_references(root))
     total = sum(size for _, _, size in kept)
     for used_s, folder, size in kept:
         if total <= max_bytes or folder == keep or time.time() - used_s < IN_USE_S:
@@ -288,4 +310,4 @@ def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_fault(error)(f"cannot keep the base's outputs in {folder}: {error.strerror}") from error
+        raise storage_fault(error)(f"cannot store the outputs of the baseline in {folder}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""A model's predictions in few bytes: what goes into its output head, when the head gives the same bits again."""
+"""Store predictions in few bytes: as the inputs of the output head, if it gives the same logits again to the bit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qbatch.core.errors import BenchmarkError
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.quality.similarity import embedding
 
-# transformers' name for labels of which any number may hold at once.
+# transformers' name for independent labels, of which any number may apply at once.
 _INDEPENDENT_LABELS = "multi_label_classification"
 
 
 def head_of(model: Any) -> torch.nn.Module | None:
-    """The module that turns hidden states into logits; None where the model has none."""
+    """The module that turns hidden states into logits; None if the model has none."""
     head = model.get_output_embeddings()
     return head if isinstance(head, torch.nn.Module) else None
 
 
 def head_sha256(model: Any) -> str | None:
-    """Of the head's parameters, byte by byte with their dtypes; None without a head."""
+    """The hash of the output head's parameters: bytes, dtypes and shapes. None without a head."""
     head = head_of(model)
     if head is None:
         return None
@@ -35,60 +35,68 @@ def head_sha256(model: Any) -> str | None:
 
 @torch.inference_mode()
 def logits_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
-    """Logits [rows, vocabulary] at the rows that ``probe`` compares; of a classifier [1, labels], or [labels, 2]
-    where each label holds or not by itself."""
-    return chosen(_forward(model, probe, device), probe)
+    """Logits [rows, vocabulary] at the rows that ``probe`` compares.
+
+    For a classifier [1, labels], or [labels, 2] if its labels are independent.
+    """
+    return compared_rows(_forward(model, probe, device), probe)
 
 
 @torch.inference_mode()
 def embedding_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
-    """The mean state of ``probe``'s tokens, of the body alone: a head for answers or choices has none for each token.
+    """The mean of the body's last hidden states over ``probe``'s tokens, float32 [width] on the CPU.
 
-    Raises BenchmarkError where the body has none either.
+    Heads for question answering or multiple choice are left out, since they output no state for each token. Raises
+    BenchmarkError if the body does not either.
     """
     states = model.base_model(**probe.inputs(model, device))[0]
     if states.dim() != 3:
-        raise BenchmarkError(f"{type(model).__name__} has no state for each token")
+        raise BenchmarkError(f"{type(model).__name__} outputs no hidden state for each token")
     return embedding(states).cpu()
 
 
 @torch.inference_mode()
 def hidden_and_logits(model: Any, probe: Probe, device: str) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """As ``logits_of``, with the head's whole input [1, tokens, width]; None where replaying that would not give
-    the very same bits (a model that caps or scales its logits, for one)."""
+    """(the head's whole input [1, tokens, width], logits as of ``logits_of``).
+
+    The input is None if the head does not give the same logits from it again, to the bit: for example, in a model that
+    caps or scales its logits.
+    """
     head = head_of(model)
     if head is None:
         return None, logits_of(model, probe, device)
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    inputs: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
         logits = _forward(model, probe, device)
     finally:
         hook.remove()
-    exact = len(seen) == 1 and torch.equal(head(seen[0]), logits)
-    return (seen[0] if exact else None), chosen(logits, probe)
+    is_exact = len(inputs) == 1 and torch.equal(head(inputs[0]), logits)
+    return (inputs[0] if is_exact else None), compared_rows(logits, probe)
 
 
 @torch.inference_mode()
-def replayed(model: Any, hidden: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """The logits that ``hidden`` had, from the head of ``model``: the whole input at once, since another number of
-    rows may take another kernel and round differently."""
+def replayed_logits(model: Any, hidden: torch.Tensor, probe: Probe) -> torch.Tensor:
+    """The logits that the head of ``model`` computes from ``hidden``, the whole input at once.
+
+    With another number of rows, another kernel might run and round differently.
+    """
     head = head_of(model)
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head")
     logits: torch.Tensor = head(hidden)
-    return chosen(logits, probe)
+    return compared_rows(logits, probe)
 
 
 def _forward(model: Any, probe: Probe, device: str) -> torch.Tensor:
     logits: torch.Tensor = model(**probe.inputs(model, device)).logits
     if logits.dim() == 2 and model.config.problem_type == _INDEPENDENT_LABELS:
-        # Two rivals to a label, with the probabilities sigmoid(x) and 1 - sigmoid(x).
+        # Two classes for each label, with the probabilities sigmoid(x) and 1 - sigmoid(x).
         return torch.stack((logits[0], torch.zeros_like(logits[0])), dim=-1)
     return logits
 
 
-def chosen(logits: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """The compared rows of logits [1, tokens, vocabulary], or of a classifier's, which are rows as they are."""
+def compared_rows(logits: torch.Tensor, probe: Probe) -> torch.Tensor:
+    """The rows that ``probe`` compares, of logits [1, tokens, vocabulary] or a classifier's [rows, labels]."""
     rows = logits[0] if logits.dim() == 3 else logits
     return rows if probe.rows is None else rows[list(probe.rows)]

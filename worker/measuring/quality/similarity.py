@@ -1,4 +1,4 @@
-"""How well an encoder's embeddings keep their place after quantization."""
+"""How well an encoder's embeddings are preserved by quantization."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from qbatch.core.measured.quality_figures import Quality
 
 
 def embedding(hidden: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of the last hidden state [1, tokens, width], float32 [width]. There is no padding."""
+    """Mean over the tokens of the last hidden states [1, tokens, width], without padding: float32 [width]."""
     return hidden[0].float().mean(0)
 
 
 def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> Quality:
-    """Set embeddings ``other`` beside those of the base, both [pieces, width], piece by piece and pair by pair.
+    """Compare the embeddings ``other`` with those of the base, both [pieces, width].
 
-    ``cosine_*``: cosine of each piece's two embeddings once the mean over all pieces is taken off; raw cosines say
-    little, being above 0.96 even between different texts. ``rank_correlation``: Spearman's, between the two
-    models' similarities of all pairs of pieces: what a search would notice. With fewer than
-    three pieces there is a ``reason`` instead.
+    ``cosine_*``: cosine between a piece's two embeddings after the mean over all pieces is subtracted; without that,
+    cosines are above 0.96 even between different texts. ``rank_correlation``: Spearman's rank correlation between the
+    two models' similarities of all pairs of pieces, which is what a search depends on. With fewer than three pieces,
+    only a ``reason``.
     """
     base, other = _centred(base), _centred(other)
     if len(base) < 3:
-        return Quality(pieces=len(base), reason="similarities take three pieces of text or more")
+        return Quality(pieces=len(base), reason="similarities need at least three pieces of text")
     cosines = torch.nn.functional.cosine_similarity(base, other)
     return Quality(
         pieces=len(base),
@@ -44,13 +44,13 @@ def _pair_similarities(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Pearson's correlation of the ranks."""
+    """Spearman's rank correlation: Pearson's correlation of the ranks."""
     ranks = torch.stack([_ranks(first), _ranks(second)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ascending ranks, equal values sharing their mean rank."""
+    """Ascending ranks; equal values share their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     middle: torch.Tensor = counts.cumsum(0).double() - (counts - 1) / 2
     return middle[inverse]

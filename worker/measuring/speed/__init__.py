@@ -1,1 +1,1 @@
-"""How fast a model runs, what memory and energy it takes."""
+"""Measure speed, size, memory and energy of a model."""

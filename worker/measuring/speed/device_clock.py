@@ -1,4 +1,4 @@
-"""Time as the device sees it: events on CUDA, the host's monotonic clock on CPU."""
+"""Clocks for timing work on a device: events on CUDA, the host's monotonic clock on a CPU."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Clock(Protocol):
     """Marks moments cheaply, without waiting for the device, and reads them back later."""
 
     def mark(self) -> Any:
-        """A moment in the order of the work submitted so far."""
+        """Mark the moment at which the work submitted so far is done."""
 
     def intervals_s(self, marks: Sequence[Any]) -> list[float]:
-        """Seconds between consecutive marks; waits for the device."""
+        """Seconds between consecutive marks. Waits for the device."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was submitted."""
+        """Wait until the device has done all submitted work."""
 
 
 class HostClock:
-    """For a CPU, where every call returns with its work done."""
+    """The clock of a CPU, where the work is done when a call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -37,7 +37,7 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events on the current stream: they time the device's work and its waiting for the host alike."""
+    """CUDA events on the current stream. They include both the device's work and its waiting for the host."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -60,10 +60,10 @@ def clock_of(device: str) -> Clock:
 
 
 def repeat(run: Callable[[], None], *, min_iterations: int, min_duration_s: float) -> int:
-    """Call ``run`` until both minima are reached; returns how often it was called."""
-    begin_s = time.perf_counter()
+    """Call ``run`` until both minima are reached. Returns the number of calls."""
+    start_s = time.perf_counter()
     count = 0
-    while count < min_iterations or time.perf_counter() - begin_s < min_duration_s:
+    while count < min_iterations or time.perf_counter() - start_s < min_duration_s:
         run()
         count += 1
     return count

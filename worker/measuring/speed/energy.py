@@ -1,4 +1,4 @@
-"""Energy from NVML's counter, which moves every 100 ms: long loops between ticks, idle measured and taken off."""
+"""Measure energy with NVML's counter, which ticks every 100 ms: in long loops between ticks, less idle energy."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import pynvml
 
 from qbatch.core.measured.decode_figures import MeasuredEnergy, PhaseEnergy
-from qbatch.worker.measuring.speed.fairness import FairnessWatch, flags_of
+from qbatch.worker.measuring.speed.fairness import FairnessMonitor, flags_of
 
 _LOOP_S = 10.0
 _TICK_S = 0.1
 _NO_TICK_S = 2.0
-_LOOK_S = 1.0
+_SAMPLE_INTERVAL_S = 1.0
 
 
 class NoEnergyCounter(Exception):
-    """The device has no counter, or it does not move."""
+    """The device has no energy counter, or the counter does not change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnergySpan:
-    """Joules that the counter moved between two of its ticks, and the work done in between."""
+    """Joules between two ticks of the counter, and how often the work was done in between."""
 
     joules: float
     seconds: float
@@ -38,14 +38,16 @@ class EnergySpan:
 
     @property
     def uncertainty_j(self) -> float:
-        """A tick more or less at the end: the counter is read just after it moved, to within one poll."""
+        """The energy of one tick at the mean power, by which the end of the span may be off."""
         return self.watts * _TICK_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Joules for each repetition of some work: ``gross`` as the counter has it, ``net`` less what idling with the
-    model loaded takes for as long."""
+    """Joules per repetition of some work: ``gross_j`` by the counter, ``net_j`` less the idle energy for the same time.
+
+    Idle is measured with the model loaded. ``seconds``: the time of all repetitions.
+    """
 
     gross_j: float
     net_j: float
@@ -62,8 +64,10 @@ def loop_between_ticks(
     now_s: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EnergySpan:
-    """Repeat ``work`` (which returns when the device is done) from a tick of the counter for at least ``min_s``, and
-    wait for the next tick. Raises NoEnergyCounter where none comes."""
+    """Repeat ``work`` from a tick of the counter for at least ``min_s``, then wait for the next tick.
+
+    ``work`` must return only when the device is done. Raises NoEnergyCounter if no tick comes.
+    """
     begin_j, begin_s = _next_tick(read_j, now_s, sleep)
     count = 0
     while now_s() - begin_s < min_s:
@@ -74,7 +78,7 @@ def loop_between_ticks(
 
 
 def net_energy(span: EnergySpan, idle: EnergySpan) -> Energy:
-    """Energy of each repetition in ``span``, with what ``idle`` drew taken off for the same time."""
+    """Energy per repetition in ``span``; for the net energy, idle energy for the same time is subtracted."""
     net_j = span.joules - idle.watts * span.seconds
     idle_error_j = idle.uncertainty_j * span.seconds / idle.seconds
     return Energy(
@@ -89,16 +93,16 @@ def net_energy(span: EnergySpan, idle: EnergySpan) -> Energy:
 def measure_energy(
     handle: Any, *, prefill: Callable[[], None], generate: Callable[[], None], tokens: int, decoded: int
 ) -> MeasuredEnergy:
-    """Energy of the prefill, of decoding, and of idling, on the GPU of NVML's ``handle``; takes about 35 s.
+    """Measure the energy of prefill, decoding and idling on the GPU of NVML's ``handle``. Takes about 35 s.
 
-    ``generate`` is the prefill and all decode steps; the prefill's energy is taken off it. ``tokens`` prompt tokens
-    are read and ``decoded`` tokens decoded by one call, the whole batch counted. Raises NoEnergyCounter.
+    ``generate`` does the prefill and all decode steps; the energy of decoding is the difference. One call reads
+    ``tokens`` prompt tokens and decodes ``decoded`` tokens, counted over the whole batch. Raises NoEnergyCounter.
     """
-    watch = FairnessWatch(handle)
+    monitor = FairnessMonitor(handle)
     read_j = partial(_counter_j, handle)
     idle = loop_between_ticks(lambda: time.sleep(0.1), read_j)
-    prefill_j = net_energy(loop_between_ticks(_watched(prefill, watch), read_j), idle)
-    whole_j = net_energy(loop_between_ticks(_watched(generate, watch), read_j), idle)
+    prefill_j = net_energy(loop_between_ticks(_monitored(prefill, monitor), read_j), idle)
+    whole_j = net_energy(loop_between_ticks(_monitored(generate, monitor), read_j), idle)
     return MeasuredEnergy(
         idle_w=idle.watts,
         prefill=PhaseEnergy(
@@ -116,20 +120,20 @@ def measure_energy(
             gross_j_per_token=(whole_j.gross_j - prefill_j.gross_j) / decoded,
             net_j_per_token=(whole_j.net_j - prefill_j.net_j) / decoded,
         ),
-        flags=flags_of([watch.sighting()]),
+        flags=flags_of([monitor.conditions()]),
     )
 
 
-def _watched(work: Callable[[], None], watch: FairnessWatch) -> Callable[[], None]:
-    """``work`` with a look once a second: more of them would be measured too."""
-    looked_s = time.perf_counter()
+def _monitored(work: Callable[[], None], monitor: FairnessMonitor) -> Callable[[], None]:
+    """``work``, with a sample of the GPU's state once a second. More samples would distort the measurement."""
+    sampled_s = time.perf_counter()
 
     def run() -> None:
-        nonlocal looked_s
+        nonlocal sampled_s
         work()
-        if time.perf_counter() - looked_s >= _LOOK_S:
-            watch.look()
-            looked_s = time.perf_counter()
+        if time.perf_counter() - sampled_s >= _SAMPLE_INTERVAL_S:
+            monitor.sample()
+            sampled_s = time.perf_counter()
 
     return run
 
@@ -144,10 +148,10 @@ def _counter_j(handle: Any) -> float:
 def _next_tick(
     read_j: Callable[[], float], now_s: Callable[[], float], sleep: Callable[[float], None]
 ) -> tuple[float, float]:
-    """(joules, seconds) just after the counter has moved."""
+    """Wait for the counter to change. Returns (joules, seconds) just after that. Raises NoEnergyCounter."""
     before_j, begin_s = read_j(), now_s()
     while (value_j := read_j()) == before_j:
         if now_s() - begin_s > _NO_TICK_S:
-            raise NoEnergyCounter(f"the energy counter did not move for {_NO_TICK_S:.0f} s")
+            raise NoEnergyCounter(f"the energy counter did not change for {_NO_TICK_S:.0f} s")
         sleep(0.001)
     return value_j, now_s()

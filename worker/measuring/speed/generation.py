@@ -1,4 +1,4 @@
-"""How fast a model generates, or passes its input forward."""
+"""Time text generation, or forward passes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationTimes:
-    """Seconds. ``prefill_s``: from the call of ``generate`` until the first token's logits are there. ``decode_s``:
-    from then until the last token's. ``per_token_s``: the steps in between, those of all iterations together."""
+    """Times in seconds, an entry for each iteration, in ``per_token_s`` for each decode step of all iterations.
+
+    ``prefill_s``: from the call of ``generate`` until the first token's logits are computed. ``decode_s``: from then
+    until the last token's.
+    """
 
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
@@ -28,7 +31,7 @@ class GenerationTimes:
 
 
 class _TokenMarks:
-    """A logits processor that changes nothing and marks the moment at which each token's logits are there."""
+    """A logits processor that changes nothing and marks the moment at which each token's logits are computed."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -47,14 +50,14 @@ def time_generation(
     protocol: Protocol,
     clock: Clock,
     during_warmup: AbstractContextManager[object] = _NOTHING,
-    look: Callable[[], None] = lambda: None,
+    between_iterations: Callable[[], None] = lambda: None,
 ) -> GenerationTimes:
-    """Greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length], over and over.
+    """Time one round of greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length].
 
-    It is ``generate`` itself that is timed, since that is what runs everywhere and what a user gets. For an
-    encoder-decoder the prefill is the encoder and the first token. One round: see ``Protocol.rounds``.
-    ``during_warmup`` is open during the warm-up, and ``look`` is called between what is timed. Raises BenchmarkError
-    where the model stops of itself.
+    ``generate`` itself is timed, since it is what users run. For an encoder-decoder, the prefill is the encoder and the
+    first token. For the number of iterations see ``Protocol.rounds``. ``during_warmup``: a context that is entered for
+    the warm-up. ``between_iterations`` is called before, between and after the timed iterations. Raises BenchmarkError
+    if the model stops early.
     """
     from transformers import LogitsProcessorList
 
@@ -78,7 +81,7 @@ def time_generation(
             times.per_token_s.extend(steps_s[1:])
 
     with torch.inference_mode(), greedy(model, new_tokens):
-        _run(once, protocol, during_warmup, look)
+        _run(once, protocol, during_warmup, between_iterations)
     return times
 
 
@@ -89,9 +92,9 @@ def time_forward(
     protocol: Protocol,
     clock: Clock,
     during_warmup: AbstractContextManager[object] = _NOTHING,
-    look: Callable[[], None] = lambda: None,
+    between_iterations: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Seconds of each forward pass over ``inputs`` in one round; the rest as in ``time_generation``."""
+    """Seconds of each forward pass over ``inputs`` in one round. Other arguments as for ``time_generation``."""
     times_s: list[float] = []
 
     def once(record: bool) -> None:
@@ -103,7 +106,7 @@ def time_forward(
             times_s.extend(seconds)
 
     with torch.inference_mode():
-        _run(once, protocol, during_warmup, look)
+        _run(once, protocol, during_warmup, between_iterations)
     return times_s
 
 
@@ -111,16 +114,16 @@ def _run(
     once: Callable[[bool], None],
     protocol: Protocol,
     during_warmup: AbstractContextManager[object],
-    look: Callable[[], None],
+    between_iterations: Callable[[], None],
 ) -> None:
     with during_warmup:
         for _ in range(protocol.warmup_iterations):
             once(False)
-    look()
+    between_iterations()
 
     def timed() -> None:
         once(True)
-        look()
+        between_iterations()
 
     repeat(
         timed,
@@ -133,8 +136,8 @@ def _run(
 def greedy(model: Any, new_tokens: int) -> Iterator[None]:
     """Replace the model's generation defaults (sampling, beams, penalties, an end token) by plain greedy decoding.
 
-    Without an end token every sequence runs to ``new_tokens``. ``generate`` fills whatever is unset from the
-    model's own defaults, so these are replaced rather than overridden.
+    Without an end token, every sequence has ``new_tokens`` tokens. The defaults are replaced rather than overridden,
+    since ``generate`` fills every unset option from them.
     """
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""Peaks of memory, seen from a thread beside the one that works."""
+"""Measure peaks of memory, by polling from a separate thread."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _INTERVAL_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Bytes in use on a GPU: by everybody, and by this process. The latter is None where the driver does not say,
-    as in a container whose process numbers are not the host's."""
+    """Bytes in use on a GPU: by all processes, and by this one.
+
+    The latter is None if the driver does not tell, as in a container whose process ids differ from the host's.
+    """
 
     total_used: int
     process_used: int | None
@@ -28,63 +30,63 @@ class DeviceMemory:
 
 @dataclass(slots=True, kw_only=True)
 class MemoryPeaks:
-    """The largest values seen, in bytes; None where there was nothing to see."""
+    """The largest recorded values in bytes; None if there were none."""
 
     max_ram: int | None = None
     max_global_vram: int | None = None
     max_process_vram: int | None = None
 
-    def see(self, ram: int, device: DeviceMemory | None) -> None:
+    def record(self, ram: int, device: DeviceMemory | None) -> None:
         self.max_ram = _larger(self.max_ram, ram)
         if device is not None:
             self.max_global_vram = _larger(self.max_global_vram, device.total_used)
             self.max_process_vram = _larger(self.max_process_vram, device.process_used)
 
 
-class MemoryWatch:
-    """While its context is open, polls resident memory and the GPU's every 20 ms, from a thread of its own.
+class MemoryMonitor:
+    """A context manager that polls resident memory and GPU memory every 20 ms from a separate thread.
 
-    Polling costs the working thread a little time, so it is put around the warm-up, which does the same work and
-    is not timed. One look is taken at the start and one at the end in any case.
+    Polling slows the working thread a little, so it is used during the warm-up, which does the same work untimed.
+    Memory is also sampled once at the start and once at the end.
     """
 
-    def __init__(self, look_at_device: Callable[[], DeviceMemory | None] = lambda: None) -> None:
+    def __init__(self, read_device_memory: Callable[[], DeviceMemory | None] = lambda: None) -> None:
         self.peaks = MemoryPeaks()
-        self._look_at_device = look_at_device
+        self._read_device_memory = read_device_memory
         self._process = psutil.Process()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="memory-watch", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="memory-monitor", daemon=True)
 
     def __enter__(self) -> Self:
-        self._look()
+        self._sample()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
-        self._look()
+        self._sample()
 
     def _poll(self) -> None:
-        while not self._over.wait(_INTERVAL_S):
-            self._look()
+        while not self._stop.wait(_INTERVAL_S):
+            self._sample()
 
-    def _look(self) -> None:
-        self.peaks.see(self._process.memory_info().rss, self._look_at_device())
+    def _sample(self) -> None:
+        self.peaks.record(self._process.memory_info().rss, self._read_device_memory())
 
 
 @contextmanager
-def watching(device: str) -> Iterator[MemoryWatch]:
-    """A watch, not yet open, over this process and, for "cuda:N", that GPU; without NVML the GPU's stay None."""
+def memory_monitor(device: str) -> Iterator[MemoryMonitor]:
+    """A monitor, not yet started, of this process and, for "cuda:N", that GPU (whose peaks are None without NVML)."""
     with nvml_handle(device) as handle:
-        yield MemoryWatch(lambda: None if handle is None else _device_memory(handle))
+        yield MemoryMonitor(lambda: None if handle is None else _device_memory(handle))
 
 
 @contextmanager
 def nvml_handle(device: str) -> Iterator[Any]:
-    """NVML's handle of a CUDA device, found by UUID, since the two count GPUs differently; None where there is none."""
+    """NVML's handle of a CUDA device, found by UUID since NVML numbers GPUs differently; None if there is none."""
     if not device.startswith("cuda"):
         yield None
         return
@@ -113,29 +115,29 @@ def _device_memory(handle: Any) -> DeviceMemory | None:
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return None
-    mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return DeviceMemory(total_used=used, process_used=mine[0] if mine else None)
+    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+    return DeviceMemory(total_used=used, process_used=own[0] if own else None)
 
 
 def reset_allocator_peaks(device: str) -> None:
-    """Begin anew what ``allocator_peaks`` reports."""
+    """Reset the peaks that ``allocator_peaks`` reports."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-        # What the allocator keeps of earlier work would count as this one's.
+        # Memory that the allocator keeps from earlier work would count as well.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorPeaks:
-    """In bytes, of torch's allocator; None on a CPU."""
+    """Peaks of torch's allocator in bytes; None on a CPU."""
 
     allocated: int | None = None
     reserved: int | None = None
 
 
 def allocator_peaks(device: str) -> AllocatorPeaks:
-    """What torch's allocator handed out at most since the reset, and what it kept at most, in bytes; None on a CPU."""
+    """The most bytes that torch's allocator had handed out, and had reserved, since the reset."""
     if not device.startswith("cuda"):
         return AllocatorPeaks()
     return AllocatorPeaks(

@@ -1,4 +1,4 @@
-"""The phases that a task is timed in, at a shape that fits the model: prefill and decode, or one forward."""
+"""Time the phases of a model's task at a shape that fits the model: prefill and decode, or forward passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from qbatch.core.domain import Protocol
 from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.measuring.speed.device_clock import clock_of
-from qbatch.worker.measuring.speed.fairness import Sighting, fairness_watch
+from qbatch.worker.measuring.speed.fairness import GpuConditions, fairness_monitor
 from qbatch.worker.measuring.speed.generation import time_forward, time_generation
 from qbatch.worker.measuring.tokens import max_positions, prompts
 from qbatch.worker.models.architecture import ModelKind
@@ -23,7 +23,7 @@ _GENERATIVE = (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedShape:
-    """What was timed."""
+    """The shape that was timed."""
 
     batch_size: int
     prompt_tokens: int
@@ -32,13 +32,15 @@ class TimedShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """The times of one round in seconds, by phase (prefill, decode and per token, or forward), for ``prompts``
-    [batch, length]. ``new_tokens`` is 0 where nothing is generated; ``sighting`` None without a GPU."""
+    """The times of one round in seconds, by phase (prefill, decode and per token, or forward).
+
+    ``prompts``: [batch, length]. ``new_tokens``: 0 if nothing is generated. ``conditions``: None without a GPU.
+    """
 
     times_s: Mapping[Phase, list[float]]
     prompts: torch.Tensor
     new_tokens: int
-    sighting: Sighting | None
+    conditions: GpuConditions | None
 
     @property
     def shape(self) -> TimedShape:
@@ -49,12 +51,16 @@ class Round:
 def time_round(
     loaded: LoadedModel, protocol: Protocol, eval_text: str, during_warmup: AbstractContextManager[object]
 ) -> Round:
-    """Time the phases of the model's task, one round of them."""
+    """Time one round of the phases of the model's task."""
     time_phases = _generation if loaded.task in _GENERATIVE else _forward
-    with fairness_watch(loaded.device) as fairness:
-        options = {"clock": clock_of(loaded.device), "during_warmup": during_warmup, "look": fairness.look}
+    with fairness_monitor(loaded.device) as fairness:
+        options = {
+            "clock": clock_of(loaded.device),
+            "during_warmup": during_warmup,
+            "between_iterations": fairness.sample,
+        }
         times_s, ids, new_tokens = time_phases(loaded, protocol, eval_text, options)
-        return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, sighting=fairness.sighting())
+        return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, conditions=fairness.conditions())
 
 
 _Timed = tuple[Mapping[Phase, list[float]], torch.Tensor, int]
@@ -69,7 +75,7 @@ def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options
 
 
 def generation_shape(protocol: Protocol, limit: int | None) -> tuple[int, int]:
-    """(prompt tokens, new tokens) that fit ``limit`` positions; the prompt yields first."""
+    """(prompt tokens, new tokens) that fit ``limit`` positions. The prompt is shortened first."""
     if limit is None or protocol.prompt_tokens + protocol.new_tokens <= limit:
         return protocol.prompt_tokens, protocol.new_tokens
     new_tokens = max(2, min(protocol.new_tokens, limit // 2))

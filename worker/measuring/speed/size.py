@@ -1,4 +1,4 @@
-"""How large a model is: logical parameters, and the bytes that hold them."""
+"""Count a model's logical parameters, and the bytes that hold them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from qbatch.worker.methods.halves import weights_of_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Counts of a loaded model. Tied weights count once. ``weights_bytes`` is the parameters and, where they are
-    quantized, the state needed to use them; ``buffer_bytes`` is what else the modules hold (rotary tables, masks).
+    """Counts of a loaded model. Tied weights count once.
 
-    ``memory_footprint_bytes`` is transformers' own figure: parameters and buffers, without quantization state.
+    ``weights_bytes``: the parameters and the quantization state needed to use them. ``buffer_bytes``: the other tensors
+    of the modules (rotary tables, masks). ``memory_footprint_bytes``: transformers' own figure, which is parameters and
+    buffers without quantization state.
     """
 
     num_parameters: int
@@ -35,7 +36,7 @@ class ModelSize:
 
 
 def measure_size(model: Any) -> ModelSize:
-    """Count ``model`` as loaded. Call it before any forward: on some CPUs a method repacks its weights then."""
+    """Count ``model`` as loaded. Call it before any forward pass, which on some CPUs repacks a method's weights."""
     weights, parameters = weights_of_model(model), list(model.parameters())
     state_bytes = held_bytes(tensor for module in model.modules() for tensor in weights.state(module))
     return ModelSize(
@@ -54,6 +55,6 @@ def disk_bytes(folder: Path) -> int:
 
 
 def held_bytes(tensors: Any) -> int:
-    """Bytes of ``tensors``, one that is there twice counted once."""
+    """Bytes of ``tensors``. A tensor that occurs twice counts once."""
     distinct = {(t.data_ptr(), t.nbytes) if t.numel() else (id(t), 0): t.nbytes for t in tensors}
     return sum(distinct.values())

@@ -1,1 +1,1 @@
-"""Why decoding is as fast as it is."""
+"""What limits the speed of decoding."""

@@ -1,4 +1,4 @@
-"""Asks for the kernels of a decode step: the runner's end of ``qbatch.worker.measuring.why.decode_kernels``."""
+"""Request the kernels of a decode step: the client of ``qbatch.worker.measuring.why.decode_kernels``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _END_S = 5.0
 
 
 class Captures:
-    """Captures in processes of their own, which share their imports. A context: leaving it ends them.
+    """Captures and profiles decode steps in separate processes, which share their imports. A context manager.
 
-    The first capture waits for the imports, 15 s on some machines, unless ``prepare`` was called meanwhile.
+    Leaving the context ends the processes. The first request waits for the imports, which take 15 s on some machines,
+    unless ``prepare`` was called earlier.
     """
 
     def __init__(self, *, time_limit_s: float = _TIME_LIMIT_S) -> None:
@@ -38,47 +39,47 @@ class Captures:
         self._end()
 
     def prepare(self) -> subprocess.Popen[str]:
-        """Begin with the imports; nothing should be timed on the host just then."""
+        """Start the imports. Nothing should be timed on the host meanwhile."""
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "qbatch.worker.measuring.why.decode_kernels"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                # It forks, which is safe while it has one thread; numpy would start some that nobody needs.
+                # It forks, which is only safe with a single thread, so numpy must not start any.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )
         return self._server
 
     def kernels(self, request: KernelsRequest) -> list[StepKernels]:
-        """Capture and profile a decode step at each of the request's shapes. Never raises for what goes wrong in there.
+        """Capture and profile a decode step at each shape of the request. Failures become reasons and never raise.
 
-        The model is loaded in the other process: where the GPU has no room for that, that is the reason. A capture
-        that fails costs another process, and another loading, for the profile.
+        The other process loads the model once more, so a GPU without enough memory for that is one such reason. If the
+        capture fails, another process loads the model again for the profile.
         """
-        found = self._answered(request)
-        if all(one.profile is not None or one.reason is not None for one in found):
-            return found
-        again = self._answered(replace(request, capture=False))
-        return [replace(other, alone=one.alone) for one, other in zip(found, again, strict=True)]
+        captured = self._request(request)
+        if all(one.profile is not None or one.reason is not None for one in captured):
+            return captured
+        profiled = self._request(replace(request, capture=False))
+        return [replace(profile, alone=one.alone) for one, profile in zip(captured, profiled, strict=True)]
 
-    def _answered(self, request: KernelsRequest) -> list[StepKernels]:
+    def _request(self, request: KernelsRequest) -> list[StepKernels]:
         try:
             answer = self._ask(self.prepare(), json.dumps(asdict(request)))
-        except TimeoutError as late:
-            nothing = StepKernels(alone=KernelsAlone(reason=str(late)), reason=str(late))
-            return [nothing] * len(request.shapes)
+        except TimeoutError as error:
+            failed = StepKernels(alone=KernelsAlone(reason=str(error)), reason=str(error))
+            return [failed] * len(request.shapes)
         if answer:
-            return [_parsed(**found) for found in json.loads(answer)]
-        reason = "the capturing process died without a word; the job's log may say why"
-        # It may be the capture that it died of.
-        nothing = StepKernels(alone=KernelsAlone(reason=reason), reason=None if request.capture else reason)
-        return [nothing] * len(request.shapes)
+            return [_parsed(**fields) for fields in json.loads(answer)]
+        reason = "the capturing process died; the job's log may say why"
+        # If it died while capturing, profiling alone may still work.
+        failed = StepKernels(alone=KernelsAlone(reason=reason), reason=None if request.capture else reason)
+        return [failed] * len(request.shapes)
 
     def _ask(self, server: subprocess.Popen[str], line: str) -> str:
-        """The answer, empty where a process died. A server that is late (TimeoutError) or gone is not asked again."""
+        """The answer, empty if the process died. Raises TimeoutError. A late or dead server is not used again."""
         requests, answers = _pipes(server)
-        # One that is gone has no answer either: that is how it is noticed.
+        # A dead server also gives no answer, which is noticed below.
         with contextlib.suppress(BrokenPipeError):
             requests.write(line + "\n")
             requests.flush()
@@ -91,7 +92,7 @@ class Captures:
         return answer.strip()
 
     def _end(self) -> None:
-        """Closing its input ends it, and a capture under way."""
+        """End the server and any capture in progress, by closing its input."""
         server, self._server = self._server, None
         if server is None:
             return

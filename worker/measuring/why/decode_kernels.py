@@ -1,10 +1,9 @@
-"""The kernels of a decode step, in a process of their own: under a CUDA graph without the host, and profiled as
-``generate`` runs them.
+"""Measure the kernels of a decode step in a separate process: in a CUDA graph without the host, and by a profiler.
 
-A failed capture leaves a process's CUDA state unfit for more, and a profiler leaves its process slower.
-``python -P -m qbatch.worker.measuring.why.decode_kernels`` imports what is slow and does not initialise CUDA, once;
-then it forks a process for each request, since a fork can still use the GPU. Requests are lines of JSON on standard
-input, answers on standard output; ``qbatch.worker.measuring.why.capture`` is the other end.
+The process is separate because a failed capture leaves CUDA unusable, and a profiler leaves its process slower.
+``python -P -m qbatch.worker.measuring.why.decode_kernels`` does the slow imports once, without initialising CUDA. It
+then forks a process for each request, since a forked process can still initialise the GPU. Requests are lines of JSON
+on standard input, answers lines on standard output; the client is ``qbatch.worker.measuring.why.capture``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-# Not bitsandbytes, whose import initialises CUDA.
+# Without bitsandbytes, since importing it initialises CUDA.
 _PRELOAD = (
     "transformers.modeling_utils",
     "transformers.generation",
@@ -42,7 +41,7 @@ _ORPHANED = 70
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a step comes after: ``prompt_tokens``, with a cache that has room for ``new_tokens`` more."""
+    """The context of a step: a prompt of ``prompt_tokens``, in a cache with space for ``new_tokens`` more."""
 
     batch_size: int
     prompt_tokens: int
@@ -51,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsRequest:
-    """Of which model, and at which shapes; with ``capture`` false, profiles alone. ``dtype`` is a DType's value."""
+    """Which model to measure, at which shapes. ``capture``: False to only profile. ``dtype``: the value of a DType."""
 
     folder: str
     dtype: str
@@ -63,8 +62,7 @@ class KernelsRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsAlone:
-    """Median seconds of a replayed decode step, with a static cache of the protocol's length; else why there is
-    none."""
+    """Median seconds of a replayed decode step with a static cache of the protocol's length, or why there is none."""
 
     step_s: float | None = None
     reason: str | None = None
@@ -72,8 +70,11 @@ class KernelsAlone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepKernels:
-    """A decode step at one shape. Where there is no ``profile``, ``reason`` says why; neither is there where a failed
-    capture stood in the way, and it may be asked for again."""
+    """The kernels of a decode step at one shape.
+
+    ``reason``: why there is no ``profile``. Both are None if a failed capture prevented profiling; then the profile can
+    be requested again without the capture.
+    """
 
     alone: KernelsAlone | None = None
     profile: StepProfile | None = None
@@ -82,7 +83,7 @@ class StepKernels:
 
 def main() -> None:
     """Serve requests until standard input ends."""
-    # Whatever a library prints goes to the log, not between the answers.
+    # What libraries print goes to the log rather than between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import_without_gpu(_PRELOAD)
@@ -92,25 +93,25 @@ def main() -> None:
 
 
 def _answer(line: str) -> str:
-    """What a process of its own makes of a request; empty where it died."""
-    ours, theirs = os.pipe()
+    """Handle a request in a forked process. Returns its answer, empty if the process died."""
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        _work(line, theirs)
-    os.close(theirs)
-    with os.fdopen(ours) as pipe:
+        _handle_and_exit(line, write_end)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
     return answer
 
 
-def _work(line: str, answer_to: int) -> None:
-    """A forked process's whole life. Not through interpreter shutdown, which CUDA's broken state may hang."""
-    threading.Thread(target=_leave_with_the_runner, daemon=True).start()
+def _handle_and_exit(line: str, answer_to: int) -> None:
+    """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
+    threading.Thread(target=_exit_with_the_runner, daemon=True).start()
     try:
         fields = json.loads(line)
         request = KernelsRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
-        os.write(answer_to, json.dumps([asdict(found) for found in _measure(request)]).encode())
+        os.write(answer_to, json.dumps([asdict(kernels) for kernels in _measure(request)]).encode())
     except Exception:
         traceback.print_exc()
     finally:
@@ -118,8 +119,8 @@ def _work(line: str, answer_to: int) -> None:
         os._exit(0)
 
 
-def _leave_with_the_runner() -> None:
-    """The runner holds the other end of standard input: once it is gone, nobody wants the answer, but the GPU."""
+def _exit_with_the_runner() -> None:
+    """Wait for the runner, which holds the other end of standard input, to end; then exit and free the GPU."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), 0)
     poll.poll()
@@ -127,11 +128,11 @@ def _leave_with_the_runner() -> None:
 
 
 def _measure(request: KernelsRequest) -> list[StepKernels]:
-    """An answer for each shape."""
+    """Measure the kernels at each shape of the request. Failures become reasons."""
     count = len(request.shapes)
     if not request.device.startswith("cuda"):
-        alone = KernelsAlone(reason="there are no CUDA graphs on a CPU")
-        return [StepKernels(alone=alone, reason="a CPU runs no kernels")] * count
+        alone = KernelsAlone(reason="a CPU has no CUDA graphs")
+        return [StepKernels(alone=alone, reason="a CPU has no kernels to profile")] * count
     try:
         model = _load(request)
     except Exception as error:
@@ -152,16 +153,16 @@ def _reason(failure: str, error: Exception) -> str:
 
 
 def _capture_each(model: Any, request: KernelsRequest) -> list[KernelsAlone]:
-    """After a failure, that failure for the rest."""
-    found: list[KernelsAlone] = []
+    """Capture a step at each shape. After a failure, the remaining shapes get its reason."""
+    captured: list[KernelsAlone] = []
     try:
-        # One by one: what was found before a failure stands.
-        found.extend(KernelsAlone(step_s=_replayed_s(model, shape, request.device)) for shape in request.shapes)
+        # A generator, so that results from before a failure are kept.
+        captured.extend(KernelsAlone(step_s=_replayed_s(model, shape, request.device)) for shape in request.shapes)
     except Exception as error:
-        # Whatever stops a capture is the answer to the question asked.
+        # Any error is a valid answer: it is the reason why the step cannot be captured.
         failure = KernelsAlone(reason=_reason("not capturable", error))
-        return found + [failure] * (len(request.shapes) - len(found))
-    return found
+        return captured + [failure] * (len(request.shapes) - len(captured))
+    return captured
 
 
 def _profile_each(model: Any, request: KernelsRequest) -> list[StepKernels]:
@@ -177,8 +178,8 @@ def _profile(model: Any, shape: Shape, device: str) -> StepKernels:
     except Exception as error:
         return StepKernels(reason=_reason("cannot profile a step", error))
     if not profile.device_busy_s:
-        # Where CUPTI is barred or somebody else's: such a step would be called host-bound.
-        return StepKernels(reason="the profiler saw nothing run on the GPU")
+        # CUPTI is forbidden or used by another process. Without this check the step would count as host-bound.
+        return StepKernels(reason="the profiler recorded no work on the GPU")
     return StepKernels(profile=profile)
 
 
@@ -221,7 +222,7 @@ def _replayed_s(model: Any, shape: Shape, device: str) -> float:
 
 
 def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(a function that runs one step after the prompt and returns its logits, one that makes the cache forget it)."""
+    """(a function that runs one step after the prompt and returns its logits, one that resets the cache)."""
     import torch
     from transformers import StaticCache
 
@@ -245,7 +246,7 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
 
 
 def _ids(model: Any, shape: Shape, device: str) -> Any:
-    """[batch, prompt and one more]. Each row its own: of a mixture's experts, equal rows would all choose the same."""
+    """Random ids [batch, prompt + 1]. The rows differ, since equal rows would all choose the same experts."""
     import torch
 
     rows = int(model.get_input_embeddings().weight.shape[0])

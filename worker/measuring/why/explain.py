@@ -1,4 +1,4 @@
-"""Why decoding is as fast as it is, and what it costs in energy: everything about a GPU beyond the plain figures."""
+"""Find out what limits decoding on a GPU, and how much energy it takes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,23 @@ T = TypeVar("T")
 
 
 class Explanation:
-    """What lies behind the eager decode steps of a causal LM on CUDA. ``observe`` while the model is there,
-    ``conclude`` once its place may be taken. What goes wrong costs that part alone and leaves its reason."""
+    """Explains the eager decode steps of a causal LM on CUDA.
+
+    Call ``observe`` while the model is loaded, and ``conclude`` once it is unloaded and its memory is free. Whatever
+    fails is left out, with the reason in its place.
+    """
 
     def __init__(self, protocol: Protocol, on_step: Callable[[str], None]) -> None:
         self._protocol = protocol
         self._on_step = on_step
         self._work: StepWork | None = None
         self._energy = MeasuredEnergy()
-        self._reason = None if protocol.why else "it was not asked why"
-        # Spoils the device for this process; what was measured before it stands.
+        self._reason = None if protocol.why else "the protocol does not ask for an explanation"
+        # The device is unusable for this process from then on. Earlier measurements remain valid.
         self.fault: DeviceError | None = None
 
     def observe(self, loaded: LoadedModel, shape: Round) -> None:
-        """Count a step's work at ``shape``, and with the protocol's ``energy`` measure that (35 s)."""
+        """Count a step's work at ``shape``, and if the protocol asks for energy, measure it, which takes 35 s."""
         if self._protocol.why:
             self._work, self._reason = self._attempt("count a step's work", lambda: _work(loaded, shape.prompts))
         if self._protocol.energy:
@@ -57,7 +60,7 @@ class Explanation:
     def conclude(
         self, *, device: str, compute_dtype: DType, step_wall_s: float, kernels: StepKernels | None
     ) -> DecodeReasons:
-        """The verdict on an eager step of ``step_wall_s`` seconds, and what it rests on; ``kernels`` are its own."""
+        """The verdict on an eager step of ``step_wall_s`` seconds, with its evidence; ``kernels``: the step's."""
         profile = None if kernels is None else kernels.profile
         alone = None if kernels is None else kernels.alone
         roofs: Roofs | None = None
@@ -105,7 +108,7 @@ class Explanation:
         )
 
     def _attempt(self, doing: str, work: Callable[[], T]) -> tuple[T | None, str | None]:
-        """What ``work`` returns; else why it did not. After a fault of the device nothing more is tried."""
+        """(the result of ``work``, None), or (None, why it failed). After a device fault, nothing more is tried."""
         if self.fault is not None:
             return None, str(self.fault)
         try:
@@ -135,7 +138,7 @@ def _stored_work(work: StepWork | None) -> ReadByStep:
 
 @torch.inference_mode()
 def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
-    """With the cache as it is after the prefill: decoding adds little to it."""
+    """The work of a step with the cache as it is after the prefill; decoding adds little to it."""
     cache = getattr(loaded.model(input_ids=prompts, use_cache=True), "past_key_values", None)
     return step_work(loaded.model, cache, batch_size=len(prompts))
 
@@ -143,7 +146,7 @@ def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
 def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> MeasuredEnergy:
     with nvml_handle(loaded.device) as handle:
         if handle is None:
-            return MeasuredEnergy(reason="NVML does not show this GPU")
+            return MeasuredEnergy(reason="NVML does not list this GPU")
         try:
             return measure_energy(
                 handle,

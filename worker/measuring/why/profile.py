@@ -1,6 +1,6 @@
-"""What a GPU does during decode steps as ``generate`` runs them: how long it is busy, and how often it is spoken to.
+"""Profile decode steps as ``generate`` runs them: how long the GPU is busy, and how often the CUDA runtime is called.
 
-torch's profiler slows every launch of its process from then on (CUPTI stays attached): nothing is timed after it.
+torch's profiler slows every later launch of its process (CUPTI stays attached), so nothing must be timed after it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from torch._C._autograd import DeviceType
 from qbatch.worker.measuring.speed.device_clock import clock_of
 from qbatch.worker.measuring.speed.generation import greedy
 
-# The first steps after the prefill still allocate; then as many as make a stable mean.
+# The first steps after the prefill still allocate memory; then enough steps for a stable mean.
 _SKIPPED_STEPS = 3
 _STEPS = 8
-# The prefill makes the first token.
+# The prefill generates the first token.
 _TOKENS_BEFORE = 1 + _SKIPPED_STEPS
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProfile:
-    """Of one decode step, on average. ``device_busy_s``: seconds in which the device ran a kernel or a copy;
-    ``launches`` and ``synchronizations``: calls of the CUDA runtime. Profiling slows the host and not the kernels,
-    so the wall time must come from elsewhere."""
+    """Averages of one decode step.
+
+    ``device_busy_s``: seconds in which the device ran a kernel or a copy. ``launches`` and ``synchronizations``: calls
+    of the CUDA runtime. Profiling slows the host but not the kernels, so the wall time must be measured elsewhere.
+    """
 
     steps: int
     device_busy_s: float
@@ -42,7 +44,7 @@ class _Profiler:
         kinds = torch.profiler.ProfilerActivity
         self._profiler = torch.profiler.profile(
             activities=[kinds.CPU, kinds.CUDA] if device.startswith("cuda") else [kinds.CPU],
-            # There is one cycle; some versions warn of losing others.
+            # There is only one cycle, but some versions warn about losing others.
             acc_events=True,
         )
         self._clock = clock_of(device)
@@ -65,8 +67,8 @@ class _Profiler:
 def profile_decode(model: Any, prompts: torch.Tensor, *, new_tokens: int, device: str) -> StepProfile:
     """Profile a few eager decode steps of ``model`` after a prefill of ``prompts`` [batch, length].
 
-    The model has positions for the prompt and ``new_tokens``; where those are fewer than the profiled steps need,
-    the prompt is that much shorter. On a CPU there is no device to be busy, and the figures are 0.
+    The model must have positions for the prompt and ``new_tokens``. If the profiled steps need more new tokens, the
+    prompt is shortened by the difference. On a CPU all figures are 0.
     """
     from transformers import LogitsProcessorList
 
@@ -84,7 +86,7 @@ def profile_decode(model: Any, prompts: torch.Tensor, *, new_tokens: int, device
 
 
 def summarize_events(events: Iterable[Any], *, steps: int) -> StepProfile:
-    """Average torch.profiler's ``events`` over ``steps``; one of the synchronisations is the profiling's own."""
+    """Average torch.profiler's ``events`` over ``steps``, without the one synchronization that profiling adds."""
     events = list(events)
     on_device = [event for event in events if _is_device_work(event)]
     launches = sum(event.name.startswith(_LAUNCHES) for event in events)
@@ -102,7 +104,7 @@ def _is_device_work(event: Any) -> bool:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of ``intervals``: what runs at the same time on two streams counts once."""
+    """Length of the union of ``intervals``, so that work running at the same time on two streams counts once."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))

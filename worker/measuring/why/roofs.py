@@ -1,4 +1,4 @@
-"""What the device can do at best: the roofs under which every kernel lives."""
+"""The device's best rates of copying and of arithmetic, the roofs that no kernel exceeds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _REPETITIONS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofs:
-    """``copy_bytes_per_s`` counts a copy's reading and writing; ``matmul_flops_per_s`` is of a large square product in
-    ``dtype``."""
+    """``copy_bytes_per_s``: bytes read plus bytes written by a copy. ``matmul_flops_per_s``: of a large square matrix
+    product in ``dtype``."""
 
     copy_bytes_per_s: float
     matmul_flops_per_s: float
@@ -28,7 +28,7 @@ class Roofs:
 
 @functools.cache
 def measure_roofs(device: str, dtype: torch.dtype) -> Roofs:
-    """Medians on a CUDA device, measured once in a process. Takes 2 GiB, then two matrices of 8192², for a moment."""
+    """Measure medians on a CUDA device, once per process. Briefly uses 2 GiB, then two matrices of 8192²."""
     roofs = Roofs(
         copy_bytes_per_s=2 * _COPIED_BYTES / _copy_s(device),
         matmul_flops_per_s=2 * _MATRIX_SIDE**3 / _matmul_s(device, dtype),
