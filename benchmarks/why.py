@@ -273,7 +273,7 @@ def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> An
             on_step=report,
         )
     )
-    model.begin(loaded)
+    model.prepare(loaded)
     return RowBenchmark(model, requested, report)
 
 

@@ -145,7 +145,7 @@ def _encoded(value: Any, path: Path, room: int) -> Iterator[str]:
 
 
 def _too_large(path: Path) -> UsageError:
-    return UsageError(f"{path}: the tasks' files and their data are over {MAX_BYTES // MIB} MiB together")
+    return UsageError(f"{path}: the task files and their data exceed {MAX_BYTES // MIB} MiB in total")
 
 
 def _read_file(path: Path, room: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
@@ -70,14 +70,15 @@ def differences_not_in_heading(first_rows: Sequence[ResultRow]) -> list[str]:
 def version_differences(rows: Sequence[ResultRow]) -> list[str]:
     """``torch (2.12, 2.13)``: the versions that are not the same for all of ``rows``.
 
-    A row measured without a library does not count for that library.
+    A row measured without a method's library does not count for that library.
     """
-    seen = {name: _distinct((row.details.versions or {}).get(name) for row in rows) for name in _VERSIONS}
-    return [f"{name} ({', '.join(values)})" for name, values in seen.items() if len(values) > 1]
+    seen = {name: _distinct_versions(name, rows) for name in _VERSIONS}
+    return [f"{name} ({', '.join(map(str, values))})" for name, values in seen.items() if len(values) > 1]
 
 
-def _distinct(values: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(value for value in values if value is not None))
+def _distinct_versions(library: str, rows: Sequence[ResultRow]) -> list[str | None]:
+    versions = dict.fromkeys((row.details.versions or {}).get(library) for row in rows)
+    return [version for version in versions if version is not None or library not in every_library()]
 
 
 def show_field(name: str, value: Any) -> str:

@@ -53,9 +53,12 @@ def test_all_three_take_what_was_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda folder: (folder / MANIFEST).unlink(), "no valid qbatch.json"),
-        (lambda folder: edit(folder, files=[{"name": "../x", "size": 1, "chunk_sha256": []}]), "no valid qbatch.json"),
-        (lambda folder: edit(folder, audit=None), "no valid qbatch.json"),
+        (lambda folder: (folder / MANIFEST).unlink(), "there is no valid qbatch.json"),
+        (
+            lambda folder: edit(folder, files=[{"name": "../x", "size": 1, "chunk_sha256": []}]),
+            "there is no valid qbatch.json",
+        ),
+        (lambda folder: edit(folder, audit=None), "there is no valid qbatch.json"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (
             lambda folder: (folder / "config.json").write_text("[]"),

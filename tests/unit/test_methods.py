@@ -86,7 +86,7 @@ def test_schemes_by_name_stand_beside_bits_each_once() -> None:
         Method.NF4,
     ]
     assert Grid(methods=(Method.NONE,), baseline=False).schemes() == (BASELINE,)
-    with pytest.raises(UsageError, match=r"no bit width was given .*, and no --scheme"):
+    with pytest.raises(UsageError, match=r"give --bits or --scheme"):
         Grid()
 
 
