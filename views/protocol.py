@@ -53,7 +53,7 @@ def differences(first_rows: Sequence[ResultRow]) -> list[str]:
     return [
         f"{name} ({', '.join(values)})"
         for name in names
-        if len(values := _distinct(show_field(name, fact.get(name)) for fact in facts)) > 1
+        if len(values := list(dict.fromkeys(show_field(name, fact.get(name)) for fact in facts))) > 1
     ]
 
 
