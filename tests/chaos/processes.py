@@ -75,15 +75,15 @@ def _role(process: psutil.Process) -> Role:
         return Role.REDIS
     if _is_worker(words):
         return Role.WORKER
-    if _ends_with(words, "worker", "launch") or _ends_with(words, "cli", "worker"):
+    if _ends_with(words, "qbatch.worker", "launch") or _ends_with(words, "qbatch", "worker"):
         return Role.LAUNCHER
-    if _ends_with(words, "cli", "up"):
+    if _ends_with(words, "qbatch", "up"):
         return Role.STACK
-    return Role.SCHEDULER if words[-1:] == ["scheduler"] else Role.OTHER
+    return Role.SCHEDULER if words[-1:] in (["qbatch.scheduler"], ["scheduler"]) else Role.OTHER
 
 
 def _is_worker(words: list[str]) -> bool:
-    return _ends_with(words, "worker", "serve")
+    return _ends_with(words, "qbatch.worker", "serve")
 
 
 def _is_forked(words: list[str]) -> bool:
