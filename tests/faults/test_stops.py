@@ -70,7 +70,7 @@ def told(before):
     return first
 
 if sys.argv[1] == "while it sweeps":
-    serve.Worker._sweep = told(serve.Worker._sweep)
+    serve.CeleryWorker._sweep = told(serve.CeleryWorker._sweep)
 else:
     serve.make_app = told(serve.make_app)
 raise SystemExit(serve.main(None, drain=True))

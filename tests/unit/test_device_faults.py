@@ -57,3 +57,11 @@ def test_what_the_device_did_is_tried_elsewhere(text: str) -> None:
     (error,), still_open = reported(text)
     assert (type(error), still_open) == (DeviceError, ())
     assert device_fault(RuntimeError(text)) is DeviceError
+
+
+def test_a_fault_that_a_library_wraps_is_found() -> None:
+    wrapped = ModuleNotFoundError("Could not import module 'replace_with_bnb_linear'")
+    wrapped.__cause__ = RuntimeError("CUDA error: unspecified launch failure")
+    assert device_fault(wrapped) is DeviceError
+    wrapped.__cause__ = RuntimeError("no such file")
+    assert device_fault(wrapped) is None

@@ -14,11 +14,19 @@ _OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def device_fault(error: BaseException) -> type[JobError] | None:
-    """The class that ``error`` belongs to: HostOom, CudaOom, DeviceError or its subclass ModelFault; else None."""
-    import torch
+    """The class that ``error`` belongs to: HostOom, CudaOom, DeviceError or its subclass ModelFault; else None.
 
+    Libraries may wrap the fault: transformers reports one during an import as a missing module.
+    """
     if isinstance(error, JobError):
         return None
+    kind = _kind(error)
+    return kind if kind is not None or error.__cause__ is None else device_fault(error.__cause__)
+
+
+def _kind(error: BaseException) -> type[JobError] | None:
+    import torch
+
     text = str(error)
     no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or no_memory or "can't allocate memory" in text:

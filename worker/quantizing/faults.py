@@ -27,6 +27,9 @@ def as_job_error(error: BaseException) -> JobError:
 
     if isinstance(error, JobError):
         return error
+    if isinstance(error, ImportError) and error.__cause__ is not None and device_fault(error.__cause__):
+        # transformers reports a device that fails during an import as a missing module.
+        return as_job_error(error.__cause__)
     text = one_line(error)
     if kind := device_fault(error):
         return kind(text)
