@@ -93,15 +93,13 @@ def run(format_: str, **options: Any) -> None:
     Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
     set. Stops what it started when the batch has finished.
     """
-    from qbatch.scheduler.local_stack import prepare_home, stack_is_running
+    from qbatch.scheduler.local_stack import stack_is_running
 
     settings = _settings()
     submission = _submission(settings, options)
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None))
     _interrupt_on_signals()
-    prepare_home(settings)
-    click.echo(f"starting Redis, the scheduler and the workers; their logs are in {settings.home / 'logs'}", err=True)
     with _local_stack(settings, device=DeviceKind(options["device"])) as stack:
         code = _run(settings, submission, format_, stack=stack)
     sys.exit(code)
@@ -602,10 +600,14 @@ def _send(database: Database, settings: Settings) -> str | None:
 
 
 def _local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:
-    return _stack(settings, "all" if device is DeviceKind.CUDA else None, device is DeviceKind.CPU)
+    def announce() -> None:
+        logs = settings.home / "logs"
+        click.echo(f"starting Redis, the scheduler and the workers; their logs are in {logs}", err=True)
+
+    return _stack(settings, "all" if device is DeviceKind.CUDA else None, device is DeviceKind.CPU, on_start=announce)
 
 
-def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
+def _stack(settings: Settings, gpus: str | None, cpu: bool, on_start: Callable[[], None] = lambda: None) -> LocalStack:
     from qbatch.models_db.network_share import share_of
     from qbatch.models_db.session import Database
     from qbatch.scheduler.local_stack import LocalStack
@@ -619,7 +621,7 @@ def _stack(settings: Settings, gpus: str | None, cpu: bool) -> LocalStack:
         click.echo(share.warning, err=True)
         share.hold(settings.lease_s)
     worker_args = [*(["--gpus", gpus] if gpus is not None else []), *(["--cpu"] if cpu else [])]
-    return LocalStack(settings, worker_args=worker_args, environ=os.environ)
+    return LocalStack(settings, worker_args=worker_args, environ=os.environ, on_start=on_start)
 
 
 def _wait(

@@ -6,7 +6,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -42,8 +42,17 @@ def stack_is_running(settings: Settings) -> bool:
 class LocalStack:
     """A context manager: the child processes run inside it, and all have stopped when it exits."""
 
-    def __init__(self, settings: Settings, *, worker_args: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        worker_args: Sequence[str],
+        environ: Mapping[str, str],
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_start`` is called once nothing stands in the way of starting the services."""
         self._settings = settings
+        self._on_start = on_start
         self._environ = dict(environ)
         self._lock: IO[bytes] | None = None
         logs = settings.home / "logs"
@@ -66,6 +75,7 @@ class LocalStack:
         prepare_home(self._settings)
         self._take_lock()
         try:
+            self._on_start()
             self._redis.start()
             self._scheduler.start()
             self._workers.start()

@@ -1,4 +1,4 @@
 """Tables, sentences, JSON and CSV for people and programs."""
 
 if __name__ != "qbatch.views":
-    raise ImportError("this is qbatch.views, and has no other name")
+    raise ImportError("import this package as qbatch.views, not under another name")

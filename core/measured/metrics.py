@@ -163,47 +163,25 @@ PEAK_MEMORY = Metric(
     on_device=True,
     value=lambda row: row.max_allocated_bytes,
 )
+
+
+def _peak_memory(figure: str, label: str, value: Value) -> Metric:
+    return Metric(
+        key=f"details.memory.{figure}",
+        label=label,
+        unit=Unit.BYTES,
+        better=Better.LOWER,
+        on_device=True,
+        value=value,
+    )
+
+
 MEMORY_METRICS: tuple[Metric, ...] = (
-    Metric(
-        key="details.memory.max_allocated",
-        label="allocated by torch",
-        unit=Unit.BYTES,
-        better=Better.LOWER,
-        on_device=True,
-        value=lambda row: row.details.memory.max_allocated,
-    ),
-    Metric(
-        key="details.memory.max_reserved",
-        label="reserved by torch",
-        unit=Unit.BYTES,
-        better=Better.LOWER,
-        on_device=True,
-        value=lambda row: row.details.memory.max_reserved,
-    ),
-    Metric(
-        key="details.memory.max_process_vram",
-        label="GPU, this process",
-        unit=Unit.BYTES,
-        better=Better.LOWER,
-        on_device=True,
-        value=lambda row: row.details.memory.max_process_vram,
-    ),
-    Metric(
-        key="details.memory.max_global_vram",
-        label="GPU, all processes",
-        unit=Unit.BYTES,
-        better=Better.LOWER,
-        on_device=True,
-        value=lambda row: row.details.memory.max_global_vram,
-    ),
-    Metric(
-        key="details.memory.max_ram",
-        label="host, resident",
-        unit=Unit.BYTES,
-        better=Better.LOWER,
-        on_device=True,
-        value=lambda row: row.details.memory.max_ram,
-    ),
+    _peak_memory("max_allocated", "allocated by torch", lambda row: row.details.memory.max_allocated),
+    _peak_memory("max_reserved", "reserved by torch", lambda row: row.details.memory.max_reserved),
+    _peak_memory("max_process_vram", "GPU, this process", lambda row: row.details.memory.max_process_vram),
+    _peak_memory("max_global_vram", "GPU, all processes", lambda row: row.details.memory.max_global_vram),
+    _peak_memory("max_ram", "host, resident", lambda row: row.details.memory.max_ram),
 )
 
 # Speed

@@ -53,7 +53,17 @@ QUANT_STORAGE: MethodOption[str] = MethodOption(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BnbFourBit(MethodDescription):
+class _Bnb(MethodDescription):
+    """A method of bitsandbytes, which ``--bits`` may select."""
+
+    meant_by_bits: bool = True
+    libraries: tuple[str, ...] = (LIBRARY,)
+    silenced: tuple[str, ...] = (LIBRARY,)
+    environment: tuple[str, ...] = _ENVIRONMENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BnbFourBit(_Bnb):
     """4-bit codes with one scale per block of 64 values."""
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
@@ -81,7 +91,7 @@ class BnbFourBit(MethodDescription):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BnbInt8(MethodDescription):
+class BnbInt8(_Bnb):
     """int8 codes with one scale per row. Input columns with values over a threshold are multiplied at 16 bits."""
 
     def check(self, options: Options) -> None:
@@ -127,36 +137,24 @@ NF4 = BnbFourBit(
     name="bnb-nf4",
     aliases=("nf4",),
     bits=4,
-    meant_by_bits=True,
     quant_type="nf4",
     options=(DOUBLE_QUANT, QUANT_STORAGE),
     carried=(INT8_THRESHOLD,),
-    libraries=(LIBRARY,),
-    silenced=(LIBRARY,),
-    environment=_ENVIRONMENT,
 )
 FP4 = BnbFourBit(
     name="bnb-fp4",
     aliases=("fp4",),
     bits=4,
-    meant_by_bits=True,
     quant_type="fp4",
     options=(DOUBLE_QUANT, QUANT_STORAGE),
     carried=(INT8_THRESHOLD,),
-    libraries=(LIBRARY,),
-    silenced=(LIBRARY,),
-    environment=_ENVIRONMENT,
 )
 INT8 = BnbInt8(
     name="bnb-int8",
     aliases=("llm-int8",),
     bits=8,
-    meant_by_bits=True,
     options=(INT8_THRESHOLD,),
     carried=(DOUBLE_QUANT, QUANT_STORAGE),
-    libraries=(LIBRARY,),
-    silenced=(LIBRARY,),
-    environment=_ENVIRONMENT,
 )
 
 

@@ -61,6 +61,12 @@ class Torchao(MethodDescription):
     """A method of torchao, which quantizes the weights of linear layers."""
 
     kind: WeightKind
+    libraries: tuple[str, ...] = (LIBRARY,)
+    also_decided_by: tuple[str, ...] = ("torch",)
+    extra: str | None = EXTRA
+    takes_compute_dtype: bool = False
+    silenced: tuple[str, ...] = _SILENCED
+    footprint: str = _FOOTPRINT
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         if self.kind is not WeightKind.INT4:
@@ -77,7 +83,7 @@ class Torchao(MethodDescription):
     def waits_because(self, options: Options) -> str | None:
         if self.kind is not WeightKind.INT8_DYNAMIC:
             return None
-        return "torchao looks at the activations on the host before each product, but where the model is compiled."
+        return "torchao looks at the activations on the host before each product, unless the model is compiled."
 
 
 def _round_up(size: int, step: int) -> int:
@@ -87,35 +93,17 @@ def _round_up(size: int, step: int) -> int:
 INT8_DYNAMIC = Torchao(
     name="torchao-int8-dynamic",
     bits=8,
-    libraries=(LIBRARY,),
-    also_decided_by=("torch",),
-    extra=EXTRA,
-    takes_compute_dtype=False,
-    silenced=_SILENCED,
-    footprint=_FOOTPRINT,
     kind=WeightKind.INT8_DYNAMIC,
 )
 INT8 = Torchao(
     name="torchao-int8",
     bits=8,
-    libraries=(LIBRARY,),
-    also_decided_by=("torch",),
-    extra=EXTRA,
-    takes_compute_dtype=False,
-    silenced=_SILENCED,
-    footprint=_FOOTPRINT,
     kind=WeightKind.INT8,
 )
 INT4 = Torchao(
     name="torchao-int4",
     bits=4,
     options=(GROUP_SIZE,),
-    libraries=(LIBRARY,),
-    also_decided_by=("torch",),
-    extra=EXTRA,
-    takes_compute_dtype=False,
-    silenced=_SILENCED,
-    footprint=_FOOTPRINT,
     devices=frozenset({DeviceKind.CUDA}),
     dtypes=frozenset({DType.BFLOAT16}),
     kind=WeightKind.INT4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 
 from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, ModelFault
 
@@ -13,15 +14,28 @@ _MODEL_FAULTS = ("device-side assert", "CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_ST
 _OOM_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def device_fault(error: BaseException) -> type[JobError] | None:
-    """The class that ``error`` belongs to: HostOom, CudaOom, DeviceError or its subclass ModelFault; else None.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFault:
+    """A fault of the device or of memory: the class of the JobError, and the error that shows it."""
 
-    Libraries may wrap the fault: transformers reports one during an import as a missing module.
-    """
+    kind: type[JobError]
+    error: BaseException
+
+
+def device_fault(error: BaseException) -> type[JobError] | None:
+    """The class of the fault behind ``error``: HostOom, CudaOom, DeviceError or its subclass ModelFault; else None."""
+    fault = find_fault(error)
+    return None if fault is None else fault.kind
+
+
+def find_fault(error: BaseException) -> DeviceFault | None:
+    """The fault behind ``error``, which a library may have wrapped: transformers reports a device that fails during an
+    import as a missing module."""
     if isinstance(error, JobError):
         return None
-    kind = _kind(error)
-    return kind if kind is not None or error.__cause__ is None else device_fault(error.__cause__)
+    if (kind := _kind(error)) is not None:
+        return DeviceFault(kind=kind, error=error)
+    return None if error.__cause__ is None else find_fault(error.__cause__)
 
 
 def _kind(error: BaseException) -> type[JobError] | None:

@@ -12,6 +12,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+MODEL_LIBRARIES = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "accelerate",
+)
+"""What every process that loads a model imports. Not bitsandbytes: importing it initialises CUDA in any case."""
+
 # Their cached answers would say for good that there is no GPU.
 _ASK_ABOUT_THE_GPU = ("accelerate.utils.imports", "torch.utils._triton", "transformers.utils.import_utils")
 

@@ -12,7 +12,7 @@ from typing import Any
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.sources import read_config, read_headers
-from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.halves import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
@@ -72,7 +72,9 @@ def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
     except JobError:
         raise
     except Exception as error:
-        raise (device_fault(error) or otherwise)(f"{doing}: {one_line(error)}") from error
+        fault = find_fault(error)
+        kind, shown = (otherwise, error) if fault is None else (fault.kind, fault.error)
+        raise kind(f"{doing}: {one_line(shown)}") from error
 
 
 def quiet_libraries(weights: MethodWeights | None) -> None:

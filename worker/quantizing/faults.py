@@ -18,7 +18,7 @@ from qbatch.core.errors import (
 )
 from qbatch.core.filesystem import storage_fault
 from qbatch.core.methods.registry import every_silenced_logger
-from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.machine.device_faults import find_fault
 
 
 def as_job_error(error: BaseException) -> JobError:
@@ -27,12 +27,9 @@ def as_job_error(error: BaseException) -> JobError:
 
     if isinstance(error, JobError):
         return error
-    if isinstance(error, ImportError) and error.__cause__ is not None and device_fault(error.__cause__):
-        # transformers reports a device that fails during an import as a missing module.
-        return as_job_error(error.__cause__)
+    if fault := find_fault(error):
+        return fault.kind(one_line(fault.error))
     text = one_line(error)
-    if kind := device_fault(error):
-        return kind(text)
     if isinstance(error, OSError):
         return storage_fault(error)(text)
     if isinstance(error, SafetensorError):

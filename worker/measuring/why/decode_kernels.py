@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.worker.machine.imports import import_without_gpu
+from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-# Without bitsandbytes, since importing it initialises CUDA.
-_PRELOAD = (
-    "transformers.modeling_utils",
-    "transformers.generation",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "accelerate",
-    "qbatch.worker.models.load",
-)
+_PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
 _ORPHANED = 70
 
 
