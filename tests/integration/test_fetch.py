@@ -41,12 +41,12 @@ from pathlib import Path
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError
 from qbatch.worker.files.content import NoDigestCache
-from qbatch.worker.sources.fetch import SourcePolicy, fetched
+from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
 
 while line := sys.stdin.readline():
     name, revision, cache, room, allow_pickle, trusted = json.loads(line)
     source = SourceRef(name=name, location=name, revision=revision)
-    doors = SourcePolicy(roots=(), trusted=frozenset(trusted), allow_pickle=allow_pickle)
+    policy = SourcePolicy(roots=(), trusted=frozenset(trusted), allow_pickle=allow_pickle)
     steps = []
     try:
         with fetch_source(

@@ -54,7 +54,7 @@ def by_hand(database: Database, _: Path) -> None:
 
 @pytest.mark.parametrize("change", [by_a_newer_version, by_hand])
 def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
-    station: WorkerContext, tmp_path: Path, change: Callable[[Database, Path], None]
+    context: WorkerContext, tmp_path: Path, change: Callable[[Database, Path], None]
 ) -> None:
     ids = sent(context.database)
     change(context.database, tmp_path)
@@ -91,7 +91,7 @@ def test_a_bundle_whose_order_the_database_refuses_fails(context: WorkerContext,
     Supervisor(context, claims).run()
     found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.error_kind) for job in found] == [("failed", "internal_error")] * 3
-    assert all("refuses" in (job.error_message or "") for job in found)
+    assert all("refused a statement" in (job.error_message or "") for job in found)
 
 
 def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(context: WorkerContext, tmp_path: Path) -> None:
