@@ -36,7 +36,8 @@ def shorten_future_times(database: Database, settings: Settings) -> None:
         count = jobs.mend_times(
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
-        count += workers.mend_times(session) + pauses.mend_times(session, limits.wait_s(settings.max_failures))
+        longest_pause_s = max(limits.wait_s(settings.max_failures), _renewed_pause_s(settings))
+        count += workers.mend_times(session) + pauses.mend_times(session, longest_pause_s)
     if count:
         log.warning(
             "%s leases, backoffs, pauses or heartbeats were too far in the future, and were shortened: the database's"
@@ -71,7 +72,12 @@ def watch_disk_space(database: Database, settings: Settings) -> None:
             log.info("the storage has enough space again, or no job waits for it: sending jobs again")
         elif missing is not None:
             with database.write() as session:
-                pauses.renew(session, reason, settings.backoff_s)
+                pauses.renew(session, reason, _renewed_pause_s(settings))
+
+
+def _renewed_pause_s(settings: Settings) -> float:
+    """It must outlast a slow tick, and also the time in which another scheduler takes the lead."""
+    return max(settings.backoff_s, settings.lead_s)
 
 
 def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:

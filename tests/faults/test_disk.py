@@ -33,7 +33,7 @@ from tests.waiting import until
 _STORAGE_BYTES = 16 * 2**20
 _LEFT_BYTES = 4 * 2**20
 # Several within a test: nothing is tried anew after each of them.
-_BACKOFF_S = 1.0
+_BACKOFF_S = 2.0
 
 
 class SmallDisk:
@@ -142,7 +142,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     assert list(small.root.glob(".staging/*/*/*-*")) == []
     (published,) = small.root.glob("checkpoints/*/*")
     assert problems(published) == [], "what was published before is as it was"
-    time.sleep(5 * _BACKOFF_S)
+    time.sleep(3 * _BACKOFF_S)
     assert (fleet.job(other).state, fleet.job(other).attempt) == ("queued", 0), "nothing was sent meanwhile"
     assert fleet.outcomes(large) == ["disk_full"], "nor did anyone look whether there is room by trying"
     (still,) = _pauses(fleet.database)
@@ -161,7 +161,7 @@ def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, mak
     (large,) = fleet.submit(make_model(large=True))
     fleet.wait_for(lambda: fleet.outcomes(large) == ["disk_full"], "disk_full")
     (other,) = fleet.submit(make_model())
-    time.sleep(3 * _BACKOFF_S)
+    time.sleep(2 * _BACKOFF_S)
     assert fleet.job(other).attempt == 0
     assert fleet.qbatch("cancel", f"j{large}").returncode == 0
     fleet.succeed([other])

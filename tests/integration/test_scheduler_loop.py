@@ -150,6 +150,16 @@ def test_a_pause_holds_while_a_job_waits_for_room_that_is_not_there(database: Da
     assert pauses_after_a_tick(database, scheduler) == 0
 
 
+def test_a_pause_outlasts_a_tick_that_is_later_than_the_backoff(database: Database, settings: Settings) -> None:
+    settings = replace(settings, backoff_s=0.01, scan_s=20.0)
+    see_storage(database, settings)
+    waits_for_room(database, _NEVER_FREE)
+    tick(Scheduler(database, Broker(settings), settings))
+    time.sleep(0.1)
+    with database.read() as session:
+        assert len(standing(session)) == 1
+
+
 @pytest.mark.parametrize(("needed_bytes", "is_seen"), [(_NEVER_FREE, False), (None, True), (1, True)])
 def test_a_pause_is_not_prolonged_where_there_is_room_or_nobody_can_tell(
     database: Database, settings: Settings, needed_bytes: int | None, is_seen: bool
