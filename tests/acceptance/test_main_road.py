@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import QBATCH, Qbatch
 
 CONTRACT = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qbatch.worker.checkpoints.publish import MANIFEST, Published, problems
+from qbatch.core.manifest import MANIFEST
+from qbatch.worker.checkpoints.published import Published, problems
 from qbatch.worker.files.staging import unstage
 from tests.unit.test_checkpoint import PATH, look, put, staged
 

@@ -27,7 +27,7 @@ from qbatch.models_db.retention import delete_jobs, find_prunable
 from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.prune import prune
 from qbatch.worker.serving.recorder import Recorder
 from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed

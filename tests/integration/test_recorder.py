@@ -19,7 +19,7 @@ from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.models_db.tables import Base, Checkpoint, Result
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.spool import SPOOL_VERSION
 from tests.migrating import NEXT, NOT_NULL, migrate

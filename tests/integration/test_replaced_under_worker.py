@@ -19,7 +19,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Checkpoint, FileDigestRow
 from qbatch.models_db.tables import Worker as WorkerRow
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.runner.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.celery_worker import CeleryWorker

@@ -36,7 +36,7 @@ from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.scheduler.local_stack import prepare_home
 from qbatch.scheduler.model_list import read_model_list
-from qbatch.worker.checkpoints.publish import checkpoint_path
+from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source

@@ -17,11 +17,12 @@ import pytest
 
 from qbatch.core.errors import StorageUnavailable
 from qbatch.core.filesystem import Refusal, disk_space, move, probe, require_locks, share, sync, touch, umask
+from qbatch.core.manifest import MANIFEST
 from qbatch.core.settings import Settings
 from qbatch.scheduler.local_stack import LocalStack, stack_is_running
 from qbatch.views.checks import State
 from qbatch.views.doctor import examine
-from qbatch.worker.checkpoints.publish import MANIFEST, find_published
+from qbatch.worker.checkpoints.published import find_published
 from qbatch.worker.files.staging import require_space
 from qbatch.worker.serving.celery_worker import check_surroundings
 from tests.unit.test_checkpoint import KEY, PATH, look, put, staged

@@ -36,7 +36,7 @@ from qbatch.models_db.jobs import Token
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
 from qbatch.scheduler.stop import Stop
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.staging import folder_of, unstage
 from qbatch.worker.runner import process as runner
 from qbatch.worker.runner.messages import (
