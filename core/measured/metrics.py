@@ -256,7 +256,7 @@ KERNELS_ALONE = Metric(
 )
 ENERGY_PER_TOKEN = Metric(
     key="details.why.energy.decode.net_j_per_token",
-    label="energy a token",
+    label="energy per token",
     unit=Unit.JOULES,
     better=Better.LOWER,
     beside=BesideBaseline.RATIO,
@@ -319,7 +319,7 @@ KL_MEAN_ERROR = Metric(
 )
 KL_FLOOR = Metric(
     key="details.quality.floor.kl_mean",
-    label="KL of 16 bits alone",
+    label="KL of 16-bit rounding",
     unit=Unit.NATS,
     better=Better.NEITHER,
     csv="kl_floor",

@@ -79,15 +79,13 @@ class BnbFourBit(_Bnb):
     def on_cpu(self, name: str, slow_layers: int) -> str | None:
         if slow_layers:
             return (
-                f"{slow_layers} of the 4-bit layers of {name} run through bitsandbytes' generic kernel, since their "
-                "shape does not fit the packed AVX512-BF16 one."
+                f"{slow_layers} of the 4-bit layers of {name} use bitsandbytes' generic CPU kernel, because their "
+                "shapes do not fit the packed AVX512-BF16 kernel."
             )
-        return f"The 4-bit layers of {name} all fit the packed AVX512-BF16 kernel, where the processor has it."
+        return f"All 4-bit layers of {name} can use the packed AVX512-BF16 kernel, if the processor supports it."
 
     def on_cpu_briefly(self, slow_layers: int) -> str | None:
-        return (
-            f"{slow_layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if slow_layers else None
-        )
+        return f"uses bitsandbytes' generic CPU kernel for {slow_layers} of its 4-bit layers" if slow_layers else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,16 +114,16 @@ class BnbInt8(_Bnb):
         if INT8_THRESHOLD.of(options) == 0:
             return None
         return (
-            f"LLM.int8's outlier path is what stops it; {INT8_THRESHOLD.flag} 0 turns that off, and is a scheme of its "
-            "own."
+            f"LLM.int8's outlier path causes these waits; {INT8_THRESHOLD.flag} 0 turns it off, which makes a "
+            "different scheme."
         )
 
 
 def _infinite_scales(audit: Mapping[str, Any]) -> Iterable[str]:
     infinite = audit.get("int8_infinite_scales")
     if infinite:
-        scales = "1 int8 scale of it is" if infinite == 1 else f"{infinite} int8 scales of it are"
-        yield f"{scales} infinite: those rows, with values over 65504, are lost"
+        verb = "is" if infinite == 1 else "are"
+        yield f"{infinite} of its int8 scales {verb} infinite: rows with values over 65504 are lost"
 
 
 def refuse_double_quantization(name: str, options: Options) -> None:

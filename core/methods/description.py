@@ -88,7 +88,7 @@ class MethodDescription:
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     # How the memory footprint is determined, in words.
-    footprint: str = "transformers' own figure"
+    footprint: str = "as transformers reports it"
 
     # Requirements
 

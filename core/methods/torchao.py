@@ -27,7 +27,7 @@ _CODES, _STATE = "_weight_qdata", ("_weight_scale", "_weight_zero_point")
 
 # Importing torchao warns of kernels that only other builds of torch have, and of deprecated names.
 _SILENCED = ("torchao", "torch.utils._pytree")
-_FOOTPRINT = "codes and what is not quantized (transformers' own figure takes codes for 16-bit weights)"
+_FOOTPRINT = "codes and unquantized weights (transformers would count codes as 16-bit weights)"
 
 
 class WeightKind(Enum):
@@ -83,7 +83,7 @@ class Torchao(MethodDescription):
     def waits_because(self, options: Options) -> str | None:
         if self.kind is not WeightKind.INT8_DYNAMIC:
             return None
-        return "torchao looks at the activations on the host before each product, unless the model is compiled."
+        return "Unless the model is compiled, torchao inspects the activations on the host before each matrix product."
 
 
 def _round_up(size: int, step: int) -> int:

@@ -21,27 +21,27 @@ def with_step(verdict: str | None, scheme: str = "bnb-nf4", **step: Any) -> dict
 def test_nf4_is_slower_because_both_wait_for_the_host() -> None:
     assert why(NF4, BF16) == [
         "bnb-nf4 decodes at ×0.73 of the baseline (35.5 tok/s against 48.8 tok/s).",
-        "Both wait for the host: the device is busy for 24 % of a step, with the baseline for 34 %; a step launches "
-        "1.9× as many kernels (1,900 against 1,000).",
+        "Both wait for the host: the device is busy for 24 % of a step, and for 34 % with the baseline; a step "
+        "launches 1.9× as many kernels (1,900 against 1,000).",
         "On a host that keeps up, or with CUDA graphs, the kernels of bnb-nf4 alone would take 6.94 ms a step against "
         "the baseline's 7.37 ms: ×1.06 of its rate, so there it would be the faster one.",
     ]
     assert why_briefly(NF4, BF16) == (
-        "decodes at ×0.73 of its baseline: host-bound (device busy 24 % of a step, 1.9× the launches); kernels alone "
-        "at ×1.06 of its rate"
+        "decodes at ×0.73 of its baseline's rate: host-bound (device busy 24 % of a step, 1.9× the launches); its "
+        "kernels alone would reach ×1.06 of that rate"
     )
 
 
 def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
     said = " ".join(why(INT8, BF16))
     assert "bnb-int8 waits for the host 256 times a step: the device is busy for 16 % of it" in said
-    assert "LLM.int8's outlier path is what stops it; --int8-threshold 0" in said
+    assert "LLM.int8's outlier path causes these waits; --int8-threshold 0" in said
     assert "The baseline waits for the host: the device is busy for 34 % of a step." in said
-    assert "The kernels of bnb-int8 alone could not be timed: not capturable: operation not permitted when" in said
-    assert "busy for 12.0 ms of a step against the baseline's 7.00 ms: ×0.58 of its rate at best" in said
+    assert "The kernels of bnb-int8 could not be timed alone: not capturable: operation not permitted when" in said
+    assert "they take 12.0 ms of a step against the baseline's 7.00 ms: at best ×0.58 of its rate" in said
     assert "outlier" not in " ".join(why(INT8 | {"options": {"int8_threshold": 0}}, BF16))
     assert why_briefly(INT8, BF16) == (
-        "decodes at ×0.27 of its baseline: synchronization-bound (device busy 16 % of a step, 2.6× the launches)"
+        "decodes at ×0.27 of its baseline's rate: synchronization-bound (device busy 16 % of a step, 2.6× the launches)"
     )
 
 
@@ -50,20 +50,20 @@ def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
     [
         (
             {"verdict": "memory-bound", "copy_share": 0.73},
-            "is bound by memory: a step moves 54.90 GiB at 73 % of what a plain copy reaches.",
+            "is memory-bound: a step moves 54.90 GiB at 73 % of the bandwidth of a plain copy.",
         ),
         (
             {"verdict": "compute-bound", "matmul_share": 0.65},
-            "is bound by arithmetic: at 65 % of what a large matrix product reaches.",
+            "is compute-bound: it reaches 65 % of the rate of a large matrix product.",
         ),
         (
             {"verdict": "kernel-bound", "copy_share": 0.19, "matmul_share": 0.012},
-            "is bound by its own kernels: the device is busy for 95 % of a step, at 19 % of what a plain copy reaches "
-            "and 1.2 % of what a large matrix product does.",
+            "is limited by its own kernels: the device is busy for 95 % of a step, but reaches only 19 % of the "
+            "bandwidth of a plain copy and 1.2 % of the rate of a large matrix product.",
         ),
         (
             {"verdict": None, "reason": "the weights fit in the GPU's cache"},
-            "gets no verdict: the weights fit in the GPU's cache.",
+            "has an unknown bottleneck: the weights fit in the GPU's cache.",
         ),
     ],
 )
@@ -75,7 +75,7 @@ def test_every_verdict_is_told_with_what_it_rests_on(step: dict[str, Any], said:
 def test_kernels_that_read_less_and_take_longer_are_found_out() -> None:
     baseline = with_step("memory-bound", scheme="none", busy_s=0.0071, wall_s=0.0075, weight_bytes=15 * 2**30)
     slow = with_step("kernel-bound", busy_s=0.0190, wall_s=0.0195, weight_bytes=5 * 2**30)
-    told = "A step reads 5.00 GiB against the baseline's 15.00 GiB, and its kernels do not turn that into time."
+    told = "A step reads 5.00 GiB against the baseline's 15.00 GiB, but its kernels do not become faster by it."
     assert told in why(slow, baseline)
     assert told not in why(slow, slow | {"scheme": "none"})
 
@@ -99,7 +99,7 @@ def test_the_host_is_not_blamed_where_nobody_waits_for_it() -> None:
     fast = with_step("kernel-bound", alone_s=0.018)
     (last,) = why(fast, with_step("memory-bound", scheme="none", alone_s=0.009, copy_share=0.7))[-1:]
     assert last.startswith(
-        "Without the host, under a CUDA graph, the kernels of bnb-nf4 alone would take 18.0 ms a step"
+        "Without the host's delays, as with CUDA graphs, the kernels of bnb-nf4 alone would take 18.0 ms a step"
     )
 
 
@@ -114,7 +114,7 @@ def test_a_difference_under_its_error_is_no_difference() -> None:
         step = BF16_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
         alike = slower | {"details": slower["details"] | {"why": step}}
         assert why(alike, rows[0])[-1].endswith(said)
-    assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline" in " ".join(results_table([rows[0], slower]).split())
+    assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline's rate" in " ".join(results_table([rows[0], slower]).split())
 
 
 def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:
@@ -131,31 +131,33 @@ def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:
 def test_a_gpu_without_room_for_finding_out_is_told_as_that() -> None:
     row = explained(2, "bnb-nf4", {"verdict": None, "reason": "the GPU has no room left for finding out", "energy": {}})
     row["decode_tokens_per_s"] = 30.0
-    assert "bnb-nf4 gets no verdict: the GPU has no room left for finding out." in why(row, BF16)
+    assert "bnb-nf4 has an unknown bottleneck: the GPU has no room left for finding out." in why(row, BF16)
     assert (
         why_briefly(row, BF16)
-        == "decodes at ×0.61 of its baseline: no verdict, the GPU has no room left for finding out"
+        == "decodes at ×0.61 of its baseline's rate: bottleneck unknown (the GPU has no room left for finding out)"
     )
 
 
 @pytest.mark.parametrize(
     ("layers", "said"),
     [
-        (14, "14 of the 4-bit layers of bnb-nf4 run through bitsandbytes' generic kernel"),
-        (0, "The 4-bit layers of bnb-nf4 all fit the packed AVX512-BF16 kernel"),
+        (14, "14 of the 4-bit layers of bnb-nf4 use bitsandbytes' generic CPU kernel"),
+        (0, "All 4-bit layers of bnb-nf4 can use the packed AVX512-BF16 kernel"),
     ],
 )
-def test_a_cpu_gets_no_verdict_and_what_is_known(layers: int, said: str) -> None:
+def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, said: str) -> None:
     details = {"device_uuid": None, "why": None, "audits": {"cpu_layers_on_generic_kernel": layers}}
     row = result(2, "bnb-nf4", decode_tokens_per_s=3.0, details=details)
     told = why(row, None)
-    assert told[0].startswith("On a CPU qbatch gives no verdict")
+    assert told[0].startswith("On a CPU, qbatch cannot tell what limits decoding")
     assert told[1].startswith(said)
     assert len(why(row | {"scheme": "bnb-int8", "bits": 8}, None)) == 1
 
 
 def test_what_was_not_measured_is_not_guessed() -> None:
-    assert why(explained(2, "bnb-nf4", None, decode_tokens_per_s=30.0), BF16) == ["Its reasons were not measured."]
+    assert why(explained(2, "bnb-nf4", None, decode_tokens_per_s=30.0), BF16) == [
+        "The bottleneck of decoding was not measured."
+    ]
     assert why(result(2, "bnb-nf4", forward_samples_per_s=10.0), None) == []
     unexplained = explained(1, "none", None, decode_tokens_per_s=48.8)
     assert why(NF4, unexplained)[0].startswith("bnb-nf4 decodes at ×0.73 of the baseline")
@@ -165,10 +167,10 @@ def test_what_was_not_measured_is_not_guessed() -> None:
 def test_the_table_of_results_tells_it_in_a_line() -> None:
     table = " ".join(results_table([BF16, NF4, INT8]).split())
     assert (
-        "j2 bnb-nf4 decodes at ×0.73 of its baseline: host-bound (device busy 24 % of a step, 1.9× the launches);"
+        "j2 bnb-nf4 decodes at ×0.73 of its baseline's rate: host-bound (device busy 24 % of a step, 1.9× the launches"
         in table
     )
-    assert "j3 bnb-int8 decodes at ×0.27 of its baseline: synchronization-bound" in table
+    assert "j3 bnb-int8 decodes at ×0.27 of its baseline's rate: synchronization-bound" in table
     assert "j1 baseline bfloat16 decodes" not in table
     elsewhere = results_table([BF16, NF4 | {"device_name": "NVIDIA A100"}])
     assert "host-bound" not in elsewhere, "the baseline was not measured there"
@@ -178,4 +180,4 @@ def test_many_reasons_do_not_bury_the_table() -> None:
     rows = [BF16, *(NF4 | {"job_id": f"j{n}"} for n in range(2, 40))]
     table = results_table(rows)
     assert table.count("host-bound") == 12
-    assert "`qbatch show JOB` says why for 26 more." in table
+    assert "`qbatch show JOB` explains the speed of 26 more." in table
