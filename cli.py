@@ -113,9 +113,9 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     if hint is not None and stack is None:
         click.echo(hint, err=True)
         raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
-    tend = stack.tend if stack is not None else None
+    supervise = stack.supervise if stack is not None else None
     try:
-        all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=tend)
+        all_succeeded = _wait(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise)
     except KeyboardInterrupt:
         click.echo(
             f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it", err=True
@@ -138,7 +138,7 @@ def up(gpus: str | None, cpu: bool) -> None:
         click.echo(f"qbatch is running with its home in {settings.home}; press Ctrl-C to stop it", err=True)
         try:
             while True:
-                stack.tend()
+                stack.supervise()
                 time.sleep(0.5)
         except KeyboardInterrupt:
             click.echo("stopping: running jobs return to the queue", err=True)
@@ -330,8 +330,8 @@ def doctor(deep: bool, format_: str) -> None:
 
 def _cpu_check(*, measure: bool) -> Check:
     """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
-    from qbatch.views.arithmetic import arithmetic_check, native_check
     from qbatch.views.checks import State, check
+    from qbatch.views.emulation import arithmetic_check, native_check
     from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
 
     instructions = bfloat16_instructions(cpuinfo(), os.environ)
@@ -636,7 +636,7 @@ def _wait(
     from qbatch.scheduler.wait import wait as wait_for
     from qbatch.views.live import LiveProgress
 
-    # Whoever tends the stack has just started it: nobody needs to be told to start a worker.
+    # Whoever supervises the stack has just started it: nobody needs to be told to start a worker.
     with LiveProgress(quiet=quiet, starts_workers=on_poll is not None) as progress:
         return wait_for(
             database,

@@ -15,7 +15,7 @@ from qbatch.core.domain import LARGEST_ID
 from qbatch.core.errors import UsageError
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
-from qbatch.core.methods.registry import Method, every_option, find_method, known_bits, meant_by_bits, quant_types
+from qbatch.core.methods.registry import Method, every_option, find_method, known_bits, quant_types, selected_by_bits
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
 if __name__ != "qbatch.cli_options":
@@ -235,7 +235,7 @@ def compare_options(command: Command) -> Command:
 
 
 def _usual(bits: int) -> str:
-    return f"{bits} means {meant_by_bits(bits)[0]}"
+    return f"{bits} means {selected_by_bits(bits)[0]}"
 
 
 def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:

@@ -6,22 +6,22 @@ from collections.abc import Iterable, Sequence
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_warnings
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.protocol import show_protocol, version_differences
-from qbatch.views.quantized_share import audit_warnings
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
 from qbatch.views.results_table import NOISE_LEGEND, show_state
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.task_scores import task_table
 from qbatch.views.units import show_count
-from qbatch.views.why_words import why
 
 _TEXT_WIDTH = 100
 
@@ -76,7 +76,7 @@ def _reasons(group: Group) -> Iterable[str]:
     """Yield a paragraph for each quantized row, without the sentences that an earlier row already has."""
     seen: set[str] = set()
     for row in group.rows:
-        sentences = [] if row.is_baseline else why(row, group.baselines.get(row.job_id))
+        sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
         yield " ".join(sentence for sentence in sentences if sentence not in seen)
         seen.update(sentences)
 

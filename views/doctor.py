@@ -12,7 +12,7 @@ from qbatch.core.byte_units import GIB
 from qbatch.core.domain import LOST, WorkerState
 from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
-from qbatch.core.private_folder import fault_of
+from qbatch.core.private_folder import why_not_private
 from qbatch.core.settings import Settings
 from qbatch.models_db.health import Health, PauseNote, health
 from qbatch.models_db.network_share import share_of
@@ -103,7 +103,7 @@ def _broker(settings: Settings, stack_runs: bool) -> Check:
     place = broker_place(settings)
     # A running stack may have been started with another environment: then the link to its socket is right.
     folder = settings.socket.parent.resolve() if stack_runs else settings.socket_dir
-    fault = fault_of(folder) if settings.is_embedded else None
+    fault = why_not_private(folder) if settings.is_embedded else None
     if fault is not None:
         advice = "have it removed, or set XDG_RUNTIME_DIR to a folder of your own"
         return check("broker", State.WRONG, f"{folder} {fault}, and Redis needs it for its socket: {advice}")

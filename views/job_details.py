@@ -9,7 +9,8 @@ from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_lines, defects, fairness_remarks, other_audits
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import Column, printable, render, terminal_width
 from qbatch.views.listings import show_progress
@@ -22,13 +23,12 @@ from qbatch.views.measured_figures import (
     speed_table,
 )
 from qbatch.views.protocol import show_field, show_protocol
-from qbatch.views.quantized_share import audit_lines, defects, fairness_remarks, other_audits
 from qbatch.views.ratios import may_compare
 from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.task_scores import task_lines
 from qbatch.views.units import show_seconds, show_time
-from qbatch.views.why_words import why
 
 _TEXT_WIDTH = 100
 _ATTEMPTS: tuple[Column, ...] = (
@@ -162,7 +162,7 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
     yield from _section("notes", _notes(row), width)
-    reasons = why(row, baseline)
+    reasons = explain_speed(row, baseline)
     if reasons:
         yield from ["", "why", *wrap(" ".join(reasons), min(width, _TEXT_WIDTH), first=GAP, indent=GAP)]
 

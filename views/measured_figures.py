@@ -11,17 +11,17 @@ from qbatch.core.measured.metrics import (
     MEMORY_METRICS,
     PREDICTION_LINES,
     THROUGHPUT,
+    ComparisonNoise,
     Metric,
-    OfComparison,
     Unit,
 )
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase, PhaseTimes
 from qbatch.core.methods.registry import describe_row
+from qbatch.views.audit_text import fairness_remarks
 from qbatch.views.formats import NOTHING, Column, render
 from qbatch.views.metric_text import show_metric, show_value
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
-from qbatch.views.quantized_share import fairness_remarks
 from qbatch.views.units import show_bytes_exactly, show_float, show_percent, show_rate, show_seconds
 
 Lines = Iterable[tuple[str, str]]
@@ -119,7 +119,7 @@ def _beside_floor(row: ResultRow, metric: Metric, value: float) -> str:
     text = show_value(metric.unit, value)
     text += "" if error is None else f" ± {show_value(metric.unit, error)}"
     text += "" if floor is None else f"  (16-bit rounding alone: {show_value(metric.unit, floor)})"
-    is_same = isinstance(metric.noise, OfComparison) and is_noise(metric, row)
+    is_same = isinstance(metric.noise, ComparisonNoise) and is_noise(metric, row)
     return text + (f", {NOT_DISTINGUISHABLE}" if is_same else "")
 
 

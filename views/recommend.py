@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
 from qbatch.views.metric_text import show_metric
@@ -22,7 +23,6 @@ from qbatch.views.quality_bounds import (
     first_known_cost,
     is_same_cost,
 )
-from qbatch.views.quantized_share import audit_warnings, defects
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_bytes, show_ratio

@@ -8,17 +8,17 @@ from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_warnings, first_names
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
 from qbatch.views.formats import printable, terminal_width
 from qbatch.views.groups import timed_apart
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol, version_differences
-from qbatch.views.quantized_share import audit_warnings, first_names
 from qbatch.views.ratios import may_compare
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.units import show_count
-from qbatch.views.why_words import why_briefly
 
 _LEGEND_WIDTH = 100
 _REASONS_SHOWN = 12
@@ -185,7 +185,7 @@ def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[s
     reasons = [
         f"{line.row.job_id} {show_scheme(line.row)} {reason}."
         for line in measured
-        if (reason := why_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
+        if (reason := explain_speed_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
     ]
     more = len(reasons) - _REASONS_SHOWN
     return reasons[:_REASONS_SHOWN] + ([f"`qbatch show JOB` explains the speed of {more} more."] if more > 0 else [])

@@ -51,8 +51,8 @@ GROUP_SIZE: MethodOption[int] = MethodOption(
     default=128,
     choices=GROUP_SIZES,
     check=_check_group_size,
-    words=lambda value: f" groups of {value}",
-    unasked="a group size applies only to torchao-int4, which was not given",
+    name_suffix=lambda value: f" groups of {value}",
+    error_if_unused="a group size applies only to torchao-int4, which was not given",
 )
 
 
@@ -62,7 +62,7 @@ class Torchao(MethodDescription):
 
     kind: WeightKind
     libraries: tuple[str, ...] = (LIBRARY,)
-    also_decided_by: tuple[str, ...] = ("torch",)
+    also_depends_on: tuple[str, ...] = ("torch",)
     extra: str | None = EXTRA
     takes_compute_dtype: bool = False
     silenced: tuple[str, ...] = _SILENCED
@@ -80,7 +80,7 @@ class Torchao(MethodDescription):
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _WORKING_BYTES * largest_weight
 
-    def waits_because(self, options: Options) -> str | None:
+    def synchronization_cause(self, options: Options) -> str | None:
         if self.kind is not WeightKind.INT8_DYNAMIC:
             return None
         return "Unless the model is compiled, torchao inspects the activations on the host before each matrix product."
@@ -115,7 +115,7 @@ class TorchaoCheckpoints:
 
     quant_method = LIBRARY
 
-    def words(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         """``torchao Int8WeightOnlyConfig``"""
         kind = settings.get("quant_type")
         default = kind.get("default") if isinstance(kind, Mapping) else None

@@ -58,7 +58,7 @@ def answers(environ: dict[str, str]) -> bool:
 def tend_until(one: PrivateRedis, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60.0
     while not condition():
-        one.tend()
+        one.supervise()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

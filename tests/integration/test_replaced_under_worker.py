@@ -149,8 +149,8 @@ def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, wo
     heartbeat = age(database, worker_id)
     with pytest.raises(DatabaseReplaced) as raised:
         worker._renew(worker_id)
-    worker._leaving.because(raised.value)
-    worker._announce_leaving(worker_id, raised.value)
+    worker._shutdown.request(raised.value)
+    worker._announce_shutdown(worker_id, raised.value)
     worker._leave(worker_id)
     assert state_of(database, worker_id) == ("ready", heartbeat)
 

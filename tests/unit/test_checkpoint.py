@@ -16,8 +16,8 @@ from qbatch.core.digest import CHUNK_BYTES, digest_file
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import DiskFull, StorageError
 from qbatch.worker.checkpoints.publish import (
-    CARD,
     MANIFEST,
+    MODEL_CARD,
     Origin,
     Published,
     checkpoint_path,
@@ -168,7 +168,7 @@ def test_the_manifest_says_where_it_came_from_and_what_every_file_holds(storage:
     assert (manifest["dtype"], manifest["device"]) == ("bfloat16", {"kind": "cpu", "name": "a CPU"})
     assert manifest["chunk_bytes"] == CHUNK_BYTES
     assert {entry["name"]: entry["size"] for entry in manifest["files"]} == {
-        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, CARD)
+        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, MODEL_CARD)
     }
 
 

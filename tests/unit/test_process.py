@@ -40,7 +40,7 @@ def ended(one: Child) -> int:
 
     def has_ended() -> bool:
         nonlocal code
-        code = one.tend()
+        code = one.supervise()
         return code is not None
 
     until(has_ended)
@@ -61,9 +61,9 @@ def test_one_that_dies_is_started_again_later_each_time(
     one = child("print('here'); raise SystemExit(1)")
     one.start()
     assert ended(one) == 1
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid is None, "not at once"
-    until(lambda: one.tend() is None and one.pid is not None)
+    until(lambda: one.supervise() is None and one.pid is not None)
     assert ended(one) == 1
     delays_s = [float(record.getMessage().split()[-2]) for record in caplog.records]
     assert delays_s == [1.0, 2.0]
@@ -77,7 +77,7 @@ def test_one_that_refuses_is_not_started_again(child: Start, code: int) -> None:
     assert ended(one) == code
     assert one.has_refused
     time.sleep(0.1)
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid is None
 
 
@@ -90,7 +90,7 @@ def test_one_that_did_work_is_started_again_whatever_it_says(
     one.start()
     assert ended(one) == code
     assert not one.has_refused
-    until(lambda: one.tend() is None and one.pid is not None)
+    until(lambda: one.supervise() is None and one.pid is not None)
 
 
 def test_one_whose_database_is_gone_is_not_started_again(child: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) ->
     one.start()
     pid = one.pid
     assert pid is not None
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid == pid
     one.ask_to_stop()
     one.wait(5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
-from qbatch.worker.quantizing.tensors.trace import FromSource, Traced
+from qbatch.worker.quantizing.tensors.trace import FromSource, TracedTensor
 
 
 class Model(torch.nn.Module):
@@ -16,7 +16,7 @@ class Model(torch.nn.Module):
 
     def __init__(self, initialize: Callable[[Model], object]) -> None:
         super().__init__()
-        traced = Traced.of(torch.empty(4, 6, device="meta"), FromSource("w"))
+        traced = TracedTensor.of(torch.empty(4, 6, device="meta"), FromSource("w"))
         self.loaded = torch.nn.Parameter(traced, requires_grad=False)
         self.missing = torch.nn.Parameter(torch.empty(4, 6, device="meta"), requires_grad=False)
         self._initialize = initialize

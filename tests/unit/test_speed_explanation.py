@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.measured_rows import BF16_STEP, INT8_STEP, NF4_STEP, explained, reasons, result, stats
-from tests.unit.printed import results_table, why, why_briefly
+from tests.unit.printed import explain_speed, explain_speed_briefly, results_table
 
 BF16 = explained(1, "none", BF16_STEP)
 NF4 = explained(2, "bnb-nf4", NF4_STEP)
@@ -19,28 +19,28 @@ def with_step(verdict: str | None, scheme: str = "bnb-nf4", **step: Any) -> dict
 
 
 def test_nf4_is_slower_because_both_wait_for_the_host() -> None:
-    assert why(NF4, BF16) == [
+    assert explain_speed(NF4, BF16) == [
         "bnb-nf4 decodes at ×0.73 of the baseline (35.5 tok/s against 48.8 tok/s).",
         "Both wait for the host: the device is busy for 24 % of a step, and for 34 % with the baseline; a step "
         "launches 1.9× as many kernels (1,900 against 1,000).",
         "On a host that keeps up, or with CUDA graphs, the kernels of bnb-nf4 alone would take 6.94 ms a step against "
         "the baseline's 7.37 ms: ×1.06 of its rate, so there it would be the faster one.",
     ]
-    assert why_briefly(NF4, BF16) == (
+    assert explain_speed_briefly(NF4, BF16) == (
         "decodes at ×0.73 of its baseline's rate: host-bound (device busy 24 % of a step, 1.9× the launches); its "
         "kernels alone would reach ×1.06 of that rate"
     )
 
 
 def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
-    said = " ".join(why(INT8, BF16))
+    said = " ".join(explain_speed(INT8, BF16))
     assert "bnb-int8 waits for the host 256 times a step: the device is busy for 16 % of it" in said
     assert "LLM.int8's outlier path causes these waits; --int8-threshold 0" in said
     assert "The baseline waits for the host: the device is busy for 34 % of a step." in said
     assert "The kernels of bnb-int8 could not be timed alone: not capturable: operation not permitted when" in said
     assert "they take 12.0 ms of a step against the baseline's 7.00 ms: at best ×0.58 of its rate" in said
-    assert "outlier" not in " ".join(why(INT8 | {"options": {"int8_threshold": 0}}, BF16))
-    assert why_briefly(INT8, BF16) == (
+    assert "outlier" not in " ".join(explain_speed(INT8 | {"options": {"int8_threshold": 0}}, BF16))
+    assert explain_speed_briefly(INT8, BF16) == (
         "decodes at ×0.27 of its baseline's rate: synchronization-bound (device busy 16 % of a step, 2.6× the launches)"
     )
 
@@ -68,16 +68,16 @@ def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
     ],
 )
 def test_every_verdict_is_told_with_what_it_rests_on(step: dict[str, Any], said: str) -> None:
-    assert f"bnb-nf4 {said}" in why(with_step(**step), None)
-    assert f"The baseline {said}" in why(NF4, explained(1, "none", with_step(**step)["details"]["why"]))
+    assert f"bnb-nf4 {said}" in explain_speed(with_step(**step), None)
+    assert f"The baseline {said}" in explain_speed(NF4, explained(1, "none", with_step(**step)["details"]["why"]))
 
 
 def test_kernels_that_read_less_and_take_longer_are_found_out() -> None:
     baseline = with_step("memory-bound", scheme="none", busy_s=0.0071, wall_s=0.0075, weight_bytes=15 * 2**30)
     slow = with_step("kernel-bound", busy_s=0.0190, wall_s=0.0195, weight_bytes=5 * 2**30)
     told = "A step reads 5.00 GiB against the baseline's 15.00 GiB, but its kernels do not become faster by it."
-    assert told in why(slow, baseline)
-    assert told not in why(slow, slow | {"scheme": "none"})
+    assert told in explain_speed(slow, baseline)
+    assert told not in explain_speed(slow, slow | {"scheme": "none"})
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_kernels_that_read_less_and_take_longer_are_found_out() -> None:
 )
 def test_what_a_host_that_keeps_up_would_change(rate: float, alone_s: float, said: str) -> None:
     step = NF4_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
-    assert why(explained(2, "bnb-nf4", step, decode_tokens_per_s=rate), BF16)[-1].endswith(said)
+    assert explain_speed(explained(2, "bnb-nf4", step, decode_tokens_per_s=rate), BF16)[-1].endswith(said)
 
 
 def test_the_host_is_not_blamed_where_nobody_waits_for_it() -> None:
     fast = with_step("kernel-bound", alone_s=0.018)
-    (last,) = why(fast, with_step("memory-bound", scheme="none", alone_s=0.009, copy_share=0.7))[-1:]
+    (last,) = explain_speed(fast, with_step("memory-bound", scheme="none", alone_s=0.009, copy_share=0.7))[-1:]
     assert last.startswith(
         "Without the host's delays, as with CUDA graphs, the kernels of bnb-nf4 alone would take 18.0 ms a step"
     )
@@ -107,33 +107,33 @@ def test_a_difference_under_its_error_is_no_difference() -> None:
     noisy = {"stats": {"decode": stats(1.3, stdev_s=0.4, count=10)}}
     rows = [explained(n, scheme, BF16_STEP, details=noisy) for n, scheme in ((1, "none"), (2, "bnb-nf4"))]
     slower = rows[1] | {"decode_tokens_per_s": 47.0}
-    assert why(slower, rows[0])[0] == (
+    assert explain_speed(slower, rows[0])[0] == (
         "bnb-nf4 decodes at 47.0 tok/s, the baseline at 48.8 tok/s: not distinguishable."
     )
     for alone_s, said in ((0.0050, ", so there it would be the faster one."), (0.0147, "be the slower one.")):
         step = BF16_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
         alike = slower | {"details": slower["details"] | {"why": step}}
-        assert why(alike, rows[0])[-1].endswith(said)
+        assert explain_speed(alike, rows[0])[-1].endswith(said)
     assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline's rate" in " ".join(results_table([rows[0], slower]).split())
 
 
 def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:
-    said = why(NF4, None)
+    said = explain_speed(NF4, None)
     assert said == [
         "bnb-nf4 decodes at 35.5 tok/s.",
         "bnb-nf4 waits for the host: the device is busy for 24 % of a step.",
         "On a host that keeps up, or with CUDA graphs, the kernels of bnb-nf4 alone would take 6.94 ms a step.",
     ]
-    assert why_briefly(NF4, None) is None
-    assert why(BF16, None)[0] == "baseline bfloat16 decodes at 48.8 tok/s."
+    assert explain_speed_briefly(NF4, None) is None
+    assert explain_speed(BF16, None)[0] == "baseline bfloat16 decodes at 48.8 tok/s."
 
 
 def test_a_gpu_without_room_for_finding_out_is_told_as_that() -> None:
     row = explained(2, "bnb-nf4", {"verdict": None, "reason": "the GPU has no room left for finding out", "energy": {}})
     row["decode_tokens_per_s"] = 30.0
-    assert "bnb-nf4 has an unknown bottleneck: the GPU has no room left for finding out." in why(row, BF16)
+    assert "bnb-nf4 has an unknown bottleneck: the GPU has no room left for finding out." in explain_speed(row, BF16)
     assert (
-        why_briefly(row, BF16)
+        explain_speed_briefly(row, BF16)
         == "decodes at ×0.61 of its baseline's rate: bottleneck unknown (the GPU has no room left for finding out)"
     )
 
@@ -148,20 +148,20 @@ def test_a_gpu_without_room_for_finding_out_is_told_as_that() -> None:
 def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, said: str) -> None:
     details = {"device_uuid": None, "why": None, "audits": {"cpu_layers_on_generic_kernel": layers}}
     row = result(2, "bnb-nf4", decode_tokens_per_s=3.0, details=details)
-    told = why(row, None)
+    told = explain_speed(row, None)
     assert told[0].startswith("On a CPU, qbatch cannot tell what limits decoding")
     assert told[1].startswith(said)
-    assert len(why(row | {"scheme": "bnb-int8", "bits": 8}, None)) == 1
+    assert len(explain_speed(row | {"scheme": "bnb-int8", "bits": 8}, None)) == 1
 
 
 def test_what_was_not_measured_is_not_guessed() -> None:
-    assert why(explained(2, "bnb-nf4", None, decode_tokens_per_s=30.0), BF16) == [
+    assert explain_speed(explained(2, "bnb-nf4", None, decode_tokens_per_s=30.0), BF16) == [
         "The bottleneck of decoding was not measured."
     ]
-    assert why(result(2, "bnb-nf4", forward_samples_per_s=10.0), None) == []
+    assert explain_speed(result(2, "bnb-nf4", forward_samples_per_s=10.0), None) == []
     unexplained = explained(1, "none", None, decode_tokens_per_s=48.8)
-    assert why(NF4, unexplained)[0].startswith("bnb-nf4 decodes at ×0.73 of the baseline")
-    assert "baseline" not in " ".join(why(NF4, unexplained)[1:])
+    assert explain_speed(NF4, unexplained)[0].startswith("bnb-nf4 decodes at ×0.73 of the baseline")
+    assert "baseline" not in " ".join(explain_speed(NF4, unexplained)[1:])
 
 
 def test_the_table_of_results_tells_it_in_a_line() -> None:

@@ -16,7 +16,7 @@ from qbatch.views.units import show_bytes, show_float, show_rate, show_ratio, sh
 _WAITING = (Verdict.HOST_BOUND, Verdict.SYNCHRONIZATION_BOUND)
 
 
-def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
+def explain_speed(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     """Sentences that explain a measured row's decoding speed. Empty for a model that does not decode.
 
     ``baseline`` must be of the same protocol and device, else None.
@@ -35,14 +35,14 @@ def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     ]
 
 
-def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
+def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
     """One line for the foot of a table; None if there is nothing to explain."""
     ratio = _rate_ratio(row, baseline)
     if row.is_baseline or baseline is None or ratio is None:
         return None
     if row.details.is_on_cpu:
         layers = row.details.audits.cpu_layers_on_generic_kernel
-        return describe_row(row.scheme).on_cpu_briefly(layers or 0)
+        return describe_row(row.scheme).cpu_footnote(layers or 0)
     if not row.details.why.is_known:
         return None
     mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
@@ -52,7 +52,7 @@ def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
 def _on_cpu(row: ResultRow) -> Iterable[str]:
     yield "On a CPU, qbatch cannot tell what limits decoding: nothing there shows how long the processor waits."
     layers = row.details.audits.cpu_layers_on_generic_kernel
-    remark = None if layers is None else describe_row(row.scheme).on_cpu(show_scheme(row), layers)
+    remark = None if layers is None else describe_row(row.scheme).cpu_remark(show_scheme(row), layers)
     if remark is not None:
         yield remark
 
@@ -90,7 +90,7 @@ def _verdicts(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
         )
         return
     yield f"{show_scheme(row)} {_verdict(row)}{_launches(row, baseline) if _is_waiting(row) else ''}."
-    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and (cause := _why_it_waits(row)) is not None:
+    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and (cause := _synchronization_cause(row)) is not None:
         yield cause
     if row.details.why.verdict == Verdict.KERNEL_BOUND and baseline is not None:
         yield from _bytes_saved(row, baseline)
@@ -125,8 +125,8 @@ def _is_waiting(row: ResultRow) -> bool:
     return row.details.why.verdict in _WAITING
 
 
-def _why_it_waits(row: ResultRow) -> str | None:
-    return describe_row(row.scheme).waits_because(row.options)
+def _synchronization_cause(row: ResultRow) -> str | None:
+    return describe_row(row.scheme).synchronization_cause(row.options)
 
 
 def _launches(row: ResultRow, baseline: ResultRow | None) -> str:

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from qbatch.cli import main
 from qbatch.core.domain import DType
-from qbatch.views.arithmetic import arithmetic_check, emulation_remarks, native_check
 from qbatch.views.checks import State
 from qbatch.views.comparison import Preference
+from qbatch.views.emulation import arithmetic_check, emulation_remarks, native_check
 from qbatch.worker.machine import cpu_arithmetic
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns, bfloat16_instructions
 from tests.unit.measured_rows import result
