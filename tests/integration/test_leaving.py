@@ -1,4 +1,4 @@
-"""A worker whose database is no longer one for it begins nothing more, and what has not begun goes to others."""
+"""A worker that can no longer use its database starts nothing new and hands back what it has not begun."""
 
 from __future__ import annotations
 

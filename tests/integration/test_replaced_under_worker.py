@@ -1,4 +1,4 @@
-"""A worker in whose database's place another was put: what has the same ids there is left as it is."""
+"""A worker whose database was replaced does not touch rows with the same ids in the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing: a checkpoint is whole in its place or not there, and only what verifies is adopted."""
+"""A checkpoint is published completely or not at all, and only one that verifies is reused."""
 
 from __future__ import annotations
 

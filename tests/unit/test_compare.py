@@ -1,4 +1,4 @@
-"""What stands side by side may stand so, and what is recommended follows from what was measured and no more."""
+"""``compare`` shows only comparable rows side by side, and recommends by what was measured."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
     assert "Its speed is not distinguishable from that of bnb-int8 (j2), and its weights are smaller." in found.sentence
 
 
-def test_a_quality_within_rounding_is_not_told_from_the_baseline() -> None:
+def test_a_quality_loss_within_rounding_counts_as_none() -> None:
     said = recommended([BASELINE, INT8 | {"kl_mean": 1e-5}]).sentence
     assert "Its mean KL is 1.0e-05 ± 2.0e-05 nats, not distinguishable from the baseline." in said
 
 
-def test_a_margin_under_its_error_is_said() -> None:
+def test_a_margin_below_its_standard_error_is_mentioned() -> None:
     said = recommended([BASELINE, NF4], max_kl=0.0301).sentence
     assert said.startswith("Ship bnb-nf4 (j3)")
     assert "closer to the bound than its standard error" in said
@@ -210,7 +210,7 @@ def test_versions_that_differ_within_a_group_are_said() -> None:
     assert "torch (2.12, 2.13)" in comparison(rows, Preference(), by="figure", format="table")
 
 
-def test_rows_that_were_not_timed_in_turns_are_said_to_be_so() -> None:
+def test_rows_not_timed_with_their_baseline_are_named() -> None:
     def beside(*others: str) -> dict[str, Any]:
         return NF4 | {"details": NF4["details"] | {"rounds": {"count": 3, "interleaved_with": list(others)}}}
 
@@ -220,7 +220,7 @@ def test_rows_that_were_not_timed_in_turns_are_said_to_be_so() -> None:
     assert told not in comparison([BASELINE, NF4], Preference(), by="figure", format="table")
 
 
-def test_a_warning_is_told_once() -> None:
+def test_a_warning_is_shown_once_per_row() -> None:
     dropped = {"audit": {"dropped_tensors": ["mtp.weight"]}}
     rows = [BASELINE, *(one | {"details": one["details"] | dropped} for one in (INT8, NF4))]
     shown = " ".join(comparison(rows, Preference(), by="figure", format="table").split())

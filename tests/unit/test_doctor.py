@@ -1,4 +1,4 @@
-"""``qbatch doctor`` finds what is wrong, and nothing where nothing is."""
+"""``qbatch doctor`` reports what is wrong, and nothing if all is well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CPU that emulates 16-bit arithmetic is told from one that has it, and said to be one."""
+"""A CPU that emulates 16-bit arithmetic is recognised and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""File systems that refuse a little: what is not needed is done without and told, what is needed is asked for first."""
+"""File systems without some operations: optional ones are skipped and reported, required ones checked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TracedTensor tensors remember what was done to them, and joins that are undone cancel out."""
+"""Traced tensors remember what was done to them, and joins that are undone cancel out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reasons that are told are those that were measured, whatever was."""
+"""The explanation of the decoding speed contains only what was measured."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
         ),
     ],
 )
-def test_every_verdict_is_told_with_what_it_rests_on(step: dict[str, Any], said: str) -> None:
+def test_each_verdict_is_shown_with_its_evidence(step: dict[str, Any], said: str) -> None:
     assert f"bnb-nf4 {said}" in explain_speed(with_step(**step), None)
     assert f"The baseline {said}" in explain_speed(NF4, explained(1, "none", with_step(**step)["details"]["why"]))
 
 
-def test_kernels_that_read_less_and_take_longer_are_found_out() -> None:
+def test_kernels_that_read_less_but_take_longer_are_reported() -> None:
     baseline = with_step("memory-bound", scheme="none", busy_s=0.0071, wall_s=0.0075, weight_bytes=15 * 2**30)
     slow = with_step("kernel-bound", busy_s=0.0190, wall_s=0.0195, weight_bytes=5 * 2**30)
     told = "A step reads 5.00 GiB against the baseline's 15.00 GiB, but its kernels do not become faster by it."
@@ -95,7 +95,7 @@ def test_what_a_host_that_keeps_up_would_change(rate: float, alone_s: float, sai
     assert explain_speed(explained(2, "bnb-nf4", step, decode_tokens_per_s=rate), BF16)[-1].endswith(said)
 
 
-def test_the_host_is_not_blamed_where_nobody_waits_for_it() -> None:
+def test_the_host_is_not_blamed_if_the_device_is_busy() -> None:
     fast = with_step("kernel-bound", alone_s=0.018)
     (last,) = explain_speed(fast, with_step("memory-bound", scheme="none", alone_s=0.009, copy_share=0.7))[-1:]
     assert last.startswith(
@@ -103,7 +103,7 @@ def test_the_host_is_not_blamed_where_nobody_waits_for_it() -> None:
     )
 
 
-def test_a_difference_under_its_error_is_no_difference() -> None:
+def test_a_speed_difference_below_its_error_is_ignored() -> None:
     noisy = {"stats": {"decode": stats(1.3, stdev_s=0.4, count=10)}}
     rows = [explained(n, scheme, BF16_STEP, details=noisy) for n, scheme in ((1, "none"), (2, "bnb-nf4"))]
     slower = rows[1] | {"decode_tokens_per_s": 47.0}
@@ -117,7 +117,7 @@ def test_a_difference_under_its_error_is_no_difference() -> None:
     assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline's rate" in " ".join(results_table([rows[0], slower]).split())
 
 
-def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:
+def test_without_a_baseline_only_the_row_is_described() -> None:
     said = explain_speed(NF4, None)
     assert said == [
         "bnb-nf4 decodes at 35.5 tok/s.",
@@ -128,7 +128,7 @@ def test_without_a_baseline_only_the_row_itself_is_spoken_of() -> None:
     assert explain_speed(BF16, None)[0] == "baseline bfloat16 decodes at 48.8 tok/s."
 
 
-def test_a_gpu_without_room_for_finding_out_is_told_as_that() -> None:
+def test_too_little_gpu_memory_for_profiling_is_reported() -> None:
     row = explained(2, "bnb-nf4", {"verdict": None, "reason": "the GPU has no room left for finding out", "energy": {}})
     row["decode_tokens_per_s"] = 30.0
     assert "bnb-nf4 has an unknown bottleneck: the GPU has no room left for finding out." in explain_speed(row, BF16)
@@ -176,7 +176,7 @@ def test_the_table_of_results_tells_it_in_a_line() -> None:
     assert "host-bound" not in elsewhere, "the baseline was not measured there"
 
 
-def test_many_reasons_do_not_bury_the_table() -> None:
+def test_the_table_is_followed_by_a_limited_number_of_reasons() -> None:
     rows = [BF16, *(NF4 | {"job_id": f"j{n}"} for n in range(2, 40))]
     table = results_table(rows)
     assert table.count("host-bound") == 12

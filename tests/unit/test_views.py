@@ -133,7 +133,7 @@ def test_numbers_stand_right_and_what_is_not_known_is_a_dash() -> None:
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_a_table_has_a_line_for_each_row_and_steers_no_terminal(texts: list[str]) -> None:
+def test_a_table_has_one_line_per_row_without_control_characters(texts: list[str]) -> None:
     table = render([{"text": text} for text in texts], (Column(key="text", title="text", wraps=True),), "table")
     lines = table.split("\n")
     assert len(lines) == len(texts) + 2
@@ -145,7 +145,7 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_neither_csv_nor_json_steers_a_terminal_or_loses_a_word(text: str) -> None:
+def test_csv_and_json_escape_control_characters(text: str) -> None:
     row = {"text": text, "nested": {"name": text}, "list": [text]}
     for format_ in ("csv", "json"):
         assert not _STEERING.search(render([row], (), format_)), format_
@@ -266,7 +266,7 @@ def test_no_ratio_is_given_where_there_is_nothing_to_compare(
         assert "×" not in line_of(table, "j2")
 
 
-def test_a_baseline_that_was_filtered_away_is_missed_aloud() -> None:
+def test_a_baseline_that_is_not_shown_is_a_footnote() -> None:
     table = results_table([QUANTIZED])
     assert "×" not in line_of(table, "j2")
     assert "not among the rows shown" in table
@@ -279,7 +279,7 @@ def test_speed_is_not_compared_across_devices_but_size_is() -> None:
     assert row.count("×") == 1
 
 
-def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
+def test_a_mostly_unquantized_model_has_a_footnote() -> None:
     table = results_table([BASELINE, QUANTIZED | {"quantized_fraction": 0.098}])
     assert "[1]" in line_of(table, "j2")
     assert "only 9.8 % of its parameters are stored in 4 bits" in table
@@ -311,7 +311,7 @@ def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_checkpoint_is_a_footnote(details: dict[str, Any], said: str) -> None:
+def test_a_defect_of_a_checkpoint_is_a_footnote(details: dict[str, Any], said: str) -> None:
     table = results_table([BASELINE, QUANTIZED | {"details": details}])
     assert "[1]" in line_of(table, "j2")
     assert said in " ".join(table.split())
@@ -398,13 +398,13 @@ def test_rows_of_one_protocol_at_other_shapes_are_told_apart_below() -> None:
     assert "All were measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
 
 
-def test_what_was_noticed_of_the_gpu_during_the_energy_loop_is_said() -> None:
+def test_disturbances_of_the_energy_measurement_are_footnotes() -> None:
     energy = {"flags": {"foreign_processes": False, "throttled": True}}
     table = results_table([BASELINE, QUANTIZED | {"details": {"why": {"energy": energy}}}])
     assert "while its energy was measured, the GPU lowered its clocks" in " ".join(table.split())
 
 
-def test_a_row_of_another_visit_than_its_baseline_s_says_so() -> None:
+def test_a_row_not_timed_with_its_baseline_has_a_footnote() -> None:
     def visit(row: dict[str, Any], torch: str, *others: str) -> dict[str, Any]:
         return row | {"details": {"rounds": {"count": 3, "interleaved_with": others}, "versions": {"torch": torch}}}
 
@@ -471,7 +471,7 @@ def test_results_fit_the_terminal_and_say_what_they_leave_out(monkeypatch: pytes
     assert "disk" in table
 
 
-def test_no_results_are_said_to_be_none() -> None:
+def test_an_empty_result_list_says_so() -> None:
     assert results_table([]) == "no results"
     assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
 
