@@ -90,7 +90,11 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         yield (
             "written",
             "streamed, "
-            + (f"in one pass with {_count(others, 'other scheme')}; the time is the pass's" if others else "alone"),
+            + (
+                f"in one pass with {_count(others, 'other scheme')}; the time is that of the pass"
+                if others
+                else "alone"
+            ),
         )
 
 

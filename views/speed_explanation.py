@@ -169,7 +169,7 @@ def _host_free(row: ResultRow, baseline: ResultRow | None, own: float, base: flo
     ratio = base / own
     return (
         f"{_faster_host(row, baseline)} {_kernels(row)} alone would take {show_seconds(own)} a step against the "
-        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
+        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of the rate{_conclusion(row, baseline, ratio)}."
     )
 
 
@@ -192,10 +192,10 @@ def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str
     faster_here = differs_here and not slower_here
     # Compared as shown: a reader could not see a difference at ×1.00.
     if show_ratio(ratio) == show_ratio(1.0):
-        return ", so there it would be as fast" if slower_here else ""
+        return ", so it would be as fast there" if slower_here else ""
     if ratio > 1:
-        return ", so it would be faster there too" if faster_here else ", so there it would be the faster one"
-    return ", so it would be slower there too" if slower_here else ", so there it would be the slower one"
+        return ", so it would be faster there too" if faster_here else ", so it would be faster there"
+    return ", so it would be slower there too" if slower_here else ", so it would be slower there"
 
 
 def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
@@ -204,7 +204,7 @@ def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     if own and base:
         yield (
             f"According to the profile, they take {show_seconds(own)} of a step against the baseline's "
-            f"{show_seconds(base)}: at best {show_ratio(base / own)} of its rate, on a host that keeps up."
+            f"{show_seconds(base)}: at best {show_ratio(base / own)} of the rate, on a host that keeps up."
         )
 
 

@@ -109,7 +109,9 @@ def test_the_probe_and_doctor_name_what_is_done_without(settings: Settings) -> N
     assert probe(settings.staging) == {Refusal.MODE, Refusal.SYNC_FOLDER}
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert found["file system"].state is State.NOTE
-    assert found["file system"].message.startswith("that of the storage refuses chmod: the mount decides who may read")
+    assert found["file system"].message.startswith(
+        "the file system of the storage refuses chmod: the mount decides who may read"
+    )
     assert list(settings.staging.iterdir()) == list(settings.cache.iterdir()) == [], "nothing is left behind"
 
 

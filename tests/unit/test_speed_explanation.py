@@ -24,7 +24,7 @@ def test_nf4_is_slower_because_both_wait_for_the_host() -> None:
         "Both wait for the host: the device is busy for 24 % of a step, and for 34 % with the baseline; a step "
         "launches 1.9× as many kernels (1,900 against 1,000).",
         "On a host that keeps up, or with CUDA graphs, the kernels of bnb-nf4 alone would take 6.94 ms a step against "
-        "the baseline's 7.37 ms: ×1.06 of its rate, so there it would be the faster one.",
+        "the baseline's 7.37 ms: ×1.06 of the rate, so it would be faster there.",
     ]
     assert explain_speed_briefly(NF4, BF16) == (
         "decodes at ×0.73 of its baseline's rate: host-bound (device busy 24 % of a step, 1.9× the launches); its "
@@ -38,7 +38,7 @@ def test_int8_waits_for_its_outlier_path_and_cannot_be_captured() -> None:
     assert "LLM.int8's outlier path causes these waits; --int8-threshold 0" in said
     assert "The baseline waits for the host: the device is busy for 34 % of a step." in said
     assert "The kernels of bnb-int8 could not be timed alone: not capturable: operation not permitted when" in said
-    assert "they take 12.0 ms of a step against the baseline's 7.00 ms: at best ×0.58 of its rate" in said
+    assert "they take 12.0 ms of a step against the baseline's 7.00 ms: at best ×0.58 of the rate" in said
     assert "outlier" not in " ".join(explain_speed(INT8 | {"options": {"int8_threshold": 0}}, BF16))
     assert explain_speed_briefly(INT8, BF16) == (
         "decodes at ×0.27 of its baseline's rate: synchronization-bound (device busy 16 % of a step, 2.6× the launches)"
@@ -83,11 +83,11 @@ def test_kernels_that_read_less_but_take_longer_are_reported() -> None:
 @pytest.mark.parametrize(
     ("rate", "alone_s", "said"),
     [
-        (40.0, 0.0050, "×1.47 of its rate, so there it would be the faster one."),
-        (40.0, 0.00737, "×1.00 of its rate, so there it would be as fast."),
-        (40.0, 0.0147, "×0.50 of its rate, so it would be slower there too."),
-        (60.0, 0.0050, "×1.47 of its rate, so it would be faster there too."),
-        (60.0, 0.0147, "×0.50 of its rate, so there it would be the slower one."),
+        (40.0, 0.0050, "×1.47 of the rate, so it would be faster there."),
+        (40.0, 0.00737, "×1.00 of the rate, so it would be as fast there."),
+        (40.0, 0.0147, "×0.50 of the rate, so it would be slower there too."),
+        (60.0, 0.0050, "×1.47 of the rate, so it would be faster there too."),
+        (60.0, 0.0147, "×0.50 of the rate, so it would be slower there."),
     ],
 )
 def test_what_a_host_that_keeps_up_would_change(rate: float, alone_s: float, said: str) -> None:
@@ -110,7 +110,7 @@ def test_a_speed_difference_below_its_error_is_ignored() -> None:
     assert explain_speed(slower, rows[0])[0] == (
         "bnb-nf4 decodes at 47.0 tok/s, the baseline at 48.8 tok/s: not distinguishable."
     )
-    for alone_s, said in ((0.0050, ", so there it would be the faster one."), (0.0147, "be the slower one.")):
+    for alone_s, said in ((0.0050, ", so it would be faster there."), (0.0147, "it would be slower there.")):
         step = BF16_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
         alike = slower | {"details": slower["details"] | {"why": step}}
         assert explain_speed(alike, rows[0])[-1].endswith(said)
