@@ -18,7 +18,7 @@ from qbatch.cli import main
 from qbatch.worker.serving.celery_worker import _PRELOAD_ON_CPU
 
 ROOT = Path(qbatch.__file__).parents[2]
-OLD_NAMES = ("cli", "cli_options", "core", "models_db", "scheduler", "views", "worker")
+OLD_NAMES = ("cli", "commands", "core", "models_db", "scheduler", "views", "worker")
 
 
 def python(*args: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qbatch
-from qbatch.cli_options import Schemes
+from qbatch.commands.parameter_types import Schemes
 from qbatch.core import identity
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import Unsupported, UsageError
@@ -65,8 +65,8 @@ def test_nothing_beyond_its_own_modules_names_a_method() -> None:
 
 
 def _files() -> list[Path]:
-    folders = [PACKAGE / name for name in ("core", "models_db", "scheduler", "views", "worker")]
-    return [PACKAGE / "cli.py", PACKAGE / "cli_options.py", *(p for folder in folders for p in folder.rglob("*.py"))]
+    folders = [PACKAGE / name for name in ("commands", "core", "models_db", "scheduler", "views", "worker")]
+    return [PACKAGE / "cli.py", *(p for folder in folders for p in folder.rglob("*.py"))]
 
 
 def test_names_and_aliases_lead_to_one_method() -> None:

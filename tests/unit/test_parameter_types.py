@@ -7,7 +7,7 @@ import math
 import click
 import pytest
 
-from qbatch.cli_options import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
 
 
 @pytest.mark.parametrize(
