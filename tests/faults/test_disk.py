@@ -155,7 +155,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     assert fleet.outcomes(large) == ["disk_full", "succeeded"]
 
 
-def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, make_model: MakeModel) -> None:
+def test_cancelling_the_job_that_needs_space_ends_the_pause(small: SmallStorage, make_model: MakeModel) -> None:
     fleet = small.fleet
     small.fill(_LEFT_BYTES)
     (large,) = fleet.submit(make_model(large=True))

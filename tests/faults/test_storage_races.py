@@ -1,4 +1,4 @@
-"""Several workers at one place of the storage at once: what is fresh stays, what is stale goes, and nobody fails."""
+"""Several workers use one place of the storage at once: fresh files stay, stale ones go, and nothing fails."""
 
 from __future__ import annotations
 

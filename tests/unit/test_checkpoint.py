@@ -1,4 +1,4 @@
-"""Publishing: a checkpoint is whole in its place or not there, and only what verifies is adopted."""
+"""A checkpoint is published completely or not at all, and only one that verifies is reused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import DiskFull, SourceChanged, StorageError
 from qbatch.core.manifest import MANIFEST
-from qbatch.worker.checkpoints.publish import CARD, Origin, publish
+from qbatch.core.storage import MODEL_CARD
+from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Published, Verified, checkpoint_path, find_published, problems, slug
 from qbatch.worker.files.staging import remove_stale, require_space, stage, unstage
 
@@ -164,7 +165,7 @@ def test_the_manifest_says_where_it_came_from_and_what_every_file_holds(storage:
     assert (manifest["dtype"], manifest["device"]) == ("bfloat16", {"kind": "cpu", "name": "a CPU"})
     assert manifest["chunk_bytes"] == CHUNK_BYTES
     assert {entry["name"]: entry["size"] for entry in manifest["files"]} == {
-        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, CARD)
+        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, MODEL_CARD)
     }
 
 

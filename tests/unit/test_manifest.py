@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself has one reader: who adopts, who verifies and who asks for answers agree."""
+"""Publishing, verification and answering read a checkpoint's manifest in the same way."""
 
 from __future__ import annotations
 

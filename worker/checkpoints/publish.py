@@ -13,9 +13,9 @@ from typing import Any
 from qbatch.core.digest import CHUNK_BYTES, FileDigest, root_sha256
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import StorageError
-from qbatch.core.filesystem import IS_TAKEN, Refusal, move, share, sync
+from qbatch.core.filesystem import OCCUPIED_ERRNOS, Refusal, add_default_permissions, move, sync
 from qbatch.core.manifest import MANIFEST
-from qbatch.core.storage import CARD
+from qbatch.core.storage import MODEL_CARD
 from qbatch.worker.checkpoints.published import Verified, as_written, checkpoint_path, file_digest, find_published
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.staging import storage_error
@@ -79,7 +79,7 @@ def publish(
 
 def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:
     known = {digest.name: digest for digest in files}
-    names = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {CARD})
+    names = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MODEL_CARD})
     digests = []
     for name in names:
         digest = known.get(name) or file_digest(folder, name)
@@ -120,7 +120,7 @@ def _write_manifest(
 
 def _set_modes(folder: Path) -> frozenset[Refusal]:
     """Make files readable as usual. Folders have the right mode already, from umask, ACLs and the set-group-ID bit."""
-    shared = [share(path) for path in folder.rglob("*") if path.is_file()]
+    shared = [add_default_permissions(path) for path in folder.rglob("*") if path.is_file()]
     return frozenset(refusal for refusal in shared if refusal is not None)
 
 
@@ -131,7 +131,7 @@ def _move_into_place(folder: Path, target: Path) -> bool:
         move(folder, target)
         is_first = True
     except OSError as error:
-        if error.errno not in IS_TAKEN:
+        if error.errno not in OCCUPIED_ERRNOS:
             raise
         is_first = False
         shutil.rmtree(folder)
