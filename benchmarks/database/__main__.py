@@ -83,9 +83,9 @@ def _measure(url: str, folder: Path, sizes: Sizes, repeats: int) -> None:
     database = Database(url)
     _prepare(database, sizes)
     large = large_batch(database)
-    print(f"\n{'transaction':32} {'ms':>9}", flush=True)
+    print(f"\n{'transaction':32} {'ms':>9} {'CPU ms here':>12}", flush=True)
     for timed in time_transactions(database, folder, large, repeats):
-        print(f"{timed.name:32} {1000 * timed.wall_s:9.1f}", flush=True)
+        print(f"{timed.name:32} {1000 * timed.wall_s:9.1f} {1000 * timed.cpu_s:12.1f}", flush=True)
     _time_commands(url, folder, database, repeats)
     database.dispose()
 
