@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from qbatch.cli_options import Bits, Duration, compare_options, format_options, submit_options
+from qbatch.cli_options import (
+    ON_A_TERMINAL,
+    Bits,
+    Duration,
+    compare_options,
+    format_options,
+    limit_option,
+    submit_options,
+)
 from qbatch.core.control_characters import escape_controls, is_unicode
 from qbatch.core.domain import DeviceKind, DType, JobState, format_batch_id, format_job_id, parse_id
 from qbatch.core.errors import BrokerUnreachable, QbatchError, StackNotRunning, UsageError
@@ -23,6 +31,8 @@ if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.session import Database
     from qbatch.scheduler.local_stack import LocalStack
@@ -166,23 +176,28 @@ def scheduler() -> None:
 
 @main.command()
 @click.argument("batch", required=False)
+@limit_option("jobs, or batches (the newest)")
 @format_options("table", "json", "csv")
-def status(batch: str | None, format_: str) -> None:
+def status(batch: str | None, limit: int | None, format_: str) -> None:
     """Show the batches, or one batch and its jobs."""
-    from qbatch.models_db.listing import list_batches, list_jobs
+    from qbatch.models_db.listing import count_batches, list_batches
     from qbatch.models_db.pauses import standing
     from qbatch.views.formats import render
-    from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS
+    from qbatch.views.listings import BATCH_COLUMNS
 
     ids = _batch_ids([batch] if batch else [])
     database = _database(_settings())
     _require_batches(database, ids)
+    limit = _limit(limit, format_)
     with database.read() as session:
-        click.echo(render(list_batches(session, ids), BATCH_COLUMNS, format_))
+        batches = list_batches(session, ids, limit=limit)
+        click.echo(render(batches, BATCH_COLUMNS, format_))
+        if limit is not None and not ids:
+            _tell_of_rest("newest", len(batches), count_batches(session), "batches")
         for pause in standing(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
-            click.echo(render(list_jobs(session, batch_ids=ids), JOB_COLUMNS, format_))
+            _print_jobs(session, ids, (), limit, format_)
 
 
 @main.command()
@@ -194,18 +209,39 @@ def status(batch: str | None, format_: str) -> None:
     type=click.Choice([s.value for s in JobState]),
     help="Only jobs in this state; may be repeated.",
 )
+@limit_option("jobs")
 @format_options("table", "json", "csv")
-def jobs(batches: Sequence[str], states: Sequence[str], format_: str) -> None:
+def jobs(batches: Sequence[str], states: Sequence[str], limit: int | None, format_: str) -> None:
     """List jobs."""
-    from qbatch.models_db.listing import list_jobs
-    from qbatch.views.formats import render
-    from qbatch.views.listings import JOB_COLUMNS
-
     ids = _batch_ids(batches)
     database = _database(_settings())
     _require_batches(database, ids)
     with database.read() as session:
-        click.echo(render(list_jobs(session, batch_ids=ids, states=states), JOB_COLUMNS, format_))
+        _print_jobs(session, ids, states, _limit(limit, format_), format_)
+
+
+def _print_jobs(
+    session: Session, batch_ids: Sequence[int], states: Sequence[str], limit: int | None, format_: str
+) -> None:
+    from qbatch.models_db.job_pages import count_jobs
+    from qbatch.models_db.listing import list_jobs
+    from qbatch.views.formats import render
+    from qbatch.views.listings import JOB_COLUMNS
+
+    found = list_jobs(session, batch_ids=batch_ids, states=states, limit=limit)
+    click.echo(render(found, JOB_COLUMNS, format_))
+    if limit is not None and len(found) == limit:
+        _tell_of_rest("first", limit, count_jobs(session, batch_ids=batch_ids, states=states), "jobs")
+
+
+def _limit(limit: int | None, format_: str) -> int | None:
+    """How many rows to show: what was asked for, else a screenful where somebody looks, and all for a program."""
+    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
+
+
+def _tell_of_rest(which: str, shown: int, total: int, rows: str) -> None:
+    if shown < total:
+        click.echo(f"the {which} {shown} of {total} {rows}; --limit {total} shows all", err=True)
 
 
 @main.command()
