@@ -18,6 +18,8 @@ from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
 _LARGEST = LARGEST_ID
+ON_A_TERMINAL = 50
+"""How many rows of a long list a terminal shows unless it is told."""
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
@@ -32,6 +34,16 @@ def format_options(*formats: str) -> Callable[[Command], Command]:
         )
 
     return add
+
+
+def limit_option(rows: str) -> Callable[[Command], Command]:
+    """Add the option --limit of a command that lists ``rows``."""
+    return click.option(
+        "--limit",
+        type=click.IntRange(1, _LARGEST),
+        metavar="INTEGER",
+        help=f"Show at most this many {rows}.  [default: {ON_A_TERMINAL} in a table on a terminal, else all]",
+    )
 
 
 def compare_options(command: Command) -> Command:
