@@ -199,6 +199,8 @@ def protocol(name: str, device: str, *, energy: bool) -> Protocol:
         prompt_tokens=_prompt_tokens(device),
         new_tokens=_new_tokens(device),
         warmup_iterations=1,
+        warmup_tokens=min(5, _new_tokens(device)),
+        prefill_iterations=4,
         min_iterations=_ROUNDS,
         min_duration_s=0.0,
         rounds=_ROUNDS,

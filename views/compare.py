@@ -169,7 +169,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _legend(models: Sequence[ModelRows], width: int) -> list[str]:
     text = (
         "× is a figure divided by its baseline's, the same model unquantized. KL is in nats. "
-        f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference under one standard error, or no larger "
-        "than what 16-bit arithmetic does by itself."
+        f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference in speed that the rounds do not "
+        "confirm, or one in quality under one standard error or no larger than what 16-bit arithmetic does by itself."
     )
     return wrap(text, min(width, _TEXT_WIDTH)) if any(model.groups for model in models) else []

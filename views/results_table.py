@@ -230,6 +230,6 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
 
 
 NOISE_LEGEND = (
-    f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference under one standard error, or no larger "
-    "than what 16-bit arithmetic does by itself."
+    f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference in speed that the rounds do not confirm, "
+    "or one in quality under one standard error or no larger than what 16-bit arithmetic does by itself."
 )

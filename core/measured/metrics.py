@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase
@@ -67,9 +68,11 @@ class NotBelow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfTimes:
-    """The value is noise if row and baseline differ by less than the standard error of the times of ``phase``."""
+    """The value is noise if row and baseline differ by no more than the rounds of ``phase`` explain. ``of``: what of a
+    round's times the value is made of."""
 
     phase: Phase
+    of: Literal["median", "mean"]
 
 
 Noise = OfComparison | NotBelow | OfTimes
@@ -193,7 +196,7 @@ PREFILL = Metric(
     better=Better.LOWER,
     beside=BesideBaseline.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.PREFILL),
+    noise=OfTimes(phase=Phase.PREFILL, of="median"),
     value=lambda row: row.prefill_s_p50,
 )
 FORWARD = Metric(
@@ -203,7 +206,7 @@ FORWARD = Metric(
     better=Better.LOWER,
     beside=BesideBaseline.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.FORWARD),
+    noise=OfTimes(phase=Phase.FORWARD, of="median"),
     value=lambda row: row.forward_s_p50,
 )
 DECODE = Metric(
@@ -213,7 +216,7 @@ DECODE = Metric(
     better=Better.HIGHER,
     beside=BesideBaseline.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.DECODE),
+    noise=OfTimes(phase=Phase.DECODE, of="mean"),
     value=lambda row: row.decode_tokens_per_s,
 )
 THROUGHPUT = Metric(
@@ -223,7 +226,7 @@ THROUGHPUT = Metric(
     better=Better.HIGHER,
     beside=BesideBaseline.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.FORWARD),
+    noise=OfTimes(phase=Phase.FORWARD, of="mean"),
     value=lambda row: row.forward_samples_per_s,
 )
 PER_TOKEN_P50 = Metric(
@@ -233,7 +236,7 @@ PER_TOKEN_P50 = Metric(
     better=Better.LOWER,
     beside=BesideBaseline.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.PER_TOKEN),
+    noise=OfTimes(phase=Phase.PER_TOKEN, of="median"),
     value=lambda row: row.per_token_s_p50,
 )
 PER_TOKEN_P99 = Metric(
