@@ -212,6 +212,11 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
             "× is a figure divided by its baseline's, the same model unquantized: ×0.5 of a size or a time is half of "
             "it, ×0.5 of a rate is half the speed. Perplexity, where lower is better, shows its change."
         )
+    if any(row.graph_decode_tokens_per_s is not None for row in rows):
+        yield (
+            "Graph decode is the rate of the same kernels under a CUDA graph, without the host: engines that use "
+            "graphs come near it, `generate` does not."
+        )
     if any(row.kl_mean is not None for row in rows):
         yield (
             "KL is the mean divergence of the model's predictions from its baseline's, in nats; top-1 says how often "

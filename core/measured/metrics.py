@@ -219,6 +219,15 @@ DECODE = Metric(
     noise=OfTimes(phase=Phase.DECODE, of="mean"),
     value=lambda row: row.decode_tokens_per_s,
 )
+GRAPH_DECODE = Metric(
+    key="graph_decode_tokens_per_s",
+    label="graph decode",
+    unit=Unit.TOKENS_PER_S,
+    better=Better.HIGHER,
+    beside=BesideBaseline.RATIO,
+    on_device=True,
+    value=lambda row: row.graph_decode_tokens_per_s,
+)
 THROUGHPUT = Metric(
     key="forward_samples_per_s",
     label="throughput",
@@ -462,6 +471,7 @@ RESULTS_COLUMNS: tuple[MetricColumn, ...] = (
     MetricColumn(metrics=(PEAK_MEMORY,), rank=2),
     MetricColumn(metrics=(PREFILL, FORWARD), rank=1),
     MetricColumn(metrics=(DECODE, THROUGHPUT)),
+    MetricColumn(metrics=(GRAPH_DECODE,), rank=1),
     MetricColumn(metrics=(PERPLEXITY,)),
     MetricColumn(metrics=(KL_MEAN,), rank=1),
     MetricColumn(metrics=(TOP1,), rank=3),
