@@ -204,6 +204,11 @@ class RowBenchmark:
         """The number of rounds timed so far."""
         return len(self._rounds)
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory in use on the device in the first round, of a CPU's host; None before it."""
+        return self._memory.max_reserved or self._memory.max_ram
+
     def time(self, loaded: LoadedModel) -> None:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
         self._on_step("speed")
