@@ -6,11 +6,12 @@ import gc
 import hashlib
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,9 +31,11 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, StorageError
-from qbatch.worker.measuring.measure import RowBenchmark
+from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
 from qbatch.worker.measuring.speed.phases import Round
+from qbatch.worker.measuring.why.capture import Captures
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
 from qbatch.worker.runner import loaded_models, process
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.loaded_models import Footprint, LoadedModels, fit_together
@@ -179,15 +182,11 @@ def test_the_first_round_has_one_model_loaded_and_the_others_all(home: Path, mon
     held: list[int] = []
     original = RowBenchmark.time
 
-    def count() -> int:
-        gc.collect()
-        return sum(isinstance(one, LlamaForCausalLM) for one in gc.get_objects())
-
     def time(row: RowBenchmark, loaded: Any) -> None:
-        held.append(count())
+        held.append(llamas())
         original(row, loaded)
 
-    before = count()
+    before = llamas()
     monkeypatch.setattr(RowBenchmark, "time", time)
     run(home)
     assert [number - before for number in held] == [1, 1, 1, 2, 3, 3]
@@ -408,6 +407,58 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
     ear = run(home)
     assert ear.measured().keys() == {1}
     assert ear.failed() == {}
+
+
+class HeardCaptures(Captures):
+    """Captures that tell what is asked of them, and whether any model was loaded then. Without a GPU none is made."""
+
+    heard: ClassVar[list[tuple[str, int, int]]] = []
+
+    def prepare(self) -> Any:
+        self.heard.append(("prepare", 0, 0))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.heard.append(("pause", 0, 0))
+        yield
+        self.heard.append(("go on", 0, 0))
+
+    def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
+        self.heard.append(("kernels", len(requests), llamas()))
+        return [[StepKernels(reason="no GPU")] * len(request.shapes) for request in requests]
+
+
+def llamas() -> int:
+    gc.collect()
+    return sum(isinstance(one, LlamaForCausalLM) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("usable", "asked"),
+    [(None, [("kernels", 3, 0)]), (0, [("kernels", 1, 0)] * 3)],
+    ids=["loaded together", "one at a time"],
+)
+def test_kernels_are_measured_when_no_model_is_loaded_here(
+    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[str, int, int]]
+) -> None:
+    """All in one process if the models fit together; its imports begin with the first quality."""
+    before = llamas()
+    shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
+    monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
+    monkeypatch.setattr(RowBenchmark, "captured_shape", property(lambda row: shape if row.rounds == 2 else None))
+    always = property(lambda _: True, lambda *_: None)
+    monkeypatch.setattr(ModelBenchmark, "is_explainable", always, raising=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=True))
+    monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded: None)
+    if usable is not None:
+        monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: usable)
+    HeardCaptures.heard.clear()
+    ear = run(home)
+    assert ear.measured().keys() == {1, 2, 3}
+    names = [name for name, _, _ in HeardCaptures.heard]
+    assert names[:5] == ["pause", "go on", "pause", "go on", "prepare"], "loaded and timed, then quality"
+    assert names.count("prepare") == 3
+    assert [(name, count, held - before) for name, count, held in HeardCaptures.heard if name == "kernels"] == asked
 
 
 def a_round(**times_s: list[float]) -> Round:

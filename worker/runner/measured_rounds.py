@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
     from qbatch.worker.measuring.quality.reference import Reference
     from qbatch.worker.measuring.why.capture import Captures
-    from qbatch.worker.measuring.why.decode_kernels import StepKernels
+    from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
     from qbatch.worker.models.load import LoadedModel
 
 log = logging.getLogger("qbatch.runner")
@@ -93,11 +93,7 @@ class Rounds:
                     self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
                 for turn in self._turns:
                     self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
-            waiting = [turn for turn in self._waiting if self._reports.open(turn.jobs)]
-            if waiting:
-                self._models.unload()
-            for turn in waiting:
-                self._finish(turn, captures)
+            self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
 
     def _turn(self, model: MeasuredModel) -> _Turn:
         from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
@@ -128,14 +124,12 @@ class Rounds:
             return
         if self._models.are_together and turn.is_captured:
             self._waiting.append(turn)
-            return
-        if turn.is_captured:
-            # Nothing else refers to the model now.
-            self._models.unload()
-        self._finish(turn, captures)
+        else:
+            self._finish([turn], captures)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        self._or_alone(lambda: self._load(turn))
+        with captures.paused():
+            self._or_alone(lambda: self._load(turn))
         if is_first:
             turn.benchmark.prepare(self._load(turn))
         for job_id in self._reports.open(turn.jobs):
@@ -143,12 +137,16 @@ class Rounds:
                 return  # the previous shape made the device unusable
             with self._reports.failing([job_id]):
                 self._reports.enter([job_id], Stage.BENCHMARKING)
-                self._time(turn, job_id)
+                with captures.paused():
+                    self._time(turn, job_id)
         if is_first:
             self._note_peak(turn)
+            if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
+                captures.prepare()
             self._measure_quality(turn, self._load(turn))
         if is_last:
-            self._observe(turn, self._load(turn), captures)
+            with captures.paused():
+                self._observe(turn, self._load(turn))
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         self._or_alone(lambda: turn.rows[job_id].time(self._load(turn)))
@@ -244,23 +242,24 @@ class Rounds:
             self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
         free_device_memory()
 
-    def _observe(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
+    def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
         for job_id in self._reports.open(turn.jobs):
             self._reports.enter([job_id], Stage.BENCHMARKING)
             turn.rows[job_id].observe(loaded)
-        # Unless other models will be timed before, the imports of the capturing process may begin.
-        if turn.is_captured and not self._models.are_together:
-            captures.prepare()
 
-    def _finish(self, turn: _Turn, captures: Captures) -> None:
-        with self._reports.failing(turn.jobs):
-            self._conclude(turn, captures)
+    def _finish(self, turns: Sequence[_Turn], captures: Captures) -> None:
+        """Send the rows of models whose rounds are over."""
+        kernels: dict[int, StepKernels] = {}
+        with self._reports.failing(job_id for turn in turns for job_id in turn.jobs):
+            kernels = self._kernels(turns, captures)
+        for turn in turns:
+            with self._reports.failing(turn.jobs):
+                self._conclude(turn, kernels)
 
-    def _conclude(self, turn: _Turn, captures: Captures) -> None:
+    def _conclude(self, turn: _Turn, kernels: Mapping[int, StepKernels]) -> None:
         """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""
         ids = self._reports.open(turn.jobs)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        kernels = self._kernels(turn, ids, captures)
         self._confirm(turn.model)
         for job_id in ids:
             with self._reports.failing([job_id]):
@@ -278,22 +277,32 @@ class Rounds:
         for job_id in self._reports.open(model.ids):
             self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
-    def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
-        """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all shapes."""
-        from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
-
-        shapes = {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
+    def _kernels(self, turns: Sequence[_Turn], captures: Captures) -> dict[int, StepKernels]:
+        """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all models and shapes;
+        it needs the memory of those that are loaded here."""
+        shapes = [(turn, shapes) for turn in turns if (shapes := self._captured_shapes(turn))]
         if not shapes:
             return {}
-        log.info("%s: kernels", _names(shapes))
-        request = KernelsRequest(
-            folder=str(turn.model.folder),
-            dtype=turn.benchmark.subject.dtype.value,
-            device=self._device,
-            trusted=self._source.runs_code,
-            shapes=tuple(shapes.values()),
+        self._models.unload()
+        ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
+        self._reports.enter(ids, Stage.BENCHMARKING)
+        log.info("%s: kernels", _names(ids))
+        trusted = self._source.runs_code
+        answers = captures.kernels(
+            [
+                turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
+                for turn, of_turn in shapes
+            ]
         )
-        return dict(zip(shapes, captures.kernels(request), strict=True))
+        return {
+            job_id: kernels
+            for (_, of_turn), answer in zip(shapes, answers, strict=True)
+            for job_id, kernels in zip(of_turn, answer, strict=True)
+        }
+
+    def _captured_shapes(self, turn: _Turn) -> dict[int, Shape]:
+        ids = self._reports.open(turn.jobs)
+        return {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
 
     def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
         plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
