@@ -199,6 +199,8 @@ def protocol(name: str, device: str, *, energy: bool) -> Protocol:
         prompt_tokens=_prompt_tokens(device),
         new_tokens=_new_tokens(device),
         warmup_iterations=1,
+        warmup_tokens=min(5, _new_tokens(device)),
+        prefill_iterations=4,
         min_iterations=_ROUNDS,
         min_duration_s=0.0,
         rounds=_ROUNDS,
@@ -242,7 +244,7 @@ def measure(folders: Mapping[str, Path], dtype: DType, device: str, work: Path, 
                 eager[name].append(eager_tokens_per_s(loaded[name].model, prompt, _new_tokens(device)))
     if device == "cpu":
         return BothSides(qbatch=_measured(rows, {}), own={name: OwnFigures() for name in rows})
-    kernels = _explain(rows, loaded, folders, dtype, device)
+    kernels = _explain(rows, loaded, device)
     # qbatch's measurements end before this script captures graphs, because a failed capture makes CUDA unusable.
     qbatch = _measured(rows, kernels)
     return BothSides(qbatch=qbatch, own=_own(loaded, prompt, eager, work))
@@ -277,23 +279,19 @@ def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> An
     return RowBenchmark(model, requested, report)
 
 
-def _explain(
-    rows: Mapping[str, Any], loaded: Mapping[str, Any], folders: Mapping[str, Path], dtype: DType, device: str
-) -> dict[str, Any]:
+def _explain(rows: Mapping[str, Any], loaded: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The time of each row's kernels, measured by qbatch."""
     from qbatch.worker.measuring.why.capture import Captures
-    from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
 
-    kernels = {}
     for name, row in rows.items():
         row.observe(loaded[name])
+    kernels = {}
     with Captures() as captures:
+        # One at a time, because the models are still loaded here as well.
         for name, row in rows.items():
             if (shape := row.captured_shape) is not None:
                 _log(f"{name}: kernels")
-                folder = str(folders[name])
-                request = KernelsRequest(folder=folder, dtype=dtype.value, device=device, shapes=(shape,))
-                kernels[name] = captures.kernels(request)[0]
+                ((kernels[name],),) = captures.kernels([row.model.kernels_request([shape], device=device)])
     return kernels
 
 

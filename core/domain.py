@@ -177,7 +177,9 @@ class Protocol:
     tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None uses each task's own
     default; ``task_limit`` is the number of questions asked per task. Speed is measured in ``rounds``, alternating
     with the other models of the bundle. ``min_iterations`` and ``min_duration_s`` apply to all rounds together,
-    ``warmup_iterations`` to each round. ``why`` and ``energy`` ask for an analysis of a decode step on a GPU.
+    ``warmup_iterations`` and ``prefill_iterations`` to each round. A warm-up generates ``warmup_tokens`` tokens, or
+    ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
+    addition to the timed iterations. ``why`` and ``energy`` ask for an analysis of a decode step on a GPU.
     """
 
     batch_size: int
@@ -196,6 +198,8 @@ class Protocol:
     rounds: int = 1
     why: bool = False
     energy: bool = False
+    warmup_tokens: int | None = None
+    prefill_iterations: int = 0
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -205,6 +209,10 @@ class Protocol:
             raise UsageError(
                 f"new_tokens must be at least 2, not {self.new_tokens}: decoding is timed from the second token on"
             )
+        if self.warmup_tokens is not None and self.warmup_tokens < 2:
+            raise UsageError(f"warmup_tokens must be at least 2, not {self.warmup_tokens}: the second is decoded")
+        if self.prefill_iterations < 0:
+            raise UsageError(f"prefill_iterations must be at least 0, not {self.prefill_iterations}")
 
     @property
     def hash(self) -> str:
@@ -220,14 +228,18 @@ class Protocol:
         return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
+# One generation gives a time for each token after the first, and the steps of one call are alike. So what counts is the
+# number of rounds: with three, an error can be taken between them.
 _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
     DeviceKind.CUDA: {
         "batch_size": 1,
         "prompt_tokens": 256,
         "new_tokens": 64,
-        "warmup_iterations": 2,
-        "min_iterations": 6,
-        "min_duration_s": 3.0,
+        "warmup_iterations": 1,
+        "warmup_tokens": 5,
+        "prefill_iterations": 4,
+        "min_iterations": 3,
+        "min_duration_s": 0.0,
         "rounds": 3,
         "why": True,
         "eval_window": 1024,
@@ -240,9 +252,10 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "prompt_tokens": 64,
         "new_tokens": 16,
         "warmup_iterations": 1,
-        "min_iterations": 2,
-        "min_duration_s": 0.5,
-        "rounds": 2,
+        "warmup_tokens": 2,
+        "min_iterations": 3,
+        "min_duration_s": 0.3,
+        "rounds": 3,
         "eval_window": 256,
         "eval_stride": 256,
         "eval_max_windows": 8,

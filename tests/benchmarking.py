@@ -10,7 +10,6 @@ from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 from qbatch.worker.measuring.quality.reference import Reference
 from qbatch.worker.measuring.why.capture import Captures
-from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
 from qbatch.worker.models.load import LoadedModel
 
 
@@ -55,7 +54,6 @@ def benchmark(
     kernels = None
     if (shape := row.captured_shape) is not None:
         on_step("kernels")
-        request = KernelsRequest(folder=str(folder), dtype=dtype.value, device=loaded.device, shapes=(shape,))
         with Captures() as captures:
-            kernels = captures.kernels(request)[0]
+            ((kernels,),) = captures.kernels([model.kernels_request([shape], device=loaded.device)])
     return row.measurement(kernels=kernels, interleaved_with=())

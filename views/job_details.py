@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.core.measured.metrics import GRAPH_DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
@@ -22,6 +23,7 @@ from qbatch.views.measured_figures import (
     size_lines,
     speed_table,
 )
+from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare
 from qbatch.views.results_table import show_state
@@ -192,3 +194,5 @@ def _times(row: ResultRow) -> Lines:
     for title, seconds in (("quantize", row.quantize_s), ("load model", row.load_model_s)):
         if seconds is not None:
             yield title, show_seconds(seconds)
+    if GRAPH_DECODE.value(row) is not None:
+        yield GRAPH_DECODE.line_title, f"{show_metric(GRAPH_DECODE, row)}: the kernels alone, under a CUDA graph"

@@ -1,17 +1,15 @@
-"""Which differences are noise: those below their standard error, or no larger than 16-bit arithmetic alone causes.
-
-The standard error is that of the difference, taken once. Where it is unknown, only equal values count as noise.
+"""Which differences are noise: of quality, those below their standard error, or no larger than 16-bit arithmetic alone
+causes; of speed, those that the rounds do not confirm. Where the error is unknown, only equal values count as noise.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from typing import assert_never
 
 from qbatch.core.measured.metrics import ComparisonNoise, FloorNoise, Metric, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.speed_figures import Phase
+from qbatch.views.speed_difference import speed_difference
 
 NOT_DISTINGUISHABLE = "not distinguishable"
 NOISE_MARK = "≈"
@@ -44,37 +42,11 @@ def _is_under(difference: float | None, error: float | None, floor: float | None
 
 
 def same_speed(metric: Metric, first: ResultRow, second: ResultRow) -> bool:
-    """Whether two rows' times or rates differ by less than the standard error of the difference.
-
-    A median is assigned the standard error of the mean.
-    """
+    """Whether two rows' times or rates differ by no more than their rounds explain."""
     one, other = metric.value(first), metric.value(second)
     if one is None or other is None or not isinstance(metric.noise, TimingNoise):
         return False
-    phase = metric.noise.phase
-    errors = relative_error(first, phase), relative_error(second, phase)
-    if errors[0] is None or errors[1] is None:
+    if one <= 0 or other <= 0:
         return one == other
-    return abs(one - other) < math.hypot(one * errors[0], other * errors[1])
-
-
-def relative_error(row: ResultRow, phase: Phase) -> float | None:
-    """The standard error of a phase's mean, divided by the mean; None for fewer than two values.
-
-    It is the larger of two: from all times, and from the means of the rounds.
-    """
-    times = row.details.times(phase)
-    if not times.count or times.count < 2 or not times.mean or times.stdev is None:
-        return None
-    return max(float(times.stdev / times.mean / math.sqrt(times.count)), _between_rounds(row, phase))
-
-
-def _between_rounds(row: ResultRow, phase: Phase) -> float:
-    """The relative standard error from the rounds' means; 0 for one round.
-
-    The times of one round are not independent: a host that is slow during a round is slow for all of them.
-    """
-    means = row.details.by_round(phase).mean or ()
-    if len(means) < 2:
-        return 0.0
-    return float(statistics.stdev(means) / statistics.fmean(means) / math.sqrt(len(means)))
+    difference = speed_difference(metric.noise, first, second, math.log(one) - math.log(other))
+    return one == other if difference is None else not difference.is_real

@@ -212,6 +212,11 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
             "× is a figure divided by that of the baseline, the same model unquantized: ×0.5 is half the size, half "
             "the time or half the speed. Perplexity, where lower is better, is shown with its change in percent."
         )
+    if any(row.graph_decode_tokens_per_s is not None for row in rows):
+        yield (
+            "Graph decode is the rate of the same kernels under a CUDA graph, without the host: engines that use "
+            "graphs come near it, `generate` does not."
+        )
     if any(row.kl_mean is not None for row in rows):
         yield (
             "KL is the mean Kullback-Leibler divergence of the model's predictions from its baseline's, in nats. top-1 "
@@ -230,6 +235,6 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
 
 
 NOISE_LEGEND = (
-    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the difference is below one standard error, or no "
-    "larger than rounding to 16 bits causes by itself."
+    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the rounds do not confirm a difference in speed, or "
+    "a difference in quality is below one standard error or no larger than rounding to 16 bits causes by itself."
 )

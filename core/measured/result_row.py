@@ -14,6 +14,13 @@ _FIRST_FIELDS = (
     *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
 )
 _LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "details")
+# Figures that follow from stored ones, each with the column after which it is written.
+_DERIVED = {"graph_decode_tokens_per_s": "decode_tokens_per_s"}
+_FIGURES = tuple(
+    name
+    for column in MEASURED_COLUMNS
+    for name in (column, *(new for new, after in _DERIVED.items() if after == column))
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,17 @@ class ResultRow(Figures):
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:
-        return (*_FIRST_FIELDS, *MEASURED_COLUMNS, *_LAST_FIELDS)
+        return (*_FIRST_FIELDS, *_FIGURES, *_LAST_FIELDS)
+
+    def _is_written(self, name: str) -> bool:
+        return name in _DERIVED or Figures._is_written(self, name)
+
+    @property
+    def graph_decode_tokens_per_s(self) -> float | None:
+        """The rate at which the kernels of a decode step run under a CUDA graph, without the host."""
+        step_s = self.details.why.kernels_alone.step_s
+        batch_size = self.details.shapes.batch_size or self.protocol.batch_size
+        return None if step_s is None or step_s <= 0 or batch_size is None else batch_size / step_s
 
     @property
     def is_baseline(self) -> bool:

@@ -50,6 +50,7 @@ CONTRACT = {
     "quantize_s",
     "prefill_s_p50",
     "decode_tokens_per_s",
+    "graph_decode_tokens_per_s",
     "per_token_s_p50",
     "per_token_s_p99",
     "perplexity",

@@ -163,20 +163,58 @@ def test_an_explanation_has_every_part(tmp_path: Path) -> None:
     assert energy["decode"]["gross_j_per_token"] > 0
 
 
-@pytest.mark.parametrize(("scheme", "captured"), [(NF4, True), (INT8, False)], ids=["nf4", "int8"])
-def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path, scheme: Scheme, captured: bool) -> None:
-    folder = quantized(tiny.make_causal(tmp_path / "llama"), tmp_path / "checkpoint", scheme)
+def steps_of(tmp_path: Path, *schemes: Scheme) -> list[KernelsRequest]:
+    """A request for each scheme, of two shapes, that does not say what is known not to be capturable."""
+    source = tiny.make_causal(tmp_path / "llama")
     shapes = tuple(Shape(batch_size=batch_size, prompt_tokens=64, new_tokens=16) for batch_size in (1, 4))
-    request = KernelsRequest(folder=str(folder), dtype="bfloat16", device=DEVICE, shapes=shapes)
+    folders = (
+        source if scheme.is_baseline else quantized(source, tmp_path / f"checkpoint-{number}", scheme)
+        for number, scheme in enumerate(schemes)
+    )
+    return [KernelsRequest(folder=str(at), dtype="bfloat16", device=DEVICE, shapes=shapes) for at in folders]
+
+
+@pytest.mark.timeout(600)
+def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path) -> None:
+    """A failed capture spoils neither those before it nor those after it, and every model has its profile."""
+    requests = steps_of(tmp_path, NF4, INT8, BASELINE)
     with Captures() as captures:
-        # The second time: a failed capture spoils no other, and the imports are there.
-        for found in (*captures.kernels(request), *captures.kernels(request)):
-            assert found.alone is not None
-            assert (found.alone.step_s is not None) == captured
-            assert (found.alone.reason is None) == captured
-            assert found.reason is None
-            assert found.profile is not None
-            assert found.profile.device_busy_s > 0
+        # The second time the imports are there.
+        for answer in (captures.kernels(requests), captures.kernels(requests)):
+            for of_model, captured in zip(answer, (True, False, True), strict=True):
+                for found in of_model:
+                    assert found.alone is not None
+                    assert (found.alone.step_s is not None) == captured
+                    assert (found.alone.reason is None) == captured
+                    assert found.reason is None
+                    assert found.profile is not None
+                    assert found.profile.device_busy_s > 0
+
+
+@pytest.mark.timeout(600)
+def test_one_process_captures_all_models_where_no_capture_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLM.int8's outlier path is known not to be capturable, so it is not tried, and profiled all the same."""
+    asked: list[int] = []
+    original = Captures._ask
+
+    def ask(captures: Captures, server: Any, tasks: Any) -> Any:
+        asked.append(len(tasks))
+        return original(captures, server, tasks)
+
+    monkeypatch.setattr(Captures, "_ask", ask)
+    requests = steps_of(tmp_path, BASELINE, INT8, NF4)
+    requests[1] = replace(requests[1], not_captured="known")
+    with Captures() as captures:
+        bf16, int8, nf4 = captures.kernels(requests)
+    assert asked == [3]
+    assert [found.alone and found.alone.reason for found in int8] == ["known"] * 2
+    for found in (*bf16, *int8, *nf4):
+        assert found.profile is not None
+    for found in (*bf16, *nf4):
+        assert found.alone is not None
+        assert found.alone.step_s is not None
 
 
 @pytest.mark.timeout(600)

@@ -28,6 +28,7 @@ INT8 = Scheme(method=Method.INT8)
 QUICK = replace(
     ProtocolOptions(eval_text_sha256="0" * 64, prompt_tokens=16, new_tokens=4).for_device(DeviceKind.CPU),
     warmup_iterations=0,
+    warmup_tokens=None,
     min_iterations=1,
     min_duration_s=0.0,
     eval_window=64,

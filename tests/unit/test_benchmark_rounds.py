@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from qbatch.core.domain import (
     BASELINE,
@@ -25,14 +30,19 @@ from qbatch.core.domain import (
     SourceRef,
     Stage,
 )
-from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, StorageError
-from qbatch.worker.measuring.measure import RowBenchmark
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, StorageError
+from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
 from qbatch.worker.measuring.speed.phases import Round
+from qbatch.worker.measuring.why.capture import Captures
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
+from qbatch.worker.runner import loaded_models, process
 from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.loaded_models import Footprint, LoadedModels, fit_together
 from qbatch.worker.runner.messages import (
     Answered,
     CheckpointReady,
+    Ended,
     Entered,
     Failed,
     FilesKnown,
@@ -75,13 +85,13 @@ class Ear:
         return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
 
 
+def quick(options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
+    """Two rounds of one iteration each."""
+    return replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, batch_size=options.batch_size or 1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def a_quick_protocol() -> Iterator[None]:
-    """Two rounds of one iteration each."""
-
-    def quick(options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
-        return replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, batch_size=options.batch_size or 1)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProtocolOptions, "for_device", quick)
         yield
@@ -137,7 +147,9 @@ def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(),
 
 
 @pytest.mark.slow
-def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
+def test_each_model_has_its_turn_in_every_round(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory does not hold all of them, each is loaded for its turn."""
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
     ear = run(home)
     assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,)] * 2
     assert ear.entered(Stage.BENCHMARKING) == [(1,), (2,), (3,)] * 2
@@ -149,6 +161,131 @@ def test_each_model_has_its_turn_in_every_round(home: Path) -> None:
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
         assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 2
         assert details["flags"] is None, "there is no GPU to be shared"
+
+
+@pytest.mark.slow
+def test_models_that_fit_together_are_loaded_alone_once_and_then_stay(home: Path) -> None:
+    ear = run(home)
+    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,), (1,), (2,)], "the third was the last of the first round"
+    assert ear.entered(Stage.BENCHMARKING)[-3:] == [(1,), (2,), (3,)]
+    assert list(ear.measured()) == [1, 2, 3]
+    for job_id, loads in ((1, 2), (2, 2), (3, 1)):
+        details = ear.measured()[job_id].measurement.details.to_json()
+        assert details["stats"]["load_model"]["count"] == loads, "each load that there was"
+        assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
+        assert details["rounds"]["count"] == 2
+
+
+@pytest.mark.slow
+def test_the_first_round_has_one_model_loaded_and_the_others_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks of memory are those of one model alone."""
+    held: list[int] = []
+    original = RowBenchmark.time
+
+    def time(row: RowBenchmark, loaded: Any) -> None:
+        held.append(llamas())
+        original(row, loaded)
+
+    before = llamas()
+    monkeypatch.setattr(RowBenchmark, "time", time)
+    run(home)
+    assert [number - before for number in held] == [1, 1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("error", [CudaOom("out of memory"), HostOom("cannot allocate memory")], ids=["GPU", "host"])
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_memory_that_runs_out_with_several_models_charges_nobody(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: JobError, at: int
+) -> None:
+    """From then on they are loaded one at a time, and every row has all of its rounds."""
+    timed = fail_once(monkeypatch, error, at=at)
+    ear = run(home)
+    assert ear.failed() == {}
+    assert timed() == 7, "the one that failed was timed again"
+    again = [(1,), (2,), (3,)][at - 4 :]
+    assert ear.entered(Stage.LOADING)[-len(again) :] == again
+    for done in ear.measured().values():
+        assert done.measurement.details.rounds.count == 2
+
+
+def test_memory_that_runs_out_with_one_model_is_that_job_s_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after several were loaded together: once it is alone, it is at fault."""
+    timed, original = 0, RowBenchmark.time
+
+    def time(row: RowBenchmark, loaded: Any) -> None:
+        nonlocal timed
+        timed += 1
+        if timed in (5, 6):
+            raise CudaOom("out of memory")
+        original(row, loaded)
+
+    monkeypatch.setattr(RowBenchmark, "time", time)
+    ear = run(home)
+    assert ear.failed() == {2: "cuda_oom"}
+    assert ear.measured().keys() == {1}
+
+
+def runner_short_of_memory(the_order: Order, connection: Connection) -> None:
+    """A runner's whole life, in which memory runs out in the second round."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ProtocolOptions, "for_device", quick)
+    fail_once(patch, CudaOom("out of memory"), at=5)
+    process.run(the_order, connection)
+
+
+@pytest.mark.slow
+def test_in_a_runner_of_its_own_running_out_of_memory_charges_nobody(home: Path) -> None:
+    """Nothing fails, so nothing is learnt of what a job needs."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    the_order = replace(order(home, home / "llama"), log_path=home / "runner.log")
+    runner = context.Process(target=runner_short_of_memory, args=(the_order, theirs))
+    runner.start()
+    theirs.close()
+    ear = Ear()
+    while not isinstance(message := ours.recv(), Ended):
+        if isinstance(message, Question):
+            ours.send(ear.ask(message))
+        else:
+            ear.send(message)
+    ours.close()
+    runner.join(60)
+    assert runner.exitcode == 0
+    assert ear.failed() == {}
+    assert ear.measured().keys() == {1, 2, 3}
+    assert "memory ran out with several models loaded (out of memory)" in (home / "runner.log").read_text()
+
+
+def footprint(held: int, working: int) -> Footprint:
+    return Footprint(held_bytes=held, working_bytes=working)
+
+
+def test_models_fit_together_if_any_one_can_be_measured_beside_the_others() -> None:
+    models = [footprint(16, 4), footprint(9, 6), footprint(6, 1)]
+    assert fit_together(models, 37)
+    assert not fit_together(models, 36)
+
+
+@pytest.mark.parametrize(("usable", "together"), [(19, False), (20, True)])
+def test_what_is_loaded_already_counts_as_room(monkeypatch: pytest.MonkeyPatch, usable: int, together: bool) -> None:
+    """16 and 9 held, and 6 to work: of these 16, 5 are not to be found any more, since the second model is loaded."""
+    used = iter([100, 116, 100, 109])
+    monkeypatch.setattr(loaded_models, "used_bytes", lambda _device: next(used))
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: usable + 2)
+    models = LoadedModels("cpu")
+    for jobs, peak in (((1,), 120), ((2, 3), 115)):
+        models.add(jobs, lambda: None)  # type: ignore[arg-type,return-value]
+        models.note_peak(jobs, weights_bytes=8, peak_bytes=peak)
+    models.keep_together([(1,), (2, 3)])
+    assert models.are_together == together
+
+
+def test_a_model_that_was_not_measured_alone_is_kept_with_no_other() -> None:
+    models = LoadedModels("cpu")
+    models.add((1,), lambda: None)  # type: ignore[arg-type,return-value]
+    models.note_peak((1,), weights_bytes=1, peak_bytes=1)
+    models.keep_together([(1,), (2,)])
+    assert not models.are_together
 
 
 def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> None:
@@ -163,12 +300,12 @@ def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> 
 @pytest.mark.slow
 def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -> None:
     ear = run(tmp_path, 1, 3)
+    assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6), (1, 2), (3, 4)]
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
     assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6)]
     ready = [m for m in ear.heard if isinstance(m, CheckpointReady)]
     assert [m.job_id for m in ready] == [3, 4, 5, 6] * 2, "published, and confirmed once it was measured"
     assert all(all(m.published.versions.values()) for m in ready[4:]), "by then its files' times can be trusted"
-    assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6)] * 2
     done = ear.measured()
     assert done.keys() == {1, 2, 3, 4, 5, 6}
     for one, three in ((1, 2), (3, 4), (5, 6)):
@@ -177,7 +314,8 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
         assert (first.perplexity, first.kl_mean) == (second.perplexity, second.kl_mean)
         assert first.details.to_json()["quality"] == second.details.to_json()["quality"]
         assert [m.details.to_json()["shapes"]["batch_size"] for m in (first, second)] == [1, 3]
-        assert [m.details.to_json()["stats"]["load_model"]["count"] for m in (first, second)] == [2, 2]
+        loads = [m.details.to_json()["stats"]["load_model"]["count"] for m in (first, second)]
+        assert loads == ([1, 1] if one == 5 else [2, 2])
         assert first.details.to_json()["protocol_hash"] != second.details.to_json()["protocol_hash"]
     kl = [done[job_id].measurement.kl_mean for job_id in (3, 5)]
     assert kl[0] is not None
@@ -255,6 +393,7 @@ def test_after_a_shape_that_the_memory_cannot_hold_no_other_is_timed(
     home: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Nobody waits for them here: they are left to another runner."""
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
     timed = fail_once(monkeypatch, CudaOom("out of memory"), at=at)
     ear = run(home, 1, 2, schemes=(BASELINE, SCHEMES[1]))
     assert ear.failed() == {1: "cuda_oom"}
@@ -268,6 +407,58 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
     ear = run(home)
     assert ear.measured().keys() == {1}
     assert ear.failed() == {}
+
+
+class HeardCaptures(Captures):
+    """Captures that tell what is asked of them, and whether any model was loaded then. Without a GPU none is made."""
+
+    heard: ClassVar[list[tuple[str, int, int]]] = []
+
+    def prepare(self) -> Any:
+        self.heard.append(("prepare", 0, 0))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.heard.append(("pause", 0, 0))
+        yield
+        self.heard.append(("go on", 0, 0))
+
+    def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
+        self.heard.append(("kernels", len(requests), llamas()))
+        return [[StepKernels(reason="no GPU")] * len(request.shapes) for request in requests]
+
+
+def llamas() -> int:
+    gc.collect()
+    return sum(isinstance(one, LlamaForCausalLM) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("usable", "asked"),
+    [(None, [("kernels", 3, 0)]), (0, [("kernels", 1, 0)] * 3)],
+    ids=["loaded together", "one at a time"],
+)
+def test_kernels_are_measured_when_no_model_is_loaded_here(
+    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[str, int, int]]
+) -> None:
+    """All in one process if the models fit together; its imports begin with the first quality."""
+    before = llamas()
+    shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
+    monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
+    monkeypatch.setattr(RowBenchmark, "captured_shape", property(lambda row: shape if row.rounds == 2 else None))
+    always = property(lambda _: True, lambda *_: None)
+    monkeypatch.setattr(ModelBenchmark, "is_explainable", always, raising=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=True))
+    monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded: None)
+    if usable is not None:
+        monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: usable)
+    HeardCaptures.heard.clear()
+    ear = run(home)
+    assert ear.measured().keys() == {1, 2, 3}
+    names = [name for name, _, _ in HeardCaptures.heard]
+    assert names[:5] == ["pause", "go on", "pause", "go on", "prepare"], "loaded and timed, then quality"
+    assert names.count("prepare") == 3
+    assert [(name, count, held - before) for name, count, held in HeardCaptures.heard if name == "kernels"] == asked
 
 
 def a_round(**times_s: list[float]) -> Round:

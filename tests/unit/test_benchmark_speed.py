@@ -121,6 +121,29 @@ def test_a_round_has_its_share_of_iterations_and_is_not_disturbed() -> None:
     assert min(times.per_token_s) < STEP_S + SLOW_STEP_S
 
 
+def test_a_short_warm_up_and_prefills_by_themselves_precede_one_generation() -> None:
+    protocol = replace(QUICK, warmup_iterations=1, warmup_tokens=3, prefill_iterations=2, min_iterations=3, rounds=3)
+    model, steps = SlowModel(SlowConfig(), slow_calls=3).eval(), list[int]()
+    prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
+    times = time_generation(
+        model, prompts, new_tokens=6, protocol=protocol, clock=HostClock(),
+        between_iterations=lambda: steps.append(model.steps),
+    )  # fmt: skip
+    assert [len(times.prefill_s), len(times.decode_s), len(times.per_token_s)] == [3, 1, 5]
+    assert len(model.prefills_s) == 4, "the warm-up's, two by themselves, and the generation's"
+    assert times.prefill_s == pytest.approx(model.prefills_s[1:], rel=0.05)
+    assert steps == [2, 5], "after the warm-up and after the generation"
+    assert sum(times.per_token_s) == pytest.approx(5 * STEP_S, rel=0.2)
+
+
+def test_an_encoder_s_round_has_its_passes_too() -> None:
+    model = SlowModel(SlowConfig(), slow_calls=1).eval()
+    inputs = {"input_ids": torch.ones(1, PROMPT_TOKENS, dtype=torch.long)}
+    protocol = replace(QUICK, warmup_iterations=1, prefill_iterations=2, min_iterations=3, rounds=3)
+    assert len(time_forward(model, inputs, protocol=protocol, clock=HostClock())) == 3
+    assert len(model.prefills_s) == 4
+
+
 class StubbornModel(SlowModel):
     """Stops after three tokens, whatever it is asked for."""
 

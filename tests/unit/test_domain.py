@@ -98,6 +98,8 @@ def test_an_invalid_scheme_cannot_be_built(fields: dict[str, Any]) -> None:
         ("eval_window", 0),
         ("eval_stride", 0),
         ("new_tokens", 1),
+        ("warmup_tokens", 1),
+        ("prefill_iterations", -1),
     ],
 )
 def test_an_invalid_protocol_is_refused_by_the_name_of_its_field(field: str, value: int) -> None:
@@ -109,6 +111,26 @@ def test_every_field_of_a_protocol_decides_its_hash() -> None:
     for field, value in PROTOCOL.to_json().items():
         other = value + "x" if isinstance(value, str) else value + 1
         assert Protocol.from_json(PROTOCOL.to_json() | {field: other}).hash != PROTOCOL.hash, field
+
+
+def test_a_protocol_of_0_1_0_is_read_and_keeps_its_hash() -> None:
+    """It has no ``warmup_tokens`` and no ``prefill_iterations``, and means what it meant."""
+    stored = {
+        "batch_size": 1, "prompt_tokens": 256, "new_tokens": 64, "warmup_iterations": 2, "min_iterations": 6,
+        "min_duration_s": 3.0, "eval_text_sha256": "0" * 64, "eval_window": 1024, "eval_stride": 1024,
+        "eval_max_windows": 32, "rounds": 3, "why": True,
+    }  # fmt: skip
+    protocol = Protocol.from_json(stored)
+    assert (protocol.warmup_tokens, protocol.prefill_iterations) == (None, 0)
+    assert protocol.to_json() == stored
+    assert protocol.hash == content_hash(stored)
+    assert ProtocolOptions(eval_text_sha256="0" * 64).for_device(DeviceKind.CUDA).hash != protocol.hash
+
+
+@pytest.mark.parametrize("kind", [DeviceKind.CPU, DeviceKind.CUDA])
+def test_every_device_s_default_has_the_rounds_that_an_error_needs(kind: DeviceKind) -> None:
+    """With two rounds hardly any difference could be confirmed."""
+    assert ProtocolOptions(eval_text_sha256="0" * 64).for_device(kind).rounds >= 3
 
 
 def test_what_was_asked_of_a_protocol_goes_before_the_devices_default() -> None:

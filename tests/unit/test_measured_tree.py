@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qbatch.core.domain import DType
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
-from qbatch.core.measured.metrics import ALL_METRICS
+from qbatch.core.measured.metrics import ALL_METRICS, GRAPH_DECODE
 from qbatch.core.measured.quality_figures import Quality, QualityFloor, Score, TaskScores
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase
@@ -186,6 +186,8 @@ def at(value: Any, key: str) -> Any:
 
 def test_a_metric_s_key_is_where_its_value_stands_in_the_json() -> None:
     for metric in ALL_METRICS:
+        if metric is GRAPH_DECODE:
+            continue  # it is derived: see test_the_graph_s_rate_follows_from_what_is_stored
         row = result(1, "bnb-nf4")
         *outer, last = metric.key.split(".")
         part = row
@@ -212,3 +214,17 @@ def test_a_metric_in_two_places_is_the_same_in_both() -> None:
 def test_a_phase_that_newer_code_times_is_shown_under_its_own_name() -> None:
     row = REAL[2] | {"details": REAL[2]["details"] | {"stats": {"draft": stats(0.5)}}}
     assert "draft" in show_jobs([(row, None)])
+
+
+def test_the_graph_s_rate_follows_from_what_is_stored() -> None:
+    """So rows that were stored before it was shown have it as well, beside the eager rate."""
+    why = {"kernels_alone": {"step_s": 0.005, "reason": None}}
+    (stored,) = read([result(1, decode_tokens_per_s=53.0, details={"why": why, "shapes": {"batch_size": 8}})])
+    written = replace(stored).to_json()
+    assert written["graph_decode_tokens_per_s"] == pytest.approx(1600.0)
+    names = list(written)
+    assert names.index("graph_decode_tokens_per_s") == names.index("decode_tokens_per_s") + 1
+    assert read([result(1, details={"why": why})])[0].graph_decode_tokens_per_s == pytest.approx(200.0)
+    for step_s in (None, 0.0, "fast"):
+        (without,) = read([result(1, details={"why": {"kernels_alone": {"step_s": step_s}}})])
+        assert replace(without).to_json()["graph_decode_tokens_per_s"] is None

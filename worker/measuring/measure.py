@@ -36,7 +36,7 @@ from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_si
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.versions import device_name, versions
-from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
 from qbatch.worker.methods.implementations import weights_of_model
 from qbatch.worker.models.architecture import ModelKind
@@ -73,6 +73,7 @@ class ModelBenchmark:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.is_explainable = False
+        self._not_captured: str | None = None
         # All figures except those of a single row.
         self._measured: Measurement | None = None
         self._loads_s: list[float] = []
@@ -100,6 +101,17 @@ class ModelBenchmark:
         with self.subject.errors():
             self._measure_quality(loaded, reference)
 
+    def kernels_request(self, shapes: Sequence[Shape], *, device: str, trusted: bool = False) -> KernelsRequest:
+        """The request for the kernels of a decode step at ``shapes``."""
+        return KernelsRequest(
+            folder=str(self.subject.folder),
+            dtype=self.subject.dtype.value,
+            device=device,
+            trusted=trusted,
+            shapes=tuple(shapes),
+            not_captured=self._not_captured,
+        )
+
     def note_load_time(self, loaded: LoadedModel) -> None:
         """Record how long the model took to load, once for each time that it is loaded."""
         if self._loads_s[-1:] != [loaded.load_model_s]:
@@ -116,6 +128,7 @@ class ModelBenchmark:
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
+        self._not_captured = weights.why_not_captured(loaded.model)
         self._measured = Measurement(
             device_name=device_name(loaded.device),
             dtype=subject.dtype,
@@ -191,7 +204,7 @@ class RowBenchmark:
     """Measures a model at one protocol's shape, in rounds."""
 
     def __init__(self, model: ModelBenchmark, protocol: Protocol, on_step: Callable[[str], None]) -> None:
-        self._model = model
+        self.model = model
         self._protocol = protocol
         self._on_step = on_step
         self._rounds: list[Round] = []
@@ -204,12 +217,17 @@ class RowBenchmark:
         """The number of rounds timed so far."""
         return len(self._rounds)
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory in use on the device in the first round, of a CPU's host; None before it."""
+        return self._memory.max_reserved or self._memory.max_ram
+
     def time(self, loaded: LoadedModel) -> None:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
         self._on_step("speed")
         self._device = loaded.device
-        self._model.note_load_time(loaded)
-        with self._model.subject.errors():
+        self.model.note_load_time(loaded)
+        with self.model.subject.errors():
             if self._rounds:
                 self._rounds.append(self._round(loaded, nullcontext()))
                 return
@@ -223,7 +241,7 @@ class RowBenchmark:
 
         Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
         """
-        if self._model.is_explainable and (self._protocol.why or self._protocol.energy):
+        if self.model.is_explainable and (self._protocol.why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
             self._why.observe(loaded, self._rounds[0])
 
@@ -246,7 +264,7 @@ class RowBenchmark:
         that were timed between this row's rounds.
         """
         speed = pool(self._rounds)
-        measured = self._model.measured
+        measured = self.model.measured
         details = replace(
             measured.details,
             protocol=self._protocol.to_json(),
@@ -258,7 +276,7 @@ class RowBenchmark:
                 prompt_tokens=speed.shape.prompt_tokens,
                 new_tokens=speed.shape.new_tokens,
             ),
-            stats={Phase.LOAD_MODEL.value: self._model.load_times, **speed.stats},
+            stats={Phase.LOAD_MODEL.value: self.model.load_times, **speed.stats},
             rounds=TimedRounds(
                 count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round
             ),
@@ -279,7 +297,7 @@ class RowBenchmark:
         )
 
     def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
-        return time_round(loaded, self._protocol, self._model.subject.eval_text, during_warmup)
+        return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup)
 
     def _explained(self, speed: Speed, kernels: StepKernels | None) -> DecodeReasons:
         """The explanation. Empty if none was requested, and without a GPU or decoding."""
@@ -287,7 +305,7 @@ class RowBenchmark:
             return DecodeReasons()
         return self._why.conclude(
             device=self._device,
-            compute_dtype=self._model.subject.compute_dtype,
+            compute_dtype=self.model.subject.compute_dtype,
             step_wall_s=speed.per_token_s_p50,
             kernels=kernels,
         )

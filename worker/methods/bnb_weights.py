@@ -115,6 +115,12 @@ class BnbWeights(MethodWeights):
     def content_problems(self, path: Path, tensor: TensorInfo, needed: torch.Tensor) -> list[str]:
         return state_problems(path, tensor, needed)
 
+    def why_not_captured(self, model: Any) -> str | None:
+        config = model.config.quantization_config
+        if not config.load_in_8bit or not config.llm_int8_threshold:
+            return None
+        return "not capturable: LLM.int8's outlier path makes each layer wait for the host"
+
     def prepare(self, model: Any, device: str) -> int:
         return avoid_packed_kernel(model, device)
 

@@ -42,6 +42,10 @@ class PlainWeights:
         """transformers' own figure in bytes: parameters and buffers, without quantization state."""
         return int(model.get_memory_footprint())
 
+    def why_not_captured(self, model: Any) -> str | None:
+        """Why a decode step of a loaded model is known not to fit in a CUDA graph; None if it may."""
+        return None
+
     def prepare(self, model: Any, device: str) -> int:
         """Select kernels that can run the layers of a loaded model. Returns how many layers use a slower kernel. May be
         called repeatedly."""

@@ -18,7 +18,8 @@ from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
-from qbatch.worker.runner.measured_rounds import Rounds, free_device_memory
+from qbatch.worker.runner.loaded_models import free_device_memory
+from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.sources.fetch import LocalSource, fetch_source

@@ -1,27 +1,26 @@
 """Measure the models of a bundle in rounds: in each round every model has a turn, the baseline first.
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
+In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
+models stay loaded together if they fit.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import logging
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import DeviceKind, Stage, format_job_id
-from qbatch.core.errors import DeviceError, JobError, SourceChanged
+from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, SourceChanged
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
+from qbatch.worker.runner.loaded_models import LoadedModels, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
@@ -30,10 +29,12 @@ if TYPE_CHECKING:
     from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
     from qbatch.worker.measuring.quality.reference import Reference
     from qbatch.worker.measuring.why.capture import Captures
-    from qbatch.worker.measuring.why.decode_kernels import StepKernels
+    from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
     from qbatch.worker.models.load import LoadedModel
 
 log = logging.getLogger("qbatch.runner")
+
+T = TypeVar("T")
 
 _NO_REFERENCE = (
     "the outputs of its baseline are not stored: it was not measured on such a device with these versions, or they "
@@ -51,6 +52,15 @@ class _Turn:
     rows: dict[int, RowBenchmark]
 
     @property
+    def jobs(self) -> tuple[int, ...]:
+        return self.model.ids
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether another process will measure its kernels, for which the device's memory must be free."""
+        return any(row.captured_shape is not None for row in self.rows.values())
+
+    @property
     def fault(self) -> DeviceError | None:
         """A device fault during the analysis of a row. The rows are complete, but the device is unusable here."""
         return next((row.fault for row in self.rows.values() if row.fault is not None), None)
@@ -65,21 +75,25 @@ class Rounds:
         self._source = source
         self._device = device
         self._turns: list[_Turn] = []
-        # Only one model is loaded at a time: the one measured last.
-        self._loaded: tuple[_Turn, LoadedModel] | None = None
+        self._models = LoadedModels(device)
+        # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
+        self._waiting: list[_Turn] = []
         # By folder, why the outputs of a baseline were not stored.
         self._not_kept: dict[Path, str] = {}
 
     def run(self, models: Sequence[MeasuredModel]) -> None:
-        """Measure the open jobs of ``models``. The final message of each is sent in the last round."""
+        """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
         from qbatch.worker.measuring.why.capture import Captures
 
         self._turns = [self._turn(model) for model in models]
         last = max((plan.settled.protocol.rounds for model in models for plan in model.plans), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
+                if number == 2:
+                    self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
                 for turn in self._turns:
                     self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
+            self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
 
     def _turn(self, model: MeasuredModel) -> _Turn:
         from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
@@ -102,52 +116,77 @@ class Rounds:
         return _Turn(model=model, benchmark=benchmark, rows=rows)
 
     def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        if not self._reports.open(turn.model.ids):
+        if not self._reports.open(turn.jobs):
             return
-        with self._reports.failing(turn.model.ids):
+        with self._reports.failing(turn.jobs):
             self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
-        if is_last:
-            # Unload the model, to which nothing else refers now: the capturing process needs its memory.
-            self._loaded = None
-            if turn.fault is None:
-                free_device_memory()
-            with self._reports.failing(turn.model.ids):
-                self._conclude(turn, captures)
+        if not is_last:
+            return
+        if self._models.are_together and turn.is_captured:
+            self._waiting.append(turn)
+        else:
+            self._finish([turn], captures)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        loaded = self._load(turn)
+        with captures.paused():
+            self._or_alone(lambda: self._load(turn))
         if is_first:
-            turn.benchmark.prepare(loaded)
-        for job_id in self._reports.open(turn.model.ids):
+            turn.benchmark.prepare(self._load(turn))
+        for job_id in self._reports.open(turn.jobs):
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable
             with self._reports.failing([job_id]):
                 self._reports.enter([job_id], Stage.BENCHMARKING)
-                turn.rows[job_id].time(loaded)
+                with captures.paused():
+                    self._time(turn, job_id)
         if is_first:
-            self._measure_quality(turn, loaded)
+            self._note_peak(turn)
+            if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
+                captures.prepare()
+            self._measure_quality(turn, self._load(turn))
         if is_last:
-            self._observe(turn, loaded, captures)
+            with captures.paused():
+                self._observe(turn, self._load(turn))
+
+    def _time(self, turn: _Turn, job_id: int) -> None:
+        self._or_alone(lambda: turn.rows[job_id].time(self._load(turn)))
+
+    def _or_alone(self, work: Callable[[], T]) -> T:
+        """Do ``work``. If memory runs out while several models are loaded, no job is at fault: do it again with only
+        its own model loaded."""
+        try:
+            return work()
+        except (CudaOom, HostOom) as error:
+            if not self._models.are_together:
+                raise
+            log.warning("memory ran out with several models loaded (%s); from now on they are loaded in turns", error)
+        # Here, since the error refers to what the work had allocated.
+        self._models.separate()
+        return work()
 
     def _load(self, turn: _Turn) -> LoadedModel:
         """Load the model of the turn from its published files, unless it is loaded. Failures affect all its jobs."""
         from qbatch.worker.models.load import load
 
-        if self._loaded is not None and self._loaded[0] is turn:
-            return self._loaded[1]
-        self._loaded = None
-        free_device_memory()
-        self._reports.enter(turn.model.ids, Stage.LOADING)
-        dtype = turn.benchmark.subject.dtype
-        loaded = load(turn.model.folder, dtype=dtype, device=self._device, trusted=self._source.runs_code)
-        self._loaded = (turn, loaded)
-        return loaded
+        loaded = self._models.get(turn.jobs)
+        if loaded is not None:
+            return loaded
+        self._reports.enter(turn.jobs, Stage.LOADING)
+        subject, trusted = turn.benchmark.subject, self._source.runs_code
+        return self._models.add(
+            turn.jobs, lambda: load(subject.folder, dtype=subject.dtype, device=self._device, trusted=trusted)
+        )
+
+    def _note_peak(self, turn: _Turn) -> None:
+        peaks = [peak for row in turn.rows.values() if (peak := row.peak_bytes) is not None]
+        weights_bytes = turn.benchmark.measured.weights_bytes
+        self._models.note_peak(turn.jobs, weights_bytes=weights_bytes, peak_bytes=max(peaks, default=0))
 
     def _measure_quality(self, turn: _Turn, loaded: LoadedModel) -> None:
         """Measure quality once for all jobs of the model, because it does not depend on the shape."""
-        if not self._reports.open(turn.model.ids):
+        if not self._reports.open(turn.jobs):
             return
-        self._reports.enter(turn.model.ids, Stage.BENCHMARKING)
+        self._reports.enter(turn.jobs, Stage.BENCHMARKING)
         is_baseline = turn.model.published is None
         reference = None if is_baseline else self._reference(turn.model.plans[0])
         turn.benchmark.measure_quality(loaded, reference)
@@ -199,23 +238,28 @@ class Rounds:
         except (DeviceError, SourceChanged):
             raise
         except JobError as error:
-            log.warning("%s: %s; quality will not be compared with the baseline", _names(turn.model.ids), error)
+            log.warning("%s: %s; quality will not be compared with the baseline", _names(turn.jobs), error)
             self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
         free_device_memory()
 
-    def _observe(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
-        for job_id in self._reports.open(turn.model.ids):
+    def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
+        for job_id in self._reports.open(turn.jobs):
             self._reports.enter([job_id], Stage.BENCHMARKING)
             turn.rows[job_id].observe(loaded)
-        # All timing on the host is over, so the imports of the capturing process may begin.
-        if any(row.captured_shape is not None for row in turn.rows.values()):
-            captures.prepare()
 
-    def _conclude(self, turn: _Turn, captures: Captures) -> None:
+    def _finish(self, turns: Sequence[_Turn], captures: Captures) -> None:
+        """Send the rows of models whose rounds are over."""
+        kernels: dict[int, StepKernels] = {}
+        with self._reports.failing(job_id for turn in turns for job_id in turn.jobs):
+            kernels = self._kernels(turns, captures)
+        for turn in turns:
+            with self._reports.failing(turn.jobs):
+                self._conclude(turn, kernels)
+
+    def _conclude(self, turn: _Turn, kernels: Mapping[int, StepKernels]) -> None:
         """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""
-        ids = self._reports.open(turn.model.ids)
+        ids = self._reports.open(turn.jobs)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        kernels = self._kernels(turn, ids, captures)
         self._confirm(turn.model)
         for job_id in ids:
             with self._reports.failing([job_id]):
@@ -233,22 +277,32 @@ class Rounds:
         for job_id in self._reports.open(model.ids):
             self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
-    def _kernels(self, turn: _Turn, ids: Sequence[int], captures: Captures) -> dict[int, StepKernels]:
-        """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all shapes."""
-        from qbatch.worker.measuring.why.decode_kernels import KernelsRequest
-
-        shapes = {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
+    def _kernels(self, turns: Sequence[_Turn], captures: Captures) -> dict[int, StepKernels]:
+        """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all models and shapes;
+        it needs the memory of those that are loaded here."""
+        shapes = [(turn, shapes) for turn in turns if (shapes := self._captured_shapes(turn))]
         if not shapes:
             return {}
-        log.info("%s: kernels", _names(shapes))
-        request = KernelsRequest(
-            folder=str(turn.model.folder),
-            dtype=turn.benchmark.subject.dtype.value,
-            device=self._device,
-            trusted=self._source.runs_code,
-            shapes=tuple(shapes.values()),
+        self._models.unload()
+        ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
+        self._reports.enter(ids, Stage.BENCHMARKING)
+        log.info("%s: kernels", _names(ids))
+        trusted = self._source.runs_code
+        answers = captures.kernels(
+            [
+                turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
+                for turn, of_turn in shapes
+            ]
         )
-        return dict(zip(shapes, captures.kernels(request), strict=True))
+        return {
+            job_id: kernels
+            for (_, of_turn), answer in zip(shapes, answers, strict=True)
+            for job_id, kernels in zip(of_turn, answer, strict=True)
+        }
+
+    def _captured_shapes(self, turn: _Turn) -> dict[int, Shape]:
+        ids = self._reports.open(turn.jobs)
+        return {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
 
     def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
         plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
@@ -294,17 +348,6 @@ class Rounds:
         if torch.cuda.device_count() != 1:
             raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
         return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-
-
-def free_device_memory() -> None:
-    """Release the memory of the last model, on the device and on the host."""
-    gc.collect()
-    # glibc keeps freed memory, which would count as the next model's max_ram. Other C libraries have no malloc_trim.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _step_reporter(plan: Plan) -> Callable[[str], None]:

@@ -55,16 +55,34 @@ def time_generation(
     """Time one round of greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length].
 
     ``generate`` itself is timed, since it is what users run. For an encoder-decoder, the prefill is the encoder and the
-    first token. For the number of iterations see ``Protocol.rounds``. ``during_warmup``: a context that is entered for
+    first token. For the number of iterations see ``Protocol``. ``during_warmup``: a context that is entered for
     the warm-up. ``between_iterations`` is called before, between and after the timed iterations. Raises BenchmarkError
     if the model stops early.
     """
-    from transformers import LogitsProcessorList
-
     times = GenerationTimes()
 
-    def once(record: bool) -> None:
-        clock.synchronize()
+    def generated() -> None:
+        steps_s = _steps_s(model, prompts, new_tokens, clock)
+        times.prefill_s.append(steps_s[0])
+        times.decode_s.append(sum(steps_s[1:]))
+        times.per_token_s.extend(steps_s[1:])
+
+    warmup_tokens = min(new_tokens, protocol.warmup_tokens or new_tokens)
+    with torch.inference_mode():
+        _warm_up(lambda: _steps_s(model, prompts, warmup_tokens, clock), protocol, during_warmup)
+        between_iterations()
+        for _ in range(protocol.prefill_iterations):
+            times.prefill_s.extend(_steps_s(model, prompts, 1, clock))
+        _repeat_timed(generated, protocol, between_iterations)
+    return times
+
+
+def _steps_s(model: Any, prompts: torch.Tensor, new_tokens: int, clock: Clock) -> list[float]:
+    """Generate once. Returns the seconds until each token's logits."""
+    from transformers import LogitsProcessorList
+
+    clock.synchronize()
+    with greedy(model, new_tokens):
         marks = _TokenMarks(clock)
         model.generate(
             prompts,
@@ -72,17 +90,9 @@ def time_generation(
             logits_processor=LogitsProcessorList([marks]),
             generation_config=model.generation_config,
         )
-        if len(marks.marks) <= new_tokens:
-            raise BenchmarkError(f"generation stopped after {len(marks.marks) - 1} of {new_tokens} tokens")
-        steps_s = clock.intervals_s(marks.marks[: new_tokens + 1])
-        if record:
-            times.prefill_s.append(steps_s[0])
-            times.decode_s.append(sum(steps_s[1:]))
-            times.per_token_s.extend(steps_s[1:])
-
-    with torch.inference_mode(), greedy(model, new_tokens):
-        _run(once, protocol, during_warmup, between_iterations)
-    return times
+    if len(marks.marks) <= new_tokens:
+        raise BenchmarkError(f"generation stopped after {len(marks.marks) - 1} of {new_tokens} tokens")
+    return clock.intervals_s(marks.marks[: new_tokens + 1])
 
 
 def time_forward(
@@ -97,32 +107,32 @@ def time_forward(
     """Seconds of each forward pass over ``inputs`` in one round. Other arguments as for ``time_generation``."""
     times_s: list[float] = []
 
-    def once(record: bool) -> None:
+    def forward() -> list[float]:
         clock.synchronize()
         before = clock.mark()
         model(**inputs)
-        seconds = clock.intervals_s([before, clock.mark()])
-        if record:
-            times_s.extend(seconds)
+        return clock.intervals_s([before, clock.mark()])
 
     with torch.inference_mode():
-        _run(once, protocol, during_warmup, between_iterations)
+        _warm_up(forward, protocol, during_warmup)
+        between_iterations()
+        for _ in range(protocol.prefill_iterations):
+            times_s += forward()
+        _repeat_timed(lambda: times_s.extend(forward()), protocol, between_iterations)
     return times_s
 
 
-def _run(
-    once: Callable[[bool], None],
-    protocol: Protocol,
-    during_warmup: AbstractContextManager[object],
-    between_iterations: Callable[[], None],
-) -> None:
+def _warm_up(once: Callable[[], object], protocol: Protocol, during_warmup: AbstractContextManager[object]) -> None:
     with during_warmup:
         for _ in range(protocol.warmup_iterations):
-            once(False)
-    between_iterations()
+            once()
+
+
+def _repeat_timed(once: Callable[[], None], protocol: Protocol, between_iterations: Callable[[], None]) -> None:
+    """Repeat for one round. It never ends because times agree: that would choose a small spread."""
 
     def timed() -> None:
-        once(True)
+        once()
         between_iterations()
 
     repeat(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,7 +47,7 @@ class MemoryPeaks:
 class MemoryMonitor:
     """A context manager that polls resident memory and GPU memory every 20 ms from a separate thread.
 
-    Polling slows the working thread a little, so it is used during the warm-up, which does the same work untimed.
+    Polling slows the working thread a little, so it is used during the warm-up, which runs the same kernels untimed.
     Memory is also sampled once at the start and once at the end.
     """
 
@@ -69,6 +70,10 @@ class MemoryMonitor:
         self._thread.join()
         self._sample()
 
+    def record_end(self, resident_peak: int | None) -> None:
+        """Sample once more after all work. ``resident_peak``: the kernel's own peak for it, if known."""
+        self.peaks.record(max(self._process.memory_info().rss, resident_peak or 0), self._read_device_memory())
+
     def _poll(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
             self._sample()
@@ -79,9 +84,31 @@ class MemoryMonitor:
 
 @contextmanager
 def memory_monitor(device: str) -> Iterator[MemoryMonitor]:
-    """A monitor, not yet started, of this process and, for "cuda:N", that GPU (whose peaks are None without NVML)."""
+    """A monitor, not yet started, of this process and, for "cuda:N", that GPU (whose peaks are None without NVML).
+
+    Its peaks are those of everything within this context, whether or not it was started meanwhile: torch does not
+    return a GPU's memory before the end, and Linux keeps the peak of resident memory.
+    """
     with nvml_handle(device) as handle:
-        yield MemoryMonitor(lambda: None if handle is None else _device_memory(handle))
+        monitor = MemoryMonitor(lambda: None if handle is None else _device_memory(handle))
+        is_reset = _reset_resident_peak()
+        yield monitor
+        monitor.record_end(_resident_peak() if is_reset else None)
+
+
+def _reset_resident_peak() -> bool:
+    """Reset the kernel's peak of resident memory, and return whether it could be: some sandboxes forbid it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak() -> int | None:
+    """The largest resident memory in bytes since the reset; None where the kernel does not tell."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 @contextmanager

@@ -2,20 +2,25 @@
 
 The process is separate because a failed capture leaves CUDA unusable, and a profiler leaves its process slower.
 ``python -P -m qbatch.worker.measuring.why.decode_kernels`` does the slow imports once, without initialising CUDA. It
-then forks a process for each request, since a forked process can still initialise the GPU. Requests are lines of JSON
-on standard input, answers lines on standard output; the client is ``qbatch.worker.measuring.why.capture``.
+then forks a process for the models of a bundle, since a forked process can still initialise the GPU. That process first
+captures a step of each model, until a capture fails, and profiles them after the last capture. Requests are lines of
+JSON on standard input, answers lines on standard output; the client is ``qbatch.worker.measuring.why.capture``.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import select
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +34,9 @@ _REPLAYS = 20
 _SEED = 0
 _PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
 _ORPHANED = 70
+_PR_SET_PDEATHSIG = 1
+STARTED = "started"
+"""The first line of the answers. From then on the process may be stopped: it ends with its runner all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +50,24 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsRequest:
-    """Which model to measure, at which shapes. ``capture``: False to only profile. ``dtype``: the value of a DType."""
+    """Which model to measure, at which shapes. ``dtype``: the value of a DType. ``not_captured``: why no capture is
+    tried, if one is known to fail."""
 
     folder: str
     dtype: str
     device: str
     trusted: bool = False
     shapes: tuple[Shape, ...]
-    capture: bool = True
+    not_captured: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsTask:
+    """What is still to be done for a request."""
+
+    request: KernelsRequest
+    capture: bool
+    profile: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,53 +80,71 @@ class KernelsAlone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepKernels:
-    """The kernels of a decode step at one shape.
-
-    ``reason``: why there is no ``profile``. Both are None if a failed capture prevented profiling; then the profile can
-    be requested again without the capture.
-    """
+    """The kernels of a decode step at one shape. ``reason``: why there is no ``profile``."""
 
     alone: KernelsAlone | None = None
     profile: StepProfile | None = None
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A part of an answer: what was found for the task of that ``number``, at each shape. One of the two is set."""
+
+    number: int
+    alones: Sequence[KernelsAlone] | None = None
+    profiles: Sequence[StepKernels] | None = None
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
+    _end_with_the_runner()
     # What libraries print goes to the log rather than between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    print(STARTED, file=answers, flush=True)
     import_without_gpu(_PRELOAD)
     while line := sys.stdin.readline():
-        answers.write(_answer(line).strip() + "\n")
-        answers.flush()
+        print(json.dumps(_answer(line)), file=answers, flush=True)
 
 
-def _answer(line: str) -> str:
-    """Handle a request in a forked process. Returns its answer, empty if the process died."""
+def _end_with_the_runner() -> None:
+    """Let the kernel kill this process when the runner ends, since a runner may have stopped it with SIGSTOP."""
+    with suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _answer(line: str) -> list[Any]:
+    """Handle a request in a forked process. Returns the parts of its answer, as many as it sent before it ended."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         _handle_and_exit(line, write_end)
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
-        answer = pipe.read()
+        parts = pipe.read()
     os.waitpid(child, 0)
-    return answer
+    # What follows the last newline was not written to its end.
+    return [json.loads(part) for part in parts.split("\n")[:-1]]
 
 
 def _handle_and_exit(line: str, answer_to: int) -> None:
     """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
     threading.Thread(target=_exit_with_the_runner, daemon=True).start()
     try:
-        fields = json.loads(line)
-        request = KernelsRequest(**fields | {"shapes": tuple(Shape(**shape) for shape in fields["shapes"])})
-        os.write(answer_to, json.dumps([asdict(kernels) for kernels in _measure(request)]).encode())
+        with os.fdopen(answer_to, "w") as pipe:
+            for done in measure_all([_task(**fields) for fields in json.loads(line)]):
+                print(json.dumps(asdict(done)), file=pipe, flush=True)
     except Exception:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(0)
+
+
+def _task(*, request: Any, capture: bool, profile: bool) -> KernelsTask:
+    shapes = tuple(Shape(**shape) for shape in request["shapes"])
+    return KernelsTask(request=KernelsRequest(**request | {"shapes": shapes}), capture=capture, profile=profile)
 
 
 def _exit_with_the_runner() -> None:
@@ -119,24 +155,61 @@ def _exit_with_the_runner() -> None:
     os._exit(_ORPHANED)
 
 
-def _measure(request: KernelsRequest) -> list[StepKernels]:
-    """Measure the kernels at each shape of the request. Failures become reasons."""
-    count = len(request.shapes)
-    if not request.device.startswith("cuda"):
-        alone = KernelsAlone(reason="a CPU has no CUDA graphs")
-        return [StepKernels(alone=alone, reason="a CPU has no kernels to profile")] * count
-    try:
-        model = _load(request)
-    except Exception as error:
-        alone = KernelsAlone(reason=_reason("not capturable", error))
-        return [StepKernels(alone=alone, reason=_reason("cannot profile a step", error))] * count
-    if not request.capture:
-        return _profile_each(model, request)
-    alones = _capture_each(model, request)
-    if any(alone.step_s is None for alone in alones):
-        return [StepKernels(alone=alone) for alone in alones]
-    profiled = _profile_each(model, request)
-    return [replace(one, alone=alone) for one, alone in zip(profiled, alones, strict=True)]
+def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:
+    """Capture the steps of each task that asks for it, then profile them. Failures become reasons. A failed capture is
+    the last part, because it spoils the process."""
+    models = _Models()
+    for number, task in enumerate(tasks):
+        if not task.capture:
+            continue
+        model, reason = models.get(task.request)
+        if model is None:
+            yield Done(number=number, alones=[KernelsAlone(reason=reason)] * len(task.request.shapes))
+            continue
+        alones = _capture_each(model, task.request)
+        yield Done(number=number, alones=alones)
+        if any(alone.step_s is None for alone in alones):
+            return
+    for number, task in enumerate(tasks):
+        if task.profile:
+            model, reason = models.get(task.request)
+            profiles = [StepKernels(reason=reason)] * len(task.request.shapes)
+            yield Done(number=number, profiles=profiles if model is None else _profile_each(model, task.request))
+
+
+class _Models:
+    """The models of the tasks. They stay loaded if the device holds them together."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[KernelsRequest, Any] = {}
+
+    def get(self, request: KernelsRequest) -> tuple[Any, str | None]:
+        """(the model, None), or (None, why it cannot be loaded)."""
+        if not request.device.startswith("cuda"):
+            return None, "a CPU has neither CUDA graphs nor kernels to profile"
+        if request in self._loaded:
+            return self._loaded[request], None
+        reason = self._load(request)
+        if reason is not None and self._loaded:
+            # Perhaps for want of memory.
+            self._loaded.clear()
+            _free_memory()
+            reason = self._load(request)
+        return self._loaded.get(request), reason
+
+    def _load(self, request: KernelsRequest) -> str | None:
+        try:
+            self._loaded[request] = _load(request)
+        except Exception as error:
+            return _reason("cannot load the model", error)
+        return None
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _reason(failure: str, error: Exception) -> str:

@@ -1,0 +1,90 @@
+"""Rounds on a real GPU: models stay loaded together, and memory that runs out then is nobody's fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qbatch.core.domain import DeviceKind, ProtocolOptions, Stage
+from qbatch.worker.runner import loaded_models
+from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.loaded_models import LoadedModels
+from tests import tiny
+from tests.unit.test_benchmark_rounds import Ear, order, quick
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+ALONE = [(1,), (2,), (3,)]
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+
+
+@pytest.fixture(autouse=True)
+def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a model of 250 MB lies, whose checkpoints the first test publishes."""
+    folder = tmp_path_factory.mktemp("rounds")
+    tiny.make_causal(folder / "llama", **WIDE)
+    return folder
+
+
+def run(folder: Path) -> Ear:
+    ear = Ear()
+    on_gpu = replace(
+        order(folder, folder / "llama"),
+        device_kind=DeviceKind.CUDA,
+        device_name=torch.cuda.get_device_name(0),
+    )
+    Bundle(on_gpu, ear).run()
+    return ear
+
+
+def peaks(ear: Ear) -> dict[int, int | None]:
+    return {job_id: done.measurement.max_allocated_bytes for job_id, done in ear.measured().items()}
+
+
+def test_models_stay_loaded_and_their_peaks_are_those_of_each_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = run(folder)
+    assert together.failed() == {}
+    assert together.entered(Stage.LOADING) == [*ALONE, (1,), (2,)]
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
+    alone = run(folder)
+    assert alone.entered(Stage.LOADING) == ALONE * 2
+    assert peaks(together) == pytest.approx(peaks(alone), rel=0.02)
+
+
+@pytest.fixture
+def memory_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Once the models are predicted to fit together, all memory but what one of them needs is taken."""
+    taken: list[torch.Tensor] = []
+    original = LoadedModels.keep_together
+
+    def keep_together(models: LoadedModels, jobs: list[tuple[int, ...]]) -> None:
+        original(models, jobs)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        # The third model is still loaded, at 4 bits. The first takes 250 MB, the second 130, and each some to work.
+        taken.append(torch.empty(free - (320 << 20), dtype=torch.uint8, device="cuda"))
+
+    monkeypatch.setattr(LoadedModels, "keep_together", keep_together)
+    yield
+    taken.clear()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("memory_that_vanishes")
+def test_memory_that_really_runs_out_charges_nobody(folder: Path) -> None:
+    ear = run(folder)
+    assert ear.failed() == {}
+    assert ear.measured().keys() == {1, 2, 3}
+    assert ear.entered(Stage.LOADING)[-1] == (3,), "loaded again, since the others had to go"
+    assert all(done.measurement.details.rounds.count == 2 for done in ear.measured().values())
