@@ -479,7 +479,7 @@ def _kill_children_of(pid: int, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_imports_stand_still_while_something_is_timed_and_end_with_their_runner() -> None:
+def test_imports_pause_while_something_is_timed_and_end_with_their_runner() -> None:
     """Also if the runner ends while they stand still."""
     code = (
         "import time; from qbatch.worker.measuring.why.capture import Captures; captures = Captures();"
