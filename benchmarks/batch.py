@@ -48,7 +48,7 @@ class Side:
 
     total_s: float
     stages_s: Mapping[str, float]
-    rows: Mapping[tuple[str, int], Mapping[str, float | None]]
+    rows: Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def run_plain(models: Sequence[Path], work: Path, arguments: argparse.Namespace) -> Side:
@@ -87,13 +87,13 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
     return Side(total_s=total_s, stages_s=stages, rows=rows)
 
 
-def _figures(row: Mapping[str, Any]) -> dict[str, float | None]:
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["state"] != "succeeded":
         raise RuntimeError(f"{row['model']} at {row['bits']} bits: {row['state']}, {row['error_message']}")
     phases = row["details"]["rounds"]["phases"]
     return {
         "decode_tokens_per_s": row["decode_tokens_per_s"],
-        "decode_spread": phases["decode"]["spread"],
+        "decode_runs": [(row["details"]["shapes"]["new_tokens"] - 1) / mean_s for mean_s in phases["decode"]["mean"]],
         "prefill_s": row["prefill_s_p50"],
         "perplexity": row["perplexity"],
         "kl_mean": row["kl_mean"],
@@ -138,7 +138,7 @@ def stage_table(plain: Sequence[Side], qbatch: Sequence[Side]) -> Iterator[str]:
 
 def figure_table(plain: Sequence[Side], qbatch: Sequence[Side]) -> tuple[list[str], bool]:
     """(the lines of the table, whether all figures agree)."""
-    lines = [f"{'':24}{'decode tok/s':>22}{'tolerance':>11}{'perplexity':>24}{'KL':>24}"]
+    lines = [f"{'':24}{'decode tok/s':>16}{'tolerance':>11}{'lowest and highest run':>26}{'perplexity':>18}{'KL':>22}"]
     agree = True
     for key in plain[0].rows:
         rates = [[float(side.rows[key]["decode_tokens_per_s"] or 0) for side in sides] for sides in (plain, qbatch)]
@@ -154,9 +154,10 @@ def figure_table(plain: Sequence[Side], qbatch: Sequence[Side]) -> tuple[list[st
         wrong = [name for name, holds in checks.items() if not holds]
         agree = agree and not wrong
         lines.append(
-            f"{f'{key[0]} {key[1]} bits':24}{f'{_median(rates[0]):.1f} {_median(rates[1]):.1f}':>22}{tolerance:>11.1%}"
-            f"{' '.join(_show(one, '.6g') for one in pairs['perplexity']):>24}"
-            f"{' '.join(_show(one, '.4g') for one in pairs['kl_mean']):>24}"
+            f"{f'{key[0]} {key[1]} bits':24}{f'{_median(rates[0]):.1f} {_median(rates[1]):.1f}':>16}{tolerance:>11.1%}"
+            f"{'  '.join(_range(side.rows[key]['decode_runs']) for side in (plain[0], qbatch[0])):>26}"
+            f"{' '.join(_show(one, '.6g') for one in pairs['perplexity']):>18}"
+            f"{' '.join(_show(one, '.4g') for one in pairs['kl_mean']):>22}"
             + (f"  disagree: {', '.join(wrong)}" if wrong else "")
         )
     return lines, agree
@@ -171,6 +172,10 @@ def _relative_error(rates: Sequence[Sequence[float]]) -> float:
 
 def _near(one: float | None, other: float | None, tolerance: float) -> bool:
     return one is other or (one is not None and other is not None and math.isclose(one, other, rel_tol=tolerance))
+
+
+def _range(rates: Sequence[float]) -> str:
+    return f"{min(rates):.1f}-{max(rates):.1f}"
 
 
 def _median(values: Any) -> float:

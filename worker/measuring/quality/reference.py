@@ -51,7 +51,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
-_FORMAT = 2
+_FORMAT = 3
 _PROBE = "base"
 
 
