@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,8 @@ _INTERRUPTED = 130
 # In characters. Enough for a list of a hundred thousand models, and for an evaluation text that takes a day to measure.
 _MODEL_LIST_LIMIT = 16 * 2**20
 _EVAL_TEXT_LIMIT = 64 * 2**20
+# In models. A shorter one is stored before anybody wonders.
+_LONG_LIST = 500
 
 
 class _Group(click.Group):
@@ -70,7 +73,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
     settings = _settings()
     submission = _submission(settings, options)
     database = _database(settings)
-    receipt, hint = _store(database, settings, submission)
+    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
     if hint is not None:
         click.echo(hint, err=True)
@@ -107,7 +110,7 @@ def run(format_: str, **options: Any) -> None:
 
 def _run(settings: Settings, submission: Submission, format_: str, stack: LocalStack | None) -> int:
     database = _database(settings)
-    receipt, hint = _store(database, settings, submission)
+    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
@@ -564,14 +567,17 @@ def _read_text(name: str, limit: int) -> str:
     return text
 
 
-def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
+def _store(
+    database: Database, settings: Settings, submission: Submission, *, quiet: bool
+) -> tuple[Receipt, str | None]:
     """Store a batch and send it to the workers.
 
     Returns the receipt, and None or, if nothing can run the batch now, a sentence that says what will.
     """
     from qbatch.scheduler.submit import submit as store
 
-    receipt = store(database, settings, submission)
+    with _progress_bar(len(submission.sources), quiet=quiet) as on_progress:
+        receipt = store(database, settings, submission, on_progress)
     if receipt.outdated:
         click.echo(
             f"{receipt.outdated} jobs are measured again: qbatch 0.1.0, which measured them before, identified models "
@@ -579,6 +585,16 @@ def _store(database: Database, settings: Settings, submission: Submission) -> tu
             err=True,
         )
     return receipt, _send(database, settings) if _has_work(receipt) else None
+
+
+@contextmanager
+def _progress_bar(sources: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while a long list is stored, if that is a terminal."""
+    if quiet or sources < _LONG_LIST or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=sources, label="storing", file=sys.stderr, show_pos=True) as bar:
+        yield bar.update
 
 
 def _has_work(receipt: Receipt) -> bool:
