@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
 from qbatch.models_db.arrival_filter import hide_arriving
+from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patiently
 from qbatch.models_db.database_file import DatabaseFile
 from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
@@ -277,9 +278,19 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
 def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
     # If the network drops packets silently, a supervisor must not hang past its lease: give up after 15 s.
     alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
+    # One connection is kept. Threads that need others at the same moment open them and close them again: a server takes
+    # only so many, and each worker and scheduler is a process of its own.
     engine = create_engine(
-        url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
+        url,
+        json_serializer=_to_json,
+        pool_pre_ping=True,
+        pool_size=1,
+        connect_args={"connect_timeout": 5, **alive},
     )
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return connect_patiently(lambda: dialect.connect(*arguments, **options), dialect.loaded_dbapi.OperationalError)
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
@@ -302,6 +313,8 @@ def _reachable(place: str) -> Iterator[None]:
     except DBAPIError as error:
         if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged or not a SQLite database
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
+        if isinstance(error, OperationalError) and are_all_taken(error.orig):
+            raise DatabaseUnreachable(f"the database {place} takes no more connections: {ADVICE}") from error
         if _is_away(error):
             raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
         raise DatabaseRefused(f"the database {place} refused a statement: {_first_line(error)}") from error
