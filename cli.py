@@ -103,7 +103,7 @@ def run(format_: str, **options: Any) -> None:
     Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
     set. Stops what it started when the batch has finished.
     """
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
 
     settings = _settings()
     submission = _submission(settings, options)
@@ -347,7 +347,7 @@ def show(jobs: Sequence[str], format_: str) -> None:
 @format_options("table", "json", "csv")
 def doctor(deep: bool, format_: str) -> None:
     """Check the installation and report problems. Exits with 1 if there are any."""
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.views.checks import State, render_checks
     from qbatch.views.doctor import examine
     from qbatch.views.libraries import VisibleGpu, examine_libraries
@@ -623,7 +623,7 @@ def _has_work(receipt: Receipt) -> bool:
 
 def _send(database: Database, settings: Settings) -> str | None:
     """Send queued jobs to the workers. If that is not possible, return a sentence that says what will send them."""
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.scheduler.submit import send_now
 
     if settings.is_embedded and not stack_is_running(settings):

@@ -18,7 +18,8 @@ import pytest
 from qbatch.core.errors import StorageUnavailable
 from qbatch.core.filesystem import Refusal, disk_space, move, probe, require_locks, share, sync, touch, umask
 from qbatch.core.settings import Settings
-from qbatch.scheduler.local_stack import LocalStack, stack_is_running
+from qbatch.scheduler.local_stack import LocalStack
+from qbatch.scheduler.stack_lock import stack_is_running
 from qbatch.views.checks import State
 from qbatch.views.doctor import examine
 from qbatch.worker.checkpoints.publish import MANIFEST, find_published
