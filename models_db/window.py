@@ -14,7 +14,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, select, union, update
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import DeviceKind, JobState
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db.few_jobs import IS_QUEUED
 from qbatch.models_db.ready_bundles import (
     ANY_NEED,
     QueueRange,
@@ -35,10 +36,8 @@ NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 """The dispatch columns of a job that no message stands for."""
 
 _OTHER = aliased(Job)
-# By ids, because there are few: by the state alone, SQLite would read all queued jobs.
-_IS_DISPATCHED: ColumnElement[bool] = and_(
-    Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), Job.state == JobState.QUEUED
-)
+# By ids, because there are few.
+_IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
     One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
     Returns the released dispatch ids, whose bundles can be sent again.
     """
-    waiting = free(session, _of_messages([*missing, *present]), Job.state == JobState.QUEUED)
+    waiting = free(session, _of_messages([*missing, *present]), IS_QUEUED)
     session.execute(
         update(Job)
         .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
@@ -184,6 +183,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
     session.execute(
-        update(Job).where(Job.id.in_(free(session, *conditions, Job.state == JobState.QUEUED))).values(**NO_MESSAGE),
+        update(Job).where(Job.id.in_(free(session, *conditions, IS_QUEUED))).values(**NO_MESSAGE),
         execution_options=NO_SYNC,
     )
