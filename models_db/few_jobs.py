@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, and_, literal
+from sqlalchemy import ColumnElement, String, and_, func, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -41,6 +41,9 @@ IS_QUEUED: ColumnElement[bool] = _state_is(JobState.QUEUED)
 
 IS_WAITING: ColumnElement[bool] = and_(IS_QUEUED, Job.dispatch_id.is_(None))
 """Queued, and not in Redis. Their index is in the order of priority, batch and id."""
+
+STILL_WAITS: ColumnElement[bool] = and_(IS_QUEUED, func.coalesce(Job.dispatch_id, "") == "")
+"""The same, for jobs that are found in another way: in this form it fits no index."""
 
 WAITS_AGAIN: ColumnElement[bool] = and_(IS_QUEUED, Job.attempt > literal(0, literal_execute=True))
 """Queued after an attempt. Only these can have run out of memory, or wait for a time or for space."""

@@ -21,10 +21,9 @@ from qbatch.models_db.ready_bundles import (
     QueueRange,
     ReadyBundle,
     ReadyBundles,
+    are_ready,
     free,
-    is_ready,
     is_under_way,
-    of_bundles,
 )
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
@@ -123,7 +122,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.id.in_(free(session, of_bundles([bundle]), is_ready(needs), most=MOST_JOBS)))
+        .where(Job.id.in_(free(session, are_ready([bundle], needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=NO_SYNC,
