@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @format_options("table", "json", "csv")
 def doctor(deep: bool, format_: str) -> None:
     """Check the installation and report problems. Exits with 1 if there are any."""
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.views.checks import State, render_checks
     from qbatch.views.doctor import examine
     from qbatch.views.libraries import VisibleGpu, examine_libraries

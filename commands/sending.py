@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def send(database: Database, settings: Settings) -> str | None:
     """Send queued jobs to the workers. If that is not possible, return a sentence that says what will send them."""
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.scheduler.submit import send_now
 
     if settings.is_embedded and not stack_is_running(settings):

@@ -61,7 +61,7 @@ def run(format_: str, **options: Any) -> None:
     Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
     set. Stops what it started when the batch has finished.
     """
-    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.scheduler.stack_lock import stack_is_running
 
     settings = current_settings()
     submission = read_submission(settings, options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, and_, literal
+from sqlalchemy import ColumnElement, String, and_, func, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -16,7 +16,7 @@ from qbatch.models_db.tables import Job
 
 
 class _WithoutIndex(FunctionElement[str]):
-    """A column, such that SQLite looks for no index that begins with it: it would rather read all jobs of a state."""
+    """A column, such that no index that begins with it is used: both databases like to read all jobs of a state."""
 
     type = String()
     inherit_cache = True
@@ -29,18 +29,23 @@ def _sqlite(element: _WithoutIndex, compiler: Any, **kw: Any) -> str:
 
 @compiles(_WithoutIndex, "postgresql")
 def _postgresql(element: _WithoutIndex, compiler: Any, **kw: Any) -> str:
-    column: str = compiler.process(element.clauses, **kw)
-    return column
+    return f"({compiler.process(element.clauses, **kw)} || '')"
 
 
 def _state_is(state: JobState) -> ColumnElement[bool]:
     return _WithoutIndex(Job.state) == literal(state.value, literal_execute=True)
 
 
-IS_WAITING: ColumnElement[bool] = and_(_state_is(JobState.QUEUED), Job.dispatch_id.is_(None))
+IS_QUEUED: ColumnElement[bool] = _state_is(JobState.QUEUED)
+"""For jobs that are found in another way."""
+
+IS_WAITING: ColumnElement[bool] = and_(IS_QUEUED, Job.dispatch_id.is_(None))
 """Queued, and not in Redis. Their index is in the order of priority, batch and id."""
 
-WAITS_AGAIN: ColumnElement[bool] = and_(_state_is(JobState.QUEUED), Job.attempt > literal(0, literal_execute=True))
+STILL_WAITS: ColumnElement[bool] = and_(IS_QUEUED, func.coalesce(Job.dispatch_id, "") == "")
+"""The same, for jobs that are found in another way: in this form it fits no index."""
+
+WAITS_AGAIN: ColumnElement[bool] = and_(IS_QUEUED, Job.attempt > literal(0, literal_execute=True))
 """Queued after an attempt. Only these can have run out of memory, or wait for a time or for space."""
 
 HAS_FAILED: ColumnElement[bool] = _state_is(JobState.FAILED)

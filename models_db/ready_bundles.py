@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.few_jobs import IS_WAITING
+from qbatch.models_db.few_jobs import IS_WAITING, STILL_WAITS
 from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
@@ -93,7 +93,7 @@ class ReadyBundles:
         return (
             select(Job.id, Job.bundle)
             .where(*self._candidates(), Job.priority == priority, Job.batch_id == batch_id, Job.id > after)
-            .where(is_ready(self.needs))
+            .where(_is_ready(self.needs))
             .order_by(Job.id)
             .limit(size)
         )
@@ -116,7 +116,7 @@ class ReadyBundles:
                 func.min(NEED_BYTES).label("least"),
                 most.label("most"),
             )
-            .where(of_bundles(names), is_ready(self.needs), Job.device.in_((self.kind, DeviceKind.AUTO)))
+            .where(are_ready(names, self.needs), Job.device.in_((self.kind, DeviceKind.AUTO)))
             .group_by(Job.bundle)
             .having(*self._belongs(most))
             .order_by(func.min(Job.id))
@@ -134,7 +134,7 @@ class ReadyBundles:
         mixed = [row.bundle for row in ready if row.least < largest <= row.most]
         if not mixed:
             return False
-        misfits = free(session, of_bundles(mixed), is_ready(self.needs), largest <= NEED_BYTES)
+        misfits = free(session, are_ready(mixed, self.needs), largest <= NEED_BYTES)
         for batch_id, job_id in session.execute(select(Job.batch_id, Job.id).where(Job.id.in_(misfits))).all():
             alone = update(Job).where(Job.id == job_id).values(bundle=own_bundle(batch_id, job_id))
             session.execute(alone, execution_options=NO_SYNC)
@@ -146,10 +146,11 @@ def own_bundle(batch_id: int, job_id: int) -> str:
     return f"{batch_id}:j{job_id}"
 
 
-def of_bundles(names: Sequence[str]) -> ColumnElement[bool]:
-    """The jobs of these bundles."""
-    # By ids: SQLite would rather walk all waiting jobs, because their index has the order that is asked for.
-    return Job.id.in_(select(_OTHER.id).where(_OTHER.bundle.in_(names)))
+def are_ready(names: Sequence[str], needs: QueueRange) -> ColumnElement[bool]:
+    """The jobs of these bundles that may be dispatched."""
+    # By ids, and not by an index over all that waits, which has the order that is asked for, but is long.
+    named = Job.id.in_(select(_OTHER.id).where(_OTHER.bundle.in_(names)))
+    return and_(named, STILL_WAITS, _is_ready(needs))
 
 
 def is_under_way(job: type[Job]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
@@ -169,15 +170,14 @@ _UNDER_WAY = [select(_OTHER.bundle).where(condition) for condition in is_under_w
 _WRITTEN = [select(_OTHER.checkpoint_key).where(condition, _WRITES) for condition in is_under_way(_OTHER)]
 
 
-def is_ready(needs: QueueRange) -> ColumnElement[bool]:
-    """Whether a job may be dispatched.
+def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
+    """Whether a waiting job may be dispatched.
 
-    It must be queued, due, not dispatched, and not too large; no part of its bundle may be under way, and no other
-    bundle may be writing its checkpoint. The rest of a bundle waits for the part that was sent, because that part
-    writes its checkpoints and may include its baseline, and not every checkpoint key is known yet.
+    It must be due, and not too large; no part of its bundle may be under way, and no other bundle may be writing its
+    checkpoint. The rest of a bundle waits for the part that was sent, because that part writes its checkpoints and may
+    include its baseline, and not every checkpoint key is known yet.
     """
     return and_(
-        IS_WAITING,
         is_due(),
         true() if needs.largest is None else may_run_in(needs.largest),
         *(Job.bundle.not_in(bundles) for bundles in _UNDER_WAY),

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -23,6 +22,9 @@ from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patientl
 from qbatch.models_db.database_file import DatabaseFile
 from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
 SCHEMA_HEAD = "0008"
@@ -205,8 +207,14 @@ event.listen(_SqliteSession, "do_orm_execute", hide_arriving)
 
 def insert_into(session: Session, table: type[Any]) -> postgresql.Insert | sqlite.Insert:
     """An INSERT with support for ON CONFLICT, which SQLAlchemy offers only per dialect."""
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    return insert(table)
+    # Imported here, because each takes as long as many a command otherwise.
+    if session.get_bind().dialect.name == "sqlite":
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert(table)
 
 
 def _without_password(url: URL) -> str:

@@ -26,8 +26,7 @@ class Base(DeclarativeBase):
 
 def _partial_index(name: str, *columns: str, where: str) -> Index:
     """An index over few of the rows. ``few_jobs`` has the conditions with which a query may use it."""
-    # SQLite: ``few_jobs`` says what the sign is for.
-    return Index(name, *columns, sqlite_where=text(where.replace("state", "+state")), postgresql_where=text(where))
+    return Index(name, *columns, info={"where": where})
 
 
 class Batch(Base):
@@ -119,13 +118,15 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
+    # What a migration says of an index in a database's own terms is noted in ``info``: with the options that SQLAlchemy
+    # has for it, every command would import that database's dialect.
     __table_args__ = (
         # A page of jobs in the order of submission, and the counts of batches.
         Index(None, "state", "id"),
         Index(None, "batch_id", "state", "id"),
         Index(None, "checkpoint_key", "state"),
         # All jobs of a model. A path may be longer than PostgreSQL's other indexes take.
-        Index(None, "location", postgresql_using="hash"),
+        Index(None, "location", info={"using": "hash"}),
         _partial_index("ix_jobs_dispatched", "dispatch_id", where="dispatch_id IS NOT NULL"),
         # What the dispatcher walks; it sees by the last two columns which jobs belong in another queue.
         _partial_index(

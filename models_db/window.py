@@ -14,16 +14,16 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, select, union, update
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import DeviceKind, JobState
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db.few_jobs import IS_QUEUED
 from qbatch.models_db.ready_bundles import (
     ANY_NEED,
     QueueRange,
     ReadyBundle,
     ReadyBundles,
+    are_ready,
     free,
-    is_ready,
     is_under_way,
-    of_bundles,
 )
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
@@ -35,10 +35,8 @@ NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 """The dispatch columns of a job that no message stands for."""
 
 _OTHER = aliased(Job)
-# By ids, because there are few: by the state alone, SQLite would read all queued jobs.
-_IS_DISPATCHED: ColumnElement[bool] = and_(
-    Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), Job.state == JobState.QUEUED
-)
+# By ids, because there are few.
+_IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +122,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
     dispatch_id = str(uuid.uuid4())
     marked = session.execute(
         update(Job)
-        .where(Job.id.in_(free(session, of_bundles([bundle]), is_ready(needs), most=MOST_JOBS)))
+        .where(Job.id.in_(free(session, are_ready([bundle], needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
         .returning(Job.id, Job.model),
         execution_options=NO_SYNC,
@@ -148,7 +146,7 @@ def note_scan(session: Session, *, missing: Collection[str], present: Collection
     One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
     Returns the released dispatch ids, whose bundles can be sent again.
     """
-    waiting = free(session, _of_messages([*missing, *present]), Job.state == JobState.QUEUED)
+    waiting = free(session, _of_messages([*missing, *present]), IS_QUEUED)
     session.execute(
         update(Job)
         .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
@@ -184,6 +182,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
     session.execute(
-        update(Job).where(Job.id.in_(free(session, *conditions, Job.state == JobState.QUEUED))).values(**NO_MESSAGE),
+        update(Job).where(Job.id.in_(free(session, *conditions, IS_QUEUED))).values(**NO_MESSAGE),
         execution_options=NO_SYNC,
     )

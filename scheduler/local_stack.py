@@ -17,26 +17,11 @@ from qbatch.core.private_folder import make_private
 from qbatch.core.settings import Settings
 from qbatch.scheduler.child_process import Child
 from qbatch.scheduler.private_redis import PrivateRedis
+from qbatch.scheduler.stack_lock import lock_of_stack
 
 _DRAIN_S = 30.0
 _LOCK_S = 1.0
 _REDIS_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ", "TMPDIR")
-
-
-def stack_is_running(settings: Settings) -> bool:
-    """Whether another process holds the stack of this home."""
-    try:
-        lock = (settings.home / "stack.lock").open("r+b")
-    except OSError:  # there is no lock file, or the home cannot belong to a stack of this user
-        return False
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # the file system has no locks, and a stack does not start without them
-            return False
-        return False
 
 
 class LocalStack:
@@ -112,7 +97,7 @@ class LocalStack:
             self._lock = None
 
     def _take_lock(self) -> None:
-        lock = (self._settings.home / "stack.lock").open("a+b")
+        lock = lock_of_stack(self._settings).open("a+b")
         deadline = time.monotonic() + _LOCK_S
         while True:
             try:

@@ -128,13 +128,17 @@ def _commands(database: Database) -> Sequence[Sequence[str]]:
     large = large_batch(database)
     batch = format_batch_id(large)
     job = format_job_id(first_result(database, large))
+    limit = ("--limit", "50")
     return (
         ("status",),
+        ("status", *limit),
         ("status", batch),
+        ("status", batch, *limit),
         ("jobs", "--state", "failed"),
-        ("results", "--limit", "50"),
-        ("results", "--batch", batch, "--limit", "50"),
-        ("results", "--sort", "kl_mean", "--limit", "50"),
+        ("jobs", "--state", "failed", *limit),
+        ("results", *limit),
+        ("results", "--batch", batch, *limit),
+        ("results", "--sort", "kl_mean", *limit),
         ("show", job),
         ("workers",),
     )

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import Claim, DeviceKind, JobState, Stage, WorkerState
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.few_jobs import IS_QUEUED
 from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.ready_bundles import is_due
@@ -27,7 +28,7 @@ def claim(session: Session, job_ids: Sequence[int], worker_id: int, lease_s: flo
     job that ran out of memory on a GPU is left to GPUs of a larger class permanently.
     """
     allowed = _allowed(session, worker_id, lease_s)
-    free = lock(session, Job.id.in_(job_ids), Job.state == JobState.QUEUED, is_due(), allowed)
+    free = lock(session, Job.id.in_(job_ids), IS_QUEUED, is_due(), allowed)
     session.execute(
         update(Job)
         .where(Job.id.in_(free))

@@ -18,7 +18,7 @@ from qbatch.core.storage import MANIFEST
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Lease, Result
-from qbatch.scheduler.local_stack import stack_is_running
+from qbatch.scheduler.stack_lock import stack_is_running
 from qbatch.worker.checkpoints.verify import verify
 from tests.acceptance.conftest import processes_of
 from tests.chaos.sources import Sources

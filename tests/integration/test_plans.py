@@ -171,6 +171,20 @@ def test_what_is_asked_often_reads_no_large_table_as_a_whole(filled: Database, n
         assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
 
 
+_READS_THE_BACKLOG = re.compile(
+    r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting|state)"
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["a tick, the window full", "a tick, one slot free", "a scan for lost messages", "claim"]
+)
+def test_what_is_sent_and_claimed_is_not_found_among_all_that_waits(filled: Database, name: str) -> None:
+    """On SQLite, the next test counts its steps."""
+    for statement, plan in plans(filled, ACTIONS[name]).items():
+        assert not _READS_THE_BACKLOG.search(plan), f"{statement}\n{plan}"
+
+
 @pytest.mark.parametrize("name", ["a tick, the window full", "a tick, one slot free", "jobs that no GPU holds"])
 def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
     sqlite_database: Database, tmp_path: Path, name: str

@@ -29,7 +29,8 @@ from qbatch.core.filesystem import (
 )
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.settings import Settings
-from qbatch.scheduler.local_stack import LocalStack, stack_is_running
+from qbatch.scheduler.local_stack import LocalStack
+from qbatch.scheduler.stack_lock import stack_is_running
 from qbatch.views.checks import State
 from qbatch.views.doctor import examine
 from qbatch.worker.checkpoints.published import find_published

@@ -36,9 +36,10 @@ def upgrade() -> None:
     _create("jobs", ["batch_id", "state", "id"])
     op.create_index(_name("jobs", ["location"]), "jobs", ["location"], postgresql_using="hash")
     for name, columns, condition in _PARTIAL:
-        # SQLite: a query with a sign before the column uses this index, and none that begins with the column.
+        # A query with the state in this form uses this index, and no other one that begins with the state.
         on_sqlite = sa.text(condition.replace("state", "+state"))
-        op.create_index(name, "jobs", columns, sqlite_where=on_sqlite, postgresql_where=sa.text(condition))
+        on_postgresql = sa.text(condition.replace("state", "(state || '')"))
+        op.create_index(name, "jobs", columns, sqlite_where=on_sqlite, postgresql_where=on_postgresql)
     for figure in _FIGURES:
         _create("results", [figure])
 
