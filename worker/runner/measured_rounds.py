@@ -1,4 +1,4 @@
-"""Measure the models of a bundle in rounds: in each round every model has a turn, the baseline first.
+"""Measure the models of a bundle in rounds: in each round every model has a turn, in the first the baseline first.
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
@@ -81,9 +81,14 @@ class Rounds:
             for number in range(1, last + 1):
                 if number == 2:
                     self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
-                for turn in self._turns:
+                for turn in self._order_of(number):
                     self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
             self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
+
+    def _order_of(self, number: int) -> Sequence[_Turn]:
+        """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
+        is loaded is the next."""
+        return self._turns if number % 2 else self._turns[::-1]
 
     def _turn(self, model: MeasuredModel) -> _Turn:
         from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
