@@ -58,6 +58,8 @@ seed-table: install ## the recipe's table for bloom-1b7's architecture (random w
 bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.why
+	$(BIN)/python -m benchmarks.batch
+	$(BIN)/python -m benchmarks.database
 
 clean: ## remove generated files, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -96,7 +96,7 @@ def baseline(task: Task) -> Outcome:
     import torch
     from transformers import AutoConfig
 
-    from qbatch.worker.methods.halves import weights_of
+    from qbatch.worker.methods.implementations import weights_of
     from qbatch.worker.models.architecture import model_class
 
     cls = model_class(AutoConfig.from_pretrained(task.source))

@@ -27,6 +27,32 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     ),
+    "llama-3b": (
+        "LlamaForCausalLM",
+        "bfloat16",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-1b": (
+        "LlamaForCausalLM",
+        "bfloat16",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
     "bloom-1b7": (
         "BloomForCausalLM",
         "float32",
@@ -44,10 +70,22 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_key_value_heads": 16,
         },
     ),
+    "tiny": (
+        "LlamaForCausalLM",
+        "bfloat16",
+        {
+            "vocab_size": 2048,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
 }
 
 
-def build_source(shape: str, folder: Path) -> int:
+def build_source(shape: str, folder: Path, seed: int = 0) -> int:
     """Write random weights of ``shape``. Returns the size of the weight file in bytes."""
     import numpy as np
     import torch
@@ -72,10 +110,22 @@ def build_source(shape: str, folder: Path) -> int:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    values = np.random.default_rng(0).standard_normal(_TILE_BYTES // itemsize, dtype=np.float32) * 0.02
+    values = np.random.default_rng(seed).standard_normal(_TILE_BYTES // itemsize, dtype=np.float32) * 0.02
     tile = values.tobytes() if itemsize == 4 else (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     _write_tiles(folder / "model.safetensors", head, tile, position)
     return len(head) + position
+
+
+def build_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are the 256 bytes, for models without one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def _write_tiles(path: Path, head: bytes, tile: bytes, data_bytes: int) -> None:

@@ -1,23 +1,24 @@
-"""Every error qbatch raises on purpose. Its class says what happened; what is done about a job's is the business of
-``retry_policy``.
+"""All errors that qbatch raises on purpose. Each class says when it is raised and what the user can do about it.
+
+``retry_policy`` decides what happens to a job after a JobError.
 
 QbatchError
-├── UsageError                  the request cannot be understood: exit 2
-├── ServiceUnreachable          a service that qbatch needs does not answer: exit 3
+├── UsageError                      the request is invalid: exit code 2
+├── ServiceUnreachable              a service that the command needs does not work: exit code 3
 │   ├── BrokerUnreachable
 │   ├── DatabaseUnreachable
-│   │   ├── DatabaseRefused     it answers with an error that waiting will not mend
-│   │   └── WrongDatabase       not one to wait for: whoever works on it stops
+│   │   ├── DatabaseRefused         it answered with an error
+│   │   └── WrongDatabase           it cannot be used, and waiting does not help
 │   │       ├── ForeignSchema
 │   │       ├── DatabaseOfAnotherHost
-│   │       └── DatabaseReplaced                                exit 5
+│   │       └── DatabaseReplaced    exit code 5
 │   ├── StorageUnavailable
 │   ├── StackNotRunning
 │   └── NoSuchDevice
-├── WaitTimeout                 time ran out while waiting: exit 4
-└── JobError                    a job ended badly; ``kind`` is its name in rows and messages
+├── WaitTimeout                     the time given with --timeout ran out: exit code 4
+└── JobError                        a job failed; ``kind`` is its name in rows and messages
     ├── DeviceError
-    │   └── ModelFault          the job's own doing
+    │   └── ModelFault              the model caused the fault, not the device
     └── CudaOom, HostOom, WorkerLost, StorageError, FetchError, JobTimeout, SourceChanged, DiskFull, SourceNotFound,
         SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError
 """
@@ -30,7 +31,7 @@ from qbatch.core.control_characters import escape_controls
 
 
 class QbatchError(Exception):
-    """Base of all. ``str(error)`` is one line fit for a terminal, whatever it quotes."""
+    """The base class of all errors. ``str(error)`` is one line without control characters, fit for a terminal."""
 
     exit_code: ClassVar[int] = 1
 
@@ -39,124 +40,145 @@ class QbatchError(Exception):
 
 
 class UsageError(QbatchError):
-    """The request is malformed or asks for what cannot be."""
+    """A command or setting is malformed, or asks for something impossible. The message says what is wrong with it:
+    correct it and run the command again."""
 
     exit_code = 2
 
 
 class ServiceUnreachable(QbatchError):
-    """A service that the command needs does not answer."""
+    """A service that the command needs does not work. Start or repair the service that the message names; `qbatch
+    doctor` checks all of them."""
 
     exit_code = 3
 
 
 class BrokerUnreachable(ServiceUnreachable):
-    """Redis does not answer."""
+    """Redis does not answer, or did not start. Check QBATCH_BROKER_URL and the Redis server. Jobs stay in the database,
+    and the scheduler sends them when Redis is back."""
 
 
 class DatabaseUnreachable(ServiceUnreachable):
-    """The database does not take or give what it is asked: as a rule it does not answer. What it was to keep is kept
-    elsewhere meanwhile."""
+    """The database cannot be reached, read or written. Check QBATCH_DATABASE_URL and the database server. Workers keep
+    their results on disk meanwhile, and record them later."""
 
 
 class DatabaseRefused(DatabaseUnreachable):
-    """The database answers with an error that is none of its being away: of what was written, or of the schema."""
+    """The database answered, but refused a statement, for example because of a constraint or a missing permission. The
+    message quotes its reason. Waiting does not help."""
 
 
 class WrongDatabase(DatabaseUnreachable):
-    """The database answers, and is not one that this process can work with. It is not waited for."""
+    """The database answers, but this process cannot use it. The process stops instead of waiting."""
 
 
 class ForeignSchema(WrongDatabase):
-    """The database's schema is a newer version's that this one's code does not work with, or was changed by hand."""
+    """The schema of the database is that of a newer qbatch that this version cannot work with, or it was changed by
+    hand. Update qbatch on this machine, or restore the schema."""
 
 
 class DatabaseOfAnotherHost(WrongDatabase):
-    """SQLite on a network file system, where another host works on it."""
+    """The SQLite file is on a network file system, and another host is using it. Use qbatch on that host, stop it
+    there, or move to PostgreSQL."""
 
 
 class DatabaseReplaced(WrongDatabase):
-    """The database is gone, or another one stands in its place. A process that ends with it is not started again: it
-    would make an empty one."""
+    """The database was deleted or replaced while qbatch was using it. Stop all processes that use it, restore it if you
+    need it, and start them again. A process that ends with this error is not restarted automatically, because it would
+    create an empty database."""
 
     exit_code = 5
 
 
 class StorageUnavailable(ServiceUnreachable):
-    """The storage folder cannot be written."""
+    """A folder that qbatch needs cannot be created or written, or its file system lacks an operation that qbatch needs.
+    Correct its permissions, or choose another folder with QBATCH_HOME, QBATCH_STORAGE or QBATCH_CACHE."""
 
 
 class StackNotRunning(ServiceUnreachable):
-    """Nothing is running that could do the work waited for."""
+    """Nothing that could run the jobs is running, or the stack could not be started. Start it with `qbatch up`, or see
+    the logs in the home."""
 
 
 class NoSuchDevice(ServiceUnreachable):
-    """A GPU was asked for that this machine does not have, or that is taken."""
+    """The machine does not have the requested GPU, or its runners cannot use it. Choose another one with ``--gpus``, or
+    use ``--cpu``."""
 
 
 class WaitTimeout(QbatchError):
-    """The time given to wait ran out."""
+    """The time given with --timeout ran out before all jobs had finished. The jobs continue; wait again."""
 
     exit_code = 4
 
 
 class JobError(QbatchError):
-    """A job ended badly."""
+    """The base class of the errors with which a job fails. `qbatch show JOB` has the message, and `qbatch retry JOB`
+    queues the job again."""
 
     kind: ClassVar[str] = "internal_error"
 
 
 class CudaOom(JobError):
-    """The GPU's memory does not hold the job."""
+    """The GPU does not have enough memory for the job. qbatch tries the job on a larger GPU; if there is none, start a
+    worker on one, or submit with a smaller batch size or fewer prompt tokens."""
 
     kind = "cuda_oom"
 
 
 class HostOom(JobError):
-    """The kernel killed the runner for its memory."""
+    """The runner was killed with SIGKILL, most often because the machine ran out of memory. Free memory, raise the
+    container's memory limit, or use a machine with more of it."""
 
     kind = "host_oom"
 
 
 class WorkerLost(JobError):
-    """The worker or its runner died without a word."""
+    """The worker or its runner ended without an error message, or the worker was silent for longer than its lease. Look
+    into the job's log and the worker's log for the cause."""
 
     kind = "worker_lost"
 
 
 class StorageError(JobError):
-    """Shared storage failed while reading or writing."""
+    """Reading or writing the shared storage failed while a job was running. Check the disk or mount that the message
+    names."""
 
     kind = "storage_error"
 
 
 class FetchError(JobError):
-    """The source could not be fetched this time."""
+    """The source could not be fetched, usually because the hub was not reachable. It is tried again; check the network
+    if it happens repeatedly."""
 
     kind = "fetch_error"
 
 
 class DeviceError(JobError):
-    """The GPU faulted, other than by running out of memory."""
+    """The GPU reported a fault other than a lack of memory. qbatch tries the job elsewhere, and stops using the GPU
+    after several faults in a row: reset the GPU, then restart its worker."""
 
     kind = "device_error"
 
 
 class JobTimeout(JobError):
-    """The job ran past its time limit."""
+    """The job ran longer than its time limit. Submit it with a longer ``--time-limit`` if it is not stuck."""
 
     kind = "timeout"
 
 
 class SourceChanged(JobError):
-    """The files of the source, or of a checkpoint, changed while the job used them."""
+    """Files of the source, or of a checkpoint, changed while a job used them. Leave them unchanged until the batch has
+    finished, then retry."""
 
     kind = "source_changed"
 
 
 class DiskFull(JobError):
-    """Storage has no room for the checkpoint. ``needed_bytes`` is how much would do, where that was known before any of
-    it was written; a job that a full disk cuts short in its middle again and again fails."""
+    """The storage, or the disk of the source cache, does not have enough free space. Free some: the job then continues.
+    A job fails if the disk fills up in the middle of its work several times in a row.
+
+    ``needed_bytes``: how much space is needed, if it was known before the writing began.
+    """
 
     kind = "disk_full"
 
@@ -166,83 +188,89 @@ class DiskFull(JobError):
 
 
 class SourceNotFound(JobError):
-    """No such folder, or no such repository or revision on the hub."""
+    """The folder, or the model or revision on the hub, does not exist or has no model in it. Correct the list of
+    models."""
 
     kind = "source_not_found"
 
 
 class SourceGated(JobError):
-    """The hub wants a token or an accepted licence."""
+    """The hub requires a login or an accepted licence. Accept the licence on the model's page, and give the worker a
+    token with HF_TOKEN."""
 
     kind = "source_gated"
 
 
 class SourceCorrupt(JobError):
-    """The source's files contradict themselves or lack what the model needs."""
+    """The source's files contradict each other, or a part that the model needs is missing. Download or create the model
+    again."""
 
     kind = "source_corrupt"
 
 
 class UnsafeSource(JobError):
-    """The source would run code: a pickle, or remote code."""
+    """The source contains pickled weights or code of its own, or lies outside the allowed folders. If you trust it,
+    allow it with ``--allow-pickle``, QBATCH_TRUST_REMOTE_CODE or QBATCH_MODEL_ROOTS."""
 
     kind = "unsafe_source"
 
 
 class Unsupported(JobError):
-    """qbatch does not do this to such a model."""
+    """qbatch cannot quantize or measure such a model as requested. The message says what is not supported; another
+    scheme may work."""
 
     kind = "unsupported"
 
 
 class QuantizationError(JobError):
-    """Quantization itself failed."""
+    """Quantizing failed for a reason that has no error kind of its own. The traceback is in the job's log."""
 
     kind = "quantization_error"
 
 
 class BenchmarkError(JobError):
-    """The published checkpoint could not be measured."""
+    """The model or its checkpoint could not be measured. The message says why. A published checkpoint can still be
+    used."""
 
     kind = "benchmark_error"
 
 
 class ModelFault(DeviceError):
-    """The model's own work stopped the GPU: an index beyond a table, a product that the library does not do. The
-    process is spoilt as after any fault of a device, but neither the device nor another job is to blame.
+    """The model itself made the GPU fail, for example with an index that its embedding table does not have. The process
+    cannot use the GPU any more, but neither the device nor another job is to blame. Correct the model.
 
-    It crosses as the BenchmarkError that it is to the job.
+    The job stores it as a BenchmarkError.
     """
 
     kind = BenchmarkError.kind
 
 
 class InternalError(JobError):
-    """A defect of qbatch; the traceback is in the job's log."""
+    """qbatch has a defect. The traceback is in the job's log: please report it."""
 
     kind = "internal_error"
 
 
-# A ModelFault is of none of its own: it crosses as a BenchmarkError.
+# ModelFault has no kind of its own: it is sent and stored as a BenchmarkError.
 _BY_KIND: dict[str, type[JobError]] = {cls.kind: cls for cls in JobError.__subclasses__()}
 
 ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)
 
 
 OUR_DEFECTS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
-"""What only a mistake in code raises: never taken for a fault of a hub, a file or a model."""
+"""Exceptions that only a programming error raises. They are never reported as a fault of the hub, a file or a model."""
 
 
 def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobError:
-    """Rebuild an error that crossed a process or a database as (kind, message), a DiskFull with its ``needed_bytes``.
+    """Create an error again that was sent or stored as (kind, message), and for DiskFull also ``needed_bytes``.
 
-    Raises KeyError for a kind that does not exist.
+    Raises KeyError for an unknown kind.
     """
     cls = _BY_KIND[kind]
     return DiskFull(message, needed_bytes) if cls is DiskFull else cls(message)
 
 
 def one_line(error: BaseException) -> str:
-    """An error that is not ours, with its type, fit for a table."""
+    """An exception of another library as one line: its type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -21,18 +21,18 @@ from pathlib import Path
 
 from qbatch.core.errors import DiskFull, StorageError, StorageUnavailable
 
-CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+UNSUPPORTED_ERRNOS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """How a file system says that it cannot do something at all."""
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-IS_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+OCCUPIED_ERRNOS = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 """How a rename of a folder finds another one in its place."""
-_REFUSED = CANNOT | {errno.EPERM, errno.EACCES, errno.EISDIR}
-_NO_LOCKS = CANNOT | {errno.ENOLCK}
+_REFUSED = UNSUPPORTED_ERRNOS | {errno.EPERM, errno.EACCES, errno.EISDIR}
+_NO_LOCKS = UNSUPPORTED_ERRNOS | {errno.ENOLCK}
 
 
 def storage_fault(error: OSError) -> type[DiskFull] | type[StorageError]:
     """What an error of the shared storage, or of a cache, is to a job."""
-    return DiskFull if error.errno in NO_ROOM else StorageError
+    return DiskFull if error.errno in NO_SPACE_ERRNOS else StorageError
 
 
 class Refusal(StrEnum):
@@ -87,7 +87,7 @@ def _sync(path: Path) -> Refusal | None:
     return None
 
 
-def share(path: Path) -> Refusal | None:
+def add_default_permissions(path: Path) -> Refusal | None:
     """Give a file the permissions of a newly created one. safetensors creates files with 0600, too strict to share.
 
     Permissions are only added, because the folder's default ACL may have granted more. Raises OSError.
@@ -152,7 +152,7 @@ def probe(folder: Path) -> frozenset[Refusal]:
     try:
         return _probe(folder, scratch)
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in NO_SPACE_ERRNOS:
             return frozenset()
         raise StorageUnavailable(f"{error.filename or folder}: {error.strerror}") from error
     finally:
@@ -181,7 +181,7 @@ def _essential(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in NO_SPACE_ERRNOS:
             raise
         raise StorageUnavailable(
             f"{folder}: its file system cannot {what} ({error.strerror}), which publishing a checkpoint requires"
@@ -213,14 +213,14 @@ def _set_mode(file: Path) -> frozenset[Refusal]:
         if error.errno not in _REFUSED:
             raise
         return frozenset({Refusal.MODE})
-    return frozenset({refusal} if (refusal := share(file)) is not None else ())
+    return frozenset({refusal} if (refusal := add_default_permissions(file)) is not None else ())
 
 
 def _expect_refusal(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError as error:
-        if error.errno not in IS_TAKEN:
+        if error.errno not in OCCUPIED_ERRNOS:
             raise
         return
     raise OSError(errno.ENOTEMPTY, "it was replaced")

@@ -70,6 +70,6 @@ def writer_versions(method: Method) -> Mapping[str, str]:
     """
     if (missing := missing_library(method.description)) is not None:
         raise Unsupported(missing)
-    libraries = (*method.description.libraries, *method.description.also_decided_by, "transformers")
+    libraries = (*method.description.libraries, *method.description.also_depends_on, "transformers")
     # A package's builds for CPUs and for CUDA are of one version.
     return {name: version(name).partition("+")[0] for name in libraries} | {"writer": _WRITER}

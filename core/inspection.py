@@ -107,7 +107,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     if settings is None:
         return None
     family = family_of(settings.get("quant_method"))
-    return str(settings.get("quant_method") or "unknown") if family is None else family.words(settings)
+    return str(settings.get("quant_method") or "unknown") if family is None else family.describe(settings)
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

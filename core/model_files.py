@@ -24,7 +24,7 @@ from qbatch.core.sources import (
     storage_errors,
     weight_files,
 )
-from qbatch.core.storage import CARD
+from qbatch.core.storage import MODEL_CARD
 
 # If PEFT is installed, transformers applies an adapter that it finds next to the weights.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -45,7 +45,7 @@ def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool =
         pickled = allow_pickle and is_pickled(folder)
         weights = pickle_files(folder) if pickled else weight_files(folder)
         single, index = (PICKLE_NAME, PICKLE_INDEX_NAME) if pickled else (SINGLE_NAME, INDEX_NAME)
-        paths = {folder / "config.json", *weights, *sidecars(folder)} - {folder / CARD}
+        paths = {folder / "config.json", *weights, *sidecars(folder)} - {folder / MODEL_CARD}
         if not (folder / single).is_file():
             paths.add(folder / index)
         paths |= {path for name in _ADAPTERS if (path := folder / name).is_file()}

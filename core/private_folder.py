@@ -17,7 +17,7 @@ def make_private(folder: Path) -> None:
     """Create ``folder`` unless it exists. Raises StorageUnavailable if it exists and is not private, or OSError."""
     if not os.path.lexists(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
-    fault = fault_of(folder)
+    fault = why_not_private(folder)
     if fault is not None:
         raise StorageUnavailable(
             f"{folder} {fault}, so it is not a private directory of this user:"
@@ -25,7 +25,7 @@ def make_private(folder: Path) -> None:
         )
 
 
-def fault_of(folder: Path) -> str | None:
+def why_not_private(folder: Path) -> str | None:
     """Why ``folder`` is unsafe for sockets, as the predicate of a sentence; None if it is private or does not exist."""
     try:
         result = folder.lstat()
@@ -40,7 +40,7 @@ def fault_of(folder: Path) -> str | None:
 
 
 def is_private(folder: Path) -> bool:
-    return os.path.lexists(folder) and fault_of(folder) is None
+    return os.path.lexists(folder) and why_not_private(folder) is None
 
 
 def is_runtime_dir(folder: Path | None) -> bool:

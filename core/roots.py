@@ -9,7 +9,7 @@ from pathlib import Path
 from qbatch.core.errors import UnsafeSource
 
 
-def check_place(folder: Path, roots: Sequence[Path] | None) -> None:
+def refuse_outside_roots(folder: Path, roots: Sequence[Path] | None) -> None:
     """Raise UnsafeSource unless ``folder``, and everything that links in it point to, is in one of ``roots``.
 
     None allows any folder. A folder that does not exist is judged by its path.

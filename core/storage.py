@@ -11,7 +11,7 @@ from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.sources import DOCUMENTS
 
-CARD = "README.md"
+MODEL_CARD = "README.md"
 """The model card of a checkpoint. Users may edit it, so it is neither in the manifest nor part of the model."""
 BASE_OUTPUTS = "base-logits"
 """The folder of baseline outputs, to which quantized models are compared. All databases on the storage share it."""
@@ -55,7 +55,7 @@ def unpublished_files(folder: Path, published: Iterable[str]) -> list[str]:
 
     ``published`` holds the names in the manifest. Raises OSError.
     """
-    known = {MANIFEST, CARD, *published}
+    known = {MANIFEST, MODEL_CARD, *published}
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(path) for path in paths if str(path) not in known and not _is_harmless(path))
 

@@ -18,7 +18,7 @@ INTRODUCTION = """\
 # Command reference
 
 `make docs` writes this page from the commands' own help; a test fails when it is out of date. Change the help text in
-`cli.py` or `cli_options.py`, never this page. The words are explained in the [glossary](glossary.md).
+`commands/`, never this page. The words are explained in the [glossary](glossary.md).
 """
 
 EXIT_CODES = """\

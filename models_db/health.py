@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import OPEN_STATES, JobState
+from qbatch.core.domain import OPEN_STATES
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.few_jobs import HAS_FAILED
 from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
 from qbatch.models_db.pauses import standing
@@ -58,7 +59,7 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
     )
     failed = session.execute(
         select(Job.error_kind, func.count())
-        .where(Job.state == JobState.FAILED, Job.finished_at > db_now(-_DAY_S))
+        .where(HAS_FAILED, Job.finished_at > db_now(-_DAY_S))
         .group_by(Job.error_kind)
         .order_by(func.count().desc(), Job.error_kind)
     )

@@ -10,23 +10,30 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import LOST, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedIs, need_is
 from qbatch.models_db.tables import Batch, Job, Worker
 from qbatch.models_db.vram import show_need, vram_class
 from qbatch.models_db.workers import is_live
 
 
-def list_batches(session: Session, batch_ids: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """All batches with the number of their jobs in each state, newest last."""
-    counts: dict[int, dict[str, int]] = {}
-    counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
-    query = select(Batch).order_by(Batch.id)
+def list_batches(session: Session, batch_ids: Sequence[int] = (), *, limit: int | None = None) -> list[dict[str, Any]]:
+    """All batches, or the newest ``limit``, with the number of their jobs in each state, newest last."""
+    query = select(Batch).order_by(Batch.id.desc()).limit(limit)
     if batch_ids:
         query = query.where(Batch.id.in_(batch_ids))
-        counted = counted.where(Job.batch_id.in_(batch_ids))
+    batches = session.scalars(query).all()[::-1]
+    counts: dict[int, dict[str, int]] = {}
+    counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
+    if batch_ids or limit is not None:
+        counted = counted.where(Job.batch_id.in_([batch.id for batch in batches]))
     for batch_id, state, count in session.execute(counted):
         counts.setdefault(batch_id, {})[state] = count
-    return [_batch(batch, counts.get(batch.id, {})) for batch in session.scalars(query)]
+    return [_batch(batch, counts.get(batch.id, {})) for batch in batches]
+
+
+def count_batches(session: Session) -> int:
+    return session.execute(select(func.count()).select_from(Batch)).scalar_one()
 
 
 def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
@@ -41,48 +48,61 @@ def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def list_jobs(session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Each job with its state, in submission order."""
-    query = select(Job, Worker.name, need_is()).outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
+def list_jobs(
+    session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = (), limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Each job with its state, or each of the first ``limit``, in submission order."""
+    query = select(*_LISTED, Worker.name.label("worker"), need_is().label("need"))
+    query = query.outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
+    if limit is not None:
+        query = query.where(Job.id.in_(first_jobs(session, limit, batch_ids=batch_ids, states=states)))
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
     if states:
         query = query.where(Job.state.in_(states))
-    return [_job(job, worker, need) for job, worker, need in session.execute(query)]
+    return [_job(row) for row in session.execute(query)]
 
 
-def _job(job: Job, worker: str | None, need: str | None) -> dict[str, Any]:
+# Not whole jobs: to decode what is not shown takes longer than the rest.
+_LISTED = (
+    *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
+    *(Job.attempt, Job.failures, Job.progress, Job.error_kind, Job.error_message, Job.above_memory_bytes),
+    *(Job.started_at, Job.finished_at),
+)
+
+
+def _job(row: Any) -> dict[str, Any]:
     return {
-        "job_id": format_job_id(job.id),
-        "batch_id": format_batch_id(job.batch_id),
-        "model": job.model,
-        "revision": job.revision,
-        "scheme": job.method,
-        "bits": job.bits,
-        "state": job.state,
-        "stage": job.stage if job.state == JobState.RUNNING else None,
-        "attempt": job.attempt,
-        "failures": job.failures,
-        "worker": worker,
-        "progress": job.progress,
-        "error_kind": job.error_kind,
-        "error_message": job.error_message,
-        "above_memory_bytes": job.above_memory_bytes,
-        "above_memory_is": need,
-        "note": _note(job, need),
-        "started_at": job.started_at.isoformat() if job.started_at else None,
-        "finished_at": job.finished_at.isoformat() if job.finished_at else None,
+        "job_id": format_job_id(row.id),
+        "batch_id": format_batch_id(row.batch_id),
+        "model": row.model,
+        "revision": row.revision,
+        "scheme": row.method,
+        "bits": row.bits,
+        "state": row.state,
+        "stage": row.stage if row.state == JobState.RUNNING else None,
+        "attempt": row.attempt,
+        "failures": row.failures,
+        "worker": row.worker,
+        "progress": row.progress,
+        "error_kind": row.error_kind,
+        "error_message": row.error_message,
+        "above_memory_bytes": row.above_memory_bytes,
+        "above_memory_is": row.need,
+        "note": _note(row),
+        "started_at": row.started_at.isoformat() if row.started_at else None,
+        "finished_at": row.finished_at.isoformat() if row.finished_at else None,
     }
 
 
-def _note(job: Job, need: str | None) -> str | None:
+def _note(row: Any) -> str | None:
     """What a waiting job waits for, where not every device will do."""
-    if job.state != JobState.QUEUED or job.above_memory_bytes is None:
+    if row.state != JobState.QUEUED or row.above_memory_bytes is None:
         return None
     # One that only might be too large for a GPU may run on a CPU as well.
-    if job.device != DeviceKind.CUDA and need != NeedIs.SEEN:
+    if row.device != DeviceKind.CUDA and row.need != NeedIs.SEEN:
         return None
-    return show_need(job.above_memory_bytes)
+    return show_need(row.above_memory_bytes)
 
 
 def list_workers(session: Session, lease_s: float) -> list[dict[str, Any]]:

@@ -38,12 +38,13 @@ def need_is() -> ColumnElement[Any]:
 
 def may_run_in(room_bytes: int) -> ColumnElement[bool]:
     """Jobs that may run with ``room_bytes`` of GPU memory: no attempt has shown that they need more."""
-    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, ~_ran_out())
+    has_not_run = Job.attempt == 0
+    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, has_not_run, ~_ran_out())
 
 
 def seen_too_large_for(room_bytes: int) -> ColumnElement[bool]:
     """Jobs that were observed to need more than ``room_bytes``; the opposite of ``may_run_in``."""
-    return and_(Job.above_memory_bytes >= room_bytes, _ran_out())
+    return and_(Job.above_memory_bytes >= room_bytes, Job.attempt > 0, _ran_out())
 
 
 def remember_too_small(job: Job, worker: Worker) -> None:
@@ -57,4 +58,6 @@ def remember_too_small(job: Job, worker: Worker) -> None:
 
 def _ran_out() -> ColumnElement[bool]:
     """Jobs that have run out of memory on some GPU."""
-    return select(Attempt.id).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind).correlate(Job).exists()
+    # No EXISTS: for that, PostgreSQL may read all attempts beforehand.
+    one = select(func.min(Attempt.id)).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind)
+    return one.correlate(Job).scalar_subquery().is_not(None)

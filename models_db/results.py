@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Select, and_, func, select
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState, content_hash, format_batch_id, format_job_id
+from qbatch.core.domain import JobState, Method, content_hash, format_batch_id, format_job_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import VALUES_AT_ONCE
+from qbatch.models_db.job_pages import first_jobs
+from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
 from qbatch.models_db.tables import Checkpoint, Job, Result
 
 _JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
@@ -53,42 +54,113 @@ def find_results(
     ``model`` matches a part of the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without a value
     come last; the default is submission order. Raises UsageError for a column that does not exist.
     """
-    query = (
-        select(Job, Result)
-        .outerjoin(Result, Result.job_id == func.coalesce(Job.reused_from, Job.id))
-        .order_by(*_order(sort), Job.id)
-        .limit(limit)
-    )
+    order = _Order.of(sort)
+    conditions = _conditions(job_ids, model, bits)
+    if limit is not None:
+        return _rows_of(session, _first_ids(session, order, batch_ids, conditions, limit))
     if batch_ids:
-        query = query.where(Job.batch_id.in_(batch_ids))
-    if job_ids:
-        query = query.where(Job.id.in_(job_ids))
-    if model is not None:
-        query = query.where(Job.model.contains(model, autoescape=True))
-    if bits:
-        query = query.where(Job.bits.in_(bits))
-    rows = session.execute(query).all()
-    baselines = _baselines(session, {job.batch_id for job, _ in rows})
+        conditions.append(Job.batch_id.in_(batch_ids))
+    rows = session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms, Job.id)).all()
+    baselines = _baselines(session, [job for job, _ in rows])
     return [_row(job, result, baselines) for job, result in rows]
 
 
-def _order(sort: str | None) -> list[ColumnElement[Any]]:
-    if sort is None:
-        return []
-    name = sort.removeprefix("-")
-    column = (_JOB_COLUMNS | _RESULT_COLUMNS).get(name)
-    if column is None:
-        raise UsageError(f"cannot sort by {name!r}; the columns are {', '.join(SORT_COLUMNS)}")
-    return [(column.desc() if sort.startswith("-") else column.asc()).nulls_last()]
+_RESULT_OF_JOB: ColumnElement[bool] = Result.job_id == func.coalesce(Job.reused_from, Job.id)
+_JOBS_WITH_RESULTS = select(Job, Result).outerjoin(Result, _RESULT_OF_JOB)
 
 
-def _baselines(session: Session, batch_ids: Collection[int]) -> dict[tuple[Any, ...], int]:
-    """The baseline job of each (batch, source, dtype, requested protocol)."""
-    jobs = session.scalars(select(Job).where(Job.batch_id.in_(batch_ids), Job.method == "none").order_by(Job.id))
-    return {_family(job): job.id for job in jobs}
+def _conditions(job_ids: Sequence[int], model: str | None, bits: Collection[int]) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = [Job.id.in_(job_ids)] if job_ids else []
+    if model is not None:
+        conditions.append(Job.model.contains(model, autoescape=True))
+    return [*conditions, Job.bits.in_(bits)] if bits else conditions
 
 
-def _family(job: Job) -> tuple[Any, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """By ``column``, or as submitted."""
+
+    column: ColumnElement[Any] | None = None
+    downwards: bool = False
+
+    @classmethod
+    def of(cls, sort: str | None) -> Self:
+        if sort is None:
+            return cls()
+        name = sort.removeprefix("-")
+        column = (_JOB_COLUMNS | _RESULT_COLUMNS).get(name)
+        if column is None:
+            raise UsageError(f"cannot sort by {name!r}; the columns are {', '.join(SORT_COLUMNS)}")
+        return cls(column=column, downwards=sort.startswith("-"))
+
+    @property
+    def is_of_results(self) -> bool:
+        return any(self.column is column for column in _RESULT_COLUMNS.values())
+
+    @property
+    def terms(self) -> list[ColumnElement[Any]]:
+        if self.column is None:
+            return []
+        return [(self.column.desc() if self.downwards else self.column.asc()).nulls_last()]
+
+
+def _first_ids(
+    session: Session,
+    order: _Order,
+    batch_ids: Sequence[int],
+    conditions: Sequence[ColumnElement[bool]],
+    limit: int,
+) -> list[int]:
+    """The ids of the jobs of the first rows. Only ids are sorted, because a row with its details has kilobytes."""
+    if order.column is None:
+        return first_jobs(session, limit, batch_ids=batch_ids, conditions=conditions)
+    if order.is_of_results and not batch_ids and not conditions:
+        return _first_of_all(session, order.column, order.downwards, limit)
+    query = select(Job.id).where(*conditions).order_by(*order.terms, Job.id).limit(limit)
+    if batch_ids:
+        query = query.where(Job.batch_id.in_(batch_ids))
+    if order.is_of_results:
+        query = query.outerjoin(Result, _RESULT_OF_JOB)
+    return list(session.scalars(query))
+
+
+def _first_of_all(session: Session, column: ColumnElement[Any], downwards: bool, limit: int) -> list[int]:
+    """The jobs with the first values of a column of the results, by its index; then jobs without a value."""
+    best = select(Result.job_id, column).where(column.is_not(None)).limit(limit)
+    results = session.execute(best.order_by(column.desc() if downwards else column.asc(), Result.job_id)).all()
+    values = {job_id: value for job_id, value in results}
+    place = {value: number for number, value in enumerate(dict.fromkeys(values.values()))}
+    reusing = select(Job.id, Job.reused_from).where(Job.reused_from.in_(values))
+    jobs = [*values.items(), *((job_id, values[source]) for job_id, source in session.execute(reusing))]
+    first = [job_id for _, job_id in sorted((place[value], job_id) for job_id, value in jobs)][:limit]
+    if len(first) == limit:
+        return first
+    others = select(Job.id).outerjoin(Result, _RESULT_OF_JOB).where(column.is_(None)).order_by(Job.id)
+    return [*first, *session.scalars(others.limit(limit - len(first)))]
+
+
+def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
+    """The rows of these jobs, in that order."""
+    found: dict[int, Row[Job, Result | None]] = {}
+    for ids in in_chunks(job_ids):
+        found |= {row[0].id: row for row in session.execute(_JOBS_WITH_RESULTS.where(Job.id.in_(ids)))}
+    rows = [found[job_id] for job_id in job_ids]
+    baselines = _baselines(session, [job for job, _ in rows])
+    return [_row(job, result, baselines) for job, result in rows]
+
+
+def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:
+    """The baseline job of each (batch, source, dtype, requested protocol) among ``jobs``."""
+    columns = (Job.id, Job.batch_id, Job.location, Job.revision, Job.dtype, Job.protocol)
+    query = select(*columns).where(Job.method == Method.NONE).order_by(Job.id)
+    locations = {job.location for job in jobs}
+    # Of a few models, those of a whole batch are not read.
+    few = len(locations) <= VALUES_AT_ONCE
+    which = Job.location.in_(locations) if few else Job.batch_id.in_({job.batch_id for job in jobs})
+    return {_family(job): job.id for job in session.execute(query.where(which))}
+
+
+def _family(job: Any) -> tuple[Any, ...]:
     return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
@@ -148,8 +220,8 @@ def find_finished(
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
-    for start in range(0, len(keys), VALUES_AT_ONCE):
-        for row in session.execute(_finished(keys[start : start + VALUES_AT_ONCE], device_names)):
+    for chunk in in_chunks(keys):
+        for row in session.execute(_finished(chunk, device_names)):
             found[row.checkpoint_key, row.protocol_hash] = Finished(
                 job_id=row.id,
                 checkpoint_key=row.checkpoint_key,
@@ -186,9 +258,7 @@ def keep(session: Session, job_ids: Collection[int]) -> set[int]:
 
     Call it before recording that one of them answers another job.
     """
-    ids = sorted(job_ids)
-    chunks = (ids[start : start + VALUES_AT_ONCE] for start in range(0, len(ids), VALUES_AT_ONCE))
-    return {job_id for chunk in chunks for job_id in session.scalars(_kept(chunk))}
+    return {job_id for chunk in in_chunks(sorted(job_ids)) for job_id in session.scalars(_kept(chunk))}
 
 
 def _kept(job_ids: Sequence[int]) -> Select[Any]:

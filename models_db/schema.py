@@ -9,6 +9,7 @@ from alembic.config import Config
 from sqlalchemy import text
 
 from qbatch.core.errors import StorageUnavailable
+from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_state import SchemaState
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 
@@ -34,6 +35,7 @@ def upgrade(database: Database) -> None:
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
+    refresh_statistics(database)
 
 
 def _make_folder(database: Database, folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
@@ -22,7 +22,7 @@ from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0006"
+SCHEMA_HEAD = "0007"
 # PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
 # schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
@@ -33,6 +33,13 @@ NO_SYNC = {"synchronize_session": False}
 """For statements that change rows which the session has not loaded, or that nobody reads from it any more."""
 VALUES_AT_ONCE = 500
 """In one statement: fewer than SQLite takes parameters, and PostgreSQL plans well."""
+
+_T = TypeVar("_T")
+
+
+def in_chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """``values`` in pieces of VALUES_AT_ONCE."""
+    return (values[start : start + VALUES_AT_ONCE] for start in range(0, len(values), VALUES_AT_ONCE))
 
 
 class Database:

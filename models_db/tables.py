@@ -24,6 +24,12 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
 
 
+def _partial_index(name: str, *columns: str, where: str) -> Index:
+    """An index over few of the rows. ``few_jobs`` has the conditions with which a query may use it."""
+    # SQLite: ``few_jobs`` says what the sign is for.
+    return Index(name, *columns, sqlite_where=text(where.replace("state", "+state")), postgresql_where=text(where))
+
+
 class Batch(Base):
     """One submit."""
 
@@ -93,7 +99,7 @@ class Job(Base):
     not_before: Mapped[datetime | None]
 
     # The message in Redis: its id, its queue, and how many scans in a row did not find it.
-    dispatch_id: Mapped[str | None] = mapped_column(String(36), index=True)
+    dispatch_id: Mapped[str | None] = mapped_column(String(36))
     queue: Mapped[str | None] = mapped_column(String(64))
     missed_scans: Mapped[int] = mapped_column(default=0)
 
@@ -102,12 +108,24 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
     __table_args__ = (
-        Index(None, "state", "dispatch_id"),
-        Index(None, "state", "lease_expires_at"),
-        Index(None, "batch_id", "state"),
-        # For every waiting job, the dispatcher asks whether another job is writing its checkpoint.
+        # A page of jobs in the order of submission, and the counts of batches.
+        Index(None, "state", "id"),
+        Index(None, "batch_id", "state", "id"),
         Index(None, "checkpoint_key", "state"),
-        Index(None, "checkpoint_key", "dispatch_id"),
+        # All jobs of a model. A path may be longer than PostgreSQL's other indexes take.
+        Index(None, "location", postgresql_using="hash"),
+        _partial_index("ix_jobs_dispatched", "dispatch_id", where="dispatch_id IS NOT NULL"),
+        # What the dispatcher walks; it sees by the last two columns which jobs belong in another queue.
+        _partial_index(
+            "ix_jobs_waiting",
+            *("priority", "batch_id", "id", "device", "above_memory_bytes"),
+            where="state = 'queued' AND dispatch_id IS NULL",
+        ),
+        # Queued again: only these can have run out of memory, or wait for a backoff or for disk space.
+        _partial_index(
+            "ix_jobs_waiting_again", "attempt", "above_memory_bytes", where="state = 'queued' AND attempt > 0"
+        ),
+        _partial_index("ix_jobs_failed", "finished_at", "error_kind", where="state = 'failed'"),
     )
 
 
@@ -173,27 +191,28 @@ class Result(Base):
     protocol: Mapped[dict[str, Any]]
     protocol_hash: Mapped[str] = mapped_column(String(64), index=True)
 
+    # Each figure has an index, because ``results`` sorts by any of them, whatever the number of rows is.
     device_name: Mapped[str] = mapped_column(String(200))
     dtype: Mapped[str] = mapped_column(String(16))
     compute_dtype: Mapped[str] = mapped_column(String(16))
-    num_parameters: Mapped[int] = mapped_column(BigInteger)
-    quantized_fraction: Mapped[float]
-    bits_per_param: Mapped[float]
-    disk_bytes: Mapped[int] = mapped_column(BigInteger)
-    memory_footprint_bytes: Mapped[int] = mapped_column(BigInteger)
-    weights_bytes: Mapped[int] = mapped_column(BigInteger)
-    max_allocated_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    load_model_s: Mapped[float | None]
-    quantize_s: Mapped[float | None]
-    prefill_s_p50: Mapped[float | None]
-    decode_tokens_per_s: Mapped[float | None]
-    per_token_s_p50: Mapped[float | None]
-    per_token_s_p99: Mapped[float | None]
-    forward_s_p50: Mapped[float | None]
-    forward_samples_per_s: Mapped[float | None]
-    perplexity: Mapped[float | None]
-    kl_mean: Mapped[float | None]
-    top1_agreement: Mapped[float | None]
+    num_parameters: Mapped[int] = mapped_column(BigInteger, index=True)
+    quantized_fraction: Mapped[float] = mapped_column(index=True)
+    bits_per_param: Mapped[float] = mapped_column(index=True)
+    disk_bytes: Mapped[int] = mapped_column(BigInteger, index=True)
+    memory_footprint_bytes: Mapped[int] = mapped_column(BigInteger, index=True)
+    weights_bytes: Mapped[int] = mapped_column(BigInteger, index=True)
+    max_allocated_bytes: Mapped[int | None] = mapped_column(BigInteger, index=True)
+    load_model_s: Mapped[float | None] = mapped_column(index=True)
+    quantize_s: Mapped[float | None] = mapped_column(index=True)
+    prefill_s_p50: Mapped[float | None] = mapped_column(index=True)
+    decode_tokens_per_s: Mapped[float | None] = mapped_column(index=True)
+    per_token_s_p50: Mapped[float | None] = mapped_column(index=True)
+    per_token_s_p99: Mapped[float | None] = mapped_column(index=True)
+    forward_s_p50: Mapped[float | None] = mapped_column(index=True)
+    forward_samples_per_s: Mapped[float | None] = mapped_column(index=True)
+    perplexity: Mapped[float | None] = mapped_column(index=True)
+    kl_mean: Mapped[float | None] = mapped_column(index=True)
+    top1_agreement: Mapped[float | None] = mapped_column(index=True)
     details: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 

@@ -54,7 +54,7 @@ def hide_from_equals() -> None:
 
 
 class Child:
-    """One supervised process. ``tend`` restarts it, after a delay that grows while the process keeps dying early."""
+    """One process. ``supervise`` restarts it, after a delay that grows while the process keeps dying early."""
 
     def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path | None = None) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class Child:
                 self._argv, env=self._env, stdout=output, stderr=subprocess.STDOUT, **options
             )
 
-    def tend(self) -> int | None:
+    def supervise(self) -> int | None:
         """Restart the process if it has ended and did not refuse to work. Returns its exit code once, else None.
 
         After it has worked for a while, only FINAL counts as a refusal: other failures may be temporary.

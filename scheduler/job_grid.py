@@ -9,7 +9,7 @@ from itertools import product
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.methods.description import Options
-from qbatch.core.methods.registry import every_option, known_bits, meant_by_bits
+from qbatch.core.methods.registry import every_option, known_bits, selected_by_bits
 
 _BASELINE_BITS = 16
 
@@ -57,8 +57,8 @@ class Grid:
     def _refuse_misplaced_options(self) -> None:
         taken = {option.name for method in self._methods() for option in method.description.options}
         for option in every_option():
-            if option.unasked and option.of(self.options) != option.default and option.name not in taken:
-                raise UsageError(option.unasked)
+            if option.error_if_unused and option.of(self.options) != option.default and option.name not in taken:
+                raise UsageError(option.error_if_unused)
 
     def _refuse_compute_dtype(self) -> None:
         methods = self._methods()
@@ -81,7 +81,7 @@ class Grid:
         return sorted(distinct, key=lambda method: -(method.description.bits or 0))
 
     def _of_bits(self, bits: int) -> Iterator[Method]:
-        usual = meant_by_bits(bits)
+        usual = selected_by_bits(bits)
         chosen = [method for method in self.quant_types if method in usual]
         yield from chosen or usual[:1]
 

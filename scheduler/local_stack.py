@@ -89,15 +89,15 @@ class LocalStack:
     ) -> None:
         self.stop()
 
-    def tend(self) -> None:
+    def supervise(self) -> None:
         """Restart children that have died, and a Redis that clients cannot reach.
 
         Call it from the thread that entered the context, because children end with the thread that started them.
         Raises StackNotRunning if the workers or the scheduler report that they cannot work here.
         """
-        self._redis.tend()
+        self._redis.supervise()
         for child in (self._scheduler, self._workers):
-            if child.tend() is not None and child.has_refused:
+            if child.supervise() is not None and child.has_refused:
                 log = self._settings.home / "logs" / f"{child.name}.log"
                 raise StackNotRunning(f"the {child.name} cannot work: {_last_line(log)}")
 

@@ -16,6 +16,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db import leases
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.network_share import share_of
+from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
 from qbatch.scheduler.broker import Broker
@@ -32,6 +33,7 @@ from qbatch.scheduler.stop import Stop
 log = logging.getLogger("qbatch.scheduler")
 
 _TICK_S = 1.0
+_STATISTICS_S = 3600.0
 
 
 class Scheduler:
@@ -49,6 +51,7 @@ class Scheduler:
         self._shortened_lead_of: str | None = None
         self._last_scan: float | None = None
         self._last_time_repair: float | None = None
+        self._last_statistics: float | None = None
         self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
@@ -98,6 +101,9 @@ class Scheduler:
         if self._last_scan is None or now - self._last_scan >= self._settings.scan_s:
             self._last_scan = now
             self._scan(now)
+        if self._last_statistics is None or now - self._last_statistics >= _STATISTICS_S:
+            self._last_statistics = now
+            refresh_statistics(self._database)
         watch_disk_space(self._database, self._settings)
         top_up(self._database, self._broker, self._settings)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import UnsafeSource, UsageError
-from qbatch.core.roots import check_place
+from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
@@ -66,7 +66,7 @@ def _parse(text: str) -> SourceRef:
 
 def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
     try:
-        check_place(Path(source.location), roots)
+        refuse_outside_roots(Path(source.location), roots)
     except UnsafeSource as error:
         raise UsageError(f"{source.name}: {error}") from error
 

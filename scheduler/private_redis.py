@@ -74,13 +74,13 @@ class PrivateRedis:
         self._child.start()
         deadline = time.monotonic() + _START_S
         while not self._answers():
-            if time.monotonic() > deadline or self._child.tend() is not None:
+            if time.monotonic() > deadline or self._child.supervise() is not None:
                 raise BrokerUnreachable(f"the private Redis did not start; see {self._log_path}")
             time.sleep(0.05)
 
-    def tend(self) -> None:
+    def supervise(self) -> None:
         """Restart Redis if it died or several checks in a row could not reach it, in another folder if necessary."""
-        if self._child.tend() is not None:
+        if self._child.supervise() is not None:
             # It cannot start in a folder that no longer exists.
             self._try_to_prepare_folder()
         if self._child.pid is None or time.monotonic() < self._next_check:

@@ -6,23 +6,22 @@ from collections.abc import Iterable, Sequence
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_warnings
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
-from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import show_protocol, version_differences
-from qbatch.views.quantized_share import audit_warnings
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
-from qbatch.views.results_table import show_state
+from qbatch.views.results_table import NOISE_LEGEND, show_state
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.task_scores import task_table
 from qbatch.views.units import show_count
-from qbatch.views.why_words import why
 
 _TEXT_WIDTH = 100
 
@@ -50,13 +49,13 @@ def _model(model: ModelRows, preference: Preference, by: str, width: int) -> lis
     for group in model.groups:
         lines += _group(group, preference, by, width)
     for row in model.unmeasured:
-        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.", prose)
+        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result ({show_state(row)}).", prose)
     return lines
 
 
 def _why_apart(model: ModelRows) -> str:
     differing = ", ".join(group_differences(model))
-    return f"{len(model.groups)} groups, whose figures are not comparable. They differ in {differing}."
+    return f"The figures of these {len(model.groups)} groups cannot be compared. The groups differ in {differing}."
 
 
 def _group(group: Group, preference: Preference, by: str, width: int) -> Iterable[str]:
@@ -77,7 +76,7 @@ def _reasons(group: Group) -> Iterable[str]:
     """Yield a paragraph for each quantized row, without the sentences that an earlier row already has."""
     seen: set[str] = set()
     for row in group.rows:
-        sentences = [] if row.is_baseline else why(row, group.baselines.get(row.job_id))
+        sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
         yield " ".join(sentence for sentence in sentences if sentence not in seen)
         seen.update(sentences)
 
@@ -88,11 +87,11 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         for warning in audit_warnings(row) if row is not ship else ():
             yield f"{row.job_id} {show_scheme(row)}: {warning}."
     for old, new in group.superseded.items():
-        yield f"{old} measured what {new} measured again: the newer one is shown."
+        yield f"{old} is not shown: {new} measured the same later."
     yield from _not_in_turns(group)
     yield from emulation_remarks(group.rows)
     if versions := version_differences(group.rows):
-        yield f"Measured with different versions, which may explain a difference: {', '.join(versions)}."
+        yield f"The versions differ, which may explain a difference: {', '.join(versions)}."
 
 
 def _not_in_turns(group: Group) -> Iterable[str]:
@@ -100,8 +99,8 @@ def _not_in_turns(group: Group) -> Iterable[str]:
         baseline = group.baselines.get(row.job_id)
         if baseline is not None and timed_apart(row, baseline):
             yield (
-                f"{row.job_id} was not timed in turns with {baseline.job_id}: host time varies from visit to "
-                "visit, and their speeds with it."
+                f"The rounds of {row.job_id} did not alternate with those of {baseline.job_id}: the host's speed may "
+                "have changed in between."
             )
 
 
@@ -167,9 +166,5 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _legend(models: Sequence[ModelRows], width: int) -> list[str]:
-    text = (
-        "× is a figure divided by its baseline's, the same model unquantized. KL is in nats. "
-        f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference in speed that the rounds do not "
-        "confirm, or one in quality under one standard error or no larger than what 16-bit arithmetic does by itself."
-    )
+    text = "× is a figure divided by that of the baseline, the same model unquantized. KL is in nats. " + NOISE_LEGEND
     return wrap(text, min(width, _TEXT_WIDTH)) if any(model.groups for model in models) else []

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BesideBaseline
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BaselineComparison
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_json import Stored
+from qbatch.views.audit_text import audit_warnings
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group, ModelRows
 from qbatch.views.noise import is_noise
 from qbatch.views.protocol import differences, version_differences
-from qbatch.views.quantized_share import audit_warnings
 from qbatch.views.ratios import ratio_of
 from qbatch.views.recommend import Recommendation, recommend
 from qbatch.views.scheme import show_scheme
-from qbatch.views.why_words import why
+from qbatch.views.speed_explanation import explain_speed
 
 
 def group_differences(model: ModelRows) -> list[str]:
@@ -84,7 +84,7 @@ def _row_as_mapping(row: ResultRow, group: Group) -> dict[str, Any]:
         "quality": details.get("quality"),
         "tasks": details.get("tasks"),
         "warnings": list(audit_warnings(row)),
-        "why": why(row, baseline),
+        "why": explain_speed(row, baseline),
     }
 
 
@@ -93,7 +93,7 @@ def _stored(part: Stored) -> dict[str, Any] | None:
 
 
 def flat_rows(model: ModelRows, preference: Preference) -> Iterable[Mapping[str, Any]]:
-    compared = [metric for metric in COMPARED_METRICS if metric.beside is not BesideBaseline.NOTHING]
+    compared = [metric for metric in COMPARED_METRICS if metric.comparison is not BaselineComparison.NOTHING]
     for group in model.groups:
         ship = recommend(group, preference).ship
         for row in group.rows:

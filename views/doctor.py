@@ -12,7 +12,7 @@ from qbatch.core.byte_units import GIB
 from qbatch.core.domain import LOST, WorkerState
 from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
-from qbatch.core.private_folder import fault_of
+from qbatch.core.private_folder import why_not_private
 from qbatch.core.settings import Settings
 from qbatch.models_db.health import Health, PauseNote, health
 from qbatch.models_db.network_share import share_of
@@ -80,8 +80,8 @@ def _file_system(storage: Path) -> Check:
         return check("file system", State.WRONG, str(error))
     if refused:
         refusals = "; ".join(_WITHOUT[refusal] for refusal in sorted(refused))
-        return check("file system", State.NOTE, f"that of the storage refuses {refusals}")
-    return check("file system", State.OK, "that of the storage supports all that checkpoints need")
+        return check("file system", State.NOTE, f"the file system of the storage refuses {refusals}")
+    return check("file system", State.OK, "the file system of the storage supports everything that checkpoints need")
 
 
 def _locks(settings: Settings) -> Iterable[Check]:
@@ -103,7 +103,7 @@ def _broker(settings: Settings, stack_runs: bool) -> Check:
     place = broker_place(settings)
     # A running stack may have been started with another environment: then the link to its socket is right.
     folder = settings.socket.parent.resolve() if stack_runs else settings.socket_dir
-    fault = fault_of(folder) if settings.is_embedded else None
+    fault = why_not_private(folder) if settings.is_embedded else None
     if fault is not None:
         advice = "have it removed, or set XDG_RUNTIME_DIR to a folder of your own"
         return check("broker", State.WRONG, f"{folder} {fault}, and Redis needs it for its socket: {advice}")
@@ -177,7 +177,7 @@ def _spool(settings: Settings) -> Iterable[Check]:
     """Check for outcomes that this machine's workers could not yet record in the database."""
     waiting = sorted(settings.spool.glob("*.json"))
     if waiting:
-        message = f"{len(waiting)} waiting in {settings.spool} for a worker of this home to record them"
+        message = f"outcomes in {settings.spool} that a worker of this home has yet to record: {len(waiting)}"
         yield check("spool", State.NOTE, message)
     for aside in sorted(settings.spool.glob("*.rejected")):
         message = f"{aside} could not be recorded and was set aside: rename it to .json to try again, or delete it"
@@ -195,18 +195,18 @@ def _service(report: Health, *, services_expected: bool) -> Iterable[Check]:
     yield _scheduler(report, services_expected or has_work)
     yield from _workers(report, has_work)
     jobs = ", ".join(f"{count} {state}" for state, count in report.open_jobs.items())
-    yield check("jobs", State.OK, jobs or "none is waiting or running")
+    yield check("jobs", State.OK, jobs or "no job is waiting or running")
     failed = ", ".join(f"{count} {kind}" for kind, count in report.failed.items())
-    yield check("failures", State.NOTE if failed else State.OK, f"within a day: {failed or 'none'}")
+    yield check("failures", State.NOTE if failed else State.OK, f"in the last 24 hours: {failed or 'none'}")
     for pause in report.pauses:
         yield check("pause", State.WRONG, _pause(pause))
 
 
 def _scheduler(report: Health, is_needed: bool) -> Check:
     if report.leader is not None:
-        return check("scheduler", State.OK, f"{report.leader} leads")
+        return check("scheduler", State.OK, f"{report.leader} is active")
     state = State.WRONG if is_needed else State.NOTE
-    return check("scheduler", state, "none leads, so nothing is dispatched or retried")
+    return check("scheduler", state, "no scheduler is active, so nothing is dispatched or retried")
 
 
 def _workers(report: Health, has_work: bool) -> Iterable[Check]:
@@ -215,7 +215,7 @@ def _workers(report: Health, has_work: bool) -> Iterable[Check]:
         yield check("workers", State.OK, f"{len(ready)} ready: {', '.join(worker['worker'] for worker in ready)}")
     else:
         state = State.WRONG if has_work else State.NOTE
-        yield check("workers", state, "none is ready" + (", and jobs are waiting" if has_work else ""))
+        yield check("workers", state, "no worker is ready" + (", and jobs are waiting" if has_work else ""))
     for worker in report.workers:
         if worker["state"] == WorkerState.QUARANTINED:
             yield check(worker["worker"], State.WRONG, f"quarantined: {worker['note'] or 'no reason is on record'}")

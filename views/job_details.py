@@ -10,7 +10,8 @@ from qbatch.core.measured.metrics import GRAPH_DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_lines, defects, fairness_remarks, other_audits
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import Column, printable, render, terminal_width
 from qbatch.views.listings import show_progress
@@ -24,13 +25,12 @@ from qbatch.views.measured_figures import (
 )
 from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
-from qbatch.views.quantized_share import audit_lines, defects, fairness_remarks, other_audits
 from qbatch.views.ratios import may_compare
 from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.task_scores import task_lines
 from qbatch.views.units import show_seconds, show_time
-from qbatch.views.why_words import why
 
 _TEXT_WIDTH = 100
 _ATTEMPTS: tuple[Column, ...] = (
@@ -85,7 +85,7 @@ def _table(title: str, table: str) -> list[str]:
 
 def _job(row: ResultRow, record: JobRecord) -> Lines:
     if row.reused_from is not None:
-        yield "answered by", f"{row.reused_from}, the same checkpoint and protocol; not measured again"
+        yield "result of", f"{row.reused_from}, which has the same checkpoint and protocol; not measured again"
     if row.state == JobState.RUNNING:
         progress = show_progress(record.progress or {})
         yield "stage", f"{record.stage} on {record.worker}" + (f", {progress}" if progress else "")
@@ -95,7 +95,7 @@ def _job(row: ResultRow, record: JobRecord) -> Lines:
             yield title, show_time(moment)
     if record.not_before is not None and row.state == JobState.QUEUED:
         yield "not before", show_time(record.not_before)
-    yield "attempts", f"{record.attempt}, of which {record.failures} charged"
+    yield "attempts", f"{record.attempt}, of which {record.failures} counted as failures"
     if record.priority:
         yield "priority", str(record.priority)
     if record.time_limit_s is not None:
@@ -120,7 +120,7 @@ def _source(row: ResultRow, record: JobRecord) -> Lines:
 
 
 def _scheme(row: ResultRow, record: JobRecord) -> Lines:
-    yield "method", "the model itself, unquantized" if row.is_baseline else row.scheme
+    yield "method", "none: the unquantized model" if row.is_baseline else row.scheme
     yield "dtype", f"{row.dtype}, computing in {row.compute_dtype}"
     for name in _options(row):
         yield name, _plain(row.options[name])
@@ -154,23 +154,23 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("versions", _versions(row), width)
     yield from _section("size", size_lines(row), width)
     if not row.is_baseline:
-        yield from _section("coverage audit", [*audit_lines(row), *(("unfit", text) for text in defects(row))], width)
+        yield from _section("coverage audit", [*audit_lines(row), *(("defect", text) for text in defects(row))], width)
     table = speed_table(row)
     yield from _table(f"speed on {printable(str(row.device_name))}", table) if table else ()
     yield from _section("speed by round", round_lines(row), width)
     yield from _section("times", _times(row), width)
-    yield from _section("memory, at most", memory_lines(row), width)
+    yield from _section("peak memory", memory_lines(row), width)
     yield from _section("quality", quality_lines(row), width)
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
-    yield from _section("noticed", _noticed(row), width)
-    reasons = why(row, baseline)
+    yield from _section("notes", _notes(row), width)
+    reasons = explain_speed(row, baseline)
     if reasons:
         yield from ["", "why", *wrap(" ".join(reasons), min(width, _TEXT_WIDTH), first=GAP, indent=GAP)]
 
 
-def _noticed(row: ResultRow) -> Lines:
-    yield from (("flag", text) for text in fairness_remarks(row.details.flags))
+def _notes(row: ResultRow) -> Lines:
+    yield from (("disturbed", text) for text in fairness_remarks(row.details.flags))
     yield from (("emulated", text) for text in emulation_remarks([row]))
     yield from other_audits(row)
 

@@ -11,17 +11,17 @@ from qbatch.core.measured.metrics import (
     MEMORY_METRICS,
     PREDICTION_LINES,
     THROUGHPUT,
+    ComparisonNoise,
     Metric,
-    OfComparison,
     Unit,
 )
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase, PhaseTimes
 from qbatch.core.methods.registry import describe_row
+from qbatch.views.audit_text import fairness_remarks
 from qbatch.views.formats import NOTHING, Column, render
 from qbatch.views.metric_text import show_metric, show_value
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise
-from qbatch.views.quantized_share import fairness_remarks
 from qbatch.views.units import show_bytes_exactly, show_float, show_percent, show_rate, show_seconds
 
 Lines = Iterable[tuple[str, str]]
@@ -32,7 +32,7 @@ _PHASES: tuple[Column, ...] = (
     Column(key="rate", title="rate"),
 )
 _RATES = {Phase.DECODE: DECODE, Phase.FORWARD: THROUGHPUT}
-_AGAINST = {"hidden": "hidden states, replayed", "logits": "logits", "embedding": "embeddings"}
+_AGAINST = {"hidden": "hidden states (replayed)", "logits": "logits", "embedding": "embeddings"}
 
 
 def size_lines(row: ResultRow) -> Lines:
@@ -78,7 +78,7 @@ def round_lines(row: ResultRow) -> Lines:
     if rounds.count is None or rounds.count < 2:
         return
     others = ", ".join(rounds.interleaved_with or ())
-    yield "rounds", f"{rounds.count}, " + (f"in turns with {others}" if others else "in a row")
+    yield "rounds", f"{rounds.count}, " + (f"alternating with {others}" if others else "one directly after the other")
     for phase, times in (rounds.phases or {}).items():
         medians = ", ".join(show_seconds(median) for median in times.p50 or ())
         apart = NOTHING if times.spread is None else show_percent(times.spread)
@@ -103,10 +103,10 @@ def quality_lines(row: ResultRow) -> Lines:
     for metric in (*PREDICTION_LINES, *EMBEDDING_LINES):
         if (value := metric.line_value(row)) is not None:
             yield metric.line_title, _beside_floor(row, metric, value)
-    counts = (("windows", quality.windows), ("rows", quality.rows), ("pieces", quality.pieces))
+    counts = (("windows", quality.windows), ("positions", quality.rows), ("pieces", quality.pieces))
     if compared := [f"{count:,} {name}" for name, count in counts if count is not None]:
         outputs = _AGAINST.get(str(quality.against), "outputs")
-        yield "over", ", ".join(compared) + f", against the base's {outputs}"
+        yield "over", ", ".join(compared) + f", compared with the baseline's {outputs}"
 
 
 def _scored(row: ResultRow) -> str:
@@ -118,8 +118,8 @@ def _beside_floor(row: ResultRow, metric: Metric, value: float) -> str:
     error, floor = (None if of is None else of(row) for of in (metric.error, metric.floor))
     text = show_value(metric.unit, value)
     text += "" if error is None else f" ± {show_value(metric.unit, error)}"
-    text += "" if floor is None else f"  (16 bits alone: {show_value(metric.unit, floor)})"
-    is_same = isinstance(metric.noise, OfComparison) and is_noise(metric, row)
+    text += "" if floor is None else f"  (16-bit rounding alone: {show_value(metric.unit, floor)})"
+    is_same = isinstance(metric.noise, ComparisonNoise) and is_noise(metric, row)
     return text + (f", {NOT_DISTINGUISHABLE}" if is_same else "")
 
 
@@ -133,7 +133,7 @@ def energy_lines(row: ResultRow) -> Lines:
         if phase.net_j is not None:
             yield title, _joules(phase)
     for remark in fairness_remarks(energy.flags):
-        yield "not fair", remark
+        yield "disturbed", remark
 
 
 def _joules(phase: PhaseEnergy) -> str:
@@ -143,5 +143,5 @@ def _joules(phase: PhaseEnergy) -> str:
     )
     a_token = phase.net_j_per_token
     return f"{net} ± {error} J net, {gross} gross" + (
-        f"; {show_value(Unit.JOULES, a_token)} a token" if a_token else ""
+        f"; {show_value(Unit.JOULES, a_token)} per token" if a_token else ""
     )

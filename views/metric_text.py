@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
-from qbatch.core.measured.metrics import BesideBaseline, Metric, MetricColumn, Unit
+from qbatch.core.measured.metrics import BaselineComparison, Metric, MetricColumn, Unit
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING
 from qbatch.views.units import (
@@ -46,17 +46,17 @@ def show_value(unit: Unit, value: float) -> str:
             assert_never(unit)
 
 
-def show_relative_value(beside: BesideBaseline, ratio: float) -> str:
+def show_relative_value(comparison: BaselineComparison, ratio: float) -> str:
     """The text after a value that is ``ratio`` times its baseline's: ``×0.57``, ``+0.8 %``, or ""."""
-    match beside:
-        case BesideBaseline.NOTHING:
+    match comparison:
+        case BaselineComparison.NOTHING:
             return ""
-        case BesideBaseline.RATIO:
+        case BaselineComparison.RATIO:
             return show_ratio(ratio)
-        case BesideBaseline.CHANGE:
+        case BaselineComparison.CHANGE:
             return show_change(ratio)
         case _:
-            assert_never(beside)
+            assert_never(comparison)
 
 
 def show_metric(metric: Metric, row: ResultRow) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from qbatch.core.measured.metrics import Metric, NotBelow, OfComparison, OfTimes
+from qbatch.core.measured.metrics import ComparisonNoise, FloorNoise, Metric, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.speed_difference import speed_difference
 
@@ -23,12 +23,12 @@ def is_noise(metric: Metric, row: ResultRow, baseline: ResultRow | None = None) 
     match metric.noise:
         case None:
             return False
-        case OfComparison(distance=distance, error=error, floor=floor):
+        case ComparisonNoise(distance=distance, error=error, floor=floor):
             return _is_under(distance(row), error(row), floor(row))
-        case NotBelow(floor=floor):
+        case FloorNoise(floor=floor):
             value, least = metric.value(row), floor(row)
             return value is not None and (value == 1 or (least is not None and value >= least))
-        case OfTimes():
+        case TimingNoise():
             return baseline is not None and same_speed(metric, row, baseline)
         case _:
             assert_never(metric.noise)
@@ -44,7 +44,7 @@ def _is_under(difference: float | None, error: float | None, floor: float | None
 def same_speed(metric: Metric, first: ResultRow, second: ResultRow) -> bool:
     """Whether two rows' times or rates differ by no more than their rounds explain."""
     one, other = metric.value(first), metric.value(second)
-    if one is None or other is None or not isinstance(metric.noise, OfTimes):
+    if one is None or other is None or not isinstance(metric.noise, TimingNoise):
         return False
     if one <= 0 or other <= 0:
         return one == other

@@ -34,7 +34,7 @@ def show_protocol(row: ResultRow) -> str:
 
 
 def _run_of(run: int | None, requested: int | None) -> str:
-    return str(requested) if run in (None, requested) else f"{run} (of {requested} asked for)"
+    return str(requested) if run in (None, requested) else f"{run} ({requested} requested)"
 
 
 def _windows(run: RunShape, requested: StoredProtocol) -> str:
@@ -73,7 +73,11 @@ def version_differences(rows: Sequence[ResultRow]) -> list[str]:
     A row measured without a method's library does not count for that library.
     """
     seen = {name: _distinct_versions(name, rows) for name in _VERSIONS}
-    return [f"{name} ({', '.join(map(str, values))})" for name, values in seen.items() if len(values) > 1]
+    return [
+        f"{name} ({', '.join(value or 'unknown' for value in values)})"
+        for name, values in seen.items()
+        if len(values) > 1
+    ]
 
 
 def _distinct_versions(library: str, rows: Sequence[ResultRow]) -> list[str | None]:

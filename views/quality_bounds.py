@@ -73,7 +73,7 @@ KL_COST = QualityCost(
     unit=Unit.NATS,
 )
 PERPLEXITY_COST = QualityCost(
-    name="perplexity over the baseline's",
+    name="perplexity ratio to the baseline",
     metric=PERPLEXITY,
     value=_perplexity_ratio,
     error=_perplexity_ratio_error,
@@ -104,7 +104,7 @@ class QualityBound:
     is_default: bool
 
     def __str__(self) -> str:
-        changes = f", which {self.cost.option} changes" if self.cost.option else ""
+        changes = f"; {self.cost.option} changes it" if self.cost.option else ""
         default = f" (the default{changes})" if self.is_default else ""
         return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
 

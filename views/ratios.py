@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qbatch.core.measured.metrics import BesideBaseline, Metric, MetricColumn
+from qbatch.core.measured.metrics import BaselineComparison, Metric, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_relative_value
 from qbatch.views.noise import NOISE_MARK, is_noise
@@ -10,7 +10,7 @@ from qbatch.views.noise import NOISE_MARK, is_noise
 
 def ratio_of(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> float | None:
     """``row``'s value divided by its baseline's; None if either is missing, or the metric shows no ratio."""
-    if metric.beside is BesideBaseline.NOTHING or baseline is None:
+    if metric.comparison is BaselineComparison.NOTHING or baseline is None:
         return None
     value, other = metric.value(row), metric.value(baseline)
     return None if value is None or not other else value / other
@@ -27,11 +27,11 @@ def show_relative(column: MetricColumn, row: ResultRow, baseline: ResultRow | No
     comparable = baseline is not None and may_compare(row, baseline, on_device=metric.on_device)
     compared_with = baseline if comparable else None
     mark = NOISE_MARK if is_noise(metric, row, compared_with) else ""
-    if metric.beside is BesideBaseline.NOTHING:
+    if metric.comparison is BaselineComparison.NOTHING:
         # The metric is already a comparison with the baseline, such as KL.
         return mark
     ratio = ratio_of(metric, row, compared_with)
-    return "" if ratio is None else show_relative_value(metric.beside, ratio) + mark
+    return "" if ratio is None else show_relative_value(metric.comparison, ratio) + mark
 
 
 def may_compare(row: ResultRow, baseline: ResultRow, *, on_device: bool) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
 from qbatch.views.metric_text import show_metric
@@ -22,12 +23,11 @@ from qbatch.views.quality_bounds import (
     first_known_cost,
     is_same_cost,
 )
-from qbatch.views.quantized_share import audit_warnings, defects
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_bytes, show_ratio
 
-_RATES = ((DECODE, "decodes"), (THROUGHPUT, "passes its input"))
+_RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +135,8 @@ def _name(row: ResultRow) -> str:
 
 
 def _nothing(group: Group, rejected: Mapping[str, Sequence[str]]) -> str:
-    each = (f"{_name(row)}: {', '.join(rejected[row.job_id])}" for row in group.rows)
-    return f"Nothing qualifies: {'; '.join(each)}."
+    each = (f"{_name(row)}: {'; '.join(rejected[row.job_id])}" for row in group.rows)
+    return f"Nothing qualifies. {'. '.join(each)}."
 
 
 def _sentence(
@@ -149,49 +149,61 @@ def _sentence(
     preference: Preference,
 ) -> str:
     baseline = group.baselines.get(ship.job_id)
-    reason = _reason(ship, baseline, bounds_text, preference)
-    clauses = [
-        f"Ship {_name(ship)}: {reason}{', as far as can be told' if alike else ''}",
+    reason = _reason(ship, baseline, bounds_text, preference, is_alone=not alike)
+    sentences = [
+        f"Ship {_name(ship)}: {reason}",
         *_alike(ship, alike, preference),
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
-        *audit_warnings(ship),
+        *map(_capitalized, audit_warnings(ship)),
         _scope(ship),
     ]
-    return "; ".join(clauses) + "."
+    return " ".join(f"{sentence}." for sentence in sentences)
 
 
-def _reason(ship: ResultRow, baseline: ResultRow | None, bounds_text: Sequence[str], preference: Preference) -> str:
-    within = f" within {' and '.join(bounds_text)}" if bounds_text else ""
+def _capitalized(clause: str) -> str:
+    return clause[:1].upper() + clause[1:]
+
+
+def _reason(
+    ship: ResultRow, baseline: ResultRow | None, bounds_text: Sequence[str], preference: Preference, *, is_alone: bool
+) -> str:
+    within = f" with {' and '.join(bounds_text)}" if bounds_text else ""
     if preference.prefer == "speed":
-        return f"the highest rate measured{within}"
+        return f"{'the highest rate' if is_alone else 'one of the highest rates'} measured{within}"
     if preference.prefer == "quality":
-        nearest = "the unquantized model itself" if ship.is_baseline else "the quantized model nearest to its baseline"
-        return f"{nearest}{within}"
+        return f"{_nearest_in_words(ship, is_alone=is_alone)}{within}"
     ratio = ratio_of(WEIGHTS, ship, baseline)
     of_base = "" if ratio is None else f", {show_ratio(ratio)}"
     return f"the smallest weights ({show_metric(WEIGHTS, ship)}{of_base}){within}"
+
+
+def _nearest_in_words(ship: ResultRow, *, is_alone: bool) -> str:
+    if ship.is_baseline:
+        return "the unquantized model itself"
+    return f"{'the quantized model' if is_alone else 'one of the quantized models'} nearest to the baseline"
 
 
 def _alike(ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
     if alike:
         others = " and ".join(_name(row) for row in alike)
         what = "speed" if preference.prefer == "speed" else "quality"
-        smaller = ", and is the smaller" if any(_weights_bytes(row) > _weights_bytes(ship) for row in alike) else ""
-        yield f"in {what} it is {NOT_DISTINGUISHABLE} from {others}{smaller}"
+        is_smaller = any(_weights_bytes(row) > _weights_bytes(ship) for row in alike)
+        smaller = ", and its weights are smaller" if is_smaller else ""
+        yield f"Its {what} is {NOT_DISTINGUISHABLE} from that of {others}{smaller}"
 
 
 def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
     cost = bounds[0].cost if bounds else first_known_cost(ship)
     if cost is None or ship.is_baseline or cost.value(ship) is None:
         return
-    noise = f", {NOT_DISTINGUISHABLE} from the baseline itself" if is_noise(cost.metric, ship) else ""
-    yield f"its {cost.name} is {cost.show_with_error(ship)}{noise}"
+    noise = f", {NOT_DISTINGUISHABLE} from the baseline" if is_noise(cost.metric, ship) else ""
+    yield f"Its {cost.name} is {cost.show_with_error(ship)}{noise}"
     for bound in bounds:
         value, error = bound.cost.value(ship), bound.cost.error(ship)
         if value is not None and error is not None and bound.limit - value < error:
-            yield f"its {bound.cost.name} is within its standard error of the bound, so that it may well be over it"
+            yield f"Its {bound.cost.name} is closer to the bound than its standard error, so it may be over the bound"
 
 
 def _speed(ship: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
@@ -200,20 +212,21 @@ def _speed(ship: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     if rate is None or baseline is None or ratio is None:
         return
     if same_speed(rate, ship, baseline):
-        yield f"in speed it is {NOT_DISTINGUISHABLE} from the baseline"
+        yield f"Its speed is {NOT_DISTINGUISHABLE} from the baseline's"
     else:
-        yield f"it {verb} at {show_ratio(ratio)} of the baseline's rate"
+        yield f"It {verb} at {show_ratio(ratio)} of the baseline's rate"
 
 
 def _why_unquantized(group: Group, ship: ResultRow, rejected: Mapping[str, Sequence[str]]) -> Iterable[str]:
     if ship.is_baseline:
         for row in group.rows:
             if row.job_id in rejected:
-                yield f"{_name(row)} does not qualify: {', '.join(rejected[row.job_id])}"
+                yield f"{_name(row)} does not qualify: {'; '.join(rejected[row.job_id])}"
 
 
 def _scope(ship: ResultRow) -> str:
     positions = ship.details.quality.rows
     text = f", over {positions:,} positions of one text" if positions else ""
     batch = ship.protocol.batch_size
-    return f"measured on {ship.device_name} at batch {batch}{text}, which says nothing of others"
+    others = f"other devices{',' if text else ' and'} batch sizes{' and texts' if text else ''}"
+    return f"It was measured on {ship.device_name} at batch {batch}{text}; {others} may give other results"

@@ -8,17 +8,17 @@ from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.arithmetic import emulation_remarks
+from qbatch.views.audit_text import audit_warnings, first_names
+from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
 from qbatch.views.formats import printable, terminal_width
 from qbatch.views.groups import timed_apart
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol, version_differences
-from qbatch.views.quantized_share import audit_warnings, first_names
 from qbatch.views.ratios import may_compare
 from qbatch.views.scheme import show_scheme
+from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.units import show_count
-from qbatch.views.why_words import why_briefly
 
 _LEGEND_WIDTH = 100
 _REASONS_SHOWN = 12
@@ -143,13 +143,13 @@ def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     if row.baseline_job_id is None:
         return
     if baseline is None:
-        yield "no ratio: its baseline is not among the rows shown"
+        yield "no ratios: its baseline is not among the rows shown"
     elif baseline.state != JobState.SUCCEEDED:
-        yield "no ratio: its baseline has no result"
+        yield "no ratios: its baseline has no result"
     elif row.protocol_hash != baseline.protocol_hash:
-        yield "no ratio: measured under another protocol than its baseline, so that the numbers say different things"
+        yield "no ratios: it was measured with another protocol than its baseline, so the figures cannot be compared"
     elif row.details.fingerprint != baseline.details.fingerprint:
-        yield "no ratio: the model's files changed between its baseline's measurement and its own"
+        yield "no ratios: the model's files changed between its baseline's measurement and its own"
     else:
         yield from _other_visit(row, baseline)
 
@@ -157,9 +157,9 @@ def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
 def _other_visit(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     """Yield how the measurements of a row and its baseline differ although their protocol is the same."""
     if row.device_name != baseline.device_name:
-        yield f"no ratio of speed or memory: measured on {row.device_name}, its baseline on another device"
+        yield f"no ratios of speed and memory: it was measured on {row.device_name}, its baseline on another device"
     elif timed_apart(row, baseline):
-        yield "not timed in turns with its baseline: host time varies from visit to visit, and their speeds with it"
+        yield "its rounds did not alternate with its baseline's: the host's speed may have changed in between"
     if versions := version_differences([baseline, row]):
         yield f"its baseline was measured with other versions: {', '.join(versions)}"
 
@@ -174,7 +174,7 @@ def _footer(
     for text in _reasons(measured, by_id):
         footer += wrap(printable(text), width, indent=GAP * 2)
     if left_out:
-        footer += wrap(f"Left out for want of width: {', '.join(left_out)}.", width)
+        footer += wrap(f"Not shown, because the terminal is too narrow: {', '.join(left_out)}.", width)
     for text in _legend(measured):
         footer += wrap(text, width)
     return footer
@@ -185,10 +185,10 @@ def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[s
     reasons = [
         f"{line.row.job_id} {show_scheme(line.row)} {reason}."
         for line in measured
-        if (reason := why_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
+        if (reason := explain_speed_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
     ]
     more = len(reasons) - _REASONS_SHOWN
-    return reasons[:_REASONS_SHOWN] + ([f"`qbatch show JOB` says why for {more} more."] if more > 0 else [])
+    return reasons[:_REASONS_SHOWN] + ([f"`qbatch show JOB` explains the speed of {more} more."] if more > 0 else [])
 
 
 def _comparable_baseline(row: ResultRow, by_id: Mapping[str, ResultRow]) -> ResultRow | None:
@@ -202,15 +202,15 @@ def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
     for row in rows:
         shapes.setdefault(show_protocol(row), []).append(row.job_id)
     for shape, jobs in shapes.items():
-        yield f"{'All' if len(shapes) == 1 else first_names(jobs)} measured with {shape}."
+        yield f"{'All' if len(shapes) == 1 else first_names(jobs)} were measured with {shape}."
 
 
 def _legend(measured: Sequence[Line]) -> Iterable[str]:
     rows = [line.row for line in measured]
     if any(row.baseline_job_id is not None for row in rows):
         yield (
-            "× is a figure divided by its baseline's, the same model unquantized: ×0.5 of a size or a time is half of "
-            "it, ×0.5 of a rate is half the speed. Perplexity, where lower is better, shows its change."
+            "× is a figure divided by that of the baseline, the same model unquantized: ×0.5 is half the size, half "
+            "the time or half the speed. Perplexity, where lower is better, is shown with its change in percent."
         )
     if any(row.graph_decode_tokens_per_s is not None for row in rows):
         yield (
@@ -219,22 +219,22 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
         )
     if any(row.kl_mean is not None for row in rows):
         yield (
-            "KL is the mean divergence of the model's predictions from its baseline's, in nats; top-1 says how often "
-            "the most likely token is the same."
+            "KL is the mean Kullback-Leibler divergence of the model's predictions from its baseline's, in nats. top-1 "
+            "is how often the most likely token is the same."
         )
     if any(row.details.quality.rank_correlation is not None for row in rows):
-        yield "Rank corr is the rank correlation of the similarities between texts with the baseline's."
+        yield "Rank corr is the rank correlation between its similarities of texts and the baseline's."
     if any(ratio.endswith(NOISE_MARK) for line in measured for _, ratio in line.cells):
         yield NOISE_LEGEND
     if len(measured_by := _measured(rows)) == 1:
         yield from _shapes_of_one_protocol(next(iter(measured_by.values())))
     devices = sorted({printable(str(row.device_name)) for row in rows})
     if devices:
-        yield f"Speed and memory are those of {' and '.join(devices)}, and of no other device."
+        yield f"Speed and memory were measured on {' and '.join(devices)}; other devices give other figures."
     yield from map(printable, emulation_remarks(rows))
 
 
 NOISE_LEGEND = (
-    f"{NOISE_MARK} is {NOT_DISTINGUISHABLE} from the baseline: a difference in speed that the rounds do not confirm, "
-    "or one in quality under one standard error or no larger than what 16-bit arithmetic does by itself."
+    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the rounds do not confirm a difference in speed, or "
+    "a difference in quality is below one standard error or no larger than rounding to 16 bits causes by itself."
 )

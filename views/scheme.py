@@ -18,9 +18,8 @@ def show_scheme(row: ResultRow) -> str:
     description, options = describe_row(row.scheme), _options(row)
     compute = row.compute_dtype
     elsewhere = "" if compute in ("auto", row.dtype) else f" in {compute}"
-    return (
-        f"{description.title(options)}{_skipped(options)}{description.unusual(options)}{_sharded(options)}{elsewhere}"
-    )
+    name = f"{description.title(options)}{_skipped(options)}"
+    return f"{name}{description.nondefault_options(options)}{_sharded(options)}{elsewhere}"
 
 
 def _options(row: ResultRow) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qbatch.core.measured.metrics import OfTimes
+from qbatch.core.measured.metrics import TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.groups import measuring_job
 
@@ -79,7 +79,9 @@ def student_t(freedom: float) -> float:
     return _STUDENT_T[max((known for known in _STUDENT_T if known <= freedom), default=1)]
 
 
-def speed_difference(times: OfTimes, first: ResultRow, second: ResultRow, ln_ratio: float) -> SpeedDifference | None:
+def speed_difference(
+    times: TimingNoise, first: ResultRow, second: ResultRow, ln_ratio: float
+) -> SpeedDifference | None:
     """The difference of two rows in ``times``; None if either has too few times to tell.
 
     ``ln_ratio`` is that of their values, and used for rows that were not timed in the same rounds.
@@ -93,7 +95,7 @@ def speed_difference(times: OfTimes, first: ResultRow, second: ResultRow, ln_rat
     return SpeedDifference.between(samples[0], samples[1], ln_ratio)
 
 
-def _rounds(times: OfTimes, row: ResultRow) -> Sequence[float]:
+def _rounds(times: TimingNoise, row: ResultRow) -> Sequence[float]:
     """The row's times by round; none if what is stored cannot be times."""
     by_round = row.details.by_round(times.phase)
     rounds = (by_round.p50 if times.of == "median" else by_round.mean) or ()
@@ -108,7 +110,7 @@ def _in_the_same_rounds(first: ResultRow, second: ResultRow) -> bool:
     )
 
 
-def _sample(times: OfTimes, row: ResultRow, rounds: Sequence[float]) -> Sample | None:
+def _sample(times: TimingNoise, row: ResultRow, rounds: Sequence[float]) -> Sample | None:
     """The row's rounds, or its calls if it had only one round, as early versions did."""
     if len(rounds) > 1:
         error = statistics.stdev(rounds) / statistics.fmean(rounds) / math.sqrt(len(rounds))

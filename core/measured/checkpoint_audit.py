@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qbatch.core.measured.stored_json import Stored, left_out
+from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +29,22 @@ class CheckpointAudit(Stored):
     """How much of a model was quantized, what was not and why, and the quantization errors. A method's own entries are
     in ``stored``."""
 
-    num_parameters: int | None = left_out()
-    quantized_parameters: int | None = left_out()
-    quantized_fraction: float | None = left_out()
-    mostly_unquantized: bool | None = left_out()
-    weights_bytes: int | None = left_out()
-    bits_per_param: float | None = left_out()
-    kept: tuple[UnquantizedPart, ...] | None = left_out()
-    dropped_tensors: tuple[str, ...] | None = left_out()
-    idle_skip_modules: tuple[str, ...] | None = left_out()
-    relative_error_mean: float | None = left_out()
-    relative_error_worst: tuple[LayerError, ...] | None = left_out()
-    not_finite: tuple[str, ...] | None = left_out()
-    shared_pass: int | None = left_out()
-    whole_model_because: str | None = left_out()
-    no_errors_because: str | None = left_out()
-    writer: str | None = left_out()
+    num_parameters: int | None = omitted_if_unknown()
+    quantized_parameters: int | None = omitted_if_unknown()
+    quantized_fraction: float | None = omitted_if_unknown()
+    mostly_unquantized: bool | None = omitted_if_unknown()
+    weights_bytes: int | None = omitted_if_unknown()
+    bits_per_param: float | None = omitted_if_unknown()
+    kept: tuple[UnquantizedPart, ...] | None = omitted_if_unknown()
+    dropped_tensors: tuple[str, ...] | None = omitted_if_unknown()
+    idle_skip_modules: tuple[str, ...] | None = omitted_if_unknown()
+    relative_error_mean: float | None = omitted_if_unknown()
+    relative_error_worst: tuple[LayerError, ...] | None = omitted_if_unknown()
+    not_finite: tuple[str, ...] | None = omitted_if_unknown()
+    shared_pass: int | None = omitted_if_unknown()
+    whole_model_because: str | None = omitted_if_unknown()
+    no_errors_because: str | None = omitted_if_unknown()
+    writer: str | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,5 +52,5 @@ class MeasuringAudit(Stored):
     """Remarks from measuring a model. ``spread_between_rounds`` is set only if it is large."""
 
     cpu_layers_on_generic_kernel: int | None = None
-    perplexity_not_finite: bool | None = left_out()
+    perplexity_not_finite: bool | None = omitted_if_unknown()
     spread_between_rounds: float | None = None

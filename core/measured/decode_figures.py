@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from qbatch.core.measured.stored_json import Stored, beside, left_out, written_beside
+from qbatch.core.measured.stored_json import Stored, omitted_if_unknown, omitted_unless, when_known
 
 
 class Verdict(StrEnum):
@@ -67,9 +67,9 @@ class PhaseEnergy(Stored):
     gross_j: float | None = None
     net_j: float | None = None
     uncertainty_j: float | None = None
-    repetitions: int | None = left_out()
-    seconds: float | None = left_out()
-    gross_j_per_token: float | None = left_out()
+    repetitions: int | None = omitted_if_unknown()
+    seconds: float | None = omitted_if_unknown()
+    gross_j_per_token: float | None = omitted_if_unknown()
     net_j_per_token: float | None = None
 
 
@@ -78,11 +78,11 @@ class MeasuredEnergy(Stored):
     """The energy of prefill and decoding. ``flags``: conditions that made the measurement unfair; ``reason``: why there
     is none; ``idle_w``: the idle power in watts."""
 
-    reason: str | None = left_out()
-    idle_w: float | None = left_out()
-    prefill: PhaseEnergy = field(default_factory=PhaseEnergy, metadata=written_beside("idle_w"))
-    decode: PhaseEnergy = field(default_factory=PhaseEnergy, metadata=written_beside("idle_w"))
-    flags: Mapping[str, bool] | None = beside("idle_w")
+    reason: str | None = omitted_if_unknown()
+    idle_w: float | None = omitted_if_unknown()
+    prefill: PhaseEnergy = field(default_factory=PhaseEnergy, metadata=when_known("idle_w"))
+    decode: PhaseEnergy = field(default_factory=PhaseEnergy, metadata=when_known("idle_w"))
+    flags: Mapping[str, bool] | None = omitted_unless("idle_w")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class DecodeReasons(Stored):
     profile: ProfiledStep = field(default_factory=ProfiledStep)
     busy_share: float | None = None
     work: ReadByStep = field(default_factory=ReadByStep)
-    bytes_per_s: float | None = beside("profile")
+    bytes_per_s: float | None = omitted_unless("profile")
     step_wall_s: float | None = None
     roofs: DeviceRoofs = field(default_factory=DeviceRoofs)
     kernels_alone: StepAlone = field(default_factory=StepAlone)

@@ -10,7 +10,7 @@ from qbatch.core.measured.checkpoint_audit import CheckpointAudit, MeasuringAudi
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.quality_figures import Quality, TaskScores, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, RunShape, Size, TimedRounds
-from qbatch.core.measured.stored_json import LEFT_OUT, Stored, beside, left_out
+from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown, omitted_unless
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Details(Stored):
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
     size: Size = field(default_factory=Size)
-    arithmetic_slowdown: Mapping[str, float] | None = left_out()
+    arithmetic_slowdown: Mapping[str, float] | None = omitted_if_unknown()
     perplexity: TextPerplexity = field(default_factory=TextPerplexity)
     quality: Quality = field(default_factory=Quality)
     tasks: Mapping[str, TaskScores] | None = None
@@ -35,11 +35,11 @@ class Details(Stored):
     flags: Mapping[str, bool] | None = None
     why: DecodeReasons = field(default_factory=DecodeReasons)
     audits: MeasuringAudit = field(default_factory=MeasuringAudit)
-    checkpoint_key: str | None = left_out()
-    fingerprint: str | None = left_out()
-    commit: str | None = beside("fingerprint")
-    device_uuid: str | None = beside("fingerprint")
-    audit: CheckpointAudit = field(default_factory=CheckpointAudit, metadata=LEFT_OUT)
+    checkpoint_key: str | None = omitted_if_unknown()
+    fingerprint: str | None = omitted_if_unknown()
+    commit: str | None = omitted_unless("fingerprint")
+    device_uuid: str | None = omitted_unless("fingerprint")
+    audit: CheckpointAudit = field(default_factory=CheckpointAudit, metadata=OMITTED_IF_UNKNOWN)
 
     @property
     def is_on_cpu(self) -> bool:

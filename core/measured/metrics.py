@@ -40,7 +40,7 @@ class Better(StrEnum):
     NEITHER = "–"
 
 
-class BesideBaseline(StrEnum):
+class BaselineComparison(StrEnum):
     """What is shown after a value, if it can be compared with the baseline's."""
 
     NOTHING = "–"
@@ -49,7 +49,7 @@ class BesideBaseline(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OfComparison:
+class ComparisonNoise:
     """The value is noise if its ``distance`` from the base is less than its standard ``error``, or not more than the
     distance caused by 16-bit arithmetic alone (``floor``)."""
 
@@ -59,7 +59,7 @@ class OfComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NotBelow:
+class FloorNoise:
     """The value is noise if it is 1, or not below the value caused by 16-bit arithmetic alone (``floor``). For metrics
     without a standard error."""
 
@@ -67,7 +67,7 @@ class NotBelow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OfTimes:
+class TimingNoise:
     """The value is noise if row and baseline differ by no more than the rounds of ``phase`` explain. ``of``: what of a
     round's times the value is made of."""
 
@@ -75,7 +75,7 @@ class OfTimes:
     of: Literal["median", "mean"]
 
 
-Noise = OfComparison | NotBelow | OfTimes
+Noise = ComparisonNoise | FloorNoise | TimingNoise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +83,9 @@ class Metric:
     """One metric.
 
     ``key``: its dotted path in a row's JSON, which programs use; ``value`` reads the same from a ``ResultRow``.
-    ``label``: the heading of its column; ``title``: its name in ``show``, if different. ``beside``: what is shown after
-    the value. ``on_device``: values are comparable only on the same device. ``error`` and ``floor``: the standard
-    error, and the value for 16-bit arithmetic alone, both shown by ``show``. ``in_details``: where ``show``
+    ``label``: the heading of its column; ``title``: its name in ``show``, if different. ``comparison``: what is shown
+    after the value. ``on_device``: values are comparable only on the same device. ``error`` and ``floor``: the
+    standard error, and the value for 16-bit arithmetic alone, both shown by ``show``. ``in_details``: where ``show``
     reads the value from, if not with ``value``. ``csv``: its column in ``compare``'s CSV, if not the last part of the
     key.
     """
@@ -96,7 +96,7 @@ class Metric:
     better: Better
     value: Value
     title: str = ""
-    beside: BesideBaseline = BesideBaseline.NOTHING
+    comparison: BaselineComparison = BaselineComparison.NOTHING
     on_device: bool = False
     noise: Noise | None = None
     error: Value | None = None
@@ -136,7 +136,7 @@ DISK = Metric(
     label="disk",
     unit=Unit.BYTES,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     value=lambda row: row.disk_bytes,
 )
 WEIGHTS = Metric(
@@ -144,7 +144,7 @@ WEIGHTS = Metric(
     label="weights",
     unit=Unit.BYTES,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     value=lambda row: row.weights_bytes,
 )
 BITS_PER_PARAM = Metric(
@@ -162,7 +162,7 @@ PEAK_MEMORY = Metric(
     label="peak memory",
     unit=Unit.BYTES,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.max_allocated_bytes,
 )
@@ -194,9 +194,9 @@ PREFILL = Metric(
     label="prefill",
     unit=Unit.SECONDS,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.PREFILL, of="median"),
+    noise=TimingNoise(phase=Phase.PREFILL, of="median"),
     value=lambda row: row.prefill_s_p50,
 )
 FORWARD = Metric(
@@ -204,9 +204,9 @@ FORWARD = Metric(
     label="forward",
     unit=Unit.SECONDS,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.FORWARD, of="median"),
+    noise=TimingNoise(phase=Phase.FORWARD, of="median"),
     value=lambda row: row.forward_s_p50,
 )
 DECODE = Metric(
@@ -214,9 +214,9 @@ DECODE = Metric(
     label="decode",
     unit=Unit.TOKENS_PER_S,
     better=Better.HIGHER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.DECODE, of="mean"),
+    noise=TimingNoise(phase=Phase.DECODE, of="mean"),
     value=lambda row: row.decode_tokens_per_s,
 )
 GRAPH_DECODE = Metric(
@@ -224,7 +224,7 @@ GRAPH_DECODE = Metric(
     label="graph decode",
     unit=Unit.TOKENS_PER_S,
     better=Better.HIGHER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.graph_decode_tokens_per_s,
 )
@@ -233,9 +233,9 @@ THROUGHPUT = Metric(
     label="throughput",
     unit=Unit.SAMPLES_PER_S,
     better=Better.HIGHER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.FORWARD, of="mean"),
+    noise=TimingNoise(phase=Phase.FORWARD, of="mean"),
     value=lambda row: row.forward_samples_per_s,
 )
 PER_TOKEN_P50 = Metric(
@@ -243,9 +243,9 @@ PER_TOKEN_P50 = Metric(
     label="per token p50",
     unit=Unit.SECONDS,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
-    noise=OfTimes(phase=Phase.PER_TOKEN, of="median"),
+    noise=TimingNoise(phase=Phase.PER_TOKEN, of="median"),
     value=lambda row: row.per_token_s_p50,
 )
 PER_TOKEN_P99 = Metric(
@@ -253,7 +253,7 @@ PER_TOKEN_P99 = Metric(
     label="per token p99",
     unit=Unit.SECONDS,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.per_token_s_p99,
 )
@@ -262,16 +262,16 @@ KERNELS_ALONE = Metric(
     label="kernels alone",
     unit=Unit.SECONDS,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.details.why.kernels_alone.step_s,
 )
 ENERGY_PER_TOKEN = Metric(
     key="details.why.energy.decode.net_j_per_token",
-    label="energy a token",
+    label="energy per token",
     unit=Unit.JOULES,
     better=Better.LOWER,
-    beside=BesideBaseline.RATIO,
+    comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.details.why.energy.decode.net_j_per_token,
 )
@@ -292,7 +292,7 @@ LOAD = Metric(
 
 # Quality
 
-_OF_PERPLEXITY = OfComparison(
+_OF_PERPLEXITY = ComparisonNoise(
     distance=lambda row: row.details.quality.ln_ppl_ratio,
     error=lambda row: row.details.quality.ln_ppl_ratio_se,
     floor=lambda row: row.details.quality.floor.ln_ppl_ratio,
@@ -302,7 +302,7 @@ PERPLEXITY = Metric(
     label="perplexity",
     unit=Unit.PLAIN,
     better=Better.LOWER,
-    beside=BesideBaseline.CHANGE,
+    comparison=BaselineComparison.CHANGE,
     noise=_OF_PERPLEXITY,
     value=lambda row: row.perplexity,
 )
@@ -312,7 +312,7 @@ KL_MEAN = Metric(
     title="mean KL",
     unit=Unit.NATS,
     better=Better.LOWER,
-    noise=OfComparison(
+    noise=ComparisonNoise(
         distance=lambda row: row.kl_mean,
         error=lambda row: row.details.quality.kl_mean_se,
         floor=lambda row: row.details.quality.floor.kl_mean,
@@ -331,7 +331,7 @@ KL_MEAN_ERROR = Metric(
 )
 KL_FLOOR = Metric(
     key="details.quality.floor.kl_mean",
-    label="KL of 16 bits alone",
+    label="KL of 16-bit rounding",
     unit=Unit.NATS,
     better=Better.NEITHER,
     csv="kl_floor",
@@ -413,7 +413,7 @@ TOP1 = Metric(
     title="top-1 agreement",
     unit=Unit.SHARE,
     better=Better.HIGHER,
-    noise=OfComparison(
+    noise=ComparisonNoise(
         distance=lambda row: _short_of_1(row.top1_agreement),
         error=lambda row: row.details.quality.top1_agreement_se,
         floor=lambda row: _short_of_1(row.details.quality.floor.top1_agreement),
@@ -453,7 +453,7 @@ RANK_CORRELATION = Metric(
     title="rank correlation",
     unit=Unit.CORRELATION,
     better=Better.HIGHER,
-    noise=NotBelow(floor=lambda row: row.details.quality.floor.rank_correlation),
+    noise=FloorNoise(floor=lambda row: row.details.quality.floor.rank_correlation),
     value=lambda row: row.details.quality.rank_correlation,
     floor=lambda row: row.details.quality.floor.rank_correlation,
 )

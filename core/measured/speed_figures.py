@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qbatch.core.measured.stored_json import Stored, left_out
+from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 
 class Phase(StrEnum):
@@ -30,7 +30,7 @@ class PhaseTimes(Stored):
     p90: float | None = None
     p95: float | None = None
     p99: float | None = None
-    tokens_per_s: float | None = left_out()
+    tokens_per_s: float | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +57,12 @@ class RunShape(Stored):
     """The sizes that were actually run, after limiting the requested ones to the model's number of positions. Encoders
     have 0 new tokens. Fields that begin with ``eval`` belong to the evaluation text."""
 
-    batch_size: int | None = left_out()
-    prompt_tokens: int | None = left_out()
-    new_tokens: int | None = left_out()
-    eval_window: int | None = left_out()
-    eval_stride: int | None = left_out()
-    eval_max_windows: int | None = left_out()
+    batch_size: int | None = omitted_if_unknown()
+    prompt_tokens: int | None = omitted_if_unknown()
+    new_tokens: int | None = omitted_if_unknown()
+    eval_window: int | None = omitted_if_unknown()
+    eval_stride: int | None = omitted_if_unknown()
+    eval_max_windows: int | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

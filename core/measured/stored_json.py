@@ -17,24 +17,24 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 # What a reader returns for a value of the wrong type. None may be a valid value.
 _WRONG = object()
 _ONLY_IF_KNOWN = "written only if it is known"
-_BESIDE = "written if this other field is known"
-LEFT_OUT: Mapping[str, Any] = types.MappingProxyType({_ONLY_IF_KNOWN: True})
+_IF_OTHER_KNOWN = "written if this other field is known"
+OMITTED_IF_UNKNOWN: Mapping[str, Any] = types.MappingProxyType({_ONLY_IF_KNOWN: True})
 """Metadata of a field that is omitted if it is not known, instead of written as null."""
 
 Reader = Callable[[Any], Any]
 
 
-def written_beside(name: str) -> Mapping[str, Any]:
+def when_known(name: str) -> Mapping[str, Any]:
     """Metadata of a field that is written if the field ``name`` is known, as null if it is not known itself."""
-    return {_BESIDE: name}
+    return {_IF_OTHER_KNOWN: name}
 
 
-def left_out() -> Any:
-    return field(default=None, metadata=LEFT_OUT)
+def omitted_if_unknown() -> Any:
+    return field(default=None, metadata=OMITTED_IF_UNKNOWN)
 
 
-def beside(name: str) -> Any:
-    return field(default=None, metadata=written_beside(name))
+def omitted_unless(name: str) -> Any:
+    return field(default=None, metadata=when_known(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,8 @@ class Stored:
 
     def _is_written(self, name: str) -> bool:
         rule = _layout(type(self)).rules[name]
-        if _BESIDE in rule:
-            return _is_known(getattr(self, rule[_BESIDE]))
+        if _IF_OTHER_KNOWN in rule:
+            return _is_known(getattr(self, rule[_IF_OTHER_KNOWN]))
         return _ONLY_IF_KNOWN not in rule or _is_known(getattr(self, name))
 
 

@@ -32,7 +32,7 @@ DOUBLE_QUANT: MethodOption[bool] = MethodOption(
     flag="--double-quant",
     help="Also quantize the 4-bit scales.",
     default=False,
-    unasked="double quantization needs a 4-bit scheme: add 4 to the bit widths",
+    error_if_unused="double quantization needs a 4-bit scheme: add 4 to the bit widths",
 )
 INT8_THRESHOLD: MethodOption[float] = MethodOption(
     name="int8_threshold",
@@ -40,7 +40,7 @@ INT8_THRESHOLD: MethodOption[float] = MethodOption(
     help="The outlier threshold of LLM.int8; 0 turns the outlier path and its synchronisations off.",
     default=6.0,
     check=_check_threshold,
-    words=lambda value: f" threshold {value:g}",
+    name_suffix=lambda value: f" threshold {value:g}",
 )
 QUANT_STORAGE: MethodOption[str] = MethodOption(
     name="quant_storage",
@@ -48,7 +48,7 @@ QUANT_STORAGE: MethodOption[str] = MethodOption(
     help="The dtype in which packed 4-bit codes are stored (FSDP-QLoRA needs the compute dtype).",
     default="uint8",
     choices=("uint8", "float16", "bfloat16", "float32"),
-    words=lambda value: f" stored as {value}",
+    name_suffix=lambda value: f" stored as {value}",
 )
 
 
@@ -56,7 +56,7 @@ QUANT_STORAGE: MethodOption[str] = MethodOption(
 class _Bnb(MethodDescription):
     """A method of bitsandbytes, which ``--bits`` may select."""
 
-    meant_by_bits: bool = True
+    selected_by_bits: bool = True
     libraries: tuple[str, ...] = (LIBRARY,)
     silenced: tuple[str, ...] = (LIBRARY,)
     environment: tuple[str, ...] = _ENVIRONMENT
@@ -76,18 +76,16 @@ class BnbFourBit(_Bnb):
     def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
         return _infinite_scales(audit)
 
-    def on_cpu(self, name: str, slow_layers: int) -> str | None:
+    def cpu_remark(self, name: str, slow_layers: int) -> str | None:
         if slow_layers:
             return (
-                f"{slow_layers} of the 4-bit layers of {name} run through bitsandbytes' generic kernel, since their "
-                "shape does not fit the packed AVX512-BF16 one."
+                f"{slow_layers} of the 4-bit layers of {name} use bitsandbytes' generic CPU kernel, because their "
+                "shapes do not fit the packed AVX512-BF16 kernel."
             )
-        return f"The 4-bit layers of {name} all fit the packed AVX512-BF16 kernel, where the processor has it."
+        return f"All 4-bit layers of {name} can use the packed AVX512-BF16 kernel, if the processor supports it."
 
-    def on_cpu_briefly(self, slow_layers: int) -> str | None:
-        return (
-            f"{slow_layers} of its 4-bit layers run through bitsandbytes' generic CPU kernel" if slow_layers else None
-        )
+    def cpu_footnote(self, slow_layers: int) -> str | None:
+        return f"uses bitsandbytes' generic CPU kernel for {slow_layers} of its 4-bit layers" if slow_layers else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,20 +110,20 @@ class BnbInt8(_Bnb):
     def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
         return _infinite_scales(audit)
 
-    def waits_because(self, options: Options) -> str | None:
+    def synchronization_cause(self, options: Options) -> str | None:
         if INT8_THRESHOLD.of(options) == 0:
             return None
         return (
-            f"LLM.int8's outlier path is what stops it; {INT8_THRESHOLD.flag} 0 turns that off, and is a scheme of its "
-            "own."
+            f"LLM.int8's outlier path causes these waits; {INT8_THRESHOLD.flag} 0 turns it off, which makes a "
+            "different scheme."
         )
 
 
 def _infinite_scales(audit: Mapping[str, Any]) -> Iterable[str]:
     infinite = audit.get("int8_infinite_scales")
     if infinite:
-        scales = "1 int8 scale of it is" if infinite == 1 else f"{infinite} int8 scales of it are"
-        yield f"{scales} infinite: those rows, with values over 65504, are lost"
+        verb = "is" if infinite == 1 else "are"
+        yield f"{infinite} of its int8 scales {verb} infinite: rows with values over 65504 are lost"
 
 
 def refuse_double_quantization(name: str, options: Options) -> None:
@@ -139,7 +137,7 @@ NF4 = BnbFourBit(
     bits=4,
     quant_type="nf4",
     options=(DOUBLE_QUANT, QUANT_STORAGE),
-    carried=(INT8_THRESHOLD,),
+    inactive_options=(INT8_THRESHOLD,),
 )
 FP4 = BnbFourBit(
     name="bnb-fp4",
@@ -147,14 +145,14 @@ FP4 = BnbFourBit(
     bits=4,
     quant_type="fp4",
     options=(DOUBLE_QUANT, QUANT_STORAGE),
-    carried=(INT8_THRESHOLD,),
+    inactive_options=(INT8_THRESHOLD,),
 )
 INT8 = BnbInt8(
     name="bnb-int8",
     aliases=("llm-int8",),
     bits=8,
     options=(INT8_THRESHOLD,),
-    carried=(DOUBLE_QUANT, QUANT_STORAGE),
+    inactive_options=(DOUBLE_QUANT, QUANT_STORAGE),
 )
 
 
@@ -163,7 +161,7 @@ class BnbCheckpoints:
 
     quant_method = LIBRARY
 
-    def words(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         """``bitsandbytes 4 bits (nf4, double quantization)``"""
         if settings.get("load_in_8bit"):
             return "bitsandbytes 8 bits"

@@ -41,8 +41,9 @@ class MethodOption(Generic[T]):
     """An option of one or several methods. It is stored under ``name`` and given on the command line as ``flag``.
 
     ``choices`` are the allowed values, if there are only a few. ``check`` raises UsageError for an invalid value.
-    ``words`` returns the text appended to a row's name if the value is not the default. ``unasked`` is the error
-    message if the option is given but none of the requested methods has it; if None, the option is then ignored.
+    ``name_suffix`` returns the text appended to a row's name if the value is not the default. ``error_if_unused`` is
+    the error message if the option is given but none of the requested methods has it; None means that the option is
+    then ignored.
     """
 
     name: str
@@ -51,8 +52,8 @@ class MethodOption(Generic[T]):
     default: T
     choices: tuple[T, ...] = ()
     check: Callable[[T], None] = _anything
-    words: Callable[[T], str] = _nothing
-    unasked: str | None = None
+    name_suffix: Callable[[T], str] = _nothing
+    error_if_unused: str | None = None
 
     def of(self, options: Options) -> T:
         """The option's value in ``options``; the default if the row was written before the option existed."""
@@ -70,16 +71,16 @@ class MethodDescription:
     # Nominal bits per weight; None if the data type determines them.
     bits: int | None = None
     # Whether --bits N selects this method. If several methods have N bits, --quant-type chooses among them.
-    meant_by_bits: bool = False
+    selected_by_bits: bool = False
     quant_type: str | None = None
     # The options that have an effect, and further options that its rows store.
     options: tuple[MethodOption[Any], ...] = ()
-    carried: tuple[MethodOption[Any], ...] = ()
+    inactive_options: tuple[MethodOption[Any], ...] = ()
     # The packages that implement it, and the extra of qbatch that installs them (None: qbatch always requires them).
-    # A checkpoint's bytes depend on their versions, on that of transformers, and on those of ``also_decided_by``.
+    # A checkpoint's bytes depend on their versions, on that of transformers, and on those of ``also_depends_on``.
     libraries: tuple[str, ...] = ()
     extra: str | None = None
-    also_decided_by: tuple[str, ...] = ()
+    also_depends_on: tuple[str, ...] = ()
     # The supported devices and dtypes. If it takes no compute dtype, its layers compute in the dtype of their inputs.
     devices: frozenset[DeviceKind] = frozenset({DeviceKind.CUDA, DeviceKind.CPU})
     dtypes: frozenset[DType] = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32})
@@ -88,13 +89,13 @@ class MethodDescription:
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     # How the memory footprint is determined, in words.
-    footprint: str = "transformers' own figure"
+    footprint: str = "as transformers reports it"
 
     # Requirements
 
     @property
     def stored_options(self) -> tuple[MethodOption[Any], ...]:
-        return (*self.options, *self.carried)
+        return (*self.options, *self.inactive_options)
 
     def check(self, options: Options) -> None:
         """Raise UsageError if options that are valid by themselves cannot be combined."""
@@ -128,10 +129,10 @@ class MethodDescription:
         """The name in tables, including options that are part of it."""
         return self.name
 
-    def unusual(self, options: Options) -> str:
+    def nondefault_options(self, options: Options) -> str:
         """The options that differ from their defaults, as text to append to the name."""
         own = ((option, option.of(options)) for option in self.options)
-        return "".join(option.words(value) for option, value in own if value != option.default)
+        return "".join(option.name_suffix(value) for option, value in own if value != option.default)
 
     def audit_lines(self, audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         """Titles and texts for the method's own entries in a checkpoint's audit."""
@@ -141,15 +142,15 @@ class MethodDescription:
         """The faults in the audit because of which a checkpoint should not be used."""
         return ()
 
-    def waits_because(self, options: Options) -> str | None:
+    def synchronization_cause(self, options: Options) -> str | None:
         """Why the method makes a decode step wait for the host many times, and what to do; None if it does not."""
         return None
 
-    def on_cpu(self, name: str, slow_layers: int) -> str | None:
+    def cpu_remark(self, name: str, slow_layers: int) -> str | None:
         """A sentence on the CPU kernels used by the row called ``name``, of which ``slow_layers`` use a slower one."""
         return None
 
-    def on_cpu_briefly(self, slow_layers: int) -> str | None:
+    def cpu_footnote(self, slow_layers: int) -> str | None:
         """The same for a table's footnote; None if there is nothing to report."""
         return None
 
@@ -159,7 +160,7 @@ class CheckpointFamily(Protocol):
 
     quant_method: str
 
-    def words(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         """Describe ``quantization_config`` in a few words."""
 
     def num_parameters(self, tensors: Collection[StoredTensor]) -> int | None:

@@ -52,14 +52,14 @@ def describe_row(name: str) -> MethodDescription:
     return known.get(name) or MethodDescription(name=name)
 
 
-def meant_by_bits(bits: int) -> tuple[Method, ...]:
+def selected_by_bits(bits: int) -> tuple[Method, ...]:
     """The methods that ``--bits`` may select, the default one first."""
-    return tuple(m for m in Method if m.description.meant_by_bits and m.description.bits == bits)
+    return tuple(m for m in Method if m.description.selected_by_bits and m.description.bits == bits)
 
 
 def known_bits() -> tuple[int, ...]:
     """The values that ``--bits`` accepts."""
-    return tuple(sorted({m.description.bits for m in Method if m.description.meant_by_bits and m.description.bits}))
+    return tuple(sorted({m.description.bits for m in Method if m.description.selected_by_bits and m.description.bits}))
 
 
 def quant_types() -> dict[str, Method]:

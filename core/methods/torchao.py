@@ -27,7 +27,7 @@ _CODES, _STATE = "_weight_qdata", ("_weight_scale", "_weight_zero_point")
 
 # Importing torchao warns of kernels that only other builds of torch have, and of deprecated names.
 _SILENCED = ("torchao", "torch.utils._pytree")
-_FOOTPRINT = "codes and what is not quantized (transformers' own figure takes codes for 16-bit weights)"
+_FOOTPRINT = "codes and unquantized weights (transformers would count codes as 16-bit weights)"
 
 
 class WeightKind(Enum):
@@ -51,8 +51,8 @@ GROUP_SIZE: MethodOption[int] = MethodOption(
     default=128,
     choices=GROUP_SIZES,
     check=_check_group_size,
-    words=lambda value: f" groups of {value}",
-    unasked="a group size applies only to torchao-int4, which was not given",
+    name_suffix=lambda value: f" groups of {value}",
+    error_if_unused="a group size applies only to torchao-int4, which was not given",
 )
 
 
@@ -62,7 +62,7 @@ class Torchao(MethodDescription):
 
     kind: WeightKind
     libraries: tuple[str, ...] = (LIBRARY,)
-    also_decided_by: tuple[str, ...] = ("torch",)
+    also_depends_on: tuple[str, ...] = ("torch",)
     extra: str | None = EXTRA
     takes_compute_dtype: bool = False
     silenced: tuple[str, ...] = _SILENCED
@@ -80,10 +80,10 @@ class Torchao(MethodDescription):
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _WORKING_BYTES * largest_weight
 
-    def waits_because(self, options: Options) -> str | None:
+    def synchronization_cause(self, options: Options) -> str | None:
         if self.kind is not WeightKind.INT8_DYNAMIC:
             return None
-        return "torchao looks at the activations on the host before each product, unless the model is compiled."
+        return "Unless the model is compiled, torchao inspects the activations on the host before each matrix product."
 
 
 def _round_up(size: int, step: int) -> int:
@@ -115,7 +115,7 @@ class TorchaoCheckpoints:
 
     quant_method = LIBRARY
 
-    def words(self, settings: Mapping[str, Any]) -> str:
+    def describe(self, settings: Mapping[str, Any]) -> str:
         """``torchao Int8WeightOnlyConfig``"""
         kind = settings.get("quant_type")
         default = kind.get("default") if isinstance(kind, Mapping) else None

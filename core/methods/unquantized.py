@@ -20,6 +20,6 @@ class Unquantized(MethodDescription):
 NONE = Unquantized(
     name="none",
     aliases=("baseline",),
-    carried=(bnb.DOUBLE_QUANT, bnb.INT8_THRESHOLD, bnb.QUANT_STORAGE),
+    inactive_options=(bnb.DOUBLE_QUANT, bnb.INT8_THRESHOLD, bnb.QUANT_STORAGE),
     libraries=(bnb.LIBRARY,),
 )

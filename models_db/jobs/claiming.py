@@ -12,10 +12,11 @@ from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
+from qbatch.models_db.ready_bundles import is_due
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job, Worker
 from qbatch.models_db.vram import usable_bytes
-from qbatch.models_db.window import NO_MESSAGE, is_due
+from qbatch.models_db.window import NO_MESSAGE
 from qbatch.models_db.workers import is_live
 
 

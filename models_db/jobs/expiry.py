@@ -11,6 +11,7 @@ from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.errors import CudaOom, WorkerLost
 from qbatch.core.retry_policy import EXPIRED, RetryLimits, longest_wait_s
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.few_jobs import WAITS_AGAIN
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.transitions import end, requeue
 from qbatch.models_db.memory_need import seen_too_large_for
@@ -49,13 +50,12 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     usable = [usable_bytes(worker) for worker, _ in around(session, lease_s) if worker.device_kind == DeviceKind.CUDA]
     if not usable:
         return []
-    too_large = and_(Job.state == JobState.QUEUED, seen_too_large_for(max(usable)))
-    jobs = session.scalars(
-        select(Job).where(too_large).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
-    ).all()
+    too_large = and_(WAITS_AGAIN, seen_too_large_for(max(usable)))
+    # In no order, because SQLite would read all jobs to have that of the ids.
+    jobs = session.scalars(select(Job).where(too_large).with_for_update(skip_locked=True, of=Job)).all()
     for job in jobs:
         end(session, job, JobState.FAILED, CudaOom(no_larger(job.above_memory_bytes or 0)))
-    return [job.id for job in jobs]
+    return sorted(job.id for job in jobs)
 
 
 def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
@@ -70,7 +70,7 @@ def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failur
         Job.worker_id.not_in(select(Worker.id).where(alive)),
     )
     count = _shorten(session, abandoned, Job.lease_expires_at, lease_s)
-    waiting = and_(Job.state == JobState.QUEUED, Job.not_before > db_now(backoff_s + SLACK_S))
+    waiting = and_(WAITS_AGAIN, Job.not_before > db_now(backoff_s + SLACK_S))
     for failures, kind in session.execute(select(Job.failures, Job.error_kind).where(waiting).distinct()).all():
         longest_s = longest_wait_s(failures, kind, limits)
         alike = and_(waiting, Job.failures == failures, Job.error_kind.is_not_distinct_from(kind))
@@ -80,8 +80,7 @@ def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failur
 
 
 def _shorten(session: Session, which: ColumnElement[bool], column: Any, to_s: float) -> int:
-    query = select(Job.id).where(which).order_by(Job.id).with_for_update(skip_locked=True, of=Job)
-    ids = session.scalars(query).all()
+    ids = session.scalars(select(Job.id).where(which).with_for_update(skip_locked=True, of=Job)).all()
     for job_id in ids:
         session.execute(update(Job).where(Job.id == job_id).values({column: db_now(to_s)}), execution_options=NO_SYNC)
     return len(ids)

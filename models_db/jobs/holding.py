@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import JobState, Method, Stage, Token
 from qbatch.core.retry_policy import WAITS_FOR_ROOM
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.few_jobs import WAITS_AGAIN
 from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
@@ -60,7 +61,7 @@ def note(
 def any_waits_for_space(session: Session) -> bool:
     """Whether a queued job waits until the storage has space."""
     # A job that found its source cache full has a time to wait for, and is excluded.
-    waits = and_(Job.state == JobState.QUEUED, Job.error_kind.in_(WAITS_FOR_ROOM), Job.not_before.is_(None))
+    waits = and_(WAITS_AGAIN, Job.error_kind.in_(WAITS_FOR_ROOM), Job.not_before.is_(None))
     return session.scalars(select(Job.id).where(waits).limit(1)).first() is not None
 
 

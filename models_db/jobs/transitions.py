@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import JobState, Token
 from qbatch.core.errors import JobError
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.ready_bundles import own_bundle
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job
-from qbatch.models_db.window import NO_MESSAGE, own_bundle
+from qbatch.models_db.window import NO_MESSAGE
 
 
 def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:

@@ -52,7 +52,7 @@ def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_lis
     assert "'[fc' is not a valid regular expression" in skips.stderr
 
 
-def test_numbers_and_texts_that_no_column_holds(
+def test_values_that_no_column_can_hold_are_refused(
     qbatch: Qbatch, postgresql_database: Database, postgresql_url: str, tmp_path: Path, model_list: Callable[..., str]
 ) -> None:
     (tmp_path / "nul").write_bytes(b"some text\0and more")
@@ -76,7 +76,7 @@ def test_numbers_and_texts_that_no_column_holds(
     assert [batch["jobs"] for batch in qbatch.json("status")] == [2]
 
 
-def test_what_has_no_end_is_not_read_to_it(qbatch: Qbatch, model_list: Callable[..., str], tmp_path: Path) -> None:
+def test_endless_input_is_read_up_to_its_limit(qbatch: Qbatch, model_list: Callable[..., str], tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
     with text.open("wb") as file:
         for _ in range(65):
@@ -116,7 +116,7 @@ def test_standard_input_is_a_list(qbatch: Qbatch, models: Path) -> None:
     assert [job["scheme"] for job in qbatch.json("jobs", "--batch", done.stdout.strip())] == ["none", "bnb-nf4"]
 
 
-def test_waiting_for_what_nothing_runs(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
+def test_waiting_without_a_stack_is_refused(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
     listed = model_list(models / "llama")
     qbatch("submit", "--models", listed, "--bits", "4", "--wait", code=3)
     assert "within 1 s" in qbatch("wait", "b1", "--timeout", "1s", code=4).stderr
@@ -166,7 +166,7 @@ _COMMANDS = (
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "unmakeable"])
-def test_a_home_that_cannot_be_one(place: str, tmp_path: Path, model_list: Callable[..., str]) -> None:
+def test_an_unusable_home_is_refused_in_one_line(place: str, tmp_path: Path, model_list: Callable[..., str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     qbatch = Qbatch(Path("/proc/no/home") if place == "unmakeable" else tmp_path / place)
     listed = model_list("org/model")
@@ -245,7 +245,7 @@ print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
 
 
 @pytest.mark.parametrize("command", ["status", "results", "jobs", "workers"])
-def test_looking_does_not_import_torch(qbatch: Qbatch, command: str) -> None:
+def test_commands_that_only_read_do_not_import_torch(qbatch: Qbatch, command: str) -> None:
     qbatch("status")
     script = f"""
 import sys

@@ -37,7 +37,7 @@ def flower(qbatch: Qbatch, log: Path, **env: str) -> Iterator[int]:
         stop(process)
 
 
-def test_flower_wants_credentials_and_takes_no_others(stack: Qbatch, tmp_path: Path) -> None:
+def test_flower_requires_its_credentials(stack: Qbatch, tmp_path: Path) -> None:
     assert "QBATCH_FLOWER_AUTH" in stack("flower", code=2).stderr
     log = tmp_path / "flower.log"
     with flower(stack, log, QBATCH_FLOWER_AUTH=CREDENTIALS, FLOWER_BASIC_AUTH="guest:guest") as port:
@@ -62,7 +62,7 @@ def test_a_config_file_where_flower_starts_does_not_open_it(
 
 
 @pytest.mark.parametrize("credentials", ["", "someone", "someone:", ":password", "someone:pässword", "some\none:word"])
-def test_credentials_that_would_not_hold_are_refused(qbatch: Qbatch, credentials: str) -> None:
+def test_invalid_flower_credentials_are_refused(qbatch: Qbatch, credentials: str) -> None:
     qbatch.env["QBATCH_FLOWER_AUTH"] = credentials
     refused = qbatch("flower", code=2).stderr
     assert "QBATCH_FLOWER_AUTH" in refused

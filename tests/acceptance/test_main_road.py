@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import QBATCH, Qbatch
 
 CONTRACT = {
@@ -269,7 +269,7 @@ def test_a_checkpoint_whose_benchmark_failed_is_verified_too(
         assert "model.safetensors has changed since it was published" in stack("verify", *target, code=1).stderr
 
 
-def test_a_text_of_ones_own_is_another_protocol(
+def test_another_evaluation_text_is_another_protocol(
     stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
 ) -> None:
     text = tmp_path / "own.txt"

@@ -90,7 +90,7 @@ def kinds_of(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
     return kinds
 
 
-def test_no_canary_sings_in_a_default_installation(
+def test_no_code_of_a_model_runs_in_a_default_installation(
     stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path, canaries: Path
 ) -> None:
     llama = models / "llama"
@@ -127,7 +127,7 @@ def test_no_canary_sings_in_a_default_installation(
     assert list(canaries.iterdir()) == []
 
 
-def test_a_model_that_the_worker_s_settings_name_runs_its_code(
+def test_a_model_listed_in_the_workers_settings_runs_its_code(
     qbatch: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path, canaries: Path
 ) -> None:
     own = {"model_type": "one-of-its-own", "architectures": ["OwnForCausalLM"]}
@@ -329,7 +329,7 @@ def test_a_worker_answers_questions_and_takes_no_orders(
     assert asked.stats()[before["worker"]]["pool"]["max-concurrency"] == 1
 
 
-def test_jobs_of_two_models_are_no_bundle(
+def test_a_bundle_with_jobs_of_two_models_is_refused(
     stack: Qbatch, app: Celery, models: Path, model_list: Callable[..., str]
 ) -> None:
     """A runner opens only one source: a job of another model in its bundle would get the results of the wrong model."""
@@ -341,7 +341,7 @@ def test_jobs_of_two_models_are_no_bundle(
     until(lambda: "refused: its jobs belong to different models" in log.read_text(), "refusal")
 
 
-def test_what_is_no_message_at_all_does_not_stop_the_queue(
+def test_a_malformed_message_does_not_stop_the_queue(
     stack: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     """Such a command ends the Celery process, which is then restarted."""

@@ -44,8 +44,8 @@ def _check_show(qbatch: Qbatch) -> None:
         "per_token",
         "% of its parameters",
         "worst layers",
-        "(16 bits alone: ",
-        "On a CPU qbatch gives no verdict",
+        "(16-bit rounding alone: ",
+        "On a CPU, qbatch cannot tell what limits decoding",
     ):
         assert fact in said
     assert "no such job: j99" in qbatch("show", "j99", code=2).stderr
@@ -64,7 +64,7 @@ def _check_compare(qbatch: Qbatch) -> None:
     assert len(bert["groups"]) == 1
     strict = ("compare", "--model", "llama", "--max-kl", "0", "--max-weights-bytes", "1KB")
     assert qbatch.json(*strict)[0]["groups"][0]["recommendation"]["ship"] is None
-    assert "Nothing qualifies: baseline bfloat16 (j1): its weights, " in " ".join(qbatch(*strict).stdout.split())
+    assert "Nothing qualifies. baseline bfloat16 (j1): its weights, " in " ".join(qbatch(*strict).stdout.split())
     nearest = qbatch.json("compare", "--model", "llama", "--prefer", "quality")[0]["groups"][0]
     assert schemes[nearest["recommendation"]["ship"]] == "bnb-int8", "8 bits are nearer to the baseline than 4"
     table = qbatch("compare", "--model", "llama", "--by", "scheme").stdout

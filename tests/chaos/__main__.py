@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.chaos.account import Account
-from tests.chaos.lane import Lane, Outcome, Plan
 from tests.chaos.sources import Sources
+from tests.chaos.stack import ChaosStack, Outcome, Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="processes to kill, all lanes together")
-    parser.add_argument("--jobs", type=int, default=48, help="jobs to submit at least, in each lane")
+    parser.add_argument("--kills", type=int, default=200, help="processes to kill, all stacks together")
+    parser.add_argument("--jobs", type=int, default=48, help="jobs to submit at least, in each stack")
     parser.add_argument("--models", type=int, default=10**6, help="models to make at most, four at least")
-    parser.add_argument("--workers", type=int, default=2, help="workers of each lane")
-    parser.add_argument("--lanes", type=int, default=1, help="independent stacks at once")
-    parser.add_argument("--shared-storage", action="store_true", help="all lanes publish to one storage")
+    parser.add_argument("--workers", type=int, default=2, help="workers of each stack")
+    parser.add_argument("--stacks", type=int, default=1, help="independent stacks at once")
+    parser.add_argument("--shared-storage", action="store_true", help="all stacks publish to one storage")
     parser.add_argument("--changing-sources", action="store_true", help="rewrite weights while jobs read them")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--minutes", type=float, help="end the kills after this long")
-    parser.add_argument("--gap", type=float, help="mean seconds between two faults of a lane")
+    parser.add_argument("--gap", type=float, help="mean seconds between two faults of a stack")
     parser.add_argument("--lease", type=float, default=5.0, help="QBATCH_LEASE_S")
     parser.add_argument("--settle", type=float, default=600.0, help="seconds for the open jobs to end afterwards")
     parser.add_argument("--postgresql", action="store_true", help="a real PostgreSQL instead of SQLite")
@@ -60,17 +60,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
-    """Every lane at once, each in a folder of its own below ``folder``."""
+    """Every stack at once, each in a folder of its own below ``folder``."""
     cores = len(os.sched_getaffinity(0))
-    threads = max(cores // (options.workers * options.lanes), 1)
+    threads = max(cores // (options.workers * options.stacks), 1)
     minutes = options.minutes if options.minutes is not None else float("inf")
-    shares = [len(range(lane, options.kills, options.lanes)) for lane in range(options.lanes)]
-    together = threading.Barrier(options.lanes if options.shared_storage else 1)
+    shares = [len(range(stack, options.kills, options.stacks)) for stack in range(options.stacks)]
+    together = threading.Barrier(options.stacks if options.shared_storage else 1)
     everyones = Sources(folder / "sources")
-    with _databases(options) as urls, ThreadPoolExecutor(options.lanes) as pool:
-        lanes = [
-            Lane(
-                folder / f"lane{number}",
+    with _databases(options) as urls, ThreadPoolExecutor(options.stacks) as pool:
+        stacks = [
+            ChaosStack(
+                folder / f"stack{number}",
                 Plan(
                     seed=f"{options.seed}:{number}",
                     kills=kills,
@@ -86,27 +86,27 @@ def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
                     storage=folder / "storage" if options.shared_storage else None,
                     changes_sources=options.changing_sources,
                 ),
-                everyones if options.shared_storage else Sources(folder / f"lane{number}" / "sources"),
+                everyones if options.shared_storage else Sources(folder / f"stack{number}" / "sources"),
                 together,
                 _speaker(number),
             )
             for number, (kills, url) in enumerate(zip(shares, urls, strict=True))
         ]
-        databases = [lane.database for lane in lanes] if options.shared_storage else []
-        ends = [pool.submit(lane.run, databases) for lane in lanes]
+        databases = [stack.database for stack in stacks] if options.shared_storage else []
+        ends = [pool.submit(stack.run, databases) for stack in stacks]
         try:
             return [end.result() for end in ends]
         except BaseException:
-            for lane in lanes:
-                lane.halt()
+            for stack in stacks:
+                stack.halt()
             raise
 
 
 @contextmanager
 def _databases(options: argparse.Namespace) -> Iterator[list[str | None]]:
-    """The database URL of each lane; None is the embedded one."""
+    """The database URL of each stack; None is the embedded one."""
     if not options.postgresql:
-        yield [None] * options.lanes
+        yield [None] * options.stacks
         return
     from sqlalchemy import create_engine, make_url, text
 
@@ -117,9 +117,9 @@ def _databases(options: argparse.Namespace) -> Iterator[list[str | None]]:
         engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
         urls = []
         with engine.connect() as connection:
-            for number in range(options.lanes):
-                connection.execute(text(f"CREATE DATABASE lane{number}"))
-                urls.append(make_url(server.url).set(database=f"lane{number}").render_as_string(hide_password=False))
+            for number in range(options.stacks):
+                connection.execute(text(f"CREATE DATABASE stack{number}"))
+                urls.append(make_url(server.url).set(database=f"stack{number}").render_as_string(hide_password=False))
         engine.dispose()
         yield list(urls)
     finally:
@@ -130,18 +130,18 @@ def _print(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-def _speaker(lane: int) -> Callable[[str], None]:
+def _speaker(stack: int) -> Callable[[str], None]:
     begun, lock = time.monotonic(), threading.Lock()
 
     def say(line: str) -> None:
         with lock:
-            _print(f"{time.monotonic() - begun:7.1f}s [{lane}] {line}")
+            _print(f"{time.monotonic() - begun:7.1f}s [{stack}] {line}")
 
     return say
 
 
 def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> Account:
-    """Print the figures of all lanes together, and every problem."""
+    """Print the figures of all stacks together, and every problem."""
     total = sum((outcome.account for outcome in outcomes), Account())
     faults: Counter[str] = sum((outcome.faults for outcome in outcomes), Counter())
     kills = sum(outcome.kills for outcome in outcomes)

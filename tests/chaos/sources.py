@@ -1,4 +1,4 @@
-"""The tiny models that the batches are of: made when they are first needed, the same for every lane."""
+"""The tiny models that the batches are of: made when they are first needed, the same for every stack."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, Result, Worker
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, send_now, submit
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of
 from tests.waiting import until
 

@@ -22,7 +22,7 @@ from qbatch.models_db import jobs
 from qbatch.models_db.pauses import lift, standing
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Pause
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.chaos.processes import Role, family_of
 from tests.faults.conftest import MakeModel
@@ -155,7 +155,7 @@ def test_a_full_storage_pauses_what_is_sent_until_there_is_room(small: SmallStor
     assert fleet.outcomes(large) == ["disk_full", "succeeded"]
 
 
-def test_what_nobody_waits_for_any_more_holds_up_nobody(small: SmallStorage, make_model: MakeModel) -> None:
+def test_cancelling_the_job_that_needs_space_ends_the_pause(small: SmallStorage, make_model: MakeModel) -> None:
     fleet = small.fleet
     small.fill(_LEFT_BYTES)
     (large,) = fleet.submit(make_model(large=True))
@@ -236,7 +236,7 @@ import json, sys
 from pathlib import Path
 from qbatch.core.errors import JobError
 from tests.unit.test_checkpoint import PATH, put, staged
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.files.staging import unstage
 
 storage, source = Path(sys.argv[1]), Path(sys.argv[2])

@@ -1,4 +1,4 @@
-"""Whatever becomes of a model's files, no result is another model's, and no two rows that stand together are of two."""
+"""A result belongs to the model whose files were used, even if files change, are copied or are replaced."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def test_a_copy_is_answered_by_the_same_bytes_once_a_worker_has_read_it(fleet: F
 
 
 @pytest.mark.parametrize("stage", [Stage.QUANTIZING, Stage.BENCHMARKING])
-def test_a_source_that_changes_under_its_jobs_is_done_once_more(
-    fleet: Fleet, make_model: MakeModel, stage: Stage
-) -> None:
+def test_jobs_of_a_source_that_changes_run_once_more(fleet: Fleet, make_model: MakeModel, stage: Stage) -> None:
     model = make_model(large=True)
     baseline, quantized = fleet.submit(model, baseline=True)
     caught = fleet.catch(quantized if stage is Stage.QUANTIZING else baseline, stage)
@@ -90,7 +88,7 @@ def test_a_source_that_changes_under_its_jobs_is_done_once_more(
     assert fleet.result(fresh).perplexity == fleet.result(baseline).perplexity, "it is that of what lies there now"
 
 
-def test_a_source_that_never_holds_still_fails(fleet: Fleet, make_model: MakeModel) -> None:
+def test_a_source_that_keeps_changing_fails(fleet: Fleet, make_model: MakeModel) -> None:
     model = make_model(large=True)
     (job,) = fleet.submit(model)
     after = 0

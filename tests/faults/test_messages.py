@@ -130,7 +130,7 @@ def test_a_vanished_message_before_a_thousand_is_sent_again_in_two_scans(
 
 
 @pytest.mark.parametrize("fault", ["killed, with AOF", "flushed", "cut off"])
-def test_whatever_happens_to_redis_jobs_go_on(
+def test_jobs_continue_whatever_happens_to_redis(
     fleet: Fleet, redis_server: Redis, wire: Wire, make_model: MakeModel, fault: str
 ) -> None:
     if fault == "killed, with AOF":

@@ -1,4 +1,4 @@
-"""A worker that is told to stop, however clumsily: its jobs are nobody's fault."""
+"""Stopping a worker charges no job, however and how often the signals arrive."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def test_sigterm_to_all_of_a_workers_processes_at_once_charges_nobody(
 
 
 @pytest.mark.parametrize("who", ["launcher", "worker"])
-def test_one_that_is_told_again_and_again_hands_its_job_back_once(
-    fleet: Fleet, make_model: MakeModel, who: str
-) -> None:
+def test_repeated_sigterm_hands_a_job_back_once(fleet: Fleet, make_model: MakeModel, who: str) -> None:
     """One signal arrives while another is handled: a service manager's beside the launcher's, for one."""
     (job,) = fleet.submit(make_model(large=True))
     worker = fleet.wait_for_runner(job).worker
@@ -78,7 +76,7 @@ raise SystemExit(serve.main(None, drain=True))
 
 
 @pytest.mark.parametrize("when", ["while it sweeps", "before Celery listens"])
-def test_one_that_is_told_before_it_is_ready_leaves_too(fleet: Fleet, when: str) -> None:
+def test_sigterm_before_it_is_ready_stops_a_worker(fleet: Fleet, when: str) -> None:
     """Celery handles signals only once it runs; what it has not heard of would keep it waiting for ever."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", _TOLD_EARLY, when],

@@ -1,4 +1,4 @@
-"""Several workers at one place of the storage at once: what is fresh stays, what is stale goes, and nobody fails."""
+"""Several workers use one place of the storage at once: fresh files stay, stale ones go, and nothing fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qbatch.worker.checkpoints.publish import MANIFEST, Published, problems
+from qbatch.core.manifest import MANIFEST
+from qbatch.worker.checkpoints.published import Published, problems
 from qbatch.worker.files.staging import unstage
 from tests.unit.test_checkpoint import PATH, look, put, staged
 

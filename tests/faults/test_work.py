@@ -1,4 +1,4 @@
-"""What is wrong with the work itself, or with what it runs on, stays with the job or the device that it belongs to."""
+"""A faulty job or device does not affect other jobs or devices."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _name_of_worker(fleet: Fleet, job: int) -> str:
 
 
 @pytest.mark.parametrize(("end", "outcomes"), [("cancelled", ["cancelled"]), ("failed", ["timeout", "timeout"])])
-def test_a_job_that_is_ended_ends_its_runner_and_its_mate_is_not_charged(
+def test_ending_a_job_ends_its_runner_and_charges_no_other_job(
     fleet: Fleet, make_model: MakeModel, end: str, outcomes: list[str]
 ) -> None:
     with fleet.suspended(psutil.Process(fleet.running["scheduler"].pid)):
@@ -204,7 +204,7 @@ def test_a_corrupt_source_fails_alone_and_in_bounded_memory(
     assert peak() <= peak_of_good() + 16 * 2**20, "a header of 100 MB is not read"
 
 
-def test_weights_that_are_no_numbers_are_flagged(fleet: Fleet, make_model: MakeModel, tmp_path: Path) -> None:
+def test_nan_weights_are_flagged(fleet: Fleet, make_model: MakeModel, tmp_path: Path) -> None:
     (job,) = fleet.submit(_damaged(make_model(), tmp_path / "nan", _spoil_a_number))
     fleet.succeed([job])
     assert fleet.result(job).details["audit"]["not_finite"] == ["model.layers.0.mlp.down_proj.weight"]

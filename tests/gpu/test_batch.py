@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.machine.gpu import installed_gpus
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.waiting import until

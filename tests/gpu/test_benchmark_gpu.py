@@ -237,12 +237,13 @@ def test_int8_waits_for_its_outliers_and_16_bits_for_the_host(tmp_path: Path) ->
         tmp_path / "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8
     )
     asked = replace(PROTOCOL, why=True)
-    verdicts = [
-        run(folder, scheme, asked).details["why"]
+    reasons = [
+        run(folder, scheme, asked).details.why
         for folder, scheme in ((source, BASELINE), (quantized(source, tmp_path / "int8", INT8), INT8))
     ]
-    assert [why["verdict"] for why in verdicts] == ["host-bound", "synchronization-bound"]
-    assert verdicts[0]["profile"]["synchronizations"] < 16 < verdicts[1]["profile"]["synchronizations"]
+    assert [why.verdict for why in reasons] == ["host-bound", "synchronization-bound"]
+    waits = [why.profile.synchronizations for why in reasons]
+    assert waits[0] < 16 < waits[1]
 
 
 def test_roofs_are_those_of_a_gpu() -> None:

@@ -15,7 +15,7 @@ import transformers
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.sources import read_header
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Target, Written, write_checkpoints

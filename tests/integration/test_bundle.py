@@ -1,4 +1,4 @@
-"""A bundle goes on from what is there already, and one width's failure is its own."""
+"""A bundle reuses what is already published, and the failure of one width does not affect the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose a device error is: the job's, its model's, or the worker's that had it."""
+"""A device error is attributed to the job, to its model, or to the worker's device."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_a_disk_without_room_is_disk_full_before_the_download(hub: Hub, node: Fe
     ],
     ids=["pickles", "adapter", "no config", "truncated", "missing shard", "broken index"],
 )  # fmt: skip
-def test_a_repository_that_holds_no_sound_model_is_refused(
+def test_a_repository_without_a_valid_model_is_refused(
     hub: Hub, node: Fetcher, tmp_path: Path, files: Mapping[str, str], kind: str
 ) -> None:
     served = tmp_path / "served"

@@ -1,4 +1,4 @@
-"""A worker whose database is no longer one for it begins nothing more, and what has not begun goes to others."""
+"""A worker that can no longer use its database starts nothing new and hands back what it has not begun."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
     ids = sent(context.database)
     change(context.database, tmp_path)
     assert _run_bundle(context, _MESSAGE, ids) == "nothing to do"
-    assert isinstance(context.leaving.why, ForeignSchema)
+    assert isinstance(context.shutdown.reason, ForeignSchema)
     assert [(job.state, job.attempt) for job in (a_job(context.database, n) for n in ids)] == [("queued", 0)] * 3
     with context.database.read() as session:
         assert window.standing(session) == {}
@@ -69,7 +69,7 @@ def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
 def test_a_bundle_that_has_not_begun_is_handed_back_uncharged(context: WorkerContext, tmp_path: Path) -> None:
     claims = claimed(context, tmp_path)
     # Its runner is not heard of before that is seen: it would find that there is no such model.
-    context.leaving.because(ForeignSchema("a newer one"))
+    context.shutdown.request(ForeignSchema("a newer one"))
     Supervisor(context, claims).run()
     found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.failures, job.error_kind) for job in found] == [("queued", 0, None)] * 3
@@ -101,4 +101,4 @@ def test_a_bundle_whose_order_a_changed_schema_refuses_is_handed_back(context: W
     Supervisor(context, claims).run()
     found = [a_job(context.database, claim.job_id) for claim in claims]
     assert [(job.state, job.failures) for job in found] == [("queued", 0)] * 3
-    assert isinstance(context.leaving.why, ForeignSchema), "or it would claim the next ones for nothing"
+    assert isinstance(context.shutdown.reason, ForeignSchema), "or it would claim the next ones for nothing"

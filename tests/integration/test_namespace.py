@@ -18,7 +18,7 @@ from qbatch.cli import main
 from qbatch.worker.serving.celery_worker import _PRELOAD_ON_CPU
 
 ROOT = Path(qbatch.__file__).parents[2]
-OLD_NAMES = ("cli", "cli_options", "core", "models_db", "scheduler", "views", "worker")
+OLD_NAMES = ("cli", "commands", "core", "models_db", "scheduler", "views", "worker")
 
 
 def python(*args: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -99,13 +99,13 @@ def _commands(group: click.Group, *prefix: str) -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("command", [(), *_commands(main)], ids=" ".join)
-def test_a_command_is_not_confused_by_strangers(command: tuple[str, ...], strangers: Path) -> None:
+def test_help_works_beside_modules_of_our_old_names(command: tuple[str, ...], strangers: Path) -> None:
     shown = python("-P", "-m", "qbatch", *command, "--help", cwd=strangers, PYTHONPATH=_path(strangers))
     assert shown.returncode == 0, shown.stderr
 
 
 @pytest.mark.parametrize("command", ["status", "results", "workers", "doctor"])
-def test_a_command_that_works_is_not_confused_either(command: str, strangers: Path, tmp_path: Path) -> None:
+def test_commands_work_beside_modules_of_our_old_names(command: str, strangers: Path, tmp_path: Path) -> None:
     home = str(tmp_path / "home")
     shown = python("-P", "-m", "qbatch", command, cwd=strangers, PYTHONPATH=_path(strangers), QBATCH_HOME=home)
     assert "Traceback" not in shown.stderr

@@ -121,7 +121,7 @@ def test_a_dead_workers_attempts_are_removed_unless_they_hold_their_jobs(first: 
     second.staging.close()
 
 
-def test_a_worker_whose_process_is_gone_for_certain_is_not_waited_for(first: Stack, tmp_path: Path) -> None:
+def test_a_worker_known_to_be_dead_is_not_waited_for(first: Stack, tmp_path: Path) -> None:
     token, folder = first.begin()
     second = Stack(first.database, tmp_path, "w2")
     first.die(ago_s=0.0)
@@ -140,7 +140,7 @@ def test_a_worker_clears_what_its_own_killed_runners_left(first: Stack) -> None:
     assert first.sweep() == [folder.name]
 
 
-def test_a_heartbeat_stands_for_as_long_as_it_says_itself(first: Stack, tmp_path: Path) -> None:
+def test_a_heartbeat_is_valid_for_the_time_written_in_it(first: Stack, tmp_path: Path) -> None:
     second = Stack(first.database, tmp_path, "w2")
     _, folder = first.begin()
     first.die(ago_s=100.0)
@@ -156,12 +156,12 @@ def test_a_heartbeat_stands_for_as_long_as_it_says_itself(first: Stack, tmp_path
     second.staging.close()
 
 
-def test_a_folder_removed_while_its_worker_slept_is_there_again(first: Stack) -> None:
+def test_a_staging_folder_that_was_removed_is_created_again(first: Stack) -> None:
     shutil.rmtree(first.staging.folder)
     until((first.staging.folder / _HEARTBEAT).exists, "heartbeat")
 
 
-def test_a_worker_that_leaves_takes_its_folder_along(tmp_path: Path) -> None:
+def test_a_worker_that_stops_removes_its_folder(tmp_path: Path) -> None:
     staging = OwnStaging(tmp_path / "place", "w1", lease_s=LEASE_S, renew_s=0.02).start()
     stage(staging.folder, 1, 1)
     staging.close()
@@ -199,7 +199,7 @@ def test_a_worker_starts_and_sweeps_on_a_storage_that_is_full(
     second.close()
 
 
-def test_an_id_is_made_once_and_another_database_has_another(database: Database, tmp_path: Path) -> None:
+def test_a_database_id_is_created_once_and_is_unique(database: Database, tmp_path: Path) -> None:
     with database.read() as session:
         made = database_id(session)
     with database.read() as session:

@@ -55,15 +55,15 @@ def answers(environ: dict[str, str]) -> bool:
     return True
 
 
-def tend_until(one: PrivateRedis, condition: Callable[[], bool]) -> None:
+def supervise_until(one: PrivateRedis, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60.0
     while not condition():
-        one.tend()
+        one.supervise()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_its_folder_is_cleaned_away_and_it_is_reached_again(start: Start, environ: dict[str, str]) -> None:
+def test_redis_is_reached_again_after_its_folder_was_deleted(start: Start, environ: dict[str, str]) -> None:
     one = start()
     settings = Settings.from_env(environ)
     app = make_app(settings)
@@ -71,39 +71,39 @@ def test_its_folder_is_cleaned_away_and_it_is_reached_again(start: Start, enviro
         connected.ensure_connection(max_retries=1)
     shutil.rmtree(settings.socket_dir)
     assert not answers(environ)
-    tend_until(one, lambda: answers(environ))
+    supervise_until(one, lambda: answers(environ))
     with app.connection_for_read() as connected:
         connected.ensure_connection(max_retries=1)
     assert settings.socket.resolve() == settings.socket_dir / "redis.sock"
 
 
-def test_its_folder_and_its_process_go_at_once(start: Start, environ: dict[str, str]) -> None:
+def test_redis_restarts_when_folder_and_process_are_gone(start: Start, environ: dict[str, str]) -> None:
     one = start()
     pid = one.pid
     assert pid is not None
     shutil.rmtree(Settings.from_env(environ).socket_dir)
     os.kill(pid, signal.SIGKILL)
-    tend_until(one, lambda: answers(environ))
+    supervise_until(one, lambda: answers(environ))
     assert one.pid != pid
 
 
-def test_one_that_hangs_is_started_again(start: Start, environ: dict[str, str]) -> None:
+def test_a_redis_that_hangs_is_restarted(start: Start, environ: dict[str, str]) -> None:
     one = start()
     pid = one.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    tend_until(one, lambda: one.pid != pid and answers(environ))
+    supervise_until(one, lambda: one.pid != pid and answers(environ))
 
 
-def test_one_that_answers_is_left_alone(start: Start, environ: dict[str, str]) -> None:
+def test_a_redis_that_answers_is_left_alone(start: Start, environ: dict[str, str]) -> None:
     one = start()
     pid, until = one.pid, time.monotonic() + 5.0
-    tend_until(one, lambda: time.monotonic() > until)
+    supervise_until(one, lambda: time.monotonic() > until)
     assert one.pid == pid
     assert answers(environ)
 
 
-def test_clients_of_another_environment_find_one_in_the_runtime_directory(
+def test_clients_with_another_environment_find_the_socket(
     start: Start, environ: dict[str, str], runtime_dir: Path
 ) -> None:
     one = start(XDG_RUNTIME_DIR=str(runtime_dir))
@@ -116,19 +116,17 @@ def test_clients_of_another_environment_find_one_in_the_runtime_directory(
     assert not settings.socket_link.is_symlink()
 
 
-def test_its_user_logs_out_and_the_runtime_directory_goes(
-    start: Start, environ: dict[str, str], runtime_dir: Path
-) -> None:
+def test_redis_survives_a_deleted_runtime_directory(start: Start, environ: dict[str, str], runtime_dir: Path) -> None:
     one = start(XDG_RUNTIME_DIR=str(runtime_dir))
     shutil.rmtree(runtime_dir)
-    tend_until(one, lambda: answers(environ))
+    supervise_until(one, lambda: answers(environ))
     settings = Settings.from_env(environ)
     assert settings.socket.resolve().parent == settings.socket_dir
     one.stop()
     assert not settings.socket_dir.exists()
 
 
-def test_somebody_takes_the_name_of_its_folder(
+def test_a_foreign_folder_in_its_place_is_reported(
     start: Start, environ: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = start()
@@ -137,11 +135,11 @@ def test_somebody_takes_the_name_of_its_folder(
     place.mkdir()
     place.chmod(0o777)
     try:
-        tend_until(one, lambda: "is open to others" in caplog.text)
+        supervise_until(one, lambda: "is open to others" in caplog.text)
         assert f"Redis cannot start: {place} is open to others (mode 0777)" in caplog.text
         with pytest.raises(StorageUnavailable, match="not a private directory"):
             prepare_home(Settings.from_env(environ))
     finally:
         place.rmdir()
         shutil.rmtree(place.with_name(f"{place.name}-ours"))
-    tend_until(one, lambda: answers(environ))
+    supervise_until(one, lambda: answers(environ))

@@ -1,4 +1,4 @@
-"""What ended long ago goes, whole; what anybody may still want stays."""
+"""Prune removes completely what ended long ago, and keeps what may still be needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qbatch.models_db.retention import delete_jobs, find_prunable
 from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.prune import prune
 from qbatch.worker.serving.recorder import Recorder
 from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed
@@ -139,14 +139,14 @@ def test_a_batch_with_an_open_job_stays_whole(database: Database, run: Run) -> N
 
 
 @pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
-def test_what_failed_or_was_cancelled_goes_too(database: Database, run: Run, state: JobState) -> None:
+def test_failed_and_cancelled_jobs_are_pruned_too(database: Database, run: Run, state: JobState) -> None:
     _, ids = ended(database, days=40)
     with database.write() as session:
         session.execute(update(Job).where(Job.id == ids[0]).values(state=state))
     assert run()["jobs"] == (3, None)
 
 
-def test_a_result_that_answers_a_batch_that_stays_stays_with_its_bundle(database: Database, run: Run) -> None:
+def test_a_result_that_answers_a_kept_batch_is_kept(database: Database, run: Run) -> None:
     batch_id, ids = ended(database, bundle("/models/a"), bundle("/models/b"), days=60)
     later, job_id = answered(database, ids[1], days=3)
     assert (run()["batches"], run()["jobs"]) == ((0, None), (0, None)), "a second run finds no more to do"
@@ -161,7 +161,7 @@ def test_a_result_that_answers_a_batch_that_stays_stays_with_its_bundle(database
     assert batch_id != later
 
 
-def test_what_answers_a_bundle_that_stays_stays_too(database: Database, run: Run) -> None:
+def test_results_that_answer_a_kept_bundle_are_kept(database: Database, run: Run) -> None:
     """Of a bundle that is kept for one of its jobs, another one may have its result from elsewhere."""
     _, first = ended(database, days=90)
     second_batch, second = ended(database, days=60)
@@ -188,7 +188,7 @@ def test_more_jobs_than_one_transaction_takes(database: Database, settings: Sett
     assert len(begun) >= 4, "three of jobs, one of batches"
 
 
-def test_checkpoints_stay_on_record_as_nobodys(database: Database, settings: Settings, run: Run) -> None:
+def test_checkpoints_of_pruned_jobs_stay_on_record(database: Database, settings: Settings, run: Run) -> None:
     _, ids = ended(database, days=40)
     run()
     with database.read() as session:
@@ -336,7 +336,7 @@ def test_base_outputs_stay_for_an_open_batch_whose_baseline_was_answered(
     assert (used.exists(), unused.exists()) == (True, False)
 
 
-def test_what_may_have_a_reader_stays_however_short_the_time(sqlite_database: Database, settings: Settings) -> None:
+def test_outputs_that_may_be_in_use_are_kept(sqlite_database: Database, settings: Settings) -> None:
     folder = a_reference(settings, "in use", 0)
     time.sleep(0.01)
     prune(sqlite_database, settings, 0.001)
@@ -355,7 +355,7 @@ def test_a_dry_run_says_what_the_run_will_do_and_does_nothing(database: Database
     assert (promised["batches"], promised["jobs"], promised["logs"]) == ((1, None), (9, None), (1, 10))
 
 
-def test_what_cannot_be_removed_is_named_and_the_rest_goes(
+def test_files_that_cannot_be_removed_are_reported(
     sqlite_database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck, other = a_reference(settings, "stuck", 40), a_reference(settings, "other", 40)
@@ -405,7 +405,7 @@ def test_a_result_that_is_just_being_deleted_answers_nobody(postgresql_database:
     assert answers == [set()]
 
 
-def test_what_was_taken_up_again_meanwhile_is_not_deleted(database: Database) -> None:
+def test_jobs_retried_meanwhile_are_not_deleted(database: Database) -> None:
     _, ids = ended(database, days=40)
     with database.read() as session:
         found = find_prunable(session, MONTH_S)

@@ -1,4 +1,4 @@
-"""A PostgreSQL that refuses to write, as a demoted primary does, or lacks its tables is away: no job fails for it."""
+"""A PostgreSQL that refuses writes or lacks its tables counts as unreachable: no job fails because of it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.models_db.tables import Base, Checkpoint, Result
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.spool import SPOOL_VERSION
 from tests.migrating import NEXT, NOT_NULL, migrate
@@ -110,7 +110,7 @@ def test_a_hand_back_is_spooled_too(database: Database, settings: Settings, cut_
     assert jobs_of_it[0].bundle != jobs_of_it[1].bundle
 
 
-def test_an_outcome_no_disk_takes_is_kept_until_something_does(
+def test_an_outcome_is_kept_in_memory_while_no_disk_accepts_it(
     database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
     """An embedded database and the spool share a disk: when it is full, neither takes anything."""
@@ -245,7 +245,7 @@ def test_the_workers_of_a_machine_replay_one_spool_at_once(
     ("name", "content"),
     [("1-1", "{"), ("1-1", "{}"), ("1-1", '{"outcome": "failed", "kind": "no such kind", "message": ""}'), ("x", "{}")],
 )
-def test_what_cannot_be_recorded_is_set_aside_and_stops_nothing(
+def test_an_unrecordable_outcome_is_set_aside(
     sqlite_database: Database, settings: Settings, cut_off: Recorder, name: str, content: str
 ) -> None:
     _, ids = a_batch(sqlite_database)
@@ -353,7 +353,7 @@ recorder.replay()
 """
 
 
-def test_a_spool_that_nothing_can_be_taken_out_of_stops_nobody(
+def test_a_read_only_spool_does_not_stop_a_worker(
     sqlite_database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
     _, ids = a_batch(sqlite_database)
@@ -410,7 +410,7 @@ def _constrain(database: Database, *, lift: bool = False) -> None:
             )
 
 
-def test_an_outcome_that_neither_takes_stays_in_memory(database: Database, settings: Settings) -> None:
+def test_an_outcome_stays_in_memory_if_database_and_spool_fail(database: Database, settings: Settings) -> None:
     _, ids = a_batch(database)
     token, *_ = claim(database, ids, a_worker(database))
     _constrain(database)
@@ -448,7 +448,7 @@ _SPOOLED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("version", range(SPOOL_VERSION + 1))
-def test_what_every_version_has_spooled_is_read(database: Database, settings: Settings, version: int) -> None:
+def test_the_spool_of_every_earlier_version_is_read(database: Database, settings: Settings, version: int) -> None:
     _, ids = a_batch(database)
     tokens = claim(database, ids, a_worker(database))
     database.require_schema()
@@ -463,7 +463,7 @@ def test_what_every_version_has_spooled_is_read(database: Database, settings: Se
     assert found[1].error_kind == "disk_full"
 
 
-def test_what_a_newer_version_has_spooled_is_left_to_it(
+def test_the_spool_of_a_newer_version_is_left_alone(
     sqlite_database: Database, settings: Settings, cut_off: Recorder
 ) -> None:
     _, ids = a_batch(sqlite_database)

@@ -1,4 +1,4 @@
-"""A worker in whose database's place another was put: what has the same ids there is left as it is."""
+"""A worker whose database was replaced does not touch rows with the same ids in the new one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Checkpoint, FileDigestRow
 from qbatch.models_db.tables import Worker as WorkerRow
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.runner.messages import CheckpointVerified, Entered, FilesHashed, FilesSeen, JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.celery_worker import CeleryWorker
@@ -149,8 +149,8 @@ def test_a_worker_of_the_same_id_there_lives_on_as_it_did(database: Database, wo
     heartbeat = age(database, worker_id)
     with pytest.raises(DatabaseReplaced) as raised:
         worker._renew(worker_id)
-    worker._leaving.because(raised.value)
-    worker._announce_leaving(worker_id, raised.value)
+    worker._shutdown.request(raised.value)
+    worker._announce_shutdown(worker_id, raised.value)
     worker._leave(worker_id)
     assert state_of(database, worker_id) == ("ready", heartbeat)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from qbatch.core.domain import JobState, Stage
 from qbatch.core.errors import BrokerUnreachable, DiskFull
@@ -169,3 +170,11 @@ def test_a_pause_is_not_prolonged_where_there_is_room_or_nobody_can_tell(
         see_storage(database, settings)
     waits_for_room(database, needed_bytes)
     assert pauses_after_a_tick(database, Scheduler(database, Broker(settings), settings)) == 0
+
+
+def test_the_leader_tells_sqlite_how_large_its_tables_are(sqlite_database: Database, settings: Settings) -> None:
+    a_batch(sqlite_database)
+    tick(Scheduler(sqlite_database, Broker(settings), settings))
+    with sqlite_database.read() as session:
+        known = {row.tbl for row in session.execute(text("SELECT tbl FROM sqlite_stat1"))}
+    assert {"batches", "jobs"} <= known

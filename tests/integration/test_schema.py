@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qbatch.core.errors import DatabaseUnreachable, UsageError
 from qbatch.models_db.schema import alembic_config, ensure, upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.models_db.tables import Base
-from tests.rows import a_batch, states
+from tests.rows import a_batch, bundle, states
 
 
 def downgrade(database: Database) -> None:
@@ -45,6 +46,13 @@ def test_an_upgrade_of_what_is_up_to_date_changes_nothing(database: Database) ->
     _, ids = a_batch(database)
     upgrade(database)
     assert database.schema_version() == SCHEMA_HEAD
+    assert list(states(database)) == ids
+
+
+def test_an_index_refuses_no_path(database: Database) -> None:
+    """PostgreSQL's usual indexes take 2,700 bytes at most."""
+    path = "/".join(secrets.token_hex(100) for _ in range(20))
+    _, ids = a_batch(database, bundle(f"/{path}"))
     assert list(states(database)) == ids
 
 

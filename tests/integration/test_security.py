@@ -36,7 +36,7 @@ from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.scheduler.local_stack import prepare_home
 from qbatch.scheduler.model_list import read_model_list
-from qbatch.worker.checkpoints.publish import checkpoint_path
+from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
@@ -278,7 +278,7 @@ def test_a_script_module_is_unsafe(pickled: Path, tmp_path: Path) -> None:
     "content",
     [b"", b"\x80", b"\x80\x02", b"PK\x03\x04", b"version https://git-lfs.github.com/spec/v1\n", b"<html></html>"],
 )
-def test_what_is_no_pickle_is_corrupt(pickled: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_pickle_is_corrupt(pickled: Path, tmp_path: Path, content: bytes) -> None:
     (pickled / PICKLE_NAME).write_bytes(content)
     assert type(refused(pickled, tmp_path)) is SourceCorrupt
 
@@ -312,14 +312,14 @@ def test_a_truncated_pickle_is_corrupt(llama: Path, pickled: Path, tmp_path: Pat
     ],
     ids=str,
 )
-def test_what_is_no_state_dict_of_plain_tensors_is_refused(
+def test_a_pickle_without_a_plain_state_dict_is_refused(
     pickled: Path, tmp_path: Path, state: Any, kind: type[JobError]
 ) -> None:
     torch.save(state, pickled / PICKLE_NAME)
     assert type(refused(pickled, tmp_path)) is kind
 
 
-def test_an_archive_that_would_grow_is_refused(llama: Path, pickled: Path, tmp_path: Path) -> None:
+def test_a_compressed_archive_is_refused(llama: Path, pickled: Path, tmp_path: Path) -> None:
     weights = pickled / PICKLE_NAME
     with zipfile.ZipFile(weights) as stored, zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_DEFLATED) as deflated:
         for name in stored.namelist():
@@ -488,7 +488,7 @@ def test_without_a_root_no_folder_is_taken(roots: Path) -> None:
         ("org/mod\nel", None),
     ],
 )
-def test_a_row_that_no_submit_wrote_leads_nowhere(
+def test_a_forged_row_leads_to_no_other_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, revision: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -41,7 +41,7 @@ def test_a_disk_that_fills_up_under_every_attempt_ends_the_job(database: Databas
     assert job.error_message == f"{FULL}; attempts 1, 2 and 3 in a row failed this way"
 
 
-def test_what_waits_for_room_waits_as_long_as_it_takes(database: Database) -> None:
+def test_a_job_waits_for_disk_space_without_a_limit(database: Database) -> None:
     job_id = a_job_of(database)
     for _ in range(12):
         fail(database, begun(database, job_id), NO_ROOM)
@@ -49,7 +49,7 @@ def test_what_waits_for_room_waits_as_long_as_it_takes(database: Database) -> No
     assert (job.state, job.failures, job.attempt) == (JobState.QUEUED, 0, 12)
 
 
-def test_what_is_nobodys_fault_does_not_break_a_row_of_attempts(database: Database) -> None:
+def test_uncharged_attempts_do_not_interrupt_a_series(database: Database) -> None:
     job_id = a_job_of(database)
     fail(database, begun(database, job_id), FULL)
     with database.write() as session:
@@ -64,7 +64,7 @@ def test_what_is_nobodys_fault_does_not_break_a_row_of_attempts(database: Databa
     assert a_job(database, job_id).error_message == f"{FULL}; attempts 1, 5 and 7 in a row failed this way"
 
 
-def test_another_error_begins_the_count_anew_and_a_retry_does(database: Database) -> None:
+def test_another_error_or_a_retry_restarts_the_count(database: Database) -> None:
     job_id = a_job_of(database)
     for error in (FULL, FULL, StorageError("Input/output error"), FULL, FULL):
         fail(database, begun(database, job_id), error)

@@ -20,7 +20,7 @@ from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Receipt, Submission, submit
-from qbatch.worker.checkpoints.publish import find_published, problems
+from qbatch.worker.checkpoints.published import find_published, problems
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
 from tests.rows import a_batch, a_job, a_worker, claim, measured

@@ -13,7 +13,7 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, Pr
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.measuring.quality.reference import Reference
-from qbatch.worker.methods.halves import weights_of
+from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.models.architecture import model_class
 from qbatch.worker.models.load import LoadedModel, load, quiet_libraries
 from tests.benchmarking import benchmark

@@ -26,9 +26,10 @@ from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.vram_prediction import memory_bytes
-from qbatch.views.quantized_share import audit_lines, defects
+from qbatch.views.audit_text import audit_lines, defects
 from qbatch.views.scheme import show_scheme
-from qbatch.worker.checkpoints.publish import Origin, checkpoint_path, publish
+from qbatch.worker.checkpoints.publish import Origin, publish
+from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load

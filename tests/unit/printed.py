@@ -7,7 +7,7 @@ from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db.job_record import JobRecord, WholeJob
-from qbatch.views import compare, job_details, why_words
+from qbatch.views import compare, job_details, speed_explanation
 from qbatch.views import results_table as table_of_results
 from qbatch.views.comparison import Preference
 from qbatch.views.formats import render
@@ -39,12 +39,20 @@ def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:
     return job_details.show_jobs(whole)
 
 
-def why(row: Row, baseline: Row | None) -> list[str]:
-    return why_words.why(ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline))
+def _pair(row: Row, baseline: Row | None) -> tuple[ResultRow, ResultRow | None]:
+    return ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline)
 
 
-def why_briefly(row: Row, baseline: Row | None) -> str | None:
-    return why_words.why_briefly(ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline))
+def explain_speed(row: Row, baseline: Row | None) -> list[str]:
+    return speed_explanation.explain_speed(
+        ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline)
+    )
+
+
+def explain_speed_briefly(row: Row, baseline: Row | None) -> str | None:
+    return speed_explanation.explain_speed_briefly(
+        ResultRow.from_json(row), None if baseline is None else ResultRow.from_json(baseline)
+    )
 
 
 def rendered(rows: Sequence[Row], format: str) -> str:  # noqa: A002

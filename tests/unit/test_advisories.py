@@ -1,4 +1,4 @@
-"""No floor and no pin stands under an advisory of advisories.toml, and what excuses one is true."""
+"""No minimum or pinned version has a vulnerability listed in advisories.toml, unless an exception is justified."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_no_advisory_is_listed_twice() -> None:
     assert len({advisory["id"] for advisory in ADVISORIES}) == len(ADVISORIES)
 
 
-def test_what_an_excuse_says_is_not_used_is_not() -> None:
+def test_what_advisories_call_unused_is_not_in_the_code() -> None:
     package = Path(qbatch.__file__).parent
     folders = [package, *(path for path in package.iterdir() if path.is_dir())]
     code = "\n".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
@@ -86,5 +86,5 @@ def test_what_an_excuse_says_is_not_used_is_not() -> None:
 @pytest.mark.parametrize(
     ("package", "version"), [("jinja2", "3.1"), ("jinja2", "3.1.5"), ("sentencepiece", "0.2"), ("setuptools", "77")]
 )
-def test_what_once_stood_here_would_be_found(package: str, version: str) -> None:
+def test_earlier_vulnerable_versions_would_be_found(package: str, version: str) -> None:
     assert standing(package, version)

@@ -51,7 +51,7 @@ from qbatch.worker.measuring.why.profile import StepProfile, covered, profile_de
 from qbatch.worker.measuring.why.roofs import Roofs
 from qbatch.worker.measuring.why.traffic import StepWork, active_expert_share, step_work
 from qbatch.worker.measuring.why.verdict import Verdict, judge
-from qbatch.worker.methods.halves import weights_of_model
+from qbatch.worker.methods.implementations import weights_of_model
 from tests import tiny
 from tests.unit.benchmark_models import INT8, NF4, QUICK, loaded_on_cpu, measured, quantized
 from tests.waiting import until
@@ -479,7 +479,7 @@ def _kill_children_of(pid: int, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_imports_stand_still_while_something_is_timed_and_end_with_their_runner() -> None:
+def test_imports_pause_while_something_is_timed_and_end_with_their_runner() -> None:
     """Also if the runner ends while they stand still."""
     code = (
         "import time; from qbatch.worker.measuring.why.capture import Captures; captures = Captures();"

@@ -1,4 +1,4 @@
-"""Publishing: a checkpoint is whole in its place or not there, and only what verifies is adopted."""
+"""A checkpoint is published completely or not at all, and only one that verifies is reused."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from typing import Any
 
 import pytest
 
-from qbatch.core.digest import CHUNK_BYTES, digest_file
+from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file
 from qbatch.core.domain import DType, Method, Scheme
-from qbatch.core.errors import DiskFull, StorageError
-from qbatch.worker.checkpoints.publish import (
-    CARD,
-    MANIFEST,
-    Origin,
-    Published,
-    checkpoint_path,
-    find_published,
-    problems,
-    publish,
-    slug,
-)
+from qbatch.core.errors import DiskFull, SourceChanged, StorageError
+from qbatch.core.manifest import MANIFEST
+from qbatch.core.storage import MODEL_CARD
+from qbatch.worker.checkpoints.publish import Origin, publish
+from qbatch.worker.checkpoints.published import Published, Verified, checkpoint_path, find_published, problems, slug
 from qbatch.worker.files.staging import remove_stale, require_space, stage, unstage
 
 KEY = "ab" * 32
@@ -101,6 +94,10 @@ def staged(storage: Path, job_id: int = 1, attempt: int = 1, weights: bytes = WE
 
 
 def put(folder: Path, storage: Path, source: Path) -> Published:
+    return publish_digests(folder, storage, source, [digest_file(folder / "model.safetensors")]).published
+
+
+def publish_digests(folder: Path, storage: Path, source: Path, files: list[FileDigest]) -> Verified:
     return publish(
         folder,
         storage=storage,
@@ -116,11 +113,11 @@ def put(folder: Path, storage: Path, source: Path) -> Published:
             device_name="a CPU",
             versions={"torch": "2"},
         ),
-        files=[digest_file(folder / "model.safetensors")],
+        files=files,
         audit={"skipped": ["lm_head"]},
         quantize_s=1.5,
         confirm=lambda: None,
-    ).published
+    )
 
 
 def look(storage: Path) -> Published | None:
@@ -168,7 +165,7 @@ def test_the_manifest_says_where_it_came_from_and_what_every_file_holds(storage:
     assert (manifest["dtype"], manifest["device"]) == ("bfloat16", {"kind": "cpu", "name": "a CPU"})
     assert manifest["chunk_bytes"] == CHUNK_BYTES
     assert {entry["name"]: entry["size"] for entry in manifest["files"]} == {
-        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, CARD)
+        name: len(data) for name, data in content(folder).items() if name not in (MANIFEST, MODEL_CARD)
     }
 
 
@@ -216,6 +213,32 @@ def test_of_many_writers_at_once_all_end_with_the_same_checkpoint(storage: Path,
     assert len(published) == len(folders)
     assert len({checkpoint.root_sha256 for checkpoint in published}) == 1
     assert [path.name for path in (storage / PATH).parent.iterdir()] == [Path(PATH).name]
+
+
+def test_what_was_written_is_read_once_after_its_use(storage: Path, source: Path) -> None:
+    folder = staged(storage)
+    written = digest_file(folder / "model.safetensors")
+    verified = publish_digests(folder, storage, source, [written])
+    assert set(verified.published.versions.values()) == {""}, "nothing was read, so no state is known to be sound"
+    assert set(verified.confirm().versions.values()).isdisjoint({""})
+
+
+def test_other_bytes_than_were_written_are_noticed_after_their_use(storage: Path, source: Path) -> None:
+    folder = staged(storage)
+    written = digest_file(folder / "model.safetensors")
+    _flip_a_byte(folder)
+    verified = publish_digests(folder, storage, source, [written])
+    with pytest.raises(SourceChanged, match=r"model\.safetensors changed while it was used"):
+        verified.confirm()
+    assert problems(storage / PATH) != []
+
+
+def test_fewer_bytes_than_were_written_are_not_published_as_sound(storage: Path, source: Path) -> None:
+    folder = staged(storage)
+    written = digest_file(folder / "model.safetensors")
+    _truncate(folder)
+    with pytest.raises(StorageError, match=f"has 5 bytes, but {len(WEIGHTS)} were written"):
+        publish_digests(folder, storage, source, [written])
 
 
 def _truncate(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/cli.md is what the commands say of themselves, and they say something of everything."""
+"""docs/cli.md is generated from the commands' help, and every command and option has help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker-compose.yml, the Dockerfile and what goes into the image, held against qbatch as it is."""
+"""docker-compose.yml, the Dockerfile and the image's contents fit today's qbatch."""
 
 from __future__ import annotations
 

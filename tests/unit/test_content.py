@@ -1,4 +1,4 @@
-"""A model is its content: what is hashed before it is used is what is confirmed after."""
+"""A model is identified by its content: what is hashed before it is used is confirmed afterwards."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_files_of_a_sentence_transformers_module_are_part_of_it(model: Path)
     assert fingerprint(model) != before
 
 
-def test_what_is_neither_is_none(model: Path) -> None:
+def test_other_files_are_not_part_of_a_model(model: Path) -> None:
     before = fingerprint(model)
     for name in ("README.md", "modeling.py", "model.safetensors.index.json", "pytorch_model.bin", "qbatch.json"):
         (model / name).write_text("{}")
@@ -188,7 +188,7 @@ def test_the_hash_of_the_whole_file_is_made_where_it_is_wanted(tmp_path: Path, m
     assert known.checksums == whole.checksums
 
 
-def test_a_file_that_is_written_while_it_is_hashed_is_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_while_it_is_hashed_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def written_meanwhile(files: object, **options: object) -> list[Checksums]:
         found = checksums(files, **options)  # type: ignore[arg-type]
         write_the_same(model / "model.safetensors")
@@ -223,7 +223,7 @@ def test_more_files_than_a_process_may_open_are_hashed_in_groups(model: Path, mo
     assert fingerprint(model) == at_once
 
 
-def test_a_modules_file_that_is_none_is_no_more_than_a_file(model: Path) -> None:
+def test_an_invalid_modules_file_is_treated_as_any_file(model: Path) -> None:
     (model / "modules.json").write_text("[" * 100_000)
     assert "modules.json" in content_files(model)
 
@@ -234,7 +234,7 @@ def test_a_file_is_settled_once_the_clock_has_moved_on(age_ns: int, is_settled: 
     assert stat.is_settled(stat.ctime_ns + age_ns) is is_settled
 
 
-def test_no_program_sets_the_time_that_counts(model: Path) -> None:
+def test_a_changed_mtime_does_not_hide_a_change(model: Path) -> None:
     path = model / "model.safetensors"
     before = stat_file(path, Mounts())
     overwrite(path)

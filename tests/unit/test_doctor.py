@@ -1,4 +1,4 @@
-"""``qbatch doctor`` finds what is wrong, and nothing where nothing is."""
+"""``qbatch doctor`` reports what is wrong, and nothing if all is well."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_jobs_that_nobody_can_run_are_a_fault(settings: Settings, database: Data
     with database.write() as session:
         acquire(session, "scheduler", "host:1", 60.0)
     assert wrong(settings) == {}
-    assert examined(settings)["scheduler"].message == "host:1 leads"
+    assert examined(settings)["scheduler"].message == "host:1 is active"
     assert examined(settings)["jobs"].message == "3 queued"
 
 
@@ -97,7 +97,7 @@ def test_failures_of_a_day_are_counted_by_kind(settings: Settings, database: Dat
     tokens = claim(database, job_ids, worker_id)
     for token in tokens[:2]:
         fail(database, token, CudaOom("no room"))
-    assert examined(settings)["failures"].message == "within a day: 2 cuda_oom"
+    assert examined(settings)["failures"].message == "in the last 24 hours: 2 cuda_oom"
 
 
 def test_a_pause_is_a_fault_until_it_ends(settings: Settings, database: Database) -> None:
@@ -165,7 +165,7 @@ def test_outcomes_that_wait_are_a_note_and_those_set_aside_a_fault(settings: Set
     assert "spool" not in examined(settings)
     settings.spool.mkdir(parents=True)
     (settings.spool / "7-1.json").write_text("{}")
-    assert examined(settings)["spool"].message.startswith("1 waiting in")
+    assert examined(settings)["spool"].message.endswith("has yet to record: 1")
     (settings.spool / "9-2.rejected").write_text("{}")
     assert "9-2.rejected could not be recorded" in wrong(settings)["spool"]
 

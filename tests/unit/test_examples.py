@@ -109,7 +109,7 @@ def test_the_list_names_the_models_that_are_made() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_training_knows_no_16_bit_arithmetic(example: Example) -> None:
+def test_training_uses_no_16_bit_arithmetic(example: Example) -> None:
     with Dtypes() as dtypes:
         model = training.untrained(example)
         training.train(model, torch.zeros(64, training.WINDOW_TOKENS, dtype=torch.long), 3, unheard)

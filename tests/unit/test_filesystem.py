@@ -1,4 +1,4 @@
-"""File systems that refuse a little: what is not needed is done without and told, what is needed is asked for first."""
+"""File systems without some operations: optional ones are skipped and reported, required ones checked first."""
 
 from __future__ import annotations
 
@@ -16,14 +16,25 @@ from typing import Any
 import pytest
 
 from qbatch.core.errors import StorageUnavailable
-from qbatch.core.filesystem import Refusal, disk_space, move, probe, require_locks, share, sync, touch, umask
+from qbatch.core.filesystem import (
+    Refusal,
+    add_default_permissions,
+    disk_space,
+    move,
+    probe,
+    require_locks,
+    sync,
+    touch,
+    umask,
+)
+from qbatch.core.manifest import MANIFEST
 from qbatch.core.settings import Settings
 from qbatch.scheduler.local_stack import LocalStack, stack_is_running
 from qbatch.views.checks import State
 from qbatch.views.doctor import examine
-from qbatch.worker.checkpoints.publish import MANIFEST, find_published
+from qbatch.worker.checkpoints.published import find_published
 from qbatch.worker.files.staging import require_space
-from qbatch.worker.serving.celery_worker import check_surroundings
+from qbatch.worker.serving.celery_worker import check_environment
 from tests.unit.test_checkpoint import KEY, PATH, look, put, staged
 
 FSYNC, CHMOD, RENAME, FLOCK = os.fsync, os.chmod, os.rename, fcntl.flock
@@ -90,16 +101,18 @@ def test_what_a_disk_fails_to_do_is_no_refusal(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch(0o600)
     monkeypatch.setattr(os, "chmod", fails(errno.EROFS))
     with pytest.raises(OSError, match="Read-only"):
-        share(tmp_path / "file")
+        add_default_permissions(tmp_path / "file")
 
 
 @pytest.mark.usefixtures("no_folder_sync", "no_modes")
 def test_the_probe_and_doctor_name_what_is_done_without(settings: Settings) -> None:
-    check_surroundings(settings)
+    check_environment(settings)
     assert probe(settings.staging) == {Refusal.MODE, Refusal.SYNC_FOLDER}
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
     assert found["file system"].state is State.NOTE
-    assert found["file system"].message.startswith("that of the storage refuses chmod: the mount decides who may read")
+    assert found["file system"].message.startswith(
+        "the file system of the storage refuses chmod: the mount decides who may read"
+    )
     assert list(settings.staging.iterdir()) == list(settings.cache.iterdir()) == [], "nothing is left behind"
 
 
@@ -116,7 +129,7 @@ def test_what_is_needed_is_refused_at_start_up_in_one_line(
 ) -> None:
     monkeypatch.setattr(mmap if call == "mmap" else os, call, fails(number))
     with pytest.raises(StorageUnavailable) as caught:
-        check_surroundings(settings)
+        check_environment(settings)
     expected = f"{settings.staging}: its file system {said}, which publishing a checkpoint requires"
     assert str(caught.value) == expected
     found = {check.check: check for check in examine(settings, gpus=(), stack_runs=False)}
@@ -132,12 +145,12 @@ def test_a_rename_that_replaces_what_others_published_is_refused(
 
     monkeypatch.setattr(os, "rename", replace)
     with pytest.raises(StorageUnavailable, match="cannot refuse to replace a folder that is not empty"):
-        check_surroundings(settings)
+        check_environment(settings)
 
 
 def test_a_full_disk_is_no_reason_to_refuse(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", fails(errno.ENOSPC))
-    check_surroundings(settings)
+    check_environment(settings)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -146,7 +159,7 @@ def test_locks_that_are_needed_are_asked_for_at_start_up(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", fails(number))
     with pytest.raises(StorageUnavailable) as caught:
-        check_surroundings(settings)
+        check_environment(settings)
     assert str(caught.value) == (
         f"{settings.cache}: its file system does not support locks ({os.strerror(number)}), which the cache of "
         "sources needs: set QBATCH_CACHE to a folder on a local disk"
@@ -198,7 +211,7 @@ def test_modes_are_added_to_and_never_taken_away(tmp_path: Path) -> None:
         (tmp_path / "private").touch(0o600)
         (tmp_path / "acl").touch()
         (tmp_path / "acl").chmod(0o664)  # as a default ACL may give it, whatever the umask
-        assert share(tmp_path / "private") is share(tmp_path / "acl") is None
+        assert add_default_permissions(tmp_path / "private") is add_default_permissions(tmp_path / "acl") is None
     finally:
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("private", "acl")]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qbatch.views.comparison import Preference
-from tests.unit import test_compare, test_show, test_views, test_why_in_words
+from tests.unit import test_compare, test_show, test_speed_explanation, test_views
 from tests.unit.measured_rows import explained, result, stats
 from tests.unit.printed import comparison, rendered, results_table, show_jobs
 
@@ -110,13 +110,13 @@ def noted() -> list[Row]:
 
 def why_rows() -> list[Row]:
     steps = (("memory-bound", 0.7, 0.01), ("compute-bound", 0.1, 0.65), ("kernel-bound", 0.19, 0.012))
-    made = [test_why_in_words.with_step(name, copy_share=copy, matmul_share=mm) for name, copy, mm in steps]
+    made = [test_speed_explanation.with_step(name, copy_share=copy, matmul_share=mm) for name, copy, mm in steps]
     cpu = {"device_uuid": None, "why": None, "audits": {"cpu_layers_on_generic_kernel": 14}}
     unknown = {"verdict": None, "reason": "the weights fit in the GPU's cache", "energy": {"reason": "no counter"}}
     rows = [
-        test_why_in_words.BF16,
-        test_why_in_words.NF4,
-        test_why_in_words.INT8,
+        test_speed_explanation.BF16,
+        test_speed_explanation.NF4,
+        test_speed_explanation.INT8,
         *made,
         explained(5, "bnb-nf4", unknown, decode_tokens_per_s=30.0),
         explained(6, "bnb-nf4", None, decode_tokens_per_s=30.0),

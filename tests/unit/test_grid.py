@@ -7,7 +7,7 @@ from typing import Any
 import click
 import pytest
 
-from qbatch.cli_options import Counts
+from qbatch.commands.parameter_types import Counts
 from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, SourceRef, content_hash
 from qbatch.core.errors import UsageError
 from qbatch.scheduler.job_grid import Grid

@@ -41,7 +41,7 @@ def test_a_signed_link_is_not_logged() -> None:
     assert "canary" not in done.stderr
 
 
-def test_a_log_steers_no_terminal() -> None:
+def test_a_log_contains_no_control_characters() -> None:
     script = (
         "import logging, sys, warnings; held = logging.StreamHandler();"
         "from qbatch.worker.machine.logs import log_to_stderr;"

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself has one reader: who adopts, who verifies and who asks for answers agree."""
+"""Publishing, verification and answering read a checkpoint's manifest in the same way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qbatch.core.digest import FileDigest, digest_file, root_sha256
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.worker.checkpoints.publish import find_published, problems
+from qbatch.worker.checkpoints.published import find_published, problems
 
 KEY = "ab" * 32
 PATH = f"checkpoints/m/bnb-nf4-{KEY[:16]}"

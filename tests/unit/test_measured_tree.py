@@ -19,7 +19,7 @@ from qbatch.core.measured.metrics import ALL_METRICS, GRAPH_DECODE
 from qbatch.core.measured.quality_figures import Quality, QualityFloor, Score, TaskScores
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase
-from qbatch.core.measured.stored_json import Stored, as_json, beside, field_names, left_out
+from qbatch.core.measured.stored_json import Stored, as_json, field_names, omitted_if_unknown, omitted_unless
 from tests.unit.measured_rows import result, stats
 from tests.unit.printed import Preference, comparison, read, rendered, results_table, show_jobs
 from tests.unit.test_golden_views import REAL, SETS, VARIANTS
@@ -80,11 +80,11 @@ def test_absent_is_none_and_an_empty_part_can_be_asked_on() -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part(Stored):
     value: float | None = None
-    error: float | None = beside("value")
-    note: str | None = left_out()
-    count: int | None = left_out()
-    flags: Mapping[str, bool] | None = left_out()
-    times: tuple[float, ...] | None = left_out()
+    error: float | None = omitted_unless("value")
+    note: str | None = omitted_if_unknown()
+    count: int | None = omitted_if_unknown()
+    flags: Mapping[str, bool] | None = omitted_if_unknown()
+    times: tuple[float, ...] | None = omitted_if_unknown()
     inner: QualityFloor = field(default_factory=QualityFloor)
 
 

@@ -14,7 +14,7 @@ from qbatch.core.domain import Protocol
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
-from qbatch.core.measured.metrics import ALL_METRICS, Metric, Noise, NotBelow, OfComparison, OfTimes
+from qbatch.core.measured.metrics import ALL_METRICS, ComparisonNoise, FloorNoise, Metric, Noise, TimingNoise
 from qbatch.core.measured.stored_json import Stored, field_names
 from qbatch.worker.measuring.quality.reference import prepare_reference
 from tests import tiny
@@ -67,24 +67,31 @@ def test_the_details_of_a_result(tmp_path: Path, kind: str) -> None:
 
 def metric_table() -> list[str]:
     """The metrics of ``core/measured/metrics.py`` as lines of Markdown."""
-    head = ["| metric | in tables | unit | better | beside it | noise by |", "|---|---|---|---|---|---|"]
+    head = ["| metric | in tables | unit | better | comparison | noise by |", "|---|---|---|---|---|---|"]
     return head + [f"| {' | '.join(metric_cells(metric))} |" for metric in ALL_METRICS]
 
 
 def metric_cells(metric: Metric) -> tuple[str, ...]:
     labels = dict.fromkeys((metric.label, metric.line_title))
-    return f"`{metric.key}`", ", ".join(labels), metric.unit, metric.better, metric.beside, noise_in_words(metric.noise)
+    return (
+        f"`{metric.key}`",
+        ", ".join(labels),
+        metric.unit,
+        metric.better,
+        metric.comparison,
+        noise_in_words(metric.noise),
+    )
 
 
 def noise_in_words(noise: Noise | None) -> str:
     match noise:
         case None:
             return "–"
-        case OfComparison():
+        case ComparisonNoise():
             return "error and floor"
-        case NotBelow():
+        case FloorNoise():
             return "floor"
-        case OfTimes(phase=phase):
+        case TimingNoise(phase=phase):
             return f"times of `{phase}`"
 
 

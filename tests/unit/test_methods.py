@@ -1,4 +1,4 @@
-"""The seam: every method has both halves, and nothing beyond them knows one by name."""
+"""The seam: every method has a description and an implementation, and nothing else knows it by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from pathlib import Path
 import pytest
 
 import qbatch
-from qbatch.cli_options import Schemes
+from qbatch.commands.parameter_types import Schemes
 from qbatch.core import identity
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import Unsupported, UsageError
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods import registry
-from qbatch.core.methods.registry import describe_row, every_option, find_method, known_bits, meant_by_bits, quant_types
+from qbatch.core.methods.registry import (
+    describe_row,
+    every_option,
+    find_method,
+    known_bits,
+    quant_types,
+    selected_by_bits,
+)
 from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.views.scheme import show_scheme
-from qbatch.worker.methods.halves import weights_of, weights_of_config
+from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.methods.packing import StreamedPacking
 from tests.rows import a_worker
 from tests.unit.measured_rows import result
@@ -34,7 +41,7 @@ _OWN = ("core/methods/", "worker/methods/")
 
 
 @pytest.mark.parametrize("method", QUANTIZING)
-def test_a_method_has_both_halves(method: Method) -> None:
+def test_a_method_has_a_description_and_an_implementation(method: Method) -> None:
     scheme = Scheme(method=method)
     weights, packing = weights_of(scheme.description), weights_of(scheme.description).packing(scheme)
     assert isinstance(packing, StreamedPacking) == (weights.why_whole is None)
@@ -58,8 +65,8 @@ def test_nothing_beyond_its_own_modules_names_a_method() -> None:
 
 
 def _files() -> list[Path]:
-    folders = [PACKAGE / name for name in ("core", "models_db", "scheduler", "views", "worker")]
-    return [PACKAGE / "cli.py", PACKAGE / "cli_options.py", *(p for folder in folders for p in folder.rglob("*.py"))]
+    folders = [PACKAGE / name for name in ("commands", "core", "models_db", "scheduler", "views", "worker")]
+    return [PACKAGE / "cli.py", *(p for folder in folders for p in folder.rglob("*.py"))]
 
 
 def test_names_and_aliases_lead_to_one_method() -> None:
@@ -73,7 +80,7 @@ def test_names_and_aliases_lead_to_one_method() -> None:
 
 def test_bits_keep_meaning_bitsandbytes() -> None:
     assert known_bits() == (4, 8)
-    assert [meant_by_bits(bits)[0] for bits in (4, 8)] == [Method.NF4, Method.INT8]
+    assert [selected_by_bits(bits)[0] for bits in (4, 8)] == [Method.NF4, Method.INT8]
     assert quant_types() == {"nf4": Method.NF4, "fp4": Method.FP4}
 
 

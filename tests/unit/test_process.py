@@ -40,7 +40,7 @@ def ended(one: Child) -> int:
 
     def has_ended() -> bool:
         nonlocal code
-        code = one.tend()
+        code = one.supervise()
         return code is not None
 
     until(has_ended)
@@ -55,15 +55,15 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def test_one_that_dies_is_started_again_later_each_time(
+def test_a_process_that_dies_is_restarted_with_growing_delays(
     child: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = child("print('here'); raise SystemExit(1)")
     one.start()
     assert ended(one) == 1
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid is None, "not at once"
-    until(lambda: one.tend() is None and one.pid is not None)
+    until(lambda: one.supervise() is None and one.pid is not None)
     assert ended(one) == 1
     delays_s = [float(record.getMessage().split()[-2]) for record in caplog.records]
     assert delays_s == [1.0, 2.0]
@@ -71,29 +71,27 @@ def test_one_that_dies_is_started_again_later_each_time(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_one_that_refuses_is_not_started_again(child: Start, code: int) -> None:
+def test_a_process_that_refuses_to_work_is_not_restarted(child: Start, code: int) -> None:
     one = child(f"raise SystemExit({code})")
     one.start()
     assert ended(one) == code
     assert one.has_refused
     time.sleep(0.1)
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid is None
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_one_that_did_work_is_started_again_whatever_it_says(
-    child: Start, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_worked_before_is_restarted(child: Start, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "_HEALTHY_AFTER_S", 0.0)
     one = child(f"raise SystemExit({code})")
     one.start()
     assert ended(one) == code
     assert not one.has_refused
-    until(lambda: one.tend() is None and one.pid is not None)
+    until(lambda: one.supervise() is None and one.pid is not None)
 
 
-def test_one_whose_database_is_gone_is_not_started_again(child: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_whose_database_is_gone_is_not_restarted(child: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it did before: it would make an empty one."""
     monkeypatch.setattr(child_process, "_HEALTHY_AFTER_S", 0.0)
     one = child(f"raise SystemExit({FINAL})")
@@ -102,12 +100,12 @@ def test_one_whose_database_is_gone_is_not_started_again(child: Start, monkeypat
     assert one.has_refused
 
 
-def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) -> None:
+def test_a_living_process_runs_until_it_is_asked_to_stop(child: Start) -> None:
     one = child("import time; time.sleep(60)")
     one.start()
     pid = one.pid
     assert pid is not None
-    assert one.tend() is None
+    assert one.supervise() is None
     assert one.pid == pid
     one.ask_to_stop()
     one.wait(5)
@@ -117,7 +115,7 @@ def test_one_that_lives_is_left_alone_until_it_is_asked_to_stop(child: Start) ->
     one.wait(5)
 
 
-def test_one_that_will_not_stop_is_killed(child: Start, tmp_path: Path) -> None:
+def test_a_process_that_does_not_stop_is_killed(child: Start, tmp_path: Path) -> None:
     one = child("import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)")
     one.start()
     pid = one.pid
@@ -128,14 +126,14 @@ def test_one_that_will_not_stop_is_killed(child: Start, tmp_path: Path) -> None:
     assert is_gone(pid)
 
 
-def test_a_ctrl_c_at_the_terminal_is_not_its_business(child: Start) -> None:
+def test_ctrl_c_at_the_terminal_does_not_reach_a_child(child: Start) -> None:
     one = child("import time; time.sleep(60)")
     one.start()
     assert one.pid is not None
     assert os.getpgid(one.pid) == one.pid
 
 
-def test_one_dies_when_its_parent_is_killed_without_a_word() -> None:
+def test_a_child_dies_when_its_parent_is_killed() -> None:
     code = (
         "import os, sys, time; from qbatch.scheduler.child_process import Child;"
         "one = Child('it', [sys.executable, '-c', 'import time; time.sleep(60)'], env=dict(os.environ)); one.start();"

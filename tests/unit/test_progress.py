@@ -23,7 +23,7 @@ def broken(report: Callable[[str], None]) -> str:
     os._exit(3)
 
 
-def test_silent_work_is_spoken_for_every_few_seconds() -> None:
+def test_silent_work_gets_a_progress_line_every_few_seconds() -> None:
     started = time.monotonic()
     tasks = {"one": BackgroundTask.start(slow, 1.0), "two": BackgroundTask.start(slow, 1.6)}
     at_s, lines = [], []

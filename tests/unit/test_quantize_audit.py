@@ -160,14 +160,14 @@ def _restored(module: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", [NF4, NF4_DOUBLE, INT8], ids=["nf4", "nf4-double", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_numbers_are_named(value: float, scheme: Scheme, tmp_path: Path) -> None:
+def test_nan_and_infinite_weights_are_named(value: float, scheme: Scheme, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     edit(source, lambda tensors: tensors[UP_PROJ][3].fill_(value))
     assert audit_of(source, tmp_path / "out", scheme)["not_finite"] == [UP_PROJ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_so_are_those_of_tensors_that_are_not_quantized(value: float, tmp_path: Path) -> None:
+def test_nan_in_unquantized_tensors_is_named(value: float, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     names = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     edit(source, lambda tensors: [tensors[name].view(-1)[-1].fill_(value) for name in names])
@@ -176,7 +176,7 @@ def test_so_are_those_of_tensors_that_are_not_quantized(value: float, tmp_path: 
         assert audit_of(source, tmp_path / str(number), scheme)["not_finite"] == names
 
 
-def test_so_are_those_of_a_whole_model(tmp_path: Path) -> None:
+def test_nan_in_a_model_built_whole_is_named(tmp_path: Path) -> None:
     source = make_fused_qkv(tmp_path / "source", dtype="bfloat16")
     edit(source, lambda tensors: tensors["embeddings.word_embeddings.weight"][3].fill_(float("nan")))
     (name,) = audit_of(source, tmp_path / "out", INT8)["not_finite"]
@@ -194,7 +194,7 @@ def test_a_convolution_is_no_stack_of_experts(tmp_path: Path) -> None:
     assert kept["model.encoder.conv1.weight"] == "not a linear layer"
 
 
-def test_a_stack_that_holds_no_experts_is_not_called_one(tmp_path: Path) -> None:
+def test_a_stacked_weight_without_experts_is_not_called_experts(tmp_path: Path) -> None:
     config = transformers.RecurrentGemmaConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=1000, lru_width=512, block_types=["recurrent"],

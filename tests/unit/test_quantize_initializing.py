@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
-from qbatch.worker.quantizing.tensors.trace import FromSource, Traced
+from qbatch.worker.quantizing.tensors.trace import FromSource, TracedTensor
 
 
 class Model(torch.nn.Module):
@@ -16,7 +16,7 @@ class Model(torch.nn.Module):
 
     def __init__(self, initialize: Callable[[Model], object]) -> None:
         super().__init__()
-        traced = Traced.of(torch.empty(4, 6, device="meta"), FromSource("w"))
+        traced = TracedTensor.of(torch.empty(4, 6, device="meta"), FromSource("w"))
         self.loaded = torch.nn.Parameter(traced, requires_grad=False)
         self.missing = torch.nn.Parameter(torch.empty(4, 6, device="meta"), requires_grad=False)
         self._initialize = initialize
@@ -53,15 +53,15 @@ def test_a_write_to_a_loaded_tensor_is_seen(write: Callable[[Model], object]) ->
     ],
     ids=["missing", "read", "like", "clone"],
 )
-def test_a_write_to_anything_else_is_none(write: Callable[[Model], object]) -> None:
+def test_writes_to_other_tensors_are_ignored(write: Callable[[Model], object]) -> None:
     assert why_overwritten(Model(write), None) is None
 
 
-def test_what_needs_values_is_said_to() -> None:
+def test_an_initialization_that_needs_values_is_reported() -> None:
     assert "without data" in (why_overwritten(Model(lambda model: model.loaded[0, 0].item()), None) or "")
 
 
-def test_random_numbers_that_are_drawn_are_drawn_again_by_others() -> None:
+def test_tracing_leaves_the_random_state_unchanged() -> None:
     before = torch.get_rng_state()
     assert why_overwritten(Model(lambda model: model.missing.copy_(torch.rand(4, 6))), None) is None
     assert torch.equal(torch.get_rng_state(), before)

@@ -20,7 +20,7 @@ def weight() -> torch.Tensor:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_short_4_bit_way_is_taken_and_gives_the_same(
+def test_the_fast_4_bit_path_is_used_and_gives_equal_bytes(
     quant_type: str, dtype: torch.dtype, weight: torch.Tensor
 ) -> None:
     assert _trusted_table(quant_type) is not None
@@ -52,7 +52,7 @@ EDGES = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("largest", EDGES)
-def test_the_short_8_bit_way_gives_the_same_at_the_edges_of_float16(dtype: torch.dtype, largest: float) -> None:
+def test_the_fast_8_bit_path_is_exact_at_the_limits_of_float16(dtype: torch.dtype, largest: float) -> None:
     values = (torch.randn(4, 256, generator=torch.Generator().manual_seed(2)) * 0.02).clamp(-0.05, 0.05)
     values[:, ::2] *= 1e-4
     values[1] = torch.tensor(EDGES[1:7]).repeat(43)[:256] * torch.tensor([1.0, -1.0]).repeat(128)
@@ -77,7 +77,7 @@ def test_rows_that_need_no_rounding_are_not_rounded(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("spoilt", [None, 0.0, float("inf")])
-def test_the_short_8_bit_way_gives_the_same(spoilt: float | None, weight: torch.Tensor) -> None:
+def test_the_fast_8_bit_path_gives_equal_bytes(spoilt: float | None, weight: torch.Tensor) -> None:
     if spoilt is not None:
         weight[5] = spoilt
     codes, scales, restored = quantize_int8(weight)

@@ -1,4 +1,4 @@
-"""What cannot be quantized is refused by name, and takes nothing else with it."""
+"""A model that cannot be quantized is refused with a clear message, and other targets are not affected."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_a_target_that_outgrows_its_storage_fails_alone(source: Path, tmp_path: 
         (SourceCorrupt("as it is"), SourceCorrupt),
     ],
 )
-def test_what_other_libraries_raise_becomes_ours(error: Exception, kind: type[JobError]) -> None:
+def test_errors_of_other_libraries_become_job_errors(error: Exception, kind: type[JobError]) -> None:
     translated = as_job_error(error)
     assert type(translated) is kind
     assert "\n" not in str(translated)

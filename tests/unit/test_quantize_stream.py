@@ -1,4 +1,4 @@
-"""How the streaming writer behaves beside the bytes that it writes."""
+"""The streaming writer apart from the bytes that it writes: progress, memory, failures, cancellation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_of_a_tied_pair_that_is_stored_twice_each_value_is_compared_once(tmp_pat
     assert all(now == seen[-1] for now in seen if now[0] + now[1] == now[2])
 
 
-def test_whoever_watches_is_told_a_few_times_a_second() -> None:
+def test_progress_is_reported_a_few_times_per_second() -> None:
     told: list[None] = []
     assert WorkspacePool("cpu").run([lambda _workspace: time.sleep(2)], lambda: told.append(None)) is None
     assert len(told) >= 4
@@ -133,7 +133,7 @@ def resident_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_whoever_watches_can_stop_it(source: Path, tmp_path: Path) -> None:
+def test_the_progress_callback_can_stop_the_writer(source: Path, tmp_path: Path) -> None:
     class CancelledError(Exception):
         pass
 

@@ -8,7 +8,7 @@ from qbatch.worker.quantizing.tensors.trace import (
     Call,
     Cast,
     FromSource,
-    Traced,
+    TracedTensor,
     is_elementwise,
     replay,
     simplified,
@@ -18,8 +18,8 @@ from qbatch.worker.quantizing.tensors.trace import (
 DATA = {name: torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("abcd")}
 
 
-def traced(name: str) -> Traced:
-    return Traced.of(torch.empty(4, 6, device="meta"), FromSource(name))
+def traced(name: str) -> TracedTensor:
+    return TracedTensor.of(torch.empty(4, 6, device="meta"), FromSource(name))
 
 
 def test_what_changes_no_value_leaves_no_trace() -> None:

@@ -118,7 +118,7 @@ def said(job: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
     "fact",
     [
         "j2 bnb-nf4 of meta-llama/Meta-Llama-3.1-70B-Instruct (b1): succeeded",
-        "attempts 2, of which 1 charged",
+        "attempts 2, of which 1 counted as failures",
         "1 worker_lost gpu1@b",
         "61.0 s silent",
         "fingerprint hub:0123",
@@ -131,22 +131,22 @@ def said(job: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
         "left at bfloat16 lm_head.weight: output layer or tied (525 M)",
         "dropped by transformers 1 tensor: model.mtp.0.weight",
         "worst layers 0.1042 model.layers.3.mlp.down_proj.weight",
-        "NaN or infinity in none of its tensors",
+        "NaN or infinity in no tensor",
         "streamed, in one pass with 1 other scheme",
         "prefill 28 71.2 ms 1.00 ms",
         "3,595 tok/s",
         "per_token 1764 28.2 ms 2.00 ms 28.2 ms 28.2 ms 28.2 ms 28.2 ms",
         "allocated by torch 6.00 GiB reserved by torch 7.00 GiB host, resident 3.00 GiB",
         "perplexity 7.100 ± 0.091, of 32,736 tokens in 32 windows",
-        "mean KL 3.1e-02 ± 7.0e-04 (16 bits alone: 1.2e-05)",
+        "mean KL 3.1e-02 ± 7.0e-04 (16-bit rounding alone: 1.2e-05)",
         "ln PPL ratio 4.0e-04 ± 1.9e-03, not distinguishable",
         "top-1 agreement 93.0 % ± 0.2 %",
-        "against the base's hidden states, replayed",
+        "compared with the baseline's hidden states (replayed)",
         "arc_easy acc 0.8100 ± 0.0080, 2376 questions",
-        "idle 123 W with the model loaded decode 1.20 ± 0.0500 J net, 8.10 gross; 0.0190 J a token",
-        "not fair while it was measured, other processes used the GPU",
-        "rounds 3, in turns with j1, j3 decode 1.70 s, 1.80 s, 3.10 s: medians 77.8 % apart",
-        "flag while it was measured, the GPU lowered its clocks for heat or power",
+        "idle 123 W with the model loaded decode 1.20 ± 0.0500 J net, 8.10 gross; 0.0190 J per token",
+        "disturbed while it was measured, other processes used the GPU",
+        "rounds 3, alternating with j1, j3 decode 1.70 s, 1.80 s, 3.10 s: medians 77.8 % apart",
+        "disturbed while it was measured, the GPU lowered its clocks because of heat or its power limit",
         "gpu was throttled yes",
         "bnb-nf4 decodes at ×0.73 of the baseline",
         "Both wait for the host",
@@ -163,10 +163,10 @@ def test_a_baseline_elsewhere_is_not_set_beside_it() -> None:
     assert "×0.73" not in said(NF4, other_model), "its source changed between the two"
 
 
-def test_a_checkpoint_that_is_unfit_says_so() -> None:
+def test_a_defect_of_a_checkpoint_is_shown() -> None:
     audit = DETAILS["audit"] | {"not_finite": ["a.weight"], "writer": "whole", "whole_model_because": "fused experts"}
     text = said(NF4 | {"details": DETAILS | {"audit": audit}})
-    assert "unfit 1 weight of it hold NaN or infinity: a.weight" in text
+    assert "defect 1 of its weights contains NaN or infinity: a.weight" in text
     assert "written from the whole model in memory, because fused experts" in text
 
 
@@ -174,7 +174,7 @@ def test_int8_tells_of_its_scales_and_4_bits_do_not() -> None:
     audit = DETAILS["audit"] | {"int8_zero_scales": 2, "int8_infinite_scales": 1}
     int8 = NF4 | {"scheme": "bnb-int8", "bits": 8, "details": DETAILS | {"audit": audit}}
     assert "int8 scales 2 zero (rows of zeros), 1 infinite" in said(int8)
-    assert "int8 scales" not in said(NF4 | {"details": DETAILS | {"audit": audit}})
+    assert "int8 scales 2" not in said(NF4 | {"details": DETAILS | {"audit": audit}})
 
 
 def test_a_job_without_a_result_tells_what_there_is() -> None:
@@ -187,7 +187,7 @@ def test_a_job_without_a_result_tells_what_there_is() -> None:
     assert "speed" not in text
     running = failed | {"state": "running", "stage": "quantizing", "progress": {"bytes_read": 2**30}}
     assert "stage quantizing on gpu0@a, 1.00 GiB read" in said(running)
-    assert "answered by j7" in said(NF4 | {"reused_from": "j7"})
+    assert "result of j7" in said(NF4 | {"reused_from": "j7"})
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

@@ -1,4 +1,4 @@
-"""What a signal handler may set."""
+"""A stop flag that a signal handler may set."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ thread.join()
 """
 
 
-def test_a_signal_that_interrupts_set_and_wait_sets_it_all_the_same() -> None:
+def test_a_signal_during_set_or_wait_still_sets_it() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", _STORM], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_everybody_who_waits_is_woken() -> None:
+def test_all_waiting_threads_are_woken() -> None:
     stop, found = Stop(), []
     threads = [threading.Thread(target=lambda: found.append(stop.wait(60.0))) for _ in range(3)]
     for thread in threads:
@@ -48,7 +48,7 @@ def test_everybody_who_waits_is_woken() -> None:
     assert stop.wait(60.0)
 
 
-def test_who_waits_in_vain_is_told_so() -> None:
+def test_a_wait_that_times_out_returns_false() -> None:
     stop, before = Stop(), time.monotonic()
     assert not stop.wait(0.05)
     assert time.monotonic() - before >= 0.05

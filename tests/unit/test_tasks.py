@@ -120,7 +120,7 @@ def test_a_file_that_describes_no_task_is_refused(tmp_path: Path, text: str) -> 
         read_tasks([str(path)])
 
 
-def test_data_that_are_not_there_are_said_so(tmp_path: Path) -> None:
+def test_missing_data_files_are_reported(tmp_path: Path) -> None:
     path = write_quiz(tmp_path)
     (tmp_path / "quiz.jsonl").unlink()
     with pytest.raises(UsageError, match=r"cannot read .*quiz\.jsonl"):

@@ -173,7 +173,7 @@ def test_int4_is_for_bfloat16_and_for_groups_that_its_kernel_knows() -> None:
 def test_int4_is_planned_with_what_its_layout_fills_up(
     shape: tuple[int, int], group_size: int, parts: Mapping[str, tuple[int, ...]]
 ) -> None:
-    from qbatch.worker.methods.halves import weights_of
+    from qbatch.worker.methods.implementations import weights_of
 
     scheme = INT4.with_options(group_size=group_size)
     packing = weights_of(scheme.description).packing(scheme)

@@ -260,7 +260,7 @@ def test_a_doubly_quantized_weight_without_its_offset_is_named(offset: object, c
 
 
 @pytest.mark.parametrize("state", [b"\xff" * 8, b"[1]", b"[" * 60_000, b" " * 70_000])
-def test_a_state_that_is_none_is_named(state: bytes, copy: Callable[[str], Path]) -> None:
+def test_an_invalid_quantization_state_is_named(state: bytes, copy: Callable[[str], Path]) -> None:
     folder = copy("nf4")
     change(folder, lambda tensors: tensors.update({STATE: torch.tensor(list(state), dtype=torch.uint8)}))
     sign(folder)

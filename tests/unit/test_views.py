@@ -133,7 +133,7 @@ def test_numbers_stand_right_and_what_is_not_known_is_a_dash() -> None:
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_a_table_has_a_line_for_each_row_and_steers_no_terminal(texts: list[str]) -> None:
+def test_a_table_has_one_line_per_row_without_control_characters(texts: list[str]) -> None:
     table = render([{"text": text} for text in texts], (Column(key="text", title="text", wraps=True),), "table")
     lines = table.split("\n")
     assert len(lines) == len(texts) + 2
@@ -145,7 +145,7 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 
 @given(st.text(max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_neither_csv_nor_json_steers_a_terminal_or_loses_a_word(text: str) -> None:
+def test_csv_and_json_escape_control_characters(text: str) -> None:
     row = {"text": text, "nested": {"name": text}, "list": [text]}
     for format_ in ("csv", "json"):
         assert not _STEERING.search(render([row], (), format_)), format_
@@ -266,7 +266,7 @@ def test_no_ratio_is_given_where_there_is_nothing_to_compare(
         assert "×" not in line_of(table, "j2")
 
 
-def test_a_baseline_that_was_filtered_away_is_missed_aloud() -> None:
+def test_a_baseline_that_is_not_shown_is_a_footnote() -> None:
     table = results_table([QUANTIZED])
     assert "×" not in line_of(table, "j2")
     assert "not among the rows shown" in table
@@ -279,7 +279,7 @@ def test_speed_is_not_compared_across_devices_but_size_is() -> None:
     assert row.count("×") == 1
 
 
-def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
+def test_a_mostly_unquantized_model_has_a_footnote() -> None:
     table = results_table([BASELINE, QUANTIZED | {"quantized_fraction": 0.098}])
     assert "[1]" in line_of(table, "j2")
     assert "only 9.8 % of its parameters are stored in 4 bits" in table
@@ -291,24 +291,27 @@ def test_a_model_that_is_quantized_in_name_only_is_found_out() -> None:
     [
         (
             {"audit": {"not_finite": ["a.weight", "b.weight"]}},
-            "2 weights of it hold NaN or infinity: a.weight, b.weight",
+            "2 of its weights contain NaN or infinity: a.weight, b.weight",
         ),
-        ({"audit": {"int8_infinite_scales": 1}}, "1 int8 scale of it is infinite: those rows, with values over 65504"),
+        ({"audit": {"int8_infinite_scales": 1}}, "1 of its int8 scales is infinite: rows with values over 65504"),
         (
             {"audit": {"dropped_tensors": [f"mtp.{n}.weight" for n in range(5)]}},
-            "5 tensors of the source are not in it, since transformers drops them: mtp.0.weight, mtp.1.weight, "
+            "it lacks 5 tensors of the source, which transformers drops: mtp.0.weight, mtp.1.weight, "
             "mtp.2.weight and 2 more",
         ),
         (
             {"audit": {"idle_skip_modules": ["self_attn"]}},
-            "it has no layer of those that --skip-modules names: self_attn",
+            "--skip-modules names layers that it does not have: self_attn",
         ),
         ({"audits": {"perplexity_not_finite": True}}, "its perplexity is not finite"),
         ({"audits": {"spread_between_rounds": 0.78}}, "its speed varied much between its rounds"),
-        ({"flags": {"throttled": True, "clocks_changed": False}}, "the GPU lowered its clocks for heat or power"),
+        (
+            {"flags": {"throttled": True, "clocks_changed": False}},
+            "the GPU lowered its clocks because of heat or its power limit",
+        ),
     ],
 )
-def test_what_is_wrong_with_a_checkpoint_is_a_footnote(details: dict[str, Any], said: str) -> None:
+def test_a_defect_of_a_checkpoint_is_a_footnote(details: dict[str, Any], said: str) -> None:
     table = results_table([BASELINE, QUANTIZED | {"details": details}])
     assert "[1]" in line_of(table, "j2")
     assert said in " ".join(table.split())
@@ -323,7 +326,7 @@ def test_a_difference_that_is_noise_is_marked() -> None:
     assert "10.08 +0.8 %≈" in line
     assert "3.0e-05" in line
     assert "3.0e-05 ≈" not in line
-    assert "≈ is not distinguishable" in results_table([BASELINE, row])
+    assert "≈ means not distinguishable" in results_table([BASELINE, row])
     rounding = results_table([BASELINE, row | {"kl_mean": 1.9e-5}])
     assert "1.9e-05 ≈" in line_of(rounding, "j2")
     assert "≈" not in results_table([BASELINE, QUANTIZED])
@@ -383,39 +386,40 @@ def test_rows_of_one_protocol_at_other_shapes_are_told_apart_below() -> None:
     shapes = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 64, "eval_window": 32, "eval_stride": 32}
     clipped = [result(n, details={"shapes": shapes}, model=f"org/small-{n}") for n in range(3, 8)]
     table = " ".join(results_table([BASELINE, QUANTIZED, *clipped]).split())
-    assert "All measured" not in table
+    assert "All were measured" not in table
     assert (
-        "j1, j2 measured with batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text" in table
+        "j1, j2 were measured with batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text"
+        in table
     )
     assert (
-        "j3, j4, j5 and 2 more measured with batch 1, prompt 16 (of 256 asked for), 64 new tokens; at most 32 windows "
-        "of 32 (of 1024 asked for) tokens, of text"
+        "j3, j4, j5 and 2 more were measured with batch 1, prompt 16 (256 requested), 64 new tokens; at most 32 "
+        "windows of 32 (1024 requested) tokens, of text"
     ) in table
-    assert "All measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
+    assert "All were measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
 
 
-def test_what_was_noticed_of_the_gpu_during_the_energy_loop_is_said() -> None:
+def test_disturbances_of_the_energy_measurement_are_footnotes() -> None:
     energy = {"flags": {"foreign_processes": False, "throttled": True}}
     table = results_table([BASELINE, QUANTIZED | {"details": {"why": {"energy": energy}}}])
-    assert "of its energy: while it was measured, the GPU lowered its clocks" in " ".join(table.split())
+    assert "while its energy was measured, the GPU lowered its clocks" in " ".join(table.split())
 
 
-def test_a_row_of_another_visit_than_its_baseline_s_says_so() -> None:
+def test_a_row_not_timed_with_its_baseline_has_a_footnote() -> None:
     def visit(row: dict[str, Any], torch: str, *others: str) -> dict[str, Any]:
         return row | {"details": {"rounds": {"count": 3, "interleaved_with": others}, "versions": {"torch": torch}}}
 
     together = results_table([visit(BASELINE, "2.12", "j2"), visit(QUANTIZED, "2.12", "j1")])
-    assert "not timed in turns" not in together
+    assert "did not alternate" not in together
     assert "other versions" not in together
     apart = results_table([visit(BASELINE, "2.12"), visit(QUANTIZED, "2.13", "j3")])
     assert "[1][2]" in line_of(apart, "j2")
-    assert "not timed in turns with its baseline" in " ".join(apart.split())
+    assert "its rounds did not alternate with its baseline's" in " ".join(apart.split())
     assert "its baseline was measured with other versions: torch (2.12, 2.13)" in " ".join(apart.split())
     of_its_method = visit(QUANTIZED, "2.12", "j1")
     of_its_method["details"]["versions"]["torchao"] = "0.18"
     assert "other versions" not in results_table([visit(BASELINE, "2.12", "j2"), of_its_method])
     reused = results_table([visit(BASELINE, "2.12") | {"reused_from": "j90"}, visit(QUANTIZED, "2.12", "j90")])
-    assert "not timed in turns" not in reused
+    assert "did not alternate" not in reused
 
 
 @pytest.mark.parametrize("other", [{"batch_id": "b2"}, {"model": "/models/other"}], ids=["batch", "model"])
@@ -463,11 +467,11 @@ def test_results_fit_the_terminal_and_say_what_they_leave_out(monkeypatch: pytes
     failed = result(3, "bnb-int8", state="failed", error_kind="host_oom", error_message="the kernel killed it " * 9)
     table = results_table([BASELINE, QUANTIZED, failed])
     assert max(map(len, table.splitlines())) <= width
-    assert ("Left out" in table) == (width < 120)
+    assert ("Not shown" in table) == (width < 120)
     assert "disk" in table
 
 
-def test_no_results_are_said_to_be_none() -> None:
+def test_an_empty_result_list_says_so() -> None:
     assert results_table([]) == "no results"
     assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
 

@@ -11,7 +11,7 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
-from qbatch.worker.checkpoints.publish import problems
+from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.vet import refuse_other_weights
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from qbatch.worker.methods.method_weights import MethodWeights
-    from qbatch.worker.quantizing.planning.expected_files import Expected
+    from qbatch.worker.quantizing.planning.expected_files import ExpectedTensor
 
 
 def verify(folder: Path) -> list[str]:
@@ -71,21 +71,21 @@ def _misplaced(folder: Path, headers: tuple[Header, ...]) -> list[str]:
 
 
 def _tensor_problems(folder: Path, headers: tuple[Header, ...]) -> list[str]:
-    from qbatch.worker.methods.halves import weights_of_config
+    from qbatch.worker.methods.implementations import weights_of_config
     from qbatch.worker.models.load import quiet_libraries
 
     config = read_config(folder)
     weights = weights_of_config(config.get("quantization_config"))
     quiet_libraries(weights)
-    from qbatch.worker.quantizing.planning.expected_files import describe
+    from qbatch.worker.quantizing.planning.expected_files import expected_files
 
     refuse_other_weights(config)
     found = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
-    described = describe(folder, _dtype(folder), found)
-    lines = [*_missing(described.tensors, found), *_differing(weights, described.tensors, found)]
-    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in described.tensors]
-    if config.get("dtype") != described.config_dtype:
-        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {described.config_dtype}")
+    expected = expected_files(folder, _dtype(folder), found)
+    lines = [*_missing(expected.tensors, found), *_differing(weights, expected.tensors, found)]
+    lines += [f"{name} is not a tensor of the configured model" for name in found if name not in expected.tensors]
+    if config.get("dtype") != expected.config_dtype:
+        lines.append(f"config.json has dtype {config.get('dtype')}, and the model has {expected.config_dtype}")
     return lines
 
 
@@ -100,7 +100,7 @@ def _dtype(folder: Path) -> DType:
 _StoredTensors = Mapping[str, tuple[Path, TensorInfo]]
 
 
-def _missing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterator[str]:
+def _missing(expected: Mapping[str, ExpectedTensor], stored: _StoredTensors) -> Iterator[str]:
     stored_ties = {one.tie for name, one in expected.items() if name in stored}
     for name, one in expected.items():
         if name not in stored and (one.tie is None or one.tie not in stored_ties):
@@ -108,7 +108,7 @@ def _missing(expected: Mapping[str, Expected], stored: _StoredTensors) -> Iterat
 
 
 def _differing(
-    weights: MethodWeights | None, expected: Mapping[str, Expected], stored: _StoredTensors
+    weights: MethodWeights | None, expected: Mapping[str, ExpectedTensor], stored: _StoredTensors
 ) -> Iterator[str]:
     for name, one in expected.items():
         if name not in stored:

@@ -17,7 +17,7 @@ from typing import Self
 
 from qbatch.core.domain import Token
 from qbatch.core.errors import StorageError, StorageUnavailable
-from qbatch.core.filesystem import NO_ROOM
+from qbatch.core.filesystem import NO_SPACE_ERRNOS
 from qbatch.worker.files.staging import remove_stale, storage_error
 
 log = logging.getLogger("qbatch.worker")
@@ -52,7 +52,7 @@ class OwnStaging:
             self.folder.mkdir(parents=True)
             self.renew()
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NO_SPACE_ERRNOS:
                 raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
             log.warning("%s: %s; it will be created when there is free space", self.folder, error.strerror)
         self._thread.start()
@@ -97,7 +97,7 @@ class OwnStaging:
         try:
             return self.renew()
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NO_SPACE_ERRNOS:
                 raise
             return 0.0
 
@@ -138,7 +138,7 @@ def _write(descriptor: int, text: bytes) -> None:
         os.pwrite(descriptor, text, 0)
     except OSError as error:
         # Copy-on-write file systems need free space even to overwrite a byte.
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_SPACE_ERRNOS:
             raise
         os.utime(descriptor)
 

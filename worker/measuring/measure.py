@@ -38,7 +38,7 @@ from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
-from qbatch.worker.methods.halves import weights_of_model
+from qbatch.worker.methods.implementations import weights_of_model
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 

@@ -16,7 +16,7 @@ import torch
 
 from qbatch.worker.methods.bnb_fourbit import BLOCK, quantize_4bit
 from qbatch.worker.methods.bnb_int8 import quantize_int8
-from qbatch.worker.methods.packing import MakePart, Packed, PartShapes, StreamedPacking, figures
+from qbatch.worker.methods.packing import MakePart, PackedPiece, PartShapes, StreamedPacking, figures
 
 NESTED_BLOCK = 256
 # A multiple of this many values is the start of both a block and a nested block.
@@ -49,10 +49,10 @@ class Int8Packing(_BnbPacking):
     def part_start(self, key: str, value: int, columns: int) -> int:
         return value if key == "weight" else value // columns * 4
 
-    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
+    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> PackedPiece:
         rows = values.reshape(-1, columns)
         codes, scales, restored = quantize_int8(rows)
-        return Packed(parts={"weight": codes, "SCB": scales}, figures=figures(rows, restored, scales))
+        return PackedPiece(parts={"weight": codes, "SCB": scales}, figures=figures(rows, restored, scales))
 
     def load_kernels(self, device: str) -> None:
         self.pack(torch.zeros(PIECE_STEP, dtype=torch.bfloat16, device=device), PIECE_STEP, None)
@@ -119,7 +119,7 @@ class FourBitPacking(_BnbPacking):
             return value // PIECE_STEP * 4
         return value // BLOCK * (1 if self.nested else 4)
 
-    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
+    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> PackedPiece:
         if self.nested != (nested_offset is not None):
             raise ValueError(f"an offset of {nested_offset} does not fit {self}: exactly nested packings need one")
         values = values.reshape(-1)
@@ -132,7 +132,7 @@ class FourBitPacking(_BnbPacking):
         restored = torch.ops.bitsandbytes.dequantize_4bit.default(
             codes, scales, BLOCK, self.quant_type, values.shape, torch.float32
         )
-        return Packed(parts=parts, figures=figures(values, restored))
+        return PackedPiece(parts=parts, figures=figures(values, restored))
 
     def block_maxima(self, values: torch.Tensor) -> torch.Tensor:
         """Exactly the absmax of ``quantize_4bit``, computed without quantizing where possible."""

@@ -24,7 +24,7 @@ FIGURES = ("error_norm", "value_norm", "zero_scales", "infinite_scales")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class PackedPiece:
     """The stored parts of one quantized piece by key, and its FIGURES, float64 [4]; all on the device."""
 
     parts: Mapping[str, torch.Tensor]
@@ -100,7 +100,7 @@ class StreamedPacking(Packing):
         """The byte offset in the part ``key`` of the result for value number ``value``, the first of a piece."""
 
     @abstractmethod
-    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> Packed:
+    def pack(self, values: torch.Tensor, columns: int, nested_offset: float | None) -> PackedPiece:
         """Quantize a piece: flat ``values`` of a weight with ``columns``, starting at a multiple of ``unit``.
         ``nested_offset`` is the mean of the whole weight's block maxima if ``nested``, else None."""
 

@@ -13,10 +13,10 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.machine.device_faults import find_fault
-from qbatch.worker.methods.halves import weights_of_config, weights_of_model
+from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
-from qbatch.worker.models.proportions import refuse_disproportion
+from qbatch.worker.models.config_plausibility import refuse_implausible_config
 from qbatch.worker.models.vet import refuse_other_weights
 
 
@@ -48,7 +48,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
     quantized = "quantization_config" in raw_config
     weights = weights_of_config(raw_config.get("quantization_config"))
     if not quantized:  # the source of one of our checkpoints was checked before it was written
-        refuse_disproportion(raw_config, read_headers(folder))
+        refuse_implausible_config(raw_config, read_headers(folder))
     quiet_libraries(weights)
     corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):

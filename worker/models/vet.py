@@ -8,7 +8,7 @@ from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, Unsupported
 from qbatch.core.sources import Header, TensorInfo, read_config, read_headers
-from qbatch.worker.models.proportions import refuse_disproportion
+from qbatch.worker.models.config_plausibility import refuse_implausible_config
 
 # Suffixes of tensors that quantizers of all kinds store with or instead of a weight.
 _QUANTIZED_SUFFIXES = (
@@ -36,7 +36,7 @@ def vet_source(source: Path) -> tuple[Header, ...]:
     refuse_other_weights(config)
     _refuse_fusions(config)
     headers = read_headers(source)
-    refuse_disproportion(config, headers)
+    refuse_implausible_config(config, headers)
     _refuse_quantized_tensors(headers)
     _refuse_duplicates(headers)
     return headers

@@ -60,7 +60,7 @@ def _stream(
 def _stream_from(
     reader: SourceReader, source: Path, targets: Sequence[Target], dtype: DType, device: str, meter: Meter
 ) -> list[Outcome]:
-    from qbatch.worker.methods.halves import weights_of
+    from qbatch.worker.methods.implementations import weights_of
     from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, trace_loading
     from qbatch.worker.quantizing.streaming.stream import stream
 

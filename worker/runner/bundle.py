@@ -11,7 +11,8 @@ from pathlib import Path
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.sources import read_headers, source_dtype
-from qbatch.worker.checkpoints.publish import Origin, Verified, find_published, publish
+from qbatch.worker.checkpoints.publish import Origin, publish
+from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.code_vetting import vet_code

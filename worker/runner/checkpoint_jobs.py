@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qbatch.core.domain import Claim, DeviceKind, DType
 from qbatch.core.identity import Settled, settle
-from qbatch.worker.checkpoints.publish import Published, Verified, checkpoint_path
+from qbatch.worker.checkpoints.published import Published, Verified, checkpoint_path
 from qbatch.worker.runner.messages import JobIdentity
 from qbatch.worker.sources.fetch import LocalSource
 

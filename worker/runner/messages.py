@@ -10,7 +10,7 @@ from qbatch.core.digest import Checksums
 from qbatch.core.domain import Claim, DeviceKind, Protocol, Stage
 from qbatch.core.file_stat import FileStat
 from qbatch.core.measured.measurement import Measurement
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.sources.fetch import SourcePolicy
 
 

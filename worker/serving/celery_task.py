@@ -56,17 +56,17 @@ def _run_bundle(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]
 
 def _claim(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]) -> list[Claim]:
     """Claim the jobs of a message. Waits while the database does not answer."""
-    while not context.stopping.is_set() and context.leaving.why is None:
+    while not context.stopping.is_set() and context.shutdown.reason is None:
         try:
             # Outcomes that could not be recorded yet may belong to the jobs that are about to be claimed.
             context.recorder.replay()
             return _claim_now(context, dispatch_id, job_ids)
         except WrongDatabase as error:
-            context.leaving.because(error)
+            context.shutdown.request(error)
         except DatabaseUnreachable as error:
             log.warning("%s; waiting for it", error)
             context.stopping.wait(_DATABASE_WAIT_S)
-    if context.leaving.why is not None:
+    if context.shutdown.reason is not None:
         _return_message(context, dispatch_id)
     return []
 

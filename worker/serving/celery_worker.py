@@ -52,8 +52,8 @@ from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.environment import has_database_password, without_secrets
-from qbatch.worker.serving.leaving import Leaving
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.supervisor import WorkerContext
 
@@ -71,7 +71,7 @@ def main(uuid: str | None, *, drain: bool) -> int:
     log_to_stderr()
     try:
         settings = Settings.from_env(os.environ)
-        check_surroundings(settings)
+        check_environment(settings)
         _drop_secrets(settings)
         return CeleryWorker(settings, uuid, drain=drain).run()
     except QbatchError as error:
@@ -93,7 +93,7 @@ def _drop_secrets(settings: Settings) -> None:
         del os.environ[name]
 
 
-def check_surroundings(settings: Settings) -> None:
+def check_environment(settings: Settings) -> None:
     """Check that this worker can do its work here.
 
     Raises UsageError for SQLite with a broker on another machine, and StorageUnavailable if a folder is not writable
@@ -113,7 +113,7 @@ def check_surroundings(settings: Settings) -> None:
     require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
 
 
-def describe(uuid: str | None) -> WorkerInfo:
+def describe_worker(uuid: str | None) -> WorkerInfo:
     """Describe this worker for its row in the database. Raises NoSuchDevice if there is no such GPU."""
     host = socket.gethostname()
     # Containers that share a host name may have equal pids, and the name must be unique: it holds the lease of the GPU.
@@ -185,7 +185,7 @@ class CeleryWorker:
 
     def __init__(self, settings: Settings, uuid: str | None, *, drain: bool) -> None:
         self._settings = settings
-        self._info = describe(uuid)
+        self._info = describe_worker(uuid)
         self._drain = drain
         # If this process freezes or its host fails, its locks on the database must be released.
         self._database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
@@ -195,7 +195,7 @@ class CeleryWorker:
         # The names of workers of this machine whose processes no longer exist.
         self._dead_workers: set[str] = set()
         self._stopping = Stop()
-        self._leaving = Leaving()
+        self._shutdown = Shutdown()
         self._ended = threading.Event()
 
     def run(self) -> int:
@@ -227,7 +227,7 @@ class CeleryWorker:
             staging=self._own_staging().folder,
             forkserver=forkserver,
             stopping=self._stopping,
-            leaving=self._leaving,
+            shutdown=self._shutdown,
         )
         tasks.register(app, context)
         queues = queues_of(self._info.device_kind, self._info.memory_bytes)
@@ -256,8 +256,8 @@ class CeleryWorker:
             beats.join()
             self._save_outcomes_in_memory()
             self._leave(worker_id)
-        if self._leaving.why is not None:
-            raise self._leaving.why
+        if self._shutdown.reason is not None:
+            raise self._shutdown.reason
         return int(celery_worker.exitcode or 0)
 
     def _check_database_early(self) -> None:
@@ -272,7 +272,7 @@ class CeleryWorker:
 
     def _save_outcomes_in_memory(self) -> None:
         """Wait until the disk or the database accepts outcomes that are only in memory, unless told to stop."""
-        while self._recorder.has_in_memory and self._leaving.why is not None and not self._stopping.is_set():
+        while self._recorder.has_in_memory and self._shutdown.reason is not None and not self._stopping.is_set():
             try:
                 self._recorder.replay()
             except DatabaseUnreachable as error:
@@ -403,14 +403,14 @@ class CeleryWorker:
                     is_quarantined = True
                     stop_consuming()
             except WrongDatabase as error:
-                self._leaving.because(error)
+                self._shutdown.request(error)
             except DatabaseUnreachable as error:
                 log.warning("%s; this worker continues", error)
             except Exception:
                 # If this thread ended, a healthy worker would be considered lost.
                 log.exception("this worker's heartbeat could not be renewed")
-            if self._leaving.why is not None and not has_announced:
-                self._announce_leaving(worker_id, self._leaving.why)
+            if self._shutdown.reason is not None and not has_announced:
+                self._announce_shutdown(worker_id, self._shutdown.reason)
                 has_announced = True
 
     def _renew(self, worker_id: int) -> str:
@@ -440,7 +440,7 @@ class CeleryWorker:
             self._share.hold(self._settings.lease_s)
         return state
 
-    def _announce_leaving(self, worker_id: int, why: WrongDatabase) -> None:
+    def _announce_shutdown(self, worker_id: int, why: WrongDatabase) -> None:
         """Take no more jobs, finish the running ones and stop. If the database was replaced, stop running jobs too."""
         log.error("%s; this worker takes no more jobs and stops", why)
         try:
@@ -460,7 +460,7 @@ class CeleryWorker:
         if worker_id is None:
             return
         # A worker that stopped by itself stays listed with its reason until the next one on this machine starts.
-        why = self._leaving.why
+        why = self._shutdown.reason
         state, note = (WorkerState.STOPPED, None) if why is None else (WorkerState.DRAINING, f"left: {why}")
         try:
             with self._database.write() as session:

@@ -16,7 +16,7 @@ from qbatch.worker.machine.logs import log_to_stderr
 
 log = logging.getLogger("qbatch.worker")
 
-_TEND_S = 0.5
+_SUPERVISE_S = 0.5
 _DRAIN_S = 25.0
 
 
@@ -73,7 +73,7 @@ def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, 
     ]
     for child in children:
         child.start()
-    code = _tend(children, stop)
+    code = _supervise(children, stop)
     for child in children:
         child.ask_to_stop()
     deadline = time.monotonic() + _DRAIN_S
@@ -82,12 +82,12 @@ def launch(devices: Sequence[Gpu | None], *, drain: bool, environ: Mapping[str, 
     return code
 
 
-def _tend(children: Sequence[Child], stop: Stop) -> int:
+def _supervise(children: Sequence[Child], stop: Stop) -> int:
     """Restart children until told to stop or all have refused to work: one bad GPU does not stop the others."""
     refused: dict[str, int] = {}
-    while not stop.wait(_TEND_S):
+    while not stop.wait(_SUPERVISE_S):
         for child in children:
-            code = child.tend()
+            code = child.supervise()
             if code is not None and child.has_refused:
                 refused[child.name] = code
         if len(refused) == len(children):

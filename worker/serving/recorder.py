@@ -30,7 +30,7 @@ from qbatch.models_db import checkpoints, jobs
 from qbatch.models_db.jobs import Token
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.serving.spool import Spool, Spooled
 
 log = logging.getLogger("qbatch.worker")

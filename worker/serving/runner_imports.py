@@ -1,10 +1,26 @@
 """Imported by the forkserver: everything that a runner imports and that does not initialise CUDA.
 
-So their 15 s are paid once for a worker.
+So their 15 s are paid once for a worker. bitsandbytes asks at import which GPU there is, so it is left to the runners;
+what it imports is here, half a second of each bundle.
 """
 
 from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
-NAMES = (*MODEL_LIBRARIES, "qbatch.worker.runner.process")
+_OF_BITSANDBYTES = (
+    "torch._inductor.compile_fx",
+    "torch._dynamo.repro.after_dynamo",
+    "torch._dynamo.backends.debugging",
+)
+NAMES = (
+    *MODEL_LIBRARIES,
+    *_OF_BITSANDBYTES,
+    # Imported by the first model of any family.
+    "transformers.modeling_layers",
+    "transformers.generation.utils",
+    "qbatch.worker.quantizing.streaming.stream",
+    "qbatch.worker.measuring.measure",
+    "qbatch.worker.runner.measured_rounds",
+    "qbatch.worker.runner.process",
+)
 
 import_without_gpu(NAMES)

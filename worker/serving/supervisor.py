@@ -36,7 +36,7 @@ from qbatch.models_db.jobs import Token
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
 from qbatch.scheduler.stop import Stop
-from qbatch.worker.checkpoints.publish import Published
+from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.staging import folder_of, unstage
 from qbatch.worker.runner import process as runner
 from qbatch.worker.runner.messages import (
@@ -58,8 +58,8 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.serving.answers import Answers
-from qbatch.worker.serving.leaving import Leaving
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.sources.fetch import SourcePolicy
 
 log = logging.getLogger("qbatch.worker")
@@ -85,7 +85,7 @@ class WorkerContext:
     staging: Path
     forkserver: ForkServerContext
     stopping: Stop
-    leaving: Leaving = field(default_factory=Leaving)
+    shutdown: Shutdown = field(default_factory=Shutdown)
 
 
 class _Pulsing:
@@ -151,7 +151,7 @@ class Supervisor:
                 connection.close()
                 self._clear_staging()
         except WrongDatabase as error:
-            self._context.leaving.because(error)
+            self._context.shutdown.request(error)
             log.warning("%s; returning %s to the queue", error, _names(self._open))
         except DatabaseRefused as error:
             self._fail_all(error)
@@ -251,7 +251,7 @@ class Supervisor:
             if self._context.stopping.is_set():
                 log.info("stopping: returning %s to the queue", _names(self._open))
                 return
-            if self._context.leaving.why is not None and not self._has_begun:
+            if self._context.shutdown.reason is not None and not self._has_begun:
                 log.info("stopping: returning %s, whose work has not begun, to the queue", _names(self._open))
                 return
             if self._over_time():

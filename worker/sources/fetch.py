@@ -34,11 +34,11 @@ from qbatch.core.errors import (
     StorageError,
     UnsafeSource,
 )
-from qbatch.core.filesystem import NO_ROOM
+from qbatch.core.filesystem import NO_SPACE_ERRNOS
 from qbatch.core.identity import fingerprint_of
 from qbatch.core.legacy_identity import legacy_hub_fingerprint
 from qbatch.core.model_files import content_files, names_code
-from qbatch.core.roots import check_place
+from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import is_hub_id, is_pickled, is_revision, read_headers
 from qbatch.worker.files.content import Content, DigestCache, HashedFile, Lister, hash_content
 from qbatch.worker.models.remote_code import code_sha256
@@ -149,7 +149,7 @@ class _Fetch:
         return _name(self.source) in self.policy.trusted
 
     def _folder_source(self, folder: Path) -> LocalSource:
-        check_place(folder, self.policy.roots)
+        refuse_outside_roots(folder, self.policy.roots)
         try:
             # Resolved once, because a link could point elsewhere for a moment without being noticed.
             return self._opened(folder.resolve(), None)
@@ -308,8 +308,8 @@ def _download(repository: Repository, cache: SourceCache) -> None:
     for incomplete in folder.glob(".cache/huggingface/**/*.incomplete"):
         incomplete.unlink()
     repository.check()
-    if repository.guides:
-        _snapshot(repository, folder, repository.guides)
+    if repository.listing_files:
+        _snapshot(repository, folder, repository.listing_files)
     wanted = repository.wanted(folder)
     cache.reserve(repository.entry, {path: repository.files[path] for path in wanted})
     _snapshot(repository, folder, wanted)
@@ -380,7 +380,7 @@ def _as_job_error(source: SourceRef, error: BaseException) -> JobError:
         return SourceNotFound(f"{name} is not a valid name of a hub repository")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return SourceGated(f"{name}: the hub refuses access with the workers' HF_TOKEN")
-    if getattr(error, "errno", None) in NO_ROOM or "(os error 28)" in str(error):
+    if getattr(error, "errno", None) in NO_SPACE_ERRNOS or "(os error 28)" in str(error):
         return DiskFull(f"{name}: the disk of the source cache is full")
     return FetchError(f"{name}: {_one_line(error)}")
 

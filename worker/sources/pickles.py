@@ -24,7 +24,7 @@ from qbatch.core.domain import content_hash
 from qbatch.core.errors import JobError, SourceCorrupt, UnsafeSource, Unsupported
 from qbatch.core.filesystem import move
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, pickle_files
-from qbatch.worker.checkpoints.publish import slug
+from qbatch.worker.checkpoints.published import slug
 from qbatch.worker.files.staging import storage_error
 from qbatch.worker.models.load import translated
 from qbatch.worker.quantizing.planning.layout import FileLayout, lay_out

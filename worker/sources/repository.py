@@ -57,7 +57,7 @@ class Repository:
         )
 
     @property
-    def guides(self) -> list[str]:
+    def listing_files(self) -> list[str]:
         """The small files that list which others are needed; ``wanted`` reads them."""
         return [name for name in (self._index, _MODULES_NAME) if name is not None and name in self.files]
 
@@ -82,7 +82,10 @@ class Repository:
         raise SourceNotFound(f"{self.repo_id} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
     def wanted(self, folder: Path) -> list[str]:
-        """The paths to fetch, in order. ``folder`` contains the ``guides``. Raises SourceCorrupt if one is broken."""
+        """The paths to fetch, in order. ``folder`` contains ``listing_files``.
+
+        Raises SourceCorrupt if one of them is broken.
+        """
         index = [] if self._index is None else [self._index]
         return sorted({*self.sidecars(folder), *index, *self._weights(folder)})
 

@@ -10,7 +10,7 @@ from qbatch.models_db.session import SCHEMA_HEAD
 from tests.chaos.faults.base import Fleet, Kind
 from tests.migrating import NOT_NULL, migrate
 
-# Alembic keeps what it is at in module globals, and lanes are threads.
+# Alembic keeps what it is at in module globals, and stacks are threads.
 _ALEMBIC = threading.Lock()
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Protocol, content_hash
 from qbatch.core.errors import BenchmarkError, StorageError
-from qbatch.core.filesystem import IS_TAKEN, move, storage_fault, sync, touch
+from qbatch.core.filesystem import OCCUPIED_ERRNOS, move, storage_fault, sync, touch
 from qbatch.core.measured.quality_figures import Quality, QualityFloor
 from qbatch.worker.files.reference_folders import (
     DESCRIPTION,
@@ -51,7 +51,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
-_FORMAT = 2
+_FORMAT = 3
 _PROBE = "base"
 
 
@@ -252,7 +252,7 @@ def _write(
         move(staging, folder)
         sync(folder.parent)
     except OSError as error:
-        if error.errno not in IS_TAKEN:
+        if error.errno not in OCCUPIED_ERRNOS:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)

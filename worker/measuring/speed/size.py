@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.sources import weight_files
-from qbatch.worker.methods.halves import weights_of_model
+from qbatch.worker.methods.implementations import weights_of_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

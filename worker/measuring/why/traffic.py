@@ -10,7 +10,7 @@ import torch
 
 from qbatch.core.errors import BenchmarkError
 from qbatch.worker.measuring.speed.size import held_bytes
-from qbatch.worker.methods.halves import weights_of_model
+from qbatch.worker.methods.implementations import weights_of_model
 
 _EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE_EXPERT_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk")

@@ -18,10 +18,10 @@ import torch
 from qbatch.core.digest import digest_file
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, Unsupported, UsageError, one_line
-from qbatch.core.filesystem import share
+from qbatch.core.filesystem import add_default_permissions
 from qbatch.core.sources import Header, read_header
 from qbatch.worker.files.staging import require_space
-from qbatch.worker.methods.halves import weights_of
+from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.models.architecture import load_config
 from qbatch.worker.quantizing.building.metadata_order import sort_metadata
 from qbatch.worker.quantizing.faults import as_job_error
@@ -191,7 +191,7 @@ class WholeModel:
         for path in self._weights.files_with_unsorted_metadata(self._target.folder):
             sort_metadata(path)
         for path in self._target.folder.iterdir():
-            share(path)
+            add_default_permissions(path)
 
     def _converted_weights_may_be_quantized(self) -> bool:
         """Whether the checkpoint must keep the model's own layout. Converting quantized codes back to the source's

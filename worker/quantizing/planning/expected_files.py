@@ -12,16 +12,16 @@ import torch
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
-from qbatch.worker.methods.halves import weights_of_config
+from qbatch.worker.methods.implementations import weights_of_config
 from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.loading import load_traced
 from qbatch.worker.quantizing.planning.saving import as_saved, quantized_state
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, published_skeleton
-from qbatch.worker.quantizing.tensors.trace import FromSource, Traced, sources_of
+from qbatch.worker.quantizing.tensors.trace import FromSource, TracedTensor, sources_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class ExpectedTensor:
     """A tensor that the checkpoint should contain.
 
     ``tensor`` has the expected dtype and shape, and data only if the values follow from the config. ``tie`` names the
@@ -36,11 +36,11 @@ class Expected:
 class ExpectedFiles:
     """All expected tensors by name, and the dtype that config.json should state (that of the first parameter)."""
 
-    tensors: Mapping[str, Expected]
+    tensors: Mapping[str, ExpectedTensor]
     config_dtype: str
 
 
-def describe(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
+def expected_files(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
     """What the checkpoint in ``folder``, loaded in ``dtype``, should contain.
 
     ``names`` are the tensors that it does contain; they show which of transformers' conversions its layout needs.
@@ -59,14 +59,16 @@ def describe(folder: Path, dtype: DType, names: Iterable[str]) -> ExpectedFiles:
     state = quantized_state(model, packing, recorder.weights, offsets, "cpu")
     model._weight_conversions = _conversions_used(skeleton, names, state)
     ties = _ties(model)
-    tensors = {name: Expected(tensor=tensor, tie=_tie(tensor, ties)) for name, tensor in as_saved(state, model).items()}
+    tensors = {
+        name: ExpectedTensor(tensor=tensor, tie=_tie(tensor, ties)) for name, tensor in as_saved(state, model).items()
+    }
     return ExpectedFiles(tensors=tensors, config_dtype=str(model.dtype).removeprefix("torch."))
 
 
-def _own_tensors(skeleton: Skeleton, packing: Packing) -> dict[str, Traced]:
+def _own_tensors(skeleton: Skeleton, packing: Packing) -> dict[str, TracedTensor]:
     """The model's own state, traced as if it were the source, so that nothing is missing or needs converting."""
     return {
-        name: Traced.of(_as_in_source(skeleton, packing, name, tensor), FromSource(name))
+        name: TracedTensor.of(_as_in_source(skeleton, packing, name, tensor), FromSource(name))
         for name, tensor in skeleton.model.state_dict().items()
     }
 
@@ -113,6 +115,6 @@ def _ties(model: Any) -> dict[str, str]:
 
 
 def _tie(tensor: torch.Tensor, ties: Mapping[str, str]) -> str | None:
-    sources = sources_of(tensor.origin) if isinstance(tensor, Traced) else frozenset()
+    sources = sources_of(tensor.origin) if isinstance(tensor, TracedTensor) else frozenset()
     groups = {ties.get(source) for source in sources}
     return groups.pop() if len(groups) == 1 else None

@@ -12,7 +12,7 @@ import torch
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, SourceCorrupt, Unsupported
-from qbatch.worker.methods.halves import weights_of
+from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton
@@ -23,7 +23,7 @@ from qbatch.worker.quantizing.tensors.trace import (
     FromSource,
     Origin,
     QuantizedPart,
-    Traced,
+    TracedTensor,
     simplified,
     sources_of,
     traced_tensors,
@@ -96,7 +96,7 @@ def load_source(
 
 
 def load_traced(
-    skeleton: Skeleton, packing: Packing, tensors: dict[str, Traced], mapping: list[Any], dtype: DType
+    skeleton: Skeleton, packing: Packing, tensors: dict[str, TracedTensor], mapping: list[Any], dtype: DType
 ) -> tuple[Any, TracingQuantizer]:
     """Load traced ``tensors`` into the skeleton's model, converted by transformers' ``mapping``.
 
@@ -133,13 +133,13 @@ def _all_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _traced_source(reader: SourceReader) -> dict[str, Traced]:
+def _traced_source(reader: SourceReader) -> dict[str, TracedTensor]:
     traced = {}
     for tensor in reader.tensors():
         if tensor.dtype not in TORCH_DTYPES:
             raise NotStreamable(f"{tensor.name} has dtype {tensor.dtype}")
         meta = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
-        traced[tensor.name] = Traced.of(meta, FromSource(tensor.name))
+        traced[tensor.name] = TracedTensor.of(meta, FromSource(tensor.name))
     return traced
 
 
@@ -173,7 +173,7 @@ class TracingQuantizer:
         return {name: self._record(model, name, value) for name, value in tensors.items()}
 
     def _record(self, model: Any, name: str, value: Any) -> torch.Tensor:
-        traced: Traced = value[0] if isinstance(value, list) else value
+        traced: TracedTensor = value[0] if isinstance(value, list) else value
         module = model.get_submodule(name.rpartition(".")[0])
         # transformers' own quantize operation sets this too, so that nothing in the module is initialized later.
         module._is_hf_initialized = self.packing.marks_initialized
@@ -206,9 +206,9 @@ def _weight(name: str, origin: Origin, transposed: bool, shape: tuple[int, int],
     return Weight(name=name, source=source, transposed=transposed, shape=shape, dtype=dtype, origin=origin)
 
 
-def traced_part(weight: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Traced:
+def traced_part(weight: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TracedTensor:
     """A tensor without data for the part ``key`` of a quantized weight."""
-    return Traced.of(torch.empty(shape, dtype=dtype, device="meta"), QuantizedPart(weight, key))
+    return TracedTensor.of(torch.empty(shape, dtype=dtype, device="meta"), QuantizedPart(weight, key))
 
 
 def refuse_missing(keys: Any) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import get_torch_storage_id, get_torch_storage_size, split_
 from qbatch.core.errors import SourceCorrupt, one_line
 from qbatch.worker.methods.packing import Packing
 from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel, Weight, traced_part
-from qbatch.worker.quantizing.tensors.trace import Origin, QuantizedPart, Traced, has_quantized_part, simplified
+from qbatch.worker.quantizing.tensors.trace import Origin, QuantizedPart, TracedTensor, has_quantized_part, simplified
 
 _DEFAULT_SHARD_SIZE = "50GB"  # transformers' own
 
@@ -102,7 +102,7 @@ def _without_tied(state: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _belongs_to_model(tensor: torch.Tensor) -> bool:
-    if not isinstance(tensor, Traced):
+    if not isinstance(tensor, TracedTensor):
         return tensor.device.type == "meta"
     return not isinstance(tensor.origin, QuantizedPart) or tensor.origin.key == "weight"
 
@@ -113,7 +113,7 @@ def _storage_id(tensor: torch.Tensor) -> Any:
 
 def _output(name: str, tensor: torch.Tensor) -> Output:
     content: Origin | bytes
-    if isinstance(tensor, Traced):
+    if isinstance(tensor, TracedTensor):
         content = simplified(tensor.origin)
         if has_quantized_part(content) and not isinstance(content, QuantizedPart):
             raise NotStreamable(f"{name} is converted after it was quantized")

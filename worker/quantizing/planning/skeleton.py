@@ -9,9 +9,9 @@ from typing import Any
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
 from qbatch.core.sources import read_config, read_headers
-from qbatch.worker.methods.halves import weights_of, weights_of_config
+from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
-from qbatch.worker.models.proportions import refuse_disproportion
+from qbatch.worker.models.config_plausibility import refuse_implausible_config
 
 # Exceptions that transformers' classes raise for a config with impossible values, or if a library is missing.
 _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
@@ -52,7 +52,7 @@ def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
 
     Raises SourceCorrupt, UnsafeSource, or Unsupported.
     """
-    refuse_disproportion(read_config(folder), read_headers(folder))
+    refuse_implausible_config(read_config(folder), read_headers(folder))
     config = _with_dtype(load_config(folder, trusted=False), dtype)
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or weights_of_config(quantization) is None:

@@ -41,7 +41,7 @@ def nested_offsets(
     offsets: dict[str, float] = {}
     for batch in _batches(doubly_quantized(loaded)):
         maxima = {weight.name: torch.empty(_blocks(packing, weight), device=device) for packing, weight in batch}
-        if error := WorkspacePool(device).run(_jobs(batch, reader, device, maxima), while_waiting):
+        if error := WorkspacePool(device).run(_work(batch, reader, device, maxima), while_waiting):
             raise NestedPassFailed from error
         offsets |= {name: float(block_maxima.mean().item()) for name, block_maxima in maxima.items()}
     return offsets
@@ -73,7 +73,7 @@ def _blocks(packing: StreamedPacking, weight: Weight) -> int:
     return -(-weight.shape[0] * weight.shape[1] // packing.block)
 
 
-def _jobs(
+def _work(
     batch: list[_NestedWeight], reader: SourceReader, device: str, maxima: Mapping[str, torch.Tensor]
 ) -> Iterator[Callable[[Workspace], None]]:
     for packing, weight in batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qbatch.core.digest import CHUNK_BYTES, FileDigest
 from qbatch.worker.quantizing.planning.layout import FileLayout
-from qbatch.worker.quantizing.streaming.reserve import reserve
+from qbatch.worker.quantizing.streaming.preallocate import preallocate
 
 _HASH_READ_BYTES = 2**22
 
@@ -32,7 +32,7 @@ class OutputFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(folder / layout.name, flags, 0o666)
         try:
-            reserve(self._descriptor, layout.size)
+            preallocate(self._descriptor, layout.size)
             self.write(layout.head, 0)
         except BaseException:
             self.close()

@@ -20,7 +20,7 @@ from qbatch.worker.quantizing.tensors.trace import Origin, QuantizedPart, Steps,
 from qbatch.worker.quantizing.tensors.workspace import Workspace, as_bytes, host_view
 
 
-class Staged(NamedTuple):
+class QuantizedPiece(NamedTuple):
     """A quantized piece for one target. Its bytes are valid after the workspace's ``wait``."""
 
     target_writer: TargetWriter
@@ -29,7 +29,7 @@ class Staged(NamedTuple):
     parts: dict[str, torch.Tensor]
     figures: torch.Tensor
 
-    def deliver(self) -> None:
+    def write(self) -> None:
         for key, part in self.parts.items():
             self.target_writer.write_part(self.weight, key, host_view(part), self.first_value)
         self.target_writer.add_figures(self.weight, self.figures.view(torch.float64).tolist())
@@ -56,15 +56,15 @@ class QuantizePiece:
         staged = self._quantize(workspace, host)
         workspace.wait()
         for piece in staged:
-            piece.deliver()
+            piece.write()
 
-    def _quantize(self, workspace: Workspace, host: torch.Tensor) -> list[Staged]:
+    def _quantize(self, workspace: Workspace, host: torch.Tensor) -> list[QuantizedPiece]:
         with workspace.turn():
             values = values_to_quantize(workspace.to_device(host), self.consumers[0][1])
             steps = range(0, len(values), self.step)
             return [piece for first in steps for piece in self._pack(workspace, values, first)]
 
-    def _pack(self, workspace: Workspace, values: torch.Tensor, first: int) -> Iterator[Staged]:
+    def _pack(self, workspace: Workspace, values: torch.Tensor, first: int) -> Iterator[QuantizedPiece]:
         piece = values[first : first + self.step]
         for target_writer, weight in self.consumers:
             if target_writer.error is not None:
@@ -73,7 +73,7 @@ class QuantizePiece:
             try:
                 packed = packing.pack(piece, weight.shape[1], target_writer.offsets.get(weight.name))
                 parts = {key: workspace.stage(part) for key, part in packed.parts.items()}
-                yield Staged(target_writer, weight, self.start + first, parts, workspace.stage(packed.figures))
+                yield QuantizedPiece(target_writer, weight, self.start + first, parts, workspace.stage(packed.figures))
             except Exception as error:
                 target_writer.fail(error)
 
@@ -123,7 +123,7 @@ class BuildOutput:
             self.target_writer.note_not_finite(self.output.name)
 
 
-Job = QuantizePiece | CopyPiece | BuildOutput
+WorkItem = QuantizePiece | CopyPiece | BuildOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +138,11 @@ _Group = Consumers | _Copies | BuildOutput
 
 
 def planned_read_bytes(target_writers: Sequence[TargetWriter], reader: SourceReader) -> int:
-    """The total number of bytes that the jobs of ``plan_jobs`` will read."""
+    """The total number of bytes that the jobs of ``plan_work`` will read."""
     return sum(reader.info(name).nbytes for group in _groups(target_writers) for name in _sources(group))
 
 
-def plan_jobs(target_writers: Sequence[TargetWriter], reader: SourceReader, piece_bytes: int) -> Iterator[Job]:
+def plan_work(target_writers: Sequence[TargetWriter], reader: SourceReader, piece_bytes: int) -> Iterator[WorkItem]:
     """All jobs of the pass, in the order of the source's tensors on disk. ``piece_bytes`` is the size that is read at
     a time, where the quantization allows it."""
     for group in sorted(_groups(target_writers), key=lambda group: reader.position(min(_sources(group)))):

@@ -20,7 +20,7 @@ from qbatch.worker.quantizing.planning.loading import NotStreamable, TracedModel
 from qbatch.worker.quantizing.planning.saving import save_configs, trace_saving
 from qbatch.worker.quantizing.planning.space import weights_bytes
 from qbatch.worker.quantizing.streaming.nested import NestedPassFailed, doubly_quantized, nested_offsets
-from qbatch.worker.quantizing.streaming.pieces import plan_jobs, planned_read_bytes
+from qbatch.worker.quantizing.streaming.pieces import plan_work, planned_read_bytes
 from qbatch.worker.quantizing.streaming.target_writer import TargetWriter
 from qbatch.worker.quantizing.streaming.workspace_pool import WorkspacePool
 from qbatch.worker.quantizing.target import Deferred, Outcome, Refused, Written
@@ -47,8 +47,8 @@ def stream(
             meter.plan(expected)
             outcomes = _open_writers(source, loaded, reader, device, meter, target_writers)
         meter.plan(planned_read_bytes(target_writers, reader) - expected)
-        jobs = (partial(job.run, reader=reader) for job in plan_jobs(target_writers, reader, piece_bytes(device)))
-        error = WorkspacePool(device).run(jobs, meter.report)
+        work = (partial(item.run, reader=reader) for item in plan_work(target_writers, reader, piece_bytes(device)))
+        error = WorkspacePool(device).run(work, meter.report)
         meter.report()
         if error is not None:
             for target_writer in target_writers:

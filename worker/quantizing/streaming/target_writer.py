@@ -12,7 +12,7 @@ from qbatch.core.digest import FileDigest, digest_file
 from qbatch.core.errors import JobError
 from qbatch.core.sources import INDEX_NAME
 from qbatch.worker.files.staging import require_space
-from qbatch.worker.methods.halves import weights_of
+from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.planning.audit import error_audit
 from qbatch.worker.quantizing.planning.layout import FileLayout, lay_out

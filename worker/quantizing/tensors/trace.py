@@ -51,14 +51,14 @@ class QuantizedPart:
 Origin = FromSource | Cast | Call | QuantizedPart
 
 
-class Traced(torch.Tensor):
+class TracedTensor(torch.Tensor):
     """A meta tensor with an origin. Torch functions on it run on the meta device, and the result records the call."""
 
     origin: Origin
 
     @staticmethod
-    def of(meta: torch.Tensor, origin: Origin) -> Traced:
-        traced = torch.Tensor._make_subclass(Traced, meta)
+    def of(meta: torch.Tensor, origin: Origin) -> TracedTensor:
+        traced = torch.Tensor._make_subclass(TracedTensor, meta)
         traced.origin = origin
         return traced
 
@@ -67,38 +67,41 @@ class Traced(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*_all_plain(args), **({} if kwargs is None else tree_map_only(Traced, _plain, kwargs)))
+            result = func(*_all_plain(args), **({} if kwargs is None else tree_map_only(TracedTensor, _plain, kwargs)))
         if isinstance(result, torch.Tensor):
-            return Traced.of(result, _origin(func, args, kwargs or {}, result))
+            return TracedTensor.of(result, _origin(func, args, kwargs or {}, result))
         if isinstance(result, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in result):
-            return tuple(Traced.of(item, Call(func, args, kwargs or {}, index)) for index, item in enumerate(result))
+            return tuple(
+                TracedTensor.of(item, Call(func, args, kwargs or {}, index)) for index, item in enumerate(result)
+            )
         return result
 
 
-def traced_tensors(model: Any) -> list[tuple[str, Traced]]:
+def traced_tensors(model: Any) -> list[tuple[str, TracedTensor]]:
     """The traced parameters and buffers of a model, each under one of its names."""
     named = (*model.named_parameters(), *model.named_buffers())
-    return [(name, tensor) for name, tensor in named if isinstance(tensor, Traced)]
+    return [(name, tensor) for name, tensor in named if isinstance(tensor, TracedTensor)]
 
 
 def _all_plain(args: tuple[Any, ...]) -> list[Any]:
     # Nearly all arguments are plain tensors and numbers. Calling tree_map_only for those would dominate tracing time.
-    return [
-        _plain(arg) if isinstance(arg, Traced) else tree_map_only(Traced, _plain, arg) if _is_nested(arg) else arg
-        for arg in args
-    ]
+    return [_plain(arg) if isinstance(arg, TracedTensor) else _plain_argument(arg) for arg in args]
+
+
+def _plain_argument(arg: Any) -> Any:
+    return tree_map_only(TracedTensor, _plain, arg) if _is_nested(arg) else arg
 
 
 def _is_nested(arg: Any) -> bool:
     return isinstance(arg, (tuple, list, dict)) and type(arg) is not torch.Size
 
 
-def _plain(traced: Traced) -> torch.Tensor:
+def _plain(traced: TracedTensor) -> torch.Tensor:
     return torch.Tensor._make_subclass(torch.Tensor, traced)
 
 
 def _origin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> Origin:
-    first = args[0] if args and isinstance(args[0], Traced) else None
+    first = args[0] if args and isinstance(args[0], TracedTensor) else None
     if first is not None:
         if func in _SAME_VALUES or (func is torch.Tensor.__getitem__ and args[1] is ...):
             return first.origin
@@ -125,7 +128,7 @@ def simplified(origin: Origin) -> Origin:
     return simplified(pieces[origin.index].origin)
 
 
-def _squeezed(piece: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
+def _squeezed(piece: TracedTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
     """squeeze(chunk(stack(tensors, dim), len(tensors), dim)[i], dim) is tensors[i]."""
     dim = args[0] if args else kwargs.get("dim")
     cut = piece.origin
@@ -141,12 +144,12 @@ def _squeezed(piece: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> O
     return simplified(pieces[cut.index].origin)
 
 
-def _chunk_arguments(call: Call) -> tuple[Traced, int, int]:
+def _chunk_arguments(call: Call) -> tuple[TracedTensor, int, int]:
     values = dict(zip(("input", "chunks", "dim"), call.args, strict=False)) | call.kwargs
     return values["input"], values["chunks"], values.get("dim", 0)
 
 
-def _join_arguments(call: Call) -> tuple[list[Traced], int]:
+def _join_arguments(call: Call) -> tuple[list[TracedTensor], int]:
     values = dict(zip(("tensors", "dim"), call.args, strict=False)) | call.kwargs
     return list(values["tensors"]), values.get("dim", 0)
 
@@ -160,7 +163,7 @@ def sources_of(origin: Origin) -> frozenset[str]:
     if isinstance(origin, QuantizedPart):
         return frozenset()
     names: set[str] = set()
-    tree_map_only(Traced, lambda traced: names.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
+    tree_map_only(TracedTensor, lambda traced: names.update(sources_of(traced.origin)), (origin.args, origin.kwargs))
     return frozenset(names)
 
 
@@ -189,7 +192,9 @@ def has_quantized_part(origin: Origin) -> bool:
         return has_quantized_part(origin.of)
     if isinstance(origin, Call):
         results: list[bool] = []
-        tree_map_only(Traced, lambda t: results.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs))
+        tree_map_only(
+            TracedTensor, lambda t: results.append(has_quantized_part(t.origin)), (origin.args, origin.kwargs)
+        )
         return any(results)
     return isinstance(origin, QuantizedPart)
 
@@ -202,7 +207,7 @@ def replay(origin: Origin, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         return replay(origin.of, read).to(origin.dtype)
     if isinstance(origin, QuantizedPart):
         raise TypeError(f"{origin.weight}: a quantized part cannot be replayed")
-    args, kwargs = tree_map_only(Traced, lambda traced: replay(traced.origin, read), (origin.args, origin.kwargs))
+    args, kwargs = tree_map_only(TracedTensor, lambda traced: replay(traced.origin, read), (origin.args, origin.kwargs))
     result = origin.function(*args, **kwargs)
     value: torch.Tensor = result if origin.index is None else result[origin.index]
     return value

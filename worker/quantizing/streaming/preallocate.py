@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 
-from qbatch.core.filesystem import CANNOT
+from qbatch.core.filesystem import UNSUPPORTED_ERRNOS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def reserve(descriptor: int, nbytes: int) -> None:
+def preallocate(descriptor: int, nbytes: int) -> None:
     """Allocate ``nbytes`` of disk space for an open file, and set its length to that. Raises OSError (ENOSPC).
 
     ``os.posix_fallocate`` is not used because it writes to every block if the file system cannot preallocate.
@@ -19,5 +19,5 @@ def reserve(descriptor: int, nbytes: int) -> None:
         return
     result = _libc.fallocate(descriptor, ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
     # If the file system cannot preallocate, the file simply grows while it is written.
-    if result != 0 and (code := ctypes.get_errno()) not in CANNOT:
+    if result != 0 and (code := ctypes.get_errno()) not in UNSUPPORTED_ERRNOS:
         raise OSError(code, os.strerror(code))

@@ -1,4 +1,4 @@
-"""One stack, hurt while it works: started, fed with batches, struck at random, left to settle, accounted for."""
+"""One stack under random faults: started, given batches, disturbed, left to finish, and checked."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _ACCOUNTS = threading.Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one lane goes through. ``gap_s`` is the mean time between faults; ``deadline`` (monotonic) ends the kills
+    """What one stack goes through. ``gap_s`` is the mean time between faults; ``deadline`` (monotonic) ends the kills
     early. With fewer ``models``, four at least, more of the jobs are duplicates of others. ``storage`` None is the
-    lane's own; ``changes_sources``: weights are rewritten while jobs read them."""
+    stack's own; ``changes_sources``: weights are rewritten while jobs read them."""
 
     seed: str
     kills: int
@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a lane went."""
+    """How a stack went."""
 
     account: Account
     faults: Counter[str] = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class Outcome:
     wall_s: float = 0.0
 
 
-class Lane:
+class ChaosStack:
     """``qbatch up``, a second scheduler, further launchers, and everything that happens to them. Use once."""
 
     def __init__(
@@ -177,7 +177,7 @@ class Lane:
     def _tend(self) -> None:
         """Start what is not running, as a service manager would, and wake who was stopped for long enough."""
         if self._halted.is_set():
-            raise RuntimeError("another lane broke off, or the user did")
+            raise RuntimeError("another stack broke off, or the user did")
         self._fleet.wake()
         self._fleet.restore()
         for name, arguments in self._services().items():

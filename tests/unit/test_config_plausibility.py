@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import SourceCorrupt
 from qbatch.core.sources import Header, TensorInfo, read_config, read_headers
+from qbatch.worker.models.config_plausibility import refuse_implausible_config
 from qbatch.worker.models.load import load
-from qbatch.worker.models.proportions import refuse_disproportion
 from qbatch.worker.quantizing import Refused, Target, write_checkpoints
 from tests import tiny
 
@@ -51,24 +51,26 @@ LLAMA = headers_of(*((f"model.layers.{n}.mlp.up_proj.weight", (256, 128)) for n 
 )
 def test_what_the_weights_cannot_fill_is_refused(config: dict[str, Any], named: str) -> None:
     with pytest.raises(SourceCorrupt, match=rf"sets {named} to .*, but the weights are only 20 tensors"):
-        refuse_disproportion(config, LLAMA)
+        refuse_implausible_config(config, LLAMA)
 
 
 def test_what_the_weights_hold_is_not_refused() -> None:
     layers = headers_of(*((f"model.layers.{n}.norm.weight", (64,)) for n in range(5000)))
-    refuse_disproportion({"num_hidden_layers": 5000}, layers)
-    refuse_disproportion({"num_experts": 10**5}, headers_of(("experts", (10**5, 8, 8))))
-    refuse_disproportion({"vocab_size": 2**26}, headers_of(("embed_tokens.weight", (2**26, 8))))
-    refuse_disproportion({"n_positions": 10**6}, headers_of(("wpe.weight", (10**6, 8))))
+    refuse_implausible_config({"num_hidden_layers": 5000}, layers)
+    refuse_implausible_config({"num_experts": 10**5}, headers_of(("experts", (10**5, 8, 8))))
+    refuse_implausible_config({"vocab_size": 2**26}, headers_of(("embed_tokens.weight", (2**26, 8))))
+    refuse_implausible_config({"n_positions": 10**6}, headers_of(("wpe.weight", (10**6, 8))))
     # What is no count, however large, and a rotary model of ten million tokens beside a vision tower's small table.
-    refuse_disproportion({"rope_theta": 10**11, "bos_token_id": 10**12, "seed": 2**63, "model_max_length": 10**30}, ())
+    refuse_implausible_config(
+        {"rope_theta": 10**11, "bos_token_id": 10**12, "seed": 2**63, "model_max_length": 10**30}, ()
+    )
     tower = headers_of(("vision_model.position_embeddings.weight", (577, 64)))
-    refuse_disproportion({"text_config": {"max_position_embeddings": 10_485_760}, "vision_config": {}}, tower)
+    refuse_implausible_config({"text_config": {"max_position_embeddings": 10_485_760}, "vision_config": {}}, tower)
 
 
 def test_positions_beyond_the_table_that_the_weights_hold_are_refused() -> None:
     with pytest.raises(SourceCorrupt, match="n_positions"):
-        refuse_disproportion({"n_positions": 10**5}, headers_of(("transformer.wpe.weight", (1024, 64))))
+        refuse_implausible_config({"n_positions": 10**5}, headers_of(("transformer.wpe.weight", (1024, 64))))
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_no_config_that_transformers_knows_of_is_refused_as_it_stands() -> None:
         except Exception as error:
             made_of_nothing.append((model_type, error))
             continue
-        refuse_disproportion(config.to_dict(), table)
+        refuse_implausible_config(config.to_dict(), table)
     assert len(made_of_nothing) < 10, made_of_nothing
     assert len(list(CONFIG_MAPPING)) > 300
 
@@ -99,7 +101,7 @@ def test_no_model_of_the_tests_is_refused(arch: str, tmp_path: Path) -> None:
         tiny.make_overwritten(tmp_path, arch)
     else:
         {"bert": tiny.make_encoder, "nomic": tiny.make_fused_qkv, "speech": tiny.make_speech}[arch](tmp_path)
-    refuse_disproportion(read_config(tmp_path), read_headers(tmp_path))
+    refuse_implausible_config(read_config(tmp_path), read_headers(tmp_path))
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "max_position_embeddings"])

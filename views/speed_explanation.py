@@ -16,7 +16,7 @@ from qbatch.views.units import show_bytes, show_float, show_rate, show_ratio, sh
 _WAITING = (Verdict.HOST_BOUND, Verdict.SYNCHRONIZATION_BOUND)
 
 
-def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
+def explain_speed(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     """Sentences that explain a measured row's decoding speed. Empty for a model that does not decode.
 
     ``baseline`` must be of the same protocol and device, else None.
@@ -26,7 +26,7 @@ def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     if row.details.is_on_cpu:
         return [*_on_cpu(row)]
     if not row.details.why.is_known:
-        return ["Its reasons were not measured."]
+        return ["The bottleneck of decoding was not measured."]
     explained_baseline = baseline if baseline is not None and baseline.details.why.is_known else None
     return [
         *_speed(row, row.decode_tokens_per_s, baseline),
@@ -35,24 +35,24 @@ def why(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     ]
 
 
-def why_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
+def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | None:
     """One line for the foot of a table; None if there is nothing to explain."""
     ratio = _rate_ratio(row, baseline)
     if row.is_baseline or baseline is None or ratio is None:
         return None
     if row.details.is_on_cpu:
         layers = row.details.audits.cpu_layers_on_generic_kernel
-        return describe_row(row.scheme).on_cpu_briefly(layers or 0)
+        return describe_row(row.scheme).cpu_footnote(layers or 0)
     if not row.details.why.is_known:
         return None
     mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
-    return f"decodes at {show_ratio(ratio)}{mark} of its baseline: " + "; ".join(_brief_parts(row, baseline))
+    return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate: " + "; ".join(_brief_parts(row, baseline))
 
 
 def _on_cpu(row: ResultRow) -> Iterable[str]:
-    yield "On a CPU qbatch gives no verdict, since nothing there tells waiting from working."
+    yield "On a CPU, qbatch cannot tell what limits decoding: nothing there shows how long the processor waits."
     layers = row.details.audits.cpu_layers_on_generic_kernel
-    remark = None if layers is None else describe_row(row.scheme).on_cpu(show_scheme(row), layers)
+    remark = None if layers is None else describe_row(row.scheme).cpu_remark(show_scheme(row), layers)
     if remark is not None:
         yield remark
 
@@ -85,12 +85,12 @@ def _rate_ratio(row: ResultRow, baseline: ResultRow | None) -> float | None:
 def _verdicts(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     if baseline is not None and row.details.why.verdict == baseline.details.why.verdict == Verdict.HOST_BOUND:
         yield (
-            f"Both wait for the host: the device is busy for {_busy(row)} of a step, with the baseline for "
-            f"{_busy(baseline)}{_launches(row, baseline)}."
+            f"Both wait for the host: the device is busy for {_busy(row)} of a step, and for {_busy(baseline)} with "
+            f"the baseline{_launches(row, baseline)}."
         )
         return
     yield f"{show_scheme(row)} {_verdict(row)}{_launches(row, baseline) if _is_waiting(row) else ''}."
-    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and (cause := _why_it_waits(row)) is not None:
+    if row.details.why.verdict == Verdict.SYNCHRONIZATION_BOUND and (cause := _synchronization_cause(row)) is not None:
         yield cause
     if row.details.why.verdict == Verdict.KERNEL_BOUND and baseline is not None:
         yield from _bytes_saved(row, baseline)
@@ -109,23 +109,24 @@ def _verdict(row: ResultRow) -> str:
         return f"waits for the host {times} times a step: the device is busy for {_busy(row)} of it"
     if verdict == Verdict.MEMORY_BOUND:
         moved = show_bytes(row.details.why.work.bytes)
-        return f"is bound by memory: a step moves {moved} at {_copy_share(row)} of what a plain copy reaches"
+        return f"is memory-bound: a step moves {moved} at {_copy_share(row)} of the bandwidth of a plain copy"
     if verdict == Verdict.COMPUTE_BOUND:
-        return f"is bound by arithmetic: at {_matmul_share(row)} of what a large matrix product reaches"
+        return f"is compute-bound: it reaches {_matmul_share(row)} of the rate of a large matrix product"
     if verdict == Verdict.KERNEL_BOUND:
         return (
-            f"is bound by its own kernels: the device is busy for {_busy(row)} of a step, at {_copy_share(row)} of "
-            f"what a plain copy reaches and {_matmul_share(row)} of what a large matrix product does"
+            f"is limited by its own kernels: the device is busy for {_busy(row)} of a step, but reaches only "
+            f"{_copy_share(row)} of the bandwidth of a plain copy and {_matmul_share(row)} of the rate of a large "
+            "matrix product"
         )
-    return f"gets no verdict: {row.details.why.reason or 'no reason is on record'}"
+    return f"has an unknown bottleneck: {row.details.why.reason or 'no reason is on record'}"
 
 
 def _is_waiting(row: ResultRow) -> bool:
     return row.details.why.verdict in _WAITING
 
 
-def _why_it_waits(row: ResultRow) -> str | None:
-    return describe_row(row.scheme).waits_because(row.options)
+def _synchronization_cause(row: ResultRow) -> str | None:
+    return describe_row(row.scheme).synchronization_cause(row.options)
 
 
 def _launches(row: ResultRow, baseline: ResultRow | None) -> str:
@@ -145,8 +146,8 @@ def _bytes_saved(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     slower = (row.details.why.profile.device_busy_s or 0) > (baseline.details.why.profile.device_busy_s or 0)
     if own < base and slower:
         yield (
-            f"A step reads {show_bytes(own)} against the baseline's {show_bytes(base)}, and its "
-            "kernels do not turn that into time."
+            f"A step reads {show_bytes(own)} against the baseline's {show_bytes(base)}, but its kernels do not become "
+            "faster by it."
         )
 
 
@@ -160,7 +161,7 @@ def _without_host(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     elif own:
         yield f"{_faster_host(row)} {_kernels(row)} alone would take {show_seconds(own)} a step."
     elif reason := row.details.why.kernels_alone.reason:
-        yield f"The kernels of {show_scheme(row)} alone could not be timed: {reason}."
+        yield f"The kernels of {show_scheme(row)} could not be timed alone: {reason}."
         yield from _by_profile(row, baseline)
 
 
@@ -168,7 +169,7 @@ def _host_free(row: ResultRow, baseline: ResultRow | None, own: float, base: flo
     ratio = base / own
     return (
         f"{_faster_host(row, baseline)} {_kernels(row)} alone would take {show_seconds(own)} a step against the "
-        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of its rate{_conclusion(row, baseline, ratio)}."
+        f"baseline's {show_seconds(base)}: {show_ratio(ratio)} of the rate{_conclusion(row, baseline, ratio)}."
     )
 
 
@@ -179,7 +180,7 @@ def _kernels(row: ResultRow) -> str:
 def _faster_host(*rows: ResultRow | None) -> str:
     if any(row is not None and _is_waiting(row) for row in rows):
         return "On a host that keeps up, or with CUDA graphs,"
-    return "Without the host, under a CUDA graph,"
+    return "Without the host's delays, as with CUDA graphs,"
 
 
 def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str:
@@ -191,10 +192,10 @@ def _conclusion(row: ResultRow, baseline: ResultRow | None, ratio: float) -> str
     faster_here = differs_here and not slower_here
     # Compared as shown: a reader could not see a difference at ×1.00.
     if show_ratio(ratio) == show_ratio(1.0):
-        return ", so there it would be as fast" if slower_here else ""
+        return ", so it would be as fast there" if slower_here else ""
     if ratio > 1:
-        return ", so it would be faster there too" if faster_here else ", so there it would be the faster one"
-    return ", so it would be slower there too" if slower_here else ", so there it would be the slower one"
+        return ", so it would be faster there too" if faster_here else ", so it would be faster there"
+    return ", so it would be slower there too" if slower_here else ", so it would be slower there"
 
 
 def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
@@ -202,8 +203,8 @@ def _by_profile(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     own, base = (r.details.why.profile.device_busy_s if r is not None else None for r in (row, baseline))
     if own and base:
         yield (
-            f"By the profile they are busy for {show_seconds(own)} of a step against the baseline's "
-            f"{show_seconds(base)}: {show_ratio(base / own)} of its rate at best, on a host that keeps up."
+            f"According to the profile, they take {show_seconds(own)} of a step against the baseline's "
+            f"{show_seconds(base)}: at best {show_ratio(base / own)} of the rate, on a host that keeps up."
         )
 
 
@@ -234,11 +235,11 @@ def _share(work: float | None, row: ResultRow, roof: float | None) -> str:
 def _brief_parts(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
     verdict = row.details.why.verdict
     if verdict is None:
-        yield f"no verdict, {row.details.why.reason or 'without a reason'}"
+        yield f"bottleneck unknown ({row.details.why.reason or 'no reason is on record'})"
         return
     own, base = row.details.why.profile.launches, baseline.details.why.profile.launches
     launches = f", {_times(own / base)} the launches" if _is_waiting(row) and own and base else ""
     yield f"{verdict} (device busy {_busy(row)} of a step{launches})"
     alone, base_alone = (one.details.why.kernels_alone.step_s for one in (row, baseline))
     if alone and base_alone:
-        yield f"kernels alone at {show_ratio(base_alone / alone)} of its rate"
+        yield f"its kernels alone would reach {show_ratio(base_alone / alone)} of that rate"

@@ -1,4 +1,4 @@
-"""A CPU that emulates 16-bit arithmetic is told from one that has it, and said to be one."""
+"""A CPU that emulates 16-bit arithmetic is recognised and reported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from qbatch.cli import main
 from qbatch.core.domain import DType
-from qbatch.views.arithmetic import arithmetic_check, emulation_remarks, native_check
 from qbatch.views.checks import State
 from qbatch.views.comparison import Preference
+from qbatch.views.emulation import arithmetic_check, emulation_remarks, native_check
 from qbatch.worker.machine import cpu_arithmetic
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns, bfloat16_instructions
 from tests.unit.measured_rows import result
@@ -82,7 +82,9 @@ def test_tables_say_by_how_much_bfloat16_is_slower() -> None:
     ]
     for table in (results_table(rows), comparison(rows, Preference(), by="scheme", format="table")):
         assert f"{EPYC} emulates bfloat16: a matrix product takes 75 times as long there" in on_one_line(table)
-        assert "Speeds measured in bfloat16, the baseline included, are those of the emulation" in on_one_line(table)
+        assert "Speeds measured in bfloat16, including the baseline's, show how fast the emulation is" in on_one_line(
+            table
+        )
 
 
 def test_a_row_by_itself_says_it_too() -> None:
@@ -101,7 +103,7 @@ def test_doctor_says_what_the_cpu_computes_in() -> None:
     emulating = arithmetic_check({"bfloat16": 74.6, "float16": 41.0})
     assert emulating.state is State.NOTE
     assert "emulates bfloat16: a matrix product takes 75 times as long as in float32" in emulating.message
-    assert "speeds of 16-bit models here are those of the emulation" in emulating.message
+    assert "the speeds of 16-bit models show how fast the emulation is" in emulating.message
     fast = arithmetic_check({"bfloat16": 0.5, "float16": 41.0})
     assert fast.state is State.OK
     assert fast.message.startswith("computes in bfloat16 as fast as in float32; emulates float16")

@@ -14,7 +14,7 @@ _NAMED = 3
 _WORST_SHOWN = 5
 _UNFAIR = {
     "foreign_processes": "other processes used the GPU",
-    "throttled": "the GPU lowered its clocks for heat or power",
+    "throttled": "the GPU lowered its clocks because of heat or its power limit",
     "clocks_changed": "the GPU's clocks changed",
 }
 
@@ -31,38 +31,37 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     dropped = row.details.audit.dropped_tensors
     if dropped:
         yield (
-            f"{_count(len(dropped), 'tensor')} of the source {'is' if len(dropped) == 1 else 'are'} not in it, since "
-            f"transformers drops {'it' if len(dropped) == 1 else 'them'}: {first_names(dropped)}"
+            f"it lacks {_count(len(dropped), 'tensor')} of the source, which transformers drops: {first_names(dropped)}"
         )
     idle = row.details.audit.idle_skip_modules
     if idle:
-        yield f"it has no layer of those that --skip-modules names: {first_names(idle)}"
+        yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
     yield from fairness_remarks(row.details.flags)
-    for remark in fairness_remarks(row.details.why.energy.flags):
-        yield f"of its energy: {remark}"
+    yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
     if row.details.audits.spread_between_rounds:
         # Without the number, so that several rows can share the footnote.
         yield (
-            "its speed varied much between its rounds (`qbatch show JOB` says by how much): a difference of that size "
-            "is easily the host's"
+            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
+            "size may be caused by the host"
         )
 
 
-def fairness_remarks(flags: Mapping[str, bool] | None) -> Iterable[str]:
+def fairness_remarks(flags: Mapping[str, bool] | None, *, during: str = "while it was measured") -> Iterable[str]:
     """Yield what disturbed the GPU during the measurement."""
     for name, raised in (flags or {}).items():
         if raised:
-            yield f"while it was measured, {_UNFAIR.get(name, name.replace('_', ' '))}"
+            yield f"{during}, {_UNFAIR.get(name, name.replace('_', ' '))}"
 
 
 def defects(row: ResultRow) -> Iterable[str]:
     """Yield what makes a checkpoint unfit to ship."""
     broken = row.details.audit.not_finite
     if broken:
-        yield f"{_count(len(broken), 'weight')} of it hold NaN or infinity: {first_names(broken)}"
+        verb = "contains" if len(broken) == 1 else "contain"
+        yield f"{len(broken)} of its weights {verb} NaN or infinity: {first_names(broken)}"
     yield from describe_row(row.scheme).defects(row.details.audit.stored)
     if row.details.audits.perplexity_not_finite:
-        yield "its perplexity is not finite: some of its predictions are no numbers, or give a token next to no chance"
+        yield "its perplexity is not finite: some predictions are NaN, or give a token a probability of almost zero"
 
 
 def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
@@ -72,7 +71,7 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         yield "bits per parameter", f"{row.bits_per_param:.2f}"
     audit = row.details.audit
     if not audit.is_known:
-        yield "audit", "none is on record"
+        yield "audit", "not recorded"
         return
     for part in audit.kept or ():
         count = NOTHING if part.parameters is None else show_count(part.parameters)
@@ -91,7 +90,11 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         yield (
             "written",
             "streamed, "
-            + (f"in one pass with {_count(others, 'other scheme')}, whose time they share" if others else "alone"),
+            + (
+                f"in one pass with {_count(others, 'other scheme')}; the time is that of the pass"
+                if others
+                else "alone"
+            ),
         )
 
 
@@ -112,7 +115,7 @@ def _errors(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
     for layer in (audit.relative_error_worst or ())[:_WORST_SHOWN]:
         yield "worst layers", f"{NOTHING if layer.error is None else f'{layer.error:.4f}'}  {layer.name}"
     if audit.not_finite is not None:
-        yield "NaN or infinity in", first_names(audit.not_finite, 10) if audit.not_finite else "none of its tensors"
+        yield "NaN or infinity in", first_names(audit.not_finite, 10) if audit.not_finite else "no tensor"
 
 
 def other_audits(row: ResultRow) -> Iterable[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the command line's own types make of what is typed."""
+"""The parameter types of the command line: what they accept and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import click
 import pytest
 
-from qbatch.cli_options import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ def test_a_comma_within_brackets_is_the_pattern_s_own(typed: str, patterns: list
 
 
 @pytest.mark.parametrize("typed", ["lm_head, [fc", "(a,b", "*"])
-def test_what_is_no_pattern_is_refused(typed: str) -> None:
+def test_an_invalid_pattern_is_refused(typed: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a valid regular expression"):
         Patterns().convert(typed, None, None)
 
 
-def test_not_a_number_is_within_no_bounds() -> None:
+def test_nan_is_refused_by_every_bounded_option() -> None:
     assert Amount(min=0).convert("1.02", None, None) == 1.02
     for typed in ("nan", "-1", "much", "inf", "1e400"):
         with pytest.raises(click.BadParameter):
@@ -40,7 +40,7 @@ def test_not_a_number_is_within_no_bounds() -> None:
     "kind", [Amount(min=0), Bits(), Duration(), Name(), ByteSize(), TimeLimit()], ids=lambda kind: kind.name
 )
 @pytest.mark.parametrize("typed", ["9" * 400, "9" * 5000, "x" * 100_000], ids=["400", "5000", "100000"])
-def test_what_has_no_end_is_refused_in_short(kind: click.ParamType[object], typed: str) -> None:
+def test_a_very_long_value_is_shortened_in_the_message(kind: click.ParamType[object], typed: str) -> None:
     with pytest.raises(click.BadParameter) as caught:
         kind.convert(typed, None, None)
     assert len(caught.value.message) < 200 or isinstance(kind, Amount), "click's own quotes what was typed"

@@ -21,10 +21,10 @@ def emulation_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
             emulations.setdefault((str(row.device_name), dtype), []).append((row, slowdown))
     for (device, dtype), measured in emulations.items():
         slowdown = statistics.median(slowdown for _, slowdown in measured)
-        including = ", the baseline included," if any(row.is_baseline for row, _ in measured) else ""
+        including = ", including the baseline's," if any(row.is_baseline for row, _ in measured) else ""
         yield (
             f"{device} emulates {dtype}: a matrix product takes {_times(slowdown)} as long there as in float32. "
-            f"Speeds measured in {dtype}{including} are those of the emulation, not of the model."
+            f"Speeds measured in {dtype}{including} show how fast the emulation is, not the model."
         )
 
 
@@ -38,7 +38,7 @@ def arithmetic_check(slowdowns: Mapping[str, float]) -> Check:
     if "bfloat16" not in emulated:
         remarks.insert(0, "computes in bfloat16 as fast as in float32")
         return check("cpu", State.OK, "; ".join(remarks))
-    return check("cpu", State.NOTE, "; ".join([*remarks, "speeds of 16-bit models here are those of the emulation"]))
+    return check("cpu", State.NOTE, "; ".join([*remarks, "the speeds of 16-bit models show how fast the emulation is"]))
 
 
 def native_check(instructions: str) -> Check:

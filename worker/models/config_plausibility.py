@@ -30,7 +30,7 @@ _FEW_TABLED_POSITIONS = 2**16
 _SMALL_SIZE = 2**24
 
 
-def refuse_disproportion(config: Mapping[str, Any], headers: Sequence[Header]) -> None:
+def refuse_implausible_config(config: Mapping[str, Any], headers: Sequence[Header]) -> None:
     """Raise SourceCorrupt if config.json, or a config nested in it, asks for more than the weights can fill."""
     tensors = [tensor for header in headers for tensor in header.tensors]
     largest = max((size for tensor in tensors for size in tensor.shape), default=0)

@@ -1,0 +1,121 @@
+"""``doctor``, ``inspect`` and ``verify``: examine the installation, a model, or checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qbatch.commands.context import current_settings, open_database, parse_batch_ids, require_batches
+from qbatch.commands.shared_options import format_options
+from qbatch.core.control_characters import escape_controls
+from qbatch.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from qbatch.views.checks import Check
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also import the libraries and quantize a weight; takes half a minute.")
+@format_options("table", "json", "csv")
+def doctor(deep: bool, format_: str) -> None:
+    """Check the installation and report problems. Exits with 1 if there are any."""
+    from qbatch.scheduler.local_stack import stack_is_running
+    from qbatch.views.checks import State, render_checks
+    from qbatch.views.doctor import examine
+    from qbatch.views.libraries import VisibleGpu, examine_libraries
+    from qbatch.worker.machine.gpu import installed_gpus
+
+    settings = current_settings()
+    gpus = [VisibleGpu(name=gpu.name, memory_bytes=gpu.memory_bytes) for gpu in installed_gpus()]
+    checks = [*examine(settings, gpus=gpus, stack_runs=stack_is_running(settings))]
+    if deep or not gpus:
+        checks.append(_cpu_check(measure=deep))
+    if deep:
+        checks += examine_libraries()
+    click.echo(render_checks(checks, format_))
+    sys.exit(1 if any(check.state is State.WRONG for check in checks) else 0)
+
+
+def _cpu_check(*, measure: bool) -> Check:
+    """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
+    from qbatch.views.checks import State, check
+    from qbatch.views.emulation import arithmetic_check, native_check
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+
+    instructions = bfloat16_instructions(cpuinfo(), os.environ)
+    if instructions is not None and not measure:
+        return native_check(instructions)
+    try:
+        return arithmetic_check(measured_apart())
+    except RuntimeError as error:
+        return check("cpu", State.WRONG, f"torch cannot multiply matrices here: {error}")
+
+
+@click.command()
+@click.argument("model")
+@format_options("table", "json", "csv")
+def inspect(model: str, format_: str) -> None:
+    """Show a model's dtype, parameter count and size, read from its file headers alone."""
+    from qbatch.core.errors import FetchError, JobError, ServiceUnreachable
+    from qbatch.core.inspection import inspect_source
+    from qbatch.core.sources import parse_source
+    from qbatch.views.formats import render
+    from qbatch.views.model_description import inspection_table
+
+    try:
+        description = inspect_source(parse_source(model))
+    except FetchError as error:
+        raise ServiceUnreachable(f"{model}: {error}") from error
+    except JobError as error:
+        raise UsageError(f"{model}: {error}") from error
+    click.echo(inspection_table(description) if format_ == "table" else render([description], (), format_))
+
+
+@click.command()
+@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
+@format_options("table", "json", "csv")
+def verify(targets: Sequence[str], format_: str) -> None:
+    """Check published checkpoints: every file against the manifest, the tensors against the config.
+
+    CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
+    """
+    from qbatch.views.formats import render
+    from qbatch.views.listings import VERIFY_COLUMNS
+    from qbatch.worker.checkpoints.verify import verify as problems_of
+
+    rows = []
+    for folder in _checkpoint_folders(targets):
+        problems = problems_of(folder)
+        rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
+        if problems and format_ == "table":
+            click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
+    click.echo(render(rows, VERIFY_COLUMNS, format_))
+    if any(row["problems"] for row in rows):
+        click.echo(
+            "to replace a damaged checkpoint, submit its job again with --force: the damaged one is moved aside",
+            err=True,
+        )
+        sys.exit(1)
+
+
+def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
+    from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
+
+    folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
+    for target in targets:
+        if not Path(target).is_dir() and not target.startswith("b"):
+            raise UsageError(f"{target!r} is neither a checkpoint folder nor a batch id such as b12")
+    batch_ids = parse_batch_ids([target for target in targets if not Path(target).is_dir()])
+    if targets and not batch_ids:
+        return folders
+    settings = current_settings()
+    database = open_database(settings)
+    require_batches(database, batch_ids)
+    with database.read() as session:
+        checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
+        return folders + [settings.storage / checkpoint.path for checkpoint in checkpoints]

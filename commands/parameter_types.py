@@ -1,0 +1,168 @@
+"""The types of the command line's parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from qbatch.core.byte_units import GIB, KIB, MIB
+from qbatch.core.errors import UsageError
+from qbatch.core.methods.registry import Method, find_method
+
+
+class Duration(click.ParamType[float]):
+    """A duration such as 90, 90s, 15m, 2h or 1d, as a number of seconds. At most ten years."""
+
+    name = "duration"
+    _MOST = 3650 * 86400.0
+    _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        seconds = float(match[1]) * self._UNITS[match[2]] if match is not None else 0.0
+        if not 0 < seconds <= self._MOST:
+            self.fail(
+                f"{_shorten(value)} is not a valid duration (use 90s, 15m, 2h or 1d; at most ten years)", param, ctx
+            )
+        return seconds
+
+
+class TimeLimit(Duration):
+    """A duration in seconds, or ``none``, which is infinity."""
+
+    name = "time limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return math.inf if value == "none" else super().convert(value, param, ctx)
+
+
+class Name(click.ParamType[str]):
+    """A name that fits its database column."""
+
+    name = "name"
+    _LONGEST = 200
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if len(text) > self._LONGEST:
+            self.fail(f"a name may have at most {self._LONGEST} characters; this one has {len(text)}", param, ctx)
+        return text
+
+
+class Bits(click.ParamType[tuple[int, ...]]):
+    """A comma-separated list of bit widths."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(re.fullmatch(r"[0-9]{1,3}", part) for part in parts):
+            self.fail(f"{_shorten(value)} is not a list of bit widths (use 4,8)", param, ctx)
+        return tuple(map(int, parts))
+
+
+class Schemes(click.ParamType[tuple[Method, ...]]):
+    """A comma list of methods by name or alias."""
+
+    name = "schemes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Method, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(find_method(part.strip()) for part in str(value).split(","))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Amount(click.FloatRange):
+    """A finite number within a range. NaN is refused here because it passes every comparison with a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{_shorten(value)} is not a finite number", param, ctx)
+        return number
+
+
+class Patterns(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list of names or regular expressions. A comma within brackets belongs to the expression."""
+
+    name = "patterns"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        patterns = tuple(part.strip() for part in _split_outside_brackets(str(value)) if part.strip())
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.fail(f"{pattern!r} is not a valid regular expression: {error}", param, ctx)
+        return patterns
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts: list[str] = []
+    for piece in text.split(","):
+        if parts and not _is_balanced(parts[-1]):
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _is_balanced(pattern: str) -> bool:
+    plain = re.sub(r"\\.", "", pattern)
+    return all(plain.count(opening) == plain.count(closing) for opening, closing in ("()", "[]", "{}"))
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """A comma-separated list of whole numbers, each at least ``least``."""
+
+    name = "counts"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        # int() alone would also accept 1_000 and the digits of other scripts.
+        if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= self._least for part in parts):
+            self.fail(f"{value!r} is not a comma-separated list of whole numbers of at least {self._least}", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class ByteSize(click.ParamType[int]):
+    """500MB, 5GB (powers of ten, as transformers reads them), 2GiB: bytes."""
+
+    name = "size"
+    _MOST = 2**63 - 1
+    _UNITS: Mapping[str, int] = {
+        "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": KIB, "MIB": MIB, "GIB": GIB
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", str(value).strip().upper())
+        size = float(match[1]) * self._UNITS[match[2] or ""] if match is not None else 0.0
+        if not 1 <= size <= self._MOST:
+            self.fail(f"{_shorten(value)} is not a valid size (use 500MB, 5GB or 2GiB)", param, ctx)
+        return int(size)
+
+
+def _shorten(value: Any) -> str:
+    """The repr of what was typed, shortened so that the error message fits on one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,0 +1,145 @@
+"""``submit`` and ``run``: store a batch; with ``run``, also work on it here."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.measurements import print_results
+from qbatch.commands.request import read_submission
+from qbatch.commands.sending import send
+from qbatch.commands.services import interrupt_on_signals, local_stack
+from qbatch.commands.shared_options import submit_options
+from qbatch.commands.waiting import wait_for_batches
+from qbatch.core.domain import DeviceKind, format_batch_id
+from qbatch.core.errors import StackNotRunning
+from qbatch.core.settings import Settings
+
+if TYPE_CHECKING:
+    from qbatch.models_db.session import Database
+    from qbatch.scheduler.local_stack import LocalStack
+    from qbatch.scheduler.submit import Receipt, Submission
+
+_INTERRUPTED = 130
+
+
+@click.command()
+@submit_options
+@click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
+def submit(format_: str, wait_: bool, **options: Any) -> None:
+    """Store a batch of quantize-and-benchmark jobs and print its id."""
+    settings = current_settings()
+    submission = read_submission(settings, options)
+    database = open_database(settings)
+    receipt, hint = _store(database, settings, submission)
+    batch = format_batch_id(receipt.batch_id)
+    if hint is not None:
+        click.echo(hint, err=True)
+    if wait_ and hint is not None:
+        _print_receipt(receipt, format_)
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
+    if wait_:
+        click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
+        all_succeeded = wait_for_batches(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
+        _print_outcome(database, settings, receipt, format_)
+        sys.exit(0 if all_succeeded else 1)
+    _print_receipt(receipt, format_)
+
+
+@click.command()
+@submit_options
+def run(format_: str, **options: Any) -> None:
+    """Submit a batch, run it here, and print the results.
+
+    Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
+    set. Stops what it started when the batch has finished.
+    """
+    from qbatch.scheduler.local_stack import stack_is_running
+
+    settings = current_settings()
+    submission = read_submission(settings, options)
+    if not settings.is_embedded or stack_is_running(settings):
+        sys.exit(_run(settings, submission, format_, stack=None))
+    interrupt_on_signals()
+    with local_stack(settings, device=DeviceKind(options["device"])) as stack:
+        code = _run(settings, submission, format_, stack=stack)
+    sys.exit(code)
+
+
+def _run(settings: Settings, submission: Submission, format_: str, stack: LocalStack | None) -> int:
+    database = open_database(settings)
+    receipt, hint = _store(database, settings, submission)
+    batch = format_batch_id(receipt.batch_id)
+    click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
+    if hint is not None and stack is None:
+        click.echo(hint, err=True)
+        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
+    supervise = stack.supervise if stack is not None else None
+    try:
+        all_succeeded = wait_for_batches(
+            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise
+        )
+    except KeyboardInterrupt:
+        click.echo(
+            f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it", err=True
+        )
+        return _INTERRUPTED
+    _print_outcome(database, settings, receipt, format_)
+    return 0 if all_succeeded else 1
+
+
+def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
+    """Store a batch and send it to the workers.
+
+    Returns the receipt, and None or, if nothing can run the batch now, a sentence that says what will.
+    """
+    from qbatch.scheduler.submit import submit as store
+
+    receipt = store(database, settings, submission)
+    if receipt.outdated:
+        click.echo(
+            f"{receipt.outdated} jobs are measured again: qbatch 0.1.0, which measured them before, identified models "
+            "by the sizes and modification times of their files, not by their content",
+            err=True,
+        )
+    return receipt, send(database, settings) if _has_work(receipt) else None
+
+
+def _has_work(receipt: Receipt) -> bool:
+    return receipt.answered < receipt.jobs
+
+
+def _print_receipt(receipt: Receipt, format_: str) -> None:
+    batch = format_batch_id(receipt.batch_id)
+    if format_ == "quiet":
+        click.echo(batch)
+    elif format_ == "json":
+        import json
+
+        click.echo(
+            json.dumps(
+                {
+                    "batch_id": batch,
+                    "jobs": receipt.jobs,
+                    "answered": receipt.answered,
+                    "live_workers": receipt.live_workers,
+                    "outdated": receipt.outdated,
+                }
+            )
+        )
+    else:
+        click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")
+
+
+def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
+    from qbatch.models_db.results import find_results
+
+    if format_ == "quiet":
+        click.echo(format_batch_id(receipt.batch_id))
+        return
+    with database.read() as session:
+        rows = find_results(session, batch_ids=[receipt.batch_id])
+    print_results(settings, rows, format_)

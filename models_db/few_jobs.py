@@ -1,0 +1,47 @@
+"""Kinds of jobs of which there are few, or of which only the first are looked at, each with an index of its own.
+
+The conditions are those of the indexes in ``tables``, word for word: otherwise a database does not use them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, String, and_, literal
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from qbatch.core.domain import JobState
+from qbatch.models_db.tables import Job
+
+
+class _WithoutIndex(FunctionElement[str]):
+    """A column, such that SQLite looks for no index that begins with it: it would rather read all jobs of a state."""
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(_WithoutIndex, "sqlite")
+def _sqlite(element: _WithoutIndex, compiler: Any, **kw: Any) -> str:
+    return f"+{compiler.process(element.clauses, **kw)}"
+
+
+@compiles(_WithoutIndex, "postgresql")
+def _postgresql(element: _WithoutIndex, compiler: Any, **kw: Any) -> str:
+    column: str = compiler.process(element.clauses, **kw)
+    return column
+
+
+def _state_is(state: JobState) -> ColumnElement[bool]:
+    return _WithoutIndex(Job.state) == literal(state.value, literal_execute=True)
+
+
+IS_WAITING: ColumnElement[bool] = and_(_state_is(JobState.QUEUED), Job.dispatch_id.is_(None))
+"""Queued, and not in Redis. Their index is in the order of priority, batch and id."""
+
+WAITS_AGAIN: ColumnElement[bool] = and_(_state_is(JobState.QUEUED), Job.attempt > literal(0, literal_execute=True))
+"""Queued after an attempt. Only these can have run out of memory, or wait for a time or for space."""
+
+HAS_FAILED: ColumnElement[bool] = _state_is(JobState.FAILED)
+"""Failed. Their index is in the order of time."""

@@ -1,0 +1,206 @@
+"""How the databases run what is asked often: by indexes, however long the history is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session
+
+from benchmarks.database.history import Sizes, fill
+from qbatch.core.domain import DeviceKind, JobState
+from qbatch.core.errors import CudaOom, DeviceError
+from qbatch.models_db import jobs, listing, results, window, workers
+from qbatch.models_db.health import health
+from qbatch.models_db.job_pages import count_jobs
+from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.query_statistics import refresh_statistics
+from qbatch.models_db.ready_bundles import QueueRange
+from qbatch.models_db.schema import upgrade
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Job
+from qbatch.models_db.vram import GIB
+from tests.rows import POLICY, PROTOCOL, measured
+
+_SIZES = Sizes(jobs=30_000, large=3_000, queued=9_000)
+_LEASE_S = 3600.0
+_SMALL = QueueRange(under=20 * GIB, largest=70 * GIB)
+_LARGE = QueueRange(over=20 * GIB, largest=70 * GIB)
+
+_LARGE_TABLES = r"(jobs|attempts|results)(_\d+)?\b"
+_READS_ALL = re.compile(rf"\bSCAN {_LARGE_TABLES}|Seq Scan on {_LARGE_TABLES}")
+
+Action = Callable[[Session], object]
+
+
+@pytest.fixture(scope="module", params=["sqlite", "sqlite without statistics", "postgresql"])
+def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    if request.param == "postgresql":
+        database = Database(request.getfixturevalue("postgresql_url"))
+        with database.engine.begin() as connection:
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
+        upgrade(database)
+    else:
+        file = tmp_path_factory.mktemp("filled") / "qbatch.db"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), file)
+        database = Database(f"sqlite:///{file}")
+    fill(database, _SIZES)
+    if request.param == "sqlite":
+        refresh_statistics(database)
+    with database.write() as session:
+        choose(session)
+        jobs.claim(session, _first_message(session), workers.live(session, _LEASE_S)[-1].id, _LEASE_S)
+    yield database
+    database.dispose()
+
+
+def choose(session: Session, slots: int = 8) -> list[window.Dispatch]:
+    return [
+        dispatch
+        for needs in (_LARGE, _SMALL)
+        for dispatch in window.choose(session, kind=DeviceKind.CUDA, queue=f"q{needs.over}", slots=slots, needs=needs)
+    ]
+
+
+def _first_message(session: Session) -> list[int]:
+    first = select(Job.dispatch_id).where(Job.dispatch_id > "").limit(1).scalar_subquery()
+    return list(session.scalars(select(Job.id).where(Job.dispatch_id == first)))
+
+
+def _running(session: Session) -> tuple[int, int]:
+    row = session.execute(select(Job.id, Job.attempt).where(Job.state == JobState.RUNNING).limit(1)).one()
+    return row.id, row.attempt
+
+
+def _large(session: Session) -> int:
+    return int(session.execute(text("SELECT max(id) - 2 FROM batches")).scalar_one())
+
+
+def _a_result(session: Session) -> int:
+    return int(session.execute(text("SELECT max(job_id) FROM results")).scalar_one())
+
+
+def _fails(error: Any) -> Action:
+    return lambda session: jobs.fail(session, _running(session), error, lease_s=_LEASE_S, **POLICY)
+
+
+def _succeeds(session: Session) -> object:
+    protocol = PROTOCOL.for_device(DeviceKind.CUDA)
+    return jobs.succeed(session, _running(session), measured(), protocol=protocol, checkpoint_path="checkpoints/x")
+
+
+def _finished(session: Session) -> object:
+    keys = session.scalars(select(Job.checkpoint_key).where(Job.id <= 400))
+    wanted = {(key, "p") for key in keys if key is not None}
+    return results.find_finished(session, wanted, device_names=["NVIDIA H100"])
+
+
+def _shown(session: Session) -> object:
+    return whole_jobs(session, [_a_result(session)])
+
+
+ACTIONS: dict[str, Action] = {
+    "a tick, the window full": choose,
+    "a tick, one slot free": lambda session: choose(session, slots=9),
+    "take what no worker reads back": lambda session: window.recall(session, ["another"]),
+    "messages that wait": window.standing,
+    "a scan for lost messages": lambda session: window.note_scan(
+        session, missing=list(window.standing(session))[:3], present=list(window.standing(session))[3:]
+    ),
+    "claim": lambda session: jobs.claim(session, _first_message(session), 1, _LEASE_S),
+    "heartbeat": lambda session: jobs.heartbeat(session, [_running(session)], _LEASE_S),
+    "hand back": lambda session: jobs.hand_back(session, [_running(session)], alone=True),
+    "succeed": _succeeds,
+    "out of memory": _fails(CudaOom("out of memory")),
+    "a device error": _fails(DeviceError("the device failed")),
+    "expire": lambda session: jobs.expire(session, **POLICY),
+    "jobs that no GPU holds": lambda session: jobs.give_up_too_large(session, _LEASE_S),
+    "clock set back": lambda session: jobs.mend_times(session, lease_s=60.0, **POLICY),
+    "room awaited": jobs.any_waits_for_space,
+    "checkpoints that are written": lambda session: jobs.keys_being_written(session, ["a", "b"], but_by=[1]),
+    "answers": _finished,
+    "health": lambda session: health(session, _LEASE_S),
+    "workers": lambda session: listing.list_workers(session, _LEASE_S),
+    "the newest batches": lambda session: listing.list_batches(session, limit=20),
+    "a batch": lambda session: listing.list_batches(session, [_large(session)]),
+    "jobs of a batch": lambda session: listing.list_jobs(session, batch_ids=[_large(session)], limit=50),
+    "failed jobs": lambda session: listing.list_jobs(session, states=["failed"], limit=50),
+    "how many failed": lambda session: count_jobs(session, states=["failed"]),
+    "how many of a batch": lambda session: count_jobs(session, batch_ids=[_large(session)]),
+    "results of a batch": lambda session: results.find_results(session, batch_ids=[_large(session)], limit=50),
+    "the best results": lambda session: results.find_results(session, sort="kl_mean", limit=50),
+    "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
+    "show": _shown,
+}
+
+
+def plans(database: Database, action: Action) -> dict[str, str]:
+    """Each statement of an action, with how the database runs it."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        sent.append((statement, parameters))
+
+    with Session(database.engine) as session, session.begin() as transaction:
+        event.listen(database.engine, "before_cursor_execute", note)
+        try:
+            action(session)
+        finally:
+            event.remove(database.engine, "before_cursor_execute", note)
+        driver: Any = session.connection().connection.dbapi_connection
+        explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
+        found = {
+            statement: "\n".join(str(line[-1]) for line in driver.execute(explain + statement, parameters))
+            for statement, parameters in sent
+            if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE"))
+        }
+        transaction.rollback()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_what_is_asked_often_reads_no_large_table_as_a_whole(filled: Database, name: str) -> None:
+    for statement, plan in plans(filled, ACTIONS[name]).items():
+        assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
+
+
+@pytest.mark.parametrize("name", ["a tick, the window full", "a tick, one slot free", "jobs that no GPU holds"])
+def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
+    sqlite_database: Database, tmp_path: Path, name: str
+) -> None:
+    steps = []
+    for queued in (600, 6000):
+        file = tmp_path / f"{queued}.db"
+        shutil.copy(tmp_path / "qbatch.db", file)
+        database = Database(f"sqlite:///{file}")
+        fill(database, Sizes(jobs=queued + 600, large=100, queued=queued))
+        with database.write() as session:
+            choose(session)
+        steps.append(_steps(database, ACTIONS[name]))
+        database.dispose()
+    assert steps[1] < 1.5 * steps[0]
+
+
+def _steps(database: Database, action: Action) -> int:
+    """How many hundred steps SQLite's machine takes for an action."""
+    count = 0
+
+    def another() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    with Session(database.engine) as session, session.begin() as transaction:
+        driver: Any = session.connection().connection.dbapi_connection
+        driver.set_progress_handler(another, 100)
+        action(session)
+        driver.set_progress_handler(None, 0)
+        transaction.rollback()
+    return count
