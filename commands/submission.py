@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from qbatch.scheduler.submit import Receipt, Submission
 
 _INTERRUPTED = 130
+# In models. A shorter one is stored before anybody wonders.
+_LONG_LIST = 500
 
 
 @click.command()
@@ -34,7 +38,7 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
     settings = current_settings()
     submission = read_submission(settings, options)
     database = open_database(settings)
-    receipt, hint = _store(database, settings, submission)
+    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
     if hint is not None:
         click.echo(hint, err=True)
@@ -71,7 +75,7 @@ def run(format_: str, **options: Any) -> None:
 
 def _run(settings: Settings, submission: Submission, format_: str, stack: LocalStack | None) -> int:
     database = open_database(settings)
-    receipt, hint = _store(database, settings, submission)
+    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
     click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
     if hint is not None and stack is None:
@@ -91,14 +95,17 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     return 0 if all_succeeded else 1
 
 
-def _store(database: Database, settings: Settings, submission: Submission) -> tuple[Receipt, str | None]:
+def _store(
+    database: Database, settings: Settings, submission: Submission, *, quiet: bool
+) -> tuple[Receipt, str | None]:
     """Store a batch and send it to the workers.
 
     Returns the receipt, and None or, if nothing can run the batch now, a sentence that says what will.
     """
     from qbatch.scheduler.submit import submit as store
 
-    receipt = store(database, settings, submission)
+    with _progress_bar(len(submission.sources), quiet=quiet) as on_progress:
+        receipt = store(database, settings, submission, on_progress)
     if receipt.outdated:
         click.echo(
             f"{receipt.outdated} jobs are measured again: qbatch 0.1.0, which measured them before, identified models "
@@ -106,6 +113,16 @@ def _store(database: Database, settings: Settings, submission: Submission) -> tu
             err=True,
         )
     return receipt, send(database, settings) if _has_work(receipt) else None
+
+
+@contextmanager
+def _progress_bar(sources: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while a long list is stored, if that is a terminal."""
+    if quiet or sources < _LONG_LIST or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=sources, label="storing", file=sys.stderr, show_pos=True) as bar:
+        yield bar.update
 
 
 def _has_work(receipt: Receipt) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import insert_into
-from qbatch.models_db.tables import Batch, EvalText, Job
+from qbatch.models_db.session import SharedJson, insert_into
+from qbatch.models_db.tables import Base, Batch, EvalText, Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,44 +51,78 @@ def add_batch(
     time_limit_s: float | None = None,
 ) -> int:
     """Add a batch of bundles (jobs that share a source) and return its id."""
+    batch_id = add_empty_batch(session, name=name, priority=priority)
+    add_jobs(session, JobRows(batch_id, priority=priority, time_limit_s=time_limit_s).of(bundles))
+    return batch_id
+
+
+def add_empty_batch(session: Session, *, name: str | None, priority: int) -> int:
     batch = Batch(name=name, priority=priority)
     session.add(batch)
-    session.flush()
-    session.add_all(
-        _row(job, batch.id, f"{batch.id}:{number}", priority, time_limit_s)
-        for number, bundle in enumerate(bundles)
-        for job in bundle
-    )
     session.flush()
     return batch.id
 
 
-def _row(new: NewJob, batch_id: int, bundle: str, priority: int, time_limit_s: float | None) -> Job:
-    spec, source = new.spec, new.spec.source
-    answered = new.reused_from is not None
-    return Job(
-        batch_id=batch_id,
-        bundle=bundle,
-        model=source.name,
-        location=source.location,
-        revision=source.revision,
-        is_folder=source.is_folder,
-        scheme=spec.scheme.to_json(),
-        method=spec.scheme.method,
-        bits=new.bits,
-        dtype=spec.dtype,
-        device=spec.device,
-        protocol=spec.protocol.to_json(),
-        force=spec.force,
-        allow_pickle=spec.allow_pickle,
-        priority=priority,
-        time_limit_s=time_limit_s,
-        checkpoint_key=new.checkpoint_key,
-        state=JobState.SUCCEEDED if answered else JobState.QUEUED,
-        reused_from=new.reused_from,
-        above_memory_bytes=new.predicted_memory_bytes,
-        finished_at=db_now() if answered else None,
-    )
+def add_jobs(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Add the rows that ``JobRows`` has made, in their order."""
+    if not rows:
+        return
+    now = session.execute(select(db_now())).scalar_one()
+    for row in rows:
+        is_answered = row["reused_from"] is not None
+        row["state"] = JobState.SUCCEEDED if is_answered else JobState.QUEUED
+        row["finished_at"] = now if is_answered else None
+    # The plain statement: the ORM would send one for each row, to learn an id that nobody needs.
+    session.connection().execute(insert(Base.metadata.tables[Job.__tablename__]), rows)
+
+
+class JobRows:
+    """Makes the rows of a batch's jobs. Its bundles are numbered in the order in which they come."""
+
+    def __init__(self, batch_id: int, *, priority: int, time_limit_s: float | None) -> None:
+        self._batch_id = batch_id
+        self._priority = priority
+        self._time_limit_s = time_limit_s
+        self._bundles = 0
+        # A batch has few distinct ones, however many jobs it has.
+        self._json: dict[Scheme | ProtocolOptions, SharedJson] = {}
+
+    def of(self, bundles: Iterable[Sequence[NewJob]]) -> list[dict[str, Any]]:
+        return [self._row(job, name) for name, bundle in self._named(bundles) for job in bundle]
+
+    def _named(self, bundles: Iterable[Sequence[NewJob]]) -> Iterator[tuple[str, Sequence[NewJob]]]:
+        for bundle in bundles:
+            yield f"{self._batch_id}:{self._bundles}", bundle
+            self._bundles += 1
+
+    def _row(self, new: NewJob, bundle: str) -> dict[str, Any]:
+        spec, source = new.spec, new.spec.source
+        return {
+            "batch_id": self._batch_id,
+            "bundle": bundle,
+            "model": source.name,
+            "location": source.location,
+            "revision": source.revision,
+            "is_folder": source.is_folder,
+            "scheme": self._encoded(spec.scheme),
+            "method": spec.scheme.method,
+            "bits": new.bits,
+            "dtype": spec.dtype,
+            "device": spec.device,
+            "protocol": self._encoded(spec.protocol),
+            "force": spec.force,
+            "allow_pickle": spec.allow_pickle,
+            "priority": self._priority,
+            "time_limit_s": self._time_limit_s,
+            "checkpoint_key": new.checkpoint_key,
+            "reused_from": new.reused_from,
+            "above_memory_bytes": new.predicted_memory_bytes,
+        }
+
+    def _encoded(self, value: Scheme | ProtocolOptions) -> SharedJson:
+        if value not in self._json:
+            self._json[value] = SharedJson(value.to_json())
+        return self._json[value]
 
 
 def spec_of(job: Job) -> JobSpec:

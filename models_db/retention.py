@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import ENDED_STATES, OPEN_STATES
+from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
@@ -60,7 +61,8 @@ def _old_batches(older_than_s: float) -> Select[int]:
 def _needed(session: Session, older_than_s: float) -> set[int]:
     """The jobs whose results answer jobs of batches that are not old."""
     stays = Job.batch_id.not_in(_old_batches(older_than_s))
-    found = session.scalars(select(Job.reused_from).where(Job.reused_from.is_not(None), stays).distinct())
+    referring = select(Job.reused_from).where(Job.reused_from.is_not(None), stays).distinct()
+    found = session.scalars(referring, execution_options=ALSO_ARRIVING)
     return {job_id for job_id in found if job_id is not None}
 
 
@@ -114,7 +116,8 @@ def _of_open_batches(session: Session, job_ids: Collection[int]) -> set[int]:
 def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
     """The jobs among ``job_ids`` that answer a job outside of ``job_ids``."""
     others = select(Job.reused_from).where(Job.reused_from.in_(job_ids), Job.id.not_in(job_ids))
-    return {job_id for job_id in session.scalars(others) if job_id is not None}
+    found = session.scalars(others, execution_options=ALSO_ARRIVING)
+    return {job_id for job_id in found if job_id is not None}
 
 
 def _delete(session: Session, job_ids: Sequence[int]) -> None:
@@ -152,5 +155,5 @@ def needed_since(session: Session, older_than_s: float) -> datetime:
         select(func.min(Batch.created_at)).where(Batch.id.not_in(old)),
         select(func.min(other.started_at)).join(Job, Job.reused_from == other.id).where(Job.batch_id.in_(is_open)),
     )
-    found = [session.execute(moment).scalar_one() for moment in moments]
+    found = [session.execute(moment, execution_options=ALSO_ARRIVING).scalar_one() for moment in moments]
     return min(moment for moment in found if moment is not None)

@@ -7,6 +7,7 @@ import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.orm import Session
 
 from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
+from qbatch.models_db.arrival_filter import hide_arriving
+from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patiently
 from qbatch.models_db.database_file import DatabaseFile
 from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0007"
+SCHEMA_HEAD = "0008"
 # PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
 # schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
@@ -74,6 +77,7 @@ class Database:
         except (ArgumentError, ImportError) as error:
             raise UsageError(f"QBATCH_DATABASE_URL needs {parsed.drivername}, which is not installed") from error
         self._reader = self._engine.execution_options(qbatch_read=True)
+        self._session = _SqliteSession if self.is_sqlite else Session
 
     @property
     def engine(self) -> Engine:
@@ -82,13 +86,13 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction that commits at the end. Raises DatabaseUnreachable."""
-        with _reachable(self.place), Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with _reachable(self.place), self._session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A read-only transaction. Raises DatabaseUnreachable."""
-        with _reachable(self.place), Session(self._reader) as session, session.begin():
+        with _reachable(self.place), self._session(self._reader) as session, session.begin():
             yield session
 
     def schema(self) -> SchemaState:
@@ -184,6 +188,21 @@ class Database:
         self._engine.dispose()
 
 
+class SharedJson(dict[str, Any]):
+    """A JSON object that many rows have, so that it is encoded once. Do not change it."""
+
+    @cached_property
+    def encoded(self) -> str:
+        return _to_json(dict(self))
+
+
+class _SqliteSession(Session):
+    """A session in which no statement sees a batch that is still being stored. Use it for one transaction."""
+
+
+event.listen(_SqliteSession, "do_orm_execute", hide_arriving)
+
+
 def insert_into(session: Session, table: type[Any]) -> postgresql.Insert | sqlite.Insert:
     """An INSERT with support for ON CONFLICT, which SQLAlchemy offers only per dialect."""
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
@@ -198,6 +217,8 @@ def _without_password(url: URL) -> str:
 
 def _to_json(value: Any) -> str:
     """Encode JSON with null for NaN and infinity, which PostgreSQL's JSON does not support."""
+    if isinstance(value, SharedJson):
+        return value.encoded
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -264,9 +285,19 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
 def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
     # If the network drops packets silently, a supervisor must not hang past its lease: give up after 15 s.
     alive = {"tcp_user_timeout": 15_000, "keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 2}
+    # One connection is kept. Threads that need others at the same moment open them and close them again: a server takes
+    # only so many, and each worker and scheduler is a process of its own.
     engine = create_engine(
-        url, json_serializer=_to_json, pool_pre_ping=True, connect_args={"connect_timeout": 5, **alive}
+        url,
+        json_serializer=_to_json,
+        pool_pre_ping=True,
+        pool_size=1,
+        connect_args={"connect_timeout": 5, **alive},
     )
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return connect_patiently(lambda: dialect.connect(*arguments, **options), dialect.loaded_dbapi.OperationalError)
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
@@ -289,6 +320,8 @@ def _reachable(place: str) -> Iterator[None]:
     except DBAPIError as error:
         if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged or not a SQLite database
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
+        if isinstance(error, OperationalError) and are_all_taken(error.orig):
+            raise DatabaseUnreachable(f"the database {place} takes no more connections: {ADVICE}") from error
         if _is_away(error):
             raise DatabaseUnreachable(f"the database {place} does not answer: {_first_line(error)}") from error
         raise DatabaseRefused(f"the database {place} refused a statement: {_first_line(error)}") from error

@@ -43,6 +43,18 @@ class Batch(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
+class Arrival(Base):
+    """A batch that is still being stored: no query sees it or its jobs. See ``arrivals``."""
+
+    __tablename__ = "arrivals"
+
+    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    # When its submit was last heard of.
+    seen_at: Mapped[datetime] = mapped_column(default=db_now())
+    # Its submit was silent for too long: its jobs are being removed.
+    abandoned: Mapped[bool] = mapped_column(default=False)
+
+
 class EvalText(Base):
     """A text for measuring perplexity, or a packed task, by its sha256. Workers need no files of the submitter."""
 
@@ -214,7 +226,7 @@ class Result(Base):
     kl_mean: Mapped[float | None] = mapped_column(index=True)
     top1_agreement: Mapped[float | None] = mapped_column(index=True)
     details: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    created_at: Mapped[datetime] = mapped_column(default=db_now(), index=True)
 
 
 class Worker(Base):

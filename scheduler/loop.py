@@ -24,6 +24,7 @@ from qbatch.scheduler.dispatch import top_up
 from qbatch.scheduler.reconcile import (
     expire_leases,
     fail_jobs_without_gpu,
+    remove_abandoned_batches,
     resend_vanished,
     shorten_future_times,
     watch_disk_space,
@@ -104,6 +105,8 @@ class Scheduler:
         if self._last_statistics is None or now - self._last_statistics >= _STATISTICS_S:
             self._last_statistics = now
             refresh_statistics(self._database)
+        if now >= self._quiet_until:
+            remove_abandoned_batches(self._database, self._settings)
         watch_disk_space(self._database, self._settings)
         top_up(self._database, self._broker, self._settings)
 

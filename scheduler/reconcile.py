@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from qbatch.core.domain import format_job_id
+from qbatch.core.domain import format_batch_id, format_job_id
 from qbatch.core.filesystem import disk_space
 from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
-from qbatch.models_db import jobs, pauses, window, workers
+from qbatch.models_db import arrivals, jobs, pauses, window, workers
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.session import Database
 from qbatch.scheduler.broker import Broker
@@ -25,6 +25,12 @@ def expire_leases(database: Database, settings: Settings) -> None:
         log.warning("%s was taken back: its worker did not renew the lease in time", format_job_id(job_id))
 
 
+def remove_abandoned_batches(database: Database, settings: Settings) -> None:
+    """Remove what a submit has left that was silent for a lease before its batch was whole: a part at each call."""
+    for batch_id in arrivals.remove_silent(database, settings.lease_s):
+        log.warning("%s was removed: its submit ended before all of it was stored", format_batch_id(batch_id))
+
+
 def shorten_future_times(database: Database, settings: Settings) -> None:
     """Shorten leases, backoffs, pauses and heartbeats that lie too far in the future.
 
@@ -37,7 +43,8 @@ def shorten_future_times(database: Database, settings: Settings) -> None:
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
         longest_pause_s = max(limits.wait_s(settings.max_failures), _renewed_pause_s(settings))
-        count += workers.mend_times(session) + pauses.mend_times(session, longest_pause_s)
+        count += workers.mend_times(session) + arrivals.mend_times(session)
+        count += pauses.mend_times(session, longest_pause_s)
     if count:
         log.warning(
             "%s leases, backoffs, pauses or heartbeats were too far in the future, and were shortened: the database's"

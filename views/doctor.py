@@ -14,6 +14,7 @@ from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageErr
 from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
 from qbatch.core.private_folder import why_not_private
 from qbatch.core.settings import Settings
+from qbatch.models_db.connections import ADVICE, count_connections
 from qbatch.models_db.health import Health, PauseNote, health
 from qbatch.models_db.network_share import share_of
 from qbatch.models_db.session import SCHEMA_HEAD, Database
@@ -28,6 +29,8 @@ _WITHOUT = {
 }
 # The size of a small model's checkpoint: with less free, nothing useful can be written.
 _LEAST_FREE_BYTES = GIB
+# With fewer left, a few more workers or commands are refused.
+_FEW_CONNECTIONS = 10
 
 
 def examine(settings: Settings, *, gpus: Sequence[VisibleGpu], stack_runs: bool) -> Iterable[Check]:
@@ -143,11 +146,22 @@ def _database(settings: Settings) -> tuple[list[Check], Health | None]:
         if share is not None:
             share.check(settings.lease_s)
         database_check, database_health = _query(database, settings)
+        counted = [] if database.is_sqlite else [_connections(database)]
     except DatabaseUnreachable as error:
         return [*warnings, check("database", State.WRONG, str(error))], None
     finally:
         database.dispose()
-    return [*warnings, database_check], database_health
+    return [*warnings, database_check, *counted], database_health
+
+
+def _connections(database: Database) -> Check:
+    """Check that the server has connections left for more workers. Raises DatabaseUnreachable."""
+    with database.read() as session:
+        count = count_connections(session)
+    message = f"{count.used} of {count.limit} are in use; each worker and scheduler needs one, a command up to two"
+    if count.limit - count.used < _FEW_CONNECTIONS:
+        return check("connections", State.NOTE, f"{message}: {ADVICE}")
+    return check("connections", State.OK, message)
 
 
 def _query(database: Database, settings: Settings) -> tuple[Check, Health | None]:

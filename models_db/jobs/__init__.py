@@ -23,12 +23,13 @@ from qbatch.core.domain import Token
 from qbatch.models_db.jobs.claiming import claim
 from qbatch.models_db.jobs.expiry import expire, give_up_too_large, mend_times
 from qbatch.models_db.jobs.holding import any_waits_for_space, heartbeat, held, keys_being_written, note
-from qbatch.models_db.jobs.outcomes import answer, fail, hand_back, succeed
+from qbatch.models_db.jobs.outcomes import answer, answer_unclaimed, fail, hand_back, succeed
 from qbatch.models_db.jobs.user_requests import cancel, retry
 
 __all__ = [
     "Token",
     "answer",
+    "answer_unclaimed",
     "any_waits_for_space",
     "cancel",
     "claim",

@@ -63,6 +63,12 @@ def answer(session: Session, token: Token, reused_from: int) -> bool:
     return True
 
 
+def answer_unclaimed(session: Session, job: Job, reused_from: int) -> None:
+    """End a job that nobody can have claimed yet with the result of the earlier job ``reused_from``."""
+    job.reused_from = reused_from
+    end(session, job, JobState.SUCCEEDED)
+
+
 def _open_to_success(session: Session, token: Token) -> Job | None:
     job = locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
     given_up = job is not None and job.state == JobState.FAILED

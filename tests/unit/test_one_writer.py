@@ -55,3 +55,18 @@ def test_who_writes_a_jobs_row(column: str, writers: set[str]) -> None:
     found = {path for path in modules() if writes(ast.parse(path.read_text(encoding="utf-8")), column)}
     assert {path.name for path in found} == writers
     assert {path.parent.name for path in found if column != "dispatch_id"} <= {"jobs"}
+
+
+def test_jobs_are_read_through_the_filter_of_arriving_batches() -> None:
+    """Those of the ORM, in a session of ``Database``. A plain statement would see a batch that is half stored."""
+    past_it = {
+        path.name
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Attribute) and node.attr in {"__table__", "tables"})
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) in {"text", "Session", "session.connection"})
+    }
+    # The filter itself, the insertion of jobs, a default, and what reads only the schema.
+    schema = {"schema.py", "schema_fit.py", "schema_state.py", "session.py"}
+    server = {"connections.py", "query_statistics.py"}  # they ask about the server, and read no job
+    assert past_it == {"arrival_filter.py", "batches.py", "tables.py"} | schema | server

@@ -1,0 +1,214 @@
+"""What is known about the jobs of a submit before a worker has seen them: headers, checksums, earlier results."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from qbatch.core.domain import DeviceKind, DType, JobSpec, Scheme, SourceRef
+from qbatch.core.errors import JobError
+from qbatch.core.file_stat import FileStat, Mounts, stat_file
+from qbatch.core.identity import Settled, settle, source_fingerprint
+from qbatch.core.legacy_identity import legacy_folder_fingerprint
+from qbatch.core.model_files import content_files, names_code
+from qbatch.core.settings import Settings
+from qbatch.core.sources import read_config, read_headers, source_dtype
+from qbatch.core.storage import CheckpointState, checkpoint_state
+from qbatch.models_db import file_digests, jobs, results
+from qbatch.models_db.arrivals import answerable_since
+from qbatch.models_db.batches import spec_of
+from qbatch.models_db.results import Finished
+from qbatch.scheduler.vram_prediction import predicted_need
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Folder:
+    """What is known about a folder from its headers and config.
+
+    ``stats`` maps each file name to its state; None for a model with its own code, whose identity depends on whether a
+    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0.
+    """
+
+    dtype: DType
+    needs: Mapping[Scheme, int | None]
+    stats: Mapping[str, FileStat] | None
+    legacy_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedJob:
+    """A job to store.
+
+    ``settled`` is None unless the source's content and the kind of device are known. ``legacy`` is the same with the
+    identity that version 0.1.0 would have used.
+    """
+
+    spec: JobSpec
+    need: int | None
+    settled: Settled | None
+    legacy: Settled | None
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        return None if self.settled is None or self.spec.force else _pair(self.settled)
+
+    @property
+    def legacy_pair(self) -> tuple[str, str] | None:
+        return None if self.legacy is None or self.spec.force else _pair(self.legacy)
+
+
+def _pair(settled: Settled) -> tuple[str, str]:
+    """The (checkpoint key, protocol hash) by which a result is found."""
+    return settled.key, settled.protocol.hash
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedSource:
+    """A source with its jobs. ``folder`` is None for a hub id, and for a folder that cannot be read."""
+
+    specs: Sequence[JobSpec]
+    folder: _Folder | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedUp:
+    """What the database knows about the jobs of some sources.
+
+    ``finished`` maps (key, protocol hash) to an earlier result. ``old`` holds the pairs that 0.1.0 has measured,
+    perhaps for a different model.
+    """
+
+    bundles: Sequence[Sequence[RequestedJob]]
+    finished: Mapping[tuple[str, str], Finished]
+    old: Collection[tuple[str, str]]
+
+    def outdated(self, answers: Mapping[tuple[str, str], int]) -> int:
+        jobs = (one for bundle in self.bundles for one in bundle)
+        return sum(one.legacy_pair in self.old and one.pair not in answers for one in jobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inquiry:
+    """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name."""
+
+    settings: Settings
+    devices: Sequence[tuple[DeviceKind, str]]
+    began_at: datetime
+
+    def look_up(self, session: Session, sources: Sequence[InspectedSource]) -> LookedUp:
+        folders = [source.folder for source in sources]
+        bundles = [
+            [_settle(spec, source.folder, fingerprint, self.devices) for spec in source.specs]
+            for source, fingerprint in zip(sources, _fingerprints(session, folders), strict=True)
+        ]
+        flat = [one for bundle in bundles for one in bundle]
+        legacy = {one.legacy_pair for one in flat if one.legacy_pair}
+        return LookedUp(
+            bundles=bundles,
+            finished=self._find_finished(session, [(one.spec.device, one.pair) for one in flat if one.pair]),
+            old=set(results.find_finished(session, legacy, device_names=None)),
+        )
+
+    def answers(self, finished: Mapping[tuple[str, str], Finished]) -> dict[tuple[str, str], int]:
+        """The ids of earlier jobs whose results can be reused, because their checkpoints are as they were verified.
+
+        A checkpoint whose files must be read to know is left to a worker.
+        """
+        storage = self.settings.storage
+        # If this machine has not mounted the storage, the checkpoints cannot be checked here.
+        sees_storage = storage.is_dir()
+        return {
+            pair: one.job_id
+            for pair, one in finished.items()
+            if one.checkpoint_path is None
+            or not sees_storage
+            or checkpoint_state(storage, one.checkpoint_path, one.versions) is CheckpointState.SOUND
+        }
+
+    def look_again(self, session: Session, batch_id: int) -> int:
+        """End the jobs whose answers were recorded since the inquiry began, and return how many there were."""
+        waiting = {
+            job: (job.checkpoint_key, spec.protocol.for_device(kind).hash)
+            for job in answerable_since(session, batch_id, self.began_at)
+            if (kind := device_kind_of((spec := spec_of(job)).device, self.devices)) is not None and job.checkpoint_key
+        }
+        asked = [(DeviceKind(job.device), pair) for job, pair in waiting.items()]
+        answers = self.answers(self._find_finished(session, asked))
+        kept = results.keep(session, set(answers.values()))
+        answered = {job: answers[pair] for job, pair in waiting.items() if answers.get(pair) in kept}
+        for job, job_id in answered.items():
+            jobs.answer_unclaimed(session, job, job_id)
+        return len(answered)
+
+    def _find_finished(
+        self, session: Session, asked: Sequence[tuple[DeviceKind, tuple[str, str]]]
+    ) -> dict[tuple[str, str], Finished]:
+        """Earlier results by (key, protocol hash), measured on a device with the name of one that is live now."""
+        finished: dict[tuple[str, str], Finished] = {}
+        for kind in (DeviceKind.CUDA, DeviceKind.CPU):
+            pairs = {pair for device, pair in asked if device_kind_of(device, self.devices) is kind}
+            # If no worker of this kind is live, results of any device of the kind are accepted.
+            names = {name for device, name in self.devices if device is kind} or None
+            finished |= results.find_finished(session, pairs, device_names=names)
+        return finished
+
+
+def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Folder | None:
+    """None for a hub id, and for a folder that cannot be read: its job will fail with the reason."""
+    if not source.is_folder:
+        return None
+    folder = Path(source.location)
+    try:
+        headers, config = read_headers(folder), read_config(folder)
+        return _Folder(
+            dtype=source_dtype(headers),
+            needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+            # Each worker decides whether the model's own code may run, which makes it a different model.
+            stats=None if names_code(folder) else _stats(folder, mounts),
+            legacy_fingerprint=legacy_folder_fingerprint(folder),
+        )
+    except (JobError, OSError):
+        return None
+
+
+def _stats(folder: Path, mounts: Mounts) -> dict[str, FileStat]:
+    return {name: stat_file(path, mounts) for name, path in content_files(folder).items()}
+
+
+def _fingerprints(session: Session, folders: Sequence[_Folder | None]) -> list[str | None]:
+    """The identity of each source; None unless all its files were hashed in their current state."""
+    stats = [folder.stats if folder is not None else None for folder in folders]
+    known = file_digests.known(session, {stat for files in stats if files is not None for stat in files.values()})
+    return [source_fingerprint(files, known) if files is not None else None for files in stats]
+
+
+def _settle(
+    spec: JobSpec, folder: _Folder | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
+) -> RequestedJob:
+    if folder is None:
+        return RequestedJob(spec=spec, need=None, settled=None, legacy=None)
+    kind = device_kind_of(spec.device, devices)
+
+    def settled(name: str | None) -> Settled | None:
+        if name is None or kind is None:
+            return None
+        return settle(spec, fingerprint=name, source=folder.dtype, device_kind=kind)
+
+    return RequestedJob(
+        spec=spec,
+        need=folder.needs[spec.scheme],
+        settled=settled(fingerprint),
+        legacy=settled(folder.legacy_fingerprint),
+    )
+
+
+def device_kind_of(requested: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:
+    """The kind of device on which the job will run; None if that cannot be known yet."""
+    if requested is not DeviceKind.AUTO:
+        return requested
+    kinds = {kind for kind, _ in devices}
+    return next((kind for kind in (DeviceKind.CUDA, DeviceKind.CPU) if kind in kinds), None)
