@@ -111,6 +111,19 @@ def test_injected_device_delays_are_found_within_five_per_cent(batch_size: int, 
     assert batch_size * (NEW_TOKENS - 1) / decode.mean == pytest.approx(batch_size / mean_step_s, rel=0.05)
 
 
+def test_a_round_of_one_generation_finds_injected_device_delays(cycles_per_s: float) -> None:
+    """A warm-up of five tokens, four prefills, and one generation."""
+    protocol = replace(PROTOCOL, warmup_tokens=5, prefill_iterations=4, min_iterations=3, rounds=3)
+    prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long, device=DEVICE)
+    model = SleepyModel(SleepyConfig(), slow_calls=3, cycles_per_s=cycles_per_s).eval().to(DEVICE)
+    times = time_generation(model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=CudaClock(DEVICE))
+    assert [len(times.prefill_s), len(times.decode_s), len(times.per_token_s)] == [5, 1, NEW_TOKENS - 1]
+    assert times.prefill_s == pytest.approx([PREFILL_S] * 5, rel=0.05)
+    assert summarize(times.per_token_s).p50 == pytest.approx(STEP_S, rel=0.05)
+    mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
+    assert times.decode_s[0] / (NEW_TOKENS - 1) == pytest.approx(mean_step_s, rel=0.05)
+
+
 @pytest.mark.parametrize("scheme", [BASELINE, NF4, INT8], ids=lambda scheme: scheme.method.value)
 def test_a_gpu_s_measurement_has_memory_and_its_versions(tmp_path: Path, scheme: Scheme) -> None:
     source = tiny.make_causal(tmp_path / "llama")

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbatch.core.domain import DeviceKind, ProtocolOptions, Stage
+from qbatch.core.domain import DeviceKind, DType, Protocol, ProtocolOptions, Stage
+from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.noise import same_speed
+from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.runner import loaded_models
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.loaded_models import LoadedModels
 from tests import tiny
-from tests.unit.test_benchmark_rounds import Ear, order, quick
+from tests.unit.benchmark_models import TEXT
+from tests.unit.measured_rows import result
+from tests.unit.test_benchmark_rounds import TEXT_HASH, Ear, in_three_rounds, order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -22,9 +29,9 @@ ALONE = [(1,), (2,), (3,)]
 WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+    monkeypatch.setattr(ProtocolOptions, "for_device", in_three_rounds)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +57,16 @@ def peaks(ear: Ear) -> dict[int, int | None]:
     return {job_id: done.measurement.max_allocated_bytes for job_id, done in ear.measured().items()}
 
 
+@pytest.mark.usefixtures("a_quick_protocol")
 def test_models_stay_loaded_and_their_peaks_are_those_of_each_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(folder)
     assert together.failed() == {}
-    assert together.entered(Stage.LOADING) == [*ALONE, (1,), (2,)]
+    assert together.entered(Stage.LOADING) == [*ALONE, (2,), (1,)]
     monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
     alone = run(folder)
-    assert alone.entered(Stage.LOADING) == ALONE * 2
+    assert alone.entered(Stage.LOADING) == [*ALONE, (2,), (1,), (2,), (3,)]
     assert peaks(together) == pytest.approx(peaks(alone), rel=0.02)
 
 
@@ -81,10 +89,59 @@ def memory_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.usefixtures("memory_that_vanishes")
+@pytest.mark.usefixtures("a_quick_protocol", "memory_that_vanishes")
 def test_memory_that_really_runs_out_charges_nobody(folder: Path) -> None:
     ear = run(folder)
     assert ear.failed() == {}
     assert ear.measured().keys() == {1, 2, 3}
-    assert ear.entered(Stage.LOADING)[-1] == (3,), "loaded again, since the others had to go"
-    assert all(done.measurement.details.rounds.count == 2 for done in ear.measured().values())
+    assert ear.entered(Stage.LOADING) == [*ALONE, (2,), (1,), (2,), (3,)], "one at a time, once the first had no room"
+    assert all(done.measurement.details.rounds.count == 3 for done in ear.measured().values())
+
+
+REPETITIONS = 30
+
+
+def test_of_two_rows_of_one_model_hardly_any_appears_faster(folder: Path) -> None:
+    """At a nominal 4 %, more than 5 of 30 happen in one of 250 runs of this test."""
+    protocol = replace(
+        ProtocolOptions(eval_text_sha256=TEXT_HASH, prompt_tokens=64, new_tokens=32, why=False).for_device(
+            DeviceKind.CUDA
+        ),
+        eval_max_windows=1,
+    )
+    loaded = [load(folder / "llama", dtype=DType.BFLOAT16, device="cuda:0") for _ in range(2)]
+    different = {metric.key: 0 for metric in (DECODE, PER_TOKEN_P50, PREFILL)}
+    for _ in range(REPETITIONS):
+        rows = timed_in_turns(loaded, folder / "llama", protocol)
+        for metric in (DECODE, PER_TOKEN_P50, PREFILL):
+            different[metric.key] += not same_speed(metric, *rows)
+    print(different)  # noqa: T201
+    assert max(different.values()) <= 5
+
+
+def timed_in_turns(loaded: list[LoadedModel], folder: Path, protocol: Protocol) -> list[ResultRow]:
+    benchmarks = [row_benchmark(one, folder, protocol) for one in loaded]
+    for _ in range(protocol.rounds):
+        for one, benchmark in zip(loaded, benchmarks, strict=True):
+            benchmark.time(one)
+    measured = [
+        benchmark.measurement(kernels=None, interleaved_with=[f"j{3 - number}"])
+        for number, benchmark in enumerate(benchmarks, start=1)
+    ]
+    return [ResultRow.from_json(result(number) | one.to_json()) for number, one in enumerate(measured, start=1)]
+
+
+def row_benchmark(loaded: LoadedModel, folder: Path, protocol: Protocol) -> RowBenchmark:
+    model = ModelBenchmark(
+        Subject(
+            folder=folder,
+            dtype=DType.BFLOAT16,
+            compute_dtype=DType.BFLOAT16,
+            protocol=protocol,
+            eval_text=TEXT,
+            task_texts={},
+            on_step=lambda _step: None,
+        )
+    )
+    model.prepare(loaded)
+    return RowBenchmark(model, protocol, lambda _step: None)

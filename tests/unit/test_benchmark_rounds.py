@@ -90,6 +90,10 @@ def quick(options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
     return replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, batch_size=options.batch_size or 1)
 
 
+def in_three_rounds(options: ProtocolOptions, kind: DeviceKind) -> Protocol:
+    return replace(quick(options, kind), rounds=3)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def a_quick_protocol() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -150,30 +154,37 @@ def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(),
 def test_each_model_has_its_turn_in_every_round(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the memory does not hold all of them, each is loaded for its turn."""
     monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
+    monkeypatch.setattr(ProtocolOptions, "for_device", in_three_rounds)
     ear = run(home)
-    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,)] * 2
-    assert ear.entered(Stage.BENCHMARKING) == [(1,), (2,), (3,)] * 2
+    turns = [(1,), (2,), (3,), (2,), (1,), (2,), (3,)]
+    assert ear.entered(Stage.LOADING) == turns, "there and back and there"
+    assert ear.entered(Stage.BENCHMARKING) == turns
     assert list(ear.measured()) == [1, 2, 3]
     for job_id, done in ear.measured().items():
         details = done.measurement.details.to_json()
-        assert details["stats"]["prefill"]["count"] == details["rounds"]["count"] == 2
-        assert details["stats"]["load_model"]["count"] == 2
+        assert details["stats"]["prefill"]["count"] == details["rounds"]["count"] == 3
+        assert details["stats"]["load_model"]["count"] == (3 if job_id == 2 else 2)
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
-        assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 2
+        assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 3
         assert details["flags"] is None, "there is no GPU to be shared"
 
 
 @pytest.mark.slow
-def test_models_that_fit_together_are_loaded_alone_once_and_then_stay(home: Path) -> None:
+def test_models_that_fit_together_are_loaded_alone_once_and_then_stay(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), rounds=3))
     ear = run(home)
-    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,), (1,), (2,)], "the third was the last of the first round"
-    assert ear.entered(Stage.BENCHMARKING)[-3:] == [(1,), (2,), (3,)]
+    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,), (2,), (1,)], (
+        "the third was loaded at the end of the first round"
+    )
+    assert ear.entered(Stage.BENCHMARKING) == [(1,), (2,), (3,), (2,), (1,), (2,), (3,)]
     assert list(ear.measured()) == [1, 2, 3]
     for job_id, loads in ((1, 2), (2, 2), (3, 1)):
         details = ear.measured()[job_id].measurement.details.to_json()
         assert details["stats"]["load_model"]["count"] == loads, "each load that there was"
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
-        assert details["rounds"]["count"] == 2
+        assert details["rounds"]["count"] == 3
 
 
 @pytest.mark.slow
@@ -189,21 +200,20 @@ def test_the_first_round_has_one_model_loaded_and_the_others_all(home: Path, mon
     before = llamas()
     monkeypatch.setattr(RowBenchmark, "time", time)
     run(home)
-    assert [number - before for number in held] == [1, 1, 1, 2, 3, 3]
+    assert [number - before for number in held] == [1, 1, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("error", [CudaOom("out of memory"), HostOom("cannot allocate memory")], ids=["GPU", "host"])
-@pytest.mark.parametrize("at", [4, 5, 6])
+@pytest.mark.parametrize(("at", "again"), [(4, [3, 2, 1]), (5, [2, 1]), (6, [1])])
 def test_memory_that_runs_out_with_several_models_charges_nobody(
-    home: Path, monkeypatch: pytest.MonkeyPatch, error: JobError, at: int
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: JobError, at: int, again: list[int]
 ) -> None:
     """From then on they are loaded one at a time, and every row has all of its rounds."""
     timed = fail_once(monkeypatch, error, at=at)
     ear = run(home)
     assert ear.failed() == {}
     assert timed() == 7, "the one that failed was timed again"
-    again = [(1,), (2,), (3,)][at - 4 :]
-    assert ear.entered(Stage.LOADING)[-len(again) :] == again
+    assert ear.entered(Stage.LOADING)[-len(again) :] == [(job_id,) for job_id in again]
     for done in ear.measured().values():
         assert done.measurement.details.rounds.count == 2
 
@@ -222,7 +232,7 @@ def test_memory_that_runs_out_with_one_model_is_that_job_s_failure(home: Path, m
     monkeypatch.setattr(RowBenchmark, "time", time)
     ear = run(home)
     assert ear.failed() == {2: "cuda_oom"}
-    assert ear.measured().keys() == {1}
+    assert ear.measured().keys() == {3}, "whose last round was over"
 
 
 def runner_short_of_memory(the_order: Order, connection: Connection) -> None:
@@ -300,11 +310,11 @@ def test_a_job_that_is_alone_has_its_rounds_in_a_row_and_says_so(home: Path) -> 
 @pytest.mark.slow
 def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -> None:
     ear = run(tmp_path, 1, 3)
-    assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6), (1, 2), (3, 4)]
+    assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6), (3, 4), (1, 2)]
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
     assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6)]
     ready = [m for m in ear.heard if isinstance(m, CheckpointReady)]
-    assert [m.job_id for m in ready] == [3, 4, 5, 6] * 2, "published, and confirmed once it was measured"
+    assert [m.job_id for m in ready] == [3, 4, 5, 6, 5, 6, 3, 4], "published, and confirmed once it was measured"
     assert all(all(m.published.versions.values()) for m in ready[4:]), "by then its files' times can be trusted"
     done = ear.measured()
     assert done.keys() == {1, 2, 3, 4, 5, 6}
@@ -385,18 +395,18 @@ def test_after_a_device_fault_the_open_jobs_are_left_to_another_runner(
     fail_once(monkeypatch, DeviceError("illegal memory access"), at=5)
     ear = run(home)
     assert ear.failed() == {2: "device_error"}
-    assert ear.measured().keys() == {1}, "whose last round was over"
+    assert ear.measured().keys() == {3}, "whose last round was over"
 
 
-@pytest.mark.parametrize("at", [1, 5], ids=["first round", "last round"])
+@pytest.mark.parametrize(("at", "failed"), [(1, 1), (5, 3)], ids=["first round", "last round"])
 def test_after_a_shape_that_the_memory_cannot_hold_no_other_is_timed(
-    home: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    home: Path, monkeypatch: pytest.MonkeyPatch, at: int, failed: int
 ) -> None:
     """Nobody waits for them here: they are left to another runner."""
     monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
     timed = fail_once(monkeypatch, CudaOom("out of memory"), at=at)
     ear = run(home, 1, 2, schemes=(BASELINE, SCHEMES[1]))
-    assert ear.failed() == {1: "cuda_oom"}
+    assert ear.failed() == {failed: "cuda_oom"}
     assert ear.measured() == {}
     assert timed() == at
 
@@ -405,7 +415,7 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
     """The row is sent, and the rest of the bundle goes to another runner."""
     monkeypatch.setattr(RowBenchmark, "fault", property(lambda row: DeviceError("gone") if row.rounds == 2 else None))
     ear = run(home)
-    assert ear.measured().keys() == {1}
+    assert ear.measured().keys() == {3}, "the first whose last round was over"
     assert ear.failed() == {}
 
 

@@ -1,4 +1,4 @@
-"""Measure the models of a bundle in rounds: in each round every model has a turn, the baseline first.
+"""Measure the models of a bundle in rounds: in each round every model has a turn, in the first the baseline first.
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
@@ -10,24 +10,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import DeviceKind, Stage, format_job_id
-from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, SourceChanged
+from qbatch.core.errors import CudaOom, DeviceError, HostOom
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.measurement import Measurement
-from qbatch.core.storage import BASE_OUTPUTS
-from qbatch.worker.files.staging import folder_of
+from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
-from qbatch.worker.runner.loaded_models import LoadedModels, free_device_memory
+from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
-    from qbatch.worker.measuring.quality.reference import Reference
     from qbatch.worker.measuring.why.capture import Captures
     from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
     from qbatch.worker.models.load import LoadedModel
@@ -35,12 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("qbatch.runner")
 
 T = TypeVar("T")
-
-_NO_REFERENCE = (
-    "the outputs of its baseline are not stored: it was not measured on such a device with these versions, or they "
-    "were removed to free space (`--force` measures it again)"
-)
-_NOTHING_TO_COMPARE = "the text contains no token that can be scored or masked, so there is nothing to compare"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +69,7 @@ class Rounds:
         self._models = LoadedModels(device)
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
-        # By folder, why the outputs of a baseline were not stored.
-        self._not_kept: dict[Path, str] = {}
+        self._base_outputs = BaseOutputs(order, reports, source)
 
     def run(self, models: Sequence[MeasuredModel]) -> None:
         """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
@@ -91,9 +81,14 @@ class Rounds:
             for number in range(1, last + 1):
                 if number == 2:
                     self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
-                for turn in self._turns:
+                for turn in self._order_of(number):
                     self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
             self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
+
+    def _order_of(self, number: int) -> Sequence[_Turn]:
+        """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
+        is loaded is the next."""
+        return self._turns if number % 2 else self._turns[::-1]
 
     def _turn(self, model: MeasuredModel) -> _Turn:
         from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
@@ -141,9 +136,7 @@ class Rounds:
                     self._time(turn, job_id)
         if is_first:
             self._note_peak(turn)
-            if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
-                captures.prepare()
-            self._measure_quality(turn, self._load(turn))
+            self._measure_quality(turn, self._load(turn), captures)
         if is_last:
             with captures.paused():
                 self._observe(turn, self._load(turn))
@@ -182,65 +175,20 @@ class Rounds:
         weights_bytes = turn.benchmark.measured.weights_bytes
         self._models.note_peak(turn.jobs, weights_bytes=weights_bytes, peak_bytes=max(peaks, default=0))
 
-    def _measure_quality(self, turn: _Turn, loaded: LoadedModel) -> None:
+    def _measure_quality(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
         """Measure quality once for all jobs of the model, because it does not depend on the shape."""
         if not self._reports.open(turn.jobs):
             return
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
-        is_baseline = turn.model.published is None
-        reference = None if is_baseline else self._reference(turn.model.plans[0])
+        if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
+            captures.prepare()
+        plan, is_baseline = turn.model.plans[0], turn.model.published is None
+        reference = None if is_baseline else self._base_outputs.find(plan)
         turn.benchmark.measure_quality(loaded, reference)
         if is_baseline:
-            self._keep_reference(turn, loaded)
+            self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
         elif reference is None and loaded.tokenizer is not None:
-            folder = self._reference_folder(turn.model.plans[0])
-            turn.benchmark.note_not_compared(self._not_kept.get(folder, _NO_REFERENCE))
-
-    def _reference_folder(self, plan: Plan) -> Path:
-        from qbatch.worker.measuring.quality.reference import reference_name
-
-        name = reference_name(
-            fingerprint=self._source.fingerprint,
-            dtype=plan.settled.dtype,
-            device_name=self._order.device_name,
-            protocol=plan.settled.protocol,
-        )
-        return self._order.storage / BASE_OUTPUTS / name
-
-    def _reference(self, plan: Plan) -> Reference | None:
-        """The outputs of the baseline, if it was measured on such a device with the same text."""
-        from qbatch.worker.measuring.quality.reference import open_reference
-
-        return open_reference(self._reference_folder(plan))
-
-    def _keep_reference(self, turn: _Turn, loaded: LoadedModel) -> None:
-        """Store the outputs of the baseline, with which the quantized models are compared.
-
-        If that fails, only those comparisons are missing, unless the device has become unusable.
-        """
-        from qbatch.worker.measuring.quality.reference import prepare_reference
-
-        subject, plan = turn.benchmark.subject, turn.model.plans[0]
-        folder = self._reference_folder(plan)
-        try:
-            kept = prepare_reference(
-                loaded,
-                subject.protocol,
-                subject.eval_text,
-                folder,
-                # A baseline stages nothing else. If this runner is killed, its staging folder is removed.
-                staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
-                confirm=lambda: self._reports.confirm(self._source),
-            )
-            if kept is None:
-                self._not_kept[folder] = _NOTHING_TO_COMPARE
-            return
-        except (DeviceError, SourceChanged):
-            raise
-        except JobError as error:
-            log.warning("%s: %s; quality will not be compared with the baseline", _names(turn.jobs), error)
-            self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
-        free_device_memory()
+            turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan))
 
     def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
         for job_id in self._reports.open(turn.jobs):
@@ -259,6 +207,8 @@ class Rounds:
     def _conclude(self, turn: _Turn, kernels: Mapping[int, StepKernels]) -> None:
         """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""
         ids = self._reports.open(turn.jobs)
+        if not ids:
+            return
         self._reports.enter(ids, Stage.BENCHMARKING)
         self._confirm(turn.model)
         for job_id in ids:

@@ -66,6 +66,7 @@ class Captures:
         self._time_limit_s = time_limit_s
         self._server: subprocess.Popen[str] | None = None
         self._has_started = False
+        self._is_asked = False
 
     def __enter__(self) -> Self:
         return self
@@ -133,10 +134,12 @@ class Captures:
             requests.write(json.dumps([asdict(task) for task in tasks]) + "\n")
             requests.flush()
         limit_s = self._time_limit_s * len(tasks)
+        self._is_asked = True
         if not select.select([answers], [], [], limit_s)[0]:
             self._end()
             raise TimeoutError(f"capturing took longer than {limit_s:.0f} s")
         answer = answers.readline()
+        self._is_asked = False
         if not answer:
             self._end()
             return []
@@ -157,6 +160,9 @@ class Captures:
         requests, answers = _pipes(server)
         with contextlib.suppress(BrokenPipeError):
             requests.close()
+        if not self._is_asked:
+            server.kill()  # it may be in the middle of its imports
+        self._is_asked = False
         try:
             server.wait(_END_S)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,88 @@
+"""The outputs of a bundle's baseline, with which its quantized models are compared."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qbatch.core.errors import DeviceError, JobError, SourceChanged
+from qbatch.core.storage import BASE_OUTPUTS
+from qbatch.worker.files.staging import folder_of
+from qbatch.worker.runner.checkpoint_jobs import Plan
+from qbatch.worker.runner.loaded_models import free_device_memory
+from qbatch.worker.runner.messages import Order
+from qbatch.worker.runner.reports import Reports
+from qbatch.worker.sources.fetch import LocalSource
+
+if TYPE_CHECKING:
+    from qbatch.worker.measuring.measure import Subject
+    from qbatch.worker.measuring.quality.reference import Reference
+    from qbatch.worker.models.load import LoadedModel
+
+log = logging.getLogger("qbatch.runner")
+
+_NO_REFERENCE = (
+    "the outputs of its baseline are not stored: it was not measured on such a device with these versions, or they "
+    "were removed to free space (`--force` measures it again)"
+)
+_NOTHING_TO_COMPARE = "the text contains no token that can be scored or masked, so there is nothing to compare"
+
+
+class BaseOutputs:
+    """Stores the outputs of baselines of one source, and finds them again."""
+
+    def __init__(self, order: Order, reports: Reports, source: LocalSource) -> None:
+        self._order = order
+        self._reports = reports
+        self._source = source
+        # By folder, why the outputs of a baseline were not stored.
+        self._not_kept: dict[Path, str] = {}
+
+    def find(self, plan: Plan) -> Reference | None:
+        """The outputs of the baseline, if it was measured on such a device with the same text."""
+        from qbatch.worker.measuring.quality.reference import open_reference
+
+        return open_reference(self._folder(plan))
+
+    def why_missing(self, plan: Plan) -> str:
+        return self._not_kept.get(self._folder(plan), _NO_REFERENCE)
+
+    def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel) -> None:
+        """Store the outputs of the ``loaded`` baseline.
+
+        If that fails, only the comparisons are missing, unless the device has become unusable.
+        """
+        from qbatch.worker.measuring.quality.reference import prepare_reference
+
+        folder = self._folder(plan)
+        try:
+            kept = prepare_reference(
+                loaded,
+                subject.protocol,
+                subject.eval_text,
+                folder,
+                # A baseline stages nothing else. If this runner is killed, its staging folder is removed.
+                staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
+                confirm=lambda: self._reports.confirm(self._source),
+            )
+            if kept is None:
+                self._not_kept[folder] = _NOTHING_TO_COMPARE
+            return
+        except (DeviceError, SourceChanged):
+            raise
+        except JobError as error:
+            log.warning("j%s: %s; quality will not be compared with the baseline", plan.job_id, error)
+            self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
+        free_device_memory()
+
+    def _folder(self, plan: Plan) -> Path:
+        from qbatch.worker.measuring.quality.reference import reference_name
+
+        name = reference_name(
+            fingerprint=self._source.fingerprint,
+            dtype=plan.settled.dtype,
+            device_name=self._order.device_name,
+            protocol=plan.settled.protocol,
+        )
+        return self._order.storage / BASE_OUTPUTS / name
