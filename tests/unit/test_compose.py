@@ -51,7 +51,9 @@ def test_every_command_is_one_that_qbatch_parses(name: str) -> None:
     while isinstance(command, click.Group):
         word, *arguments = arguments
         command = command.commands[word]
-    command.make_context(command.name, arguments)
+    # A command keeps the help option of the first context that it is asked in.
+    parent = click.Context(main, info_name="qbatch", **main.context_settings)
+    command.make_context(command.name, arguments, parent=parent)
 
 
 @pytest.mark.parametrize("name", QBATCH_SERVICES)
