@@ -214,8 +214,8 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
         )
     if any(row.graph_decode_tokens_per_s is not None for row in rows):
         yield (
-            "Graph decode is the rate of the same kernels under a CUDA graph, without the host: engines that use "
-            "graphs come near it, `generate` does not."
+            "Graph decode is the rate of the same kernels under a CUDA graph, without the host: a program that uses "
+            "graphs can come near it, `generate` does not."
         )
     if any(row.kl_mean is not None for row in rows):
         yield (

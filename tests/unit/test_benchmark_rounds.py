@@ -214,6 +214,7 @@ def test_memory_that_runs_out_with_several_models_charges_nobody(
     assert ear.failed() == {}
     assert timed() == 7, "the one that failed was timed again"
     assert ear.entered(Stage.LOADING)[-len(again) :] == [(job_id,) for job_id in again]
+    assert ear.entered(Stage.BENCHMARKING)[-len(again) :] == [(job_id,) for job_id in again]
     for done in ear.measured().values():
         assert done.measurement.details.rounds.count == 2
 

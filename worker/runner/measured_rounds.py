@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import DeviceKind, Stage, format_job_id
@@ -130,10 +131,8 @@ class Rounds:
         for job_id in self._reports.open(turn.jobs):
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable
-            with self._reports.failing([job_id]):
-                self._reports.enter([job_id], Stage.BENCHMARKING)
-                with captures.paused():
-                    self._time(turn, job_id)
+            with self._reports.failing([job_id]), captures.paused():
+                self._or_alone(partial(self._time, turn, job_id))
         if is_first:
             self._note_peak(turn)
             self._measure_quality(turn, self._load(turn), captures)
@@ -142,7 +141,9 @@ class Rounds:
                 self._observe(turn, self._load(turn))
 
     def _time(self, turn: _Turn, job_id: int) -> None:
-        self._or_alone(lambda: turn.rows[job_id].time(self._load(turn)))
+        loaded = self._load(turn)
+        self._reports.enter([job_id], Stage.BENCHMARKING)
+        turn.rows[job_id].time(loaded)
 
     def _or_alone(self, work: Callable[[], T]) -> T:
         """Do ``work``. If memory runs out while several models are loaded, no job is at fault: do it again with only

@@ -4,16 +4,11 @@ So their 15 s are paid once for a worker. bitsandbytes asks at import which GPU 
 what it imports is here, half a second of each bundle.
 """
 
-from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import IMPORTED_BY_BITSANDBYTES, MODEL_LIBRARIES, import_without_gpu
 
-_OF_BITSANDBYTES = (
-    "torch._inductor.compile_fx",
-    "torch._dynamo.repro.after_dynamo",
-    "torch._dynamo.backends.debugging",
-)
 NAMES = (
     *MODEL_LIBRARIES,
-    *_OF_BITSANDBYTES,
+    *IMPORTED_BY_BITSANDBYTES,
     # Imported by the first model of any family.
     "transformers.modeling_layers",
     "transformers.generation.utils",
