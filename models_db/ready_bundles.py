@@ -18,7 +18,7 @@ from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 
-_FIRST_PAGE = 32
+_FIRST_PAGE = 8
 _LARGEST_PAGE = 512
 
 

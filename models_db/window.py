@@ -67,6 +67,8 @@ def choose(
         added = _choose_fairly(session, ready, priority, shares, queue=queue, most=missing)
         chosen += added
         in_queue[priority] = in_queue.get(priority, 0) + len(added)
+        if len(added) == missing:
+            break
         priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=priority)
     return chosen
 
@@ -181,7 +183,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
-    session.execute(
-        update(Job).where(Job.id.in_(free(session, *conditions, IS_QUEUED))).values(**NO_MESSAGE),
-        execution_options=NO_SYNC,
-    )
+    ids = free(session, *conditions, IS_QUEUED)
+    if ids:
+        session.execute(update(Job).where(Job.id.in_(ids)).values(**NO_MESSAGE), execution_options=NO_SYNC)
