@@ -59,7 +59,7 @@ def choose(
     """
     chosen: list[Dispatch] = []
     ready = ReadyBundles(kind=kind, needs=needs)
-    in_queue = standing_bundles(session, queue)
+    in_queue = _waiting_in(session, queue)
     priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=None)
     shares = _share_of_batches(session) if priority is not None else {}
     while priority is not None:
@@ -110,7 +110,7 @@ def _share_of_batches(session: Session) -> Mapping[int, int]:
     return {batch_id: count for batch_id, count in rows}
 
 
-def standing_bundles(session: Session, queue: str) -> dict[int, int]:
+def _waiting_in(session: Session, queue: str) -> dict[int, int]:
     """How many dispatched bundles wait in ``queue``, by priority."""
     rows = session.execute(
         select(Job.priority, func.count(func.distinct(Job.dispatch_id)))
@@ -136,13 +136,13 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
 
 
-def standing(session: Session) -> dict[str, str]:
+def waiting_messages(session: Session) -> dict[str, str]:
     """All dispatched messages that no worker has claimed yet: dispatch id → queue."""
     rows = session.execute(select(Job.dispatch_id, Job.queue).where(_IS_DISPATCHED).distinct())
     return {dispatch_id: queue for dispatch_id, queue in rows if dispatch_id is not None and queue is not None}
 
 
-def note_scan(session: Session, *, missing: Collection[str], present: Collection[str]) -> list[str]:
+def record_scan(session: Session, *, missing: Collection[str], present: Collection[str]) -> list[str]:
     """Count a scan that did not find the ``missing`` messages in Redis, and release those missing twice in a row.
 
     One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
