@@ -34,6 +34,8 @@ MOST_JOBS = 256
 NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 """The dispatch columns of a job that no message stands for."""
 
+_MOST_MISSES = 8
+_OVER = object()
 _OTHER = aliased(Job)
 # By ids, because there are few.
 _IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
@@ -89,16 +91,32 @@ def _choose_fairly(
     chosen: list[Dispatch] = []
     turns = [(shares.get(batch_id, 0), batch_id) for batch_id in ready.batches(session, priority)]
     heapify(turns)
-    waiting: dict[int, Iterator[ReadyBundle]] = {}
+    waiting: dict[int, Iterator[ReadyBundle | None]] = {}
+    misses = 0
     while turns and len(chosen) < most:
         share, batch_id = heappop(turns)
-        bundle = next(waiting.setdefault(batch_id, ready.of_batch(session, priority, batch_id)), None)
-        if bundle is None:
+        if misses == _MOST_MISSES:
+            # Most of what waits belongs in another queue: what does not is found faster by looking at all of it.
+            rest = ready.of_each_batch(session, priority, most)
+            waiting = {batch: iter(bundles) for batch, bundles in rest.items()}
+            turns = [turn for turn in [(share, batch_id), *turns] if turn[1] in waiting]
+            heapify(turns)
+            misses += 1
             continue
-        dispatch = _mark(session, bundle.bundle, queue, priority, ready.needs)
-        if dispatch is not None:
+        if batch_id not in waiting:
+            waiting[batch_id] = ready.of_batch(session, priority, batch_id)
+        found = next(waiting[batch_id], _OVER)
+        if found is _OVER:
+            continue
+        dispatch = None
+        if isinstance(found, ReadyBundle):
+            dispatch = _mark(session, found.bundle, queue, priority, ready.needs)
+        if dispatch is None:
+            misses += 1
+        else:
             chosen.append(dispatch)
-        heappush(turns, (share + (dispatch is not None), batch_id))
+            share += 1
+        heappush(turns, (share, batch_id))
     return chosen
 
 
