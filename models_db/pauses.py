@@ -41,7 +41,7 @@ def renew(session: Session, reason: str, for_s: float) -> None:
     session.execute(update(Pause).where(Pause.reason == reason).values(until=db_now(for_s)), execution_options=NO_SYNC)
 
 
-def mend_times(session: Session, longest_s: float) -> int:
+def shorten_future_times(session: Session, longest_s: float) -> int:
     """Shorten pauses that would last longer than ``longest_s`` because the clock was set back. Returns how many."""
     shortened = session.execute(
         update(Pause)

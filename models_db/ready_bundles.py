@@ -18,7 +18,7 @@ from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 
-_FIRST_PAGE = 32
+_FIRST_PAGE = 8
 _LARGEST_PAGE = 512
 
 
@@ -72,8 +72,11 @@ class ReadyBundles:
         found = found.union_all(each)
         return list(session.scalars(select(found.c.batch_id).where(found.c.batch_id.is_not(None))))
 
-    def of_batch(self, session: Session, priority: int, batch_id: int) -> Iterator[ReadyBundle]:
-        """The ready bundles of a batch, read page by page. The caller may dispatch each before it takes the next."""
+    def of_batch(self, session: Session, priority: int, batch_id: int) -> Iterator[ReadyBundle | None]:
+        """The ready bundles of a batch, read page by page, and None for a page that has none.
+
+        The caller may dispatch each before it takes the next.
+        """
         seen: set[str] = set()
         after, size = 0, _FIRST_PAGE
         while True:
@@ -83,10 +86,28 @@ class ReadyBundles:
             if self._split_off(session, ready):
                 continue
             yield from ready
+            if not ready:
+                yield None
             if len(page) < size:
                 return
             seen.update(names)
             after, size = page[-1].id, min(4 * size, _LARGEST_PAGE)
+
+    def of_each_batch(self, session: Session, priority: int, limit: int) -> dict[int, list[ReadyBundle]]:
+        """The first ``limit`` ready bundles of each batch. Reads all waiting jobs of that priority, but at once."""
+        within = and_(IS_WAITING, _is_ready(self.needs), Job.priority == priority)
+        each = self._bundles(within).add_columns(
+            Job.batch_id, func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place")
+        )
+        ranked = each.group_by(Job.batch_id).subquery()
+        first = select(ranked).where(ranked.c.place <= limit).order_by(ranked.c.first_id)
+        found: dict[int, list[ReadyBundle]] = {}
+        for row in session.execute(first):
+            bundle = ReadyBundle(bundle=row.bundle, first_id=row.first_id, least=row.least, most=row.most)
+            found.setdefault(row.batch_id, []).append(bundle)
+        if self._split_off(session, [bundle for bundles in found.values() for bundle in bundles]):
+            return self.of_each_batch(session, priority, limit)
+        return found
 
     def _page(self, priority: int, batch_id: int, after: int, size: int) -> Select[int, str]:
         """Jobs of which each may make its bundle belong here: the largest of a bundle does."""
@@ -108,20 +129,22 @@ class ReadyBundles:
 
     def _read(self, session: Session, names: Sequence[str]) -> list[ReadyBundle]:
         """Those of the bundles that belong here, the first submitted first."""
+        bundles = self._bundles(are_ready(names, self.needs)).order_by(func.min(Job.id))
+        return [ReadyBundle(**row) for row in session.execute(bundles).mappings()] if names else []
+
+    def _bundles(self, which: ColumnElement[bool]) -> Select[str, int, int, int]:
         most = func.max(NEED_BYTES)
-        bundles = (
+        return (
             select(
                 Job.bundle,
                 func.min(Job.id).label("first_id"),
                 func.min(NEED_BYTES).label("least"),
                 most.label("most"),
             )
-            .where(are_ready(names, self.needs), Job.device.in_((self.kind, DeviceKind.AUTO)))
+            .where(which, Job.device.in_((self.kind, DeviceKind.AUTO)))
             .group_by(Job.bundle)
             .having(*self._belongs(most))
-            .order_by(func.min(Job.id))
         )
-        return [ReadyBundle(**row) for row in session.execute(bundles).mappings()] if names else []
 
     def _split_off(self, session: Session, ready: Sequence[ReadyBundle]) -> bool:
         """Move each job that is predicted to fit no GPU into a bundle of its own if other jobs of its bundle fit.

@@ -34,6 +34,8 @@ MOST_JOBS = 256
 NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 """The dispatch columns of a job that no message stands for."""
 
+_MOST_MISSES = 8
+_OVER = object()
 _OTHER = aliased(Job)
 # By ids, because there are few.
 _IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
@@ -59,7 +61,7 @@ def choose(
     """
     chosen: list[Dispatch] = []
     ready = ReadyBundles(kind=kind, needs=needs)
-    in_queue = standing_bundles(session, queue)
+    in_queue = _waiting_in(session, queue)
     priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=None)
     shares = _share_of_batches(session) if priority is not None else {}
     while priority is not None:
@@ -67,6 +69,8 @@ def choose(
         added = _choose_fairly(session, ready, priority, shares, queue=queue, most=missing)
         chosen += added
         in_queue[priority] = in_queue.get(priority, 0) + len(added)
+        if len(added) == missing:
+            break
         priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=priority)
     return chosen
 
@@ -87,16 +91,32 @@ def _choose_fairly(
     chosen: list[Dispatch] = []
     turns = [(shares.get(batch_id, 0), batch_id) for batch_id in ready.batches(session, priority)]
     heapify(turns)
-    waiting: dict[int, Iterator[ReadyBundle]] = {}
+    waiting: dict[int, Iterator[ReadyBundle | None]] = {}
+    misses = 0
     while turns and len(chosen) < most:
         share, batch_id = heappop(turns)
-        bundle = next(waiting.setdefault(batch_id, ready.of_batch(session, priority, batch_id)), None)
-        if bundle is None:
+        if misses == _MOST_MISSES:
+            # Most of what waits belongs in another queue: what does not is found faster by looking at all of it.
+            rest = ready.of_each_batch(session, priority, most)
+            waiting = {batch: iter(bundles) for batch, bundles in rest.items()}
+            turns = [turn for turn in [(share, batch_id), *turns] if turn[1] in waiting]
+            heapify(turns)
+            misses += 1
             continue
-        dispatch = _mark(session, bundle.bundle, queue, priority, ready.needs)
-        if dispatch is not None:
+        if batch_id not in waiting:
+            waiting[batch_id] = ready.of_batch(session, priority, batch_id)
+        found = next(waiting[batch_id], _OVER)
+        if found is _OVER:
+            continue
+        dispatch = None
+        if isinstance(found, ReadyBundle):
+            dispatch = _mark(session, found.bundle, queue, priority, ready.needs)
+        if dispatch is None:
+            misses += 1
+        else:
             chosen.append(dispatch)
-        heappush(turns, (share + (dispatch is not None), batch_id))
+            share += 1
+        heappush(turns, (share, batch_id))
     return chosen
 
 
@@ -108,7 +128,7 @@ def _share_of_batches(session: Session) -> Mapping[int, int]:
     return {batch_id: count for batch_id, count in rows}
 
 
-def standing_bundles(session: Session, queue: str) -> dict[int, int]:
+def _waiting_in(session: Session, queue: str) -> dict[int, int]:
     """How many dispatched bundles wait in ``queue``, by priority."""
     rows = session.execute(
         select(Job.priority, func.count(func.distinct(Job.dispatch_id)))
@@ -134,13 +154,13 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
 
 
-def standing(session: Session) -> dict[str, str]:
+def waiting_messages(session: Session) -> dict[str, str]:
     """All dispatched messages that no worker has claimed yet: dispatch id → queue."""
     rows = session.execute(select(Job.dispatch_id, Job.queue).where(_IS_DISPATCHED).distinct())
     return {dispatch_id: queue for dispatch_id, queue in rows if dispatch_id is not None and queue is not None}
 
 
-def note_scan(session: Session, *, missing: Collection[str], present: Collection[str]) -> list[str]:
+def record_scan(session: Session, *, missing: Collection[str], present: Collection[str]) -> list[str]:
     """Count a scan that did not find the ``missing`` messages in Redis, and release those missing twice in a row.
 
     One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
@@ -181,7 +201,6 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
-    session.execute(
-        update(Job).where(Job.id.in_(free(session, *conditions, IS_QUEUED))).values(**NO_MESSAGE),
-        execution_options=NO_SYNC,
-    )
+    ids = free(session, *conditions, IS_QUEUED)
+    if ids:
+        session.execute(update(Job).where(Job.id.in_(ids)).values(**NO_MESSAGE), execution_options=NO_SYNC)

@@ -54,7 +54,7 @@ def beat(session: Session, worker_id: int) -> str:
     return state
 
 
-def mend_times(session: Session) -> int:
+def shorten_future_times(session: Session) -> int:
     """Set heartbeats that are in the future to now, and return how many there were.
 
     They come from before the database's clock was set back. Without this, dead workers would count as alive.

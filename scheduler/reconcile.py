@@ -39,12 +39,12 @@ def shorten_future_times(database: Database, settings: Settings) -> None:
     limits = RetryLimits(backoff_s=settings.backoff_s, max_failures=settings.max_failures)
     with database.write() as session:
         # Leases first, because the heartbeats tell which workers they belong to.
-        count = jobs.mend_times(
+        count = jobs.shorten_future_times(
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
         longest_pause_s = max(limits.wait_s(settings.max_failures), _renewed_pause_s(settings))
-        count += workers.mend_times(session) + arrivals.mend_times(session)
-        count += pauses.mend_times(session, longest_pause_s)
+        count += workers.shorten_future_times(session) + arrivals.shorten_future_times(session)
+        count += pauses.shorten_future_times(session, longest_pause_s)
     if count:
         log.warning(
             "%s leases, backoffs, pauses or heartbeats were too far in the future, and were shortened: the database's"
@@ -99,12 +99,12 @@ def _missing_bytes(staging: Path, needed_bytes: int | None) -> int | None:
 def resend_vanished(database: Database, broker: Broker) -> None:
     """Release bundles whose message was missing in two scans in a row, so that ``top_up`` sends them again."""
     with database.read() as session:
-        expected = window.standing(session)
+        expected = window.waiting_messages(session)
     if not expected:
         return
     present = broker.message_ids(set(expected.values()))
     missing = expected.keys() - present
     with database.write() as session:
-        vanished = window.note_scan(session, missing=missing, present=expected.keys() & present)
+        vanished = window.record_scan(session, missing=missing, present=expected.keys() & present)
     for dispatch_id in vanished:
         log.warning("message %s vanished from Redis; its bundle will be sent again", dispatch_id)

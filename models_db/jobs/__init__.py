@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from qbatch.core.domain import Token
 from qbatch.models_db.jobs.claiming import claim
-from qbatch.models_db.jobs.expiry import expire, give_up_too_large, mend_times
+from qbatch.models_db.jobs.expiry import expire, give_up_too_large, shorten_future_times
 from qbatch.models_db.jobs.holding import any_waits_for_space, heartbeat, held, keys_being_written, note
 from qbatch.models_db.jobs.outcomes import answer, answer_unclaimed, fail, hand_back, succeed
 from qbatch.models_db.jobs.user_requests import cancel, retry
@@ -40,8 +40,8 @@ __all__ = [
     "heartbeat",
     "held",
     "keys_being_written",
-    "mend_times",
     "note",
     "retry",
+    "shorten_future_times",
     "succeed",
 ]

@@ -58,7 +58,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     return sorted(job.id for job in jobs)
 
 
-def mend_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
+def shorten_future_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
     """Shorten leases and backoffs that end later than any given now could, because the database's clock was set back.
     Leases are shortened only if their worker is gone. Returns how many were changed."""
     limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)

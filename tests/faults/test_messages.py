@@ -62,7 +62,7 @@ def _is_swallowed(fleet: Fleet, redis_server: Redis, broker: Broker, workers: li
     fleet.suspend(*workers)
     assert top_up(fleet.database, broker, fleet.settings) == 1
     with fleet.database.read() as session:
-        sent = window.standing(session)
+        sent = window.waiting_messages(session)
     if not broker.message_ids([CPU]):
         return True
     with redis_server.client() as client:

@@ -95,7 +95,7 @@ def test_a_worker_that_lives_keeps_its_lease_however_long(database: Database) ->
     _, ids = a_batch(database)
     claim(database, ids, a_worker(database), lease_s=AHEAD_S)
     with database.write() as session:
-        assert jobs.mend_times(session, lease_s=60.0, backoff_s=1.0, max_failures=3) == 0
+        assert jobs.shorten_future_times(session, lease_s=60.0, backoff_s=1.0, max_failures=3) == 0
 
 
 def test_the_lease_of_a_gpu_runs_out(database: Database) -> None:

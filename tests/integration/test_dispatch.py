@@ -88,7 +88,7 @@ def broker(settings: Settings) -> Iterator[Broker]:
 
 def dispatched(database: Database) -> dict[str, str]:
     with database.read() as session:
-        return window.standing(session)
+        return window.waiting_messages(session)
 
 
 def test_the_window_is_filled_and_its_messages_stand_in_redis(

@@ -297,7 +297,7 @@ def test_whatever_locks_jobs_at_once_none_is_ended_as_a_deadlock(postgresql_data
         with database.write() as session:
             window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)
         with database.write() as session:
-            window.note_scan(session, missing=list(window.standing(session)), present=[])
+            window.record_scan(session, missing=list(window.waiting_messages(session)), present=[])
 
     acts: list[Callable[[], None]] = [partial(work, a_worker(database, f"w{n}")) for n in range(3)]
     threads = [threading.Thread(target=repeat, args=(act,)) for act in (*acts, cancel_and_retry, top_up_and_scan)]
@@ -466,7 +466,7 @@ def test_a_message_missed_by_two_scans_is_sent_again(database: Database) -> None
         ([sent.dispatch_id], [], [sent.dispatch_id]),
     ):
         with database.write() as session:
-            assert window.note_scan(session, missing=missing, present=present) == gone
+            assert window.record_scan(session, missing=missing, present=present) == gone
     with database.write() as session:
         (again,) = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=1)
     assert again.job_ids == sent.job_ids

@@ -183,9 +183,9 @@ class Jobs(RuleBasedStateMachine):
     def everything_vanishes_from_redis(self) -> None:
         for _ in range(2):
             with self.database.write() as session:
-                window.note_scan(session, missing=list(window.standing(session)), present=[])
+                window.record_scan(session, missing=list(window.waiting_messages(session)), present=[])
         with self.database.read() as session:
-            assert window.standing(session) == {}
+            assert window.waiting_messages(session) == {}
 
     @rule(picked=st.sets(st.integers(0, 3)), whole=st.booleans())
     def cancel(self, picked: set[int], whole: bool) -> None:

@@ -62,7 +62,7 @@ def test_a_message_after_the_change_is_not_claimed_and_its_jobs_are_free(
     assert isinstance(context.shutdown.reason, ForeignSchema)
     assert [(job.state, job.attempt) for job in (a_job(context.database, n) for n in ids)] == [("queued", 0)] * 3
     with context.database.read() as session:
-        assert window.standing(session) == {}
+        assert window.waiting_messages(session) == {}
     assert _run_bundle(context, _MESSAGE, ids) == "nothing to do"
 
 

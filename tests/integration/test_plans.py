@@ -109,9 +109,9 @@ ACTIONS: dict[str, Action] = {
     "a tick, the window full": choose,
     "a tick, one slot free": lambda session: choose(session, slots=9),
     "take what no worker reads back": lambda session: window.recall(session, ["another"]),
-    "messages that wait": window.standing,
-    "a scan for lost messages": lambda session: window.note_scan(
-        session, missing=list(window.standing(session))[:3], present=list(window.standing(session))[3:]
+    "messages that wait": window.waiting_messages,
+    "a scan for lost messages": lambda session: window.record_scan(
+        session, missing=list(window.waiting_messages(session))[:3], present=list(window.waiting_messages(session))[3:]
     ),
     "claim": lambda session: jobs.claim(session, _first_message(session), 1, _LEASE_S),
     "heartbeat": lambda session: jobs.heartbeat(session, [_running(session)], _LEASE_S),
@@ -121,7 +121,7 @@ ACTIONS: dict[str, Action] = {
     "a device error": _fails(DeviceError("the device failed")),
     "expire": lambda session: jobs.expire(session, **POLICY),
     "jobs that no GPU holds": lambda session: jobs.give_up_too_large(session, _LEASE_S),
-    "clock set back": lambda session: jobs.mend_times(session, lease_s=60.0, **POLICY),
+    "clock set back": lambda session: jobs.shorten_future_times(session, lease_s=60.0, **POLICY),
     "room awaited": jobs.any_waits_for_space,
     "checkpoints that are written": lambda session: jobs.keys_being_written(session, ["a", "b"], but_by=[1]),
     "answers": _finished,

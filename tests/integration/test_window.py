@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import update
+from typing import Any
+
+from sqlalchemy import event, update
 
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.models_db import window
+from qbatch.models_db.batches import NewJob
+from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
+from qbatch.models_db.vram import GIB
 from qbatch.models_db.window import Dispatch
 from qbatch.worker.serving.message_vet import problem_of_ids
 from tests.rows import a_batch, a_worker, bundle, claim, states, succeed
@@ -49,6 +54,50 @@ def test_the_rest_of_a_bundle_goes_when_the_message_before_it_was_lost(database:
         window.take_out(session, [lost.dispatch_id])
     (again,) = choose(database)
     assert again.job_ids == lost.job_ids == tuple(ids[:256])
+
+
+# A queue in which little of what waits belongs
+
+_SMALL = QueueRange(under=20 * GIB, largest=70 * GIB)
+_NEEDS = {Method.NONE: 30 * GIB, Method.NF4: 5 * GIB}
+
+
+def large(model: str) -> list[NewJob]:
+    """A bundle whose baseline needs more than the smaller GPUs have."""
+    return bundle(model, Method.NONE, Method.NF4, device=DeviceKind.CUDA, needs=_NEEDS)
+
+
+def small(model: str) -> list[NewJob]:
+    return bundle(model, Method.NF4, device=DeviceKind.CUDA, needs=_NEEDS)
+
+
+def choose_small(database: Database, slots: int) -> list[tuple[int, ...]]:
+    with database.write() as session:
+        chosen = window.choose(session, kind=DeviceKind.CUDA, queue="small", slots=slots, needs=_SMALL)
+        return [message.job_ids for message in chosen]
+
+
+def test_what_belongs_in_a_queue_is_found_behind_much_that_does_not(database: Database) -> None:
+    _, first = a_batch(database, *[large(f"/models/{n}") for n in range(300)], small("/models/x"), small("/models/y"))
+    _, second = a_batch(database, *[large(f"/models/{n}") for n in range(20)], small("/models/z"))
+    assert choose_small(database, slots=2) == [(first[-2],), (second[-1],)], "each batch in turn"
+    assert choose_small(database, slots=3) == [(first[-1],)]
+    assert choose_small(database, slots=4) == []
+
+
+def test_batches_of_which_nothing_belongs_are_not_asked_one_by_one(sqlite_database: Database) -> None:
+    for n in range(60):
+        a_batch(sqlite_database, large(f"/models/{n}"))
+    _, (last,) = a_batch(sqlite_database, small("/models/x"))
+    statements = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(sqlite_database.engine, "before_cursor_execute", note)
+    assert choose_small(sqlite_database, slots=4) == [(last,)]
+    event.remove(sqlite_database.engine, "before_cursor_execute", note)
+    assert len(statements) < 40
 
 
 def test_many_jobs_that_want_one_checkpoint_do_not_slow_the_choice(sqlite_database: Database) -> None:
