@@ -186,8 +186,8 @@ def _remove_some(database: Database, batch_id: int, lease_s: float) -> bool:
         return True
 
 
-def mend_times(session: Session) -> int:
-    """Set times in the future to now, and return how many there were. See ``workers.mend_times``."""
+def shorten_future_times(session: Session) -> int:
+    """Set times in the future to now, and return how many there were. As ``workers`` does with heartbeats."""
     ahead = Arrival.seen_at > db_now(SLACK_S)
     changed = session.execute(
         update(Arrival).where(ahead).values(seen_at=db_now()).returning(Arrival.batch_id), execution_options=NO_SYNC

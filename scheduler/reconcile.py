@@ -43,7 +43,7 @@ def shorten_future_times(database: Database, settings: Settings) -> None:
             session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
         )
         longest_pause_s = max(limits.wait_s(settings.max_failures), _renewed_pause_s(settings))
-        count += workers.mend_times(session) + arrivals.mend_times(session)
+        count += workers.mend_times(session) + arrivals.shorten_future_times(session)
         count += pauses.mend_times(session, longest_pause_s)
     if count:
         log.warning(

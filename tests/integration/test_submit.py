@@ -98,7 +98,6 @@ def seen(database: Database) -> dict[str, Any]:
             "prunable": find_prunable(session, -60.0),
             "batch exists": [batch_exists(session, number) for number in range(1, 9)],
             "job exists": [job_exists(session, number) for number in range(1, 99)],
-            "in Redis": window.standing(session),
         }
     with database.write() as session:
         found["dispatched"] = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=0)
@@ -260,7 +259,7 @@ def test_a_silent_submit_from_before_the_clock_was_set_back_goes(sqlite_database
     silence(sqlite_database, -3000.0)
     assert arrivals.remove_silent(sqlite_database, 0.1) == []
     with sqlite_database.write() as session:
-        assert arrivals.mend_times(session) == 1
+        assert arrivals.shorten_future_times(session) == 1
     time.sleep(0.2)
     assert len(arrivals.remove_silent(sqlite_database, 0.1)) == 1
 
