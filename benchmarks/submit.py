@@ -142,14 +142,21 @@ def stored_bytes(url: str) -> int:
 
 
 @contextmanager
-def database_url(name: str, folder: Path) -> Iterator[str]:
-    """An empty database that is removed afterwards."""
+def database_url(name: str, folder: Path, *, connections: int | None = None) -> Iterator[str]:
+    """An empty database that is removed afterwards. A server takes so many ``connections``; None: as many as usual."""
     if name == "sqlite":
         yield f"sqlite:///{folder / 'qbatch.db'}"
         return
     from tests.postgres import Postgres
 
     server = Postgres()
+    if connections is not None:
+        database = Database(server.url)
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text(f"ALTER SYSTEM SET max_connections = {connections}"))
+        database.dispose()
+        server.stop()
+        server.start()
     try:
         yield server.url
     finally:

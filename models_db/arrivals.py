@@ -31,6 +31,8 @@ from qbatch.models_db.session import NO_SYNC, VALUES_AT_ONCE, Database
 from qbatch.models_db.tables import Arrival, Batch, Job, Result
 
 _REMOVED_AT_ONCE = 2000
+# Long enough for everybody who waits to look at the lock twice.
+_LONGEST_TURN_S = 0.05
 _UNSEEN = {**NO_SYNC, **ALSO_ARRIVING}
 
 
@@ -113,9 +115,9 @@ def _begun(database: Database, name: str | None, priority: int) -> Iterator[tupl
 
 
 class _Turns:
-    """Transactions between which the lock is free at least as long as it was held.
+    """Transactions between which SQLite's lock is free for a while.
 
-    Whoever waits for SQLite's lock only looks at it from time to time, and would seldom find it free otherwise.
+    Whoever waits for it only looks from time to time (see ``write_lock``), and would seldom find it free otherwise.
     """
 
     def __init__(self, database: Database) -> None:
@@ -129,7 +131,7 @@ class _Turns:
             began = time.monotonic()
             yield session
         ended = time.monotonic()
-        self._free_until = ended + (ended - began)
+        self._free_until = ended + min(ended - began, _LONGEST_TURN_S)
 
 
 def answerable_since(session: Session, batch_id: int, moment: datetime) -> Sequence[Job]:

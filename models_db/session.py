@@ -22,6 +22,7 @@ from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patientl
 from qbatch.models_db.database_file import DatabaseFile
 from qbatch.models_db.database_id import find_database_id
 from qbatch.models_db.schema_state import SchemaState, read_version
+from qbatch.models_db.write_lock import begin_writing
 
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
@@ -261,9 +262,9 @@ def _refuse_other_files(url: URL) -> None:
 
 
 def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
-    # How long to wait for another writer. Arguments override the URL, so this is omitted if it has ``?timeout=5``.
-    waits = {} if "timeout" in url.query else {"timeout": 30.0}
-    engine = create_engine(url, json_serializer=_to_json, connect_args=waits | {"check_same_thread": False})
+    # How long to wait for another writer.
+    wait_s = float(url.query.get("timeout", 30.0))
+    engine = create_engine(url, json_serializer=_to_json, connect_args={"timeout": wait_s, "check_same_thread": False})
 
     @event.listens_for(engine, "do_connect")
     def _before_connect(*_: Any) -> None:
@@ -285,7 +286,10 @@ def _sqlite_engine(url: Any, file: DatabaseFile | None) -> Engine:
             file.check()
         # A deferred transaction that first reads and then writes could lose updates of other processes.
         reads = connection.get_execution_options().get("qbatch_read", False)
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+        if reads:
+            connection.exec_driver_sql("BEGIN")
+        else:
+            begin_writing(connection, wait_s)
 
     return engine
 

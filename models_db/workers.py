@@ -45,13 +45,16 @@ def register(session: Session, info: WorkerInfo) -> int:
     return worker.id
 
 
-def beat(session: Session, worker_id: int) -> str:
-    """Renew a worker's heartbeat. Returns its state, which others may have changed."""
-    state: str = session.execute(
-        update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()).returning(Worker.state),
-        execution_options=NO_SYNC,
-    ).scalar_one()
-    return state
+def beat(session: Session, worker_id: int) -> None:
+    """Renew a worker's heartbeat."""
+    session.execute(
+        update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()), execution_options=NO_SYNC
+    )
+
+
+def state_of(session: Session, worker_id: int) -> str:
+    """A worker's state, which others may change."""
+    return session.execute(select(Worker.state).where(Worker.id == worker_id)).scalar_one()
 
 
 def shorten_future_times(session: Session) -> int:

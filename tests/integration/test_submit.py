@@ -98,7 +98,6 @@ def seen(database: Database) -> dict[str, Any]:
             "prunable": find_prunable(session, -60.0),
             "batch exists": [batch_exists(session, number) for number in range(1, 9)],
             "job exists": [job_exists(session, number) for number in range(1, 99)],
-            "in Redis": window.standing(session),
         }
     with database.write() as session:
         found["dispatched"] = window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=0)

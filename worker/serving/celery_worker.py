@@ -388,10 +388,16 @@ class CeleryWorker:
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
         is_quarantined = has_announced = False
+        interval_s = self._settings.heartbeat_s / 3
+        renew_at = time.monotonic()
         sweep_at = time.monotonic() + self._settings.lease_s
-        while not self._ended.wait(self._settings.heartbeat_s / 3):
+        while not self._ended.wait(interval_s):
             try:
-                state = self._renew(worker_id)
+                # Every third time, since most of what a fleet writes are heartbeats. After a failure, the next time.
+                if time.monotonic() >= renew_at:
+                    self._renew(worker_id)
+                    renew_at = time.monotonic() + 2.5 * interval_s
+                state = self._look(worker_id)
                 self._recorder.replay()
                 if time.monotonic() >= sweep_at:
                     # Also files of hosts that failed and never came back.
@@ -413,8 +419,8 @@ class CeleryWorker:
                 self._announce_shutdown(worker_id, self._shutdown.reason)
                 has_announced = True
 
-    def _renew(self, worker_id: int) -> str:
-        """Renew the heartbeat and the GPU's lease. Returns the state of this worker's row.
+    def _renew(self, worker_id: int) -> None:
+        """Renew the heartbeat and the GPU's lease.
 
         Raises WrongDatabase if the database was replaced or its schema does not fit. With a schema that does not fit,
         the heartbeat is still renewed if the schema permits, because a running job may need hours yet; a database that
@@ -423,7 +429,7 @@ class CeleryWorker:
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
-                state = workers.beat(session, worker_id)
+                workers.beat(session, worker_id)
                 holds = self._holds_device(session)
         except DatabaseRefused as error:
             raise explain(self._database, error) from error
@@ -434,11 +440,14 @@ class CeleryWorker:
             )
             self._stopping.set()
             os.kill(os.getpid(), signal.SIGTERM)
-        with self._database.read() as session:
-            self._database.require_own(session)
         if self._share is not None:
             self._share.hold(self._settings.lease_s)
-        return state
+
+    def _look(self, worker_id: int) -> str:
+        """The state of this worker's row, which others may have changed. Raises WrongDatabase as ``_renew`` does."""
+        with self._database.read() as session:
+            self._database.require_own(session)
+            return workers.state_of(session, worker_id)
 
     def _announce_shutdown(self, worker_id: int, why: WrongDatabase) -> None:
         """Take no more jobs, finish the running ones and stop. If the database was replaced, stop running jobs too."""
