@@ -22,6 +22,7 @@ from tests.waiting import until
 
 # What a busy machine may add to a lease and a scan.
 _SLACK_S = 15.0
+_SIDECAR_BYTES = 96 * 2**20
 _PATIENCE_S = 120.0
 
 
@@ -65,7 +66,10 @@ def test_a_kill_in_any_stage_costs_an_attempt_and_leaves_nothing_half_done(
     victims = ("runner", "worker", "both")
     hub.requests.clear()
     for name in victims:
-        hub.publish(f"org/{name}", make_model(large=True))
+        model = make_model(large=True)
+        # Copied, hashed and flushed when a checkpoint is published, which would otherwise be over too soon to catch.
+        (model / "LICENSE").write_bytes(bytes(_SIDECAR_BYTES))
+        hub.publish(f"org/{name}", model)
     hub.flowing.clear()
     fetched = threading.Barrier(len(victims), action=hub.flowing.set)
     with ThreadPoolExecutor(len(victims)) as pool:
