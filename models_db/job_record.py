@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import format_batch_id, format_job_id, parse_id
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_json import Stored
-from qbatch.models_db.memory_need import need_is
+from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
@@ -109,7 +109,7 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
 def job_records(session: Session, job_ids: Sequence[int]) -> list[JobRecord]:
     """Of those of ``job_ids`` that exist, in that order."""
     rows = session.execute(
-        select(Job, Worker.name, need_is(), Checkpoint, Result.created_at)
+        select(Job, Worker.name, need_source(), Checkpoint, Result.created_at)
         .outerjoin(Worker, Worker.id == Job.worker_id)
         .outerjoin(Checkpoint, Checkpoint.key == Job.checkpoint_key)
         .outerjoin(Result, Result.job_id == func.coalesce(Job.reused_from, Job.id))

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import LOST, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
-from qbatch.models_db.memory_need import NeedIs, need_is
+from qbatch.models_db.memory_need import NeedSource, need_source
 from qbatch.models_db.tables import Batch, Job, Worker
 from qbatch.models_db.vram import show_need, vram_class
 from qbatch.models_db.workers import is_live
@@ -52,7 +52,7 @@ def list_jobs(
     session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = (), limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Each job with its state, or each of the first ``limit``, in submission order."""
-    query = select(*_LISTED, Worker.name.label("worker"), need_is().label("need"))
+    query = select(*_LISTED, Worker.name.label("worker"), need_source().label("need"))
     query = query.outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
     if limit is not None:
         query = query.where(Job.id.in_(first_jobs(session, limit, batch_ids=batch_ids, states=states)))
@@ -100,7 +100,7 @@ def _note(row: Any) -> str | None:
     if row.state != JobState.QUEUED or row.above_memory_bytes is None:
         return None
     # One that only might be too large for a GPU may run on a CPU as well.
-    if row.device != DeviceKind.CUDA and row.need != NeedIs.SEEN:
+    if row.device != DeviceKind.CUDA and row.need != NeedSource.SEEN:
         return None
     return show_need(row.above_memory_bytes)
 

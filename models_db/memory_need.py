@@ -16,8 +16,11 @@ from qbatch.core.errors import CudaOom
 from qbatch.models_db.tables import Attempt, Job, Worker
 
 
-class NeedIs(StrEnum):
-    """PREDICTED only chooses the queue. SEEN permanently excludes every GPU that does not have more memory."""
+class NeedSource(StrEnum):
+    """Where the bound comes from.
+
+    PREDICTED only chooses the queue. SEEN permanently excludes every GPU that does not have more memory.
+    """
 
     PREDICTED = "predicted"
     SEEN = "seen"
@@ -27,12 +30,12 @@ class NeedIs(StrEnum):
 NEED_BYTES: ColumnElement[int] = func.coalesce(Job.above_memory_bytes, -1)
 
 
-def need_is() -> ColumnElement[Any]:
-    """The ``NeedIs`` of a job's need; null if nothing is known."""
+def need_source() -> ColumnElement[Any]:
+    """The ``NeedSource`` of a job's need; null if nothing is known."""
     return case(
         (Job.above_memory_bytes.is_(None), None),
-        (_ran_out(), NeedIs.SEEN.value),
-        else_=NeedIs.PREDICTED.value,
+        (_ran_out(), NeedSource.SEEN.value),
+        else_=NeedSource.PREDICTED.value,
     )
 
 
