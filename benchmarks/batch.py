@@ -33,9 +33,11 @@ from typing import Any
 import benchmarks.plain_batch
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
+from benchmarks.report import log, show
+from qbatch.core.domain import DeviceKind, ProtocolOptions
 from qbatch.worker.machine.gpu import installed_gpus
+from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
-_TEXT = Path(__file__).parents[1] / "worker" / "measuring" / "eval_text.txt"
 _RATE_TOLERANCE, _PERPLEXITY_TOLERANCE, _KL_TOLERANCE = 0.03, 0.005, 0.05
 # A line of a runner's log: its time, and what the jobs do from then on.
 _STEP = re.compile(r"^(\S+ \S+) qbatch\.runner INFO (?:j\d+(?:, )?)+: (.+)$", re.MULTILINE)
@@ -54,7 +56,7 @@ class Side:
 def run_plain(models: Sequence[Path], work: Path, arguments: argparse.Namespace) -> Side:
     folder = work / "plain"
     argv = [
-        *(sys.executable, "-m", benchmarks.plain_batch.__name__, *map(str, models), "--text", str(_TEXT)),
+        *(sys.executable, "-m", benchmarks.plain_batch.__name__, *map(str, models), "--text", str(DEFAULT_EVAL_TEXT)),
         *("--folder", str(folder), "--bits", arguments.bits, "--device", _device(arguments)),
         *("--window", str(_window(arguments))),
     ]
@@ -103,9 +105,9 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
 def _stages(logs: Path) -> dict[str, float]:
     """Seconds of each stage by the runners' logs, whose lines say what begins. A bundle's last line has no end here."""
     seconds: dict[str, float] = {}
-    for log in sorted(logs.rglob("*.log")):
+    for path in sorted(logs.rglob("*.log")):
         steps = [
-            (datetime.fromisoformat(moment.replace(",", ".")), what) for moment, what in _STEP.findall(log.read_text())
+            (datetime.fromisoformat(moment.replace(",", ".")), what) for moment, what in _STEP.findall(path.read_text())
         ]
         for (begin, what), (end, _) in pairwise(steps):
             name = _COUNT.sub("", what)
@@ -119,7 +121,7 @@ def _device(arguments: argparse.Namespace) -> str:
 
 def _window(arguments: argparse.Namespace) -> int:
     """The tokens of a window in qbatch's protocol for the device."""
-    return 1024 if arguments.device == "cuda" else 256
+    return ProtocolOptions(eval_text_sha256="").for_device(DeviceKind(arguments.device)).eval_window
 
 
 # The tables
@@ -156,8 +158,8 @@ def figure_table(plain: Sequence[Side], qbatch: Sequence[Side]) -> tuple[list[st
         lines.append(
             f"{f'{key[0]} {key[1]} bits':24}{f'{_median(rates[0]):.1f} {_median(rates[1]):.1f}':>16}{tolerance:>11.1%}"
             f"{'  '.join(_range(side.rows[key]['decode_runs']) for side in (plain[0], qbatch[0])):>26}"
-            f"{' '.join(_show(one, '.6g') for one in pairs['perplexity']):>18}"
-            f"{' '.join(_show(one, '.4g') for one in pairs['kl_mean']):>22}"
+            f"{' '.join(show(one, '.6g') for one in pairs['perplexity']):>18}"
+            f"{' '.join(show(one, '.4g') for one in pairs['kl_mean']):>22}"
             + (f"  disagree: {', '.join(wrong)}" if wrong else "")
         )
     return lines, agree
@@ -180,14 +182,6 @@ def _range(rates: Sequence[float]) -> str:
 
 def _median(values: Any) -> float:
     return float(statistics.median(values))
-
-
-def _show(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -220,7 +214,7 @@ def _compare(arguments: argparse.Namespace, work: Path) -> int:
     for repeat in range(arguments.repeats):
         for name, run, sides in (("plain script", run_plain, plain), ("qbatch", run_qbatch, qbatch)):
             sides.append(run(models, work, arguments))
-            _log(f"{repeat + 1}/{arguments.repeats} {name}: {sides[-1].total_s:.1f} s")
+            log(f"{repeat + 1}/{arguments.repeats} {name}: {sides[-1].total_s:.1f} s")
     lines, agree = figure_table(plain, qbatch)
     print("\n".join([*stage_table(plain, qbatch), *lines]))
     return 0 if agree else 1

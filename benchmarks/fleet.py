@@ -38,6 +38,7 @@ from qbatch.models_db.batches import NewJob, are_of_one_model
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.scheduler.dispatch import top_up
+from qbatch.worker.measuring.stats import percentile
 from tests.rows import PROTOCOL, a_batch, measured
 
 _THREADS = 25
@@ -267,13 +268,13 @@ def show(name: str, found: Mapping[str, list[float]], load: Load) -> None:
     for kind, seconds in found.items():
         if kind not in ("cpu", "refused"):
             print(
-                f"| {kind} | {len(seconds)} | {quantile(seconds, 0.5):.3f} | {quantile(seconds, 0.99):.2f} "
+                f"| {kind} | {len(seconds)} | {percentile(sorted(seconds), 50):.3f} | {_p99(seconds):.2f} "
                 f"| {max(seconds):.2f} |"
             )
 
 
-def quantile(seconds: Sequence[float], share: float) -> float:
-    return sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))]
+def _p99(seconds: Sequence[float]) -> float:
+    return percentile(sorted(seconds), 99)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -297,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             found = simulate(load)
             show(name, found, load)
-            missed = missed or quantile(found["heartbeat"], 0.99) > load.settings.lease_s / 3
+            missed = missed or _p99(found["heartbeat"]) > load.settings.lease_s / 3
     return 1 if missed else 0
 
 

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_source import SHAPES, build_source, pwrite_all
+from benchmarks.report import log
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.machine.gpu import installed_gpus
@@ -216,7 +216,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
         files: in_fresh_process(write_ceiling, work, min(source_bytes, 4 * GIB), files)
         for files in sorted({1, len(schemes)})
     }
-    _log(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_show_ceilings(ceilings)}")
+    log(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_show_ceilings(ceilings)}")
     runs: dict[str, list[Outcome]] = {"baseline": [], "all": [], **{name: [] for name in schemes}}
     identical = True
     for repeat in range(arguments.repeats):
@@ -226,7 +226,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
             task = Task(source=source, folder=folder, schemes=chosen, dtype=dtype, device=device, check=repeat == 0)
             outcome = in_fresh_process(baseline if label == "baseline" else streamed, task)
             runs[label].append(outcome)
-            _log(f"  {repeat + 1}/{arguments.repeats} {label}: {outcome.total_s:.2f} s")
+            log(f"  {repeat + 1}/{arguments.repeats} {label}: {outcome.total_s:.2f} s")
             if label not in ("baseline", "all"):
                 shutil.rmtree(folder)
         if repeat == 0:
@@ -269,10 +269,6 @@ def print_table(
 def _show_ceilings(ceilings: Mapping[int, float]) -> str:
     rates = " and ".join(f"{rate / GIB:.2f} GiB/s to {files} at once" for files, rate in ceilings.items())
     return f"highest write rate: {rates}"
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:

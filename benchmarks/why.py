@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source
+from benchmarks.report import show
 from qbatch.core.domain import BASELINE, DType, Method, Protocol, Scheme
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.speed_figures import Phase
@@ -342,17 +343,17 @@ def table(shape: str, device_name: str, measured: BothSides) -> tuple[list[str],
         cells.append(
             [
                 name,
-                _show(measurement.decode_tokens_per_s, ".1f"),
-                *(_show(spread, ".0%"), _show(own.eager_tokens_per_s, ".1f"), _show(eager, ".2f")),
-                *(_show(busy_s and busy_s * 1e3, ".2f"), _show(own.busy_s and own.busy_s * 1e3, ".2f")),
-                _show(pair[0], ".3f"),
-                *(_show(alone_s and alone_s * 1e3, ".2f"), _show(own.alone_s and own.alone_s * 1e3, ".2f")),
-                _show(pair[1], ".3f"),
-                _show(why.profile.launches, ".0f"),
-                _show(why.profile.synchronizations, ".0f"),
+                show(measurement.decode_tokens_per_s, ".1f"),
+                *(show(spread, ".0%"), show(own.eager_tokens_per_s, ".1f"), show(eager, ".2f")),
+                *(show(busy_s and busy_s * 1e3, ".2f"), show(own.busy_s and own.busy_s * 1e3, ".2f")),
+                show(pair[0], ".3f"),
+                *(show(alone_s and alone_s * 1e3, ".2f"), show(own.alone_s and own.alone_s * 1e3, ".2f")),
+                show(pair[1], ".3f"),
+                show(why.profile.launches, ".0f"),
+                show(why.profile.synchronizations, ".0f"),
                 str(why.verdict or why.reason or "–"),
-                _show(why.energy.decode.gross_j_per_token, ".3f"),
-                _show(why.energy.decode.net_j_per_token, ".3f"),
+                show(why.energy.decode.gross_j_per_token, ".3f"),
+                show(why.energy.decode.net_j_per_token, ".3f"),
             ]
         )
     widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
@@ -386,10 +387,6 @@ def _remarks(measured: BothSides) -> Iterator[str]:
 
 def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one and other else None
-
-
-def _show(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _log(text: str) -> None:

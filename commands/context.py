@@ -47,19 +47,19 @@ def connect(settings: Settings) -> Database:
 
 def parse_batch_ids(texts: Sequence[str]) -> list[int]:
     """The numbers of batch ids such as b12. Raises UsageError."""
-    parsed = [parse_id(text) for text in texts]
-    for text, (kind, _) in zip(texts, parsed, strict=True):
-        if kind != "b":
-            raise UsageError(f"{text} is a job id; this command takes batch ids such as b12")
-    return [number for _, number in parsed]
+    return _numbers(texts, "b", "{} is a job id; this command takes batch ids such as b12")
 
 
 def parse_job_ids(texts: Sequence[str]) -> list[int]:
     """The numbers of job ids such as j345. Raises UsageError."""
+    return _numbers(texts, "j", "{} is a batch id; this command takes job ids such as j345")
+
+
+def _numbers(texts: Sequence[str], wanted: str, refusal: str) -> list[int]:
     parsed = [parse_id(text) for text in texts]
     for text, (kind, _) in zip(texts, parsed, strict=True):
-        if kind != "j":
-            raise UsageError(f"{text} is a batch id; this command takes job ids such as j345")
+        if kind != wanted:
+            raise UsageError(refusal.format(text))
     return [number for _, number in parsed]
 
 

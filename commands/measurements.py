@@ -18,6 +18,7 @@ from qbatch.commands.context import (
 )
 from qbatch.commands.parameter_types import Bits
 from qbatch.commands.shared_options import compare_options, format_options
+from qbatch.core.domain import LARGEST_ID
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="Only models whose name contains this text.")
 @click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8.")
 @click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN sorts descending.")
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="INTEGER", help="Show at most this many rows.")
+@click.option("--limit", type=click.IntRange(1, LARGEST_ID), metavar="INTEGER", help="Show at most this many rows.")
 @format_options("table", "json", "csv")
 def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str

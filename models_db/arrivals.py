@@ -27,7 +27,7 @@ from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.batches import JobRows, NewJob, add_empty_batch, add_jobs
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.results import keep
-from qbatch.models_db.session import NO_SYNC, VALUES_AT_ONCE, Database
+from qbatch.models_db.session import NO_SYNC, Database, in_chunks
 from qbatch.models_db.tables import Arrival, Batch, Job, Result
 
 _REMOVED_AT_ONCE = 2000
@@ -139,12 +139,8 @@ def answerable_since(session: Session, batch_id: int, moment: datetime) -> Seque
     measured = select(Job.checkpoint_key).join(Result, Result.job_id == Job.id).where(Result.created_at >= moment)
     keys = sorted({key for key in session.scalars(measured) if key is not None})
     found: list[Job] = []
-    for start in range(0, len(keys), VALUES_AT_ONCE):
-        wants = select(Job).where(
-            Job.checkpoint_key.in_(keys[start : start + VALUES_AT_ONCE]),
-            Job.state == JobState.QUEUED,
-            Job.force.is_(False),
-        )
+    for chunk in in_chunks(keys):
+        wants = select(Job).where(Job.checkpoint_key.in_(chunk), Job.state == JobState.QUEUED, Job.force.is_(False))
         # The batch is compared here: SQLite would rather read all of its jobs than use the index of keys.
         found += [job for job in session.scalars(wants, execution_options=ALSO_ARRIVING) if job.batch_id == batch_id]
     return found

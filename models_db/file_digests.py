@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.digest import Checksums
 from qbatch.core.file_stat import FileStat
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import NO_SYNC, VALUES_AT_ONCE, insert_into
+from qbatch.models_db.session import NO_SYNC, in_chunks, insert_into
 from qbatch.models_db.tables import FileDigestRow
 
 
@@ -23,9 +23,7 @@ def known(session: Session, stats: Iterable[FileStat]) -> dict[FileStat, Checksu
     """The checksums of the files that this host has hashed in exactly this state."""
     by_place = {_place(stat): stat for stat in stats}
     found: dict[FileStat, Checksums] = {}
-    places = list(by_place)
-    for start in range(0, len(places), VALUES_AT_ONCE):
-        chunk = places[start : start + VALUES_AT_ONCE]
+    for chunk in in_chunks(list(by_place)):
         rows = session.scalars(select(FileDigestRow).where(FileDigestRow.place.in_(chunk)))
         for row in rows:
             stat = by_place[row.place]

@@ -60,9 +60,7 @@ def find_results(
         return _rows_of(session, _first_ids(session, order, batch_ids, conditions, limit))
     if batch_ids:
         conditions.append(Job.batch_id.in_(batch_ids))
-    rows = session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms, Job.id)).all()
-    baselines = _baselines(session, [job for job, _ in rows])
-    return [_row(job, result, baselines) for job, result in rows]
+    return _shown(session, session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms, Job.id)).all())
 
 
 _RESULT_OF_JOB: ColumnElement[bool] = Result.job_id == func.coalesce(Job.reused_from, Job.id)
@@ -144,7 +142,10 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
     found: dict[int, Row[Job, Result | None]] = {}
     for ids in in_chunks(job_ids):
         found |= {row[0].id: row for row in session.execute(_JOBS_WITH_RESULTS.where(Job.id.in_(ids)))}
-    rows = [found[job_id] for job_id in job_ids]
+    return _shown(session, [found[job_id] for job_id in job_ids])
+
+
+def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
     return [_row(job, result, baselines) for job, result in rows]
 

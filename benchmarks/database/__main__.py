@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from sqlalchemy import text
@@ -26,6 +26,7 @@ from sqlalchemy import text
 from benchmarks.database.command import least
 from benchmarks.database.history import Sizes, fill, first_result, large_batch
 from benchmarks.database.transactions import LEASE_S, time_transactions
+from benchmarks.submit import database_url
 from qbatch.core.domain import format_batch_id, format_job_id
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database
@@ -48,7 +49,8 @@ def main() -> None:
         if arguments.only != "postgresql":
             _measure(f"sqlite:///{folder / 'qbatch.db'}", folder, sizes, arguments.repeats)
         if arguments.only != "sqlite":
-            with _postgresql(arguments.postgresql) as url:
+            server = nullcontext(arguments.postgresql) if arguments.postgresql else database_url("postgresql", folder)
+            with server as url:
                 _measure(url, folder, sizes, arguments.repeats)
 
 
@@ -63,20 +65,6 @@ def _folder(kept: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-@contextmanager
-def _postgresql(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
-    from tests.postgres import Postgres
-
-    server = Postgres()
-    try:
-        yield server.url
-    finally:
-        server.close()
 
 
 def _measure(url: str, folder: Path, sizes: Sizes, repeats: int) -> None:
