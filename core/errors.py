@@ -16,6 +16,7 @@ QbatchError
 │   ├── StackNotRunning
 │   └── NoSuchDevice
 ├── WaitTimeout                     the time given with --timeout ran out: exit code 4
+├── ForkserverKilled                a worker could not start its first runner: exit code 1, and the worker is restarted
 └── JobError                        a job failed; ``kind`` is its name in rows and messages
     ├── DeviceError
     │   └── ModelFault              the model caused the fault, not the device
@@ -109,6 +110,11 @@ class WaitTimeout(QbatchError):
     """The time given with --timeout ran out before all jobs had finished. The jobs continue; wait again."""
 
     exit_code = 4
+
+
+class ForkserverKilled(QbatchError):
+    """The processes from which runners are started were killed while they imported what runners need, for example by
+    the kernel because memory ran out. The worker ends and is restarted after a while; the kernel's log says why."""
 
 
 class JobError(QbatchError):

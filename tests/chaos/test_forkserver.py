@@ -7,17 +7,21 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from qbatch.core.domain import DeviceKind
+from qbatch.core.errors import ForkserverKilled
 from qbatch.core.settings import Settings
 from qbatch.models_db.batches import add_text
 from qbatch.models_db.jobs import claim
 from qbatch.models_db.session import Database
+from qbatch.scheduler.child_process import FINAL, REFUSALS
 from qbatch.scheduler.stop import Stop
+from qbatch.worker.serving.celery_worker import CeleryWorker
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
@@ -62,6 +66,21 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
     _end()
 
 
+def test_a_worker_whose_first_runner_is_killed_does_not_refuse_to_work(tmp_path: Path) -> None:
+    _end()
+    environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
+    worker = CeleryWorker(Settings.from_env(environ), None, drain=False)
+    with ThreadPoolExecutor(1) as executor:
+        preloading = executor.submit(worker._preload)
+        until(_forkservers, "start of the forkserver")
+        _end()
+        with pytest.raises(ForkserverKilled) as error:
+            preloading.result(60.0)
+    # The launcher restarts a worker with this exit code.
+    assert error.value.exit_code not in (*REFUSALS, FINAL)
+    _end()
+
+
 @pytest.fixture
 def told_to_end() -> Iterator[list[int]]:
     """The signals with which a supervisor that could start no runner ended its worker: here, this process."""
@@ -85,7 +104,8 @@ def _do_nothing() -> None:
 
 
 def _forkservers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "forkserver import" in " ".join(child.cmdline())]
+    living = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
+    return [child for child in living if "forkserver import" in " ".join(child.cmdline())]
 
 
 def _end() -> None:

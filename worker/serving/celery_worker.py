@@ -27,6 +27,7 @@ from qbatch.core.errors import (
     DatabaseRefused,
     DatabaseReplaced,
     DatabaseUnreachable,
+    ForkserverKilled,
     NoSuchDevice,
     QbatchError,
     StorageError,
@@ -287,13 +288,19 @@ class CeleryWorker:
         context.set_forkserver_preload(_PRELOAD_ON_CPU if is_cpu else _PRELOAD)
         # Waited for, so that no claimed job waits for the imports while its lease runs.
         first = context.Process(target=_as_a_runner, daemon=True)
-        with own_sockets(Path(f"{self._settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
-            first.start()
+        try:
+            with own_sockets(Path(f"{self._settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
+                first.start()
+        except (EOFError, ConnectionError) as error:
+            raise ForkserverKilled("the process that starts runners ended before it started the first one") from error
         first.join()
         if first.exitcode == _CUDA_INITIALISED:
             raise NoSuchDevice("runners could not use the GPU: something that they import initialises CUDA too early")
-        if first.exitcode:
+        if first.exitcode == _NOT_IMPORTED:
             raise UsageError("runners cannot import what they need: `qbatch doctor` says what is missing")
+        # Not a refusal: whoever killed it, perhaps the kernel for lack of memory, need not do so again.
+        if first.exitcode:
+            raise ForkserverKilled(f"the first runner was killed while it started (exit code {first.exitcode})")
         return context
 
     def _register(self) -> int | None:
