@@ -53,9 +53,15 @@ class Dispatch:
 
 
 def choose(
-    session: Session, *, kind: DeviceKind, queue: str, slots: int, needs: QueueRange = ANY_NEED
+    session: Session,
+    *,
+    kind: DeviceKind,
+    queue: str,
+    slots: int,
+    needs: QueueRange = ANY_NEED,
+    most: int | None = None,
 ) -> list[Dispatch]:
-    """Mark up to ``slots`` bundles as dispatched to ``queue`` and return their messages.
+    """Mark bundles as dispatched to ``queue`` until ``slots`` are there, and return their messages, ``most`` of them.
 
     A bundle with a higher priority than all bundles in the queue is added even if no slot is free.
     """
@@ -66,6 +72,8 @@ def choose(
     shares = _share_of_batches(session) if priority is not None else {}
     while priority is not None:
         missing = slots - _as_urgent(in_queue, priority)
+        if most is not None:
+            missing = min(missing, most - len(chosen))
         added = _choose_fairly(session, ready, priority, shares, queue=queue, most=missing)
         chosen += added
         in_queue[priority] = in_queue.get(priority, 0) + len(added)

@@ -19,6 +19,9 @@ from qbatch.models_db.window import Dispatch
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.queues import queue_of, queues_of
 
+_AT_ONCE = 50
+"""The most bundles that one transaction marks. Others who write wait for its end; a fleet's start has 800 to mark."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveQueue:
@@ -71,12 +74,21 @@ def top_up(database: Database, broker: Broker, settings: Settings) -> int:
     """Fill the queue of each VRAM class, and of the CPUs, to ``window`` bundles per live worker.
 
     Returns how many bundles were sent. Their rows are marked before the messages are sent: if this process dies in
-    between, the next scans find rows without a message. Raises BrokerUnreachable, after undoing the marks.
+    between, the next scans find rows without a message. Raises BrokerUnreachable, after undoing the marks of those that
+    were not sent.
     """
-    with database.write() as session:
-        chosen = _choose(session, settings)
-    if not chosen:
-        return 0
+    sent = 0
+    while True:
+        with database.write() as session:
+            chosen = _choose(session, settings)
+        if chosen:
+            _send(database, broker, chosen)
+            sent += len(chosen)
+        if len(chosen) < _AT_ONCE:
+            return sent
+
+
+def _send(database: Database, broker: Broker, chosen: Sequence[Dispatch]) -> None:
     try:
         broker.send(chosen)
     except BrokerUnreachable:
@@ -84,24 +96,24 @@ def top_up(database: Database, broker: Broker, settings: Settings) -> int:
         with database.write() as session:
             window.take_out(session, [dispatch.dispatch_id for dispatch in chosen])
         raise
-    return len(chosen)
 
 
 def _choose(session: Session, settings: Settings) -> list[Dispatch]:
+    """Mark the next bundles to send, ``_AT_ONCE`` at most."""
     if pauses.standing(session):
         return []
     present = workers.around(session, settings.lease_s)
     if present:
         window.recall(session, {queue for worker, _ in present for queue in _read_by(worker)})
-    return [
-        dispatch
-        for live_queue in live_queues(present)
-        if live_queue.readers
-        for dispatch in window.choose(
-            session,
-            kind=live_queue.kind,
-            queue=live_queue.queue,
-            slots=settings.window * live_queue.readers,
-            needs=live_queue.needs,
-        )
-    ]
+    chosen: list[Dispatch] = []
+    for live_queue in live_queues(present):
+        if live_queue.readers and len(chosen) < _AT_ONCE:
+            chosen += window.choose(
+                session,
+                kind=live_queue.kind,
+                queue=live_queue.queue,
+                slots=settings.window * live_queue.readers,
+                needs=live_queue.needs,
+                most=_AT_ONCE - len(chosen),
+            )
+    return chosen

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
-from sqlalchemy import update
+from sqlalchemy import event, func, select, update
+from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import BrokerUnreachable, CudaOom
@@ -19,7 +21,7 @@ from qbatch.models_db import jobs, window
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Worker
+from qbatch.models_db.tables import Job, Worker
 from qbatch.models_db.vram import GIB
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.dispatch import top_up
@@ -100,6 +102,29 @@ def test_the_window_is_filled_and_its_messages_stand_in_redis(
     assert top_up(sqlite_database, broker, settings) == 0, "the window is full"
     assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
     assert set(dispatched(sqlite_database).values()) == {CPU}
+
+
+def test_a_large_window_is_filled_in_several_transactions(
+    sqlite_database: Database, broker: Broker, settings: Settings
+) -> None:
+    """Each is short for those who write meanwhile, and together they share as one would have done."""
+    a_worker(sqlite_database)
+    batches = [a_batch(sqlite_database, *[bundle(f"/models/{b}-{n}")[:1] for n in range(80)])[0] for b in range(2)]
+    marked: list[int] = []
+
+    def note(session: Session) -> None:
+        marked.append(len(window.waiting_messages(session)))
+
+    event.listen(Session, "before_commit", note)
+    try:
+        assert top_up(sqlite_database, broker, replace(settings, window=120)) == 120
+    finally:
+        event.remove(Session, "before_commit", note)
+    assert marked == [50, 100, 120]
+    assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
+    with sqlite_database.read() as session:
+        sent = select(Job.batch_id, func.count()).where(Job.dispatch_id > "").group_by(Job.batch_id)
+        assert {batch: count for batch, count in session.execute(sent)} == dict.fromkeys(batches, 60)
 
 
 def test_without_a_live_worker_nothing_is_sent(sqlite_database: Database, broker: Broker, settings: Settings) -> None:
