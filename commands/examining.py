@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, parse_batch_ids, require_batches
+from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import format_options
+from qbatch.commands.targets import find_batches
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import UsageError
 
@@ -107,15 +108,14 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
-    for target in targets:
-        if not Path(target).is_dir() and not target.startswith("b"):
-            raise UsageError(f"{target!r} is neither a checkpoint folder nor a batch id such as b12")
-    batch_ids = parse_batch_ids([target for target in targets if not Path(target).is_dir()])
-    if targets and not batch_ids:
+    words = [target for target in targets if not Path(target).is_dir()]
+    if targets and not words:
         return folders
+    if paths := [word for word in words if "/" in word]:
+        raise UsageError(f"no such folder: {paths[0]}")
     settings = current_settings()
     database = open_database(settings)
-    require_batches(database, batch_ids)
+    batch_ids = find_batches(database, words)
     with database.read() as session:
         checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
         return folders + [settings.storage / checkpoint.path for checkpoint in checkpoints]

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qbatch.core.byte_units import GIB, KIB, MIB
+from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.methods.registry import Method, find_method
 
@@ -43,7 +44,7 @@ class TimeLimit(Duration):
 
 
 class Name(click.ParamType[str]):
-    """A name that fits its database column."""
+    """A name for a batch that fits its database column and can stand for it on the command line."""
 
     name = "name"
     _LONGEST = 200
@@ -52,6 +53,8 @@ class Name(click.ParamType[str]):
         text = str(value)
         if len(text) > self._LONGEST:
             self.fail(f"a name may have at most {self._LONGEST} characters; this one has {len(text)}", param, ctx)
+        if text == LATEST or find_id(text) is not None:
+            self.fail(f"{text} already means a batch or a job: use another name", param, ctx)
         return text
 
 

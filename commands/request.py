@@ -50,9 +50,14 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         why=options["why"],
         energy=options["energy"],
     )
-    lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
+    sources = read_model_list(
+        _read_list(options["models_file"]),
+        named=options["models"],
+        check_folders=settings.is_one_machine,
+        roots=settings.allowed_roots,
+    )
     return Submission(
-        sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
+        sources=tuple(sources),
         grid=grid,
         eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT),
         tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
@@ -62,6 +67,17 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         priority=options["priority"],
         time_limit_s=_time_limit_s(settings, options["time_limit"]),
     )
+
+
+def _read_list(file: str | None) -> list[str]:
+    """The lines of the file that --models names; none without it."""
+    if file is None:
+        return []
+    if file != "-" and not Path(file).exists():
+        raise UsageError(f"there is no file {file}; --models reads a list, and models are named without it: {file}")
+    if Path(file).is_dir():
+        raise UsageError(f"{file} is a folder; --models reads a list, and models are named without it")
+    return _read_text(file, _MODEL_LIST_LIMIT).splitlines()
 
 
 def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:

@@ -352,9 +352,18 @@ LARGEST_ID = 2**31 - 1
 """The largest id that a database column holds."""
 
 
-def parse_id(text: str) -> tuple[str, int]:
-    """``b12`` → ("b", 12), ``j345`` → ("j", 345). Raises UsageError for anything else."""
-    match = _TYPED_ID.fullmatch(text.strip())
+LATEST = "latest"
+"""What people call the batch that was submitted last."""
+
+
+def find_id(text: str) -> tuple[str, int] | None:
+    """``b12`` → ("b", 12), ``j345`` → ("j", 345); None for anything else."""
+    match = _TYPED_ID.fullmatch(text)
     if match is None or int(match[2]) > LARGEST_ID:
-        raise UsageError(f"{text[:60]!r} is neither a batch id such as b12 nor a job id such as j345")
+        return None
     return match[1], int(match[2])
+
+
+def job_number(job_id: str) -> int:
+    """``j345`` → 345: what ``format_job_id`` was given."""
+    return int(job_id.removeprefix("j"))

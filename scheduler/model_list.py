@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from qbatch.core.domain import SourceRef
@@ -16,16 +17,18 @@ _SHOWN_PROBLEMS = 5
 _LONGEST = 4095
 
 
-def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
-    """Parse one model per line: a hub id, optionally with ``@revision``, or a folder. ``#`` starts a comment.
+def read_model_list(
+    lines: Iterable[str], *, named: Iterable[str] = (), check_folders: bool, roots: Sequence[Path] | None
+) -> list[SourceRef]:
+    """Parse ``named`` models and those of a list, one per line: a hub id, optionally with ``@revision``, or a folder.
 
-    Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere). With ``check_folders``, for workers
-    that see this file system, it must exist and contain a config.json. Raises UsageError for an empty list, or for
-    unusable lines, of which it names the first few.
+    ``#`` starts a comment in a list. Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere).
+    With ``check_folders``, for workers that see this file system, it must exist and contain a config.json. Raises
+    UsageError if there is no model, or for unusable ones, of which it names the first few.
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
-    for number, text in _entries(lines):
+    for place, text in chain((("", word.strip()) for word in named), _entries(lines)):
         try:
             source = _parse(text)
             if source.is_folder:
@@ -33,10 +36,10 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
             if check_folders and source.is_folder:
                 _check_folder(source)
         except UsageError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{place}{error}")
             continue
         except OSError as error:
-            problems.append(f"line {number}: {source.name}: {error.strerror}")
+            problems.append(f"{place}{source.name}: {error.strerror}")
             continue
         # Links to the same folder are the same model.
         location = os.path.realpath(source.location) if source.is_folder else source.location
@@ -45,17 +48,18 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
         more = len(problems) - _SHOWN_PROBLEMS
         raise UsageError("; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
-        raise UsageError("the list contains no models")
+        raise UsageError("no models: name some, or list them in a file for --models")
     return list(sources.values())
 
 
-def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each line that names a model, with what a message says before it."""
     for number, line in enumerate(lines, start=1):
         # Some editors start a file with a byte order mark.
         text = line.removeprefix("\ufeff").strip()
         # A path may contain a '#', so only one that follows white space starts a comment.
         if text and not text.startswith("#"):
-            yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+            yield f"line {number}: ", text.split(" #", 1)[0].split("\t#", 1)[0].strip()
 
 
 def _parse(text: str) -> SourceRef:

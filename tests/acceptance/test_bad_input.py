@@ -26,8 +26,8 @@ def one_line(done: object) -> str:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "contains no models"),
-        (["# nothing", ""], "contains no models"),
+        ([], "no models: name some"),
+        (["# nothing", ""], "no models: name some"),
         (["./no/such/folder"], "line 1: no such folder: ./no/such/folder"),
         (["org/name@../x"], "line 1"),
         (["what is this?"], "neither a folder nor a hub id"),
@@ -41,7 +41,7 @@ def test_a_list_that_cannot_be_used(
 
 
 def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
-    assert "No such file" in one_line(qbatch("submit", "--models", "/no/list", "--bits", "4", code=2))
+    assert "there is no file /no/list" in one_line(qbatch("submit", "--models", "/no/list", "--bits", "4", code=2))
     listed = model_list(models / "llama")
     assert "5 is not a supported bit width" in one_line(qbatch("submit", "--models", listed, "--bits", "5", code=2))
     assert "int4" in one_line(qbatch("submit", "--models", listed, "--bits", "4", "--quant-type", "int4", code=2))
@@ -106,7 +106,7 @@ def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Cal
 def test_ids_that_do_not_exist(qbatch: Qbatch) -> None:
     assert "no such batch: b7" in one_line(qbatch("wait", "b7", code=2))
     assert "no such job: j7" in one_line(qbatch("cancel", "j7", code=2))
-    assert "neither a batch" in one_line(qbatch("retry", "7", code=2))
+    assert "no such batch: '7'" in one_line(qbatch("retry", "7", code=2))
     assert "cannot sort by" in one_line(qbatch("results", "--sort", "1; drop table jobs", code=2))
 
 
