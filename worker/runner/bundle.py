@@ -18,6 +18,7 @@ from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
+from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
@@ -69,13 +70,23 @@ class Bundle:
         paths = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
         published = self._publish_all(source, models, paths)
-        Rounds(self._order, self._reports, source, self._device).run(
+        self._measure(
+            source,
             [
                 self._model(source, members, published.get(key))
                 for key, members in models.items()
                 if key in published or members[0].settled.scheme.is_baseline
-            ]
+            ],
         )
+
+    def _measure(self, source: LocalSource, models: Sequence[MeasuredModel]) -> None:
+        """Models of which only the size was asked for are counted; the others are loaded."""
+        rows = FinishedRows(self._order, self._reports, source)
+        for model in models:
+            if not model.runs:
+                with self._reports.failing(model.ids):
+                    rows.send_counted(model)
+        Rounds(self._order, self._reports, source, self._device, rows).run([model for model in models if model.runs])
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
         """None where a library that its method needs is not here, which is that job's fault alone."""
