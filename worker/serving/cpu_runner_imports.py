@@ -2,8 +2,10 @@
 
 import logging
 
+from qbatch.worker.machine.imports import import_without_gpu
+
 try:
-    import bitsandbytes  # noqa: F401
+    import_without_gpu(["bitsandbytes"])
 except Exception:
     # It is each job's to meet this again, and to say so. Here it would end the forkserver, and with it the worker.
     logging.getLogger("qbatch.worker").exception("importing bitsandbytes")
