@@ -37,6 +37,7 @@ from qbatch.worker.runner.messages import (
     FilesKnown,
     FilesSeen,
     Measured,
+    MeasurementsOver,
     Order,
     Progressed,
     Question,
@@ -132,6 +133,14 @@ def places(ear: Ear, source: Path) -> dict[int, Path]:
 def written(folder: Path) -> dict[str, tuple[int, int]]:
     """Which files these are, and when they were written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Path) -> None:
+    """From then on the next runner may prepare itself."""
+    heard = [type(message) for message in run(source).heard]
+    assert heard.count(MeasurementsOver) == 1
+    over = heard.index(MeasurementsOver)
+    assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)
 
 
 @pytest.fixture
