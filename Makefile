@@ -69,6 +69,7 @@ bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.why
 	$(BIN)/python -m benchmarks.batch
+	$(BIN)/python -m benchmarks.bundles
 	$(BIN)/python -m benchmarks.database
 	$(BIN)/python -m benchmarks.submit
 	$(BIN)/python -m benchmarks.fleet

@@ -10,6 +10,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import WorkerContext
 from tests.rows import a_worker, measured
 
@@ -27,6 +28,6 @@ def a_worker_context(database: Database, settings: Settings) -> WorkerContext:
         device_kind=DeviceKind.CPU,
         device_name=measured().device_name,
         staging=settings.staging / "own",
-        forkserver=multiprocessing.get_context("forkserver"),
+        runners=Runners(multiprocessing.get_context("forkserver"), DeviceKind.CPU),
         stopping=Stop(),
     )

@@ -23,6 +23,7 @@ from qbatch.scheduler.child_process import FINAL, REFUSALS
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.serving.celery_worker import CeleryWorker
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
 from tests.waiting import until
@@ -49,7 +50,7 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
         device_kind=DeviceKind.CPU,
         device_name="a CPU",
         staging=settings.staging,
-        forkserver=processes,
+        runners=Runners(processes, DeviceKind.CPU),
         stopping=Stop(),
     )
     supervisor = threading.Thread(target=Supervisor(context, claims).run)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError
@@ -24,6 +27,9 @@ from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
+
+if TYPE_CHECKING:
+    from qbatch.worker.quantizing import Refused, Written
 
 log = logging.getLogger("qbatch.runner")
 
@@ -145,9 +151,8 @@ class Bundle:
         return published
 
     def _quantize(self, source: LocalSource, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
-        from qbatch.worker.quantizing import Refused, Target, write_checkpoints
+        from qbatch.worker.quantizing import Target, write_checkpoints
 
-        published: dict[str, Verified] = {}
         ids = tuple(plan.job_id for plans in models for plan in plans)
         self._reports.enter(ids, Stage.QUANTIZING)
         progress = self._throttled(
@@ -155,6 +160,7 @@ class Bundle:
                 job_ids=ids, bytes_read=read, bytes_written=written, bytes_total=total
             )
         )
+        published: dict[str, Verified] = {}
         with self._reports.failing(ids):
             beside_bytes = self._beside_bytes(source)
             by_folder = {self._stage(plans[0]): plans for plans in models}
@@ -168,40 +174,69 @@ class Bundle:
                 for folder, plans in by_folder.items()
             ]
             try:
-                for outcome in write_checkpoints(
+                outcomes = write_checkpoints(
                     source.folder,
                     targets,
                     dtype=models[0][0].settled.dtype,
                     device=self._device,
                     on_progress=progress,
-                ):
-                    plans = by_folder[outcome.target.folder]
-                    own_ids = tuple(plan.job_id for plan in plans)
-                    if isinstance(outcome, Refused):
-                        self._reports.failed(own_ids, outcome.error)
-                        continue
-                    with self._reports.failing(own_ids):
-                        self._reports.enter(own_ids, Stage.PUBLISHING)
-                        if source.runs_code:
-                            copy_code(source.folder, outcome.target.folder)
-                        published[plans[0].settled.key] = publish(
-                            outcome.target.folder,
-                            storage=self._order.storage,
-                            source=source.folder,
-                            key=plans[0].settled.key,
-                            origin=self._origin(plans[0], source),
-                            files=outcome.files,
-                            audit=dict(outcome.audit) | {"writer": outcome.writer},
-                            quantize_s=outcome.quantize_s,
-                            confirm=lambda: self._reports.confirm(source),
-                        )
-                    unwritten = (plans for plans in models if plans[0].settled.key not in published)
-                    self._reports.enter((plan.job_id for plans in unwritten for plan in plans), Stage.QUANTIZING)
+                )
+                published = self._publish_each(source, outcomes, by_folder)
             finally:
                 for folder in by_folder:
                     unstage(folder)
         free_device_memory()
         return published
+
+    def _publish_each(
+        self,
+        source: LocalSource,
+        outcomes: Iterable[Written | Refused],
+        by_folder: Mapping[Path, tuple[Plan, ...]],
+    ) -> dict[str, Verified]:
+        """Publish each checkpoint as soon as it is written, side by side: most of that is waiting for the disk."""
+        from qbatch.worker.quantizing import Refused
+
+        one_at_a_time = threading.Lock()
+
+        def confirm() -> None:
+            with one_at_a_time:
+                source.confirm()
+
+        unwritten = {plan.job_id for plans in by_folder.values() for plan in plans}
+        futures: list[tuple[tuple[Plan, ...], Future[Verified]]] = []
+        with ThreadPoolExecutor(len(by_folder), thread_name_prefix="publish") as pool:
+            for outcome in outcomes:
+                plans = by_folder[outcome.target.folder]
+                own_ids = tuple(plan.job_id for plan in plans)
+                unwritten.difference_update(own_ids)
+                if isinstance(outcome, Refused):
+                    self._reports.failed(own_ids, outcome.error)
+                else:
+                    futures.append((plans, pool.submit(self._publish, source, outcome, plans[0], confirm)))
+                if not unwritten:
+                    self._reports.enter((plan.job_id for plans, _ in futures for plan in plans), Stage.PUBLISHING)
+        published: dict[str, Verified] = {}
+        for plans, future in futures:
+            with self._reports.failing(plan.job_id for plan in plans), self._reports.failing_all_if_changed():
+                published[plans[0].settled.key] = future.result()
+        return published
+
+    def _publish(self, source: LocalSource, written: Written, plan: Plan, confirm: Callable[[], None]) -> Verified:
+        folder = written.target.folder
+        if source.runs_code:
+            copy_code(source.folder, folder)
+        return publish(
+            folder,
+            storage=self._order.storage,
+            source=source.folder,
+            key=plan.settled.key,
+            origin=self._origin(plan, source),
+            files=written.files,
+            audit=dict(written.audit) | {"writer": written.writer},
+            quantize_s=written.quantize_s,
+            confirm=confirm,
+        )
 
     def _beside_bytes(self, source: LocalSource) -> int:
         try:

@@ -19,7 +19,7 @@ from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.finished_rows import FinishedRows, names
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.messages import Order
+from qbatch.worker.runner.messages import MeasurementsOver, Order
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -71,6 +71,7 @@ class Rounds:
         self._source = source
         self._device = device
         self._turns: list[_Turn] = []
+        self._unmeasured: list[_Turn] = []
         self._models = LoadedModels(device)
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
@@ -81,7 +82,7 @@ class Rounds:
         """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
         from qbatch.worker.measuring.why.capture import Captures
 
-        self._turns = [self._turn(model) for model in models]
+        self._turns = self._unmeasured = [self._turn(model) for model in models]
         # Where speed is not measured, each model has one turn for the rest.
         last = max((plan.settled.protocol.speed_rounds or 1 for model in models for plan in model.plans), default=0)
         with Captures() as captures:
@@ -203,9 +204,15 @@ class Rounds:
         kernels: dict[int, StepKernels] = {}
         with self._reports.failing(job_id for turn in turns for job_id in turn.jobs):
             kernels = self._kernels(turns, captures)
+        self._note_measured(turns)
         for turn in turns:
             with self._reports.failing(turn.jobs):
                 self._conclude(turn, kernels)
+
+    def _note_measured(self, turns: Sequence[_Turn]) -> None:
+        self._unmeasured = [turn for turn in self._unmeasured if turn not in turns]
+        if turns and not self._reports.open(job_id for turn in self._unmeasured for job_id in turn.jobs):
+            self._reports.send(MeasurementsOver())
 
     def _conclude(self, turn: _Turn, kernels: Mapping[int, StepKernels]) -> None:
         """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""

@@ -136,6 +136,16 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The runner has prepared itself and waits for its ``Order``. Only one that stands by says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementsOver:
+    """The runner times nothing more and measures no more memory. What is left is to confirm files and to report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The runner has finished. Jobs that it has not reported return to the queue."""
 
@@ -148,5 +158,14 @@ class Pulse:
 Question = FilesSeen | Resolved
 Reply = FilesKnown | Answered
 RunnerMessage = (
-    Question | FilesHashed | CheckpointVerified | Entered | Progressed | CheckpointReady | Measured | Failed | Ended
+    Question
+    | FilesHashed
+    | CheckpointVerified
+    | Entered
+    | Progressed
+    | CheckpointReady
+    | Measured
+    | Failed
+    | MeasurementsOver
+    | Ended
 )

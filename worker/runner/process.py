@@ -10,11 +10,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
+from qbatch.core.domain import DeviceKind
 from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
-from qbatch.worker.runner.messages import Ended, Order, Pulse, Question, Reply, RunnerMessage
+from qbatch.worker.runner.messages import Ended, Order, Pulse, Question, Ready, Reply, RunnerMessage
 
 _ORPHANED = 70
+# A runner that stands by on a GPU holds half a gigabyte of it, which others may need while nothing is to be done.
+_STANDS_BY_ON_GPU_S = 60.0
 
 
 class SupervisorLink:
@@ -71,10 +74,43 @@ def _leave(reason: str) -> None:
     os._exit(_ORPHANED)
 
 
-def run(order: Order, connection: Connection) -> None:
-    """A runner's whole life. Everything it has to say goes through ``connection``; its output into the log."""
+def run(connection: Connection) -> None:
+    """A runner's whole life. The first message in ``connection`` is its ``Order``, and everything that it has to say
+    goes through it; its output goes into the log."""
     # What the forkserver imported stays: collecting garbage need not look through it, nor copy its pages by that.
     gc.freeze()
+    try:
+        order = connection.recv()
+    except (EOFError, OSError):
+        os._exit(_ORPHANED)
+    _work(order, connection)
+
+
+def stand_by(connection: Connection, device_kind: DeviceKind) -> None:
+    """Prepare for any order, say so, and wait for one. Exits if none comes."""
+    if device_kind is DeviceKind.CUDA:
+        _start_cuda()
+    connection.send(Ready())
+    # Without an end on a CPU, where a fork costs nothing while it waits. It ends with its worker.
+    if not connection.poll(_STANDS_BY_ON_GPU_S if device_kind is DeviceKind.CUDA else None):
+        os._exit(0)
+    run(connection)
+
+
+def _start_cuda() -> None:
+    """Do what would keep the next bundle waiting: import bitsandbytes, and start CUDA on the device.
+
+    If that fails, the process ends and the next bundle's own runner meets it again, so that its jobs can say so.
+    """
+    import torch
+
+    from qbatch.worker.methods.bnb_weights import WEIGHTS
+
+    WEIGHTS.quiet_import()
+    torch.cuda.synchronize()
+
+
+def _work(order: Order, connection: Connection) -> None:
     _redirect_output(order.log_path)
     escape_control_characters(sys.stdout)
     log_to_stderr()

@@ -54,6 +54,7 @@ from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.environment import has_database_password, without_secrets
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.supervisor import WorkerContext
@@ -218,6 +219,7 @@ class CeleryWorker:
             self._leave(worker_id)
             return 0
         app = make_app(self._settings)
+        runners = Runners(forkserver, self._info.device_kind)
         context = WorkerContext(
             database=self._database,
             settings=self._settings,
@@ -226,7 +228,7 @@ class CeleryWorker:
             device_kind=self._info.device_kind,
             device_name=self._info.device_name,
             staging=self._own_staging().folder,
-            forkserver=forkserver,
+            runners=runners,
             stopping=self._stopping,
             shutdown=self._shutdown,
         )
@@ -251,9 +253,11 @@ class CeleryWorker:
         )
         beats.start()
         try:
+            runners.stand_by()
             celery_worker.start()
         finally:
             self._ended.set()
+            runners.close()
             beats.join()
             self._save_outcomes_in_memory()
             self._leave(worker_id)

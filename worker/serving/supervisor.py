@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from qbatch.models_db.session import Database
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.staging import folder_of, unstage
-from qbatch.worker.runner import process as runner
 from qbatch.worker.runner.messages import (
     Answered,
     CheckpointReady,
@@ -50,6 +48,7 @@ from qbatch.worker.runner.messages import (
     FilesKnown,
     FilesSeen,
     Measured,
+    MeasurementsOver,
     Order,
     Progressed,
     Pulse,
@@ -59,6 +58,7 @@ from qbatch.worker.runner.messages import (
 )
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.sources.fetch import SourcePolicy
 
@@ -67,9 +67,6 @@ log = logging.getLogger("qbatch.worker")
 _POLL_S = 0.2
 _PULSE_S = 1.0
 _CHECK_S = 1.5
-# Pauses before each attempt to start a runner. The pipes of a killed forkserver close a moment before it counts as
-# dead, and only then is it replaced.
-_FORK_PAUSES_S = (0.0, 0.1, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +80,7 @@ class WorkerContext:
     device_kind: DeviceKind
     device_name: str
     staging: Path
-    forkserver: ForkServerContext
+    runners: Runners
     stopping: Stop
     shutdown: Shutdown = field(default_factory=Shutdown)
 
@@ -117,10 +114,6 @@ class _Pulsing:
     def _beat(self) -> None:
         while not self._ended.wait(_PULSE_S) and self.send(Pulse()):
             pass
-
-
-class _NoRunner(Exception):
-    """No runner can be started, because the forkserver died each time."""
 
 
 class Supervisor:
@@ -157,7 +150,7 @@ class Supervisor:
             self._fail_all(error)
         except DatabaseUnreachable as error:
             log.warning("%s; returning %s to the queue", error, _names(self._open))
-        except _NoRunner as error:
+        except NoRunner as error:
             # No work had begun, so no job is charged. The launcher starts another worker, which may be able to.
             log.error("%s; this worker ends, returning %s to the queue", error, _names(self._open))
             os.kill(os.getpid(), signal.SIGTERM)
@@ -175,33 +168,14 @@ class Supervisor:
     def _start(self) -> tuple[BaseProcess, Connection]:
         """Start the runner.
 
-        Raises _NoRunner or DatabaseUnreachable. Its subclasses are possible too: WrongDatabase, and DatabaseRefused if
+        Raises NoRunner or DatabaseUnreachable. Its subclasses are possible too: WrongDatabase, and DatabaseRefused if
         the database refuses what these jobs need.
         """
         try:
             order = self._order()
         except DatabaseRefused as error:
             raise explain(self._context.database, error) from error
-        for pause_s in _FORK_PAUSES_S:
-            time.sleep(pause_s)
-            try:
-                return self._fork(order)
-            except (EOFError, OSError) as error:
-                reason = one_line(error)
-                log.warning("the forkserver died (%s)", reason)
-        raise _NoRunner(f"no runner can be started: {reason}")
-
-    def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
-        ours, theirs = self._context.forkserver.Pipe()
-        with theirs:
-            process = self._context.forkserver.Process(target=runner.run, args=(order, theirs), daemon=True)
-            try:
-                process.start()
-            except BaseException:
-                # A runner may have started nevertheless. It ends when its pipe closes.
-                ours.close()
-                raise
-        return process, ours
+        return self._context.runners.start(order)
 
     def _order(self) -> Order:
         context, settings = self._context, self._context.settings
@@ -292,6 +266,9 @@ class Supervisor:
                 self._close(message.job_id)
             case Failed():
                 self._fail(message.job_id, job_error(message.kind, message.message, message.needed_bytes))
+            case MeasurementsOver():
+                # The next runner prepares itself while this one confirms its files and ends.
+                self._context.runners.stand_by()
             case Ended():
                 return True
         return False
