@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import UnsafeSource, UsageError
+from qbatch.core.folder_hint import where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import parse_source
 
@@ -76,4 +77,4 @@ def _check_folder(source: SourceRef) -> None:
     if not folder.is_dir():
         raise UsageError(f"no such folder: {source.name}")
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{source.name} has no config.json")
+        raise UsageError(f"{source.name} has no config.json{where_the_model_is(folder)}")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError
-from qbatch.core.sources import read_headers, source_dtype
+from qbatch.core.prior_quantization import stale_quantization
+from qbatch.core.sources import read_config, source_dtype
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.remote_code import copy_code
+from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
@@ -61,8 +63,12 @@ class Bundle:
             yield source
 
     def _work(self, source: LocalSource) -> None:
+        # Judged once for all rows: what is no source of a checkpoint is no baseline either.
+        headers = vet_source(source.folder)
+        if (stale := stale_quantization(read_config(source.folder), headers)) is not None:
+            log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
-        dtype = source_dtype(read_headers(source.folder))
+        dtype = source_dtype(headers)
         plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
         if not plans:
             return
