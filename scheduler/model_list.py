@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
+# A path may contain a '#', so only one that follows white space starts a comment.
+_COMMENT = re.compile(r"(?:^|(?<=\s))#")
+_ESCAPED = re.compile(r"(?:^|(?<=\s))\\#")
 # The longest path that Linux accepts.
 _LONGEST = 4095
 
 
 def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
-    """Parse one model per line: a hub id, optionally with ``@revision``, or a folder. ``#`` starts a comment.
+    """Parse one model per line: a hub id, optionally with ``@revision``, or a folder. ``#`` starts a comment at the
+    beginning of a line and after white space; there, ``\\#`` is a ``#`` of the name.
 
     Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere). With ``check_folders``, for workers
     that see this file system, it must exist and contain a config.json. Raises UsageError for an empty list, or for
@@ -26,13 +31,13 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
-    for number, text in _entries(lines):
+    for number, text, line in _entries(lines):
         try:
             source = _parse(text)
             if source.is_folder:
                 _check_place(source, roots)
             if check_folders and source.is_folder:
-                _check_folder(source)
+                _check_folder(source, line)
         except UsageError as error:
             problems.append(f"line {number}: {error}")
             continue
@@ -50,13 +55,13 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
     return list(sources.values())
 
 
-def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+    """Number, model and text of each line that names a model."""
     for number, line in enumerate(lines, start=1):
         # Some editors start a file with a byte order mark.
-        text = line.removeprefix("\ufeff").strip()
-        # A path may contain a '#', so only one that follows white space starts a comment.
-        if text and not text.startswith("#"):
-            yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+        text = _COMMENT.split(line.removeprefix("\ufeff"), maxsplit=1)[0].strip()
+        if text:
+            yield number, _ESCAPED.sub("#", text), line.strip()
 
 
 def _parse(text: str) -> SourceRef:
@@ -72,9 +77,10 @@ def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
         raise UsageError(f"{source.name}: {error}") from error
 
 
-def _check_folder(source: SourceRef) -> None:
+def _check_folder(source: SourceRef, line: str) -> None:
     folder = Path(source.location)
     if not folder.is_dir():
-        raise UsageError(f"no such folder: {source.name}")
+        is_cut = line != source.name and Path(line).expanduser().is_dir()
+        raise UsageError(f"no such folder: {source.name}" + (" (write \\# for a # of its name)" if is_cut else ""))
     if not (folder / "config.json").is_file():
         raise UsageError(f"{source.name} has no config.json{where_the_model_is(folder)}")
