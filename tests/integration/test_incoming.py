@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers.integrations.peft
 
-from qbatch.core.domain import BASELINE, Method, Scheme
+from qbatch.core.domain import BASELINE, Method, Scheme, Stage
 from qbatch.worker.runner.messages import Failed, Measured
 from tests import incoming
 from tests.integration.test_bundle import Ear, a_quick_protocol, places, run
@@ -117,3 +117,29 @@ def test_files_that_transformers_would_load_instead_are_refused(tmp_path: Path) 
     name = "shard-00000-model-00001-of-00001.safetensors"
     (source / name).hardlink_to(source / "model.safetensors")
     assert name in the_message(run(source, schemes=BOTH), "unsupported")
+
+
+def test_weights_with_nan_are_published_and_measured_by_no_row(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    name = "model.layers.0.mlp.down_proj.weight"
+    incoming.edit_tensors(source, lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
+    ear = run(source, schemes=BOTH)
+    assert the_message(ear, "source_corrupt") == f"1 tensor holds NaN or infinity; the first is {name}"
+    assert places(ear, source) == {}
+
+
+def test_a_tokenizer_that_is_not_read_is_named_where_the_perplexity_is_missing(tmp_path: Path) -> None:
+    source = incoming.tekken_alone(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
+    assert reasons == {"its only tokenizer is tekken.json, which qbatch cannot read"}
+    (folder,) = places(ear, source).values()
+    assert (folder / "tekken.json").is_file()
+
+
+def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    ear = run(source, schemes=BOTH)
+    assert the_message(ear, "unsupported").startswith("cannot load the tokenizer in source: ")
+    assert ear.entered(Stage.QUANTIZING) == set()

@@ -22,6 +22,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+# Read by transformers only with other packages, or not at all; what is installed must not change what is measured.
+_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -90,10 +92,18 @@ def _drop_quantization(config: Any) -> None:
                 delattr(part, key)
 
 
+def why_no_tokenizer(folder: Path) -> str | None:
+    """Why ``load_tokenizer`` finds none in ``folder``; None if it does."""
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    others = sorted(path.name for pattern in _OTHER_TOKENIZERS for path in folder.glob(pattern))
+    return f"its only tokenizer is {others[0]}, which qbatch cannot read" if others else "it has no tokenizer"
+
+
 def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
     """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
     whatever transformers raises."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if why_no_tokenizer(folder) is not None:
         return None
     from transformers import AutoTokenizer
 

@@ -17,7 +17,14 @@ from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
-from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
+from qbatch.worker.models.architecture import (
+    ModelKind,
+    kind_of,
+    load_config,
+    load_tokenizer,
+    model_class,
+    why_no_tokenizer,
+)
 from qbatch.worker.models.config_plausibility import refuse_implausible_config
 from qbatch.worker.models.vet import refuse_other_weights
 
@@ -29,8 +36,8 @@ _NO_FOLDER = os.devnull
 class LoadedModel:
     """A model in evaluation mode on ``device``.
 
-    ``tokenizer`` is None if the folder has none. ``load_model_s`` is the time of ``from_pretrained`` only, with the
-    device synchronized before and after.
+    ``tokenizer`` is None if the folder has none that can be read; ``why_no_tokenizer`` then says why. ``load_model_s``
+    is the time of ``from_pretrained`` only, with the device synchronized before and after.
     """
 
     model: Any
@@ -38,6 +45,7 @@ class LoadedModel:
     task: ModelKind
     load_model_s: float
     device: str
+    why_no_tokenizer: str | None = None
 
 
 def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> LoadedModel:
@@ -63,7 +71,14 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
         tokenizer = load_tokenizer(folder, trusted=trusted)
-    return LoadedModel(model=model, tokenizer=tokenizer, task=task, load_model_s=load_model_s, device=device)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        load_model_s=load_model_s,
+        device=device,
+        why_no_tokenizer=why_no_tokenizer(folder),
+    )
 
 
 @contextmanager

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
-from qbatch.core.errors import SourceChanged, StorageError
+from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
+from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.load import translated
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
+from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
@@ -68,6 +71,7 @@ class Bundle:
         if (stale := stale_quantization(read_config(source.folder), headers)) is not None:
             log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
+        self._vet_tokenizer(source)
         dtype = source_dtype(headers)
         plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
         if not plans:
@@ -82,6 +86,14 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ]
         )
+
+    def _vet_tokenizer(self, source: LocalSource) -> None:
+        """Read the tokenizer before anything is quantized: a fault in it would end the jobs later. Raises Unsupported,
+        UnsafeSource."""
+        with translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}"):
+            load_tokenizer(source.folder, trusted=source.runs_code)
+        if (reason := why_no_tokenizer(source.folder)) is not None:
+            log.warning("no text can be measured: %s", reason)
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
         """None where a library that its method needs is not here, which is that job's fault alone."""
@@ -176,6 +188,7 @@ class Bundle:
                         self._reports.failed(own_ids, outcome.error)
                         continue
                     with self._reports.failing(own_ids):
+                        refuse_not_finite(outcome.audit.get("not_finite", ()))
                         self._reports.enter(own_ids, Stage.PUBLISHING)
                         if source.runs_code:
                             copy_code(source.folder, outcome.target.folder)

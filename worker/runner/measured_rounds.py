@@ -19,6 +19,7 @@ from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
+from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
 from qbatch.worker.runner.reports import Reports
@@ -127,6 +128,8 @@ class Rounds:
         with captures.paused():
             self._or_alone(lambda: self._load(turn))
         if is_first:
+            if turn.model.published is None:
+                refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
         for job_id in self._reports.open(turn.jobs):
             if not self._reports.open([job_id]):
