@@ -11,6 +11,7 @@ import click
 
 from qbatch.core.byte_units import GIB, KIB, MIB
 from qbatch.core.errors import UsageError
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method, find_method
 
 
@@ -81,6 +82,22 @@ class Schemes(click.ParamType[tuple[Method, ...]]):
             return tuple(find_method(part.strip()) for part in str(value).split(","))
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+class Parts(click.ParamType[frozenset[MeasuredPart]]):
+    """A comma list of the parts of a measurement."""
+
+    name = "parts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[MeasuredPart]:
+        if isinstance(value, frozenset):
+            return value
+        known = {part.value: part for part in MeasuredPart}
+        names = [name.strip() for name in str(value).split(",")]
+        for name in names:
+            if name not in known:
+                self.fail(f"{_shorten(name)} cannot be measured (use {', '.join(known)})", param, ctx)
+        return frozenset({MeasuredPart.SIZE, *(known[name] for name in names)})
 
 
 class Amount(click.FloatRange):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DeviceKind, DType
 from qbatch.core.errors import UsageError
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
 from qbatch.core.settings import Settings
 
@@ -47,9 +48,10 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         batch_sizes=options["batch_sizes"] or (),
         prompt_tokens=options["prompt_tokens"] or (),
         new_tokens=options["new_tokens"] or (),
-        why=options["why"],
-        energy=options["energy"],
+        **_parts(options["measure"], why=options["why"], energy=options["energy"]),
     )
+    if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
+        raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
     lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
     return Submission(
         sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
@@ -73,6 +75,22 @@ def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
         if name not in known:
             raise UsageError(f"{name!r} is not a 4-bit data type (use {' or '.join(known)})")
     return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def _parts(measure: Set[MeasuredPart] | None, *, why: bool | None, energy: bool | None) -> dict[str, bool | None]:
+    """Whether each part of a measurement was asked for; None leaves it to the device's default.
+
+    ``why`` and ``energy`` add a part to ``measure``, and ``False`` contradicts it. Raises UsageError for that.
+    """
+    if measure is None:
+        return {"why": why, "energy": energy}
+    for part, is_asked in ((MeasuredPart.WHY, why), (MeasuredPart.ENERGY, energy)):
+        if is_asked is False and part in measure:
+            raise UsageError(f"--measure asks for {part}, and --no-{part} does not")
+        measure = measure | {part} if is_asked else measure
+    if MeasuredPart.WHY in measure:  # it explains the speed
+        measure = measure | {MeasuredPart.SPEED}
+    return {part.value: part in measure for part in MeasuredPart if part is not MeasuredPart.SIZE}
 
 
 def _time_limit_s(settings: Settings, requested_s: float | None) -> float | None:

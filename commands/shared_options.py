@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Patterns, Schemes, TimeLimit
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
@@ -229,16 +229,22 @@ def submit_options(command: Command) -> Command:
             help="How many tokens to generate; several may be given, separated by commas.  [default: 64, on a CPU 16]",
         ),
         click.option(
-            "--why/--no-why",
-            default=None,
-            help="On a GPU, find out what limits the decoding speed of a language model; takes a few seconds per row.  "
-            "[default: why]",
+            "--measure",
+            type=Parts(),
+            metavar="PART",
+            help="What to measure, as a comma list. size: counted without loading the model, so that every model that "
+            "can be quantized succeeds. quality: perplexity, the comparison with the baseline, and the tasks. speed: "
+            "times and peaks of memory. why: on a GPU, what limits the decoding speed of a language model, which "
+            "takes a few seconds per row and includes speed. energy: on a GPU, what a language model takes per token, "
+            "which takes 40 s per row or more.  [default: size,quality,speed,why]",
+        ),
+        click.option(
+            "--why/--no-why", default=None, help="Add why to what is measured, or leave it out.  [default: why]"
         ),
         click.option(
             "--energy/--no-energy",
             default=None,
-            help="On a GPU, measure the energy that a language model takes per token; takes 40 s per row or more.  "
-            "[default: no-energy]",
+            help="Add energy to what is measured, or leave it out.  [default: no-energy]",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),

@@ -46,6 +46,8 @@ class Submission:
     def __post_init__(self) -> None:
         if not self.eval_text.strip():
             raise UsageError("the evaluation text is empty")
+        if self.tasks.refs and self.grid.quality is False:
+            raise UsageError("--tasks are a part of quality, which --measure leaves out")
 
     @property
     def text_sha256(self) -> str:

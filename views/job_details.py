@@ -163,6 +163,7 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("quality", quality_lines(row), width)
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
+    yield from _section("not measured", row.not_measured.items(), width)
     yield from _section("notes", _notes(row), width)
     reasons = explain_speed(row, baseline)
     if reasons:

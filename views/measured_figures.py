@@ -47,7 +47,7 @@ def _exactly(count: int | None) -> str:
 
 
 def speed_table(row: ResultRow) -> str:
-    """A table with a line for each phase, over all rounds; "" if nothing was timed."""
+    """A table with a line for each phase, over all rounds; "" if nothing but loading was timed."""
     lines = [
         {
             "phase": phase,
@@ -62,7 +62,8 @@ def speed_table(row: ResultRow) -> str:
         }
         for phase, times in (row.details.stats or {}).items()
     ]
-    return render(lines, _PHASES, "table") if lines else ""
+    is_timed = any(line["phase"] != Phase.LOAD_MODEL for line in lines)
+    return render(lines, _PHASES, "table") if is_timed else ""
 
 
 def _rate(row: ResultRow, phase: str, times: PhaseTimes) -> str | None:

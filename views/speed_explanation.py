@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qbatch.core.measured.decode_figures import Verdict
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
@@ -26,7 +27,8 @@ def explain_speed(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     if row.details.is_on_cpu:
         return [*_on_cpu(row)]
     if not row.details.why.is_known:
-        return ["The bottleneck of decoding was not measured."]
+        reason = row.not_measured.get(MeasuredPart.WHY)
+        return [f"The bottleneck of decoding was not measured{f': {reason}' if reason else ''}."]
     explained_baseline = baseline if baseline is not None and baseline.details.why.is_known else None
     return [
         *_speed(row, row.decode_tokens_per_s, baseline),

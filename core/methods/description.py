@@ -88,6 +88,8 @@ class MethodDescription:
     # Loggers whose warnings are irrelevant to a job, and the prefixes of environment variables that its libraries read.
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    # Whether checkpoints are written tensor by tensor, in little memory however large the model is.
+    is_streamed: bool = True
     # How the memory footprint is determined, in words.
     footprint: str = "as transformers reports it"
 

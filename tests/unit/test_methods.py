@@ -44,7 +44,7 @@ _OWN = ("core/methods/", "worker/methods/")
 def test_a_method_has_a_description_and_an_implementation(method: Method) -> None:
     scheme = Scheme(method=method)
     weights, packing = weights_of(scheme.description), weights_of(scheme.description).packing(scheme)
-    assert isinstance(packing, StreamedPacking) == (weights.why_whole is None)
+    assert isinstance(packing, StreamedPacking) == (weights.why_whole is None) == scheme.description.is_streamed
     assert scheme.bits(DType.BFLOAT16) in (4, 8)
     assert 0.5 <= scheme.description.loaded_bytes(1024, 1024, scheme.options) / 1024**2 < 1.1
     config = weights.quantization_config(scheme.resolved(DType.BFLOAT16), None)

@@ -1,6 +1,6 @@
 """Measure a model: its size and quality once, and for each shape its speed in rounds, its memory, and what limits it.
 
-Size comes first, since a forward pass may repack weights.
+Size comes first, since a forward pass may repack weights. The protocol says which of these parts are measured.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from qbatch.worker.measuring.speed.memory import (
     memory_monitor,
     reset_allocator_peaks,
 )
-from qbatch.worker.measuring.speed.phases import Round, time_round
+from qbatch.worker.measuring.speed.phases import Round, time_round, untimed_round
 from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.tokens import text_cut
+from qbatch.worker.measuring.unloaded_size import count_unloaded
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
@@ -95,6 +96,7 @@ class ModelBenchmark:
         """Count the model, and load its tasks, so that every row includes their memory."""
         with self.subject.errors():
             self._prepare(loaded)
+            self.note_load_time(loaded)
 
     def measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
         """Measure quality, compared with ``reference`` if there is one."""
@@ -129,26 +131,16 @@ class ModelBenchmark:
         self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self._not_captured = weights.why_not_captured(loaded.model)
-        self._measured = Measurement(
-            device_name=device_name(loaded.device),
-            dtype=subject.dtype,
-            compute_dtype=subject.compute_dtype,
-            num_parameters=size.num_parameters,
-            quantized_fraction=size.quantized_fraction,
-            bits_per_param=size.bits_per_param,
-            disk_bytes=disk_bytes(subject.folder),
-            memory_footprint_bytes=size.memory_footprint_bytes,
-            weights_bytes=size.weights_bytes,
-            load_model_s=loaded.load_model_s,
-            details=Details(
-                task=loaded.task.value,
-                versions=versions(*weights.libraries),
-                size=_stored_size(size),
-                arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
-                shapes=self._text_shape(loaded),
-                audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
-            ),
+        details = Details(
+            task=loaded.task.value,
+            versions=versions(*weights.libraries),
+            size=_stored_size(size),
+            arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
+            shapes=self._text_shape(loaded),
+            audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
         )
+        sized = _sized(subject, size, device_name=device_name(loaded.device), details=details)
+        self._measured = replace(sized, load_model_s=loaded.load_model_s)
 
     def _text_shape(self, loaded: LoadedModel) -> RunShape:
         if loaded.tokenizer is None:
@@ -210,6 +202,8 @@ class RowBenchmark:
         self._rounds: list[Round] = []
         self._memory = Memory()
         self._why: Explanation | None = None
+        # What was observed, if anything was.
+        self._observed: Round | None = None
         self._device = "cpu"
 
     @property
@@ -243,7 +237,12 @@ class RowBenchmark:
         """
         if self.model.is_explainable and (self._protocol.why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
-            self._why.observe(loaded, self._rounds[0])
+            self._observed = self._rounds[0] if self._rounds else self._untimed_round(loaded)
+            self._why.observe(loaded, self._observed)
+
+    def _untimed_round(self, loaded: LoadedModel) -> Round:
+        with self.model.subject.errors():
+            return untimed_round(loaded, self._protocol, self.model.subject.eval_text)
 
     @property
     def fault(self) -> DeviceError | None:
@@ -258,24 +257,19 @@ class RowBenchmark:
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
 
     def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
-        """All figures of the row, after at least one round.
+        """All figures of the row.
 
         ``kernels``: those of ``captured_shape``, if it is not None. ``interleaved_with``: the ids of other models' jobs
         that were timed between this row's rounds.
         """
+        if not self._rounds:
+            return self._untimed()
         speed = pool(self._rounds)
         measured = self.model.measured
         details = replace(
             measured.details,
-            protocol=self._protocol.to_json(),
-            protocol_hash=self._protocol.hash,
             memory=self._memory,
-            shapes=replace(
-                measured.details.shapes,
-                batch_size=speed.shape.batch_size,
-                prompt_tokens=speed.shape.prompt_tokens,
-                new_tokens=speed.shape.new_tokens,
-            ),
+            shapes=_with_shape(measured.details.shapes, self._rounds[0]),
             stats={Phase.LOAD_MODEL.value: self.model.load_times, **speed.stats},
             rounds=TimedRounds(
                 count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round
@@ -284,7 +278,7 @@ class RowBenchmark:
             why=self._explained(speed, kernels),
             audits=replace(measured.details.audits, spread_between_rounds=speed.notable_spread),
         )
-        return replace(
+        row = replace(
             measured,
             max_allocated_bytes=self._memory.max_allocated,
             prefill_s_p50=speed.prefill_s_p50,
@@ -295,6 +289,18 @@ class RowBenchmark:
             forward_samples_per_s=speed.forward_samples_per_s,
             details=details,
         )
+        return under_protocol(row, self._protocol)
+
+    def _untimed(self) -> Measurement:
+        """The figures of a row whose speed is not measured."""
+        measured = self.model.measured
+        details = replace(
+            measured.details,
+            stats={Phase.LOAD_MODEL.value: self.model.load_times},
+            shapes=_with_shape(measured.details.shapes, self._observed),
+            why=DecodeReasons() if self._why is None else DecodeReasons(energy=self._why.energy),
+        )
+        return under_protocol(replace(measured, details=details), self._protocol)
 
     def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
         return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup)
@@ -309,6 +315,52 @@ class RowBenchmark:
             step_wall_s=speed.per_token_s_p50,
             kernels=kernels,
         )
+
+
+def counted(subject: Subject, *, trusted: bool) -> Measurement:
+    """The figures of a model that is not loaded: its size. Raises SourceCorrupt, UnsafeSource or Unsupported."""
+    unloaded = count_unloaded(subject.folder, subject.dtype, trusted=trusted)
+    return under_protocol(
+        _sized(
+            subject,
+            unloaded.size,
+            device_name="",
+            details=Details(
+                task=unloaded.task, versions=versions(*unloaded.libraries), size=_stored_size(unloaded.size)
+            ),
+        ),
+        subject.protocol,
+    )
+
+
+def _sized(subject: Subject, size: ModelSize, *, device_name: str, details: Details) -> Measurement:
+    return Measurement(
+        device_name=device_name,
+        dtype=subject.dtype,
+        compute_dtype=subject.compute_dtype,
+        num_parameters=size.num_parameters,
+        quantized_fraction=size.quantized_fraction,
+        bits_per_param=size.bits_per_param,
+        disk_bytes=disk_bytes(subject.folder),
+        memory_footprint_bytes=size.memory_footprint_bytes,
+        weights_bytes=size.weights_bytes,
+        details=details,
+    )
+
+
+def _with_shape(text_shape: RunShape, of: Round | None) -> RunShape:
+    if of is None:
+        return text_shape
+    shape = of.shape
+    return replace(
+        text_shape, batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens
+    )
+
+
+def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:
+    """The same with the protocol by which it was measured."""
+    details = replace(measurement.details, protocol=protocol.to_json(), protocol_hash=protocol.hash)
+    return replace(measurement, details=details)
 
 
 def finite(value: float | None) -> float | None:

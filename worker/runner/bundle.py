@@ -22,6 +22,7 @@ from qbatch.worker.models.load import translated
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
+from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
@@ -79,12 +80,13 @@ class Bundle:
         paths = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
         published = self._publish_all(source, models, paths)
-        Rounds(self._order, self._reports, source, self._device).run(
+        self._measure(
+            source,
             [
                 self._model(source, members, published.get(key))
                 for key, members in models.items()
                 if key in published or members[0].settled.scheme.is_baseline
-            ]
+            ],
         )
 
     def _vet_tokenizer(self, source: LocalSource) -> None:
@@ -94,6 +96,15 @@ class Bundle:
             load_tokenizer(source.folder, trusted=source.runs_code)
         if (reason := why_no_tokenizer(source.folder)) is not None:
             log.warning("no text can be measured: %s", reason)
+
+    def _measure(self, source: LocalSource, models: Sequence[MeasuredModel]) -> None:
+        """Models of which only the size was asked for are counted; the others are loaded."""
+        rows = FinishedRows(self._order, self._reports, source)
+        for model in models:
+            if not model.runs:
+                with self._reports.failing(model.ids):
+                    rows.send_counted(model)
+        Rounds(self._order, self._reports, source, self._device, rows).run([model for model in models if model.runs])
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
         """None where a library that its method needs is not here, which is that job's fault alone."""

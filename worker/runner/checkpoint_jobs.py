@@ -50,6 +50,11 @@ class MeasuredModel:
         return self.verified.published if self.verified is not None else None
 
     @property
+    def runs(self) -> bool:
+        """Whether anything is asked for that the model must be loaded for."""
+        return self.plans[0].settled.protocol.runs_model
+
+    @property
     def ids(self) -> tuple[int, ...]:
         return tuple(plan.job_id for plan in self.plans)
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from qbatch.core.domain import DeviceKind, Stage, format_job_id
+from qbatch.core.domain import Protocol, Stage, format_job_id
 from qbatch.core.errors import CudaOom, DeviceError, HostOom
-from qbatch.core.measured.checkpoint_audit import CheckpointAudit
-from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
+from qbatch.worker.runner.finished_rows import FinishedRows, names
 from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
+from qbatch.worker.runner.messages import Order
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -49,6 +48,11 @@ class _Turn:
         return self.model.ids
 
     @property
+    def protocol(self) -> Protocol:
+        """That of its jobs, as far as they do not differ in it."""
+        return self.model.plans[0].settled.protocol
+
+    @property
     def is_captured(self) -> bool:
         """Whether another process will measure its kernels, for which the device's memory must be free."""
         return any(row.captured_shape is not None for row in self.rows.values())
@@ -62,7 +66,7 @@ class _Turn:
 class Rounds:
     """Measures the models of a bundle. Use it once."""
 
-    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str) -> None:
+    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows) -> None:
         self._order = order
         self._reports = reports
         self._source = source
@@ -72,13 +76,15 @@ class Rounds:
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
         self._base_outputs = BaseOutputs(order, reports, source)
+        self._rows = rows
 
     def run(self, models: Sequence[MeasuredModel]) -> None:
         """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
         from qbatch.worker.measuring.why.capture import Captures
 
         self._turns = [self._turn(model) for model in models]
-        last = max((plan.settled.protocol.rounds for model in models for plan in model.plans), default=0)
+        # Where speed is not measured, each model has one turn for the rest.
+        last = max((plan.settled.protocol.speed_rounds or 1 for model in models for plan in model.plans), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
                 if number == 2:
@@ -93,20 +99,9 @@ class Rounds:
         return self._turns if number % 2 else self._turns[::-1]
 
     def _turn(self, model: MeasuredModel) -> _Turn:
-        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
 
-        settled = model.plans[0].settled
-        benchmark = ModelBenchmark(
-            Subject(
-                folder=model.folder,
-                dtype=settled.dtype,
-                compute_dtype=settled.scheme.resolved(settled.dtype).compute_dtype,
-                protocol=settled.protocol,
-                eval_text=self._order.texts[settled.protocol.eval_text_sha256],
-                task_texts=self._order.texts,
-                on_step=lambda step: log.info("%s: %s", _names(self._reports.open(model.ids)), step),
-            )
-        )
+        benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
             plan.job_id: RowBenchmark(benchmark, plan.settled.protocol, _step_reporter(plan)) for plan in model.plans
         }
@@ -131,17 +126,24 @@ class Rounds:
             if turn.model.published is None:
                 refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
-        for job_id in self._reports.open(turn.jobs):
-            if not self._reports.open([job_id]):
-                return  # the previous shape made the device unusable
-            with self._reports.failing([job_id]), captures.paused():
-                self._or_alone(partial(self._time, turn, job_id))
+        if turn.protocol.speed:
+            self._time_shapes(turn, captures)
+        if not self._reports.open(turn.jobs):
+            return
         if is_first:
             self._note_peak(turn)
+        if is_first and turn.protocol.quality:
             self._measure_quality(turn, self._load(turn), captures)
         if is_last:
             with captures.paused():
                 self._observe(turn, self._load(turn))
+
+    def _time_shapes(self, turn: _Turn, captures: Captures) -> None:
+        for job_id in self._reports.open(turn.jobs):
+            if not self._reports.open([job_id]):
+                return  # the previous shape made the device unusable, which leaves no job open
+            with self._reports.failing([job_id]), captures.paused():
+                self._or_alone(partial(self._time, turn, job_id))
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         loaded = self._load(turn)
@@ -214,22 +216,13 @@ class Rounds:
         if not ids:
             return
         self._reports.enter(ids, Stage.BENCHMARKING)
-        self._confirm(turn.model)
+        self._rows.confirm(turn.model)
         for job_id in ids:
             with self._reports.failing([job_id]):
                 self._send(turn, job_id, kernels.get(job_id))
         if turn.fault is not None:
-            log.warning("%s: %s", _names(ids), turn.fault)
+            log.warning("%s: %s", names(ids), turn.fault)
             self._reports.leave_spoilt_device(turn.fault)
-
-    def _confirm(self, model: MeasuredModel) -> None:
-        """After the last use of the model, raise SourceChanged if its files have changed."""
-        if model.verified is None:
-            self._reports.confirm(self._source)
-            return
-        published = model.verified.confirm()
-        for job_id in self._reports.open(model.ids):
-            self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
     def _kernels(self, turns: Sequence[_Turn], captures: Captures) -> dict[int, StepKernels]:
         """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all models and shapes;
@@ -240,7 +233,7 @@ class Rounds:
         self._models.unload()
         ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        log.info("%s: kernels", _names(ids))
+        log.info("%s: kernels", names(ids))
         trusted = self._source.runs_code
         answers = captures.kernels(
             [
@@ -259,54 +252,14 @@ class Rounds:
         return {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
 
     def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
-        plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
-        published = turn.model.published
         measurement = turn.rows[job_id].measurement(kernels=kernels, interleaved_with=self._timed_beside(turn))
-        self._reports.done(
-            Measured(
-                job_id=job_id,
-                measurement=self._with_origin(measurement, plan, turn.model),
-                protocol=plan.settled.protocol,
-                checkpoint_path=published.path if published is not None else None,
-            )
-        )
+        self._rows.send(turn.model, job_id, measurement)
 
     def _timed_beside(self, turn: _Turn) -> list[str]:
         """The jobs of other models that were measured in the same rounds."""
         others = (other for other in self._turns if other is not turn)
         return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
 
-    def _with_origin(self, measurement: Measurement, plan: Plan, model: MeasuredModel) -> Measurement:
-        published = model.published
-        details = dataclasses.replace(
-            measurement.details,
-            checkpoint_key=plan.settled.key,
-            fingerprint=self._source.fingerprint,
-            commit=self._source.revision,
-            device_uuid=self._device_uuid(),
-            audit=CheckpointAudit.from_json(published.audit if published is not None else None),
-        )
-        return dataclasses.replace(
-            measurement,
-            device_name=self._order.device_name,
-            quantize_s=published.quantize_s if published is not None else None,
-            details=details,
-        )
-
-    def _device_uuid(self) -> str | None:
-        """The UUID of the GPU; None on a CPU. Raises DeviceError unless exactly one GPU is visible."""
-        if self._order.device_kind is not DeviceKind.CUDA:
-            return None
-        import torch
-
-        if torch.cuda.device_count() != 1:
-            raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
-        return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-
 
 def _step_reporter(plan: Plan) -> Callable[[str], None]:
     return lambda step: log.info("j%s: %s", plan.job_id, step)
-
-
-def _names(job_ids: Iterable[int]) -> str:
-    return ", ".join(f"j{job_id}" for job_id in job_ids)

@@ -63,15 +63,21 @@ def time_round(
         return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, conditions=fairness.conditions())
 
 
+def untimed_round(loaded: LoadedModel, protocol: Protocol, eval_text: str) -> Round:
+    """The prompts of a round of generation, of which nothing is timed."""
+    prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
+    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
+    return Round(times_s={}, prompts=ids, new_tokens=new_tokens, conditions=None)
+
+
 _Timed = tuple[Mapping[Phase, list[float]], torch.Tensor, int]
 
 
 def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
-    prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
-    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
-    times = time_generation(loaded.model, ids, new_tokens=new_tokens, protocol=protocol, **options)
+    shape = untimed_round(loaded, protocol, eval_text)
+    times = time_generation(loaded.model, shape.prompts, new_tokens=shape.new_tokens, protocol=protocol, **options)
     phases = {Phase.PREFILL: times.prefill_s, Phase.DECODE: times.decode_s, Phase.PER_TOKEN: times.per_token_s}
-    return phases, ids, new_tokens
+    return phases, shape.prompts, shape.new_tokens
 
 
 def generation_shape(protocol: Protocol, limit: int | None) -> tuple[int, int]:

@@ -21,8 +21,9 @@ _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, L
 class Skeleton:
     """A model class and its instance on the meta device, as ``from_pretrained`` has it before loading weights.
 
-    In ``model``, the layers to quantize are already replaced by the method's modules. ``default_skips`` are the modules
-    that transformers does not quantize by default; ``idle_skips`` are the user's patterns that match no layer.
+    In ``model``, the layers to quantize are already replaced by the method's modules. ``quantizer`` is None for an
+    unquantized model. ``default_skips`` are the modules that transformers does not quantize by default; ``idle_skips``
+    are the user's patterns that match no layer.
     """
 
     cls: Any
@@ -47,18 +48,26 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
 
 
-def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
+def unquantized_skeleton(source: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
+    """The model of ``source`` on the meta device as it is, in ``dtype``. Raises as ``build_skeleton`` does."""
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    cls = model_class(config, trusted=source if trusted else None)
+    model = _meta_model(cls, config, None, "meta")
+    return Skeleton(cls=cls, model=model, quantizer=None, default_skips=frozenset())
+
+
+def published_skeleton(folder: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
     """The model of a published checkpoint on the meta device, quantized as its own config says.
 
     Raises SourceCorrupt, UnsafeSource, or Unsupported.
     """
     refuse_implausible_config(read_config(folder), read_headers(folder))
-    config = _with_dtype(load_config(folder, trusted=False), dtype)
+    config = _with_dtype(load_config(folder, trusted=trusted), dtype)
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or weights_of_config(quantization) is None:
         raise SourceCorrupt("config.json has no quantization_config of a method that qbatch knows")
     try:
-        return _skeleton(model_class(config), config, quantization, "cpu")
+        return _skeleton(model_class(config, trusted=folder if trusted else None), config, quantization, "cpu")
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise SourceCorrupt(f"config.json describes no quantized model: {one_line(error)}") from error
 
