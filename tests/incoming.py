@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DebertaForMaskedLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from tests.tiny import make_causal, make_encoder, make_tokenizer
+from tests.shrunk import make, shrunk_config
+from tests.tiny import PAD, VOCAB_SIZE, make_causal, make_encoder, make_tokenizer
 
 WEIGHTS = "model.safetensors"
 LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4000000000\n"
@@ -173,5 +175,20 @@ def tekken_alone(folder: Path) -> Path:
     return folder
 
 
-def tokenizer_in(folder: Path) -> None:
+def reads_its_weights_itself(folder: Path) -> Path:
+    """A Mamba, whose forward pass multiplies with the weight of ``dt_proj`` and does not call that layer."""
+    config = MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=2, state_size=16, time_step_rank=64, pad_token_id=PAD
+    )
+    return save(folder, make(MambaForCausalLM, config))
+
+
+def cannot_run_in_bfloat16(folder: Path) -> Path:
+    """A DeBERTa, whose forward pass mixes float32 with the dtype of its weights."""
+    return save(folder, make(DebertaForMaskedLM, shrunk_config("deberta")))
+
+
+def save(folder: Path, model: PreTrainedModel) -> Path:
+    model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
+    return folder

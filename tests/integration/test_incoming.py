@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers.integrations.peft
 
 from qbatch.core.domain import BASELINE, Method, Scheme, Stage
-from qbatch.worker.runner.messages import Failed, Measured
+from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured
 from tests import incoming
 from tests.integration.test_bundle import Ear, a_quick_protocol, places, run
 from tests.tiny import make_causal
@@ -143,3 +144,30 @@ def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path)
     ear = run(source, schemes=BOTH)
     assert the_message(ear, "unsupported").startswith("cannot load the tokenizer in source: ")
     assert ear.entered(Stage.QUANTIZING) == set()
+
+
+def audits(ear: Ear) -> dict[int, str | None]:
+    return {m.job_id: m.measurement.details.audit.forward for m in ear.heard if isinstance(m, Measured)}
+
+
+@pytest.mark.parametrize("job_id", [NF4, INT8])
+def test_a_checkpoint_that_cannot_run_is_not_published_and_says_what_mends_it(job_id: int, tmp_path: Path) -> None:
+    source = incoming.reads_its_weights_itself(tmp_path / "source")
+    ear = run(source, schemes={BASE: BASELINE, job_id: ALL[job_id]})
+    assert ear.failed() == {job_id: "unsupported"}
+    assert ear.measured() == {BASE}
+    assert places(ear, source) == {}
+    message = messages(ear)[job_id]
+    assert "backbone.layers.0.mixer fails (RuntimeError: " in message
+    assert message.endswith("; --skip-modules dt_proj mends it")
+    mended = run(source, attempt=2, schemes={job_id: replace(ALL[job_id], skip_modules=("dt_proj",))})
+    assert mended.measured() == {job_id}
+    assert audits(mended) == {job_id: "ran"}
+
+
+def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:
+    source = incoming.cannot_run_in_bfloat16(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    assert places(ear, source).keys() == {NF4}
+    (published,) = [m.published for m in ear.heard if isinstance(m, CheckpointReady)][:1]
+    assert published.audit["forward"].startswith("neither it nor the source runs in bfloat16: RuntimeError")

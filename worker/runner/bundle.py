@@ -28,6 +28,7 @@ from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
@@ -203,6 +204,7 @@ class Bundle:
                         self._reports.enter(own_ids, Stage.PUBLISHING)
                         if source.runs_code:
                             copy_code(source.folder, outcome.target.folder)
+                        forward = self._try(outcome.target.folder, plans, source)
                         published[plans[0].settled.key] = publish(
                             outcome.target.folder,
                             storage=self._order.storage,
@@ -210,7 +212,7 @@ class Bundle:
                             key=plans[0].settled.key,
                             origin=self._origin(plans[0], source),
                             files=outcome.files,
-                            audit=dict(outcome.audit) | {"writer": outcome.writer},
+                            audit=dict(outcome.audit) | {"writer": outcome.writer, "forward": forward},
                             quantize_s=outcome.quantize_s,
                             confirm=lambda: self._reports.confirm(source),
                         )
@@ -221,6 +223,14 @@ class Bundle:
                     unstage(folder)
         free_device_memory()
         return published
+
+    def _try(self, folder: Path, plans: Sequence[Plan], source: LocalSource) -> str:
+        """Run the staged checkpoint once, unless nothing of it is going to run. Raises Unsupported."""
+        if not any(plan.settled.protocol.runs_model for plan in plans):
+            return NOT_ASKED_FOR
+        settled = plans[0].settled
+        trial = Trial(dtype=settled.dtype, device=self._device, trusted=source.runs_code)
+        return trial.try_checkpoint(folder, source.folder, settled.scheme)
 
     def _beside_bytes(self, source: LocalSource) -> int:
         try:
