@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import UnsafeSource, UsageError
+from qbatch.core.folder_hint import where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
+# A path may contain a '#', so only one that follows white space starts a comment.
+_COMMENT = re.compile(r"(?:^|(?<=\s))#")
+_ESCAPED = re.compile(r"(?:^|(?<=\s))\\#")
 # The longest path that Linux accepts.
 _LONGEST = 4095
 
@@ -22,19 +27,20 @@ def read_model_list(
 ) -> list[SourceRef]:
     """Parse ``named`` models and those of a list, one per line: a hub id, optionally with ``@revision``, or a folder.
 
-    ``#`` starts a comment in a list. Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere).
+    In a list ``#`` starts a comment at the beginning of a line and after white space; there, ``\\#`` is a ``#`` of the
+    name. Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere).
     With ``check_folders``, for workers that see this file system, it must exist and contain a config.json. Raises
     UsageError if there is no model, or for unusable ones, of which it names the first few.
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
-    for place, text in chain((("", word.strip()) for word in named), _entries(lines)):
+    for place, text, line in chain((("", word.strip(), word) for word in named), _entries(lines)):
         try:
             source = _parse(text)
             if source.is_folder:
                 _check_place(source, roots)
             if check_folders and source.is_folder:
-                _check_folder(source)
+                _check_folder(source, line)
         except UsageError as error:
             problems.append(f"{place}{error}")
             continue
@@ -52,14 +58,13 @@ def read_model_list(
     return list(sources.values())
 
 
-def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each line that names a model, with what a message says before it."""
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """What a message says before a line that names a model, its model, and its text."""
     for number, line in enumerate(lines, start=1):
         # Some editors start a file with a byte order mark.
-        text = line.removeprefix("\ufeff").strip()
-        # A path may contain a '#', so only one that follows white space starts a comment.
-        if text and not text.startswith("#"):
-            yield f"line {number}: ", text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+        text = _COMMENT.split(line.removeprefix("\ufeff"), maxsplit=1)[0].strip()
+        if text:
+            yield f"line {number}: ", _ESCAPED.sub("#", text), line.strip()
 
 
 def _parse(text: str) -> SourceRef:
@@ -75,9 +80,10 @@ def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
         raise UsageError(f"{source.name}: {error}") from error
 
 
-def _check_folder(source: SourceRef) -> None:
+def _check_folder(source: SourceRef, line: str) -> None:
     folder = Path(source.location)
     if not folder.is_dir():
-        raise UsageError(f"no such folder: {source.name}")
+        is_cut = line != source.name and Path(line).expanduser().is_dir()
+        raise UsageError(f"no such folder: {source.name}" + (" (write \\# for a # of its name)" if is_cut else ""))
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{source.name} has no config.json")
+        raise UsageError(f"{source.name} has no config.json{where_the_model_is(folder)}")

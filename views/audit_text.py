@@ -81,6 +81,10 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         "dropped by transformers",
         f"{_count(len(dropped), 'tensor')}: {first_names(dropped, 10)}" if dropped else "none",
     )
+    if audit.stale_quantization is not None:
+        yield "ignored", f"what the source's config says of a quantization: {audit.stale_quantization}"
+    if audit.forward not in (None, "ran"):
+        yield "before publishing", f"a forward pass: {audit.forward}"
     yield from _errors(audit)
     yield from describe_row(row.scheme).audit_lines(audit.stored)
     if audit.writer == "whole":

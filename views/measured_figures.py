@@ -98,6 +98,8 @@ def quality_lines(row: ResultRow) -> Lines:
         error = row.details.perplexity.perplexity_se
         with_error = "" if error is None else f" ± {show_float(error, 2)}"
         yield "perplexity", f"{show_float(row.perplexity)}{with_error}{_scored(row)}"
+    if reason := row.details.perplexity.reason:
+        yield "no perplexity", reason
     quality = row.details.quality
     if quality.reason:
         yield "not compared", quality.reason

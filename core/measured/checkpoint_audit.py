@@ -42,6 +42,8 @@ class CheckpointAudit(Stored):
     relative_error_worst: tuple[LayerError, ...] | None = omitted_if_unknown()
     not_finite: tuple[str, ...] | None = omitted_if_unknown()
     shared_pass: int | None = omitted_if_unknown()
+    stale_quantization: str | None = omitted_if_unknown()
+    forward: str | None = omitted_if_unknown()
     whole_model_because: str | None = omitted_if_unknown()
     no_errors_because: str | None = omitted_if_unknown()
     writer: str | None = omitted_if_unknown()

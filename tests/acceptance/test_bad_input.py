@@ -208,7 +208,7 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     steering = tmp_path / "steering"
     shutil.copytree(models / "llama", steering)
     config = json.loads((steering / "config.json").read_text())
-    hostile = "\x1b]0;title\x07\x9b31mNoSuchForCausalLM"
+    hostile = "\x1b]0;title\x07\x9b31mNoSuchForMaskedLM"
     (steering / "config.json").write_text(json.dumps(config | {"architectures": [hostile]}))
     listed = model_list(truncated, incomplete, pickled, steering, "nobody/nothing-at-all", models / "bert-mlm")
     done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
@@ -224,7 +224,7 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     assert not list((stack.home / "storage" / ".staging").glob("*/*/*-*"))
     told = [stack("jobs", "--format", format_).stdout for format_ in ("csv", "json", "table")]
     told += [path.read_text() for path in (stack.home / "storage" / "logs").rglob("*.log")]
-    assert sum("NoSuchForCausalLM" in text for text in told) >= 4
+    assert sum("NoSuchForMaskedLM" in text for text in told) >= 4
     assert not any(character in text for text in told for character in "\x1b\x07\x9b")
 
 

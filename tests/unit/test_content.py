@@ -65,9 +65,14 @@ def test_content_alone_tells_models_of_one_shape_apart(model: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE", "adapter_model.safetensors",
-     "additional_chat_templates/tool.jinja"],
-)  # fmt: skip
+    [
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "additional_chat_templates/tool.jinja",
+    ],
+)
 def test_whatever_is_computed_with_or_published_is_part_of_it(name: str, model: Path) -> None:
     before = fingerprint(model)
     (model / name).parent.mkdir(exist_ok=True)
@@ -75,6 +80,13 @@ def test_whatever_is_computed_with_or_published_is_part_of_it(name: str, model: 
     added = fingerprint(model)
     (model / name).write_text("{ }")
     assert len({before, added, fingerprint(model)}) == 3
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_not_part_of_it(name: str, model: Path) -> None:
+    before = fingerprint(model)
+    (model / name).write_text("{}")
+    assert fingerprint(model) == before
 
 
 def test_the_files_of_a_sentence_transformers_module_are_part_of_it(model: Path) -> None:
@@ -122,12 +134,12 @@ def retarget(path: Path) -> None:
     path.symlink_to("elsewhere")
 
 
-def add_adapter(path: Path) -> None:
-    path.with_name("adapter_model.safetensors").write_bytes(b"adapter")
+def add_template(path: Path) -> None:
+    path.with_name("chat_template.jinja").write_text("{{ messages }}")
 
 
 @pytest.mark.parametrize("is_settled", [True, False], ids=["settled", "young"])
-@pytest.mark.parametrize("change", [overwrite, replace_file, write_the_same, Path.unlink, retarget, add_adapter])
+@pytest.mark.parametrize("change", [overwrite, replace_file, write_the_same, Path.unlink, retarget, add_template])
 def test_whatever_changes_while_it_is_used_is_noticed(
     change: Callable[[Path], object], is_settled: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,7 @@ class ModelBenchmark:
             top1_agreement=finite(quality.top1_agreement),
             details=replace(
                 measured.details,
-                perplexity=TextPerplexity() if score is None else _stored_score(score),
+                perplexity=TextPerplexity(reason=_why_no_score(loaded)) if score is None else _stored_score(score),
                 quality=quality,
                 tasks=tasks,
                 tasks_reason=self._tasks.reason,
@@ -375,6 +375,13 @@ def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text
             return compare(loaded, reference, protocol, text)
     except BenchmarkError as error:
         return Quality(reason=str(error))
+
+
+def _why_no_score(loaded: LoadedModel) -> str | None:
+    """Why a causal language model has no perplexity; None for models that never have one."""
+    if loaded.task is not ModelKind.CAUSAL_LM:
+        return None
+    return loaded.why_no_tokenizer or "the evaluation text is too short: it has no token that can be scored"
 
 
 def _stored_size(size: ModelSize) -> Size:

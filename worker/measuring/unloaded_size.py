@@ -12,6 +12,7 @@ from typing import Any
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
+from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.measuring.speed.size import ModelSize
 from qbatch.worker.methods.implementations import weights_of_config
@@ -38,7 +39,9 @@ def count_unloaded(folder: Path, dtype: DType, *, trusted: bool = False) -> Unlo
 
     Raises SourceCorrupt if its files are not those of its config, UnsafeSource, or Unsupported.
     """
-    weights = weights_of_config(read_config(folder).get("quantization_config"))
+    config = read_config(folder)
+    is_stale = stale_quantization(config, read_headers(folder)) is not None
+    weights = None if is_stale else weights_of_config(config.get("quantization_config"))
     quiet_libraries(weights)
     with translated(SourceCorrupt, f"cannot count {folder.name}"):
         if weights is None:

@@ -9,23 +9,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
-from qbatch.core.errors import SourceChanged, StorageError
-from qbatch.core.sources import read_headers, source_dtype
+from qbatch.core.errors import SourceChanged, StorageError, Unsupported
+from qbatch.core.prior_quantization import stale_quantization
+from qbatch.core.sources import read_config, source_dtype
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
+from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.load import translated
 from qbatch.worker.models.remote_code import copy_code
+from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
+from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 if TYPE_CHECKING:
@@ -68,8 +74,13 @@ class Bundle:
             yield source
 
     def _work(self, source: LocalSource) -> None:
+        # Judged once for all rows: what is no source of a checkpoint is no baseline either.
+        headers = vet_source(source.folder)
+        if (stale := stale_quantization(read_config(source.folder), headers)) is not None:
+            log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
-        dtype = source_dtype(read_headers(source.folder))
+        self._vet_tokenizer(source)
+        dtype = source_dtype(headers)
         plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
         if not plans:
             return
@@ -84,6 +95,14 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ],
         )
+
+    def _vet_tokenizer(self, source: LocalSource) -> None:
+        """Read the tokenizer before anything is quantized: a fault in it would end the jobs later. Raises Unsupported,
+        UnsafeSource."""
+        with translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}"):
+            load_tokenizer(source.folder, trusted=source.runs_code)
+        if (reason := why_no_tokenizer(source.folder)) is not None:
+            log.warning("no text can be measured: %s", reason)
 
     def _measure(self, source: LocalSource, models: Sequence[MeasuredModel]) -> None:
         """Models of which only the size was asked for are counted; the others are loaded."""
@@ -213,7 +232,9 @@ class Bundle:
                 if isinstance(outcome, Refused):
                     self._reports.failed(own_ids, outcome.error)
                 else:
-                    futures.append((plans, pool.submit(self._publish, source, outcome, plans[0], confirm)))
+                    with self._reports.failing(own_ids):
+                        audit = self._audit(source, outcome, plans)
+                        futures.append((plans, pool.submit(self._publish, source, outcome, audit, plans[0], confirm)))
                 if not unwritten:
                     self._reports.enter((plan.job_id for plans, _ in futures for plan in plans), Stage.PUBLISHING)
         published: dict[str, Verified] = {}
@@ -222,21 +243,36 @@ class Bundle:
                 published[plans[0].settled.key] = future.result()
         return published
 
-    def _publish(self, source: LocalSource, written: Written, plan: Plan, confirm: Callable[[], None]) -> Verified:
-        folder = written.target.folder
+    def _audit(self, source: LocalSource, written: Written, plans: Sequence[Plan]) -> Mapping[str, Any]:
+        """What is stored about the checkpoint in its staging folder. Raises Unsupported if it must not be published."""
+        refuse_not_finite(written.audit.get("not_finite", ()))
         if source.runs_code:
-            copy_code(source.folder, folder)
+            copy_code(source.folder, written.target.folder)
+        forward = self._try(written.target.folder, plans, source)
+        return dict(written.audit) | {"writer": written.writer, "forward": forward}
+
+    def _publish(
+        self, source: LocalSource, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]
+    ) -> Verified:
         return publish(
-            folder,
+            written.target.folder,
             storage=self._order.storage,
             source=source.folder,
             key=plan.settled.key,
             origin=self._origin(plan, source),
             files=written.files,
-            audit=dict(written.audit) | {"writer": written.writer},
+            audit=audit,
             quantize_s=written.quantize_s,
             confirm=confirm,
         )
+
+    def _try(self, folder: Path, plans: Sequence[Plan], source: LocalSource) -> str:
+        """Run the staged checkpoint once, unless nothing of it is going to run. Raises Unsupported."""
+        if not any(plan.settled.protocol.runs_model for plan in plans):
+            return NOT_ASKED_FOR
+        settled = plans[0].settled
+        trial = Trial(dtype=settled.dtype, device=self._device, trusted=source.runs_code)
+        return trial.try_checkpoint(folder, source.folder, settled.scheme)
 
     def _beside_bytes(self, source: LocalSource) -> int:
         try:

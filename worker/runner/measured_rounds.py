@@ -18,6 +18,7 @@ from qbatch.core.errors import CudaOom, DeviceError, HostOom
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.finished_rows import FinishedRows, names
+from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import MeasurementsOver, Order
 from qbatch.worker.runner.reports import Reports
@@ -123,6 +124,8 @@ class Rounds:
         with captures.paused():
             self._or_alone(lambda: self._load(turn))
         if is_first:
+            if turn.model.published is None:
+                refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
         if turn.protocol.speed:
             self._time_shapes(turn, captures)

@@ -73,7 +73,8 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_refused()
-    _refuse_mismatched(info)
+    refuse_mismatched(info)
+    _refuse_conversion_errors(info)
     dropped = unused(reader, model, recorder)
     overwritten = why_overwritten(model, info)
     _tie(model, info, reader)
@@ -95,7 +96,8 @@ def trace_unquantized_loading(reader: SourceReader, skeleton: Skeleton, dtype: D
     model = skeleton.model
     mapping = get_model_conversion_mapping(model, None, None)
     info = _load_tensors(model, None, _traced_source(reader), mapping, dtype)
-    _refuse_mismatched(info)
+    refuse_mismatched(info)
+    _refuse_conversion_errors(info)
     model.mark_tied_weights_as_initialized(info)
     _tie(model, info, reader)
     refuse_missing(info.missing_keys)
@@ -254,9 +256,13 @@ def _refuse_unquantized(skeleton: Skeleton, recorder: TracingQuantizer, info: An
             raise Unsupported(f"{name} and a skipped weight are cut from the same tensor: skip both or neither")
 
 
-def _refuse_mismatched(info: Any) -> None:
+def refuse_mismatched(info: Any) -> None:
+    """Raise SourceCorrupt if a tensor that stays unquantized has another shape than the model's."""
     for name, shape, needed in sorted(info.mismatched_keys):
         raise SourceCorrupt(f"{name} has the shape {tuple(shape)}, but the model needs {tuple(needed)}")
+
+
+def _refuse_conversion_errors(info: Any) -> None:
     for name, text in sorted(info.conversion_errors.items()):
         raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
 
