@@ -201,7 +201,8 @@ def _settle(
     return RequestedJob(
         spec=spec,
         need=folder.needs[spec.scheme],
-        settled=settled(fingerprint),
+        # What the names in a skip list mean, only a worker finds out: it needs the model.
+        settled=settled(fingerprint) if not spec.scheme.skip_modules else None,
         legacy=settled(folder.legacy_fingerprint),
     )
 

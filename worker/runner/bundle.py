@@ -22,6 +22,7 @@ from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
@@ -63,7 +64,8 @@ class Bundle:
     def _work(self, source: LocalSource) -> None:
         vet_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(read_headers(source.folder))
-        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
+        skip_lists = SkipLists(source, dtype)
+        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
         if not plans:
             return
         paths = self._ask(plans)
@@ -77,10 +79,11 @@ class Bundle:
             ]
         )
 
-    def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
-        """None where a library that its method needs is not here, which is that job's fault alone."""
+    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
+        """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
+        job's fault alone."""
         with self._reports.failing([claim.job_id]):
-            return [plan_job(claim, source, dtype, self._order.device_kind)]
+            return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []
 
     def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
