@@ -78,16 +78,29 @@ def inspect(model: str, format_: str) -> None:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
+@click.option(
+    "--for",
+    "loaders",
+    metavar="LOADERS",
+    help="Say instead what these loaders make of the checkpoints, from config, headers and names alone: transformers, "
+    "peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+)
 @format_options("table", "json", "csv")
-def verify(targets: Sequence[str], format_: str) -> None:
+def verify(targets: Sequence[str], loaders: str | None, format_: str) -> None:
     """Check published checkpoints: every file against the manifest, the tensors against the config.
 
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
+
+    With --for, each loader loads a checkpoint, loads it otherwise than it was measured, or refuses it. Exits with 1 if
+    one does not simply load.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS
     from qbatch.worker.checkpoints.verify import verify as problems_of
 
+    if loaders is not None:
+        _judge(_checkpoint_folders(targets), loaders, format_)
+        return
     rows = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
@@ -101,6 +114,26 @@ def verify(targets: Sequence[str], format_: str) -> None:
             err=True,
         )
         sys.exit(1)
+
+
+def _judge(folders: Sequence[Path], loaders: str, format_: str) -> None:
+    from qbatch.commands.loader_names import parse_loaders
+    from qbatch.core.errors import JobError
+    from qbatch.core.loaders.known_loaders import judge_folder
+    from qbatch.core.measured.loader_judgement import LoaderVerdict
+    from qbatch.views.formats import render
+    from qbatch.views.loader_judgements import judgement_row, judgement_text
+
+    names = parse_loaders(loaders)
+    rows = []
+    for folder in folders:
+        try:
+            judgements = judge_folder(folder, names)
+        except JobError as error:
+            raise UsageError(f"{folder}: {error}") from error
+        rows += [judgement_row(folder, name, judgement) for name, judgement in judgements.items()]
+    click.echo(judgement_text(rows) if format_ == "table" else render(rows, (), format_))
+    sys.exit(1 if any(row["verdict"] != LoaderVerdict.LOADS for row in rows) else 0)
 
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:

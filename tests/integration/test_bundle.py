@@ -253,6 +253,16 @@ def test_two_spellings_of_one_skip_list_are_one_checkpoint(source: Path) -> None
     config = json.loads((folders[1] / "config.json").read_text())["quantization_config"]
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
     assert config["llm_int8_skip_modules"] == ["lm_head", *names]
+    loaders = json.loads((folders[1] / "qbatch.json").read_text())["audit"]["loaders"]
+    assert {name: one["verdict"] for name, one in loaders.items() if one["verdict"] == "refuses"}.keys() == {
+        "fsdp",
+        "gguf",
+    }
+    (recorded, *_) = [
+        m.measurement.details.audit.loaders for m in ear.heard if isinstance(m, Measured) if m.job_id == 1
+    ]
+    assert recorded is not None
+    assert {name: one.to_json() for name, one in recorded.items()} == loaders
 
 
 def test_a_skip_list_that_cannot_be_resolved_fails_its_job_alone(source: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.sources import read_headers, source_dtype
+from qbatch.worker.checkpoints.judged import judged
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
@@ -183,7 +184,7 @@ class Bundle:
                             key=plans[0].settled.key,
                             origin=self._origin(plans[0], source),
                             files=outcome.files,
-                            audit=dict(outcome.audit) | {"writer": outcome.writer},
+                            audit=dict(outcome.audit) | {"writer": outcome.writer} | judged(outcome.target.folder),
                             quantize_s=outcome.quantize_s,
                             confirm=lambda: self._reports.confirm(source),
                         )
