@@ -256,3 +256,14 @@ def test_a_folder_without_weights_cannot_be_judged(tmp_path: Path) -> None:
     code, said = verify_for("vllm", tmp_path, format_="csv")
     assert code == 2
     assert "config.json" in said
+
+
+def test_options_for_trying_need_each_other(checkpoint: Callable[..., Path]) -> None:
+    folder = str(checkpoint("llama"))
+    for options in (["--try"], ["--python", "python3"], ["--for", "peft", "--python", "python3"]):
+        done = CliRunner().invoke(main, ["verify", *options, folder])
+        assert done.exit_code == 2, options
+        assert "needs" in done.output
+    done = CliRunner().invoke(main, ["verify", "--for", "peft", "--try", "--python", "/no/such/python", folder])
+    assert done.exit_code == 2
+    assert "/no/such/python is not an interpreter" in done.output
