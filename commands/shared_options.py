@@ -215,7 +215,8 @@ def submit_options(command: Command) -> Command:
             metavar="NAME",
             help="Layers to leave unquantized, besides those that transformers leaves: the end of their names "
             "(down_proj), their beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Separate several "
-            "with commas; may be repeated.",
+            "with commas; may be repeated. The checkpoint lists the layers by their full names, which serving engines "
+            "need (docs/howto/serve.md).",
         ),
         click.option(
             "--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this size: 5GB."

@@ -17,6 +17,7 @@ from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
 from qbatch.commands.shared_options import submit_options
 from qbatch.commands.waiting import wait_for_batches
+from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.settings import Settings
@@ -121,6 +122,8 @@ def _store(
             "by the sizes and modification times of their files, not by their content",
             err=True,
         )
+    for warning, models in receipt.warnings.items():
+        click.echo(escape_controls(warning if models == 1 else f"{models} models: {warning}"), err=True)
     return receipt, send(database, settings) if _has_work(receipt) else None
 
 
@@ -153,6 +156,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
                     "answered": receipt.answered,
                     "live_workers": receipt.live_workers,
                     "outdated": receipt.outdated,
+                    "warnings": list(receipt.warnings),
                 }
             )
         )

@@ -22,6 +22,7 @@ from qbatch.models_db import file_digests, jobs, results
 from qbatch.models_db.arrivals import answerable_since
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
+from qbatch.scheduler.loader_warnings import loader_warnings
 from qbatch.scheduler.vram_prediction import predicted_need
 
 
@@ -30,13 +31,14 @@ class _Folder:
     """What is known about a folder from its headers and config.
 
     ``stats`` maps each file name to its state; None for a model with its own code, whose identity depends on whether a
-    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0.
+    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0; ``warnings`` are of serving engines.
     """
 
     dtype: DType
     needs: Mapping[Scheme, int | None]
     stats: Mapping[str, FileStat] | None
     legacy_fingerprint: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,7 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Fol
             # Each worker decides whether the model's own code may run, which makes it a different model.
             stats=None if names_code(folder) else _stats(folder, mounts),
             legacy_fingerprint=legacy_folder_fingerprint(folder),
+            warnings=tuple(loader_warnings(specs, headers, config, source_dtype(headers))),
         )
     except (JobError, OSError):
         return None
@@ -201,7 +204,8 @@ def _settle(
     return RequestedJob(
         spec=spec,
         need=folder.needs[spec.scheme],
-        settled=settled(fingerprint),
+        # What the names in a skip list mean, only a worker finds out: it needs the model.
+        settled=settled(fingerprint) if not spec.scheme.skip_modules else None,
         legacy=settled(folder.legacy_fingerprint),
     )
 

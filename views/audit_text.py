@@ -102,6 +102,14 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         )
 
 
+def loader_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
+    """What each loader makes of the checkpoint, as it was judged when it was published."""
+    for name, judgement in (row.details.audit.loaders or {}).items():
+        yield name, f"{judgement.verdict} ({judgement.version}, {judgement.read_on})"
+        yield from ((name, reason) for reason in judgement.reasons or ())
+        yield from ((name, f"→ {advice}") for advice in judgement.advice or ())
+
+
 def _coverage(row: ResultRow) -> str:
     size = row.details.size
     share = NOTHING if row.quantized_fraction is None else show_percent(row.quantized_fraction)

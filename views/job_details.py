@@ -10,7 +10,7 @@ from qbatch.core.measured.metrics import GRAPH_DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
-from qbatch.views.audit_text import audit_lines, defects, fairness_remarks, other_audits
+from qbatch.views.audit_text import audit_lines, defects, fairness_remarks, loader_lines, other_audits
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import Column, printable, render, terminal_width
@@ -155,6 +155,7 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("size", size_lines(row), width)
     if not row.is_baseline:
         yield from _section("coverage audit", [*audit_lines(row), *(("defect", text) for text in defects(row))], width)
+    yield from _section("elsewhere", loader_lines(row), width)
     table = speed_table(row)
     yield from _table(f"speed on {printable(str(row.device_name))}", table) if table else ()
     yield from _section("speed by round", round_lines(row), width)

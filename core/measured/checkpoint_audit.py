@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qbatch.core.measured.loader_judgement import LoaderJudgement
 from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 
@@ -47,6 +49,7 @@ class CheckpointAudit(Stored):
     whole_model_because: str | None = omitted_if_unknown()
     no_errors_because: str | None = omitted_if_unknown()
     writer: str | None = omitted_if_unknown()
+    loaders: Mapping[str, LoaderJudgement] | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -235,7 +235,7 @@ def test_what_a_scheme_was_asked_for_is_in_the_checkpoint(
     for row in rows:
         folder = Path(row["checkpoint_path"])
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        assert "q_proj" in config["llm_int8_skip_modules"]
+        assert "model.layers.0.self_attn.q_proj" in config["llm_int8_skip_modules"]
         assert config["bnb_4bit_quant_storage"] == ("bfloat16" if row["bits"] == 4 else "uint8")
         assert config["llm_int8_threshold"] == (6.0 if row["bits"] == 4 else 0.0)
         shards = sorted(folder.glob("model-*.safetensors"))

@@ -256,6 +256,35 @@ def test_room_is_judged_for_what_lies_beside_the_weights_too(source: Path, monke
     assert len(places(ear, source)) == 1
 
 
+def test_two_spellings_of_one_skip_list_are_one_checkpoint(source: Path) -> None:
+    spellings = ("down_proj", "mlp.down_proj", r"model\.layers\..*\.down_proj", "o_proj")
+    schemes = {job: Scheme(method=Method.NF4, skip_modules=(one,)) for job, one in enumerate(spellings, start=1)}
+    ear = run(source, schemes=schemes)
+    folders = places(ear, source)
+    assert ear.measured() == {1, 2, 3, 4}
+    assert folders[1] == folders[2] == folders[3] != folders[4]
+    config = json.loads((folders[1] / "config.json").read_text())["quantization_config"]
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert config["llm_int8_skip_modules"] == ["lm_head", *names]
+    loaders = json.loads((folders[1] / "qbatch.json").read_text())["audit"]["loaders"]
+    assert {name: one["verdict"] for name, one in loaders.items() if one["verdict"] == "refuses"}.keys() == {
+        "fsdp",
+        "gguf",
+    }
+    (recorded, *_) = [
+        m.measurement.details.audit.loaders for m in ear.heard if isinstance(m, Measured) if m.job_id == 1
+    ]
+    assert recorded is not None
+    assert {name: one.to_json() for name, one in recorded.items()} == loaders
+
+
+def test_a_skip_list_that_cannot_be_resolved_fails_its_job_alone(source: Path) -> None:
+    broken = Scheme(method=Method.NF4, skip_modules=("(",))
+    ear = run(source, schemes={NF4: broken, INT8: SCHEMES[INT8]})
+    assert ear.failed().keys() == {NF4}
+    assert ear.measured() == {INT8}
+
+
 def test_a_width_that_cannot_be_published_leaves_the_other_alone(source: Path, published: dict[int, Path]) -> None:
     for folder in published.values():
         shutil.rmtree(folder)

@@ -316,6 +316,25 @@ def answers(database: Database, batch_id: int) -> list[int]:
     return [job.reused_from for job in found if job.reused_from is not None]
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, []),
+        ({"skip_modules": ("down_proj",)}, []),
+        ({"skip_modules": ("q_proj",)}, ["cannot load 2 layers", "which fails", "in silence", "which fails"]),
+        ({"options": {"quant_storage": "bfloat16"}}, ["stored as uint8 only", "stored as uint8 only"]),
+    ],
+)
+def test_what_engines_would_do_otherwise_is_warned_of(
+    sqlite_database: Database, settings: Settings, model: Path, options: dict[str, Any], warned: list[str]
+) -> None:
+    grid = Grid(bits=(4, 8), device=DeviceKind.CPU, **options)
+    sources = (parse_source(str(model)), *submission().sources)
+    receipt = submit(sqlite_database, settings, Submission(sources=sources, grid=grid, eval_text="text"))
+    assert list(receipt.warnings.values()) == [1] * len(warned)
+    assert all(text in line for text, line in zip(warned, receipt.warnings, strict=True)), receipt.warnings
+
+
 def test_what_is_measured_meanwhile_answers(
     database: Database, other: Database, settings: Settings, model: Path
 ) -> None:

@@ -15,6 +15,7 @@ from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
+from qbatch.worker.checkpoints.judged import judged
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import sidecar_bytes
@@ -31,6 +32,7 @@ from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
 from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
@@ -81,7 +83,8 @@ class Bundle:
         vet_code(source.folder, trusted=source.runs_code)
         self._vet_tokenizer(source)
         dtype = source_dtype(headers)
-        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype)]
+        skip_lists = SkipLists(source, dtype)
+        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
         if not plans:
             return
         paths = self._ask(plans)
@@ -113,10 +116,11 @@ class Bundle:
                     rows.send_counted(model)
         Rounds(self._order, self._reports, source, self._device, rows).run([model for model in models if model.runs])
 
-    def _plan(self, claim: Claim, source: LocalSource, dtype: DType) -> list[Plan]:
-        """None where a library that its method needs is not here, which is that job's fault alone."""
+    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
+        """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
+        job's fault alone."""
         with self._reports.failing([claim.job_id]):
-            return [plan_job(claim, source, dtype, self._order.device_kind)]
+            return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []
 
     def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
@@ -249,7 +253,7 @@ class Bundle:
         if source.runs_code:
             copy_code(source.folder, written.target.folder)
         forward = self._try(written.target.folder, plans, source)
-        return dict(written.audit) | {"writer": written.writer, "forward": forward}
+        return dict(written.audit) | {"writer": written.writer, "forward": forward} | judged(written.target.folder)
 
     def _publish(
         self, source: LocalSource, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]

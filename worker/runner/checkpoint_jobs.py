@@ -59,11 +59,13 @@ class MeasuredModel:
         return tuple(plan.job_id for plan in self.plans)
 
 
-def plan_job(claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind) -> Plan:
-    """Plan a claimed job. ``dtype`` is that of the source."""
+def plan_job(
+    claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind, skip_list: tuple[str, ...] | None = None
+) -> Plan:
+    """Plan a claimed job. ``dtype`` is that of the source; ``skip_list`` is None where its scheme skips nothing."""
 
     def settled(fingerprint: str) -> Settled:
-        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind)
+        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind, skip_list=skip_list)
 
     legacy = source.legacy_fingerprint
     return Plan(

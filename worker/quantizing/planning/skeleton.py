@@ -8,6 +8,9 @@ from typing import Any
 
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
+from qbatch.core.loaders.engine_names import EngineArchitecture, engine
+from qbatch.core.loaders.skip_list import SkippedLayers
+from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
@@ -40,9 +43,7 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     """
     config = _with_dtype(load_config(source, trusted=trusted), dtype)
     cls = model_class(config, trusted=source if trusted else None)
-    skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    # A list given to transformers replaces its default list, so both are merged.
-    listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
+    listed = list(skip_list(cls, config, scheme.skip_modules)) if scheme.skip_modules else None
     quantization = weights_of(scheme.description).quantization_config(scheme, listed)
     skeleton = _skeleton(cls, config, quantization, device)
     return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
@@ -97,11 +98,26 @@ def _refuse_replaced(model: Any, quantizer: Any) -> None:
             raise Unsupported(f"{name} cannot be quantized: transformers loads a quantized checkpoint into {other}")
 
 
-def default_skips(cls: Any, config: Any) -> frozenset[str]:
-    """The modules that transformers leaves unquantized by default: the output layer, tied modules, the last module."""
+def skip_list_of_source(
+    source: Path, asked: tuple[str, ...], dtype: DType, *, trusted: bool = False
+) -> tuple[str, ...]:
+    """``skip_list`` for the model in ``source``. Raises SourceCorrupt, UnsafeSource, or Unsupported."""
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    return skip_list(model_class(config, trusted=source if trusted else None), config, asked)
+
+
+def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The list to publish for a user's patterns: what transformers skips by default, since a list replaces its own, and
+    every layer that then stays unquantized by its full names (see ``SkippedLayers``). Two spellings give one list."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return frozenset(get_keys_to_not_convert(_meta_model(cls, config, None, "meta")))
+    model = _meta_model(cls, config, None, "meta")
+    defaults = set(get_keys_to_not_convert(model))
+    is_kept = transformers_skips(defaults | set(asked) | set(model._keep_in_fp32_modules or ()))
+    linears = {name for name, module in model.named_modules() if is_plain_linear(module)}
+    architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
+    layers = SkippedLayers(linears, {name for name in linears if is_kept(name)}, architecture)
+    return tuple(sorted(defaults | layers.entries()))
 
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
