@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,11 +19,13 @@ from qbatch.commands.context import (
 )
 from qbatch.commands.parameter_types import Bits
 from qbatch.commands.shared_options import compare_options, format_options
-from qbatch.core.domain import LARGEST_ID
+from qbatch.core.domain import LARGEST_ID, parse_id
+from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
+    from qbatch.models_db.job_record import JobRecord
 
 
 @click.command()
@@ -74,6 +77,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
 @format_options("table", "json", "csv")
 def show(jobs: Sequence[str], format_: str) -> None:
     """Show everything about a job: attempts, scheme, protocol, measurements, audit, and what limits its speed."""
+    from qbatch.models_db.database_id import database_id
     from qbatch.models_db.job_record import whole_jobs
     from qbatch.views.formats import render
     from qbatch.views.job_details import show_jobs
@@ -84,9 +88,17 @@ def show(jobs: Sequence[str], format_: str) -> None:
     require_jobs(database, ids)
     with database.read() as session:
         found = whole_jobs(session, ids)
+        folder = settings.logs_of(database_id(session))
     rows = _placed(settings, [job.row for job in found])
-    placed = [replace(job, row=row) for job, row in zip(found, rows, strict=True)]
+    records = [_with_log(job.record, folder) for job in found]
+    placed = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     click.echo(show_jobs(placed) if format_ == "table" else render([job.to_json() for job in placed], (), format_))
+
+
+def _with_log(record: JobRecord, folder: Path) -> JobRecord:
+    """With the path of its newest log; none if no worker has begun it."""
+    _, job_id = parse_id(record.job_id)
+    return replace(record, log_path=str(job_log(folder, job_id, record.attempt)) if record.attempts else None)
 
 
 def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -> None:
