@@ -12,6 +12,7 @@ import click
 
 from qbatch.commands.examining import doctor, inspect, verify
 from qbatch.commands.job_changes import cancel, retry
+from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, results, show
 from qbatch.commands.queue_state import jobs, status, workers
@@ -73,6 +74,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     results,
     compare,
     show,
+    logs,
     doctor,
     inspect,
     verify,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,11 +14,13 @@ from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.parameter_types import Bits
 from qbatch.commands.shared_options import batch_arguments, compare_options, format_options, target_arguments
 from qbatch.commands.targets import find_batches, find_targets
-from qbatch.core.domain import LARGEST_ID
+from qbatch.core.domain import LARGEST_ID, job_number
+from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
+    from qbatch.models_db.job_record import JobRecord
 
 
 @click.command()
@@ -73,6 +76,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
 def show(targets: Sequence[str], format_: str) -> None:
     """Show everything about a job, or about each job of a batch: attempts, scheme, protocol, measurements, audit, and
     what limits its speed."""
+    from qbatch.models_db.database_id import database_id
     from qbatch.models_db.job_pages import first_jobs
     from qbatch.models_db.job_record import whole_jobs
     from qbatch.views.formats import render
@@ -84,9 +88,17 @@ def show(targets: Sequence[str], format_: str) -> None:
     with database.read() as session:
         ids = list(first_jobs(session, LARGEST_ID, batch_ids=chosen.batch_ids)) if chosen.batch_ids else []
         found = whole_jobs(session, list(dict.fromkeys([*ids, *chosen.job_ids])))
+        folder = settings.logs_of(database_id(session))
     rows = _placed(settings, [job.row for job in found])
-    placed = [replace(job, row=row) for job, row in zip(found, rows, strict=True)]
+    records = [_with_log(job.record, folder) for job in found]
+    placed = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     click.echo(show_jobs(placed) if format_ == "table" else render([job.to_json() for job in placed], (), format_))
+
+
+def _with_log(record: JobRecord, folder: Path) -> JobRecord:
+    """With the path of its newest log; none if no worker has begun it."""
+    log_path = job_log(folder, job_number(record.job_id), record.attempt)
+    return replace(record, log_path=str(log_path) if record.attempts else None)
 
 
 def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -> None:

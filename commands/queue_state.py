@@ -71,6 +71,8 @@ def _print_jobs(
 
     found = list_jobs(session, batch_ids=batch_ids, states=states, limit=limit)
     click.echo(render(found, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
+    if format_ == "table" and any(job["state"] == JobState.FAILED for job in found):
+        click.echo("`qbatch logs JOB` shows the log of a failed job", err=True)
     if limit is not None and len(found) == limit:
         _mention_rest("first", limit, count_jobs(session, batch_ids=batch_ids, states=states), "jobs")
 

@@ -47,6 +47,16 @@ def find_targets(database: Database, words: Sequence[str]) -> Targets:
     return Targets(batch_ids=tuple(batch_ids), job_ids=tuple(job_ids))
 
 
+def find_job(database: Database, word: str) -> int:
+    """The job that ``word`` means. Raises UsageError."""
+    found = find_id(word.strip())
+    if found is None or found[0] != "j":
+        raise UsageError(f"{word[:_SHOWN]!r} is not a job id such as j345")
+    with database.read() as session:
+        _require_job(session, found[1])
+    return found[1]
+
+
 def _find_batch(session: Session, word: str) -> int:
     from qbatch.models_db.batch_names import batches_named, newest_batch
     from qbatch.models_db.batches import batch_exists

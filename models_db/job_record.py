@@ -44,7 +44,8 @@ class CheckpointRecord(Stored):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord(Stored):
     """``attempts`` has every claim, the first one first. ``checkpoint`` is that of the job's key: None for a baseline,
-    and until it is published. Times are aware, in ISO 8601."""
+    and until it is published. ``log_path`` is the log of the newest attempt, as this machine sees it, if whoever asked
+    knows the storage. Times are aware, in ISO 8601."""
 
     job_id: str
     batch_id: str
@@ -73,6 +74,7 @@ class JobRecord(Stored):
     checkpoint_key: str | None = None
     checkpoint: CheckpointRecord | None = None
     attempts: tuple[AttemptRecord, ...]
+    log_path: str | None = None
     measured_at: str | None = None
 
 

@@ -6,7 +6,7 @@ All others wait in the database. ``dispatch_id`` is set on a queued job for whic
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, select, union, update
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import DeviceKind
+from qbatch.core.domain import DeviceKind, Method, format_batch_id, format_job_id
 from qbatch.models_db.few_jobs import IS_QUEUED
 from qbatch.models_db.ready_bundles import (
     ANY_NEED,
@@ -35,6 +35,9 @@ NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 """The dispatch columns of a job that no message stands for."""
 
 _MOST_MISSES = 8
+# A worker refuses a message with a long text, and people would not read it.
+_LONGEST_NAME = 200
+_MOST_NAMED = 8
 _OVER = object()
 _OTHER = aliased(Job)
 # By ids, because there are few.
@@ -152,14 +155,24 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
         update(Job)
         .where(Job.id.in_(free(session, are_ready([bundle], needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
-        .returning(Job.id, Job.model),
+        .returning(Job.id, Job.batch_id, Job.model, Job.method),
         execution_options=NO_SYNC,
     ).all()
     if not marked:
         return None
     ids = tuple(sorted(row.id for row in marked))
-    label = f"{marked[0].model}: {', '.join(f'j{n}' for n in ids)}"
+    methods = [row.method for row in sorted(marked, key=lambda row: row.id)]
+    label = label_of(marked[0].batch_id, marked[0].model, methods, ids)
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
+
+
+def label_of(batch_id: int, model: str, methods: Sequence[str], job_ids: Sequence[int]) -> str:
+    """What Celery and Flower show of a message: ``b3 org/model: baseline, bnb-nf4 · j7, j8``. Its length is bounded."""
+    name = model if len(model) <= _LONGEST_NAME else f"…{model[1 - _LONGEST_NAME :]}"
+    schemes = ", ".join("baseline" if method == Method.NONE else method for method in dict.fromkeys(methods))
+    jobs = ", ".join(map(format_job_id, job_ids[:_MOST_NAMED]))
+    more = len(job_ids) - _MOST_NAMED
+    return f"{format_batch_id(batch_id)} {name}: {schemes} · {jobs}" + (f" and {more} more" if more > 0 else "")
 
 
 def waiting_messages(session: Session) -> dict[str, str]:

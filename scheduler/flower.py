@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from qbatch.core.errors import UsageError
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
+from qbatch.scheduler.queues import RUN_BUNDLE, all_queues
 
 # Flower would execute a flowerconfig.py in the current directory, which could turn the password off.
 _NO_CONFIG = f"--conf={os.devnull}"
+# Made by models_db.window.label_of.
+_LABEL = re.compile(r"(?P<batch>b[0-9]+) (?P<work>.+) · (?P<jobs>[^·]+)")
 
 
 def serve(settings: Settings, *, address: str, port: int) -> None:
@@ -23,8 +27,29 @@ def serve(settings: Settings, *, address: str, port: int) -> None:
     # would become a user without a password; and command-line arguments are visible to everyone in the process list.
     os.environ.pop("FLOWER_BASIC_AUTH", None)
     options.basic_auth = [credentials]
+    options.format_task = name_after_its_work
+    _show_every_queue()
     urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
     make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
+
+
+def name_after_its_work(task: Any) -> Any:
+    """A task as Flower shows it, called after what it does: all of them have the same name in Celery.
+
+    ``b3 org/model: bnb-nf4 · j7, j8`` becomes the name ``org/model: bnb-nf4 (b3)`` with the arguments ``j7, j8``.
+    """
+    label = _LABEL.fullmatch(task.args or "") if task.name == RUN_BUNDLE else None
+    if label is not None:
+        task.name = f"{label['work']} ({label['batch']})"
+        task.args = label["jobs"]
+    return task
+
+
+def _show_every_queue() -> None:
+    """Flower shows the queues of the workers that have answered it, and before that one that qbatch does not have."""
+    from flower.views import BaseHandler
+
+    BaseHandler.get_active_queue_names = lambda _: all_queues()
 
 
 def _credentials(settings: Settings) -> str:

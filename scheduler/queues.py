@@ -17,6 +17,11 @@ def queue_of(kind: DeviceKind, size: int | None = None) -> str:
     return f"qbatch.{kind.value}" if size is None else f"qbatch.{kind.value}.{size}"
 
 
+def all_queues() -> list[str]:
+    """Every queue that there may be: that of the CPUs, then those of GPUs, the smallest first."""
+    return [queue_of(DeviceKind.CPU), *(queue_of(DeviceKind.CUDA, size) for size in VRAM_CLASSES)]
+
+
 def queues_of(kind: DeviceKind, memory_bytes: int) -> list[str]:
     """The queues that a worker with this device reads, that of its own class first.
 

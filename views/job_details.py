@@ -96,6 +96,8 @@ def _job(row: ResultRow, record: JobRecord) -> Lines:
     if record.not_before is not None and row.state == JobState.QUEUED:
         yield "not before", show_time(record.not_before)
     yield "attempts", f"{record.attempt}, of which {record.failures} counted as failures"
+    if record.log_path is not None:
+        yield "log", f"{record.log_path} (`qbatch logs {row.job_id}` shows it)"
     if record.priority:
         yield "priority", str(record.priority)
     if record.time_limit_s is not None:

@@ -110,7 +110,8 @@ def _name(job: Job) -> str:
 def _news(job: Job) -> str:
     state = job["stage"] or job["state"]
     if job["state"] == JobState.FAILED:
-        state = printable(": ".join(filter(None, (state, job["error_kind"], job["error_message"]))))
+        words = printable(": ".join(filter(None, (state, job["error_kind"], job["error_message"]))))
+        state = f"{words} (see `qbatch logs {job['job_id']}`)"
     if job["state"] == JobState.QUEUED:
         state = "back in the queue"
     return f"{_name(job)}: {state}"

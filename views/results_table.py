@@ -140,8 +140,9 @@ def _line(row: ResultRow, by_id: Mapping[str, ResultRow], notes: Footnotes) -> L
 
 
 def show_state(row: ResultRow) -> str:
-    """A row's state and its error, if any: ``failed: cuda_oom: out of memory``."""
-    return printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
+    """A row's state and its error, if any: ``failed: cuda_oom: out of memory (see `qbatch logs j7`)``."""
+    words = printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
+    return f"{words} (see `qbatch logs {row.job_id}`)" if row.state == JobState.FAILED else words
 
 
 def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:

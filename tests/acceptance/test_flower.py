@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +62,24 @@ def test_a_config_file_where_flower_starts_does_not_open_it(
     assert not canary.exists()
 
 
+def test_flower_names_a_task_after_its_work_and_shows_our_queues(
+    stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    with flower(stack, tmp_path / "flower.log", QBATCH_FLOWER_AUTH="someone:a-canary") as port:
+        listed = model_list(models / "bert-mlm")
+        batch = stack("submit", "--models", listed, "--bits", "8", "--force", "--wait", "-q").stdout.strip()
+        (job, other) = (job["job_id"] for job in stack.json("jobs", "--batch", batch))
+        query = "draw=1&start=0&length=100&order%5B0%5D%5Bcolumn%5D=0&columns%5B0%5D%5Bdata%5D=name"
+        rows = json.loads(_page(port, f"tasks/datatable?{query}", "someone:a-canary"))["data"]
+        assert (f"{models / 'bert-mlm'}: baseline, bnb-int8 ({batch})", f"{job}, {other}") in [
+            (row["name"], row["args"]) for row in rows
+        ]
+        broker = _page(port, "broker", "someone:a-canary")
+    assert "<td>qbatch.cpu</td>" in broker
+    assert "<td>qbatch.cuda.80</td>" in broker
+    assert "<td>celery</td>" not in broker
+
+
 @pytest.mark.parametrize("credentials", ["", "someone", "someone:", ":password", "someone:pässword", "some\none:word"])
 def test_invalid_flower_credentials_are_refused(qbatch: Qbatch, credentials: str) -> None:
     qbatch.env["QBATCH_FLOWER_AUTH"] = credentials
@@ -69,13 +88,23 @@ def test_invalid_flower_credentials_are_refused(qbatch: Qbatch, credentials: str
     assert "password" not in refused.replace("user:password", "").replace("needs a password", "")
 
 
-def _status(port: int, page: str, credentials: str | None) -> int | None:
-    """The HTTP status of a page; None while nothing listens."""
+def _page(port: int, page: str, credentials: str) -> str:
+    with urllib.request.urlopen(_request(port, page, credentials), timeout=60) as answer:  # noqa: S310
+        text: str = answer.read().decode()
+    return text
+
+
+def _request(port: int, page: str, credentials: str | None) -> urllib.request.Request:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/{page}")
     if credentials is not None:
         request.add_header("Authorization", "Basic " + base64.b64encode(credentials.encode()).decode())
+    return request
+
+
+def _status(port: int, page: str, credentials: str | None) -> int | None:
+    """The HTTP status of a page; None while nothing listens."""
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+        with urllib.request.urlopen(_request(port, page, credentials), timeout=60) as answer:  # noqa: S310
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code

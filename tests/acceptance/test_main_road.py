@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -182,6 +183,10 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     assert [row["scheme"] for row in rows] == ["none", "bnb-nf4", "bnb-fp4"]
     assert [row["double_quant"] for row in rows] == [False, True, True]
     assert {row["dtype"] for row in rows} == {"bfloat16"}, "what an fp32 source leaves unquantized is bfloat16"
+    log = stack("logs", rows[2]["job_id"]).stdout
+    assert "quantizing" in log
+    assert "benchmarking" in log
+    assert not re.search(rf"INFO ({rows[0]['job_id']}|{rows[1]['job_id']}): ", log), "what is about others alone"
     config = json.loads(Path(rows[1]["checkpoint_path"], "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     by_size = stack.json("results", "--batch", batch, "--sort", "-disk_bytes", "--limit", "1", "--bits", "4,16")

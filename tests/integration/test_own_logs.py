@@ -45,7 +45,7 @@ def test_jobs_of_one_id_do_not_write_into_one_log(
     sqlite_database: Database, other_database: Database, settings: Settings
 ) -> None:
     one, other = (log_of_the_first_bundle(database, settings) for database in (sqlite_database, other_database))
-    assert one.name == other.name == "j1-1.log"
+    assert one.name == other.name == "j1-1.runner.log"
     assert one != other
 
 

@@ -229,7 +229,7 @@ def test_logs_go_with_the_last_job_of_their_bundle(database: Database, settings:
     answered(database, ids[1], days=3)
     kept = a_file(own_logs(database, settings) / f"j{ids[0]}-1.log", 60)
     old = [a_file(own_logs(database, settings) / f"j{ids[3]}-{attempt}.log", 60) for attempt in (1, 2)]
-    orphan = a_file(own_logs(database, settings) / "j999-1.log", 60)
+    orphan = a_file(own_logs(database, settings) / "j999-1.runner.log", 60)
     stays = [
         kept,
         a_file(own_logs(database, settings) / "j998-1.log", 1),

@@ -118,3 +118,15 @@ def test_many_jobs_that_want_one_checkpoint_do_not_slow_the_choice(sqlite_databa
         assert len(window.choose(session, kind=DeviceKind.CPU, queue="cpu", slots=4)) == 1
         driver.set_progress_handler(None, 0)
     assert steps < 1000 * count, "of SQLite's machine; to look at every job for each of them takes ten times as many"
+
+
+def test_what_a_message_is_called_says_what_it_does_and_is_short(database: Database) -> None:
+    """A worker refuses a message with a long text, and would refuse it again whenever it is sent."""
+    a_batch(database, bundle("org/model", Method.NONE, Method.NF4))
+    a_batch(database, bundle(f"/models/{'a' * 4000}/last", *_SCHEMES * 80))
+    first, second = choose(database)
+    assert first.label == "b1 org/model: baseline, bnb-nf4 · j1, j2"
+    assert second.label.endswith(
+        "aaa/last: baseline, bnb-int8, bnb-nf4, bnb-fp4 · j3, j4, j5, j6, j7, j8, j9, j10 and 248 more"
+    )
+    assert len(second.label) < 400

@@ -244,7 +244,7 @@ def test_a_failed_row_says_why_and_an_unfinished_one_where_it_stands() -> None:
             result(3, "bnb-fp4", state="queued", disk_bytes=None),
         ]
     )
-    assert line_of(table, "j2").endswith("failed: cuda_oom: out of memory")
+    assert line_of(table, "j2").endswith("failed: cuda_oom: out of memory (see `qbatch logs j2`)")
     assert line_of(table, "j3").endswith("queued")
 
 
@@ -499,7 +499,7 @@ def test_a_log_gets_one_line_for_each_change() -> None:
         f"j1 {NAME} bnb-nf4: fetching",
         f"j1 {NAME} bnb-nf4: quantizing",
         f"j2 {NAME} bnb-nf4: fetching",
-        f"j1 {NAME} bnb-nf4: failed: host_oom: killed",
+        f"j1 {NAME} bnb-nf4: failed: host_oom: killed (see `qbatch logs j1`)",
         f"j2 {NAME} bnb-nf4: back in the queue",
     ]
 

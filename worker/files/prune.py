@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from qbatch.core.job_log import job_of_log
 from qbatch.core.settings import Settings
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.models_db import file_digests
@@ -24,7 +25,6 @@ _AT_ONCE = 200
 # How far the clocks of hosts, which date files, may differ from that of the database, which dates rows.
 _CLOCKS_APART_S = 3600.0
 _Id = TypeVar("_Id", int, str)
-_LOG = re.compile(r"j([0-9]+)-[0-9]+\.log")
 _REJECTED = re.compile(r".+\.rejected-([0-9]+)")
 
 
@@ -103,10 +103,10 @@ def _pausing_afterwards() -> Iterator[None]:
 def _logs(database: Database, folder: Path, before_s: float, gone: frozenset[int]) -> Iterator[Path]:
     """The old logs of jobs that do not exist, or that are in ``gone``.
 
-    A log is named after the first job of its bundle, which is kept as long as any of its jobs. Version 0.1.0 wrote the
-    logs of all databases to the parent folder; those are judged by age alone.
+    A runner's log is named after the first job of its bundle, which is kept as long as any of its jobs. Version 0.1.0
+    wrote the logs of all databases to the parent folder; those are judged by age alone.
     """
-    named = {path: int(match[1]) for path in folder.glob("*") if (match := _LOG.fullmatch(path.name))}
+    named = {path: job_id for path in folder.glob("*") if (job_id := job_of_log(path.name)) is not None}
     ids = sorted(set(named.values()))
     present: set[int] = set()
     for chunk in _chunks(ids):
@@ -114,7 +114,7 @@ def _logs(database: Database, folder: Path, before_s: float, gone: frozenset[int
             present |= existing(session, chunk)
     kept = present - gone
     orphans = (path for path, job_id in named.items() if job_id not in kept)
-    earlier = (path for path in folder.parent.glob("*") if _LOG.fullmatch(path.name))
+    earlier = (path for path in folder.parent.glob("*") if job_of_log(path.name) is not None)
     return (path for path in (*orphans, *earlier) if _is_older(path, before_s))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +23,17 @@ from qbatch.worker.machine.device_faults import find_fault
 
 
 def as_job_error(error: BaseException) -> JobError:
-    """Convert an error raised while quantizing to a JobError. A JobError is returned unchanged."""
+    """Convert an error raised while quantizing to a JobError. A JobError is returned unchanged.
+
+    A defect and a fault of the device have the traceback as a note. Others may not: what a library says about a file or
+    a network may contain the link of a download.
+    """
     from safetensors import SafetensorError
 
     if isinstance(error, JobError):
         return error
     if fault := find_fault(error):
-        return fault.kind(one_line(fault.error))
+        return with_traceback_noted(fault.kind(one_line(fault.error)), error)
     text = one_line(error)
     if isinstance(error, OSError):
         return storage_fault(error)(text)
@@ -36,8 +41,14 @@ def as_job_error(error: BaseException) -> JobError:
         # safetensors reports a full disk only in the message: Os { code: 28, kind: StorageFull, … }
         return DiskFull(text) if "StorageFull" in text or "code: 28" in text else SourceCorrupt(text)
     if isinstance(error, OUR_DEFECTS):
-        return InternalError(text)
-    return QuantizationError(text)
+        return with_traceback_noted(InternalError(text), error)
+    return with_traceback_noted(QuantizationError(text), error)
+
+
+def with_traceback_noted(translated: JobError, error: BaseException) -> JobError:
+    """``translated`` with the traceback of ``error`` as a note: text, because frames would keep their tensors alive."""
+    translated.add_note("".join(traceback.format_exception(error)).rstrip())
+    return translated
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from qbatch.worker.sources.fetch import SourcePolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a runner needs to do its work. ``texts`` holds evaluation texts and packed tasks by their sha256."""
+    """What a runner needs to do its work. ``texts`` holds evaluation texts and packed tasks by their sha256.
+
+    ``log_path`` is the runner's log, for all that it prints. The jobs' logs are in the same folder.
+    """
 
     claims: tuple[Claim, ...]
     texts: Mapping[str, str]

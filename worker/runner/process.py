@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import platform
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -13,7 +15,21 @@ from queue import SimpleQueue
 from qbatch.core.domain import DeviceKind
 from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
-from qbatch.worker.runner.messages import Ended, Order, Pulse, Question, Ready, Reply, RunnerMessage
+from qbatch.worker.runner.job_log_writer import JobLogWriter
+from qbatch.worker.runner.messages import (
+    Answered,
+    Ended,
+    Failed,
+    Measured,
+    Order,
+    Pulse,
+    Question,
+    Ready,
+    Reply,
+    RunnerMessage,
+)
+
+log = logging.getLogger("qbatch.runner")
 
 _ORPHANED = 70
 # A runner that stands by on a GPU holds half a gigabyte of it, which others may need while nothing is to be done.
@@ -23,9 +39,10 @@ _STANDS_BY_ON_GPU_S = 60.0
 class SupervisorLink:
     """The runner's end of the pipe. A separate thread reads it, to notice at any time if the supervisor is silent."""
 
-    def __init__(self, connection: Connection, lease_s: float) -> None:
+    def __init__(self, connection: Connection, lease_s: float, logs: JobLogWriter) -> None:
         self._connection = connection
         self._lease_s = lease_s
+        self._logs = logs
         # Progress is reported from several threads.
         self._sending = threading.Lock()
         self._replies = SimpleQueue[Reply]()
@@ -36,6 +53,8 @@ class SupervisorLink:
     def send(self, message: RunnerMessage) -> None:
         with self._sending:
             self._connection.send(message)
+        if isinstance(message, Measured | Failed):
+            self._logs.end([message.job_id])
 
     def end(self) -> None:
         """Send the last message, and wait until the supervisor closes the pipe.
@@ -49,7 +68,10 @@ class SupervisorLink:
     def ask(self, question: Question) -> Reply:
         """Ask the supervisor and wait for its reply. Only one question may be open at a time."""
         self.send(question)
-        return self._replies.get()
+        reply = self._replies.get()
+        if isinstance(reply, Answered):
+            self._logs.end(reply.job_ids)
+        return reply
 
     def _listen(self) -> None:
         while True:
@@ -114,13 +136,32 @@ def _work(order: Order, connection: Connection) -> None:
     _redirect_output(order.log_path)
     escape_control_characters(sys.stdout)
     log_to_stderr()
-    link = SupervisorLink(connection, order.lease_s)
+    logs = JobLogWriter(order.log_path.parent, order.claims)
+    logging.getLogger("qbatch").addHandler(logs)
+    link = SupervisorLink(connection, order.lease_s, logs)
+    _introduce(order)
     Bundle(order, link).run()
     link.end()
     # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _introduce(order: Order) -> None:
+    """Write the first line of each job's log. If the runner is killed, this line says where else to look."""
+    others = len(order.claims) - 1
+    company = f" with {others} other job{'s' * (others > 1)} of its model" if others else ""
+    for claim in order.claims:
+        log.info(
+            "j%s: attempt %s, on %s of %s%s; what other libraries print is in %s",
+            claim.job_id,
+            claim.attempt,
+            order.device_name,
+            platform.node(),
+            company,
+            order.log_path.name,
+        )
 
 
 def _redirect_output(log_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from qbatch.core.digest import Checksums
 from qbatch.core.domain import Stage
 from qbatch.core.errors import CudaOom, DeviceError, DiskFull, HostOom, InternalError, JobError, SourceChanged, one_line
 from qbatch.core.file_stat import FileStat
-from qbatch.worker.quantizing.faults import as_job_error
+from qbatch.worker.quantizing.faults import as_job_error, with_traceback_noted
 from qbatch.worker.runner.messages import (
     Answered,
     Entered,
@@ -114,7 +113,7 @@ class Reports:
         for job_id in self.open(job_ids):
             if job_id not in self._open:
                 return
-            log.error("j%s: %s: %s", job_id, error.kind, error)
+            log.error("\n".join((f"j{job_id}: {error.kind}: {error}", *getattr(error, "__notes__", ()))))
             self._open.discard(job_id)
             needed_bytes = error.needed_bytes if isinstance(error, DiskFull) else None
             self._link.send(Failed(job_id=job_id, kind=error.kind, message=str(error), needed_bytes=needed_bytes))
@@ -127,7 +126,8 @@ class Reports:
 
 
 def _unforeseen(error: Exception) -> JobError:
-    traceback.print_exc()
     # A faulty device may cause an error in anything that uses it, even in the import of bitsandbytes.
     cause = as_job_error(error)
-    return cause if isinstance(cause, (CudaOom, DeviceError, DiskFull, HostOom)) else InternalError(one_line(error))
+    if isinstance(cause, (CudaOom, DeviceError, DiskFull, HostOom)):
+        return cause
+    return with_traceback_noted(InternalError(one_line(error)), error)

@@ -27,6 +27,7 @@ from qbatch.core.errors import (
     job_error,
     one_line,
 )
+from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
 from qbatch.models_db import file_digests, jobs
 from qbatch.models_db.batches import text_content
@@ -179,6 +180,7 @@ class Supervisor:
 
     def _order(self) -> Order:
         context, settings = self._context, self._context.settings
+        first = min(self._claims)
         hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.protocol.text_hashes}
         with context.database.read() as session:
             context.database.require_same(session)
@@ -200,12 +202,8 @@ class Supervisor:
                 allow_pickle=all(claim.spec.allow_pickle for claim in self._claims.values()),
             ),
             lease_s=settings.lease_s,
-            log_path=logs / self._log_name(),
+            log_path=runner_log(logs, first, self._claims[first].attempt),
         )
-
-    def _log_name(self) -> str:
-        first = min(self._claims)
-        return f"j{first}-{self._claims[first].attempt}.log"
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
         settings = self._context.settings

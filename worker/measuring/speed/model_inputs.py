@@ -78,7 +78,7 @@ def _usual_forms(model: Any, batch_size: int) -> Iterator[Inputs]:
         for shape in _SHAPES[name](model.config):
             values = torch.randn((batch_size, *shape), generator=generator)
             noise = {name: values.to(device=model.device, dtype=model.dtype)}
-            yield noise | _tokens(model, batch_size)
+            yield {**noise, **_tokens(model, batch_size)}
 
 
 def _tokens(model: Any, batch_size: int) -> Inputs:
