@@ -24,6 +24,7 @@ from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, pl
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
@@ -38,8 +39,9 @@ _PROGRESS_INTERVAL_S = 0.3
 class Bundle:
     """The jobs of one source, run on one device."""
 
-    def __init__(self, order: Order, link: ReportChannel) -> None:
+    def __init__(self, order: Order, link: ReportChannel, quiet: Quiet) -> None:
         self._order = order
+        self._quiet = quiet
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
 
@@ -75,7 +77,7 @@ class Bundle:
         paths = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
         published = self._publish_all(source, models, paths)
-        Rounds(self._order, self._reports, source, self._device).run(
+        Rounds(self._order, self._reports, source, self._device, self._quiet).run(
             [
                 self._model(source, members, published.get(key))
                 for key, members in models.items()

@@ -13,7 +13,17 @@ from queue import SimpleQueue
 from qbatch.core.domain import DeviceKind
 from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
-from qbatch.worker.runner.messages import Ended, Order, Pulse, Question, Ready, Reply, RunnerMessage
+from qbatch.worker.runner.messages import (
+    Ended,
+    FetchingAhead,
+    Order,
+    Pulse,
+    Question,
+    Ready,
+    Reply,
+    RunnerMessage,
+)
+from qbatch.worker.runner.quiet import Quiet
 
 _ORPHANED = 70
 # A runner that stands by on a GPU holds half a gigabyte of it, which others may need while nothing is to be done.
@@ -23,9 +33,10 @@ _STANDS_BY_ON_GPU_S = 60.0
 class SupervisorLink:
     """The runner's end of the pipe. A separate thread reads it, to notice at any time if the supervisor is silent."""
 
-    def __init__(self, connection: Connection, lease_s: float) -> None:
+    def __init__(self, connection: Connection, lease_s: float, quiet: Quiet) -> None:
         self._connection = connection
         self._lease_s = lease_s
+        self._quiet = quiet
         # Progress is reported from several threads.
         self._sending = threading.Lock()
         self._replies = SimpleQueue[Reply]()
@@ -64,6 +75,8 @@ class SupervisorLink:
                 _leave("the worker has ended")
             if isinstance(message, Reply):
                 self._replies.put(message)
+            elif isinstance(message, FetchingAhead):
+                self._quiet.meet(message.pid)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker sent an unknown message, {message!r}")
 
@@ -114,8 +127,9 @@ def _work(order: Order, connection: Connection) -> None:
     _redirect_output(order.log_path)
     escape_control_characters(sys.stdout)
     log_to_stderr()
-    link = SupervisorLink(connection, order.lease_s)
-    Bundle(order, link).run()
+    quiet = Quiet()
+    link = SupervisorLink(connection, order.lease_s, quiet)
+    Bundle(order, link, quiet).run()
     link.end()
     # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()
