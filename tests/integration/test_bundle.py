@@ -49,6 +49,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     RunnerMessage,
 )
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
@@ -125,7 +126,7 @@ def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES)
         log_path=storage / "log",
     )
     ear = Ear()
-    Bundle(order, ear).run()
+    Bundle(order, ear, Quiet()).run()
     return ear
 
 

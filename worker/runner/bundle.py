@@ -31,6 +31,7 @@ from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
@@ -47,8 +48,9 @@ _PROGRESS_INTERVAL_S = 0.3
 class Bundle:
     """The jobs of one source, run on one device."""
 
-    def __init__(self, order: Order, link: ReportChannel) -> None:
+    def __init__(self, order: Order, link: ReportChannel, quiet: Quiet) -> None:
         self._order = order
+        self._quiet = quiet
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
 
@@ -114,7 +116,8 @@ class Bundle:
             if not model.runs:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
-        Rounds(self._order, self._reports, source, self._device, rows).run([model for model in models if model.runs])
+        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet)
+        rounds.run([model for model in models if model.runs])
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
         """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that

@@ -7,9 +7,10 @@ models stay loaded together if they fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +21,8 @@ from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.finished_rows import FinishedRows, names
 from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.messages import MeasurementsOver, Order
+from qbatch.worker.runner.messages import MeasurementsOver, NothingTimed, Order
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -66,8 +68,11 @@ class _Turn:
 class Rounds:
     """Measures the models of a bundle. Use it once."""
 
-    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows) -> None:
+    def __init__(
+        self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows, quiet: Quiet
+    ) -> None:
         self._order = order
+        self._quiet = quiet
         self._reports = reports
         self._source = source
         self._device = device
@@ -121,7 +126,7 @@ class Rounds:
             self._finish([turn], captures)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        with captures.paused():
+        with self._timing(captures):
             self._or_alone(lambda: self._load(turn))
         if is_first:
             if turn.model.published is None:
@@ -133,18 +138,25 @@ class Rounds:
             return
         if is_first:
             self._note_peak(turn)
+            self._reports.send(NothingTimed())
         if is_first and turn.protocol.quality:
             self._measure_quality(turn, self._load(turn), captures)
         if is_last:
-            with captures.paused():
+            with self._timing(captures):
                 self._observe(turn, self._load(turn))
 
     def _time_shapes(self, turn: _Turn, captures: Captures) -> None:
         for job_id in self._reports.open(turn.jobs):
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable, which leaves no job open
-            with self._reports.failing([job_id]), captures.paused():
+            with self._reports.failing([job_id]), self._timing(captures):
                 self._or_alone(partial(self._time, turn, job_id))
+
+    @contextlib.contextmanager
+    def _timing(self, captures: Captures) -> Iterator[None]:
+        """A context in which nothing else of this worker runs on the host."""
+        with captures.paused(), self._quiet.timing():
+            yield
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         loaded = self._load(turn)
@@ -242,12 +254,12 @@ class Rounds:
         self._reports.enter(ids, Stage.BENCHMARKING)
         log.info("%s: kernels", names(ids))
         trusted = self._source.runs_code
-        answers = captures.kernels(
-            [
-                turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
-                for turn, of_turn in shapes
-            ]
-        )
+        requests = [
+            turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
+            for turn, of_turn in shapes
+        ]
+        with self._quiet.timing():
+            answers = captures.kernels(requests)
         return {
             job_id: kernels
             for (_, of_turn), answer in zip(shapes, answers, strict=True)

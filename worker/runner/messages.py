@@ -144,6 +144,11 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NothingTimed:
+    """For a while the runner times nothing, so the next source may be fetched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementsOver:
     """The runner times nothing more and measures no more memory. What is left is to confirm files and to report."""
 
@@ -151,6 +156,13 @@ class MeasurementsOver:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The runner has finished. Jobs that it has not reported return to the queue."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchingAhead:
+    """The process ``pid`` fetches the next source. The runner stops it while it times something."""
+
+    pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +181,7 @@ RunnerMessage = (
     | CheckpointReady
     | Measured
     | Failed
+    | NothingTimed
     | MeasurementsOver
     | Ended
 )

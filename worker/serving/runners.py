@@ -41,7 +41,7 @@ class Runners:
             return
         self.close()
         try:
-            self._standby = self._fork(runner.stand_by, self._device_kind)
+            self._standby = self.fork(runner.stand_by, self._device_kind)
         except (EOFError, OSError) as error:
             log.warning("no runner stands by (%s); the next bundle starts one", one_line(error))
 
@@ -53,7 +53,7 @@ class Runners:
         for pause_s in _FORK_PAUSES_S:
             time.sleep(pause_s)
             try:
-                started = self._fork(runner.run)
+                started = self.fork(runner.run)
             except (EOFError, OSError) as error:
                 reason = one_line(error)
                 log.warning("the forkserver died (%s)", reason)
@@ -83,7 +83,8 @@ class Runners:
         _end(process, connection)
         return None
 
-    def _fork(self, work: object, *args: object) -> tuple[BaseProcess, Connection]:
+    def fork(self, work: object, *args: object) -> tuple[BaseProcess, Connection]:
+        """A process that calls ``work(connection, *args)``, and the other end. Raises EOFError or OSError."""
         ours, theirs = self._forkserver.Pipe()
         with theirs:
             process = self._forkserver.Process(target=work, args=(theirs, *args), daemon=True)  # type: ignore[arg-type]

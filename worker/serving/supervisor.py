@@ -29,7 +29,7 @@ from qbatch.core.errors import (
 )
 from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
-from qbatch.models_db import file_digests, jobs
+from qbatch.models_db import jobs
 from qbatch.models_db.batches import text_content
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.jobs import Token
@@ -45,11 +45,13 @@ from qbatch.worker.runner.messages import (
     Ended,
     Entered,
     Failed,
+    FetchingAhead,
     FilesHashed,
     FilesKnown,
     FilesSeen,
     Measured,
     MeasurementsOver,
+    NothingTimed,
     Order,
     Progressed,
     Pulse,
@@ -58,6 +60,8 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.serving.answers import Answers
+from qbatch.worker.serving.known_files import KnownFiles
+from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.shutdown import Shutdown
@@ -82,6 +86,7 @@ class WorkerContext:
     device_name: str
     staging: Path
     runners: Runners
+    next_source: NextSource
     stopping: Stop
     shutdown: Shutdown = field(default_factory=Shutdown)
 
@@ -99,7 +104,7 @@ class _Pulsing:
         self._thread = threading.Thread(target=self._beat, name="pulse")
         self._thread.start()
 
-    def send(self, message: Reply | Pulse) -> bool:
+    def send(self, message: Reply | FetchingAhead | Pulse) -> bool:
         """Send a message. False if the runner no longer reads; its last messages may still be unread here."""
         try:
             with self._lock:
@@ -126,6 +131,7 @@ class Supervisor:
         self._open = set(self._claims)
         self._published: dict[int, Published] = {}
         self._answers = Answers(context.database, context.settings.storage, context.device_name, self._claims)
+        self._files = KnownFiles(context.database)
         self._active: tuple[int, ...] = ()
         self._has_begun = False
         self._active_s = dict.fromkeys(self._claims, 0.0)
@@ -137,12 +143,14 @@ class Supervisor:
             process, connection = self._start()
             pulse = _Pulsing(connection)
             try:
+                self._tell_of_fetch(pulse)
                 self._watch(process, pulse)
             finally:
                 # In this order: a pulse that is blocked on a full pipe ends when the runner does.
                 _kill(process)
                 pulse.end()
                 connection.close()
+                self._context.next_source.resume()
                 self._clear_staging()
         except WrongDatabase as error:
             self._context.shutdown.request(error)
@@ -216,6 +224,7 @@ class Supervisor:
                 return
             if message is not None and self._handle(message, pulse):
                 return
+            self._context.next_source.serve()
             now = time.monotonic()
             for job_id in self._active:
                 self._active_s[job_id] += now - last
@@ -233,6 +242,7 @@ class Supervisor:
                 if beats:
                     beat_at = now + settings.heartbeat_s
                 check_at = now + _CHECK_S
+                self._context.next_source.look()
                 if not self._still_ours(renew=beats):
                     return
 
@@ -242,9 +252,9 @@ class Supervisor:
             case Resolved():
                 pulse.send(self._answer(message))
             case FilesSeen():
-                pulse.send(self._known(message))
+                pulse.send(FilesKnown(digests=self._files.known(message)))
             case FilesHashed():
-                self._remember(message)
+                self._files.remember(message)
             case CheckpointVerified():
                 self._answers.verified(message)
             case Entered():
@@ -264,6 +274,9 @@ class Supervisor:
                 self._close(message.job_id)
             case Failed():
                 self._fail(message.job_id, job_error(message.kind, message.message, message.needed_bytes))
+            case NothingTimed():
+                self._context.next_source.begin()
+                self._tell_of_fetch(pulse)
             case MeasurementsOver():
                 # The next runner prepares itself while this one confirms its files and ends.
                 self._context.runners.stand_by()
@@ -271,28 +284,15 @@ class Supervisor:
                 return True
         return False
 
+    def _tell_of_fetch(self, pulse: _Pulsing) -> None:
+        if (pid := self._context.next_source.pid) is not None:
+            pulse.send(FetchingAhead(pid=pid))
+
     def _answer(self, resolved: Resolved) -> Answered:
         answered = self._answers.find(resolved)
         for job_id in answered.job_ids:
             self._close(job_id)
         return answered
-
-    def _known(self, seen: FilesSeen) -> FilesKnown:
-        try:
-            with self._context.database.read() as session:
-                self._context.database.require_own(session)
-                return FilesKnown(digests=file_digests.known(session, seen.stats))
-        except DatabaseUnreachable as error:
-            log.warning("%s; hashing all files", error)
-            return FilesKnown(digests={})
-
-    def _remember(self, hashed: FilesHashed) -> None:
-        try:
-            with self._context.database.write() as session:
-                self._context.database.require_own(session)
-                file_digests.remember(session, hashed.digests)
-        except DatabaseUnreachable as error:
-            log.warning("%s; the files will be hashed again", error)
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)
