@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test chaos lint docs seed-table bench clean
+.PHONY: help install demo check test loaders chaos lint docs seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,19 @@ check: lint ## style, types and the unit tests: for every change, in two minutes
 	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
 
 test: install ## all tests that need no GPU
-	$(PYTEST) -m "not gpu" --numprocesses 3
+	$(PYTEST) -m "not gpu and not loaders" --numprocesses 3
+
+# LOADERS_PYTHON names an interpreter that has PEFT and sentence-transformers, instead of the one that is made here. An
+# engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried.
+LOADERS_STAMP := .venv-loaders/.installed
+
+loaders: install $(if $(LOADERS_PYTHON),,$(LOADERS_STAMP)) ## load checkpoints with PEFT, sentence-transformers and, if ENGINE_PYTHON names it, vLLM
+	LOADERS_PYTHON="$(or $(LOADERS_PYTHON),$(CURDIR)/.venv-loaders/bin/python)" $(BIN)/python -m pytest -m loaders tests/loaders
+
+$(LOADERS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-loaders
+	.venv-loaders/bin/python -m pip install --quiet --constraint constraints.txt '.[loaders,torchao]'
+	@touch $@
 
 CHAOS_KILLS ?= 200
 

@@ -12,8 +12,13 @@ from qbatch.views.figure_table import wrap
 from qbatch.views.formats import Row, printable, terminal_width
 
 
-def judgement_row(folder: Path, loader: str, judgement: LoaderJudgement) -> dict[str, Any]:
-    return {"checkpoint": str(folder), "loader": loader, **judgement.to_json()}
+def judgement_row(
+    folder: Path, loader: str, judged: LoaderJudgement, tried: LoaderJudgement | None = None
+) -> dict[str, Any]:
+    """What was tried is told instead of what was judged, which is kept in ``judged``."""
+    told = tried or judged
+    row = {"checkpoint": str(folder), "loader": loader, **told.to_json(), "tried": tried is not None}
+    return row | {"judged": judged.to_json()} if tried is not None else row
 
 
 def judgement_text(rows: Sequence[Row]) -> str:
