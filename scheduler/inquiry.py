@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
 from qbatch.core.sources import read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import file_digests, jobs, results
+from qbatch.models_db import file_digests, jobs, results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
@@ -107,6 +107,7 @@ class Inquiry:
             [_settle(spec, source.folder, fingerprint, self.devices) for spec in source.specs]
             for source, fingerprint in zip(sources, _fingerprints(session, folders), strict=True)
         ]
+        bundles = _with_known_skip_lists(session, bundles)
         flat = [one for bundle in bundles for one in bundle]
         legacy = {one.legacy_pair for one in flat if one.legacy_pair}
         return LookedUp(
@@ -204,10 +205,22 @@ def _settle(
     return RequestedJob(
         spec=spec,
         need=folder.needs[spec.scheme],
-        # What the names in a skip list mean, only a worker finds out: it needs the model.
-        settled=settled(fingerprint) if not spec.scheme.skip_modules else None,
+        settled=settled(fingerprint),
         legacy=settled(folder.legacy_fingerprint),
     )
+
+
+def _with_known_skip_lists(session: Session, bundles: list[list[RequestedJob]]) -> list[list[RequestedJob]]:
+    """What the names in a skip list mean only a worker finds out, since it takes the model: a job whose list none has
+    settled yet has no key."""
+    spelled = {one.settled.key for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules}
+    keys = skip_list_keys.known(session, spelled) if spelled else {}
+    return [[_with_key(one, keys) if one.spec.scheme.skip_modules else one for one in bundle] for bundle in bundles]
+
+
+def _with_key(job: RequestedJob, keys: Mapping[str, str]) -> RequestedJob:
+    key = keys.get(job.settled.key) if job.settled is not None else None
+    return replace(job, settled=replace(job.settled, key=key) if job.settled is not None and key is not None else None)
 
 
 def device_kind_of(requested: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:

@@ -10,6 +10,16 @@ from pathlib import Path
 
 # Of an architecture that is not in the data: what most have.
 _USUAL_GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# In vLLM's order, of those that its adapters replace by a causal model.
+_ADAPTED_HEADS = (
+    "ForTextEncoding",
+    "EmbeddingModel",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForRewardModeling",
+    "RewardModel",
+    "Model",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +79,14 @@ class Engine:
     version: str
     read_on: str
     architectures: Mapping[str, EngineArchitecture]
+    adapts_heads: bool = False
 
     def architecture(self, name: str | None) -> EngineArchitecture | None:
-        return self.architectures.get(name or "")
+        """Its own, or that of the causal model of the same family, to which vLLM gives another head."""
+        if name is None or name in self.architectures or not self.adapts_heads:
+            return self.architectures.get(name or "")
+        stem = next((name.removesuffix(head) for head in _ADAPTED_HEADS if name.endswith(head)), None)
+        return None if stem is None else self.architectures.get(f"{stem}ForCausalLM")
 
 
 @cache
@@ -83,6 +98,7 @@ def engine(package: str) -> Engine:
         version=value["version"],
         read_on=value["read_on"],
         architectures={name: _architecture(one) for name, one in value["architectures"].items()},
+        adapts_heads=package == "vllm",
     )
 
 

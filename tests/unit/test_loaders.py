@@ -33,6 +33,14 @@ LOADS, DIFFERS, REFUSES, UNKNOWN = (
 Make = Callable[[Path], Path]
 
 
+def make_classifier(folder: Path) -> Path:
+    """A Llama whose last layer, the classifier, transformers leaves at 16 bits by itself."""
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**shape, intermediate_size=256, vocab_size=512, num_labels=3)
+    transformers.LlamaForSequenceClassification(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def make_vision_language(folder: Path) -> Path:
     """A Qwen2-VL, whose modules vLLM calls by other names."""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2}
@@ -55,6 +63,7 @@ MODELS: Mapping[str, Make] = {
     "t5": lambda folder: make_seq2seq(folder, "t5", dtype="bfloat16"),
     "bert": lambda folder: make_encoder(folder, dtype="bfloat16"),
     "nomic": lambda folder: make_fused_qkv(folder, dtype="bfloat16"),
+    "classifier": lambda folder: make_classifier(folder),
     "qwen2_vl": lambda folder: make_vision_language(folder),
 }
 
@@ -140,6 +149,14 @@ def test_a_skip_list_is_understood_by_engines(scheme: Scheme, pattern: str, chec
 @pytest.mark.parametrize("pattern", [".*self_attn", ".*visual", "model.language_model.layers.1", "down_proj"])
 def test_a_renamed_skip_list_is_understood_by_vllm(pattern: str, checkpoint: Callable[..., Path]) -> None:
     assert verdicts(checkpoint("qwen2_vl", replace(NF4, skip_modules=(pattern,))))["vllm"] == LOADS
+
+
+def test_what_transformers_skips_by_itself_engines_do_not_know(checkpoint: Callable[..., Path]) -> None:
+    found = judge(checkpoint("classifier"))["vllm"]
+    assert found.verdict == DIFFERS
+    assert found.advice is not None
+    assert "quantize it again with --skip-modules score, which lists the full names" in found.advice
+    assert verdicts(checkpoint("classifier", replace(NF4, skip_modules=("score",))))["vllm"] == LOADS
 
 
 @pytest.mark.parametrize("pattern", ["q_proj", "gate_proj", "model.layers.1.mlp.gate_proj"])

@@ -20,6 +20,7 @@ class Plan:
     claim: Claim
     settled: Settled
     legacy_key: str | None
+    spelled_key: str | None = None
 
     @property
     def job_id(self) -> int:
@@ -27,7 +28,12 @@ class Plan:
 
     @property
     def identity(self) -> JobIdentity:
-        return JobIdentity(key=self.settled.key, legacy_key=self.legacy_key, protocol_hash=self.settled.protocol.hash)
+        return JobIdentity(
+            key=self.settled.key,
+            legacy_key=self.legacy_key,
+            protocol_hash=self.settled.protocol.hash,
+            spelled_key=self.spelled_key,
+        )
 
     @property
     def path(self) -> str:
@@ -64,14 +70,15 @@ def plan_job(
 ) -> Plan:
     """Plan a claimed job. ``dtype`` is that of the source; ``skip_list`` is None where its scheme skips nothing."""
 
-    def settled(fingerprint: str) -> Settled:
-        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind, skip_list=skip_list)
+    def settled(fingerprint: str, listed: tuple[str, ...] | None = skip_list) -> Settled:
+        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind, skip_list=listed)
 
     legacy = source.legacy_fingerprint
     return Plan(
         claim=claim,
         settled=settled(source.fingerprint),
         legacy_key=settled(legacy).key if legacy is not None else None,
+        spelled_key=settled(source.fingerprint, None).key if skip_list is not None else None,
     )
 
 

@@ -64,11 +64,13 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
-    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known."""
+    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known;
+    ``spelled_key`` the one that the job's skip list has as it is spelt, if it has one."""
 
     key: str
     legacy_key: str | None
     protocol_hash: str
+    spelled_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

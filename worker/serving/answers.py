@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import Claim
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import checkpoints, jobs, results
+from qbatch.models_db import checkpoints, jobs, results, skip_list_keys
 from qbatch.models_db.results import Finished
 from qbatch.models_db.session import Database
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
@@ -102,6 +102,8 @@ class Answers:
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):
             jobs.note(session, self._token(job_id), checkpoint_key=identity.key)
+        spelled = {one.spelled_key: one.key for one in resolved.jobs.values() if one.spelled_key is not None}
+        skip_list_keys.remember(session, spelled)
         kept = results.keep(session, {one.job_id for one in sound.values()})
         answered = {
             n
