@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import DebertaForMaskedLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import DebertaForMaskedLM, MambaConfig, MambaForCausalLM, PatchTSTForPrediction, PreTrainedModel
 
 from tests.shrunk import make, shrunk_config
 from tests.tiny import PAD, VOCAB_SIZE, make_causal, make_encoder, make_tokenizer
@@ -186,6 +187,29 @@ def reads_its_weights_itself(folder: Path) -> Path:
 def cannot_run_in_bfloat16(folder: Path) -> Path:
     """A DeBERTa, whose forward pass mixes float32 with the dtype of its weights."""
     return save(folder, make(DebertaForMaskedLM, shrunk_config("deberta")))
+
+
+# Models that read no text, or not text alone → their class.
+SEES_OR_HEARS = {
+    "whisper": "WhisperForConditionalGeneration",
+    "wav2vec2": "Wav2Vec2ForCTC",
+    "audio-spectrogram-transformer": "ASTForAudioClassification",
+    "vit": "ViTForImageClassification",
+    "pixtral": "PixtralVisionModel",
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+}
+
+
+def reads_time_series(folder: Path) -> Path:
+    make(PatchTSTForPrediction, shrunk_config("patchtst")).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def sees_or_hears(folder: Path, model_type: str) -> Path:
+    cls: type[PreTrainedModel] = getattr(transformers, SEES_OR_HEARS[model_type])
+    make(cls, shrunk_config(model_type)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def save(folder: Path, model: PreTrainedModel) -> Path:

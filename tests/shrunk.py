@@ -21,7 +21,7 @@ _FIELDS = (
     (r"num_key_value_heads", 2),
     (r"(\w+_)?(attention_)?heads?|n_head|num_attention_heads", 4),
     (r"head_dim", 32),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|projection_dim|output_dim", 128),
+    (r"hidden_size|d_model|n_embd|dim|embed_dim|projection_dim|projection_size|output_dim", 128),
     (r"(\w+_)?(intermediate_size|ffn_dim|inner_dim|d_ff)", 256),
     (r"max_position_embeddings|n_positions", MAX_TOKENS),
 )

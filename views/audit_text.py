@@ -36,6 +36,8 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     idle = row.details.audit.idle_skip_modules
     if idle:
         yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
+    if row.details.noise_inputs is not None:
+        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show JOB` has them)"
     yield from fairness_remarks(row.details.flags)
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
     if row.details.audits.spread_between_rounds:

@@ -175,6 +175,8 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
 
 def _notes(row: ResultRow) -> Lines:
     yield from (("disturbed", text) for text in fairness_remarks(row.details.flags))
+    if row.details.noise_inputs is not None:
+        yield "measured on", f"noise, which no figure that is compared comes from: {row.details.noise_inputs}"
     yield from (("emulated", text) for text in emulation_remarks([row]))
     yield from other_audits(row)
 

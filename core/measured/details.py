@@ -17,7 +17,8 @@ from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted
 class Details(Stored):
     """The details of a result; ``docs/measurements.md`` explains each. ``protocol`` is the output of
     ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``not_measured``: of the parts
-    (``MeasuredPart``) that were asked for, why those without figures have none."""
+    (``MeasuredPart``) that were asked for, why those without figures have none. ``noise_inputs``: the inputs on which
+    ``stats`` and ``memory`` were measured, where they are no text."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -28,6 +29,7 @@ class Details(Stored):
     tasks: Mapping[str, TaskScores] | None = None
     tasks_reason: str | None = None
     not_measured: Mapping[str, str] | None = omitted_if_unknown()
+    noise_inputs: str | None = omitted_if_unknown()
     protocol: Mapping[str, Any] | None = None
     protocol_hash: str | None = None
     memory: Memory = field(default_factory=Memory)

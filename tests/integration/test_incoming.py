@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import transformers.integrations.peft
 
-from qbatch.core.domain import BASELINE, Method, Scheme, Stage
-from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured
+from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
+from qbatch.worker.runner.messages import Failed, Measured
 from tests import incoming
-from tests.integration.test_bundle import Ear, a_quick_protocol, places, run
+from tests.integration.test_bundle import TEXT_HASH, Ear, a_quick_protocol, places, run
 from tests.tiny import make_causal
+from tests.unit.benchmark_models import QUICK
 
 __all__ = ["a_quick_protocol"]
 BASE, NF4, INT8 = 1, 2, 3
@@ -58,9 +59,7 @@ def test_a_stale_quantization_config_is_ignored(tmp_path: Path) -> None:
             assert (folder / name).read_bytes() == (same / name).read_bytes()
 
 
-def test_an_adapter_beside_the_weights_is_neither_applied_nor_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_beside_the_weights_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run(make_causal(tmp_path / "plain" / "source", dtype="bfloat16"), schemes=BOTH)
     source = incoming.adapter_beside_weights(tmp_path / "merged" / "source")
     monkeypatch.setattr(transformers.integrations.peft, "is_peft_available", lambda: True)
@@ -129,7 +128,7 @@ def test_weights_with_nan_are_published_and_measured_by_no_row(tmp_path: Path) -
     assert places(ear, source) == {}
 
 
-def test_a_tokenizer_that_is_not_read_is_named_where_the_perplexity_is_missing(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(tmp_path: Path) -> None:
     source = incoming.tekken_alone(tmp_path / "source")
     ear = run(source, schemes=BOTH)
     reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
@@ -151,7 +150,7 @@ def audits(ear: Ear) -> dict[int, str | None]:
 
 
 @pytest.mark.parametrize("job_id", [NF4, INT8])
-def test_a_checkpoint_that_cannot_run_is_not_published_and_says_what_mends_it(job_id: int, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_run_says_what_mends_it(job_id: int, tmp_path: Path) -> None:
     source = incoming.reads_its_weights_itself(tmp_path / "source")
     ear = run(source, schemes={BASE: BASELINE, job_id: ALL[job_id]})
     assert ear.failed() == {job_id: "unsupported"}
@@ -168,6 +167,54 @@ def test_a_checkpoint_that_cannot_run_is_not_published_and_says_what_mends_it(jo
 def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:
     source = incoming.cannot_run_in_bfloat16(tmp_path / "source")
     ear = run(source, schemes=BOTH)
-    assert places(ear, source).keys() == {NF4}
-    (published,) = [m.published for m in ear.heard if isinstance(m, CheckpointReady)][:1]
-    assert published.audit["forward"].startswith("neither it nor the source runs in bfloat16: RuntimeError")
+    assert ear.failed() == {BASE: "benchmark_error"}
+    (row,) = [m for m in ear.heard if isinstance(m, Measured)]
+    assert row.checkpoint_path is not None
+    assert row.measurement.quantized_fraction > 0.5
+    details = row.measurement.details
+    assert str(details.audit.forward).startswith("neither it nor the source runs in bfloat16: RuntimeError")
+    assert (details.not_measured or {}).keys() == {"speed"}
+    assert details.quality.reason is not None
+
+
+@pytest.mark.parametrize("model_type", incoming.SEES_OR_HEARS)
+def test_a_model_that_reads_no_text_is_timed_on_noise(model_type: str, tmp_path: Path) -> None:
+    source = incoming.sees_or_hears(tmp_path / "source", model_type)
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    rows = {m.job_id: m for m in ear.heard if isinstance(m, Measured)}
+    assert rows.keys() == BOTH.keys()
+    assert rows[NF4].checkpoint_path is not None
+    for row in rows.values():
+        measured, details = row.measurement, row.measurement.details
+        assert measured.num_parameters > 0
+        assert (details.not_measured or {}).keys() == {"quality"}
+        assert details.noise_inputs is not None
+        assert (details.stats or {})["forward"].p50 is not None
+        assert details.memory.max_ram is not None
+        compared = (measured.forward_s_p50, measured.forward_samples_per_s, measured.max_allocated_bytes)
+        assert compared == (None, None, None), "noise is not compared"
+    audit = rows[NF4].measurement.details.audit
+    assert audit.forward == "ran"
+    assert audit.relative_error_worst
+
+
+def test_a_model_for_which_no_input_is_known_is_counted(tmp_path: Path) -> None:
+    source = incoming.reads_time_series(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    rows = {m.job_id: m.measurement for m in ear.heard if isinstance(m, Measured)}
+    assert rows.keys() == BOTH.keys()
+    for row in rows.values():
+        assert row.weights_bytes > 0
+        assert (row.details.not_measured or {})["speed"].startswith("no noise of the usual forms runs as input of")
+
+
+def test_what_is_only_counted_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_size = replace(QUICK, eval_text_sha256=TEXT_HASH, quality=False, speed=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda _options, _kind: only_size)
+    source = incoming.reads_its_weights_itself(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    assert audits(ear) == {BASE: None, NF4: "not tried: only its size was asked for"}

@@ -387,8 +387,18 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> 
 def test_a_row_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_once(monkeypatch, BenchmarkError("this one"), at=4)
     ear = run(home, 1, 3)
-    assert ear.failed() == {4: "benchmark_error"}
-    assert ear.measured().keys() == {1, 2, 3, 5, 6}
+    assert ear.failed() == {}
+    measured = ear.measured()
+    assert measured.keys() == {1, 2, 3, 4, 5, 6}
+    notes = {job_id: row.measurement.details.not_measured for job_id, row in measured.items()}
+    assert {job_id: note for job_id, note in notes.items() if note} == {4: {"speed": "this one"}}
+
+
+def test_a_baseline_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, BenchmarkError("this one"), at=1)
+    ear = run(home)
+    assert ear.failed() == {1: "benchmark_error"}
+    assert ear.measured().keys() == {2, 3}
 
 
 def test_after_a_device_fault_the_open_jobs_are_left_to_another_runner(

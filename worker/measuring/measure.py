@@ -16,6 +16,7 @@ from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.details import Details
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.quality_figures import Quality, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, RunShape, Size, TimedRounds
@@ -31,6 +32,7 @@ from qbatch.worker.measuring.speed.memory import (
     memory_monitor,
     reset_allocator_peaks,
 )
+from qbatch.worker.measuring.speed.model_inputs import reads_text
 from qbatch.worker.measuring.speed.phases import Round, time_round, untimed_round
 from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
 from qbatch.worker.measuring.stats import summarize
@@ -74,6 +76,8 @@ class ModelBenchmark:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.is_explainable = False
+        # Why the quality of the model cannot be measured; None if it can.
+        self.why_no_quality: str | None = None
         self._not_captured: str | None = None
         # All figures except those of a single row.
         self._measured: Measurement | None = None
@@ -91,6 +95,9 @@ class ModelBenchmark:
         """Record why the model is not compared with its base."""
         measured = self.measured
         self._measured = replace(measured, details=replace(measured.details, quality=Quality(reason=reason)))
+
+    def give_up_quality(self, reason: str) -> None:
+        self.why_no_quality = reason
 
     def prepare(self, loaded: LoadedModel) -> None:
         """Count the model, and load its tasks, so that every row includes their memory."""
@@ -124,11 +131,16 @@ class ModelBenchmark:
         return summarize(self._loads_s).as_times()
 
     def _prepare(self, loaded: LoadedModel) -> None:
-        if loaded.model.main_input_name != "input_ids":
-            raise Unsupported(f"{type(loaded.model).__name__} takes {loaded.model.main_input_name} as input, not text")
+        if not reads_text(loaded.model):
+            takes = loaded.model.main_input_name
+            what = (
+                f"takes {takes}, not text" if takes != "input_ids" else "takes text only together with something else"
+            )
+            self.why_no_quality = f"{type(loaded.model).__name__} {what}"
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
-        self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
+        is_language_model = loaded.task is ModelKind.CAUSAL_LM and self.why_no_quality is None
+        self.is_explainable = is_language_model and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self._not_captured = weights.why_not_captured(loaded.model)
         details = Details(
@@ -201,6 +213,7 @@ class RowBenchmark:
         self._on_step = on_step
         self._rounds: list[Round] = []
         self._memory = Memory()
+        self._why_no_speed: str | None = None
         self._why: Explanation | None = None
         # What was observed, if anything was.
         self._observed: Round | None = None
@@ -216,26 +229,39 @@ class RowBenchmark:
         """The most memory in use on the device in the first round, of a CPU's host; None before it."""
         return self._memory.max_reserved or self._memory.max_ram
 
+    def give_up_speed(self, reason: str) -> None:
+        """Leave out the speed of this row from now on, and what was timed of it so far."""
+        self._why_no_speed = reason
+        self._rounds.clear()
+
     def time(self, loaded: LoadedModel) -> None:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
+        if self._why_no_speed is not None:
+            return
         self._on_step("speed")
         self._device = loaded.device
         self.model.note_load_time(loaded)
         with self.model.subject.errors():
-            if self._rounds:
-                self._rounds.append(self._round(loaded, nullcontext()))
-                return
-            reset_allocator_peaks(loaded.device)
-            with memory_monitor(loaded.device) as monitor:
-                self._rounds.append(self._round(loaded, monitor))
-            self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
+            try:
+                self._time(loaded)
+            except Unsupported as error:  # no input is known for it, which is no fault of a baseline either
+                self.give_up_speed(str(error))
+
+    def _time(self, loaded: LoadedModel) -> None:
+        if self._rounds:
+            self._rounds.append(self._round(loaded, nullcontext()))
+            return
+        reset_allocator_peaks(loaded.device)
+        with memory_monitor(loaded.device) as monitor:
+            self._rounds.append(self._round(loaded, monitor))
+        self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
 
     def observe(self, loaded: LoadedModel) -> None:
         """Measure what limits a causal LM on a GPU, and its energy, if the protocol asks for them.
 
         Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
         """
-        if self.model.is_explainable and (self._protocol.why or self._protocol.energy):
+        if self._why_no_speed is None and self.model.is_explainable and (self._protocol.why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
             self._observed = self._rounds[0] if self._rounds else self._untimed_round(loaded)
             self._why.observe(loaded, self._observed)
@@ -263,7 +289,7 @@ class RowBenchmark:
         that were timed between this row's rounds.
         """
         if not self._rounds:
-            return self._untimed()
+            return self._with_reasons(self._untimed())
         speed = pool(self._rounds)
         measured = self.model.measured
         details = replace(
@@ -289,7 +315,14 @@ class RowBenchmark:
             forward_samples_per_s=speed.forward_samples_per_s,
             details=details,
         )
-        return under_protocol(row, self._protocol)
+        noise = self._rounds[0].noise
+        return self._with_reasons(under_protocol(row if noise is None else on_noise(row, noise), self._protocol))
+
+    def _with_reasons(self, row: Measurement) -> Measurement:
+        """``row`` with why a part that was asked for is missing."""
+        reasons = {MeasuredPart.SPEED: self._why_no_speed, MeasuredPart.QUALITY: self.model.why_no_quality}
+        known = {part: reason for part, reason in reasons.items() if reason is not None}
+        return without_parts(row, {part: reason for part, reason in known.items() if part in self._protocol.parts})
 
     def _untimed(self) -> Measurement:
         """The figures of a row whose speed is not measured."""
@@ -355,6 +388,20 @@ def _with_shape(text_shape: RunShape, of: Round | None) -> RunShape:
     return replace(
         text_shape, batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens
     )
+
+
+def on_noise(row: Measurement, inputs: str) -> Measurement:
+    """``row`` without the figures that are compared: how fast a model takes noise is no figure of its use."""
+    details = replace(row.details, noise_inputs=inputs)
+    return replace(row, forward_s_p50=None, forward_samples_per_s=None, max_allocated_bytes=None, details=details)
+
+
+def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str]) -> Measurement:
+    """``row`` with the ``reasons`` why parts are missing."""
+    if not reasons:
+        return row
+    stored = {part.value: reason for part, reason in reasons.items()}
+    return replace(row, details=replace(row.details, not_measured=stored))
 
 
 def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:

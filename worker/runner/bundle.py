@@ -83,10 +83,11 @@ class Bundle:
         if (stale := stale_quantization(read_config(source.folder), headers)) is not None:
             log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
-        self._vet_tokenizer(source)
         dtype = source_dtype(headers)
         skip_lists = SkipLists(source, dtype)
         plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
+        self._vet_tokenizer(source, plans)
+        plans = [plan for plan in plans if self._reports.open([plan.job_id])]
         if not plans:
             return
         paths = self._ask(plans)
@@ -101,13 +102,15 @@ class Bundle:
             ],
         )
 
-    def _vet_tokenizer(self, source: LocalSource) -> None:
-        """Read the tokenizer before anything is quantized: a fault in it would end the jobs later. Raises Unsupported,
-        UnsafeSource."""
-        with translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}"):
-            load_tokenizer(source.folder, trusted=source.runs_code)
+    def _vet_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
+        """Read the tokenizer before anything is quantized: a fault in it would end the jobs that run a model later."""
         if (reason := why_no_tokenizer(source.folder)) is not None:
             log.warning("no text can be measured: %s", reason)
+            return
+        readers = [plan.job_id for plan in plans if plan.settled.protocol.runs_model]
+        unreadable = translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}")
+        with self._reports.failing(readers), unreadable:
+            load_tokenizer(source.folder, trusted=source.runs_code)
 
     def _measure(self, source: LocalSource, models: Sequence[MeasuredModel]) -> None:
         """Models of which only the size was asked for are counted; the others are loaded."""

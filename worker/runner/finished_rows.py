@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qbatch.core.domain import DeviceKind, Stage
 from qbatch.core.errors import DeviceError
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
@@ -53,6 +54,18 @@ class FinishedRows:
         self.confirm(model)
         for job_id in self._reports.open(model.ids):
             self.send(model, job_id, measurement)
+
+    def send_unmeasured(self, model: MeasuredModel, reason: str) -> None:
+        """Send the rows of a published model that cannot be measured: with its size, and why there is no more."""
+        from qbatch.worker.measuring.measure import counted, under_protocol, without_parts
+
+        measurement = counted(self.subject(model), trusted=self._source.runs_code)
+        self.confirm(model)
+        for plan in model.plans:
+            if self._reports.open([plan.job_id]):
+                protocol = plan.settled.protocol
+                missing = dict.fromkeys(sorted(protocol.parts - {MeasuredPart.SIZE}), reason)
+                self.send(model, plan.job_id, without_parts(under_protocol(measurement, protocol), missing))
 
     def confirm(self, model: MeasuredModel) -> None:
         """After the last use of the model, raise SourceChanged if its files have changed."""

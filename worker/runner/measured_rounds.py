@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import Protocol, Stage, format_job_id
-from qbatch.core.errors import CudaOom, DeviceError, HostOom
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Unsupported
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.finished_rows import FinishedRows, names
@@ -116,7 +116,8 @@ class Rounds:
     def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
         if not self._reports.open(turn.jobs):
             return
-        with self._reports.failing(turn.jobs):
+        unmeasured = partial(self._rows.send_unmeasured, turn.model)
+        with self._reports.failing(turn.jobs), self._if_published(turn, unmeasured):
             self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
         if not is_last:
             return
@@ -139,8 +140,9 @@ class Rounds:
         if is_first:
             self._note_peak(turn)
             self._reports.send(NothingTimed())
-        if is_first and turn.protocol.quality:
-            self._measure_quality(turn, self._load(turn), captures)
+        if is_first and turn.protocol.quality and turn.benchmark.why_no_quality is None:
+            with self._if_published(turn, turn.benchmark.give_up_quality):
+                self._measure_quality(turn, self._load(turn), captures)
         if is_last:
             with self._timing(captures):
                 self._observe(turn, self._load(turn))
@@ -149,8 +151,20 @@ class Rounds:
         for job_id in self._reports.open(turn.jobs):
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable, which leaves no job open
-            with self._reports.failing([job_id]), self._timing(captures):
+            give_up = turn.rows[job_id].give_up_speed
+            with self._reports.failing([job_id]), self._if_published(turn, give_up), self._timing(captures):
                 self._or_alone(partial(self._time, turn, job_id))
+
+    @contextlib.contextmanager
+    def _if_published(self, turn: _Turn, note: Callable[[str], None]) -> Iterator[None]:
+        """A published checkpoint is a success of its quantization: ``note`` why a part of it cannot be measured."""
+        try:
+            yield
+        except (BenchmarkError, Unsupported) as error:
+            if turn.model.published is None:
+                raise
+            log.warning("%s: not measured: %s", names(self._reports.open(turn.jobs)), error)
+            note(str(error))
 
     @contextlib.contextmanager
     def _timing(self, captures: Captures) -> Iterator[None]:

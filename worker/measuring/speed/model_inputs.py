@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from qbatch.core.errors import Unsupported
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs = dict[str, torch.Tensor]
 
 _SEED = 0
 _AUDIO_SAMPLES = 16_000
