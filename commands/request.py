@@ -22,8 +22,13 @@ _MODEL_LIST_LIMIT = 16 * 2**20
 _EVAL_TEXT_LIMIT = 64 * 2**20
 
 
-def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
-    """The request that the options of ``submit`` describe. Raises UsageError."""
+def read_submission(
+    settings: Settings, options: Mapping[str, Any], *, lines: Sequence[str] | None = None
+) -> Submission:
+    """The request that the options of ``submit`` describe. Raises UsageError.
+
+    ``lines`` are the lines of the list of models, if whoever asks has them already.
+    """
     from qbatch.core.methods.registry import every_option
     from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.lm_eval_files import read_tasks
@@ -50,7 +55,8 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         why=options["why"],
         energy=options["energy"],
     )
-    lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
+    if lines is None:
+        lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
     return Submission(
         sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
         grid=grid,
