@@ -12,7 +12,8 @@ RUN useradd --create-home --uid 1000 qbatch \
 # The dependencies are gigabytes and change seldom: they have a layer of their own, below the code.
 WORKDIR /build
 COPY constraints.txt pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['eval'], sep='\n')" \
         > requirements.txt \
     && python -m pip install --constraint constraints.txt --requirement requirements.txt
 

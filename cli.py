@@ -16,7 +16,7 @@ from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, results, show
 from qbatch.commands.queue_state import jobs, status, workers
-from qbatch.commands.services import flower, scheduler, up, worker
+from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
@@ -66,6 +66,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     worker,
     scheduler,
     flower,
+    healthcheck,
     status,
     jobs,
     workers,

@@ -67,7 +67,7 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     ids = find_batches(database, batches)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model)
-    click.echo(comparison(_placed(settings, rows), Preference(**preference), by=by, format=format_))
+    click.echo(comparison(placed(settings, rows), Preference(**preference), by=by, format=format_))
 
 
 @click.command()
@@ -89,10 +89,10 @@ def show(targets: Sequence[str], format_: str) -> None:
         ids = list(first_jobs(session, LARGEST_ID, batch_ids=chosen.batch_ids)) if chosen.batch_ids else []
         found = whole_jobs(session, list(dict.fromkeys([*ids, *chosen.job_ids])))
         folder = settings.logs_of(database_id(session))
-    rows = _placed(settings, [job.row for job in found])
+    rows = placed(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
-    placed = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
-    click.echo(show_jobs(placed) if format_ == "table" else render([job.to_json() for job in placed], (), format_))
+    whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
+    click.echo(show_jobs(whole) if format_ == "table" else render([job.to_json() for job in whole], (), format_))
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
@@ -106,14 +106,14 @@ def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -
     from qbatch.views.formats import render
     from qbatch.views.results_table import results_table
 
-    rows = _placed(settings, rows)
+    rows = placed(settings, rows)
     if format_ == "quiet":
         click.echo("".join(f"{row.job_id}\n" for row in rows), nl=False)
         return
     click.echo(results_table(rows) if format_ == "table" else render([row.to_json() for row in rows], (), format_))
 
 
-def _placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
+def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
     """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
     each machine."""
     paths = [None if row.checkpoint_path is None else str(settings.storage / row.checkpoint_path) for row in rows]

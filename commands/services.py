@@ -1,4 +1,4 @@
-"""``up``, ``worker``, ``scheduler`` and ``flower``: run the services."""
+"""``up``, ``worker``, ``scheduler`` and ``flower``: run the services; ``healthcheck``: see whether one works."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ def flower(address: str, port: int) -> None:
     from qbatch.scheduler.flower import serve
 
     serve(current_settings(), address=address, port=port)
+
+
+@click.command()
+@click.argument("service", type=click.Choice(["scheduler", "worker", "flower"]))
+def healthcheck(service: str) -> None:
+    """Check one service of this host, as a container's health check does. Exits with 3 if it does not work.
+
+    Of the schedulers one must lead, of this host's workers one must be live, and Flower must answer on port 5555.
+    """
+    from qbatch.scheduler.service_health import SERVICES
+
+    click.echo(SERVICES[service](current_settings()))
 
 
 def local_stack(settings: Settings, *, device: DeviceKind) -> LocalStack:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from qbatch.core.errors import StackNotRunning
+from qbatch.core.settings import Settings
+from qbatch.scheduler import service_health
 from tests.acceptance.conftest import Qbatch, stop
 from tests.waiting import until
 
@@ -38,7 +41,7 @@ def flower(qbatch: Qbatch, log: Path, **env: str) -> Iterator[int]:
         stop(process)
 
 
-def test_flower_requires_its_credentials(stack: Qbatch, tmp_path: Path) -> None:
+def test_flower_requires_its_credentials(stack: Qbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "QBATCH_FLOWER_AUTH" in stack("flower", code=2).stderr
     log = tmp_path / "flower.log"
     with flower(stack, log, QBATCH_FLOWER_AUTH=CREDENTIALS, FLOWER_BASIC_AUTH="guest:guest") as port:
@@ -48,6 +51,12 @@ def test_flower_requires_its_credentials(stack: Qbatch, tmp_path: Path) -> None:
             assert _status(port, "workers", strangers) == 401, strangers
         for page in ("workers", "metrics", "healthcheck", "api/workers"):
             assert _status(port, page, CREDENTIALS) == 200, page
+        monkeypatch.setattr(service_health, "FLOWER_PORT", port)
+        assert "answers" in service_health.check_flower(Settings.from_env({"QBATCH_FLOWER_AUTH": CREDENTIALS}))
+        with pytest.raises(StackNotRunning, match="answers with 401"):
+            service_health.check_flower(Settings.from_env({"QBATCH_FLOWER_AUTH": "someone:else"}))
+    with pytest.raises(StackNotRunning, match="does not answer"):
+        service_health.check_flower(Settings.from_env({"QBATCH_FLOWER_AUTH": CREDENTIALS}))
     assert "a-canary" not in log.read_text()
 
 

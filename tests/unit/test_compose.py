@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -32,15 +34,15 @@ def _substituted(text: str, variables: dict[str, str]) -> str:
 
     def value(match: re.Match[str]) -> str:
         name, operator, default = match.groups()
-        return variables[name] if operator == ":?" else variables.get(name, default)
+        return variables[name] if operator == ":?" else variables.get(name) or default
 
     return re.sub(r"\$\{(\w+)(:\?|:-)([^}]*)\}", value, text)
 
 
 def test_the_services_are_those_promised() -> None:
     assert set(SERVICES) == {"redis", "postgres", "migrate", "scheduler", "worker", "worker-cpu", "flower"}
-    assert SERVICES["worker-cpu"]["profiles"] == ["cpu"]
-    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["worker-cpu"]
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    assert profiles == {"worker": ["gpu"], "worker-cpu": ["cpu"]}
 
 
 @pytest.mark.parametrize("name", QBATCH_SERVICES)
@@ -95,6 +97,67 @@ def test_flower_alone_is_published_and_on_loopback_alone() -> None:
     assert all("network_mode" not in service for service in SERVICES.values())
 
 
+def test_another_host_is_told_where_redis_and_postgresql_are() -> None:
+    variables = {"REDIS_PASSWORD": "r", "POSTGRES_PASSWORD": "p", "HEAD_HOST": "10.0.0.1"}
+    environ = {key: _substituted(value, variables) for key, value in SERVICES["worker"]["environment"].items()}
+    settings = Settings.from_env(environ)
+    assert settings.broker_url == "redis://:r@10.0.0.1:6379/0"
+    assert settings.sqlalchemy_url == "postgresql+psycopg://qbatch:p@10.0.0.1:5432/qbatch"
+    head: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.head.yml").read_text())["services"]
+    published = {name: service["ports"] for name, service in head.items()}
+    address = "${PRIVATE_ADDRESS:?set it in .env}"
+    assert published == {"redis": [f"{address}:6379:6379"], "postgres": [f"{address}:5432:5432"]}
+
+
+@pytest.mark.parametrize("name", QBATCH_SERVICES)
+def test_every_setting_reaches_every_service(name: str) -> None:
+    """But those of places within the container, and the password of Flower, which Flower alone knows."""
+    variables = {f"QBATCH_{field.name.upper()}" for field in dataclasses.fields(Settings)} - {"QBATCH_RUNTIME_DIR"}
+    fixed = {"QBATCH_HOME", "QBATCH_CACHE", *(() if name == "flower" else ("QBATCH_FLOWER_AUTH",))}
+    assert {key for key in SERVICES[name]["environment"] if key.startswith("QBATCH_")} == variables - fixed
+
+
+def test_a_given_setting_is_passed_on() -> None:
+    given = {"REDIS_PASSWORD": "r", "POSTGRES_PASSWORD": "p", "QBATCH_LEASE_S": "90", "QBATCH_WINDOW": "8"}
+    environ = {key: _substituted(value, given) for key, value in SERVICES["scheduler"]["environment"].items()}
+    settings = Settings.from_env(environ)
+    assert (settings.lease_s, settings.window, settings.scan_s) == (90.0, 8, 10.0)
+
+
+@pytest.mark.parametrize("name", QBATCH_SERVICES)
+def test_the_storage_is_a_folder_of_the_host_that_must_exist(name: str) -> None:
+    (storage,) = [volume for volume in SERVICES[name]["volumes"] if isinstance(volume, dict)]
+    assert storage == {
+        "type": "bind",
+        "source": "${STORAGE_DIR:-./storage}",
+        "target": "/storage",
+        "bind": {"create_host_path": False},
+    }
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - {"migrate"}))
+def test_every_service_that_stays_has_a_health_check(name: str) -> None:
+    program, *arguments = SERVICES[name]["healthcheck"]["test"]
+    assert program in ("CMD", "CMD-SHELL")
+    if name in QBATCH_SERVICES:
+        assert arguments == ["qbatch", "healthcheck", name.removesuffix("-cpu")]
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_the_log_of_a_container_is_bounded(name: str) -> None:
+    assert SERVICES[name]["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}
+
+
+def test_the_image_has_what_tasks_need() -> None:
+    """The line of the Dockerfile that lists the requirements, run by the shell as Docker would."""
+    dockerfile = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    (listing,) = re.findall(r"^RUN (python -c .*?)\s+> requirements.txt", dockerfile, flags=re.MULTILINE)
+    argv = ["sh", "-c", listing.replace("python", sys.executable, 1)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert done.stdout.splitlines() == [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+
+
 def test_the_hub_token_reaches_the_workers_alone() -> None:
     holders = {name for name, service in SERVICES.items() if "HF_TOKEN" in service["environment"]}
     assert holders == {"worker", "worker-cpu"}
@@ -143,7 +206,8 @@ def test_nothing_works_before_the_schema_is_there() -> None:
 
 
 def test_the_example_environment_names_every_variable_and_holds_no_secret() -> None:
-    named = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    files = (ROOT / "docker-compose.yml", ROOT / "docker-compose.head.yml")
+    named = {name for file in files for name in re.findall(r"\$\{(\w+)", file.read_text())}
     lines = (ROOT / ".env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     assert set(example) == named
