@@ -85,7 +85,7 @@ Batch = SubmittedBatch | str
 def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
     """Store a batch of ``models``, each a hub id, perhaps with ``@revision``, or a folder, and send it to the workers.
 
-    ``options`` are those of ``qbatch submit``, with underscores: ``bits=[4, 8]``, ``scheme=["bnb-nf4"]``,
+    ``options`` are those of ``qbatch submit``, with underscores: ``bits=[4, 8]``, ``skip_modules=["lm_head"]``,
     ``baseline=False``, ``name="first"``, ``time_limit="2h"``. An option that may be repeated or takes a comma list
     takes a list. The environment variables are those of the command line. Warns if nothing runs that could work on
     it. Raises UsageError for what ``qbatch submit`` would refuse, TypeError for an option that does not exist, and

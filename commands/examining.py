@@ -155,7 +155,7 @@ def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | No
 
 
 def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:
-    from qbatch.worker.checkpoints.trying.trial import try_loaders
+    from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
     from qbatch.worker.models.code_vetting import vet_code
 
     if not Path(python).is_file():

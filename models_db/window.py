@@ -167,7 +167,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
 
 
 def label_of(batch_id: int, model: str, methods: Sequence[str], job_ids: Sequence[int]) -> str:
-    """What Celery and Flower show of a message: ``b3 org/model: baseline, bnb-nf4 · j7, j8``. Its length is bounded."""
+    """What Celery and Flower show of a message: ``b3 org/model: baseline, scheme · j7, j8``. Its length is bounded."""
     name = model if len(model) <= _LONGEST_NAME else f"…{model[1 - _LONGEST_NAME :]}"
     schemes = ", ".join("baseline" if method == Method.NONE else method for method in dict.fromkeys(methods))
     jobs = ", ".join(map(format_job_id, job_ids[:_MOST_NAMED]))

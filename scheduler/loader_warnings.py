@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from qbatch.core.domain import DType, JobSpec, Method, Scheme, stored_dtype
-from qbatch.core.loaders.checkpoint_facts import CheckpointFacts
+from qbatch.core.domain import DType, JobSpec, Scheme, stored_dtype
+from qbatch.core.loaders.checkpoint_facts import SKIP_LIST, CheckpointFacts
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
 from qbatch.core.loaders.known_loaders import LOADERS, Loader
 from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.measured.loader_judgement import LoaderVerdict
-from qbatch.core.methods.bnb import QUANT_STORAGE
 from qbatch.core.sources import Header
-
-_JUDGED = (Method.NF4, Method.FP4, Method.INT8)
 
 
 def loader_warnings(
@@ -23,13 +20,14 @@ def loader_warnings(
     """One line for each engine that would load a scheme otherwise than it is measured, and for each that other options
     would keep from refusing it. Predicted from the source's names, which may not be those of the model."""
     asked = dict.fromkeys((spec.scheme, stored_dtype(spec.dtype, source_dtype)) for spec in specs)
-    judged = [(scheme, dtype) for scheme, dtype in asked if scheme.method in _JUDGED]
+    resolved = [scheme.resolved(dtype) for scheme, dtype in asked]
+    judged = [(scheme, config_) for scheme in resolved if (config_ := _config_of(scheme)) is not None]
     if not judged:
         return
     plain = CheckpointFacts.of_tensors(config, (tensor for header in headers for tensor in header.tensors))
     engines = [loader for loader in LOADERS.values() if loader.is_engine]
-    for scheme, dtype in judged:
-        facts = _predicted(plain, scheme.resolved(dtype))
+    for scheme, quantization in judged:
+        facts = _predicted(plain, scheme, quantization)
         yield from (line for loader in engines for line in _lines(loader, facts, scheme))
 
 
@@ -40,20 +38,15 @@ def _lines(loader: Loader, facts: CheckpointFacts, scheme: Scheme) -> Iterator[s
             yield f"{scheme.description.name} of {facts.architecture}: {finding.reason}{advice}"
 
 
-def _predicted(plain: CheckpointFacts, scheme: Scheme) -> CheckpointFacts:
+def _config_of(scheme: Scheme) -> Mapping[str, Any] | None:
+    return scheme.description.config_for_loaders(scheme.options, scheme.compute_dtype)
+
+
+def _predicted(plain: CheckpointFacts, scheme: Scheme, quantization: Mapping[str, Any]) -> CheckpointFacts:
     """What the checkpoint would look like."""
     kept, listed = _skipped(plain, scheme.skip_modules)
-    is_int8 = scheme.method is Method.INT8
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": is_int8,
-        "load_in_4bit": not is_int8,
-        "bnb_4bit_compute_dtype": scheme.compute_dtype,
-        "bnb_4bit_quant_storage": QUANT_STORAGE.of(scheme.options),
-        "llm_int8_skip_modules": listed,
-    }
     return CheckpointFacts(
-        config={**plain.config, "quantization_config": quantization},
+        config={**plain.config, "quantization_config": {**quantization, SKIP_LIST: listed}},
         packed=plain.kept - kept,
         kept=kept,
         experts=plain.experts,

@@ -50,7 +50,7 @@ def _model(model: ModelRows, preference: Preference, by: str, width: int) -> lis
     for group in model.groups:
         lines += _group(group, preference, by, width)
     for row in model.unmeasured:
-        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result ({show_state(row)}).", prose)
+        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.", prose)
     return lines
 
 

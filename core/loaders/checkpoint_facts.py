@@ -11,6 +11,9 @@ from typing import Any
 
 from qbatch.core.sources import TensorInfo, read_config, read_headers
 
+SKIP_LIST = "llm_int8_skip_modules"
+"""The key of ``quantization_config`` under which it lists the layers left unquantized, whatever the method."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What stands behind a packed layer's name in the names of its parts: of 4 bits, of int8, of torchao's methods.
 _PARTS = (".weight.absmax", ".SCB", "._weight_scale", "._weight_scale_and_zero")
@@ -76,7 +79,7 @@ class CheckpointFacts:
 
     @property
     def skip_list(self) -> tuple[str, ...]:
-        listed = self.quantization.get("llm_int8_skip_modules")
+        listed = self.quantization.get(SKIP_LIST)
         return tuple(one for one in listed if isinstance(one, str)) if isinstance(listed, list) else ()
 
     @property

@@ -125,6 +125,13 @@ class MethodDescription:
         ``largest_weight`` values."""
         return 0
 
+    # Its checkpoints elsewhere
+
+    def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
+        """What a checkpoint's ``quantization_config`` says that loaders decide by, apart from the list of skipped
+        layers. None if no serving engine's source was read for the method."""
+        return None
+
     # Texts
 
     def title(self, options: Options) -> str:

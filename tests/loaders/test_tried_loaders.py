@@ -10,7 +10,7 @@ import pytest
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
-from qbatch.worker.checkpoints.trying.trial import try_loaders
+from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_tokenizer
 

@@ -37,7 +37,8 @@ QUANTIZING = [method for method in Method if method is not Method.NONE]
 PACKAGE = Path(qbatch.__file__).parent
 # What belongs to one method; a data type of torch or of safetensors does not.
 _OF_A_METHOD = re.compile(r"(?<!u)(?<!torch\.)(?<!\")\bint8|nf4|fp4|bnb[-_]|int4|LLM\.int8|is_4bit", re.IGNORECASE)
-_OWN = ("core/methods/", "worker/methods/")
+# And what is known of other programs, by their own names.
+_OWN = ("core/methods/", "worker/methods/", "core/loaders/", "core/prior_quantization.py")
 
 
 @pytest.mark.parametrize("method", QUANTIZING)

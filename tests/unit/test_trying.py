@@ -15,7 +15,7 @@ from qbatch.core.measured.loader_judgement import LoaderVerdict
 from qbatch.worker.checkpoints.trying.comparison_with_floor import TOP, compare
 from qbatch.worker.checkpoints.trying.prediction_reference import PROMPTS, PredictionReference, make_reference
 from qbatch.worker.checkpoints.trying.probe import top_logprobs
-from qbatch.worker.checkpoints.trying.trial import try_loaders
+from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_seq2seq, make_tokenizer
 

@@ -131,9 +131,9 @@ def _start_cuda() -> None:
     """
     import torch
 
-    from qbatch.worker.methods.bnb_weights import WEIGHTS
+    from qbatch.worker.methods.implementations import import_usual_library
 
-    WEIGHTS.quiet_import()
+    import_usual_library()
     torch.cuda.synchronize()
 
 
