@@ -20,6 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
 _LARGEST = LARGEST_ID
 _BATCH_OPTIONS = "qbatch.batch_options"
+OF_A_SHAPE, EACH = "shape", "each"
 ON_A_TERMINAL = 50
 """How many rows of a long list a terminal shows unless it is told."""
 
@@ -296,6 +297,14 @@ def submit_options(command: Command) -> Command:
             "--energy/--no-energy",
             default=None,
             help="Add energy to what is measured, or leave it out.  [default: no-energy]",
+        ),
+        click.option(
+            "--speed",
+            type=click.Choice([OF_A_SHAPE, EACH]),
+            default=OF_A_SHAPE,
+            show_default=True,
+            help=f"{OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, time one on each GPU; the "
+            f"rows of the others say whose speed they have. {EACH}: time every model.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         format_options("table", "json", "quiet"),

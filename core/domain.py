@@ -182,6 +182,7 @@ class Protocol:
     ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
+    With ``time_each``, no row has the speed of another model of the same shape.
     """
 
     batch_size: int
@@ -204,6 +205,7 @@ class Protocol:
     prefill_iterations: int = 0
     quality: bool = True
     speed: bool = True
+    time_each: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -305,6 +307,7 @@ class ProtocolOptions:
     energy: bool | None = None
     quality: bool | None = None
     speed: bool | None = None
+    time_each: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
@@ -319,12 +322,13 @@ class ProtocolOptions:
         """The protocol on a device of ``kind`` (CUDA or CPU)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if kind is DeviceKind.CPU:
-            # On a CPU there is nothing to analyse and no energy counter; the request must not change the protocol.
-            values |= {"why": False, "energy": False}
+            # On a CPU there is nothing to analyse and no energy counter, and each model is timed. The request must not
+            # change the protocol.
+            values |= {"why": False, "energy": False, "time_each": False}
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
-        """Omits what ``--measure`` chooses where it was not given, since workers of 0.1.0 do not know it."""
+        """Omits what ``--measure`` and ``--speed`` choose where they were not given: 0.1.0 does not know it."""
         value = asdict(self)
         return {name: chosen for name, chosen in value.items() if name not in _NEW_OPTIONS or chosen is not None}
 
@@ -333,7 +337,7 @@ class ProtocolOptions:
         return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
-_NEW_OPTIONS = ("quality", "speed")
+_NEW_OPTIONS = ("quality", "speed", "time_each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

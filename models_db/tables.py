@@ -237,6 +237,8 @@ class Result(Base):
     kl_mean: Mapped[float | None] = mapped_column(index=True)
     top1_agreement: Mapped[float | None] = mapped_column(index=True)
     details: Mapped[dict[str, Any]]
+    # By which jobs of the same batch find a speed that is theirs too; null if it is not (``Details.speed_key``).
+    speed_key: Mapped[str | None] = mapped_column(String(64), index=True)
     created_at: Mapped[datetime] = mapped_column(default=db_now(), index=True)
 
 

@@ -38,6 +38,8 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
         yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
     if row.details.noise_inputs is not None:
         yield "its speed and memory were measured on noise, so they are not compared (`qbatch show JOB` has them)"
+    if (origin := speed_origin(row)) is not None:
+        yield origin
     yield from fairness_remarks(row.details.flags)
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
     if row.details.audits.spread_between_rounds:
@@ -46,6 +48,13 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
             "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
             "size may be caused by the host"
         )
+
+
+def speed_origin(row: ResultRow) -> str | None:
+    """Whose speed a row has; None if it was timed itself."""
+    if row.speed_from is None:
+        return None
+    return f"its speed and its peaks of memory are those of {row.speed_from}, a model of the same shape in its batch"
 
 
 def fairness_remarks(flags: Mapping[str, bool] | None, *, during: str = "while it was measured") -> Iterable[str]:

@@ -61,6 +61,7 @@ def speed_table(row: ResultRow) -> str:
             "p99": times.p99,
         }
         for phase, times in (row.details.stats or {}).items()
+        if phase != Phase.LOAD_MODEL or row.speed_from is None  # how long it took to load is the row's own
     ]
     is_timed = any(line["phase"] != Phase.LOAD_MODEL for line in lines)
     return render(lines, _PHASES, "table") if is_timed else ""

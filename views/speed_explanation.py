@@ -24,6 +24,17 @@ def explain_speed(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     """
     if row.decode_tokens_per_s is None:
         return []
+    return [*_origin(row), *_explained(row, baseline)]
+
+
+def _origin(row: ResultRow) -> Iterable[str]:
+    if row.speed_from is not None:
+        yield f"What follows was measured with {row.speed_from}, a model of the same shape."
+
+
+def _explained(row: ResultRow, baseline: ResultRow | None) -> list[str]:
+    if row.decode_tokens_per_s is None:
+        return []
     if row.details.is_on_cpu:
         return [*_on_cpu(row)]
     if not row.details.why.is_known:
@@ -48,7 +59,9 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
     if not row.details.why.is_known:
         return None
     mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
-    return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate: " + "; ".join(_brief_parts(row, baseline))
+    origin = f" (measured with {row.speed_from})" if row.speed_from else ""
+    reasons = "; ".join(_brief_parts(row, baseline))
+    return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate{origin}: {reasons}"
 
 
 def _on_cpu(row: ResultRow) -> Iterable[str]:

@@ -18,7 +18,8 @@ class Details(Stored):
     """The details of a result; ``docs/measurements.md`` explains each. ``protocol`` is the output of
     ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``not_measured``: of the parts
     (``MeasuredPart``) that were asked for, why those without figures have none. ``noise_inputs``: the inputs on which
-    ``stats`` and ``memory`` were measured, where they are no text."""
+    ``stats`` and ``memory`` were measured, where they are no text. Of models of one shape in a batch, one is timed: its
+    rows have a ``speed_key``, and those of the others name the job that theirs is of (``speed_from``)."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -43,6 +44,8 @@ class Details(Stored):
     fingerprint: str | None = omitted_if_unknown()
     commit: str | None = omitted_unless("fingerprint")
     device_uuid: str | None = omitted_unless("fingerprint")
+    speed_key: str | None = omitted_if_unknown()
+    speed_from: str | None = omitted_if_unknown()
     audit: CheckpointAudit = field(default_factory=CheckpointAudit, metadata=OMITTED_IF_UNKNOWN)
 
     @property

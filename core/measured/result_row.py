@@ -11,13 +11,13 @@ from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 _FIRST_FIELDS = (
-    *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from"),
+    *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),
     *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
 )
 _LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "not_measured", "details")
 # Figures that follow from stored ones, each with the column after which it is written.
 _DERIVED_FIGURES = {"graph_decode_tokens_per_s": "decode_tokens_per_s"}
-_DERIVED = (*_DERIVED_FIGURES, "not_measured")
+_DERIVED = (*_DERIVED_FIGURES, "speed_from", "not_measured")
 _FIGURES = tuple(
     name
     for column in MEASURED_COLUMNS
@@ -95,6 +95,11 @@ class ResultRow(Figures):
         step_s = self.details.why.kernels_alone.step_s
         batch_size = self.details.shapes.batch_size or self.protocol.batch_size
         return None if step_s is None or step_s <= 0 or batch_size is None else batch_size / step_s
+
+    @property
+    def speed_from(self) -> str | None:
+        """The job that was timed: one of the same shape, scheme, batch and GPU. None if it is this one."""
+        return self.details.speed_from
 
     @property
     def not_measured(self) -> Mapping[str, str]:

@@ -121,6 +121,10 @@ class BnbInt8(_Bnb):
     def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
         return _infinite_scales(audit)
 
+    def speed_depends_on_values(self, options: Options) -> bool:
+        """Outliers are found, and computed separately, by value."""
+        return bool(INT8_THRESHOLD.of(options))
+
     def synchronization_cause(self, options: Options) -> str | None:
         if INT8_THRESHOLD.of(options) == 0:
             return None

@@ -125,6 +125,10 @@ class MethodDescription:
         ``largest_weight`` values."""
         return 0
 
+    def speed_depends_on_values(self, options: Options) -> bool:
+        """Whether two models of the same shape may differ in speed because of the values of their weights."""
+        return False
+
     # Its checkpoints elsewhere
 
     def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:

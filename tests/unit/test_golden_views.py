@@ -144,6 +144,8 @@ def shown() -> list[Row]:
         test_show.NF4,
         int8 | {"details": test_show.DETAILS | {"audit": test_show.DETAILS["audit"] | scales, "quality": quality}},
         test_show.NF4 | {"job_id": "j4", "details": {}, "reused_from": "j2"},
+        test_show.NF4
+        | {"job_id": "j6", "model": "org/tune", "details": test_show.NF4["details"] | {"speed_from": "j2"}},
         test_show.NF4 | {"job_id": "j5", "protocol": None, "checkpoint_path": None, "checkpoint": None, **running},
     ]
 

@@ -16,6 +16,7 @@ from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.details import Details
+from qbatch.core.measured.known_speed import KnownSpeed, with_speed_of
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.quality_figures import Quality, TextPerplexity
@@ -205,10 +206,18 @@ class ModelBenchmark:
 
 
 class RowBenchmark:
-    """Measures a model at one protocol's shape, in rounds."""
+    """Measures a model at one protocol's shape, in rounds. If its speed is ``known``, it is not timed."""
 
-    def __init__(self, model: ModelBenchmark, protocol: Protocol, on_step: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: ModelBenchmark,
+        protocol: Protocol,
+        on_step: Callable[[str], None],
+        *,
+        known: KnownSpeed | None = None,
+    ) -> None:
         self.model = model
+        self._known = known
         self._protocol = protocol
         self._on_step = on_step
         self._rounds: list[Round] = []
@@ -223,6 +232,14 @@ class RowBenchmark:
     def rounds(self) -> int:
         """The number of rounds timed so far."""
         return len(self._rounds)
+
+    @property
+    def rounds_to_time(self) -> int:
+        return self._protocol.speed_rounds if self._known is None else 0
+
+    @property
+    def wants_why(self) -> bool:
+        return self._protocol.why and self._known is None
 
     @property
     def peak_bytes(self) -> int | None:
@@ -261,7 +278,7 @@ class RowBenchmark:
 
         Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
         """
-        if self._why_no_speed is None and self.model.is_explainable and (self._protocol.why or self._protocol.energy):
+        if self._why_no_speed is None and self.model.is_explainable and (self.wants_why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
             self._observed = self._rounds[0] if self._rounds else self._untimed_round(loaded)
             self._why.observe(loaded, self._observed)
@@ -277,7 +294,7 @@ class RowBenchmark:
     @property
     def captured_shape(self) -> Shape | None:
         """The shape at which the kernels of a decode step should be measured; None if they should not be."""
-        if self._why is None or self.fault is not None or not self._protocol.why:
+        if self._why is None or self.fault is not None or not self.wants_why:
             return None
         shape = self._rounds[0].shape
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
@@ -288,6 +305,8 @@ class RowBenchmark:
         ``kernels``: those of ``captured_shape``, if it is not None. ``interleaved_with``: the ids of other models' jobs
         that were timed between this row's rounds.
         """
+        if self._known is not None:
+            return with_speed_of(self._untimed(), self._known)
         if not self._rounds:
             return self._with_reasons(self._untimed())
         speed = pool(self._rounds)

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
+from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
 from qbatch.worker.checkpoints.judged import judged
@@ -30,9 +32,17 @@ from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
-from qbatch.worker.runner.messages import CheckpointReady, CheckpointVerified, Order, Progressed, Resolved
+from qbatch.worker.runner.messages import (
+    Answered,
+    CheckpointReady,
+    CheckpointVerified,
+    Order,
+    Progressed,
+    Resolved,
+)
 from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
+from qbatch.worker.runner.shared_speeds import SpeedKeys, agreeing
 from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
@@ -43,6 +53,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("qbatch.runner")
 
 _PROGRESS_INTERVAL_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planning:
+    """What the jobs of a bundle are settled with."""
+
+    skip_lists: SkipLists
+    speed_keys: SpeedKeys
 
 
 class Bundle:
@@ -84,17 +102,18 @@ class Bundle:
             log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(headers)
-        skip_lists = SkipLists(source, dtype)
-        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
+        planning = _Planning(skip_lists=SkipLists(source, dtype), speed_keys=SpeedKeys(source, self._order.device_uuid))
+        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, planning)]
         self._vet_tokenizer(source, plans)
         plans = [plan for plan in plans if self._reports.open([plan.job_id])]
         if not plans:
             return
-        paths = self._ask(plans)
+        answered = self._ask(plans)
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
-        published = self._publish_all(source, models, paths)
+        published = self._publish_all(source, models, answered.paths)
         self._measure(
             source,
+            answered.speeds,
             [
                 self._model(source, members, published.get(key))
                 for key, members in models.items()
@@ -112,28 +131,30 @@ class Bundle:
         with self._reports.failing(readers), unreadable:
             load_tokenizer(source.folder, trusted=source.runs_code)
 
-    def _measure(self, source: LocalSource, models: Sequence[MeasuredModel]) -> None:
+    def _measure(self, source: LocalSource, speeds: Mapping[int, KnownSpeed], models: Sequence[MeasuredModel]) -> None:
         """Models of which only the size was asked for are counted; the others are loaded."""
         rows = FinishedRows(self._order, self._reports, source)
         for model in models:
             if not model.runs:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
+        loaded = [model for model in models if model.runs]
         rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet)
-        rounds.run([model for model in models if model.runs])
+        rounds.run(loaded, agreeing(speeds, loaded))
 
-    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
+    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, planning: _Planning) -> list[Plan]:
         """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
         job's fault alone."""
         with self._reports.failing([claim.job_id]):
-            return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
+            plan = plan_job(claim, source, dtype, self._order.device_kind, planning.skip_lists.of(claim.spec))
+            return [replace(plan, speed_key=planning.speed_keys.of(plan.settled))]
         return []
 
-    def _ask(self, plans: Sequence[Plan]) -> Mapping[str, str]:
-        """Ask which jobs are answered already, which closes them. Returns the paths of existing checkpoints by key."""
+    def _ask(self, plans: Sequence[Plan]) -> Answered:
+        """Ask which jobs are answered already, which closes them, and what else is known."""
         answered = self._reports.ask(Resolved(jobs={plan.job_id: plan.identity for plan in plans}))
         if not answered.unverified:
-            return answered.paths
+            return answered
         for path, key in answered.unverified.items():
             # A checkpoint that cannot be verified answers no job, but that is no failure of these jobs.
             try:
@@ -143,7 +164,7 @@ class Bundle:
             except (StorageError, SourceChanged) as error:
                 log.warning("an earlier result cannot be reused: %s", error)
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
-        return self._reports.ask(Resolved(jobs=still_open)).paths
+        return self._reports.ask(Resolved(jobs=still_open))
 
     def _model(self, source: LocalSource, plans: tuple[Plan, ...], verified: Verified | None) -> MeasuredModel:
         folder = source.folder if verified is None else self._order.storage / verified.published.path

@@ -21,6 +21,7 @@ class Plan:
     settled: Settled
     legacy_key: str | None
     spelled_key: str | None = None
+    speed_key: str | None = None
 
     @property
     def job_id(self) -> int:
@@ -33,6 +34,7 @@ class Plan:
             legacy_key=self.legacy_key,
             protocol_hash=self.settled.protocol.hash,
             spelled_key=self.spelled_key,
+            speed_key=self.speed_key,
         )
 
     @property

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from qbatch.core.domain import DeviceKind, Stage
 from qbatch.core.errors import DeviceError
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.details import Details
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
 from qbatch.worker.runner.reports import Reports
+from qbatch.worker.runner.shared_speeds import may_be_shared
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class FinishedRows:
             fingerprint=self._source.fingerprint,
             commit=self._source.revision,
             device_uuid=self._device_uuid(),
+            speed_key=self._shared_key(measurement.details, plan),
             audit=CheckpointAudit.from_json(published.audit if published is not None else None),
         )
         return dataclasses.replace(
@@ -104,6 +107,11 @@ class FinishedRows:
             quantize_s=published.quantize_s if published is not None else None,
             details=details,
         )
+
+    def _shared_key(self, details: Details, plan: Plan) -> str | None:
+        """The key by which others may have the row's speed; None if it is not its own, or may not be theirs."""
+        is_own = details.speed_from is None
+        return plan.speed_key if is_own and may_be_shared(details, self._order.device_kind) else None
 
     def _device_uuid(self) -> str | None:
         """The UUID of the GPU; None on a CPU. Raises DeviceError unless exactly one GPU is visible."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import Protocol, Stage, format_job_id
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Unsupported
+from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
 from qbatch.worker.runner.finished_rows import FinishedRows, names
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Turn:
-    """A model's turn, repeated in every round. ``rows`` are by job id."""
+    """A model's turn, repeated in each of its rounds. ``rows`` are by job id."""
 
     model: MeasuredModel
     benchmark: ModelBenchmark
@@ -48,6 +49,11 @@ class _Turn:
     @property
     def jobs(self) -> tuple[int, ...]:
         return self.model.ids
+
+    @property
+    def rounds(self) -> int:
+        """A model of which nothing is timed has one turn, for the rest."""
+        return max((row.rounds_to_time for row in self.rows.values()), default=0) or 1
 
     @property
     def protocol(self) -> Protocol:
@@ -84,32 +90,40 @@ class Rounds:
         self._base_outputs = BaseOutputs(order, reports, source)
         self._rows = rows
 
-    def run(self, models: Sequence[MeasuredModel]) -> None:
-        """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
+    def run(self, models: Sequence[MeasuredModel], speeds: Mapping[int, KnownSpeed]) -> None:
+        """Measure the open jobs of ``models``. The final message of each is sent in its last round, or after it.
+
+        The jobs in ``speeds`` have a speed that is known, and are not timed.
+        """
         from qbatch.worker.measuring.why.capture import Captures
 
-        self._turns = self._unmeasured = [self._turn(model) for model in models]
-        # Where speed is not measured, each model has one turn for the rest.
-        last = max((plan.settled.protocol.speed_rounds or 1 for model in models for plan in model.plans), default=0)
+        self._turns = self._unmeasured = [self._turn(model, speeds) for model in models]
+        last = max((turn.rounds for turn in self._turns), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
                 if number == 2:
-                    self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
-                for turn in self._order_of(number):
-                    self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
+                    self._models.keep_together(
+                        [turn.jobs for turn in self._turns_in(2) if self._reports.open(turn.jobs)]
+                    )
+                for turn in self._turns_in(number):
+                    self._take(turn, is_first=number == 1, is_last=number == turn.rounds, captures=captures)
             self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
 
-    def _order_of(self, number: int) -> Sequence[_Turn]:
+    def _turns_in(self, number: int) -> Sequence[_Turn]:
         """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
         is loaded is the next."""
-        return self._turns if number % 2 else self._turns[::-1]
+        turns = [turn for turn in self._turns if number <= turn.rounds]
+        return turns if number % 2 else turns[::-1]
 
-    def _turn(self, model: MeasuredModel) -> _Turn:
+    def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed]) -> _Turn:
         from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
 
         benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
-            plan.job_id: RowBenchmark(benchmark, plan.settled.protocol, _step_reporter(plan)) for plan in model.plans
+            plan.job_id: RowBenchmark(
+                benchmark, plan.settled.protocol, _step_reporter(plan), known=speeds.get(plan.job_id)
+            )
+            for plan in model.plans
         }
         return _Turn(model=model, benchmark=benchmark, rows=rows)
 
@@ -133,8 +147,7 @@ class Rounds:
             if turn.model.published is None:
                 refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
-        if turn.protocol.speed:
-            self._time_shapes(turn, captures)
+        self._time_shapes(turn, captures)
         if not self._reports.open(turn.jobs):
             return
         if is_first:
@@ -148,7 +161,8 @@ class Rounds:
                 self._observe(turn, self._load(turn))
 
     def _time_shapes(self, turn: _Turn, captures: Captures) -> None:
-        for job_id in self._reports.open(turn.jobs):
+        timed = [job_id for job_id in self._reports.open(turn.jobs) if turn.rows[job_id].rounds_to_time]
+        for job_id in timed:
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable, which leaves no job open
             give_up = turn.rows[job_id].give_up_speed
@@ -213,7 +227,7 @@ class Rounds:
         if not self._reports.open(turn.jobs):
             return
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
-        if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
+        if turn.benchmark.is_explainable and any(row.wants_why for row in turn.rows.values()):
             captures.prepare()
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         reference = None if is_baseline else self._base_outputs.find(plan)

@@ -241,6 +241,7 @@ class CeleryWorker:
             next_source=next_source,
             stopping=self._stopping,
             shutdown=self._shutdown,
+            device_uuid=self._info.device_uuid,
         )
         tasks.register(app, context)
         celery_worker = app.Worker(

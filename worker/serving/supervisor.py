@@ -89,6 +89,7 @@ class WorkerContext:
     next_source: NextSource
     stopping: Stop
     shutdown: Shutdown = field(default_factory=Shutdown)
+    device_uuid: str | None = None
 
 
 class _Pulsing:
@@ -211,6 +212,7 @@ class Supervisor:
             ),
             lease_s=settings.lease_s,
             log_path=runner_log(logs, first, self._claims[first].attempt),
+            device_uuid=context.device_uuid,
         )
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:

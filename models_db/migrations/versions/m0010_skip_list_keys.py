@@ -7,8 +7,8 @@ from alembic import op
 
 from qbatch.models_db.database_clock import UtcDateTime
 
-revision = "0011"
-down_revision = "0008"
+revision = "0010"
+down_revision = "0009"
 oldest_code = "0008"
 
 
