@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qbatch.models_db.session import Database
+from tests import tiny
 from tests.acceptance.conftest import Qbatch
 from tests.unprivileged import without_rights
 
@@ -226,6 +227,23 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     told += [path.read_text() for path in (stack.home / "storage" / "logs").rglob("*.log")]
     assert sum("NoSuchForMaskedLM" in text for text in told) >= 4
     assert not any(character in text for text in told for character in "\x1b\x07\x9b")
+
+
+def test_a_model_that_cannot_be_measured_is_quantized(
+    stack: Qbatch, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    """A model of speech: its size is all that is asked for, and nothing of that fails."""
+    listed = model_list(tiny.make_speech(tmp_path / "speech"))
+    asked = ["submit", "--models", listed, "--bits", "4", "--measure", "size", "--wait", "--format", "json"]
+    baseline, nf4 = json.loads(stack(*asked).stdout)
+    assert [row["state"] for row in (baseline, nf4)] == ["succeeded"] * 2
+    assert nf4["weights_bytes"] < baseline["weights_bytes"]
+    assert nf4["decode_tokens_per_s"] is None
+    assert nf4["not_measured"]["speed"] == "it was not asked for (--measure speed)"
+    assert "sound" in stack("verify", nf4["checkpoint_path"]).stdout
+    assert "Nothing is recommended" in stack("compare", "--batch", nf4["batch_id"]).stdout
+    again = json.loads(stack(*asked).stdout)
+    assert [row["reused_from"] for row in again] == [baseline["job_id"], nf4["job_id"]]
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
