@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -15,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -91,6 +94,7 @@ def test_run_does_everything_and_leaves_nothing_running(
     assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
     assert rows[3]["forward_s_p50"] > 0
     _check_checkpoint(Path(nf4["checkpoint_path"]), models / "llama")
+    _check_card(Path(nf4["checkpoint_path"]), rows)
     _check_verify(qbatch, Path(nf4["checkpoint_path"]))
     # The second time, the database answers; the quantized checkpoints are the same ones.
     again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
@@ -142,6 +146,25 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
         f"config.json has changed since it was published (now {len(text) + 1} bytes, then {len(text)})"
     ]
     damaged.write_text(text)
+
+
+def _check_card(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """It says what was measured, with the baseline beside it, and how to load it, which works as it stands."""
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"qbatch", "bnb-nf4", "4-bit", "bitsandbytes"} <= set(card.data.tags)
+    assert card.data.base_model is None, "a folder is not a model of the hub"
+    sizes = [f"{row['weights_bytes'] / 2**20:.1f} MiB" for row in (rows[2], rows[0])]
+    (line,) = (line for line in card.text.splitlines() if line.startswith("| weights |"))
+    assert line.startswith(f"| weights | {sizes[0]} | {sizes[1]} | ×0.")
+    assert f"{rows[2]['top1_agreement'] * 100:.1f} %" in card.text
+    assert stat.S_IMODE((folder / "README.md").stat().st_mode) == 0o644
+    load, *_ = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    loaded: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(load, loaded)  # noqa: S102
+    assert loaded["model"].config.quantization_config.load_in_4bit
+    assert loaded["tokenizer"]("def main():")["input_ids"]
 
 
 def _check_verify(qbatch: Qbatch, folder: Path) -> None:

@@ -15,6 +15,7 @@ from qbatch.models_db import jobs, window
 from qbatch.models_db.batches import are_of_one_model
 from qbatch.models_db.schema_fit import explain
 from qbatch.scheduler.queues import RUN_BUNDLE
+from qbatch.worker.serving.cards import write_cards
 from qbatch.worker.serving.message_vet import Commands
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 
@@ -49,6 +50,7 @@ def _run_bundle(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]
         return "nothing to do"
     supervisor = Supervisor(context, claims)
     supervisor.run()
+    write_cards(context.database, context.settings, context.recorder.take_recorded())
     if supervisor.failed:
         raise BundleFailed(", ".join(format_job_id(job_id) for job_id in supervisor.failed))
     return "recorded"
