@@ -31,23 +31,33 @@ _LEFT_OUT = ((QUANTIZE,), (LOAD,))
 _VERSIONS = ("qbatch", "torch", "transformers")
 
 
-def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code: bool) -> str:
+def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code: bool, has_tokenizer: bool) -> str:
     """The card below its metadata. ``licence`` is that of the base model; ``runs_code``: it has Python files."""
     row = checkpoint.row
-    parts = [_heading(row), _loading(row, runs_code)]
+    parts = [_heading(checkpoint), _loading(row, runs_code=runs_code, has_tokenizer=has_tokenizer)]
     parts.append(_measured(row, checkpoint.baseline) if row.state == JobState.SUCCEEDED else _not_measured(row))
     parts.append(_provenance(checkpoint, licence))
     return "\n\n".join(part for part in parts if part)
 
 
-def _heading(row: ResultRow) -> str:
-    name = _plain(row.model.rstrip("/").rsplit("/", 1)[-1])
+def _heading(checkpoint: MeasuredCheckpoint) -> str:
+    row = checkpoint.row
+    name = _plain(_folder_name(row.model))
     scheme = _plain(show_scheme(row))
-    what = f"{_code(row.model)} with its weights quantized as {scheme}; those that are not quantized are {row.dtype}."
-    return f"# {name}, {scheme}\n\n{what}"
+    source = _code(_public_name(checkpoint))
+    return f"# {name}, {scheme}\n\n{source} with its weights quantized as {scheme}; the others are {row.dtype}."
 
 
-def _loading(row: ResultRow, runs_code: bool) -> str:
+def _folder_name(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _public_name(checkpoint: MeasuredCheckpoint) -> str:
+    """Where a folder lies is nobody else's business."""
+    return _folder_name(checkpoint.row.model) if checkpoint.is_folder else checkpoint.row.model
+
+
+def _loading(row: ResultRow, *, runs_code: bool, has_tokenizer: bool) -> str:
     auto_class = _AUTO_CLASSES.get(row.details.task or "", "AutoModel")
     trust = ", trust_remote_code=True" if runs_code else ""
     libraries = " ".join(dict.fromkeys(("transformers", "accelerate", *describe_row(row.scheme).libraries)))
@@ -55,11 +65,11 @@ def _loading(row: ResultRow, runs_code: bool) -> str:
         "## How to load it",
         f"With `pip install {libraries}`; the scheme is in `config.json`, so nothing else is needed:",
         "```python\n"
-        f"from transformers import AutoTokenizer, {auto_class}\n\n"
+        f"from transformers import {'AutoTokenizer, ' if has_tokenizer else ''}{auto_class}\n\n"
         'model_id = "."  # this folder, or its id on the hub\n'
         f'model = {auto_class}.from_pretrained(model_id, device_map="auto"{trust})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})\n"
-        "```",
+        + (f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})\n" if has_tokenizer else "")
+        + "```",
     ]
     if auto_class == "AutoModelForCausalLM" and "bitsandbytes" in describe_row(row.scheme).libraries:
         lines += [
@@ -126,22 +136,23 @@ def _remarks(row: ResultRow, baseline: ResultRow | None, lines: Sequence[str]) -
         yield f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the unquantized model."
     if BITS_PER_PARAM.value(row) is not None:
         yield "bits/param is of all parameters, unquantized ones included."
-    yield from map(_plain, (*audit_warnings(row), *(text for _, text in _flags(row)), *emulation_remarks([row])))
+    for text in (*audit_warnings(row), *fairness_remarks(row.details.flags), *emulation_remarks([row])):
+        yield f"{_plain(text[0].upper() + text[1:])}"
     if baseline is None:
         yield "The unquantized model has no result under the same protocol, so there are no ratios."
-
-
-def _flags(row: ResultRow) -> Iterable[tuple[str, str]]:
-    return (("disturbed", text) for text in fairness_remarks(row.details.flags))
 
 
 def _provenance(checkpoint: MeasuredCheckpoint, licence: str | None) -> str:
     row = checkpoint.row
     commit = row.details.commit or row.revision
-    origin = _code(row.model) if checkpoint.is_folder else f"[{row.model}](https://huggingface.co/{row.model})"
+    origin = (
+        _code(_public_name(checkpoint))
+        if checkpoint.is_folder
+        else f"[{row.model}](https://huggingface.co/{row.model})"
+    )
     lines = [
         f"- Base model: {origin}" + (f" at {_code(commit)}" if commit else ""),
-        f"- Licence: {_plain(licence)}, that of the base model" if licence else "- Licence: that of the base model",
+        f"- Licence: {_plain(licence)}, that of the base model" if licence else "- Licence: as for the base model",
         f"- Made by qbatch, job {row.job_id}. `qbatch.json` has the checksums of all files, with the root "
         + _code(checkpoint.root_sha256),
     ]

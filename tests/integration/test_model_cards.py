@@ -69,6 +69,8 @@ def test_a_card_says_what_was_measured_and_again_once_its_baseline_is(
     card = (folder / "README.md").read_text()
     assert "| weights | 1.0 MiB | 4.0 MiB | ×0.25 |" in card
     assert "AutoModelForCausalLM.from_pretrained(model_id" in card
+    assert "AutoTokenizer" not in card, "there is none"
+    assert "/models" not in card, "where the folder lies is nobody else's business"
     assert format_job_id(nf4) in card
 
 

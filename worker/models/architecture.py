@@ -10,7 +10,7 @@ from typing import Any
 from qbatch.core.errors import SourceCorrupt, UnsafeSource, Unsupported
 from qbatch.worker.models.remote_code import REFUSAL
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -67,7 +67,7 @@ def load_config(folder: Path, *, trusted: bool) -> Any:
 def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
     """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
     whatever transformers raises."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
