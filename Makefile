@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test chaos lint docs seed-table bench clean
+.PHONY: help install demo check test test-processes test-units loaders chaos lint docs seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,15 +28,37 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 	$(BIN)/python -m examples.make_models
 	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
 
-# Whole files, in the order of tests/conftest.py. More at a time than there are cores: half of the time is spent waiting
-# for leases to run out.
+# Whole files, in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+UNIT_LOG := build/unit-tests.log
 
 check: lint ## style, types and the unit tests: for every change, in two minutes
 	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
 
 test: install ## all tests that need no GPU
-	$(PYTEST) -m "not gpu" --numprocesses 3
+	$(MAKE) --no-print-directory --jobs 2 test-processes test-units
+
+# More at a time than there are cores: half of the time is spent waiting for leases to run out.
+test-processes: install
+	$(PYTEST) -m "not gpu and not loaders" --numprocesses 4 --ignore tests/unit
+
+# At a low priority: in the time that the others only wait. What they print is shown at their end.
+test-units: install
+	@mkdir -p $(dir $(UNIT_LOG))
+	@nice -n 10 $(PYTEST) -m "not gpu" --numprocesses 2 tests/unit > $(UNIT_LOG) 2>&1; \
+		code=$$?; echo; cat $(UNIT_LOG); exit $$code
+
+# LOADERS_PYTHON names an interpreter that has PEFT and sentence-transformers, instead of the one that is made here. An
+# engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried.
+LOADERS_STAMP := .venv-loaders/.installed
+
+loaders: install $(if $(LOADERS_PYTHON),,$(LOADERS_STAMP)) ## load checkpoints with PEFT, sentence-transformers and, if ENGINE_PYTHON names it, vLLM
+	LOADERS_PYTHON="$(or $(LOADERS_PYTHON),$(CURDIR)/.venv-loaders/bin/python)" $(BIN)/python -m pytest -m loaders tests/loaders
+
+$(LOADERS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-loaders
+	.venv-loaders/bin/python -m pip install --quiet --constraint constraints.txt '.[loaders,torchao]'
+	@touch $@
 
 CHAOS_KILLS ?= 200
 
@@ -59,6 +81,7 @@ bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.why
 	$(BIN)/python -m benchmarks.batch
+	$(BIN)/python -m benchmarks.bundles
 	$(BIN)/python -m benchmarks.database
 	$(BIN)/python -m benchmarks.submit
 	$(BIN)/python -m benchmarks.fleet

@@ -5,6 +5,7 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.errors import QbatchError
+from qbatch.core.plain_terminal import show_anything
 
 if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
@@ -28,6 +30,10 @@ if __name__ != "qbatch.cli":
 
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        show_anything(sys.stdout, sys.stderr)
+        return super().main(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # A file name may be any sequence of bytes, but only valid text can be stored and shown.

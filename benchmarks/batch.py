@@ -92,10 +92,11 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["state"] != "succeeded":
         raise RuntimeError(f"{row['model']} at {row['bits']} bits: {row['state']}, {row['error_message']}")
-    phases = row["details"]["rounds"]["phases"]
+    # Rounds of another model are no runs of this one.
+    means_s = [] if row["speed_from"] else row["details"]["rounds"]["phases"]["decode"]["mean"]
     return {
         "decode_tokens_per_s": row["decode_tokens_per_s"],
-        "decode_runs": [(row["details"]["shapes"]["new_tokens"] - 1) / mean_s for mean_s in phases["decode"]["mean"]],
+        "decode_runs": [(row["details"]["shapes"]["new_tokens"] - 1) / mean_s for mean_s in means_s],
         "prefill_s": row["prefill_s_p50"],
         "perplexity": row["perplexity"],
         "kl_mean": row["kl_mean"],
@@ -177,7 +178,7 @@ def _near(one: float | None, other: float | None, tolerance: float) -> bool:
 
 
 def _range(rates: Sequence[float]) -> str:
-    return f"{min(rates):.1f}-{max(rates):.1f}"
+    return f"{min(rates):.1f}-{max(rates):.1f}" if rates else "not timed"
 
 
 def _median(values: Any) -> float:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, parse_batch_ids, require_batches
+from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.measurements import placed
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
 from qbatch.commands.submission import submit as submit_command
+from qbatch.commands.targets import find_batches
 from qbatch.core.domain import format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.measured.result_row import ResultRow
@@ -23,8 +24,8 @@ from qbatch.core.measured.result_row import ResultRow
 if TYPE_CHECKING:
     import pandas
 
-# Of the command: where the models come from, and what it does besides storing.
-_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait"})
+# Of the command: where the models come from, how it prints, and what it does besides storing.
+_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "on_end"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +79,13 @@ class ResultRows(Sequence[ResultRow]):
 
 
 Batch = SubmittedBatch | str
-"""A batch, or its id."""
+"""A batch, or its id, its name, or ``latest``."""
 
 
 def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
     """Store a batch of ``models``, each a hub id, perhaps with ``@revision``, or a folder, and send it to the workers.
 
-    ``options`` are those of ``qbatch submit``, with underscores: ``bits=[4, 8]``, ``scheme=["bnb-nf4"]``,
+    ``options`` are those of ``qbatch submit``, with underscores: ``bits=[4, 8]``, ``skip_modules=["lm_head"]``,
     ``baseline=False``, ``name="first"``, ``time_limit="2h"``. An option that may be repeated or takes a comma list
     takes a list. The environment variables are those of the command line. Warns if nothing runs that could work on
     it. Raises UsageError for what ``qbatch submit`` would refuse, TypeError for an option that does not exist, and
@@ -96,7 +97,7 @@ def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
         raise TypeError("models is a list of models: put a single one into brackets")
     settings = current_settings()
     lines = [_line(model) for model in models]
-    submission = read_submission(settings, _values(options), lines=lines)
+    submission = read_submission(settings, _values(options) | {"models": lines})
     database = open_database(settings)
     receipt = store(database, settings, submission)
     hint = send(database, settings) if receipt.answered < receipt.jobs else None
@@ -114,12 +115,11 @@ def wait(*batches: Batch, timeout: float | str | None = None, progress: bool = F
     from qbatch.commands.waiting import wait_for_batches
 
     settings = current_settings()
-    ids = _ids(batches)
-    if not ids:
+    if not batches:
         raise UsageError("wait needs a batch")
     timeout_s = None if timeout is None else _converted(Duration(), timeout, "timeout")
     database = open_database(settings)
-    require_batches(database, ids)
+    ids = find_batches(database, _words(batches))
     if settings.is_embedded and _is_open(database, ids):
         from qbatch.scheduler.stack_lock import stack_is_running
 
@@ -143,16 +143,15 @@ def results(
     from qbatch.models_db.results import find_results
 
     settings = current_settings()
-    ids = _ids(batches)
     database = open_database(settings)
-    require_batches(database, ids)
+    ids = find_batches(database, _words(batches))
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model, bits=tuple(bits), sort=sort, limit=limit)
     return ResultRows(placed(settings, rows))
 
 
-def _ids(batches: Iterable[Batch]) -> list[int]:
-    return parse_batch_ids([batch if isinstance(batch, str) else batch.id for batch in batches])
+def _words(batches: Iterable[Batch]) -> list[str]:
+    return [batch if isinstance(batch, str) else batch.id for batch in batches]
 
 
 def _line(model: str | Path) -> str:
@@ -173,7 +172,7 @@ def _is_open(database: Any, ids: Sequence[int]) -> bool:
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     """The parameters of the command: what was given, checked as on the command line, and the defaults."""
-    context = submit_command.make_context("submit", ["--models", "-"])
+    context = submit_command.make_context("submit", [])
     known = _options()
     if unknown := options.keys() - known.keys():
         raise TypeError(f"submit has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, parse_batch_ids, require_batches
+from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import format_options
+from qbatch.commands.targets import find_batches
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from qbatch.core.measured.loader_judgement import LoaderJudgement
     from qbatch.views.checks import Check
 
 
@@ -78,16 +80,43 @@ def inspect(model: str, format_: str) -> None:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
+@click.option(
+    "--for",
+    "loaders",
+    metavar="LOADERS",
+    help="Say instead what these loaders make of the checkpoints, from config, headers and names alone: transformers, "
+    "peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+)
+@click.option(
+    "--try",
+    "tries",
+    is_flag=True,
+    help="With --for: also load the checkpoints with transformers, peft, sentence-transformers and vllm, and compare "
+    "what they predict for three prompts with what was measured.",
+)
+@click.option(
+    "--python",
+    metavar="PATH",
+    help="With --try: the interpreter of an environment in which the loaders are installed.",
+)
 @format_options("table", "json", "csv")
-def verify(targets: Sequence[str], format_: str) -> None:
+def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str | None, format_: str) -> None:
     """Check published checkpoints: every file against the manifest, the tensors against the config.
 
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
+
+    With --for, each loader loads a checkpoint, loads it otherwise than it was measured, or refuses it. Exits with 1 if
+    one does not simply load.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS
     from qbatch.worker.checkpoints.verify import verify as problems_of
 
+    if (tries and loaders is None) or (python is not None and not tries):
+        raise UsageError("--python needs --try, and --try needs --for with the loaders to try")
+    if loaders is not None:
+        _judge(_checkpoint_folders(targets), loaders, format_, (python or sys.executable) if tries else None)
+        return
     rows = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
@@ -103,19 +132,50 @@ def verify(targets: Sequence[str], format_: str) -> None:
         sys.exit(1)
 
 
+def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | None) -> None:
+    """``python`` None: nothing is tried."""
+    from qbatch.commands.loader_names import parse_loaders
+    from qbatch.core.errors import JobError
+    from qbatch.core.loaders.known_loaders import judge_folder
+    from qbatch.core.measured.loader_judgement import LoaderVerdict
+    from qbatch.views.formats import render
+    from qbatch.views.loader_judgements import judgement_row, judgement_text
+
+    names = parse_loaders(loaders)
+    rows = []
+    for folder in folders:
+        try:
+            judgements = judge_folder(folder, names)
+            tried = _try(folder, names, python) if python is not None else {}
+        except JobError as error:
+            raise UsageError(f"{folder}: {error}") from error
+        rows += [judgement_row(folder, name, judgement, tried.get(name)) for name, judgement in judgements.items()]
+    click.echo(judgement_text(rows) if format_ == "table" else render(rows, (), format_))
+    sys.exit(1 if any(row["verdict"] != LoaderVerdict.LOADS for row in rows) else 0)
+
+
+def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:
+    from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
+    from qbatch.worker.models.code_vetting import vet_code
+
+    if not Path(python).is_file():
+        raise UsageError(f"{python} is not an interpreter")
+    vet_code(folder, trusted=False)
+    return try_loaders(folder, names, python=python)
+
+
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
-    for target in targets:
-        if not Path(target).is_dir() and not target.startswith("b"):
-            raise UsageError(f"{target!r} is neither a checkpoint folder nor a batch id such as b12")
-    batch_ids = parse_batch_ids([target for target in targets if not Path(target).is_dir()])
-    if targets and not batch_ids:
+    words = [target for target in targets if not Path(target).is_dir()]
+    if targets and not words:
         return folders
+    if paths := [word for word in words if "/" in word]:
+        raise UsageError(f"no such folder: {paths[0]}")
     settings = current_settings()
     database = open_database(settings)
-    require_batches(database, batch_ids)
+    batch_ids = find_batches(database, words)
     with database.read() as session:
         checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
         return folders + [settings.storage / checkpoint.path for checkpoint in checkpoints]

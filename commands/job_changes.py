@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, require_batches, require_jobs
+from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.sending import send
-from qbatch.core.domain import format_job_id, parse_id
+from qbatch.commands.shared_options import target_arguments
+from qbatch.commands.targets import find_targets
+from qbatch.core.domain import format_job_id
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
+@target_arguments
 def cancel(targets: Sequence[str]) -> None:
     """Cancel batches or jobs. Running jobs are stopped; finished jobs stay as they are."""
     from qbatch.models_db.jobs import cancel as cancel_jobs
@@ -26,7 +28,7 @@ def cancel(targets: Sequence[str]) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...")
+@target_arguments
 def retry(targets: Sequence[str]) -> None:
     """Queue failed and cancelled jobs again."""
     from qbatch.models_db.jobs import retry as retry_jobs
@@ -42,14 +44,10 @@ def _change(
     targets: Sequence[str], change: Callable[..., list[int]], done: str
 ) -> tuple[Database, Settings, list[int]]:
     settings = current_settings()
-    parsed = [parse_id(text) for text in targets]
-    batch_ids = [number for kind, number in parsed if kind == "b"]
-    job_ids = [number for kind, number in parsed if kind == "j"]
     database = open_database(settings)
-    require_batches(database, batch_ids)
-    require_jobs(database, job_ids)
+    found = find_targets(database, targets)
     with database.write() as session:
-        changed = change(session, batch_ids=batch_ids, job_ids=job_ids)
+        changed = change(session, batch_ids=found.batch_ids, job_ids=found.job_ids)
     for job_id in changed:
         click.echo(format_job_id(job_id))
     click.echo(f"{len(changed)} jobs {done}", err=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, parse_job_ids, require_jobs
+from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.targets import find_job
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import LARGEST_ID
 
@@ -35,10 +36,9 @@ def logs(job: str, follow: bool, attempt: int | None) -> None:
     """
     from qbatch.scheduler.job_log_tail import Follower, standing_of
 
-    (job_id,) = parse_job_ids([job])
     settings = current_settings()
     database = open_database(settings)
-    require_jobs(database, [job_id])
+    job_id = find_job(database, job)
     look = partial(standing_of, database, settings.logs_of, job_id)
     standing = look()
     if follow and not standing.has_ended:

@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import (
-    current_settings,
-    open_database,
-    parse_batch_ids,
-    parse_job_ids,
-    require_batches,
-    require_jobs,
-)
+from qbatch.commands.completion import complete_column, complete_model
+from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.parameter_types import Bits
-from qbatch.commands.shared_options import compare_options, format_options
-from qbatch.core.domain import LARGEST_ID, parse_id
+from qbatch.commands.shared_options import batch_arguments, compare_options, format_options, target_arguments
+from qbatch.commands.targets import find_batches, find_targets
+from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 
@@ -29,22 +24,26 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only jobs of this batch; may be repeated.")
-@click.option("--model", help="Only models whose name contains this text.")
+@batch_arguments("jobs")
+@click.option("--model", shell_complete=complete_model, help="Only models whose name contains this text.")
 @click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8.")
-@click.option("--sort", metavar="COLUMN", help="Sort by a column of the JSON output; -COLUMN sorts descending.")
+@click.option(
+    "--sort",
+    metavar="COLUMN",
+    shell_complete=complete_column,
+    help="Sort by a column of the JSON output; -COLUMN sorts descending.",
+)
 @click.option("--limit", type=click.IntRange(1, LARGEST_ID), metavar="INTEGER", help="Show at most this many rows.")
-@format_options("table", "json", "csv")
+@format_options("table", "json", "csv", "quiet")
 def results(
     batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
 ) -> None:
     """Show the measurements of each quantized model next to those of its baseline."""
     from qbatch.models_db.results import find_results
 
-    ids = parse_batch_ids(batches)
     settings = current_settings()
     database = open_database(settings)
-    require_batches(database, ids)
+    ids = find_batches(database, batches)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
     print_results(settings, rows, format_)
@@ -63,31 +62,32 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
 
-    ids = parse_batch_ids(batches)
     settings = current_settings()
     database = open_database(settings)
-    require_batches(database, ids)
+    ids = find_batches(database, batches)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, model=model)
     click.echo(comparison(placed(settings, rows), Preference(**preference), by=by, format=format_))
 
 
 @click.command()
-@click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+@target_arguments
 @format_options("table", "json", "csv")
-def show(jobs: Sequence[str], format_: str) -> None:
-    """Show everything about a job: attempts, scheme, protocol, measurements, audit, and what limits its speed."""
+def show(targets: Sequence[str], format_: str) -> None:
+    """Show everything about a job, or about each job of a batch: attempts, scheme, protocol, measurements, audit, and
+    what limits its speed."""
     from qbatch.models_db.database_id import database_id
+    from qbatch.models_db.job_pages import first_jobs
     from qbatch.models_db.job_record import whole_jobs
     from qbatch.views.formats import render
     from qbatch.views.job_details import show_jobs
 
-    ids = parse_job_ids(jobs)
     settings = current_settings()
     database = open_database(settings)
-    require_jobs(database, ids)
+    chosen = find_targets(database, targets)
     with database.read() as session:
-        found = whole_jobs(session, ids)
+        ids = list(first_jobs(session, LARGEST_ID, batch_ids=chosen.batch_ids)) if chosen.batch_ids else []
+        found = whole_jobs(session, list(dict.fromkeys([*ids, *chosen.job_ids])))
         folder = settings.logs_of(database_id(session))
     rows = placed(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
@@ -97,8 +97,8 @@ def show(jobs: Sequence[str], format_: str) -> None:
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
     """With the path of its newest log; none if no worker has begun it."""
-    _, job_id = parse_id(record.job_id)
-    return replace(record, log_path=str(job_log(folder, job_id, record.attempt)) if record.attempts else None)
+    log_path = job_log(folder, job_number(record.job_id), record.attempt)
+    return replace(record, log_path=str(log_path) if record.attempts else None)
 
 
 def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -> None:
@@ -107,6 +107,9 @@ def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -
     from qbatch.views.results_table import results_table
 
     rows = placed(settings, rows)
+    if format_ == "quiet":
+        click.echo("".join(f"{row.job_id}\n" for row in rows), nl=False)
+        return
     click.echo(results_table(rows) if format_ == "table" else render([row.to_json() for row in rows], (), format_))
 
 

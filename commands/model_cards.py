@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, require_batches, require_jobs
-from qbatch.core.domain import parse_id
+from qbatch.commands.completion import complete_batch
+from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.targets import find_targets
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[BATCH|JOB]...")
+@click.argument("targets", nargs=-1, metavar="[BATCH|JOB]...", shell_complete=complete_batch)
 @click.option("--overwrite", is_flag=True, help="Also replace cards that qbatch did not write.")
 def card(targets: Sequence[str], overwrite: bool) -> None:
     """Write the model cards (README.md) of checkpoints from the database, without arguments of all of them.
@@ -22,14 +23,11 @@ def card(targets: Sequence[str], overwrite: bool) -> None:
     from qbatch.worker.serving.cards import rewrite_cards
 
     settings = current_settings()
-    parsed = [parse_id(text) for text in targets]
-    batch_ids = [number for kind, number in parsed if kind == "b"]
-    job_ids = [number for kind, number in parsed if kind == "j"]
     database = open_database(settings)
-    require_batches(database, batch_ids)
-    require_jobs(database, job_ids)
+    found = find_targets(database, targets)
+    job_ids = list(found.job_ids)
     with database.read() as session:
-        if batch_ids or not targets:
-            job_ids += jobs_with_checkpoints(session, batch_ids)
+        if found.batch_ids or not targets:
+            job_ids += jobs_with_checkpoints(session, found.batch_ids)
     for line in rewrite_cards(database, settings, job_ids, overwrite=overwrite):
         click.echo(line)

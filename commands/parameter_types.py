@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from qbatch.core.byte_units import GIB, KIB, MIB
+from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method, find_method
 
 
@@ -43,7 +45,7 @@ class TimeLimit(Duration):
 
 
 class Name(click.ParamType[str]):
-    """A name that fits its database column."""
+    """A name for a batch that fits its database column and can stand for it on the command line."""
 
     name = "name"
     _LONGEST = 200
@@ -52,6 +54,8 @@ class Name(click.ParamType[str]):
         text = str(value)
         if len(text) > self._LONGEST:
             self.fail(f"a name may have at most {self._LONGEST} characters; this one has {len(text)}", param, ctx)
+        if text == LATEST or find_id(text) is not None:
+            self.fail(f"{text} already means a batch or a job: use another name", param, ctx)
         return text
 
 
@@ -81,6 +85,22 @@ class Schemes(click.ParamType[tuple[Method, ...]]):
             return tuple(find_method(part.strip()) for part in str(value).split(","))
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+class Parts(click.ParamType[frozenset[MeasuredPart]]):
+    """A comma list of the parts of a measurement."""
+
+    name = "parts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[MeasuredPart]:
+        if isinstance(value, frozenset):
+            return value
+        known = {part.value: part for part in MeasuredPart}
+        names = [name.strip() for name in str(value).split(",")]
+        for name in names:
+            if name not in known:
+                self.fail(f"{_shorten(name)} cannot be measured (use {', '.join(known)})", param, ctx)
+        return frozenset({MeasuredPart.SIZE, *(known[name] for name in names)})
 
 
 class Amount(click.FloatRange):

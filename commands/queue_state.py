@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database, parse_batch_ids, require_batches
-from qbatch.commands.shared_options import ON_A_TERMINAL, format_options, limit_option
+from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.shared_options import ON_A_TERMINAL, batch_arguments, format_options, limit_option
+from qbatch.commands.targets import find_batches
 from qbatch.core.domain import JobState
 
 if TYPE_CHECKING:
@@ -17,25 +18,24 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("batch", required=False)
+@batch_arguments()
 @limit_option("jobs, or batches (the newest)")
-@format_options("table", "json", "csv")
-def status(batch: str | None, limit: int | None, format_: str) -> None:
-    """Show the batches, or one batch and its jobs."""
+@format_options("table", "json", "csv", "quiet")
+def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
+    """Show all batches, or some batches and their jobs."""
     from qbatch.models_db.listing import count_batches, list_batches
     from qbatch.models_db.pauses import standing
     from qbatch.views.formats import render
     from qbatch.views.listings import BATCH_COLUMNS
 
-    ids = parse_batch_ids([batch] if batch else [])
     database = open_database(current_settings())
-    require_batches(database, ids)
+    ids = find_batches(database, batches)
     limit = _limit(limit, format_)
     with database.read() as session:
-        batches = list_batches(session, ids, limit=limit)
-        click.echo(render(batches, BATCH_COLUMNS, format_))
+        found = list_batches(session, ids, limit=limit)
+        click.echo(render(found, BATCH_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
         if limit is not None and not ids:
-            _mention_rest("newest", len(batches), count_batches(session), "batches")
+            _mention_rest("newest", len(found), count_batches(session), "batches")
         for pause in standing(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
@@ -43,7 +43,7 @@ def status(batch: str | None, limit: int | None, format_: str) -> None:
 
 
 @click.command()
-@click.option("--batch", "batches", multiple=True, metavar="BATCH", help="Only jobs of this batch; may be repeated.")
+@batch_arguments("jobs")
 @click.option(
     "--state",
     "states",
@@ -52,12 +52,11 @@ def status(batch: str | None, limit: int | None, format_: str) -> None:
     help="Only jobs in this state; may be repeated.",
 )
 @limit_option("jobs")
-@format_options("table", "json", "csv")
+@format_options("table", "json", "csv", "quiet")
 def jobs(batches: Sequence[str], states: Sequence[str], limit: int | None, format_: str) -> None:
-    """List jobs."""
-    ids = parse_batch_ids(batches)
+    """List jobs: all, or those of some batches."""
     database = open_database(current_settings())
-    require_batches(database, ids)
+    ids = find_batches(database, batches)
     with database.read() as session:
         _print_jobs(session, ids, states, _limit(limit, format_), format_)
 
@@ -71,7 +70,7 @@ def _print_jobs(
     from qbatch.views.listings import JOB_COLUMNS
 
     found = list_jobs(session, batch_ids=batch_ids, states=states, limit=limit)
-    click.echo(render(found, JOB_COLUMNS, format_))
+    click.echo(render(found, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
     if format_ == "table" and any(job["state"] == JobState.FAILED for job in found):
         click.echo("`qbatch logs JOB` shows the log of a failed job", err=True)
     if limit is not None and len(found) == limit:

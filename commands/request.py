@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbatch.commands.shared_options import EACH
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DeviceKind, DType
 from qbatch.core.errors import UsageError
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
 from qbatch.core.settings import Settings
 
@@ -22,13 +24,8 @@ _MODEL_LIST_LIMIT = 16 * 2**20
 _EVAL_TEXT_LIMIT = 64 * 2**20
 
 
-def read_submission(
-    settings: Settings, options: Mapping[str, Any], *, lines: Sequence[str] | None = None
-) -> Submission:
-    """The request that the options of ``submit`` describe. Raises UsageError.
-
-    ``lines`` are the lines of the list of models, if whoever asks has them already.
-    """
+def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
+    """The request that the options of ``submit`` describe. Raises UsageError."""
     from qbatch.core.methods.registry import every_option
     from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.lm_eval_files import read_tasks
@@ -52,13 +49,19 @@ def read_submission(
         batch_sizes=options["batch_sizes"] or (),
         prompt_tokens=options["prompt_tokens"] or (),
         new_tokens=options["new_tokens"] or (),
-        why=options["why"],
-        energy=options["energy"],
+        **_parts(options["measure"], why=options["why"], energy=options["energy"]),
+        time_each=True if options["speed"] == EACH else None,
     )
-    if lines is None:
-        lines = _read_text(options["models_file"], _MODEL_LIST_LIMIT).splitlines()
+    if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
+        raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
+    sources = read_model_list(
+        _read_list(options["models_file"]),
+        named=options["models"],
+        check_folders=settings.is_one_machine,
+        roots=settings.allowed_roots,
+    )
     return Submission(
-        sources=tuple(read_model_list(lines, check_folders=settings.is_one_machine, roots=settings.allowed_roots)),
+        sources=tuple(sources),
         grid=grid,
         eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT),
         tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
@@ -70,6 +73,17 @@ def read_submission(
     )
 
 
+def _read_list(file: str | None) -> list[str]:
+    """The lines of the file that --models names; none without it."""
+    if file is None:
+        return []
+    if file != "-" and not Path(file).exists():
+        raise UsageError(f"there is no file {file}; --models reads a list, and models are named without it: {file}")
+    if Path(file).is_dir():
+        raise UsageError(f"{file} is a folder; --models reads a list, and models are named without it")
+    return _read_text(file, _MODEL_LIST_LIMIT).splitlines()
+
+
 def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
     from qbatch.core.methods.registry import quant_types
 
@@ -79,6 +93,22 @@ def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
         if name not in known:
             raise UsageError(f"{name!r} is not a 4-bit data type (use {' or '.join(known)})")
     return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def _parts(measure: Set[MeasuredPart] | None, *, why: bool | None, energy: bool | None) -> dict[str, bool | None]:
+    """Whether each part of a measurement was asked for; None leaves it to the device's default.
+
+    ``why`` and ``energy`` add a part to ``measure``, and ``False`` contradicts it. Raises UsageError for that.
+    """
+    if measure is None:
+        return {"why": why, "energy": energy}
+    for part, is_asked in ((MeasuredPart.WHY, why), (MeasuredPart.ENERGY, energy)):
+        if is_asked is False and part in measure:
+            raise UsageError(f"--measure asks for {part}, and --no-{part} does not")
+        measure = measure | {part} if is_asked else measure
+    if MeasuredPart.WHY in measure:  # it explains the speed
+        measure = measure | {MeasuredPart.SPEED}
+    return {part.value: part in measure for part in MeasuredPart if part is not MeasuredPart.SIZE}
 
 
 def _time_limit_s(settings: Settings, requested_s: float | None) -> float | None:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Patterns, Schemes, TimeLimit
+from qbatch.commands.completion import complete_batch, complete_model
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
@@ -18,22 +19,76 @@ from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
 _LARGEST = LARGEST_ID
+_BATCH_OPTIONS = "qbatch.batch_options"
+OF_A_SHAPE, EACH = "shape", "each"
 ON_A_TERMINAL = 50
 """How many rows of a long list a terminal shows unless it is told."""
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
-    """Add the options --format and --json."""
+    """Add the options --format and --json, and -q where ``quiet`` is one of the formats."""
 
     def add(command: Command) -> Command:
+        # The last declared one of several options for a parameter gives its default: --format is applied first.
         command = click.option(
             "--format", "format_", type=click.Choice(formats), default="table", show_default=True, help="Output format."
         )(command)
-        return click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
+        command = click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
             command
         )
+        if "quiet" not in formats:
+            return command
+        return click.option(
+            "-q", "format_", flag_value="quiet", default=None, help="Print ids alone: the same as --format quiet."
+        )(command)
 
     return add
+
+
+def batch_arguments(rows: str | None = None, *, required: bool = False) -> Callable[[Command], Command]:
+    """Add the argument BATCH..., and for a command that shows ``rows`` the option --batch, which means the same."""
+
+    def add(command: Command) -> Command:
+        metavar = "BATCH..." if required else "[BATCH]..."
+        argument = click.argument(
+            "batches",
+            nargs=-1,
+            required=required,
+            metavar=metavar,
+            shell_complete=complete_batch,
+            callback=_with_options,
+        )
+        if rows is None:
+            return argument(command)
+        option = click.option(
+            "--batch",
+            multiple=True,
+            metavar="BATCH",
+            shell_complete=complete_batch,
+            # Before the argument, which takes over what was given here.
+            is_eager=True,
+            expose_value=False,
+            callback=_keep_for_arguments,
+            help=f"Only {rows} of this batch, as BATCH says without the option; may be repeated.",
+        )
+        return argument(option(command))
+
+    return add
+
+
+def _keep_for_arguments(context: click.Context, _: click.Parameter, words: tuple[str, ...]) -> None:
+    context.meta[_BATCH_OPTIONS] = words
+
+
+def _with_options(context: click.Context, _: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    return (*words, *context.meta.get(_BATCH_OPTIONS, ()))
+
+
+def target_arguments(command: Command) -> Command:
+    """Add the argument BATCH|JOB..."""
+    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_batch)(
+        command
+    )
 
 
 def limit_option(rows: str) -> Callable[[Command], Command]:
@@ -49,10 +104,8 @@ def limit_option(rows: str) -> Callable[[Command], Command]:
 def compare_options(command: Command) -> Command:
     """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
     options = [
-        click.option(
-            "--batch", "batches", multiple=True, metavar="BATCH", help="Only results of this batch; may be repeated."
-        ),
-        click.option("--model", help="Only models whose name contains this text."),
+        batch_arguments("results"),
+        click.option("--model", shell_complete=complete_model, help="Only models whose name contains this text."),
         click.option(
             "--by",
             type=click.Choice(ORIENTATIONS),
@@ -104,12 +157,12 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
 def submit_options(command: Command) -> Command:
     """Add the options that ``submit`` and ``run`` share."""
     options = [
+        click.argument("models", nargs=-1, metavar="[MODEL]..."),
         click.option(
             "--models",
             "models_file",
-            required=True,
             metavar="FILE",
-            help="A file with one model per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
+            help="A file with one MODEL per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
         ),
         click.option(
             "--bits",
@@ -165,7 +218,8 @@ def submit_options(command: Command) -> Command:
             metavar="NAME",
             help="Layers to leave unquantized, besides those that transformers leaves: the end of their names "
             "(down_proj), their beginning up to a dot (model.layers.0), or a pattern (.*self_attn). Separate several "
-            "with commas; may be repeated.",
+            "with commas; may be repeated. The checkpoint lists the layers by their full names, which serving engines "
+            "need (docs/howto/serve.md).",
         ),
         click.option(
             "--max-shard-size", type=ByteSize(), help="Split the weights into files of at most this size: 5GB."
@@ -229,19 +283,32 @@ def submit_options(command: Command) -> Command:
             help="How many tokens to generate; several may be given, separated by commas.  [default: 64, on a CPU 16]",
         ),
         click.option(
-            "--why/--no-why",
-            default=None,
-            help="On a GPU, find out what limits the decoding speed of a language model; takes a few seconds per row.  "
-            "[default: why]",
+            "--measure",
+            type=Parts(),
+            metavar="PART",
+            help="What to measure, as a comma list. size: counted without loading the model, so that every model that "
+            "can be quantized succeeds. quality: perplexity, the comparison with the baseline, and the tasks. speed: "
+            "times and peaks of memory. why: on a GPU, what limits the decoding speed of a language model, which "
+            "takes a few seconds per row and includes speed. energy: on a GPU, what a language model takes per token, "
+            "which takes 40 s per row or more.  [default: size,quality,speed,why]",
+        ),
+        click.option(
+            "--why/--no-why", default=None, help="Add why to what is measured, or leave it out.  [default: why]"
         ),
         click.option(
             "--energy/--no-energy",
             default=None,
-            help="On a GPU, measure the energy that a language model takes per token; takes 40 s per row or more.  "
-            "[default: no-energy]",
+            help="Add energy to what is measured, or leave it out.  [default: no-energy]",
+        ),
+        click.option(
+            "--speed",
+            type=click.Choice([OF_A_SHAPE, EACH]),
+            default=OF_A_SHAPE,
+            show_default=True,
+            help=f"{OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, time one on each GPU; the "
+            f"rows of the others say whose speed they have. {EACH}: time every model.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
-        click.option("-q", "format_", flag_value="quiet", default=None, help="The same as --format quiet."),
         format_options("table", "json", "quiet"),
     ]
     for option in reversed(options):

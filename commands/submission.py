@@ -11,13 +11,15 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.measurements import print_results
+from qbatch.commands.on_end import on_end_option
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
 from qbatch.commands.shared_options import submit_options
 from qbatch.commands.waiting import wait_for_batches
+from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
-from qbatch.core.errors import StackNotRunning
+from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,8 +35,11 @@ _LONG_LIST = 500
 @click.command()
 @submit_options
 @click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
-def submit(format_: str, wait_: bool, **options: Any) -> None:
-    """Store a batch of quantize-and-benchmark jobs and print its id."""
+@on_end_option
+def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> None:
+    """Store a batch of quantize-and-benchmark jobs for each MODEL and print its id."""
+    if on_end is not None and not wait_:
+        raise UsageError("--on-end needs --wait: afterwards nobody would be there to run the command")
     settings = current_settings()
     submission = read_submission(settings, options)
     database = open_database(settings)
@@ -47,7 +52,9 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
         raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
-        all_succeeded = wait_for_batches(database, settings, [receipt.batch_id], quiet=format_ == "quiet")
+        all_succeeded = wait_for_batches(
+            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
+        )
         _print_outcome(database, settings, receipt, format_)
         sys.exit(0 if all_succeeded else 1)
     _print_receipt(receipt, format_)
@@ -55,8 +62,9 @@ def submit(format_: str, wait_: bool, **options: Any) -> None:
 
 @click.command()
 @submit_options
-def run(format_: str, **options: Any) -> None:
-    """Submit a batch, run it here, and print the results.
+@on_end_option
+def run(format_: str, on_end: str | None, **options: Any) -> None:
+    """Submit a batch for each MODEL, run it here, and print the results.
 
     Starts the embedded stack (Redis, scheduler, workers) unless one is already running or QBATCH_BROKER_URL is
     set. Stops what it started when the batch has finished.
@@ -66,14 +74,16 @@ def run(format_: str, **options: Any) -> None:
     settings = current_settings()
     submission = read_submission(settings, options)
     if not settings.is_embedded or stack_is_running(settings):
-        sys.exit(_run(settings, submission, format_, stack=None))
+        sys.exit(_run(settings, submission, format_, stack=None, on_end=on_end))
     interrupt_on_signals()
     with local_stack(settings, device=DeviceKind(options["device"])) as stack:
-        code = _run(settings, submission, format_, stack=stack)
+        code = _run(settings, submission, format_, stack=stack, on_end=on_end)
     sys.exit(code)
 
 
-def _run(settings: Settings, submission: Submission, format_: str, stack: LocalStack | None) -> int:
+def _run(
+    settings: Settings, submission: Submission, format_: str, *, stack: LocalStack | None, on_end: str | None
+) -> int:
     database = open_database(settings)
     receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
@@ -84,7 +94,7 @@ def _run(settings: Settings, submission: Submission, format_: str, stack: LocalS
     supervise = stack.supervise if stack is not None else None
     try:
         all_succeeded = wait_for_batches(
-            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise
+            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise, on_end=on_end
         )
     except KeyboardInterrupt:
         click.echo(
@@ -112,6 +122,8 @@ def _store(
             "by the sizes and modification times of their files, not by their content",
             err=True,
         )
+    for warning, models in receipt.warnings.items():
+        click.echo(escape_controls(warning if models == 1 else f"{models} models: {warning}"), err=True)
     return receipt, send(database, settings) if _has_work(receipt) else None
 
 
@@ -144,6 +156,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
                     "answered": receipt.answered,
                     "live_workers": receipt.live_workers,
                     "outdated": receipt.outdated,
+                    "warnings": list(receipt.warnings),
                 }
             )
         )

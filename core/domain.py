@@ -13,6 +13,7 @@ from typing import Any, Self
 from qbatch.core.errors import UsageError
 from qbatch.core.kinds import DeviceKind as DeviceKind
 from qbatch.core.kinds import DType as DType
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.description import MethodOption, OptionValue, T
 from qbatch.core.methods.registry import Description
 from qbatch.core.methods.registry import Method as Method
@@ -179,7 +180,9 @@ class Protocol:
     with the other models of the bundle. ``min_iterations`` and ``min_duration_s`` apply to all rounds together,
     ``warmup_iterations`` and ``prefill_iterations`` to each round. A warm-up generates ``warmup_tokens`` tokens, or
     ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
-    addition to the timed iterations. ``why`` and ``energy`` ask for an analysis of a decode step on a GPU.
+    addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
+    the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
+    With ``time_each``, no row has the speed of another model of the same shape.
     """
 
     batch_size: int
@@ -200,6 +203,9 @@ class Protocol:
     energy: bool = False
     warmup_tokens: int | None = None
     prefill_iterations: int = 0
+    quality: bool = True
+    speed: bool = True
+    time_each: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -213,6 +219,29 @@ class Protocol:
             raise UsageError(f"warmup_tokens must be at least 2, not {self.warmup_tokens}: the second is decoded")
         if self.prefill_iterations < 0:
             raise UsageError(f"prefill_iterations must be at least 0, not {self.prefill_iterations}")
+        if self.why and not self.speed:
+            raise UsageError("what limits the speed cannot be found without measuring it")
+        if self.tasks and not self.quality:
+            raise UsageError("tasks are a part of quality, which is not measured")
+
+    @property
+    def parts(self) -> frozenset[MeasuredPart]:
+        chosen = {
+            MeasuredPart.QUALITY: self.quality,
+            MeasuredPart.SPEED: self.speed,
+            MeasuredPart.WHY: self.why,
+            MeasuredPart.ENERGY: self.energy,
+        }
+        return frozenset({MeasuredPart.SIZE, *(part for part, is_measured in chosen.items() if is_measured)})
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is loaded at all. Its size is counted without."""
+        return self.parts != {MeasuredPart.SIZE}
+
+    @property
+    def speed_rounds(self) -> int:
+        return self.rounds if self.speed else 0
 
     @property
     def hash(self) -> str:
@@ -276,6 +305,9 @@ class ProtocolOptions:
     task_limit: int | None = None
     why: bool | None = None
     energy: bool | None = None
+    quality: bool | None = None
+    speed: bool | None = None
+    time_each: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
@@ -290,16 +322,22 @@ class ProtocolOptions:
         """The protocol on a device of ``kind`` (CUDA or CPU)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if kind is DeviceKind.CPU:
-            # On a CPU there is nothing to analyse and no energy counter; the request must not change the protocol.
-            values |= {"why": False, "energy": False}
+            # On a CPU there is nothing to analyse and no energy counter, and each model is timed. The request must not
+            # change the protocol.
+            values |= {"why": False, "energy": False, "time_each": False}
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Omits what ``--measure`` and ``--speed`` choose where they were not given: 0.1.0 does not know it."""
+        value = asdict(self)
+        return {name: chosen for name, chosen in value.items() if name not in _NEW_OPTIONS or chosen is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
+
+
+_NEW_OPTIONS = ("quality", "speed", "time_each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,9 +390,18 @@ LARGEST_ID = 2**31 - 1
 """The largest id that a database column holds."""
 
 
-def parse_id(text: str) -> tuple[str, int]:
-    """``b12`` → ("b", 12), ``j345`` → ("j", 345). Raises UsageError for anything else."""
-    match = _TYPED_ID.fullmatch(text.strip())
+LATEST = "latest"
+"""What people call the batch that was submitted last."""
+
+
+def find_id(text: str) -> tuple[str, int] | None:
+    """``b12`` → ("b", 12), ``j345`` → ("j", 345); None for anything else."""
+    match = _TYPED_ID.fullmatch(text)
     if match is None or int(match[2]) > LARGEST_ID:
-        raise UsageError(f"{text[:60]!r} is neither a batch id such as b12 nor a job id such as j345")
+        return None
     return match[1], int(match[2])
+
+
+def job_number(job_id: str) -> int:
+    """``j345`` → 345: what ``format_job_id`` was given."""
+    return int(job_id.removeprefix("j"))

@@ -235,8 +235,8 @@ class QuantizationError(JobError):
 
 
 class BenchmarkError(JobError):
-    """The model or its checkpoint could not be measured. The message says why. A published checkpoint can still be
-    used."""
+    """A baseline could not be measured. The message says why. A published checkpoint that cannot be measured is a
+    success of its quantization, and its row says why it has no figures."""
 
     kind = "benchmark_error"
 

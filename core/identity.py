@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 
@@ -31,14 +31,21 @@ class Settled:
     key: str
 
 
-def settle(spec: JobSpec, *, fingerprint: str, source: DType, device_kind: DeviceKind) -> Settled:
-    """Resolve the AUTO options of ``spec`` for a source of that fingerprint and dtype on that device (CUDA or CPU)."""
+def settle(
+    spec: JobSpec, *, fingerprint: str, source: DType, device_kind: DeviceKind, skip_list: tuple[str, ...] | None = None
+) -> Settled:
+    """Resolve the AUTO options of ``spec`` for a source of that fingerprint and dtype on that device (CUDA or CPU).
+
+    ``skip_list`` is what the scheme's ``skip_modules`` mean for this model, and is hashed in their place, so that two
+    spellings are one checkpoint; None if they are to be hashed as they were spelt, as version 0.1.0 did.
+    """
     dtype = stored_dtype(spec.dtype, source)
     scheme = spec.scheme.resolved(dtype)
+    hashed = scheme if skip_list is None else replace(scheme, skip_modules=skip_list)
     key = content_hash(
         {
             "fingerprint": fingerprint,
-            "scheme": scheme.to_json(),
+            "scheme": hashed.to_json(),
             "dtype": dtype,
             "device": device_kind,
             "versions": dict(writer_versions(scheme.method)),

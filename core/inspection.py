@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import FetchError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
 from qbatch.core.methods.registry import family_of
+from qbatch.core.prior_quantization import QUANTIZATION_KEYS, stale_quantization
 from qbatch.core.sources import (
     INDEX_NAME,
     PICKLE_SUFFIXES,
@@ -61,6 +62,8 @@ def inspect_source(source: SourceRef) -> dict[str, Any]:
 def _describe(
     source: SourceRef, commit: str | None, config: Mapping[str, Any], headers: tuple[Header, ...]
 ) -> dict[str, Any]:
+    if stale_quantization(config, headers) is not None:
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     tensors = [tensor for header in headers for tensor in header.tensors]
     dtypes = _by_dtype(tensors)
     architectures = config.get("architectures")

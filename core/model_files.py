@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qbatch.core.errors import SourceNotFound
+from qbatch.core.folder_hint import ADAPTER_CONFIG, MODULES_NAME, module_names
+from qbatch.core.lfs_pointer import refuse_lfs_pointer
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import (
     DOCUMENTS,
@@ -21,14 +21,15 @@ from qbatch.core.sources import (
     is_pickled,
     pickle_files,
     read_object,
+    require_config,
     storage_errors,
     weight_files,
 )
 from qbatch.core.storage import MODEL_CARD
 
-# If PEFT is installed, transformers applies an adapter that it finds next to the weights.
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_NOT_BESIDE = ("config.json", MANIFEST, "*.index.json")
+# With PEFT installed, transformers would apply an adapter that it finds beside the weights. It is neither loaded nor
+# published, so it does not belong to the model.
+_NOT_BESIDE = ("config.json", MANIFEST, "*.index.json", ADAPTER_CONFIG)
 
 
 def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool = False) -> dict[str, Path]:
@@ -40,17 +41,17 @@ def content_files(folder: Path, *, with_code: bool = False, allow_pickle: bool =
     Raises SourceNotFound, SourceCorrupt, UnsafeSource for pickles that are not allowed, or StorageError.
     """
     with storage_errors():
-        if not (folder / "config.json").is_file():
-            raise SourceNotFound(f"{folder} has no config.json")
+        require_config(folder)
         pickled = allow_pickle and is_pickled(folder)
         weights = pickle_files(folder) if pickled else weight_files(folder)
         single, index = (PICKLE_NAME, PICKLE_INDEX_NAME) if pickled else (SINGLE_NAME, INDEX_NAME)
         paths = {folder / "config.json", *weights, *sidecars(folder)} - {folder / MODEL_CARD}
         if not (folder / single).is_file():
             paths.add(folder / index)
-        paths |= {path for name in _ADAPTERS if (path := folder / name).is_file()}
         if with_code:
             paths |= set(python_files(folder))
+        for path in sorted(paths):
+            refuse_lfs_pointer(path)
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
 
 
@@ -83,7 +84,7 @@ def python_files(folder: Path) -> list[Path]:
 
 def _module_folders(folder: Path) -> Iterator[Path]:
     """The module folders (pooling, normalization, dense) that modules.json of a sentence-transformers model lists."""
-    path = folder / "modules.json"
+    path = folder / MODULES_NAME
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -92,9 +93,7 @@ def _module_folders(folder: Path) -> Iterator[Path]:
         modules = json.loads(raw)
     except (ValueError, RecursionError):  # another library may use this file name; the file itself is still copied
         return
-    entries = modules if isinstance(modules, list) else []
-    names = [str(entry.get("path")) for entry in entries if isinstance(entry, dict)]
-    yield from (folder / name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name) and (folder / name).is_dir())
+    yield from (folder / name for name in module_names(modules) if (folder / name).is_dir())
 
 
 def _is_module_file(path: Path) -> bool:

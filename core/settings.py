@@ -76,7 +76,7 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings. Raises UsageError, naming the variable, if a value is not valid."""
         # Links are resolved, because the names of the socket, the spool and the database derive from this path.
-        home = Path(environ.get("QBATCH_HOME") or "~/.qbatch").expanduser().resolve()
+        home = _folder(environ.get("QBATCH_HOME") or "~/.qbatch", "QBATCH_HOME").resolve()
         if "?" in str(home):
             raise UsageError("QBATCH_HOME must not contain a '?': it would end the path in the database URL")
         kinds: dict[str, type[int] | type[float]] = {
@@ -94,8 +94,8 @@ class Settings:
         }
         return cls(
             home=home,
-            storage=Path(environ.get("QBATCH_STORAGE") or home / "storage").expanduser().absolute(),
-            cache=Path(environ.get("QBATCH_CACHE") or home / "cache").expanduser().absolute(),
+            storage=_folder(environ.get("QBATCH_STORAGE") or home / "storage", "QBATCH_STORAGE"),
+            cache=_folder(environ.get("QBATCH_CACHE") or home / "cache", "QBATCH_CACHE"),
             broker_url=environ.get("QBATCH_BROKER_URL") or None,
             database_url=environ.get("QBATCH_DATABASE_URL") or None,
             flower_auth=environ.get("QBATCH_FLOWER_AUTH") or None,
@@ -241,7 +241,19 @@ def _is_redis(url: str) -> bool:
 def _folders(text: str | None) -> tuple[Path, ...] | None:
     if not text:
         return None
-    return tuple(Path(part).expanduser().absolute() for part in text.split(os.pathsep) if part)
+    return tuple(_folder(part, "QBATCH_MODEL_ROOTS") for part in text.split(os.pathsep) if part)
+
+
+def _folder(path: str | Path, variable: str) -> Path:
+    """The absolute path. Raises UsageError if ``~`` has no meaning here, as for a container's user without an entry."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        if str(path).startswith("~/"):
+            why = "HOME is not set, and this user has no entry in /etc/passwd"
+        else:
+            why = f"{path} names no user's home"
+        raise UsageError(f"{why}: set {variable} to the path of a folder") from error
 
 
 def _names(text: str | None) -> frozenset[str]:

@@ -15,6 +15,8 @@ from typing import Any
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DType, SourceRef
 from qbatch.core.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
+from qbatch.core.folder_hint import where_the_model_is
+from qbatch.core.lfs_pointer import refuse_lfs_pointer
 
 # Longer headers are refused before they are read. This is enough for a quarter of a million tensors. Hostile JSON takes
 # 25 times its size in memory, so the limit of safetensors itself, 100 MB, would cost 2.4 GB.
@@ -136,6 +138,7 @@ def read_header(path: Path) -> Header:
 
     Raises SourceCorrupt, before allocating memory for a bad header, or StorageError if the file cannot be read.
     """
+    refuse_lfs_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -248,16 +251,21 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     if not folder.is_dir():
         raise SourceNotFound(f"no such folder: {folder}")
-    if not (folder / "config.json").is_file():
-        raise SourceNotFound(f"{folder} has no config.json")
+    require_config(folder)
     if (folder / SINGLE_NAME).is_file():
         return (folder / SINGLE_NAME,)
     index = folder / INDEX_NAME
     if index.is_file():
         return tuple(_present(folder, name, index) for name in indexed_files(index))
-    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+    if any(path.suffix in PICKLE_SUFFIXES and not path.name.startswith("adapter_") for path in folder.iterdir()):
         raise UnsafeSource(f"{folder} has only pickles, no safetensors; use --allow-pickle to convert them")
-    raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{where_the_model_is(folder)}")
+
+
+def require_config(folder: Path) -> None:
+    """Raise SourceNotFound if there is no config.json, with what is there instead. Raises OSError."""
+    if not (folder / "config.json").is_file():
+        raise SourceNotFound(f"{folder} has no config.json{where_the_model_is(folder)}")
 
 
 @storage_errors()
@@ -298,14 +306,13 @@ def _present(folder: Path, name: str, index: Path) -> Path:
 @storage_errors()
 def read_config(folder: Path) -> Mapping[str, Any]:
     """config.json as a mapping. Raises SourceNotFound, SourceCorrupt or StorageError."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise SourceNotFound(f"{folder} has no config.json")
-    return read_object(path)
+    require_config(folder)
+    return read_object(folder / "config.json")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_HEADER_BYTES. Raises SourceCorrupt."""
+    refuse_lfs_pointer(path)
     with path.open("rb") as file:
         raw = file.read(MAX_HEADER_BYTES)
     try:

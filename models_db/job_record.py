@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import format_batch_id, format_job_id, parse_id
+from qbatch.core.domain import format_batch_id, format_job_id, job_number
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_json import Stored
 from qbatch.models_db.memory_need import need_source
@@ -96,7 +96,7 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
         return []
     rows = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
     wanted = sorted(row.baseline_job_id for row in rows.values() if row.baseline_job_id is not None)
-    found = find_results(session, job_ids=[parse_id(text)[1] for text in wanted]) if wanted else []
+    found = find_results(session, job_ids=[job_number(text) for text in wanted]) if wanted else []
     baselines = {row.job_id: row for row in found}
     return [
         WholeJob(

@@ -193,6 +193,16 @@ class FileDigestRow(Base):
     hashed_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
+class SkipListKey(Base):
+    """The key of a checkpoint under the key that its skip list has as it is spelt."""
+
+    __tablename__ = "skip_list_keys"
+
+    spelled: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64))
+    settled_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
 class Result(Base):
     """The measurement of one job. A job that is answered by an earlier result has no row here."""
 
@@ -227,6 +237,8 @@ class Result(Base):
     kl_mean: Mapped[float | None] = mapped_column(index=True)
     top1_agreement: Mapped[float | None] = mapped_column(index=True)
     details: Mapped[dict[str, Any]]
+    # By which jobs of the same batch find a speed that is theirs too; null if it is not (``Details.speed_key``).
+    speed_key: Mapped[str | None] = mapped_column(String(64), index=True)
     created_at: Mapped[datetime] = mapped_column(default=db_now(), index=True)
 
 

@@ -41,7 +41,7 @@ _MOST_NAMED = 8
 _OVER = object()
 _OTHER = aliased(Job)
 # By ids, because there are few.
-_IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
+IS_DISPATCHED: ColumnElement[bool] = and_(Job.id.in_(select(_OTHER.id).where(_OTHER.dispatch_id > "")), IS_QUEUED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def _waiting_in(session: Session, queue: str) -> dict[int, int]:
     """How many dispatched bundles wait in ``queue``, by priority."""
     rows = session.execute(
         select(Job.priority, func.count(func.distinct(Job.dispatch_id)))
-        .where(_IS_DISPATCHED, Job.queue == queue)
+        .where(IS_DISPATCHED, Job.queue == queue)
         .group_by(Job.priority)
     )
     return {priority: count for priority, count in rows}
@@ -167,7 +167,7 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
 
 
 def label_of(batch_id: int, model: str, methods: Sequence[str], job_ids: Sequence[int]) -> str:
-    """What Celery and Flower show of a message: ``b3 org/model: baseline, bnb-nf4 · j7, j8``. Its length is bounded."""
+    """What Celery and Flower show of a message: ``b3 org/model: baseline, scheme · j7, j8``. Its length is bounded."""
     name = model if len(model) <= _LONGEST_NAME else f"…{model[1 - _LONGEST_NAME :]}"
     schemes = ", ".join("baseline" if method == Method.NONE else method for method in dict.fromkeys(methods))
     jobs = ", ".join(map(format_job_id, job_ids[:_MOST_NAMED]))
@@ -177,7 +177,7 @@ def label_of(batch_id: int, model: str, methods: Sequence[str], job_ids: Sequenc
 
 def waiting_messages(session: Session) -> dict[str, str]:
     """All dispatched messages that no worker has claimed yet: dispatch id → queue."""
-    rows = session.execute(select(Job.dispatch_id, Job.queue).where(_IS_DISPATCHED).distinct())
+    rows = session.execute(select(Job.dispatch_id, Job.queue).where(IS_DISPATCHED).distinct())
     return {dispatch_id: queue for dispatch_id, queue in rows if dispatch_id is not None and queue is not None}
 
 
@@ -218,7 +218,7 @@ def take_out(session: Session, dispatch_ids: Collection[str]) -> None:
 
 def recall(session: Session, served: Collection[str]) -> None:
     """Mark jobs in queues other than ``served`` as not sent, because no worker reads those queues any more."""
-    _undispatch(session, _IS_DISPATCHED, Job.queue.not_in(served))
+    _undispatch(session, IS_DISPATCHED, Job.queue.not_in(served))
 
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:

@@ -36,7 +36,7 @@ def serve(settings: Settings, *, address: str, port: int) -> None:
 def name_after_its_work(task: Any) -> Any:
     """A task as Flower shows it, called after what it does: all of them have the same name in Celery.
 
-    ``b3 org/model: bnb-nf4 · j7, j8`` becomes the name ``org/model: bnb-nf4 (b3)`` with the arguments ``j7, j8``.
+    ``b3 org/model: scheme · j7, j8`` becomes the name ``org/model: scheme (b3)`` with the arguments ``j7, j8``.
     """
     label = _LABEL.fullmatch(task.args or "") if task.name == RUN_BUNDLE else None
     if label is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
 from qbatch.core.sources import read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import file_digests, jobs, results
+from qbatch.models_db import file_digests, jobs, results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
+from qbatch.scheduler.loader_warnings import loader_warnings
 from qbatch.scheduler.vram_prediction import predicted_need
 
 
@@ -30,13 +31,14 @@ class _Folder:
     """What is known about a folder from its headers and config.
 
     ``stats`` maps each file name to its state; None for a model with its own code, whose identity depends on whether a
-    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0.
+    worker runs that code. ``legacy_fingerprint`` is its identity in version 0.1.0; ``warnings`` are of serving engines.
     """
 
     dtype: DType
     needs: Mapping[Scheme, int | None]
     stats: Mapping[str, FileStat] | None
     legacy_fingerprint: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class Inquiry:
             [_settle(spec, source.folder, fingerprint, self.devices) for spec in source.specs]
             for source, fingerprint in zip(sources, _fingerprints(session, folders), strict=True)
         ]
+        bundles = _with_known_skip_lists(session, bundles)
         flat = [one for bundle in bundles for one in bundle]
         legacy = {one.legacy_pair for one in flat if one.legacy_pair}
         return LookedUp(
@@ -170,6 +173,7 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Fol
             # Each worker decides whether the model's own code may run, which makes it a different model.
             stats=None if names_code(folder) else _stats(folder, mounts),
             legacy_fingerprint=legacy_folder_fingerprint(folder),
+            warnings=tuple(loader_warnings(specs, headers, config, source_dtype(headers))),
         )
     except (JobError, OSError):
         return None
@@ -204,6 +208,19 @@ def _settle(
         settled=settled(fingerprint),
         legacy=settled(folder.legacy_fingerprint),
     )
+
+
+def _with_known_skip_lists(session: Session, bundles: list[list[RequestedJob]]) -> list[list[RequestedJob]]:
+    """What the names in a skip list mean only a worker finds out, since it takes the model: a job whose list none has
+    settled yet has no key."""
+    spelled = {one.settled.key for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules}
+    keys = skip_list_keys.known(session, spelled) if spelled else {}
+    return [[_with_key(one, keys) if one.spec.scheme.skip_modules else one for one in bundle] for bundle in bundles]
+
+
+def _with_key(job: RequestedJob, keys: Mapping[str, str]) -> RequestedJob:
+    key = keys.get(job.settled.key) if job.settled is not None else None
+    return replace(job, settled=replace(job.settled, key=key) if job.settled is not None and key is not None else None)
 
 
 def device_kind_of(requested: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:

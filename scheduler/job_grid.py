@@ -18,7 +18,7 @@ _BASELINE_BITS = 16
 class Grid:
     """What to do to each model of a list. ``bits`` ask for the methods that are usual, of several with as many bits for
     those in ``quant_types`` (empty: the first); ``methods`` ask for others by name. ``options`` are the methods' own.
-    An empty tuple of a shape's sizes is the device's default; ``why`` and ``energy`` None are too."""
+    An empty tuple of a shape's sizes is the device's default, and so is None for a part of the measurement."""
 
     bits: tuple[int, ...] = ()
     quant_types: tuple[Method, ...] = ()
@@ -35,8 +35,11 @@ class Grid:
     batch_sizes: tuple[int, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
     new_tokens: tuple[int, ...] = ()
+    quality: bool | None = None
+    speed: bool | None = None
     why: bool | None = None
     energy: bool | None = None
+    time_each: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
@@ -53,6 +56,12 @@ class Grid:
             raise UsageError("the batch size and the number of prompt tokens must be at least 1")
         if min(self.new_tokens, default=2) < 2:
             raise UsageError("the number of new tokens must be at least 2: decoding is timed from the second token on")
+        if self.speed is False and not self.energy and (self.batch_sizes or self.prompt_tokens or self.new_tokens):
+            raise UsageError(
+                "--batch-size, --prompt-tokens and --new-tokens are about speed and energy, which --measure leaves out"
+            )
+        if self.speed is False and self.time_each:
+            raise UsageError("--speed each is about speed, which --measure leaves out")
 
     def _refuse_misplaced_options(self) -> None:
         taken = {option.name for method in self._methods() for option in method.description.options}
@@ -120,8 +129,11 @@ class Grid:
                 batch_size=batch_size,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,
+                quality=self.quality,
+                speed=self.speed,
                 why=self.why,
                 energy=self.energy,
+                time_each=self.time_each,
             )
 
 

@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import UnsafeSource, UsageError
+from qbatch.core.folder_hint import where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import parse_source
 
 _SHOWN_PROBLEMS = 5
+# A path may contain a '#', so only one that follows white space starts a comment.
+_COMMENT = re.compile(r"(?:^|(?<=\s))#")
+_ESCAPED = re.compile(r"(?:^|(?<=\s))\\#")
 # The longest path that Linux accepts.
 _LONGEST = 4095
 
 
-def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequence[Path] | None) -> list[SourceRef]:
-    """Parse one model per line: a hub id, optionally with ``@revision``, or a folder. ``#`` starts a comment.
+def read_model_list(
+    lines: Iterable[str], *, named: Iterable[str] = (), check_folders: bool, roots: Sequence[Path] | None
+) -> list[SourceRef]:
+    """Parse ``named`` models and those of a list, one per line: a hub id, optionally with ``@revision``, or a folder.
 
-    Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere). With ``check_folders``, for workers
-    that see this file system, it must exist and contain a config.json. Raises UsageError for an empty list, or for
-    unusable lines, of which it names the first few.
+    In a list ``#`` starts a comment at the beginning of a line and after white space; there, ``\\#`` is a ``#`` of the
+    name. Duplicates are dropped. A folder must be in one of ``roots`` (None: anywhere).
+    With ``check_folders``, for workers that see this file system, it must exist and contain a config.json. Raises
+    UsageError if there is no model, or for unusable ones, of which it names the first few.
     """
     sources: dict[tuple[str, str | None], SourceRef] = {}
     problems: list[str] = []
-    for number, text in _entries(lines):
+    for place, text, line in chain((("", word.strip(), word) for word in named), _entries(lines)):
         try:
             source = _parse(text)
             if source.is_folder:
                 _check_place(source, roots)
             if check_folders and source.is_folder:
-                _check_folder(source)
+                _check_folder(source, line)
         except UsageError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{place}{error}")
             continue
         except OSError as error:
-            problems.append(f"line {number}: {source.name}: {error.strerror}")
+            problems.append(f"{place}{source.name}: {error.strerror}")
             continue
         # Links to the same folder are the same model.
         location = os.path.realpath(source.location) if source.is_folder else source.location
@@ -45,17 +54,17 @@ def read_model_list(lines: Iterable[str], *, check_folders: bool, roots: Sequenc
         more = len(problems) - _SHOWN_PROBLEMS
         raise UsageError("; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
-        raise UsageError("the list contains no models")
+        raise UsageError("no models: name some, or list them in a file for --models")
     return list(sources.values())
 
 
-def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """What a message says before a line that names a model, its model, and its text."""
     for number, line in enumerate(lines, start=1):
         # Some editors start a file with a byte order mark.
-        text = line.removeprefix("\ufeff").strip()
-        # A path may contain a '#', so only one that follows white space starts a comment.
-        if text and not text.startswith("#"):
-            yield number, text.split(" #", 1)[0].split("\t#", 1)[0].strip()
+        text = _COMMENT.split(line.removeprefix("\ufeff"), maxsplit=1)[0].strip()
+        if text:
+            yield f"line {number}: ", _ESCAPED.sub("#", text), line.strip()
 
 
 def _parse(text: str) -> SourceRef:
@@ -71,9 +80,10 @@ def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
         raise UsageError(f"{source.name}: {error}") from error
 
 
-def _check_folder(source: SourceRef) -> None:
+def _check_folder(source: SourceRef, line: str) -> None:
     folder = Path(source.location)
     if not folder.is_dir():
-        raise UsageError(f"no such folder: {source.name}")
+        is_cut = line != source.name and Path(line).expanduser().is_dir()
+        raise UsageError(f"no such folder: {source.name}" + (" (write \\# for a # of its name)" if is_cut else ""))
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{source.name} has no config.json")
+        raise UsageError(f"{source.name} has no config.json{where_the_model_is(folder)}")

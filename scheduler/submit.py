@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,8 @@ class Submission:
     def __post_init__(self) -> None:
         if not self.eval_text.strip():
             raise UsageError("the evaluation text is empty")
+        if self.tasks.refs and self.grid.quality is False:
+            raise UsageError("--tasks are a part of quality, which --measure leaves out")
 
     @property
     def text_sha256(self) -> str:
@@ -68,6 +71,7 @@ class Receipt:
 
     ``answered`` jobs already have a result; ``live_workers`` can work on the others now. ``outdated`` counts those
     others that have a result of version 0.1.0, which identified a folder only by the sizes and times of its files.
+    ``warnings`` are what serving engines would make of the checkpoints, each with the number of models.
     """
 
     batch_id: int
@@ -75,6 +79,7 @@ class Receipt:
     answered: int
     live_workers: int
     outdated: int
+    warnings: Mapping[str, int] = field(default_factory=dict)
 
 
 def submit(
@@ -95,6 +100,7 @@ def submit(
     inquiry = _inquire(database, settings, submission)
     _add_texts(database, submission)
     stored = outdated = 0
+    warnings: Counter[str] = Counter()
     with arriving(
         database, name=submission.name, priority=submission.priority, time_limit_s=submission.time_limit_s
     ) as batch:
@@ -105,10 +111,16 @@ def submit(
             batch.add([[_new_job(one, answers) for one in bundle] for bundle in looked_up.bundles])
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)
+            warnings.update(line for source in chunk if source.folder is not None for line in source.folder.warnings)
             on_progress(len(chunk))
         answered = batch.publish(inquiry.look_again)
     return Receipt(
-        batch_id=batch.batch_id, jobs=stored, answered=answered, live_workers=len(inquiry.devices), outdated=outdated
+        batch_id=batch.batch_id,
+        jobs=stored,
+        answered=answered,
+        live_workers=len(inquiry.devices),
+        outdated=outdated,
+        warnings=dict(warnings),
     )
 
 

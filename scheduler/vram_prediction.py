@@ -44,6 +44,8 @@ def memory_bytes(
 ) -> int:
     """Peak GPU memory in bytes while the model is quantized and measured by ``protocol``. ``dtype`` is not AUTO."""
     tensors = tuple(tensors)
+    if not protocol.runs_model and (scheme.is_baseline or scheme.description.is_streamed):
+        return 0 if scheme.is_baseline else _CONTEXT_BYTES + _QUANTIZING_BYTES
     text = _text_config(config)
     weights = sum(_loaded_bytes(tensor, text, scheme, dtype) for tensor in tensors)
     # While a tensor is being cast, a copy in the source's dtype exists too.

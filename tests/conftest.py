@@ -26,7 +26,7 @@ from tests.postgres import Postgres
 
 _TESTS = Path(__file__).parent
 # The dearest folders first: a long file that starts last, everybody waits for.
-_ORDER = ("chaos", "faults", "acceptance", "gpu", "integration", "unit")
+_ORDER = ("chaos", "faults", "acceptance", "gpu", "loaders", "integration", "unit")
 # Of whole processes, which start for seconds and wait for leases to run out.
 _SLOW = frozenset({"chaos", "faults", "acceptance"})
 
@@ -34,6 +34,8 @@ _SLOW = frozenset({"chaos", "faults", "acceptance"})
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _ORDER.index(_folder(item)))
     for item in items:
+        if _folder(item) == "loaders":
+            item.add_marker(pytest.mark.loaders)
         if _folder(item) in _SLOW:
             item.add_marker(pytest.mark.slow)
 

@@ -36,6 +36,10 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     idle = row.details.audit.idle_skip_modules
     if idle:
         yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
+    if row.details.noise_inputs is not None:
+        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show JOB` has them)"
+    if (origin := speed_origin(row)) is not None:
+        yield origin
     yield from fairness_remarks(row.details.flags)
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
     if row.details.audits.spread_between_rounds:
@@ -44,6 +48,13 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
             "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
             "size may be caused by the host"
         )
+
+
+def speed_origin(row: ResultRow) -> str | None:
+    """Whose speed a row has; None if it was timed itself."""
+    if row.speed_from is None:
+        return None
+    return f"its speed and its peaks of memory are those of {row.speed_from}, a model of the same shape in its batch"
 
 
 def fairness_remarks(flags: Mapping[str, bool] | None, *, during: str = "while it was measured") -> Iterable[str]:
@@ -81,6 +92,10 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         "dropped by transformers",
         f"{_count(len(dropped), 'tensor')}: {first_names(dropped, 10)}" if dropped else "none",
     )
+    if audit.stale_quantization is not None:
+        yield "ignored", f"what the source's config says of a quantization: {audit.stale_quantization}"
+    if audit.forward not in (None, "ran"):
+        yield "before publishing", f"a forward pass: {audit.forward}"
     yield from _errors(audit)
     yield from describe_row(row.scheme).audit_lines(audit.stored)
     if audit.writer == "whole":
@@ -96,6 +111,14 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
                 else "alone"
             ),
         )
+
+
+def loader_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
+    """What each loader makes of the checkpoint, as it was judged when it was published."""
+    for name, judgement in (row.details.audit.loaders or {}).items():
+        yield name, f"{judgement.verdict} ({judgement.version}, {judgement.read_on})"
+        yield from ((name, reason) for reason in judgement.reasons or ())
+        yield from ((name, f"→ {advice}") for advice in judgement.advice or ())
 
 
 def _coverage(row: ResultRow) -> str:

@@ -14,6 +14,7 @@ from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
+from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
@@ -49,7 +50,7 @@ def _model(model: ModelRows, preference: Preference, by: str, width: int) -> lis
     for group in model.groups:
         lines += _group(group, preference, by, width)
     for row in model.unmeasured:
-        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result ({show_state(row)}).", prose)
+        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.", prose)
     return lines
 
 
@@ -88,6 +89,7 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
             yield f"{row.job_id} {show_scheme(row)}: {warning}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
+    yield from missing_part_remarks(group.rows)
     yield from _not_in_turns(group)
     yield from emulation_remarks(group.rows)
     if versions := version_differences(group.rows):

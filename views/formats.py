@@ -50,12 +50,15 @@ class Column:
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str:  # noqa: A002
-    """``rows`` as a ``table``, ``json`` or ``csv``, without a newline at the end.
+    """``rows`` as a ``table``, ``json``, ``csv`` or ``quiet``, without a newline at the end.
 
     A table fits the terminal; if standard output is not a terminal, it is as wide as it needs to be. It has no colour.
     JSON and CSV contain every key of the rows, not only ``columns``; CSV holds a nested value as JSON text.
+    Quiet is the first column alone, an id in each line.
     Control characters are escaped, so that they cannot control a terminal: as JSON escapes in JSON, as Python's in CSV.
     """
+    if format == "quiet":
+        return "\n".join(str(row[columns[0].key]) for row in rows)
     if format == "json":
         return _json([_finite(row) for row in rows], indent=2)
     if format == "csv":

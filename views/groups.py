@@ -79,10 +79,15 @@ def measuring_job(row: ResultRow) -> str:
     return str(row.reused_from or row.job_id)
 
 
+def timed_job(row: ResultRow) -> str:
+    """The job whose rounds a row's speed is of."""
+    return row.speed_from or measuring_job(row)
+
+
 def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
     """Whether the two are known not to have been timed in turns, so that the host's speed may have differed."""
     interleaved_with = row.details.rounds.interleaved_with
-    return interleaved_with is not None and measuring_job(baseline) not in interleaved_with
+    return interleaved_with is not None and timed_job(baseline) not in interleaved_with
 
 
 def _age(row: ResultRow) -> int:

@@ -10,7 +10,14 @@ from qbatch.core.measured.metrics import GRAPH_DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.models_db.job_record import JobRecord, WholeJob
-from qbatch.views.audit_text import audit_lines, defects, fairness_remarks, other_audits
+from qbatch.views.audit_text import (
+    audit_lines,
+    defects,
+    fairness_remarks,
+    loader_lines,
+    other_audits,
+    speed_origin,
+)
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, wrap
 from qbatch.views.formats import Column, printable, render, terminal_width
@@ -157,14 +164,17 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("size", size_lines(row), width)
     if not row.is_baseline:
         yield from _section("coverage audit", [*audit_lines(row), *(("defect", text) for text in defects(row))], width)
+    yield from _section("elsewhere", loader_lines(row), width)
     table = speed_table(row)
-    yield from _table(f"speed on {printable(str(row.device_name))}", table) if table else ()
-    yield from _section("speed by round", round_lines(row), width)
+    origin = f", measured with {row.speed_from}" if row.speed_from else ""
+    yield from _table(f"speed on {printable(str(row.device_name))}{origin}", table) if table else ()
+    yield from _section(f"speed by round{origin}", round_lines(row), width)
     yield from _section("times", _times(row), width)
-    yield from _section("peak memory", memory_lines(row), width)
+    yield from _section(f"peak memory{origin}", memory_lines(row), width)
     yield from _section("quality", quality_lines(row), width)
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
+    yield from _section("not measured", row.not_measured.items(), width)
     yield from _section("notes", _notes(row), width)
     reasons = explain_speed(row, baseline)
     if reasons:
@@ -172,7 +182,11 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
 
 
 def _notes(row: ResultRow) -> Lines:
+    if (origin := speed_origin(row)) is not None:
+        yield "speed", f"{origin}; it was not timed itself"
     yield from (("disturbed", text) for text in fairness_remarks(row.details.flags))
+    if row.details.noise_inputs is not None:
+        yield "measured on", f"noise, which no figure that is compared comes from: {row.details.noise_inputs}"
     yield from (("emulated", text) for text in emulation_remarks([row]))
     yield from other_audits(row)
 
@@ -197,4 +211,6 @@ def _times(row: ResultRow) -> Lines:
         if seconds is not None:
             yield title, show_seconds(seconds)
     if GRAPH_DECODE.value(row) is not None:
-        yield GRAPH_DECODE.line_title, f"{show_metric(GRAPH_DECODE, row)}: the kernels alone, under a CUDA graph"
+        origin = f", measured with {row.speed_from}" if row.speed_from else ""
+        text = f"{show_metric(GRAPH_DECODE, row)}: the kernels alone, under a CUDA graph{origin}"
+        yield GRAPH_DECODE.line_title, text

@@ -47,7 +47,7 @@ def _exactly(count: int | None) -> str:
 
 
 def speed_table(row: ResultRow) -> str:
-    """A table with a line for each phase, over all rounds; "" if nothing was timed."""
+    """A table with a line for each phase, over all rounds; "" if nothing but loading was timed."""
     lines = [
         {
             "phase": phase,
@@ -61,8 +61,10 @@ def speed_table(row: ResultRow) -> str:
             "p99": times.p99,
         }
         for phase, times in (row.details.stats or {}).items()
+        if phase != Phase.LOAD_MODEL or row.speed_from is None  # how long it took to load is the row's own
     ]
-    return render(lines, _PHASES, "table") if lines else ""
+    is_timed = any(line["phase"] != Phase.LOAD_MODEL for line in lines)
+    return render(lines, _PHASES, "table") if is_timed else ""
 
 
 def _rate(row: ResultRow, phase: str, times: PhaseTimes) -> str | None:
@@ -97,6 +99,8 @@ def quality_lines(row: ResultRow) -> Lines:
         error = row.details.perplexity.perplexity_se
         with_error = "" if error is None else f" ± {show_float(error, 2)}"
         yield "perplexity", f"{show_float(row.perplexity)}{with_error}{_scored(row)}"
+    if reason := row.details.perplexity.reason:
+        yield "no perplexity", reason
     quality = row.details.quality
     if quality.reason:
         yield "not compared", quality.reason

@@ -36,7 +36,7 @@ def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code:
     row = checkpoint.row
     parts = [_heading(checkpoint), _loading(row, runs_code=runs_code, has_tokenizer=has_tokenizer)]
     parts.append(_measured(row, checkpoint.baseline) if row.state == JobState.SUCCEEDED else _not_measured(row))
-    parts.append(_provenance(checkpoint, licence))
+    parts += [_other_loaders(row), _provenance(checkpoint, licence)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -81,6 +81,16 @@ def _loading(row: ResultRow, *, runs_code: bool, has_tokenizer: bool) -> str:
             "```",
         ]
     return "\n\n".join(lines)
+
+
+def _other_loaders(row: ResultRow) -> str:
+    """What `verify --for` makes of it, as far as that is on record."""
+    lines = [
+        f"- {_plain(name)} ({judged.version}): {_plain(' '.join((f'{judged.verdict}.', *(judged.reasons or ()))))}"
+        for name, judged in (row.details.audit.loaders or {}).items()
+    ]
+    told = "Judged from its config, headers and names, by reading the source of each:"
+    return "\n".join(["## With others", "", told, "", *lines]) if lines else ""
 
 
 def _not_measured(row: ResultRow) -> str:

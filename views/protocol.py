@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.core.measured.speed_figures import RunShape
 from qbatch.core.methods.registry import every_library
@@ -12,11 +13,13 @@ from qbatch.core.methods.registry import every_library
 # Versions that can change a speed between two measurements under one protocol on one device.
 _VERSIONS = ("qbatch", "torch", "transformers", *every_library(), "cuda", "driver")
 
-
+NOTHING_RUN = "the size alone: nothing was run"
+"""What is shown of a protocol that asks for no more than the size."""
+_BY_DEFAULT = (MeasuredPart.QUALITY, MeasuredPart.SPEED)
 _SHOWN = frozenset(
     {
         *("batch_size", "prompt_tokens", "new_tokens"),
-        *("eval_window", "eval_stride", "eval_max_windows", "eval_text_sha256"),
+        *("eval_window", "eval_stride", "eval_max_windows", "eval_text_sha256", "quality", "speed"),
     }
 )
 
@@ -24,13 +27,23 @@ _SHOWN = frozenset(
 def show_protocol(row: ResultRow) -> str:
     """The shape of a measured row: ``batch 1, prompt 64, 16 new tokens; 8 windows of 256 tokens of text d95eae75``.
 
-    It is the shape that was run, followed by the requested one if the model's maximum length shortened it.
+    It is the shape that was run, followed by the requested one if the model's maximum length shortened it. What was
+    not asked for has no shape.
     """
     requested, run = row.protocol, row.details.shapes
+    parts = []
+    if requested.parts & {MeasuredPart.SPEED, MeasuredPart.ENERGY}:
+        parts.append(_generation(run, requested))
+    if MeasuredPart.QUALITY in requested.parts:
+        parts.append(_windows(run, requested))
+    return "; ".join(parts) or NOTHING_RUN
+
+
+def _generation(run: RunShape, requested: StoredProtocol) -> str:
     prompt = _run_of(run.prompt_tokens, requested.prompt_tokens)
     new = _run_of(run.new_tokens, requested.new_tokens)
     generated = "" if run.new_tokens == 0 else f", {new} new tokens"
-    return f"batch {requested.batch_size}, prompt {prompt}{generated}; {_windows(run, requested)}"
+    return f"batch {requested.batch_size}, prompt {prompt}{generated}"
 
 
 def _run_of(run: int | None, requested: int | None) -> str:
@@ -48,7 +61,7 @@ def _windows(run: RunShape, requested: StoredProtocol) -> str:
 
 def differences(first_rows: Sequence[ResultRow]) -> list[str]:
     """How groups differ, each given by one of its rows: ``prompt_tokens (64, 256)``."""
-    facts = [{"device": row.device_name, **row.protocol.stored} for row in first_rows]
+    facts = [{"device": row.device_name, **_fields(row)} for row in first_rows]
     names = dict.fromkeys(name for fact in facts for name in fact)
     return [
         f"{name} ({', '.join(values)})"
@@ -62,9 +75,14 @@ def differences_not_in_heading(first_rows: Sequence[ResultRow]) -> list[str]:
 
     Each group is given by one of its rows.
     """
-    protocols = [row.protocol.stored for row in first_rows]
+    protocols = [_fields(row) for row in first_rows]
     names = dict.fromkeys(name for protocol in protocols for name in protocol if name not in _SHOWN)
     return [name for name in names if len({show_field(name, protocol.get(name)) for protocol in protocols}) > 1]
+
+
+def _fields(row: ResultRow) -> Mapping[str, Any]:
+    """The stored fields, and those parts that are measured unless a protocol leaves them out."""
+    return {**row.protocol.stored, **{part.value: part in row.protocol.parts for part in _BY_DEFAULT}}
 
 
 def version_differences(rows: Sequence[ResultRow]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_value
@@ -114,7 +115,7 @@ class QualityBound:
             return None
         value = self.cost.value(row)
         if value is None:
-            reason = row.details.quality.reason
+            reason = row.details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY)
             return f"its {self.cost.name} was not measured" + (f" ({reason})" if reason else "")
         if value <= self.limit:
             return None

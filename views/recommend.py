@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import audit_warnings, defects
@@ -46,7 +47,10 @@ class Recommendation:
 
 
 def recommend(group: Group, preference: Preference) -> Recommendation:
-    """Recommend the configuration of ``group`` to ship."""
+    """Recommend the configuration of ``group`` to ship. Where quality was not measured, none is recommended."""
+    if (reason := _why_unknown(group)) is not None:
+        sentence = f"Nothing is recommended: the quality of the quantized models was not measured, since {reason}."
+        return Recommendation(ship=None, sentence=sentence, bounds=(), rejected={})
     bounds = _bounds(group.rows, preference)
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
@@ -60,6 +64,12 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     return Recommendation(
         ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
     )
+
+
+def _why_unknown(group: Group) -> str | None:
+    """Why nothing is known of the quality of any quantized model in the group; None if something may be."""
+    reasons = [row.not_measured.get(MeasuredPart.QUALITY) for row in group.rows if not row.is_baseline]
+    return reasons[0] if reasons and all(reasons) else None
 
 
 def _bounds(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
@@ -81,7 +91,8 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
     if preference.max_weights_bytes is not None and _weights_bytes(row) > preference.max_weights_bytes:
         yield f"its weights, {show_metric(WEIGHTS, row)}, are over {show_bytes(preference.max_weights_bytes)}"
     if preference.prefer == "speed" and rate_of(row) is None:
-        yield "its speed was not measured"
+        reason = row.not_measured.get(MeasuredPart.SPEED)
+        yield "its speed was not measured" + (f" ({reason})" if reason else "")
     if preference.prefer == "quality" and not bounds and not row.is_baseline and first_known_cost(row) is None:
         yield "its quality against the baseline was not measured"
 
@@ -227,6 +238,8 @@ def _why_unquantized(group: Group, ship: ResultRow, rejected: Mapping[str, Seque
 def _scope(ship: ResultRow) -> str:
     positions = ship.details.quality.rows
     text = f", over {positions:,} positions of one text" if positions else ""
+    if MeasuredPart.SPEED not in ship.protocol.parts:
+        return f"It was measured on {ship.device_name}{text}; other texts may give other results"
     batch = ship.protocol.batch_size
     others = f"other devices{',' if text else ' and'} batch sizes{' and texts' if text else ''}"
     return f"It was measured on {ship.device_name} at batch {batch}{text}; {others} may give other results"

@@ -7,14 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qbatch.core.domain import JobState
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import audit_warnings, first_names
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
 from qbatch.views.formats import printable, terminal_width
 from qbatch.views.groups import timed_apart
+from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol, version_differences
+from qbatch.views.protocol import (
+    NOTHING_RUN,
+    differences_not_in_heading,
+    show_field,
+    show_protocol,
+    version_differences,
+)
 from qbatch.views.ratios import may_compare
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
@@ -203,7 +211,8 @@ def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
     for row in rows:
         shapes.setdefault(show_protocol(row), []).append(row.job_id)
     for shape, jobs in shapes.items():
-        yield f"{'All' if len(shapes) == 1 else first_names(jobs)} were measured with {shape}."
+        if shape != NOTHING_RUN:
+            yield f"{'All' if len(shapes) == 1 else first_names(jobs)} were measured with {shape}."
 
 
 def _legend(measured: Sequence[Line]) -> Iterable[str]:
@@ -229,7 +238,9 @@ def _legend(measured: Sequence[Line]) -> Iterable[str]:
         yield NOISE_LEGEND
     if len(measured_by := _measured(rows)) == 1:
         yield from _shapes_of_one_protocol(next(iter(measured_by.values())))
-    devices = sorted({printable(str(row.device_name)) for row in rows})
+    yield from missing_part_remarks(rows)
+    timed = [row for row in rows if MeasuredPart.SPEED not in row.not_measured]
+    devices = sorted({printable(str(row.device_name)) for row in timed})
     if devices:
         yield f"Speed and memory were measured on {' and '.join(devices)}; other devices give other figures."
     yield from map(printable, emulation_remarks(rows))

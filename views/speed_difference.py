@@ -14,7 +14,7 @@ from typing import Self
 
 from qbatch.core.measured.metrics import TimingNoise
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.groups import measuring_job
+from qbatch.views.groups import timed_job
 
 # Student's t for a two-sided test at 4 %, by degrees of freedom: of equal rows, fewer than 5 % should appear different.
 _STUDENT_T = {
@@ -105,7 +105,7 @@ def _rounds(times: TimingNoise, row: ResultRow) -> Sequence[float]:
 def _in_the_same_rounds(first: ResultRow, second: ResultRow) -> bool:
     """Whether each names the other: after a retry, a row's first rounds are not those of the others."""
     return all(
-        measuring_job(one) in (other.details.rounds.interleaved_with or ())
+        timed_job(one) in (other.details.rounds.interleaved_with or ())
         for one, other in ((first, second), (second, first))
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qbatch.core.measured.decode_figures import Verdict
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
@@ -23,10 +24,22 @@ def explain_speed(row: ResultRow, baseline: ResultRow | None) -> list[str]:
     """
     if row.decode_tokens_per_s is None:
         return []
+    return [*_origin(row), *_explained(row, baseline)]
+
+
+def _origin(row: ResultRow) -> Iterable[str]:
+    if row.speed_from is not None:
+        yield f"What follows was measured with {row.speed_from}, a model of the same shape."
+
+
+def _explained(row: ResultRow, baseline: ResultRow | None) -> list[str]:
+    if row.decode_tokens_per_s is None:
+        return []
     if row.details.is_on_cpu:
         return [*_on_cpu(row)]
     if not row.details.why.is_known:
-        return ["The bottleneck of decoding was not measured."]
+        reason = row.not_measured.get(MeasuredPart.WHY)
+        return [f"The bottleneck of decoding was not measured{f': {reason}' if reason else ''}."]
     explained_baseline = baseline if baseline is not None and baseline.details.why.is_known else None
     return [
         *_speed(row, row.decode_tokens_per_s, baseline),
@@ -46,7 +59,9 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
     if not row.details.why.is_known:
         return None
     mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
-    return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate: " + "; ".join(_brief_parts(row, baseline))
+    origin = f" (measured with {row.speed_from})" if row.speed_from else ""
+    reasons = "; ".join(_brief_parts(row, baseline))
+    return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate{origin}: {reasons}"
 
 
 def _on_cpu(row: ResultRow) -> Iterable[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qbatch.core.measured.loader_judgement import LoaderJudgement
 from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 
@@ -42,9 +44,12 @@ class CheckpointAudit(Stored):
     relative_error_worst: tuple[LayerError, ...] | None = omitted_if_unknown()
     not_finite: tuple[str, ...] | None = omitted_if_unknown()
     shared_pass: int | None = omitted_if_unknown()
+    stale_quantization: str | None = omitted_if_unknown()
+    forward: str | None = omitted_if_unknown()
     whole_model_because: str | None = omitted_if_unknown()
     no_errors_because: str | None = omitted_if_unknown()
     writer: str | None = omitted_if_unknown()
+    loaders: Mapping[str, LoaderJudgement] | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

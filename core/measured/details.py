@@ -16,7 +16,10 @@ from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details(Stored):
     """The details of a result; ``docs/measurements.md`` explains each. ``protocol`` is the output of
-    ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair."""
+    ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``not_measured``: of the parts
+    (``MeasuredPart``) that were asked for, why those without figures have none. ``noise_inputs``: the inputs on which
+    ``stats`` and ``memory`` were measured, where they are no text. Of models of one shape in a batch, one is timed: its
+    rows have a ``speed_key``, and those of the others name the job that theirs is of (``speed_from``)."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -26,6 +29,8 @@ class Details(Stored):
     quality: Quality = field(default_factory=Quality)
     tasks: Mapping[str, TaskScores] | None = None
     tasks_reason: str | None = None
+    not_measured: Mapping[str, str] | None = omitted_if_unknown()
+    noise_inputs: str | None = omitted_if_unknown()
     protocol: Mapping[str, Any] | None = None
     protocol_hash: str | None = None
     memory: Memory = field(default_factory=Memory)
@@ -39,6 +44,8 @@ class Details(Stored):
     fingerprint: str | None = omitted_if_unknown()
     commit: str | None = omitted_unless("fingerprint")
     device_uuid: str | None = omitted_unless("fingerprint")
+    speed_key: str | None = omitted_if_unknown()
+    speed_from: str | None = omitted_if_unknown()
     audit: CheckpointAudit = field(default_factory=CheckpointAudit, metadata=OMITTED_IF_UNKNOWN)
 
     @property

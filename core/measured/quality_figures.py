@@ -14,7 +14,8 @@ _ERROR = "_stderr"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPerplexity(Stored):
-    """The data of a perplexity: the summed negative log-likelihood and the number of scored tokens, per window."""
+    """The data of a perplexity: the summed negative log-likelihood and the number of scored tokens, per window.
+    ``reason`` says why a causal language model has none."""
 
     mean_nll: float | None = None
     perplexity_se: float | None = None
@@ -22,6 +23,7 @@ class TextPerplexity(Stored):
     windows: int | None = None
     window_nll: tuple[float, ...] | None = None
     window_tokens: tuple[int, ...] | None = None
+    reason: str | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,26 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
-from qbatch.core.measured.stored_json import Stored
+from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 
 _FIRST_FIELDS = (
-    *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from"),
+    *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),
     *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
 )
-_LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "details")
+_LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "not_measured", "details")
 # Figures that follow from stored ones, each with the column after which it is written.
-_DERIVED = {"graph_decode_tokens_per_s": "decode_tokens_per_s"}
+_DERIVED_FIGURES = {"graph_decode_tokens_per_s": "decode_tokens_per_s"}
+_DERIVED = (*_DERIVED_FIGURES, "speed_from", "not_measured")
 _FIGURES = tuple(
     name
     for column in MEASURED_COLUMNS
-    for name in (column, *(new for new, after in _DERIVED.items() if after == column))
+    for name in (column, *(new for new, after in _DERIVED_FIGURES.items() if after == column))
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProtocol(Stored):
-    """The protocol of a measurement. ``stored`` has all of its fields."""
+    """The protocol of a measurement. ``stored`` has all of its fields; of those left out, ``quality`` and ``speed`` are
+    true, ``why`` and ``energy`` false."""
 
     batch_size: int | None = None
     prompt_tokens: int | None = None
@@ -34,6 +37,21 @@ class StoredProtocol(Stored):
     eval_stride: int | None = None
     eval_max_windows: int | None = None
     eval_text_sha256: str | None = None
+    quality: bool | None = omitted_if_unknown()
+    speed: bool | None = omitted_if_unknown()
+    why: bool | None = omitted_if_unknown()
+    energy: bool | None = omitted_if_unknown()
+
+    @property
+    def parts(self) -> frozenset[MeasuredPart]:
+        """What was asked for."""
+        chosen = {
+            MeasuredPart.QUALITY: self.quality is not False,
+            MeasuredPart.SPEED: self.speed is not False,
+            MeasuredPart.WHY: self.why is True,
+            MeasuredPart.ENERGY: self.energy is True,
+        }
+        return frozenset({MeasuredPart.SIZE, *(part for part, is_asked in chosen.items() if is_asked)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +95,34 @@ class ResultRow(Figures):
         step_s = self.details.why.kernels_alone.step_s
         batch_size = self.details.shapes.batch_size or self.protocol.batch_size
         return None if step_s is None or step_s <= 0 or batch_size is None else batch_size / step_s
+
+    @property
+    def speed_from(self) -> str | None:
+        """The job that was timed: one of the same shape, scheme, batch and GPU. None if it is this one."""
+        return self.details.speed_from
+
+    @property
+    def not_measured(self) -> Mapping[str, str]:
+        """Why a part of the measurement is missing, by its name. Empty for a job without a result."""
+        if not self.protocol.is_known:
+            return {}
+        stored, asked = self.details.not_measured or {}, self.protocol.parts
+        return {
+            part.value: stored.get(part) or self._why_not_asked(part)
+            for part in MeasuredPart
+            if part in stored or (part not in asked and not self._has(part))
+        }
+
+    def _has(self, part: MeasuredPart) -> bool:
+        """Whether there are figures of a part that the protocol does not mention."""
+        why = self.details.why
+        known = {MeasuredPart.WHY: why.profile.is_known, MeasuredPart.ENERGY: why.energy.idle_w is not None}
+        return known.get(part, False)
+
+    def _why_not_asked(self, part: MeasuredPart) -> str:
+        if self.details.is_on_cpu and part in (MeasuredPart.WHY, MeasuredPart.ENERGY):
+            return "qbatch measures it on a GPU only"
+        return why_not_requested(part)
 
     @property
     def is_baseline(self) -> bool:

@@ -70,6 +70,14 @@ class BnbFourBit(_Bnb):
         scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
         return rows * columns * (0.5 + scale_bytes / _BLOCK)
 
+    def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
+        return {
+            "quant_method": LIBRARY,
+            "load_in_4bit": True,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": QUANT_STORAGE.of(options),
+        }
+
     def title(self, options: Options) -> str:
         return f"{self.name} double" if DOUBLE_QUANT.of(options) else self.name
 
@@ -101,6 +109,9 @@ class BnbInt8(_Bnb):
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _OUTLIER_BYTES * largest_weight if INT8_THRESHOLD.of(options) else 0
 
+    def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
+        return {"quant_method": LIBRARY, "load_in_8bit": True}
+
     def audit_lines(self, audit: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if audit.get("int8_zero_scales") is None:
             return
@@ -109,6 +120,10 @@ class BnbInt8(_Bnb):
 
     def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
         return _infinite_scales(audit)
+
+    def speed_depends_on_values(self, options: Options) -> bool:
+        """Outliers are found, and computed separately, by value."""
+        return bool(INT8_THRESHOLD.of(options))
 
     def synchronization_cause(self, options: Options) -> str | None:
         if INT8_THRESHOLD.of(options) == 0:

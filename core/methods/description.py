@@ -88,6 +88,8 @@ class MethodDescription:
     # Loggers whose warnings are irrelevant to a job, and the prefixes of environment variables that its libraries read.
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    # Whether checkpoints are written tensor by tensor, in little memory however large the model is.
+    is_streamed: bool = True
     # How the memory footprint is determined, in words.
     footprint: str = "as transformers reports it"
 
@@ -122,6 +124,17 @@ class MethodDescription:
         """Bytes that quantizing or a forward pass needs temporarily, if the largest quantized weight has
         ``largest_weight`` values."""
         return 0
+
+    def speed_depends_on_values(self, options: Options) -> bool:
+        """Whether two models of the same shape may differ in speed because of the values of their weights."""
+        return False
+
+    # Its checkpoints elsewhere
+
+    def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
+        """What a checkpoint's ``quantization_config`` says that loaders decide by, apart from the list of skipped
+        layers. None if no serving engine's source was read for the method."""
+        return None
 
     # Texts
 

@@ -66,6 +66,7 @@ class Torchao(MethodDescription):
     extra: str | None = EXTRA
     takes_compute_dtype: bool = False
     silenced: tuple[str, ...] = _SILENCED
+    is_streamed: bool = False
     footprint: str = _FOOTPRINT
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:

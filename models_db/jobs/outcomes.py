@@ -46,6 +46,7 @@ def succeed(
             protocol_hash=protocol.hash,
             **{name: getattr(measurement, name) for name in MEASURED_COLUMNS},
             details=measurement.details.to_json(),
+            speed_key=measurement.details.speed_key,
         )
     )
     end(session, job, JobState.SUCCEEDED)

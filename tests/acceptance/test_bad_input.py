@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qbatch.models_db.session import Database
+from tests import tiny
 from tests.acceptance.conftest import Qbatch
 from tests.unprivileged import without_rights
 
@@ -26,8 +27,8 @@ def one_line(done: object) -> str:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "contains no models"),
-        (["# nothing", ""], "contains no models"),
+        ([], "no models: name some"),
+        (["# nothing", ""], "no models: name some"),
         (["./no/such/folder"], "line 1: no such folder: ./no/such/folder"),
         (["org/name@../x"], "line 1"),
         (["what is this?"], "neither a folder nor a hub id"),
@@ -41,7 +42,7 @@ def test_a_list_that_cannot_be_used(
 
 
 def test_a_missing_list_and_unknown_bits(qbatch: Qbatch, models: Path, model_list: Callable[..., str]) -> None:
-    assert "No such file" in one_line(qbatch("submit", "--models", "/no/list", "--bits", "4", code=2))
+    assert "there is no file /no/list" in one_line(qbatch("submit", "--models", "/no/list", "--bits", "4", code=2))
     listed = model_list(models / "llama")
     assert "5 is not a supported bit width" in one_line(qbatch("submit", "--models", listed, "--bits", "5", code=2))
     assert "int4" in one_line(qbatch("submit", "--models", listed, "--bits", "4", "--quant-type", "int4", code=2))
@@ -106,7 +107,7 @@ def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Cal
 def test_ids_that_do_not_exist(qbatch: Qbatch) -> None:
     assert "no such batch: b7" in one_line(qbatch("wait", "b7", code=2))
     assert "no such job: j7" in one_line(qbatch("cancel", "j7", code=2))
-    assert "neither a batch" in one_line(qbatch("retry", "7", code=2))
+    assert "no such batch: '7'" in one_line(qbatch("retry", "7", code=2))
     assert "cannot sort by" in one_line(qbatch("results", "--sort", "1; drop table jobs", code=2))
 
 
@@ -208,7 +209,7 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     steering = tmp_path / "steering"
     shutil.copytree(models / "llama", steering)
     config = json.loads((steering / "config.json").read_text())
-    hostile = "\x1b]0;title\x07\x9b31mNoSuchForCausalLM"
+    hostile = "\x1b]0;title\x07\x9b31mNoSuchForMaskedLM"
     (steering / "config.json").write_text(json.dumps(config | {"architectures": [hostile]}))
     listed = model_list(truncated, incomplete, pickled, steering, "nobody/nothing-at-all", models / "bert-mlm")
     done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
@@ -224,8 +225,25 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     assert not list((stack.home / "storage" / ".staging").glob("*/*/*-*"))
     told = [stack("jobs", "--format", format_).stdout for format_ in ("csv", "json", "table")]
     told += [path.read_text() for path in (stack.home / "storage" / "logs").rglob("*.log")]
-    assert sum("NoSuchForCausalLM" in text for text in told) >= 4
+    assert sum("NoSuchForMaskedLM" in text for text in told) >= 4
     assert not any(character in text for text in told for character in "\x1b\x07\x9b")
+
+
+def test_a_model_that_cannot_be_measured_is_quantized(
+    stack: Qbatch, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    """A model of speech: its size is all that is asked for, and nothing of that fails."""
+    listed = model_list(tiny.make_speech(tmp_path / "speech"))
+    asked = ["submit", "--models", listed, "--bits", "4", "--measure", "size", "--wait", "--format", "json"]
+    baseline, nf4 = json.loads(stack(*asked).stdout)
+    assert [row["state"] for row in (baseline, nf4)] == ["succeeded"] * 2
+    assert nf4["weights_bytes"] < baseline["weights_bytes"]
+    assert nf4["decode_tokens_per_s"] is None
+    assert nf4["not_measured"]["speed"] == "it was not asked for (--measure speed)"
+    assert "sound" in stack("verify", nf4["checkpoint_path"]).stdout
+    assert "Nothing is recommended" in stack("compare", "--batch", nf4["batch_id"]).stdout
+    again = json.loads(stack(*asked).stdout)
+    assert [row["reused_from"] for row in again] == [baseline["job_id"], nf4["job_id"]]
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -49,7 +49,7 @@ def _check_show(qbatch: Qbatch) -> None:
     ):
         assert fact in said
     assert "no such job: j99" in qbatch("show", "j99", code=2).stderr
-    assert "b1 is a batch id" in qbatch("show", "b1", code=2).stderr
+    assert [row["job_id"] for row in qbatch.json("show", "latest")] == ["j1", "j2", "j3", "j4", "j5", "j6"]
 
 
 def _check_compare(qbatch: Qbatch) -> None:

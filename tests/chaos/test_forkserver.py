@@ -22,7 +22,9 @@ from qbatch.models_db.session import Database
 from qbatch.scheduler.child_process import FINAL, REFUSALS
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.serving.celery_worker import CeleryWorker
+from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
 from tests.waiting import until
@@ -41,6 +43,7 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
     processes = multiprocessing.get_context("forkserver")
     forkserver = _started(processes)
     forkserver.suspend()
+    runners = Runners(processes, DeviceKind.CPU)
     context = WorkerContext(
         database=sqlite_database,
         settings=settings,
@@ -49,7 +52,10 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
         device_kind=DeviceKind.CPU,
         device_name="a CPU",
         staging=settings.staging,
-        forkserver=processes,
+        runners=runners,
+        next_source=NextSource(
+            database=sqlite_database, settings=settings, runners=runners, worker_id=worker_id, queues=("qbatch.cpu",)
+        ),
         stopping=Stop(),
     )
     supervisor = threading.Thread(target=Supervisor(context, claims).run)

@@ -39,7 +39,7 @@ PACE = {
 }
 TEXT = "It was a quiet evening, and nobody had come. " * 40
 _PATIENCE_S = 120.0
-_POLL_S = 0.003
+_POLL_S = 0.01
 _SETTLE_S = 0.3
 
 

@@ -204,10 +204,12 @@ def test_a_corrupt_source_fails_alone_and_in_bounded_memory(
     assert peak() <= peak_of_good() + 16 * 2**20, "a header of 100 MB is not read"
 
 
-def test_nan_weights_are_flagged(fleet: Fleet, make_model: MakeModel, tmp_path: Path) -> None:
-    (job,) = fleet.submit(_damaged(make_model(), tmp_path / "nan", _spoil_a_number))
-    fleet.succeed([job])
-    assert fleet.result(job).details["audit"]["not_finite"] == ["model.layers.0.mlp.down_proj.weight"]
+def test_nan_weights_are_refused(fleet: Fleet, make_model: MakeModel, tmp_path: Path) -> None:
+    jobs = fleet.submit(_damaged(make_model(), tmp_path / "nan", _spoil_a_number))
+    fleet.wait_for_state(jobs, "failed", "succeeded")
+    (job,) = fleet.jobs(jobs)
+    assert job.error_kind == "source_corrupt"
+    assert job.error_message == "1 tensor holds NaN or infinity; the first is model.layers.0.mlp.down_proj.weight"
 
 
 def _damaged(model: Path, folder: Path, damage: Callable[[Path], None]) -> Path:

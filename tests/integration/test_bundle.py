@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qbatch.core import identity
+from qbatch.core import filesystem, identity
 from qbatch.core.domain import (
     Claim,
     DeviceKind,
@@ -26,8 +27,11 @@ from qbatch.core.domain import (
     SourceRef,
     Stage,
 )
-from qbatch.core.errors import DiskFull, StorageError, Unsupported
+from qbatch.core.errors import DiskFull, SourceChanged, StorageError, Unsupported
+from qbatch.core.filesystem import Refusal
 from qbatch.core.methods import registry
+from qbatch.worker.checkpoints import publish as publishing
+from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
     Answered,
@@ -37,6 +41,7 @@ from qbatch.worker.runner.messages import (
     FilesKnown,
     FilesSeen,
     Measured,
+    MeasurementsOver,
     Order,
     Progressed,
     Question,
@@ -44,6 +49,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     RunnerMessage,
 )
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
@@ -120,7 +126,7 @@ def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES)
         log_path=storage / "log",
     )
     ear = Ear()
-    Bundle(order, ear).run()
+    Bundle(order, ear, Quiet()).run()
     return ear
 
 
@@ -132,6 +138,14 @@ def places(ear: Ear, source: Path) -> dict[int, Path]:
 def written(folder: Path) -> dict[str, tuple[int, int]]:
     """Which files these are, and when they were written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Path) -> None:
+    """From then on the next runner may prepare itself."""
+    heard = [type(message) for message in run(source).heard]
+    assert heard.count(MeasurementsOver) == 1
+    over = heard.index(MeasurementsOver)
+    assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)
 
 
 @pytest.fixture
@@ -243,6 +257,38 @@ def test_room_is_judged_for_what_lies_beside_the_weights_too(source: Path, monke
     assert len(places(ear, source)) == 1
 
 
+def test_two_spellings_of_one_skip_list_are_one_checkpoint(source: Path) -> None:
+    spellings = ("down_proj", "mlp.down_proj", r"model\.layers\..*\.down_proj", "o_proj")
+    schemes = {job: Scheme(method=Method.NF4, skip_modules=(one,)) for job, one in enumerate(spellings, start=1)}
+    ear = run(source, schemes=schemes)
+    folders = places(ear, source)
+    assert ear.measured() == {1, 2, 3, 4}
+    (resolved,) = [m.jobs for m in ear.heard if isinstance(m, Resolved)]
+    assert len({one.key for one in resolved.values()}) == 2
+    assert len({one.spelled_key for one in resolved.values()}) == 4
+    assert folders[1] == folders[2] == folders[3] != folders[4]
+    config = json.loads((folders[1] / "config.json").read_text())["quantization_config"]
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert config["llm_int8_skip_modules"] == ["lm_head", *names]
+    loaders = json.loads((folders[1] / "qbatch.json").read_text())["audit"]["loaders"]
+    assert {name: one["verdict"] for name, one in loaders.items() if one["verdict"] == "refuses"}.keys() == {
+        "fsdp",
+        "gguf",
+    }
+    (recorded, *_) = [
+        m.measurement.details.audit.loaders for m in ear.heard if isinstance(m, Measured) if m.job_id == 1
+    ]
+    assert recorded is not None
+    assert {name: one.to_json() for name, one in recorded.items()} == loaders
+
+
+def test_a_skip_list_that_cannot_be_resolved_fails_its_job_alone(source: Path) -> None:
+    broken = Scheme(method=Method.NF4, skip_modules=("(",))
+    ear = run(source, schemes={NF4: broken, INT8: SCHEMES[INT8]})
+    assert ear.failed().keys() == {NF4}
+    assert ear.measured() == {INT8}
+
+
 def test_a_width_that_cannot_be_published_leaves_the_other_alone(source: Path, published: dict[int, Path]) -> None:
     for folder in published.values():
         shutil.rmtree(folder)
@@ -250,3 +296,29 @@ def test_a_width_that_cannot_be_published_leaves_the_other_alone(source: Path, p
     ear = run(source, attempt=2)
     assert ear.failed() == {NF4: StorageError.kind}
     assert ear.measured() == {INT8}
+
+
+def test_widths_are_published_side_by_side(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the disk at the same time as the other."""
+    both = threading.Barrier(len(SCHEMES), timeout=60.0)
+
+    def sync_together(*paths: Path) -> frozenset[Refusal]:
+        if len(paths) > 2:  # the files of a checkpoint, not its manifest
+            both.wait()
+        return filesystem.sync(*paths)
+
+    monkeypatch.setattr(publishing, "sync", sync_together)
+    ear = run(source)
+    assert ear.measured() == {NF4, INT8}
+    assert [m.job_ids for m in ear.heard if isinstance(m, Entered) and m.stage is Stage.PUBLISHING] == [(NF4, INT8)]
+
+
+def test_a_source_that_changed_by_then_fails_both(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy_and_change(folder: Path, target: Path) -> None:
+        copy_sidecars(folder, target)
+        (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+
+    monkeypatch.setattr(publishing, "copy_sidecars", copy_and_change)
+    ear = run(source)
+    assert ear.failed() == {NF4: SourceChanged.kind, INT8: SourceChanged.kind}
+    assert not list((source.parent / "storage").rglob("qbatch.json"))

@@ -13,7 +13,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
 from benchmarks.database.history import Sizes, fill
-from qbatch.core.domain import DeviceKind, JobState
+from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.health import health
@@ -23,6 +23,7 @@ from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
+from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
 from qbatch.models_db.vram import GIB
 from tests.rows import POLICY, PROTOCOL, measured
@@ -105,6 +106,12 @@ def _shown(session: Session) -> object:
     return whole_jobs(session, [_a_result(session)])
 
 
+def _known_speed(session: Session) -> object:
+    baseline, nf4 = 1, 2
+    assert session.get_one(Job, baseline).method == Method.NONE
+    return find_known_speeds(session, dict.fromkeys((baseline, nf4), "k" * 64))
+
+
 ACTIONS: dict[str, Action] = {
     "a tick, the window full": choose,
     "a tick, one slot free": lambda session: choose(session, slots=9),
@@ -125,6 +132,7 @@ ACTIONS: dict[str, Action] = {
     "room awaited": jobs.any_waits_for_space,
     "checkpoints that are written": lambda session: jobs.keys_being_written(session, ["a", "b"], but_by=[1]),
     "answers": _finished,
+    "a known speed": _known_speed,
     "health": lambda session: health(session, _LEASE_S),
     "workers": lambda session: listing.list_workers(session, _LEASE_S),
     "the newest batches": lambda session: listing.list_batches(session, limit=20),

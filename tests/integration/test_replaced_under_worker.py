@@ -117,8 +117,8 @@ def test_no_checksums_are_taken_from_there_or_kept_there(context: WorkerContext,
         file_digests.remember(session, {stats[known]: sums})
     replace(context.database)
     supervisor = Supervisor(context, [one])
-    assert supervisor._known(FilesSeen(stats=(stats[known],))).digests == {}
-    supervisor._remember(FilesHashed(digests={stats[new]: sums}))
+    assert supervisor._files.known(FilesSeen(stats=(stats[known],))) == {}
+    supervisor._files.remember(FilesHashed(digests={stats[new]: sums}))
     with context.database.read() as session:
         assert list(session.scalars(select(FileDigestRow.path))) == [str(known)]
 

@@ -21,14 +21,14 @@ import pytest
 from sqlalchemy import select, text, update
 
 from qbatch.core.digest import Checksums, digest_file
-from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, SourceRef
+from qbatch.core.domain import Claim, DeviceKind, DType, JobSpec, JobState, SourceRef
 from qbatch.core.errors import BrokerUnreachable, DatabaseUnreachable
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.identity import Settled, settle
 from qbatch.core.model_files import content_files
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
-from qbatch.models_db import arrivals, file_digests, jobs, results, window
+from qbatch.models_db import arrivals, file_digests, jobs, results, skip_list_keys, window
 from qbatch.models_db.batches import NewJob, batch_exists, job_exists
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
@@ -43,6 +43,8 @@ from qbatch.scheduler.inquiry import Inquiry
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.loop import Scheduler
 from qbatch.scheduler.submit import Submission, submit
+from qbatch.worker.runner.messages import JobIdentity, Resolved
+from qbatch.worker.serving.answers import Answers
 from tests.identity import fingerprint
 from tests.rows import a_batch, a_job, a_worker, claim, measured
 from tests.tiny import make_causal
@@ -316,6 +318,25 @@ def answers(database: Database, batch_id: int) -> list[int]:
     return [job.reused_from for job in found if job.reused_from is not None]
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, []),
+        ({"skip_modules": ("down_proj",)}, []),
+        ({"skip_modules": ("q_proj",)}, ["cannot load 2 layers", "which fails", "in silence", "which fails"]),
+        ({"options": {"quant_storage": "bfloat16"}}, ["stored as uint8 only", "stored as uint8 only"]),
+    ],
+)
+def test_what_engines_would_do_otherwise_is_warned_of(
+    sqlite_database: Database, settings: Settings, model: Path, options: dict[str, Any], warned: list[str]
+) -> None:
+    grid = Grid(bits=(4, 8), device=DeviceKind.CPU, **options)
+    sources = (parse_source(str(model)), *submission().sources)
+    receipt = submit(sqlite_database, settings, Submission(sources=sources, grid=grid, eval_text="text"))
+    assert list(receipt.warnings.values()) == [1] * len(warned)
+    assert all(text in line for text, line in zip(warned, receipt.warnings, strict=True)), receipt.warnings
+
+
 def test_what_is_measured_meanwhile_answers(
     database: Database, other: Database, settings: Settings, model: Path
 ) -> None:
@@ -339,6 +360,37 @@ def test_what_was_measured_before_answers(database: Database, settings: Settings
     assert answers(database, receipt.batch_id) == measured_ids
     forced = submit(database, settings, replace(asked, grid=replace(GRID, force=True)))
     assert forced.answered == 0
+
+
+def test_a_skip_list_is_answered_once_a_worker_has_settled_it(
+    database: Database, settings: Settings, model: Path
+) -> None:
+    source = hashed(database, model)
+    grid = Grid(bits=(4,), device=DeviceKind.CPU, baseline=False, skip_modules=("down_proj",))
+    asked = Submission(sources=(source,), grid=grid, eval_text="text")
+    (spec,) = asked.specs()
+    as_spelt, key = settled(spec, fingerprint(model)), "k" * 64
+    _, ids = a_batch(database, [NewJob(spec=spec, bits=4, checkpoint_key=key)])
+    for token in claim(database, ids, a_worker(database)):
+        with database.write() as session:
+            assert jobs.succeed(session, token, measured(), protocol=as_spelt.protocol, checkpoint_path=None)
+    before = submit(database, settings, asked)
+    assert before.answered == 0
+    with database.read() as session:
+        assert session.scalars(select(Job.checkpoint_key).where(Job.batch_id == before.batch_id)).all() == [None]
+    worker = a_worker(database, "settles it")
+    with database.read() as session:
+        waiting = session.scalars(select(Job.id).where(Job.batch_id == before.batch_id)).all()
+    ((job_id, attempt),) = claim(database, waiting, worker)
+    resolved = JobIdentity(key=key, legacy_key=None, protocol_hash=as_spelt.protocol.hash, spelled_key=as_spelt.key)
+    claims = {job_id: Claim(job_id=job_id, attempt=attempt, spec=spec)}
+    Answers(database, settings.storage, "this CPU", claims).find(Resolved(jobs={job_id: resolved}))
+    receipt = submit(database, settings, asked)
+    assert receipt.answered == 1
+    assert answers(database, receipt.batch_id) == ids
+    with database.write() as session:
+        skip_list_keys.forget(session, -60.0)
+    assert submit(database, settings, asked).answered == 0
 
 
 def test_what_answers_a_batch_that_is_being_stored_is_not_pruned(

@@ -53,6 +53,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     RunnerMessage,
 )
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT
@@ -146,7 +147,7 @@ def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(),
     if not source.exists():
         tiny.make_causal(source)
     ear = Ear(answered=answered)
-    Bundle(order(folder, source, *batch_sizes, **options), ear).run()
+    Bundle(order(folder, source, *batch_sizes, **options), ear, Quiet()).run()
     return ear
 
 
@@ -236,12 +237,12 @@ def test_memory_that_runs_out_with_one_model_is_that_job_s_failure(home: Path, m
     assert ear.measured().keys() == {3}, "whose last round was over"
 
 
-def runner_short_of_memory(the_order: Order, connection: Connection) -> None:
+def runner_short_of_memory(connection: Connection) -> None:
     """A runner's whole life, in which memory runs out in the second round."""
     patch = pytest.MonkeyPatch()
     patch.setattr(ProtocolOptions, "for_device", quick)
     fail_once(patch, CudaOom("out of memory"), at=5)
-    process.run(the_order, connection)
+    process.run(connection)
 
 
 @pytest.mark.slow
@@ -250,9 +251,10 @@ def test_in_a_runner_of_its_own_running_out_of_memory_charges_nobody(home: Path)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     the_order = replace(order(home, home / "llama"), log_path=home / "runner.log")
-    runner = context.Process(target=runner_short_of_memory, args=(the_order, theirs))
+    runner = context.Process(target=runner_short_of_memory, args=(theirs,))
     runner.start()
     theirs.close()
+    ours.send(the_order)
     ear = Ear()
     while not isinstance(message := ours.recv(), Ended):
         if isinstance(message, Question):
@@ -313,7 +315,7 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
     ear = run(tmp_path, 1, 3)
     assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6), (3, 4), (1, 2)]
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
-    assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6)]
+    assert ear.entered(Stage.PUBLISHING) == [(3, 4, 5, 6)], "side by side"
     ready = [m for m in ear.heard if isinstance(m, CheckpointReady)]
     assert [m.job_id for m in ready] == [3, 4, 5, 6, 5, 6, 3, 4], "published, and confirmed once it was measured"
     assert all(all(m.published.versions.values()) for m in ready[4:]), "by then its files' times can be trusted"
@@ -385,8 +387,18 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception, *, at: int) -> 
 def test_a_row_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_once(monkeypatch, BenchmarkError("this one"), at=4)
     ear = run(home, 1, 3)
-    assert ear.failed() == {4: "benchmark_error"}
-    assert ear.measured().keys() == {1, 2, 3, 5, 6}
+    assert ear.failed() == {}
+    measured = ear.measured()
+    assert measured.keys() == {1, 2, 3, 4, 5, 6}
+    notes = {job_id: row.measurement.details.not_measured for job_id, row in measured.items()}
+    assert {job_id: note for job_id, note in notes.items() if note} == {4: {"speed": "this one"}}
+
+
+def test_a_baseline_that_fails_takes_no_other_with_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, BenchmarkError("this one"), at=1)
+    ear = run(home)
+    assert ear.failed() == {1: "benchmark_error"}
+    assert ear.measured().keys() == {2, 3}
 
 
 def test_after_a_device_fault_the_open_jobs_are_left_to_another_runner(

@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def staged(storage: Path, job_id: int = 1, attempt: int = 1, weights: bytes = WE
 
 
 def put(folder: Path, storage: Path, source: Path) -> Published:
-    return publish_digests(folder, storage, source, [digest_file(folder / "model.safetensors")]).published
+    verified = publish_digests(folder, storage, source, [digest_file(folder / "model.safetensors")])
+    return _without_states(verified.published)
 
 
 def publish_digests(folder: Path, storage: Path, source: Path, files: list[FileDigest]) -> Verified:
@@ -122,7 +124,12 @@ def publish_digests(folder: Path, storage: Path, source: Path, files: list[FileD
 
 def look(storage: Path) -> Published | None:
     found = find_published(storage, PATH, KEY)
-    return found.published if found is not None else None
+    return _without_states(found.published) if found is not None else None
+
+
+def _without_states(published: Published) -> Published:
+    """The states of its files depend on when they were read."""
+    return replace(published, versions={})
 
 
 def content(folder: Path) -> dict[str, bytes]:

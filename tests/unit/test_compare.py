@@ -231,7 +231,7 @@ def test_a_warning_is_shown_once_per_row() -> None:
 def test_rows_without_a_result_are_named() -> None:
     failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", error_message="out of memory")
     shown = comparison([BASELINE, failed], Preference(), by="figure", format="table")
-    assert "j5 bnb-fp4 has no result (failed: cuda_oom: out of memory)." in shown
+    assert "j5 bnb-fp4 has no result: failed: cuda_oom: out of memory (see `qbatch logs j5`)." in shown
     assert comparison([], Preference(), by="figure", format="table") == "no results"
     only = comparison([failed], Preference(), by="figure", format="table")
     assert "has no result" in only

@@ -11,7 +11,7 @@ import pytest
 
 from qbatch.core.digest import CHUNK_BYTES, Checksums, checksums
 from qbatch.core.errors import SourceChanged, SourceNotFound
-from qbatch.core.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file
+from qbatch.core.file_stat import FINE_TICK_NS, TICK_NS, FileStat, Mount, Mounts, clock_ns, stat_file
 from qbatch.core.model_files import content_files
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content, hash_files
 from tests.identity import fingerprint
@@ -65,9 +65,14 @@ def test_content_alone_tells_models_of_one_shape_apart(model: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE", "adapter_model.safetensors",
-     "additional_chat_templates/tool.jinja"],
-)  # fmt: skip
+    [
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "additional_chat_templates/tool.jinja",
+    ],
+)
 def test_whatever_is_computed_with_or_published_is_part_of_it(name: str, model: Path) -> None:
     before = fingerprint(model)
     (model / name).parent.mkdir(exist_ok=True)
@@ -75,6 +80,13 @@ def test_whatever_is_computed_with_or_published_is_part_of_it(name: str, model: 
     added = fingerprint(model)
     (model / name).write_text("{ }")
     assert len({before, added, fingerprint(model)}) == 3
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_not_part_of_it(name: str, model: Path) -> None:
+    before = fingerprint(model)
+    (model / name).write_text("{}")
+    assert fingerprint(model) == before
 
 
 def test_the_files_of_a_sentence_transformers_module_are_part_of_it(model: Path) -> None:
@@ -122,12 +134,12 @@ def retarget(path: Path) -> None:
     path.symlink_to("elsewhere")
 
 
-def add_adapter(path: Path) -> None:
-    path.with_name("adapter_model.safetensors").write_bytes(b"adapter")
+def add_template(path: Path) -> None:
+    path.with_name("chat_template.jinja").write_text("{{ messages }}")
 
 
 @pytest.mark.parametrize("is_settled", [True, False], ids=["settled", "young"])
-@pytest.mark.parametrize("change", [overwrite, replace_file, write_the_same, Path.unlink, retarget, add_adapter])
+@pytest.mark.parametrize("change", [overwrite, replace_file, write_the_same, Path.unlink, retarget, add_template])
 def test_whatever_changes_while_it_is_used_is_noticed(
     change: Callable[[Path], object], is_settled: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,10 +240,36 @@ def test_an_invalid_modules_file_is_treated_as_any_file(model: Path) -> None:
     assert "modules.json" in content_files(model)
 
 
-@pytest.mark.parametrize(("age_ns", "is_settled"), [(TICK_NS // 2, False), (2 * TICK_NS, True), (-TICK_NS, False)])
-def test_a_file_is_settled_once_the_clock_has_moved_on(age_ns: int, is_settled: bool, model: Path) -> None:
+@pytest.mark.parametrize(("ticks", "is_settled"), [(0.5, False), (2.0, True), (-1.0, False)])
+def test_a_file_is_settled_once_the_clock_has_moved_on(ticks: float, is_settled: bool, model: Path) -> None:
     stat = stat_file(model / "config.json", Mounts())
-    assert stat.is_settled(stat.ctime_ns + age_ns) is is_settled
+    assert stat.is_settled(stat.ctime_ns + int(ticks * stat.tick_ns)) is is_settled
+
+
+@pytest.mark.parametrize(
+    ("file_system", "ctime_ns", "tick_ns"),
+    [
+        ("ext4", 1_700_000_000_123_456_789, FINE_TICK_NS),
+        ("ext4", 1_700_000_000_000_000_000, TICK_NS),  # with small inodes
+        ("ext4", 1_700_000_000_120_000_000, TICK_NS),
+        ("vfat", 1_700_000_000_123_456_789, TICK_NS),
+        ("nfs4", 1_700_000_000_123_456_789, TICK_NS),
+        (None, 1_700_000_000_123_456_789, TICK_NS),
+    ],
+)
+def test_times_are_trusted_as_far_as_they_are_stored(file_system: str | None, ctime_ns: int, tick_ns: int) -> None:
+    mount = None if file_system is None else Mount(point="/", file_system=file_system, label="", is_remote=False)
+    stat = FileStat(path="/a", device=1, inode=1, size=1, mtime_ns=0, ctime_ns=ctime_ns, mount=mount)
+    assert stat.tick_ns == tick_ns
+
+
+def test_a_young_file_keeps_nobody_waiting_for_longer_than_a_tick(model: Path) -> None:
+    stat = stat_file(model / "config.json", Mounts())
+    if stat.tick_ns == FINE_TICK_NS:
+        content = hashed(model)
+        before_s = time.monotonic()
+        content.confirm()
+        assert time.monotonic() - before_s < TICK_NS / 1e9 / 2
 
 
 def test_a_changed_mtime_does_not_hide_a_change(model: Path) -> None:

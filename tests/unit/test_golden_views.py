@@ -16,7 +16,7 @@ import pytest
 
 from qbatch.views.comparison import Preference
 from tests.unit import test_compare, test_show, test_speed_explanation, test_views
-from tests.unit.measured_rows import explained, result, stats
+from tests.unit.measured_rows import PROTOCOL, explained, result, stats
 from tests.unit.printed import comparison, rendered, results_table, show_jobs
 
 FOLDER = Path(__file__).parent / "golden"
@@ -144,8 +144,38 @@ def shown() -> list[Row]:
         test_show.NF4,
         int8 | {"details": test_show.DETAILS | {"audit": test_show.DETAILS["audit"] | scales, "quality": quality}},
         test_show.NF4 | {"job_id": "j4", "details": {}, "reused_from": "j2"},
+        test_show.NF4
+        | {"job_id": "j6", "model": "org/tune", "details": test_show.NF4["details"] | {"speed_from": "j2"}},
         test_show.NF4 | {"job_id": "j5", "protocol": None, "checkpoint_path": None, "checkpoint": None, **running},
     ]
+
+
+def parts() -> list[Row]:
+    """Models of which ``--measure`` asked for the size alone, for quality, and for speed."""
+    size = {"protocol": PROTOCOL | {"quality": False, "speed": False}, "protocol_hash": "size", "load_model_s": None}
+    quality = {"protocol": PROTOCOL | {"speed": False}, "protocol_hash": "quality", "perplexity": 9.0}
+    speed = {"protocol": PROTOCOL | {"quality": False, "why": True}, "protocol_hash": "speed"}
+    blind = {"not_measured": dict.fromkeys(("quality", "speed"), "SpeechT5 takes input_values as input, not text")}
+    judged = {"quality": {"kl_mean": 0.01, "kl_mean_se": 0.001, "rows": 2000}}
+    rates = ({"decode_tokens_per_s": 50.0}, {"decode_tokens_per_s": 30.0})
+    rows = [
+        *(result(n, scheme, **size) for n, scheme in ((1, "none"), (2, "bnb-nf4"))),
+        *(result(n, scheme, **quality, model="org/b") for n, scheme in ((3, "none"), (4, "bnb-nf4"))),
+        *(
+            result(n, scheme, **speed, **rate, model="org/c")
+            for n, scheme, rate in zip((5, 6), ("none", "bnb-nf4"), rates, strict=True)
+        ),
+        *(result(n, scheme, details=blind, model="org/d") for n, scheme in ((7, "none"), (8, "bnb-nf4"))),
+    ]
+    rows[3] |= {"kl_mean": 0.01, "details": judged}
+    weights = {True: 16 * 2**30, False: 5 * 2**30}
+    return [
+        row | {"weights_bytes": weights[row["scheme"] == "none"], "baseline_job_id": _baseline_of(row)} for row in rows
+    ]
+
+
+def _baseline_of(row: Row) -> str | None:
+    return None if row["scheme"] == "none" else f"j{int(row['job_id'][1:]) - 1}"
 
 
 SETS = {
@@ -156,6 +186,7 @@ SETS = {
     "noted": noted,
     "why": why_rows,
     "compared": compared,
+    "parts": parts,
     "shown": shown,
 }
 VARIANTS = ("of_0_1_0", "newer", "bare")

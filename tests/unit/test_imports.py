@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ def test_what_libraries_remember_of_it_is_forgotten(curious: str) -> None:
     del sys.modules[curious]
     assert has_triton.cache_info().currsize == 0
     assert is_torch_greater_or_equal.cache_info().currsize == 0
+
+
+def test_garbage_is_not_collected_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting it again and again is a fifth of the time that a forkserver takes to start."""
+    (tmp_path / "large.py").write_text("import gc\ncollects = gc.isenabled()\nlists = [[] for _ in range(1000)]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = gc.get_freeze_count()
+    import_without_gpu(["large"])
+    large = sys.modules.pop("large")
+    assert not large.collects
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= frozen + 1000, "what is imported stays, so nobody looks through it later"
 
 
 def test_a_module_that_is_missing_is_an_error() -> None:

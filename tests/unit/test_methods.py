@@ -37,14 +37,15 @@ QUANTIZING = [method for method in Method if method is not Method.NONE]
 PACKAGE = Path(qbatch.__file__).parent
 # What belongs to one method; a data type of torch or of safetensors does not.
 _OF_A_METHOD = re.compile(r"(?<!u)(?<!torch\.)(?<!\")\bint8|nf4|fp4|bnb[-_]|int4|LLM\.int8|is_4bit", re.IGNORECASE)
-_OWN = ("core/methods/", "worker/methods/")
+# And what is known of other programs, by their own names.
+_OWN = ("core/methods/", "worker/methods/", "core/loaders/", "core/prior_quantization.py")
 
 
 @pytest.mark.parametrize("method", QUANTIZING)
 def test_a_method_has_a_description_and_an_implementation(method: Method) -> None:
     scheme = Scheme(method=method)
     weights, packing = weights_of(scheme.description), weights_of(scheme.description).packing(scheme)
-    assert isinstance(packing, StreamedPacking) == (weights.why_whole is None)
+    assert isinstance(packing, StreamedPacking) == (weights.why_whole is None) == scheme.description.is_streamed
     assert scheme.bits(DType.BFLOAT16) in (4, 8)
     assert 0.5 <= scheme.description.loaded_bytes(1024, 1024, scheme.options) / 1024**2 < 1.1
     config = weights.quantization_config(scheme.resolved(DType.BFLOAT16), None)

@@ -37,6 +37,21 @@ def test_a_path_may_hold_a_hash(tmp_path: Path) -> None:
     assert source == SourceRef(name=str(folder), location=str(folder), is_folder=True)
 
 
+@pytest.mark.parametrize("name", ["my models (v2) #1", "# one", "a #b #c", r"a\#b"])
+def test_a_hash_after_white_space_is_listed_with_a_backslash(name: str, tmp_path: Path) -> None:
+    folder = a_model(tmp_path / name)
+    written = str(folder).replace(" #", r" \#")
+    (source,) = read_model_list([f"{written}  # ours"], check_folders=True, roots=None)
+    assert source.location == str(folder)
+    assert names(r"\# at the beginning/x/y") == ["# at the beginning/x/y"]
+
+
+def test_a_name_that_ends_at_a_hash_says_how_to_write_it(tmp_path: Path) -> None:
+    folder = a_model(tmp_path / "m (v2) #1")
+    with pytest.raises(UsageError, match=r"m \(v2\) \(write \\# for a # of its name\)"):
+        read_model_list([str(folder)], check_folders=True, roots=None)
+
+
 def test_a_path_may_hold_blanks(tmp_path: Path) -> None:
     folder = a_model(tmp_path / "my models" / "a b")
     (source,) = read_model_list([f"  {folder}  "], check_folders=True, roots=None)

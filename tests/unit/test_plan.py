@@ -148,6 +148,17 @@ def test_a_cpu_and_a_model_that_fits_anywhere_need_no_prediction(llama: Path) ->
     assert predicted_need(spec(llama, BASELINE, DeviceKind.CUDA), headers, LLAMA) is not None
 
 
+def test_a_size_needs_no_memory_that_a_model_takes_to_run(llama: Path) -> None:
+    def need(scheme: Scheme) -> int | None:
+        sized = spec(llama, scheme, DeviceKind.CUDA)
+        options = replace(sized.protocol, quality=False, speed=False, why=False)
+        return predicted_need(replace(sized, protocol=options), headers, LLAMA)
+
+    headers = read_headers(llama)
+    assert (need(BASELINE), need(NF4), need(INT8)) == (None, None, None)
+    assert need(Scheme(method=Method.TORCHAO_INT8)) is not None, "it is built as a whole"
+
+
 def test_submit_stores_the_prediction_of_a_folder_and_none_for_the_hub(
     sqlite_database: Database, tmp_path: Path, llama: Path
 ) -> None:

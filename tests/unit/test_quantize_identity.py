@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
 from tests.reference import contents, save_reference
 from tests.tiny import (
     CAUSAL_ARCHS,
@@ -181,7 +182,19 @@ def test_every_storage_dtype(storage: str, tmp_path: Path) -> None:
 def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     schemes = [replace(scheme, skip_modules=("q_proj",)).with_options(int8_threshold=0.0) for scheme in (NF4, INT8)]
-    assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=["lm_head", "q_proj"])
+    skips = ["lm_head", *(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2))]
+    assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=skips)
+
+
+@pytest.mark.parametrize(
+    ("arch", "pattern"), [("t5", ".*Attention"), ("gpt2", "attn.c_attn"), ("mixtral", ".*self_attn")]
+)
+def test_a_pattern_is_saved_as_the_names_of_the_layers(arch: str, pattern: str, tmp_path: Path) -> None:
+    source = MAKERS[arch](tmp_path / "source", "bfloat16")
+    listed = list(skip_list_of_source(source, (pattern,), DType.BFLOAT16))
+    assert len(listed) > 2
+    assert pattern not in listed
+    assert_identical(source, tmp_path, DType.BFLOAT16, [replace(NF4, skip_modules=(pattern,))], skips=listed)
 
 
 @pytest.mark.slow

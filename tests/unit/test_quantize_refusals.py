@@ -164,6 +164,7 @@ def test_quantization_states_that_no_config_speaks_of(suffix: str, source: Path,
 
 def test_a_part_of_a_model_that_is_quantized(source: Path, tmp_path: Path) -> None:
     edit_config(source, text_config={"quantization_config": {"quant_method": "gptq"}})
+    edit_tensors(source, lambda tensors: tensors.update({"vision.proj.qweight": torch.ones(8, 8, dtype=torch.int32)}))
     assert_all_refused(write(source, tmp_path, NF4), Unsupported, "already quantized", "gptq")
 
 
@@ -224,8 +225,8 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
 
 
 def test_an_architecture_that_transformers_lacks(source: Path, tmp_path: Path) -> None:
-    edit_config(source, architectures=["NoSuchForCausalLM"])
-    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "NoSuchForCausalLM")
+    edit_config(source, architectures=["NoSuchForMaskedLM"])
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, "NoSuchForMaskedLM")
 
 
 def test_experts_that_transformers_replaces_when_it_loads_them_quantized(tmp_path: Path) -> None:

@@ -170,6 +170,20 @@ def test_a_defect_of_a_checkpoint_is_shown() -> None:
     assert "written from the whole model in memory, because fused experts" in text
 
 
+def test_what_loaders_make_of_a_checkpoint_is_shown() -> None:
+    judgement = {
+        "verdict": "loads otherwise than measured",
+        "version": "vLLM 0.33.0",
+        "read_on": "2026-11-28",
+        "reasons": ["vLLM quantizes a layer"],
+        "advice": ["skip all of it"],
+    }
+    text = said(NF4 | {"details": DETAILS | {"audit": DETAILS["audit"] | {"loaders": {"vllm": judgement}}}})
+    assert "elsewhere vllm loads otherwise than measured (vLLM 0.33.0, 2026-11-28)" in text
+    assert "vLLM quantizes a layer" in text
+    assert "→ skip all of it" in text
+
+
 def test_int8_tells_of_its_scales_and_4_bits_do_not() -> None:
     audit = DETAILS["audit"] | {"int8_zero_scales": 2, "int8_infinite_scales": 1}
     int8 = NF4 | {"scheme": "bnb-int8", "bits": 8, "details": DETAILS | {"audit": audit}}

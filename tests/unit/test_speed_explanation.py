@@ -156,7 +156,7 @@ def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, sa
 
 def test_what_was_not_measured_is_not_guessed() -> None:
     assert explain_speed(explained(2, "bnb-nf4", None, decode_tokens_per_s=30.0), BF16) == [
-        "The bottleneck of decoding was not measured."
+        "The bottleneck of decoding was not measured: it was not asked for (--measure why)."
     ]
     assert explain_speed(result(2, "bnb-nf4", forward_samples_per_s=10.0), None) == []
     unexplained = explained(1, "none", None, decode_tokens_per_s=48.8)

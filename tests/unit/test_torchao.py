@@ -73,8 +73,11 @@ def test_the_files_are_torchaos_own_bit_for_bit(scheme: Scheme, tmp_path: Path) 
 def test_shards_and_skipped_layers_are_torchaos_own_too(scheme: Scheme, source: Path, tmp_path: Path) -> None:
     scheme = replace(scheme, max_shard_bytes=200_000, skip_modules=("down_proj",))
     ours = sound(source, tmp_path, scheme).target.folder
-    theirs = reference(source, tmp_path / "reference", scheme, DType.BFLOAT16, ["down_proj", "lm_head"])
+    skips = ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    theirs = reference(source, tmp_path / "reference", scheme, DType.BFLOAT16, skips)
     assert contents(ours) == contents(theirs)
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    assert "model.layers.1.mlp.down_proj.weight" in index["weight_map"], "the end of a name skips it, as everywhere"
     assert (ours / "model.safetensors.index.json").is_file()
 
 

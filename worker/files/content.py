@@ -13,7 +13,7 @@ from typing import Protocol
 
 from qbatch.core.digest import Checksums, FileDigest, checksums, root_sha256
 from qbatch.core.errors import SourceChanged
-from qbatch.core.file_stat import TICK_NS, FileStat, Mounts, clock_ns, stat_file, stat_open
+from qbatch.core.file_stat import FileStat, Mounts, clock_ns, stat_file, stat_open
 from qbatch.worker.files.staging import storage_error
 
 # How many files are open at once; a process may usually open about a thousand.
@@ -126,9 +126,9 @@ def _refuse_written(file: HashedFile, now: FileStat) -> None:
 
 def _wait_until_settled(stats: Sequence[FileStat]) -> None:
     """Wait until the files have settled, so that they need not be hashed once more. Ignores times in the future."""
-    youngest_ns = clock_ns(stats) - max(stat.ctime_ns for stat in stats)
-    if 0 <= youngest_ns <= TICK_NS:
-        time.sleep((TICK_NS - youngest_ns + 1) / 1e9)
+    now_ns = clock_ns(stats)
+    ages_ns = [(now_ns - stat.ctime_ns, stat.tick_ns) for stat in stats]
+    time.sleep(max((tick_ns - age_ns + 1 for age_ns, tick_ns in ages_ns if 0 <= age_ns <= tick_ns), default=0) / 1e9)
 
 
 def hash_content(

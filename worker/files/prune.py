@@ -14,7 +14,7 @@ from typing import TypeVar
 from qbatch.core.job_log import job_of_log
 from qbatch.core.settings import Settings
 from qbatch.core.storage import BASE_OUTPUTS
-from qbatch.models_db import file_digests
+from qbatch.models_db import file_digests, skip_list_keys
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.retention import Prunable, delete_empty, delete_jobs, existing, find_prunable, needed_since
 from qbatch.models_db.session import Database
@@ -80,11 +80,13 @@ def _delete(database: Database, prunable: Prunable, older_than_s: float) -> tupl
 
 
 def _forget(database: Database, places: Sequence[str], older_than_s: float) -> int:
-    """Delete checksums. Returns how many files will be hashed again when they are next used."""
+    """Delete checksums, and what skip lists mean. Returns how many files will be hashed again when they are used."""
     forgotten = 0
     for chunk in _chunks(places):
         with _pausing_afterwards(), database.write() as session:
             forgotten += file_digests.forget(session, chunk, older_than_s)
+    with database.write() as session:
+        skip_list_keys.forget(session, older_than_s)
     return forgotten
 
 

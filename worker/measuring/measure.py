@@ -1,6 +1,6 @@
 """Measure a model: its size and quality once, and for each shape its speed in rounds, its memory, and what limits it.
 
-Size comes first, since a forward pass may repack weights.
+Size comes first, since a forward pass may repack weights. The protocol says which of these parts are measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.details import Details
+from qbatch.core.measured.known_speed import KnownSpeed, with_speed_of
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.quality_figures import Quality, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, RunShape, Size, TimedRounds
@@ -31,10 +33,12 @@ from qbatch.worker.measuring.speed.memory import (
     memory_monitor,
     reset_allocator_peaks,
 )
-from qbatch.worker.measuring.speed.phases import Round, time_round
+from qbatch.worker.measuring.speed.model_inputs import reads_text
+from qbatch.worker.measuring.speed.phases import Round, time_round, untimed_round
 from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.tokens import text_cut
+from qbatch.worker.measuring.unloaded_size import count_unloaded
 from qbatch.worker.measuring.versions import device_name, versions
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
@@ -73,6 +77,8 @@ class ModelBenchmark:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.is_explainable = False
+        # Why the quality of the model cannot be measured; None if it can.
+        self.why_no_quality: str | None = None
         self._not_captured: str | None = None
         # All figures except those of a single row.
         self._measured: Measurement | None = None
@@ -91,10 +97,14 @@ class ModelBenchmark:
         measured = self.measured
         self._measured = replace(measured, details=replace(measured.details, quality=Quality(reason=reason)))
 
+    def give_up_quality(self, reason: str) -> None:
+        self.why_no_quality = reason
+
     def prepare(self, loaded: LoadedModel) -> None:
         """Count the model, and load its tasks, so that every row includes their memory."""
         with self.subject.errors():
             self._prepare(loaded)
+            self.note_load_time(loaded)
 
     def measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
         """Measure quality, compared with ``reference`` if there is one."""
@@ -122,33 +132,28 @@ class ModelBenchmark:
         return summarize(self._loads_s).as_times()
 
     def _prepare(self, loaded: LoadedModel) -> None:
-        if loaded.model.main_input_name != "input_ids":
-            raise Unsupported(f"{type(loaded.model).__name__} takes {loaded.model.main_input_name} as input, not text")
+        if not reads_text(loaded.model):
+            takes = loaded.model.main_input_name
+            what = (
+                f"takes {takes}, not text" if takes != "input_ids" else "takes text only together with something else"
+            )
+            self.why_no_quality = f"{type(loaded.model).__name__} {what}"
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
-        self.is_explainable = loaded.task is ModelKind.CAUSAL_LM and loaded.device.startswith("cuda")
+        is_language_model = loaded.task is ModelKind.CAUSAL_LM and self.why_no_quality is None
+        self.is_explainable = is_language_model and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self._not_captured = weights.why_not_captured(loaded.model)
-        self._measured = Measurement(
-            device_name=device_name(loaded.device),
-            dtype=subject.dtype,
-            compute_dtype=subject.compute_dtype,
-            num_parameters=size.num_parameters,
-            quantized_fraction=size.quantized_fraction,
-            bits_per_param=size.bits_per_param,
-            disk_bytes=disk_bytes(subject.folder),
-            memory_footprint_bytes=size.memory_footprint_bytes,
-            weights_bytes=size.weights_bytes,
-            load_model_s=loaded.load_model_s,
-            details=Details(
-                task=loaded.task.value,
-                versions=versions(*weights.libraries),
-                size=_stored_size(size),
-                arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
-                shapes=self._text_shape(loaded),
-                audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
-            ),
+        details = Details(
+            task=loaded.task.value,
+            versions=versions(*weights.libraries),
+            size=_stored_size(size),
+            arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
+            shapes=self._text_shape(loaded),
+            audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
         )
+        sized = _sized(subject, size, device_name=device_name(loaded.device), details=details)
+        self._measured = replace(sized, load_model_s=loaded.load_model_s)
 
     def _text_shape(self, loaded: LoadedModel) -> RunShape:
         if loaded.tokenizer is None:
@@ -170,7 +175,7 @@ class ModelBenchmark:
             top1_agreement=finite(quality.top1_agreement),
             details=replace(
                 measured.details,
-                perplexity=TextPerplexity() if score is None else _stored_score(score),
+                perplexity=TextPerplexity(reason=_why_no_score(loaded)) if score is None else _stored_score(score),
                 quality=quality,
                 tasks=tasks,
                 tasks_reason=self._tasks.reason,
@@ -201,15 +206,26 @@ class ModelBenchmark:
 
 
 class RowBenchmark:
-    """Measures a model at one protocol's shape, in rounds."""
+    """Measures a model at one protocol's shape, in rounds. If its speed is ``known``, it is not timed."""
 
-    def __init__(self, model: ModelBenchmark, protocol: Protocol, on_step: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: ModelBenchmark,
+        protocol: Protocol,
+        on_step: Callable[[str], None],
+        *,
+        known: KnownSpeed | None = None,
+    ) -> None:
         self.model = model
+        self._known = known
         self._protocol = protocol
         self._on_step = on_step
         self._rounds: list[Round] = []
         self._memory = Memory()
+        self._why_no_speed: str | None = None
         self._why: Explanation | None = None
+        # What was observed, if anything was.
+        self._observed: Round | None = None
         self._device = "cpu"
 
     @property
@@ -218,32 +234,58 @@ class RowBenchmark:
         return len(self._rounds)
 
     @property
+    def rounds_to_time(self) -> int:
+        return self._protocol.speed_rounds if self._known is None else 0
+
+    @property
+    def wants_why(self) -> bool:
+        return self._protocol.why and self._known is None
+
+    @property
     def peak_bytes(self) -> int | None:
         """The most memory in use on the device in the first round, of a CPU's host; None before it."""
         return self._memory.max_reserved or self._memory.max_ram
 
+    def give_up_speed(self, reason: str) -> None:
+        """Leave out the speed of this row from now on, and what was timed of it so far."""
+        self._why_no_speed = reason
+        self._rounds.clear()
+
     def time(self, loaded: LoadedModel) -> None:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
+        if self._why_no_speed is not None:
+            return
         self._on_step("speed")
         self._device = loaded.device
         self.model.note_load_time(loaded)
         with self.model.subject.errors():
-            if self._rounds:
-                self._rounds.append(self._round(loaded, nullcontext()))
-                return
-            reset_allocator_peaks(loaded.device)
-            with memory_monitor(loaded.device) as monitor:
-                self._rounds.append(self._round(loaded, monitor))
-            self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
+            try:
+                self._time(loaded)
+            except Unsupported as error:  # no input is known for it, which is no fault of a baseline either
+                self.give_up_speed(str(error))
+
+    def _time(self, loaded: LoadedModel) -> None:
+        if self._rounds:
+            self._rounds.append(self._round(loaded, nullcontext()))
+            return
+        reset_allocator_peaks(loaded.device)
+        with memory_monitor(loaded.device) as monitor:
+            self._rounds.append(self._round(loaded, monitor))
+        self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
 
     def observe(self, loaded: LoadedModel) -> None:
         """Measure what limits a causal LM on a GPU, and its energy, if the protocol asks for them.
 
         Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
         """
-        if self.model.is_explainable and (self._protocol.why or self._protocol.energy):
+        if self._why_no_speed is None and self.model.is_explainable and (self.wants_why or self._protocol.energy):
             self._why = Explanation(self._protocol, self._on_step)
-            self._why.observe(loaded, self._rounds[0])
+            self._observed = self._rounds[0] if self._rounds else self._untimed_round(loaded)
+            self._why.observe(loaded, self._observed)
+
+    def _untimed_round(self, loaded: LoadedModel) -> Round:
+        with self.model.subject.errors():
+            return untimed_round(loaded, self._protocol, self.model.subject.eval_text)
 
     @property
     def fault(self) -> DeviceError | None:
@@ -252,30 +294,27 @@ class RowBenchmark:
     @property
     def captured_shape(self) -> Shape | None:
         """The shape at which the kernels of a decode step should be measured; None if they should not be."""
-        if self._why is None or self.fault is not None or not self._protocol.why:
+        if self._why is None or self.fault is not None or not self.wants_why:
             return None
         shape = self._rounds[0].shape
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
 
     def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
-        """All figures of the row, after at least one round.
+        """All figures of the row.
 
         ``kernels``: those of ``captured_shape``, if it is not None. ``interleaved_with``: the ids of other models' jobs
         that were timed between this row's rounds.
         """
+        if self._known is not None:
+            return with_speed_of(self._untimed(), self._known)
+        if not self._rounds:
+            return self._with_reasons(self._untimed())
         speed = pool(self._rounds)
         measured = self.model.measured
         details = replace(
             measured.details,
-            protocol=self._protocol.to_json(),
-            protocol_hash=self._protocol.hash,
             memory=self._memory,
-            shapes=replace(
-                measured.details.shapes,
-                batch_size=speed.shape.batch_size,
-                prompt_tokens=speed.shape.prompt_tokens,
-                new_tokens=speed.shape.new_tokens,
-            ),
+            shapes=_with_shape(measured.details.shapes, self._rounds[0]),
             stats={Phase.LOAD_MODEL.value: self.model.load_times, **speed.stats},
             rounds=TimedRounds(
                 count=len(self._rounds), interleaved_with=tuple(interleaved_with), phases=speed.by_round
@@ -284,7 +323,7 @@ class RowBenchmark:
             why=self._explained(speed, kernels),
             audits=replace(measured.details.audits, spread_between_rounds=speed.notable_spread),
         )
-        return replace(
+        row = replace(
             measured,
             max_allocated_bytes=self._memory.max_allocated,
             prefill_s_p50=speed.prefill_s_p50,
@@ -295,6 +334,25 @@ class RowBenchmark:
             forward_samples_per_s=speed.forward_samples_per_s,
             details=details,
         )
+        noise = self._rounds[0].noise
+        return self._with_reasons(under_protocol(row if noise is None else on_noise(row, noise), self._protocol))
+
+    def _with_reasons(self, row: Measurement) -> Measurement:
+        """``row`` with why a part that was asked for is missing."""
+        reasons = {MeasuredPart.SPEED: self._why_no_speed, MeasuredPart.QUALITY: self.model.why_no_quality}
+        known = {part: reason for part, reason in reasons.items() if reason is not None}
+        return without_parts(row, {part: reason for part, reason in known.items() if part in self._protocol.parts})
+
+    def _untimed(self) -> Measurement:
+        """The figures of a row whose speed is not measured."""
+        measured = self.model.measured
+        details = replace(
+            measured.details,
+            stats={Phase.LOAD_MODEL.value: self.model.load_times},
+            shapes=_with_shape(measured.details.shapes, self._observed),
+            why=DecodeReasons() if self._why is None else DecodeReasons(energy=self._why.energy),
+        )
+        return under_protocol(replace(measured, details=details), self._protocol)
 
     def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
         return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup)
@@ -311,6 +369,66 @@ class RowBenchmark:
         )
 
 
+def counted(subject: Subject, *, trusted: bool) -> Measurement:
+    """The figures of a model that is not loaded: its size. Raises SourceCorrupt, UnsafeSource or Unsupported."""
+    unloaded = count_unloaded(subject.folder, subject.dtype, trusted=trusted)
+    return under_protocol(
+        _sized(
+            subject,
+            unloaded.size,
+            device_name="",
+            details=Details(
+                task=unloaded.task, versions=versions(*unloaded.libraries), size=_stored_size(unloaded.size)
+            ),
+        ),
+        subject.protocol,
+    )
+
+
+def _sized(subject: Subject, size: ModelSize, *, device_name: str, details: Details) -> Measurement:
+    return Measurement(
+        device_name=device_name,
+        dtype=subject.dtype,
+        compute_dtype=subject.compute_dtype,
+        num_parameters=size.num_parameters,
+        quantized_fraction=size.quantized_fraction,
+        bits_per_param=size.bits_per_param,
+        disk_bytes=disk_bytes(subject.folder),
+        memory_footprint_bytes=size.memory_footprint_bytes,
+        weights_bytes=size.weights_bytes,
+        details=details,
+    )
+
+
+def _with_shape(text_shape: RunShape, of: Round | None) -> RunShape:
+    if of is None:
+        return text_shape
+    shape = of.shape
+    return replace(
+        text_shape, batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens
+    )
+
+
+def on_noise(row: Measurement, inputs: str) -> Measurement:
+    """``row`` without the figures that are compared: how fast a model takes noise is no figure of its use."""
+    details = replace(row.details, noise_inputs=inputs)
+    return replace(row, forward_s_p50=None, forward_samples_per_s=None, max_allocated_bytes=None, details=details)
+
+
+def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str]) -> Measurement:
+    """``row`` with the ``reasons`` why parts are missing."""
+    if not reasons:
+        return row
+    stored = {part.value: reason for part, reason in reasons.items()}
+    return replace(row, details=replace(row.details, not_measured=stored))
+
+
+def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:
+    """The same with the protocol by which it was measured."""
+    details = replace(measurement.details, protocol=protocol.to_json(), protocol_hash=protocol.hash)
+    return replace(measurement, details=details)
+
+
 def finite(value: float | None) -> float | None:
     """``value``, or None if it is infinite or NaN, since columns store neither."""
     return value if value is not None and math.isfinite(value) else None
@@ -323,6 +441,13 @@ def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text
             return compare(loaded, reference, protocol, text)
     except BenchmarkError as error:
         return Quality(reason=str(error))
+
+
+def _why_no_score(loaded: LoadedModel) -> str | None:
+    """Why a causal language model has no perplexity; None for models that never have one."""
+    if loaded.task is not ModelKind.CAUSAL_LM:
+        return None
+    return loaded.why_no_tokenizer or "the evaluation text is too short: it has no token that can be scored"
 
 
 def _stored_size(size: ModelSize) -> Size:

@@ -105,6 +105,10 @@ class FourBitPacking(_BnbPacking):
             entries[key] = part(key, *shapes[key])
         parameter.quant_state = _State(entries)
 
+    def table_bytes(self) -> int:
+        tables = sum(table.nbytes for table in code_maps(self, "cpu").values())
+        return tables + (torch.float32.itemsize if self.nested else 0)
+
     def counted_elements(self, parameter: torch.Tensor) -> int:
         """Two elements for each byte of packed codes."""
         return parameter.numel() * 2 * parameter.element_size()

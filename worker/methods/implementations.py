@@ -30,6 +30,11 @@ _PLAIN = PlainWeights()
 _BY_LIBRARY: Mapping[str, MethodWeights] = {weights.libraries[0]: weights for weights in (BNB_WEIGHTS, TORCHAO_WEIGHTS)}
 
 
+def import_usual_library() -> None:
+    """Import the library of the methods that ``--bits`` selects, without its warnings and downloads. Starts CUDA."""
+    BNB_WEIGHTS.quiet_import()
+
+
 def weights_of_config(quantization: Any) -> MethodWeights | None:
     """The implementation of a checkpoint's method, by its ``quantization_config``: a mapping, or transformers' own
     object. None if ``quantization`` is None, or of a library that qbatch does not know."""

@@ -39,12 +39,16 @@ class Packing(ABC):
 
     @abstractmethod
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
-        """dtype and shape of every part that is computed from the weight's values."""
+        """dtype and shape of every part that is computed from the weight's values, the codes first."""
 
     @abstractmethod
     def parameter(self, rows: int, columns: int, dtype: torch.dtype, part: MakePart) -> torch.nn.Parameter:
         """The parameter, without data, of a quantized weight in a loaded model. ``dtype`` is the dtype of its values
         before quantization."""
+
+    def table_bytes(self) -> int:
+        """The bytes of what a loaded weight needs besides its parts: code tables, and the mean of its scales."""
+        return 0
 
     def why_unsupported(self, rows: int, columns: int) -> str | None:
         """Why a weight of this shape cannot be stored this way, which is an error; None if it can."""

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, UnsafeSource, Unsupported
+from qbatch.core.prior_quantization import QUANTIZATION_KEYS, declares_quantization, stale_quantization
+from qbatch.core.sources import read_config, read_headers
+from qbatch.worker.models.class_of_type import class_of_type
 from qbatch.worker.models.remote_code import REFUSAL
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -19,6 +22,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+# Read by transformers only with other packages, or not at all; what is installed must not change what is measured.
+_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -46,7 +51,8 @@ _OWN_TASKS = {
 
 
 def load_config(folder: Path, *, trusted: bool) -> Any:
-    """transformers' config of the model in ``folder``. The model's own code runs only if ``trusted``.
+    """transformers' config of the model in ``folder``, without a quantization that the weights do not have. The model's
+    own code runs only if ``trusted``.
 
     Raises UnsafeSource if the model needs its own code and is not trusted, Unsupported if this version of transformers
     does not know the model type, SourceCorrupt for any other fault.
@@ -55,19 +61,49 @@ def load_config(folder: Path, *, trusted: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except (*_UNREADABLE, StrictDataclassError) as error:
         text = str(error) or type(error).__name__
         if "trust_remote_code" in text:
             raise UnsafeSource(REFUSAL) from error
         kind = Unsupported if "does not recognize" in text else SourceCorrupt
         raise kind(f"transformers cannot read config.json: {text.splitlines()[0]}") from error
+    raw_config = read_config(folder)
+    if declares_quantization(raw_config) and stale_quantization(raw_config, read_headers(folder)) is not None:
+        _drop_quantization(config)
+    _refuse_extra_files(config, folder)
+    return config
+
+
+def _refuse_extra_files(config: Any, folder: Path) -> None:
+    """Raise Unsupported if transformers would read files of weights that were not checked."""
+    for name in getattr(type(config), "extra_files", ()):
+        if (folder / name).exists():
+            raise Unsupported(f"{name} holds weights beside those of the model, which qbatch does not read")
+
+
+def _drop_quantization(config: Any) -> None:
+    """Remove what ``config`` and its parts say of a quantization: transformers would look for packed weights."""
+    from transformers import PreTrainedConfig
+
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        for key in QUANTIZATION_KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+
+
+def why_no_tokenizer(folder: Path) -> str | None:
+    """Why ``load_tokenizer`` finds none in ``folder``; None if it does."""
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    others = sorted(path.name for pattern in _OTHER_TOKENIZERS for path in folder.glob(pattern))
+    return f"its only tokenizer is {others[0]}, which qbatch cannot read" if others else "it has no tokenizer"
 
 
 def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
     """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
     whatever transformers raises."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if why_no_tokenizer(folder) is not None:
         return None
     from transformers import AutoTokenizer
 
@@ -88,20 +124,23 @@ def model_class(config: Any, *, trusted: Path | None = None) -> Any:
     """The class named in ``config.architectures``. If none is named, the causal LM of the model type, or else the base
     model without a head.
 
-    A class that transformers does not have is loaded from ``trusted``, the model's folder. Raises UnsafeSource if that
-    is None, Unsupported if this version of transformers has no such model class.
+    A class that transformers does not have is loaded from ``trusted``, the model's folder. If that is None, or the
+    model brings no code, transformers' own class for the model type is used, as its auto classes would. Raises
+    UnsafeSource if there is none and code is needed, Unsupported if this version of transformers has no such class.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
     own = _own_class(config)
-    if own is not None:
+    if own is not None and trusted is not None:
         return _dynamic_class(own[1], trusted)
     name = _architecture(config)
+    if name is not None and _is_in_library(name):
+        return _library_class(name)
+    cls = class_of_type(type(config), name)
+    if cls is not None:
+        return cls
+    if own is not None:
+        raise UnsafeSource(REFUSAL)
     if name is not None:
         return _library_class(name)
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
-        if type(config) in mapping:
-            return mapping[type(config)]
     raise Unsupported(f"config.json names no architecture, and {config.model_type} has no default")
 
 
@@ -121,11 +160,9 @@ def _is_in_library(name: str | None) -> bool:
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
 
 
-def _dynamic_class(reference: str, trusted: Path | None) -> Any:
+def _dynamic_class(reference: str, trusted: Path) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    if trusted is None:
-        raise UnsafeSource(REFUSAL)
     return get_class_from_dynamic_module(reference, str(trusted), local_files_only=True)
 
 
@@ -144,12 +181,13 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
     """The task of ``model_class(config)``.
 
     Models with heads for multiple choice or question answering are measured as encoders, and so are encoder-decoders
-    without a head, which cannot generate. A vision-language model is measured as the causal LM that it contains.
+    without a head, which cannot generate. A vision-language or audio-language model is measured as the causal LM that
+    it contains.
     """
     from transformers.models.auto import modeling_auto as auto
 
     cls = model_class(config, trusted=trusted)
-    own = _own_class(config)
+    own = _own_class(config) if trusted is not None else None
     if own is not None and (task := _OWN_TASKS[own[0]]) is not None:
         return task
     # A class may be in several mappings (BART's generates and fills masks). The first match wins.
@@ -160,6 +198,7 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
         (ModelKind.SEQUENCE_CLASSIFICATION, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         (ModelKind.TOKEN_CLASSIFICATION, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
-        if cls.__name__ in names.values():
+        # transformers lists language models that hear under the first, though they have no encoder for text.
+        if cls.__name__ in names.values() and (task is not ModelKind.SEQ2SEQ or config.is_encoder_decoder):
             return task
     return ModelKind.CAUSAL_LM if cls.can_generate() and not config.is_encoder_decoder else ModelKind.ENCODER

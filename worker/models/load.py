@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +12,32 @@ from typing import Any
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from qbatch.core.prior_quantization import declares_quantization
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
-from qbatch.worker.models.architecture import ModelKind, kind_of, load_config, load_tokenizer, model_class
+from qbatch.worker.models.architecture import (
+    ModelKind,
+    kind_of,
+    load_config,
+    load_tokenizer,
+    model_class,
+    why_no_tokenizer,
+)
 from qbatch.worker.models.config_plausibility import refuse_implausible_config
 from qbatch.worker.models.vet import refuse_other_weights
+
+# A folder that no file can lie in, so that nothing is found there.
+_NO_FOLDER = os.devnull
 
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel:
     """A model in evaluation mode on ``device``.
 
-    ``tokenizer`` is None if the folder has none. ``load_model_s`` is the time of ``from_pretrained`` only, with the
-    device synchronized before and after.
+    ``tokenizer`` is None if the folder has none that can be read; ``why_no_tokenizer`` then says why. ``load_model_s``
+    is the time of ``from_pretrained`` only, with the device synchronized before and after.
     """
 
     model: Any
@@ -33,6 +45,7 @@ class LoadedModel:
     task: ModelKind
     load_model_s: float
     device: str
+    why_no_tokenizer: str | None = None
 
 
 def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> LoadedModel:
@@ -45,21 +58,27 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
     """
     raw_config = read_config(folder)
     refuse_other_weights(raw_config)
-    quantized = "quantization_config" in raw_config
-    weights = weights_of_config(raw_config.get("quantization_config"))
-    if not quantized:  # the source of one of our checkpoints was checked before it was written
+    if not declares_quantization(raw_config):  # the source of one of our checkpoints was checked before it was written
         refuse_implausible_config(raw_config, read_headers(folder))
-    quiet_libraries(weights)
-    corrupt: type[JobError] = BenchmarkError if quantized else SourceCorrupt
     with translated(Unsupported, f"cannot read the configuration in {folder.name}"):
         config = load_config(folder, trusted=trusted)
+        quantization = getattr(config, "quantization_config", None)
+        quiet_libraries(weights_of_config(quantization))
         own_code = folder if trusted else None
         cls, task = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
+    corrupt: type[JobError] = SourceCorrupt if quantization is None else BenchmarkError
     with translated(corrupt, f"cannot load {folder.name}"):
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
         tokenizer = load_tokenizer(folder, trusted=trusted)
-    return LoadedModel(model=model, tokenizer=tokenizer, task=task, load_model_s=load_model_s, device=device)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        load_model_s=load_model_s,
+        device=device,
+        why_no_tokenizer=why_no_tokenizer(folder),
+    )
 
 
 @contextmanager
@@ -102,14 +121,26 @@ def _load_model(
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
+        # Reported with both shapes; otherwise transformers prints them and raises an error that names neither.
+        ignore_mismatched_sizes=True,
+        # With PEFT installed, transformers looks for an adapter beside the weights, and applies it to them.
+        adapter_kwargs={"subfolder": _NO_FOLDER},
     )
     _synchronize(device)
     load_model_s = time.perf_counter() - begin_s
+    _refuse_adapter(model, folder)
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise corrupt(f"{name} has the shape {tuple(found)}, but the model needs {tuple(needed)}")
     # transformers fills missing tensors with random numbers, and only warns.
     if missing := sorted(info["missing_keys"]):
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
+
+
+def _refuse_adapter(model: Any, folder: Path) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise Unsupported(f"transformers applied the adapter that lies beside the weights in {folder.name}: move it")
 
 
 def _synchronize(device: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, one_line
-from qbatch.core.sources import Header
+from qbatch.core.prior_quantization import stale_quantization
+from qbatch.core.sources import Header, read_config
 from qbatch.worker.models.vet import vet_source
 from qbatch.worker.quantizing.faults import as_job_error, quiet
 from qbatch.worker.quantizing.meter import Meter
@@ -30,15 +32,24 @@ def write_checkpoints(
     meter = Meter(on_progress)
     try:
         headers = vet_source(source)
+        stale = stale_quantization(read_config(source), headers)
     except Exception as error:
         yield from (Refused(target=target, error=as_job_error(error)) for target in targets)
         return
     with quiet():
         outcomes = _stream(headers, source, targets, dtype, device, meter)
-    yield from (outcome for outcome in outcomes if not isinstance(outcome, Deferred))
+    yield from (_with_note(outcome, stale) for outcome in outcomes if not isinstance(outcome, Deferred))
     deferred = [outcome for outcome in outcomes if isinstance(outcome, Deferred)]
     if deferred:
-        yield from _write_whole(headers, source, deferred, dtype, device, meter)
+        written = _write_whole(headers, source, deferred, dtype, device, meter)
+        yield from (_with_note(outcome, stale) for outcome in written)
+
+
+def _with_note(outcome: Written | Refused, stale: str | None) -> Written | Refused:
+    """Note in the audit what the source's config says of a quantization that its weights do not have."""
+    if stale is None or isinstance(outcome, Refused):
+        return outcome
+    return replace(outcome, audit={**outcome.audit, "stale_quantization": stale})
 
 
 def _stream(

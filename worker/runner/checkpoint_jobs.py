@@ -20,6 +20,8 @@ class Plan:
     claim: Claim
     settled: Settled
     legacy_key: str | None
+    spelled_key: str | None = None
+    speed_key: str | None = None
 
     @property
     def job_id(self) -> int:
@@ -27,7 +29,13 @@ class Plan:
 
     @property
     def identity(self) -> JobIdentity:
-        return JobIdentity(key=self.settled.key, legacy_key=self.legacy_key, protocol_hash=self.settled.protocol.hash)
+        return JobIdentity(
+            key=self.settled.key,
+            legacy_key=self.legacy_key,
+            protocol_hash=self.settled.protocol.hash,
+            spelled_key=self.spelled_key,
+            speed_key=self.speed_key,
+        )
 
     @property
     def path(self) -> str:
@@ -50,21 +58,29 @@ class MeasuredModel:
         return self.verified.published if self.verified is not None else None
 
     @property
+    def runs(self) -> bool:
+        """Whether anything is asked for that the model must be loaded for."""
+        return self.plans[0].settled.protocol.runs_model
+
+    @property
     def ids(self) -> tuple[int, ...]:
         return tuple(plan.job_id for plan in self.plans)
 
 
-def plan_job(claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind) -> Plan:
-    """Plan a claimed job. ``dtype`` is that of the source."""
+def plan_job(
+    claim: Claim, source: LocalSource, dtype: DType, device_kind: DeviceKind, skip_list: tuple[str, ...] | None = None
+) -> Plan:
+    """Plan a claimed job. ``dtype`` is that of the source; ``skip_list`` is None where its scheme skips nothing."""
 
-    def settled(fingerprint: str) -> Settled:
-        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind)
+    def settled(fingerprint: str, listed: tuple[str, ...] | None = skip_list) -> Settled:
+        return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind, skip_list=listed)
 
     legacy = source.legacy_fingerprint
     return Plan(
         claim=claim,
         settled=settled(source.fingerprint),
         legacy_key=settled(legacy).key if legacy is not None else None,
+        spelled_key=settled(source.fingerprint, None).key if skip_list is not None else None,
     )
 
 

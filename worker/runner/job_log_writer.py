@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qbatch.core.control_characters import escape_controls
-from qbatch.core.domain import Claim, parse_id
+from qbatch.core.domain import Claim, job_number
 from qbatch.core.job_log import job_log
 
 # A line that is about certain jobs begins with their ids, as "j7, j8: quantizing" does.
@@ -55,7 +55,7 @@ class JobLogWriter(logging.Handler):
         named = _NAMED.match(message)
         if named is None:
             return list(self._paths)
-        ids = (parse_id(text)[1] for text in named[1].split(", "))
+        ids = map(job_number, named[1].split(", "))
         return [job_id for job_id in ids if job_id in self._paths]
 
     def _append(self, job_id: int, line: bytes) -> None:

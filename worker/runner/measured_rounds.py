@@ -7,20 +7,23 @@ models stay loaded together if they fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from qbatch.core.domain import DeviceKind, Stage, format_job_id
-from qbatch.core.errors import CudaOom, DeviceError, HostOom
-from qbatch.core.measured.checkpoint_audit import CheckpointAudit
-from qbatch.core.measured.measurement import Measurement
+from qbatch.core.domain import Protocol, Stage, format_job_id
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Unsupported
+from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
+from qbatch.worker.runner.finished_rows import FinishedRows, names
+from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.messages import CheckpointReady, Measured, Order
+from qbatch.worker.runner.messages import MeasurementsOver, NothingTimed, Order
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -37,7 +40,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Turn:
-    """A model's turn, repeated in every round. ``rows`` are by job id."""
+    """A model's turn, repeated in each of its rounds. ``rows`` are by job id."""
 
     model: MeasuredModel
     benchmark: ModelBenchmark
@@ -46,6 +49,16 @@ class _Turn:
     @property
     def jobs(self) -> tuple[int, ...]:
         return self.model.ids
+
+    @property
+    def rounds(self) -> int:
+        """A model of which nothing is timed has one turn, for the rest."""
+        return max((row.rounds_to_time for row in self.rows.values()), default=0) or 1
+
+    @property
+    def protocol(self) -> Protocol:
+        """That of its jobs, as far as they do not differ in it."""
+        return self.model.plans[0].settled.protocol
 
     @property
     def is_captured(self) -> bool:
@@ -61,60 +74,64 @@ class _Turn:
 class Rounds:
     """Measures the models of a bundle. Use it once."""
 
-    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str) -> None:
+    def __init__(
+        self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows, quiet: Quiet
+    ) -> None:
         self._order = order
+        self._quiet = quiet
         self._reports = reports
         self._source = source
         self._device = device
         self._turns: list[_Turn] = []
+        self._unmeasured: list[_Turn] = []
         self._models = LoadedModels(device)
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
         self._base_outputs = BaseOutputs(order, reports, source)
+        self._rows = rows
 
-    def run(self, models: Sequence[MeasuredModel]) -> None:
-        """Measure the open jobs of ``models``. The final message of each is sent in the last round, or after it."""
+    def run(self, models: Sequence[MeasuredModel], speeds: Mapping[int, KnownSpeed]) -> None:
+        """Measure the open jobs of ``models``. The final message of each is sent in its last round, or after it.
+
+        The jobs in ``speeds`` have a speed that is known, and are not timed.
+        """
         from qbatch.worker.measuring.why.capture import Captures
 
-        self._turns = [self._turn(model) for model in models]
-        last = max((plan.settled.protocol.rounds for model in models for plan in model.plans), default=0)
+        self._turns = self._unmeasured = [self._turn(model, speeds) for model in models]
+        last = max((turn.rounds for turn in self._turns), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
                 if number == 2:
-                    self._models.keep_together([turn.jobs for turn in self._turns if self._reports.open(turn.jobs)])
-                for turn in self._order_of(number):
-                    self._take(turn, is_first=number == 1, is_last=number == last, captures=captures)
+                    self._models.keep_together(
+                        [turn.jobs for turn in self._turns_in(2) if self._reports.open(turn.jobs)]
+                    )
+                for turn in self._turns_in(number):
+                    self._take(turn, is_first=number == 1, is_last=number == turn.rounds, captures=captures)
             self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
 
-    def _order_of(self, number: int) -> Sequence[_Turn]:
+    def _turns_in(self, number: int) -> Sequence[_Turn]:
         """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
         is loaded is the next."""
-        return self._turns if number % 2 else self._turns[::-1]
+        turns = [turn for turn in self._turns if number <= turn.rounds]
+        return turns if number % 2 else turns[::-1]
 
-    def _turn(self, model: MeasuredModel) -> _Turn:
-        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+    def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed]) -> _Turn:
+        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
 
-        settled = model.plans[0].settled
-        benchmark = ModelBenchmark(
-            Subject(
-                folder=model.folder,
-                dtype=settled.dtype,
-                compute_dtype=settled.scheme.resolved(settled.dtype).compute_dtype,
-                protocol=settled.protocol,
-                eval_text=self._order.texts[settled.protocol.eval_text_sha256],
-                task_texts=self._order.texts,
-                on_step=lambda step: log.info("%s: %s", _names(self._reports.open(model.ids)), step),
-            )
-        )
+        benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
-            plan.job_id: RowBenchmark(benchmark, plan.settled.protocol, _step_reporter(plan)) for plan in model.plans
+            plan.job_id: RowBenchmark(
+                benchmark, plan.settled.protocol, _step_reporter(plan), known=speeds.get(plan.job_id)
+            )
+            for plan in model.plans
         }
         return _Turn(model=model, benchmark=benchmark, rows=rows)
 
     def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
         if not self._reports.open(turn.jobs):
             return
-        with self._reports.failing(turn.jobs):
+        unmeasured = partial(self._rows.send_unmeasured, turn.model)
+        with self._reports.failing(turn.jobs), self._if_published(turn, unmeasured):
             self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
         if not is_last:
             return
@@ -124,21 +141,50 @@ class Rounds:
             self._finish([turn], captures)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        with captures.paused():
+        with self._timing(captures):
             self._or_alone(lambda: self._load(turn))
         if is_first:
+            if turn.model.published is None:
+                refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
-        for job_id in self._reports.open(turn.jobs):
-            if not self._reports.open([job_id]):
-                return  # the previous shape made the device unusable
-            with self._reports.failing([job_id]), captures.paused():
-                self._or_alone(partial(self._time, turn, job_id))
+        self._time_shapes(turn, captures)
+        if not self._reports.open(turn.jobs):
+            return
         if is_first:
             self._note_peak(turn)
-            self._measure_quality(turn, self._load(turn), captures)
+            self._reports.send(NothingTimed())
+        if is_first and turn.protocol.quality and turn.benchmark.why_no_quality is None:
+            with self._if_published(turn, turn.benchmark.give_up_quality):
+                self._measure_quality(turn, self._load(turn), captures)
         if is_last:
-            with captures.paused():
+            with self._timing(captures):
                 self._observe(turn, self._load(turn))
+
+    def _time_shapes(self, turn: _Turn, captures: Captures) -> None:
+        timed = [job_id for job_id in self._reports.open(turn.jobs) if turn.rows[job_id].rounds_to_time]
+        for job_id in timed:
+            if not self._reports.open([job_id]):
+                return  # the previous shape made the device unusable, which leaves no job open
+            give_up = turn.rows[job_id].give_up_speed
+            with self._reports.failing([job_id]), self._if_published(turn, give_up), self._timing(captures):
+                self._or_alone(partial(self._time, turn, job_id))
+
+    @contextlib.contextmanager
+    def _if_published(self, turn: _Turn, note: Callable[[str], None]) -> Iterator[None]:
+        """A published checkpoint is a success of its quantization: ``note`` why a part of it cannot be measured."""
+        try:
+            yield
+        except (BenchmarkError, Unsupported) as error:
+            if turn.model.published is None:
+                raise
+            log.warning("%s: not measured: %s", names(self._reports.open(turn.jobs)), error)
+            note(str(error))
+
+    @contextlib.contextmanager
+    def _timing(self, captures: Captures) -> Iterator[None]:
+        """A context in which nothing else of this worker runs on the host."""
+        with captures.paused(), self._quiet.timing():
+            yield
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         loaded = self._load(turn)
@@ -181,7 +227,7 @@ class Rounds:
         if not self._reports.open(turn.jobs):
             return
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
-        if turn.benchmark.is_explainable and any(plan.settled.protocol.why for plan in turn.model.plans):
+        if turn.benchmark.is_explainable and any(row.wants_why for row in turn.rows.values()):
             captures.prepare()
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         reference = None if is_baseline else self._base_outputs.find(plan)
@@ -201,9 +247,15 @@ class Rounds:
         kernels: dict[int, StepKernels] = {}
         with self._reports.failing(job_id for turn in turns for job_id in turn.jobs):
             kernels = self._kernels(turns, captures)
+        self._note_measured(turns)
         for turn in turns:
             with self._reports.failing(turn.jobs):
                 self._conclude(turn, kernels)
+
+    def _note_measured(self, turns: Sequence[_Turn]) -> None:
+        self._unmeasured = [turn for turn in self._unmeasured if turn not in turns]
+        if turns and not self._reports.open(job_id for turn in self._unmeasured for job_id in turn.jobs):
+            self._reports.send(MeasurementsOver())
 
     def _conclude(self, turn: _Turn, kernels: Mapping[int, StepKernels]) -> None:
         """Send all rows of the model. After a device fault, the rest of the bundle is left to a new runner."""
@@ -211,22 +263,13 @@ class Rounds:
         if not ids:
             return
         self._reports.enter(ids, Stage.BENCHMARKING)
-        self._confirm(turn.model)
+        self._rows.confirm(turn.model)
         for job_id in ids:
             with self._reports.failing([job_id]):
                 self._send(turn, job_id, kernels.get(job_id))
         if turn.fault is not None:
-            log.warning("%s: %s", _names(ids), turn.fault)
+            log.warning("%s: %s", names(ids), turn.fault)
             self._reports.leave_spoilt_device(turn.fault)
-
-    def _confirm(self, model: MeasuredModel) -> None:
-        """After the last use of the model, raise SourceChanged if its files have changed."""
-        if model.verified is None:
-            self._reports.confirm(self._source)
-            return
-        published = model.verified.confirm()
-        for job_id in self._reports.open(model.ids):
-            self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
     def _kernels(self, turns: Sequence[_Turn], captures: Captures) -> dict[int, StepKernels]:
         """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all models and shapes;
@@ -237,14 +280,14 @@ class Rounds:
         self._models.unload()
         ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        log.info("%s: kernels", _names(ids))
+        log.info("%s: kernels", names(ids))
         trusted = self._source.runs_code
-        answers = captures.kernels(
-            [
-                turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
-                for turn, of_turn in shapes
-            ]
-        )
+        requests = [
+            turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
+            for turn, of_turn in shapes
+        ]
+        with self._quiet.timing():
+            answers = captures.kernels(requests)
         return {
             job_id: kernels
             for (_, of_turn), answer in zip(shapes, answers, strict=True)
@@ -256,54 +299,14 @@ class Rounds:
         return {job_id: shape for job_id in ids if (shape := turn.rows[job_id].captured_shape) is not None}
 
     def _send(self, turn: _Turn, job_id: int, kernels: StepKernels | None) -> None:
-        plan = next(plan for plan in turn.model.plans if plan.job_id == job_id)
-        published = turn.model.published
         measurement = turn.rows[job_id].measurement(kernels=kernels, interleaved_with=self._timed_beside(turn))
-        self._reports.done(
-            Measured(
-                job_id=job_id,
-                measurement=self._with_origin(measurement, plan, turn.model),
-                protocol=plan.settled.protocol,
-                checkpoint_path=published.path if published is not None else None,
-            )
-        )
+        self._rows.send(turn.model, job_id, measurement)
 
     def _timed_beside(self, turn: _Turn) -> list[str]:
         """The jobs of other models that were measured in the same rounds."""
         others = (other for other in self._turns if other is not turn)
         return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
 
-    def _with_origin(self, measurement: Measurement, plan: Plan, model: MeasuredModel) -> Measurement:
-        published = model.published
-        details = dataclasses.replace(
-            measurement.details,
-            checkpoint_key=plan.settled.key,
-            fingerprint=self._source.fingerprint,
-            commit=self._source.revision,
-            device_uuid=self._device_uuid(),
-            audit=CheckpointAudit.from_json(published.audit if published is not None else None),
-        )
-        return dataclasses.replace(
-            measurement,
-            device_name=self._order.device_name,
-            quantize_s=published.quantize_s if published is not None else None,
-            details=details,
-        )
-
-    def _device_uuid(self) -> str | None:
-        """The UUID of the GPU; None on a CPU. Raises DeviceError unless exactly one GPU is visible."""
-        if self._order.device_kind is not DeviceKind.CUDA:
-            return None
-        import torch
-
-        if torch.cuda.device_count() != 1:
-            raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
-        return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-
 
 def _step_reporter(plan: Plan) -> Callable[[str], None]:
     return lambda step: log.info("j%s: %s", plan.job_id, step)
-
-
-def _names(job_ids: Iterable[int]) -> str:
-    return ", ".join(f"j{job_id}" for job_id in job_ids)

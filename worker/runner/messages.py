@@ -9,6 +9,7 @@ from pathlib import Path
 from qbatch.core.digest import Checksums
 from qbatch.core.domain import Claim, DeviceKind, Protocol, Stage
 from qbatch.core.file_stat import FileStat
+from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.sources.fetch import SourcePolicy
@@ -18,7 +19,8 @@ from qbatch.worker.sources.fetch import SourcePolicy
 class Order:
     """What a runner needs to do its work. ``texts`` holds evaluation texts and packed tasks by their sha256.
 
-    ``log_path`` is the runner's log, for all that it prints. The jobs' logs are in the same folder.
+    ``log_path`` is the runner's log, for all that it prints. The jobs' logs are in the same folder. ``device_uuid``:
+    that of the GPU; None on a CPU.
     """
 
     claims: tuple[Claim, ...]
@@ -32,6 +34,7 @@ class Order:
     policy: SourcePolicy
     lease_s: float
     log_path: Path
+    device_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +67,15 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
-    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known."""
+    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known;
+    ``spelled_key`` the one that the job's skip list has as it is spelt, if it has one. ``speed_key``: that by which it
+    may have the speed of another model (``Details.speed_key``)."""
 
     key: str
     legacy_key: str | None
     protocol_hash: str
+    spelled_key: str | None = None
+    speed_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +85,13 @@ class Answered:
     ``job_ids`` are jobs that the runner must not work on: an earlier result answers them, or another runner is writing
     their checkpoint. ``unverified`` are checkpoints (path → key) whose results would answer more jobs if the files are
     unchanged: the runner verifies them and asks again. ``paths`` maps keys to the paths of existing checkpoints.
+    ``speeds`` are those that are known of jobs that are not answered.
     """
 
     job_ids: frozenset[int]
     unverified: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
+    speeds: Mapping[int, KnownSpeed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +148,30 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The runner has prepared itself and waits for its ``Order``. Only one that stands by says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NothingTimed:
+    """For a while the runner times nothing, so the next source may be fetched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementsOver:
+    """The runner times nothing more and measures no more memory. What is left is to confirm files and to report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The runner has finished. Jobs that it has not reported return to the queue."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchingAhead:
+    """The process ``pid`` fetches the next source. The runner stops it while it times something."""
+
+    pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,5 +182,15 @@ class Pulse:
 Question = FilesSeen | Resolved
 Reply = FilesKnown | Answered
 RunnerMessage = (
-    Question | FilesHashed | CheckpointVerified | Entered | Progressed | CheckpointReady | Measured | Failed | Ended
+    Question
+    | FilesHashed
+    | CheckpointVerified
+    | Entered
+    | Progressed
+    | CheckpointReady
+    | Measured
+    | Failed
+    | NothingTimed
+    | MeasurementsOver
+    | Ended
 )

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
+from qbatch.core.domain import DeviceKind
 from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.job_log_writer import JobLogWriter
@@ -19,25 +20,31 @@ from qbatch.worker.runner.messages import (
     Answered,
     Ended,
     Failed,
+    FetchingAhead,
     Measured,
     Order,
     Pulse,
     Question,
+    Ready,
     Reply,
     RunnerMessage,
 )
+from qbatch.worker.runner.quiet import Quiet
 
 log = logging.getLogger("qbatch.runner")
 
 _ORPHANED = 70
+# A runner that stands by on a GPU holds half a gigabyte of it, which others may need while nothing is to be done.
+_STANDS_BY_ON_GPU_S = 60.0
 
 
 class SupervisorLink:
     """The runner's end of the pipe. A separate thread reads it, to notice at any time if the supervisor is silent."""
 
-    def __init__(self, connection: Connection, lease_s: float, logs: JobLogWriter) -> None:
+    def __init__(self, connection: Connection, lease_s: float, quiet: Quiet, logs: JobLogWriter) -> None:
         self._connection = connection
         self._lease_s = lease_s
+        self._quiet = quiet
         self._logs = logs
         # Progress is reported from several threads.
         self._sending = threading.Lock()
@@ -82,6 +89,8 @@ class SupervisorLink:
                 _leave("the worker has ended")
             if isinstance(message, Reply):
                 self._replies.put(message)
+            elif isinstance(message, FetchingAhead):
+                self._quiet.meet(message.pid)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker sent an unknown message, {message!r}")
 
@@ -92,18 +101,52 @@ def _leave(reason: str) -> None:
     os._exit(_ORPHANED)
 
 
-def run(order: Order, connection: Connection) -> None:
-    """A runner's whole life. Everything it has to say goes through ``connection``; its output into the log."""
+def run(connection: Connection) -> None:
+    """A runner's whole life. The first message in ``connection`` is its ``Order``, and everything that it has to say
+    goes through it; its output goes into the log."""
     # What the forkserver imported stays: collecting garbage need not look through it, nor copy its pages by that.
     gc.freeze()
+    try:
+        order = connection.recv()
+    except (EOFError, OSError):
+        os._exit(_ORPHANED)
+    _work(order, connection)
+
+
+def stand_by(connection: Connection, device_kind: DeviceKind) -> None:
+    """Prepare for any order, say so, and wait for one. Exits if none comes."""
+    if device_kind is DeviceKind.CUDA:
+        _start_cuda()
+    connection.send(Ready())
+    # Without an end on a CPU, where a fork costs nothing while it waits. It ends with its worker.
+    if not connection.poll(_STANDS_BY_ON_GPU_S if device_kind is DeviceKind.CUDA else None):
+        os._exit(0)
+    run(connection)
+
+
+def _start_cuda() -> None:
+    """Do what would keep the next bundle waiting: import bitsandbytes, and start CUDA on the device.
+
+    If that fails, the process ends and the next bundle's own runner meets it again, so that its jobs can say so.
+    """
+    import torch
+
+    from qbatch.worker.methods.implementations import import_usual_library
+
+    import_usual_library()
+    torch.cuda.synchronize()
+
+
+def _work(order: Order, connection: Connection) -> None:
     _redirect_output(order.log_path)
     escape_control_characters(sys.stdout)
     log_to_stderr()
     logs = JobLogWriter(order.log_path.parent, order.claims)
     logging.getLogger("qbatch").addHandler(logs)
-    link = SupervisorLink(connection, order.lease_s, logs)
+    quiet = Quiet()
+    link = SupervisorLink(connection, order.lease_s, quiet, logs)
     _introduce(order)
-    Bundle(order, link).run()
+    Bundle(order, link, quiet).run()
     link.end()
     # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()

@@ -92,12 +92,18 @@ class Reports:
             self.failed(job_ids, translated)
 
     def confirm(self, source: LocalSource) -> None:
-        """If the source has changed, fail every open job and raise SourceChanged.
+        """If the source has changed, fail every open job and raise SourceChanged."""
+        with self.failing_all_if_changed():
+            source.confirm()
+
+    @contextlib.contextmanager
+    def failing_all_if_changed(self) -> Iterator[None]:
+        """SourceChanged within this context fails every open job, and is raised.
 
         All of them fail, because their measurements would otherwise be compared although the source was not the same.
         """
         try:
-            source.confirm()
+            yield
         except SourceChanged as error:
             self.failed(self.open(), error)
             raise

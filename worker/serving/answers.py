@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import Claim
 from qbatch.core.errors import DatabaseUnreachable
+from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import checkpoints, jobs, results
+from qbatch.models_db import checkpoints, jobs, results, skip_list_keys
 from qbatch.models_db.results import Finished
 from qbatch.models_db.session import Database
+from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
 
 log = logging.getLogger("qbatch.worker")
@@ -53,7 +56,8 @@ class Answers:
             sound = _sound(candidates, states, whole=len(wanted))
             with self._database.write() as session:
                 self._database.require_own(session)
-                return self._record(session, resolved, sound)
+                answered = self._record(session, resolved, sound)
+            return replace(answered, speeds=self._speeds(resolved, answered))
         except DatabaseUnreachable as error:
             log.warning("%s; measuring without looking for earlier results", error)
             return Answered(job_ids=frozenset())
@@ -102,6 +106,8 @@ class Answers:
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):
             jobs.note(session, self._token(job_id), checkpoint_key=identity.key)
+        spelled = {one.spelled_key: one.key for one in resolved.jobs.values() if one.spelled_key is not None}
+        skip_list_keys.remember(session, spelled)
         kept = results.keep(session, {one.job_id for one in sound.values()})
         answered = {
             n
@@ -117,6 +123,20 @@ class Answers:
         for job_id in sorted(waiting):
             log.info("j%s returns to the queue: another runner is writing its checkpoint", job_id)
         return Answered(job_ids=frozenset(answered | waiting), paths=paths)
+
+    def _speeds(self, resolved: Resolved, answered: Answered) -> Mapping[int, KnownSpeed]:
+        """What is known of the speed of jobs that the runner must work on. Outside of the transaction that ends the
+        others, since rows are read whole."""
+        still_open = resolved.jobs.keys() - answered.job_ids
+        keys = {n: key for n in still_open if (key := resolved.jobs[n].speed_key) is not None}
+        if not keys:
+            return {}
+        try:
+            with self._database.read() as session:
+                return find_known_speeds(session, keys)
+        except DatabaseUnreachable as error:
+            log.warning("%s; every model is timed", error)
+            return {}
 
     def _written_elsewhere(self, session: Session, keys: Mapping[int, str]) -> set[int]:
         """The jobs whose checkpoint, given by its key, another runner is writing."""

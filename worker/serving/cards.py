@@ -16,7 +16,7 @@ from qbatch.models_db.measured_checkpoints import MeasuredCheckpoint, measured_c
 from qbatch.models_db.session import Database, in_chunks
 from qbatch.views.model_card import card_text
 from qbatch.worker.checkpoints.card_file import is_own, quantized_metadata, read_metadata, write_card
-from qbatch.worker.models.architecture import TOKENIZER_FILES
+from qbatch.worker.models.architecture import why_no_tokenizer
 
 log = logging.getLogger("qbatch.worker")
 
@@ -76,6 +76,6 @@ def _write(folder: Path, checkpoint: MeasuredCheckpoint) -> None:
         checkpoint,
         licence=licence if isinstance(licence, str) else None,
         runs_code=bool(python_files(folder)),
-        has_tokenizer=any((folder / name).is_file() for name in TOKENIZER_FILES),
+        has_tokenizer=why_no_tokenizer(folder) is None,
     )
     write_card(folder, metadata, text)

@@ -51,6 +51,8 @@ def _run_bundle(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]
     supervisor = Supervisor(context, claims)
     supervisor.run()
     write_cards(context.database, context.settings, context.recorder.take_recorded())
+    if not context.stopping.is_set() and context.shutdown.reason is None:
+        context.runners.stand_by()
     if supervisor.failed:
         raise BundleFailed(", ".join(format_job_id(job_id) for job_id in supervisor.failed))
     return "recorded"

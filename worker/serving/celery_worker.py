@@ -53,7 +53,9 @@ from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.environment import has_database_password, without_secrets
+from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.supervisor import WorkerContext
@@ -218,6 +220,15 @@ class CeleryWorker:
             self._leave(worker_id)
             return 0
         app = make_app(self._settings)
+        runners = Runners(forkserver, self._info.device_kind)
+        queues = queues_of(self._info.device_kind, self._info.memory_bytes)
+        next_source = NextSource(
+            database=self._database,
+            settings=self._settings,
+            runners=runners,
+            worker_id=worker_id,
+            queues=tuple(queues),
+        )
         context = WorkerContext(
             database=self._database,
             settings=self._settings,
@@ -226,12 +237,13 @@ class CeleryWorker:
             device_kind=self._info.device_kind,
             device_name=self._info.device_name,
             staging=self._own_staging().folder,
-            forkserver=forkserver,
+            runners=runners,
+            next_source=next_source,
             stopping=self._stopping,
             shutdown=self._shutdown,
+            device_uuid=self._info.device_uuid,
         )
         tasks.register(app, context)
-        queues = queues_of(self._info.device_kind, self._info.memory_bytes)
         celery_worker = app.Worker(
             pool="threads",
             concurrency=1,
@@ -251,9 +263,12 @@ class CeleryWorker:
         )
         beats.start()
         try:
+            runners.stand_by()
             celery_worker.start()
         finally:
             self._ended.set()
+            runners.close()
+            next_source.close()
             beats.join()
             self._save_outcomes_in_memory()
             self._leave(worker_id)

@@ -2,8 +2,12 @@
 
 import logging
 
+from qbatch.worker.machine.imports import no_garbage_collection
+from qbatch.worker.methods.implementations import import_usual_library
+
 try:
-    import bitsandbytes  # noqa: F401
+    with no_garbage_collection():
+        import_usual_library()
 except Exception:
     # It is each job's to meet this again, and to say so. Here it would end the forkserver, and with it the worker.
     logging.getLogger("qbatch.worker").exception("importing bitsandbytes")

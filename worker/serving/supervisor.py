@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from qbatch.core.errors import (
 )
 from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
-from qbatch.models_db import file_digests, jobs
+from qbatch.models_db import jobs
 from qbatch.models_db.batches import text_content
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.jobs import Token
@@ -39,7 +38,6 @@ from qbatch.models_db.session import Database
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.files.staging import folder_of, unstage
-from qbatch.worker.runner import process as runner
 from qbatch.worker.runner.messages import (
     Answered,
     CheckpointReady,
@@ -47,10 +45,13 @@ from qbatch.worker.runner.messages import (
     Ended,
     Entered,
     Failed,
+    FetchingAhead,
     FilesHashed,
     FilesKnown,
     FilesSeen,
     Measured,
+    MeasurementsOver,
+    NothingTimed,
     Order,
     Progressed,
     Pulse,
@@ -59,7 +60,10 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.serving.answers import Answers
+from qbatch.worker.serving.known_files import KnownFiles
+from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.sources.fetch import SourcePolicy
 
@@ -68,9 +72,6 @@ log = logging.getLogger("qbatch.worker")
 _POLL_S = 0.2
 _PULSE_S = 1.0
 _CHECK_S = 1.5
-# Pauses before each attempt to start a runner. The pipes of a killed forkserver close a moment before it counts as
-# dead, and only then is it replaced.
-_FORK_PAUSES_S = (0.0, 0.1, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +85,11 @@ class WorkerContext:
     device_kind: DeviceKind
     device_name: str
     staging: Path
-    forkserver: ForkServerContext
+    runners: Runners
+    next_source: NextSource
     stopping: Stop
     shutdown: Shutdown = field(default_factory=Shutdown)
+    device_uuid: str | None = None
 
 
 class _Pulsing:
@@ -102,7 +105,7 @@ class _Pulsing:
         self._thread = threading.Thread(target=self._beat, name="pulse")
         self._thread.start()
 
-    def send(self, message: Reply | Pulse) -> bool:
+    def send(self, message: Reply | FetchingAhead | Pulse) -> bool:
         """Send a message. False if the runner no longer reads; its last messages may still be unread here."""
         try:
             with self._lock:
@@ -120,10 +123,6 @@ class _Pulsing:
             pass
 
 
-class _NoRunner(Exception):
-    """No runner can be started, because the forkserver died each time."""
-
-
 class Supervisor:
     """Runs one bundle. Use it once."""
 
@@ -133,6 +132,7 @@ class Supervisor:
         self._open = set(self._claims)
         self._published: dict[int, Published] = {}
         self._answers = Answers(context.database, context.settings.storage, context.device_name, self._claims)
+        self._files = KnownFiles(context.database)
         self._active: tuple[int, ...] = ()
         self._has_begun = False
         self._active_s = dict.fromkeys(self._claims, 0.0)
@@ -144,12 +144,14 @@ class Supervisor:
             process, connection = self._start()
             pulse = _Pulsing(connection)
             try:
+                self._tell_of_fetch(pulse)
                 self._watch(process, pulse)
             finally:
                 # In this order: a pulse that is blocked on a full pipe ends when the runner does.
                 _kill(process)
                 pulse.end()
                 connection.close()
+                self._context.next_source.resume()
                 self._clear_staging()
         except WrongDatabase as error:
             self._context.shutdown.request(error)
@@ -158,7 +160,7 @@ class Supervisor:
             self._fail_all(error)
         except DatabaseUnreachable as error:
             log.warning("%s; returning %s to the queue", error, _names(self._open))
-        except _NoRunner as error:
+        except NoRunner as error:
             # No work had begun, so no job is charged. The launcher starts another worker, which may be able to.
             log.error("%s; this worker ends, returning %s to the queue", error, _names(self._open))
             os.kill(os.getpid(), signal.SIGTERM)
@@ -176,33 +178,14 @@ class Supervisor:
     def _start(self) -> tuple[BaseProcess, Connection]:
         """Start the runner.
 
-        Raises _NoRunner or DatabaseUnreachable. Its subclasses are possible too: WrongDatabase, and DatabaseRefused if
+        Raises NoRunner or DatabaseUnreachable. Its subclasses are possible too: WrongDatabase, and DatabaseRefused if
         the database refuses what these jobs need.
         """
         try:
             order = self._order()
         except DatabaseRefused as error:
             raise explain(self._context.database, error) from error
-        for pause_s in _FORK_PAUSES_S:
-            time.sleep(pause_s)
-            try:
-                return self._fork(order)
-            except (EOFError, OSError) as error:
-                reason = one_line(error)
-                log.warning("the forkserver died (%s)", reason)
-        raise _NoRunner(f"no runner can be started: {reason}")
-
-    def _fork(self, order: Order) -> tuple[BaseProcess, Connection]:
-        ours, theirs = self._context.forkserver.Pipe()
-        with theirs:
-            process = self._context.forkserver.Process(target=runner.run, args=(order, theirs), daemon=True)
-            try:
-                process.start()
-            except BaseException:
-                # A runner may have started nevertheless. It ends when its pipe closes.
-                ours.close()
-                raise
-        return process, ours
+        return self._context.runners.start(order)
 
     def _order(self) -> Order:
         context, settings = self._context, self._context.settings
@@ -229,6 +212,7 @@ class Supervisor:
             ),
             lease_s=settings.lease_s,
             log_path=runner_log(logs, first, self._claims[first].attempt),
+            device_uuid=context.device_uuid,
         )
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
@@ -242,6 +226,7 @@ class Supervisor:
                 return
             if message is not None and self._handle(message, pulse):
                 return
+            self._context.next_source.serve()
             now = time.monotonic()
             for job_id in self._active:
                 self._active_s[job_id] += now - last
@@ -259,6 +244,7 @@ class Supervisor:
                 if beats:
                     beat_at = now + settings.heartbeat_s
                 check_at = now + _CHECK_S
+                self._context.next_source.look()
                 if not self._still_ours(renew=beats):
                     return
 
@@ -268,9 +254,9 @@ class Supervisor:
             case Resolved():
                 pulse.send(self._answer(message))
             case FilesSeen():
-                pulse.send(self._known(message))
+                pulse.send(FilesKnown(digests=self._files.known(message)))
             case FilesHashed():
-                self._remember(message)
+                self._files.remember(message)
             case CheckpointVerified():
                 self._answers.verified(message)
             case Entered():
@@ -290,32 +276,25 @@ class Supervisor:
                 self._close(message.job_id)
             case Failed():
                 self._fail(message.job_id, job_error(message.kind, message.message, message.needed_bytes))
+            case NothingTimed():
+                self._context.next_source.begin()
+                self._tell_of_fetch(pulse)
+            case MeasurementsOver():
+                # The next runner prepares itself while this one confirms its files and ends.
+                self._context.runners.stand_by()
             case Ended():
                 return True
         return False
+
+    def _tell_of_fetch(self, pulse: _Pulsing) -> None:
+        if (pid := self._context.next_source.pid) is not None:
+            pulse.send(FetchingAhead(pid=pid))
 
     def _answer(self, resolved: Resolved) -> Answered:
         answered = self._answers.find(resolved)
         for job_id in answered.job_ids:
             self._close(job_id)
         return answered
-
-    def _known(self, seen: FilesSeen) -> FilesKnown:
-        try:
-            with self._context.database.read() as session:
-                self._context.database.require_own(session)
-                return FilesKnown(digests=file_digests.known(session, seen.stats))
-        except DatabaseUnreachable as error:
-            log.warning("%s; hashing all files", error)
-            return FilesKnown(digests={})
-
-    def _remember(self, hashed: FilesHashed) -> None:
-        try:
-            with self._context.database.write() as session:
-                self._context.database.require_own(session)
-                file_digests.remember(session, hashed.digests)
-        except DatabaseUnreachable as error:
-            log.warning("%s; the files will be hashed again", error)
 
     def _entered(self, message: Entered) -> None:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)

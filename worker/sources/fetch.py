@@ -35,6 +35,7 @@ from qbatch.core.errors import (
     UnsafeSource,
 )
 from qbatch.core.filesystem import NO_SPACE_ERRNOS
+from qbatch.core.folder_hint import ADAPTER_CONFIG, where_the_model_is
 from qbatch.core.identity import fingerprint_of
 from qbatch.core.legacy_identity import legacy_hub_fingerprint
 from qbatch.core.model_files import content_files, names_code
@@ -307,6 +308,9 @@ def _download(repository: Repository, cache: SourceCache) -> None:
     folder = cache.root / repository.entry
     for incomplete in folder.glob(".cache/huggingface/**/*.incomplete"):
         incomplete.unlink()
+    if repository.is_adapter:
+        _snapshot(repository, folder, [ADAPTER_CONFIG])
+        raise SourceNotFound(f"{repository.repo_id} has no model{where_the_model_is(folder)}")
     repository.check()
     if repository.listing_files:
         _snapshot(repository, folder, repository.listing_files)

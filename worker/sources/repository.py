@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qbatch.core.errors import SourceCorrupt, SourceNotFound, UnsafeSource
+from qbatch.core.folder_hint import ADAPTER_CONFIG, MODULES_NAME
 from qbatch.core.sources import (
     DOCUMENTS,
     INDEX_NAME,
@@ -21,7 +22,6 @@ from qbatch.core.sources import (
     indexed_files,
 )
 
-_MODULES_NAME = "modules.json"
 _MODULE_FILES = (".json", ".txt", ".model", ".safetensors")
 _OTHER_WEIGHTS = (*PICKLE_SUFFIXES, ".h5", ".msgpack")
 # Files with these suffixes are never fetched as sidecars, even if they match one of the patterns.
@@ -59,7 +59,7 @@ class Repository:
     @property
     def listing_files(self) -> list[str]:
         """The small files that list which others are needed; ``wanted`` reads them."""
-        return [name for name in (self._index, _MODULES_NAME) if name is not None and name in self.files]
+        return [name for name in (self._index, MODULES_NAME) if name is not None and name in self.files]
 
     @property
     def _single(self) -> str:
@@ -74,12 +74,24 @@ class Repository:
     def check(self) -> None:
         """Raise SourceNotFound or UnsafeSource if the repository contains no model that can be used."""
         if "config.json" not in self.files:
-            raise SourceNotFound(f"{self.repo_id} has no config.json")
+            raise SourceNotFound(f"{self.repo_id} has no config.json{self._where_the_model_is()}")
         if INDEX_NAME in self.files or SINGLE_NAME in self.files or (self.is_pickled and self.allow_pickle):
             return
         if any(path.endswith(_OTHER_WEIGHTS) for path in self.files) and not self.allow_pickle:
             raise UnsafeSource(f"{self.repo_id} has only pickles, no safetensors; use --allow-pickle to convert them")
         raise SourceNotFound(f"{self.repo_id} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter without the model that it belongs to."""
+        weights = {SINGLE_NAME, INDEX_NAME, PICKLE_NAME, PICKLE_INDEX_NAME}
+        return ADAPTER_CONFIG in self.files and not self.files.keys() & weights
+
+    def _where_the_model_is(self) -> str:
+        inner = next((path for path in sorted(self.files) if re.fullmatch(r"[A-Za-z0-9_-]+/config\.json", path)), None)
+        if inner is None or MODULES_NAME not in self.files:
+            return ""
+        return f": its model lies in the folder {inner.partition('/')[0]}; download it, and list that folder"
 
     def wanted(self, folder: Path) -> list[str]:
         """The paths to fetch, in order. ``folder`` contains ``listing_files``.
@@ -112,12 +124,12 @@ class Repository:
 
     def _module_files(self, folder: Path) -> Iterator[str]:
         """The files of sentence-transformers modules (pooling, dense) that modules.json lists."""
-        if _MODULES_NAME not in self.files:
+        if MODULES_NAME not in self.files:
             return
         try:
-            modules = {module["path"] for module in json.loads((folder / _MODULES_NAME).read_text())}
+            modules = {module["path"] for module in json.loads((folder / MODULES_NAME).read_text())}
         except (ValueError, KeyError, TypeError) as error:
-            raise SourceCorrupt(f"{self.repo_id}: {_MODULES_NAME} is not a list of modules") from error
+            raise SourceCorrupt(f"{self.repo_id}: {MODULES_NAME} is not a list of modules") from error
         for path in self.files:
             module, slash, _ = path.partition("/")
             if slash and module in modules and path.endswith(_MODULE_FILES):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.measuring.speed.device_clock import clock_of
 from qbatch.worker.measuring.speed.fairness import GpuConditions, fairness_monitor
 from qbatch.worker.measuring.speed.generation import time_forward, time_generation
+from qbatch.worker.measuring.speed.model_inputs import Inputs, describe_inputs, noise_inputs, reads_text, text_inputs
 from qbatch.worker.measuring.tokens import max_positions, prompts
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel
@@ -35,12 +36,14 @@ class Round:
     """The times of one round in seconds, by phase (prefill, decode and per token, or forward).
 
     ``prompts``: [batch, length]. ``new_tokens``: 0 if nothing is generated. ``conditions``: None without a GPU.
+    ``noise``: the inputs of a model that does not read text alone, whose prompts have no tokens.
     """
 
     times_s: Mapping[Phase, list[float]]
     prompts: torch.Tensor
     new_tokens: int
     conditions: GpuConditions | None
+    noise: str | None = None
 
     @property
     def shape(self) -> TimedShape:
@@ -52,6 +55,7 @@ def time_round(
     loaded: LoadedModel, protocol: Protocol, eval_text: str, during_warmup: AbstractContextManager[object]
 ) -> Round:
     """Time one round of the phases of the model's task."""
+    noise = None if reads_text(loaded.model) else noise_inputs(loaded.model, protocol.batch_size)
     time_phases = _generation if loaded.task in _GENERATIVE else _forward
     with fairness_monitor(loaded.device) as fairness:
         options = {
@@ -59,19 +63,44 @@ def time_round(
             "during_warmup": during_warmup,
             "between_iterations": fairness.sample,
         }
+        if noise is not None:
+            return _noise_round(loaded, protocol, noise, options, fairness.conditions)
         times_s, ids, new_tokens = time_phases(loaded, protocol, eval_text, options)
         return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, conditions=fairness.conditions())
+
+
+def _noise_round(
+    loaded: LoadedModel,
+    protocol: Protocol,
+    noise: Inputs,
+    options: Mapping[str, Any],
+    conditions: Callable[[], GpuConditions | None],
+) -> Round:
+    times_s = time_forward(loaded.model, noise, protocol=protocol, **options)
+    return Round(
+        times_s={Phase.FORWARD: times_s},
+        prompts=torch.empty(protocol.batch_size, 0, dtype=torch.long),
+        new_tokens=0,
+        conditions=conditions(),
+        noise=describe_inputs(noise),
+    )
+
+
+def untimed_round(loaded: LoadedModel, protocol: Protocol, eval_text: str) -> Round:
+    """The prompts of a round of generation, of which nothing is timed."""
+    prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
+    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
+    return Round(times_s={}, prompts=ids, new_tokens=new_tokens, conditions=None)
 
 
 _Timed = tuple[Mapping[Phase, list[float]], torch.Tensor, int]
 
 
 def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
-    prompt_tokens, new_tokens = generation_shape(protocol, max_positions(loaded.model))
-    ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=prompt_tokens)
-    times = time_generation(loaded.model, ids, new_tokens=new_tokens, protocol=protocol, **options)
+    shape = untimed_round(loaded, protocol, eval_text)
+    times = time_generation(loaded.model, shape.prompts, new_tokens=shape.new_tokens, protocol=protocol, **options)
     phases = {Phase.PREFILL: times.prefill_s, Phase.DECODE: times.decode_s, Phase.PER_TOKEN: times.per_token_s}
-    return phases, ids, new_tokens
+    return phases, shape.prompts, shape.new_tokens
 
 
 def generation_shape(protocol: Protocol, limit: int | None) -> tuple[int, int]:
@@ -86,10 +115,5 @@ def _forward(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: M
     limit = max_positions(loaded.model)
     length = protocol.prompt_tokens if limit is None else min(protocol.prompt_tokens, limit)
     ids = prompts(loaded, eval_text, batch_size=protocol.batch_size, length=length)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if loaded.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if type(loaded.model).__name__.endswith("ForMultipleChoice"):
-        # [batch, choices, length]
-        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
+    inputs = text_inputs(loaded.model, ids)
     return {Phase.FORWARD: time_forward(loaded.model, inputs, protocol=protocol, **options)}, ids, 0

@@ -48,6 +48,10 @@ class Explanation:
         # The device is unusable for this process from then on. Earlier measurements remain valid.
         self.fault: DeviceError | None = None
 
+    @property
+    def energy(self) -> MeasuredEnergy:
+        return self._energy
+
     def observe(self, loaded: LoadedModel, shape: Round) -> None:
         """Count a step's work at ``shape``, and if the protocol asks for energy, measure it, which takes 35 s."""
         if self._protocol.why:

@@ -27,7 +27,7 @@ from qbatch.worker.quantizing.building.metadata_order import sort_metadata
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
-from qbatch.worker.quantizing.planning.loading import load_source, refuse_missing, unused
+from qbatch.worker.quantizing.planning.loading import load_source, refuse_mismatched, refuse_missing, unused
 from qbatch.worker.quantizing.planning.saving import read_generation_config
 from qbatch.worker.quantizing.planning.skeleton import build_skeleton
 from qbatch.worker.quantizing.planning.space import weights_bytes
@@ -86,7 +86,9 @@ class WholeModel:
         own code cannot be traced, return no origins, None, and the reason."""
         try:
             with SourceReader(self._headers, lambda _: None) as reader:
-                _, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
+                info, recorder = load_source(self._skeleton, self._packing, reader, self._dtype)
+                recorder.raise_if_refused()
+                refuse_mismatched(info)
                 dropped = unused(reader, self._skeleton.model, recorder)
         except Exception as error:
             if not self._target.trusted or isinstance(error, JobError):

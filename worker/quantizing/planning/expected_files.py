@@ -14,7 +14,7 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
 from qbatch.worker.methods.implementations import weights_of_config
 from qbatch.worker.methods.packing import Packing, StreamedPacking
-from qbatch.worker.quantizing.planning.loading import load_traced
+from qbatch.worker.quantizing.planning.loading import Weight, load_traced
 from qbatch.worker.quantizing.planning.saving import as_saved, quantized_state
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, published_skeleton
 from qbatch.worker.quantizing.tensors.trace import FromSource, TracedTensor, sources_of
@@ -47,22 +47,32 @@ def expected_files(folder: Path, dtype: DType, names: Iterable[str]) -> Expected
     Raises SourceCorrupt, UnsafeSource or Unsupported if its config does not describe a model quantized by a known
     method.
     """
-    skeleton = published_skeleton(folder, dtype)
-    model, quantization = skeleton.model, skeleton.quantizer.quantization_config
-    weights = weights_of_config(quantization)
-    if weights is None:
-        raise SourceCorrupt("config.json names a quantization method that qbatch does not know")
-    packing = weights.packing_of_config(quantization)
-    _, recorder = load_traced(skeleton, packing, _own_tensors(skeleton, packing), [], dtype)
+    skeleton, packing, weights = load_published(folder, dtype)
+    model = skeleton.model
     nested = isinstance(packing, StreamedPacking) and packing.nested
-    offsets = dict.fromkeys(recorder.weights, 0.0) if nested else {}
-    state = quantized_state(model, packing, recorder.weights, offsets, "cpu")
+    offsets = dict.fromkeys(weights, 0.0) if nested else {}
+    state = quantized_state(model, packing, weights, offsets, "cpu")
     model._weight_conversions = _conversions_used(skeleton, names, state)
     ties = _ties(model)
     tensors = {
         name: ExpectedTensor(tensor=tensor, tie=_tie(tensor, ties)) for name, tensor in as_saved(state, model).items()
     }
     return ExpectedFiles(tensors=tensors, config_dtype=str(model.dtype).removeprefix("torch."))
+
+
+def load_published(
+    folder: Path, dtype: DType, *, trusted: bool = False
+) -> tuple[Skeleton, Packing, Mapping[str, Weight]]:
+    """The model of a published checkpoint without its data, how it stores a quantized weight, and those weights.
+    Raises as ``expected_files`` does."""
+    skeleton = published_skeleton(folder, dtype, trusted=trusted)
+    quantization = skeleton.quantizer.quantization_config
+    weights = weights_of_config(quantization)
+    if weights is None:
+        raise SourceCorrupt("config.json names a quantization method that qbatch does not know")
+    packing = weights.packing_of_config(quantization)
+    _, recorder = load_traced(skeleton, packing, _own_tensors(skeleton, packing), [], dtype)
+    return skeleton, packing, recorder.weights
 
 
 def _own_tensors(skeleton: Skeleton, packing: Packing) -> dict[str, TracedTensor]:

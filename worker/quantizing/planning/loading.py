@@ -73,7 +73,8 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_refused()
-    _refuse_mismatched(info)
+    refuse_mismatched(info)
+    _refuse_conversion_errors(info)
     dropped = unused(reader, model, recorder)
     overwritten = why_overwritten(model, info)
     _tie(model, info, reader)
@@ -83,6 +84,23 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     if overwritten is not None:
         raise NotStreamable(overwritten)
     return TracedModel(target=target, packing=packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
+
+
+def trace_unquantized_loading(reader: SourceReader, skeleton: Skeleton, dtype: DType) -> None:
+    """Load the source into an unquantized skeleton's model without its data, as far as its parameters are counted.
+
+    Raises SourceCorrupt if a tensor is missing or has the wrong shape, or NotStreamable.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model = skeleton.model
+    mapping = get_model_conversion_mapping(model, None, None)
+    info = _load_tensors(model, None, _traced_source(reader), mapping, dtype)
+    refuse_mismatched(info)
+    _refuse_conversion_errors(info)
+    model.mark_tied_weights_as_initialized(info)
+    _tie(model, info, reader)
+    refuse_missing(info.missing_keys)
 
 
 def load_source(
@@ -103,29 +121,36 @@ def load_traced(
     Returns transformers' report of missing, unexpected and mismatched keys, and the quantizer that recorded which
     weights would be quantized.
     """
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
     recorder = TracingQuantizer(skeleton, packing)
     needed = {name: tensor.shape for name, tensor in _all_tensors(skeleton.model)}
-    torch_dtype = getattr(torch, dtype.value)
-    info, _ = convert_and_load_state_dict_in_model(
-        model=skeleton.model,
-        state_dict=tensors,
-        load_config=LoadStateDictConfig(
-            device_map={"": "meta"},
-            dtype=torch_dtype,
-            dtype_plan=skeleton.model._get_dtype_plan(torch_dtype),
-            hf_quantizer=recorder,
-            weight_mapping=mapping,
-        ),
-        disk_offload_index=None,
-    )
+    info = _load_tensors(skeleton.model, recorder, tensors, mapping, dtype)
     # Before version 5.23, transformers accepts any shape if there is a quantizer.
     for name, tensor in traced_tensors(skeleton.model):
         if name not in recorder.origins and tensor.shape != needed[name]:
             info.mismatched_keys.add((name, tensor.shape, needed[name]))
     return info, recorder
+
+
+def _load_tensors(
+    model: Any, quantizer: TracingQuantizer | None, tensors: dict[str, TracedTensor], mapping: list[Any], dtype: DType
+) -> Any:
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    torch_dtype = getattr(torch, dtype.value)
+    info, _ = convert_and_load_state_dict_in_model(
+        model=model,
+        state_dict=tensors,
+        load_config=LoadStateDictConfig(
+            device_map={"": "meta"},
+            dtype=torch_dtype,
+            dtype_plan=model._get_dtype_plan(torch_dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=mapping,
+        ),
+        disk_offload_index=None,
+    )
+    return info
 
 
 def _all_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
@@ -231,9 +256,13 @@ def _refuse_unquantized(skeleton: Skeleton, recorder: TracingQuantizer, info: An
             raise Unsupported(f"{name} and a skipped weight are cut from the same tensor: skip both or neither")
 
 
-def _refuse_mismatched(info: Any) -> None:
+def refuse_mismatched(info: Any) -> None:
+    """Raise SourceCorrupt if a tensor that stays unquantized has another shape than the model's."""
     for name, shape, needed in sorted(info.mismatched_keys):
         raise SourceCorrupt(f"{name} has the shape {tuple(shape)}, but the model needs {tuple(needed)}")
+
+
+def _refuse_conversion_errors(info: Any) -> None:
     for name, text in sorted(info.conversion_errors.items()):
         raise NotStreamable(f"{name}: {text.strip().splitlines()[-1]}")
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
+from qbatch.core.loaders.engine_names import EngineArchitecture, engine
+from qbatch.core.loaders.skip_list import SkippedLayers
+from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
@@ -21,8 +24,9 @@ _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, L
 class Skeleton:
     """A model class and its instance on the meta device, as ``from_pretrained`` has it before loading weights.
 
-    In ``model``, the layers to quantize are already replaced by the method's modules. ``default_skips`` are the modules
-    that transformers does not quantize by default; ``idle_skips`` are the user's patterns that match no layer.
+    In ``model``, the layers to quantize are already replaced by the method's modules. ``quantizer`` is None for an
+    unquantized model. ``default_skips`` are the modules that transformers does not quantize by default; ``idle_skips``
+    are the user's patterns that match no layer.
     """
 
     cls: Any
@@ -39,26 +43,32 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     """
     config = _with_dtype(load_config(source, trusted=trusted), dtype)
     cls = model_class(config, trusted=source if trusted else None)
-    skips = default_skips(cls, config) if scheme.skip_modules else frozenset()
-    # A list given to transformers replaces its default list, so both are merged.
-    listed = sorted(skips | set(scheme.skip_modules)) if scheme.skip_modules else None
+    listed = list(skip_list(cls, config, scheme.skip_modules)) if scheme.skip_modules else None
     quantization = weights_of(scheme.description).quantization_config(scheme, listed)
     skeleton = _skeleton(cls, config, quantization, device)
     return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
 
 
-def published_skeleton(folder: Path, dtype: DType) -> Skeleton:
+def unquantized_skeleton(source: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
+    """The model of ``source`` on the meta device as it is, in ``dtype``. Raises as ``build_skeleton`` does."""
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    cls = model_class(config, trusted=source if trusted else None)
+    model = _meta_model(cls, config, None, "meta")
+    return Skeleton(cls=cls, model=model, quantizer=None, default_skips=frozenset())
+
+
+def published_skeleton(folder: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
     """The model of a published checkpoint on the meta device, quantized as its own config says.
 
     Raises SourceCorrupt, UnsafeSource, or Unsupported.
     """
     refuse_implausible_config(read_config(folder), read_headers(folder))
-    config = _with_dtype(load_config(folder, trusted=False), dtype)
+    config = _with_dtype(load_config(folder, trusted=trusted), dtype)
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or weights_of_config(quantization) is None:
         raise SourceCorrupt("config.json has no quantization_config of a method that qbatch knows")
     try:
-        return _skeleton(model_class(config), config, quantization, "cpu")
+        return _skeleton(model_class(config, trusted=folder if trusted else None), config, quantization, "cpu")
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise SourceCorrupt(f"config.json describes no quantized model: {one_line(error)}") from error
 
@@ -88,11 +98,26 @@ def _refuse_replaced(model: Any, quantizer: Any) -> None:
             raise Unsupported(f"{name} cannot be quantized: transformers loads a quantized checkpoint into {other}")
 
 
-def default_skips(cls: Any, config: Any) -> frozenset[str]:
-    """The modules that transformers leaves unquantized by default: the output layer, tied modules, the last module."""
+def skip_list_of_source(
+    source: Path, asked: tuple[str, ...], dtype: DType, *, trusted: bool = False
+) -> tuple[str, ...]:
+    """``skip_list`` for the model in ``source``. Raises SourceCorrupt, UnsafeSource, or Unsupported."""
+    config = _with_dtype(load_config(source, trusted=trusted), dtype)
+    return skip_list(model_class(config, trusted=source if trusted else None), config, asked)
+
+
+def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The list to publish for a user's patterns: what transformers skips by default, since a list replaces its own, and
+    every layer that then stays unquantized by its full names (see ``SkippedLayers``). Two spellings give one list."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return frozenset(get_keys_to_not_convert(_meta_model(cls, config, None, "meta")))
+    model = _meta_model(cls, config, None, "meta")
+    defaults = set(get_keys_to_not_convert(model))
+    is_kept = transformers_skips(defaults | set(asked) | set(model._keep_in_fp32_modules or ()))
+    linears = {name for name, module in model.named_modules() if is_plain_linear(module)}
+    architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
+    layers = SkippedLayers(linears, {name for name in linears if is_kept(name)}, architecture)
+    return tuple(sorted(defaults | layers.entries()))
 
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:

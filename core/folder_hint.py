@@ -1,0 +1,55 @@
+"""What a folder without a model holds instead, and which entry of a list would be right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODULES_NAME = "modules.json"
+_MAX_BYTES = 2**20
+
+
+def where_the_model_is(folder: Path) -> str:
+    """The end of a message that says that ``folder`` has no model: ``: it is …; list … instead``, or nothing."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return f": {adapter_of(_read(folder / ADAPTER_CONFIG))}"
+    inner = next((name for name in module_names(_read(folder / MODULES_NAME)) if _has_config(folder / name)), None)
+    return "" if inner is None else f": {inner_model(f'{folder}/{inner}')}"
+
+
+def adapter_of(config: Any) -> str:
+    """What to do with an adapter that has this config (None if it is not known)."""
+    base = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None
+    of_base = f" for {base}" if isinstance(base, str) and base else ""
+    return f"it is an adapter{of_base}, not a model; list the model that it is merged into (PEFT's merge_and_unload)"
+
+
+def inner_model(path: str) -> str:
+    return f"the model of this sentence-transformers folder lies in {path}; list that"
+
+
+def module_names(modules: Any) -> Iterator[str]:
+    """The folders that the content of a sentence-transformers model's modules.json lists."""
+    entries = modules if isinstance(modules, list) else []
+    names = [str(entry.get("path")) for entry in entries if isinstance(entry, Mapping)]
+    yield from (name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name))
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _read(path: Path) -> Any:
+    """The JSON in ``path``; None where it is not there or broken, since it is read only to give a hint."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        raw = file.read(_MAX_BYTES)
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None

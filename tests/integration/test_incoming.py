@@ -1,0 +1,220 @@
+"""What comes in is judged once, in the same words for every row, and nothing beside the vetted files is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers.integrations.peft
+
+from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
+from qbatch.worker.runner.messages import Failed, Measured
+from tests import incoming
+from tests.integration.test_bundle import TEXT_HASH, Ear, a_quick_protocol, places, run
+from tests.tiny import make_causal
+from tests.unit.benchmark_models import QUICK
+
+__all__ = ["a_quick_protocol"]
+BASE, NF4, INT8 = 1, 2, 3
+ALL = {BASE: BASELINE, NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
+BOTH = {BASE: BASELINE, NF4: ALL[NF4]}
+
+
+def messages(ear: Ear) -> dict[int, str]:
+    return {m.job_id: m.message for m in ear.heard if isinstance(m, Failed)}
+
+
+def the_message(ear: Ear, kind: str, ids: Mapping[int, Scheme] = BOTH) -> str:
+    """The message with which every row has failed."""
+    assert ear.failed() == dict.fromkeys(ids, kind)
+    (message,) = set(messages(ear).values())
+    return message
+
+
+@pytest.mark.parametrize("kind", incoming.QUANTIZED)
+def test_a_quantized_source_is_refused_for_every_row(kind: str, tmp_path: Path) -> None:
+    ear = run(incoming.already_quantized(tmp_path / "source", kind), schemes=ALL)
+    message = the_message(ear, "unsupported", ALL)
+    assert message.startswith(f"the source is already quantized ({incoming.QUANTIZED[kind][2]}; model.layers.0.")
+    assert message.endswith("use the 16-bit model that it was made from")
+
+
+def perplexities(ear: Ear) -> dict[int, float | None]:
+    return {m.job_id: m.measurement.perplexity for m in ear.heard if isinstance(m, Measured)}
+
+
+def test_a_stale_quantization_config_is_ignored(tmp_path: Path) -> None:
+    stale = run(incoming.merged_qlora(tmp_path / "merged" / "source"), schemes=ALL)
+    plain = run(make_causal(tmp_path / "plain" / "source", dtype="bfloat16"), schemes=ALL)
+    assert messages(stale) == {}
+    assert perplexities(stale) == perplexities(plain)
+    (noted,) = [m.measurement.details.audit for m in stale.heard if isinstance(m, Measured) and m.job_id == NF4]
+    assert noted.stale_quantization == "bitsandbytes 4 bits (nf4), but no tensor is packed"
+    for job_id, folder in places(stale, tmp_path / "merged" / "source").items():
+        same = places(plain, tmp_path / "plain" / "source")[job_id]
+        for name in ("model.safetensors", "config.json"):
+            assert (folder / name).read_bytes() == (same / name).read_bytes()
+
+
+def test_an_adapter_beside_the_weights_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run(make_causal(tmp_path / "plain" / "source", dtype="bfloat16"), schemes=BOTH)
+    source = incoming.adapter_beside_weights(tmp_path / "merged" / "source")
+    monkeypatch.setattr(transformers.integrations.peft, "is_peft_available", lambda: True)
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    assert perplexities(ear) == perplexities(plain)
+    (folder,) = places(ear, source).values()
+    assert not list(folder.glob("adapter*"))
+    assert folder.name == places(plain, tmp_path / "plain" / "source")[NF4].name, "it is the same model"
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_says_which_base_it_belongs_to(with_config: bool, tmp_path: Path) -> None:
+    ear = run(incoming.adapter_alone(tmp_path / "source", with_config=with_config), schemes=BOTH)
+    assert "it is an adapter for org/base, not a model" in the_message(ear, "source_not_found")
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLm", "LLaMAForCausalLM"])
+def test_a_class_that_is_spelt_otherwise_is_found_by_its_type(name: str, tmp_path: Path) -> None:
+    source = incoming.old_spelling(tmp_path / "source", name, "own")
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    (folder,) = places(ear, source).values()
+    architecture = json.loads((folder / "config.json").read_text())["architectures"]
+    assert architecture == ["LlamaForCausalLM" if "LLaMA" in name else "BloomForCausalLM"]
+
+
+def test_an_old_sentence_transformers_folder_names_its_inner_model(tmp_path: Path) -> None:
+    source = incoming.old_sentence_transformer(tmp_path / "source")
+    message = the_message(run(source, schemes=BOTH), "source_not_found")
+    assert message == (
+        f"{source} has no config.json: the model of this sentence-transformers folder lies in {source}/0_Transformer; "
+        "list that"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_called_that(name: str, tmp_path: Path) -> None:
+    source = incoming.clone_without_lfs(tmp_path / "source", name)
+    message = the_message(run(source, schemes=BOTH), "source_corrupt")
+    assert message == f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {source}"
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+def test_a_wrong_shape_is_named_with_both_shapes_for_every_row(name: str, tmp_path: Path) -> None:
+    schemes = {BASE: BASELINE, NF4: ALL[NF4], 4: Scheme(method=Method.TORCHAO_INT8)}
+    ear = run(incoming.partitioned(tmp_path / "source", name), schemes=schemes)
+    needed = "(64, 128)" if "k_proj" in name else "(128,)"
+    expected = f"{name} has the shape (0,), but the model needs {needed}"
+    assert the_message(ear, "source_corrupt", schemes) == expected
+
+
+def test_files_that_transformers_would_load_instead_are_refused(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    name = "shard-00000-model-00001-of-00001.safetensors"
+    (source / name).hardlink_to(source / "model.safetensors")
+    assert name in the_message(run(source, schemes=BOTH), "unsupported")
+
+
+def test_weights_with_nan_are_published_and_measured_by_no_row(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    name = "model.layers.0.mlp.down_proj.weight"
+    incoming.edit_tensors(source, lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
+    ear = run(source, schemes=BOTH)
+    assert the_message(ear, "source_corrupt") == f"1 tensor holds NaN or infinity; the first is {name}"
+    assert places(ear, source) == {}
+
+
+def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(tmp_path: Path) -> None:
+    source = incoming.tekken_alone(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
+    assert reasons == {"its only tokenizer is tekken.json, which qbatch cannot read"}
+    (folder,) = places(ear, source).values()
+    assert (folder / "tekken.json").is_file()
+
+
+def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "source", dtype="bfloat16")
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    ear = run(source, schemes=BOTH)
+    assert the_message(ear, "unsupported").startswith("cannot load the tokenizer in source: ")
+    assert ear.entered(Stage.QUANTIZING) == set()
+
+
+def audits(ear: Ear) -> dict[int, str | None]:
+    return {m.job_id: m.measurement.details.audit.forward for m in ear.heard if isinstance(m, Measured)}
+
+
+@pytest.mark.parametrize("job_id", [NF4, INT8])
+def test_a_checkpoint_that_cannot_run_says_what_mends_it(job_id: int, tmp_path: Path) -> None:
+    source = incoming.reads_its_weights_itself(tmp_path / "source")
+    ear = run(source, schemes={BASE: BASELINE, job_id: ALL[job_id]})
+    assert ear.failed() == {job_id: "unsupported"}
+    assert ear.measured() == {BASE}
+    assert places(ear, source) == {}
+    message = messages(ear)[job_id]
+    assert "backbone.layers.0.mixer fails (RuntimeError: " in message
+    assert message.endswith("; --skip-modules dt_proj mends it")
+    mended = run(source, attempt=2, schemes={job_id: replace(ALL[job_id], skip_modules=("dt_proj",))})
+    assert mended.measured() == {job_id}
+    assert audits(mended) == {job_id: "ran"}
+
+
+def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:
+    source = incoming.cannot_run_in_bfloat16(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    assert ear.failed() == {BASE: "benchmark_error"}
+    (row,) = [m for m in ear.heard if isinstance(m, Measured)]
+    assert row.checkpoint_path is not None
+    assert row.measurement.quantized_fraction > 0.5
+    details = row.measurement.details
+    assert str(details.audit.forward).startswith("neither it nor the source runs in bfloat16: RuntimeError")
+    assert (details.not_measured or {}).keys() == {"speed"}
+    assert details.quality.reason is not None
+
+
+@pytest.mark.parametrize("model_type", incoming.SEES_OR_HEARS)
+def test_a_model_that_reads_no_text_is_timed_on_noise(model_type: str, tmp_path: Path) -> None:
+    source = incoming.sees_or_hears(tmp_path / "source", model_type)
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    rows = {m.job_id: m for m in ear.heard if isinstance(m, Measured)}
+    assert rows.keys() == BOTH.keys()
+    assert rows[NF4].checkpoint_path is not None
+    for row in rows.values():
+        measured, details = row.measurement, row.measurement.details
+        assert measured.num_parameters > 0
+        assert (details.not_measured or {}).keys() == {"quality"}
+        assert details.noise_inputs is not None
+        assert (details.stats or {})["forward"].p50 is not None
+        assert details.memory.max_ram is not None
+        compared = (measured.forward_s_p50, measured.forward_samples_per_s, measured.max_allocated_bytes)
+        assert compared == (None, None, None), "noise is not compared"
+    audit = rows[NF4].measurement.details.audit
+    assert audit.forward == "ran"
+    assert audit.relative_error_worst
+
+
+def test_a_model_for_which_no_input_is_known_is_counted(tmp_path: Path) -> None:
+    source = incoming.reads_time_series(tmp_path / "source")
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    rows = {m.job_id: m.measurement for m in ear.heard if isinstance(m, Measured)}
+    assert rows.keys() == BOTH.keys()
+    for row in rows.values():
+        assert row.weights_bytes > 0
+        assert (row.details.not_measured or {})["speed"].startswith("no noise of the usual forms runs as input of")
+
+
+def test_what_is_only_counted_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_size = replace(QUICK, eval_text_sha256=TEXT_HASH, quality=False, speed=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda _options, _kind: only_size)
+    source = incoming.reads_its_weights_itself(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    assert audits(ear) == {BASE: None, NF4: "not tried: only its size was asked for"}

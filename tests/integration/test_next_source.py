@@ -1,0 +1,177 @@
+"""The source of the next bundle is fetched ahead. It claims and charges nothing, and stands still for timings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import func, select, update
+
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db import window
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Attempt, FileDigestRow, Job, Worker
+from qbatch.models_db.upcoming import upcoming
+from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.serving.next_source import NextSource
+from tests.rows import a_batch, a_job, a_worker, bundle, claim
+from tests.tiny import make_causal
+from tests.waiting import until
+from tests.worker_context import a_worker_context, settings_in
+
+_QUEUE = "qbatch.cpu"
+
+
+def sent(database: Database, *models: str, priority: int = 0) -> list[list[int]]:
+    """The jobs of each model, in messages that nobody has read."""
+    _, ids = a_batch(database, *(bundle(model) for model in models), priority=priority)
+    with database.write() as session:
+        window.choose(session, kind=DeviceKind.CPU, queue=_QUEUE, slots=100)
+    return [ids[start : start + 3] for start in range(0, len(ids), 3)]
+
+
+def expected(database: Database, worker_id: int) -> str | None:
+    with database.read() as session:
+        found = upcoming(session, [_QUEUE], worker_id=worker_id, lease_s=60.0)
+    return None if found is None else found.source.location
+
+
+def test_each_worker_expects_another_bundle_and_the_urgent_one_first(database: Database) -> None:
+    first, second, third = (a_worker(database, name) for name in ("w1", "w2", "w3"))
+    assert expected(database, first) is None
+    ids, _ = sent(database, "/models/a", "/models/b")
+    assert [expected(database, one) for one in (first, second, third)] == ["/models/a", "/models/b", None]
+    sent(database, "/models/urgent", priority=5)
+    assert [expected(database, one) for one in (first, second, third)] == ["/models/urgent", "/models/a", "/models/b"]
+    claim(database, ids, first)
+    assert expected(database, second) == "/models/b"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_causal(tmp_path / "llama", dtype="bfloat16")
+
+
+@pytest.fixture
+def next_source(sqlite_database: Database, tmp_path: Path, source: Path) -> Iterator[NextSource]:
+    settings = dataclasses.replace(settings_in(tmp_path), model_roots=(source.parent,))
+    made = a_worker_context(sqlite_database, settings).next_source
+    yield made
+    made.close()
+
+
+def served(next_source: NextSource) -> Callable[[], bool]:
+    def is_over() -> bool:
+        next_source.serve()
+        return next_source.pid is None
+
+    return is_over
+
+
+def hashed(database: Database) -> int:
+    with database.read() as session:
+        return session.scalars(select(func.count()).select_from(FileDigestRow)).one()
+
+
+def process_of(next_source: NextSource) -> psutil.Process:
+    assert next_source.pid is not None
+    return psutil.Process(next_source.pid)
+
+
+def test_its_files_are_on_record_and_nothing_is_claimed(
+    sqlite_database: Database, next_source: NextSource, source: Path
+) -> None:
+    (ids,) = sent(sqlite_database, str(source))
+    next_source.begin()
+    until(served(next_source), "end of the fetch")
+    assert hashed(sqlite_database) > 0
+    found = [a_job(sqlite_database, job_id) for job_id in ids]
+    assert [(job.state, job.attempt, job.failures, job.worker_id) for job in found] == [("queued", 0, 0, None)] * 3
+    assert all(job.dispatch_id is not None for job in found)
+    with sqlite_database.read() as session:
+        assert session.scalars(select(Attempt)).all() == []
+    next_source.begin()
+    assert next_source.pid is None, "it was fetched"
+
+
+def test_what_cannot_be_fetched_is_left_to_its_job(
+    sqlite_database: Database, next_source: NextSource, source: Path
+) -> None:
+    (ids,) = sent(sqlite_database, str(source.parent / "not-there"))
+    next_source.begin()
+    until(served(next_source), "end of the fetch")
+    found = [a_job(sqlite_database, job_id) for job_id in ids]
+    assert [(job.state, job.error_kind) for job in found] == [("queued", None)] * 3
+
+
+@pytest.mark.parametrize("host", ["here", "there"])
+def test_it_is_given_up_when_its_bundle_goes_to_another_host(
+    sqlite_database: Database, next_source: NextSource, source: Path, host: str
+) -> None:
+    (ids,) = sent(sqlite_database, str(source))
+    next_source.begin()
+    fetching = process_of(next_source)
+    fetching.suspend()
+    other = a_worker(sqlite_database, "w2")
+    with sqlite_database.write() as session:
+        session.execute(update(Worker).where(Worker.id == other).values(host=host))
+    next_source.look()
+    assert next_source.pid == fetching.pid, "it still waits"
+    claim(sqlite_database, ids, other)
+    next_source.look()
+    assert next_source.pid == (fetching.pid if host == "here" else None)
+    assert fetching.is_running() is (host == "here")
+    if host == "here":
+        next_source.resume()
+        until(served(next_source), "end of the fetch, which the other worker waits for")
+
+
+def test_it_is_given_up_when_its_job_is_cancelled(
+    sqlite_database: Database, next_source: NextSource, source: Path
+) -> None:
+    (ids,) = sent(sqlite_database, str(source))
+    next_source.begin()
+    process_of(next_source).suspend()
+    with sqlite_database.write() as session:
+        session.execute(update(Job).where(Job.id.in_(ids)).values(state="cancelled"))
+    next_source.look()
+    assert next_source.pid is None
+
+
+def test_it_stands_still_while_something_is_timed(
+    sqlite_database: Database, next_source: NextSource, source: Path
+) -> None:
+    sent(sqlite_database, str(source))
+    next_source.begin()
+    fetching = process_of(next_source)
+    quiet = Quiet()
+    with quiet.timing():
+        quiet.meet(fetching.pid)
+        until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")
+    with quiet.timing():
+        until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")
+        # The runner is killed here.
+        next_source.resume()
+    until(served(next_source), "end of the fetch")
+    until(lambda: not fetching.is_running(), "end of its process")
+    with quiet.timing():
+        pass
+
+
+def test_a_stopped_one_ends_with_the_forkserver(
+    sqlite_database: Database, next_source: NextSource, source: Path
+) -> None:
+    """The kernel kills it: it cannot notice that its pipe closes."""
+    sent(sqlite_database, str(source))
+    next_source.begin()
+    fetching = process_of(next_source)
+    # It has asked for checksums, and waits.
+    until(lambda: next_source._fetch is not None and next_source._fetch[2].poll(), "its first question")
+    fetching.suspend()
+    forkserver = fetching.parent()
+    assert forkserver is not None
+    forkserver.kill()
+    until(lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE, "its end")

@@ -1,0 +1,137 @@
+"""``--measure``: which parts it asks for, what contradicts it, and what it makes of the protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from qbatch.commands.parameter_types import Parts
+from qbatch.commands.request import read_submission
+from qbatch.commands.submission import submit
+from qbatch.core.domain import DeviceKind, Protocol, ProtocolOptions
+from qbatch.core.errors import UsageError
+from qbatch.core.measured.measured_part import MeasuredPart
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.settings import Settings
+from qbatch.scheduler.submit import Submission
+from tests.unit.measured_rows import PROTOCOL, result
+
+CUDA, CPU = DeviceKind.CUDA, DeviceKind.CPU
+
+
+def submission(folder: Path, *arguments: str) -> Submission:
+    models = folder / "models.txt"
+    models.write_text("org/a\n")
+    context = submit.make_context(
+        "submit", ["--models", str(models), "--bits", "4", *arguments], help_option_names=["-h", "--help"]
+    )
+    return read_submission(Settings(home=folder, storage=folder, cache=folder), context.params)
+
+
+def protocol(folder: Path, kind: DeviceKind, *arguments: str) -> Protocol:
+    return submission(folder, *arguments).specs()[0].protocol.for_device(kind)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on_gpu", "on_cpu"),
+    [
+        ([], "size quality speed why", "size quality speed"),
+        (["--no-why"], "size quality speed", "size quality speed"),
+        (["--energy"], "size quality speed why energy", "size quality speed"),
+        (["--measure", "size"], "size", "size"),
+        (["--measure", "quality"], "size quality", "size quality"),
+        (["--measure", "speed, quality"], "size quality speed", "size quality speed"),
+        (["--measure", "why"], "size speed why", "size speed"),
+        (["--measure", "energy"], "size energy", "size"),
+        (["--measure", "size", "--energy", "--no-why"], "size energy", "size"),
+        (["--measure", "quality", "--why"], "size quality speed why", "size quality speed"),
+    ],
+)
+def test_the_parts_of_the_protocol(arguments: list[str], on_gpu: str, on_cpu: str, tmp_path: Path) -> None:
+    for kind, expected in ((CUDA, on_gpu), (CPU, on_cpu)):
+        chosen = protocol(tmp_path, kind, *arguments)
+        assert chosen.parts == set(map(MeasuredPart, expected.split()))
+        assert Protocol.from_json(chosen.to_json()) == chosen
+        row = ResultRow.from_json(result(1) | {"protocol": chosen.to_json()})
+        assert row.protocol.parts == chosen.parts, "read back from what is stored"
+        assert row.not_measured.keys() == set(MeasuredPart) - chosen.parts
+
+
+def test_the_default_and_its_spellings_are_one_protocol(tmp_path: Path) -> None:
+    """Those that were stored before there was a choice: nothing is measured again."""
+    default = protocol(tmp_path, CUDA)
+    assert default.hash == protocol(tmp_path, CUDA, "--measure", "size,quality,speed,why").hash
+    assert default.to_json().keys() & {"quality", "speed"} == set()
+    assert protocol(tmp_path, CUDA, "--no-why").hash == protocol(tmp_path, CUDA, "--measure", "quality,speed").hash
+    options = ProtocolOptions(eval_text_sha256="0" * 64)
+    assert options.to_json().keys() & {"quality", "speed"} == set(), "0.1.0's workers read it"
+    assert default.hash != protocol(tmp_path, CUDA, "--measure", "quality").hash
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--measure", "size,quality,why", "--no-why"], "--measure asks for why, and --no-why does not"),
+        (["--measure", "energy", "--no-energy"], "--measure asks for energy, and --no-energy does not"),
+        (["--measure", "quality", "--batch-size", "8"], "are about speed and energy, which --measure leaves out"),
+        (["--measure", "size", "--new-tokens", "8"], "are about speed and energy, which --measure leaves out"),
+        (["--measure", "size", "--eval-text", "{text}"], "--eval-text is about quality, speed and energy"),
+        (["--measure", "quality", "--speed", "each"], "--speed each is about speed, which --measure leaves out"),
+        (["--measure", "speed", "--tasks", "arc_easy"], "--tasks are a part of quality, which --measure leaves out"),
+    ],
+)
+def test_what_contradicts_it_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("A text.")
+    given = [argument.format(text=tmp_path / "text") for argument in arguments]
+    with pytest.raises(UsageError, match=message):
+        submission(tmp_path, *given)
+
+
+def test_timing_each_model_is_another_protocol_where_speeds_are_shared(tmp_path: Path) -> None:
+    each = ("--speed", "each")
+    assert protocol(tmp_path, CUDA, *each).time_each
+    assert protocol(tmp_path, CUDA, *each).hash != protocol(tmp_path, CUDA).hash
+    assert protocol(tmp_path, CPU, *each).hash == protocol(tmp_path, CPU).hash, "there every model is timed"
+    assert protocol(tmp_path, CUDA, "--speed", "shape").hash == protocol(tmp_path, CUDA).hash
+
+
+def test_speed_at_several_sizes_without_quality(tmp_path: Path) -> None:
+    specs = submission(tmp_path, "--measure", "speed", "--batch-size", "1,8").specs()
+    assert [spec.protocol.batch_size for spec in specs] == [1, 1, 8, 8]
+
+
+@pytest.mark.parametrize("text", ["", "sizes", "size,,speed", "Size", "quality speed"])
+def test_what_is_no_part_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="use size, quality, speed, why, energy"):
+        Parts().convert(text, None, None)
+
+
+@pytest.mark.parametrize("change", [{"why": True, "speed": False}, {"tasks": ("a",), "quality": False}])
+def test_a_protocol_that_lacks_what_it_needs_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    options = ProtocolOptions(eval_text_sha256="0" * 64, **change)
+    with pytest.raises(UsageError, match=r"not measured|without measuring"):
+        options.for_device(CUDA)
+
+
+def test_json_says_what_is_missing_and_why() -> None:
+    stored = result(2, "bnb-nf4") | {"protocol": PROTOCOL | {"speed": False}}
+    stored["details"] = {"device_uuid": None, "not_measured": {"quality": "it has no text"}}
+    del stored["batch_id"]
+    row = ResultRow(batch_id="b1", **vars_of(stored))
+    assert row.to_json()["not_measured"] == {
+        "quality": "it has no text",
+        "speed": "it was not asked for (--measure speed)",
+        "why": "qbatch measures it on a GPU only",
+        "energy": "qbatch measures it on a GPU only",
+    }
+    unmeasured = ResultRow.from_json(result(3) | {"protocol": None, "state": "failed"})
+    assert unmeasured.not_measured == {}
+
+
+def vars_of(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row as they are read, so that it is one that was made here."""
+    row = ResultRow.from_json(stored | {"batch_id": "b1"})
+    return {name: getattr(row, name) for name in stored}

@@ -1,0 +1,1 @@
+"""Loads a checkpoint with another library, in a process of its own, and compares what it predicts."""

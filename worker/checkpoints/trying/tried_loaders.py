@@ -1,0 +1,81 @@
+"""Tries loaders with a checkpoint: each in a process of its own, and perhaps with another interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.errors import one_line
+from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
+from qbatch.worker.checkpoints.trying import probe
+from qbatch.worker.checkpoints.trying.comparison_with_floor import TOP, compare
+from qbatch.worker.checkpoints.trying.prediction_reference import PredictionReference, make_reference, request
+
+TRIABLE = tuple(probe.LOADERS)
+_LONGEST_LINE = 300
+
+
+def try_loaders(folder: Path, names: Iterable[str], *, python: str = sys.executable) -> dict[str, LoaderJudgement]:
+    """What those of ``names`` that are TRIABLE make of the checkpoint, by name.
+
+    Raises JobError if the checkpoint cannot be loaded as qbatch measures it, or is of a kind that is not tried."""
+    wanted = [name for name in names if name in TRIABLE]
+    references: dict[bool, PredictionReference] = {}
+    found = {}
+    for name in wanted:
+        # sentence-transformers knows no head.
+        hidden = name == "sentence-transformers"
+        if hidden not in references:
+            references[hidden] = make_reference(folder, hidden=hidden)
+        found[name] = _tried(folder, name, references[hidden], python)
+    return found
+
+
+def _tried(folder: Path, name: str, reference: PredictionReference, python: str) -> LoaderJudgement:
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "answer.json"
+        done = subprocess.run(
+            [python, "-P", probe.__file__, name, str(folder), str(answer)],
+            input=request(reference, TOP),
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        predicted = json.loads(answer.read_text()) if done.returncode == 0 else None
+    if predicted is not None:
+        return _compared(reference, predicted)
+    said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")[
+        :_LONGEST_LINE
+    ]
+    if done.returncode == probe.NOT_INSTALLED:
+        return _judgement(LoaderVerdict.UNKNOWN, f"{python} cannot try it: {said}", {}, f"install {name} there")
+    return _judgement(LoaderVerdict.REFUSES, f"tried: {said}", {})
+
+
+def _compared(reference: PredictionReference, predicted: Mapping[str, Any]) -> LoaderJudgement:
+    try:
+        comparison = compare(reference, predicted)
+    except (KeyError, ValueError) as error:
+        return _judgement(LoaderVerdict.DIFFERS, f"tried: other outputs ({one_line(error)})", predicted["versions"])
+    verdict = LoaderVerdict.LOADS if comparison.is_same else LoaderVerdict.DIFFERS
+    return _judgement(verdict, f"tried: {comparison}", predicted["versions"])
+
+
+def _judgement(
+    verdict: LoaderVerdict, reason: str, versions: Mapping[str, str], advice: str | None = None
+) -> LoaderJudgement:
+    return LoaderJudgement(
+        verdict=verdict,
+        version=", ".join(f"{package} {version}" for package, version in versions.items()) or "not loaded",
+        read_on=str(datetime.now(UTC).date()),
+        reasons=(reason,),
+        advice=(advice,) if advice is not None else (),
+    )

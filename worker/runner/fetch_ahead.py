@@ -1,0 +1,87 @@
+"""A process that fetches the source of a bundle that nobody has claimed yet: into the cache, and its checksums."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from qbatch.core.digest import Checksums
+from qbatch.core.domain import SourceRef
+from qbatch.core.errors import JobError, one_line
+from qbatch.core.file_stat import FileStat
+from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
+from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
+
+log = logging.getLogger("qbatch.worker")
+
+_PR_SET_PDEATHSIG = 1
+# The worker answers only while it supervises a bundle. When it has none, this one has come or gone elsewhere.
+_PATIENCE_S = 60.0
+_NICENESS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchOrder:
+    """What to fetch, and where to."""
+
+    source: SourceRef
+    cache: Path
+    cache_bytes: int
+    policy: SourcePolicy
+
+
+class _WorkersDigests:
+    """The checksums that the worker has on record, asked for through a pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def known(self, stats: Iterable[FileStat]) -> Mapping[FileStat, Checksums]:
+        self._connection.send(FilesSeen(stats=tuple(stats)))
+        if not self._connection.poll(_PATIENCE_S):
+            raise EOFError
+        reply = self._connection.recv()
+        assert isinstance(reply, FilesKnown)  # noqa: S101  (each question has its reply)
+        return reply.digests
+
+    def remember(self, digests: Mapping[FileStat, Checksums]) -> None:
+        if digests:
+            self._connection.send(FilesHashed(digests=digests))
+
+
+def run(connection: Connection, order: FetchOrder) -> None:
+    """Fetch and exit. A failure is only logged: the job itself will meet it again, and is charged then if at all."""
+    gc.freeze()
+    _end_with_the_forkserver()
+    os.nice(_NICENESS)
+    name = order.source.name
+    try:
+        with fetch_source(
+            order.source,
+            cache=order.cache,
+            cache_bytes=order.cache_bytes,
+            policy=order.policy,
+            on_progress=lambda _done, _total: None,
+            digests=_WorkersDigests(connection),
+        ):
+            log.info("%s: fetched ahead", name)
+    except JobError as error:
+        log.info("%s: not fetched ahead: %s", name, one_line(error))
+    except (EOFError, OSError):
+        log.info("%s: not fetched ahead: its worker no longer listens", name)
+    connection.close()
+    os._exit(0)
+
+
+def _end_with_the_forkserver() -> None:
+    """It ends with its worker. A process that was stopped would not notice that its pipe closes."""
+    with suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
