@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+import signal
 import stat
 import subprocess
 import tempfile
@@ -24,8 +25,9 @@ import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.worker.checkpoints.published import problems
-from tests.acceptance.conftest import QBATCH, Qbatch
+from tests.acceptance.conftest import QBATCH, Qbatch, stop
 from tests.tiny import make_causal
+from tests.waiting import until
 
 CONTRACT = {
     "batch_id",
@@ -225,6 +227,21 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     assert [job["state"] for job in stack.json("jobs", "--batch", batch, "--state", "succeeded")] == ["succeeded"] * 3
     (worker,) = stack.json("workers")
     assert (worker["device_kind"], worker["state"]) == ("cpu", "ready")
+
+
+def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
+    stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    log = tmp_path / "run.log"
+    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", log=log)
+    until(lambda: " jobs, " in log.read_text(), "the batch")
+    assert stop(process, signal.SIGINT) == 130
+    said = log.read_text()
+    batch = said.partition(":")[0]
+    assert f"no longer waiting; {batch} goes on where it runs" in said
+    assert "stopped" not in said
+    assert {job["state"] for job in stack.json("jobs", "--batch", batch)} <= {"queued", "running"}
+    stack("cancel", batch)
 
 
 def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
