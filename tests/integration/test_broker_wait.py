@@ -41,9 +41,7 @@ def test_without_a_stack_it_says_how_to_start_one_and_waits(
     assert len(caplog.records) == 1, "once a minute is enough"
 
 
-def test_another_redis_that_does_not_answer_is_named_and_a_stop_ends_the_wait(
-    settings: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_redis_is_named_and_a_stop_ends_the_wait(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     remote = Settings.from_env({"QBATCH_HOME": str(settings.home), "QBATCH_BROKER_URL": "redis://127.0.0.1:1/0"})
     with caplog.at_level(logging.WARNING):
         await_broker(remote, lambda _: True)

@@ -45,7 +45,15 @@ def a_checkpoint_of(database: Database, job_id: int) -> None:
 
 
 def end_well(database: Database, token: jobs.Token, weights_bytes: int, kl_mean: float | None = None) -> None:
-    details = Details.from_json({"task": "causal-lm", "fingerprint": "f", "quality": {"kl_mean": kl_mean}})
+    judged = {"verdict": "refuses", "version": "0.11", "read_on": "2026-11-01", "reasons": ["It has no kernel."]}
+    details = Details.from_json(
+        {
+            "task": "causal-lm",
+            "fingerprint": "f",
+            "quality": {"kl_mean": kl_mean},
+            "audit": {"loaders": {"vllm": judged}},
+        }
+    )
     figures = replace(measured(), weights_bytes=weights_bytes, kl_mean=kl_mean, details=details)
     with database.write() as session:
         assert jobs.succeed(session, token, figures, protocol=PROTOCOL.for_device(DeviceKind.CPU), checkpoint_path=PATH)
@@ -64,6 +72,7 @@ def test_a_card_says_what_was_measured_and_again_once_its_baseline_is(
     assert "| weights | 1.0 MiB |\n" in card
     assert "| mean KL (nats) | 1.2e-02 |" in card
     assert "no result under the same protocol" in card
+    assert "- vllm (0.11): refuses. It has no kernel.\n" in card
     end_well(database, (base, tokens[base]), 4 * 2**20)
     write_cards(database, settings, [base])
     card = (folder / "README.md").read_text()
