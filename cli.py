@@ -15,6 +15,7 @@ from qbatch.commands.job_changes import cancel, retry
 from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, results, show
+from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
@@ -79,6 +80,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     doctor,
     inspect,
     verify,
+    card,
     prune,
     db,
 )

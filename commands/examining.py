@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -117,19 +117,26 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
     if loaders is not None:
         _judge(_checkpoint_folders(targets), loaders, format_, (python or sys.executable) if tries else None)
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
         rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
         if problems and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
-    if any(row["problems"] for row in rows):
+    damaged = [Path(row["checkpoint"]) for row in rows if row["problems"]]
+    if damaged and any(_is_published(folder) for folder in damaged):
         click.echo(
             "to replace a damaged checkpoint, submit its job again with --force: the damaged one is moved aside",
             err=True,
         )
-        sys.exit(1)
+    sys.exit(1 if damaged else 0)
+
+
+def _is_published(folder: Path) -> bool:
+    """Whether a job can replace it: it lies where jobs publish theirs. Anything else is somebody's copy."""
+    checkpoints = current_settings().checkpoints
+    return folder.resolve().parent.parent == checkpoints.resolve() and ".rejected-" not in folder.name
 
 
 def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | None) -> None:

@@ -15,6 +15,8 @@ from qbatch.core.domain import format_job_id
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from qbatch.models_db.session import Database
 
 
@@ -22,9 +24,21 @@ if TYPE_CHECKING:
 @target_arguments
 def cancel(targets: Sequence[str]) -> None:
     """Cancel batches or jobs. Running jobs are stopped; finished jobs stay as they are."""
+    from qbatch.models_db.bundle_mates import jobs_running_on, running_workers
     from qbatch.models_db.jobs import cancel as cancel_jobs
 
-    _change(targets, cancel_jobs, "cancelled")
+    mates: list[int] = []
+
+    def cancel_and_look(session: Session, *, batch_ids: Sequence[int], job_ids: Sequence[int]) -> list[int]:
+        workers = running_workers(session, batch_ids=batch_ids, job_ids=job_ids)
+        cancelled = cancel_jobs(session, batch_ids=batch_ids, job_ids=job_ids)
+        mates.extend(jobs_running_on(session, workers))
+        return cancelled
+
+    _change(targets, cancel_and_look, "cancelled")
+    if mates:
+        names = ", ".join(map(format_job_id, mates))
+        click.echo(f"in the same process, which is ended, ran {names}: begun again, with no failure charged", err=True)
 
 
 @click.command()

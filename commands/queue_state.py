@@ -93,8 +93,9 @@ def workers(format_: str) -> None:
     """List the workers, their devices, and what they are working on."""
     from qbatch.models_db.listing import list_workers
     from qbatch.views.formats import render
-    from qbatch.views.listings import WORKER_COLUMNS
+    from qbatch.views.listings import WORKER_COLUMNS, show_busy
 
     settings = current_settings()
     with open_database(settings).read() as session:
-        click.echo(render(list_workers(session, settings.lease_s), WORKER_COLUMNS, format_))
+        found = list_workers(session, settings.lease_s)
+    click.echo(render(found if format_ != "table" else show_busy(found), WORKER_COLUMNS, format_))

@@ -29,16 +29,18 @@ def format_options(*formats: str) -> Callable[[Command], Command]:
     """Add the options --format and --json, and -q where ``quiet`` is one of the formats."""
 
     def add(command: Command) -> Command:
-        if "quiet" in formats:
-            command = click.option(
-                "-q", "format_", flag_value="quiet", default=None, help="Print ids alone: the same as --format quiet."
-            )(command)
+        # The last declared one of several options for a parameter gives its default: --format is applied first.
         command = click.option(
             "--format", "format_", type=click.Choice(formats), default="table", show_default=True, help="Output format."
         )(command)
-        return click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
+        command = click.option("--json", "format_", flag_value="json", default=None, help="The same as --format json.")(
             command
         )
+        if "quiet" not in formats:
+            return command
+        return click.option(
+            "-q", "format_", flag_value="quiet", default=None, help="Print ids alone: the same as --format quiet."
+        )(command)
 
     return add
 

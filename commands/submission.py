@@ -97,12 +97,20 @@ def _run(
             database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise, on_end=on_end
         )
     except KeyboardInterrupt:
-        click.echo(
-            f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it", err=True
-        )
+        click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
         return _INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
+
+
+def _after_interrupt(batch: str, *, stops_stack: bool) -> str:
+    """What becomes of the batch: a stack that was there before goes on."""
+    if stops_stack:
+        return f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
+    return (
+        f"no longer waiting; {batch} goes on where it runs: `qbatch wait {batch}` waits again, "
+        f"`qbatch cancel {batch}` cancels it"
+    )
 
 
 def _store(

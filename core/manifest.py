@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from qbatch.core.digest import FileDigest, root_sha256
+from qbatch.core.digest import CHUNK_BYTES, FileDigest, root_sha256
 
 MANIFEST = "qbatch.json"
 
@@ -62,11 +62,22 @@ class Manifest:
             if digest is None:
                 lines.append(f"{published.name} is missing")
             elif digest != published:
-                sizes = f"now {digest.size} bytes, then {published.size}"
-                lines.append(f"{published.name} has changed since it was published ({sizes})")
+                lines.append(f"{published.name} has changed since it was published ({_change(published, digest)})")
         if not lines and root_sha256(digest for digest in existing.values() if digest is not None) != self.root_sha256:
             lines.append("the root checksum does not match the files")
         return lines
+
+
+def _change(published: FileDigest, now: FileDigest) -> str:
+    """How a file differs from what was published: by its size, else by where its content does."""
+    if now.size != published.size:
+        return f"now {now.size} bytes, then {published.size}"
+    pairs = zip(now.chunk_sha256, published.chunk_sha256, strict=False)
+    changed = [index for index, (one, other) in enumerate(pairs) if one != other]
+    if not changed or len(now.chunk_sha256) == 1:
+        return f"still {now.size} bytes, but not the same ones"
+    first, last = changed[0] * CHUNK_BYTES, min((changed[0] + 1) * CHUNK_BYTES, now.size) - 1
+    return f"still {now.size} bytes, but not the same ones, first among those from {first} to {last}"
 
 
 def _is_manifest(value: Any) -> bool:

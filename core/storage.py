@@ -12,7 +12,8 @@ from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.sources import DOCUMENTS
 
 MODEL_CARD = "README.md"
-"""The model card of a checkpoint. Users may edit it, so it is neither in the manifest nor part of the model."""
+"""The model card of a checkpoint. It changes with each measurement, and users may edit it, so it is neither in the
+manifest nor part of the model."""
 BASE_OUTPUTS = "base-logits"
 """The folder of baseline outputs, to which quantized models are compared. All databases on the storage share it."""
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import SharedJson, insert_into
-from qbatch.models_db.tables import Base, Batch, EvalText, Job
+from qbatch.models_db.tables import Base, Batch, Checkpoint, EvalText, Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +146,12 @@ def are_of_one_model(session: Session, job_ids: Sequence[int]) -> bool:
     """Whether the existing ones among these jobs share a batch and a source, as a worker's bundle must."""
     sources = select(Job.batch_id, Job.location, Job.revision, Job.is_folder).where(Job.id.in_(job_ids)).distinct()
     return len(session.execute(sources).all()) <= 1
+
+
+def jobs_with_checkpoints(session: Session, batch_ids: Sequence[int]) -> list[int]:
+    """The jobs of these batches, or of all, whose checkpoints are recorded."""
+    query = select(Job.id).join(Checkpoint, Checkpoint.key == Job.checkpoint_key).order_by(Job.id)
+    return list(session.scalars(query.where(Job.batch_id.in_(batch_ids)) if batch_ids else query))
 
 
 def batch_exists(session: Session, batch_id: int) -> bool:

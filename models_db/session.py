@@ -43,9 +43,9 @@ VALUES_AT_ONCE = 500
 _T = TypeVar("_T")
 
 
-def in_chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """``values`` in pieces of VALUES_AT_ONCE."""
-    return (values[start : start + VALUES_AT_ONCE] for start in range(0, len(values), VALUES_AT_ONCE))
+def in_chunks(values: Sequence[_T], most: int = VALUES_AT_ONCE) -> Iterator[Sequence[_T]]:
+    """``values`` in pieces of at most ``most``."""
+    return (values[start : start + most] for start in range(0, len(values), most))
 
 
 class Database:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qbatch.core.domain import WorkerState
 from qbatch.views.formats import Column
 from qbatch.views.units import show_bytes, show_time
 
@@ -62,6 +63,16 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="heartbeat_at", title="last heartbeat", show=show_time, spare=True),
     Column(key="note", title="note", wraps=True),
 )
+
+
+def show_busy(workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For people: a worker that is ready but has jobs is not ready for others."""
+    return [{**worker, "state": "busy"} if _is_busy(worker) else dict(worker) for worker in workers]
+
+
+def _is_busy(worker: Mapping[str, Any]) -> bool:
+    return worker["state"] == WorkerState.READY and bool(worker["jobs"])
+
 
 PRUNE_COLUMNS: tuple[Column, ...] = (
     Column(key="what", title="removed"),

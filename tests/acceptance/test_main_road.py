@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import itertools
 import json
 import re
+import signal
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.worker.checkpoints.published import problems
-from tests.acceptance.conftest import QBATCH, Qbatch
+from tests.acceptance.conftest import QBATCH, Qbatch, stop
 from tests.tiny import make_causal
+from tests.waiting import until
 
 CONTRACT = {
     "batch_id",
@@ -91,6 +96,7 @@ def test_run_does_everything_and_leaves_nothing_running(
     assert rows[3]["prefill_s_p50"] is None, "an encoder has no prefill"
     assert rows[3]["forward_s_p50"] > 0
     _check_checkpoint(Path(nf4["checkpoint_path"]), models / "llama")
+    _check_card(Path(nf4["checkpoint_path"]), rows)
     _check_verify(qbatch, Path(nf4["checkpoint_path"]))
     # The second time, the database answers; the quantized checkpoints are the same ones.
     again = json.loads(qbatch("run", "--models", listed, "--bits", "4,8", "--format", "json").stdout)
@@ -142,6 +148,25 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
         f"config.json has changed since it was published (now {len(text) + 1} bytes, then {len(text)})"
     ]
     damaged.write_text(text)
+
+
+def _check_card(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """It says what was measured, with the baseline beside it, and how to load it, which works as it stands."""
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"qbatch", "bnb-nf4", "4-bit", "bitsandbytes"} <= set(card.data.tags)
+    assert card.data.base_model is None, "a folder is not a model of the hub"
+    sizes = [f"{row['weights_bytes'] / 2**20:.1f} MiB" for row in (rows[2], rows[0])]
+    (line,) = (line for line in card.text.splitlines() if line.startswith("| weights |"))
+    assert line.startswith(f"| weights | {sizes[0]} | {sizes[1]} | ×0.")
+    assert f"{rows[2]['top1_agreement'] * 100:.1f} %" in card.text
+    assert stat.S_IMODE((folder / "README.md").stat().st_mode) == 0o644
+    load, *_ = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    loaded: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(load, loaded)  # noqa: S102
+    assert loaded["model"].config.quantization_config.load_in_4bit
+    assert loaded["tokenizer"]("def main():")["input_ids"]
 
 
 def _check_verify(qbatch: Qbatch, folder: Path) -> None:
@@ -206,6 +231,21 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     assert [job["state"] for job in stack.json("jobs", "--batch", batch, "--state", "succeeded")] == ["succeeded"] * 3
     (worker,) = stack.json("workers")
     assert (worker["device_kind"], worker["state"]) == ("cpu", "ready")
+
+
+def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
+    stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
+) -> None:
+    log = tmp_path / "run.log"
+    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", log=log)
+    until(lambda: " jobs, " in log.read_text(), "the batch")
+    assert stop(process, signal.SIGINT) == 130
+    said = log.read_text()
+    batch = said.partition(":")[0]
+    assert f"no longer waiting; {batch} goes on where it runs" in said
+    assert "stopped" not in said
+    assert {job["state"] for job in stack.json("jobs", "--batch", batch)} <= {"queued", "running"}
+    stack("cancel", batch)
 
 
 def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(

@@ -76,7 +76,7 @@ def test_each_attempt_has_its_log(sqlite_database: Database, settings: Settings,
 def test_where_there_is_no_log_the_reason_is_said(sqlite_database: Database, run: Run) -> None:
     _, (job, *_) = a_batch(sqlite_database)
     assert "no worker has begun j1, so it has no log yet" in run("logs", "j1", code=2).stderr
-    assert "b1 is a batch id" in run("logs", "b1", code=2).stderr
+    assert "'b1' is not a job id" in run("logs", "b1", code=2).stderr
     assert "no such job: j99" in run("logs", "j99", code=2).stderr
     run("cancel", "j2")
     assert "no worker had begun it when it was cancelled" in run("logs", "-f", "j2", code=2).stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qbatch.core.digest import FileDigest, digest_file, root_sha256
+from qbatch.core.digest import CHUNK_BYTES, FileDigest, digest_file, root_sha256
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.storage import CheckpointState, checkpoint_state
@@ -62,7 +62,7 @@ def test_all_three_take_what_was_published(tmp_path: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (
             lambda folder: (folder / "config.json").write_text("[]"),
-            "config.json has changed since it was published (now 2 bytes, then 2",
+            "config.json has changed since it was published (still 2 bytes, but not the same ones)",
         ),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json is not in the"),
         (lambda folder: edit(folder, root_sha256="0" * 64), "the root checksum"),
@@ -91,3 +91,13 @@ def test_everything_that_differs_is_named() -> None:
         "b has changed since it was published (now 2 bytes, then 1)",
         "c is missing",
     ]
+
+
+def test_of_a_large_file_the_first_changed_part_is_named() -> None:
+    size = 2 * CHUNK_BYTES + 5
+    file = FileDigest(name="a", size=size, chunk_sha256=("0" * 64, "1" * 64, "2" * 64))
+    manifest = Manifest(key=KEY, root_sha256=root_sha256([file]), files=(file,), audit={}, quantize_s=1.0)
+    for chunk, place in ((1, f"{CHUNK_BYTES} to {2 * CHUNK_BYTES - 1}"), (2, f"{2 * CHUNK_BYTES} to {size - 1}")):
+        chunks = tuple("f" * 64 if index == chunk else old for index, old in enumerate(file.chunk_sha256))
+        (line,) = manifest.differences({"a": FileDigest(name="a", size=size, chunk_sha256=chunks)})
+        assert line.endswith(f"(still {size} bytes, but not the same ones, first among those from {place})")

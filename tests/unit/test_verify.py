@@ -281,8 +281,8 @@ def truncate(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (flip_a_bit, "model.safetensors has changed since it was published"),
-        (truncate, "model.safetensors has changed since it was published"),
+        (flip_a_bit, "model.safetensors has changed since it was published (still "),
+        (truncate, "model.safetensors has changed since it was published (now "),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "qbatch.json").unlink(), "there is no valid qbatch.json"),

@@ -16,6 +16,7 @@ from qbatch.core.errors import StorageError
 from qbatch.core.filesystem import OCCUPIED_ERRNOS, Refusal, add_default_permissions, move, sync
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.storage import MODEL_CARD
+from qbatch.worker.checkpoints.card_file import write_first_card
 from qbatch.worker.checkpoints.published import Verified, as_written, checkpoint_path, file_digest, find_published
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.staging import storage_error
@@ -60,6 +61,13 @@ def publish(
     path = checkpoint_path(origin.model, origin.scheme, key)
     try:
         copy_sidecars(source, folder)
+        write_first_card(
+            folder,
+            model=origin.model,
+            is_of_hub=origin.revision is not None,
+            scheme=origin.scheme,
+            dtype=origin.dtype,
+        )
         confirm()
         digests = _complete(folder, files)
         refused = _set_modes(folder) | sync(*folder.rglob("*"), folder)

@@ -15,6 +15,7 @@ from qbatch.models_db import jobs, window
 from qbatch.models_db.batches import are_of_one_model
 from qbatch.models_db.schema_fit import explain
 from qbatch.scheduler.queues import RUN_BUNDLE
+from qbatch.worker.serving.cards import write_cards
 from qbatch.worker.serving.message_vet import Commands
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 
@@ -49,6 +50,7 @@ def _run_bundle(context: WorkerContext, dispatch_id: str, job_ids: Sequence[int]
         return "nothing to do"
     supervisor = Supervisor(context, claims)
     supervisor.run()
+    write_cards(context.database, context.settings, context.recorder.take_recorded())
     if not context.stopping.is_set() and context.shutdown.reason is None:
         context.runners.stand_by()
     if supervisor.failed:

@@ -52,6 +52,7 @@ from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
+from qbatch.worker.serving.broker_wait import await_broker
 from qbatch.worker.serving.environment import has_database_password, without_secrets
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
@@ -263,8 +264,10 @@ class CeleryWorker:
         )
         beats.start()
         try:
-            runners.stand_by()
-            celery_worker.start()
+            await_broker(self._settings, self._pause)
+            if not self._pause(0):
+                runners.stand_by()
+                celery_worker.start()
         finally:
             self._ended.set()
             runners.close()
@@ -275,6 +278,10 @@ class CeleryWorker:
         if self._shutdown.reason is not None:
             raise self._shutdown.reason
         return int(celery_worker.exitcode or 0)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait so long. Whether it is time to leave."""
+        return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
         """Raise WrongDatabase before the imports of ``_preload``, which take a while."""

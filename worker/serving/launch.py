@@ -9,10 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from qbatch.core.errors import QbatchError
+from qbatch.core.settings import Settings
 from qbatch.scheduler.child_process import Child
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.machine.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 from qbatch.worker.machine.logs import log_to_stderr
+from qbatch.worker.serving.broker_wait import why_no_broker
 
 log = logging.getLogger("qbatch.worker")
 
@@ -99,8 +101,12 @@ def main(gpus: str | None, cpu: bool, drain: bool) -> int:
     """``qbatch worker``. Returns the exit code; errors go to stderr as one line."""
     log_to_stderr()
     try:
+        settings = Settings.from_env(os.environ)
         devices = devices_for(gpus, cpu, os.environ)
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
+    if (reason := why_no_broker(settings)) is not None:
+        # Said before the workers import what they need, which takes a while.
+        log.warning("%s; the workers wait for it", reason)
     return launch(devices, drain=drain, environ=os.environ)

@@ -48,6 +48,7 @@ class Recorder:
         self._settings = settings
         self._spool = Spool(settings.spool)
         self._in_memory: dict[Token, Spooled] = {}
+        self._recorded: set[int] = set()
         # Files that cannot be removed from the spool and were reported.
         self._stuck: set[Path] = set()
 
@@ -85,6 +86,11 @@ class Recorder:
         except DatabaseUnreachable as error:
             for token in tokens:
                 self._keep(self._spooled(token, {"outcome": "handed_back", "alone": alone}), error)
+
+    def take_recorded(self) -> frozenset[int]:
+        """The jobs whose outcomes were recorded since the last call, those from the spool included."""
+        taken, self._recorded = self._recorded, set()
+        return frozenset(taken)
 
     @property
     def has_in_memory(self) -> bool:
@@ -262,6 +268,7 @@ class Recorder:
             if outcome["outcome"] == "handed_back":
                 jobs.hand_back(session, [token], alone=outcome["alone"])
                 return
+            self._recorded.add(token[0])
             checkpoint = outcome.get("checkpoint")
             if checkpoint is not None:
                 checkpoints.record(session, job_id=token[0], **checkpoint)

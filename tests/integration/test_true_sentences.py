@@ -1,0 +1,41 @@
+"""What commands say besides their data holds for the case at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qbatch.cli import main
+from qbatch.models_db.session import Database
+from tests.rows import a_batch, a_worker, claim
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QBATCH_HOME", str(tmp_path))
+    monkeypatch.delenv("QBATCH_STORAGE", raising=False)
+    return tmp_path
+
+
+def test_only_a_checkpoint_that_a_job_published_can_be_replaced_by_it(home: Path) -> None:
+    published, copy = home / "storage" / "checkpoints" / "model" / "bnb-nf4-0", home / "copy"
+    for folder in (published, copy, published.with_name("bnb-nf4-0.rejected-1")):
+        folder.mkdir(parents=True)
+        done = CliRunner().invoke(main, ["verify", str(folder)])
+        assert (done.exit_code, "there is no valid qbatch.json" in done.stderr) == (1, True)
+        assert ("--force" in done.stderr) == (folder == published)
+
+
+def test_a_worker_with_jobs_is_busy_for_people_and_ready_for_programs(sqlite_database: Database, home: Path) -> None:
+    _, ids = a_batch(sqlite_database)
+    busy = a_worker(sqlite_database, "w1")
+    a_worker(sqlite_database, "w2")
+    claim(sqlite_database, ids, busy)
+    table = CliRunner().invoke(main, ["workers"]).stdout.splitlines()
+    assert [("busy" in line, "ready" in line) for line in table if line.startswith("w")][-2:] == [
+        (True, False),
+        (False, True),
+    ]
+    assert CliRunner().invoke(main, ["workers", "--json"]).stdout.count('"state": "ready"') == 2
