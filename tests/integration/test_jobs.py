@@ -150,7 +150,7 @@ def test_what_was_measured_comes_back_as_it_was(database: Database, row: dict[st
     with database.read() as session:
         (job,) = whole_jobs(session, ids)
     shown = job.to_json()
-    came_later = {"above_memory_is", "graph_decode_tokens_per_s", "not_measured", "speed_from"}
+    came_later = {"above_memory_is", "graph_decode_tokens_per_s", "log_path", "not_measured", "speed_from"}
     assert [name for name in shown if name not in came_later] == list(row)
     assert {name: shown[name] for name in MEASURED_COLUMNS} == {name: row[name] for name in MEASURED_COLUMNS}
     assert json.dumps(shown["details"]) == json.dumps(row["details"])

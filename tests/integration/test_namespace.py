@@ -66,6 +66,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
     assert files == expected | {
         "qbatch/__init__.py",
         "qbatch/__main__.py",
+        "qbatch/core/loaders/sglang.json",
+        "qbatch/core/loaders/vllm.json",
         "qbatch/worker/measuring/eval_text.txt",
     }
 
