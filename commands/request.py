@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.commands.shared_options import EACH
+from qbatch.commands.shared_options import OF_A_SHAPE
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DeviceKind, DType
 from qbatch.core.errors import UsageError
@@ -50,7 +50,7 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         prompt_tokens=options["prompt_tokens"] or (),
         new_tokens=options["new_tokens"] or (),
         **_parts(options["measure"], why=options["why"], energy=options["energy"]),
-        time_each=True if options["speed"] == EACH else None,
+        share_speed=True if options["speed"] == OF_A_SHAPE else None,
     )
     if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")

@@ -302,11 +302,11 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--speed",
-            type=click.Choice([OF_A_SHAPE, EACH]),
-            default=OF_A_SHAPE,
+            type=click.Choice([EACH, OF_A_SHAPE]),
+            default=EACH,
             show_default=True,
-            help=f"{OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, time one on each GPU; the "
-            f"rows of the others say whose speed they have. {EACH}: time every model.",
+            help=f"{EACH}: time every model. {OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, "
+            "time one on each GPU; the rows of the others say whose speed they have.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         format_options("table", "json", "quiet"),

@@ -182,7 +182,7 @@ class Protocol:
     ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
-    With ``time_each``, no row has the speed of another model of the same shape.
+    With ``share_speed``, a row may have the speed of another model of the same shape instead of being timed.
     """
 
     batch_size: int
@@ -205,7 +205,7 @@ class Protocol:
     prefill_iterations: int = 0
     quality: bool = True
     speed: bool = True
-    time_each: bool = False
+    share_speed: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -307,7 +307,7 @@ class ProtocolOptions:
     energy: bool | None = None
     quality: bool | None = None
     speed: bool | None = None
-    time_each: bool | None = None
+    share_speed: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
@@ -324,7 +324,7 @@ class ProtocolOptions:
         if kind is DeviceKind.CPU:
             # On a CPU there is nothing to analyse and no energy counter, and each model is timed. The request must not
             # change the protocol.
-            values |= {"why": False, "energy": False, "time_each": False}
+            values |= {"why": False, "energy": False, "share_speed": False}
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class ProtocolOptions:
         return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
-_NEW_OPTIONS = ("quality", "speed", "time_each")
+_NEW_OPTIONS = ("quality", "speed", "share_speed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

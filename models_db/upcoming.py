@@ -44,11 +44,12 @@ def upcoming(session: Session, queues: Sequence[str], *, worker_id: int, lease_s
     return Upcoming(job_id=job.id, source=spec_of(job).source, allow_pickle=job.allow_pickle)
 
 
-def may_come(session: Session, job_id: int, *, worker_id: int) -> bool:
-    """Whether the job still waits, or is run by a worker of the same host, which uses the same cache of sources."""
+def is_worth_fetching(session: Session, job_id: int, *, worker_id: int) -> bool:
+    """Whether the job still waits, or waits for what is being downloaded: it is run by a worker of the same host, which
+    uses the same cache of sources. A folder is not downloaded: whoever runs its job reads it at once."""
     job = session.get(Job, job_id, populate_existing=True)
-    if job is None:
+    if job is None or job.state != JobState.RUNNING or job.worker_id is None:
+        return job is not None and job.state == JobState.QUEUED
+    if job.is_folder:
         return False
-    if job.state != JobState.RUNNING or job.worker_id is None:
-        return job.state == JobState.QUEUED
     return session.get_one(Worker, job.worker_id).host == session.get_one(Worker, worker_id).host

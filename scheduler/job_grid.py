@@ -39,7 +39,7 @@ class Grid:
     speed: bool | None = None
     why: bool | None = None
     energy: bool | None = None
-    time_each: bool | None = None
+    share_speed: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
@@ -60,8 +60,8 @@ class Grid:
             raise UsageError(
                 "--batch-size, --prompt-tokens and --new-tokens are about speed and energy, which --measure leaves out"
             )
-        if self.speed is False and self.time_each:
-            raise UsageError("--speed each is about speed, which --measure leaves out")
+        if self.speed is False and self.share_speed:
+            raise UsageError("--speed shape is about speed, which --measure leaves out")
 
     def _refuse_misplaced_options(self) -> None:
         taken = {option.name for method in self._methods() for option in method.description.options}
@@ -133,7 +133,7 @@ class Grid:
                 speed=self.speed,
                 why=self.why,
                 energy=self.energy,
-                time_each=self.time_each,
+                share_speed=self.share_speed,
             )
 
 

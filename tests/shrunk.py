@@ -17,10 +17,14 @@ _FIELDS = (
     (r"pad_token_id", PAD),
     (r"bos_token_id", BOS),
     (r"eos_token_id", EOS),
-    (r"(num_hidden_|num_|n_|encoder_|decoder_)?layers?|depth|n_layer|num_layers", 2),
-    (r"num_key_value_heads", 2),
+    (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth", 2),
+    (r"num_key_value_heads", 4),
     (r"(\w+_)?(attention_)?heads?|n_head|num_attention_heads", 4),
-    (r"head_dim", 32),
+    (r"head_dim|qk_rope_head_dim|qk_nope_head_dim|v_head_dim", 32),
+    (r"(q|kv|o)_lora_rank|qk_head_dim", 64),
+    (r"n_routed_experts|num_(local_)?experts", 4),
+    (r"num_experts_per_tok|moe_topk|top_k_experts", 2),
+    (r"n_group|topk_group|first_k_dense_replace|n_shared_experts", 1),
     (r"hidden_size|d_model|n_embd|dim|embed_dim|projection_dim|projection_size|output_dim", 128),
     (r"(\w+_)?(intermediate_size|ffn_dim|inner_dim|d_ff)", 256),
     (r"max_position_embeddings|n_positions", MAX_TOKENS),
@@ -30,7 +34,8 @@ _FIELDS = (
 def shrunk_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     """The default config of ``model_type`` with small sizes, in its parts too; ``fields`` override those of the top."""
     config: PreTrainedConfig = transformers.AutoConfig.for_model(model_type)
-    return type(config).from_dict(_small(config.to_dict()) | fields)
+    start = {"decoder_start_token_id": PAD} if config.is_encoder_decoder else {}
+    return type(config).from_dict(_small(config.to_dict()) | start | fields)
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def _small(values: dict[str, Any]) -> dict[str, Any]:
 def _small_value(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return _small(value)
-    if name == "layer_types" and isinstance(value, list):
+    if isinstance(value, list) and re.fullmatch(r"\w*(layers?|blocks?)_types?", name):
         return value[:2]
     if isinstance(value, bool) or not isinstance(value, int):
         return value

@@ -1,4 +1,4 @@
-"""What a serving engine calls a model's modules, by architecture: data that ``benchmarks/engine_names.py`` reads."""
+"""What a serving engine calls a model's modules, by architecture (data of ``benchmarks/read_engine_names.py``)."""
 
 from __future__ import annotations
 

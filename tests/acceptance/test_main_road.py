@@ -173,6 +173,10 @@ def _check_verify(qbatch: Qbatch, folder: Path) -> None:
     """Four sound checkpoints; then one flipped bit, and a config that knows of one layer less than the files."""
     assert [row["state"] for row in qbatch.json("verify")] == ["sound"] * 4
     assert len(qbatch.json("verify", "b1")) == 4
+    judged = json.loads(qbatch("verify", "--for", "vllm,gguf", "b1", "--json", code=1).stdout)
+    published = json.loads((folder / "qbatch.json").read_text())["audit"]
+    said = {row["loader"]: row["verdict"] for row in judged if row["checkpoint"] == str(folder)}
+    assert said == {name: published["loaders"][name]["verdict"] for name in ("vllm", "gguf")}
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

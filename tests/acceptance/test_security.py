@@ -118,8 +118,7 @@ def test_no_code_of_a_model_runs_in_a_default_installation(
         )
         assert kinds_of(json.loads(done.stdout)) == {
             "all-its-own": {"unsafe_source"},
-            # Of a type that transformers has: its class is used instead.
-            "own-class": {"succeeded"},
+            "own-class": {"unsafe_source"},
             "own-tokenizer": {"unsafe_source"},
             "known": {"succeeded"},
             "pickled": {"unsafe_source"},

@@ -285,10 +285,18 @@ class Fleet:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker = self.worker_process(job.worker_id)
             for forkserver in worker.children():
-                runners = [child for child in forkserver.children() if child.status() != psutil.STATUS_ZOMBIE]
-                if "forkserver" in " ".join(forkserver.cmdline()) and runners:
+                if "forkserver" not in " ".join(forkserver.cmdline()):
+                    continue
+                runners = [child for child in forkserver.children() if self._writes_a_log(child)]
+                if runners:
                     return Caught(attempt=job.attempt, worker=worker, forkserver=forkserver, runner=runners[0])
         return None
+
+    def _writes_a_log(self, process: psutil.Process) -> bool:
+        """As a runner does once it has its order, unlike what stands by or fetches the next source."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{process.pid}/fd/1").readlink().is_relative_to(self.logs)
+        return False
 
     def catch(self, job_id: int, stage: Stage, *, after: int = 0) -> Caught:
         """Suspend the job's runner in ``stage``. An attempt that slips through is killed, and the next one watched."""

@@ -5,6 +5,7 @@ If a check fails, the rule in ``worker/runner/shared_speeds.py`` must become nar
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.runner.shared_speeds import may_be_shared
 from tests import tiny
+from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.gpu.test_batch import make
 from tests.unit.benchmark_models import TEXT
 from tests.unit.measured_rows import result
 from tests.unit.test_benchmark_rounds import TEXT_HASH
@@ -220,3 +223,31 @@ def test_outliers_are_why_int8_is_timed_for_every_model(sources: dict[str, Path]
     once = timed(folders, protocol(), why=False)
     for name in ("zeros", "heavy"):
         _differs(DECODE, once, name)
+
+
+def test_of_fine_tunes_on_one_gpu_the_first_is_timed(tmp_path: Path) -> None:
+    """Through the whole program, whose worker knows its GPU's UUID."""
+    models = [make("llama", tmp_path / f"tune-{seed}", seed=seed) for seed in range(3)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{model}\n" for model in models))
+    qbatch = Qbatch(tmp_path / "home")
+    asked = ["run", "--models", str(listed), "--bits", "4", "--device", "cuda", "--format", "json"]
+    try:
+        rows = json.loads(qbatch(*asked, "--speed", "shape", timeout_s=400).stdout)
+        each = json.loads(qbatch(*asked, timeout_s=400).stdout)
+    finally:
+        await_end_of(qbatch.home)
+    by_id = {row["job_id"]: row for row in rows}
+    timed: dict[str, bool] = {}
+    for row in rows:
+        uuid = row["details"]["device_uuid"]
+        if row["speed_from"] is not None:
+            origin = by_id[row["speed_from"]]
+            assert origin["details"]["device_uuid"] == uuid
+            assert origin["scheme"] == row["scheme"]
+            assert origin["decode_tokens_per_s"] == row["decode_tokens_per_s"]
+            assert origin["perplexity"] != row["perplexity"]
+        elif row["scheme"] == "none":
+            assert not timed.get(uuid), "one that could be shared was there"
+            timed[uuid] = not any((row["details"]["flags"] or {"unknown": True}).values())
+    assert [row["speed_from"] for row in each] == [None] * 6

@@ -324,6 +324,28 @@ def test_a_repository_without_a_valid_model_is_refused(
     assert refused["kind"] == kind
 
 
+def test_an_adapter_on_the_hub_names_its_base(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (served / "adapter_model.safetensors").write_text("x")
+    hub.publish("org/adapter", served)
+    refused = node.fetch("org/adapter")
+    assert refused["kind"] == "source_not_found"
+    assert "org/adapter has no model: it is an adapter for org/base, not a model" in refused["message"]
+
+
+def test_an_old_sentence_transformer_on_the_hub_names_its_inner_folder(hub: Hub, node: Fetcher, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    (served / "0_Transformer").mkdir(parents=True)
+    (served / "0_Transformer" / "config.json").write_text("{}")
+    (served / "modules.json").write_text('[{"path": "0_Transformer"}]')
+    hub.publish("org/sentences", served)
+    refused = node.fetch("org/sentences")
+    assert refused["kind"] == "source_not_found"
+    assert "its model lies in the folder 0_Transformer" in refused["message"]
+
+
 def pickled_bytes() -> bytes:
     file = io.BytesIO()
     torch.save({"w": torch.arange(5)}, file)

@@ -107,26 +107,27 @@ def test_what_cannot_be_fetched_is_left_to_its_job(
     assert [(job.state, job.error_kind) for job in found] == [("queued", None)] * 3
 
 
-@pytest.mark.parametrize("host", ["here", "there"])
-def test_it_is_given_up_when_its_bundle_goes_to_another_host(
-    sqlite_database: Database, next_source: NextSource, source: Path, host: str
+@pytest.mark.parametrize(("host", "is_folder"), [("here", False), ("here", True), ("there", False)])
+def test_once_its_job_runs_it_goes_on_only_where_that_waits_for_it(
+    sqlite_database: Database, next_source: NextSource, source: Path, host: str, is_folder: bool
 ) -> None:
     (ids,) = sent(sqlite_database, str(source))
-    next_source.begin()
-    fetching = process_of(next_source)
-    fetching.suspend()
     other = a_worker(sqlite_database, "w2")
     with sqlite_database.write() as session:
         session.execute(update(Worker).where(Worker.id == other).values(host=host))
+        session.execute(update(Job).values(is_folder=is_folder))
+    next_source.begin()
+    fetching = process_of(next_source)
+    fetching.suspend()
     next_source.look()
     assert next_source.pid == fetching.pid, "it still waits"
     claim(sqlite_database, ids, other)
     next_source.look()
-    assert next_source.pid == (fetching.pid if host == "here" else None)
-    assert fetching.is_running() is (host == "here")
-    if host == "here":
+    goes_on = host == "here" and not is_folder
+    assert (next_source.pid is not None) == fetching.is_running() == goes_on
+    if goes_on:
         next_source.resume()
-        until(served(next_source), "end of the fetch, which the other worker waits for")
+        until(served(next_source), "end of the fetch")
 
 
 def test_it_is_given_up_when_its_job_is_cancelled(

@@ -50,6 +50,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     RunnerMessage,
 )
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
@@ -60,7 +61,7 @@ from tests.unit.test_benchmark_rounds import TEXT_HASH
 GPU = "GPU-of-this-test"
 NF4, INT8 = Scheme(method=Method.NF4), Scheme(method=Method.INT8)
 NO_OUTLIERS = Scheme.of(Method.INT8, int8_threshold=0.0)
-OPTIONS = ProtocolOptions(eval_text_sha256=TEXT_HASH)
+OPTIONS = ProtocolOptions(eval_text_sha256=TEXT_HASH, share_speed=True)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def two_quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
             QUICK,
             eval_text_sha256=TEXT_HASH,
             rounds=2,
-            time_each=bool(options.time_each),
+            share_speed=bool(options.share_speed),
             quality=options.quality is not False,
             energy=bool(options.energy),
             batch_size=options.batch_size or 1,
@@ -109,7 +110,7 @@ class Worker:
             log_path=self.folder / "log",
             device_uuid=device_uuid,
         )
-        Bundle(order, self).run()
+        Bundle(order, self, Quiet()).run()
 
     def ask(self, question: Question) -> Reply:
         self.send(question)
@@ -245,7 +246,7 @@ def test_a_speed_is_known_in_its_batch_and_on_its_gpu_only(worker: Worker, tmp_p
 @pytest.mark.parametrize(
     ("protocol", "device_uuid"),
     [
-        (replace(OPTIONS, time_each=True), GPU),
+        (replace(OPTIONS, share_speed=None), GPU),
         (replace(OPTIONS, energy=True), GPU),
         (OPTIONS, None),
     ],

@@ -122,6 +122,7 @@ def test_without_a_tokenizer_speed_is_measured_and_perplexity_is_not(tmp_path: P
     measurement = measured(folder)
     assert measurement.decode_tokens_per_s is not None
     assert measurement.perplexity is None
+    assert measurement.details.perplexity.reason == "it has no tokenizer"
 
 
 def test_a_tokenizer_of_another_vocabulary_is_an_error(tmp_path: Path) -> None:
@@ -130,7 +131,9 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_text_of_one_token_has_no_perplexity(tmp_path: Path) -> None:
-    assert measured(tiny.make_causal(tmp_path, "gpt2"), text="a").perplexity is None
+    measurement = measured(tiny.make_causal(tmp_path, "gpt2"), text="a")
+    assert measurement.perplexity is None
+    assert str(measurement.details.perplexity.reason).startswith("the evaluation text is too short")
 
 
 def test_the_package_is_imported_without_torch() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qbatch.core.domain import DType
 from qbatch.core.errors import (
@@ -160,3 +161,17 @@ def test_nothing_is_printed_or_logged(
         loaded.model(torch.zeros(1, 8, dtype=torch.long))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+def test_weights_that_a_class_reads_beside_the_others_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaConfig, "extra_files", ("head.safetensors",))
+    assert loaded_on_cpu(llama).task is ModelKind.CAUSAL_LM
+    (llama / "head.safetensors").write_bytes(b"")
+    with pytest.raises(Unsupported, match=r"head\.safetensors holds weights beside those of the model"):
+        loaded_on_cpu(llama)
+
+
+def test_an_adapter_that_was_applied_all_the_same_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_hf_peft_config_loaded", True)
+    with pytest.raises(Unsupported, match="applied the adapter"):
+        loaded_on_cpu(llama)

@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from qbatch.cli import main
 from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.loaders.checkpoint_facts import CheckpointFacts
+from qbatch.core.loaders.engine_names import EngineArchitecture
 from qbatch.core.loaders.known_loaders import LOADERS, judge_folder
+from qbatch.core.loaders.skip_list import SkippedLayers
+from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
@@ -144,6 +148,19 @@ def test_serving_engines_over_ten_families(
 def test_a_skip_list_is_understood_by_engines(scheme: Scheme, pattern: str, checkpoint: Callable[..., Path]) -> None:
     found = verdicts(checkpoint("llama", replace(scheme, skip_modules=(pattern,))))
     assert found["vllm"] == found["sglang"] == LOADS
+
+
+def test_where_no_list_means_the_same_to_both_it_is_said() -> None:
+    """transformers would also take the name for the end of another one, so an expression is listed."""
+    kept, packed = {"tower.fc1"}, {"tower.fc2", "side_tower.fc1"}
+    listed = sorted(SkippedLayers(kept | packed, kept, EngineArchitecture()).entries())
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": listed},
+    }
+    facts = CheckpointFacts(config=config, packed=packed, kept=kept, experts=set())
+    assert [name for name in kept | packed if transformers_skips(listed)(name)] == ["tower.fc1"]
+    assert LOADERS["vllm"].judge(facts).verdict == DIFFERS
 
 
 @pytest.mark.parametrize("pattern", [".*self_attn", ".*visual", "model.language_model.layers.1", "down_proj"])

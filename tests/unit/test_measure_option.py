@@ -79,7 +79,7 @@ def test_the_default_and_its_spellings_are_one_protocol(tmp_path: Path) -> None:
         (["--measure", "quality", "--batch-size", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--new-tokens", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--eval-text", "{text}"], "--eval-text is about quality, speed and energy"),
-        (["--measure", "quality", "--speed", "each"], "--speed each is about speed, which --measure leaves out"),
+        (["--measure", "quality", "--speed", "shape"], "--speed shape is about speed, which --measure leaves out"),
         (["--measure", "speed", "--tasks", "arc_easy"], "--tasks are a part of quality, which --measure leaves out"),
     ],
 )
@@ -90,12 +90,12 @@ def test_what_contradicts_it_is_refused(arguments: list[str], message: str, tmp_
         submission(tmp_path, *given)
 
 
-def test_timing_each_model_is_another_protocol_where_speeds_are_shared(tmp_path: Path) -> None:
-    each = ("--speed", "each")
-    assert protocol(tmp_path, CUDA, *each).time_each
-    assert protocol(tmp_path, CUDA, *each).hash != protocol(tmp_path, CUDA).hash
-    assert protocol(tmp_path, CPU, *each).hash == protocol(tmp_path, CPU).hash, "there every model is timed"
-    assert protocol(tmp_path, CUDA, "--speed", "shape").hash == protocol(tmp_path, CUDA).hash
+def test_sharing_speeds_is_another_protocol_where_they_can_be_shared(tmp_path: Path) -> None:
+    shape = ("--speed", "shape")
+    assert protocol(tmp_path, CUDA, *shape).share_speed
+    assert protocol(tmp_path, CUDA, *shape).hash != protocol(tmp_path, CUDA).hash
+    assert protocol(tmp_path, CPU, *shape).hash == protocol(tmp_path, CPU).hash, "there every model is timed"
+    assert protocol(tmp_path, CUDA, "--speed", "each").hash == protocol(tmp_path, CUDA).hash
 
 
 def test_speed_at_several_sizes_without_quality(tmp_path: Path) -> None:

@@ -184,6 +184,22 @@ def test_what_loaders_make_of_a_checkpoint_is_shown() -> None:
     assert "→ skip all of it" in text
 
 
+def test_what_was_ignored_and_not_run_is_shown() -> None:
+    audit = DETAILS["audit"] | {
+        "stale_quantization": "gptq 4 bits, but no tensor is packed",
+        "forward": "not tried: why",
+    }
+    details = DETAILS | {"audit": audit, "noise_inputs": "pixel_values [1, 3, 32, 32]"}
+    text = said(NF4 | {"details": details | {"perplexity": {"reason": "it has no tokenizer"}}})
+    assert "ignored what the source's config says of a quantization: gptq 4 bits, but no tensor is packed" in text
+    assert "before publishing a forward pass: not tried: why" in text
+    assert "noise, which no figure that is compared comes from: pixel_values [1, 3, 32, 32]" in text
+    assert "no perplexity it has no tokenizer" in text
+    assert "before publishing" not in said(
+        NF4 | {"details": DETAILS | {"audit": DETAILS["audit"] | {"forward": "ran"}}}
+    )
+
+
 def test_int8_tells_of_its_scales_and_4_bits_do_not() -> None:
     audit = DETAILS["audit"] | {"int8_zero_scales": 2, "int8_infinite_scales": 1}
     int8 = NF4 | {"scheme": "bnb-int8", "bits": 8, "details": DETAILS | {"audit": audit}}

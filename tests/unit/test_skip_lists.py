@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qbatch.core.loaders.engine_names import EngineArchitecture
 from qbatch.core.loaders.skip_list import SkippedLayers
+from qbatch.core.loaders.skip_rules import transformers_skips, vllm_skips
 from qbatch.worker.quantizing.planning.skeleton import is_plain_linear, skip_list
 
 SHAPE = {
@@ -70,6 +72,11 @@ FAMILIES = {
         lists=("o_proj", ".*self_attn", "model.layers.1", "model.layers.(0|11)"),
     ),
     "fused qkv": Family(cls="Phi3ForCausalLM", fused={}, lists=("qkv_proj", "gate_up_proj", ".*self_attn")),
+    "fused qkv in the file": Family(
+        cls="NomicBertModel",
+        config=SMALL | {"vocab_size": 128},
+        lists=("mlp.down_proj", ".*attn", "layers.1", "layers.0.mlp.(gate|up)_proj"),
+    ),
     "opt": Family(
         cls="OPTForCausalLM",
         config={"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
@@ -169,6 +176,28 @@ def test_two_spellings_are_one_list(family: str) -> None:
         listed = skip_list(cls, config, (asked,))
         assert skip_list(cls, config, listed) == listed
         assert skip_list(cls, config, (asked, "no such layer", f"(?:{asked})")) == listed
+
+
+@pytest.mark.parametrize("family", ["llama", "vision and language", "two stacks"])
+def test_the_rules_are_those_of_the_installed_transformers_and_of_vllm(family: str) -> None:
+    one = FAMILIES[family]
+    _, _, linears = one.names()
+    entries = [
+        *one.lists,
+        "proj",
+        "q_proj",
+        "layers.1",
+        "model.layers",
+        "self_attn",
+        ".*mlp.",
+        "mo",
+        *sorted(linears)[:3],
+    ]
+    for entry in entries:
+        for name in linears:
+            assert transformers_skips([entry])(name) is not should_convert_module(name, [entry])
+            assert transformers_skips([entry])(name) is by_transformers([entry], name)
+            assert vllm_skips([entry])(name) is by_vllm([entry], name)
 
 
 def layers_of(linears: Iterable[str], kept: Iterable[str]) -> SkippedLayers:

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from qbatch.worker.measuring.speed.model_inputs import reads_text
 from qbatch.worker.models.architecture import ModelKind, kind_of
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_tokenizer
@@ -43,6 +44,16 @@ def test_only_an_encoder_decoder_is_one(model_type: str) -> None:
     config.architectures = [_SEQ2SEQ[model_type]]
     takes_target = "decoder_input_ids" in inspect.signature(class_of(model_type).forward).parameters
     assert (kind_of(config) is ModelKind.SEQ2SEQ) == takes_target
+
+
+@pytest.mark.parametrize(
+    ("model_type", "is_read"), [("cohere", True), ("llava", True), ("clip", False), ("vit", False)]
+)
+def test_what_reads_text_alone_is_told_from_what_does_not(model_type: str, is_read: bool) -> None:
+    names = {"cohere": "CohereForCausalLM", "llava": "LlavaForConditionalGeneration", "clip": "CLIPModel"}
+    cls = getattr(transformers, names.get(model_type, "ViTModel"))
+    with torch.device("meta"):
+        assert reads_text(cls(shrunk_config(model_type))) is is_read
 
 
 @pytest.mark.parametrize("model_type", _WRAPPERS)

@@ -23,13 +23,6 @@ MODEL_LIBRARIES = (
 )
 """What every process that loads a model imports. Not bitsandbytes: importing it initialises CUDA in any case."""
 
-IMPORTED_BY_BITSANDBYTES = (
-    "torch._inductor.compile_fx",
-    "torch._dynamo.repro.after_dynamo",
-    "torch._dynamo.backends.debugging",
-)
-"""What bitsandbytes itself imports: half of the time that its import takes."""
-
 # Their cached answers would say for good that there is no GPU.
 _ASK_ABOUT_THE_GPU = ("accelerate.utils.imports", "torch.utils._triton", "transformers.utils.import_utils")
 

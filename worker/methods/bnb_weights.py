@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -126,9 +127,10 @@ class BnbWeights(MethodWeights):
 
     def quiet_import(self) -> None:
         """On a CPU with AVX512-BF16, importing bitsandbytes would download a kernel from the hub, so the ``kernels``
-        package that does this is hidden during the import."""
+        package that does this is hidden during the import. It would also import all of torch's compiler, for functions
+        that nothing here calls: they are compiled when they are called."""
         if bnb_methods.LIBRARY not in sys.modules:
-            with _hub_kernels_hidden():
+            with _hub_kernels_hidden(), _compiled_when_called():
                 importlib.import_module(bnb_methods.LIBRARY)
 
 
@@ -152,6 +154,29 @@ def _hub_kernels_hidden() -> Iterator[None]:
         del sys.modules["kernels"]
         if before is not None:
             sys.modules["kernels"] = before
+
+
+@contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    before = torch.compile
+    torch.compile = partial(_compile_when_called, before)
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
+def _compile_when_called(compiler: Any, function: Any = None, **options: Any) -> Any:
+    """What ``torch.compile(function, **options)`` returns, or its decorator, without compiling anything yet."""
+    if function is None:
+        return partial(_compile_when_called, compiler, **options)
+    compiled = cache(lambda: compiler(function, **options))
+
+    @wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        return compiled()(*args, **keywords)
+
+    return call
 
 
 WEIGHTS = BnbWeights()

@@ -78,10 +78,12 @@ def _stream_from(
     outcomes: list[Outcome] = []
     loaded: list[TracedModel] = []
     for target in targets:
-        if (reason := weights_of(target.scheme.description).why_whole) is not None:
+        weights = weights_of(target.scheme.description)
+        if (reason := weights.why_whole) is not None:
             outcomes.append(Deferred(target=target, reason=reason))
             continue
         try:
+            weights.quiet_import()
             loaded.append(trace_loading(source, reader, target, dtype, device))
         except NotStreamable as error:
             outcomes.append(Deferred(target=target, reason=str(error)))

@@ -17,6 +17,7 @@ from qbatch.core.digest import Checksums
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError, one_line
 from qbatch.core.file_stat import FileStat
+from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
 from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
 
@@ -61,6 +62,7 @@ def run(connection: Connection, order: FetchOrder) -> None:
     """Fetch and exit. A failure is only logged: the job itself will meet it again, and is charged then if at all."""
     gc.freeze()
     _end_with_the_forkserver()
+    log_to_stderr()
     os.nice(_NICENESS)
     name = order.source.name
     try:

@@ -37,7 +37,7 @@ class SpeedKeys:
     def of(self, settled: Settled) -> str | None:
         """None if the row must be timed by itself."""
         protocol, scheme = settled.protocol, settled.scheme
-        if self._shape is None or not protocol.speed or protocol.energy or protocol.time_each:
+        if self._shape is None or not protocol.speed or protocol.energy or not protocol.share_speed:
             return None
         if scheme.description.speed_depends_on_values(scheme.options):
             return None

@@ -12,7 +12,7 @@ import psutil
 from qbatch.core.errors import DatabaseUnreachable, one_line
 from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
-from qbatch.models_db.upcoming import Upcoming, may_come, upcoming
+from qbatch.models_db.upcoming import Upcoming, is_worth_fetching, upcoming
 from qbatch.worker.runner import fetch_ahead
 from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
 from qbatch.worker.serving.known_files import KnownFiles
@@ -76,7 +76,7 @@ class NextSource:
             self._fetch = None
 
     def look(self) -> None:
-        """Give up the fetch if its bundle is gone, or is run on another host."""
+        """Give up the fetch if its bundle is gone, or does not wait for it."""
         if self._fetch is None:
             return
         self.serve()
@@ -86,12 +86,12 @@ class NextSource:
         try:
             with self._database.read() as session:
                 self._database.require_own(session)
-                comes = may_come(session, bundle.job_id, worker_id=self._worker_id)
+                goes_on = is_worth_fetching(session, bundle.job_id, worker_id=self._worker_id)
         except DatabaseUnreachable as error:
             log.warning("%s; fetching ahead continues", error)
             return
-        if not comes:
-            log.info("%s is not fetched ahead any more: its bundle went elsewhere", bundle.source.name)
+        if not goes_on:
+            log.info("%s is not fetched ahead any more: its bundle has begun or is gone", bundle.source.name)
             self.close()
 
     def resume(self) -> None:

@@ -1,14 +1,12 @@
 """Imported by the forkserver: everything that a runner imports and that does not initialise CUDA.
 
-So their 15 s are paid once for a worker. bitsandbytes asks at import which GPU there is, so it is left to the runners;
-what it imports is here, half a second of each bundle.
+So their 15 s are paid once for a worker. bitsandbytes asks at import which GPU there is, so it is left to the runners.
 """
 
-from qbatch.worker.machine.imports import IMPORTED_BY_BITSANDBYTES, MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 NAMES = (
     *MODEL_LIBRARIES,
-    *IMPORTED_BY_BITSANDBYTES,
     # Imported by the first model of any family.
     "transformers.modeling_layers",
     "transformers.generation.utils",

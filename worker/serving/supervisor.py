@@ -144,6 +144,7 @@ class Supervisor:
             process, connection = self._start()
             pulse = _Pulsing(connection)
             try:
+                self._context.next_source.look()
                 self._tell_of_fetch(pulse)
                 self._watch(process, pulse)
             finally:

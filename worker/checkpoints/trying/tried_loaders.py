@@ -44,7 +44,7 @@ def _tried(folder: Path, name: str, reference: PredictionReference, python: str)
         done = subprocess.run(
             [python, "-P", probe.__file__, name, str(folder), str(answer)],
             input=request(reference, TOP),
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -58,6 +58,12 @@ def _tried(folder: Path, name: str, reference: PredictionReference, python: str)
     if done.returncode == probe.NOT_INSTALLED:
         return _judgement(LoaderVerdict.UNKNOWN, f"{python} cannot try it: {said}", {}, f"install {name} there")
     return _judgement(LoaderVerdict.REFUSES, f"tried: {said}", {})
+
+
+def _environment() -> dict[str, str]:
+    """Without qbatch's own variables, which may hold passwords."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("QBATCH_")}
+    return kept | {"HF_HUB_OFFLINE": "1"}
 
 
 def _compared(reference: PredictionReference, predicted: Mapping[str, Any]) -> LoaderJudgement:

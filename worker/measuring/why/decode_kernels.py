@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.worker.machine.imports import IMPORTED_BY_BITSANDBYTES, MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-_PRELOAD = (*MODEL_LIBRARIES, *IMPORTED_BY_BITSANDBYTES, "qbatch.worker.models.load")
+_PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
 _ORPHANED = 70
 _PR_SET_PDEATHSIG = 1
 STARTED = "started"

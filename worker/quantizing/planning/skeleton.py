@@ -10,7 +10,6 @@ from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
 from qbatch.core.loaders.skip_list import SkippedLayers
-from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
@@ -110,13 +109,15 @@ def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
     """The list to publish for a user's patterns: what transformers skips by default, since a list replaces its own, and
     every layer that then stays unquantized by its full names (see ``SkippedLayers``). Two spellings give one list."""
     from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = _meta_model(cls, config, None, "meta")
     defaults = set(get_keys_to_not_convert(model))
-    is_kept = transformers_skips(defaults | set(asked) | set(model._keep_in_fp32_modules or ()))
+    patterns = [*defaults, *asked, *(model._keep_in_fp32_modules or ())]
     linears = {name for name, module in model.named_modules() if is_plain_linear(module)}
     architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
-    layers = SkippedLayers(linears, {name for name in linears if is_kept(name)}, architecture)
+    kept = {name for name in linears if not should_convert_module(name, patterns)}
+    layers = SkippedLayers(linears, kept, architecture)
     return tuple(sorted(defaults | layers.entries()))
 
 

@@ -1,7 +1,7 @@
 """Reads from an engine's source what it calls a model's modules, and writes that into ``core/loaders/``.
 
-``python -m benchmarks.engine_names vllm|sglang FOLDER``: the folder into which the engine's wheel was unpacked, with
-its ``.dist-info``. Nothing of it is imported: only class attributes that are literals are read
+``python -m benchmarks.read_engine_names vllm|sglang FOLDER``: the folder into which the engine's wheel was unpacked,
+with its ``.dist-info``. Nothing of it is imported: only class attributes that are literals are read
 (docs/howto/renew-loader-knowledge.md).
 """
 
