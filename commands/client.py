@@ -17,6 +17,7 @@ from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
 from qbatch.commands.submission import submit as submit_command
 from qbatch.commands.targets import find_batches
+from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.measured.result_row import ResultRow
@@ -87,9 +88,9 @@ def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
 
     ``options`` are those of ``qbatch submit``, with underscores: ``bits=[4, 8]``, ``skip_modules=["lm_head"]``,
     ``baseline=False``, ``name="first"``, ``time_limit="2h"``. An option that may be repeated or takes a comma list
-    takes a list. The environment variables are those of the command line. Warns if nothing runs that could work on
-    it. Raises UsageError for what ``qbatch submit`` would refuse, TypeError for an option that does not exist, and
-    ServiceUnreachable.
+    takes a list. The environment variables are those of the command line. Warns of what the command line warns of, as
+    when nothing runs that could work on the batch. Raises UsageError for what ``qbatch submit`` would refuse,
+    TypeError for an option that does not exist, and ServiceUnreachable.
     """
     from qbatch.scheduler.submit import submit as store
 
@@ -100,6 +101,8 @@ def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
     submission = read_submission(settings, _values(options) | {"models": lines})
     database = open_database(settings)
     receipt = store(database, settings, submission)
+    for warning, count in receipt.warnings.items():
+        warnings.warn(escape_controls(warning if count == 1 else f"{count} models: {warning}"), stacklevel=2)
     hint = send(database, settings) if receipt.answered < receipt.jobs else None
     if hint is not None:
         warnings.warn(hint, stacklevel=2)

@@ -87,7 +87,7 @@ def _run(
     database = open_database(settings)
     receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
-    click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results", err=True)
+    click.echo(_stored(receipt), err=True)
     if hint is not None and stack is None:
         click.echo(hint, err=True)
         raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
@@ -169,7 +169,13 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
             )
         )
     else:
-        click.echo(f"{batch}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")
+        click.echo(_stored(receipt))
+
+
+def _stored(receipt: Receipt) -> str:
+    """``b1: 6 jobs, 2 answered by earlier results``. Only a worker, which hashes files, knows of none."""
+    answered = f", {receipt.answered} answered by earlier results" if receipt.answered else ""
+    return f"{format_batch_id(receipt.batch_id)}: {receipt.jobs} jobs{answered}"
 
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:

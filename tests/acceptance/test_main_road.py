@@ -238,7 +238,7 @@ def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
 ) -> None:
     log = tmp_path / "run.log"
     process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", log=log)
-    until(lambda: " jobs, " in log.read_text(), "the batch")
+    until(lambda: " jobs\n" in log.read_text(), "the batch")
     assert stop(process, signal.SIGINT) == 130
     said = log.read_text()
     batch = said.partition(":")[0]

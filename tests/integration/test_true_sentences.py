@@ -39,3 +39,10 @@ def test_a_worker_with_jobs_is_busy_for_people_and_ready_for_programs(sqlite_dat
         (False, True),
     ]
     assert CliRunner().invoke(main, ["workers", "--json"]).stdout.count('"state": "ready"') == 2
+
+
+def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Path) -> None:
+    """Which files a model of the hub has only a worker finds out; it may then answer all of them."""
+    (home / "list").write_text("org/model\n")
+    done = CliRunner().invoke(main, ["submit", "--models", str(home / "list"), "--bits", "4"])
+    assert done.stdout == "b1: 2 jobs\n"
