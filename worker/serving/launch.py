@@ -106,7 +106,7 @@ def main(gpus: str | None, cpu: bool, drain: bool) -> int:
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    if (reason := why_no_broker(settings)) is not None:
-        # Said before the workers import what they need, which takes a while.
+    # Said before the workers import what they need, which takes a while. A home that is no folder they refuse at once.
+    if settings.home.is_dir() and (reason := why_no_broker(settings)) is not None:
         log.warning("%s; the workers wait for it", reason)
     return launch(devices, drain=drain, environ=os.environ)
