@@ -35,7 +35,7 @@ from qbatch.views.checks import State
 from qbatch.views.doctor import examine
 from qbatch.worker.checkpoints.published import find_published
 from qbatch.worker.files.staging import require_space
-from qbatch.worker.serving.celery_worker import check_environment
+from qbatch.worker.serving.usable_folders import check_environment
 from tests.unit.test_checkpoint import KEY, PATH, look, put, staged
 
 FSYNC, CHMOD, RENAME, FLOCK = os.fsync, os.chmod, os.rename, fcntl.flock

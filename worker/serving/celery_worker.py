@@ -31,11 +31,9 @@ from qbatch.core.errors import (
     NoSuchDevice,
     QbatchError,
     StorageError,
-    StorageUnavailable,
     UsageError,
     WrongDatabase,
 )
-from qbatch.core.filesystem import probe, require_locks
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, leases, workers
 from qbatch.models_db.database_id import database_id
@@ -60,6 +58,7 @@ from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.supervisor import WorkerContext
+from qbatch.worker.serving.usable_folders import check_environment
 
 log = logging.getLogger("qbatch.worker")
 
@@ -95,26 +94,6 @@ def _drop_secrets(settings: Settings) -> None:
     kept = without_secrets(os.environ)
     for name in os.environ.keys() - kept.keys():
         del os.environ[name]
-
-
-def check_environment(settings: Settings) -> None:
-    """Check that this worker can do its work here.
-
-    Raises UsageError for SQLite with a broker on another machine, and StorageUnavailable if a folder is not writable
-    or its file system lacks an operation that is needed.
-    """
-    if not settings.is_one_machine and settings.sqlalchemy_url.startswith("sqlite"):
-        raise UsageError("the broker is on another machine, and SQLite works on one only: set QBATCH_DATABASE_URL")
-    try:
-        for folder in (settings.home, settings.checkpoints, settings.staging, settings.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise StorageUnavailable(f"{folder} is not writable")
-    except OSError as error:
-        raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
-    for refusal in sorted(probe(settings.staging)):
-        log.info("the file system of the storage does not support %s; continuing without it", refusal)
-    require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
 
 
 def describe_worker(uuid: str | None) -> WorkerInfo:

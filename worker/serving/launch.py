@@ -15,6 +15,7 @@ from qbatch.scheduler.stop import Stop
 from qbatch.worker.machine.gpu import Gpu, choose_gpus, installed_gpus, visible_gpus
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving.broker_wait import why_no_broker
+from qbatch.worker.serving.usable_folders import check_environment
 
 log = logging.getLogger("qbatch.worker")
 
@@ -102,11 +103,12 @@ def main(gpus: str | None, cpu: bool, drain: bool) -> int:
     log_to_stderr()
     try:
         settings = Settings.from_env(os.environ)
+        check_environment(settings)
         devices = devices_for(gpus, cpu, os.environ)
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    # Said before the workers import what they need, which takes a while. A home that is no folder they refuse at once.
-    if settings.home.is_dir() and (reason := why_no_broker(settings)) is not None:
+    # Said before the workers import what they need, which takes a while.
+    if (reason := why_no_broker(settings)) is not None:
         log.warning("%s; the workers wait for it", reason)
     return launch(devices, drain=drain, environ=os.environ)
