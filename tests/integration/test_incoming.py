@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import transformers.integrations.peft
+from transformers import MobileBertForMaskedLM
 
 from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
 from qbatch.worker.runner.messages import Failed, Measured
 from tests import incoming
 from tests.integration.test_bundle import TEXT_HASH, Ear, a_quick_protocol, places, run
+from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK
 
@@ -162,6 +164,14 @@ def test_a_checkpoint_that_cannot_run_says_what_mends_it(job_id: int, tmp_path: 
     mended = run(source, attempt=2, schemes={job_id: replace(ALL[job_id], skip_modules=("dt_proj",))})
     assert mended.measured() == {job_id}
     assert audits(mended) == {job_id: "ran"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_more_layers_than_needed_are_said_to_mend_it(tmp_path: Path) -> None:
+    """MobileBERT has many layers named ``dense``; it reads the weight of one of them itself."""
+    model = make(MobileBertForMaskedLM, shrunk_config("mobilebert"))
+    ear = run(incoming.save(tmp_path / "source", model), schemes={NF4: ALL[NF4]})
+    assert messages(ear)[NF4].endswith("; --skip-modules predictions.dense mends it")
 
 
 def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from qbatch.core.errors import one_line
 from qbatch.worker.methods.implementations import weights_of_model
 
 _MOST_SKIPS = 8
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +83,11 @@ def _mend(model: Any, inputs: Mapping[str, torch.Tensor], fault: FirstFault) -> 
     while now is not None:
         if len(skips) == _MOST_SKIPS:
             return None
-        for leaf in _suspects(model, now):
-            replaced = _replace(model, leaf)
+        for end in _suspects(model, now):
+            replaced = _replace(model, end)
             after = find_first_fault(model, inputs)
             if after is None or after.called > now.called:
-                skips.append(leaf)
+                skips.append(end)
                 now = after
                 break
             _restore(model, replaced)
@@ -95,29 +97,42 @@ def _mend(model: Any, inputs: Mapping[str, torch.Tensor], fault: FirstFault) -> 
 
 
 def _suspects(model: Any, fault: FirstFault) -> list[str]:
-    """The last parts of the names of quantized layers at or under the fault, first those that were not called: a
-    module that reads their weights itself does not call them."""
-    weights = weights_of_model(model)
-    under = [
-        name
-        for name, module in model.get_submodule(fault.module).named_modules(prefix=fault.module)
-        if hasattr(module, "in_features") and weights.is_quantized(module.weight)
-    ]
+    """The ends of the names of quantized layers at or under the fault, first those that were not called: a module that
+    reads their weights itself does not call them."""
+    quantized = _quantized(model)
+    place = f"{fault.module}." if fault.module else ""
+    under = [name for name in quantized if name == fault.module or name.startswith(place)]
     under.sort(key=lambda name: name in fault.called)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in under))
+    return list(dict.fromkeys(_end_of(name, quantized) for name in under))
 
 
-def _replace(model: Any, leaf: str) -> dict[str, Any]:
-    """Put unquantized layers of the same shapes in place of all quantized ones named ``leaf``. Returns these.
+def _quantized(model: Any) -> dict[str, Any]:
+    weights = weights_of_model(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and weights.is_quantized(module.weight)
+    }
+
+
+def _end_of(name: str, quantized: Iterable[str]) -> str:
+    """The shortest end of ``name`` that, of the ``quantized`` layers, only the same one of other blocks shares."""
+    parts, kind = name.split("."), _NUMBER.sub("*", name)
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        if parts[-count].isdigit():
+            break
+        if all(_NUMBER.sub("*", other) == kind for other in quantized if other.endswith(end)):
+            return end
+    return parts[-1]
+
+
+def _replace(model: Any, end: str) -> dict[str, Any]:
+    """Put unquantized layers of the same shapes in place of all quantized ones whose names end so. Returns these.
 
     Their values do not matter for whether the model runs.
     """
-    weights = weights_of_model(model)
-    replaced = {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == leaf and hasattr(module, "in_features") and weights.is_quantized(module.weight)
-    }
+    replaced = {name: module for name, module in _quantized(model).items() if name.endswith(end)}
     for name, module in replaced.items():
         plain = torch.nn.Linear(
             module.in_features,
