@@ -25,6 +25,7 @@ import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.worker.checkpoints.published import problems
+from tests import tiny
 from tests.acceptance.conftest import QBATCH, Qbatch, stop
 from tests.tiny import make_causal
 from tests.waiting import until
@@ -249,13 +250,13 @@ def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
 
 
 def test_a_second_batch_adopts_the_checkpoint_and_force_measures_again(
-    stack: Qbatch, models: Path, model_list: Callable[..., str]
+    stack: Qbatch, model_list: Callable[..., str], tmp_path: Path
 ) -> None:
-    listed = model_list(models / "llama")
+    # One that no other test knows, not even by another name.
+    listed = model_list(tiny.make_causal(tmp_path / "own", dtype="bfloat16", seed=7))
     first = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
     answered = stack.json("submit", "--models", listed, "--bits", "8", "--wait")
-    # The baseline may itself have been answered: other tests measure the same model here.
-    assert [row["reused_from"] for row in answered] == [row["reused_from"] or row["job_id"] for row in first]
+    assert [row["reused_from"] for row in answered] == [row["job_id"] for row in first]
     forced = stack.json("submit", "--models", listed, "--bits", "8", "--no-baseline", "--force", "--wait")
     assert [row["reused_from"] for row in forced] == [None]
     assert forced[0]["checkpoint_path"] == first[1]["checkpoint_path"]
