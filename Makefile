@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-processes test-units loaders chaos lint docs seed-table bench clean
+.PHONY: help install demo check test loaders chaos lint docs seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,25 +28,15 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 	$(BIN)/python -m examples.make_models
 	QBATCH_HOME="$(CURDIR)/.qbatch" $(BIN)/qbatch run --models examples/models.txt --bits 4,8
 
-# Whole files, in the order of tests/conftest.py.
+# Whole files, in the order of tests/conftest.py. More at a time than there are cores: half of the time is spent waiting
+# for leases to run out.
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
-UNIT_LOG := build/unit-tests.log
 
 check: lint ## style, types and the unit tests: for every change, in two minutes
 	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
 
 test: install ## all tests that need no GPU
-	$(MAKE) --no-print-directory --jobs 2 test-processes test-units
-
-# More at a time than there are cores: half of the time is spent waiting for leases to run out.
-test-processes: install
-	$(PYTEST) -m "not gpu and not loaders" --numprocesses 4 --ignore tests/unit
-
-# At a low priority: in the time that the others only wait. What they print is shown at their end.
-test-units: install
-	@mkdir -p $(dir $(UNIT_LOG))
-	@nice -n 10 $(PYTEST) -m "not gpu" --numprocesses 2 tests/unit > $(UNIT_LOG) 2>&1; \
-		code=$$?; echo; cat $(UNIT_LOG); exit $$code
+	$(PYTEST) -m "not gpu and not loaders" --numprocesses 3
 
 # LOADERS_PYTHON names an interpreter that has PEFT and sentence-transformers, instead of the one that is made here. An
 # engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried.

@@ -73,9 +73,9 @@ def run(format_: str, on_end: str | None, **options: Any) -> None:
 
     settings = current_settings()
     submission = read_submission(settings, options)
+    interrupt_on_signals()
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None, on_end=on_end))
-    interrupt_on_signals()
     with local_stack(settings, device=DeviceKind(options["device"])) as stack:
         code = _run(settings, submission, format_, stack=stack, on_end=on_end)
     sys.exit(code)

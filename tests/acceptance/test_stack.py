@@ -35,7 +35,8 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         qbatch("wait", "b1", "--timeout", "2m")
         assert [p.pid for p in _named(qbatch, "redis-server")] != [redis_server.pid]
         assert "is already running" in qbatch("up", code=3).stderr
-        _prune_beside_the_worker(qbatch, listed)
+        # Two models: it must not have ended before the second look.
+        _prune_beside_the_worker(qbatch, model_list(models / "llama", models / "bloom"))
     finally:
         assert stop(up, signal.SIGINT) == 0
     assert set(_states(qbatch)) == {"succeeded"}

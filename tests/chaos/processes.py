@@ -66,6 +66,14 @@ def runner_of(worker_pid: int) -> psutil.Process | None:
     return None
 
 
+def has_an_order(runner: psutil.Process) -> bool:
+    """Whether it writes a log, as a runner does once it works, unlike what stands by or fetches the next source."""
+    try:
+        return Path(f"/proc/{runner.pid}/fd/1").readlink().name.endswith(".runner.log")
+    except OSError:
+        return False
+
+
 def _role(process: psutil.Process) -> Role:
     words = process.cmdline()
     if _is_forked(words):

@@ -27,6 +27,7 @@ from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, send_now, submit
 from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import QBATCH, Qbatch, await_end_of, processes_of
+from tests.chaos.processes import has_an_order
 from tests.waiting import until
 
 LEASE_S = 4.0
@@ -287,16 +288,10 @@ class Fleet:
             for forkserver in worker.children():
                 if "forkserver" not in " ".join(forkserver.cmdline()):
                     continue
-                runners = [child for child in forkserver.children() if self._writes_a_log(child)]
+                runners = [child for child in forkserver.children() if has_an_order(child)]
                 if runners:
                     return Caught(attempt=job.attempt, worker=worker, forkserver=forkserver, runner=runners[0])
         return None
-
-    def _writes_a_log(self, process: psutil.Process) -> bool:
-        """As a runner does once it has its order, unlike what stands by or fetches the next source."""
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{process.pid}/fd/1").readlink().is_relative_to(self.logs)
-        return False
 
     def catch(self, job_id: int, stage: Stage, *, after: int = 0) -> Caught:
         """Suspend the job's runner in ``stage``. An attempt that slips through is killed, and the next one watched."""

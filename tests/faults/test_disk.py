@@ -24,7 +24,7 @@ from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Pause
 from qbatch.worker.checkpoints.published import problems
 from tests.acceptance.conftest import Qbatch, await_end_of
-from tests.chaos.processes import Role, family_of
+from tests.chaos.processes import Role, family_of, has_an_order
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import LEASE_S, PACE, Fleet
 from tests.rows import a_batch, a_worker, bundle, claim
@@ -181,7 +181,10 @@ def test_a_result_due_while_no_disk_has_room_is_recorded_once_one_has(tmp_path: 
         until(lambda: any(disk.root.glob("storage/checkpoints/*/*")), "published checkpoint")
         ballast = disk.root / "ballast"
         disk.top_up(ballast)
-        until(lambda: disk.top_up(ballast) or not family_of(home)[Role.RUNNER], "end of the runner's work")
+        until(
+            lambda: disk.top_up(ballast) or not any(map(has_an_order, family_of(home)[Role.RUNNER])),
+            "end of the runner's work",
+        )
         over = time.monotonic() + 3 * LEASE_S
         until(lambda: disk.top_up(ballast) or time.monotonic() > over)
         assert [job["state"] for job in disk.json("jobs")] == ["running"], "nobody could say more"
