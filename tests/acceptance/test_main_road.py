@@ -245,7 +245,7 @@ def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
     batch = said.partition(":")[0]
     assert f"no longer waiting; {batch} goes on where it runs" in said
     assert "stopped" not in said
-    assert {job["state"] for job in stack.json("jobs", "--batch", batch)} <= {"queued", "running"}
+    assert {job["state"] for job in stack.json("jobs", "--batch", batch)} <= {"queued", "running", "succeeded"}
     stack("cancel", batch)
 
 

@@ -452,20 +452,27 @@ def reasons(found: list[StepKernels]) -> list[tuple[str, ...]]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path) -> None:
-    fifo = tmp_path / "config.json"
-    os.mkfifo(fifo)  # whoever reads it waits for ever
-    stuck = replace(REQUEST, folder=str(tmp_path))
+    slow = replace(REQUEST, folder=str(_slow_model(tmp_path)))
     with Captures() as captures:
         captures.kernels([replace(REQUEST, device="cpu")])
         # The profile is asked for anew: the capture may be what the first one died of.
         killer = threading.Thread(target=_kill_children_of, args=(captures.prepare().pid, 2))
         killer.start()
-        assert all("the capturing process died" in reason for reason in reasons(captures.kernels([stuck])[0])[0])
+        assert all("the capturing process died" in reason for reason in reasons(captures.kernels([slow])[0])[0])
         killer.join()
-        captures._time_limit_s = 1.0
+        captures._time_limit_s = 0.2
         server = captures.prepare().pid
-        assert all("took longer than 1 s" in reason for reason in reasons(captures.kernels([stuck])[0])[1])
+        assert all("took longer than 0.2 s" in reason for reason in reasons(captures.kernels([slow])[0])[1])
         assert not psutil.pid_exists(server)
+
+
+def _slow_model(folder: Path) -> Path:
+    """Of so many tensors that it takes seconds to read their header."""
+    header = {f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]} for n in range(300_000)}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(len(header)))
+    (folder / "config.json").write_text("{}")
+    return folder
 
 
 def _kill_children_of(pid: int, count: int) -> None:
@@ -656,17 +663,17 @@ def test_a_profiler_that_sees_no_kernels_gives_no_profile(tmp_path: Path) -> Non
 @pytest.mark.timeout(300)
 def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
     """The GPU belongs to the next one."""
-    os.mkfifo(tmp_path / "config.json")
     code = (
         "from dataclasses import replace; from tests.unit.test_benchmark_explain import *;"
-        f"Captures().kernels([replace(REQUEST, folder={str(tmp_path)!r})])"
+        f"Captures().kernels([replace(REQUEST, folder={str(_slow_model(tmp_path))!r})])"
     )
     runner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     try:
         deadline = time.monotonic() + 200
         while len(found := children(runner.pid)) < 2:
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.02)
+        found[-1].suspend()  # so that it does not end by itself
     finally:
         runner.kill()
         runner.wait()

@@ -137,7 +137,7 @@ class Captures:
         self._is_asked = True
         if not select.select([answers], [], [], limit_s)[0]:
             self._end()
-            raise TimeoutError(f"capturing took longer than {limit_s:.0f} s")
+            raise TimeoutError(f"capturing took longer than {limit_s:g} s")
         answer = answers.readline()
         self._is_asked = False
         if not answer:

@@ -109,7 +109,8 @@ def main() -> None:
 
 
 def _end_with_the_runner() -> None:
-    """Let the kernel kill this process when the runner ends, since a runner may have stopped it with SIGSTOP."""
+    """Let the kernel kill this process when its parent ends: the runner, or the process that the runner started.
+    This one may stand still then, stopped with SIGSTOP or in a kernel."""
     with suppress(AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -130,6 +131,7 @@ def _answer(line: str) -> list[Any]:
 
 def _handle_and_exit(line: str, answer_to: int) -> None:
     """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
+    _end_with_the_runner()
     threading.Thread(target=_exit_with_the_runner, daemon=True).start()
     try:
         with os.fdopen(answer_to, "w") as pipe:
