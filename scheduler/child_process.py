@@ -43,6 +43,13 @@ def dies_with_parent() -> Callable[[], None] | None:
     return set_signal
 
 
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, even if this one stands still then, stopped with SIGSTOP
+    or in a kernel (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def hide_from_equals() -> None:
     """Prevent other processes of this user from reading this one's environment and memory (Linux).
 

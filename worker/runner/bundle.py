@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +55,6 @@ log = logging.getLogger("qbatch.runner")
 _PROGRESS_INTERVAL_S = 0.3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Planning:
-    """What the jobs of a bundle are settled with."""
-
-    skip_lists: SkipLists
-    speed_keys: SpeedKeys
-
-
 class Bundle:
     """The jobs of one source, run on one device."""
 
@@ -102,13 +94,14 @@ class Bundle:
             log.warning("the quantization in config.json is ignored: %s", stale)
         vet_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(headers)
-        planning = _Planning(skip_lists=SkipLists(source, dtype), speed_keys=SpeedKeys(source, self._order.device_uuid))
-        plans = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, planning)]
-        self._vet_tokenizer(source, plans)
-        plans = [plan for plan in plans if self._reports.open([plan.job_id])]
+        skip_lists = SkipLists(source, dtype)
+        settled = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
+        speed_keys = SpeedKeys(source, self._order.device_uuid)
+        plans = [replace(plan, speed_key=speed_keys.of(plan.settled)) for plan in settled]
         if not plans:
             return
         answered = self._ask(plans)
+        self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
         published = self._publish_all(source, models, answered.paths)
         self._measure(
@@ -142,12 +135,11 @@ class Bundle:
         rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet)
         rounds.run(loaded, agreeing(speeds, loaded))
 
-    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, planning: _Planning) -> list[Plan]:
+    def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
         """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
         job's fault alone."""
         with self._reports.failing([claim.job_id]):
-            plan = plan_job(claim, source, dtype, self._order.device_kind, planning.skip_lists.of(claim.spec))
-            return [replace(plan, speed_key=planning.speed_keys.of(plan.settled))]
+            return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []
 
     def _ask(self, plans: Sequence[Plan]) -> Answered:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
-import signal
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,13 +14,13 @@ from qbatch.core.digest import Checksums
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError, one_line
 from qbatch.core.file_stat import FileStat
+from qbatch.scheduler.child_process import end_with_parent
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
 from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
 
 log = logging.getLogger("qbatch.worker")
 
-_PR_SET_PDEATHSIG = 1
 # The worker answers only while it supervises a bundle. When it has none, this one has come or gone elsewhere.
 _PATIENCE_S = 60.0
 _NICENESS = 10
@@ -61,7 +58,8 @@ class _WorkersDigests:
 def run(connection: Connection, order: FetchOrder) -> None:
     """Fetch and exit. A failure is only logged: the job itself will meet it again, and is charged then if at all."""
     gc.freeze()
-    _end_with_the_forkserver()
+    # With its worker's forkserver. Stopped, it would not notice that its pipe closes.
+    end_with_parent()
     log_to_stderr()
     os.nice(_NICENESS)
     name = order.source.name
@@ -81,9 +79,3 @@ def run(connection: Connection, order: FetchOrder) -> None:
         log.info("%s: not fetched ahead: its worker no longer listens", name)
     connection.close()
     os._exit(0)
-
-
-def _end_with_the_forkserver() -> None:
-    """It ends with its worker. A process that was stopped would not notice that its pipe closes."""
-    with suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from qbatch.core.domain import DeviceKind, content_hash
 from qbatch.core.errors import SourceCorrupt
@@ -30,16 +31,26 @@ class SpeedKeys:
     """The keys by which rows of ``source`` share their speed on the GPU with that UUID; on a CPU there are none."""
 
     def __init__(self, source: LocalSource, device_uuid: str | None) -> None:
+        self._source = source
         self._device_uuid = device_uuid
-        self._shape = None if device_uuid is None or source.runs_code else _shape_of(source)
-        self._software = {} if self._shape is None else _software()
+
+    @cached_property
+    def _shape(self) -> str | None:
+        """None if no row may share its speed. Found out only if one is asked to, since headers may be long."""
+        return None if self._device_uuid is None or self._source.runs_code else _shape_of(self._source)
+
+    @cached_property
+    def _software(self) -> Mapping[str, str | None]:
+        from qbatch.worker.measuring.versions import versions
+
+        return versions(*every_library())
 
     def of(self, settled: Settled) -> str | None:
         """None if the row must be timed by itself."""
         protocol, scheme = settled.protocol, settled.scheme
-        if self._shape is None or not protocol.speed or protocol.energy or not protocol.share_speed:
+        if not protocol.speed or protocol.energy or not protocol.share_speed:
             return None
-        if scheme.description.speed_depends_on_values(scheme.options):
+        if scheme.description.speed_depends_on_values(scheme.options) or self._shape is None:
             return None
         return content_hash(
             {
@@ -58,12 +69,6 @@ def _shape_of(source: LocalSource) -> str | None:
     except SourceCorrupt as error:  # of a file that is not needed for all that is done with the model
         log.warning("%s: the model is timed by itself", error)
         return None
-
-
-def _software() -> dict[str, str | None]:
-    from qbatch.worker.measuring.versions import versions
-
-    return versions(*every_library())
 
 
 def may_be_shared(details: Details, device_kind: DeviceKind) -> bool:

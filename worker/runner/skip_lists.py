@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from qbatch.core.domain import DType, JobSpec, stored_dtype
-from qbatch.worker.models.vet import vet_source
 from qbatch.worker.quantizing.faults import as_job_error, quiet
 from qbatch.worker.sources.fetch import LocalSource
 
 
 class SkipLists:
-    """Of one source, whose own dtype is ``dtype``."""
+    """Of one source, which has been vetted, and whose own dtype is ``dtype``."""
 
     def __init__(self, source: LocalSource, dtype: DType) -> None:
         self._source, self._dtype = source, dtype
@@ -27,7 +26,6 @@ class SkipLists:
     def _resolved(self, asked: tuple[str, ...], dtype: DType) -> tuple[str, ...]:
         from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
 
-        vet_source(self._source.folder)
         try:
             with quiet():
                 return skip_list_of_source(self._source.folder, asked, dtype, trusted=self._source.runs_code)

@@ -9,21 +9,19 @@ JSON on standard input, answers lines on standard output; the client is ``qbatch
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import select
-import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbatch.scheduler.child_process import end_with_parent
 from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ _REPLAYS = 20
 _SEED = 0
 _PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
 _ORPHANED = 70
-_PR_SET_PDEATHSIG = 1
 STARTED = "started"
 """The first line of the answers. From then on the process may be stopped: it ends with its runner all the same."""
 
@@ -98,7 +95,8 @@ class Done:
 
 def main() -> None:
     """Serve requests until standard input ends."""
-    _end_with_the_runner()
+    # A runner may have stopped this process with SIGSTOP when it ends.
+    end_with_parent()
     # What libraries print goes to the log rather than between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -106,13 +104,6 @@ def main() -> None:
     import_without_gpu(_PRELOAD)
     while line := sys.stdin.readline():
         print(json.dumps(_answer(line)), file=answers, flush=True)
-
-
-def _end_with_the_runner() -> None:
-    """Let the kernel kill this process when its parent ends: the runner, or the process that the runner started.
-    This one may stand still then, stopped with SIGSTOP or in a kernel."""
-    with suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _answer(line: str) -> list[Any]:
@@ -131,7 +122,7 @@ def _answer(line: str) -> list[Any]:
 
 def _handle_and_exit(line: str, answer_to: int) -> None:
     """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
-    _end_with_the_runner()
+    end_with_parent()
     threading.Thread(target=_exit_with_the_runner, daemon=True).start()
     try:
         with os.fdopen(answer_to, "w") as pipe:
