@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import redis
 import yaml
 
-from qbatch.cli import main
 from qbatch.core.settings import Settings
 from qbatch.scheduler.private_redis import redis_server_path
+from tests.command_line import parse_qbatch
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -49,13 +48,7 @@ def test_the_services_are_those_promised() -> None:
 def test_every_command_is_one_that_qbatch_parses(name: str) -> None:
     program, *arguments = SERVICES[name]["command"]
     assert program == "qbatch"
-    command: click.Command = main
-    while isinstance(command, click.Group):
-        word, *arguments = arguments
-        command = command.commands[word]
-    # A command keeps the help option of the first context that it is asked in.
-    parent = click.Context(main, info_name="qbatch", **main.context_settings)
-    command.make_context(command.name, arguments, parent=parent)
+    parse_qbatch(arguments)
 
 
 @pytest.mark.parametrize("name", QBATCH_SERVICES)

@@ -9,11 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
 
-from qbatch.cli import main
+from tests.command_line import parse_qbatch
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "howto" / "deploy.md").read_text(encoding="utf-8")
@@ -54,15 +53,6 @@ def services_of(files: list[str]) -> dict[str, Any]:
 def words(line: str) -> list[str]:
     """Of the command, without what the shell takes."""
     return shlex.split(line.partition(" <")[0])
-
-
-def parse_qbatch(arguments: list[str]) -> None:
-    command: click.Command = main
-    while isinstance(command, click.Group):
-        word, *arguments = arguments
-        command = command.commands[word]
-    parent = click.Context(main, info_name="qbatch", **main.context_settings)
-    command.make_context(command.name, arguments, parent=parent)
 
 
 @pytest.mark.parametrize("line", COMPOSE)

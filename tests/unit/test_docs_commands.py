@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_deploy_doc import parse_qbatch
+from tests.command_line import parse_qbatch
 
 ROOT = Path(__file__).parents[2]
 # cli.md is generated from the commands themselves; how-tos show commands that a reader is to add.

@@ -4,55 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
-from qbatch.worker.checkpoints.judged import judged
-from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
-from qbatch.worker.checkpoints.sidecars import sidecar_bytes
-from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
-from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
-from qbatch.worker.runner.finite_weights import refuse_not_finite
-from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import (
     Answered,
-    CheckpointReady,
     CheckpointVerified,
     Order,
     Progressed,
     Resolved,
 )
+from qbatch.worker.runner.publication import Publication
 from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.runner.shared_speeds import SpeedKeys, agreeing
 from qbatch.worker.runner.skip_lists import SkipLists
-from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
-if TYPE_CHECKING:
-    from qbatch.worker.quantizing import Refused, Written
-
 log = logging.getLogger("qbatch.runner")
-
-_PROGRESS_INTERVAL_S = 0.3
 
 
 class Bundle:
@@ -74,7 +56,7 @@ class Bundle:
     @contextlib.contextmanager
     def _source(self) -> Iterator[LocalSource]:
         ids = self._reports.open()
-        progress = self._throttled(
+        progress = self._reports.throttled(
             lambda done, total: Progressed(job_ids=ids, bytes_read=done, bytes_written=0, bytes_total=total)
         )
         with fetch_source(
@@ -103,7 +85,7 @@ class Bundle:
         answered = self._ask(plans)
         self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
-        published = self._publish_all(source, models, answered.paths)
+        published = Publication(self._order, self._reports, source, self._device).publish_all(models, answered.paths)
         self._measure(
             source,
             answered.speeds,
@@ -161,173 +143,3 @@ class Bundle:
     def _model(self, source: LocalSource, plans: tuple[Plan, ...], verified: Verified | None) -> MeasuredModel:
         folder = source.folder if verified is None else self._order.storage / verified.published.path
         return MeasuredModel(plans=plans, folder=folder, verified=verified)
-
-    def _publish_all(
-        self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
-    ) -> dict[str, Verified]:
-        """The checkpoint of every quantized model, by its key.
-
-        A published one that verifies is reused; otherwise it is written now, once for all jobs that need it.
-        """
-        published: dict[str, Verified] = {}
-        missing: list[tuple[Plan, ...]] = []
-        for key, plans in models.items():
-            if plans[0].settled.scheme.is_baseline:
-                continue
-            with self._reports.failing(plan.job_id for plan in plans):
-                # A source with the same content may have been published under another name.
-                candidates = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
-                existing = next(
-                    filter(None, (find_published(self._order.storage, path, key) for path in candidates)), None
-                )
-                if existing is None:
-                    missing.append(plans)
-                else:
-                    log.info("j%s: reusing the published checkpoint %s", plans[0].job_id, existing.published.path)
-                    published[key] = existing
-        if missing:
-            published |= self._quantize(source, missing)
-        for key, checkpoint in published.items():
-            for plan in models[key]:
-                self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint.published))
-        return published
-
-    def _quantize(self, source: LocalSource, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
-        from qbatch.worker.quantizing import Target, write_checkpoints
-
-        ids = tuple(plan.job_id for plans in models for plan in plans)
-        self._reports.enter(ids, Stage.QUANTIZING)
-        progress = self._throttled(
-            lambda read, written, total: Progressed(
-                job_ids=ids, bytes_read=read, bytes_written=written, bytes_total=total
-            )
-        )
-        published: dict[str, Verified] = {}
-        with self._reports.failing(ids):
-            beside_bytes = self._beside_bytes(source)
-            by_folder = {self._stage(plans[0]): plans for plans in models}
-            targets = [
-                Target(
-                    scheme=plans[0].settled.scheme,
-                    folder=folder,
-                    trusted=source.runs_code,
-                    beside_bytes=beside_bytes,
-                )
-                for folder, plans in by_folder.items()
-            ]
-            try:
-                outcomes = write_checkpoints(
-                    source.folder,
-                    targets,
-                    dtype=models[0][0].settled.dtype,
-                    device=self._device,
-                    on_progress=progress,
-                )
-                published = self._publish_each(source, outcomes, by_folder)
-            finally:
-                for folder in by_folder:
-                    unstage(folder)
-        free_device_memory()
-        return published
-
-    def _publish_each(
-        self,
-        source: LocalSource,
-        outcomes: Iterable[Written | Refused],
-        by_folder: Mapping[Path, tuple[Plan, ...]],
-    ) -> dict[str, Verified]:
-        """Publish each checkpoint as soon as it is written, side by side: most of that is waiting for the disk."""
-        from qbatch.worker.quantizing import Refused
-
-        one_at_a_time = threading.Lock()
-
-        def confirm() -> None:
-            with one_at_a_time:
-                source.confirm()
-
-        unwritten = {plan.job_id for plans in by_folder.values() for plan in plans}
-        futures: list[tuple[tuple[Plan, ...], Future[Verified]]] = []
-        with ThreadPoolExecutor(len(by_folder), thread_name_prefix="publish") as pool:
-            for outcome in outcomes:
-                plans = by_folder[outcome.target.folder]
-                own_ids = tuple(plan.job_id for plan in plans)
-                unwritten.difference_update(own_ids)
-                if isinstance(outcome, Refused):
-                    self._reports.failed(own_ids, outcome.error)
-                else:
-                    with self._reports.failing(own_ids):
-                        audit = self._audit(source, outcome, plans)
-                        futures.append((plans, pool.submit(self._publish, source, outcome, audit, plans[0], confirm)))
-                if not unwritten:
-                    self._reports.enter((plan.job_id for plans, _ in futures for plan in plans), Stage.PUBLISHING)
-        published: dict[str, Verified] = {}
-        for plans, future in futures:
-            with self._reports.failing(plan.job_id for plan in plans), self._reports.failing_all_if_changed():
-                published[plans[0].settled.key] = future.result()
-        return published
-
-    def _audit(self, source: LocalSource, written: Written, plans: Sequence[Plan]) -> Mapping[str, Any]:
-        """What is stored about the checkpoint in its staging folder. Raises Unsupported if it must not be published."""
-        refuse_not_finite(written.audit.get("not_finite", ()))
-        if source.runs_code:
-            copy_code(source.folder, written.target.folder)
-        forward = self._try(written.target.folder, plans, source)
-        return dict(written.audit) | {"writer": written.writer, "forward": forward} | judged(written.target.folder)
-
-    def _publish(
-        self, source: LocalSource, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]
-    ) -> Verified:
-        return publish(
-            written.target.folder,
-            storage=self._order.storage,
-            source=source.folder,
-            key=plan.settled.key,
-            origin=self._origin(plan, source),
-            files=written.files,
-            audit=audit,
-            quantize_s=written.quantize_s,
-            confirm=confirm,
-        )
-
-    def _try(self, folder: Path, plans: Sequence[Plan], source: LocalSource) -> str:
-        """Run the staged checkpoint once, unless nothing of it is going to run. Raises Unsupported."""
-        if not any(plan.settled.protocol.runs_model for plan in plans):
-            return NOT_ASKED_FOR
-        settled = plans[0].settled
-        trial = Trial(dtype=settled.dtype, device=self._device, trusted=source.runs_code)
-        return trial.try_checkpoint(folder, source.folder, settled.scheme)
-
-    def _beside_bytes(self, source: LocalSource) -> int:
-        try:
-            return sidecar_bytes(source.folder, with_code=source.runs_code)
-        except OSError as error:
-            raise storage_error(error, "cannot read the files next to the weights") from error
-
-    def _stage(self, plan: Plan) -> Path:
-        return stage(self._order.staging, plan.job_id, plan.claim.attempt)
-
-    def _origin(self, plan: Plan, source: LocalSource) -> Origin:
-        from qbatch.worker.measuring.versions import versions
-
-        return Origin(
-            model=plan.claim.spec.source.name,
-            revision=source.revision,
-            fingerprint=source.fingerprint,
-            scheme=plan.settled.scheme,
-            dtype=plan.settled.dtype,
-            device_kind=self._order.device_kind,
-            device_name=self._order.device_name,
-            versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
-        )
-
-    def _throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:
-        last = 0.0
-
-        def report(*numbers: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= _PROGRESS_INTERVAL_S or sum(numbers[:-1]) == numbers[-1]:
-                last = now
-                self._reports.send(message(*numbers))
-
-        return report

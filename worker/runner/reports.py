@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from qbatch.core.digest import Checksums
@@ -20,6 +21,7 @@ from qbatch.worker.runner.messages import (
     FilesKnown,
     FilesSeen,
     Measured,
+    Progressed,
     Question,
     Reply,
     Resolved,
@@ -28,6 +30,8 @@ from qbatch.worker.runner.messages import (
 from qbatch.worker.sources.fetch import LocalSource
 
 log = logging.getLogger("qbatch.runner")
+
+_PROGRESS_INTERVAL_S = 0.3
 
 
 class ReportChannel(Protocol):
@@ -81,6 +85,22 @@ class Reports:
     def done(self, message: Measured) -> None:
         self._open.discard(message.job_id)
         self._link.send(message)
+
+    def throttled(self, message: Callable[..., Progressed]) -> Callable[..., None]:
+        """A function that sends ``message`` of its arguments, at most every ``_PROGRESS_INTERVAL_S``.
+
+        The last argument is the total. What reaches it is always sent.
+        """
+        last = 0.0
+
+        def report(*numbers: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PROGRESS_INTERVAL_S or sum(numbers[:-1]) == numbers[-1]:
+                last = now
+                self.send(message(*numbers))
+
+        return report
 
     @contextlib.contextmanager
     def failing(self, job_ids: Iterable[int]) -> Iterator[None]:
