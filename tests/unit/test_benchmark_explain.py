@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import transformers
@@ -34,14 +28,9 @@ from qbatch.worker.measuring.speed.energy import (
 from qbatch.worker.measuring.speed.fairness import FairnessMonitor, GpuConditions, flags_of
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.speed.size import measure_size
-from qbatch.worker.measuring.why import decode_kernels as graph
 from qbatch.worker.measuring.why import roofs
-from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import (
-    Done,
     KernelsAlone,
-    KernelsRequest,
-    KernelsTask,
     Shape,
     StepKernels,
     decode_step,
@@ -51,16 +40,13 @@ from qbatch.worker.measuring.why.profile import StepProfile, covered, profile_de
 from qbatch.worker.measuring.why.roofs import Roofs
 from qbatch.worker.measuring.why.traffic import StepWork, active_expert_share, step_work
 from qbatch.worker.measuring.why.verdict import Verdict, judge
-from qbatch.worker.methods.implementations import weights_of_model
 from tests import tiny
-from tests.unit.benchmark_models import INT8, NF4, QUICK, loaded_on_cpu, measured, quantized
-from tests.waiting import until
+from tests.unit.benchmark_models import NF4, QUICK, loaded_on_cpu, measured, quantized
 
 EMBEDDING_BYTES = tiny.VOCAB_SIZE * 128 * 2
 ROOFS = Roofs(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, dtype="bfloat16")
 PROFILE = StepProfile(steps=8, device_busy_s=0.007, launches=1000, synchronizations=1)
 SHAPE = Shape(batch_size=2, prompt_tokens=8, new_tokens=4)
-REQUEST = KernelsRequest(folder="/nowhere", dtype="bfloat16", device="cuda:0", shapes=(SHAPE, SHAPE))
 
 
 def event(name: str, begin_us: float, end_us: float, *, device: bool = False, note: bool = False) -> SimpleNamespace:
@@ -420,264 +406,6 @@ def test_the_rows_of_a_captured_step_are_not_alike_and_the_same_each_time(tmp_pa
     assert len(set(token.flatten().tolist())) > 4
     assert max(prompt.max(), token.max()) < tiny.VOCAB_SIZE
     assert torch.equal(torch.cat(seen[:2], dim=1), torch.cat(seen[2:], dim=1))
-
-
-def children(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: Path) -> None:
-    """What goes wrong with one model is a reason, and the next is asked all the same."""
-    with Captures() as captures:
-        (on_cpu,) = captures.kernels([replace(REQUEST, device="cpu")])
-        assert reasons(on_cpu) == [("a CPU has neither CUDA graphs nor kernels to profile",) * 2] * 2
-        server = captures.prepare().pid
-        assert psutil.Process(server).num_threads() == 1, "it forks"
-        broken = replace(REQUEST, folder=str(tmp_path))
-        for found in captures.kernels([broken, replace(broken, not_captured="known")]):
-            assert [(one.alone.step_s, one.profile) for one in found if one.alone is not None] == [(None, None)] * 2
-            assert all("config.json" in profile for _, profile in reasons(found))
-        assert reasons(found)[0][0] == "known"
-        assert captures.prepare().pid == server
-    assert not psutil.pid_exists(server)
-
-
-def reasons(found: list[StepKernels]) -> list[tuple[str, ...]]:
-    """Why there are no kernels alone, and why no profile."""
-    return [(str(one.alone and one.alone.reason), str(one.reason)) for one in found]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path) -> None:
-    slow = replace(REQUEST, folder=str(_slow_model(tmp_path)))
-    with Captures() as captures:
-        captures.kernels([replace(REQUEST, device="cpu")])
-        # The profile is asked for anew: the capture may be what the first one died of.
-        killer = threading.Thread(target=_kill_children_of, args=(captures.prepare().pid, 2))
-        killer.start()
-        assert all("the capturing process died" in reason for reason in reasons(captures.kernels([slow])[0])[0])
-        killer.join()
-        captures._time_limit_s = 0.2
-        server = captures.prepare().pid
-        assert all("took longer than 0.2 s" in reason for reason in reasons(captures.kernels([slow])[0])[1])
-        assert not psutil.pid_exists(server)
-
-
-def _slow_model(folder: Path) -> Path:
-    """Of so many tensors that it takes seconds to read their header."""
-    header = {f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]} for n in range(300_000)}
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(len(header)))
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-def _kill_children_of(pid: int, count: int) -> None:
-    for _ in range(count):
-        while not (found := children(pid)):
-            time.sleep(0.05)
-        found[0].kill()
-        while psutil.pid_exists(found[0].pid):
-            time.sleep(0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_imports_pause_while_something_is_timed_and_end_with_their_runner() -> None:
-    """Also if the runner ends while they stand still."""
-    code = (
-        "import time; from qbatch.worker.measuring.why.capture import Captures; captures = Captures();"
-        "server = captures.prepare();"
-        "exec('with captures.paused():\\n print(server.pid, flush=True); time.sleep(600)')"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert runner.stdout is not None
-        server = psutil.Process(int(runner.stdout.readline()))
-        until(lambda: server.status() == psutil.STATUS_STOPPED)
-    finally:
-        runner.kill()
-        runner.communicate()
-    assert psutil.wait_procs([server], timeout=60)[1] == []
-
-
-def test_what_is_paused_goes_on_afterwards() -> None:
-    with Captures() as captures:
-        with captures.paused():
-            pass  # nothing was prepared
-        server = psutil.Process(captures.prepare().pid)
-        with captures.paused():
-            until(lambda: server.status() == psutil.STATUS_STOPPED)
-        until(lambda: server.status() != psutil.STATUS_STOPPED)
-
-
-ALONE = KernelsAlone(step_s=0.005)
-FAILED = KernelsAlone(reason="not capturable: it waits")
-PROFILED = StepKernels(profile=PROFILE)
-
-
-class CannedCaptures(Captures):
-    """What each process answers is canned here: without a GPU there is nothing that could be captured."""
-
-    def __init__(self, *answers: list[Done]) -> None:
-        super().__init__()
-        self.answers = list(answers)
-        self.asked: list[list[tuple[str, bool, bool]]] = []
-
-    def prepare(self) -> Any:
-        return None
-
-    def _ask(self, _server: Any, tasks: Sequence[KernelsTask]) -> list[Done]:
-        self.asked.append([(task.request.folder, task.capture, task.profile) for task in tasks])
-        return self.answers.pop(0)
-
-
-def of_models(*folders: str) -> list[KernelsRequest]:
-    return [replace(REQUEST, folder=folder, shapes=(SHAPE,)) for folder in folders]
-
-
-def test_one_process_captures_and_profiles_all_models() -> None:
-    captures = CannedCaptures(
-        [
-            *(Done(number=number, alones=[ALONE]) for number in range(2)),
-            *(Done(number=number, profiles=[PROFILED]) for number in range(2)),
-        ]
-    )
-    assert captures.kernels(of_models("a", "b")) == [[replace(PROFILED, alone=ALONE)]] * 2
-    assert captures.asked == [[("a", True, True), ("b", True, True)]]
-
-
-def test_after_a_failed_capture_another_process_does_what_is_left() -> None:
-    captures = CannedCaptures(
-        [Done(number=0, alones=[ALONE]), Done(number=1, alones=[FAILED])],
-        [
-            Done(number=2, alones=[ALONE]),
-            *(Done(number=number, profiles=[PROFILED]) for number in range(3)),
-        ],
-    )
-    found = [one for (one,) in captures.kernels(of_models("a", "b", "c"))]
-    assert found == [replace(PROFILED, alone=alone) for alone in (ALONE, FAILED, ALONE)]
-    assert captures.asked[1] == [("a", False, True), ("b", False, True), ("c", True, True)]
-
-
-def test_a_process_that_dies_costs_what_it_was_doing_and_no_more() -> None:
-    captures = CannedCaptures(
-        [Done(number=0, alones=[ALONE])],
-        [Done(number=0, profiles=[PROFILED])],
-        [],
-    )
-    first, second = (one for (one,) in captures.kernels(of_models("a", "b")))
-    assert first == replace(PROFILED, alone=ALONE)
-    assert second.alone is not None
-    assert "the capturing process died" in str(second.alone.reason)
-    assert "the capturing process died" in str(second.reason)
-    assert captures.asked == [
-        [("a", True, True), ("b", True, True)],
-        [("a", False, True), ("b", False, True)],
-    ]
-
-
-def test_what_is_known_not_to_be_capturable_is_only_profiled() -> None:
-    captures = CannedCaptures([Done(number=0, profiles=[PROFILED])])
-    (request,) = of_models("a")
-    ((found,),) = captures.kernels([replace(request, not_captured="it waits")])
-    assert found == replace(PROFILED, alone=KernelsAlone(reason="it waits"))
-    assert captures.asked == [[("a", False, True)]]
-
-
-def task(folder: str, *, capture: bool = True) -> KernelsTask:
-    return KernelsTask(request=replace(REQUEST, folder=folder, shapes=(SHAPE,)), capture=capture, profile=True)
-
-
-def test_a_capture_that_fails_is_the_last_thing_that_its_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is spoilt. Without a GPU every capture fails."""
-    model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
-    monkeypatch.setattr(graph, "_load", lambda _request: model)
-    (captured,) = graph.measure_all([task("a"), task("b")])
-    assert captured.number == 0
-    assert captured.profiles is None
-    assert [str(alone.reason)[:16] for alone in captured.alones or ()] == ["not capturable: "]
-
-
-def test_profiles_come_after_the_last_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each model is loaded once, and again only if the device did not hold all of them."""
-    loads: list[str] = []
-    monkeypatch.setattr(graph, "_load", lambda request: loads.append(request.folder) or request.folder)
-    monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
-    monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
-    done = list(graph.measure_all([task("a"), task("b", capture=False), task("c")]))
-    assert [(one.number, one.alones is not None) for one in done] == [
-        *((0, True), (2, True)),
-        *((0, False), (1, False), (2, False)),
-    ]
-    assert loads == ["a", "c", "b"]
-
-
-def test_a_model_for_which_no_memory_is_left_is_loaded_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[str] = []
-
-    def load(request: KernelsRequest) -> str:
-        loads.append(request.folder)
-        if loads == ["a", "b"]:
-            raise torch.OutOfMemoryError("out of memory")
-        return request.folder
-
-    monkeypatch.setattr(graph, "_load", load)
-    monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
-    monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
-    done = list(graph.measure_all([task("a"), task("b")]))
-    assert [(one.number, one.alones) for one in done[:2]] == [(0, [ALONE]), (1, [ALONE])]
-    assert [one.profiles for one in done[2:]] == [[PROFILED]] * 2
-    assert loads == ["a", "b", "b", "a"]
-
-
-def test_int8_is_known_not_to_be_capturable_with_its_outlier_path_alone(tmp_path: Path) -> None:
-    source = tiny.make_causal(tmp_path / "llama")
-
-    def why_not(folder: Path) -> str | None:
-        model = loaded_on_cpu(folder).model
-        return weights_of_model(model).why_not_captured(model)
-
-    int8 = quantized(source, tmp_path / "int8", INT8)
-    assert "outlier path" in str(why_not(int8))
-    config = json.loads((int8 / "config.json").read_text())
-    config["quantization_config"]["llm_int8_threshold"] = 0.0
-    (int8 / "config.json").write_text(json.dumps(config))
-    assert why_not(int8) is None
-    assert why_not(quantized(source, tmp_path / "nf4", NF4)) is None
-    assert why_not(source) is None
-
-
-def test_a_profiler_that_sees_no_kernels_gives_no_profile(tmp_path: Path) -> None:
-    """A device that is busy for none of a step would be called host-bound."""
-    model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
-    assert graph._profile(model, SHAPE, "cpu") == StepKernels(reason="the profiler recorded no work on the GPU")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
-    """The GPU belongs to the next one."""
-    code = (
-        "from dataclasses import replace; from tests.unit.test_benchmark_explain import *;"
-        f"Captures().kernels([replace(REQUEST, folder={str(_slow_model(tmp_path))!r})])"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    try:
-        deadline = time.monotonic() + 200
-        while len(found := children(runner.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        found[-1].suspend()  # so that it does not end by itself
-    finally:
-        runner.kill()
-        runner.wait()
-    assert psutil.wait_procs(found, timeout=60)[1] == []
 
 
 def concluded(explanation: Explanation, kernels: StepKernels | None) -> dict[str, Any]:
