@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from qbatch.core.domain import DeviceKind
+from qbatch.core.file_stat import Mounts, clock_ns, stat_file
 from qbatch.models_db import window
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, FileDigestRow, Job, Worker
@@ -52,7 +53,12 @@ def test_each_worker_expects_another_bundle_and_the_urgent_one_first(database: D
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return make_causal(tmp_path / "llama", dtype="bfloat16")
+    """A model whose files have settled: the checksums of others are not put on record."""
+    made = make_causal(tmp_path / "llama", dtype="bfloat16")
+    mounts = Mounts()
+    stats = [stat_file(file, mounts) for file in made.iterdir()]
+    until(lambda: all(stat.is_settled(clock_ns(stats)) for stat in stats), "the files' settling")
+    return made
 
 
 @pytest.fixture
