@@ -16,6 +16,7 @@ from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, results, show
 from qbatch.commands.model_cards import card
+from qbatch.commands.planning_ahead import plan
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
@@ -62,6 +63,7 @@ def main() -> None:
 
 _COMMANDS: tuple[click.Command, ...] = (
     submit,
+    plan,
     run,
     wait,
     up,
