@@ -201,8 +201,7 @@ def _with_earlier(
         return replace(job, earlier=Earlier.ANSWERED, answered_by=format_job_id(answer))
     if asked.settled is None:
         return job
-    is_there = not asked.spec.force and asked.settled.key in there
-    return replace(job, earlier=Earlier.CHECKPOINT if is_there else Earlier.NOTHING)
+    return replace(job, earlier=Earlier.CHECKPOINT if asked.settled.key in there else Earlier.NOTHING)
 
 
 def _free_bytes(storage: Path) -> int | None:

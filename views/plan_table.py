@@ -158,7 +158,8 @@ def _disk(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
     rough = "about " if any(size.off_by is None for size in plan.to_write) else ""
     more = ", and those of models whose headers are not here" if plan.has_unknown_sizes else ""
     free = "" if plan.free_bytes is None else f"; {show_bytes(plan.free_bytes)} are free in {plan.storage}"
-    return f"weights to write: {rough}{show_bytes(totals['output_bytes'])}{more}{free}"
+    size = f"{rough}{show_bytes(totals['output_bytes'])}" if plan.to_write else "none"
+    return f"weights to write: {size}{more}{free}"
 
 
 def _time(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
