@@ -22,6 +22,7 @@ from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.stored_json import as_json
+from qbatch.core.statistics.clusters import clustered_error
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of
@@ -33,7 +34,6 @@ from qbatch.worker.measuring.quality.reference import (
     reference_name,
 )
 from qbatch.worker.measuring.quality.similarity import compare_embeddings
-from qbatch.worker.measuring.stats import clustered_error
 from qbatch.worker.measuring.versions import versions
 from qbatch.worker.models.load import LoadedModel
 from tests import tiny
