@@ -22,7 +22,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     discordant = lost + gained
     tail = sum(math.comb(discordant, count) for count in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 def sign_flip(cluster_sums: Sequence[float]) -> float:
