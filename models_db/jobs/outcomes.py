@@ -10,6 +10,7 @@ from qbatch.core.domain import JobState, Protocol, Token
 from qbatch.core.errors import CudaOom, JobError
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
+from qbatch.models_db.answers import store_answers
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
 from qbatch.models_db.jobs.transitions import end, locked, requeue
@@ -49,6 +50,7 @@ def succeed(
             speed_key=measurement.details.speed_key,
         )
     )
+    store_answers(session, job.id, measurement.answers or {})
     end(session, job, JobState.SUCCEEDED)
     clear_device(session, job.worker_id)
     return True
