@@ -23,6 +23,7 @@ from qbatch.views.quality_bounds import (
     cost_to_bound,
     first_known_cost,
     is_same_cost,
+    paired_difference,
 )
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
@@ -198,11 +199,22 @@ def _nearest_in_words(ship: ResultRow, *, is_alone: bool) -> str:
 
 def _alike(ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
     if alike:
-        others = " and ".join(_name(row) for row in alike)
-        what = "speed" if preference.prefer == "speed" else "quality"
+        is_of_speed = preference.prefer == "speed"
+        others = " and ".join(_name(row) + ("" if is_of_speed else _difference(ship, row)) for row in alike)
+        what = "speed" if is_of_speed else "quality"
         is_smaller = any(_weights_bytes(row) > _weights_bytes(ship) for row in alike)
         smaller = ", and its weights are smaller" if is_smaller else ""
         yield f"Its {what} is {NOT_DISTINGUISHABLE} from that of {others}{smaller}"
+
+
+def _difference(ship: ResultRow, other: ResultRow) -> str:
+    """How far apart the two are on the same windows, in parentheses; "" if that is not known."""
+    cost = first_known_cost(ship)
+    paired = None if cost is None else paired_difference(cost, ship, other)
+    if cost is None or paired is None or paired.error is None:
+        return ""
+    what = "ln perplexity" if cost is PERPLEXITY_COST else cost.name
+    return f" (a difference of {abs(paired.mean):.1e} ± {paired.error:.1e} in {what}, over the same windows)"
 
 
 def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
