@@ -10,7 +10,7 @@ from qbatch.core.domain import DeviceKind
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db import jobs
-from qbatch.models_db.answers import find_answers
+from qbatch.models_db.question_answers import find_answers
 from qbatch.models_db.retention import delete_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import AnswersRow, Result

@@ -75,7 +75,7 @@ def test_answers_about_one_passage_count_together() -> None:
     assert found.difference.error == pytest.approx(np.std([-1, -1, -1, -1, 0, 0], ddof=1) / np.sqrt(6))
 
 
-def test_scores_that_are_neither_right_nor_wrong_are_compared_by_sign_flips() -> None:
+def test_scores_other_than_right_or_wrong_take_sign_flips() -> None:
     base, other = [0.5, 0.25, 1.0, 0.75], [0.4, 0.25, 0.7, 0.5]
     found = compared(answers(base), answers(other))
     assert (found.worse, found.better, found.test, found.clusters) == (3, 0, "sign-flip test", None)

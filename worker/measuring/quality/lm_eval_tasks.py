@@ -82,14 +82,14 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class TaskRun:
     """``scores``: by task or group (see ``docs/measurements.md``). ``answers``: to each of their questions."""
 
     scores: Mapping[str, TaskScores]
     answers: Mapping[str, TaskAnswers]
 
 
-def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> Answered | None:
+def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> TaskRun | None:
     """Run the tasks. None if there are none to run.
 
     Deterministic: seeds and batch size are fixed, log-probabilities are in float32. Raises BenchmarkError,
@@ -108,7 +108,7 @@ def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol
             bootstrap_iters=_BOOTSTRAP_DRAWS,
             log_samples=True,
         )
-    return Answered(
+    return TaskRun(
         scores={name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]},
         answers=answered_questions(evaluation),
     )
