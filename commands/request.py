@@ -31,7 +31,6 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
     from qbatch.scheduler.lm_eval_files import read_tasks
     from qbatch.scheduler.model_list import read_model_list
     from qbatch.scheduler.submit import Submission
-    from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
     grid = Grid(
         bits=options["bits"] or (),
@@ -52,8 +51,9 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         **_parts(options["measure"], why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
     )
-    if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
+    if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
+    eval_text, *more_texts = _eval_texts(options["eval_texts"] or ("prose",)).items()
     sources = read_model_list(
         _read_list(options["models_file"]),
         named=options["models"],
@@ -63,7 +63,8 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
     return Submission(
         sources=tuple(sources),
         grid=grid,
-        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT),
+        eval_text=eval_text[1],
+        more_texts=dict(more_texts),
         tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
         num_fewshot=options["num_fewshot"],
         task_limit=options["task_limit"],
@@ -82,6 +83,24 @@ def _read_list(file: str | None) -> list[str]:
     if Path(file).is_dir():
         raise UsageError(f"{file} is a folder; --models reads a list, and models are named without it")
     return _read_text(file, _MODEL_LIST_LIMIT).splitlines()
+
+
+def _eval_texts(values: Sequence[str]) -> dict[str, str]:
+    """The texts by name, in the given order. Of a file that is its name without a suffix. Raises UsageError."""
+    from qbatch.worker.measuring import EVAL_TEXTS
+
+    texts: dict[str, str] = {}
+    for value in values:
+        path = EVAL_TEXTS.get(value) or Path(value)
+        name = value if value in EVAL_TEXTS else path.stem
+        if name in texts:
+            raise UsageError(f"two texts are called {name}: --eval-text takes files of different names")
+        if value not in EVAL_TEXTS and value != "-" and not path.exists():
+            raise UsageError(
+                f"there is no text file {value}, and the texts that come with qbatch are {', '.join(EVAL_TEXTS)}"
+            )
+        texts[name] = _read_text(str(path), _EVAL_TEXT_LIMIT)
+    return texts
 
 
 def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:

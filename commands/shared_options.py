@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -246,8 +245,11 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--eval-text",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="A text file to measure perplexity on.",
+            "eval_texts",
+            multiple=True,
+            metavar="NAME|FILE",
+            help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
+            "repeated. Speed is measured on the first.",
         ),
         click.option(
             "--tasks",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sqlalchemy import select
 
-from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef
+from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
@@ -32,11 +32,12 @@ _SLOWEST_COMMIT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A validated request to submit a batch."""
+    """A validated request to submit a batch. ``more_texts``: by name, texts on which quality is measured too."""
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
+    more_texts: Mapping[str, str] = field(default_factory=dict)
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -45,24 +46,36 @@ class Submission:
     time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.eval_text.strip():
+        if not all(text.strip() for text in (self.eval_text, *self.more_texts.values())):
             raise UsageError("the evaluation text is empty")
+        if self.more_texts and self.grid.quality is False:
+            raise UsageError("quality is measured on further texts, and --measure leaves it out: give one --eval-text")
         if self.tasks.refs and self.grid.quality is False:
             raise UsageError("--tasks are a part of quality, which --measure leaves out")
 
     @property
     def text_sha256(self) -> str:
-        return hashlib.sha256(self.eval_text.encode()).hexdigest()
+        return _sha256(self.eval_text)
+
+    @property
+    def text_refs(self) -> tuple[TextRef, ...] | None:
+        """The further texts; None without any."""
+        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
         protocol = ProtocolOptions(
             eval_text_sha256=self.text_sha256,
+            more_texts=self.text_refs,
             tasks=self.tasks.refs,
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
         return self.grid.bundle(self.sources[0], protocol)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +150,8 @@ def _inquire(database: Database, settings: Settings, submission: Submission) -> 
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        add_text(session, submission.text_sha256, submission.eval_text)
+        for text in (submission.eval_text, *submission.more_texts.values()):
+            add_text(session, _sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 

@@ -186,6 +186,7 @@ def _sentence(
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
+        *_worse_on_further_texts(group, ship, bounds),
         *map(_capitalized, audit_warnings(ship)),
         _scope(ship),
     ]
@@ -256,6 +257,10 @@ def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
         return
     noise = f", {NOT_DISTINGUISHABLE} from the baseline" if is_noise(cost.metric, ship) else ""
     yield f"Its {cost.name} is {cost.show_with_error(ship)}{noise}"
+    for name, text in (ship.details.more_texts or {}).items():
+        value = cost.on_text(text.quality)
+        if value is not None:
+            yield f"On {name} it is {cost.show(value)}{cost.suffix}"
     for bound in bounds:
         value, error = bound.cost.value(ship), bound.cost.error(ship)
         if value is not None and error is not None and bound.limit - value < error:
@@ -280,9 +285,18 @@ def _why_unquantized(group: Group, ship: ResultRow, rejected: Mapping[str, Seque
                 yield f"{_name(row)} does not qualify: {'; '.join(rejected[row.job_id])}"
 
 
+def _worse_on_further_texts(group: Group, ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
+    """Yield the rows that would qualify by the first text alone. Those of a baseline are listed anyway."""
+    for row in group.rows if not ship.is_baseline else ():
+        broken = [reason for bound in bounds for reason in bound.broken_on_further_texts(row)]
+        if broken and not any(bound.broken_on_first_text(row) for bound in bounds):
+            yield f"{_name(row)} is within the bound on the first text only: {'; '.join(broken)}"
+
+
 def _scope(ship: ResultRow) -> str:
-    positions = ship.details.quality.rows
-    text = f", over {positions:,} positions of one text" if positions else ""
+    positions, further = ship.details.quality.rows, list(ship.details.more_texts or {})
+    texts = f"the first text, and on {' and '.join(further)}" if further else "one text"
+    text = f", over {positions:,} positions of {texts}" if positions else ""
     if MeasuredPart.SPEED not in ship.protocol.parts:
         return f"It was measured on {ship.device_name}{text}; other texts may give other results"
     batch = ship.protocol.batch_size
