@@ -137,6 +137,11 @@ def is_plain_linear(module: Any) -> bool:
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """[rows, columns] of the weight of a linear layer. Some models compute the sizes of layers with tensors."""
+    return int(layer.out_features), int(layer.in_features)
+
+
 def _with_dtype(config: Any, dtype: DType) -> Any:
     """Set ``dtype`` in the config and all its parts, as ``from_pretrained(dtype=…)`` does."""
     import torch
