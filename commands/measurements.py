@@ -1,4 +1,4 @@
-"""``results``, ``compare`` and ``show``: what was measured."""
+"""``results``, ``compare``, ``diff`` and ``show``: what was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qbatch.commands.completion import complete_batch, complete_model
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.result_options import compare_options, filter_options, layout_options, read_filter
 from qbatch.commands.shared_options import batch_arguments, format_options, target_arguments
@@ -73,6 +74,33 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     with database.read() as session:
         rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(model=model)))
     click.echo(comparison(rows, Preference(**preference), by=by, format=format_, in_full=model is not None))
+
+
+@click.command()
+@click.argument("batches", nargs=2, metavar="BATCH BATCH", shell_complete=complete_batch)
+@click.option(
+    "--model",
+    shell_complete=complete_model,
+    metavar="TEXT|GLOB",
+    help="Only models whose name contains this text, or is like this pattern.",
+)
+@format_options("table", "json", "csv")
+def diff(batches: tuple[str, str], model: str | None, format_: str) -> None:
+    """Say what is faster, slower, better or worse in the second batch than in the first.
+
+    Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
+    a difference counts if it is larger than the measured noise.
+    """
+    from qbatch.models_db.result_filter import ResultFilter
+    from qbatch.models_db.results import find_results
+    from qbatch.views.batch_diff import batch_diff
+
+    database = open_database(current_settings())
+    ids = [find_batches(database, [word])[0] for word in batches]
+    only = ResultFilter(model=model)
+    with database.read() as session:
+        before, after = (find_results(session, batch_ids=[batch_id], only=only) for batch_id in ids)
+    click.echo(batch_diff(before, after, format_))
 
 
 @click.command()

@@ -175,3 +175,8 @@ def test_a_rate_may_be_asked_for(run: Run) -> None:
     assert shipped("--model", "*bloom*") == ["j11"]
     assert shipped("--model", "*bloom*", "--min-tokens-per-s", "40") == ["j10"]
     assert shipped("--model", "*bloom*", "--min-tokens-per-s", "40", "--max-kl", "0.1") == ["j12"]
+
+
+def test_a_batch_beside_itself_has_one_measurement(run: Run) -> None:
+    assert "23 of the same measurement; 1 not compared" in " ".join(run("diff", "b1", "latest", width=80).split())
+    assert "no such batch" in run("diff", "b1", "b9", code=2)
