@@ -14,7 +14,7 @@ from qbatch.commands.examining import doctor, inspect, verify
 from qbatch.commands.job_changes import cancel, retry
 from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
-from qbatch.commands.measurements import compare, results, show
+from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
@@ -75,6 +75,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     retry,
     results,
     compare,
+    diff,
     show,
     logs,
     doctor,

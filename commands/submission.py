@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import print_results
+from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
@@ -180,10 +180,11 @@ def _stored(receipt: Receipt) -> str:
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
     from qbatch.models_db.results import find_results
+    from qbatch.views.results_table import ResultsScreen
 
     if format_ == "quiet":
         click.echo(format_batch_id(receipt.batch_id))
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
-    print_results(settings, rows, format_)
+    print_results(ResultsScreen(rows=placed(settings, rows)), format_)

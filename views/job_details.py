@@ -33,9 +33,9 @@ from qbatch.views.measured_figures import (
 from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare
-from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
+from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
 from qbatch.views.units import show_seconds, show_time
 

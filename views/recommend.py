@@ -28,7 +28,7 @@ from qbatch.views.quality_bounds import (
 )
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
-from qbatch.views.units import show_bytes, show_ratio
+from qbatch.views.units import show_bytes, show_rate, show_ratio
 
 _RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 
@@ -57,6 +57,8 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
         bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+    if preference.min_tokens_per_s is not None:
+        bounds_text.append(f"a rate of at least {show_rate(preference.min_tokens_per_s, 'tok')}")
     rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
@@ -94,11 +96,24 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
     yield from (reason for bound in bounds if (reason := bound.broken_by(row)) is not None)
     if preference.max_weights_bytes is not None and _weights_bytes(row) > preference.max_weights_bytes:
         yield f"its weights, {show_metric(WEIGHTS, row)}, are over {show_bytes(preference.max_weights_bytes)}"
-    if preference.prefer == "speed" and rate_of(row) is None:
-        reason = row.not_measured.get(MeasuredPart.SPEED)
-        yield "its speed was not measured" + (f" ({reason})" if reason else "")
+    if preference.min_tokens_per_s is not None:
+        yield from _too_slow(row, preference.min_tokens_per_s)
+    elif preference.prefer == "speed" and rate_of(row) is None:
+        yield _speed_unknown(row)
     if preference.prefer == "quality" and not bounds and not row.is_baseline and first_known_cost(row) is None:
         yield "its quality against the baseline was not measured"
+
+
+def _too_slow(row: ResultRow, least: float) -> Iterable[str]:
+    if row.decode_tokens_per_s is None:
+        yield _speed_unknown(row)
+    elif row.decode_tokens_per_s < least:
+        yield f"its rate, {show_metric(DECODE, row)}, is under {show_rate(least, 'tok')}"
+
+
+def _speed_unknown(row: ResultRow) -> str:
+    reason = row.not_measured.get(MeasuredPart.SPEED)
+    return "its speed was not measured" + (f" ({reason})" if reason else "")
 
 
 def rate_of(row: ResultRow) -> Metric | None:
