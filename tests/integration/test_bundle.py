@@ -48,6 +48,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     Resolved,
     RunnerMessage,
+    Stepped,
 )
 from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
@@ -142,7 +143,15 @@ def written(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Path) -> None:
     """From then on the next runner may prepare itself."""
-    heard = [type(message) for message in run(source).heard]
+    ear = run(source)
+    heard = [type(message) for message in ear.heard]
+    steps = {
+        job_id: [m.step for m in ear.heard if isinstance(m, Stepped) and job_id in m.job_ids] for job_id in SCHEMES
+    }
+    for of_job in steps.values():
+        assert [step for step in of_job if "speed" in step] == [
+            f"speed, round {n + 1}/{QUICK.speed_rounds}" for n in range(QUICK.speed_rounds)
+        ]
     assert heard.count(MeasurementsOver) == 1
     over = heard.index(MeasurementsOver)
     assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)

@@ -56,6 +56,7 @@ class BaseOutputs:
         from qbatch.worker.measuring.quality.reference import prepare_reference
 
         folder = self._folder(plan)
+        subject.on_step("outputs for comparison")
         try:
             kept = prepare_reference(
                 loaded,
