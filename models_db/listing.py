@@ -52,7 +52,8 @@ def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int
 def _end(session: Session, batch_id: int, state: str) -> datetime | None:
     last = select(Job.finished_at).where(Job.batch_id == batch_id, Job.state == state)
     last_jobs = last.order_by(Job.id.desc()).limit(_LAST_JOBS).subquery()
-    return session.scalars(select(func.max(last_jobs.c.finished_at))).one()
+    end: datetime | None = session.execute(select(func.max(last_jobs.c.finished_at))).scalar_one()
+    return end
 
 
 def count_batches(session: Session) -> int:
@@ -168,6 +169,8 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
         "device_name": worker.device_name,
         "device_uuid": worker.device_uuid,
         "memory_bytes": worker.memory_bytes,
+        "used_bytes": None if lost else worker.used_bytes,
+        "busy_share": None if lost else worker.busy_share,
         "vram_class": vram_class(worker.memory_bytes) if worker.device_kind == DeviceKind.CUDA else None,
         "state": LOST if lost else worker.state,
         "jobs": held,

@@ -74,6 +74,8 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="worker", title="worker"),
     Column(key="device_name", title="device", wraps=True),
     Column(key="memory_bytes", title="memory", show=show_bytes),
+    Column(key="used_bytes", title="in use", show=show_bytes, spare=True),
+    Column(key="busy_share", title="busy", show=lambda share: f"{share:.0%}", spare=True),
     Column(key="vram_class", title="class", show=lambda size: f"{size} GiB", spare=True),
     Column(key="state", title="state"),
     Column(key="jobs", title="jobs", wraps=True),
