@@ -269,6 +269,9 @@ class Worker(Base):
     device_name: Mapped[str] = mapped_column(String(200))
     device_uuid: Mapped[str | None] = mapped_column(String(64))
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    # At the last heartbeat: memory in use, by whatever process, and the share of time in which the device worked.
+    used_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    busy_share: Mapped[float | None]
     state: Mapped[str] = mapped_column(String(16), default=WorkerState.READY.value)
     note: Mapped[str | None] = mapped_column(Text)
     device_errors: Mapped[int] = mapped_column(default=0)

@@ -35,6 +35,7 @@ from qbatch.worker.runner.messages import (
     MeasurementsOver,
     Progressed,
     Resolved,
+    Stepped,
 )
 from tests.bundles import TEXT_HASH, Ear, run_bundle
 from tests.tiny import make_causal
@@ -74,7 +75,15 @@ def written(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Path) -> None:
     """From then on the next runner may prepare itself."""
-    heard = [type(message) for message in run(source).heard]
+    ear = run(source)
+    heard = [type(message) for message in ear.heard]
+    steps = {
+        job_id: [m.step for m in ear.heard if isinstance(m, Stepped) and job_id in m.job_ids] for job_id in SCHEMES
+    }
+    for of_job in steps.values():
+        assert [step for step in of_job if "speed" in step] == [
+            f"speed, round {n + 1}/{QUICK.speed_rounds}" for n in range(QUICK.speed_rounds)
+        ]
     assert heard.count(MeasurementsOver) == 1
     over = heard.index(MeasurementsOver)
     assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)

@@ -91,7 +91,7 @@ def seen(database: Database) -> dict[str, Any]:
     with database.read() as session:
         ids = [job["job_id"] for job in list_jobs(session)]
         found = {
-            "batches": [{**batch, "created_at": None} for batch in list_batches(session)],
+            "batches": [{**batch, "created_at": None, "elapsed_s": None} for batch in list_batches(session)],
             "jobs": list_jobs(session),
             "states": count_states(session, range(1, 9)),
             "results": results.find_results(session, sort="-job_id"),

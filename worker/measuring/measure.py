@@ -178,7 +178,7 @@ class ModelBenchmark:
         }
         if self._tasks.tasks is not None:
             self.subject.on_step("tasks")
-        answered = run_tasks(self._tasks, loaded, self.subject.protocol)
+        answered = run_tasks(self._tasks, loaded, self.subject.protocol, self.subject.on_step)
         perplexity = None if score is None else score.perplexity
         measured = self.measured
         self._measured = replace(
@@ -216,7 +216,9 @@ class ModelBenchmark:
         against_base = Quality()
         if reference is not None:
             on_step("quality")
-            against_base = _compare(loaded, reference, protocol, text)
+            against_base = _compare(
+                loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}")
+            )
         # Perplexity is meaningless for other tasks, and for random ids instead of a text.
         if loaded.task is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
@@ -278,7 +280,7 @@ class RowBenchmark:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
         if self._why_no_speed is not None:
             return
-        self._on_step("speed")
+        self._on_step(f"speed, round {len(self._rounds) + 1}/{self.rounds_to_time}")
         self._device = loaded.device
         self.model.note_load_time(loaded)
         with self.model.subject.errors():
@@ -457,11 +459,13 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> Quality:
+def _compare(
+    loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str, on_probe: Callable[[int, int], None]
+) -> Quality:
     """Compare with the base. If that fails, the result has only the reason, and the other figures are kept."""
     try:
         with translated(BenchmarkError, "cannot compare with the base"):
-            return compare(loaded, reference, protocol, text)
+            return compare(loaded, reference, protocol, text, on_probe)
     except BenchmarkError as error:
         return Quality(reason=str(error))
 

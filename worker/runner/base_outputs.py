@@ -54,6 +54,7 @@ class BaseOutputs:
 
         If that fails, only the comparisons are missing, unless the device has become unusable.
         """
+        subject.on_step("outputs for comparison")
         self._keep(plan, subject.protocol, subject.eval_text, loaded)
         for text in subject.protocol.more_texts:
             self._keep(plan, _protocol(plan, text), subject.texts[text.sha256], loaded)

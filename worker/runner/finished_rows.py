@@ -44,7 +44,7 @@ class FinishedRows:
             protocol=settled.protocol,
             eval_text=self._order.texts[settled.protocol.eval_text_sha256],
             texts=self._order.texts,
-            on_step=lambda step: log.info("%s: %s", names(self._reports.open(model.ids)), step),
+            on_step=lambda step: self._reports.step(model.ids, step),
         )
 
     def send_counted(self, model: MeasuredModel) -> None:
