@@ -17,6 +17,7 @@ from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
@@ -75,6 +76,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     retry,
     results,
     compare,
+    report,
     show,
     logs,
     doctor,
