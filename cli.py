@@ -17,6 +17,7 @@ from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
@@ -76,6 +77,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     results,
     compare,
     diff,
+    report,
     show,
     logs,
     doctor,

@@ -53,7 +53,7 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     if (reason := _why_unknown(group)) is not None:
         sentence = f"Nothing is recommended: the quality of the quantized models was not measured, since {reason}."
         return Recommendation(ship=None, sentence=sentence, bounds=(), rejected={})
-    bounds = _bounds(group.rows, preference)
+    bounds = quality_bounds_for(group.rows, preference)
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
         bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
@@ -78,7 +78,8 @@ def _why_unknown(group: Group) -> str | None:
     return reasons[0] if reasons and all(reasons) else None
 
 
-def _bounds(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
+def quality_bounds_for(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
+    """The bounds on quality that decide which of ``rows`` qualify: the user's, or a default one."""
     requested = [
         QualityBound(cost=cost, limit=limit, is_default=False)
         for cost, limit in ((KL_COST, preference.max_kl), (PERPLEXITY_COST, preference.max_ppl_ratio))
