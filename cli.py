@@ -18,6 +18,7 @@ from qbatch.commands.measurements import compare, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
@@ -81,6 +82,10 @@ _COMMANDS: tuple[click.Command, ...] = (
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

@@ -113,6 +113,22 @@ def compare_options(command: Command) -> Command:
             show_default=True,
             help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
         ),
+        *_preference_options(),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def preference_options(command: Command) -> Command:
+    """Add the options that say what is recommended."""
+    for option in reversed(_preference_options()):
+        command = option(command)
+    return command
+
+
+def _preference_options() -> list[Callable[[Command], Command]]:
+    return [
         click.option(
             "--prefer",
             type=click.Choice(PREFERENCES),
@@ -132,9 +148,6 @@ def compare_options(command: Command) -> Command:
             "--max-weights-bytes", type=ByteSize(), help="The most memory that the weights may take: 6GB, 5.5GiB."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def _usual(bits: int) -> str:
