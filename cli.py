@@ -19,6 +19,7 @@ from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
@@ -84,6 +85,10 @@ _COMMANDS: tuple[click.Command, ...] = (
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

@@ -177,6 +177,10 @@ class Checkpoint(Base):
     # File name → the state (``FileStat.version``) in which its content was last verified, and when that was.
     file_versions: Mapped[dict[str, Any] | None]
     verified_at: Mapped[datetime | None]
+    # Since when it is known that its folder is no longer on the storage: somebody or qbatch removed it.
+    gone_at: Mapped[datetime | None]
+
+    __table_args__ = (_partial_index("ix_checkpoints_gone", "key", where="gone_at IS NOT NULL"),)
 
 
 class FileDigestRow(Base):
