@@ -48,7 +48,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except QbatchError as error:
-            click.echo(f"qbatch: {error}", err=True)
+            first, *others = error.lines
+            click.echo("\n".join([f"qbatch: {first}", *others]), err=True)
             ctx.exit(error.exit_code)
 
 

@@ -273,6 +273,12 @@ def submit_options(command: Command) -> Command:
             help=f"{EACH}: time every model. {OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, "
             "time one on each GPU; the rows of the others say whose speed they have.",
         ),
+        click.option(
+            "--keep-going",
+            is_flag=True,
+            help="Leave out the models of which it is known here that their jobs would fail, and submit the others. By "
+            "default nothing is submitted then.",
+        ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         format_options("table", "json", "quiet"),
     ]
