@@ -122,6 +122,7 @@ class TorchaoCheckpoints:
     """Reads torchao's checkpoints from their config and headers."""
 
     quant_method = LIBRARY
+    packed_parts = ("._weight_scale", "._weight_scale_and_zero")
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """``torchao Int8WeightOnlyConfig``"""
