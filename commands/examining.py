@@ -118,13 +118,14 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
         _judge(_checkpoint_folders(targets), loaders, format_, (python or sys.executable) if tries else None)
         return
     rows: list[dict[str, Any]] = []
+    damaged: list[Path] = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
         rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
+        damaged += [folder] if problems else []
         if problems and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
-    damaged = [Path(row["checkpoint"]) for row in rows if row["problems"]]
     if damaged and any(_is_published(folder) for folder in damaged):
         click.echo(
             "to replace a damaged checkpoint, submit its job again with --force: the damaged one is moved aside",
@@ -146,19 +147,23 @@ def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | No
     from qbatch.core.loaders.known_loaders import judge_folder
     from qbatch.core.measured.loader_judgement import LoaderVerdict
     from qbatch.views.formats import render
-    from qbatch.views.loader_judgements import judgement_row, judgement_text
+    from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 
     names = parse_loaders(loaders)
-    rows = []
+    judged: list[JudgedCheckpoint] = []
     for folder in folders:
         try:
             judgements = judge_folder(folder, names)
             tried = _try(folder, names, python) if python is not None else {}
         except JobError as error:
             raise UsageError(f"{folder}: {error}") from error
-        rows += [judgement_row(folder, name, judgement, tried.get(name)) for name, judgement in judgements.items()]
-    click.echo(judgement_text(rows) if format_ == "table" else render(rows, (), format_))
-    sys.exit(1 if any(row["verdict"] != LoaderVerdict.LOADS for row in rows) else 0)
+        judged += [
+            JudgedCheckpoint(folder=folder, loader=name, judged=judgement, tried=tried.get(name))
+            for name, judgement in judgements.items()
+        ]
+    rows = [judgement.to_json() for judgement in judged]
+    click.echo(judgement_text(judged) if format_ == "table" else render(rows, (), format_))
+    sys.exit(0 if all(judgement.shown.verdict == LoaderVerdict.LOADS for judgement in judged) else 1)
 
 
 def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:

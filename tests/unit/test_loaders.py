@@ -22,6 +22,7 @@ from qbatch.core.loaders.known_loaders import LOADERS, judge_folder
 from qbatch.core.loaders.skip_list import SkippedLayers
 from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
+from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 
@@ -301,3 +302,17 @@ def test_options_for_trying_need_each_other(checkpoint: Callable[..., Path]) -> 
     done = CliRunner().invoke(main, ["verify", "--for", "peft", "--try", "--python", "/no/such/python", folder])
     assert done.exit_code == 2
     assert "/no/such/python is not an interpreter" in done.output
+
+
+def test_what_was_tried_is_shown_instead_of_what_was_judged() -> None:
+    judged = LoaderJudgement(verdict=LoaderVerdict.LOADS, version="1", read_on="2026-11-28", reasons=(), advice=())
+    tried = replace(judged, verdict=LoaderVerdict.REFUSES, reasons=("tried: it fails",))
+    both = JudgedCheckpoint(folder=Path("/c"), loader="peft", judged=judged, tried=tried)
+    assert judgement_text([both]) == "/c\n  peft: refuses (1, 2026-11-28)\n    tried: it fails"
+    assert both.to_json() == {
+        "checkpoint": "/c",
+        "loader": "peft",
+        **tried.to_json(),
+        "tried": True,
+        "judged": judged.to_json(),
+    }
