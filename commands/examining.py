@@ -84,8 +84,8 @@ def inspect(model: str, format_: str) -> None:
     "--for",
     "loaders",
     metavar="LOADERS",
-    help="Say instead what these loaders make of the checkpoints, from config, headers and names alone: transformers, "
-    "peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+    help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
+    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
 )
 @click.option(
     "--try",
@@ -105,8 +105,8 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
 
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
 
-    With --for, each loader loads a checkpoint, loads it otherwise than it was measured, or refuses it. Exits with 1 if
-    one does not simply load.
+    With --for, reports for each loader whether it loads a checkpoint as it was measured, loads it differently, or
+    refuses it. Exits with 1 unless every loader loads every checkpoint as it was measured.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS

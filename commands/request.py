@@ -104,7 +104,7 @@ def _parts(measure: Set[MeasuredPart] | None, *, why: bool | None, energy: bool 
         return {"why": why, "energy": energy}
     for part, is_asked in ((MeasuredPart.WHY, why), (MeasuredPart.ENERGY, energy)):
         if is_asked is False and part in measure:
-            raise UsageError(f"--measure asks for {part}, and --no-{part} does not")
+            raise UsageError(f"--measure asks for {part}, but --no-{part} leaves it out")
         measure = measure | {part} if is_asked else measure
     if MeasuredPart.WHY in measure:  # it explains the speed
         measure = measure | {MeasuredPart.SPEED}

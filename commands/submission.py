@@ -39,7 +39,7 @@ _LONG_LIST = 500
 def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> None:
     """Store a batch of quantize-and-benchmark jobs for each MODEL and print its id."""
     if on_end is not None and not wait_:
-        raise UsageError("--on-end needs --wait: afterwards nobody would be there to run the command")
+        raise UsageError("--on-end needs --wait: without it, no process is left to run the command")
     settings = current_settings()
     submission = read_submission(settings, options)
     database = open_database(settings)

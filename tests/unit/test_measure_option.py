@@ -74,8 +74,8 @@ def test_the_default_and_its_spellings_are_one_protocol(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--measure", "size,quality,why", "--no-why"], "--measure asks for why, and --no-why does not"),
-        (["--measure", "energy", "--no-energy"], "--measure asks for energy, and --no-energy does not"),
+        (["--measure", "size,quality,why", "--no-why"], "--measure asks for why, but --no-why leaves it out"),
+        (["--measure", "energy", "--no-energy"], "--measure asks for energy, but --no-energy leaves it out"),
         (["--measure", "quality", "--batch-size", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--new-tokens", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--eval-text", "{text}"], "--eval-text is about quality, speed and energy"),
