@@ -47,7 +47,8 @@ def _cpu_check(*, measure: bool) -> Check:
     """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
     from qbatch.views.checks import State, check
     from qbatch.views.emulation import arithmetic_check, native_check
-    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, measured_apart
+    from qbatch.worker.machine.processor import cpuinfo
 
     instructions = bfloat16_instructions(cpuinfo(), os.environ)
     if instructions is not None and not measure:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.measurements import print_results
 from qbatch.commands.on_end import on_end_option
 from qbatch.commands.request import read_submission
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
 
-_INTERRUPTED = 130
 # In models. A shorter one is stored before anybody wonders.
 _LONG_LIST = 500
 
@@ -98,7 +97,7 @@ def _run(
         )
     except KeyboardInterrupt:
         click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
 

@@ -10,8 +10,8 @@ from qbatch.views.audit_text import audit_warnings
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import printable, render, terminal_width, text_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
@@ -23,8 +23,6 @@ from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.task_scores import task_table
 from qbatch.views.units import show_count
-
-_TEXT_WIDTH = 100
 
 
 def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
@@ -44,7 +42,7 @@ def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, fo
 def _model(model: ModelRows, preference: Preference, by: str, width: int) -> list[str]:
     parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
     lines = [printable(model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else ""))]
-    prose = min(width, _TEXT_WIDTH)
+    prose = min(width, PROSE_WIDTH)
     if len(model.groups) > 1:
         lines += _wrapped(_why_apart(model), prose)
     for group in model.groups:
@@ -60,7 +58,7 @@ def _why_apart(model: ModelRows) -> str:
 
 
 def _group(group: Group, preference: Preference, by: str, width: int) -> Iterable[str]:
-    text = min(width, _TEXT_WIDTH)
+    text = min(width, PROSE_WIDTH)
     yield from _wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}", text)
     yield ""
     yield from _side_by_side(group, by, width)
@@ -169,4 +167,4 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _legend(models: Sequence[ModelRows], width: int) -> list[str]:
     text = "× is a figure divided by that of the baseline, the same model unquantized. KL is in nats. " + NOISE_LEGEND
-    return wrap(text, min(width, _TEXT_WIDTH)) if any(model.groups for model in models) else []
+    return wrap(text, min(width, PROSE_WIDTH)) if any(model.groups for model in models) else []

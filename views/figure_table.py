@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 from qbatch.core.measured.metrics import RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.formats import UNLIMITED
+from qbatch.views.formats import GAP, UNLIMITED
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.ratios import show_relative
-
-GAP = "  "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_value
 from qbatch.views.noise import is_noise
-
-# exp of a larger number overflows a float.
-_LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +46,7 @@ class QualityCost:
 
 def _perplexity_ratio(row: ResultRow) -> float | None:
     logarithm = row.details.quality.ln_ppl_ratio
-    if logarithm is None:
-        return None
-    return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
+    return None if logarithm is None else exponential(logarithm)
 
 
 def _perplexity_ratio_error(row: ResultRow) -> float | None:

@@ -11,8 +11,8 @@ from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import audit_warnings, first_names
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
-from qbatch.views.formats import printable, terminal_width
+from qbatch.views.figure_table import FigureTable, Line, cells_of, wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, terminal_width
 from qbatch.views.groups import timed_apart
 from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
@@ -28,7 +28,6 @@ from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.units import show_count
 
-_LEGEND_WIDTH = 100
 _REASONS_SHOWN = 12
 
 
@@ -71,7 +70,7 @@ def results_table(rows: Sequence[ResultRow]) -> str:
     body = [table.header()] if table.columns else []
     for part, members in parts:
         body += [*part.heading, *(text for line in members for text in table.show(line, width))]
-    footer = _footer(lines, by_id, notes, full_table.titles_left_out(table), min(width, _LEGEND_WIDTH))
+    footer = _footer(lines, by_id, notes, full_table.titles_left_out(table), min(width, PROSE_WIDTH))
     return "\n".join([*body, *footer]).lstrip("\n")
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from qbatch.core.domain import DType
@@ -54,12 +53,6 @@ def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> str | Non
     lines = (line.partition(":") for line in cpuinfo.splitlines())
     flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
     return next((name for name in _INSTRUCTIONS if name in flags), None)
-
-
-def cpuinfo() -> str:
-    """Empty where there is none: not on Linux."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def measured_apart() -> dict[str, float]:

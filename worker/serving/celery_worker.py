@@ -49,6 +49,7 @@ from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
+from qbatch.worker.machine.processor import processor_name
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
 from qbatch.worker.serving.environment import has_database_password, without_secrets
@@ -136,16 +137,7 @@ def pid_space() -> str:
 def cpu_name() -> str:
     """The name of the processor and the number of usable cores, both of which decide its speed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()} ({cores} cores)"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{processor_name()} ({cores} cores)"
 
 
 def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.quality_figures import Quality
-from qbatch.worker.measuring.quality.perplexity import exponential
 from qbatch.worker.measuring.stats import clustered_error
 
 # Logits converted to float64 at once, of which several tensors coexist: 16 MiB each, which a CPU's cache may hold, and
