@@ -188,7 +188,7 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options() -> dict[str, click.Option]:
-    """By the word that follows the dashes."""
+    """The options of the command, by their names without the dashes."""
     found = {}
     for option in submit_command.params:
         if isinstance(option, click.Option):

@@ -105,7 +105,7 @@ def _loaded_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
-    """In words of the method's own; what no method here writes by its name alone."""
+    """The quantization in the words of its method, or only its name if qbatch has no such method."""
     settings = _settings(config)
     if settings is None:
         return None

@@ -76,7 +76,7 @@ def _conditions(job_ids: Sequence[int], model: str | None, bits: Collection[int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
-    """By ``column``, or as submitted."""
+    """The order of rows: by ``column``, or as submitted."""
 
     column: ColumnElement[Any] | None = None
     downwards: bool = False

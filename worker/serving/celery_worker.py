@@ -251,7 +251,7 @@ class CeleryWorker:
         return int(celery_worker.exitcode or 0)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait so long. Whether it is time to leave."""
+        """Wait for that time. Returns whether it is time to leave."""
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
