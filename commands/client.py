@@ -195,7 +195,7 @@ def _values(command: click.Command, options: dict[str, Any], unknown: frozenset[
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:
-    """By the word that follows the dashes."""
+    """The options of the command, by their names without the dashes."""
     found = {}
     for option in command.params:
         if isinstance(option, click.Option):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
 from qbatch.commands.progress_bar import progress_bar
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from qbatch.models_db.session import Database
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
-
-_INTERRUPTED = 130
 
 
 @click.command()
@@ -95,7 +93,7 @@ def _run(
         )
     except KeyboardInterrupt:
         click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
 

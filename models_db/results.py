@@ -88,7 +88,7 @@ _FAMILIES = select(Job.id, Job.batch_id, Job.location)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
-    """By ``column``, or as submitted."""
+    """The order of rows: by ``column``, or as submitted."""
 
     column: ColumnElement[Any] | None = None
     downwards: bool = False

@@ -12,8 +12,8 @@ from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import printable, render, terminal_width, text_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
@@ -29,7 +29,6 @@ from qbatch.views.task_scores import task_table
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
-_TEXT_WIDTH = 100
 _PREFERRED = {"size": "the smallest weights", "speed": "the highest rate", "quality": "what is nearest to the baseline"}
 
 
@@ -72,7 +71,7 @@ class _Screen:
 
     @property
     def prose(self) -> int:
-        return min(self.width, _TEXT_WIDTH)
+        return min(self.width, PROSE_WIDTH)
 
     def answer(self, rows: Sequence[ResultRow], models: Sequence[ModelRows], *, is_in_full: bool) -> list[str]:
         """A line for each model, what it follows from, and the sum."""

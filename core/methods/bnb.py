@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.errors import UsageError
+from qbatch.core.kinds import FLOAT8, FLOATS
 from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredTensor
 
 LIBRARY = "bitsandbytes"
 _ENVIRONMENT = ("BNB_", "BITSANDBYTES_")
 # Each block of this many values has a float32 scale, or one of a single byte with double quantization.
-_BLOCK = 64
+BLOCK = 64
 # LLM.int8 dequantizes the columns for which the input has an outlier, in the worst case all of them: a byte of code and
 # two float32 per value.
 _OUTLIER_BYTES = 9
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # Suffixes of the tensors stored with a weight, apart from ".quant_state.", which is followed by the name of the type.
 _STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
@@ -68,7 +68,7 @@ class BnbFourBit(_Bnb):
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
-        return rows * columns * (0.5 + scale_bytes / _BLOCK)
+        return rows * columns * (0.5 + scale_bytes / BLOCK)
 
     def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
         return {
@@ -196,7 +196,7 @@ def _elements(tensor: StoredTensor, names: set[str]) -> int:
         return 0
     if f"{tensor.name}.absmax" in names:
         return tensor.nbytes * 2
-    return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
+    return tensor.numel if tensor.dtype in (*FLOATS, *FLOAT8, "I8") else 0
 
 
 # The relative error of NF4 is about 0.1.

@@ -25,10 +25,10 @@ from qbatch.worker.methods.bnb_weights import WEIGHTS
 from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 from qbatch.worker.searching.backward_memory import backward_bytes
+from qbatch.worker.searching.derivative_screen import window_slopes
 from qbatch.worker.searching.layer_groups import model_layers
 from qbatch.worker.searching.mixed_model import MixedModel
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
-from qbatch.worker.searching.screening import window_slopes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from qbatch.worker.searching.weight_errors import min_max_rounded
 from tests import tiny

@@ -14,7 +14,8 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from qbatch.worker.methods.bnb_fourbit import BLOCK, quantize_4bit
+from qbatch.core.methods.bnb import BLOCK
+from qbatch.worker.methods.bnb_fourbit import quantize_4bit
 from qbatch.worker.methods.bnb_int8 import quantize_int8
 from qbatch.worker.methods.packing import MakePart, PackedPiece, PartShapes, StreamedPacking, figures
 
