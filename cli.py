@@ -17,7 +17,9 @@ from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
@@ -46,7 +48,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except QbatchError as error:
-            click.echo(f"qbatch: {error}", err=True)
+            first, *others = error.lines
+            click.echo("\n".join([f"qbatch: {first}", *others]), err=True)
             ctx.exit(error.exit_code)
 
 
@@ -76,12 +79,17 @@ _COMMANDS: tuple[click.Command, ...] = (
     results,
     compare,
     diff,
+    report,
     show,
     logs,
     doctor,
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

@@ -17,6 +17,7 @@ from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
+from qbatch.core.storage import missing_checkpoints
 
 if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
@@ -145,6 +146,8 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
 
 def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
     """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
-    each machine."""
-    paths = [None if row.checkpoint_path is None else str(settings.storage / row.checkpoint_path) for row in rows]
+    each machine. Without those that somebody has removed, where this machine sees the storage."""
+    known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
+    there = known - missing_checkpoints(settings.storage, known)
+    paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]
     return [replace(row, checkpoint_path=path) for row, path in zip(rows, paths, strict=True)]

@@ -37,6 +37,16 @@ def compare_options(command: Command) -> Command:
             show_default=True,
             help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
         ),
+        preference_options,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def preference_options(command: Command) -> Command:
+    """Add the options that decide which configuration is recommended: what to prefer, and limits."""
+    options = [
         click.option(
             "--prefer",
             type=click.Choice(PREFERENCES),

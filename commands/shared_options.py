@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -209,8 +208,11 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--eval-text",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="A text file to measure perplexity on.",
+            "eval_texts",
+            multiple=True,
+            metavar="NAME|FILE",
+            help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
+            "repeated. Speed is measured on the first.",
         ),
         click.option(
             "--tasks",
@@ -270,6 +272,12 @@ def submit_options(command: Command) -> Command:
             show_default=True,
             help=f"{EACH}: time every model. {OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, "
             "time one on each GPU; the rows of the others say whose speed they have.",
+        ),
+        click.option(
+            "--keep-going",
+            is_flag=True,
+            help="Leave out the models of which it is known here that their jobs would fail, and submit the others. By "
+            "default nothing is submitted then.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
         format_options("table", "json", "quiet"),

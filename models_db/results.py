@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
@@ -14,6 +14,7 @@ from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
+from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.result_filter import ResultFilter
@@ -159,7 +160,9 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
-    return [_row(job, result, baselines) for job, result in rows]
+    found = [_row(job, result, baselines) for job, result in rows]
+    gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
+    return [replace(row, checkpoint_path=None) if row.checkpoint_path in gone else row for row in found]
 
 
 def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:
@@ -229,12 +232,16 @@ def find_finished(
 ) -> dict[tuple[str, str], Finished]:
     """The newest job with a result of its own for each (checkpoint key, protocol hash) of ``wanted``, if there is one.
 
+    None whose checkpoint is known to be gone: it is to be made again.
     Only results of devices with these names count, because speed differs between devices; None accepts any device.
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
+    gone = gone_paths(session) if keys else set()
     for chunk in in_chunks(keys):
         for row in session.execute(_finished(chunk, device_names)):
+            if row.checkpoint_path in gone:
+                continue
             found[row.checkpoint_key, row.protocol_hash] = Finished(
                 job_id=row.id,
                 checkpoint_key=row.checkpoint_key,

@@ -137,6 +137,9 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
         yield "checkpoint key", record.checkpoint_key
     if row.checkpoint_path:
         yield "checkpoint", row.checkpoint_path
+    elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:
+        since = f" (noted {show_time(record.checkpoint.gone_at)})" if record.checkpoint.gone_at is not None else ""
+        yield "checkpoint", f"no longer on the storage{since}; a new submit makes it again"
     if record.checkpoint is not None:
         yield "sha256", record.checkpoint.root_sha256
         if record.checkpoint.written_by != row.job_id:

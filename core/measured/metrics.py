@@ -275,6 +275,36 @@ ENERGY_PER_TOKEN = Metric(
     on_device=True,
     value=lambda row: row.details.why.energy.decode.net_j_per_token,
 )
+
+
+def _call_energy(key: str, label: str, value: Value, error: Value | None = None) -> Metric:
+    return Metric(
+        key=f"details.why.energy.{key}",
+        label=label,
+        unit=Unit.JOULES,
+        better=Better.LOWER,
+        on_device=True,
+        value=value,
+        error=error,
+    )
+
+
+ENERGY_METRICS: tuple[Metric, ...] = (
+    _call_energy(
+        "decode.net_j",
+        "decode, net",
+        lambda row: row.details.why.energy.decode.net_j,
+        lambda row: row.details.why.energy.decode.uncertainty_j,
+    ),
+    _call_energy("decode.gross_j", "decode, gross", lambda row: row.details.why.energy.decode.gross_j),
+    _call_energy(
+        "prefill.net_j",
+        "prefill, net",
+        lambda row: row.details.why.energy.prefill.net_j,
+        lambda row: row.details.why.energy.prefill.uncertainty_j,
+    ),
+    _call_energy("prefill.gross_j", "prefill, gross", lambda row: row.details.why.energy.prefill.gross_j),
+)
 QUANTIZE = Metric(
     key="quantize_s",
     label="quantize",
@@ -507,6 +537,9 @@ COMPARED_METRICS: tuple[Metric, ...] = tuple(metric for column in COMPARE_COLUMN
 ALL_METRICS: tuple[Metric, ...] = tuple(
     {
         metric.key: metric
-        for metric in (*COMPARED_METRICS, *PREDICTION_LINES, *EMBEDDING_LINES, *COMPARE_CSV, *MEMORY_METRICS)
+        for metric in (
+            *(*COMPARED_METRICS, *PREDICTION_LINES, *EMBEDDING_LINES),
+            *(*COMPARE_CSV, *MEMORY_METRICS, *ENERGY_METRICS),
+        )
     }.values()
 )

@@ -21,7 +21,17 @@ from qbatch.core.errors import Unsupported
 from qbatch.views.formats import Column, render, text_width
 from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
 from qbatch.views.live import LiveProgress
-from qbatch.views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
+from qbatch.views.units import (
+    show_bytes,
+    show_change,
+    show_count,
+    show_duration,
+    show_float,
+    show_rate,
+    show_ratio,
+    show_seconds,
+    show_time_left,
+)
 from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
 from tests.unit.printed import results_table
 
@@ -684,4 +694,13 @@ def test_progress_shows_what_is_known() -> None:
     assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": 2**22}) == "1.0 MiB of 4.0 MiB read"
     both = {"bytes_read": 2**20, "bytes_written": 2**21, "bytes_total": 2**22}
     assert show_progress(both) == "3.0 MiB of 4.0 MiB (1.0 MiB read, 2.0 MiB written)"
+    assert show_progress(both | {"bytes_per_s": 2.0**30}) == f"{show_progress(both)}, 1.00 GiB/s"
+    assert show_progress(both | {"step": "speed, round 2/3"}) == "speed, round 2/3"
     assert show_progress({}) == ""
+
+
+def test_durations_are_as_fine_as_they_are_known() -> None:
+    shown = {0.4: "0 s", 41: "41 s", 60: "1 min", 725: "12 min 5 s", 12_000: "3 h 20 min", 187_000: "2 d 3 h"}
+    assert {seconds: show_duration(seconds) for seconds in shown} == shown
+    left = {1: "about 5 s", 42: "about 40 s", 90: "about 2 min", 3_580: "about 60 min", 12_130: "about 3 h 20 min"}
+    assert {seconds: show_time_left(seconds) for seconds in left} == left

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from alembic import op
 
-revision = "0011"
-down_revision = "0010"
+revision = "0014"
+down_revision = "0013"
 oldest_code = "0008"
 
 _FIGURES = (
