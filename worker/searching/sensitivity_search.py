@@ -109,7 +109,9 @@ def _open_groups(search: OpenedSearch, screened: ScreenedGroups) -> Set[str]:
     return unclear
 
 
-def _measured(search: OpenedSearch, screened: ScreenedGroups, open_groups: Set[str], allowed: float) -> dict[str, Estimate]:
+def _measured(
+    search: OpenedSearch, screened: ScreenedGroups, open_groups: Set[str], allowed: float
+) -> dict[str, Estimate]:
     """The measured gains of the open groups, those first that promise most per byte, within the passes allowed."""
     gains = screened.gains
     promise = {
