@@ -182,6 +182,7 @@ class Protocol:
     ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
+    ``tasks_version`` 2 stores how each question was answered, 1 did not.
     With ``share_speed``, a row may have the speed of another model of the same shape instead of being timed.
     """
 
@@ -206,6 +207,7 @@ class Protocol:
     quality: bool = True
     speed: bool = True
     share_speed: bool = False
+    tasks_version: int = 1
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -325,6 +327,8 @@ class ProtocolOptions:
             # On a CPU there is nothing to analyse and no energy counter, and each model is timed. The request must not
             # change the protocol.
             values |= {"why": False, "energy": False, "share_speed": False}
+        if self.tasks:
+            values["tasks_version"] = _TASKS_VERSION
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
@@ -337,6 +341,8 @@ class ProtocolOptions:
         return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
 
 
+# Rises whenever more, or something else, is stored of a task, so that an older result does not answer a new job.
+_TASKS_VERSION = 2
 _NEW_OPTIONS = ("quality", "speed", "share_speed")
 
 

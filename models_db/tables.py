@@ -242,6 +242,18 @@ class Result(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now(), index=True)
 
 
+class AnswersRow(Base):
+    """The answers to the questions of one task, or group of tasks, apart from the result since they may be many."""
+
+    __tablename__ = "answers"
+
+    # An older version deletes results without a thought of their answers.
+    job_id: Mapped[int] = mapped_column(ForeignKey("results.job_id", ondelete="CASCADE"), primary_key=True)
+    task: Mapped[str] = mapped_column(Text, primary_key=True)
+    # ``TaskAnswers.to_json``.
+    answers: Mapped[dict[str, Any]]
+
+
 class Worker(Base):
     """One Celery worker and its device."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters
 from qbatch.views.metric_text import show_value
 from qbatch.views.noise import is_noise
 
@@ -16,11 +17,16 @@ from qbatch.views.noise import is_noise
 _LARGEST_EXPONENT = 709.0
 
 
+WindowSums = tuple[Sequence[float], Sequence[int]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityCost:
     """A measure of lost quality: lower is better, and ``none`` is the baseline's own value.
 
     ``metric`` decides what is noise. ``default`` is the bound unless the user sets another with ``option``.
+    ``by_window``: the sums over the rows of each window, and the numbers of rows, of which this is the mean or a
+    monotonic function; None where they are not known.
     """
 
     name: str
@@ -31,6 +37,7 @@ class QualityCost:
     default: float
     option: str | None
     unit: Unit
+    by_window: Callable[[ResultRow], WindowSums | None]
 
     def show(self, value: float) -> str:
         return show_value(self.unit, value)
@@ -63,6 +70,19 @@ def _rank_correlation_lost(row: ResultRow) -> float | None:
     return None if correlation is None else 1 - correlation
 
 
+def _kl_by_window(row: ResultRow) -> WindowSums | None:
+    quality = row.details.quality
+    return (
+        None if quality.window_kl is None or quality.window_rows is None else (quality.window_kl, quality.window_rows)
+    )
+
+
+def _nll_by_window(row: ResultRow) -> WindowSums | None:
+    quality = row.details.quality
+    known = quality.window_nll is not None and quality.window_tokens is not None
+    return (quality.window_nll or (), quality.window_tokens or ()) if known else None
+
+
 KL_COST = QualityCost(
     name="mean KL",
     metric=KL_MEAN,
@@ -72,6 +92,7 @@ KL_COST = QualityCost(
     default=0.05,
     option="--max-kl",
     unit=Unit.NATS,
+    by_window=_kl_by_window,
 )
 PERPLEXITY_COST = QualityCost(
     name="perplexity ratio to the baseline",
@@ -82,6 +103,7 @@ PERPLEXITY_COST = QualityCost(
     default=1.02,
     option="--max-ppl-ratio",
     unit=Unit.CORRELATION,
+    by_window=_nll_by_window,
 )
 RANK_COST = QualityCost(
     name="loss of rank correlation",
@@ -92,6 +114,7 @@ RANK_COST = QualityCost(
     default=0.02,
     option=None,
     unit=Unit.CORRELATION,
+    by_window=lambda _: None,
 )
 QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
 
@@ -131,14 +154,34 @@ def cost_or_infinite(cost: QualityCost, row: ResultRow) -> float:
     return math.inf if value is None else value
 
 
+# A difference is real from so many of its standard errors on: by chance, one in twenty is as large.
+_ERRORS = 2
+
+
 def is_same_cost(cost: QualityCost, first: ResultRow, second: ResultRow) -> bool:
-    """Whether two costs differ by less than one standard error, or neither is distinguishable from the baseline."""
+    """Whether two costs differ by less than two standard errors of their difference, or neither is distinguishable from
+    the baseline."""
     if all(row.is_baseline or is_noise(cost.metric, row) for row in (first, second)):
         return True
+    paired = paired_difference(cost, first, second)
+    if paired is not None:
+        return paired.mean == 0 or (paired.error is not None and abs(paired.mean) < _ERRORS * paired.error)
     errors = [0.0 if row.is_baseline else cost.error(row) for row in (first, second)]
     difference = abs(cost_or_infinite(cost, first) - cost_or_infinite(cost, second))
     known = [error for error in errors if error is not None]
-    return difference == 0 or (len(known) == 2 and difference < math.hypot(*known))
+    return difference == 0 or (len(known) == 2 and difference < _ERRORS * math.hypot(*known))
+
+
+def paired_difference(cost: QualityCost, first: ResultRow, second: ResultRow) -> PairedDifference | None:
+    """How much more of ``cost`` the first has than the second, on the same windows; None if they are not known.
+
+    Of perplexities it is the difference of their logarithms. Its error is far smaller than that of two costs measured
+    on texts of their own, since a window that is hard for one model is hard for the other.
+    """
+    one, other = cost.by_window(first), cost.by_window(second)
+    if one is None or other is None or list(one[1]) != list(other[1]) or not one[1]:
+        return None
+    return difference_of_clusters([mine - its for mine, its in zip(one[0], other[0], strict=True)], one[1])
 
 
 def cost_to_bound(rows: Sequence[ResultRow]) -> QualityCost | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.answer_comparisons import compare_answers
 from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
@@ -23,6 +24,7 @@ from qbatch.views.quality_bounds import (
     cost_to_bound,
     first_known_cost,
     is_same_cost,
+    paired_difference,
 )
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
@@ -60,6 +62,8 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     if not fit:
         return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
+    if preference.prefer != "speed":
+        ship, alike = _prefer_better_answers(ship, alike, group)
     sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)
     return Recommendation(
         ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
@@ -139,6 +143,21 @@ def _smallest_of(alike: Sequence[ResultRow]) -> tuple[ResultRow, list[ResultRow]
     return ship, [row for row in alike if row is not ship]
 
 
+def _prefer_better_answers(
+    ship: ResultRow, alike: Sequence[ResultRow], group: Group
+) -> tuple[ResultRow, list[ResultRow]]:
+    """Of rows that the other measures cannot distinguish, take one whose answers to tasks are shown to be better.
+
+    It must be better in some task and worse in none.
+    """
+    compared = compare_answers([(row, ship) for row in alike], group.answers)
+    worse = {each.row.job_id for each in compared if each.is_worse}
+    better = [each.row for each in compared if each.is_shown and each.row.job_id not in worse]
+    if not better:
+        return ship, list(alike)
+    return better[0], [row for row in (ship, *alike) if row is not better[0]]
+
+
 # The sentence
 
 
@@ -164,7 +183,7 @@ def _sentence(
     reason = _reason(ship, baseline, bounds_text, preference, is_alone=not alike)
     sentences = [
         f"Ship {_name(ship)}: {reason}",
-        *_alike(ship, alike, preference),
+        *_alike(group, ship, alike, preference),
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
@@ -197,13 +216,39 @@ def _nearest_in_words(ship: ResultRow, *, is_alone: bool) -> str:
     return f"{'the quantized model' if is_alone else 'one of the quantized models'} nearest to the baseline"
 
 
-def _alike(ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
+def _alike(group: Group, ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
     if alike:
-        others = " and ".join(_name(row) for row in alike)
-        what = "speed" if preference.prefer == "speed" else "quality"
+        is_of_speed = preference.prefer == "speed"
+        others = " and ".join(_name(row) + ("" if is_of_speed else _difference(ship, row)) for row in alike)
+        what = "speed" if is_of_speed else "quality"
         is_smaller = any(_weights_bytes(row) > _weights_bytes(ship) for row in alike)
         smaller = ", and its weights are smaller" if is_smaller else ""
         yield f"Its {what} is {NOT_DISTINGUISHABLE} from that of {others}{smaller}"
+        if not is_of_speed:
+            yield from _answers_of_alike(group, ship, alike)
+
+
+def _answers_of_alike(group: Group, ship: ResultRow, alike: Sequence[ResultRow]) -> Iterable[str]:
+    compared = compare_answers([(row, ship) for row in alike if not row.is_baseline], group.answers)
+    if not compared:
+        if not any(row.is_baseline for row in (ship, *alike)):
+            yield "Answers to tasks (--tasks) may tell them apart"
+        return
+    for each in compared:
+        if each.is_shown:
+            yield f"In {each.task}, the answers of {_name(each.row)} are {'worse' if each.is_worse else 'better'}"
+    if not any(each.is_shown for each in compared):
+        yield "Their answers to tasks show no difference either"
+
+
+def _difference(ship: ResultRow, other: ResultRow) -> str:
+    """How far apart the two are on the same windows, in parentheses; "" if that is not known."""
+    cost = first_known_cost(ship)
+    paired = None if cost is None else paired_difference(cost, ship, other)
+    if cost is None or paired is None or paired.error is None:
+        return ""
+    what = "ln perplexity" if cost is PERPLEXITY_COST else cost.name
+    return f" (a difference of {abs(paired.mean):.1e} ± {paired.error:.1e} in {what}, over the same windows)"
 
 
 def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:

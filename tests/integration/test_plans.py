@@ -19,6 +19,7 @@ from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.schema import upgrade
@@ -145,6 +146,7 @@ ACTIONS: dict[str, Action] = {
     "the best results": lambda session: results.find_results(session, sort="kl_mean", limit=50),
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,
+    "how long jobs took": past_runs,
 }
 
 

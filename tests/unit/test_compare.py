@@ -99,6 +99,28 @@ def test_of_equal_size_the_nearer_is_shipped_and_ties_are_named() -> None:
     assert "smaller" not in found.sentence
 
 
+def by_window(row: dict[str, Any], *window_kl: float) -> dict[str, Any]:
+    """The row with these sums over windows of 1,000 positions."""
+    quality = {"window_kl": list(window_kl), "window_rows": [1000] * len(window_kl)}
+    mean = sum(window_kl) / 1000 / len(window_kl)
+    details = row["details"] | {"quality": row["details"]["quality"] | quality}
+    return row | {"kl_mean": mean, "details": details}
+
+
+def test_of_equal_size_the_difference_window_by_window_decides() -> None:
+    """The error of each row is far larger than the difference, since what is hard for one is hard for the other."""
+    nf4 = by_window(NF4, 10.0, 20.0, 30.0, 40.0)
+    farther = by_window(FP4, 10.2, 20.3, 30.2, 40.3)
+    found = recommended([BASELINE, nf4, farther])
+    assert found.ship is not None
+    assert (found.ship.job_id, list(found.alike)) == ("j3", [])
+    undecided = recommended([BASELINE, nf4, by_window(FP4, 10.9, 19.5, 29.4, 40.4)])
+    assert list(undecided.alike) == ["j4"]
+    assert "that of bnb-fp4 (j4) (a difference of 5.0e-05 ± 3.6e-04 in mean KL, over the same windows)." in (
+        undecided.sentence
+    )
+
+
 def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
     def timed(one: dict[str, Any], stdev_s: float) -> dict[str, Any]:
         return one | {"details": one["details"] | {"stats": {"decode": stats(1.0, stdev_s, count=4)}}}

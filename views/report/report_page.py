@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -16,7 +16,7 @@ from qbatch.views.formats import printable
 from qbatch.views.groups import ModelRows
 from qbatch.views.report.audit_entry import audit_entries
 from qbatch.views.report.chart_data import scatter_charts, speed_lines
-from qbatch.views.report.group_notes import remarks_of, speed_reasons_of
+from qbatch.views.report.group_notes import GroupNotes, answers_of, remarks_of, speed_reasons_of
 from qbatch.views.report.judged_group import JudgedGroup
 from qbatch.views.report.model_answer import Answer, answer_of, unmeasured_answer, weights_saved
 from qbatch.views.report.provenance import Provenance
@@ -47,8 +47,9 @@ def report_page(reported: ReportedBatches, preference: Preference) -> str:
             **_charts(groups),
             answers=_answers(reported.models, groups),
             tables=ReportTables.of(groups),
-            reasons=[notes for judged in groups if (notes := speed_reasons_of(judged)).texts],
-            remarks=[notes for judged in groups if (notes := remarks_of(judged)).texts],
+            task_answers=_notes(answers_of, groups),
+            reasons=_notes(speed_reasons_of, groups),
+            remarks=_notes(remarks_of, groups),
             energy_reason=_why_no_energy(groups),
             audits=audit_entries(groups),
             unmeasured=unmeasured,
@@ -61,6 +62,10 @@ def report_page(reported: ReportedBatches, preference: Preference) -> str:
             "base-uri 'none'; form-action 'none'",
         )
     )
+
+
+def _notes(notes_of: Callable[[JudgedGroup], GroupNotes], groups: Sequence[JudgedGroup]) -> list[GroupNotes]:
+    return [notes for judged in groups if (notes := notes_of(judged)).texts]
 
 
 def _answers(models: Sequence[ModelRows], groups: Sequence[JudgedGroup]) -> list[Answer]:

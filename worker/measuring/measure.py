@@ -165,7 +165,7 @@ class ModelBenchmark:
         score, quality = self._compare_and_score(loaded, reference)
         if self._tasks.tasks is not None:
             self.subject.on_step("tasks")
-        tasks = run_tasks(self._tasks, loaded, self.subject.protocol)
+        answered = run_tasks(self._tasks, loaded, self.subject.protocol)
         perplexity = None if score is None else score.perplexity
         measured = self.measured
         self._measured = replace(
@@ -173,11 +173,12 @@ class ModelBenchmark:
             perplexity=finite(perplexity),
             kl_mean=finite(quality.kl_mean),
             top1_agreement=finite(quality.top1_agreement),
+            answers=None if answered is None else answered.answers,
             details=replace(
                 measured.details,
                 perplexity=TextPerplexity(reason=_why_no_score(loaded)) if score is None else _stored_score(score),
                 quality=quality,
-                tasks=tasks,
+                tasks=None if answered is None else answered.scores,
                 tasks_reason=self._tasks.reason,
                 audits=replace(
                     measured.details.audits,

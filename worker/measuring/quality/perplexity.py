@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qbatch.core.domain import Protocol
-from qbatch.worker.measuring.stats import clustered_error
+from qbatch.core.statistics.clusters import clustered_error
 from qbatch.worker.measuring.tokens import affixes, text_cut, text_ids
 from qbatch.worker.models.load import LoadedModel
 
