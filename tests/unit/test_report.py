@@ -123,7 +123,7 @@ def test_a_figure_has_its_error_and_its_ratio_and_the_heading_its_unit() -> None
     [
         ([], "There are no jobs"),
         ([a_failed_row()], "Nothing was measured"),
-        ([result(1), result(2, model="b", baseline_job_id=None)], "ship the baseline bfloat16"),
+        ([result(1), result(2, model="b", baseline_job_id=None)], "Only the unquantized model has a result"),
         (REAL, "AMD EPYC"),
         (noted(), "NVIDIA A100"),
         (why_rows(), "What limits it"),

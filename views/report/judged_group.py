@@ -38,12 +38,19 @@ def judged_groups(models: Iterable[ModelRows], preference: Preference) -> list[J
         JudgedGroup(
             model=name,
             group=group,
-            recommendation=recommend(group, preference),
+            recommendation=_recommendation(group, preference),
             bounds=quality_bounds_for(group.rows, preference),
             setting=_setting(group, protocols, devices),
         )
         for name, group in named
     ]
+
+
+def _recommendation(group: Group, preference: Preference) -> Recommendation:
+    if all(row.is_baseline for row in group.rows):
+        nothing = "Only the unquantized model has a result, so there is nothing to choose from."
+        return Recommendation(ship=None, sentence=nothing, bounds=(), rejected={})
+    return recommend(group, preference)
 
 
 def _setting(group: Group, protocols: Mapping[str, int], devices: set[str]) -> str:
