@@ -13,7 +13,8 @@ import click
 from qbatch.commands.completion import complete_model
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.measurements import placed
-from qbatch.commands.shared_options import batch_arguments, preference_options
+from qbatch.commands.result_options import preference_options
+from qbatch.commands.shared_options import batch_arguments
 from qbatch.commands.targets import find_batches
 from qbatch.core.domain import job_number
 from qbatch.core.errors import UsageError

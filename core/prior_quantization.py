@@ -48,7 +48,7 @@ def refuse_quantized(config: Mapping[str, Any], headers: Sequence[Header]) -> No
     else:
         return
     raise Unsupported(
-        f"the source is already quantized ({what}), so it is no baseline, and quantizing it again would only add "
+        f"the source is already quantized ({what}), so it cannot be a baseline, and quantizing it again would only add "
         "errors: use the 16-bit model that it was made from"
     )
 

@@ -33,12 +33,13 @@ class AttemptRecord(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord(Stored):
-    """``written_by``: None where that job was pruned."""
+    """``written_by``: None where that job was pruned. ``gone_at``: since when it is known to be off the storage."""
 
     root_sha256: str
     disk_bytes: int | None = None
     written_by: str | None = None
     created_at: str | None = None
+    gone_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +195,7 @@ def _checkpoint(checkpoint: Checkpoint) -> CheckpointRecord:
         disk_bytes=checkpoint.disk_bytes,
         written_by=format_job_id(checkpoint.job_id) if checkpoint.job_id is not None else None,
         created_at=checkpoint.created_at.isoformat(),
+        gone_at=_iso(checkpoint.gone_at),
     )
 
 

@@ -66,6 +66,16 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str: 
     return _table(rows, columns, terminal_width())
 
 
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub shows it; what a cell holds cannot end it."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows)
+
+
+def _markdown_cell(text: str) -> str:
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+
+
 def terminal_width() -> int:
     """The terminal's width in columns; UNLIMITED if standard output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED

@@ -33,9 +33,9 @@ from qbatch.views.measured_figures import (
 from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare
-from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
+from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
 from qbatch.views.units import show_seconds, show_time
 
@@ -137,6 +137,9 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
         yield "checkpoint key", record.checkpoint_key
     if row.checkpoint_path:
         yield "checkpoint", row.checkpoint_path
+    elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:
+        since = f" (noted {show_time(record.checkpoint.gone_at)})" if record.checkpoint.gone_at is not None else ""
+        yield "checkpoint", f"no longer on the storage{since}; a new submit makes it again"
     if record.checkpoint is not None:
         yield "sha256", record.checkpoint.root_sha256
         if record.checkpoint.written_by != row.job_id:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
+from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters
 from qbatch.views.metric_text import show_value
@@ -25,8 +26,8 @@ class QualityCost:
     """A measure of lost quality: lower is better, and ``none`` is the baseline's own value.
 
     ``metric`` decides what is noise. ``default`` is the bound unless the user sets another with ``option``.
-    ``by_window``: the sums over the rows of each window, and the numbers of rows, of which this is the mean or a
-    monotonic function; None where they are not known.
+    ``on_text``: its value on a further text. ``by_window``: the sums over the rows of each window, and the numbers of
+    rows, of which this is the mean or a monotonic function; None where they are not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class QualityCost:
     default: float
     option: str | None
     unit: Unit
+    on_text: Callable[[Quality], float | None]
     by_window: Callable[[ResultRow], WindowSums | None]
 
     def show(self, value: float) -> str:
@@ -54,7 +56,10 @@ class QualityCost:
 
 
 def _perplexity_ratio(row: ResultRow) -> float | None:
-    logarithm = row.details.quality.ln_ppl_ratio
+    return _exp(row.details.quality.ln_ppl_ratio)
+
+
+def _exp(logarithm: float | None) -> float | None:
     if logarithm is None:
         return None
     return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
@@ -66,7 +71,10 @@ def _perplexity_ratio_error(row: ResultRow) -> float | None:
 
 
 def _rank_correlation_lost(row: ResultRow) -> float | None:
-    correlation = row.details.quality.rank_correlation
+    return _lost(row.details.quality.rank_correlation)
+
+
+def _lost(correlation: float | None) -> float | None:
     return None if correlation is None else 1 - correlation
 
 
@@ -92,6 +100,7 @@ KL_COST = QualityCost(
     default=0.05,
     option="--max-kl",
     unit=Unit.NATS,
+    on_text=lambda quality: quality.kl_mean,
     by_window=_kl_by_window,
 )
 PERPLEXITY_COST = QualityCost(
@@ -103,6 +112,7 @@ PERPLEXITY_COST = QualityCost(
     default=1.02,
     option="--max-ppl-ratio",
     unit=Unit.CORRELATION,
+    on_text=lambda quality: _exp(quality.ln_ppl_ratio),
     by_window=_nll_by_window,
 )
 RANK_COST = QualityCost(
@@ -114,6 +124,7 @@ RANK_COST = QualityCost(
     default=0.02,
     option=None,
     unit=Unit.CORRELATION,
+    on_text=lambda quality: _lost(quality.rank_correlation),
     by_window=lambda _: None,
 )
 QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
@@ -133,16 +144,27 @@ class QualityBound:
         return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
 
     def broken_by(self, row: ResultRow) -> str | None:
-        """Why ``row`` is not within the bound; None if it is."""
-        if row.is_baseline:
-            return None
-        value = self.cost.value(row)
+        """Why ``row`` is not within the bound on every text that it was measured on; None if it is."""
+        return self.broken_on_first_text(row) or next(iter(self.broken_on_further_texts(row)), None)
+
+    def broken_on_first_text(self, row: ResultRow) -> str | None:
+        reason = row.details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY)
+        return None if row.is_baseline else self._broken(self.cost.name, self.cost.value(row), reason)
+
+    def broken_on_further_texts(self, row: ResultRow) -> Iterable[str]:
+        """Yield why ``row`` is not within the bound on a further text, for each such text."""
+        for name, text in (row.details.more_texts or {}).items() if not row.is_baseline else ():
+            what, value = f"{self.cost.name} on {name}", self.cost.on_text(text.quality)
+            broken = self._broken(what, value, text.quality.reason)
+            if broken is not None:
+                yield broken
+
+    def _broken(self, what: str, value: float | None, reason: str | None) -> str | None:
         if value is None:
-            reason = row.details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY)
-            return f"its {self.cost.name} was not measured" + (f" ({reason})" if reason else "")
+            return f"its {what} was not measured" + (f" ({reason})" if reason else "")
         if value <= self.limit:
             return None
-        return f"its {self.cost.name}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+        return f"its {what}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
 
 
 def first_known_cost(row: ResultRow) -> QualityCost | None:

@@ -28,7 +28,7 @@ from qbatch.views.quality_bounds import (
 )
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
-from qbatch.views.units import show_bytes, show_ratio
+from qbatch.views.units import show_bytes, show_rate, show_ratio
 
 _RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 
@@ -57,6 +57,8 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
         bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+    if preference.min_tokens_per_s is not None:
+        bounds_text.append(f"a rate of at least {show_rate(preference.min_tokens_per_s, 'tok')}")
     rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
@@ -95,11 +97,24 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
     yield from (reason for bound in bounds if (reason := bound.broken_by(row)) is not None)
     if preference.max_weights_bytes is not None and _weights_bytes(row) > preference.max_weights_bytes:
         yield f"its weights, {show_metric(WEIGHTS, row)}, are over {show_bytes(preference.max_weights_bytes)}"
-    if preference.prefer == "speed" and rate_of(row) is None:
-        reason = row.not_measured.get(MeasuredPart.SPEED)
-        yield "its speed was not measured" + (f" ({reason})" if reason else "")
+    if preference.min_tokens_per_s is not None:
+        yield from _too_slow(row, preference.min_tokens_per_s)
+    elif preference.prefer == "speed" and rate_of(row) is None:
+        yield _speed_unknown(row)
     if preference.prefer == "quality" and not bounds and not row.is_baseline and first_known_cost(row) is None:
         yield "its quality against the baseline was not measured"
+
+
+def _too_slow(row: ResultRow, least: float) -> Iterable[str]:
+    if row.decode_tokens_per_s is None:
+        yield _speed_unknown(row)
+    elif row.decode_tokens_per_s < least:
+        yield f"its rate, {show_metric(DECODE, row)}, is under {show_rate(least, 'tok')}"
+
+
+def _speed_unknown(row: ResultRow) -> str:
+    reason = row.not_measured.get(MeasuredPart.SPEED)
+    return "its speed was not measured" + (f" ({reason})" if reason else "")
 
 
 def rate_of(row: ResultRow) -> Metric | None:
@@ -187,6 +202,7 @@ def _sentence(
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
+        *_worse_on_further_texts(group, ship, bounds),
         *map(_capitalized, audit_warnings(ship)),
         _scope(ship),
     ]
@@ -257,6 +273,10 @@ def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
         return
     noise = f", {NOT_DISTINGUISHABLE} from the baseline" if is_noise(cost.metric, ship) else ""
     yield f"Its {cost.name} is {cost.show_with_error(ship)}{noise}"
+    for name, text in (ship.details.more_texts or {}).items():
+        value = cost.on_text(text.quality)
+        if value is not None:
+            yield f"On {name} it is {cost.show(value)}{cost.suffix}"
     for bound in bounds:
         value, error = bound.cost.value(ship), bound.cost.error(ship)
         if value is not None and error is not None and bound.limit - value < error:
@@ -281,9 +301,18 @@ def _why_unquantized(group: Group, ship: ResultRow, rejected: Mapping[str, Seque
                 yield f"{_name(row)} does not qualify: {'; '.join(rejected[row.job_id])}"
 
 
+def _worse_on_further_texts(group: Group, ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
+    """Yield the rows that would qualify by the first text alone. Those of a baseline are listed anyway."""
+    for row in group.rows if not ship.is_baseline else ():
+        broken = [reason for bound in bounds for reason in bound.broken_on_further_texts(row)]
+        if broken and not any(bound.broken_on_first_text(row) for bound in bounds):
+            yield f"{_name(row)} is within the bound on the first text only: {'; '.join(broken)}"
+
+
 def _scope(ship: ResultRow) -> str:
-    positions = ship.details.quality.rows
-    text = f", over {positions:,} positions of one text" if positions else ""
+    positions, further = ship.details.quality.rows, list(ship.details.more_texts or {})
+    texts = f"the first text, and on {' and '.join(further)}" if further else "one text"
+    text = f", over {positions:,} positions of {texts}" if positions else ""
     if MeasuredPart.SPEED not in ship.protocol.parts:
         return f"It was measured on {ship.device_name}{text}; other texts may give other results"
     batch = ship.protocol.batch_size

@@ -27,7 +27,7 @@ class EngineArchitecture:
     """How an engine builds one architecture.
 
     ``fused`` maps the last component of a fused module's name to those of its members. ``parts`` and ``prefixes`` are
-    what it replaces in a name, in this order. ``refused`` says why it takes no bitsandbytes checkpoint of it;
+    what it replaces in a name, in this order. ``refused`` says why it cannot load bitsandbytes checkpoints of it;
     ``is_generic``: it is run by the engine's wrapper around transformers, whose names were not read.
     """
 

@@ -105,6 +105,14 @@ class Quality(Stored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FurtherText(Stored):
+    """The figures of a text besides the first: the model compared with its base, and its perplexity."""
+
+    quality: Quality = field(default_factory=Quality)
+    perplexity: TextPerplexity = field(default_factory=TextPerplexity)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """A score in a task, and its standard error if the harness has one."""
 

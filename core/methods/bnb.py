@@ -175,6 +175,7 @@ class BnbCheckpoints:
     """Reads bitsandbytes' checkpoints from their config and headers."""
 
     quant_method = LIBRARY
+    packed_parts = (".weight.absmax", ".SCB")
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """``bitsandbytes 4 bits (nf4, double quantization)``"""

@@ -70,6 +70,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
         "qbatch/core/loaders/sglang.json",
         "qbatch/core/loaders/vllm.json",
         *(f"qbatch/views/report/page/{name}" for name in PAGE),
+        "qbatch/worker/measuring/code_text.txt",
+        "qbatch/worker/measuring/dialogue_text.txt",
         "qbatch/worker/measuring/eval_text.txt",
     }
 

@@ -146,6 +146,36 @@ def test_a_margin_below_its_standard_error_is_mentioned() -> None:
     assert "standard error" not in recommended([BASELINE, NF4], max_kl=0.04).sentence
 
 
+def on_code(row: dict[str, Any], kl: float | None, reason: str | None = None) -> dict[str, Any]:
+    quality = {"kl_mean": kl, "ln_ppl_ratio": None if kl is None else kl / 2, "reason": reason}
+    return row | {"details": row["details"] | {"more_texts": {"code": {"quality": quality}}}}
+
+
+def test_a_scheme_that_is_fine_on_prose_and_bad_on_code_is_called_that() -> None:
+    rows = [BASELINE, on_code(INT8, 0.004), on_code(NF4, 0.3)]
+    found = recommended(rows)
+    assert found.ship is not None
+    assert found.ship.job_id == "j2"
+    assert found.rejected["j3"] == ["its mean KL on code, 3.0e-01 nats, is over 0.05"]
+    assert "Its mean KL is 2.0e-03 ± 2.0e-05 nats. On code it is 4.0e-03 nats." in found.sentence
+    assert "over 32,000 positions of the first text, and on code; other devices" in found.sentence
+    assert (
+        "bnb-nf4 (j3) is within the bound on the first text only: its mean KL on code, 3.0e-01 nats, is over 0.05."
+        in found.sentence
+    )
+
+
+def test_a_bound_on_perplexity_holds_on_every_text() -> None:
+    details = NF4["details"] | {"quality": NF4["details"]["quality"] | {"ln_ppl_ratio": 0.01}}
+    found = recommended([BASELINE, on_code(NF4 | {"details": details}, 0.3)], max_ppl_ratio=1.1)
+    assert found.rejected["j3"] == ["its perplexity ratio to the baseline on code, 1.1618, is over 1.1"]
+
+
+def test_a_text_that_was_not_compared_does_not_qualify() -> None:
+    found = recommended([BASELINE, on_code(NF4, None, "the disk was full")])
+    assert found.rejected["j3"] == ["its mean KL on code was not measured (the disk was full)"]
+
+
 def test_quality_that_was_not_measured_does_not_qualify() -> None:
     unknown = NF4 | {"kl_mean": None, "details": {"quality": {"reason": "another tokenizer"}}}
     found = recommended([BASELINE, unknown])

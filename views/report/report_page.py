@@ -28,7 +28,7 @@ from qbatch.views.report.speed_layout import MOST_LINES, speed_layout
 from qbatch.views.report.speed_layout import NARROW as NARROW_SPEED
 from qbatch.views.report.speed_layout import WIDE as WIDE_SPEED
 from qbatch.views.report.unmeasured_job import unmeasured_jobs
-from qbatch.views.results_table import NOISE_LEGEND
+from qbatch.views.table_legend import NOISE_LEGEND
 from qbatch.views.units import show_utc
 
 _PACKAGE = "qbatch.views.report"

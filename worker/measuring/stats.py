@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,3 +57,24 @@ def summarize(sample: Sequence[float]) -> Stats:
         p95=percentile(ordered, 95),
         p99=percentile(ordered, 99),
     )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation of two samples of one length: Pearson's correlation of their ranks. NaN if all values
+    of one sample are equal, if any is NaN, or if there are fewer than two."""
+    if any(map(math.isnan, (*first, *second))):
+        return math.nan
+    ranks = _ranks(first), _ranks(second)
+    if len(first) < 2 or any(min(each) == max(each) for each in ranks):
+        return math.nan
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ascending ranks from 1; equal values share their mean rank."""
+    counts = Counter(values)
+    rank_of, below = {}, 0
+    for value in sorted(counts):
+        rank_of[value] = below + (counts[value] + 1) / 2
+        below += counts[value]
+    return [rank_of[value] for value in values]

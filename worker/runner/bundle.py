@@ -12,11 +12,11 @@ from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
+from qbatch.core.vet import vet_source
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
-from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.measured_rounds import Rounds

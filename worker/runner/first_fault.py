@@ -31,7 +31,7 @@ class FirstFault:
         said = f"{self.module or type(model).__name__} fails ({one_line(self.error)})"
         skips = _mend(model, inputs, self)
         if skips is None:
-            return f"{said}; no layer that was tried mends it by staying unquantized"
+            return f"{said}; leaving any of the tried layers unquantized does not help"
         return f"{said}; --skip-modules {','.join([*scheme.skip_modules, *skips])} mends it"
 
 

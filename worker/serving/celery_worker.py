@@ -47,6 +47,7 @@ from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import queues_of
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
+from qbatch.worker.machine.device_meter import read_load
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
@@ -434,10 +435,11 @@ class CeleryWorker:
         the heartbeat is still renewed if the schema permits, because a running job may need hours yet; a database that
         replaced ours is not touched.
         """
+        load = read_load(self._info.device_uuid)
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
-                workers.beat(session, worker_id)
+                workers.beat(session, worker_id, load)
                 holds = self._holds_device(session)
         except DatabaseRefused as error:
             raise explain(self._database, error) from error

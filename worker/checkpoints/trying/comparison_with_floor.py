@@ -45,7 +45,7 @@ class FloorComparison:
         text = f"{self.measure} at most {self.distance:.2g} (rounding alone: {self.floor:.2g})"
         if not self.decided:
             return text
-        return f"{text}; another likeliest token at {self.flipped} of {self.decided} decided positions"
+        return f"{text}; another most likely token at {self.flipped} of {self.decided} positions where it is certain"
 
 
 def compare(reference: PredictionReference, predicted: Mapping[str, Any]) -> FloorComparison:

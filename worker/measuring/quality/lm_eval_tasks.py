@@ -17,7 +17,8 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,8 @@ _SEED = 1234
 # The batch size affects the figures, since some methods look for outliers in a whole batch.
 _BATCH_SIZE = 8
 _BOOTSTRAP_DRAWS = 1000
+# Each is a line in the job's log too.
+_SAY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +92,15 @@ class TaskRun:
     answers: Mapping[str, TaskAnswers]
 
 
-def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> TaskRun | None:
+def run_tasks(
+    loaded_tasks: LoadedTasks,
+    loaded: LoadedModel,
+    protocol: Protocol,
+    on_step: Callable[[str], None] = lambda step: None,  # noqa: ARG005
+) -> TaskRun | None:
     """Run the tasks. None if there are none to run.
 
+    ``on_step`` is told from time to time how many batches have run; how many there will be, the harness does not say.
     Deterministic: seeds and batch size are fixed, log-probabilities are in float32. Raises BenchmarkError,
     UnsafeSource.
     """
@@ -102,7 +111,7 @@ def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol
     with _quiet_single_process(), _default_generation(loaded), _translated("cannot run the tasks"):
         _seed()
         evaluation = evaluate(
-            lm=_language_model(loaded),
+            lm=_counting(_language_model(loaded), on_step),
             task_dict=loaded_tasks.tasks,
             limit=protocol.task_limit,
             bootstrap_iters=_BOOTSTRAP_DRAWS,
@@ -216,6 +225,32 @@ def _language_model(loaded: LoadedModel) -> Any:
         )
     finally:
         del model.tie_weights
+
+
+def _counting(model: Any, on_step: Callable[[str], None]) -> Any:
+    """The harness's ``model``, which tells ``on_step`` of its batches."""
+    batches = _Batches(on_step)
+    for name in ("_model_call", "_model_generate"):
+        setattr(model, name, batches.counted(getattr(model, name)))
+    return model
+
+
+class _Batches:
+    def __init__(self, on_step: Callable[[str], None]) -> None:
+        self._on_step = on_step
+        self._count = 0
+        self._say_at = time.monotonic() + _SAY_S
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def counting(*args: Any, **options: Any) -> Any:
+            self._count += 1
+            if time.monotonic() >= self._say_at:
+                self._say_at = time.monotonic() + _SAY_S
+                self._on_step(f"tasks, batch {self._count}")
+            return call(*args, **options)
+
+        return counting
 
 
 def _do_nothing() -> None:
