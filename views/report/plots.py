@@ -95,7 +95,7 @@ def _scatter(data: ScatterData) -> Figure:
         axes.axhline(limit, color="#a81e1e", linestyle="--", linewidth=1)
     _place(axes, scatter_layout(data, WIDE))
     axes.set_xlabel("weights")
-    axes.set_ylabel(f"{data.cost.name}{',' if data.cost.suffix else ''}{data.cost.suffix} (lower is better)")
+    axes.set_ylabel(f"{data.title} (lower is better)")
     axes.set_title(_text(data.setting) or "Size against divergence", loc="left", size=10)
     _scatter_legend(axes, data)
     return figure
