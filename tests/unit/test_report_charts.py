@@ -135,7 +135,7 @@ def test_each_device_and_each_way_to_measure_has_a_chart() -> None:
     ]
 
 
-def test_a_speed_has_the_colour_of_its_ratio_and_grey_where_there_is_no_difference() -> None:
+def test_a_speed_has_the_colour_of_its_ratio_and_grey_is_no_difference() -> None:
     rows = models(1)
     rows[1] |= {"decode_tokens_per_s": 10.0}
     (chart,) = charts(rows)
