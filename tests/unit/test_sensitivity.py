@@ -23,6 +23,7 @@ from qbatch.worker.measuring.quality.replay import logits_of
 from qbatch.worker.measuring.stats import rank_correlation
 from qbatch.worker.methods.bnb_weights import WEIGHTS
 from qbatch.worker.models.load import LoadedModel, load
+from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 from qbatch.worker.searching.backward_memory import backward_bytes
 from qbatch.worker.searching.derivative_screen import window_slopes
@@ -97,7 +98,8 @@ def test_the_derivative_is_that_of_finite_differences(tmp_path: Path, arch: str)
     model = loaded(made(tmp_path, arch))
     probe = probes(model, 1)[0]
     packing = WEIGHTS.packing(NF4)
-    layers = model_layers(model.model, probe, "cpu", packing)
+    names = quantized_linears(type(model.model), model.model.config)
+    layers = model_layers(model.model, names, probe, "cpu", packing)
     if arch != "mixtral":  # the kernel of its experts does not take float64
         model.model.double()
     exact = logits_of(model.model, probe, "cpu")

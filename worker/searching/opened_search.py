@@ -19,6 +19,7 @@ from qbatch.worker.methods.bnb_packing import FourBitPacking
 from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel
+from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.backward_memory import free_bytes
 from qbatch.worker.searching.base_logits import BaseLogits
 from qbatch.worker.searching.layer_groups import ModelLayers, model_layers
@@ -101,9 +102,10 @@ def opened_search(
     """
     packing = _packing(loaded, scheme, probes)
     model, device = loaded.model, loaded.device
-    layers = model_layers(model, probes[0], device, packing, asked=scheme.skip_modules)
-    if not layers.groups:
+    names = quantized_linears(type(model), model.config, scheme.skip_modules)
+    if not names:
         raise Unsupported(f"{scheme.method} quantizes no layer of {type(model).__name__}")
+    layers = model_layers(model, names, probes[0], device, packing)
     bytes_at_16_bits = measure_size(model).weights_bytes
     if device == "cpu":
         model.float()
