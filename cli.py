@@ -14,11 +14,13 @@ from qbatch.commands.examining import doctor, inspect, verify
 from qbatch.commands.job_changes import cancel, retry
 from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
-from qbatch.commands.measurements import compare, results, show
+from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.planning_ahead import plan
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait
 from qbatch.core.control_characters import is_unicode
@@ -78,12 +80,18 @@ _COMMANDS: tuple[click.Command, ...] = (
     retry,
     results,
     compare,
+    diff,
+    report,
     show,
     logs,
     doctor,
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

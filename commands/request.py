@@ -70,7 +70,6 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.lm_eval_files import read_tasks
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
-    from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
     grid = Grid(
         bits=options["bits"] or (),
@@ -91,18 +90,19 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         **_parts(options["measure"], why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
     )
-    if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
+    if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
     tasks = read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()])
     refuse_unknown_tasks(tasks, is_one_machine=settings.is_one_machine)
-    eval_text = _read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT)
+    eval_text, *more_texts = _eval_texts(options["eval_texts"] or ("prose",)).items()
     time_limit_s = _time_limit_s(settings, options["time_limit"])
 
     def asked(sources: tuple[SourceRef, ...]) -> Submission:
         return Submission(
             sources=sources,
             grid=grid,
-            eval_text=eval_text,
+            eval_text=eval_text[1],
+            more_texts=dict(more_texts),
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -142,6 +142,24 @@ def _read_list(file: str | None) -> list[str]:
     return _read_text(file, _MODEL_LIST_LIMIT).splitlines()
 
 
+def _eval_texts(values: Sequence[str]) -> dict[str, str]:
+    """The texts by name, in the given order. Of a file that is its name without a suffix. Raises UsageError."""
+    from qbatch.worker.measuring import EVAL_TEXTS
+
+    texts: dict[str, str] = {}
+    for value in values:
+        path = EVAL_TEXTS.get(value) or Path(value)
+        name = value if value in EVAL_TEXTS else path.stem
+        if name in texts:
+            raise UsageError(f"two texts are called {name}: --eval-text takes files of different names")
+        if value not in EVAL_TEXTS and value != "-" and not path.exists():
+            raise UsageError(
+                f"there is no text file {value}, and the texts that come with qbatch are {', '.join(EVAL_TEXTS)}"
+            )
+        texts[name] = _read_text(str(path), _EVAL_TEXT_LIMIT)
+    return texts
+
+
 def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
     from qbatch.core.methods.registry import quant_types
 
@@ -162,7 +180,7 @@ def _parts(measure: Set[MeasuredPart] | None, *, why: bool | None, energy: bool 
         return {"why": why, "energy": energy}
     for part, is_asked in ((MeasuredPart.WHY, why), (MeasuredPart.ENERGY, energy)):
         if is_asked is False and part in measure:
-            raise UsageError(f"--measure asks for {part}, and --no-{part} does not")
+            raise UsageError(f"--measure asks for {part}, but --no-{part} leaves it out")
         measure = measure | {part} if is_asked else measure
     if MeasuredPart.WHY in measure:  # it explains the speed
         measure = measure | {MeasuredPart.SPEED}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import print_results
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
+from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
 from qbatch.commands.planning_ahead import show_plan
 from qbatch.commands.progress_bar import progress_bar
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
 
-_INTERRUPTED = 130
-
 
 @click.command()
 @submit_options
@@ -43,7 +41,7 @@ def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **optio
         show_plan(options, format_)
         return
     if on_end is not None and not wait_:
-        raise UsageError("--on-end needs --wait: afterwards nobody would be there to run the command")
+        raise UsageError("--on-end needs --wait: without it, no process is left to run the command")
     settings = current_settings()
     submission = read_submission(settings, options, quiet=format_ == "quiet")
     database = open_database(settings)
@@ -102,7 +100,7 @@ def _run(
         )
     except KeyboardInterrupt:
         click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
-        return _INTERRUPTED
+        return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
 
@@ -180,10 +178,11 @@ def _stored(receipt: Receipt) -> str:
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
     from qbatch.models_db.results import find_results
+    from qbatch.views.results_table import ResultsScreen
 
     if format_ == "quiet":
         click.echo(format_batch_id(receipt.batch_id))
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
-    print_results(settings, rows, format_)
+    print_results(ResultsScreen(rows=placed(settings, rows)), format_)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.domain import Scheme, stored_dtype
-from qbatch.core.kinds import DType
+from qbatch.core.kinds import FLOATS, DType
 from qbatch.core.known_layers import KNOWN, KnownLayers
 from qbatch.core.safetensors_size import files_bytes
 from qbatch.core.sources import Header, TensorInfo, source_dtype
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
 # A header is padded to a multiple of this.
 _ALIGNMENT = 8
@@ -93,7 +92,7 @@ def _exactly(
             if known.dropped.fullmatch(own):
                 continue
             return None
-        if is_linear and (len(tensor.shape) != 2 or tensor.dtype not in _FLOATS):
+        if is_linear and (len(tensor.shape) != 2 or tensor.dtype not in FLOATS):
             return None
         shape = tensor.shape[::-1] if is_linear and known.is_transposed else tensor.shape
         is_quantized = is_linear and not _is_skipped(own, scheme)
@@ -130,7 +129,7 @@ def _roughly(
     tensors: Sequence[TensorInfo], config: Mapping[str, Any], scheme: Scheme, dtype: DType
 ) -> Iterator[_Tensor]:
     for tensor in tensors:
-        is_quantized = tensor.dtype in _FLOATS and is_likely_quantized(tensor, config, scheme)
+        is_quantized = tensor.dtype in FLOATS and is_likely_quantized(tensor, config, scheme)
         yield _Tensor(name=tensor.name, dtype=_cast(tensor, dtype), shape=tensor.shape, is_quantized=is_quantized)
 
 
@@ -149,4 +148,4 @@ def is_likely_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: S
 
 
 def _cast(tensor: TensorInfo, dtype: DType) -> str:
-    return _NAMES[dtype] if tensor.dtype in _FLOATS else tensor.dtype
+    return _NAMES[dtype] if tensor.dtype in FLOATS else tensor.dtype

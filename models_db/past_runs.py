@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
+from qbatch.core.domain import JobState
 from qbatch.core.job_duration import JobWork, PastRun, share_of_bundle
 from qbatch.core.kinds import DeviceKind
 from qbatch.core.measured.result_row import StoredProtocol
@@ -46,7 +47,13 @@ def past_runs(session: Session, *, newest: int = _NEWEST) -> list[PastRun]:
     groups = list(bundles.values())
     # Of the oldest bundle only a part was read, and its time would be shared among too few.
     whole = groups[:-1] if len(ids) == newest and len(groups) > 1 else groups
-    return [run for group in whole for run in _runs(group)]
+    running = running_bundles(session)
+    return [run for group in whole if group[0].bundle not in running for run in _runs(group)]
+
+
+def running_bundles(session: Session) -> set[str]:
+    """The bundles that workers hold now. Until such a one has ended, its time would be shared among too few jobs."""
+    return set(session.scalars(select(Job.bundle).where(Job.state == JobState.RUNNING)))
 
 
 def _runs(bundle: Sequence[Row[Any]]) -> list[PastRun]:

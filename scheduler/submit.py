@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sqlalchemy import select
 
-from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef
+from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
@@ -40,11 +40,16 @@ _SLOWEST_COMMIT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A validated request to submit a batch. ``screened`` are the folders that were inspected already (``screen``)."""
+    """A validated request to submit a batch.
+
+    ``more_texts``: by name, texts on which quality is measured too. ``screened`` are the folders that were inspected
+    already (``screen``).
+    """
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
+    more_texts: Mapping[str, str] = field(default_factory=dict)
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -54,24 +59,36 @@ class Submission:
     screened: Mapping[SourceRef, InspectedFolder | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.eval_text.strip():
+        if not all(text.strip() for text in (self.eval_text, *self.more_texts.values())):
             raise UsageError("the evaluation text is empty")
+        if self.more_texts and self.grid.quality is False:
+            raise UsageError("quality is measured on further texts, and --measure leaves it out: give one --eval-text")
         if self.tasks.refs and self.grid.quality is False:
             raise UsageError("--tasks are a part of quality, which --measure leaves out")
 
     @property
     def text_sha256(self) -> str:
-        return hashlib.sha256(self.eval_text.encode()).hexdigest()
+        return _sha256(self.eval_text)
+
+    @property
+    def text_refs(self) -> tuple[TextRef, ...] | None:
+        """The further texts; None without any."""
+        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
         protocol = ProtocolOptions(
             eval_text_sha256=self.text_sha256,
+            more_texts=self.text_refs,
             tasks=self.tasks.refs,
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
         return self.grid.bundle(self.sources[0], protocol)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +157,7 @@ def submit(
 
 
 def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
@@ -153,7 +170,8 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        add_text(session, submission.text_sha256, submission.eval_text)
+        for text in (submission.eval_text, *submission.more_texts.values()):
+            add_text(session, _sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 
@@ -178,14 +196,15 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
 
 
 def refuse_missing_libraries(grid: Grid) -> None:
-    """Raises UsageError, with the line that installs what is missing: without it no job of that method has a key."""
+    """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
+    libraries."""
     for scheme in grid.schemes():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     kind = device_kind_of(grid.device, devices)
     for scheme in grid.schemes():
         if kind is not None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, stored_dtype
+from qbatch.core.kinds import FLOATS
 from qbatch.core.output_size import is_likely_quantized
 from qbatch.core.sources import Header, TensorInfo, source_dtype
 from qbatch.models_db.vram import ANY_CLASS_BYTES
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # The CUDA context, the kernels of torch and of the method, and cuBLAS's workspaces.
 _CONTEXT_BYTES = GIB
 # Quantizing holds a few tensors and pinned buffers at a time, whatever the size of the model.
@@ -60,7 +60,7 @@ def memory_bytes(
 
 
 def _loaded_bytes(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme, dtype: DType) -> float:
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         return tensor.nbytes
     if not is_likely_quantized(tensor, config, scheme):
         return tensor.numel * _width(dtype)

@@ -194,6 +194,10 @@ class CheckpointFamily(Protocol):
 
     quant_method: str
 
+    @property
+    def packed_parts(self) -> tuple[str, ...]:
+        """The suffixes that mark a layer as packed: a tensor is stored under its name and one of them."""
+
     def describe(self, settings: Mapping[str, Any]) -> str:
         """Describe ``quantization_config`` in a few words."""
 

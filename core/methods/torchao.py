@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, assert_never
 
 from qbatch.core.errors import UsageError
 from qbatch.core.kinds import DeviceKind, DType
@@ -81,13 +81,13 @@ class Torchao(MethodDescription):
     footprint: str = _FOOTPRINT
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
-        if self.kind is not WeightKind.INT4:
-            return rows * (columns + _ROW_BYTES)
-        group_size = GROUP_SIZE.of(options)
-        if columns % group_size:  # stays unquantized, at 16 bits
-            return rows * columns * 2
-        rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
-        return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
+        match self.kind:
+            case WeightKind.INT8 | WeightKind.INT8_DYNAMIC:
+                return rows * (columns + _ROW_BYTES)
+            case WeightKind.INT4:
+                return _int4_bytes(rows, columns, GROUP_SIZE.of(options))
+            case _:
+                assert_never(self.kind)
 
     def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
         module, _, leaf = name.rpartition(".")
@@ -132,6 +132,13 @@ class Torchao(MethodDescription):
         return "Unless the model is compiled, torchao inspects the activations on the host before each matrix product."
 
 
+def _int4_bytes(rows: int, columns: int, group_size: int) -> float:
+    if columns % group_size:  # stays unquantized, at 16 bits
+        return rows * columns * 2
+    rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
+    return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
+
+
 def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
@@ -161,6 +168,7 @@ class TorchaoCheckpoints:
     """Reads torchao's checkpoints from their config and headers."""
 
     quant_method = LIBRARY
+    packed_parts = ("._weight_scale", "._weight_scale_and_zero")
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """``torchao Int8WeightOnlyConfig``"""

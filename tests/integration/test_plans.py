@@ -26,6 +26,7 @@ from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
+from qbatch.models_db.time_left import time_left
 from qbatch.models_db.vram import GIB
 from tests.rows import POLICY, PROTOCOL, measured
 
@@ -147,6 +148,7 @@ ACTIONS: dict[str, Action] = {
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,
     "how long jobs took": past_runs,
+    "how long jobs will take": lambda session: time_left(session, lease_s=_LEASE_S),
 }
 
 

@@ -120,7 +120,7 @@ def test_where_workers_see_other_files_it_is_only_said(
     from qbatch.commands.request import read_submission
     from qbatch.commands.submission import submit
 
-    context = submit.make_context("submit", [str(model), "--bits", "4"])
+    context = submit.make_context("submit", [str(model), "--bits", "4"], help_option_names=["-h", "--help"])
     asked = read_submission(current_settings(), context.params)
     assert [source.name for source in asked.sources] == [str(model)]
 
