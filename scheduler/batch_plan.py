@@ -154,11 +154,14 @@ def _planned(bundle: Sequence[RequestedJob], inquiry: Inquiry, runs: Sequence[Pa
         except (JobError, OSError):  # pickles, or a folder that only the workers see: nothing is known of it here
             headers = ()
     parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in _FLOATS) or None
+    # Where nothing is live, the next worker is expected to be like the last one.
+    last = runs[0].work.device_kind if runs else None
     jobs = []
     for one in bundle:
         spec = one.spec
-        kind = device_kind_of(spec.device, inquiry.devices) or (runs[0].work.device_kind if runs else None)
-        work = JobWork.of(spec, kind, parameters) if kind is not None else None
+        kind = device_kind_of(spec.device, inquiry.devices)
+        expected = kind or last
+        work = JobWork.of(spec, expected, parameters) if expected is not None else None
         job = PlannedJob(
             spec=spec, dtype=spec.dtype, duration=estimate_duration(work, runs) if work is not None else None
         )
