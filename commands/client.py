@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
 # Of the command: where the models come from, how it prints, and what it does besides storing.
-_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "on_end"})
+_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
 _NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
 
 

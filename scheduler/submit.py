@@ -125,7 +125,7 @@ def submit(
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
-    _refuse_missing_libraries(submission.grid)
+    refuse_missing_libraries(submission.grid)
     inquiry = inquire(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
@@ -195,7 +195,7 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
         yield chunk
 
 
-def _refuse_missing_libraries(grid: Grid) -> None:
+def refuse_missing_libraries(grid: Grid) -> None:
     """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
     libraries."""
     for scheme in grid.schemes():
