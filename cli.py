@@ -5,8 +5,9 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -19,13 +20,17 @@ from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
 from qbatch.commands.submission import run, submit
-from qbatch.commands.waiting import wait
+from qbatch.commands.waiting import wait, watch
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.errors import QbatchError
 from qbatch.core.plain_terminal import show_anything
 
 if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
+
+
+# As shells call what SIGINT and SIGPIPE have ended.
+_INTERRUPTED, _NOBODY_READS = 130, 141
 
 
 class _Group(click.Group):
@@ -48,6 +53,21 @@ class _Group(click.Group):
         except QbatchError as error:
             click.echo(f"qbatch: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # the terminal shows ^C where the cursor was
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:
+            _leave_closed(sys.stdout, sys.stderr)
+            ctx.exit(_NOBODY_READS)
+
+
+def _leave_closed(*streams: TextIO) -> None:
+    """Whoever read these has closed them, as ``head`` does. Without this, Python would complain when it ends."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,6 +83,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     submit,
     run,
     wait,
+    watch,
     up,
     worker,
     scheduler,
