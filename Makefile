@@ -1,4 +1,4 @@
-# Requires Python 3.11 or newer, pip and make; everything else is installed into .venv/.
+# Requires Python 3.11 or newer, pip and make; everything else is installed into .venv/. `make test` also needs Chromium.
 
 PYTHON ?= python3
 VENV := .venv

@@ -11,14 +11,17 @@ from typing import Any, TextIO
 
 import click
 
+from qbatch.commands.context import INTERRUPTED
 from qbatch.commands.examining import doctor, inspect, verify
 from qbatch.commands.job_changes import cancel, retry
 from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
-from qbatch.commands.measurements import compare, results, show
+from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
 from qbatch.commands.waiting import wait, watch
 from qbatch.core.control_characters import is_unicode
@@ -29,8 +32,8 @@ if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
 
 
-# As shells call what SIGINT and SIGPIPE have ended.
-_INTERRUPTED, _NOBODY_READS = 130, 141
+# As shells call what SIGPIPE has ended.
+_NOBODY_READS = 141
 
 
 class _Group(click.Group):
@@ -51,11 +54,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except QbatchError as error:
-            click.echo(f"qbatch: {error}", err=True)
+            first, *others = error.lines
+            click.echo("\n".join([f"qbatch: {first}", *others]), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(err=True)  # the terminal shows ^C where the cursor was
-            ctx.exit(_INTERRUPTED)
+            ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             _leave_closed(sys.stdout, sys.stderr)
             ctx.exit(_NOBODY_READS)
@@ -96,12 +100,18 @@ _COMMANDS: tuple[click.Command, ...] = (
     retry,
     results,
     compare,
+    diff,
+    report,
     show,
     logs,
     doctor,
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

@@ -35,6 +35,7 @@ from qbatch.core.errors import one_line
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Order
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests.integration.test_bundle import Ear
 from tests.reference import contents, save_reference
@@ -71,10 +72,10 @@ INTRODUCTION = """\
 `python -m benchmarks.families` writes this page: every model type of transformers {transformers} with a class for a
 task (language, speech, vision, both), made tiny (random weights, at most {most} million parameters), quantized to NF4
 on a CPU with torch {torch} and bitsandbytes {bitsandbytes}, published and measured by the code that runs a bundle.
-*Identical*: the files are byte for byte those of `from_pretrained` and `save_pretrained`; *own layout*: converted
-weights are quantized, so they cannot be (see [performance.md](performance.md)). *Runs*: a forward pass of the
-checkpoint before it was published. A tiny model does not have the widths and layers of a real one: a family that fails
-here may work, and the reverse.
+*Identical*: the files are byte for byte those of the auto classes' `from_pretrained` and `save_pretrained`; *own
+layout*: converted weights are quantized, so they cannot be (see [performance.md](performance.md)). *Runs*: a forward
+pass of the checkpoint before it was published. A tiny model does not have the widths and layers of a real one: a family
+that fails here may work, and the reverse.
 
 """
 
@@ -227,7 +228,7 @@ def bundle(source: Path) -> Ear:
     )
     ear = Ear()
     with patch.object(ProtocolOptions, "for_device", lambda _options, _kind: protocol):
-        Bundle(order, ear).run()
+        Bundle(order, ear, Quiet()).run()
     return ear
 
 

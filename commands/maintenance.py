@@ -24,7 +24,7 @@ def prune(older_than: float, dry_run: bool, format_: str) -> None:
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import PRUNE_COLUMNS
-    from qbatch.worker.files.prune import prune as prune_old
+    from qbatch.worker.housekeeping.prune import prune as prune_old
 
     settings = current_settings()
     pruned = prune_old(open_database(settings), settings, older_than, dry_run=dry_run)

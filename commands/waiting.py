@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.on_end import on_end_option, run_on_end
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.shared_options import batch_arguments
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qbatch.core.watched import Snapshot
     from qbatch.models_db.session import Database
 
-INTERRUPTED = 130
 # A worker's imports take up to 20 s on a cold machine, and several workers share its cores.
 _STARTS_WITHIN_S = 120.0
 

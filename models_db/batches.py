@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import and_, insert, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
@@ -149,8 +149,9 @@ def are_of_one_model(session: Session, job_ids: Sequence[int]) -> bool:
 
 
 def jobs_with_checkpoints(session: Session, batch_ids: Sequence[int]) -> list[int]:
-    """The jobs of these batches, or of all, whose checkpoints are recorded."""
-    query = select(Job.id).join(Checkpoint, Checkpoint.key == Job.checkpoint_key).order_by(Job.id)
+    """The jobs of these batches, or of all, whose checkpoints are recorded and not known to be gone."""
+    is_there = and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.gone_at.is_(None))
+    query = select(Job.id).join(Checkpoint, is_there).order_by(Job.id)
     return list(session.scalars(query.where(Job.batch_id.in_(batch_ids)) if batch_ids else query))
 
 

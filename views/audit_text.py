@@ -21,6 +21,17 @@ _UNFAIR = {
 
 def audit_warnings(row: ResultRow) -> Iterable[str]:
     """Yield what a reader must know before using a row's figures. Nothing if all is well."""
+    yield from unmarked_warnings(row)
+    if row.details.audits.spread_between_rounds:
+        # Without the number, so that several rows can share the footnote.
+        yield (
+            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
+            "size may be caused by the host"
+        )
+
+
+def unmarked_warnings(row: ResultRow) -> Iterable[str]:
+    """The same without what tables mark at the figure itself."""
     fraction = row.quantized_fraction
     if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
@@ -42,12 +53,6 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
         yield origin
     yield from fairness_remarks(row.details.flags)
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
-    if row.details.audits.spread_between_rounds:
-        # Without the number, so that several rows can share the footnote.
-        yield (
-            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
-            "size may be caused by the host"
-        )
 
 
 def speed_origin(row: ResultRow) -> str | None:

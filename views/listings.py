@@ -100,6 +100,23 @@ PRUNE_COLUMNS: tuple[Column, ...] = (
     Column(key="bytes", title="size", show=show_bytes),
 )
 
+
+def holding_columns(by: str) -> tuple[Column, ...]:
+    """The columns of ``du``, grouped in that way."""
+    size = Column(key="bytes", title="size", show=show_bytes)
+    if by == "path":
+        return (
+            Column(key="path", title="path"),
+            size,
+            Column(key="kind", title="what"),
+            Column(key="model", title="model", wraps=True, spare=True),
+            Column(key="batches", title="batches", spare=True),
+            Column(key="note", title="note", wraps=True, spare=True),
+        )
+    group = () if by == "kind" else (Column(key=by, title=by, wraps=True),)
+    return (Column(key="kind", title="what"), *group, Column(key="number", title="number"), size)
+
+
 VERIFY_COLUMNS: tuple[Column, ...] = (
     Column(key="checkpoint", title="checkpoint"),
     Column(key="state", title="state"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 
 from qbatch.core.byte_units import GIB, KIB, MIB
@@ -103,3 +103,8 @@ def show_change(ratio: float) -> str:
 def show_time(iso: str) -> str:
     """An aware ISO 8601 time in the reader's local time zone."""
     return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def show_utc(iso: str) -> str:
+    """An aware ISO 8601 time for readers in any time zone: ``2026-11-29 02:00 UTC``."""
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")

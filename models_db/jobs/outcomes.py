@@ -14,6 +14,7 @@ from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
 from qbatch.models_db.jobs.transitions import end, locked, requeue
 from qbatch.models_db.memory_need import remember_too_small
+from qbatch.models_db.question_answers import store_answers
 from qbatch.models_db.tables import Job, Result, Worker
 from qbatch.models_db.vram import no_larger, usable_bytes
 from qbatch.models_db.workers import around
@@ -49,6 +50,7 @@ def succeed(
             speed_key=measurement.details.speed_key,
         )
     )
+    store_answers(session, job.id, measurement.answers or {})
     end(session, job, JobState.SUCCEEDED)
     clear_device(session, job.worker_id)
     return True

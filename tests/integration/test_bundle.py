@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,15 +15,11 @@ import pytest
 
 from qbatch.core import filesystem, identity
 from qbatch.core.domain import (
-    Claim,
     DeviceKind,
-    DType,
-    JobSpec,
     Method,
     Protocol,
     ProtocolOptions,
     Scheme,
-    SourceRef,
     Stage,
 )
 from qbatch.core.errors import DiskFull, SourceChanged, StorageError, Unsupported
@@ -32,55 +27,22 @@ from qbatch.core.filesystem import Refusal
 from qbatch.core.methods import registry
 from qbatch.worker.checkpoints import publish as publishing
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
-from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
-    Answered,
     CheckpointReady,
     Entered,
     Failed,
-    FilesKnown,
-    FilesSeen,
     Measured,
     MeasurementsOver,
-    Order,
     Progressed,
-    Question,
-    Reply,
     Resolved,
-    RunnerMessage,
     Stepped,
 )
-from qbatch.worker.runner.quiet import Quiet
-from qbatch.worker.sources.fetch import SourcePolicy
+from tests.bundles import TEXT_HASH, Ear, run_bundle
 from tests.tiny import make_causal
-from tests.unit.benchmark_models import QUICK, TEXT
+from tests.unit.benchmark_models import QUICK
 
-TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 NF4, INT8, TORCHAO = 1, 2, 3
 SCHEMES = {NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
-
-
-@dataclass(slots=True)
-class Ear:
-    """A supervisor that only listens."""
-
-    heard: list[RunnerMessage] = field(default_factory=list)
-
-    def send(self, message: RunnerMessage) -> None:
-        self.heard.append(message)
-
-    def ask(self, question: Question) -> Reply:
-        self.send(question)
-        return FilesKnown(digests={}) if isinstance(question, FilesSeen) else Answered(job_ids=frozenset())
-
-    def entered(self, stage: Stage) -> set[int]:
-        return {job_id for m in self.heard if isinstance(m, Entered) and m.stage is stage for job_id in m.job_ids}
-
-    def measured(self) -> set[int]:
-        return {m.job_id for m in self.heard if isinstance(m, Measured)}
-
-    def failed(self) -> dict[int, str]:
-        return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
 
 
 @pytest.fixture(autouse=True)
@@ -98,37 +60,7 @@ def source(tmp_path: Path) -> Path:
 
 def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES) -> Ear:
     """The bundle of both widths of ``source``."""
-    claims = tuple(
-        Claim(
-            job_id=job_id,
-            attempt=attempt,
-            spec=JobSpec(
-                source=SourceRef(name=str(source), location=str(source), is_folder=True),
-                scheme=scheme,
-                dtype=DType.AUTO,
-                device=DeviceKind.CPU,
-                protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
-            ),
-        )
-        for job_id, scheme in schemes.items()
-    )
-    storage = source.parent / "storage"
-    order = Order(
-        claims=claims,
-        texts={TEXT_HASH: TEXT},
-        device_kind=DeviceKind.CPU,
-        device_name="this CPU",
-        storage=storage,
-        staging=storage / ".staging",
-        cache=source.parent / "cache",
-        cache_bytes=1 << 30,
-        policy=SourcePolicy(roots=None),
-        lease_s=60.0,
-        log_path=storage / "log",
-    )
-    ear = Ear()
-    Bundle(order, ear, Quiet()).run()
-    return ear
+    return run_bundle(source, schemes, attempt=attempt)
 
 
 def places(ear: Ear, source: Path) -> dict[int, Path]:

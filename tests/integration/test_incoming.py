@@ -93,8 +93,8 @@ def test_an_old_sentence_transformers_folder_names_its_inner_model(tmp_path: Pat
     source = incoming.old_sentence_transformer(tmp_path / "source")
     message = the_message(run(source, schemes=BOTH), "source_not_found")
     assert message == (
-        f"{source} has no config.json: the model of this sentence-transformers folder lies in {source}/0_Transformer; "
-        "list that"
+        f"{source} has no config.json: the model of this sentence-transformers folder is in {source}/0_Transformer: "
+        "list that one"
     )
 
 

@@ -28,7 +28,7 @@ from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
 from qbatch.worker.checkpoints.published import Published
-from qbatch.worker.files.prune import prune
+from qbatch.worker.housekeeping.prune import prune
 from qbatch.worker.serving.recorder import Recorder
 from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed
 from tests.waiting import until

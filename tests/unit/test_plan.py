@@ -21,6 +21,7 @@ from qbatch.models_db.vram import GIB
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.scheduler.vram_prediction import memory_bytes, predicted_need
+from tests.rows import a_gpu
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -173,3 +174,16 @@ def test_submit_stores_the_prediction_of_a_folder_and_none_for_the_hub(
     headers = read_headers(llama)
     expected = [predicted_need(spec(llama, scheme), headers, LLAMA) for scheme in (BASELINE, INT8, NF4)]
     assert stored == [*expected, None, None, None]
+
+
+@pytest.mark.parametrize(("gib", "warns"), [(None, False), (4, True), (80, False)])
+def test_submit_warns_where_no_live_gpu_is_predicted_to_be_large_enough(
+    sqlite_database: Database, tmp_path: Path, llama: Path, gib: int | None, warns: bool
+) -> None:
+    if gib is not None:
+        a_gpu(sqlite_database, gib)
+    settings = Settings(home=tmp_path, storage=tmp_path, cache=tmp_path)
+    source = SourceRef(name="llama", location=str(llama), is_folder=True)
+    receipt = submit(sqlite_database, settings, Submission(sources=(source,), grid=Grid(bits=(4,)), eval_text="words"))
+    assert [f"the largest live GPU has, one of {gib} GiB" in line for line in receipt.warnings] == [True] * warns
+    assert list(receipt.warnings.values()) == [1] * warns

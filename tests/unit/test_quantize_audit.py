@@ -17,6 +17,7 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import Unsupported
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from tests.reference import load_quantized
+from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
@@ -43,6 +44,14 @@ def edit(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_layers_whose_sizes_are_tensors_are_counted_in_numbers(tmp_path: Path) -> None:
+    """Inkling's vision tower computes the sizes of its layers with tensors."""
+    config = shrunk_config("inkling_mm_model")
+    make(transformers.InklingForConditionalGeneration, config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    audit = audit_of(tmp_path / "source", tmp_path / "out", NF4)
+    assert type(audit["quantized_parameters"]) is int
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -233,12 +233,20 @@ class Rounds:
         if turn.benchmark.is_explainable and any(row.wants_why for row in turn.rows.values()):
             captures.prepare()
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
-        reference = None if is_baseline else self._base_outputs.find(plan)
-        turn.benchmark.measure_quality(loaded, reference)
         if is_baseline:
+            turn.benchmark.measure_quality(loaded, None)
             self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
-        elif reference is None and loaded.tokenizer is not None:
+            return
+        reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts
+        more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}
+        turn.benchmark.measure_quality(loaded, reference, more)
+        if loaded.tokenizer is None:
+            return
+        if reference is None:
             turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan))
+        for text in texts:
+            if text.name not in more:
+                turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan, text), text=text.name)
 
     def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
         for job_id in self._reports.open(turn.jobs):

@@ -52,9 +52,7 @@ class Publication:
             with self._reports.failing(plan.job_id for plan in plans):
                 # A source with the same content may have been published under another name.
                 candidates = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
-                existing = next(
-                    filter(None, (find_published(self._order.storage, path, key) for path in candidates)), None
-                )
+                existing = next(filter(None, (self._find(path, key) for path in candidates)), None)
                 if existing is None:
                     missing.append(plans)
                 else:
@@ -66,6 +64,9 @@ class Publication:
             for plan in models[key]:
                 self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint.published))
         return published
+
+    def _find(self, path: str, key: str) -> Verified | None:
+        return find_published(self._order.storage, path, key, database=self._order.database)
 
     def _quantize(self, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
         from qbatch.worker.quantizing import Target, write_checkpoints
@@ -187,5 +188,6 @@ class Publication:
             dtype=plan.settled.dtype,
             device_kind=self._order.device_kind,
             device_name=self._order.device_name,
+            database=self._order.database,
             versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
         )

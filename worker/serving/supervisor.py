@@ -199,7 +199,8 @@ class Supervisor:
         with context.database.read() as session:
             context.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
-            logs = settings.logs_of(database_id(session))
+            database = database_id(session)
+        logs = settings.logs_of(database)
         return Order(
             claims=tuple(self._claims.values()),
             texts=texts,
@@ -218,6 +219,7 @@ class Supervisor:
             lease_s=settings.lease_s,
             log_path=runner_log(logs, first, self._claims[first].attempt),
             device_uuid=context.device_uuid,
+            database=database,
         )
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:

@@ -27,7 +27,9 @@ from typing import Any
 from qbatch.core.domain import Protocol, TaskRef, content_hash
 from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, Unsupported, one_line
 from qbatch.core.measured.quality_figures import Score, TaskScores
+from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.scheduler.lm_eval_files import data_files, unpack
+from qbatch.worker.measuring.quality.answered_questions import answered_questions, scores_of
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
@@ -82,13 +84,21 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
     return LoadedTasks(tasks=tasks, hashes=hashes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRun:
+    """``scores``: by task or group (see ``docs/measurements.md``). ``answers``: to each of their questions."""
+
+    scores: Mapping[str, TaskScores]
+    answers: Mapping[str, TaskAnswers]
+
+
 def run_tasks(
     loaded_tasks: LoadedTasks,
     loaded: LoadedModel,
     protocol: Protocol,
     on_step: Callable[[str], None] = lambda step: None,  # noqa: ARG005
-) -> dict[str, TaskScores] | None:
-    """Run the tasks. Returns scores by task or group (see ``docs/measurements.md``); None if there are none to run.
+) -> TaskRun | None:
+    """Run the tasks. None if there are none to run.
 
     ``on_step`` is told from time to time how many batches have run; how many there will be, the harness does not say.
     Deterministic: seeds and batch size are fixed, log-probabilities are in float32. Raises BenchmarkError,
@@ -107,7 +117,10 @@ def run_tasks(
             bootstrap_iters=_BOOTSTRAP_DRAWS,
             log_samples=True,
         )
-    return {name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]}
+    return TaskRun(
+        scores={name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]},
+        answers=answered_questions(evaluation),
+    )
 
 
 def _spec(ref: TaskRef, texts: Mapping[str, str], folder: Path) -> str | dict[str, Any]:
@@ -246,13 +259,12 @@ def _do_nothing() -> None:
 
 def _task_scores(name: str, evaluation: Mapping[str, Any], hashes: Mapping[str, str]) -> TaskScores:
     results, config = evaluation["results"][name], evaluation["configs"].get(name)
-    scores: dict[str, Score] = {}
-    for key, value in results.items():
-        metric, comma, answer_filter = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            # The harness calls unfiltered answers "none".
-            label = metric if answer_filter == "none" else key
-            scores[label] = Score(value=_number(value), error=_number(results.get(f"{metric}_stderr,{answer_filter}")))
+    scores = {
+        score.label: Score(
+            value=_number(score.value), error=_number(results.get(f"{score.metric}_stderr,{score.answer_filter}"))
+        )
+        for score in scores_of(results)
+    }
     return TaskScores.of(
         scores,
         n_samples=results.get("sample_len"),
