@@ -337,7 +337,7 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     causal = loaded(tiny.make_causal(tmp_path / "llama"))
     given: Any = probes(causal)
     with (
-        pytest.raises(Unsupported, match="4-bit schemes of bitsandbytes, not for bnb-int8"),
+        pytest.raises(Unsupported, match="nothing but weights, not for bnb-int8"),
         opened_search(causal, given, Scheme(method=Method.INT8, compute_dtype=DType.FLOAT32)),
     ):
         pass
