@@ -199,7 +199,7 @@ def test_a_broken_checkpoint_is_never_shipped(details: dict[str, Any]) -> None:
     assert shipped([BASELINE, INT8, broken]) == "j2"
 
 
-def test_predictions_that_are_not_finite_are_never_shipped_nor_counted_as_good() -> None:
+def test_predictions_that_are_not_finite_are_never_shipped_or_good() -> None:
     nan = NF4 | {
         "kl_mean": None,
         "details": NF4["details"] | {"quality": {"reason": "its outputs are NaN or infinite"}},
