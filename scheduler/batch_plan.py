@@ -19,10 +19,10 @@ from qbatch.core.output_size import OutputSize, output_size
 from qbatch.core.settings import Settings
 from qbatch.core.sources import Header, read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
+from qbatch.core.vram_classes import VRAM_CLASSES, floor_bytes
 from qbatch.models_db import checkpoints
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.session import Database
-from qbatch.models_db.vram import VRAM_CLASSES, floor_bytes
 from qbatch.scheduler.inquiry import Inquiry, InspectedSource, RequestedJob, device_kind_of, inspect_unvetted
 from qbatch.scheduler.submit import Submission, inquire, refuse_missing_libraries
 from qbatch.scheduler.vram_prediction import memory_bytes

@@ -15,12 +15,12 @@ from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
 from qbatch.core.settings import Settings
+from qbatch.core.vram_classes import vram_class
 from qbatch.models_db import workers
 from qbatch.models_db.arrivals import arriving
 from qbatch.models_db.batches import NewJob, add_text
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.vram import vram_class
 from qbatch.scheduler.inquiry import (
     Inquiry,
     InspectedFolder,
