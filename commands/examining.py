@@ -46,10 +46,12 @@ def doctor(deep: bool, format_: str) -> None:
 
 
 def _cpu_check(*, measure: bool) -> Check:
-    """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
+    """Whether the CPU has 16-bit arithmetic of its own. Measures it, which imports torch, only if the system does not
+    say so."""
     from qbatch.views.checks import State, check
     from qbatch.views.emulation import arithmetic_check, native_check
-    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, measured_apart
+    from qbatch.worker.machine.processor import cpuinfo
 
     instructions = bfloat16_instructions(cpuinfo(), os.environ)
     if instructions is not None and not measure:
@@ -151,7 +153,8 @@ def _any_is_ours(folders: Sequence[Path]) -> bool:
 
 
 def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | None) -> None:
-    """``python`` None: nothing is tried."""
+    """Print what the loaders do with the checkpoints. ``python`` is the interpreter to try them with; None to try
+    nothing."""
     from qbatch.commands.loader_names import parse_loaders
     from qbatch.core.errors import JobError
     from qbatch.core.loaders.known_loaders import judge_folder

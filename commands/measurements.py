@@ -131,7 +131,7 @@ def show(targets: Sequence[str], format_: str) -> None:
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
-    """With the path of its newest log; none if no worker has begun it."""
+    """The record with the path of the newest log, if a worker has begun the job."""
     log_path = job_log(folder, job_number(record.job_id), record.attempt)
     return replace(record, log_path=str(log_path) if record.attempts else None)
 

@@ -20,7 +20,7 @@ _LARGEST = LARGEST_ID
 _BATCH_OPTIONS = "qbatch.batch_options"
 OF_A_SHAPE, EACH = "shape", "each"
 ON_A_TERMINAL = 50
-"""How many rows of a long list a terminal shows unless it is told."""
+"""How many rows of a long list a terminal shows by default."""
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
@@ -67,7 +67,7 @@ def batch_arguments(rows: str | None = None, *, required: bool = False) -> Calla
             is_eager=True,
             expose_value=False,
             callback=_keep_for_arguments,
-            help=f"Only {rows} of this batch, as BATCH says without the option; may be repeated.",
+            help=f"Show only {rows} of this batch, like the argument BATCH; may be repeated.",
         )
         return argument(option(command))
 
@@ -118,6 +118,11 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
 
 def submit_options(command: Command) -> Command:
     """Add the options that ``submit`` and ``run`` share."""
+    return request_options(format_options("table", "json", "quiet")(command))
+
+
+def request_options(command: Command) -> Command:
+    """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
         click.argument("models", nargs=-1, metavar="[MODEL]..."),
         click.option(
@@ -280,7 +285,6 @@ def submit_options(command: Command) -> Command:
             "default nothing is submitted then.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
-        format_options("table", "json", "quiet"),
     ]
     for option in reversed(options):
         command = option(command)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
+from qbatch.commands.planning_ahead import show_plan
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
 from qbatch.commands.shared_options import submit_options
-from qbatch.commands.waiting import wait_for_batches
+from qbatch.commands.waiting import leave_running, wait_for_batches, what_goes_on
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
@@ -26,15 +27,19 @@ if TYPE_CHECKING:
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
 
-_INTERRUPTED = 130
-
 
 @click.command()
 @submit_options
 @click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
+@click.option("--dry-run", is_flag=True, help="Store nothing, and print what `qbatch plan` does.")
 @on_end_option
-def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> None:
+def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **options: Any) -> None:
     """Store a batch of quantize-and-benchmark jobs for each MODEL and print its id."""
+    if dry_run:
+        if wait_:
+            raise UsageError("--dry-run stores nothing that --wait could wait for")
+        show_plan(options, format_)
+        return
     if on_end is not None and not wait_:
         raise UsageError("--on-end needs --wait: without it, no process is left to run the command")
     settings = current_settings()
@@ -49,9 +54,12 @@ def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> Non
         raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
-        all_succeeded = wait_for_batches(
-            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
-        )
+        try:
+            all_succeeded = wait_for_batches(
+                database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
+            )
+        except KeyboardInterrupt:
+            leave_running(database, [receipt.batch_id])
         _print_outcome(database, settings, receipt, format_)
         sys.exit(0 if all_succeeded else 1)
     _print_receipt(receipt, format_)
@@ -94,20 +102,11 @@ def _run(
             database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise, on_end=on_end
         )
     except KeyboardInterrupt:
-        click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
-        return _INTERRUPTED
+        stopped = f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
+        click.echo(what_goes_on(database, [receipt.batch_id]) if stack is None else stopped, err=True)
+        return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
-
-
-def _after_interrupt(batch: str, *, stops_stack: bool) -> str:
-    """What becomes of the batch: a stack that was there before goes on."""
-    if stops_stack:
-        return f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
-    return (
-        f"no longer waiting; {batch} goes on where it runs: `qbatch wait {batch}` waits again, "
-        f"`qbatch cancel {batch}` cancels it"
-    )
 
 
 def _store(

@@ -41,5 +41,5 @@ def show_need(above_bytes: int) -> str:
 
 
 def no_larger(above_bytes: int) -> str:
-    """``show_need`` where nobody has such a GPU."""
+    """The same as ``show_need``, and that no live worker has such a GPU."""
     return f"{show_need(above_bytes)}, and no live worker has one"

@@ -257,8 +257,8 @@ def _settle(
 
 
 def _with_known_skip_lists(session: Session, bundles: list[list[RequestedJob]]) -> list[list[RequestedJob]]:
-    """What the names in a skip list mean only a worker finds out, since it takes the model: a job whose list none has
-    settled yet has no key."""
+    """Only a worker can find out what the names in a skip list mean, because that needs the model. A job whose list no
+    worker has resolved yet has no key."""
     spelled = {one.settled.key for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules}
     keys = skip_list_keys.known(session, spelled) if spelled else {}
     return [[_with_key(one, keys) if one.spec.scheme.skip_modules else one for one in bundle] for bundle in bundles]

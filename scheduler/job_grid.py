@@ -93,7 +93,7 @@ class Grid:
         return (*([BASELINE] if wants_baseline else []), *map(self._scheme, self._methods()))
 
     def _methods(self) -> list[Method]:
-        """What is asked for beside the baseline."""
+        """The requested methods, without the baseline."""
         asked = [method for bits in self.bits for method in self._of_bits(bits)]
         distinct = dict.fromkeys([*asked, *(method for method in self.methods if method is not Method.NONE)])
         return sorted(distinct, key=lambda method: -(method.description.bits or 0))

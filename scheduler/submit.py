@@ -125,7 +125,7 @@ def submit(
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
-    _refuse_missing_libraries(submission.grid)
+    refuse_missing_libraries(submission.grid)
     inquiry = inquire(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
@@ -157,7 +157,7 @@ def submit(
 
 
 def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
@@ -195,15 +195,16 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
         yield chunk
 
 
-def _refuse_missing_libraries(grid: Grid) -> None:
-    """Raises UsageError, with the line that installs what is missing: without it no job of that method has a key."""
+def refuse_missing_libraries(grid: Grid) -> None:
+    """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
+    libraries."""
     for scheme in grid.schemes():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     kind = device_kind_of(grid.device, devices)
     for scheme in grid.schemes():
         if kind is not None:

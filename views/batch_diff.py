@@ -10,8 +10,8 @@ from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.batch_pairs import PairedBatches, RowPair, pair_batches
 from qbatch.views.figure_changes import Change, FigureChange
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import printable, render, terminal_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width
 from qbatch.views.protocol import version_differences
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_ratio
@@ -21,7 +21,6 @@ _LISTED = (
     *(Change.FASTER, Change.SLOWER, Change.BETTER, Change.WORSE),
     *(Change.SMALLER, Change.LARGER, Change.UNKNOWN),
 )
-_TEXT_WIDTH = 100
 
 
 def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: str) -> str:  # noqa: A002
@@ -35,7 +34,7 @@ def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: 
     lines = [line for change in _LISTED for line in _section(change, paired.pairs, width)]
     lines += _not_compared(paired, width)
     footer = [text for text in (*_versions(paired.pairs), _sum(paired)) if text]
-    prose = [line for text in footer for line in wrap(printable(text), min(width, _TEXT_WIDTH), indent=GAP)]
+    prose = [line for text in footer for line in wrap(printable(text), min(width, PROSE_WIDTH), indent=GAP)]
     return "\n".join([*lines, *([""] if lines else []), *prose])
 
 

@@ -33,12 +33,15 @@ class Choice:
 
 def choices_of(rows: Sequence[ResultRow], preference: Preference) -> list[Choice]:
     """A choice for each group of ``rows`` that may be compared, if it has a quantized row."""
-    return [
-        Choice(model=model.name, group=group, recommendation=recommend(group, preference))
-        for model in models_of(rows)
-        for group in model.groups
-        if any(not row.is_baseline for row in group.rows)
-    ]
+    choices = (choose(model.name, group, preference) for model in models_of(rows) for group in model.groups)
+    return [choice for choice in choices if choice is not None]
+
+
+def choose(model: str, group: Group, preference: Preference) -> Choice | None:
+    """None if the group has only baselines."""
+    if all(row.is_baseline for row in group.rows):
+        return None
+    return Choice(model=model, group=group, recommendation=recommend(group, preference))
 
 
 def picked(choices: Iterable[Choice]) -> set[str]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import printable, render, terminal_width, text_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
@@ -26,10 +27,10 @@ from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_legend import mark_sentences
 from qbatch.views.table_notes import Footnotes, show_state
 from qbatch.views.task_scores import task_table
+from qbatch.views.text_figures import text_table
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
-_TEXT_WIDTH = 100
 _PREFERRED = {"size": "the smallest weights", "speed": "the highest rate", "quality": "what is nearest to the baseline"}
 
 
@@ -72,7 +73,7 @@ class _Screen:
 
     @property
     def prose(self) -> int:
-        return min(self.width, _TEXT_WIDTH)
+        return min(self.width, PROSE_WIDTH)
 
     def answer(self, rows: Sequence[ResultRow], models: Sequence[ModelRows], *, is_in_full: bool) -> list[str]:
         """A line for each model, what it follows from, and the sum."""
@@ -121,6 +122,8 @@ class _Screen:
         for row in group.rows:
             sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
             yield from self._wrapped(" ".join(_new(sentences, said)))
+        for each in compare_answers(baseline_pairs(group)):
+            yield from self._wrapped(say(each))
         for remark in _new(_remarks(group, recommendation.ship), said):
             yield from self._wrapped(remark)
 
@@ -181,7 +184,7 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     titles = [column_title(column, group.rows) for column in columns]
     heads = [f"{row.job_id} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
     cells = [[_cell(column, row, group) for row in group.rows] for column in columns]
-    for title, line in task_table(group):
+    for title, line in [*text_table(group), *task_table(group)]:
         titles.append(title)
         cells.append(line)
     if by == "figure":

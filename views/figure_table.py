@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.formats import UNLIMITED, text_width
+from qbatch.views.formats import GAP, UNLIMITED, text_width
 from qbatch.views.result_columns import ShownColumn
 
-GAP = "  "
 _LEAST_OF_A_LABEL = 8
 
 

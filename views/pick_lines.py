@@ -13,8 +13,8 @@ from qbatch.core.measured.metrics import MetricColumn as Metrics
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.choices import Choice
-from qbatch.views.figure_table import GAP, FigureTable, Line
-from qbatch.views.formats import UNLIMITED, printable, text_width
+from qbatch.views.figure_table import FigureTable, Line
+from qbatch.views.formats import GAP, UNLIMITED, printable, text_width
 from qbatch.views.groups import ModelRows
 from qbatch.views.ranking import short_names, shortened
 from qbatch.views.result_columns import ShownColumn, of_metrics

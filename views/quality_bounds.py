@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
 from qbatch.core.measured.quality_figures import Quality
@@ -13,10 +14,6 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters
 from qbatch.views.metric_text import show_value
 from qbatch.views.noise import is_noise
-
-# exp of a larger number overflows a float.
-_LARGEST_EXPONENT = 709.0
-
 
 WindowSums = tuple[Sequence[float], Sequence[int]]
 
@@ -60,9 +57,7 @@ def _perplexity_ratio(row: ResultRow) -> float | None:
 
 
 def _exp(logarithm: float | None) -> float | None:
-    if logarithm is None:
-        return None
-    return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
+    return None if logarithm is None else exponential(logarithm)
 
 
 def _perplexity_ratio_error(row: ResultRow) -> float | None:

@@ -11,8 +11,8 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.choices import Choice, choices_of, picked
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, FigureTable, Line, wrap
-from qbatch.views.formats import UNLIMITED, printable, terminal_width
+from qbatch.views.figure_table import FigureTable, Line, wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, printable, terminal_width
 from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol
 from qbatch.views.ranking import ranked_labels
@@ -25,7 +25,6 @@ from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, show_
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
-_TEXT_WIDTH = 100
 _REASONS_SHOWN = 12
 _NOT_COMPARABLE = "these rows are of several protocols or devices, so their order says little: filter them"
 
@@ -100,7 +99,7 @@ def results_table(screen: ResultsScreen) -> str:
         return "no results"
     terminal = terminal_width()
     width = UNLIMITED if screen.layout.is_wide else terminal
-    text_width = min(terminal, _TEXT_WIDTH)
+    text_width = min(terminal, PROSE_WIDTH)
     columns, choices = screen.layout.all_columns(), screen.choices()
     notes, by_id = Footnotes(), screen.by_id
     shared = notes_of_all(screen.rows, by_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
@@ -16,7 +17,7 @@ _JOBS_NAMED = 4
 
 
 def sum_up(rows: Sequence[ResultRow], choices: Sequence[Choice]) -> str:
-    """``6 jobs of 2 models on NVIDIA H200: 5 succeeded, 1 failed (j6 cuda_oom). Ship bnb-nf4 of 2 models: weights …``
+    """``6 jobs of 2 models on NVIDIA H200: 5 succeeded, 1 failed (j6 cuda_oom). Ship … of 2 models: weights …``
 
     ``rows`` are those that are shown, ``choices`` those of their models.
     """
@@ -61,8 +62,8 @@ def _named(rows: Sequence[ResultRow]) -> str:
 
 def _shipped(choices: Sequence[Choice]) -> Iterable[str]:
     """Of each model once, though it may have been measured in several ways."""
-    first = {choice.model: choice for choice in reversed(choices)}
-    shipped = [choice for choice in first.values() if choice.ship is not None]
+    first = _first_of_models(choices)
+    shipped = [choice for choice in first if choice.ship is not None]
     if shipped:
         schemes = Counter(_scheme(choice.ship) for choice in shipped if choice.ship is not None)
         (best, number), *others = schemes.most_common()
@@ -76,15 +77,41 @@ def _scheme(row: ResultRow) -> str:
     return "the baseline" if row.is_baseline else row.scheme
 
 
+def _first_of_models(choices: Sequence[Choice]) -> list[Choice]:
+    """Of each model the first choice."""
+    return list({choice.model: choice for choice in reversed(choices)}.values())
+
+
 def _saved(shipped: Sequence[Choice]) -> str:
-    pairs = [(choice.baseline, choice.ship) for choice in shipped]
+    saved = weights_saved(shipped)
+    if saved is None:
+        return ""
+    of = "" if saved.models == len(shipped) else f" of {_count(saved.models, 'model')}"
+    return f": weights{of} from {show_bytes(saved.before)} to {show_bytes(saved.after)} ({show_ratio(saved.ratio)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsSaved:
+    """The bytes of the weights of ``models`` baselines, and of what is shipped instead of them."""
+
+    before: int
+    after: int
+    models: int
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+def weights_saved(choices: Sequence[Choice]) -> WeightsSaved | None:
+    """Of each model once. None if nothing that is shipped can be compared with a baseline."""
+    pairs = [(choice.baseline, choice.ship) for choice in _first_of_models(choices)]
     known = [
         (base.weights_bytes, ship.weights_bytes)
         for base, ship in pairs
         if base is not None and ship is not None and base.weights_bytes and ship.weights_bytes
     ]
     if not known:
-        return ""
+        return None
     before, after = (sum(sizes) for sizes in zip(*known, strict=True))
-    of = "" if len(known) == len(shipped) else f" of {_count(len(known), 'model')}"
-    return f": weights{of} from {show_bytes(before)} to {show_bytes(after)} ({show_ratio(after / before)})"
+    return WeightsSaved(before=before, after=after, models=len(known))

@@ -40,6 +40,13 @@ def show_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def show_clock(seconds: float) -> str:
+    """``0:41``, ``12:05``, ``3:20:00``: for columns in which it rises."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def show_time_left(seconds: float) -> str:
     """``about 12 min``: no finer than an estimate is."""
     if seconds < 60:

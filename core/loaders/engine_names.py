@@ -91,7 +91,7 @@ class Engine:
 
 @cache
 def engine(package: str) -> Engine:
-    """``vllm`` or ``sglang``."""
+    """What is known of the engine ``vllm`` or ``sglang``."""
     value = json.loads((Path(__file__).parent / f"{package}.json").read_text())
     return Engine(
         package=value["package"],

@@ -28,6 +28,7 @@ from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
 from qbatch.models_db.time_left import time_left
 from qbatch.models_db.vram import GIB
+from qbatch.models_db.watching import Watcher
 from tests.rows import POLICY, PROTOCOL, measured
 
 _SIZES = Sizes(jobs=30_000, large=3_000, queued=9_000)
@@ -148,6 +149,8 @@ ACTIONS: dict[str, Action] = {
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,
     "how long jobs took": past_runs,
+    "a look of who watches": lambda session: Watcher([_large(session)], lease_s=_LEASE_S).look(session),
+    "a look at all that is open": lambda session: Watcher([], lease_s=_LEASE_S).look(session),
     "how long jobs will take": lambda session: time_left(session, lease_s=_LEASE_S),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 IDS = tuple(range(10, 40))
 
 
-def layers_of(model: Any, asked: tuple[str, ...] = (), scheme: Scheme = NF4) -> ModelLayers:
+def layers_of(
+    model: Any, asked: tuple[str, ...] = (), scheme: Scheme = NF4, names: Set[str] | None = None
+) -> ModelLayers:
+    names = quantized_linears(type(model), model.config, asked) if names is None else names
     probe = Probe(ids=IDS, labels=IDS if model.config.is_encoder_decoder else ())
-    return model_layers(model.eval(), probe, "cpu", WEIGHTS.packing(scheme), asked=asked)
+    return model_layers(model.eval(), names, probe, "cpu", WEIGHTS.packing(scheme))
 
 
 def small(model_type: str, cls: str, **fields: Any) -> Any:
-    return make(getattr(transformers, cls), shrunk_config(model_type, **fields)).to(torch.bfloat16)
+    return make(getattr(transformers, cls), shrunk_config(model_type, dtype="bfloat16", **fields)).to(torch.bfloat16)
 
 
 def stored(make_model: Callable[..., Path], folder: Path, *arguments: str) -> Any:
@@ -133,6 +136,9 @@ class _Expert(torch.nn.Module):
         return self.w2(self.w1(x) * self.w3(x))
 
 
+LINEARS_OF_EXPERTS = ("w1", "w2", "w3")
+
+
 class _Experts(torch.nn.Module):
     """An expert for each token, as in a model with code of its own."""
 
@@ -151,7 +157,7 @@ def test_experts_are_kept_together_even_those_that_no_token_reaches() -> None:
     model = make(transformers.LlamaForCausalLM, shrunk_config("llama", hidden_size=64))
     for layer in model.model.layers:
         layer.mlp = _Experts()
-    layers = layers_of(model)
+    layers = layers_of(model, names={name for name, _ in model.named_modules() if name.endswith(LINEARS_OF_EXPERTS)})
     experts = [group for group in layers.groups if "expert" in group.name]
     assert [group.name for group in experts] == [
         f"model.layers.{layer}.mlp.experts.*.{leaf}" for layer in (0, 1) for leaf in ("w1+w3", "w2")
@@ -170,7 +176,7 @@ def test_every_quantized_layer_is_in_exactly_one_group(family: tuple[str, str], 
     model = small(*family)
     members = [name for group in layers_of(model).groups for name in group.modules]
     assert len(members) == len(set(members))
-    assert set(members) == quantized_linears(model)
+    assert set(members) == quantized_linears(type(model), model.config)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

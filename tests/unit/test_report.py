@@ -6,12 +6,14 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from qbatch.models_db.job_record import JobRecord, WholeJob
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.recommend import recommend
@@ -20,6 +22,7 @@ from qbatch.views.report.reported_batches import ReportedBatches
 from tests.unit import test_compare
 from tests.unit.measured_rows import H200, result
 from tests.unit.printed import read
+from tests.unit.test_answer_comparisons import right
 from tests.unit.test_golden_views import REAL, a_failed_row, noted, parts, tasked, why_rows
 
 Row = dict[str, Any]
@@ -93,6 +96,18 @@ def test_the_answer_stands_before_everything_else() -> None:
     assert places == sorted(places)
 
 
+def test_how_questions_were_answered_is_said_as_compare_says_it() -> None:
+    base, other = right(lost=40, gained=2, same=58)
+    answers = {"j1": {"quiz": base}, "j3": {"quiz": other}}
+    whole = reported([test_compare.BASELINE, test_compare.NF4])
+    jobs = [replace(job, row=replace(job.row, answers=answers[job.row.job_id])) for job in whole.jobs]
+    whole = replace(whole, jobs=jobs)
+    shown = Document(report_page(whole, Preference())).text
+    group = whole.models[0].groups[0]
+    (compared,) = compare_answers(baseline_pairs(group))
+    assert say(compared) in shown
+
+
 def test_the_path_of_what_to_ship_is_there() -> None:
     ship = recommend(models_of(read(REAL))[0].groups[0], Preference()).ship
     assert ship is not None
@@ -110,7 +125,7 @@ def test_a_figure_has_its_error_and_its_ratio_and_the_heading_its_unit() -> None
     [
         ([], "There are no jobs"),
         ([a_failed_row()], "Nothing was measured"),
-        ([result(1), result(2, model="b", baseline_job_id=None)], "ship the baseline bfloat16"),
+        ([result(1), result(2, model="b", baseline_job_id=None)], "Only the unquantized model has a result"),
         (REAL, "AMD EPYC"),
         (noted(), "NVIDIA A100"),
         (why_rows(), "What limits it"),

@@ -23,12 +23,13 @@ from qbatch.worker.measuring.quality.replay import logits_of
 from qbatch.worker.measuring.stats import rank_correlation
 from qbatch.worker.methods.bnb_weights import WEIGHTS
 from qbatch.worker.models.load import LoadedModel, load
+from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 from qbatch.worker.searching.backward_memory import backward_bytes
+from qbatch.worker.searching.derivative_screen import window_slopes
 from qbatch.worker.searching.layer_groups import model_layers
 from qbatch.worker.searching.mixed_model import MixedModel
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
-from qbatch.worker.searching.screening import window_slopes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from qbatch.worker.searching.weight_errors import min_max_rounded
 from tests import tiny
@@ -97,7 +98,8 @@ def test_the_derivative_is_that_of_finite_differences(tmp_path: Path, arch: str)
     model = loaded(made(tmp_path, arch))
     probe = probes(model, 1)[0]
     packing = WEIGHTS.packing(NF4)
-    layers = model_layers(model.model, probe, "cpu", packing)
+    names = quantized_linears(type(model.model), model.model.config)
+    layers = model_layers(model.model, names, probe, "cpu", packing)
     if arch != "mixtral":  # the kernel of its experts does not take float64
         model.model.double()
     exact = logits_of(model.model, probe, "cpu")
@@ -335,7 +337,7 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     causal = loaded(tiny.make_causal(tmp_path / "llama"))
     given: Any = probes(causal)
     with (
-        pytest.raises(Unsupported, match="4-bit schemes of bitsandbytes, not for bnb-int8"),
+        pytest.raises(Unsupported, match="nothing but weights, not for bnb-int8"),
         opened_search(causal, given, Scheme(method=Method.INT8, compute_dtype=DType.FLOAT32)),
     ):
         pass

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -20,7 +17,6 @@ from hypothesis import strategies as st
 from qbatch.core.errors import Unsupported
 from qbatch.views.formats import Column, render, text_width
 from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
-from qbatch.views.live import LiveProgress
 from qbatch.views.units import (
     show_bytes,
     show_change,
@@ -582,111 +578,6 @@ def test_chosen_columns_are_shown_in_their_order() -> None:
 def test_an_empty_result_list_says_so() -> None:
     assert results_table([]) == "no results"
     assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
-
-
-# progress
-
-
-def follow(stream: io.StringIO, *updates: tuple[list[dict[str, Any]], int], quiet: bool = False) -> list[str]:
-    with LiveProgress(quiet=quiet, stream=stream) as progress:
-        for jobs, workers in updates:
-            progress.update(jobs, workers)
-    return stream.getvalue().splitlines()
-
-
-def test_a_log_gets_one_line_for_each_change() -> None:
-    lines = follow(
-        io.StringIO(),
-        ([job(1), job(2)], 1),
-        ([job(1, "running", stage="fetching"), job(2)], 1),
-        ([job(1, "running", stage="fetching", progress={"bytes_read": 5}), job(2)], 1),
-        ([job(1, "running", stage="quantizing"), job(2, "running", stage="fetching")], 1),
-        ([job(1, "failed", error_kind="host_oom", error_message="killed"), job(2)], 1),
-    )
-    assert lines == [
-        f"j1 {NAME} bnb-nf4: fetching",
-        f"j1 {NAME} bnb-nf4: quantizing",
-        f"j2 {NAME} bnb-nf4: fetching",
-        f"j1 {NAME} bnb-nf4: failed: host_oom: killed (see `qbatch logs j1`)",
-        f"j2 {NAME} bnb-nf4: back in the queue",
-    ]
-
-
-def test_a_queue_without_a_worker_is_said_once() -> None:
-    lines = follow(io.StringIO(), ([job(1)], 0), ([job(1)], 0), ([job(1)], 1), ([job(1)], 0))
-    assert len(lines) == 1
-    assert "no worker is live" in lines[0]
-    assert follow(io.StringIO(), ([job(1, "succeeded")], 0)) == [f"j1 {NAME} bnb-nf4: succeeded"]
-
-
-class Seconds:
-    """A clock that each update moves on by half a second."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def silences(stream: io.StringIO, updates: int, **options: Any) -> tuple[list[float], list[str]]:
-    """How long each line let wait for it while one job runs and one waits, and the lines."""
-    clock, said_at, lines = Seconds(), [100.0], 0
-    jobs = [job(1, options.pop("state", "running"), stage="benchmarking"), job(2)]
-    with LiveProgress(quiet=False, stream=stream, clock=clock, **options) as progress:
-        for _ in range(updates):
-            progress.update(jobs, 0 if options else 1)
-            clock.now += 0.5
-            if (said := len(stream.getvalue().splitlines())) > lines:
-                lines = said
-                said_at.append(clock.now)
-    waits = [after - before for before, after in itertools.pairwise([*said_at, clock.now])]
-    return waits, stream.getvalue().splitlines()
-
-
-def test_a_log_gets_a_line_every_few_seconds_while_nothing_changes() -> None:
-    waits, lines = silences(io.StringIO(), 360)
-    assert max(waits) < 8
-    assert lines[:2] == [
-        f"j1 {NAME} bnb-nf4: benchmarking",
-        f"5 s: 0/2 jobs, 1 running, 1 queued; j1 {NAME} bnb-nf4: benchmarking",
-    ]
-    # Of a day it need not be 17,000 lines.
-    assert len(silences(io.StringIO(), 2 * 86_400)[1]) < 1600
-
-
-def test_a_log_says_that_the_worker_starts() -> None:
-    waits, lines = silences(io.StringIO(), 60, state="queued", starts_workers=True)
-    assert max(waits) < 8
-    assert all("the worker is starting" in line for line in lines[1:])
-    assert "no worker is live" not in " ".join(lines)
-
-
-def test_quiet_says_nothing() -> None:
-    assert follow(io.StringIO(), ([job(1)], 0), ([job(1, "failed")], 0), quiet=True) == []
-
-
-def test_a_terminal_gets_a_bar_the_running_jobs_and_the_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("LINES", "24")
-    reader, writer = pty.openpty()
-    progress = {"bytes_read": 3 * 2**30, "bytes_written": None, "bytes_total": 140 * 2**30}
-    running, failed = job(1, "running", stage="quantizing", progress=progress), job(2, "failed", error_kind="timeout")
-    shown = ""
-    with os.fdopen(writer, "w", encoding="utf-8") as terminal, LiveProgress(quiet=False, stream=terminal) as live:
-        for jobs, workers, awaited in (
-            ([job(1), job(2)], 0, "2 queued"),
-            ([running, failed], 1, "GiB read"),
-            ([job(1, "succeeded"), failed], 1, "2/2 jobs"),
-        ):
-            live.update(jobs, workers)
-            # The kernel hands a terminal's output over in pieces, and holds a few kilobytes at most.
-            while awaited not in shown:
-                shown += os.read(reader, 4096).decode(errors="replace")
-    os.close(reader)
-    for said in ("no worker is live", "0/2 jobs", "quantizing", "3.00 GiB of 140.00 GiB read", "failed: timeout"):
-        assert said in shown
 
 
 def test_progress_shows_what_is_known() -> None:

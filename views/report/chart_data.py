@@ -17,7 +17,8 @@ from qbatch.views.units import show_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScatterPoint:
-    """A quantized row: its weights against its cost in quality, which has a standard error where one is known."""
+    """A quantized row: its weights against what it costs in quality beyond the baseline, with the standard error of
+    that where it is known."""
 
     label: RowLabel
     weights_bytes: int
@@ -30,12 +31,19 @@ class ScatterPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScatterData:
-    """Rows of one device and protocol whose quality is measured in one way. ``limits``: bounds that decided."""
+    """Rows of one device and protocol whose quality is measured in one way. ``limits``: bounds that decided, as costs
+    beyond the baseline."""
 
     cost: QualityCost
     setting: str
     points: Sequence[ScatterPoint]
     limits: Sequence[float]
+
+    @property
+    def title(self) -> str:
+        """``mean KL, nats``"""
+        beyond = f" − {self.cost.none:g}" if self.cost.none else ""
+        return f"{self.cost.name}{beyond}{',' if self.cost.suffix else ''}{self.cost.suffix}"
 
     @property
     def schemes(self) -> list[str]:
@@ -68,7 +76,7 @@ def scatter_charts(groups: Iterable[JudgedGroup]) -> list[ScatterData]:
             key = (judged.group.device_name, str(row.protocol_hash), cost.name)
             *_, points, limits = found.setdefault(key, (cost, judged, [], {}))
             points.append(point)
-            limits.update(dict.fromkeys(bound.limit for bound in judged.bounds if bound.cost is cost))
+            limits.update(dict.fromkeys(bound.limit - cost.none for bound in judged.bounds if bound.cost is cost))
     return [
         ScatterData(cost=cost, setting=judged.setting, points=points, limits=list(limits))
         for cost, judged, points, limits in found.values()
@@ -77,7 +85,7 @@ def scatter_charts(groups: Iterable[JudgedGroup]) -> list[ScatterData]:
 
 def _point(cost: QualityCost, row: ResultRow, judged: JudgedGroup) -> ScatterPoint | None:
     value, error = cost.value(row), cost.error(row)
-    if value is None or not math.isfinite(value) or value <= 0 or not row.weights_bytes:
+    if value is None or not math.isfinite(value) or value <= cost.none or not row.weights_bytes:
         return None
     label, speed = RowLabel.of(judged, row), relative_speed(RATE, row, judged.baseline(row))
     noise = ", not distinguishable from the baseline" if is_noise(cost.metric, row) else ""
@@ -91,7 +99,7 @@ def _point(cost: QualityCost, row: ResultRow, judged: JudgedGroup) -> ScatterPoi
     return ScatterPoint(
         label=label,
         weights_bytes=row.weights_bytes,
-        cost=value,
+        cost=value - cost.none,
         error=error if error is not None and math.isfinite(error) else None,
         speed=speed,
         is_pick=judged.is_pick(row),

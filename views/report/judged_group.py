@@ -1,4 +1,4 @@
-"""A group of rows with what is recommended of it: decided once, and shown in every part of a report."""
+"""A group of rows with what is chosen of it: decided once, and shown in every part of a report."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.choices import Choice, choose
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group, ModelRows
 from qbatch.views.quality_bounds import QualityBound
-from qbatch.views.recommend import Recommendation, quality_bounds_for, recommend
+from qbatch.views.recommend import quality_bounds_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedGroup:
-    """``setting``: the device and protocol, as far as they distinguish it from other groups of the report; else ""."""
+    """``choice``: None if there are only baselines. ``setting``: the device and protocol, as far as they distinguish it
+    from other groups of the report; else ""."""
 
     model: str
     group: Group
-    recommendation: Recommendation
+    choice: Choice | None
     bounds: Sequence[QualityBound]
     setting: str
 
     def baseline(self, row: ResultRow) -> ResultRow | None:
         return self.group.baselines.get(row.job_id)
 
+    @property
+    def ship(self) -> ResultRow | None:
+        return None if self.choice is None else self.choice.ship
+
     def is_pick(self, row: ResultRow) -> bool:
-        ship = self.recommendation.ship
-        return ship is not None and ship.job_id == row.job_id
+        return self.ship is not None and self.ship.job_id == row.job_id
 
 
 def judged_groups(models: Iterable[ModelRows], preference: Preference) -> list[JudgedGroup]:
@@ -38,7 +43,7 @@ def judged_groups(models: Iterable[ModelRows], preference: Preference) -> list[J
         JudgedGroup(
             model=name,
             group=group,
-            recommendation=recommend(group, preference),
+            choice=choose(name, group, preference),
             bounds=quality_bounds_for(group.rows, preference),
             setting=_setting(group, protocols, devices),
         )

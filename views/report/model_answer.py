@@ -13,12 +13,13 @@ from qbatch.views.metric_text import show_metric
 from qbatch.views.ratios import show_relative
 from qbatch.views.report.judged_group import JudgedGroup
 from qbatch.views.scheme import show_scheme
-from qbatch.views.units import show_bytes, show_count, show_ratio
+from qbatch.views.units import show_count
 
 _COLUMNS = tuple(
     MetricColumn(metrics=metrics)
     for metrics in ((WEIGHTS,), (DECODE, THROUGHPUT), (KL_MEAN, RANK_CORRELATION), (TOP1,))
 )
+_ONLY_BASELINES = "Only the unquantized model has a result, so there is nothing to choose from."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Answer:
 
 
 def answer_of(judged: JudgedGroup) -> Answer:
-    ship = judged.recommendation.ship
+    ship = judged.ship
     parameters = next((row.num_parameters for row in judged.group.rows if row.num_parameters is not None), None)
     return Answer(
         model=judged.model,
@@ -55,7 +56,7 @@ def answer_of(judged: JudgedGroup) -> Answer:
         scheme=None if ship is None else show_scheme(ship),
         is_baseline=ship is not None and ship.is_baseline,
         path=None if ship is None else ship.checkpoint_path,
-        reason=judged.recommendation.sentence,
+        reason=_ONLY_BASELINES if judged.choice is None else judged.choice.recommendation.sentence,
         figures=[] if ship is None else list(_figures(ship, judged)),
     )
 
@@ -87,21 +88,3 @@ def unmeasured_answer(model: ModelRows) -> Answer:
 def _states(rows: Sequence[ResultRow]) -> str:
     """``2 failed, 1 queued``"""
     return ", ".join(f"{count} {state}" for state, count in Counter(row.state for row in rows).items())
-
-
-def weights_saved(groups: Sequence[JudgedGroup]) -> str | None:
-    """``44.9 GiB → 15.9 GiB (×0.35)``: the weights of what is recommended, beside those of its baselines.
-
-    Of a model with several groups, the first that recommends anything counts. None if nothing can be compared.
-    """
-    pairs: dict[str, tuple[int, int]] = {}
-    for judged in groups:
-        ship = judged.recommendation.ship
-        baseline = None if ship is None else (ship if ship.is_baseline else judged.baseline(ship))
-        if ship is None or baseline is None or ship.weights_bytes is None or not baseline.weights_bytes:
-            continue
-        pairs.setdefault(judged.model, (baseline.weights_bytes, ship.weights_bytes))
-    if not pairs:
-        return None
-    before, after = (sum(pair[number] for pair in pairs.values()) for number in (0, 1))
-    return f"{show_bytes(before)} → {show_bytes(after)} ({show_ratio(after / before)})"

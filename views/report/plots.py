@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbatch.core.errors import UsageError
 from qbatch.views.formats import printable
@@ -95,7 +95,7 @@ def _scatter(data: ScatterData) -> Figure:
         axes.axhline(limit, color="#a81e1e", linestyle="--", linewidth=1)
     _place(axes, scatter_layout(data, WIDE))
     axes.set_xlabel("weights")
-    axes.set_ylabel(f"{data.cost.name}{',' if data.cost.suffix else ''}{data.cost.suffix} (lower is better)")
+    axes.set_ylabel(f"{data.title} (lower is better)")
     axes.set_title(_text(data.setting) or "Size against divergence", loc="left", size=10)
     _scatter_legend(axes, data)
     return figure
@@ -124,8 +124,9 @@ def _place(axes: Axes, layout: ScatterLayout) -> None:
             (label.x - across.start) / (across.end - across.start),
             (label.y - up.start) / (up.end - up.start),
         )
-        side = {"start": "left", "middle": "center", "end": "right"}[label.anchor]
-        axes.text(*share, _text(label.text), transform=axes.transAxes, ha=side, size=8, color="#566070")
+        side, gap = {"start": ("left", 3), "middle": ("center", 0), "end": ("right", -3)}[label.anchor]
+        where: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (gap, 0), "textcoords": "offset points"}
+        axes.annotate(_text(label.text), share, ha=side, size=8, color="#566070", **where)
 
 
 def _scatter_legend(axes: Axes, data: ScatterData) -> None:

@@ -67,6 +67,12 @@ class ReportTables:
     memory: ReportTable
     energy: ReportTable
 
+    @property
+    def relatives(self) -> list[str]:
+        """What stands after the figures: ratios and marks."""
+        tables = (self.size_and_quality, self.speed, self.memory, self.energy)
+        return [cell.relative for table in tables for row in table.rows for cell in row.cells]
+
     @classmethod
     def of(cls, groups: Sequence[JudgedGroup]) -> ReportTables:
         rows = [(judged, row) for judged in groups for row in judged.group.rows]

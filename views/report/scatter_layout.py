@@ -132,8 +132,8 @@ def _labels(points: Sequence[ScatterPoint], placed: Sequence[PlacedPoint], size:
     for model, members in _by_model(points, placed).items():
         text = _short_name(model)
         for label in (label for one in _best_first(members) for label in _around(one, text)):
-            box = _box(label)
-            if _is_inside(box, size) and not any(_overlap(box, other) for other in taken):
+            box = label_box(label)
+            if _is_inside(box, size) and not any(is_overlap(box, other) for other in taken):
                 taken.append(box)
                 labels.append(label)
                 break
@@ -157,7 +157,8 @@ def _around(point: PlacedPoint, text: str) -> Iterable[PlacedText]:
 Box = tuple[float, float, float, float]
 
 
-def _box(label: PlacedText) -> Box:
+def label_box(label: PlacedText) -> Box:
+    """Left, top, right and bottom of a name, about as wide as it will be."""
     width = len(label.text) * _CHARACTER_WIDTH
     left = label.x - {"start": 0.0, "middle": width / 2, "end": width}[label.anchor]
     return (left, label.y - _LABEL_HEIGHT + 3, left + width, label.y + 3)
@@ -170,5 +171,5 @@ def _is_inside(box: Box, size: ChartSize) -> bool:
     )
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def is_overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -435,7 +435,7 @@ def _with_shape(text_shape: RunShape, of: Round | None) -> RunShape:
 
 
 def on_noise(row: Measurement, inputs: str) -> Measurement:
-    """``row`` without the figures that are compared: how fast a model takes noise is no figure of its use."""
+    """``row`` without the figures that are compared: the speed on noise is not the speed in use."""
     details = replace(row.details, noise_inputs=inputs)
     return replace(row, forward_s_p50=None, forward_samples_per_s=None, max_allocated_bytes=None, details=details)
 
@@ -449,7 +449,7 @@ def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str]) -> Meas
 
 
 def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:
-    """The same with the protocol by which it was measured."""
+    """``row`` with the protocol by which it was measured."""
     details = replace(measurement.details, protocol=protocol.to_json(), protocol_hash=protocol.hash)
     return replace(measurement, details=details)
 

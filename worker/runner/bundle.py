@@ -118,8 +118,8 @@ class Bundle:
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
-        """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
-        job's fault alone."""
+        """Plan a job. None if a library that its method needs is not installed here, or its skip list cannot be
+        resolved; that fails only this job."""
         with self._reports.failing([claim.job_id]):
             return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []

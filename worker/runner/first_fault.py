@@ -116,7 +116,7 @@ def _quantized(model: Any) -> dict[str, Any]:
 
 
 def _end_of(name: str, quantized: Iterable[str]) -> str:
-    """The shortest end of ``name`` that, of the ``quantized`` layers, only the same one of other blocks shares."""
+    """The shortest end of ``name`` that, among the ``quantized`` layers, only the same layers of other blocks have."""
     parts, kind = name.split("."), _NUMBER.sub("*", name)
     for count in range(1, len(parts)):
         end = ".".join(parts[-count:])

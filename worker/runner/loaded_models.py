@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from qbatch.core.byte_units import GIB
 from qbatch.worker.machine.host_memory import available_memory
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ log = logging.getLogger("qbatch.runner")
 
 _SHARE_OF_HOST = 0.5
 _SHARE_OF_GPU = 0.9
-_GPU_RESERVE_BYTES = 1 << 30
+_GPU_RESERVE_BYTES = GIB
 
 Jobs = tuple[int, ...]
 """A model by the ids of its jobs."""

@@ -17,7 +17,6 @@ from qbatch.core.loaders.engine_names import EngineArchitecture, engine
 from qbatch.core.search.sensitivity import LayerGroup
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.methods.packing import Packing
-from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.input_trace import InputTrace, trace_inputs
 
 _ANY = "*"
@@ -33,12 +32,9 @@ class ModelLayers:
     start: Mapping[str, int]
 
 
-def model_layers(
-    model: Any, probe: Probe, device: str, packing: Packing, *, asked: tuple[str, ...] = ()
-) -> ModelLayers:
-    """The groups of an unquantized ``model`` that a method with this ``packing`` quantizes, if the patterns ``asked``
-    are skipped. The weights must have the dtype in which they would be published."""
-    names = quantized_linears(model, asked)
+def model_layers(model: Any, names: Set[str], probe: Probe, device: str, packing: Packing) -> ModelLayers:
+    """The groups of an unquantized ``model`` whose layers ``names`` a method with this ``packing`` quantizes. The
+    weights must have the dtype in which they would be published."""
     linears = {name: module for name, module in model.named_modules() if name in names}
     modules = dict(model.named_modules())
     block_of = {name: _block(name, modules) for name in linears}

@@ -24,11 +24,12 @@ Pairs = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloorComparison:
-    """``distance`` is the largest of all positions, ``floor`` that of the checkpoint's own dtype, as ``measure`` says.
-    A distance of ``least`` is none.
+    """The ``distance`` from the exact outputs, the largest of all positions, and the ``floor``: that of the
+    checkpoint's own dtype. ``measure`` says what the distance is. One of at most ``least`` counts as none.
 
-    ``flipped`` counts the positions whose likeliest token is another one although its lead exceeds the rounding, of
-    ``decided`` ones."""
+    ``flipped`` counts the positions with another most likely token, among the ``decided`` ones, at which its lead
+    exceeds the rounding.
+    """
 
     measure: str
     distance: float

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.quality_figures import ConfidenceBucket, Quality
 from qbatch.core.statistics.clusters import clustered_error
-from qbatch.worker.measuring.quality.perplexity import exponential
 
 # Logits converted to float64 at once, of which several tensors coexist: 16 MiB each, which a CPU's cache may hold, and
 # 64 MiB on a GPU, where fewer would take longer to launch than to compute.

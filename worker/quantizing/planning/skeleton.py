@@ -109,33 +109,36 @@ def skip_list_of_source(
 def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
     """The list to publish for a user's patterns: what transformers skips by default, since a list replaces its own, and
     every layer that then stays unquantized by its full names (see ``SkippedLayers``). Two spellings give one list."""
-    model = _meta_model(cls, config, None, "meta")
-    return skip_list_keeping(model, plain_linears(model) - quantized_linears(model, asked))
+    return skip_list_keeping(cls, config, asked, frozenset())
 
 
-def skip_list_keeping(model: Any, kept: Set[str]) -> tuple[str, ...]:
-    """The list to publish for an unquantized ``model`` of which exactly the linear layers ``kept``, by full name, stay
-    unquantized. They must include those that transformers skips by default."""
+def skip_list_keeping(cls: Any, config: Any, asked: tuple[str, ...], modules: Set[str]) -> tuple[str, ...]:
+    """``skip_list`` with further linear layers, by full name, that stay unquantized."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    architecture = engine("vllm").architecture(type(model).__name__) or EngineArchitecture()
-    layers = SkippedLayers(plain_linears(model), kept, architecture)
+    model = _meta_model(cls, config, None, "meta")
+    linears = _plain_linears(model)
+    architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
+    layers = SkippedLayers(linears, (linears - _quantized(model, asked)) | modules, architecture)
     return tuple(sorted({*get_keys_to_not_convert(model), *layers.entries()}))
 
 
-def plain_linears(model: Any) -> Set[str]:
-    """The full names of an unquantized model's linear layers."""
-    return {name for name, module in model.named_modules() if is_plain_linear(module)}
+def quantized_linears(cls: Any, config: Any, asked: tuple[str, ...] = ()) -> Set[str]:
+    """The linear layers that a method quantizes, by full name, if the patterns ``asked`` are skipped besides what
+    transformers skips by default. It asks before weights are tied, and might skip others of a loaded model."""
+    return _quantized(_meta_model(cls, config, None, "meta"), asked)
 
 
-def quantized_linears(model: Any, asked: tuple[str, ...] = ()) -> Set[str]:
-    """The linear layers of an unquantized ``model`` that a method quantizes, by full name, if the patterns ``asked``
-    are skipped besides what transformers skips by default."""
+def _quantized(model: Any, asked: tuple[str, ...]) -> Set[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     patterns = [*get_keys_to_not_convert(model), *asked, *(model._keep_in_fp32_modules or ())]
-    return {name for name in plain_linears(model) if should_convert_module(name, patterns)}
+    return {name for name in _plain_linears(model) if should_convert_module(name, patterns)}
+
+
+def _plain_linears(model: Any) -> Set[str]:
+    return {name for name, module in model.named_modules() if is_plain_linear(module)}
 
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
