@@ -42,10 +42,11 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
 
     settings = current_settings()
     database = open_database(settings)
-    ids = find_batches(database, batches)
+    ids, only = find_batches(database, batches), read_filter(options)
     with database.read() as session:
-        rows = find_results(session, batch_ids=ids, only=read_filter(options), sort=sort, limit=limit)
-        others = find_others(session, rows) if format_ in ("table", "md") else []
+        rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
+        has_hidden = limit is not None or not only.hides_nothing
+        others = find_others(session, rows) if has_hidden and format_ in ("table", "md") else []
     limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
     layout = TableLayout(
         columns=options["columns"], is_wide=options["is_wide"], has_legend=options["has_legend"], sort=sort

@@ -34,6 +34,10 @@ class ResultFilter:
     min_tokens_per_s: float | None = None
 
     @property
+    def hides_nothing(self) -> bool:
+        return self == ResultFilter()
+
+    @property
     def is_of_results(self) -> bool:
         """Whether a condition is about what was measured."""
         limits = (self.device, self.max_weights_bytes, self.max_kl, self.min_tokens_per_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import GAP, UNLIMITED, text_width
@@ -21,9 +21,13 @@ class Line:
     label: str
     baseline: ResultRow | None = None
     remark: str | None = None
+    # Of a long table, to judge what is noise takes most of the time, and each cell is asked for several times.
+    _cells: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def cell(self, column: ShownColumn) -> tuple[str, str]:
-        return column.cell(self.row, self.baseline)
+        if column.key not in self._cells:
+            self._cells[column.key] = column.cell(self.row, self.baseline)
+        return self._cells[column.key]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

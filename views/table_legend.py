@@ -15,7 +15,7 @@ from qbatch.views.ratios import OTHER_DTYPE_MARK
 PICK_MARK = "✓"
 _SHORT = {
     PICK_MARK: "ship",
-    "×": "of the baseline",
+    "×": "of baseline",
     NOISE_MARK: "within noise",
     UNSTEADY_MARK: "unsteady",
     OTHER_DTYPE_MARK: "source of another dtype",
@@ -36,7 +36,7 @@ _IN_FULL = {NOISE_MARK: NOISE_LEGEND, UNSTEADY_MARK: UNSTEADY_LEGEND, OTHER_DTYP
 
 
 def short_legend(texts: Iterable[str], more: Sequence[str]) -> str:
-    """``✓ ship · × of the baseline · more: --legend``: what the marks among ``texts`` mean."""
+    """``✓ ship · × of baseline · more: --legend``: what the marks among ``texts`` mean."""
     shown = "".join(texts)
     parts = [f"{mark} {meaning}" for mark, meaning in _SHORT.items() if mark in shown]
     return " · ".join([*parts, *([f"more: {', '.join(more)}"] if more else [])])

@@ -15,8 +15,9 @@ from sqlalchemy.exc import DBAPIError
 from qbatch.core.measured.metrics import DECODE, DISK, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db import jobs, results
+from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Arrival, Job
+from qbatch.models_db.tables import Arrival, Checkpoint, Job
 from qbatch.views.ratios import may_compare, ratio_of
 from tests.measured_batch import measured_batch
 from tests.rows import a_batch, a_worker, bundle, claim
@@ -135,4 +136,14 @@ def test_every_column_of_the_view_is_one_of_json_or_in_the_document(filled: Data
 def test_the_rows_of_a_batch_are_found_by_indexes(sqlite_database: Database) -> None:
     measured_batch(sqlite_database)
     plan = viewed(sqlite_database, "EXPLAIN QUERY PLAN SELECT * FROM result_rows WHERE batch_number = 1")
-    assert [step["detail"] for step in plan if "SCAN" in str(step["detail"])] == []
+    scans = [step["detail"] for step in plan if "SCAN" in str(step["detail"])]
+    assert [scan for scan in scans if "ix_checkpoints_gone" not in scan] == [], "of few rows alone"
+
+
+def test_a_checkpoint_that_is_gone_has_no_path(filled: Database) -> None:
+    (row,) = [one for one in shown(filled) if one.job_id == "j3"]
+    with filled.write() as session:
+        session.add(Checkpoint(key="k" * 64, path=row.checkpoint_path, root_sha256="", disk_bytes=1, gone_at=db_now()))
+    said = {one["job_id"]: one["checkpoint_path"] for one in viewed(filled)}
+    assert said["j3"] is None
+    assert said == {one.job_id: one.checkpoint_path for one in shown(filled)}

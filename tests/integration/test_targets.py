@@ -147,6 +147,7 @@ def test_a_shell_completes_commands_batches_models_and_columns() -> None:
     assert completions(["results", "--batch"], "b") == ["b3", "b2", "b1"]
     assert completions(["results", "--model"], "m2") == ["/models/m2"]
     assert completions(["results", "--sort"], "kl_m") == ["kl_mean"]
+    assert completions(["results", "--columns"], "weights,peak") == ["weights,peak-memory"]
 
 
 def test_a_shell_that_completes_makes_no_database(home: Path) -> None:

@@ -88,7 +88,8 @@ SELECT
     j.state AS state, j.error_kind AS error_kind, j.error_message AS error_message,
     'j' || j.reused_from AS reused_from, {words.value("r.details", "speed_from")} AS speed_from,
     j.method AS scheme, j.bits AS bits, {words.double_quant} AS double_quant, {words.options} AS options,
-    r.checkpoint_path AS checkpoint_path, r.device_name AS device_name,
+    CASE WHEN r.checkpoint_path NOT IN (SELECT c.path FROM checkpoints AS c WHERE c.gone_at IS NOT NULL)
+        THEN r.checkpoint_path END AS checkpoint_path, r.device_name AS device_name,
     COALESCE(r.dtype, j.dtype) AS dtype,
     COALESCE(r.compute_dtype, {words.value("j.scheme", "compute_dtype")}) AS compute_dtype,
     {figures},
