@@ -18,6 +18,7 @@ from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
 from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
+from qbatch.commands.planning_ahead import plan
 from qbatch.commands.queue_state import jobs, status, workers
 from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
@@ -85,6 +86,7 @@ def main() -> None:
 
 _COMMANDS: tuple[click.Command, ...] = (
     submit,
+    plan,
     run,
     wait,
     watch,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
 # Of the command: where the models come from, how it prints, and what it does besides storing.
-_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "on_end"})
+_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
 _NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
 
 
@@ -143,7 +143,7 @@ def results(
     """A row for each job, ended or not, of these batches, or of all.
 
     ``sort`` names a column, ``-column`` sorts downwards. ``filters`` are those of ``qbatch results``, with underscores:
-    ``model="*-8B*"``, ``scheme="bnb-nf4"``, ``bits=[4]``, ``device="H200"``, ``state="succeeded"``, ``since="7d"``,
+    ``model="*-8B*"``, ``scheme="none"``, ``bits=[4]``, ``device="H200"``, ``state="succeeded"``, ``since="7d"``,
     ``max_weights_bytes="6GB"``, ``max_kl=0.05``, ``min_tokens_per_s=40``. Figures that were not measured are None.
     Paths of checkpoints are whole. Raises UsageError, TypeError for a filter that does not exist, and
     ServiceUnreachable.

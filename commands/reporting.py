@@ -16,7 +16,6 @@ from qbatch.commands.measurements import placed
 from qbatch.commands.result_options import preference_options
 from qbatch.commands.shared_options import batch_arguments
 from qbatch.commands.targets import find_batches
-from qbatch.core.domain import job_number
 from qbatch.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,22 +67,17 @@ def _reported(settings: Settings, database: Database, batches: Sequence[str], mo
     from importlib.metadata import version
 
     from qbatch.models_db.listing import list_batches
-    from qbatch.models_db.question_answers import find_answers
     from qbatch.models_db.reported_jobs import reported_jobs
-    from qbatch.views.groups import measuring_job
     from qbatch.views.report.reported_batches import ReportedBatches
 
     ids = find_batches(database, batches)
     with database.read() as session:
         found = list_batches(session, ids)
         jobs = reported_jobs(session, ids, model=model)
-        measured = {job_number(measuring_job(job.row)) for job in jobs if job.row.protocol.is_known}
-        answers = find_answers(session, measured)
     rows = placed(settings, [job.row for job in jobs])
     return ReportedBatches(
         batches=found,
         jobs=[replace(job, row=row) for job, row in zip(jobs, rows, strict=True)],
-        answers=answers,
         made_at=datetime.now(UTC).isoformat(),
         version=version("qbatch"),
     )

@@ -118,6 +118,11 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
 
 def submit_options(command: Command) -> Command:
     """Add the options that ``submit`` and ``run`` share."""
+    return request_options(format_options("table", "json", "quiet")(command))
+
+
+def request_options(command: Command) -> Command:
+    """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
         click.argument("models", nargs=-1, metavar="[MODEL]..."),
         click.option(
@@ -280,7 +285,6 @@ def submit_options(command: Command) -> Command:
             "default nothing is submitted then.",
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
-        format_options("table", "json", "quiet"),
     ]
     for option in reversed(options):
         command = option(command)

@@ -99,10 +99,11 @@ def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
     words = [word for word in targets if not _is_path(word)]
     paths = [_stored_path(settings, word) for word in targets if _is_path(word)]
     chosen = find_targets(database, words)
-    _require_storage(settings)
     removal = plan_removal(
         database, settings, batch_ids=chosen.batch_ids, job_ids=chosen.job_ids, paths=frozenset(paths)
     )
+    if removal.checkpoints:
+        _require_storage(settings)
     for remark in removal.remarks:
         click.echo(remark, err=True)
     _report(carry_out(database, settings, removal, dry_run=not yes), format_, done=yes)

@@ -10,6 +10,7 @@ import click
 from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
+from qbatch.commands.planning_ahead import show_plan
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
@@ -30,9 +31,15 @@ if TYPE_CHECKING:
 @click.command()
 @submit_options
 @click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
+@click.option("--dry-run", is_flag=True, help="Store nothing, and print what `qbatch plan` does.")
 @on_end_option
-def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> None:
+def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **options: Any) -> None:
     """Store a batch of quantize-and-benchmark jobs for each MODEL and print its id."""
+    if dry_run:
+        if wait_:
+            raise UsageError("--dry-run stores nothing that --wait could wait for")
+        show_plan(options, format_)
+        return
     if on_end is not None and not wait_:
         raise UsageError("--on-end needs --wait: without it, no process is left to run the command")
     settings = current_settings()

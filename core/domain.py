@@ -104,10 +104,6 @@ class Scheme:
         common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
         return cls(method=method, own=tuple(options.items()), **common)
 
-    def with_options(self, **own: OptionValue) -> Self:
-        """The same scheme with other values of its method's own options."""
-        return replace(self, own=tuple((dict(self.own) | own).items()))
-
     @property
     def description(self) -> Description:
         return self.method.description

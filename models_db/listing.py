@@ -10,11 +10,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import LOST, OPEN_STATES, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedSource, need_source
 from qbatch.models_db.tables import Attempt, Batch, Job, Worker
-from qbatch.models_db.vram import show_need, vram_class
 from qbatch.models_db.workers import is_live
 
 # A list of more batches is for a program.

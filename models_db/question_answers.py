@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import format_job_id
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import AnswersRow
@@ -23,10 +22,10 @@ def store_answers(session: Session, job_id: int, answers: Mapping[str, TaskAnswe
     )
 
 
-def find_answers(session: Session, job_ids: Collection[int]) -> dict[str, dict[str, TaskAnswers]]:
-    """The answers by job (``j12``) and task. ``job_ids``: jobs with a result of their own; some have no answers."""
-    found: dict[str, dict[str, TaskAnswers]] = defaultdict(dict)
-    for ids in in_chunks(sorted(job_ids)):
+def find_answers(session: Session, job_ids: Collection[int]) -> dict[int, dict[str, TaskAnswers]]:
+    """The answers by job and task. ``job_ids``: jobs with a result of their own; some have no answers."""
+    found: dict[int, dict[str, TaskAnswers]] = defaultdict(dict)
+    for ids in in_chunks(sorted(set(job_ids))):
         for row in session.scalars(select(AnswersRow).where(AnswersRow.job_id.in_(ids))):
-            found[format_job_id(row.job_id)][row.task] = TaskAnswers.from_json(row.answers)
+            found[row.job_id][row.task] = TaskAnswers.from_json(row.answers)
     return dict(found)

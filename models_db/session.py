@@ -16,7 +16,14 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
+from qbatch.core.errors import (
+    DatabaseRefused,
+    DatabaseReplaced,
+    DatabaseUnreachable,
+    ForeignSchema,
+    UsageError,
+    WrongDatabase,
+)
 from qbatch.models_db.arrival_filter import hide_arriving
 from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patiently
 from qbatch.models_db.database_file import DatabaseFile
@@ -330,7 +337,12 @@ def _reachable(place: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged or not a SQLite database
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            raise WrongDatabase(
+                f"the database {place} cannot be read: file is not a database (correct QBATCH_DATABASE_URL, or move the"
+                " file away)"
+            ) from error
+        if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if isinstance(error, OperationalError) and are_all_taken(error.orig):
             raise DatabaseUnreachable(f"the database {place} takes no more connections: {ADVICE}") from error

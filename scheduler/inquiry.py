@@ -21,11 +21,11 @@ from qbatch.core.sources import Header, is_pickled, pickle_files, read_config, r
 from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.core.transformers_names import refuse_unknown_architecture
 from qbatch.core.vet import vet_read
+from qbatch.core.vram_classes import floor_bytes
 from qbatch.models_db import file_digests, jobs, results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
-from qbatch.models_db.vram import floor_bytes
 from qbatch.scheduler.loader_warnings import loader_warnings
 from qbatch.scheduler.vram_prediction import predicted_need
 

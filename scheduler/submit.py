@@ -15,12 +15,12 @@ from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
 from qbatch.core.settings import Settings
+from qbatch.core.vram_classes import vram_class
 from qbatch.models_db import workers
 from qbatch.models_db.arrivals import arriving
 from qbatch.models_db.batches import NewJob, add_text
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.vram import vram_class
 from qbatch.scheduler.inquiry import (
     Inquiry,
     InspectedFolder,
@@ -125,7 +125,7 @@ def submit(
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
-    _refuse_missing_libraries(submission.grid)
+    refuse_missing_libraries(submission.grid)
     inquiry = inquire(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
@@ -195,7 +195,7 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
         yield chunk
 
 
-def _refuse_missing_libraries(grid: Grid) -> None:
+def refuse_missing_libraries(grid: Grid) -> None:
     """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
     libraries."""
     for scheme in grid.schemes():

@@ -13,7 +13,7 @@ from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, sto
 from qbatch.core.kinds import FLOATS
 from qbatch.core.output_size import is_likely_quantized
 from qbatch.core.sources import Header, TensorInfo, source_dtype
-from qbatch.models_db.vram import ANY_CLASS_BYTES
+from qbatch.core.vram_classes import ANY_CLASS_BYTES
 
 # The CUDA context, the kernels of torch and of the method, and cuBLAS's workspaces.
 _CONTEXT_BYTES = GIB

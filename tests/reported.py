@@ -14,16 +14,17 @@ from qbatch.core.errors import CudaOom, JobError, SourceCorrupt, Unsupported
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.models_db import checkpoints, jobs
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from tests.rows import POLICY, a_worker, claim
+from tests.rows import POLICY, a_worker, add_batch, claim
+from tests.schemes import with_options
 
 H200 = "NVIDIA H200"
 EPYC = "AMD EPYC (2 cores)"
 PROTOCOL = ProtocolOptions(eval_text_sha256="d95eae75" + "0" * 56, energy=True)
 NF4, INT8 = Scheme(method=Method.NF4), Scheme(method=Method.INT8)
-NESTED = NF4.with_options(double_quant=True)
+NESTED = with_options(NF4, double_quant=True)
 SCHEMES = (BASELINE, INT8, NF4)
 # Name, billions of parameters, bfloat16's tokens/s, perplexity, NF4's divergence in nats.
 MODELS: tuple[tuple[str, float, float, float, float], ...] = (

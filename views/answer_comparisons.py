@@ -17,7 +17,7 @@ from qbatch.core.statistics.paired_difference import (
     difference_of_clusters,
     difference_of_proportions,
 )
-from qbatch.views.groups import AnswersByJob, Group, measuring_job
+from qbatch.views.groups import Group
 from qbatch.views.scheme import show_scheme
 
 SIGNIFICANCE = 0.05
@@ -92,13 +92,13 @@ def baseline_pairs(group: Group) -> list[Pair]:
     return [(row, base) for row in group.rows if (base := group.baselines.get(row.job_id)) is not None]
 
 
-def compare_answers(pairs: Iterable[Pair], answers: AnswersByJob) -> list[AnswerComparison]:
+def compare_answers(pairs: Iterable[Pair]) -> list[AnswerComparison]:
     """Compare the rows of each pair in every task of which the answers of both are known."""
     found = [
         comparison
         for row, reference in pairs
-        for task, answered in answers.get(measuring_job(row), {}).items()
-        if (other := answers.get(measuring_job(reference), {}).get(task)) is not None
+        for task, answered in row.answers.items()
+        if (other := reference.answers.get(task)) is not None
         and (comparison := _comparison(row, reference, task, answered, other)) is not None
     ]
     adjusted = holm([each.p_value for each in found])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
@@ -78,6 +79,11 @@ def defects(row: ResultRow) -> Iterable[str]:
     yield from describe_row(row.scheme).defects(row.details.audit.stored)
     if row.details.audits.perplexity_not_finite:
         yield "its perplexity is not finite: some predictions are NaN, or give a token a probability of almost zero"
+    elif row.details.quality.reason == ITS_OUTPUTS_NOT_FINITE:
+        yield f"it cannot be used: {ITS_OUTPUTS_NOT_FINITE}"
+    if row.top1_agreement is not None and row.kl_mean is None:
+        # Both come from the same predictions, and only finite figures are stored.
+        yield "its KL is not finite: some predictions are NaN, or give a token that the baseline expects no probability"
 
 
 def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
@@ -26,6 +27,7 @@ from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_legend import mark_sentences
 from qbatch.views.table_notes import Footnotes, show_state
 from qbatch.views.task_scores import task_table
+from qbatch.views.text_figures import text_table
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
@@ -120,6 +122,8 @@ class _Screen:
         for row in group.rows:
             sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
             yield from self._wrapped(" ".join(_new(sentences, said)))
+        for each in compare_answers(baseline_pairs(group)):
+            yield from self._wrapped(say(each))
         for remark in _new(_remarks(group, recommendation.ship), said):
             yield from self._wrapped(remark)
 
@@ -180,7 +184,7 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     titles = [column_title(column, group.rows) for column in columns]
     heads = [f"{row.job_id} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
     cells = [[_cell(column, row, group) for row in group.rows] for column in columns]
-    for title, line in task_table(group):
+    for title, line in [*text_table(group), *task_table(group)]:
         titles.append(title)
         cells.append(line)
     if by == "figure":

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.task_answers import TaskAnswers
-
-AnswersByJob = Mapping[str, Mapping[str, TaskAnswers]]
-"""The answers to the questions of tasks, by measuring job and task."""
-NO_ANSWERS: AnswersByJob = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +22,6 @@ class Group:
     rows: Sequence[ResultRow]
     baselines: Mapping[str, ResultRow]
     superseded: Mapping[str, str]
-    answers: AnswersByJob = field(default_factory=dict)
 
     @property
     def device_name(self) -> str:
@@ -44,12 +37,12 @@ class ModelRows:
     unmeasured: Sequence[ResultRow]
 
 
-def models_of(rows: Sequence[ResultRow], answers: AnswersByJob = NO_ANSWERS) -> list[ModelRows]:
-    """Group the rows of ``find_results`` by model, in the order given. ``answers``: those of the rows' tasks."""
+def models_of(rows: Sequence[ResultRow]) -> list[ModelRows]:
+    """Group the rows of ``find_results`` by model, in the order given."""
     by_name: dict[str, list[ResultRow]] = {}
     for row in rows:
         by_name.setdefault(source_name(row), []).append(row)
-    return [_model(name, members, answers) for name, members in by_name.items()]
+    return [_model(name, members) for name, members in by_name.items()]
 
 
 def source_name(row: ResultRow) -> str:
@@ -57,7 +50,7 @@ def source_name(row: ResultRow) -> str:
     return row.model + (f"@{row.revision}" if row.revision else "")
 
 
-def _model(name: str, rows: Sequence[ResultRow], answers: AnswersByJob) -> ModelRows:
+def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
     groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row.state == JobState.SUCCEEDED:
@@ -66,12 +59,12 @@ def _model(name: str, rows: Sequence[ResultRow], answers: AnswersByJob) -> Model
             groups.setdefault((row.protocol_hash, row.device_name, source), []).append(row)
     return ModelRows(
         name=name,
-        groups=[_group(members, answers) for members in groups.values()],
+        groups=[_group(members) for members in groups.values()],
         unmeasured=[row for row in rows if row.state != JobState.SUCCEEDED],
     )
 
 
-def _group(rows: Sequence[ResultRow], answers: AnswersByJob) -> Group:
+def _group(rows: Sequence[ResultRow]) -> Group:
     newest: dict[str, ResultRow] = {}
     superseded: dict[str, str] = {}
     for row in sorted(rows, key=_age):
@@ -82,7 +75,7 @@ def _group(rows: Sequence[ResultRow], answers: AnswersByJob) -> Group:
             superseded[before.job_id] = row.job_id
     kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, _number(row.job_id)))
     baselines = {row.job_id: base for row in kept if (base := _baseline(row, kept)) is not None}
-    return Group(rows=kept, baselines=baselines, superseded=superseded, answers=answers)
+    return Group(rows=kept, baselines=baselines, superseded=superseded)
 
 
 def measuring_job(row: ResultRow) -> str:

@@ -37,6 +37,7 @@ from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
+from qbatch.views.text_figures import text_lines
 from qbatch.views.units import show_seconds, show_time
 
 _ATTEMPTS: tuple[Column, ...] = (
@@ -174,6 +175,7 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("times", _times(row), width)
     yield from _section(f"peak memory{origin}", memory_lines(row), width)
     yield from _section("quality", quality_lines(row), width)
+    yield from _section("quality on further texts", text_lines(row), width)
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
     yield from _section("not measured", row.not_measured.items(), width)

@@ -165,7 +165,7 @@ def _can_be_drawn_on(stream: TextIO) -> bool:
 
 
 def describe_news(job: WatchedJob) -> str:
-    """``j1 llama bnb-nf4: failed: timeout: … (see `qbatch logs j1`)``"""
+    """``j1 llama SCHEME: failed: timeout: … (see `qbatch logs j1`)``"""
     return f"{name_of(job)}: {_what_happened(job)}"
 
 

@@ -143,7 +143,8 @@ class QualityBound:
         return self.broken_on_first_text(row) or next(iter(self.broken_on_further_texts(row)), None)
 
     def broken_on_first_text(self, row: ResultRow) -> str | None:
-        reason = row.details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY)
+        details = row.details
+        reason = details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY) or details.perplexity.reason
         return None if row.is_baseline else self._broken(self.cost.name, self.cost.value(row), reason)
 
     def broken_on_further_texts(self, row: ResultRow) -> Iterable[str]:

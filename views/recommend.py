@@ -65,7 +65,7 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
         return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
     if preference.prefer != "speed":
-        ship, alike = _prefer_better_answers(ship, alike, group)
+        ship, alike = _prefer_better_answers(ship, alike)
     sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)
     return Recommendation(
         ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
@@ -158,14 +158,12 @@ def _smallest_of(alike: Sequence[ResultRow]) -> tuple[ResultRow, list[ResultRow]
     return ship, [row for row in alike if row is not ship]
 
 
-def _prefer_better_answers(
-    ship: ResultRow, alike: Sequence[ResultRow], group: Group
-) -> tuple[ResultRow, list[ResultRow]]:
+def _prefer_better_answers(ship: ResultRow, alike: Sequence[ResultRow]) -> tuple[ResultRow, list[ResultRow]]:
     """Of rows that the other measures cannot distinguish, take one whose answers to tasks are shown to be better.
 
     It must be better in some task and worse in none.
     """
-    compared = compare_answers([(row, ship) for row in alike], group.answers)
+    compared = compare_answers([(row, ship) for row in alike])
     worse = {each.row.job_id for each in compared if each.is_worse}
     better = [each.row for each in compared if each.is_shown and each.row.job_id not in worse]
     if not better:
@@ -198,7 +196,7 @@ def _sentence(
     reason = _reason(ship, baseline, bounds_text, preference, is_alone=not alike)
     sentences = [
         f"Ship {_name(ship)}: {reason}",
-        *_alike(group, ship, alike, preference),
+        *_alike(ship, alike, preference),
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
@@ -232,7 +230,7 @@ def _nearest_in_words(ship: ResultRow, *, is_alone: bool) -> str:
     return f"{'the quantized model' if is_alone else 'one of the quantized models'} nearest to the baseline"
 
 
-def _alike(group: Group, ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
+def _alike(ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
     if alike:
         is_of_speed = preference.prefer == "speed"
         others = " and ".join(_name(row) + ("" if is_of_speed else _difference(ship, row)) for row in alike)
@@ -241,11 +239,11 @@ def _alike(group: Group, ship: ResultRow, alike: Sequence[ResultRow], preference
         smaller = ", and its weights are smaller" if is_smaller else ""
         yield f"Its {what} is {NOT_DISTINGUISHABLE} from that of {others}{smaller}"
         if not is_of_speed:
-            yield from _answers_of_alike(group, ship, alike)
+            yield from _answers_of_alike(ship, alike)
 
 
-def _answers_of_alike(group: Group, ship: ResultRow, alike: Sequence[ResultRow]) -> Iterable[str]:
-    compared = compare_answers([(row, ship) for row in alike if not row.is_baseline], group.answers)
+def _answers_of_alike(ship: ResultRow, alike: Sequence[ResultRow]) -> Iterable[str]:
+    compared = compare_answers([(row, ship) for row in alike if not row.is_baseline])
     if not compared:
         if not any(row.is_baseline for row in (ship, *alike)):
             yield "Answers to tasks (--tasks) may tell them apart"

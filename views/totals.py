@@ -17,7 +17,7 @@ _JOBS_NAMED = 4
 
 
 def sum_up(rows: Sequence[ResultRow], choices: Sequence[Choice]) -> str:
-    """``6 jobs of 2 models on NVIDIA H200: 5 succeeded, 1 failed (j6 cuda_oom). Ship bnb-nf4 of 2 models: weights …``
+    """``6 jobs of 2 models on NVIDIA H200: 5 succeeded, 1 failed (j6 cuda_oom). Ship … of 2 models: weights …``
 
     ``rows`` are those that are shown, ``choices`` those of their models.
     """

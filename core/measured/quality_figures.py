@@ -10,6 +10,9 @@ from typing import Any, Self
 from qbatch.core.measured.stored_json import Stored, as_json, omitted_if_unknown, omitted_unless, when_known
 
 _ERROR = "_stderr"
+ITS_OUTPUTS_NOT_FINITE = "its outputs are NaN or infinite"
+BASE_OUTPUTS_NOT_FINITE = "the outputs of its baseline are NaN or infinite"
+"""Why a model is not compared with its base; see ``Quality.reason``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

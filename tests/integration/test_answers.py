@@ -7,10 +7,12 @@ import dataclasses
 from sqlalchemy import delete, func, select
 
 from qbatch.core.domain import DeviceKind
+from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db import jobs
 from qbatch.models_db.question_answers import find_answers
+from qbatch.models_db.results import find_results
 from qbatch.models_db.retention import delete_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import AnswersRow, Result
@@ -26,7 +28,8 @@ def answered(database: Database) -> list[int]:
     """The jobs of a batch, of which the first has answers."""
     _, ids = a_batch(database)
     first, *others = claim(database, ids, a_worker(database))
-    measurement = dataclasses.replace(measured(), answers=ANSWERS)
+    details = Details.from_json({"task": "causal-lm", "tasks": {"quiz": {"acc": 0.5, "acc_stderr": 0.5}}})
+    measurement = dataclasses.replace(measured(), answers=ANSWERS, details=details)
     with database.write() as session:
         # What is spooled is JSON.
         read = Measurement.from_json(measurement.to_json())
@@ -45,8 +48,17 @@ def stored(database: Database) -> int:
 def test_they_are_found_by_job_and_task(database: Database) -> None:
     ids = answered(database)
     with database.read() as session:
-        assert find_answers(session, ids) == {f"j{ids[0]}": ANSWERS}
+        assert find_answers(session, ids) == {ids[0]: ANSWERS}
         assert find_answers(session, ids[1:]) == {}
+
+
+def test_rows_have_them_and_their_json_does_not(database: Database) -> None:
+    answered(database)
+    with database.read() as session:
+        first, *others = find_results(session)
+    assert first.answers == ANSWERS
+    assert [row.answers for row in others] == [{}, {}]
+    assert "answers" not in first.to_json()
 
 
 def test_pruning_a_job_removes_them(database: Database) -> None:

@@ -6,7 +6,7 @@ import json
 import resource
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ from qbatch.worker.runner.messages import (
     Stepped,
 )
 from tests.bundles import TEXT_HASH, Ear, run_bundle
-from tests.tiny import make_causal
+from tests.tiny import make_causal, make_encoder
 from tests.unit.benchmark_models import QUICK
 
 NF4, INT8, TORCHAO = 1, 2, 3
@@ -87,6 +87,18 @@ def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Pat
     assert heard.count(MeasurementsOver) == 1
     over = heard.index(MeasurementsOver)
     assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)
+
+
+@pytest.mark.parametrize("make", [make_causal, make_encoder])
+def test_a_model_without_a_tokenizer_says_why_its_quality_is_unknown(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = make(tmp_path / "speechless")
+    for path in source.glob("*token*"):
+        path.unlink()
+    (row,) = [m for m in run(source, schemes={NF4: SCHEMES[NF4]}).heard if isinstance(m, Measured)]
+    assert row.measurement.details.quality.reason == "it has no tokenizer"
+    assert row.measurement.perplexity is None
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
 from benchmarks.database.history import Sizes, fill
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.models_db import jobs, listing, results, window, workers
@@ -27,7 +28,6 @@ from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
 from qbatch.models_db.time_left import time_left
-from qbatch.models_db.vram import GIB
 from qbatch.models_db.watching import Watcher
 from tests.rows import POLICY, PROTOCOL, measured
 

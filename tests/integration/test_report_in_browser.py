@@ -22,6 +22,9 @@ _CUT_OFF = """[...document.querySelectorAll("body *")].filter(one =>
 ).map(one => one.outerHTML.slice(0, 120))"""
 
 
+pytestmark = pytest.mark.browser
+
+
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
     with browser() as opened:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from click.testing import CliRunner, Result
 from qbatch.cli import main
 from tests import tiny
 from tests.incoming import already_quantized, edit_config
+from tests.unprivileged import without_rights
 
 
 @pytest.fixture
@@ -173,3 +179,33 @@ def test_whatever_is_given_as_a_list_or_model_ends_in_a_message(home: Path, mode
     for name in ("loop", "cycle", "x" * 5000, "./loop/x", "./cycle/self", "binary", "weights loop", "~nobody/x", ""):
         assert qbatch("submit", f"./{name}", "--bits", "4").exit_code == 2, name
     assert batches() == []
+
+
+def test_what_may_not_be_read_is_named(home: Path, model: Path) -> None:
+    (home / "list").write_text("org/model\n")
+    shut = [home / "list", home / "a" / "model.safetensors", home / "b" / "config.json", home / "c"]
+    for folder in "abc":
+        shutil.copytree(model, home / folder)
+    for path in shut:
+        path.chmod(0)
+    for given in (("--models", "list"), ("./a", "./b", "./c")):
+        command = [sys.executable, "-m", "qbatch", "submit", *given, "--bits", "4"]
+        done = subprocess.run(command, preexec_fn=without_rights(), capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.count("Permission denied") == len(given[-1:] if "list" in given else given), done.stderr
+    (home / "c").chmod(0o700)
+
+
+@pytest.mark.parametrize(("answer", "is_folder"), [("y", True), ("n", False)])
+def test_on_a_terminal_a_mistyped_folder_is_asked_about(home: Path, model: Path, answer: str, is_folder: bool) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qbatch", "submit", "models/tiny-lama", "--bits", "4"]
+    os.write(ours, f"{answer}\n".encode())
+    done = subprocess.run(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs, check=False)
+    os.close(theirs)
+    said = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert done.returncode == 0, said
+    assert "Use the folder models/tiny-llama" in " ".join(said.split())
+    (job, _) = json.loads(qbatch("jobs", "--json").stdout)
+    assert job["model"] == ("models/tiny-llama" if is_folder else "models/tiny-lama")

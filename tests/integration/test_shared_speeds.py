@@ -30,7 +30,7 @@ from qbatch.core.measured.metrics import DECODE, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.model_shape import shape_of
 from qbatch.models_db import jobs
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.views.groups import timed_apart
@@ -54,7 +54,7 @@ from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
-from tests.rows import a_worker
+from tests.rows import a_worker, add_batch
 from tests.unit.benchmark_models import QUICK, TEXT
 from tests.unit.test_benchmark_rounds import TEXT_HASH
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from qbatch.views.answer_comparisons import AnswerComparison, baseline_pairs, co
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group, models_of
 from qbatch.views.recommend import recommend
-from tests.unit.printed import read
+from tests.unit.printed import comparison, read
 from tests.unit.test_compare import BASELINE, FP4, INT8, NF4, by_window
+from tests.unit.test_views import on_terminal
 
 
 def answers(scores: Sequence[float | None], *, clusters: Sequence[int] | None = None, skip: int = 0) -> TaskAnswers:
@@ -29,7 +32,7 @@ def answers(scores: Sequence[float | None], *, clusters: Sequence[int] | None = 
 
 def group_of(by_job: Mapping[str, TaskAnswers], *rows: dict[str, Any]) -> Group:
     stored = {job_id: {"quiz": answered} for job_id, answered in by_job.items()}
-    (model,) = models_of(read(list(rows) or [BASELINE, NF4]), stored)
+    (model,) = models_of([replace(row, answers=stored.get(row.job_id, {})) for row in read(list(rows))])
     return model.groups[0]
 
 
@@ -38,7 +41,7 @@ def compared(*of: TaskAnswers, **direction: bool) -> AnswerComparison:
     tasks = {"quiz": {"higher_is_better": {"acc": direction.get("higher_is_better", True)}}}
     details = NF4["details"] | {"tasks": tasks}
     group = group_of(dict(zip(("j1", "j3"), of, strict=True)), BASELINE, NF4 | {"details": details})
-    (found,) = compare_answers(baseline_pairs(group), group.answers)
+    (found,) = compare_answers(baseline_pairs(group))
     return found
 
 
@@ -89,19 +92,18 @@ def test_only_questions_that_both_were_asked_are_compared() -> None:
 
 
 def test_nothing_in_common_is_not_compared() -> None:
-    group = group_of({"j1": answers([1.0]), "j3": answers([1.0], skip=1)})
-    assert compare_answers(baseline_pairs(group), group.answers) == []
-    assert compare_answers(baseline_pairs(group), {"j1": {"quiz": answers([1.0])}}) == []
+    for by_job in ({"j1": answers([1.0]), "j3": answers([1.0], skip=1)}, {"j1": answers([1.0])}, {}):
+        assert compare_answers(baseline_pairs(group_of(by_job, BASELINE, NF4))) == []
 
 
 def test_more_comparisons_need_stronger_evidence() -> None:
     base, worse = right(lost=8, gained=1, same=91)
     alone = group_of({"j1": base, "j3": worse}, BASELINE, NF4)
-    (found,) = compare_answers(baseline_pairs(alone), alone.answers)
+    (found,) = compare_answers(baseline_pairs(alone))
     assert found.adjusted_p == found.p_value == pytest.approx(20 / 512)
     assert found.is_worse
     several = group_of({"j1": base, "j2": base, "j3": worse}, BASELINE, INT8, NF4)
-    int8, nf4 = compare_answers(baseline_pairs(several), several.answers)
+    int8, nf4 = compare_answers(baseline_pairs(several))
     assert (int8.adjusted_p, nf4.adjusted_p) == (1.0, pytest.approx(40 / 512))
     assert not nf4.is_shown
 
@@ -121,6 +123,19 @@ def test_what_is_shown_is_said_with_its_interval() -> None:
         "j3 bnb-nf4, quiz acc: of 200 answers, 20 are worse than those of j1 and 2 better; -0.0900 (95"
     )
     assert said.endswith("Holm): worse.")
+
+
+def test_compare_says_it_and_writes_it_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, worse = right(lost=20, gained=2, same=178)
+    rows = [BASELINE | {"answers": {"quiz": base.to_json()}}, NF4 | {"answers": {"quiz": worse.to_json()}}]
+    on_terminal(monkeypatch, 400)
+    (found,) = compare_answers(baseline_pairs(group_of({"j1": base, "j3": worse}, BASELINE, NF4)))
+    assert say(found) in " ".join(comparison(rows, Preference(), by="figure", format="table").split())
+    (model,) = json.loads(comparison(rows, Preference(), by="figure", format="json"))
+    (written,) = model["groups"][0]["answers_compared"]
+    assert (written["task"], written["job_id"], written["reference_job_id"]) == ("quiz", "j3", "j1")
+    assert (written["worse"], written["better"], written["difference_shown"]) == (20, 2, True)
+    assert written["adjusted_p_value"] == found.adjusted_p
 
 
 NEAR = by_window(NF4, 10.0, 20.0, 30.0, 40.0)

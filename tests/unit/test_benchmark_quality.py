@@ -338,6 +338,24 @@ def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch
     assert found.perplexity is not None
 
 
+@pytest.mark.parametrize("kind", ["causal", "masked-lm", "encoder"])
+@pytest.mark.parametrize("broken", ["the model", "the baseline"])
+def test_outputs_that_are_nan_agree_with_nothing(tmp_path: Path, kind: str, broken: str) -> None:
+    """Of a model with finite weights, too: an activation may overflow."""
+    classes = {"masked-lm": "BertForMaskedLM", "encoder": "BertModel"}
+    folder = tmp_path / kind
+    source = bert(folder, classes[kind]) if kind in classes else tiny.make_causal(folder)
+    base, other = loaded_on_cpu(source), loaded_on_cpu(source)
+    with torch.no_grad():
+        modules = (base if broken == "the baseline" else other).model.modules()
+        next(module for module in modules if "Norm" in type(module).__name__).weight.fill_(math.nan)
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    said = "the outputs of its baseline are NaN" if broken == "the baseline" else "^its outputs are NaN or infinite"
+    with pytest.raises(BenchmarkError, match=said):
+        compare(other, reference, QUICK, TEXT)
+
+
 @pytest.mark.parametrize("arch", tiny.SEQ2SEQ_ARCHS)
 def test_an_encoder_decoder_is_compared_on_the_second_half_of_each_window(tmp_path: Path, arch: str) -> None:
     model, reference = quantized_and_reference(tiny.make_seq2seq(tmp_path / arch, arch), NF4)

@@ -13,7 +13,7 @@ from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.recommend import Recommendation, recommend
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
-from tests.unit.printed import comparison, read
+from tests.unit.printed import comparison, read, results_table
 from tests.unit.test_views import on_terminal
 
 GIB = 2**30
@@ -197,6 +197,21 @@ def test_quality_that_was_not_measured_does_not_qualify() -> None:
 def test_a_broken_checkpoint_is_never_shipped(details: dict[str, Any]) -> None:
     broken = NF4 | {"details": NF4["details"] | details}
     assert shipped([BASELINE, INT8, broken]) == "j2"
+
+
+def test_predictions_that_are_not_finite_are_never_shipped_or_good() -> None:
+    nan = NF4 | {
+        "kl_mean": None,
+        "details": NF4["details"] | {"quality": {"reason": "its outputs are NaN or infinite"}},
+    }
+    # What was stored before such outputs were compared with nothing: of NaN the first is the largest, so all agreed.
+    older = NF4 | {"kl_mean": None, "top1_agreement": 1.0, "details": {"quality": {}}}
+    for broken, said in ((nan, "it cannot be used: its outputs are NaN"), (older, "its KL is not finite")):
+        assert shipped([BASELINE, INT8, broken]) == "j2"
+        assert shipped([BASELINE, broken], max_kl=10.0) == "j1"
+        table = " ".join(results_table([BASELINE, INT8, broken]).split())
+        assert said in table
+        assert "3 succeeded (1 unfit to use: j3)" in table
 
 
 def test_perplexity_bounds_by_the_paired_ratio_and_encoders_by_their_ranks() -> None:

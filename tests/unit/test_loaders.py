@@ -24,6 +24,7 @@ from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
 from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from tests.schemes import with_options
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4)
@@ -206,8 +207,8 @@ def test_a_list_that_only_transformers_understands_is_found_out(
     ("scheme", "fsdp", "vllm"),
     [
         (NF4, REFUSES, LOADS),
-        (NF4.with_options(quant_storage="bfloat16"), LOADS, REFUSES),
-        (NF4.with_options(quant_storage="float32"), REFUSES, REFUSES),
+        (with_options(NF4, quant_storage="bfloat16"), LOADS, REFUSES),
+        (with_options(NF4, quant_storage="float32"), REFUSES, REFUSES),
         (INT8, REFUSES, LOADS),
     ],
 )

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.settings import Settings
 from qbatch.core.sources import Header, read_headers
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import GIB
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.scheduler.vram_prediction import memory_bytes, predicted_need
 from tests.rows import a_gpu
+from tests.schemes import with_options
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,14 +99,14 @@ def test_the_prediction_holds_the_weights_and_not_much_more(llama: Path) -> None
 def test_double_quantization_and_skipped_modules_count(llama: Path) -> None:
     headers = read_headers(llama)
     plain = need_gib(headers, NF4)
-    assert need_gib(headers, NF4.with_options(double_quant=True)) < plain
+    assert need_gib(headers, with_options(NF4, double_quant=True)) < plain
     assert need_gib(headers, replace(NF4, skip_modules=("down_proj",))) > plain + 2
 
 
 def test_outliers_dequantize_at_worst_a_whole_weight(llama: Path) -> None:
     headers = read_headers(llama)
     # 4096 × 14336 values, of 9 bytes each.
-    without = need_gib(headers, INT8.with_options(int8_threshold=0.0))
+    without = need_gib(headers, with_options(INT8, int8_threshold=0.0))
     assert need_gib(headers, INT8) - without == pytest.approx(0.49, abs=0.01)
 
 

@@ -99,10 +99,12 @@ def test_the_answer_stands_before_everything_else() -> None:
 def test_how_questions_were_answered_is_said_as_compare_says_it() -> None:
     base, other = right(lost=40, gained=2, same=58)
     answers = {"j1": {"quiz": base}, "j3": {"quiz": other}}
-    whole = replace(reported([test_compare.BASELINE, test_compare.NF4]), answers=answers)
+    whole = reported([test_compare.BASELINE, test_compare.NF4])
+    jobs = [replace(job, row=replace(job.row, answers=answers[job.row.job_id])) for job in whole.jobs]
+    whole = replace(whole, jobs=jobs)
     shown = Document(report_page(whole, Preference())).text
     group = whole.models[0].groups[0]
-    (compared,) = compare_answers(baseline_pairs(group), group.answers)
+    (compared,) = compare_answers(baseline_pairs(group))
     assert say(compared) in shown
 
 

@@ -34,6 +34,7 @@ from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from qbatch.worker.searching.weight_errors import min_max_rounded
 from tests import tiny
 from tests.reference import load_quantized
+from tests.schemes import with_options
 from tests.trained import make_trained
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.FLOAT32)
@@ -247,7 +248,7 @@ def test_the_model_has_its_own_weights_again_after_a_search(tmp_path: Path) -> N
 def test_a_rounded_weight_is_what_bitsandbytes_computes_with(tmp_path: Path, double_quant: bool) -> None:
     import bitsandbytes as bnb
 
-    scheme = NF4.with_options(double_quant=double_quant)
+    scheme = with_options(NF4, double_quant=double_quant)
     source = tiny.make_causal(tmp_path, "gpt2")
     quantized = load_quantized(source, scheme, DType.FLOAT32)
     model = loaded(source)
@@ -337,7 +338,7 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     causal = loaded(tiny.make_causal(tmp_path / "llama"))
     given: Any = probes(causal)
     with (
-        pytest.raises(Unsupported, match="4-bit schemes of bitsandbytes, not for bnb-int8"),
+        pytest.raises(Unsupported, match="nothing but weights, not for bnb-int8"),
         opened_search(causal, given, Scheme(method=Method.INT8, compute_dtype=DType.FLOAT32)),
     ):
         pass

@@ -35,7 +35,7 @@ def speed_reasons_of(judged: JudgedGroup) -> GroupNotes:
 def answers_of(judged: JudgedGroup) -> GroupNotes:
     """How each quantized row answered the questions of tasks, beside its baseline."""
     group = judged.group
-    texts = [say(each) for each in compare_answers(baseline_pairs(group), group.answers)]
+    texts = [say(each) for each in compare_answers(baseline_pairs(group))]
     return GroupNotes(model=judged.model, setting=judged.setting, texts=texts)
 
 

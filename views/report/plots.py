@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbatch.core.errors import UsageError
 from qbatch.views.formats import printable
@@ -125,7 +125,7 @@ def _place(axes: Axes, layout: ScatterLayout) -> None:
             (label.y - up.start) / (up.end - up.start),
         )
         side, gap = {"start": ("left", 3), "middle": ("center", 0), "end": ("right", -3)}[label.anchor]
-        where = {"xycoords": "axes fraction", "xytext": (gap, 0), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (gap, 0), "textcoords": "offset points"}
         axes.annotate(_text(label.text), share, ha=side, size=8, color="#566070", **where)
 
 

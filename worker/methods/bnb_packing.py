@@ -68,6 +68,7 @@ class FourBitPacking(_BnbPacking):
     nested: bool
     storage: torch.dtype
     block: int = BLOCK
+    is_weight_only = True
 
     def why_unsupported(self, rows: int, columns: int) -> str | None:
         # A storage dtype of one byte may be left half filled.
@@ -132,7 +133,6 @@ class FourBitPacking(_BnbPacking):
         return PackedPiece(parts=parts, figures=figures(values, self._restored(parts["weight"], scales, values.shape)))
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """What a loaded checkpoint computes with instead of ``weight`` [rows, columns]: float32 of the same shape."""
         values = weight.reshape(-1)
         offset = float(self.block_maxima(values).mean()) if self.nested else None
         parts, scales = self._quantized(values, offset)

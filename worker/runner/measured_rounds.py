@@ -241,6 +241,7 @@ class Rounds:
         more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}
         turn.benchmark.measure_quality(loaded, reference, more)
         if loaded.tokenizer is None:
+            turn.benchmark.note_not_compared(loaded.why_no_tokenizer or "it has no tokenizer")
             return
         if reference is None:
             turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan))

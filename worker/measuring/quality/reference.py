@@ -24,7 +24,12 @@ from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Protocol, content_hash
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.filesystem import OCCUPIED_ERRNOS, move, storage_fault, sync, touch
-from qbatch.core.measured.quality_figures import Quality, QualityFloor
+from qbatch.core.measured.quality_figures import (
+    BASE_OUTPUTS_NOT_FINITE,
+    ITS_OUTPUTS_NOT_FINITE,
+    Quality,
+    QualityFloor,
+)
 from qbatch.worker.files.reference_folders import (
     DESCRIPTION,
     IN_USE_S,
@@ -212,7 +217,11 @@ def _compare_logits(
         if base.shape[-1] == 1:
             # The softmax of a single number is always 1, so the two models would always agree.
             raise BenchmarkError("the model outputs a single number, which is not a distribution that can be compared")
-        divergences.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
+        found = divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets)
+        if found.kl.isnan().any():
+            # Of NaN the first is the largest, so the two models would always agree.
+            raise _not_finite(base.isfinite().all())
+        divergences.append(found)
     return summarize_divergence(divergences)
 
 
@@ -225,7 +234,13 @@ def _compare_embeddings(
         on_probe(number + 1, len(probes))
         embeddings.append(embedding_of(loaded.model, probe, loaded.device))
     other = torch.stack(embeddings)
+    if not (base.isfinite().all() and other.isfinite().all()):
+        raise _not_finite(base.isfinite().all())
     return compare_embeddings(base, other)
+
+
+def _not_finite(is_base_finite: torch.Tensor) -> BenchmarkError:
+    return BenchmarkError(ITS_OUTPUTS_NOT_FINITE if is_base_finite else BASE_OUTPUTS_NOT_FINITE)
 
 
 def _read(reference: Reference, number: int) -> torch.Tensor:

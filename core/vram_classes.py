@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from qbatch.core.byte_units import GIB
-from qbatch.core.domain import DeviceKind
-from qbatch.models_db.tables import Worker
 
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """In GiB, as GPUs are sold."""
@@ -25,14 +23,6 @@ def floor_bytes(size: int) -> int:
 
 ANY_CLASS_BYTES = floor_bytes(VRAM_CLASSES[1])
 """A job that is predicted to need less than this may run on any GPU."""
-
-
-def usable_bytes(worker: Worker) -> int:
-    """The least memory of the worker's class in bytes, so that all GPUs of one class are equal.
-
-    0 for a CPU, because a job that ran out of GPU memory needs a larger GPU.
-    """
-    return floor_bytes(vram_class(worker.memory_bytes)) if worker.device_kind == DeviceKind.CUDA else 0
 
 
 def show_need(above_bytes: int) -> str:
