@@ -59,7 +59,7 @@ def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **optio
                 database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
             )
         except KeyboardInterrupt:
-            leave_running(database, [receipt.batch_id])
+            leave_running(database, settings, [receipt.batch_id])
         _print_outcome(database, settings, receipt, format_)
         sys.exit(0 if all_succeeded else 1)
     _print_receipt(receipt, format_)
@@ -103,7 +103,7 @@ def _run(
         )
     except KeyboardInterrupt:
         stopped = f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
-        click.echo(what_goes_on(database, [receipt.batch_id]) if stack is None else stopped, err=True)
+        click.echo(what_goes_on(database, settings, [receipt.batch_id]) if stack is None else stopped, err=True)
         return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1

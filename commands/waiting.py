@@ -38,7 +38,7 @@ def wait(batches: Sequence[str], timeout: float | None, on_end: str | None) -> N
     try:
         all_succeeded = wait_for_batches(database, settings, ids, timeout_s=timeout, on_end=on_end)
     except KeyboardInterrupt:
-        leave_running(database, ids)
+        leave_running(database, settings, ids)
     sys.exit(0 if all_succeeded else 1)
 
 
@@ -59,7 +59,7 @@ def watch(batches: Sequence[str]) -> None:
     try:
         snapshot = follow_batches(database, settings, ids, stream=sys.stdout)
     except KeyboardInterrupt:
-        leave_running(database, ids)
+        leave_running(database, settings, ids)
     if snapshot.batches:
         click.echo(describe_end(snapshot))
     else:
@@ -115,21 +115,24 @@ def follow_batches(
         )
 
 
-def leave_running(database: Database, batch_ids: Sequence[int]) -> NoReturn:
+def leave_running(database: Database, settings: Settings, batch_ids: Sequence[int]) -> NoReturn:
     """Say what goes on although nobody waits for it any more, and exit as after Ctrl-C."""
-    click.echo(what_goes_on(database, batch_ids), err=True)
+    click.echo(what_goes_on(database, settings, batch_ids), err=True)
     sys.exit(INTERRUPTED)
 
 
-def what_goes_on(database: Database, batch_ids: Sequence[int]) -> str:
+def what_goes_on(database: Database, settings: Settings, batch_ids: Sequence[int]) -> str:
     """``no longer watching; b1 goes on (2 running, 3 queued): …``"""
-    names = " ".join(map(format_batch_id, batch_ids))
-    if not batch_ids:
-        return "no longer watching; all goes on: `qbatch watch` shows it again"
-    return (
-        f"no longer watching; {names.replace(' ', ', ')} {'goes' if len(batch_ids) == 1 else 'go'} on"
-        f"{_how_much(database, batch_ids)}: `qbatch watch {names}` shows it again, `qbatch cancel {names}` cancels it"
-    )
+    from qbatch.scheduler.stack_lock import stack_is_running
+
+    ids = [format_batch_id(batch_id) for batch_id in batch_ids]
+    what, words, one = ", ".join(ids) or "all that is open", " ".join(["", *ids]), len(ids) < 2
+    ways = f"`qbatch watch{words}` shows {'it' if one else 'them'} again"
+    ways += f", `qbatch cancel{words}` cancels {'it' if one else 'them'}" if ids else ""
+    does = "goes on" if one else "go on"
+    if settings.is_embedded and not stack_is_running(settings):
+        does, ways = f"{'stays' if one else 'stay'} queued", f"no stack is running, and `qbatch up` starts one; {ways}"
+    return f"no longer watching; {what} {does}{_how_much(database, batch_ids)}: {ways}"
 
 
 def _how_much(database: Database, batch_ids: Sequence[int]) -> str:

@@ -111,7 +111,7 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "attempt": row.attempt,
         "failures": row.failures,
         "worker": row.worker,
-        "progress": row.progress,
+        "progress": _progress(row),
         "error_kind": row.error_kind,
         "error_message": row.error_message,
         "above_memory_bytes": row.above_memory_bytes,
@@ -121,6 +121,13 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "finished_at": row.finished_at.isoformat() if row.finished_at else None,
         "elapsed_s": _elapsed_s(row, now),
     }
+
+
+def _progress(row: Any) -> dict[str, Any] | None:
+    """What is measured is over with the job; what it has read and written stays."""
+    if row.progress is None or row.state == JobState.RUNNING:
+        return row.progress  # type: ignore[no-any-return]
+    return {name: value for name, value in row.progress.items() if name != "step"}
 
 
 def _elapsed_s(row: Any, now: datetime) -> float | None:

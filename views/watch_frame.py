@@ -22,6 +22,8 @@ _MOST_WORKERS = 8
 _MOST_BATCHES = 4
 _LEAST_NAME = 12
 _LEAST_DOING = 16
+# Of what jobs do, most fits into that; so columns do not move with each step.
+_USUAL_DOING = 23
 _BAR = (10, 30)
 
 
@@ -174,7 +176,7 @@ def _table(jobs: Sequence[WatchedJob], width: int) -> list[Line]:
     ids, schemes = [job.job_id for job in jobs], [job.scheme for job in jobs]
     fixed = sum(map(_widest, (ids, schemes, stages, elapsed))) + 5 * len(_GAP)
     models = [printable(job.model) for job in jobs]
-    name_width, doing_width = _shared(width - fixed, _widest(models), _widest(doing))
+    name_width, doing_width = _shared(width - fixed, _widest(models), max(_USUAL_DOING, _widest(doing)))
     return [
         [
             Part(pad(ids[number], _widest(ids)) + _GAP),

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qbatch.cli import main
+from qbatch.commands.waiting import what_goes_on
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade
@@ -51,6 +52,24 @@ def test_a_batch_that_has_ended_is_not_watched_for_long() -> None:
     done = CliRunner().invoke(main, ["watch", "b1"])
     assert (done.exit_code, done.stderr) == (1, "")
     assert done.stdout.startswith("b1: 0 of 3 jobs succeeded, 3 cancelled, after ")
+
+
+def test_who_leaves_is_told_what_is_left(home: Path) -> None:
+    settings = Settings.from_env(os.environ)
+    database = Database(settings.sqlalchemy_url)
+    assert what_goes_on(database, settings, [2]) == (
+        "no longer watching; b2 stays queued (3 queued): no stack is running, and `qbatch up` starts one; "
+        "`qbatch watch b2` shows it again, `qbatch cancel b2` cancels it"
+    )
+    elsewhere = Settings.from_env({"QBATCH_HOME": str(home), "QBATCH_BROKER_URL": "redis://:p@redis.example:6379/0"})
+    assert what_goes_on(database, elsewhere, [1, 2]) == (
+        "no longer watching; b1, b2 go on (3 queued): `qbatch watch b1 b2` shows them again, "
+        "`qbatch cancel b1 b2` cancels them"
+    )
+    assert what_goes_on(database, elsewhere, []) == (
+        "no longer watching; all that is open goes on: `qbatch watch` shows it again"
+    )
+    database.dispose()
 
 
 def test_where_nothing_is_open_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

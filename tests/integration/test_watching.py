@@ -9,6 +9,7 @@ from qbatch.core.errors import SourceCorrupt
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot
 from qbatch.models_db import jobs, pauses
+from qbatch.models_db.listing import list_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.watching import Watcher
 from qbatch.scheduler.wait import wait
@@ -126,6 +127,10 @@ def test_what_runs_is_seen_with_its_worker_and_its_progress(database: Database) 
     assert active.elapsed_s is not None
     (watched,) = look.workers
     assert watched.jobs == (f"j{ids[0]}", f"j{ids[1]}")
+    assert succeed(database, first)
+    with database.read() as session:
+        ended, _ = list_jobs(session)
+    assert ended["progress"] == {"bytes_read": 5, "bytes_written": 1, "bytes_total": 9}, "nothing is measured of it now"
 
 
 def test_a_pause_is_seen(database: Database) -> None:

@@ -389,6 +389,7 @@ class CeleryWorker:
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
         is_quarantined = has_announced = False
+        read_load(self._info.device_uuid)  # since this call counts the load that the first heartbeat reports
         interval_s = self._settings.heartbeat_s / 3
         renew_at = time.monotonic()
         sweep_at = time.monotonic() + self._settings.lease_s
