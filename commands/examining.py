@@ -44,10 +44,12 @@ def doctor(deep: bool, format_: str) -> None:
 
 
 def _cpu_check(*, measure: bool) -> Check:
-    """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
+    """Whether the CPU has 16-bit arithmetic of its own. Measures it, which imports torch, only if the system does not
+    say so."""
     from qbatch.views.checks import State, check
     from qbatch.views.emulation import arithmetic_check, native_check
-    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, measured_apart
+    from qbatch.worker.machine.processor import cpuinfo
 
     instructions = bfloat16_instructions(cpuinfo(), os.environ)
     if instructions is not None and not measure:
@@ -84,8 +86,8 @@ def inspect(model: str, format_: str) -> None:
     "--for",
     "loaders",
     metavar="LOADERS",
-    help="Say instead what these loaders make of the checkpoints, from config, headers and names alone: transformers, "
-    "peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+    help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
+    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
 )
 @click.option(
     "--try",
@@ -106,8 +108,8 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged, or
     was removed from the storage: that is recorded, so it is said once.
 
-    With --for, each loader loads a checkpoint, loads it otherwise than it was measured, or refuses it. Exits with 1 if
-    one does not simply load.
+    With --for, reports for each loader whether it loads a checkpoint as it was measured, loads it differently, or
+    refuses it. Exits with 1 unless every loader loads every checkpoint as it was measured.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS
@@ -149,25 +151,30 @@ def _any_is_ours(folders: Sequence[Path]) -> bool:
 
 
 def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | None) -> None:
-    """``python`` None: nothing is tried."""
+    """Print what the loaders do with the checkpoints. ``python`` is the interpreter to try them with; None to try
+    nothing."""
     from qbatch.commands.loader_names import parse_loaders
     from qbatch.core.errors import JobError
     from qbatch.core.loaders.known_loaders import judge_folder
     from qbatch.core.measured.loader_judgement import LoaderVerdict
     from qbatch.views.formats import render
-    from qbatch.views.loader_judgements import judgement_row, judgement_text
+    from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 
     names = parse_loaders(loaders)
-    rows = []
+    judged: list[JudgedCheckpoint] = []
     for folder in folders:
         try:
             judgements = judge_folder(folder, names)
             tried = _try(folder, names, python) if python is not None else {}
         except JobError as error:
             raise UsageError(f"{folder}: {error}") from error
-        rows += [judgement_row(folder, name, judgement, tried.get(name)) for name, judgement in judgements.items()]
-    click.echo(judgement_text(rows) if format_ == "table" else render(rows, (), format_))
-    sys.exit(1 if any(row["verdict"] != LoaderVerdict.LOADS for row in rows) else 0)
+        judged += [
+            JudgedCheckpoint(folder=folder, loader=name, judged=judgement, tried=tried.get(name))
+            for name, judgement in judgements.items()
+        ]
+    rows = [judgement.to_json() for judgement in judged]
+    click.echo(judgement_text(judged) if format_ == "table" else render(rows, (), format_))
+    sys.exit(0 if all(judgement.shown.verdict == LoaderVerdict.LOADS for judgement in judged) else 1)
 
 
 def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:

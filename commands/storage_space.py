@@ -12,7 +12,8 @@ import click
 from qbatch.commands.completion import complete_batch
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.parameter_types import Duration
-from qbatch.commands.shared_options import batch_arguments, format_options, preference_options
+from qbatch.commands.result_options import preference_options
+from qbatch.commands.shared_options import batch_arguments, format_options
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import StorageUnavailable, UsageError

@@ -76,6 +76,11 @@ class Header:
     size: int
 
 
+def bits_of(dtype: str) -> int:
+    """The bits of a value of a dtype, as a header names it."""
+    return _BITS[dtype]
+
+
 def parse_source(text: str) -> SourceRef:
     """Parse ``hub/id@revision`` or the path of a folder.
 

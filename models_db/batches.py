@@ -42,20 +42,6 @@ def text_content(session: Session, sha256: str) -> str:
     return text.content
 
 
-def add_batch(
-    session: Session,
-    bundles: Iterable[Sequence[NewJob]],
-    *,
-    name: str | None = None,
-    priority: int = 0,
-    time_limit_s: float | None = None,
-) -> int:
-    """Add a batch of bundles (jobs that share a source) and return its id."""
-    batch_id = add_empty_batch(session, name=name, priority=priority)
-    add_jobs(session, JobRows(batch_id, priority=priority, time_limit_s=time_limit_s).of(bundles))
-    return batch_id
-
-
 def add_empty_batch(session: Session, *, name: str | None, priority: int) -> int:
     batch = Batch(name=name, priority=priority)
     session.add(batch)

@@ -92,7 +92,7 @@ class WholeJob:
 
 
 def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
-    """Those of ``job_ids`` that exist, in that order."""
+    """All about those jobs among ``job_ids`` that exist, in that order."""
     if not job_ids:
         return []
     rows = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
@@ -110,7 +110,7 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
 
 
 def job_records(session: Session, job_ids: Sequence[int]) -> list[JobRecord]:
-    """Of those of ``job_ids`` that exist, in that order."""
+    """The records of those jobs among ``job_ids`` that exist, in that order."""
     rows = session.execute(
         select(Job, Worker.name, need_source(), Checkpoint, Result.created_at)
         .outerjoin(Worker, Worker.id == Job.worker_id)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers.integrations.peft
-from transformers import MobileBertForMaskedLM
+from transformers import DeepseekV3ForCausalLM, MobileBertForMaskedLM
 
 from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
 from qbatch.worker.runner.messages import Failed, Measured
@@ -93,8 +93,8 @@ def test_an_old_sentence_transformers_folder_names_its_inner_model(tmp_path: Pat
     source = incoming.old_sentence_transformer(tmp_path / "source")
     message = the_message(run(source, schemes=BOTH), "source_not_found")
     assert message == (
-        f"{source} has no config.json: the model of this sentence-transformers folder lies in {source}/0_Transformer; "
-        "list that"
+        f"{source} has no config.json: the model of this sentence-transformers folder is in {source}/0_Transformer: "
+        "list that one"
     )
 
 
@@ -172,6 +172,17 @@ def test_no_more_layers_than_needed_are_said_to_mend_it(tmp_path: Path) -> None:
     model = make(MobileBertForMaskedLM, shrunk_config("mobilebert"))
     ear = run(incoming.save(tmp_path / "source", model), schemes={NF4: ALL[NF4]})
     assert messages(ear)[NF4].endswith("; --skip-modules predictions.dense mends it")
+
+
+def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
+    source = incoming.save(tmp_path / "source", make(DeepseekV3ForCausalLM, shrunk_config("deepseek_v3")))
+    ear = run(source, schemes=ALL)
+    assert ear.failed() == {INT8: "unsupported"}
+    assert ear.measured() == {BASE, NF4}
+    assert "model.layers.0.self_attn fails (RuntimeError: " in messages(ear)[INT8]
+    assert messages(ear)[INT8].endswith("; --skip-modules kv_b_proj mends it")
+    mended = run(source, attempt=2, schemes={INT8: replace(ALL[INT8], skip_modules=("kv_b_proj",))})
+    assert audits(mended) == {INT8: "ran"}
 
 
 def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,15 +59,22 @@ def summarize(sample: Sequence[float]) -> Stats:
     )
 
 
-def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of Σ sums / Σ counts: a mean over rows, of which only whole clusters are independent.
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation of two samples of one length: Pearson's correlation of their ranks. NaN if all values
+    of one sample are equal, if any is NaN, or if there are fewer than two."""
+    if any(map(math.isnan, (*first, *second))):
+        return math.nan
+    ranks = _ranks(first), _ranks(second)
+    if len(first) < 2 or any(min(each) == max(each) for each in ranks):
+        return math.nan
+    return statistics.correlation(*ranks)
 
-    It is the root of the linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran,
-    Sampling Techniques, ch. 9A). Clusters may differ in size. None for a single cluster.
-    """
-    clusters, rows = len(sums), sum(counts)
-    if clusters < 2:
-        return None
-    mean = math.fsum(sums) / rows
-    scatter = math.fsum((total - count * mean) ** 2 for total, count in zip(sums, counts, strict=True))
-    return math.sqrt(clusters / (clusters - 1) * scatter) / rows
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ascending ranks from 1; equal values share their mean rank."""
+    counts = Counter(values)
+    rank_of, below = {}, 0
+    for value in sorted(counts):
+        rank_of[value] = below + (counts[value] + 1) / 2
+        below += counts[value]
+    return [rank_of[value] for value in values]

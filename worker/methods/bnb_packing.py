@@ -14,7 +14,8 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from qbatch.worker.methods.bnb_fourbit import BLOCK, quantize_4bit
+from qbatch.core.methods.bnb import BLOCK
+from qbatch.worker.methods.bnb_fourbit import quantize_4bit
 from qbatch.worker.methods.bnb_int8 import quantize_int8
 from qbatch.worker.methods.packing import MakePart, PackedPiece, PartShapes, StreamedPacking, figures
 
@@ -67,6 +68,7 @@ class FourBitPacking(_BnbPacking):
     nested: bool
     storage: torch.dtype
     block: int = BLOCK
+    is_weight_only = True
 
     def why_unsupported(self, rows: int, columns: int) -> str | None:
         # A storage dtype of one byte may be left half filled.
@@ -127,16 +129,31 @@ class FourBitPacking(_BnbPacking):
         if self.nested != (nested_offset is not None):
             raise ValueError(f"an offset of {nested_offset} does not fit {self}: exactly nested packings need one")
         values = values.reshape(-1)
+        parts, scales = self._quantized(values, nested_offset)
+        return PackedPiece(parts=parts, figures=figures(values, self._restored(parts["weight"], scales, values.shape)))
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        values = weight.reshape(-1)
+        offset = float(self.block_maxima(values).mean()) if self.nested else None
+        parts, scales = self._quantized(values, offset)
+        return self._restored(parts["weight"], scales, weight.shape)
+
+    def _quantized(
+        self, values: torch.Tensor, nested_offset: float | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The stored parts of flat ``values``, and the scale of each block."""
         codes, absmax = quantize_4bit(values, self.quant_type, self.storage)
-        parts, scales = {"weight": codes, "absmax": absmax}, absmax
-        if nested_offset is not None:
-            nested, state = bnb.functional.quantize_blockwise(absmax - nested_offset, blocksize=NESTED_BLOCK)
-            scales = bnb.functional.dequantize_blockwise(nested, state) + nested_offset
-            parts |= {"absmax": nested, "nested_absmax": state.absmax}
-        restored = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes, scales, BLOCK, self.quant_type, values.shape, torch.float32
+        if nested_offset is None:
+            return {"weight": codes, "absmax": absmax}, absmax
+        nested, state = bnb.functional.quantize_blockwise(absmax - nested_offset, blocksize=NESTED_BLOCK)
+        scales = bnb.functional.dequantize_blockwise(nested, state) + nested_offset
+        return {"weight": codes, "absmax": nested, "nested_absmax": state.absmax}, scales
+
+    def _restored(self, codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        restored: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, scales, BLOCK, self.quant_type, shape, torch.float32
         )
-        return PackedPiece(parts=parts, figures=figures(values, restored))
+        return restored
 
     def block_maxima(self, values: torch.Tensor) -> torch.Tensor:
         """Exactly the absmax of ``quantize_4bit``, computed without quantizing where possible."""

@@ -37,6 +37,14 @@ class Packing(ABC):
     marks_initialized = True
     """Whether transformers marks a layer as initialized once its weight is quantized, and does not initialize it."""
 
+    is_weight_only = False
+    """Whether a layer computes with the values of ``rounded``, and quantizes nothing else."""
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """What a loaded checkpoint computes with instead of ``weight`` [rows, columns]: float32 of the same shape.
+        Needs ``is_weight_only``."""
+        raise NotImplementedError(f"{self} quantizes more than weights")
+
     @abstractmethod
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
         """dtype and shape of every part that is computed from the weight's values, the codes first."""

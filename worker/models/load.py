@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.prior_quantization import declares_quantization
 from qbatch.core.sources import read_config, read_headers
+from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
@@ -25,8 +27,6 @@ from qbatch.worker.models.architecture import (
     model_class,
     why_no_tokenizer,
 )
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
-from qbatch.worker.models.vet import refuse_other_weights
 
 # A folder that no file can lie in, so that nothing is found there.
 _NO_FOLDER = os.devnull

@@ -12,11 +12,11 @@ from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
+from qbatch.core.vet import vet_source
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
-from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.measured_rounds import Rounds
@@ -118,8 +118,8 @@ class Bundle:
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
-        """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
-        job's fault alone."""
+        """Plan a job. None if a library that its method needs is not installed here, or its skip list cannot be
+        resolved; that fails only this job."""
         with self._reports.failing([claim.job_id]):
             return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []

@@ -121,6 +121,14 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """What the runner measures of these jobs from now on, in a few words: ``speed, round 2/3``."""
+
+    job_ids: tuple[int, ...]
+    step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointReady:
     """The job's checkpoint is published. Sent again when its files were found unchanged after the measurement."""
 
@@ -188,6 +196,7 @@ RunnerMessage = (
     | CheckpointVerified
     | Entered
     | Progressed
+    | Stepped
     | CheckpointReady
     | Measured
     | Failed

@@ -15,7 +15,7 @@ from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.runner.loaded_models import free_device_memory
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.speed.model_inputs import Inputs
+    from qbatch.worker.measuring.speed.noise_forms import Inputs
 
 RAN = "ran"
 NOT_ASKED_FOR = "not tried: only its size was asked for"

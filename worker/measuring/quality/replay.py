@@ -46,6 +46,11 @@ def logits_of(model: Any, probe: Probe, device: str) -> torch.Tensor:
 
     For a classifier [1, labels], or [labels, 2] if its labels are independent.
     """
+    return forward_logits(model, probe, device)
+
+
+def forward_logits(model: Any, probe: Probe, device: str) -> torch.Tensor:
+    """``logits_of`` in the caller's mode: with a graph for a backward pass, unless that is turned off."""
     return compared_rows(_forward(model, probe, device), probe)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qbatch.core.measured.quality_figures import Quality
+from qbatch.worker.measuring.stats import rank_correlation
 
 
 def embedding(hidden: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def compare_embeddings(base: torch.Tensor, other: torch.Tensor) -> Quality:
         pieces=len(base),
         cosine_mean=float(cosines.mean()),
         cosine_min=float(cosines.min()),
-        rank_correlation=_spearman(_pair_similarities(base), _pair_similarities(other)),
+        rank_correlation=rank_correlation(_pair_similarities(base).tolist(), _pair_similarities(other).tolist()),
     )
 
 
@@ -41,16 +42,3 @@ def _pair_similarities(embeddings: torch.Tensor) -> torch.Tensor:
     unit = torch.nn.functional.normalize(embeddings, dim=1)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1)
     return (unit @ unit.T)[first, second]
-
-
-def _spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Spearman's rank correlation: Pearson's correlation of the ranks."""
-    ranks = torch.stack([_ranks(first), _ranks(second)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ascending ranks; equal values share their mean rank."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    middle: torch.Tensor = counts.cumsum(0).double() - (counts - 1) / 2
-    return middle[inverse]

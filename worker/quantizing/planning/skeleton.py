@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
@@ -13,7 +15,6 @@ from qbatch.core.loaders.skip_list import SkippedLayers
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
 
 # Exceptions that transformers' classes raise for a config with impossible values, or if a library is missing.
 _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
@@ -108,17 +109,36 @@ def skip_list_of_source(
 def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
     """The list to publish for a user's patterns: what transformers skips by default, since a list replaces its own, and
     every layer that then stays unquantized by its full names (see ``SkippedLayers``). Two spellings give one list."""
+    return skip_list_keeping(cls, config, asked, frozenset())
+
+
+def skip_list_keeping(cls: Any, config: Any, asked: tuple[str, ...], modules: Set[str]) -> tuple[str, ...]:
+    """``skip_list`` with further linear layers, by full name, that stay unquantized."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    model = _meta_model(cls, config, None, "meta")
+    linears = _plain_linears(model)
+    architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
+    layers = SkippedLayers(linears, (linears - _quantized(model, asked)) | modules, architecture)
+    return tuple(sorted({*get_keys_to_not_convert(model), *layers.entries()}))
+
+
+def quantized_linears(cls: Any, config: Any, asked: tuple[str, ...] = ()) -> Set[str]:
+    """The linear layers that a method quantizes, by full name, if the patterns ``asked`` are skipped besides what
+    transformers skips by default. It asks before weights are tied, and might skip others of a loaded model."""
+    return _quantized(_meta_model(cls, config, None, "meta"), asked)
+
+
+def _quantized(model: Any, asked: tuple[str, ...]) -> Set[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = _meta_model(cls, config, None, "meta")
-    defaults = set(get_keys_to_not_convert(model))
-    patterns = [*defaults, *asked, *(model._keep_in_fp32_modules or ())]
-    linears = {name for name, module in model.named_modules() if is_plain_linear(module)}
-    architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
-    kept = {name for name in linears if not should_convert_module(name, patterns)}
-    layers = SkippedLayers(linears, kept, architecture)
-    return tuple(sorted(defaults | layers.entries()))
+    patterns = [*get_keys_to_not_convert(model), *asked, *(model._keep_in_fp32_modules or ())]
+    return {name for name in _plain_linears(model) if should_convert_module(name, patterns)}
+
+
+def _plain_linears(model: Any) -> Set[str]:
+    return {name for name, module in model.named_modules() if is_plain_linear(module)}
 
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -135,6 +155,11 @@ def is_plain_linear(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """[rows, columns] of the weight of a linear layer. Some models compute the sizes of layers with tensors."""
+    return int(layer.out_features), int(layer.in_features)
 
 
 def _with_dtype(config: Any, dtype: DType) -> Any:

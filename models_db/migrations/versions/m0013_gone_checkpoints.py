@@ -7,8 +7,8 @@ from alembic import op
 
 from qbatch.models_db.database_clock import UtcDateTime
 
-revision = "0012"
-down_revision = "0010"
+revision = "0013"
+down_revision = "0012"
 oldest_code = "0008"
 
 _INDEX = "ix_checkpoints_gone"

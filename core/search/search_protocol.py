@@ -1,0 +1,33 @@
+"""What decides how a search measures: everything that its figures depend on besides the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qbatch.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchProtocol:
+    """The search's own text, by its hash, is read in ``windows`` pieces of at most ``window`` tokens.
+
+    ``passes_per_group``: measuring single groups may cost this many passes through the whole model for each group, what
+    the derivatives cost included; at least as many as ``least_passes`` are always allowed. ``most_tries``: how many
+    groups are measured at most before one is added to a mixture.
+    """
+
+    text_sha256: str
+    window: int = 256
+    windows: int = 16
+    passes_per_group: float = 0.1
+    least_passes: float = 5.0
+    most_tries: int = 3
+
+    def __post_init__(self) -> None:
+        for field in ("window", "windows", "most_tries"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
+
+    def passes_allowed(self, groups: int) -> float:
+        """How many passes the sensitivities of this many groups may cost."""
+        return max(self.least_passes, self.passes_per_group * groups)
