@@ -15,11 +15,9 @@ from qbatch.commands.shared_options import format_options
 from qbatch.commands.targets import find_batches
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import UsageError
-from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
     from qbatch.core.measured.loader_judgement import LoaderJudgement
-    from qbatch.models_db.session import Database
     from qbatch.views.checks import Check
 
 
@@ -191,6 +189,7 @@ def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, Loader
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
+    from qbatch.models_db.gone_checkpoints import note_missing
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
     words = [target for target in targets if not Path(target).is_dir()]
@@ -201,29 +200,13 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     settings = current_settings()
     database = open_database(settings)
     batch_ids = find_batches(database, words)
-    with database.read() as session:
-        checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
-        known_as_gone = {one.path: one.gone_at is not None for one in checkpoints}
-    known = _note_missing(settings, database, known_as_gone)
-    return folders + [settings.storage / path for path in known_as_gone if path not in known]
-
-
-def _note_missing(settings: Settings, database: Database, known_as_gone: Mapping[str, bool]) -> set[str]:
-    """Record which checkpoints somebody has removed. Returns those of which that was known before.
-
-    Nothing is recorded, and none returned, where this machine does not see the storage.
-    """
-    from qbatch.core.storage import missing_checkpoints
-    from qbatch.models_db.checkpoints import note_presence
-
-    missing = missing_checkpoints(settings.storage, known_as_gone)
-    new = {path for path in missing if not known_as_gone[path]}
-    back = {path for path, is_gone in known_as_gone.items() if is_gone and path not in missing}
-    if settings.checkpoints.is_dir() and (new or back):
-        with database.write() as session:
-            note_presence(session, gone=new, present=back)
+    # What was noticed just now is said once more, as it fails what was asked.
+    new = note_missing(database, settings.storage)
     for path in sorted(new):
         click.echo(
             f"{settings.storage / path} was removed: that is recorded now; a new submit makes it again", err=True
         )
-    return missing - new
+    with database.read() as session:
+        checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
+        chosen = [one.path for one in checkpoints if one.gone_at is None or one.path in new]
+    return folders + [settings.storage / path for path in chosen]

@@ -149,10 +149,10 @@ def _require_storage(settings: Settings) -> None:
 def _report(removed: Sequence[Pruned], format_: str, *, done: bool) -> None:
     """Print what was or would be removed, and end with 1 if something could not be."""
     from qbatch.views.formats import render
-    from qbatch.views.listings import PRUNE_COLUMNS
+    from qbatch.views.listings import removal_columns
     from qbatch.views.units import show_bytes
 
-    click.echo(render([kind.to_json_with_paths() for kind in removed], PRUNE_COLUMNS, format_))
+    click.echo(render([kind.to_json_with_paths() for kind in removed], removal_columns(done=done), format_))
     problems = [problem for kind in removed for problem in kind.problems]
     _tell([*problems, *(line for kind in removed for line in kind.kept_lines)])
     size = show_bytes(sum(kind.size_bytes or 0 for kind in removed))

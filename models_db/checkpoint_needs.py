@@ -23,7 +23,9 @@ _UNDECIDED: ColumnElement[bool] = or_(
 def why_needed(
     session: Session, key: str, *, name: str, method: str | None, but_for: Collection[int] = ()
 ) -> str | None:
-    """Which job needs the checkpoint with this key, in words; None if there is none. ``but_for``: jobs to ignore.
+    """Which job needs the checkpoint with this key, in words; None if there is none.
+
+    ``but_for``: failed jobs to ignore.
 
     A job has no key until a worker has read its source. Such a job may need any checkpoint of its method (any at all if
     ``method`` is None) in the folder ``name`` of its model.
@@ -34,7 +36,7 @@ def why_needed(
     for condition in (named, may_be):
         query = select(Job.id, Job.state).where(condition, Job.method != Method.NONE).order_by(Job.id)
         for job_id, state in session.execute(query, execution_options=ALSO_ARRIVING):
-            if job_id not in but_for:
+            if job_id not in but_for or state in OPEN_STATES:
                 return _need(job_id, state, is_certain=condition is named)
     return None
 

@@ -59,11 +59,15 @@ def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 
-def checkpoints_at(session: Session, paths: Collection[str]) -> list[Checkpoint]:
-    """The records of the checkpoints at these paths, those that are gone included."""
+def checkpoints_at(session: Session, paths: Collection[str], *, lock: bool = False) -> list[Checkpoint]:
+    """The records of the checkpoints at these paths, those that are gone included.
+
+    ``lock``: nobody changes them until the transaction ends.
+    """
     found: list[Checkpoint] = []
     for chunk in in_chunks(sorted(paths)):
-        found += session.scalars(select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(Checkpoint.path))
+        query = select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(Checkpoint.path, Checkpoint.key)
+        found += session.scalars(query.with_for_update() if lock else query)
     return found
 
 
@@ -82,29 +86,23 @@ def note_presence(session: Session, *, gone: Collection[str], present: Collectio
         session.execute(update(Checkpoint).where(back).values(gone_at=None), execution_options=NO_SYNC)
 
 
-def lock_checkpoint(session: Session, path: str) -> Checkpoint | None:
-    """The record of the checkpoint at ``path``, locked until the transaction ends; None if there is none."""
-    return session.scalars(
-        select(Checkpoint).where(Checkpoint.path == path).order_by(Checkpoint.key).with_for_update()
-    ).first()
-
-
 def take_out(session: Session, path: str) -> None:
     """Record that qbatch removed the checkpoint at ``path``. Its record goes too unless jobs refer to it."""
     note_presence(session, gone=[path], present=())
-    forget_unused(session)
+    forget_unused(session, [path])
 
 
-def forget_unused(session: Session) -> int:
-    """Delete the records of checkpoints that are gone and that no job refers to. Returns how many there were."""
+def forget_unused(session: Session, paths: Collection[str]) -> None:
+    """Delete the records at ``paths`` of checkpoints that are gone and that no job refers to.
+
+    Only for what qbatch removed: what somebody moved away may come back, and is not to be taken for unknown then.
+    """
     # Also by a job of a batch that is still being stored.
     has_job = select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists()
-    unused = session.scalars(
-        select(Checkpoint.key).where(Checkpoint.gone_at.is_not(None), ~has_job), execution_options=ALSO_ARRIVING
-    ).all()
-    for chunk in in_chunks(unused):
-        session.execute(delete(Checkpoint).where(Checkpoint.key.in_(chunk)), execution_options=NO_SYNC)
-    return len(unused)
+    for chunk in in_chunks(sorted(paths)):
+        unused = select(Checkpoint.key).where(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_not(None), ~has_job)
+        keys = session.scalars(unused, execution_options=ALSO_ARRIVING).all()
+        session.execute(delete(Checkpoint).where(Checkpoint.key.in_(keys)), execution_options=NO_SYNC)
 
 
 def checkpoints_of(session: Session, batch_ids: Sequence[int]) -> Sequence[Checkpoint]:

@@ -94,11 +94,13 @@ def _is_busy(worker: Mapping[str, Any]) -> bool:
     return worker["state"] == WorkerState.READY and bool(worker["jobs"])
 
 
-PRUNE_COLUMNS: tuple[Column, ...] = (
-    Column(key="what", title="removed"),
-    Column(key="number", title="number"),
-    Column(key="bytes", title="size", show=show_bytes),
-)
+def removal_columns(*, done: bool) -> tuple[Column, ...]:
+    """The columns of what was removed, or would be."""
+    return (
+        Column(key="what", title="removed" if done else "to remove"),
+        Column(key="number", title="number"),
+        Column(key="bytes", title="size", show=show_bytes),
+    )
 
 
 def holding_columns(by: str) -> tuple[Column, ...]:

@@ -133,6 +133,7 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
     assert problems(folder) == []
     manifest = json.loads((folder / "qbatch.json").read_text())
     assert manifest["scheme"]["method"] == "bnb-nf4"
+    assert [path.name for path in (folder.parents[2] / "logs").iterdir()] == [manifest["database"]], "its id"
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {
         entry["name"] for entry in manifest["files"]
     }

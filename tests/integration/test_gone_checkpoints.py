@@ -58,6 +58,7 @@ def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Pat
     shutil.move(tmp_path / "elsewhere", made.folders[0])
     # That its files are no real model's, only reading them tells.
     assert json.loads(qbatch("verify", "--json", code=1).stdout)[0]["state"] == "damaged"
+    assert json.loads(qbatch("gc", "--json").stdout)[2]["number"] == 0, "it is not taken for one that nobody knows"
     assert made.paths[0] in qbatch("results", "--json").stdout
 
 

@@ -81,8 +81,9 @@ class CheckpointRemover:
 
     def _note_gone(self, one: StoredCheckpoint) -> None:
         """Somebody has removed it already; unless the whole storage is not to be seen from here."""
-        if missing_checkpoints(self.storage, [one.path]):
-            with self.database.write() as session:
+        with self.database.write() as session:
+            checkpoints.checkpoints_at(session, [one.path], lock=True)
+            if missing_checkpoints(self.storage, [one.path]):
                 checkpoints.take_out(session, one.path)
 
     def why_kept(self, one: StoredCheckpoint) -> str | None:
@@ -106,7 +107,7 @@ class CheckpointRemover:
         return why
 
     def _move_aside(self, session: Session, one: StoredCheckpoint, folder: Path, aside: Path) -> str | None:
-        checkpoints.lock_checkpoint(session, one.path)
+        checkpoints.checkpoints_at(session, [one.path], lock=True)
         why = self._why_kept(session, one)
         if why is not None:
             return why

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from qbatch.core.domain import Token
 from qbatch.core.settings import Settings
-from qbatch.core.storage import missing_checkpoints
 from qbatch.models_db import jobs
-from qbatch.models_db.checkpoints import all_checkpoints, forget_unused, note_presence
 from qbatch.models_db.database_id import database_id
+from qbatch.models_db.gone_checkpoints import find_missing, note_missing
 from qbatch.models_db.retention import ended_before, needed_since
 from qbatch.models_db.session import Database
 from qbatch.worker.files.own_staging import is_dead, remove_if_empty
@@ -64,21 +63,13 @@ def collect_garbage(
             settings.storage,
             dry_run=dry_run,
         ),
-        note_missing(database, settings, dry_run=dry_run),
+        _missing(database, settings, dry_run=dry_run),
     ]
 
 
-def note_missing(database: Database, settings: Settings, *, dry_run: bool = False) -> Pruned:
-    """Record which checkpoints somebody has removed from the storage. Raises DatabaseUnreachable."""
-    with database.read() as session:
-        there = {row.path for row in all_checkpoints(session) if row.gone_at is None}
-        gone = {row.path for row in all_checkpoints(session) if row.gone_at is not None}
-    missing = missing_checkpoints(settings.storage, there)
-    if not dry_run and settings.checkpoints.is_dir():
-        with database.write() as session:
-            note_presence(session, gone=missing, present=gone - missing_checkpoints(settings.storage, gone))
-            forget_unused(session)
-    return Pruned(what="records of missing checkpoints", number=len(missing), paths=tuple(sorted(missing)))
+def _missing(database: Database, settings: Settings, *, dry_run: bool) -> Pruned:
+    missing = (find_missing if dry_run else note_missing)(database, settings.storage)
+    return Pruned(what="missing checkpoints, recorded", number=len(missing), paths=tuple(sorted(missing)))
 
 
 def _unreferenced(settings: Settings, holdings: Iterable[Holding], older_than_s: float) -> list[StoredCheckpoint]:

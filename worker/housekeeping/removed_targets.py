@@ -35,7 +35,8 @@ class Removal:
     """What goes with some batches, jobs and checkpoints.
 
     ``staying``: jobs that must stay, because their results answer others; each with one of those. ``checkpoints`` are
-    those to look at; what a job that stays refers to is in ``shared``, with the reason.
+    those to look at; what a job that stays refers to is in ``shared``, with the reason. ``paths`` are those whose
+    records go with the last job.
     """
 
     batch_ids: tuple[int, ...]
@@ -43,6 +44,7 @@ class Removal:
     staying: Mapping[int, int]
     checkpoints: tuple[StoredCheckpoint, ...]
     shared: tuple[tuple[str, str], ...]
+    paths: tuple[str, ...]
     logs: tuple[Path, ...]
 
     @property
@@ -72,9 +74,13 @@ def plan_removal(
         named = checkpoints_at(session, paths)
         if unknown := sorted(set(paths) - {row.path for row in named}):
             raise UsageError(f"{unknown[0]} is not a checkpoint that this database has on record")
-        checkpoints, shared = _of_jobs(session, going)
+        rows, shared = _of_jobs(session, going)
+        paths_of_jobs = [row.path for row in rows]
+        users = users_of(session, [row.key for row in (*rows, *named)])
+        checkpoints = [
+            _stored(row, users.get(row.key, ())) for row in (*rows, *named) if row.gone_at is None or row in named
+        ]
         logs = tuple(_logs(settings.logs_of(database_id(session)), {job.id for job in going}))
-        checkpoints += [_stored(row, users_of(session, [row.key]).get(row.key, ())) for row in named]
     return Removal(
         batch_ids=tuple(batch_ids),
         # Those that others answer go first: a job that answers another cannot go before it.
@@ -82,15 +88,21 @@ def plan_removal(
         staying=staying,
         checkpoints=tuple({one.path: one for one in checkpoints}.values()),
         shared=tuple(shared),
+        paths=tuple(paths_of_jobs),
         logs=logs,
     )
 
 
 def carry_out(database: Database, settings: Settings, removal: Removal, *, dry_run: bool) -> list[Pruned]:
-    """Remove it, or report what would be removed. Raises DatabaseUnreachable, OSError."""
+    """Remove it, or report what would be removed. Where a checkpoint cannot be removed, the rows stay.
+
+    Raises DatabaseUnreachable, OSError.
+    """
     jobs, batches = len(removal.job_ids), 0 if removal.staying else len(removal.batch_ids)
     taker = remover(database, settings, but_for=removal.job_ids)
     checkpoints = taker.remove_all(removal.checkpoints, dry_run=dry_run)
+    if checkpoints.problems:
+        return [checkpoints]
     if not dry_run:
         jobs, batches = _delete_rows(database, removal)
     logs = removal.logs
@@ -118,7 +130,7 @@ def _delete_rows(database: Database, removal: Removal) -> tuple[int, int]:
     for job_ids in chunks(removal.job_ids):
         with pausing_afterwards(), database.write() as session:
             jobs += len(delete_named(session, job_ids))
-            forget_unused(session)
+            forget_unused(session, removal.paths)
     for batch_ids in chunks(removal.batch_ids):
         with database.write() as session:
             batches += delete_empty(session, batch_ids)
@@ -142,11 +154,11 @@ def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) ->
     return jobs
 
 
-def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[StoredCheckpoint], list[tuple[str, str]]]:
+def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
     """The recorded checkpoints of these jobs that no other job refers to; and the others, with the reason."""
     ids = {job.id for job in jobs}
     keys = sorted({job.checkpoint_key for job in jobs if job.checkpoint_key is not None})
-    alone: list[StoredCheckpoint] = []
+    alone: list[Checkpoint] = []
     shared: list[tuple[str, str]] = []
     users = users_of(session, keys)
     for chunk in chunks(keys):
@@ -154,8 +166,8 @@ def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[StoredCheckpoi
             others = [user for user in users.get(row.key, ()) if user.job_id not in ids]
             if others:
                 shared.append((row.path, f"{format_job_id(others[-1].job_id)} has it too"))
-            elif row.gone_at is None:
-                alone.append(_stored(row, users.get(row.key, ())))
+            else:
+                alone.append(row)
     return alone, shared
 
 
