@@ -130,12 +130,14 @@ class FourBitPacking(_BnbPacking):
         parts, scales = self._quantized(values, nested_offset)
         return PackedPiece(parts=parts, figures=figures(values, self._restored(parts["weight"], scales, values.shape)))
 
-    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        """What a loaded checkpoint computes with instead of ``weight`` [rows, columns]: float32 of the same shape."""
-        values = weight.reshape(-1)
-        offset = float(self.block_maxima(values).mean()) if self.nested else None
-        parts, scales = self._quantized(values, offset)
-        return self._restored(parts["weight"], scales, weight.shape)
+    def nested_offset(self, weight: torch.Tensor) -> float | None:
+        """The mean of a whole weight's block maxima if ``nested``, else None."""
+        return float(self.block_maxima(weight.reshape(-1)).mean()) if self.nested else None
+
+    def rounded(self, values: torch.Tensor, nested_offset: float | None) -> torch.Tensor:
+        """What a loaded checkpoint computes with instead of ``values``, a piece as for ``pack``: float32."""
+        parts, scales = self._quantized(values.reshape(-1), nested_offset)
+        return self._restored(parts["weight"], scales, values.shape)
 
     def _quantized(
         self, values: torch.Tensor, nested_offset: float | None
