@@ -20,7 +20,7 @@ class SearchProtocol:
     window: int = 256
     windows: int = 16
     passes_per_group: float = 0.1
-    least_passes: float = 5.0
+    least_passes: float = 5.5
     most_tries: int = 3
 
     def __post_init__(self) -> None:

@@ -86,6 +86,7 @@ class Sensitivity(Stored):
     ``kl``: that of the quantized model against the model at 16 bits. ``rank_correlation``: Spearman's, between the
     gains per byte by derivative and as measured, of the ``compared_groups`` that have both; None for fewer than three.
     ``slope_scale``: measured gains are on average this fraction of what the derivatives predict; None without both.
+    ``unreached``: groups that the text does not reach, so that nothing is known of them; they stay quantized.
     ``forward_passes``: what the search cost, counted in passes through the whole model over all windows.
     """
 
@@ -97,6 +98,7 @@ class Sensitivity(Stored):
     compared_groups: int
     rank_correlation: float | None
     slope_scale: float | None
+    unreached: tuple[str, ...]
     forward_passes: float
     why_no_derivative: str | None = omitted_if_unknown()
 

@@ -13,6 +13,14 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+@pytest.fixture(scope="session")
+def trained_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that has learned something. Training it takes seconds, so its tests share it."""
+    from tests.trained import make_trained  # imports what trains it, which most tests do without
+
+    return make_trained(tmp_path_factory.mktemp("trained"))
+
+
 @pytest.fixture
 def disk_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of each file and folder that is synced, and by "rename"; both are done all the same."""

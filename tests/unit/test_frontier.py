@@ -24,7 +24,6 @@ from qbatch.worker.searching.search_probes import search_probes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
 from tests.reference import save_reference
-from tests.trained import make_trained
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 PROTOCOL = SearchProtocol(text_sha256="0" * 64, window=128, windows=6)
@@ -37,13 +36,8 @@ def opened(source: Path, text: Path = DEFAULT_SEARCH_TEXT) -> tuple[LoadedModel,
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def searched(source: Path) -> tuple[OpenedSearch, Frontier]:
-    _, search = opened(source)
+def searched(trained_source: Path) -> tuple[OpenedSearch, Frontier]:
+    _, search = opened(trained_source)
     return search, find_frontier(search, measure_sensitivity(search, PROTOCOL), PROTOCOL)
 
 
@@ -71,8 +65,8 @@ def test_each_point_is_what_measuring_its_mixture_gives(searched: tuple[OpenedSe
         before = alone
 
 
-def test_a_search_that_may_end_at_a_kl_ends_there(source: Path) -> None:
-    _, search = opened(source)
+def test_a_search_that_may_end_at_a_kl_ends_there(trained_source: Path) -> None:
+    _, search = opened(trained_source)
     sensitivity = measure_sensitivity(search, PROTOCOL)
     enough = sensitivity.kl.mean / 2
     frontier = find_frontier(search, sensitivity, PROTOCOL, enough_kl=enough)
@@ -85,9 +79,9 @@ def test_a_frontier_read_from_json_is_the_same(searched: tuple[OpenedSearch, Fro
 
 
 def test_the_greedy_mixture_beats_random_ones_on_another_text(
-    source: Path, searched: tuple[OpenedSearch, Frontier]
+    trained_source: Path, searched: tuple[OpenedSearch, Frontier]
 ) -> None:
-    _, judged = opened(source, DEFAULT_EVAL_TEXT)
+    _, judged = opened(trained_source, DEFAULT_EVAL_TEXT)
     (row,) = compare(judged, searched[1], fractions=(0.25,), random_sets=20)
     assert row.random_sets == 20
     assert row.percentile is not None

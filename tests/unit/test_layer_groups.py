@@ -166,6 +166,13 @@ def test_experts_are_kept_together_even_those_that_no_token_reaches() -> None:
     assert [len(group.modules) for group in experts] == [128, 64, 128, 64]
 
 
+def test_layers_that_no_text_reaches_are_no_groups_to_choose_from() -> None:
+    layers = layers_of(small("gemma3", "Gemma3ForConditionalGeneration"))
+    assert {group.name.split(".")[1] for group in layers.groups} == {"language_model"}
+    assert {group.name.split(".")[1] for group in layers.unreached} == {"vision_tower"}
+    assert layers.blocks == ("model.language_model.layers.0", "model.language_model.layers.1")
+
+
 def test_a_block_that_runs_twice_is_never_skipped() -> None:
     albert = small("albert", "AlbertForMaskedLM")
     assert layers_of(albert).blocks == ()
@@ -175,7 +182,9 @@ def test_a_block_that_runs_twice_is_never_skipped() -> None:
 @pytest.mark.parametrize(("family", "expected"), FAMILIES.items(), ids=[name for name, _ in FAMILIES])
 def test_every_quantized_layer_is_in_exactly_one_group(family: tuple[str, str], expected: set[str]) -> None:
     model = small(*family)
-    members = [name for group in layers_of(model).groups for name in group.modules]
+    layers = layers_of(model)
+    members = [name for group in layers.groups for name in group.modules]
+    assert layers.unreached == ()
     assert len(members) == len(set(members))
     assert set(members) == quantized_linears(type(model), model.config)
 

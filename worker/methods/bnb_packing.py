@@ -132,11 +132,12 @@ class FourBitPacking(_BnbPacking):
         parts, scales = self._quantized(values, nested_offset)
         return PackedPiece(parts=parts, figures=figures(values, self._restored(parts["weight"], scales, values.shape)))
 
-    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        values = weight.reshape(-1)
-        offset = float(self.block_maxima(values).mean()) if self.nested else None
-        parts, scales = self._quantized(values, offset)
-        return self._restored(parts["weight"], scales, weight.shape)
+    def nested_offset(self, weight: torch.Tensor) -> float | None:
+        return float(self.block_maxima(weight.reshape(-1)).mean()) if self.nested else None
+
+    def rounded(self, values: torch.Tensor, nested_offset: float | None) -> torch.Tensor:
+        parts, scales = self._quantized(values.reshape(-1), nested_offset)
+        return self._restored(parts["weight"], scales, values.shape)
 
     def _quantized(
         self, values: torch.Tensor, nested_offset: float | None

@@ -24,10 +24,12 @@ _ANY = "*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayers:
-    """``groups`` in the order in which they run. ``blocks``: the repeated blocks in theirs, empty if one of them runs
-    more than once. ``start``: by group, how many of the ``blocks`` have ended before the group changes anything."""
+    """``groups`` in the order in which they run; ``unreached`` are those that a text does not reach, like the layers
+    that read images. ``blocks``: the repeated blocks in their order, empty if one of them runs more than once.
+    ``start``: by group, how many of the ``blocks`` have ended before the group changes anything."""
 
     groups: tuple[LayerGroup, ...]
+    unreached: tuple[LayerGroup, ...]
     blocks: tuple[str, ...]
     start: Mapping[str, int]
 
@@ -42,10 +44,12 @@ def model_layers(model: Any, names: Set[str], probe: Probe, device: str, packing
     trace = trace_inputs(model, linears, blocks, probe, device)
     architecture = engine("vllm").architecture(type(model).__name__) or EngineArchitecture()
     members = sorted(_members(linears, trace, architecture), key=lambda group: _first_call(group, trace, linears))
-    can_restart = all(trace.calls[block] == 1 for block in blocks)
-    groups = tuple(_layer_group(group, linears, block_of[group[0]], packing) for group in members)
+    can_restart = all(trace.calls[block] <= 1 for block in blocks)
+    found = [_layer_group(group, linears, block_of[group[0]], packing) for group in members]
+    groups = tuple(group for group in found if _is_reached(group, trace))
     return ModelLayers(
         groups=groups,
+        unreached=tuple(group for group in found if not _is_reached(group, trace)),
         blocks=tuple(trace.ended) if can_restart else (),
         start={group.name: _start(group, trace) if can_restart else 0 for group in groups},
     )
@@ -89,10 +93,14 @@ def _first_call(group: Sequence[str], trace: InputTrace, linears: Mapping[str, A
     return min(called, default=len(order)), list(linears).index(group[0])
 
 
+def _is_reached(group: LayerGroup, trace: InputTrace) -> bool:
+    return any(name in trace.ended_before for name in group.modules)
+
+
 def _start(group: LayerGroup, trace: InputTrace) -> int:
     if group.layer is not None:
         return trace.ended_before[group.layer]
-    return min((trace.ended_before[name] for name in group.modules if name in trace.ended_before), default=0)
+    return min(trace.ended_before[name] for name in group.modules if name in trace.ended_before)
 
 
 def _layer_group(names: Sequence[str], linears: Mapping[str, Any], block: str | None, packing: Packing) -> LayerGroup:

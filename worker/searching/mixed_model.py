@@ -9,7 +9,7 @@ import torch
 
 from qbatch.core.search.sensitivity import LayerGroup, WeightErrors
 from qbatch.worker.methods.packing import Packing
-from qbatch.worker.searching.weight_errors import squared_errors, weight_errors
+from qbatch.worker.searching.rounded_weight import SquaredErrors, rounded_weight, weight_errors
 
 
 class MixedModel:
@@ -31,13 +31,13 @@ class MixedModel:
         for group in groups:
             self.errors[group.name] = weight_errors([self._round(name, packing, copies) for name in group.modules])
 
-    def _round(self, name: str, packing: Packing, copies: str) -> Any:
+    def _round(self, name: str, packing: Packing, copies: str) -> SquaredErrors:
         weight = self._modules[name].weight.data
         # bitsandbytes quantizes the rows of outputs; Conv1D keeps its weight the other way round.
         is_turned = not isinstance(self._modules[name], torch.nn.Linear)
-        rounded = packing.rounded(weight.t().contiguous()).t() if is_turned else packing.rounded(weight)
-        self._rounded[name] = rounded.to(weight.dtype).contiguous().to(copies)
-        return squared_errors(weight, rounded)
+        rounded = rounded_weight(weight.t() if is_turned else weight, packing)
+        self._rounded[name] = (rounded.values.t().contiguous() if is_turned else rounded.values).to(copies)
+        return rounded.errors
 
     @property
     def all_groups(self) -> Set[str]:

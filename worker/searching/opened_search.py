@@ -31,6 +31,9 @@ from qbatch.worker.searching.mixture_quality import MixtureQuality
 # there may be two sets at a time.
 _LOGITS_SHARE, _OUTPUTS_SHARE = 8, 6
 
+# The pass of the model at 16 bits, and what rounding every weight takes of another.
+_READY_PASSES = 1.25
+
 Progress = Callable[[str], None]
 
 
@@ -47,7 +50,7 @@ class OpenedSearch:
     base: BaseLogits
     bytes_at_16_bits: int
     report: Progress
-    passes: float = 1.0
+    passes: float = _READY_PASSES
     quantized: MixtureQuality | None = None
 
     @property
@@ -56,7 +59,8 @@ class OpenedSearch:
 
     def weights_bytes(self, at_16_bits: Set[str]) -> int:
         """The bytes of the weights of a checkpoint that keeps these groups at 16 bits."""
-        saved = (group.extra_bytes for group in self.layers.groups if group.name not in at_16_bits)
+        groups = (*self.layers.groups, *self.layers.unreached)
+        saved = (group.extra_bytes for group in groups if group.name not in at_16_bits)
         return self.bytes_at_16_bits - sum(saved)
 
     def cost(self, group: str) -> float:
@@ -106,11 +110,16 @@ def opened_search(
     if not names:
         raise Unsupported(f"{scheme.method} quantizes no layer of {type(model).__name__}")
     layers = model_layers(model, names, probes[0], device, packing)
+    if not layers.groups:
+        raise Unsupported(f"text reaches none of the layers of {type(model).__name__} that {scheme.method} quantizes")
     bytes_at_16_bits = measure_size(model).weights_bytes
     if device == "cpu":
         model.float()
     report("the model at 16 bits")
-    base = BaseLogits(model, probes, device, most_bytes=free_bytes(device) // _LOGITS_SHARE)
+    with recorded(model, layers.blocks) as outputs:
+        base = BaseLogits(model, probes, device, most_bytes=free_bytes(device) // _LOGITS_SHARE)
+    layers = _restartable(layers, len(probes) * sum(map(nbytes, outputs.values())), device)
+    outputs.clear()
     report("rounding every weight")
     mixed = MixedModel(model, layers.groups, packing, copies=_copies_on(layers, device))
     try:
@@ -118,7 +127,7 @@ def opened_search(
             loaded=loaded,
             scheme=scheme,
             probes=probes,
-            layers=_restartable(model, layers, probes, device),
+            layers=layers,
             mixed=mixed,
             base=base,
             bytes_at_16_bits=bytes_at_16_bits,
@@ -146,10 +155,7 @@ def _copies_on(layers: ModelLayers, device: str) -> str:
     return device if 2 * needed < free_bytes(device) else "cpu"
 
 
-def _restartable(model: object, layers: ModelLayers, probes: Sequence[Probe], device: str) -> ModelLayers:
+def _restartable(layers: ModelLayers, outputs_bytes: int, device: str) -> ModelLayers:
     """``layers`` without its blocks if their outputs on all windows would take too much memory."""
-    with recorded(model, layers.blocks) as outputs:
-        logits_of(model, probes[0], device)
-    needed = sum(map(nbytes, outputs.values())) * len(probes)
-    fits = needed * _OUTPUTS_SHARE < free_bytes(device)
+    fits = outputs_bytes * _OUTPUTS_SHARE < free_bytes(device)
     return layers if fits else replace(layers, blocks=(), start=dict.fromkeys(layers.start, 0))
