@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,8 +157,22 @@ def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path)
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     ear = run(source, schemes=BOTH)
-    assert the_message(ear, "unsupported").startswith("cannot load the tokenizer in source: ")
+    message = the_message(ear, "unsupported")
+    assert message.startswith("cannot load the tokenizer in source: ")
+    assert not message.endswith(":")
     assert ear.entered(Stage.QUANTIZING) == set()
+
+
+def test_a_tokenizer_of_a_larger_model_is_said_before_anything_is_quantized(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ear = run(make_causal(tmp_path / "source", dtype="bfloat16", vocab_size=128), schemes=BOTH)
+    said = [record.getMessage() for record in caplog.records]
+    (warned,) = [number for number, line in enumerate(said) if line.startswith("no text can be measured: the token")]
+    assert said[warned].endswith(", but the model embeds only 128")
+    assert warned < said.index("j2: quantizing")
+    assert ear.failed() == {BASE: "benchmark_error"}
 
 
 def audits(ear: Ear) -> dict[int, str | None]:
