@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers.integrations.peft
-from transformers import DeepseekV3ForCausalLM, MobileBertForMaskedLM
+from transformers import DeepseekV3ForCausalLM, MobileBertForMaskedLM, UnlimitedOcrForConditionalGeneration
 
 from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
 from qbatch.core.errors import SourceCorrupt
@@ -211,6 +211,18 @@ def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
     assert messages(ear)[INT8].endswith("; --skip-modules kv_b_proj mends it")
     mended = run(source, attempt=2, schemes={INT8: replace(ALL[INT8], skip_modules=("kv_b_proj",))})
     assert audits(mended) == {INT8: "ran"}
+
+
+def test_a_checkpoint_that_transformers_cannot_read_again_is_not_published(tmp_path: Path) -> None:
+    """Weights of its vision tower are converted while it loads, and the names of all others are changed once more."""
+    config = shrunk_config("unlimited_ocr")
+    source = incoming.save(tmp_path / "source", make(UnlimitedOcrForConditionalGeneration, config))
+    ear = run(source, schemes=BOTH)
+    assert ear.failed() == {NF4: "unsupported"}
+    assert messages(ear)[NF4].startswith("transformers cannot read the checkpoint, so it is not published: ")
+    assert messages(ear)[NF4].endswith(" is converted and then quantized: name such layers in --skip-modules")
+    mended = run(source, attempt=2, schemes={NF4: replace(ALL[NF4], skip_modules=(".*vision_encoder",))})
+    assert audits(mended) == {NF4: "ran"}
 
 
 def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:
