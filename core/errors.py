@@ -306,6 +306,8 @@ def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobEr
 
 
 def one_line(error: BaseException) -> str:
-    """An exception of another library as one line: its type and the first line of its message."""
+    """An exception of another library as one line: its type and the first line of its message, with the next one if the
+    first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    said = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return f"{type(error).__name__}: {' '.join(said) or 'no message'}"

@@ -134,6 +134,9 @@ def _load_model(
     # transformers fills missing tensors with random numbers, and only warns.
     if missing := sorted(info["missing_keys"]):
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
+    # A source may hold more than its model. A checkpoint's are scales that transformers has renamed, and not found.
+    if corrupt is BenchmarkError and (unused := sorted(info["unexpected_keys"])):
+        raise corrupt(f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}")
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 
