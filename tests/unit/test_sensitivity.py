@@ -290,7 +290,7 @@ def test_a_large_weight_is_rounded_like_a_small_one(double_quant: bool) -> None:
     import bitsandbytes as bnb
 
     weight = torch.randn(700, 1000, generator=torch.Generator().manual_seed(2))
-    rounded = rounded_weight(weight, WEIGHTS.packing(NF4.with_options(double_quant=double_quant)))
+    rounded = rounded_weight(weight, WEIGHTS.packing(with_options(NF4, double_quant=double_quant)))
     codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
     assert torch.allclose(rounded.values, bnb.functional.dequantize_4bit(codes, state), rtol=1e-6, atol=0)
     assert rounded.errors.values == pytest.approx(float(weight.double().square().sum()), rel=1e-4)
