@@ -22,6 +22,9 @@ import click
 _TOO_LONG_S = 60
 _ARGUMENTS: Mapping[str, Sequence[str]] = {
     "submit": ("org/model", "--bits", "4"),
+    "plan": ("org/model", "--bits", "4"),
+    "diff": ("b1", "b1"),
+    "report": ("b1", "-o", "/proc/no/report.html"),
     "run": ("org/model", "--bits", "4", "--device", "cpu"),
     "wait": ("b1", "--timeout", "1s"),
     "worker": ("--cpu",),

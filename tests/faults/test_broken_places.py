@@ -16,8 +16,8 @@ from tests.unprivileged import without_rights
 
 # Flower needs nothing but Redis, and waits for that.
 _NOT_ASKED = ("flower",)
-# What starts or is a service waits for a database that may come back.
-_SERVICES = ("up", "worker", "scheduler", "run")
+# What starts or is a service waits for a database that may come back, and who watches for jobs that may end.
+_SERVICES = ("up", "worker", "scheduler", "run", "watch")
 # Of no place: it reads a model, and there is none.
 _OF_NO_PLACE = "inspect"
 
