@@ -35,8 +35,12 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 check: lint ## style, types and the unit tests: for every change, in two minutes
 	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
 
+# The page of a report is opened in a browser where there is one: pip cannot install it.
+export CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome chrome,$(shell command -v $(name))))
+
 test: install ## all tests that need no GPU
-	$(PYTEST) -m "not gpu and not loaders" --numprocesses 3
+	$(if $(CHROMIUM),,@echo "There is no Chromium here (Debian: apt-get install chromium), so no report is opened in it.")
+	$(PYTEST) -m "not gpu and not loaders$(if $(CHROMIUM),, and not browser)" --numprocesses 3
 
 # LOADERS_PYTHON names an interpreter that has PEFT and sentence-transformers, instead of the one that is made here. An
 # engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried.

@@ -5,27 +5,36 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
+from qbatch.commands.context import INTERRUPTED
 from qbatch.commands.examining import doctor, inspect, verify
 from qbatch.commands.job_changes import cancel, retry
 from qbatch.commands.job_logs import logs
 from qbatch.commands.maintenance import db, prune
-from qbatch.commands.measurements import compare, results, show
+from qbatch.commands.measurements import compare, diff, results, show
 from qbatch.commands.model_cards import card
+from qbatch.commands.planning_ahead import plan
 from qbatch.commands.queue_state import jobs, status, workers
+from qbatch.commands.reporting import report
 from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
+from qbatch.commands.storage_space import du, gc, keep, rm
 from qbatch.commands.submission import run, submit
-from qbatch.commands.waiting import wait
+from qbatch.commands.waiting import wait, watch
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.errors import QbatchError
 from qbatch.core.plain_terminal import show_anything
 
 if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
+
+
+# As shells call what SIGPIPE has ended.
+_NOBODY_READS = 141
 
 
 class _Group(click.Group):
@@ -46,8 +55,24 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except QbatchError as error:
-            click.echo(f"qbatch: {error}", err=True)
+            first, *others = error.lines
+            click.echo("\n".join([f"qbatch: {first}", *others]), err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # the terminal shows ^C where the cursor was
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _leave_closed(sys.stdout, sys.stderr)
+            ctx.exit(_NOBODY_READS)
+
+
+def _leave_closed(*streams: TextIO) -> None:
+    """Whoever read these has closed them, as ``head`` does. Without this, Python would complain when it ends."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,8 +86,10 @@ def main() -> None:
 
 _COMMANDS: tuple[click.Command, ...] = (
     submit,
+    plan,
     run,
     wait,
+    watch,
     up,
     worker,
     scheduler,
@@ -75,12 +102,18 @@ _COMMANDS: tuple[click.Command, ...] = (
     retry,
     results,
     compare,
+    diff,
+    report,
     show,
     logs,
     doctor,
     inspect,
     verify,
     card,
+    du,
+    gc,
+    keep,
+    rm,
     prune,
     db,
 )

@@ -1,7 +1,7 @@
 """Write docs/coverage.md: every family of transformers, made tiny, quantized to NF4 on a CPU and measured.
 
-``python -m benchmarks.families`` takes about twenty minutes. With names of model types, only those are tried, and the
-table is printed.
+``python -m benchmarks.families`` takes about twenty minutes. With names of model types, only those are tried, and their
+lines of the page are written anew, unless other versions wrote the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +35,7 @@ from qbatch.core.errors import one_line
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Order
+from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests.integration.test_bundle import Ear
 from tests.reference import contents, save_reference
@@ -71,10 +72,11 @@ INTRODUCTION = """\
 `python -m benchmarks.families` writes this page: every model type of transformers {transformers} with a class for a
 task (language, speech, vision, both), made tiny (random weights, at most {most} million parameters), quantized to NF4
 on a CPU with torch {torch} and bitsandbytes {bitsandbytes}, published and measured by the code that runs a bundle.
-*Identical*: the files are byte for byte those of `from_pretrained` and `save_pretrained`; *own layout*: converted
-weights are quantized, so they cannot be (see [performance.md](performance.md)). *Runs*: a forward pass of the
-checkpoint before it was published. A tiny model does not have the widths and layers of a real one: a family that fails
-here may work, and the reverse.
+Lines may be of several runs with these versions: `python -m benchmarks.families llama` writes that one anew.
+*Identical*: the files are byte for byte those of the auto classes' `from_pretrained` and `save_pretrained`; *own
+layout*: converted weights are quantized, so they cannot be (see [performance.md](performance.md)). *Runs*: a forward
+pass of the checkpoint before it was published. A tiny model does not have the widths and layers of a real one: a family
+that fails here may work, and the reverse.
 
 """
 
@@ -101,21 +103,38 @@ def main(wanted: Sequence[str]) -> None:
     # Whatever is imported for the first one is there in all processes that are forked from this one.
     with tempfile.TemporaryDirectory(prefix="qbatch-family-") as folder:
         tried("llama", transformers.LlamaForCausalLM, Path(folder))
-    families = []
+    families = written(PAGE.read_text(encoding="utf-8")) if wanted else {}
     for model_type in wanted or sorted(CONFIG_MAPPING_NAMES):
         family = apart(model_type)
         if family is not None:
-            families.append(family)
+            families[model_type] = family
             print(family.line, flush=True)
-    if not wanted:
-        PAGE.write_text(page(families), encoding="utf-8")
+            if wanted:
+                save(families)
+    save(families)
+
+
+def save(families: Mapping[str, Family]) -> None:
+    PAGE.write_text(page([families[model_type] for model_type in sorted(families)]), encoding="utf-8")
 
 
 def page(families: Sequence[Family]) -> str:
+    return introduction() + "\n".join([*summary(families), *table(families)])
+
+
+def introduction() -> str:
     versions = {name: version(name) for name in ("torch", "transformers", "bitsandbytes")}
-    return INTRODUCTION.format(**versions, most=MOST_PARAMETERS // 10**6) + "\n".join(
-        [*summary(families), *table(families)]
-    )
+    return INTRODUCTION.format(**versions, most=MOST_PARAMETERS // 10**6)
+
+
+def written(text: str) -> dict[str, Family]:
+    """The lines of the page by model type. Raises SystemExit if other versions wrote it."""
+    if not text.startswith(introduction()):
+        raise SystemExit(f"{PAGE.name} is of other versions: write all of it, by naming no model type")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    names = [field.name for field in fields(Family)]
+    cells = [dict(zip(names, (cell.strip() for cell in row), strict=True)) for row in rows[1:]]
+    return {row["model_type"]: Family(**row) for row in cells}
 
 
 def summary(families: Sequence[Family]) -> Iterator[str]:
@@ -227,7 +246,7 @@ def bundle(source: Path) -> Ear:
     )
     ear = Ear()
     with patch.object(ProtocolOptions, "for_device", lambda _options, _kind: protocol):
-        Bundle(order, ear).run()
+        Bundle(order, ear, Quiet()).run()
     return ear
 
 

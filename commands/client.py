@@ -12,8 +12,10 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.measurements import placed
+from qbatch.commands.measurements import results as results_command
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.request import read_submission
+from qbatch.commands.result_options import read_filter
 from qbatch.commands.sending import send
 from qbatch.commands.submission import submit as submit_command
 from qbatch.commands.targets import find_batches
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     import pandas
 
 # Of the command: where the models come from, how it prints, and what it does besides storing.
-_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "on_end"})
+_OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
+_NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,7 @@ def submit(models: Iterable[str | Path], **options: Any) -> SubmittedBatch:
         raise TypeError("models is a list of models: put a single one into brackets")
     settings = current_settings()
     lines = [_line(model) for model in models]
-    submission = read_submission(settings, _values(options) | {"models": lines})
+    submission = read_submission(settings, _values(submit_command, options, _OF_THE_COMMAND_LINE) | {"models": lines})
     database = open_database(settings)
     receipt = store(database, settings, submission)
     for warning, count in receipt.warnings.items():
@@ -133,23 +136,26 @@ def wait(*batches: Batch, timeout: float | str | None = None, progress: bool = F
 
 def results(
     *batches: Batch,
-    model: str | None = None,
-    bits: Iterable[int] = (),
     sort: str | None = None,
     limit: int | None = None,
+    **filters: Any,
 ) -> ResultRows:
     """A row for each job, ended or not, of these batches, or of all.
 
-    ``model`` is a part of its name; ``sort`` names a column, ``-column`` sorts downwards. Figures that were not
-    measured are None. Paths of checkpoints are whole. Raises UsageError and ServiceUnreachable.
+    ``sort`` names a column, ``-column`` sorts downwards. ``filters`` are those of ``qbatch results``, with underscores:
+    ``model="*-8B*"``, ``scheme="none"``, ``bits=[4]``, ``device="H200"``, ``state="succeeded"``, ``since="7d"``,
+    ``max_weights_bytes="6GB"``, ``max_kl=0.05``, ``min_tokens_per_s=40``. Figures that were not measured are None.
+    Paths of checkpoints are whole. Raises UsageError, TypeError for a filter that does not exist, and
+    ServiceUnreachable.
     """
     from qbatch.models_db.results import find_results
 
     settings = current_settings()
+    only = read_filter(_values(results_command, filters, _NO_FILTERS))
     database = open_database(settings)
     ids = find_batches(database, _words(batches))
     with database.read() as session:
-        rows = find_results(session, batch_ids=ids, model=model, bits=tuple(bits), sort=sort, limit=limit)
+        rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
     return ResultRows(placed(settings, rows))
 
 
@@ -173,12 +179,14 @@ def _is_open(database: Any, ids: Sequence[int]) -> bool:
         return not set(OPEN_STATES).isdisjoint(count_states(session, ids))
 
 
-def _values(options: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the command: what was given, checked as on the command line, and the defaults."""
-    context = submit_command.make_context("submit", [])
-    known = _options()
-    if unknown := options.keys() - known.keys():
-        raise TypeError(f"submit has no option {min(unknown)!r}; its options are {', '.join(sorted(known))}")
+def _values(command: click.Command, options: dict[str, Any], unknown: frozenset[str]) -> dict[str, Any]:
+    """The parameters of the command: what was given, checked as on the command line, and the defaults. ``unknown`` are
+    options that it has for the command line alone."""
+    # A command keeps the help option of the first context that asks for it, so this one is as the command line's.
+    context = command.make_context(command.name, [], help_option_names=["-h", "--help"])
+    known = {name: option for name, option in _options(command).items() if name not in unknown}
+    if wrong := options.keys() - known.keys():
+        raise TypeError(f"{command.name} has no option {min(wrong)!r}; its options are {', '.join(sorted(known))}")
     values = dict(context.params)
     for name, given in options.items():
         option = known[name]
@@ -187,14 +195,14 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _options() -> dict[str, click.Option]:
-    """By the word that follows the dashes."""
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """The options of the command, by their names without the dashes."""
     found = {}
-    for option in submit_command.params:
+    for option in command.params:
         if isinstance(option, click.Option):
             name = max(option.opts, key=len).lstrip("-").replace("-", "_")
             found[name] = option
-    return {name: option for name, option in found.items() if name not in _OF_THE_COMMAND_LINE}
+    return found
 
 
 def _checked(option: click.Option, context: click.Context, name: str, given: Any) -> Any:

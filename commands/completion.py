@@ -47,6 +47,14 @@ def complete_column(_: click.Context, __: click.Parameter, incomplete: str) -> l
     return [CompletionItem(column) for column in SORT_COLUMNS if column.startswith(incomplete)]
 
 
+def complete_columns(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The columns that ``results`` shows, after the ones that are there already."""
+    from qbatch.views.result_columns import column_names
+
+    before, comma, last = incomplete.rpartition(",")
+    return [CompletionItem(f"{before}{comma}{name}") for name in column_names() if name.startswith(last)]
+
+
 def _ask(question: Callable[[Session], Words]) -> Words | None:
     """The answer, if there is a database that can give one. To complete a word makes and upgrades none."""
     try:

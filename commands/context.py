@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from qbatch.models_db.session import Database
 
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells know it."""
+
+
 def current_settings() -> Settings:
     """The settings in this process's environment. Raises UsageError."""
     return Settings.from_env(os.environ)

@@ -44,10 +44,12 @@ def doctor(deep: bool, format_: str) -> None:
 
 
 def _cpu_check(*, measure: bool) -> Check:
-    """Whether the CPU computes in 16 bits by itself. Measuring imports torch: only where that is not plain to see."""
+    """Whether the CPU has 16-bit arithmetic of its own. Measures it, which imports torch, only if the system does not
+    say so."""
     from qbatch.views.checks import State, check
     from qbatch.views.emulation import arithmetic_check, native_check
-    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, cpuinfo, measured_apart
+    from qbatch.worker.machine.cpu_arithmetic import bfloat16_instructions, measured_apart
+    from qbatch.worker.machine.processor import cpuinfo
 
     instructions = bfloat16_instructions(cpuinfo(), os.environ)
     if instructions is not None and not measure:
@@ -84,8 +86,8 @@ def inspect(model: str, format_: str) -> None:
     "--for",
     "loaders",
     metavar="LOADERS",
-    help="Say instead what these loaders make of the checkpoints, from config, headers and names alone: transformers, "
-    "peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+    help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
+    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
 )
 @click.option(
     "--try",
@@ -103,10 +105,11 @@ def inspect(model: str, format_: str) -> None:
 def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str | None, format_: str) -> None:
     """Check published checkpoints: every file against the manifest, the tensors against the config.
 
-    CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged.
+    CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged, or
+    was removed from the storage: that is recorded, so it is said once.
 
-    With --for, each loader loads a checkpoint, loads it otherwise than it was measured, or refuses it. Exits with 1 if
-    one does not simply load.
+    With --for, reports for each loader whether it loads a checkpoint as it was measured, loads it differently, or
+    refuses it. Exits with 1 unless every loader loads every checkpoint as it was measured.
     """
     from qbatch.views.formats import render
     from qbatch.views.listings import VERIFY_COLUMNS
@@ -120,45 +123,58 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
     rows: list[dict[str, Any]] = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
-        rows.append({"checkpoint": str(folder), "state": "damaged" if problems else "sound", "problems": problems})
+        state = "sound" if not problems else "damaged" if folder.is_dir() else "gone"
+        rows.append({"checkpoint": str(folder), "state": state, "problems": problems})
         if problems and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
-    damaged = [Path(row["checkpoint"]) for row in rows if row["problems"]]
-    if damaged and any(_is_published(folder) for folder in damaged):
+    damaged = [Path(row["checkpoint"]) for row in rows if row["state"] == "damaged"]
+    if damaged and _any_is_ours(damaged):
         click.echo(
             "to replace a damaged checkpoint, submit its job again with --force: the damaged one is moved aside",
             err=True,
         )
-    sys.exit(1 if damaged else 0)
+    sys.exit(1 if any(row["problems"] for row in rows) else 0)
 
 
-def _is_published(folder: Path) -> bool:
-    """Whether a job can replace it: it lies where jobs publish theirs. Anything else is somebody's copy."""
-    checkpoints = current_settings().checkpoints
-    return folder.resolve().parent.parent == checkpoints.resolve() and ".rejected-" not in folder.name
+def _any_is_ours(folders: Sequence[Path]) -> bool:
+    """Whether this database has one of them on record, so that its job can replace it. Others are somebody's copies."""
+    from qbatch.models_db.checkpoints import checkpoints_at
+
+    settings = current_settings()
+    storage = settings.storage.resolve()
+    paths = [str(path.relative_to(storage)) for folder in folders if (path := folder.resolve()).is_relative_to(storage)]
+    if not paths:
+        return False
+    with open_database(settings).read() as session:
+        return bool(checkpoints_at(session, paths))
 
 
 def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | None) -> None:
-    """``python`` None: nothing is tried."""
+    """Print what the loaders do with the checkpoints. ``python`` is the interpreter to try them with; None to try
+    nothing."""
     from qbatch.commands.loader_names import parse_loaders
     from qbatch.core.errors import JobError
     from qbatch.core.loaders.known_loaders import judge_folder
     from qbatch.core.measured.loader_judgement import LoaderVerdict
     from qbatch.views.formats import render
-    from qbatch.views.loader_judgements import judgement_row, judgement_text
+    from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 
     names = parse_loaders(loaders)
-    rows = []
+    judged: list[JudgedCheckpoint] = []
     for folder in folders:
         try:
             judgements = judge_folder(folder, names)
             tried = _try(folder, names, python) if python is not None else {}
         except JobError as error:
             raise UsageError(f"{folder}: {error}") from error
-        rows += [judgement_row(folder, name, judgement, tried.get(name)) for name, judgement in judgements.items()]
-    click.echo(judgement_text(rows) if format_ == "table" else render(rows, (), format_))
-    sys.exit(1 if any(row["verdict"] != LoaderVerdict.LOADS for row in rows) else 0)
+        judged += [
+            JudgedCheckpoint(folder=folder, loader=name, judged=judgement, tried=tried.get(name))
+            for name, judgement in judgements.items()
+        ]
+    rows = [judgement.to_json() for judgement in judged]
+    click.echo(judgement_text(judged) if format_ == "table" else render(rows, (), format_))
+    sys.exit(0 if all(judgement.shown.verdict == LoaderVerdict.LOADS for judgement in judged) else 1)
 
 
 def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:
@@ -173,6 +189,7 @@ def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, Loader
 
 def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_of
+    from qbatch.models_db.gone_checkpoints import note_missing
 
     folders = [Path(target).absolute() for target in targets if Path(target).is_dir()]
     words = [target for target in targets if not Path(target).is_dir()]
@@ -183,6 +200,13 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
     settings = current_settings()
     database = open_database(settings)
     batch_ids = find_batches(database, words)
+    # What was noticed just now is said once more, as it fails what was asked.
+    new = note_missing(database, settings.storage)
+    for path in sorted(new):
+        click.echo(
+            f"{settings.storage / path} was removed: that is recorded now; a new submit makes it again", err=True
+        )
     with database.read() as session:
         checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
-        return folders + [settings.storage / checkpoint.path for checkpoint in checkpoints]
+        chosen = [one.path for one in checkpoints if one.gone_at is None or one.path in new]
+    return folders + [settings.storage / path for path in chosen]

@@ -38,7 +38,9 @@ def cancel(targets: Sequence[str]) -> None:
     _change(targets, cancel_and_look, "cancelled")
     if mates:
         names = ", ".join(map(format_job_id, mates))
-        click.echo(f"in the same process, which is ended, ran {names}: begun again, with no failure charged", err=True)
+        click.echo(
+            f"{names} ran in the same process, which is ended: started again, without counting a failure", err=True
+        )
 
 
 @click.command()

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.targets import find_job
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import LARGEST_ID
 
 if TYPE_CHECKING:
     from qbatch.scheduler.job_log_tail import Follower, Standing
-
-_INTERRUPTED = 130
 
 
 @click.command()
@@ -52,7 +50,7 @@ def _follow(follower: Follower) -> None:
         for text in follower.follow():
             _print(text)
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def _show(standing: Standing, number: int | None) -> None:

@@ -23,12 +23,12 @@ def prune(older_than: float, dry_run: bool, format_: str) -> None:
     Checkpoints are kept, and so are jobs whose results are reused by jobs that stay. Workers may run meanwhile.
     """
     from qbatch.views.formats import render
-    from qbatch.views.listings import PRUNE_COLUMNS
-    from qbatch.worker.files.prune import prune as prune_old
+    from qbatch.views.listings import removal_columns
+    from qbatch.worker.housekeeping.prune import prune as prune_old
 
     settings = current_settings()
     pruned = prune_old(open_database(settings), settings, older_than, dry_run=dry_run)
-    click.echo(render([kind.to_json() for kind in pruned], PRUNE_COLUMNS, format_))
+    click.echo(render([kind.to_json() for kind in pruned], removal_columns(done=not dry_run), format_))
     problems = [problem for kind in pruned for problem in kind.problems]
     for problem in problems:
         click.echo(problem, err=True)

@@ -1,4 +1,4 @@
-"""``results``, ``compare`` and ``show``: what was measured."""
+"""``results``, ``compare``, ``diff`` and ``show``: what was measured."""
 
 from __future__ import annotations
 
@@ -9,55 +9,63 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.completion import complete_column, complete_model
+from qbatch.commands.completion import complete_batch, complete_model
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.parameter_types import Bits
-from qbatch.commands.shared_options import batch_arguments, compare_options, format_options, target_arguments
+from qbatch.commands.result_options import compare_options, filter_options, layout_options, read_filter
+from qbatch.commands.shared_options import batch_arguments, format_options, target_arguments
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
+from qbatch.core.storage import missing_checkpoints
 
 if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.job_record import JobRecord
+    from qbatch.views.results_table import ResultsScreen
 
 
 @click.command()
 @batch_arguments("jobs")
-@click.option("--model", shell_complete=complete_model, help="Only models whose name contains this text.")
-@click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8.")
-@click.option(
-    "--sort",
-    metavar="COLUMN",
-    shell_complete=complete_column,
-    help="Sort by a column of the JSON output; -COLUMN sorts descending.",
-)
-@click.option("--limit", type=click.IntRange(1, LARGEST_ID), metavar="INTEGER", help="Show at most this many rows.")
-@format_options("table", "json", "csv", "quiet")
-def results(
-    batches: Sequence[str], model: str | None, bits: tuple[int, ...], sort: str | None, limit: int | None, format_: str
-) -> None:
-    """Show the measurements of each quantized model next to those of its baseline."""
-    from qbatch.models_db.results import find_results
+@filter_options
+@layout_options
+@format_options("table", "json", "csv", "md", "quiet")
+def results(batches: Sequence[str], sort: str | None, limit: int | None, format_: str, **options: Any) -> None:
+    """Show the measurements of each quantized model next to those of its baseline.
+
+    A mark shows what `compare` recommends of each model, within --max-kl, --max-weights-bytes and --min-tokens-per-s if
+    they are given. A baseline that a filter hides is still what the others are compared with.
+    """
+    from qbatch.models_db.results import find_others, find_results
+    from qbatch.views.comparison import Preference
+    from qbatch.views.results_table import ResultsScreen, TableLayout
 
     settings = current_settings()
     database = open_database(settings)
-    ids = find_batches(database, batches)
+    ids, only = find_batches(database, batches), read_filter(options)
     with database.read() as session:
-        rows = find_results(session, batch_ids=ids, model=model, bits=bits, sort=sort, limit=limit)
-    print_results(settings, rows, format_)
+        rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
+        has_hidden = limit is not None or not only.hides_nothing
+        others = find_others(session, rows) if has_hidden and format_ in ("table", "md") else []
+    limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
+    layout = TableLayout(
+        columns=options["columns"], is_wide=options["is_wide"], has_legend=options["has_legend"], sort=sort
+    )
+    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=Preference(**limits), layout=layout)
+    print_results(screen, format_)
 
 
 @click.command()
 @compare_options
 @format_options("table", "json", "csv")
 def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **preference: Any) -> None:
-    """Compare each model's quantization schemes and recommend one.
+    """Recommend a quantization scheme for each model: a line for each, and what that saves in all.
 
-    Results of different protocols or devices are listed separately. If you set no limit on quality, a default limit
-    is used and shown.
+    With --model, or where there is one model, all figures of its schemes and what limits their speed follow. Results of
+    different protocols or devices are listed separately. If you set no limit on quality, a default limit is used and
+    shown.
     """
+    from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
@@ -66,8 +74,35 @@ def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **
     database = open_database(settings)
     ids = find_batches(database, batches)
     with database.read() as session:
-        rows = find_results(session, batch_ids=ids, model=model)
-    click.echo(comparison(placed(settings, rows), Preference(**preference), by=by, format=format_))
+        rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(model=model)))
+    click.echo(comparison(rows, Preference(**preference), by=by, format=format_, in_full=model is not None))
+
+
+@click.command()
+@click.argument("batches", nargs=2, metavar="BATCH BATCH", shell_complete=complete_batch)
+@click.option(
+    "--model",
+    shell_complete=complete_model,
+    metavar="TEXT|GLOB",
+    help="Only models whose name contains this text, or is like this pattern.",
+)
+@format_options("table", "json", "csv")
+def diff(batches: tuple[str, str], model: str | None, format_: str) -> None:
+    """Say what is faster, slower, better or worse in the second batch than in the first.
+
+    Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
+    a difference counts if it is larger than the measured noise.
+    """
+    from qbatch.models_db.result_filter import ResultFilter
+    from qbatch.models_db.results import find_results
+    from qbatch.views.batch_diff import batch_diff
+
+    database = open_database(current_settings())
+    ids = [find_batches(database, [word])[0] for word in batches]
+    only = ResultFilter(model=model)
+    with database.read() as session:
+        before, after = (find_results(session, batch_ids=[batch_id], only=only) for batch_id in ids)
+    click.echo(batch_diff(before, after, format_))
 
 
 @click.command()
@@ -96,25 +131,24 @@ def show(targets: Sequence[str], format_: str) -> None:
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
-    """With the path of its newest log; none if no worker has begun it."""
+    """The record with the path of the newest log, if a worker has begun the job."""
     log_path = job_log(folder, job_number(record.job_id), record.attempt)
     return replace(record, log_path=str(log_path) if record.attempts else None)
 
 
-def print_results(settings: Settings, rows: Sequence[ResultRow], format_: str) -> None:
+def print_results(screen: ResultsScreen, format_: str) -> None:
     """Print rows in the requested format."""
-    from qbatch.views.formats import render
-    from qbatch.views.results_table import results_table
+    from qbatch.views.results_output import results_output
 
-    rows = placed(settings, rows)
-    if format_ == "quiet":
-        click.echo("".join(f"{row.job_id}\n" for row in rows), nl=False)
-        return
-    click.echo(results_table(rows) if format_ == "table" else render([row.to_json() for row in rows], (), format_))
+    text = results_output(screen, format_)
+    if text or format_ != "quiet":
+        click.echo(text)
 
 
 def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
     """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
-    each machine."""
-    paths = [None if row.checkpoint_path is None else str(settings.storage / row.checkpoint_path) for row in rows]
+    each machine. Without those that somebody has removed, where this machine sees the storage."""
+    known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
+    there = known - missing_checkpoints(settings.storage, known)
+    paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]
     return [replace(row, checkpoint_path=path) for row, path in zip(rows, paths, strict=True)]

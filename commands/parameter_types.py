@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -32,6 +33,22 @@ class Duration(click.ParamType[float]):
             self.fail(
                 f"{_shorten(value)} is not a valid duration (use 90s, 15m, 2h or 1d; at most ten years)", param, ctx
             )
+        return seconds
+
+
+class Since(Duration):
+    """A duration, or a local date or time such as 2026-11-28 or 2026-11-28T09:30: how many seconds ago that was."""
+
+    name = "since"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            moment = datetime.fromisoformat(str(value).strip())
+        except ValueError:
+            return super().convert(value, param, ctx)
+        seconds = (datetime.now(UTC) - moment.astimezone(UTC)).total_seconds()
+        if seconds <= 0:
+            self.fail(f"{_shorten(value)} is in the future", param, ctx)
         return seconds
 
 
@@ -85,6 +102,25 @@ class Schemes(click.ParamType[tuple[Method, ...]]):
             return tuple(find_method(part.strip()) for part in str(value).split(","))
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+class ColumnNames(click.ParamType[tuple[str, ...]]):
+    """A comma list of columns of results."""
+
+    name = "columns"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        from qbatch.views.result_columns import find_column
+
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(","))
+        for name in names:
+            try:
+                find_column(name)
+            except UsageError as error:
+                self.fail(str(error), param, ctx)
+        return names
 
 
 class Parts(click.ParamType[frozenset[MeasuredPart]]):

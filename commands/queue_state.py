@@ -16,6 +16,8 @@ from qbatch.core.domain import JobState
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+    from qbatch.models_db.time_left import TimeLeft
+
 
 @click.command()
 @batch_arguments()
@@ -25,21 +27,24 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
     """Show all batches, or some batches and their jobs."""
     from qbatch.models_db.listing import count_batches, list_batches
     from qbatch.models_db.pauses import standing
+    from qbatch.models_db.time_left import time_left, with_time_left
     from qbatch.views.formats import render
     from qbatch.views.listings import BATCH_COLUMNS
 
-    database = open_database(current_settings())
+    settings = current_settings()
+    database = open_database(settings)
     ids = find_batches(database, batches)
     limit = _limit(limit, format_)
     with database.read() as session:
-        found = list_batches(session, ids, limit=limit)
+        left = time_left(session, lease_s=settings.lease_s)
+        found = with_time_left(list_batches(session, ids, limit=limit), left)
         click.echo(render(found, BATCH_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
         if limit is not None and not ids:
             _mention_rest("newest", len(found), count_batches(session), "batches")
         for pause in standing(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
-            _print_jobs(session, ids, (), limit, format_)
+            _print_jobs(session, ids, (), limit, format_, left)
 
 
 @click.command()
@@ -55,21 +60,31 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
 @format_options("table", "json", "csv", "quiet")
 def jobs(batches: Sequence[str], states: Sequence[str], limit: int | None, format_: str) -> None:
     """List jobs: all, or those of some batches."""
-    database = open_database(current_settings())
+    from qbatch.models_db.time_left import time_left
+
+    settings = current_settings()
+    database = open_database(settings)
     ids = find_batches(database, batches)
     with database.read() as session:
-        _print_jobs(session, ids, states, _limit(limit, format_), format_)
+        left = time_left(session, lease_s=settings.lease_s)
+        _print_jobs(session, ids, states, _limit(limit, format_), format_, left)
 
 
 def _print_jobs(
-    session: Session, batch_ids: Sequence[int], states: Sequence[str], limit: int | None, format_: str
+    session: Session,
+    batch_ids: Sequence[int],
+    states: Sequence[str],
+    limit: int | None,
+    format_: str,
+    left: TimeLeft,
 ) -> None:
     from qbatch.models_db.job_pages import count_jobs
     from qbatch.models_db.listing import list_jobs
+    from qbatch.models_db.time_left import with_time_left
     from qbatch.views.formats import render
     from qbatch.views.listings import JOB_COLUMNS
 
-    found = list_jobs(session, batch_ids=batch_ids, states=states, limit=limit)
+    found = with_time_left(list_jobs(session, batch_ids=batch_ids, states=states, limit=limit), left)
     click.echo(render(found, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
     if format_ == "table" and any(job["state"] == JobState.FAILED for job in found):
         click.echo("`qbatch logs JOB` shows the log of a failed job", err=True)

@@ -4,34 +4,72 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.shared_options import OF_A_SHAPE
-from qbatch.core.control_characters import is_unicode
-from qbatch.core.domain import DeviceKind, DType
+from qbatch.core.control_characters import escape_controls, is_unicode
+from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
+    from qbatch.scheduler.screening import Screened
     from qbatch.scheduler.submit import Submission
 
 # In characters. Enough for a list of a hundred thousand models, and for an evaluation text that takes a day to measure.
 _MODEL_LIST_LIMIT = 16 * 2**20
 _EVAL_TEXT_LIMIT = 64 * 2**20
+_WITHOUT_A_LIST = "A single model is named without that option: qbatch submit"
 
 
-def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submission:
-    """The request that the options of ``submit`` describe. Raises UsageError."""
+def read_submission(settings: Settings, options: Mapping[str, Any], *, quiet: bool = True) -> Submission:
+    """The request that the options of ``submit`` describe, with the models that can be used.
+
+    The problems of those that cannot are printed to standard error with ``--keep-going``, and raised as ModelsRefused
+    without it. Raises UsageError for any other mistake.
+    """
+    screened = read_request(settings, options, quiet=quiet)
+    submission = screened.accepted(keep_going=options["keep_going"])
+    for problem in screened.problems:
+        click.echo(escape_controls(f"left out: {problem}"), err=True)
+    return submission
+
+
+def read_request(settings: Settings, options: Mapping[str, Any], *, quiet: bool = True) -> Screened:
+    """The request that the options describe, and which models cannot be used. Raises UsageError for other mistakes."""
+    from qbatch.scheduler.model_list import read_models
+    from qbatch.scheduler.screening import screen
+
+    asked = _asked(settings, options)
+    listed = read_models(
+        _read_list(options["models_file"]),
+        named=options["models"],
+        check_folders=settings.is_one_machine,
+        roots=settings.allowed_roots,
+        take_folder=_ask_for_folder if _is_terminal(options["models_file"]) and not quiet else None,
+    )
+    folders = sum(source.is_folder for source in listed.sources)
+    with progress_bar("checking", folders, quiet=quiet) as on_progress:
+        screened = screen(listed, asked, is_one_machine=settings.is_one_machine, on_progress=on_progress)
+    for doubt in screened.doubts:
+        click.echo(escape_controls(f"as this machine sees it: {doubt}"), err=True)
+    return screened
+
+
+def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[SourceRef, ...]], Submission]:
+    """Makes the request for some models. Raises UsageError."""
     from qbatch.core.methods.registry import every_option
     from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.lm_eval_files import read_tasks
-    from qbatch.scheduler.model_list import read_model_list
+    from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
-    from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
     grid = Grid(
         bits=options["bits"] or (),
@@ -52,24 +90,40 @@ def read_submission(settings: Settings, options: Mapping[str, Any]) -> Submissio
         **_parts(options["measure"], why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
     )
-    if options["eval_text"] is not None and options["measure"] == {MeasuredPart.SIZE}:
+    if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
-    sources = read_model_list(
-        _read_list(options["models_file"]),
-        named=options["models"],
-        check_folders=settings.is_one_machine,
-        roots=settings.allowed_roots,
-    )
-    return Submission(
-        sources=tuple(sources),
-        grid=grid,
-        eval_text=_read_text(str(options["eval_text"] or DEFAULT_EVAL_TEXT), _EVAL_TEXT_LIMIT),
-        tasks=read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()]),
-        num_fewshot=options["num_fewshot"],
-        task_limit=options["task_limit"],
-        name=options["name"],
-        priority=options["priority"],
-        time_limit_s=_time_limit_s(settings, options["time_limit"]),
+    tasks = read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()])
+    refuse_unknown_tasks(tasks, is_one_machine=settings.is_one_machine)
+    eval_text, *more_texts = _eval_texts(options["eval_texts"] or ("prose",)).items()
+    time_limit_s = _time_limit_s(settings, options["time_limit"])
+
+    def asked(sources: tuple[SourceRef, ...]) -> Submission:
+        return Submission(
+            sources=sources,
+            grid=grid,
+            eval_text=eval_text[1],
+            more_texts=dict(more_texts),
+            tasks=tasks,
+            num_fewshot=options["num_fewshot"],
+            task_limit=options["task_limit"],
+            name=options["name"],
+            priority=options["priority"],
+            time_limit_s=time_limit_s,
+        )
+
+    return asked
+
+
+def _is_terminal(models_file: str | None) -> bool:
+    """Whether somebody is there to be asked."""
+    return models_file != "-" and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _ask_for_folder(name: str, folder: str) -> bool:
+    return click.confirm(
+        escape_controls(f"There is no folder {name}. Use the folder {folder}, instead of the model {name} of the hub?"),
+        default=True,
+        err=True,
     )
 
 
@@ -77,11 +131,33 @@ def _read_list(file: str | None) -> list[str]:
     """The lines of the file that --models names; none without it."""
     if file is None:
         return []
-    if file != "-" and not Path(file).exists():
-        raise UsageError(f"there is no file {file}; --models reads a list, and models are named without it: {file}")
-    if Path(file).is_dir():
-        raise UsageError(f"{file} is a folder; --models reads a list, and models are named without it")
+    try:
+        is_there, is_folder = file == "-" or Path(file).exists(), Path(file).is_dir()
+    except OSError as error:  # the name is too long, or a folder above may not be looked into
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    if not is_there:
+        raise UsageError(f"there is no file {file}; --models reads a list of models. {_WITHOUT_A_LIST} {file}")
+    if is_folder:
+        raise UsageError(f"{file} is a folder; --models reads a list of models. {_WITHOUT_A_LIST} {file}")
     return _read_text(file, _MODEL_LIST_LIMIT).splitlines()
+
+
+def _eval_texts(values: Sequence[str]) -> dict[str, str]:
+    """The texts by name, in the given order. Of a file that is its name without a suffix. Raises UsageError."""
+    from qbatch.worker.measuring import EVAL_TEXTS
+
+    texts: dict[str, str] = {}
+    for value in values:
+        path = EVAL_TEXTS.get(value) or Path(value)
+        name = value if value in EVAL_TEXTS else path.stem
+        if name in texts:
+            raise UsageError(f"two texts are called {name}: --eval-text takes files of different names")
+        if value not in EVAL_TEXTS and value != "-" and not path.exists():
+            raise UsageError(
+                f"there is no text file {value}, and the texts that come with qbatch are {', '.join(EVAL_TEXTS)}"
+            )
+        texts[name] = _read_text(str(path), _EVAL_TEXT_LIMIT)
+    return texts
 
 
 def _quant_types(values: Sequence[str]) -> tuple[Method, ...]:
@@ -104,7 +180,7 @@ def _parts(measure: Set[MeasuredPart] | None, *, why: bool | None, energy: bool 
         return {"why": why, "energy": energy}
     for part, is_asked in ((MeasuredPart.WHY, why), (MeasuredPart.ENERGY, energy)):
         if is_asked is False and part in measure:
-            raise UsageError(f"--measure asks for {part}, and --no-{part} does not")
+            raise UsageError(f"--measure asks for {part}, but --no-{part} leaves it out")
         measure = measure | {part} if is_asked else measure
     if MeasuredPart.WHY in measure:  # it explains the speed
         measure = measure | {MeasuredPart.SPEED}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.completion import complete_batch, complete_model
+from qbatch.commands.completion import complete_batch
 from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
-from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
@@ -22,7 +20,7 @@ _LARGEST = LARGEST_ID
 _BATCH_OPTIONS = "qbatch.batch_options"
 OF_A_SHAPE, EACH = "shape", "each"
 ON_A_TERMINAL = 50
-"""How many rows of a long list a terminal shows unless it is told."""
+"""How many rows of a long list a terminal shows by default."""
 
 
 def format_options(*formats: str) -> Callable[[Command], Command]:
@@ -69,7 +67,7 @@ def batch_arguments(rows: str | None = None, *, required: bool = False) -> Calla
             is_eager=True,
             expose_value=False,
             callback=_keep_for_arguments,
-            help=f"Only {rows} of this batch, as BATCH says without the option; may be repeated.",
+            help=f"Show only {rows} of this batch, like the argument BATCH; may be repeated.",
         )
         return argument(option(command))
 
@@ -101,42 +99,6 @@ def limit_option(rows: str) -> Callable[[Command], Command]:
     )
 
 
-def compare_options(command: Command) -> Command:
-    """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
-    options = [
-        batch_arguments("results"),
-        click.option("--model", shell_complete=complete_model, help="Only models whose name contains this text."),
-        click.option(
-            "--by",
-            type=click.Choice(ORIENTATIONS),
-            default="figure",
-            show_default=True,
-            help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
-        ),
-        click.option(
-            "--prefer",
-            type=click.Choice(PREFERENCES),
-            default="size",
-            show_default=True,
-            help="What to optimize among the schemes that meet the limits: small weights, speed, or quality.",
-        ),
-        click.option(
-            "--max-kl", type=Amount(min=0), help="The largest acceptable mean KL divergence from the baseline, in nats."
-        ),
-        click.option(
-            "--max-ppl-ratio",
-            type=Amount(min=0),
-            help="The largest acceptable perplexity, divided by the baseline's: 1.01.",
-        ),
-        click.option(
-            "--max-weights-bytes", type=ByteSize(), help="The most memory that the weights may take: 6GB, 5.5GiB."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def _usual(bits: int) -> str:
     return f"{bits} means {selected_by_bits(bits)[0]}"
 
@@ -156,6 +118,11 @@ def _method_option(option: MethodOption[Any]) -> Callable[[Command], Command]:
 
 def submit_options(command: Command) -> Command:
     """Add the options that ``submit`` and ``run`` share."""
+    return request_options(format_options("table", "json", "quiet")(command))
+
+
+def request_options(command: Command) -> Command:
+    """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
         click.argument("models", nargs=-1, metavar="[MODEL]..."),
         click.option(
@@ -246,8 +213,11 @@ def submit_options(command: Command) -> Command:
         ),
         click.option(
             "--eval-text",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="A text file to measure perplexity on.",
+            "eval_texts",
+            multiple=True,
+            metavar="NAME|FILE",
+            help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
+            "repeated. Speed is measured on the first.",
         ),
         click.option(
             "--tasks",
@@ -308,8 +278,13 @@ def submit_options(command: Command) -> Command:
             help=f"{EACH}: time every model. {OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, "
             "time one on each GPU; the rows of the others say whose speed they have.",
         ),
+        click.option(
+            "--keep-going",
+            is_flag=True,
+            help="Leave out the models of which it is known here that their jobs would fail, and submit the others. By "
+            "default nothing is submitted then.",
+        ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
-        format_options("table", "json", "quiet"),
     ]
     for option in reversed(options):
         command = option(command)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import print_results
+from qbatch.commands.context import INTERRUPTED, current_settings, open_database
+from qbatch.commands.measurements import placed, print_results
 from qbatch.commands.on_end import on_end_option
+from qbatch.commands.planning_ahead import show_plan
+from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.request import read_submission
 from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
 from qbatch.commands.shared_options import submit_options
-from qbatch.commands.waiting import wait_for_batches
+from qbatch.commands.waiting import leave_running, wait_for_batches, what_goes_on
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
@@ -27,21 +27,23 @@ if TYPE_CHECKING:
     from qbatch.scheduler.local_stack import LocalStack
     from qbatch.scheduler.submit import Receipt, Submission
 
-_INTERRUPTED = 130
-# In models. A shorter one is stored before anybody wonders.
-_LONG_LIST = 500
-
 
 @click.command()
 @submit_options
 @click.option("--wait", "wait_", is_flag=True, help="Wait until every job has finished.")
+@click.option("--dry-run", is_flag=True, help="Store nothing, and print what `qbatch plan` does.")
 @on_end_option
-def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> None:
+def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **options: Any) -> None:
     """Store a batch of quantize-and-benchmark jobs for each MODEL and print its id."""
+    if dry_run:
+        if wait_:
+            raise UsageError("--dry-run stores nothing that --wait could wait for")
+        show_plan(options, format_)
+        return
     if on_end is not None and not wait_:
-        raise UsageError("--on-end needs --wait: afterwards nobody would be there to run the command")
+        raise UsageError("--on-end needs --wait: without it, no process is left to run the command")
     settings = current_settings()
-    submission = read_submission(settings, options)
+    submission = read_submission(settings, options, quiet=format_ == "quiet")
     database = open_database(settings)
     receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
     batch = format_batch_id(receipt.batch_id)
@@ -52,9 +54,12 @@ def submit(format_: str, wait_: bool, on_end: str | None, **options: Any) -> Non
         raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
     if wait_:
         click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
-        all_succeeded = wait_for_batches(
-            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
-        )
+        try:
+            all_succeeded = wait_for_batches(
+                database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
+            )
+        except KeyboardInterrupt:
+            leave_running(database, settings, [receipt.batch_id])
         _print_outcome(database, settings, receipt, format_)
         sys.exit(0 if all_succeeded else 1)
     _print_receipt(receipt, format_)
@@ -72,7 +77,7 @@ def run(format_: str, on_end: str | None, **options: Any) -> None:
     from qbatch.scheduler.stack_lock import stack_is_running
 
     settings = current_settings()
-    submission = read_submission(settings, options)
+    submission = read_submission(settings, options, quiet=format_ == "quiet")
     interrupt_on_signals()
     if not settings.is_embedded or stack_is_running(settings):
         sys.exit(_run(settings, submission, format_, stack=None, on_end=on_end))
@@ -97,20 +102,11 @@ def _run(
             database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise, on_end=on_end
         )
     except KeyboardInterrupt:
-        click.echo(_after_interrupt(batch, stops_stack=stack is not None), err=True)
-        return _INTERRUPTED
+        stopped = f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
+        click.echo(what_goes_on(database, settings, [receipt.batch_id]) if stack is None else stopped, err=True)
+        return INTERRUPTED
     _print_outcome(database, settings, receipt, format_)
     return 0 if all_succeeded else 1
-
-
-def _after_interrupt(batch: str, *, stops_stack: bool) -> str:
-    """What becomes of the batch: a stack that was there before goes on."""
-    if stops_stack:
-        return f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
-    return (
-        f"no longer waiting; {batch} goes on where it runs: `qbatch wait {batch}` waits again, "
-        f"`qbatch cancel {batch}` cancels it"
-    )
 
 
 def _store(
@@ -122,7 +118,7 @@ def _store(
     """
     from qbatch.scheduler.submit import submit as store
 
-    with _progress_bar(len(submission.sources), quiet=quiet) as on_progress:
+    with progress_bar("storing", len(submission.sources), quiet=quiet) as on_progress:
         receipt = store(database, settings, submission, on_progress)
     if receipt.outdated:
         click.echo(
@@ -133,16 +129,6 @@ def _store(
     for warning, models in receipt.warnings.items():
         click.echo(escape_controls(warning if models == 1 else f"{models} models: {warning}"), err=True)
     return receipt, send(database, settings) if _has_work(receipt) else None
-
-
-@contextmanager
-def _progress_bar(sources: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while a long list is stored, if that is a terminal."""
-    if quiet or sources < _LONG_LIST or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with click.progressbar(length=sources, label="storing", file=sys.stderr, show_pos=True) as bar:
-        yield bar.update
 
 
 def _has_work(receipt: Receipt) -> bool:
@@ -164,6 +150,7 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
                     "answered": receipt.answered,
                     "live_workers": receipt.live_workers,
                     "outdated": receipt.outdated,
+                    "undecided": receipt.undecided,
                     "warnings": list(receipt.warnings),
                 }
             )
@@ -173,17 +160,23 @@ def _print_receipt(receipt: Receipt, format_: str) -> None:
 
 
 def _stored(receipt: Receipt) -> str:
-    """``b1: 6 jobs, 2 answered by earlier results``. Only a worker, which hashes files, knows of none."""
-    answered = f", {receipt.answered} answered by earlier results" if receipt.answered else ""
-    return f"{format_batch_id(receipt.batch_id)}: {receipt.jobs} jobs{answered}"
+    """``b1: 6 jobs, 2 answered by earlier results; workers look for those of 4 more``. Nothing is said of earlier
+    results where only a worker, which has the files, can find any."""
+    stored = f"{format_batch_id(receipt.batch_id)}: {receipt.jobs} jobs"
+    if not receipt.answered:
+        return stored
+    more = min(receipt.undecided, receipt.jobs - receipt.answered)
+    elsewhere = f"; workers look for those of {more} more" if more else ""
+    return f"{stored}, {receipt.answered} answered by earlier results{elsewhere}"
 
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
     from qbatch.models_db.results import find_results
+    from qbatch.views.results_table import ResultsScreen
 
     if format_ == "quiet":
         click.echo(format_batch_id(receipt.batch_id))
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
-    print_results(settings, rows, format_)
+    print_results(ResultsScreen(rows=placed(settings, rows)), format_)

@@ -104,10 +104,6 @@ class Scheme:
         common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
         return cls(method=method, own=tuple(options.items()), **common)
 
-    def with_options(self, **own: OptionValue) -> Self:
-        """The same scheme with other values of its method's own options."""
-        return replace(self, own=tuple((dict(self.own) | own).items()))
-
     @property
     def description(self) -> Description:
         return self.method.description
@@ -159,6 +155,18 @@ BASELINE = Scheme(method=Method.NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextRef:
+    """A further text on which quality is measured, by the sha256 of its content. ``name``: what its figures bear."""
+
+    name: str
+    sha256: str
+
+
+def _text_refs(values: Iterable[Mapping[str, Any]]) -> tuple[TextRef, ...]:
+    return tuple(TextRef(**value) for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRef:
     """A task of lm-evaluation-harness: one of its registry, or a packed file identified by the sha256 of its text."""
 
@@ -175,13 +183,15 @@ class Protocol:
     """Every parameter of a measurement. Numbers measured under different protocols are never compared.
 
     ``prompt_tokens`` is also the length of an encoder's input. The text is scored in windows of ``eval_window``
-    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them. ``num_fewshot`` None uses each task's own
+    tokens, ``eval_stride`` apart, at most ``eval_max_windows`` of them, and so are the ``more_texts``, on which quality
+    alone is measured. ``num_fewshot`` None uses each task's own
     default; ``task_limit`` is the number of questions asked per task. Speed is measured in ``rounds``, alternating
     with the other models of the bundle. ``min_iterations`` and ``min_duration_s`` apply to all rounds together,
     ``warmup_iterations`` and ``prefill_iterations`` to each round. A warm-up generates ``warmup_tokens`` tokens, or
     ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
+    ``tasks_version`` 2 stores how each question was answered, 1 did not.
     With ``share_speed``, a row may have the speed of another model of the same shape instead of being timed.
     """
 
@@ -206,6 +216,8 @@ class Protocol:
     quality: bool = True
     speed: bool = True
     share_speed: bool = False
+    tasks_version: int = 1
+    more_texts: tuple[TextRef, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -223,6 +235,8 @@ class Protocol:
             raise UsageError("what limits the speed cannot be found without measuring it")
         if self.tasks and not self.quality:
             raise UsageError("tasks are a part of quality, which is not measured")
+        if self.more_texts and not self.quality:
+            raise UsageError("further texts are a part of quality, which is not measured")
 
     @property
     def parts(self) -> frozenset[MeasuredPart]:
@@ -239,6 +253,10 @@ class Protocol:
         """Whether the model is loaded at all. Its size is counted without."""
         return self.parts != {MeasuredPart.SIZE}
 
+    def on_text(self, text: TextRef) -> Self:
+        """The same with one of ``more_texts`` as the only text."""
+        return replace(self, eval_text_sha256=text.sha256, more_texts=())
+
     @property
     def speed_rounds(self) -> int:
         return self.rounds if self.speed else 0
@@ -254,7 +272,12 @@ class Protocol:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
+        return cls(**_with_refs(value))
+
+
+def _with_refs(value: Mapping[str, Any]) -> dict[str, Any]:
+    tasks, texts = _task_refs(value.get("tasks", ())), _text_refs(value.get("more_texts", ()))
+    return dict(value) | {"tasks": tasks, "more_texts": texts}
 
 
 # One generation gives a time for each token after the first, and the steps of one call are alike. So what counts is the
@@ -308,6 +331,7 @@ class ProtocolOptions:
     quality: bool | None = None
     speed: bool | None = None
     share_speed: bool | None = None
+    more_texts: tuple[TextRef, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks and (self.num_fewshot is not None or self.task_limit is not None):
@@ -315,8 +339,9 @@ class ProtocolOptions:
 
     @property
     def text_hashes(self) -> tuple[str, ...]:
-        """The sha256 of each stored text that the measurement needs: the evaluation text and the packed tasks."""
-        return (self.eval_text_sha256, *(task.sha256 for task in self.tasks if task.sha256 is not None))
+        """The sha256 of each stored text that the measurement needs: the evaluation texts and the packed tasks."""
+        texts = (text.sha256 for text in self.more_texts or ())
+        return (self.eval_text_sha256, *texts, *(task.sha256 for task in self.tasks if task.sha256 is not None))
 
     def for_device(self, kind: DeviceKind) -> Protocol:
         """The protocol on a device of ``kind`` (CUDA or CPU)."""
@@ -325,19 +350,23 @@ class ProtocolOptions:
             # On a CPU there is nothing to analyse and no energy counter, and each model is timed. The request must not
             # change the protocol.
             values |= {"why": False, "energy": False, "share_speed": False}
+        if self.tasks:
+            values["tasks_version"] = _TASKS_VERSION
         return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
-        """Omits what ``--measure`` and ``--speed`` choose where they were not given: 0.1.0 does not know it."""
+        """Omits what newer options choose where they were not given: 0.1.0 does not know them."""
         value = asdict(self)
         return {name: chosen for name, chosen in value.items() if name not in _NEW_OPTIONS or chosen is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**dict(value) | {"tasks": _task_refs(value.get("tasks", ()))})
+        return cls(**_with_refs(value) | ({} if value.get("more_texts") else {"more_texts": None}))
 
 
-_NEW_OPTIONS = ("quality", "speed", "share_speed")
+# Rises whenever more, or something else, is stored of a task, so that an older result does not answer a new job.
+_TASKS_VERSION = 2
+_NEW_OPTIONS = ("quality", "speed", "share_speed", "more_texts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

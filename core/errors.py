@@ -4,6 +4,7 @@
 
 QbatchError
 ├── UsageError                      the request is invalid: exit code 2
+│   └── ModelsRefused               models of the list cannot be used
 ├── ServiceUnreachable              a service that the command needs does not work: exit code 3
 │   ├── BrokerUnreachable
 │   ├── DatabaseUnreachable
@@ -26,9 +27,13 @@ QbatchError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from qbatch.core.control_characters import escape_controls
+
+# Enough for a list of mistakes; of a file that is no list at all, the first ones tell.
+_SHOWN_PROBLEMS = 100
 
 
 class QbatchError(Exception):
@@ -39,12 +44,36 @@ class QbatchError(Exception):
     def __str__(self) -> str:
         return escape_controls(super().__str__())
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """How the command line shows it."""
+        return (str(self),)
+
 
 class UsageError(QbatchError):
     """A command or setting is malformed, or asks for something impossible. The message says what is wrong with it:
     correct it and run the command again."""
 
     exit_code = 2
+
+
+class ModelsRefused(UsageError):
+    """Models of a list cannot be used, each for a reason that is known before anything is stored. Correct or remove
+    those lines; with --keep-going the others are submitted."""
+
+    def __init__(self, problems: Sequence[str], *, models: int) -> None:
+        more = len(problems) - _SHOWN_PROBLEMS
+        self._problems = (*problems[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else ()))
+        self._count, self._models = len(problems), models
+        super().__init__("; ".join(self._problems))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A line for each problem."""
+        if self._count == 1:
+            return (str(self),)
+        first = f"{self._count} of {self._models} models cannot be used, so nothing was submitted:"
+        return (first, *(f"  {escape_controls(problem)}" for problem in self._problems))
 
 
 class ServiceUnreachable(QbatchError):
@@ -277,6 +306,8 @@ def job_error(kind: str, message: str, needed_bytes: int | None = None) -> JobEr
 
 
 def one_line(error: BaseException) -> str:
-    """An exception of another library as one line: its type and the first line of its message."""
+    """An exception of another library as one line: its type and the first line of its message, with the next one if the
+    first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    said = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return f"{type(error).__name__}: {' '.join(said) or 'no message'}"

@@ -29,7 +29,7 @@ def adapter_of(config: Any) -> str:
 
 
 def inner_model(path: str) -> str:
-    return f"the model of this sentence-transformers folder lies in {path}; list that"
+    return f"the model of this sentence-transformers folder is in {path}: list that one"
 
 
 def module_names(modules: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import FetchError, SourceCorrupt, SourceGated, SourceNotFound, UnsafeSource
+from qbatch.core.kinds import FLOAT8, FLOATS
 from qbatch.core.methods.registry import family_of
 from qbatch.core.prior_quantization import QUANTIZATION_KEYS, stale_quantization
 from qbatch.core.sources import (
@@ -37,7 +38,6 @@ _TORCH_NAMES = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _LOADED_WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
@@ -99,13 +99,13 @@ def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
 
 
 def _loaded_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    floats = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
-    others = sum(tensor.nbytes for tensor in tensors if tensor.dtype not in _FLOATS)
+    floats = sum(tensor.numel for tensor in tensors if tensor.dtype in (*FLOATS, *FLOAT8))
+    others = sum(tensor.nbytes for tensor in tensors if tensor.dtype not in (*FLOATS, *FLOAT8))
     return {dtype: floats * width + others for dtype, width in _LOADED_WIDTHS.items()}
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
-    """In words of the method's own; what no method here writes by its name alone."""
+    """The quantization in the words of its method, or only its name if qbatch has no such method."""
     settings = _settings(config)
     if settings is None:
         return None
@@ -125,7 +125,7 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _num_parameters(tensors: list[TensorInfo], config: Mapping[str, Any]) -> int | None:
     settings = _settings(config)
     if settings is None:
-        return sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
+        return sum(tensor.numel for tensor in tensors if tensor.dtype in (*FLOATS, *FLOAT8))
     family = family_of(settings.get("quant_method"))
     return None if family is None else family.num_parameters(tensors)
 

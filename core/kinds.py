@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""The floating-point types of safetensors headers: of 16 bits or more, and of 8."""
+
 
 class DType(StrEnum):
     """A floating-point type by its torch name; AUTO is resolved against the source (see ``stored_dtype``)."""

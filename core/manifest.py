@@ -12,19 +12,25 @@ from qbatch.core.digest import CHUNK_BYTES, FileDigest, root_sha256
 
 MANIFEST = "qbatch.json"
 
+# Of a checksum in a message.
+_SHOWN_DIGITS = 16
 _FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
 _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The contents of a manifest that qbatch reads back."""
+    """The contents of a manifest that qbatch reads back.
+
+    ``database`` is the id of the database whose job wrote the checkpoint; None if an older version wrote it.
+    """
 
     key: str
     root_sha256: str
     files: tuple[FileDigest, ...]
     audit: Mapping[str, Any]
     quantize_s: float | None
+    database: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -41,7 +47,11 @@ class Manifest:
             FileDigest(name=entry["name"], size=entry["size"], chunk_sha256=tuple(entry["chunk_sha256"]))
             for entry in value["files"]
         )
-        return cls(**{name: value[name] for name in _FIELDS} | {"files": files})
+        database = value.get("database")
+        return cls(
+            **{name: value[name] for name in _FIELDS} | {"files": files},
+            database=database if isinstance(database, str) else None,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,15 +79,20 @@ class Manifest:
 
 
 def _change(published: FileDigest, now: FileDigest) -> str:
-    """How a file differs from what was published: by its size, else by where its content does."""
+    """How a file differs from what was published: by its size, else by which parts of its content do."""
     if now.size != published.size:
         return f"now {now.size} bytes, then {published.size}"
-    pairs = zip(now.chunk_sha256, published.chunk_sha256, strict=False)
+    pairs = list(zip(now.chunk_sha256, published.chunk_sha256, strict=False))
     changed = [index for index, (one, other) in enumerate(pairs) if one != other]
-    if not changed or len(now.chunk_sha256) == 1:
-        return f"still {now.size} bytes, but not the same ones"
+    if not changed:
+        return f"still {now.size} bytes, but the manifest has another number of checksums for it"
     first, last = changed[0] * CHUNK_BYTES, min((changed[0] + 1) * CHUNK_BYTES, now.size) - 1
-    return f"still {now.size} bytes, but not the same ones, first among those from {first} to {last}"
+    parts = f"{len(changed)} of {len(pairs)} parts" if len(pairs) > 1 else "the content"
+    digest, before = (digest[:_SHOWN_DIGITS] for digest in pairs[changed[0]])
+    return (
+        f"still {now.size} bytes, but {parts} {'differ' if len(changed) > 1 else 'differs'}: bytes {first} to {last} "
+        f"have the SHA-256 {digest}…, and {before}… was published"
+    )
 
 
 def _is_manifest(value: Any) -> bool:

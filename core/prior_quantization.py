@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, Unsupported
+from qbatch.core.kinds import FLOAT8
 from qbatch.core.methods.registry import family_of
 from qbatch.core.sources import Header, TensorInfo
 
@@ -23,7 +24,7 @@ _SUFFIXES = (
     ".weight_scale_inv",
     "_weight_qdata",
 )
-_NARROW_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+_NARROW_FLOATS = (*FLOAT8, "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 # Indices of positions are stored with 64 bits; codes never are.
 _CODES = ("I8", "I16", "I32", "U8", "U16", "U32")
@@ -48,7 +49,7 @@ def refuse_quantized(config: Mapping[str, Any], headers: Sequence[Header]) -> No
     else:
         return
     raise Unsupported(
-        f"the source is already quantized ({what}), so it is no baseline, and quantizing it again would only add "
+        f"the source is already quantized ({what}), so it cannot be a baseline, and quantizing it again would only add "
         "errors: use the 16-bit model that it was made from"
     )
 

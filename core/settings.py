@@ -252,7 +252,7 @@ def _folder(path: str | Path, variable: str) -> Path:
         if str(path).startswith("~/"):
             why = "HOME is not set, and this user has no entry in /etc/passwd"
         else:
-            why = f"{path} names no user's home"
+            why = f"{path} is not the home of any user"
         raise UsageError(f"{why}: set {variable} to the path of a folder") from error
 
 

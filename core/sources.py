@@ -76,6 +76,11 @@ class Header:
     size: int
 
 
+def bits_of(dtype: str) -> int:
+    """The bits of a value of a dtype, as a header names it."""
+    return _BITS[dtype]
+
+
 def parse_source(text: str) -> SourceRef:
     """Parse ``hub/id@revision`` or the path of a folder.
 
@@ -257,7 +262,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX_NAME
     if index.is_file():
         return tuple(_present(folder, name, index) for name in indexed_files(index))
-    if any(path.suffix in PICKLE_SUFFIXES and not path.name.startswith("adapter_") for path in folder.iterdir()):
+    pickles = [path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES]
+    if models := sorted(path for path in pickles if path.is_file() and not path.name.startswith("adapter_")):
+        refuse_lfs_pointer(models[0])
         raise UnsafeSource(f"{folder} has only pickles, no safetensors; use --allow-pickle to convert them")
     raise SourceNotFound(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{where_the_model_is(folder)}")
 

@@ -18,6 +18,11 @@ BASE_OUTPUTS = "base-logits"
 """The folder of baseline outputs, to which quantized models are compared. All databases on the storage share it."""
 
 
+CHECKPOINTS = "checkpoints"
+ADOPTED = ".adopted"
+"""The folder of marks that databases leave for checkpoints that another database made and that they use."""
+
+
 class CheckpointState(StrEnum):
     """SOUND: no file has changed since its content was verified. UNVERIFIED: the files must be read to know.
 
@@ -49,6 +54,30 @@ def checkpoint_state(storage: Path, path: str, versions: Mapping[str, str] | Non
         return CheckpointState.GONE
     now = {name: stat.version for name, stat in stats.items()}
     return CheckpointState.SOUND if versions == now and not has_extra_files else CheckpointState.UNVERIFIED
+
+
+def missing_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
+    """Those of ``paths`` within the storage that have no folder. None where the storage is not to be seen from here.
+
+    Folders are listed, one for each model, instead of asked for one by one.
+    """
+    wanted: dict[str, set[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition("/")
+        wanted.setdefault(parent, set()).add(name)
+    try:
+        if not (storage / CHECKPOINTS).is_dir():
+            return set()
+        return {f"{parent}/{name}" for parent, names in wanted.items() for name in names - _names(storage / parent)}
+    except OSError:  # it does not answer, or may not be read: nothing is known of any of them
+        return set()
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def unpublished_files(folder: Path, published: Iterable[str]) -> list[str]:

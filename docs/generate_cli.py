@@ -26,9 +26,13 @@ EXIT_CODES = """\
 
 | code | meaning |
 |---|---|
-| 0 | The command did what was asked. After `run`, `wait` and `submit --wait`: every job succeeded. |
-| 1 | Something is wrong. After `run`, `wait` and `submit --wait`: a job failed or was cancelled. |
+| 0 | The command did what was asked. After `run`, `wait`, `watch` and `submit --wait`: every job succeeded. |
+| 1 | Something is wrong. After `run`, `wait`, `watch` and `submit --wait`: a job failed or was cancelled. |
 """
+_OF_SIGNALS = (
+    "| 130 | Ctrl-C stopped the command. |",
+    "| 141 | Whoever read what the command printed has closed the pipe, as `head` does. |",
+)
 
 
 def reference() -> str:
@@ -52,7 +56,7 @@ def _section(context: click.Context) -> str:
 def _exit_codes() -> str:
     named = [error for error in vars(errors).values() if _has_exit_code(error)]
     rows = [f"| {error.exit_code} | {_first_sentence(error)} |" for error in sorted(named, key=lambda e: e.exit_code)]
-    return EXIT_CODES + "\n".join([*rows, "| 130 | Ctrl-C stopped the command. |", ""])
+    return EXIT_CODES + "\n".join([*rows, *_OF_SIGNALS, ""])
 
 
 def _has_exit_code(value: object) -> bool:

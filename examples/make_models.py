@@ -8,6 +8,7 @@ Models that already exist are not trained again, and an interrupted run leaves n
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.progress import BackgroundTask, progress
+from qbatch.core.methods.registry import every_silenced_logger
 
 _CHAT_TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -75,6 +77,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _make(example: Example, into: Path, report: Callable[[str], None]) -> str:
     report("importing torch and transformers")
+    # transformers imports torchao where it is installed, which warns of kernels that nothing here uses.
+    for name in every_silenced_logger():
+        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
     from examples.training import make

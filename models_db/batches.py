@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import and_, insert, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
@@ -40,20 +40,6 @@ def text_content(session: Session, sha256: str) -> str:
     if text is None:
         raise KeyError(sha256)
     return text.content
-
-
-def add_batch(
-    session: Session,
-    bundles: Iterable[Sequence[NewJob]],
-    *,
-    name: str | None = None,
-    priority: int = 0,
-    time_limit_s: float | None = None,
-) -> int:
-    """Add a batch of bundles (jobs that share a source) and return its id."""
-    batch_id = add_empty_batch(session, name=name, priority=priority)
-    add_jobs(session, JobRows(batch_id, priority=priority, time_limit_s=time_limit_s).of(bundles))
-    return batch_id
 
 
 def add_empty_batch(session: Session, *, name: str | None, priority: int) -> int:
@@ -149,8 +135,9 @@ def are_of_one_model(session: Session, job_ids: Sequence[int]) -> bool:
 
 
 def jobs_with_checkpoints(session: Session, batch_ids: Sequence[int]) -> list[int]:
-    """The jobs of these batches, or of all, whose checkpoints are recorded."""
-    query = select(Job.id).join(Checkpoint, Checkpoint.key == Job.checkpoint_key).order_by(Job.id)
+    """The jobs of these batches, or of all, whose checkpoints are recorded and not known to be gone."""
+    is_there = and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.gone_at.is_(None))
+    query = select(Job.id).join(Checkpoint, is_there).order_by(Job.id)
     return list(session.scalars(query.where(Job.batch_id.in_(batch_ids)) if batch_ids else query))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
+from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import NO_SYNC, insert_into
+from qbatch.models_db.session import NO_SYNC, in_chunks, insert_into
 from qbatch.models_db.tables import Checkpoint, Job
 
 
@@ -28,7 +29,7 @@ def record(
     """
     # A subquery, because the job may have been pruned while its outcome was in a spool.
     writer = select(Job.id).where(Job.id == job_id).scalar_subquery()
-    known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes}
+    known = {"path": path, "root_sha256": root_sha256, "disk_bytes": disk_bytes, "gone_at": None}
     verified = {"file_versions": dict(versions), "verified_at": db_now()} if versions is not None else {}
     session.execute(
         insert_into(session, Checkpoint)
@@ -46,17 +47,69 @@ def verified_again(session: Session, path: str, versions: Mapping[str, str]) -> 
 
 
 def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
-    """The paths of the recorded checkpoints with these keys, by key."""
-    rows = session.execute(select(Checkpoint.key, Checkpoint.path).where(Checkpoint.key.in_(keys)))
+    """The paths of the recorded checkpoints with these keys, by key, without those that are gone."""
+    rows = session.execute(
+        select(Checkpoint.key, Checkpoint.path).where(Checkpoint.key.in_(keys), Checkpoint.gone_at.is_(None))
+    )
     return {key: path for key, path in rows}
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
+    """All that were ever recorded, those that are gone included."""
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 
+def checkpoints_at(session: Session, paths: Collection[str], *, lock: bool = False) -> list[Checkpoint]:
+    """The records of the checkpoints at these paths, those that are gone included.
+
+    ``lock``: nobody changes them until the transaction ends.
+    """
+    found: list[Checkpoint] = []
+    for chunk in in_chunks(sorted(paths)):
+        query = select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(Checkpoint.path, Checkpoint.key)
+        found += session.scalars(query.with_for_update() if lock else query)
+    return found
+
+
+def gone_paths(session: Session) -> set[str]:
+    """The paths of the checkpoints of which it is known that they are gone."""
+    return set(session.scalars(select(Checkpoint.path).where(Checkpoint.gone_at.is_not(None))))
+
+
+def note_presence(session: Session, *, gone: Collection[str], present: Collection[str]) -> None:
+    """Record which paths were found to have no folder, and which of those that were gone have one again."""
+    for chunk in in_chunks(sorted(gone)):
+        missing = and_(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_(None))
+        session.execute(update(Checkpoint).where(missing).values(gone_at=db_now()), execution_options=NO_SYNC)
+    for chunk in in_chunks(sorted(present)):
+        back = and_(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_not(None))
+        session.execute(update(Checkpoint).where(back).values(gone_at=None), execution_options=NO_SYNC)
+
+
+def take_out(session: Session, path: str) -> None:
+    """Record that qbatch removed the checkpoint at ``path``. Its record goes too unless jobs refer to it."""
+    note_presence(session, gone=[path], present=())
+    forget_unused(session, [path])
+
+
+def forget_unused(session: Session, paths: Collection[str]) -> None:
+    """Delete the records at ``paths`` of checkpoints that are gone and that no job refers to.
+
+    Only for what qbatch removed: what somebody moved away may come back, and is not to be taken for unknown then.
+    """
+    # Also by a job of a batch that is still being stored.
+    has_job = select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists()
+    for chunk in in_chunks(sorted(paths)):
+        unused = select(Checkpoint.key).where(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_not(None), ~has_job)
+        keys = session.scalars(unused, execution_options=ALSO_ARRIVING).all()
+        session.execute(delete(Checkpoint).where(Checkpoint.key.in_(keys)), execution_options=NO_SYNC)
+
+
 def checkpoints_of(session: Session, batch_ids: Sequence[int]) -> Sequence[Checkpoint]:
-    """The recorded checkpoints for the jobs of these batches, whatever state the jobs are in, in job order."""
+    """The recorded checkpoints for the jobs of these batches, whatever state the jobs are in, in job order.
+
+    Those that are gone are included.
+    """
     jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(Job.batch_id.in_(batch_ids))
     wanted = jobs.group_by(Job.checkpoint_key).subquery()
     return session.scalars(

@@ -16,5 +16,5 @@ def database_id(session: Session) -> str:
 
 
 def find_database_id(connection: Connection) -> str | None:
-    """The same; None where somebody took it out."""
+    """The same; None if somebody has deleted it."""
     return connection.execute(_ID).scalar()

@@ -33,12 +33,13 @@ class AttemptRecord(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord(Stored):
-    """``written_by``: None where that job was pruned."""
+    """``written_by``: None where that job was pruned. ``gone_at``: since when it is known to be off the storage."""
 
     root_sha256: str
     disk_bytes: int | None = None
     written_by: str | None = None
     created_at: str | None = None
+    gone_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ class WholeJob:
 
 
 def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
-    """Those of ``job_ids`` that exist, in that order."""
+    """All about those jobs among ``job_ids`` that exist, in that order."""
     if not job_ids:
         return []
     rows = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
@@ -109,7 +110,7 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
 
 
 def job_records(session: Session, job_ids: Sequence[int]) -> list[JobRecord]:
-    """Of those of ``job_ids`` that exist, in that order."""
+    """The records of those jobs among ``job_ids`` that exist, in that order."""
     rows = session.execute(
         select(Job, Worker.name, need_source(), Checkpoint, Result.created_at)
         .outerjoin(Worker, Worker.id == Job.worker_id)
@@ -194,6 +195,7 @@ def _checkpoint(checkpoint: Checkpoint) -> CheckpointRecord:
         disk_bytes=checkpoint.disk_bytes,
         written_by=format_job_id(checkpoint.job_id) if checkpoint.job_id is not None else None,
         created_at=checkpoint.created_at.isoformat(),
+        gone_at=_iso(checkpoint.gone_at),
     )
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import LOST, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.domain import LOST, OPEN_STATES, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedSource, need_source
-from qbatch.models_db.tables import Batch, Job, Worker
-from qbatch.models_db.vram import show_need, vram_class
+from qbatch.models_db.tables import Attempt, Batch, Job, Worker
 from qbatch.models_db.workers import is_live
+
+# A list of more batches is for a program.
+_MOST_ENDS = 50
+_LAST_JOBS = 1000
 
 
 def list_batches(session: Session, batch_ids: Sequence[int] = (), *, limit: int | None = None) -> list[dict[str, Any]]:
@@ -29,20 +34,40 @@ def list_batches(session: Session, batch_ids: Sequence[int] = (), *, limit: int 
         counted = counted.where(Job.batch_id.in_([batch.id for batch in batches]))
     for batch_id, state, count in session.execute(counted):
         counts.setdefault(batch_id, {})[state] = count
-    return [_batch(batch, counts.get(batch.id, {})) for batch in batches]
+    now = session.execute(select(db_now())).scalar_one()
+    ends = _ends(session, {batch.id: counts.get(batch.id, {}) for batch in batches[-_MOST_ENDS:]})
+    return [_batch(batch, counts.get(batch.id, {}), now, ends.get(batch.id)) for batch in batches]
+
+
+def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int, datetime]:
+    """When the last job of each batch ended that has ended; of a batch with more than ``_LAST_JOBS``, of its last ones.
+
+    All would have to be read, since no index has that time; and nearly always the last ones end last.
+    """
+    closed = [batch_id for batch_id, states in counts.items() if states and not set(OPEN_STATES) & states.keys()]
+    ends = {batch_id: [_end(session, batch_id, state) for state in counts[batch_id]] for batch_id in closed}
+    return {batch_id: max(found) for batch_id, ended in ends.items() if (found := [at for at in ended if at])}
+
+
+def _end(session: Session, batch_id: int, state: str) -> datetime | None:
+    last = select(Job.finished_at).where(Job.batch_id == batch_id, Job.state == state)
+    last_jobs = last.order_by(Job.id.desc()).limit(_LAST_JOBS).subquery()
+    end: datetime | None = session.execute(select(func.max(last_jobs.c.finished_at))).scalar_one()
+    return end
 
 
 def count_batches(session: Session) -> int:
     return session.execute(select(func.count()).select_from(Batch)).scalar_one()
 
 
-def _batch(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
+def _batch(batch: Batch, counts: dict[str, int], now: datetime, end: datetime | None) -> dict[str, Any]:
     by_state = {state.value: counts.get(state, 0) for state in JobState}
     return {
         "batch_id": format_batch_id(batch.id),
         "name": batch.name,
         "priority": batch.priority,
         "created_at": batch.created_at.isoformat(),
+        "elapsed_s": _seconds(batch.created_at, now if any(counts.get(state) for state in OPEN_STATES) else end),
         "jobs": sum(by_state.values()),
         **by_state,
     }
@@ -52,15 +77,17 @@ def list_jobs(
     session: Session, *, batch_ids: Sequence[int] = (), states: Collection[str] = (), limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Each job with its state, or each of the first ``limit``, in submission order."""
-    query = select(*_LISTED, Worker.name.label("worker"), need_source().label("need"))
+    query = select(*_LISTED, Worker.name.label("worker"), need_source().label("need"), Attempt.claimed_at)
     query = query.outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
+    query = query.outerjoin(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
     if limit is not None:
         query = query.where(Job.id.in_(first_jobs(session, limit, batch_ids=batch_ids, states=states)))
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
     if states:
         query = query.where(Job.state.in_(states))
-    return [_job(row) for row in session.execute(query)]
+    now = session.execute(select(db_now())).scalar_one()
+    return [_job(row, now) for row in session.execute(query)]
 
 
 # Not whole jobs: to decode what is not shown takes longer than the rest.
@@ -71,7 +98,7 @@ _LISTED = (
 )
 
 
-def _job(row: Any) -> dict[str, Any]:
+def _job(row: Any, now: datetime) -> dict[str, Any]:
     return {
         "job_id": format_job_id(row.id),
         "batch_id": format_batch_id(row.batch_id),
@@ -84,7 +111,7 @@ def _job(row: Any) -> dict[str, Any]:
         "attempt": row.attempt,
         "failures": row.failures,
         "worker": row.worker,
-        "progress": row.progress,
+        "progress": _progress(row),
         "error_kind": row.error_kind,
         "error_message": row.error_message,
         "above_memory_bytes": row.above_memory_bytes,
@@ -92,7 +119,27 @@ def _job(row: Any) -> dict[str, Any]:
         "note": _note(row),
         "started_at": row.started_at.isoformat() if row.started_at else None,
         "finished_at": row.finished_at.isoformat() if row.finished_at else None,
+        "elapsed_s": _elapsed_s(row, now),
     }
+
+
+def _progress(row: Any) -> dict[str, Any] | None:
+    """What is measured is over with the job; what it has read and written stays."""
+    if row.progress is None or row.state == JobState.RUNNING:
+        return row.progress  # type: ignore[no-any-return]
+    return {name: value for name, value in row.progress.items() if name != "step"}
+
+
+def _elapsed_s(row: Any, now: datetime) -> float | None:
+    """How long its newest attempt has run, or ran until the job ended; None for a job that waits, or never ran."""
+    if row.claimed_at is None or row.state == JobState.QUEUED:
+        return None
+    return _seconds(row.claimed_at, now if row.state == JobState.RUNNING else row.finished_at)
+
+
+def _seconds(begin: datetime, end: datetime | None) -> float | None:
+    # Not less than none, even if the database's clock was set back meanwhile.
+    return None if end is None else max(0.0, round((end - begin).total_seconds(), 1))
 
 
 def _note(row: Any) -> str | None:
@@ -129,6 +176,8 @@ def _worker(worker: Worker, lost: bool, held: list[str]) -> dict[str, Any]:
         "device_name": worker.device_name,
         "device_uuid": worker.device_uuid,
         "memory_bytes": worker.memory_bytes,
+        "used_bytes": None if lost else worker.used_bytes,
+        "busy_share": None if lost else worker.busy_share,
         "vram_class": vram_class(worker.memory_bytes) if worker.device_kind == DeviceKind.CUDA else None,
         "state": LOST if lost else worker.state,
         "jobs": held,

@@ -38,7 +38,7 @@ def measured_checkpoints(session: Session, job_ids: Collection[int]) -> list[Mea
     found = session.execute(
         select(Job.id, Job.is_folder, Checkpoint.path, Checkpoint.root_sha256)
         .join(Checkpoint, Checkpoint.key == Job.checkpoint_key)
-        .where(mates)
+        .where(mates, Checkpoint.gone_at.is_(None))
         .order_by(Job.id)
     ).all()
     if not found:

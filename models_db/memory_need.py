@@ -39,15 +39,15 @@ def need_source() -> ColumnElement[Any]:
     )
 
 
-def may_run_in(room_bytes: int) -> ColumnElement[bool]:
-    """Jobs that may run with ``room_bytes`` of GPU memory: no attempt has shown that they need more."""
+def may_run_in(memory_bytes: int) -> ColumnElement[bool]:
+    """Jobs that may run with that much GPU memory: no attempt has shown that they need more."""
     has_not_run = Job.attempt == 0
-    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < room_bytes, has_not_run, ~_ran_out())
+    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < memory_bytes, has_not_run, ~_ran_out())
 
 
-def seen_too_large_for(room_bytes: int) -> ColumnElement[bool]:
-    """Jobs that were observed to need more than ``room_bytes``; the opposite of ``may_run_in``."""
-    return and_(Job.above_memory_bytes >= room_bytes, Job.attempt > 0, _ran_out())
+def seen_too_large_for(memory_bytes: int) -> ColumnElement[bool]:
+    """Jobs that were observed to need more than ``memory_bytes``; the opposite of ``may_run_in``."""
+    return and_(Job.above_memory_bytes >= memory_bytes, Job.attempt > 0, _ran_out())
 
 
 def remember_too_small(job: Job, worker: Worker) -> None:

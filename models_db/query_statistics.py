@@ -11,7 +11,7 @@ _SAMPLE = 1000
 
 
 def refresh_statistics(database: Database) -> None:
-    """Gather them anew on SQLite, where nobody else does. Raises DatabaseUnreachable."""
+    """Gather the statistics again on SQLite, which does not do so by itself. Raises DatabaseUnreachable."""
     if not database.is_sqlite:
         return
     with database.write() as session:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState, Method, content_hash, format_batch_id, format_job_id
+from qbatch.core.domain import JobState, Method, content_hash, format_batch_id, format_job_id, job_number
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
+from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
+from qbatch.models_db.question_answers import find_answers
+from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
 from qbatch.models_db.tables import Checkpoint, Job, Result
 
@@ -36,6 +40,7 @@ _RESULT_COLUMNS: dict[str, ColumnElement[Any]] = {
     **{name: getattr(Result, name).expression for name in MEASURED_COLUMNS},
     "protocol_hash": Result.protocol_hash.expression,
 }
+_ANY = ResultFilter()
 SORT_COLUMNS: tuple[str, ...] = (*_JOB_COLUMNS, *_RESULT_COLUMNS)
 
 
@@ -44,20 +49,20 @@ def find_results(
     *,
     batch_ids: Sequence[int] = (),
     job_ids: Sequence[int] = (),
-    model: str | None = None,
-    bits: Collection[int] = (),
+    only: ResultFilter = _ANY,
     sort: str | None = None,
     limit: int | None = None,
 ) -> list[ResultRow]:
-    """One row for each job, ended or not.
+    """One row for each job, ended or not, that ``only`` lets through.
 
-    ``model`` matches a part of the name. ``sort`` names a column, ``-column`` sorts downwards, and rows without a value
-    come last; the default is submission order. Raises UsageError for a column that does not exist.
+    ``sort`` names a column, ``-column`` sorts downwards, and rows without a value come last; the default is submission
+    order. Raises UsageError for a column that does not exist.
     """
     order = _Order.of(sort)
-    conditions = _conditions(job_ids, model, bits)
+    conditions: list[ColumnElement[bool]] = [Job.id.in_(job_ids)] if job_ids else []
+    conditions += only.conditions()
     if limit is not None:
-        return _rows_of(session, _first_ids(session, order, batch_ids, conditions, limit))
+        return _rows_of(session, _first_ids(session, order, batch_ids, conditions, limit, only.is_of_results))
     if batch_ids:
         conditions.append(Job.batch_id.in_(batch_ids))
     return _shown(session, session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms, Job.id)).all())
@@ -67,16 +72,25 @@ _RESULT_OF_JOB: ColumnElement[bool] = Result.job_id == func.coalesce(Job.reused_
 _JOBS_WITH_RESULTS = select(Job, Result).outerjoin(Result, _RESULT_OF_JOB)
 
 
-def _conditions(job_ids: Sequence[int], model: str | None, bits: Collection[int]) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = [Job.id.in_(job_ids)] if job_ids else []
-    if model is not None:
-        conditions.append(Job.model.contains(model, autoescape=True))
-    return [*conditions, Job.bits.in_(bits)] if bits else conditions
+def find_others(session: Session, rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """The rows of the same batches and models that are not among ``rows``: what these are compared with."""
+    shown = {job_number(row.job_id) for row in rows}
+    families: set[tuple[int, str]] = set()
+    for ids in in_chunks(sorted(shown)):
+        families |= {(job.batch_id, job.location) for job in session.execute(_FAMILIES.where(Job.id.in_(ids)))}
+    found: list[int] = []
+    for locations in in_chunks(sorted({location for _, location in families})):
+        jobs = session.execute(_FAMILIES.where(Job.location.in_(locations)))
+        found += [job.id for job in jobs if (job.batch_id, job.location) in families and job.id not in shown]
+    return _rows_of(session, sorted(found))
+
+
+_FAMILIES = select(Job.id, Job.batch_id, Job.location)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
-    """By ``column``, or as submitted."""
+    """The order of rows: by ``column``, or as submitted."""
 
     column: ColumnElement[Any] | None = None
     downwards: bool = False
@@ -108,16 +122,17 @@ def _first_ids(
     batch_ids: Sequence[int],
     conditions: Sequence[ColumnElement[bool]],
     limit: int,
+    is_of_results: bool,
 ) -> list[int]:
     """The ids of the jobs of the first rows. Only ids are sorted, because a row with its details has kilobytes."""
-    if order.column is None:
+    if order.column is None and not is_of_results:
         return first_jobs(session, limit, batch_ids=batch_ids, conditions=conditions)
-    if order.is_of_results and not batch_ids and not conditions:
+    if order.column is not None and order.is_of_results and not batch_ids and not conditions:
         return _first_of_all(session, order.column, order.downwards, limit)
     query = select(Job.id).where(*conditions).order_by(*order.terms, Job.id).limit(limit)
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
-    if order.is_of_results:
+    if order.is_of_results or is_of_results:
         query = query.outerjoin(Result, _RESULT_OF_JOB)
     return list(session.scalars(query))
 
@@ -147,7 +162,11 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
-    return [_row(job, result, baselines) for job, result in rows]
+    with_tasks = [result.job_id for _, result in rows if result is not None and result.details.get("tasks")]
+    answers = find_answers(session, with_tasks)
+    found = [_row(job, result, baselines, answers) for job, result in rows]
+    gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
+    return [replace(row, checkpoint_path=None) if row.checkpoint_path in gone else row for row in found]
 
 
 def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:
@@ -165,7 +184,12 @@ def _family(job: Any) -> tuple[Any, ...]:
     return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
-def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> ResultRow:
+def _row(
+    job: Job,
+    result: Result | None,
+    baselines: Mapping[tuple[Any, ...], int],
+    answers: Mapping[int, Mapping[str, TaskAnswers]],
+) -> ResultRow:
     baseline = baselines.get(_family(job))
     scheme: Mapping[str, Any] = job.scheme
     measured: dict[str, Any] = {} if result is None else {name: getattr(result, name) for name in MEASURED_COLUMNS}
@@ -190,6 +214,7 @@ def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], in
         protocol=StoredProtocol.from_json(result.protocol if result else None),
         protocol_hash=result.protocol_hash if result else None,
         details=Details.from_json(result.details if result else None),
+        answers={} if result is None else answers.get(result.job_id, {}),
     )
 
 
@@ -217,12 +242,16 @@ def find_finished(
 ) -> dict[tuple[str, str], Finished]:
     """The newest job with a result of its own for each (checkpoint key, protocol hash) of ``wanted``, if there is one.
 
+    None whose checkpoint is known to be gone: it is to be made again.
     Only results of devices with these names count, because speed differs between devices; None accepts any device.
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
+    gone = gone_paths(session) if keys else set()
     for chunk in in_chunks(keys):
         for row in session.execute(_finished(chunk, device_names)):
+            if row.checkpoint_path in gone:
+                continue
             found[row.checkpoint_key, row.protocol_hash] = Finished(
                 job_id=row.id,
                 checkpoint_key=row.checkpoint_key,

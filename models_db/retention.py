@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session, aliased
 from qbatch.core.domain import ENDED_STATES, OPEN_STATES
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.session import NO_SYNC
-from qbatch.models_db.tables import Attempt, Batch, Checkpoint, Job, Result
+from qbatch.models_db.session import NO_SYNC, in_chunks
+from qbatch.models_db.tables import AnswersRow, Attempt, Batch, Checkpoint, Job, Result
 
 # Asked for by name: for what is not among some values, no index is of use.
 _Family = tuple[int, str, str | None]
@@ -124,7 +124,7 @@ def _delete(session: Session, job_ids: Sequence[int]) -> None:
     session.execute(
         update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=NO_SYNC
     )
-    for column in (Result.job_id, Attempt.job_id, Job.id):
+    for column in (AnswersRow.job_id, Result.job_id, Attempt.job_id, Job.id):
         session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=NO_SYNC)
 
 
@@ -135,6 +135,32 @@ def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
         delete(Batch).where(Batch.id.in_(batch_ids), ~has_jobs).returning(Batch.id), execution_options=NO_SYNC
     )
     return len(gone.all())
+
+
+def delete_named(session: Session, job_ids: Collection[int]) -> set[int]:
+    """Delete those of these jobs that have ended and answer no others, with attempts and results. Returns their ids."""
+    ended = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ENDED_STATES)).order_by(Job.id)
+    free = set(session.scalars(ended.with_for_update(of=Job)))
+    while referred := _referred(session, free):
+        free -= referred
+    _delete(session, sorted(free))
+    return free
+
+
+def answered_elsewhere(session: Session, job_ids: Collection[int]) -> dict[int, int]:
+    """Those of these jobs whose results answer another job, with one that is not among them and that they answer."""
+    found: dict[int, int] = {}
+    for chunk in in_chunks(sorted(job_ids)):
+        query = select(Job.reused_from, Job.id).where(Job.reused_from.in_(chunk)).order_by(Job.id.desc())
+        rows = session.execute(query, execution_options=ALSO_ARRIVING)
+        found |= {job_id: other for job_id, other in rows if job_id is not None and other not in job_ids}
+    return found
+
+
+def ended_before(session: Session, older_than_s: float) -> set[int]:
+    """The jobs that ended longer than ``older_than_s`` ago."""
+    ended_at = func.coalesce(Job.finished_at, Job.created_at)
+    return set(session.scalars(select(Job.id).where(Job.state.in_(ENDED_STATES), ended_at < db_now(-older_than_s))))
 
 
 def existing(session: Session, job_ids: Collection[int]) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from alembic import command
@@ -42,9 +44,14 @@ def _make_folder(database: Database, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageUnavailable(
-            f"the database {database.place} cannot be created: {error.filename}: {error.strerror}"
-        ) from error
+        raise _cannot_create(database, Path(error.filename), str(error.strerror)) from error
+    # SQLite would say no more than that it cannot open the file.
+    if not os.access(folder, os.W_OK | os.X_OK) and not os.path.lexists(database.file or folder):
+        raise _cannot_create(database, folder, os.strerror(errno.EACCES))
+
+
+def _cannot_create(database: Database, place: Path, why: str) -> StorageUnavailable:
+    return StorageUnavailable(f"the database {database.place} cannot be created: {place}: {why}")
 
 
 def alembic_config() -> Config:

@@ -16,7 +16,14 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from qbatch.core.errors import DatabaseRefused, DatabaseReplaced, DatabaseUnreachable, ForeignSchema, UsageError
+from qbatch.core.errors import (
+    DatabaseRefused,
+    DatabaseReplaced,
+    DatabaseUnreachable,
+    ForeignSchema,
+    UsageError,
+    WrongDatabase,
+)
 from qbatch.models_db.arrival_filter import hide_arriving
 from qbatch.models_db.connections import ADVICE, are_all_taken, connect_patiently
 from qbatch.models_db.database_file import DatabaseFile
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0010"
+SCHEMA_HEAD = "0014"
 # PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
 # schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
@@ -330,7 +337,12 @@ def _reachable(place: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged or not a SQLite database
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            raise WrongDatabase(
+                f"the database {place} cannot be read: file is not a database (correct QBATCH_DATABASE_URL, or move the"
+                " file away)"
+            ) from error
+        if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if isinstance(error, OperationalError) and are_all_taken(error.orig):
             raise DatabaseUnreachable(f"the database {place} takes no more connections: {ADVICE}") from error

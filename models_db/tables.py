@@ -177,6 +177,10 @@ class Checkpoint(Base):
     # File name → the state (``FileStat.version``) in which its content was last verified, and when that was.
     file_versions: Mapped[dict[str, Any] | None]
     verified_at: Mapped[datetime | None]
+    # Since when it is known that its folder is no longer on the storage: somebody or qbatch removed it.
+    gone_at: Mapped[datetime | None]
+
+    __table_args__ = (_partial_index("ix_checkpoints_gone", "key", where="gone_at IS NOT NULL"),)
 
 
 class FileDigestRow(Base):
@@ -242,6 +246,18 @@ class Result(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now(), index=True)
 
 
+class AnswersRow(Base):
+    """The answers to the questions of one task, or group of tasks, apart from the result since they may be many."""
+
+    __tablename__ = "answers"
+
+    # An older version deletes results without a thought of their answers.
+    job_id: Mapped[int] = mapped_column(ForeignKey("results.job_id", ondelete="CASCADE"), primary_key=True)
+    task: Mapped[str] = mapped_column(Text, primary_key=True)
+    # ``TaskAnswers.to_json``.
+    answers: Mapped[dict[str, Any]]
+
+
 class Worker(Base):
     """One Celery worker and its device."""
 
@@ -257,6 +273,9 @@ class Worker(Base):
     device_name: Mapped[str] = mapped_column(String(200))
     device_uuid: Mapped[str | None] = mapped_column(String(64))
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    # At the last heartbeat: memory in use, by whatever process, and the share of time in which the device worked.
+    used_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    busy_share: Mapped[float | None]
     state: Mapped[str] = mapped_column(String(16), default=WorkerState.READY.value)
     note: Mapped[str | None] = mapped_column(Text)
     device_errors: Mapped[int] = mapped_column(default=0)

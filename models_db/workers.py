@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
+from qbatch.core.device_load import DeviceLoad
 from qbatch.core.domain import DeviceKind, WorkerState
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.session import NO_SYNC
@@ -45,10 +47,11 @@ def register(session: Session, info: WorkerInfo) -> int:
     return worker.id
 
 
-def beat(session: Session, worker_id: int) -> None:
-    """Renew a worker's heartbeat."""
+def beat(session: Session, worker_id: int, load: DeviceLoad | None = None) -> None:
+    """Renew a worker's heartbeat, and with it what is known of its device's load."""
+    values: dict[str, Any] = {} if load is None else {"used_bytes": load.used_bytes, "busy_share": load.busy_share}
     session.execute(
-        update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now()), execution_options=NO_SYNC
+        update(Worker).where(Worker.id == worker_id).values(heartbeat_at=db_now(), **values), execution_options=NO_SYNC
     )
 
 

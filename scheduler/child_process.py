@@ -25,6 +25,9 @@ _HEALTHY_AFTER_S = 60.0
 REFUSALS = (2, 3)
 """Exit codes of a process that cannot work as configured. Restarting it would not help."""
 
+ORPHANED = 70
+"""The exit code of a process that ends because the one that it works for has ended."""
+
 FINAL = DatabaseReplaced.exit_code
 """A process with this exit code is never restarted: it would create an empty database and use that."""
 

@@ -10,11 +10,11 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import BrokerUnreachable
 from qbatch.core.settings import Settings
+from qbatch.core.vram_classes import floor_bytes, vram_class
 from qbatch.models_db import pauses, window, workers
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Worker
-from qbatch.models_db.vram import floor_bytes, vram_class
 from qbatch.models_db.window import Dispatch
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.queues import queue_of, queues_of

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -16,8 +17,11 @@ from qbatch.core.identity import Settled, settle, source_fingerprint
 from qbatch.core.legacy_identity import legacy_folder_fingerprint
 from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
-from qbatch.core.sources import read_config, read_headers, source_dtype
+from qbatch.core.sources import Header, is_pickled, pickle_files, read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
+from qbatch.core.transformers_names import refuse_unknown_architecture
+from qbatch.core.vet import vet_read
+from qbatch.core.vram_classes import floor_bytes
 from qbatch.models_db import file_digests, jobs, results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since
 from qbatch.models_db.batches import spec_of
@@ -27,7 +31,7 @@ from qbatch.scheduler.vram_prediction import predicted_need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Folder:
+class InspectedFolder:
     """What is known about a folder from its headers and config.
 
     ``stats`` maps each file name to its state; None for a model with its own code, whose identity depends on whether a
@@ -70,10 +74,10 @@ def _pair(settled: Settled) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectedSource:
-    """A source with its jobs. ``folder`` is None for a hub id, and for a folder that cannot be read."""
+    """A source with its jobs. ``folder`` is None where nothing is known of it, as of a hub id."""
 
     specs: Sequence[JobSpec]
-    folder: _Folder | None
+    folder: InspectedFolder | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,11 @@ class LookedUp:
     finished: Mapping[tuple[str, str], Finished]
     old: Collection[tuple[str, str]]
 
+    @property
+    def undecided(self) -> int:
+        """How many jobs may have an earlier result that can only be found once the files' contents are known."""
+        return sum(one.settled is None and not one.spec.force for bundle in self.bundles for one in bundle)
+
     def outdated(self, answers: Mapping[tuple[str, str], int]) -> int:
         jobs = (one for bundle in self.bundles for one in bundle)
         return sum(one.legacy_pair in self.old and one.pair not in answers for one in jobs)
@@ -95,11 +104,13 @@ class LookedUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inquiry:
-    """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name."""
+    """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name;
+    ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU."""
 
     settings: Settings
     devices: Sequence[tuple[DeviceKind, str]]
     began_at: datetime
+    largest_gpu_gib: int | None = None
 
     def look_up(self, session: Session, sources: Sequence[InspectedSource]) -> LookedUp:
         folders = [source.folder for source in sources]
@@ -114,6 +125,16 @@ class Inquiry:
             bundles=bundles,
             finished=self._find_finished(session, [(one.spec.device, one.pair) for one in flat if one.pair]),
             old=set(results.find_finished(session, legacy, device_names=None)),
+        )
+
+    def memory_warning(self, bundle: Sequence[RequestedJob]) -> str | None:
+        """A sentence if a job of one source is predicted to need more memory than any live GPU has; else None."""
+        largest = self.largest_gpu_gib
+        if largest is None or not any(one.need is not None and one.need >= floor_bytes(largest) for one in bundle):
+            return None
+        return (
+            f"some schemes are predicted to need more memory than the largest live GPU has, one of {largest} GiB, on "
+            "which they are tried alone"
         )
 
     def answers(self, finished: Mapping[tuple[str, str], Finished]) -> dict[tuple[str, str], int]:
@@ -160,30 +181,55 @@ class Inquiry:
         return finished
 
 
-def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> _Folder | None:
-    """None for a hub id, and for a folder that cannot be read: its job will fail with the reason."""
+def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
+    """None for a hub id, and for a folder with pickles alone that may be converted: their contents are not known yet.
+
+    Raises a JobError, or OSError, for a folder that no worker could use.
+    """
+    if not source.is_folder:
+        return None
+    folder = Path(source.location)
+    config = read_config(folder)
+    refuse_unknown_architecture(config)
+    if specs[0].allow_pickle and is_pickled(folder):
+        pickle_files(folder)
+        return None
+    headers = read_headers(folder)
+    vet_read(folder, config, headers)
+    return _described(folder, config, headers, specs, mounts)
+
+
+def inspect_unvetted(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
+    """The same without the checks; None too for a folder that cannot be read here: if nor can a worker, its job fails
+    with the reason."""
     if not source.is_folder:
         return None
     folder = Path(source.location)
     try:
-        headers, config = read_headers(folder), read_config(folder)
-        return _Folder(
-            dtype=source_dtype(headers),
-            needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
-            # Each worker decides whether the model's own code may run, which makes it a different model.
-            stats=None if names_code(folder) else _stats(folder, mounts),
-            legacy_fingerprint=legacy_folder_fingerprint(folder),
-            warnings=tuple(loader_warnings(specs, headers, config, source_dtype(headers))),
-        )
+        return _described(folder, read_config(folder), read_headers(folder), specs, mounts)
     except (JobError, OSError):
         return None
+
+
+def _described(
+    folder: Path, config: Mapping[str, Any], headers: tuple[Header, ...], specs: Sequence[JobSpec], mounts: Mounts
+) -> InspectedFolder:
+    dtype = source_dtype(headers)
+    return InspectedFolder(
+        dtype=dtype,
+        needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+        # Each worker decides whether the model's own code may run, which makes it a different model.
+        stats=None if names_code(folder) else _stats(folder, mounts),
+        legacy_fingerprint=legacy_folder_fingerprint(folder),
+        warnings=tuple(loader_warnings(specs, headers, config, dtype)),
+    )
 
 
 def _stats(folder: Path, mounts: Mounts) -> dict[str, FileStat]:
     return {name: stat_file(path, mounts) for name, path in content_files(folder).items()}
 
 
-def _fingerprints(session: Session, folders: Sequence[_Folder | None]) -> list[str | None]:
+def _fingerprints(session: Session, folders: Sequence[InspectedFolder | None]) -> list[str | None]:
     """The identity of each source; None unless all its files were hashed in their current state."""
     stats = [folder.stats if folder is not None else None for folder in folders]
     known = file_digests.known(session, {stat for files in stats if files is not None for stat in files.values()})
@@ -191,7 +237,7 @@ def _fingerprints(session: Session, folders: Sequence[_Folder | None]) -> list[s
 
 
 def _settle(
-    spec: JobSpec, folder: _Folder | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
+    spec: JobSpec, folder: InspectedFolder | None, fingerprint: str | None, devices: Sequence[tuple[DeviceKind, str]]
 ) -> RequestedJob:
     if folder is None:
         return RequestedJob(spec=spec, need=None, settled=None, legacy=None)
@@ -211,8 +257,8 @@ def _settle(
 
 
 def _with_known_skip_lists(session: Session, bundles: list[list[RequestedJob]]) -> list[list[RequestedJob]]:
-    """What the names in a skip list mean only a worker finds out, since it takes the model: a job whose list none has
-    settled yet has no key."""
+    """Only a worker can find out what the names in a skip list mean, because that needs the model. A job whose list no
+    worker has resolved yet has no key."""
     spelled = {one.settled.key for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules}
     keys = skip_list_keys.known(session, spelled) if spelled else {}
     return [[_with_key(one, keys) if one.spec.scheme.skip_modules else one for one in bundle] for bundle in bundles]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import UsageError
-from qbatch.core.methods.description import Options
+from qbatch.core.methods.description import MethodOption, Options
 from qbatch.core.methods.registry import every_option, known_bits, selected_by_bits
 
 _BASELINE_BITS = 16
@@ -64,19 +65,27 @@ class Grid:
             raise UsageError("--speed shape is about speed, which --measure leaves out")
 
     def _refuse_misplaced_options(self) -> None:
+        """An option that nothing asked for takes would be ignored, while whoever gave it expects an effect."""
         taken = {option.name for method in self._methods() for option in method.description.options}
         for option in every_option():
-            if option.error_if_unused and option.of(self.options) != option.default and option.name not in taken:
-                raise UsageError(option.error_if_unused)
+            if option.of(self.options) != option.default and option.name not in taken:
+                raise UsageError(
+                    option.error_if_unused or f"{option.flag} {_applies_to(option)}, which was not asked for"
+                )
+        for method in self.quant_types:
+            if method not in self._methods():
+                what = f"--quant-type {method.description.quant_type}"
+                raise UsageError(f"{what} applies to {method.description.bits} bits, which were not asked for")
+        if not self._methods() and (self.skip_modules or self.max_shard_bytes is not None):
+            raise UsageError("--skip-modules and --max-shard-size are about checkpoints, and the baseline writes none")
 
     def _refuse_compute_dtype(self) -> None:
         methods = self._methods()
-        if (
-            self.compute_dtype is not DType.AUTO
-            and methods
-            and not any(m.description.takes_compute_dtype for m in methods)
-        ):
-            raise UsageError(f"{methods[0]} computes in the type of its inputs: leave --compute-dtype out")
+        if self.compute_dtype is DType.AUTO or any(m.description.takes_compute_dtype for m in methods):
+            return
+        raise UsageError(
+            f"{methods[0] if methods else 'the baseline'} computes in the type of its inputs: leave --compute-dtype out"
+        )
 
     def schemes(self) -> tuple[Scheme, ...]:
         """The baseline first, then the others, those of more bits first, each once."""
@@ -84,7 +93,7 @@ class Grid:
         return (*([BASELINE] if wants_baseline else []), *map(self._scheme, self._methods()))
 
     def _methods(self) -> list[Method]:
-        """What is asked for beside the baseline."""
+        """The requested methods, without the baseline."""
         asked = [method for bits in self.bits for method in self._of_bits(bits)]
         distinct = dict.fromkeys([*asked, *(method for method in self.methods if method is not Method.NONE)])
         return sorted(distinct, key=lambda method: -(method.description.bits or 0))
@@ -135,6 +144,11 @@ class Grid:
                 energy=self.energy,
                 share_speed=self.share_speed,
             )
+
+
+def _applies_to(option: MethodOption[Any]) -> str:
+    names = [method.value for method in Method if option in method.description.options]
+    return f"applies only to {' and '.join(names)}"
 
 
 def _known_bits() -> str:

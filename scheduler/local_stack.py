@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from qbatch.core.errors import StackNotRunning, StorageUnavailable
+from qbatch.core.errors import DatabaseUnreachable, StackNotRunning, StorageUnavailable, WrongDatabase
 from qbatch.core.filesystem import no_locks
 from qbatch.core.private_folder import make_private
 from qbatch.core.settings import Settings
+from qbatch.models_db.session import Database
 from qbatch.scheduler.child_process import Child
 from qbatch.scheduler.private_redis import PrivateRedis
 from qbatch.scheduler.stack_lock import lock_of_stack
@@ -56,8 +57,10 @@ class LocalStack:
         )
 
     def __enter__(self) -> Self:
-        """Start everything. Raises StackNotRunning if another stack uses this home, or the error of a service."""
+        """Start everything. Raises StackNotRunning if another stack uses this home, WrongDatabase, or the error of a
+        service."""
         prepare_home(self._settings)
+        _refuse_wrong_database(self._settings)
         self._take_lock()
         try:
             self._on_start()
@@ -125,6 +128,21 @@ def prepare_home(settings: Settings) -> None:
         make_private(settings.socket_dir)
     except OSError as error:
         raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+
+
+def _refuse_wrong_database(settings: Settings) -> None:
+    """Raise WrongDatabase before anything is started. For a server that does not answer, the services wait."""
+    database = Database(settings.sqlalchemy_url)
+    if not database.is_sqlite:
+        return
+    try:
+        database.is_behind()
+    except WrongDatabase:
+        raise
+    except DatabaseUnreachable:
+        return
+    finally:
+        database.dispose()
 
 
 def _last_line(log: Path) -> str:

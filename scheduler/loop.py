@@ -15,6 +15,7 @@ from qbatch.core.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnrea
 from qbatch.core.settings import Settings
 from qbatch.models_db import leases
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.gone_checkpoints import note_missing
 from qbatch.models_db.network_share import share_of
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_fit import explain
@@ -105,6 +106,7 @@ class Scheduler:
         if self._last_statistics is None or now - self._last_statistics >= _STATISTICS_S:
             self._last_statistics = now
             refresh_statistics(self._database)
+            note_missing(self._database, self._settings.storage)
         if now >= self._quiet_until:
             remove_abandoned_batches(self._database, self._settings)
         watch_disk_space(self._database, self._settings)

@@ -1,9 +1,9 @@
-"""The Redis queues: one for CPUs, and one for each VRAM class of GPUs (see ``models_db/vram.py``)."""
+"""The Redis queues: one for CPUs, and one for each VRAM class of GPUs (see ``core/vram_classes.py``)."""
 
 from __future__ import annotations
 
 from qbatch.core.domain import DeviceKind
-from qbatch.models_db.vram import VRAM_CLASSES, vram_class
+from qbatch.core.vram_classes import VRAM_CLASSES, vram_class
 
 RUN_BUNDLE = "qbatch.run_bundle"
 """The name of the Celery task: all that the scheduler knows about the worker's code."""

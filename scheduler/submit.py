@@ -10,17 +10,25 @@ from dataclasses import dataclass, field, replace
 
 from sqlalchemy import select
 
-from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef
+from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
 from qbatch.core.settings import Settings
+from qbatch.core.vram_classes import vram_class
 from qbatch.models_db import workers
 from qbatch.models_db.arrivals import arriving
 from qbatch.models_db.batches import NewJob, add_text
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.scheduler.inquiry import Inquiry, InspectedSource, RequestedJob, device_kind_of, inspect
+from qbatch.scheduler.inquiry import (
+    Inquiry,
+    InspectedFolder,
+    InspectedSource,
+    RequestedJob,
+    device_kind_of,
+    inspect_unvetted,
+)
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.lm_eval_files import TaskFiles
 
@@ -32,37 +40,55 @@ _SLOWEST_COMMIT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A validated request to submit a batch."""
+    """A validated request to submit a batch.
+
+    ``more_texts``: by name, texts on which quality is measured too. ``screened`` are the folders that were inspected
+    already (``screen``).
+    """
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
+    more_texts: Mapping[str, str] = field(default_factory=dict)
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
     name: str | None = None
     priority: int = 0
     time_limit_s: float | None = None
+    screened: Mapping[SourceRef, InspectedFolder | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.eval_text.strip():
+        if not all(text.strip() for text in (self.eval_text, *self.more_texts.values())):
             raise UsageError("the evaluation text is empty")
+        if self.more_texts and self.grid.quality is False:
+            raise UsageError("quality is measured on further texts, and --measure leaves it out: give one --eval-text")
         if self.tasks.refs and self.grid.quality is False:
             raise UsageError("--tasks are a part of quality, which --measure leaves out")
 
     @property
     def text_sha256(self) -> str:
-        return hashlib.sha256(self.eval_text.encode()).hexdigest()
+        return _sha256(self.eval_text)
+
+    @property
+    def text_refs(self) -> tuple[TextRef, ...] | None:
+        """The further texts; None without any."""
+        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
         protocol = ProtocolOptions(
             eval_text_sha256=self.text_sha256,
+            more_texts=self.text_refs,
             tasks=self.tasks.refs,
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
         return self.grid.bundle(self.sources[0], protocol)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +97,9 @@ class Receipt:
 
     ``answered`` jobs already have a result; ``live_workers`` can work on the others now. ``outdated`` counts those
     others that have a result of version 0.1.0, which identified a folder only by the sizes and times of its files.
-    ``warnings`` are what serving engines would make of the checkpoints, each with the number of models.
+    ``undecided`` are the jobs of which only a worker, which knows the files' contents, can say whether they have one.
+    ``warnings`` are what serving engines would make of the checkpoints, and which GPUs are missing, each with the
+    number of models.
     """
 
     batch_id: int
@@ -79,6 +107,7 @@ class Receipt:
     answered: int
     live_workers: int
     outdated: int
+    undecided: int = 0
     warnings: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -96,10 +125,10 @@ def submit(
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
-    _refuse_missing_libraries(submission.grid)
-    inquiry = _inquire(database, settings, submission)
+    refuse_missing_libraries(submission.grid)
+    inquiry = inquire(database, settings, submission.grid)
     _add_texts(database, submission)
-    stored = outdated = 0
+    stored = outdated = undecided = 0
     warnings: Counter[str] = Counter()
     with arriving(
         database, name=submission.name, priority=submission.priority, time_limit_s=submission.time_limit_s
@@ -112,6 +141,8 @@ def submit(
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)
             warnings.update(line for source in chunk if source.folder is not None for line in source.folder.warnings)
+            warnings.update(line for bundle in looked_up.bundles if (line := inquiry.memory_warning(bundle)))
+            undecided += looked_up.undecided
             on_progress(len(chunk))
         answered = batch.publish(inquiry.look_again)
     return Receipt(
@@ -120,24 +151,27 @@ def submit(
         answered=answered,
         live_workers=len(inquiry.devices),
         outdated=outdated,
+        undecided=undecided,
         warnings=dict(warnings),
     )
 
 
-def _inquire(database: Database, settings: Settings, submission: Submission) -> Inquiry:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
         devices = [(DeviceKind(worker.device_kind), worker.device_name) for worker in live]
+        gpus = [vram_class(worker.memory_bytes) for worker in live if worker.device_kind == DeviceKind.CUDA]
         began_at = session.execute(select(db_now(-_SLOWEST_COMMIT_S))).scalar_one()
-    _refuse_device(submission.grid, devices)
-    return Inquiry(settings=settings, devices=devices, began_at=began_at)
+    _refuse_device(grid, devices)
+    return Inquiry(settings=settings, devices=devices, began_at=began_at, largest_gpu_gib=max(gpus, default=None))
 
 
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        add_text(session, submission.text_sha256, submission.eval_text)
+        for text in (submission.eval_text, *submission.more_texts.values()):
+            add_text(session, _sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 
@@ -150,7 +184,9 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
     began = time.monotonic()
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
-        chunk.append(InspectedSource(specs=bundle, folder=inspect(ref, bundle, mounts)))
+        is_known = ref in submission.screened
+        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        chunk.append(InspectedSource(specs=bundle, folder=folder))
         is_late = time.monotonic() - began >= settings.heartbeat_s / 2
         if is_late or len(chunk) * len(specs) >= _JOBS_AT_ONCE:
             yield chunk
@@ -159,15 +195,16 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
         yield chunk
 
 
-def _refuse_missing_libraries(grid: Grid) -> None:
-    """Raises UsageError, with the line that installs what is missing: without it no job of that method has a key."""
+def refuse_missing_libraries(grid: Grid) -> None:
+    """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
+    libraries."""
     for scheme in grid.schemes():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
-    """Raises UsageError where the jobs would land on a device that a method does not work on."""
+    """Raises UsageError if the jobs would run on a device that a method does not support."""
     kind = device_kind_of(grid.device, devices)
     for scheme in grid.schemes():
         if kind is not None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, DType, JobSpec, Protocol, Scheme, stored_dtype
+from qbatch.core.kinds import FLOATS
+from qbatch.core.output_size import is_likely_quantized
 from qbatch.core.sources import Header, TensorInfo, source_dtype
-from qbatch.models_db.vram import ANY_CLASS_BYTES
+from qbatch.core.vram_classes import ANY_CLASS_BYTES
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # The CUDA context, the kernels of torch and of the method, and cuBLAS's workspaces.
 _CONTEXT_BYTES = GIB
 # Quantizing holds a few tensors and pinned buffers at a time, whatever the size of the model.
@@ -53,30 +54,18 @@ def memory_bytes(
     running = weights * _FRAGMENTATION + largest + _cache_bytes(text, dtype, protocol)
     values = _LOGITS * _size(text, "vocab_size") + _ACTIVATIONS * _widest(text)
     running += protocol.eval_window * values * _width(dtype)
-    quantized = (tensor.numel for tensor in tensors if _is_quantized(tensor, text, scheme))
+    quantized = (tensor.numel for tensor in tensors if is_likely_quantized(tensor, text, scheme))
     running += scheme.description.working_bytes(max(quantized, default=0), scheme.options)
     return _CONTEXT_BYTES + round(running if scheme.is_baseline else max(running, _QUANTIZING_BYTES))
 
 
 def _loaded_bytes(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme, dtype: DType) -> float:
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         return tensor.nbytes
-    if not _is_quantized(tensor, config, scheme):
+    if not is_likely_quantized(tensor, config, scheme):
         return tensor.numel * _width(dtype)
     rows, columns = tensor.shape
     return scheme.description.loaded_bytes(rows, columns, scheme.options)
-
-
-def _is_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: Scheme) -> bool:
-    """Whether a tensor will be quantized, judging by its name and shape.
-
-    Matrices are, except embeddings, heads, experts (which transformers fuses and leaves at 16 bits), and the modules
-    that the user skips.
-    """
-    if scheme.is_baseline or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
-        return False
-    left_alone = (".experts.", "embed", ".wte.", ".wpe.", *scheme.skip_modules)
-    return _size(config, "vocab_size") not in tensor.shape and not any(part in tensor.name for part in left_alone)
 
 
 def _cache_bytes(config: Mapping[str, Any], dtype: DType, protocol: Protocol) -> int:

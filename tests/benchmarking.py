@@ -41,7 +41,7 @@ def benchmark(
             compute_dtype=compute_dtype,
             protocol=protocol,
             eval_text=eval_text,
-            task_texts=task_texts or {},
+            texts=task_texts or {},
             on_step=on_step,
         )
     )

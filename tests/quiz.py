@@ -86,9 +86,13 @@ def log_likelihoods(folder: Path, *, before: str = "") -> list[list[float]]:
     ]
 
 
+def right_answers(scores: list[list[float]]) -> list[bool]:
+    """Of each question, whether its right answer is the likeliest of the four."""
+    return [row.index(max(row)) == question["answer"] for row, question in zip(scores, QUESTIONS, strict=True)]
+
+
 def accuracy(scores: list[list[float]]) -> float:
-    """Share of the questions whose right answer is the likeliest of the four."""
-    right = [row.index(max(row)) == question["answer"] for row, question in zip(scores, QUESTIONS, strict=True)]
+    right = right_answers(scores)
     return sum(right) / len(right)
 
 

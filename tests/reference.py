@@ -27,12 +27,15 @@ def save_reference(
 def load_quantized(
     source: Path, scheme: Scheme, dtype: DType, *, device: str = "cpu", skips: list[str] | None = None
 ) -> Any:
-    """The quantized model in memory."""
-    (architecture,) = AutoConfig.from_pretrained(source).architectures
+    """The quantized model in memory. The config is that of its type, as the auto classes pass it on: some types name a
+    class of another type, whose own ``from_pretrained`` would turn the config into one of that type."""
+    config = AutoConfig.from_pretrained(source)
+    (architecture,) = config.architectures
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return getattr(transformers, architecture).from_pretrained(
             source,
+            config=config,
             quantization_config=_quantization_config(scheme, skips),
             dtype=getattr(torch, dtype.value),
             device_map={"": device},

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import JobError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.models_db import jobs, workers
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import JobRows, NewJob, add_empty_batch, add_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import GIB
 
 POLICY: dict[str, Any] = {"backoff_s": 0.01, "max_failures": 3}
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
@@ -71,6 +72,20 @@ def a_worker(
 
 def a_gpu(database: Database, gib: float, name: str = "") -> int:
     return a_worker(database, name or f"gpu-{gib}", kind=DeviceKind.CUDA, memory_bytes=int(gib * GIB))
+
+
+def add_batch(
+    session: Session,
+    bundles: Iterable[Sequence[NewJob]],
+    *,
+    name: str | None = None,
+    priority: int = 0,
+    time_limit_s: float | None = None,
+) -> int:
+    """Add a batch of bundles (jobs that share a source) and return its id."""
+    batch_id = add_empty_batch(session, name=name, priority=priority)
+    add_jobs(session, JobRows(batch_id, priority=priority, time_limit_s=time_limit_s).of(bundles))
+    return batch_id
 
 
 def a_batch(database: Database, *bundles: list[NewJob], priority: int = 0) -> tuple[int, list[int]]:

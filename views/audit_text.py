@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
@@ -21,6 +22,17 @@ _UNFAIR = {
 
 def audit_warnings(row: ResultRow) -> Iterable[str]:
     """Yield what a reader must know before using a row's figures. Nothing if all is well."""
+    yield from unmarked_warnings(row)
+    if row.details.audits.spread_between_rounds:
+        # Without the number, so that several rows can share the footnote.
+        yield (
+            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
+            "size may be caused by the host"
+        )
+
+
+def unmarked_warnings(row: ResultRow) -> Iterable[str]:
+    """The same without what tables mark at the figure itself."""
     fraction = row.quantized_fraction
     if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
@@ -42,12 +54,6 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
         yield origin
     yield from fairness_remarks(row.details.flags)
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
-    if row.details.audits.spread_between_rounds:
-        # Without the number, so that several rows can share the footnote.
-        yield (
-            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
-            "size may be caused by the host"
-        )
 
 
 def speed_origin(row: ResultRow) -> str | None:
@@ -73,6 +79,11 @@ def defects(row: ResultRow) -> Iterable[str]:
     yield from describe_row(row.scheme).defects(row.details.audit.stored)
     if row.details.audits.perplexity_not_finite:
         yield "its perplexity is not finite: some predictions are NaN, or give a token a probability of almost zero"
+    elif row.details.quality.reason == ITS_OUTPUTS_NOT_FINITE:
+        yield f"it cannot be used: {ITS_OUTPUTS_NOT_FINITE}"
+    if row.top1_agreement is not None and row.kl_mean is None:
+        # Both come from the same predictions, and only finite figures are stored.
+        yield "its KL is not finite: some predictions are NaN, or give a token that the baseline expects no probability"
 
 
 def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.audit_text import audit_warnings
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
+from qbatch.views.audit_text import unmarked_warnings
+from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import printable, render, terminal_width, text_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
+from qbatch.views.pick_lines import pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
-from qbatch.views.results_table import NOISE_LEGEND, show_state
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
+from qbatch.views.table_legend import mark_sentences
+from qbatch.views.table_notes import Footnotes, show_state
 from qbatch.views.task_scores import task_table
+from qbatch.views.text_figures import text_table
+from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
-_TEXT_WIDTH = 100
+_PREFERRED = {"size": "the smallest weights", "speed": "the highest rate", "quality": "what is nearest to the baseline"}
 
 
-def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
-    """Compare the rows of ``find_results`` as a table, JSON or CSV. ``by``: its lines (ORIENTATIONS)."""
+def comparison(
+    rows: Sequence[ResultRow],
+    preference: Preference,
+    *,
+    by: str,
+    format: str,  # noqa: A002
+    in_full: bool = False,
+) -> str:
+    """Compare the rows of ``find_results`` as a table, JSON or CSV.
+
+    The table begins with a line for each model and a sum. ``in_full``: all figures of each model follow, as they do if
+    there is only one; ``by``: the lines of their tables (ORIENTATIONS).
+    """
     models = models_of(rows)
     if format == "json":
         return render([model_as_mapping(model, preference) for model in models], (), "json")
@@ -37,21 +55,99 @@ def comparison(rows: Sequence[ResultRow], preference: Preference, *, by: str, fo
     if not models:
         return "no results"
     width = terminal_width()
-    lines = [line for model in models for line in ["", *_model(model, preference, by, width)]]
-    return "\n".join([*lines, "", *_legend(models, width)]).lstrip("\n")
+    screen = _Screen(preference=preference, by=by, width=width)
+    is_in_full = in_full or len(models) == 1
+    lines = screen.answer(rows, models, is_in_full=is_in_full)
+    if is_in_full:
+        lines += [line for model in models for line in ["", *screen.model(model)]]
+    return "\n".join([*lines, "", *screen.legend(lines)])
 
 
-def _model(model: ModelRows, preference: Preference, by: str, width: int) -> list[str]:
-    parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
-    lines = [printable(model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else ""))]
-    prose = min(width, _TEXT_WIDTH)
-    if len(model.groups) > 1:
-        lines += _wrapped(_why_apart(model), prose)
-    for group in model.groups:
-        lines += _group(group, preference, by, width)
-    for row in model.unmeasured:
-        lines += _wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.", prose)
-    return lines
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Screen:
+    """Lines for a terminal of ``width`` columns."""
+
+    preference: Preference
+    by: str
+    width: int
+
+    @property
+    def prose(self) -> int:
+        return min(self.width, PROSE_WIDTH)
+
+    def answer(self, rows: Sequence[ResultRow], models: Sequence[ModelRows], *, is_in_full: bool) -> list[str]:
+        """A line for each model, what it follows from, and the sum."""
+        choices, notes = choices_of(rows, self.preference), Footnotes()
+        # In full, they stand beside the figures.
+        lines = pick_lines(models, choices, None if is_in_full else notes, self.width)
+        texts = [f"[{number}] {text}" for number, text in enumerate(notes.texts, start=1)]
+        if not is_in_full:
+            texts += [*self._apart(models), *self._of_all(choices)]
+        texts += [*_chosen(choices, self.preference), sum_up(rows, choices)]
+        if not is_in_full:
+            texts.append("`qbatch compare --model NAME` shows all figures of a model, and what limits its speed.")
+        return [*lines, "", *(line for text in texts for line in wrap(printable(text), self.prose, indent=GAP))]
+
+    def _apart(self, models: Sequence[ModelRows]) -> Iterable[str]:
+        for model in models:
+            if len(model.groups) > 1:
+                yield f"{model.name} has {len(model.groups)} lines: {_why_apart(model)}"
+
+    def _of_all(self, choices: Sequence[Choice]) -> Iterable[str]:
+        measured = [row for choice in choices for row in choice.group.rows]
+        yield from missing_part_remarks(measured)
+        yield from emulation_remarks(measured)
+
+    def model(self, model: ModelRows) -> list[str]:
+        """All figures of a model, and what is to be known about them."""
+        parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
+        heading = model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else "")
+        lines, said = [printable(heading)], set[str]()
+        if len(model.groups) > 1:
+            lines += self._wrapped(_why_apart(model))
+        for group in model.groups:
+            lines += self._group(group, said)
+        for row in model.unmeasured:
+            lines += self._wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.")
+        return lines
+
+    def _group(self, group: Group, said: set[str]) -> Iterable[str]:
+        """Yield the lines of a group, without the sentences that the model's other groups or rows have ``said``."""
+        yield from self._wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}")
+        yield ""
+        yield from _side_by_side(group, self.by, self.width)
+        yield ""
+        recommendation = recommend(group, self.preference)
+        yield from self._wrapped(recommendation.sentence)
+        for row in group.rows:
+            sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
+            yield from self._wrapped(" ".join(_new(sentences, said)))
+        for each in compare_answers(baseline_pairs(group)):
+            yield from self._wrapped(say(each))
+        for remark in _new(_remarks(group, recommendation.ship), said):
+            yield from self._wrapped(remark)
+
+    def _wrapped(self, text: str) -> list[str]:
+        return wrap(printable(text), self.prose, first=GAP, indent=GAP) if text else []
+
+    def legend(self, lines: Sequence[str]) -> list[str]:
+        texts = ["× is a figure divided by that of the baseline, the same model unquantized. KL is in nats."]
+        return wrap(" ".join([*texts, *mark_sentences(lines)]), self.prose)
+
+
+def _new(sentences: Iterable[str], said: set[str]) -> list[str]:
+    """Those that were not ``said`` yet, and from now on are."""
+    fresh = [sentence for sentence in dict.fromkeys(sentences) if sentence not in said]
+    said.update(fresh)
+    return fresh
+
+
+def _chosen(choices: Sequence[Choice], preference: Preference) -> Iterable[str]:
+    """Yield what was preferred, and within which limits."""
+    bounds = dict.fromkeys(" and ".join(choice.recommendation.bounds) for choice in choices if choice.ship is not None)
+    limits = "; or with ".join(filter(None, bounds))
+    if bounds:
+        yield f"Chosen: {_PREFERRED[preference.prefer]}{f', with {limits}' if limits else ''}."
 
 
 def _why_apart(model: ModelRows) -> str:
@@ -59,33 +155,10 @@ def _why_apart(model: ModelRows) -> str:
     return f"The figures of these {len(model.groups)} groups cannot be compared. The groups differ in {differing}."
 
 
-def _group(group: Group, preference: Preference, by: str, width: int) -> Iterable[str]:
-    text = min(width, _TEXT_WIDTH)
-    yield from _wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}", text)
-    yield ""
-    yield from _side_by_side(group, by, width)
-    yield ""
-    recommendation = recommend(group, preference)
-    yield from _wrapped(recommendation.sentence, text)
-    for reasons in _reasons(group):
-        yield from _wrapped(reasons, text)
-    for remark in _remarks(group, recommendation.ship):
-        yield from _wrapped(remark, text)
-
-
-def _reasons(group: Group) -> Iterable[str]:
-    """Yield a paragraph for each quantized row, without the sentences that an earlier row already has."""
-    seen: set[str] = set()
-    for row in group.rows:
-        sentences = [] if row.is_baseline else explain_speed(row, group.baselines.get(row.job_id))
-        yield " ".join(sentence for sentence in sentences if sentence not in seen)
-        seen.update(sentences)
-
-
 def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
     for row in group.rows:
         # The recommendation already includes the warnings of its own row.
-        for warning in audit_warnings(row) if row is not ship else ():
+        for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{row.job_id} {show_scheme(row)}: {warning}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
@@ -111,7 +184,7 @@ def _side_by_side(group: Group, by: str, width: int) -> list[str]:
     titles = [column_title(column, group.rows) for column in columns]
     heads = [f"{row.job_id} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
     cells = [[_cell(column, row, group) for row in group.rows] for column in columns]
-    for title, line in task_table(group):
+    for title, line in [*text_table(group), *task_table(group)]:
         titles.append(title)
         cells.append(line)
     if by == "figure":
@@ -161,12 +234,3 @@ def _cuts(widths: Sequence[int], available: int) -> list[list[int]]:
             left = available - width - len(GAP)
         cuts[-1].append(number)
     return cuts
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return wrap(printable(text), width, first=GAP, indent=GAP) if text else []
-
-
-def _legend(models: Sequence[ModelRows], width: int) -> list[str]:
-    text = "× is a figure divided by that of the baseline, the same model unquantized. KL is in nats. " + NOISE_LEGEND
-    return wrap(text, min(width, _TEXT_WIDTH)) if any(model.groups for model in models) else []

@@ -8,6 +8,7 @@ from typing import Any
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BaselineComparison
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_json import Stored
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers
 from qbatch.views.audit_text import audit_warnings
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group, ModelRows
@@ -55,6 +56,7 @@ def _group_as_mapping(group: Group, preference: Preference) -> dict[str, Any]:
         "rows": [_row_as_mapping(row, group) for row in group.rows],
         "superseded": dict(group.superseded),
         "versions_differ_in": version_differences(group.rows),
+        "answers_compared": [each.as_mapping() for each in compare_answers(baseline_pairs(group))],
         "recommendation": _recommendation_as_mapping(recommendation, preference),
     }
 
@@ -82,6 +84,7 @@ def _row_as_mapping(row: ResultRow, group: Group) -> dict[str, Any]:
         "ratios": {key: ratio for key, ratio in ratios.items() if ratio is not None},
         "not_distinguishable": [metric.key for metric in shown if is_noise(metric, row, baseline)],
         "quality": details.get("quality"),
+        "more_texts": details.get("more_texts"),
         "tasks": details.get("tasks"),
         "warnings": list(audit_warnings(row)),
         "why": explain_speed(row, baseline),

@@ -16,3 +16,4 @@ class Preference:
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
     max_weights_bytes: int | None = None
+    min_tokens_per_s: float | None = None

@@ -21,7 +21,9 @@ NOTHING = "–"
 # Wide enough for anything: the width if standard output is not a terminal.
 UNLIMITED = 100_000
 _NARROWEST_TEXT = 20
-_GAP = "  "
+GAP = "  "
+PROSE_WIDTH = 100
+"""Sentences are not wider than this, on however wide a terminal."""
 
 Row = Mapping[str, Any]
 
@@ -64,6 +66,16 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str: 
     if format == "csv":
         return _csv(rows, columns)
     return _table(rows, columns, terminal_width())
+
+
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub shows it; what a cell holds cannot end it."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows)
+
+
+def _markdown_cell(text: str) -> str:
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 def terminal_width() -> int:
@@ -117,7 +129,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
     right = {column.key for column in shown if _is_numeric(rows, column.key)}
     lines = [
         _line([column.title for column in shown], shown, widths, right),
-        _GAP.join("─" * widths[c.key] for c in shown),
+        GAP.join("─" * widths[c.key] for c in shown),
     ]
     lines += [
         line for row in zip(*(cells[c.key] for c in shown), strict=True) for line in _lines(row, shown, widths, right)
@@ -126,7 +138,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
 
 
 def _total(widths: Mapping[str, int], columns: Sequence[Column]) -> int:
-    return sum(widths[column.key] + len(_GAP) for column in columns) - len(_GAP)
+    return sum(widths[column.key] + len(GAP) for column in columns) - len(GAP)
 
 
 def _shrink(widths: dict[str, int], least: Mapping[str, int], columns: Sequence[Column], width: int) -> None:
@@ -158,7 +170,7 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Mapping[str, 
     for cell, column in zip(cells, columns, strict=True):
         space = " " * (widths[column.key] - text_width(cell))
         padded.append(space + cell if column.key in right else cell + space)
-    return _GAP.join(padded).rstrip()
+    return GAP.join(padded).rstrip()
 
 
 def _cell(row: Row, column: Column) -> str:

@@ -41,9 +41,13 @@ def models_of(rows: Sequence[ResultRow]) -> list[ModelRows]:
     """Group the rows of ``find_results`` by model, in the order given."""
     by_name: dict[str, list[ResultRow]] = {}
     for row in rows:
-        name = row.model + (f"@{row.revision}" if row.revision else "")
-        by_name.setdefault(name, []).append(row)
+        by_name.setdefault(source_name(row), []).append(row)
     return [_model(name, members) for name, members in by_name.items()]
+
+
+def source_name(row: ResultRow) -> str:
+    """``org/model@revision``"""
+    return row.model + (f"@{row.revision}" if row.revision else "")
 
 
 def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:

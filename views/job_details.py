@@ -19,8 +19,8 @@ from qbatch.views.audit_text import (
     speed_origin,
 )
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, wrap
-from qbatch.views.formats import Column, printable, render, terminal_width
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, Column, printable, render, terminal_width
 from qbatch.views.listings import show_progress
 from qbatch.views.measured_figures import (
     energy_lines,
@@ -33,13 +33,13 @@ from qbatch.views.measured_figures import (
 from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare
-from qbatch.views.results_table import show_state
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
+from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
+from qbatch.views.text_figures import text_lines
 from qbatch.views.units import show_seconds, show_time
 
-_TEXT_WIDTH = 100
 _ATTEMPTS: tuple[Column, ...] = (
     Column(key="attempt", title="attempt"),
     Column(key="outcome", title="outcome"),
@@ -62,7 +62,7 @@ def _show_job(row: ResultRow, record: JobRecord, baseline: ResultRow | None) -> 
         baseline = None
     width = terminal_width()
     heading = f"{row.job_id} {show_scheme(row)} of {row.model} ({row.batch_id}): {show_state(row)}"
-    parts = wrap(printable(heading), min(width, _TEXT_WIDTH))
+    parts = wrap(printable(heading), min(width, PROSE_WIDTH))
     parts += [*_section("job", _job(row, record), width), *_attempts(record)]
     parts += _section("source", _source(row, record), width)
     parts += _section("scheme", _scheme(row, record), width)
@@ -137,6 +137,9 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
         yield "checkpoint key", record.checkpoint_key
     if row.checkpoint_path:
         yield "checkpoint", row.checkpoint_path
+    elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:
+        since = f" (noted {show_time(record.checkpoint.gone_at)})" if record.checkpoint.gone_at is not None else ""
+        yield "checkpoint", f"no longer on the storage{since}; a new submit makes it again"
     if record.checkpoint is not None:
         yield "sha256", record.checkpoint.root_sha256
         if record.checkpoint.written_by != row.job_id:
@@ -172,13 +175,14 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("times", _times(row), width)
     yield from _section(f"peak memory{origin}", memory_lines(row), width)
     yield from _section("quality", quality_lines(row), width)
+    yield from _section("quality on further texts", text_lines(row), width)
     yield from _section("tasks", task_lines(row), width)
     yield from _section("energy", energy_lines(row), width)
     yield from _section("not measured", row.not_measured.items(), width)
     yield from _section("notes", _notes(row), width)
     reasons = explain_speed(row, baseline)
     if reasons:
-        yield from ["", "why", *wrap(" ".join(reasons), min(width, _TEXT_WIDTH), first=GAP, indent=GAP)]
+        yield from ["", "why", *wrap(" ".join(reasons), min(width, PROSE_WIDTH), first=GAP, indent=GAP)]
 
 
 def _notes(row: ResultRow) -> Lines:

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qbatch.core.domain import WorkerState
+from qbatch.core.job_progress import JobProgress
 from qbatch.views.formats import Column
-from qbatch.views.units import show_bytes, show_time
+from qbatch.views.units import show_bytes, show_duration, show_time, show_time_left
 
 
-def show_progress(progress: Mapping[str, Any]) -> str:
-    """``1.50 GiB of 23.46 GiB (1.20 GiB read, 300.0 MiB written)``, as far as known; the total counts both."""
-    read, written, total = (progress.get(key) for key in ("bytes_read", "bytes_written", "bytes_total"))
+def show_progress(stored: Mapping[str, Any]) -> str:
+    """What is measured, or ``1.50 GiB of 23.46 GiB (1.20 GiB read, 300.0 MiB written), 1.20 GiB/s``, as far as known;
+    the total counts both."""
+    progress = JobProgress.from_json(stored)
+    if progress.step is not None:
+        return progress.step
+    rate = f", {show_bytes(round(progress.bytes_per_s))}/s" if progress.bytes_per_s else ""
+    return _show_moved(progress) + rate
+
+
+def _show_moved(progress: JobProgress) -> str:
+    read, written, total = progress.bytes_read, progress.bytes_written, progress.bytes_total
     if read is None:
         return ""
     parts = [f"{show_bytes(read)} read"] + ([f"{show_bytes(written)} written"] if written else [])
@@ -21,6 +31,10 @@ def show_progress(progress: Mapping[str, Any]) -> str:
     if not written:
         return f"{show_bytes(read)} of {show_bytes(total)} read"
     return f"{show_bytes(read + written)} of {show_bytes(total)} ({', '.join(parts)})"
+
+
+_ELAPSED = Column(key="elapsed_s", title="elapsed", show=show_duration, spare=True)
+_LEFT = Column(key="left_s", title="left", show=show_time_left, spare=True)
 
 
 BATCH_COLUMNS: tuple[Column, ...] = (
@@ -33,6 +47,8 @@ BATCH_COLUMNS: tuple[Column, ...] = (
     Column(key="succeeded", title="succeeded"),
     Column(key="failed", title="failed"),
     Column(key="cancelled", title="cancelled"),
+    _LEFT,
+    _ELAPSED,
     Column(key="created_at", title="submitted", show=show_time, spare=True),
 )
 
@@ -44,6 +60,8 @@ JOB_COLUMNS: tuple[Column, ...] = (
     Column(key="scheme", title="scheme"),
     Column(key="state", title="state"),
     Column(key="stage", title="stage"),
+    _LEFT,
+    _ELAPSED,
     Column(key="attempt", title="attempt", spare=True),
     Column(key="worker", title="worker", wraps=True, spare=True),
     Column(key="progress", title="progress", show=show_progress, wraps=True, spare=True),
@@ -56,6 +74,8 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="worker", title="worker"),
     Column(key="device_name", title="device", wraps=True),
     Column(key="memory_bytes", title="memory", show=show_bytes),
+    Column(key="used_bytes", title="in use", show=show_bytes, spare=True),
+    Column(key="busy_share", title="busy", show=lambda share: f"{share:.0%}", spare=True),
     Column(key="vram_class", title="class", show=lambda size: f"{size} GiB", spare=True),
     Column(key="state", title="state"),
     Column(key="jobs", title="jobs", wraps=True),
@@ -74,11 +94,30 @@ def _is_busy(worker: Mapping[str, Any]) -> bool:
     return worker["state"] == WorkerState.READY and bool(worker["jobs"])
 
 
-PRUNE_COLUMNS: tuple[Column, ...] = (
-    Column(key="what", title="removed"),
-    Column(key="number", title="number"),
-    Column(key="bytes", title="size", show=show_bytes),
-)
+def removal_columns(*, done: bool) -> tuple[Column, ...]:
+    """The columns of what was removed, or would be."""
+    return (
+        Column(key="what", title="removed" if done else "to remove"),
+        Column(key="number", title="number"),
+        Column(key="bytes", title="size", show=show_bytes),
+    )
+
+
+def holding_columns(by: str) -> tuple[Column, ...]:
+    """The columns of ``du``, grouped in that way."""
+    size = Column(key="bytes", title="size", show=show_bytes)
+    if by == "path":
+        return (
+            Column(key="path", title="path"),
+            size,
+            Column(key="kind", title="what"),
+            Column(key="model", title="model", wraps=True, spare=True),
+            Column(key="batches", title="batches", spare=True),
+            Column(key="note", title="note", wraps=True, spare=True),
+        )
+    group = () if by == "kind" else (Column(key=by, title=by, wraps=True),)
+    return (Column(key="kind", title="what"), *group, Column(key="number", title="number"), size)
+
 
 VERIFY_COLUMNS: tuple[Column, ...] = (
     Column(key="checkpoint", title="checkpoint"),

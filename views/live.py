@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
-from qbatch.core.domain import ENDED_STATES, JobState, Stage
+from qbatch.core.domain import JobState
+from qbatch.core.watched import Snapshot, WatchedJob
 from qbatch.views.cadence import Cadence
 from qbatch.views.formats import printable
-from qbatch.views.listings import show_progress
+from qbatch.views.units import show_duration, show_time_left
+from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.live import Live
+    from rich.console import Console
+    from rich.text import Text
 
-Job = Mapping[str, Any]
-_MOST_RUNNING_SHOWN = 12
 _MOST_RUNNING_NAMED = 3
-_NO_WORKER = "jobs are queued and no worker is live: start one with `qbatch up` or `qbatch worker`"
-_STARTING = "the worker is starting, which takes longest the first time: it imports torch and transformers"
+NO_WORKER = "jobs are queued and no worker is live: start one with `qbatch up` or `qbatch worker`"
+STARTING = "the workers are starting, which takes longest the first time: they import torch and transformers"
+# As rich has it: on such a terminal nothing can be drawn again in place.
+_DUMB = ("dumb", "unknown")
+_CLEAR_LINE, _CLEAR_BELOW = "\x1b[2K", "\x1b[0J"
 
 
 class LiveProgress:
     """Shows the progress of jobs on ``stream`` (default: standard error). A context manager.
 
-    On a terminal: a bar of finished jobs, and each running job with its stage and bytes. Elsewhere: a line for each
-    change of a job's state or stage, and a line from time to time while nothing changes. ``quiet`` shows nothing.
-    ``starts_workers``: the waiting command has just started workers itself, so having none yet is normal.
+    On a terminal: batches, running jobs and workers, drawn again in place, and above them each failure. Elsewhere: a
+    line for each change of a job's state or stage, and a line from time to time while nothing changes. ``quiet`` shows
+    nothing. ``why_no_worker`` says what to tell while jobs are queued and no worker is live.
     """
 
     def __init__(
@@ -37,130 +41,168 @@ class LiveProgress:
         *,
         quiet: bool,
         stream: TextIO | None = None,
-        starts_workers: bool = False,
+        why_no_worker: Callable[[], str] = lambda: NO_WORKER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._quiet = quiet
-        self._starts_workers = starts_workers
+        self._why_no_worker = why_no_worker
         self._cadence = Cadence(clock)
         self._stream = sys.stderr if stream is None else stream
-        self._live: Live | None = None
-        self._seen: dict[str, tuple[str, str | None]] = {}
-        self._warned = False
+        self._screen: _Screen | None = None
+        self._last: Snapshot | None = None
+        self._noted: str | None = None
 
     def __enter__(self) -> Self:
-        if not self._quiet and self._stream.isatty():
-            self._live = _start_live(self._stream)
+        if not self._quiet and _can_be_drawn_on(self._stream):
+            self._screen = _Screen(self._stream)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if self._screen is not None:
+            self._screen.close()
 
-    def update(self, jobs: Sequence[Job], workers: int) -> None:
-        """Show ``jobs``, rows of ``qbatch.models_db.listing.list_jobs``. ``workers``: how many are live."""
+    def update(self, snapshot: Snapshot) -> None:
         if self._quiet:
             return
-        for job in jobs:
-            self._note_change(job)
-        awaits_worker = workers == 0 and any(job["state"] == JobState.QUEUED for job in jobs)
-        if awaits_worker and not self._starts_workers and not self._warned:
-            self._warned = True
-            self._say(_NO_WORKER)
-        starting = awaits_worker and self._starts_workers
-        if self._live is not None:
-            self._live.update(_frame(jobs, self._live.console, self._cadence.elapsed_s, starting), refresh=True)
-        elif self._cadence.is_due():
-            self._say(f"{self._cadence.elapsed_s:.0f} s: {_STARTING if starting else _standing(jobs)}")
+        for job in snapshot.news:
+            # On a terminal, the frame shows the running jobs; only failures should stay on the screen.
+            if self._screen is None or job.state is JobState.FAILED:
+                self._say(describe_news(job))
+        if snapshot.more_news:
+            self._say(f"and {snapshot.more_news} more jobs")
+        self._last = snapshot
+        self._show(snapshot, self._why_no_worker() if snapshot.awaits_worker else None)
 
-    def _note_change(self, job: Job) -> None:
-        now = (job["state"], job["stage"])
-        # A job seen for the first time counts as queued before: a queued one is no news.
-        before = self._seen.get(job["job_id"], (JobState.QUEUED, None))
-        self._seen[job["job_id"]] = now
-        # On a terminal, the frame shows the running jobs; only failures should stay on the screen.
-        if now != before and (self._live is None or job["state"] == JobState.FAILED):
-            self._say(_news(job))
+    def note_silence(self, reason: str) -> None:
+        """The database does not answer. What was seen last stays."""
+        if not self._quiet:
+            self._show(self._last or Snapshot(batches=()), f"{reason}; trying again")
+
+    def _show(self, snapshot: Snapshot, note: str | None) -> None:
+        if self._screen is not None:
+            self._screen.draw(snapshot, [note] if note else [])
+        elif note is not None and note != self._noted:
+            self._say(note)
+        elif self._cadence.is_due():
+            standing = "; ".join(filter(None, (_standing(snapshot), note)))
+            self._say(f"{show_duration(self._cadence.elapsed_s)}: {standing}")
+        self._noted = note or self._noted
 
     def _say(self, line: str) -> None:
         self._cadence.note_line()
-        if self._live is not None:
-            from rich.text import Text
-
-            self._live.console.print(Text(line))
+        if self._screen is not None:
+            self._screen.say(line)
         else:
             print(line, file=self._stream, flush=True)
 
 
-def _start_live(stream: TextIO) -> Live:
-    from rich.console import Console
-    from rich.live import Live
+class _Screen:
+    """A frame at the bottom of a terminal, drawn again in place.
 
-    live = Live(console=Console(file=stream), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-    live.start()
-    return live
+    Not rich's Live, which goes up by as many lines as it drew also after the terminal has broken them anew.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self._stream = stream
+        self._console = Console(file=stream)
+        self._width = self._console.width
+        self._frame: list[str] = []
+
+    def draw(self, snapshot: Snapshot, notes: Sequence[str]) -> None:
+        lines = rendered(frame(snapshot, size_of(self._console), notes))
+        self._replace([], self._terminal_text(lines))
+
+    def say(self, line: str) -> None:
+        """Print a line above the frame, where it stays."""
+        from rich.text import Text
+
+        is_same = self._console.width == self._width
+        self._replace(self._terminal_text(Text(line)), self._frame if is_same and self._frame else [""])
+
+    def close(self) -> None:
+        self._stream.write("\n" if self._frame else "")
+        self._stream.flush()
+
+    def _replace(self, above: Sequence[str], lines: list[str]) -> None:
+        if self._console.width != self._width:
+            # Nobody knows how many lines the old frame has now. It stays, and another one begins below.
+            self._width, start = self._console.width, "\n" if self._frame else ""
+        else:
+            start = f"\x1b[{len(self._frame) - 1}A\r" if len(self._frame) > 1 else "\r"
+        shown = "\n".join(_CLEAR_LINE + line for line in (*above, *lines))
+        self._stream.write(f"{start}{shown}{_CLEAR_BELOW}")
+        self._stream.flush()
+        self._frame = lines
+
+    def _terminal_text(self, text: Text) -> list[str]:
+        with self._console.capture() as captured:
+            self._console.print(text)
+        return captured.get().splitlines()
 
 
-def _name(job: Job) -> str:
-    return printable(f"{job['job_id']} {job['model']} {'baseline' if job['scheme'] == 'none' else job['scheme']}")
+def size_of(console: Console) -> ScreenSize:
+    return ScreenSize(width=console.width, height=console.height)
 
 
-def _news(job: Job) -> str:
-    state = job["stage"] or job["state"]
-    if job["state"] == JobState.FAILED:
-        words = printable(": ".join(filter(None, (state, job["error_kind"], job["error_message"]))))
-        state = f"{words} (see `qbatch logs {job['job_id']}`)"
-    if job["state"] == JobState.QUEUED:
-        state = "back in the queue"
-    return f"{_name(job)}: {state}"
+def rendered(lines: Sequence[Line]) -> Text:
+    """For rich, which drops the colours where NO_COLOR is set."""
+    from rich.text import Text
+
+    text = Text(no_wrap=True, overflow="crop")
+    for number, line in enumerate(lines):
+        text.append("\n" if number else "")
+        for part in line:
+            text.append(part.text, style=part.style)
+    return text
 
 
-def _standing(jobs: Sequence[Job]) -> str:
-    """A summary while nothing changes: ``1/6 jobs, 2 running, 3 queued: j1 llama baseline: benchmarking``"""
-    running = [job for job in jobs if job["state"] == JobState.RUNNING]
-    named = [_news(job) for job in running[:_MOST_RUNNING_NAMED]]
+def _can_be_drawn_on(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in _DUMB
+
+
+def describe_news(job: WatchedJob) -> str:
+    """``j1 llama SCHEME: failed: timeout: … (see `qbatch logs j1`)``"""
+    return f"{name_of(job)}: {_what_happened(job)}"
+
+
+def _what_happened(job: WatchedJob) -> str:
+    if job.state is JobState.FAILED:
+        return f"{printable(': '.join(filter(None, (job.state, job.error))))} (see `qbatch logs {job.job_id}`)"
+    if job.state is JobState.QUEUED:
+        return "back in the queue"
+    if job.state is JobState.SUCCEEDED and job.answered_by is not None:
+        return f"answered by {job.answered_by}"
+    return job.stage or job.state
+
+
+def describe_end(snapshot: Snapshot) -> str:
+    """``b1: 5 of 6 jobs succeeded, 1 failed, after 12 min``"""
+    return "; ".join(
+        ", ".join(
+            [
+                f"{batch.batch_id}: {batch.counts.get(JobState.SUCCEEDED, 0)} of {batch.jobs} jobs succeeded",
+                *(
+                    f"{count} {state}"
+                    for state in (JobState.FAILED, JobState.CANCELLED)
+                    if (count := batch.counts.get(state, 0))
+                ),
+                *([f"after {show_duration(batch.elapsed_s)}"] if batch.elapsed_s is not None else []),
+            ]
+        )
+        for batch in snapshot.batches
+    )
+
+
+def _standing(snapshot: Snapshot) -> str:
+    """A summary while nothing changes: ``1/6 jobs, 2 running, about 5 min left; j1 llama baseline: kernels``"""
+    running = sorted(snapshot.running, key=lambda job: not job.is_active)
+    named = [f"{name_of(job)}: {describe_doing(job) or job.stage}" for job in running[:_MOST_RUNNING_NAMED]]
     more = [f"and {len(running) - len(named)} more"] if len(running) > len(named) else []
-    return ", ".join(_counts(jobs)) + ("; " if named else "") + ", ".join([*named, *more])
-
-
-def _frame(jobs: Sequence[Job], console: Console, elapsed_s: float, starting: bool) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    running = [job for job in jobs if job["state"] == JobState.RUNNING]
-    # A frame that is taller than the terminal cannot be redrawn in place.
-    shown = running[: max(1, min(_MOST_RUNNING_SHOWN, console.height - 4))]
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(overflow="ellipsis", no_wrap=True)
-    grid.add_column(no_wrap=True, min_width=max(len(stage) for stage in Stage))
-    grid.add_column(overflow="ellipsis", no_wrap=True)
-    for job in shown:
-        progress = show_progress(job["progress"]) if job["progress"] else ""
-        grid.add_row(Text(_name(job)), Text(job["stage"] or ""), Text(progress))
-    more = [Text(f"and {len(running) - len(shown)} more")] if len(running) > len(shown) else []
-    more += [Text(_STARTING)] if starting else []
-    return Group(_bar(jobs, elapsed_s), grid, *more)
-
-
-def _bar(jobs: Sequence[Job], elapsed_s: float) -> RenderableType:
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    ended = sum(job["state"] in ENDED_STATES for job in jobs)
-    # The seconds show that the display is alive.
-    words = [*_counts(jobs), f"{elapsed_s:.0f} s"]
-    bar = Table.grid(padding=(0, 2, 0, 0))
-    bar.add_row(ProgressBar(total=max(1, len(jobs)), completed=ended, width=30), Text(", ".join(words)))
-    return bar
-
-
-def _counts(jobs: Sequence[Job]) -> list[str]:
-    """``2/6 jobs``, ``1 running``, …"""
-    ended = sum(job["state"] in ENDED_STATES for job in jobs)
-    counts = {state: sum(job["state"] == state for job in jobs) for state in JobState}
-    shown = (JobState.RUNNING, JobState.QUEUED, JobState.FAILED, JobState.CANCELLED)
-    return [f"{ended}/{len(jobs)} jobs", *(f"{counts[state]} {state}" for state in shown if counts[state])]
+    left = [batch.left_s for batch in snapshot.batches if batch.is_open]
+    known = [one for one in left if one is not None]
+    until = [f"{show_time_left(max(known))} left"] if known and len(known) == len(left) else []
+    return ", ".join([*counts(snapshot), *until]) + ("; " if named else "") + ", ".join([*named, *more])

@@ -107,10 +107,20 @@ def quality_lines(row: ResultRow) -> Lines:
     for metric in (*PREDICTION_LINES, *EMBEDDING_LINES):
         if (value := metric.line_value(row)) is not None:
             yield metric.line_title, _beside_floor(row, metric, value)
+    yield from _by_confidence(row)
     counts = (("windows", quality.windows), ("positions", quality.rows), ("pieces", quality.pieces))
     if compared := [f"{count:,} {name}" for name, count in counts if count is not None]:
         outputs = _AGAINST.get(str(quality.against), "outputs")
         yield "over", ", ".join(compared) + f", compared with the baseline's {outputs}"
+
+
+def _by_confidence(row: ResultRow) -> Lines:
+    """Yield the KL where the base was sure of the next token, and where it was not."""
+    for bucket in row.details.quality.kl_by_confidence or ():
+        if bucket.kl_mean is not None:
+            error = "" if bucket.kl_mean_se is None else f" ± {show_value(Unit.NATS, bucket.kl_mean_se)}"
+            title = f"base {bucket.above:.0%} to {bucket.below:.0%} sure"
+            yield title, f"mean KL {show_value(Unit.NATS, bucket.kl_mean)}{error}, {bucket.rows:,} positions"
 
 
 def _scored(row: ResultRow) -> str:

@@ -41,5 +41,5 @@ def _lines(inspection: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _parameters(count: int | None) -> str:
     if count is None:
-        return f"{NOTHING} (the headers of this quantization do not tell)"
+        return f"{NOTHING} (unknown: the headers of this quantization do not show it)"
     return f"{count:,} ({show_count(count)})" if count >= 1000 else str(count)

@@ -9,10 +9,13 @@ from typing import assert_never
 
 from qbatch.core.measured.metrics import ComparisonNoise, FloorNoise, Metric, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.speed_figures import NOTABLE_SPREAD
 from qbatch.views.speed_difference import speed_difference
 
 NOT_DISTINGUISHABLE = "not distinguishable"
 NOISE_MARK = "≈"
+UNSTEADY_MARK = "?"
+"""Beside a speed that differed much between the rounds."""
 
 
 def is_noise(metric: Metric, row: ResultRow, baseline: ResultRow | None = None) -> bool:
@@ -39,6 +42,14 @@ def _is_under(difference: float | None, error: float | None, floor: float | None
         return False
     # Equal values do not differ, whether or not the error is known.
     return difference == 0 or abs(difference) < (error or 0.0) or abs(difference) <= abs(floor or 0.0)
+
+
+def is_unsteady(metric: Metric, row: ResultRow) -> bool:
+    """Whether ``row``'s value is of a phase whose speed differed much between the rounds."""
+    if not isinstance(metric.noise, TimingNoise) or not row.details.audits.spread_between_rounds:
+        return False
+    spread = row.details.by_round(metric.noise.phase).spread
+    return spread is None or spread > NOTABLE_SPREAD
 
 
 def same_speed(metric: Metric, first: ResultRow, second: ResultRow) -> bool:

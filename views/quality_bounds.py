@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
+from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters
 from qbatch.views.metric_text import show_value
 from qbatch.views.noise import is_noise
 
-# exp of a larger number overflows a float.
-_LARGEST_EXPONENT = 709.0
+WindowSums = tuple[Sequence[float], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class QualityCost:
     """A measure of lost quality: lower is better, and ``none`` is the baseline's own value.
 
     ``metric`` decides what is noise. ``default`` is the bound unless the user sets another with ``option``.
+    ``on_text``: its value on a further text. ``by_window``: the sums over the rows of each window, and the numbers of
+    rows, of which this is the mean or a monotonic function; None where they are not known.
     """
 
     name: str
@@ -31,6 +35,8 @@ class QualityCost:
     default: float
     option: str | None
     unit: Unit
+    on_text: Callable[[Quality], float | None]
+    by_window: Callable[[ResultRow], WindowSums | None]
 
     def show(self, value: float) -> str:
         return show_value(self.unit, value)
@@ -47,10 +53,11 @@ class QualityCost:
 
 
 def _perplexity_ratio(row: ResultRow) -> float | None:
-    logarithm = row.details.quality.ln_ppl_ratio
-    if logarithm is None:
-        return None
-    return math.exp(logarithm) if logarithm < _LARGEST_EXPONENT else math.inf
+    return _exp(row.details.quality.ln_ppl_ratio)
+
+
+def _exp(logarithm: float | None) -> float | None:
+    return None if logarithm is None else exponential(logarithm)
 
 
 def _perplexity_ratio_error(row: ResultRow) -> float | None:
@@ -59,8 +66,24 @@ def _perplexity_ratio_error(row: ResultRow) -> float | None:
 
 
 def _rank_correlation_lost(row: ResultRow) -> float | None:
-    correlation = row.details.quality.rank_correlation
+    return _lost(row.details.quality.rank_correlation)
+
+
+def _lost(correlation: float | None) -> float | None:
     return None if correlation is None else 1 - correlation
+
+
+def _kl_by_window(row: ResultRow) -> WindowSums | None:
+    quality = row.details.quality
+    return (
+        None if quality.window_kl is None or quality.window_rows is None else (quality.window_kl, quality.window_rows)
+    )
+
+
+def _nll_by_window(row: ResultRow) -> WindowSums | None:
+    quality = row.details.quality
+    known = quality.window_nll is not None and quality.window_tokens is not None
+    return (quality.window_nll or (), quality.window_tokens or ()) if known else None
 
 
 KL_COST = QualityCost(
@@ -72,6 +95,8 @@ KL_COST = QualityCost(
     default=0.05,
     option="--max-kl",
     unit=Unit.NATS,
+    on_text=lambda quality: quality.kl_mean,
+    by_window=_kl_by_window,
 )
 PERPLEXITY_COST = QualityCost(
     name="perplexity ratio to the baseline",
@@ -82,6 +107,8 @@ PERPLEXITY_COST = QualityCost(
     default=1.02,
     option="--max-ppl-ratio",
     unit=Unit.CORRELATION,
+    on_text=lambda quality: _exp(quality.ln_ppl_ratio),
+    by_window=_nll_by_window,
 )
 RANK_COST = QualityCost(
     name="loss of rank correlation",
@@ -92,6 +119,8 @@ RANK_COST = QualityCost(
     default=0.02,
     option=None,
     unit=Unit.CORRELATION,
+    on_text=lambda quality: _lost(quality.rank_correlation),
+    by_window=lambda _: None,
 )
 QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
 
@@ -110,16 +139,28 @@ class QualityBound:
         return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
 
     def broken_by(self, row: ResultRow) -> str | None:
-        """Why ``row`` is not within the bound; None if it is."""
-        if row.is_baseline:
-            return None
-        value = self.cost.value(row)
+        """Why ``row`` is not within the bound on every text that it was measured on; None if it is."""
+        return self.broken_on_first_text(row) or next(iter(self.broken_on_further_texts(row)), None)
+
+    def broken_on_first_text(self, row: ResultRow) -> str | None:
+        details = row.details
+        reason = details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY) or details.perplexity.reason
+        return None if row.is_baseline else self._broken(self.cost.name, self.cost.value(row), reason)
+
+    def broken_on_further_texts(self, row: ResultRow) -> Iterable[str]:
+        """Yield why ``row`` is not within the bound on a further text, for each such text."""
+        for name, text in (row.details.more_texts or {}).items() if not row.is_baseline else ():
+            what, value = f"{self.cost.name} on {name}", self.cost.on_text(text.quality)
+            broken = self._broken(what, value, text.quality.reason)
+            if broken is not None:
+                yield broken
+
+    def _broken(self, what: str, value: float | None, reason: str | None) -> str | None:
         if value is None:
-            reason = row.details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY)
-            return f"its {self.cost.name} was not measured" + (f" ({reason})" if reason else "")
+            return f"its {what} was not measured" + (f" ({reason})" if reason else "")
         if value <= self.limit:
             return None
-        return f"its {self.cost.name}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+        return f"its {what}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
 
 
 def first_known_cost(row: ResultRow) -> QualityCost | None:
@@ -131,14 +172,34 @@ def cost_or_infinite(cost: QualityCost, row: ResultRow) -> float:
     return math.inf if value is None else value
 
 
+# A difference is real from so many of its standard errors on: by chance, one in twenty is as large.
+_ERRORS = 2
+
+
 def is_same_cost(cost: QualityCost, first: ResultRow, second: ResultRow) -> bool:
-    """Whether two costs differ by less than one standard error, or neither is distinguishable from the baseline."""
+    """Whether two costs differ by less than two standard errors of their difference, or neither is distinguishable from
+    the baseline."""
     if all(row.is_baseline or is_noise(cost.metric, row) for row in (first, second)):
         return True
+    paired = paired_difference(cost, first, second)
+    if paired is not None:
+        return paired.mean == 0 or (paired.error is not None and abs(paired.mean) < _ERRORS * paired.error)
     errors = [0.0 if row.is_baseline else cost.error(row) for row in (first, second)]
     difference = abs(cost_or_infinite(cost, first) - cost_or_infinite(cost, second))
     known = [error for error in errors if error is not None]
-    return difference == 0 or (len(known) == 2 and difference < math.hypot(*known))
+    return difference == 0 or (len(known) == 2 and difference < _ERRORS * math.hypot(*known))
+
+
+def paired_difference(cost: QualityCost, first: ResultRow, second: ResultRow) -> PairedDifference | None:
+    """How much more of ``cost`` the first has than the second, on the same windows; None if they are not known.
+
+    Of perplexities it is the difference of their logarithms. Its error is far smaller than that of two costs measured
+    on texts of their own, since a window that is hard for one model is hard for the other.
+    """
+    one, other = cost.by_window(first), cost.by_window(second)
+    if one is None or other is None or list(one[1]) != list(other[1]) or not one[1]:
+        return None
+    return difference_of_clusters([mine - its for mine, its in zip(one[0], other[0], strict=True)], one[1])
 
 
 def cost_to_bound(rows: Sequence[ResultRow]) -> QualityCost | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qbatch.core.measured.metrics import BaselineComparison, Metric, MetricColumn
+from qbatch.core.measured.metrics import DISK, BaselineComparison, Metric, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_relative_value
-from qbatch.views.noise import NOISE_MARK, is_noise
+from qbatch.views.noise import NOISE_MARK, UNSTEADY_MARK, is_noise, is_unsteady
 
 
 def ratio_of(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> float | None:
@@ -16,8 +16,15 @@ def ratio_of(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> floa
     return None if value is None or not other else value / other
 
 
+OTHER_DTYPE_MARK = "†"
+"""Beside a ratio of two files whose unquantized weights are not of one dtype."""
+# A file has little beside its weights, so one that is this many times as large or small holds another dtype.
+_OTHER_DTYPE_FROM = 1.5
+
+
 def show_relative(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> str:
-    """``×0.57``, with a mark if the difference is noise; "" if there is nothing to compare.
+    """``×0.57`` with a mark if the difference is noise, the rounds differ or the files are unlike; "" if there is
+    nothing to say.
 
     A ratio is only shown for rows of one protocol, and for speed and memory of one device.
     """
@@ -26,12 +33,28 @@ def show_relative(column: MetricColumn, row: ResultRow, baseline: ResultRow | No
         return ""
     comparable = baseline is not None and may_compare(row, baseline, on_device=metric.on_device)
     compared_with = baseline if comparable else None
-    mark = NOISE_MARK if is_noise(metric, row, compared_with) else ""
-    if metric.comparison is BaselineComparison.NOTHING:
-        # The metric is already a comparison with the baseline, such as KL.
-        return mark
+    mark = _mark(metric, row, compared_with)
     ratio = ratio_of(metric, row, compared_with)
-    return "" if ratio is None else show_relative_value(metric.comparison, ratio) + mark
+    # A metric without a ratio may be a comparison with the baseline itself, such as KL.
+    return mark if ratio is None else show_relative_value(metric.comparison, ratio) + mark
+
+
+def _mark(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> str:
+    is_compared = baseline is not None or metric.comparison is BaselineComparison.NOTHING
+    if is_compared and is_noise(metric, row, baseline):
+        return NOISE_MARK
+    if is_unsteady(metric, row):
+        return UNSTEADY_MARK
+    is_unlike = metric is DISK and baseline is not None and has_other_dtype_on_disk(baseline)
+    return OTHER_DTYPE_MARK if is_unlike else ""
+
+
+def has_other_dtype_on_disk(baseline: ResultRow) -> bool:
+    """Whether the source's files hold another dtype than the one that the baseline has in memory."""
+    disk, weights = baseline.disk_bytes, baseline.weights_bytes
+    if not disk or not weights:
+        return False
+    return max(disk / weights, weights / disk) >= _OTHER_DTYPE_FROM
 
 
 def may_compare(row: ResultRow, baseline: ResultRow, *, on_device: bool) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.answer_comparisons import compare_answers
 from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
@@ -23,10 +24,11 @@ from qbatch.views.quality_bounds import (
     cost_to_bound,
     first_known_cost,
     is_same_cost,
+    paired_difference,
 )
 from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
-from qbatch.views.units import show_bytes, show_ratio
+from qbatch.views.units import show_bytes, show_rate, show_ratio
 
 _RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 
@@ -51,15 +53,19 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
     if (reason := _why_unknown(group)) is not None:
         sentence = f"Nothing is recommended: the quality of the quantized models was not measured, since {reason}."
         return Recommendation(ship=None, sentence=sentence, bounds=(), rejected={})
-    bounds = _bounds(group.rows, preference)
+    bounds = quality_bounds_for(group.rows, preference)
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
         bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+    if preference.min_tokens_per_s is not None:
+        bounds_text.append(f"a rate of at least {show_rate(preference.min_tokens_per_s, 'tok')}")
     rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
         return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
+    if preference.prefer != "speed":
+        ship, alike = _prefer_better_answers(ship, alike)
     sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)
     return Recommendation(
         ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
@@ -72,7 +78,8 @@ def _why_unknown(group: Group) -> str | None:
     return reasons[0] if reasons and all(reasons) else None
 
 
-def _bounds(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
+def quality_bounds_for(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
+    """The bounds on quality that decide which of ``rows`` qualify: the user's, or a default one."""
     requested = [
         QualityBound(cost=cost, limit=limit, is_default=False)
         for cost, limit in ((KL_COST, preference.max_kl), (PERPLEXITY_COST, preference.max_ppl_ratio))
@@ -90,11 +97,24 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
     yield from (reason for bound in bounds if (reason := bound.broken_by(row)) is not None)
     if preference.max_weights_bytes is not None and _weights_bytes(row) > preference.max_weights_bytes:
         yield f"its weights, {show_metric(WEIGHTS, row)}, are over {show_bytes(preference.max_weights_bytes)}"
-    if preference.prefer == "speed" and rate_of(row) is None:
-        reason = row.not_measured.get(MeasuredPart.SPEED)
-        yield "its speed was not measured" + (f" ({reason})" if reason else "")
+    if preference.min_tokens_per_s is not None:
+        yield from _too_slow(row, preference.min_tokens_per_s)
+    elif preference.prefer == "speed" and rate_of(row) is None:
+        yield _speed_unknown(row)
     if preference.prefer == "quality" and not bounds and not row.is_baseline and first_known_cost(row) is None:
         yield "its quality against the baseline was not measured"
+
+
+def _too_slow(row: ResultRow, least: float) -> Iterable[str]:
+    if row.decode_tokens_per_s is None:
+        yield _speed_unknown(row)
+    elif row.decode_tokens_per_s < least:
+        yield f"its rate, {show_metric(DECODE, row)}, is under {show_rate(least, 'tok')}"
+
+
+def _speed_unknown(row: ResultRow) -> str:
+    reason = row.not_measured.get(MeasuredPart.SPEED)
+    return "its speed was not measured" + (f" ({reason})" if reason else "")
 
 
 def rate_of(row: ResultRow) -> Metric | None:
@@ -138,6 +158,19 @@ def _smallest_of(alike: Sequence[ResultRow]) -> tuple[ResultRow, list[ResultRow]
     return ship, [row for row in alike if row is not ship]
 
 
+def _prefer_better_answers(ship: ResultRow, alike: Sequence[ResultRow]) -> tuple[ResultRow, list[ResultRow]]:
+    """Of rows that the other measures cannot distinguish, take one whose answers to tasks are shown to be better.
+
+    It must be better in some task and worse in none.
+    """
+    compared = compare_answers([(row, ship) for row in alike])
+    worse = {each.row.job_id for each in compared if each.is_worse}
+    better = [each.row for each in compared if each.is_shown and each.row.job_id not in worse]
+    if not better:
+        return ship, list(alike)
+    return better[0], [row for row in (ship, *alike) if row is not better[0]]
+
+
 # The sentence
 
 
@@ -167,6 +200,7 @@ def _sentence(
         *_quality(ship, bounds),
         *_speed(ship, baseline),
         *_why_unquantized(group, ship, rejected),
+        *_worse_on_further_texts(group, ship, bounds),
         *map(_capitalized, audit_warnings(ship)),
         _scope(ship),
     ]
@@ -198,11 +232,37 @@ def _nearest_in_words(ship: ResultRow, *, is_alone: bool) -> str:
 
 def _alike(ship: ResultRow, alike: Sequence[ResultRow], preference: Preference) -> Iterable[str]:
     if alike:
-        others = " and ".join(_name(row) for row in alike)
-        what = "speed" if preference.prefer == "speed" else "quality"
+        is_of_speed = preference.prefer == "speed"
+        others = " and ".join(_name(row) + ("" if is_of_speed else _difference(ship, row)) for row in alike)
+        what = "speed" if is_of_speed else "quality"
         is_smaller = any(_weights_bytes(row) > _weights_bytes(ship) for row in alike)
         smaller = ", and its weights are smaller" if is_smaller else ""
         yield f"Its {what} is {NOT_DISTINGUISHABLE} from that of {others}{smaller}"
+        if not is_of_speed:
+            yield from _answers_of_alike(ship, alike)
+
+
+def _answers_of_alike(ship: ResultRow, alike: Sequence[ResultRow]) -> Iterable[str]:
+    compared = compare_answers([(row, ship) for row in alike if not row.is_baseline])
+    if not compared:
+        if not any(row.is_baseline for row in (ship, *alike)):
+            yield "Answers to tasks (--tasks) may tell them apart"
+        return
+    for each in compared:
+        if each.is_shown:
+            yield f"In {each.task}, the answers of {_name(each.row)} are {'worse' if each.is_worse else 'better'}"
+    if not any(each.is_shown for each in compared):
+        yield "Their answers to tasks show no difference either"
+
+
+def _difference(ship: ResultRow, other: ResultRow) -> str:
+    """How far apart the two are on the same windows, in parentheses; "" if that is not known."""
+    cost = first_known_cost(ship)
+    paired = None if cost is None else paired_difference(cost, ship, other)
+    if cost is None or paired is None or paired.error is None:
+        return ""
+    what = "ln perplexity" if cost is PERPLEXITY_COST else cost.name
+    return f" (a difference of {abs(paired.mean):.1e} ± {paired.error:.1e} in {what}, over the same windows)"
 
 
 def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
@@ -211,6 +271,10 @@ def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
         return
     noise = f", {NOT_DISTINGUISHABLE} from the baseline" if is_noise(cost.metric, ship) else ""
     yield f"Its {cost.name} is {cost.show_with_error(ship)}{noise}"
+    for name, text in (ship.details.more_texts or {}).items():
+        value = cost.on_text(text.quality)
+        if value is not None:
+            yield f"On {name} it is {cost.show(value)}{cost.suffix}"
     for bound in bounds:
         value, error = bound.cost.value(ship), bound.cost.error(ship)
         if value is not None and error is not None and bound.limit - value < error:
@@ -235,9 +299,18 @@ def _why_unquantized(group: Group, ship: ResultRow, rejected: Mapping[str, Seque
                 yield f"{_name(row)} does not qualify: {'; '.join(rejected[row.job_id])}"
 
 
+def _worse_on_further_texts(group: Group, ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
+    """Yield the rows that would qualify by the first text alone. Those of a baseline are listed anyway."""
+    for row in group.rows if not ship.is_baseline else ():
+        broken = [reason for bound in bounds for reason in bound.broken_on_further_texts(row)]
+        if broken and not any(bound.broken_on_first_text(row) for bound in bounds):
+            yield f"{_name(row)} is within the bound on the first text only: {'; '.join(broken)}"
+
+
 def _scope(ship: ResultRow) -> str:
-    positions = ship.details.quality.rows
-    text = f", over {positions:,} positions of one text" if positions else ""
+    positions, further = ship.details.quality.rows, list(ship.details.more_texts or {})
+    texts = f"the first text, and on {' and '.join(further)}" if further else "one text"
+    text = f", over {positions:,} positions of {texts}" if positions else ""
     if MeasuredPart.SPEED not in ship.protocol.parts:
         return f"It was measured on {ship.device_name}{text}; other texts may give other results"
     batch = ship.protocol.batch_size

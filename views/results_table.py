@@ -1,47 +1,66 @@
-"""The table of results: by model, the figures of each row and their ratios to the baseline."""
+"""The table of results: the answer in any width, with the figures of each row and their ratios to the baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qbatch.core.domain import JobState
-from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.audit_text import audit_warnings, first_names
+from qbatch.views.choices import Choice, choices_of, picked
+from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import GAP, FigureTable, Line, cells_of, wrap
-from qbatch.views.formats import printable, terminal_width
-from qbatch.views.groups import timed_apart
+from qbatch.views.figure_table import FigureTable, Line, wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, printable, terminal_width
 from qbatch.views.missing_parts import missing_part_remarks
-from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
-from qbatch.views.protocol import (
-    NOTHING_RUN,
-    differences_not_in_heading,
-    show_field,
-    show_protocol,
-    version_differences,
-)
+from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol
+from qbatch.views.ranking import ranked_labels
 from qbatch.views.ratios import may_compare
+from qbatch.views.result_columns import ShownColumn, find_column, standard_columns
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
+from qbatch.views.table_legend import PICK_MARK, full_legend, short_legend
+from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, show_state
+from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
-_LEGEND_WIDTH = 100
 _REASONS_SHOWN = 12
+_NOT_COMPARABLE = "these rows are of several protocols or devices, so their order says little: filter them"
 
 
-@dataclass(slots=True)
-class Footnotes:
-    """Numbered remarks. Equal remarks share a number."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableLayout:
+    """How results are shown. ``columns``: exactly these; None for the usual ones that fit. ``is_wide``: all of them,
+    however wide the terminal is. ``has_legend``: explain everything. ``sort``: what the rows are ranked by, downwards
+    with a dash before it; they are not grouped then."""
 
-    texts: list[str] = field(default_factory=list)
+    columns: tuple[str, ...] | None = None
+    is_wide: bool = False
+    has_legend: bool = False
+    sort: str | None = None
 
-    def mark(self, text: str) -> str:
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
+    @property
+    def sorted_by(self) -> str | None:
+        return None if self.sort is None else self.sort.removeprefix("-")
+
+    def all_columns(self) -> list[ShownColumn]:
+        """The columns that may be shown. What the rows are sorted by always stays."""
+        found = standard_columns() if self.columns is None else [_kept(find_column(name)) for name in self.columns]
+        if self.sorted_by is None or self.sorted_by in _IN_LABELS:
+            return found
+        wanted = find_column(self.sorted_by)
+        others = [column for column in found if column.key != wanted.key]
+        return found if len(others) < len(found) and self.columns else [_kept(wanted), *others]
+
+
+# In a ranked table, names are shortened before columns of this rank or a lower one leave.
+_BESIDE_NAMES = 1
+_IN_LABELS = ("job_id", "model", "scheme")
+
+
+def _kept(column: ShownColumn) -> ShownColumn:
+    return replace(column, rank=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,27 +71,91 @@ class _Part:
     rows: Sequence[ResultRow]
 
 
-def results_table(rows: Sequence[ResultRow]) -> str:
-    """Show the rows of ``qbatch.models_db.results.find_results`` in a table that fits the terminal.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultsScreen:
+    """The rows to show, and ``others`` of their batches and models: what these are compared with."""
 
-    Footnotes and a legend follow. Rows are grouped by batch and model in the order given, baselines first.
-    Rows of different protocols or devices have separate headings. A figure has a ratio only if it was measured under
-    its baseline's protocol, and for speed and memory on its baseline's device.
+    rows: Sequence[ResultRow]
+    others: Sequence[ResultRow] = ()
+    preference: Preference = field(default_factory=Preference)
+    layout: TableLayout = field(default_factory=TableLayout)
+
+    @property
+    def by_id(self) -> Mapping[str, ResultRow]:
+        return {row.job_id: row for row in (*self.others, *self.rows)}
+
+    def choices(self) -> list[Choice]:
+        return choices_of([*self.others, *self.rows], self.preference)
+
+
+def results_table(screen: ResultsScreen) -> str:
+    """Show results in a table that fits the terminal, with notes, one line of legend, and a sum.
+
+    Rows are grouped by batch and model in the order given, baselines first. Rows of different protocols or devices have
+    separate headings. A figure has a ratio only if it was measured under its baseline's protocol, and for speed and
+    memory on its baseline's device.
     """
-    if not rows:
+    if not screen.rows:
         return "no results"
-    width = terminal_width()
-    notes = Footnotes()
-    by_id = {row.job_id: row for row in rows}
-    parts = [(part, [_line(row, by_id, notes) for row in part.rows]) for part in _parts(rows)]
+    terminal = terminal_width()
+    width = UNLIMITED if screen.layout.is_wide else terminal
+    text_width = min(terminal, PROSE_WIDTH)
+    columns, choices = screen.layout.all_columns(), screen.choices()
+    notes, by_id = Footnotes(), screen.by_id
+    shared = notes_of_all(screen.rows, by_id)
+    described = _Described(by_id=by_id, picks=picked(choices), notes=notes, shared=shared)
+    if screen.layout.sort is None:
+        parts = [(part.heading, [described.line(row) for row in part.rows]) for part in _parts(screen.rows)]
+    else:
+        parts = [([], described.ranked(screen.rows, columns, width))]
     lines = [line for _, members in parts for line in members]
-    full_table = FigureTable.of(lines)
+    full_table = FigureTable.of(lines, columns)
     table = full_table.fitted(width)
     body = [table.header()] if table.columns else []
-    for part, members in parts:
-        body += [*part.heading, *(text for line in members for text in table.show(line, width))]
-    footer = _footer(lines, by_id, notes, full_table.titles_left_out(table), min(width, _LEGEND_WIDTH))
-    return "\n".join([*body, *footer]).lstrip("\n")
+    for heading, members in parts:
+        body += [*heading, *(text for line in members for text in table.show(line, terminal))]
+    texts = [line.label for line in lines] + [ratio for line in lines for ratio in _ratios(line, table)]
+    footer = [*_notes(screen, lines, notes, shared)]
+    footer += _legend(screen, lines, texts, left_out=full_table.titles_left_out(table))
+    footer.append(sum_up(screen.rows, choices))
+    return "\n".join([*body, "", *(part for text in footer for part in wrap(text, text_width, indent=GAP))])
+
+
+def _ratios(line: Line, table: FigureTable) -> Iterable[str]:
+    return (line.cell(column)[1] for column in table.shown) if line.remark is None else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """Makes lines of rows. ``shared``: remarks about all of them, which mark none."""
+
+    by_id: Mapping[str, ResultRow]
+    picks: Collection[str]
+    notes: Footnotes
+    shared: Collection[str]
+
+    def line(self, row: ResultRow) -> Line:
+        return self._line(row, f"{self.mark(row)} {row.job_id} {show_scheme(row)}")
+
+    def ranked(self, rows: Sequence[ResultRow], columns: Sequence[ShownColumn], width: int) -> list[Line]:
+        """Lines in the order given, each with its place and its model, shortened where the table would not fit."""
+        kept = FigureTable.of([self._line(row, "") for row in rows], [c for c in columns if c.rank <= _BESIDE_NAMES])
+        labels = ranked_labels(rows, [self.mark(row) for row in rows], width - kept.figures_width)
+        return [self._line(row, label) for row, label in zip(rows, labels, strict=True)]
+
+    def mark(self, row: ResultRow) -> str:
+        return PICK_MARK if row.job_id in self.picks else " "
+
+    def _line(self, row: ResultRow, label: str) -> Line:
+        if row.state != JobState.SUCCEEDED:
+            return Line(row=row, label=label, remark=show_state(row))
+        remarks = [text for text in row_remarks(row, self.by_id) if text not in self.shared]
+        marks = "".join(self.notes.mark(text) for text in remarks)
+        baseline = self.by_id.get(row.baseline_job_id or "")
+        return Line(row=row, label=f"{label} {marks}".rstrip(), baseline=baseline)
+
+
+# Headings
 
 
 def _parts(rows: Sequence[ResultRow]) -> Iterable[_Part]:
@@ -83,7 +166,7 @@ def _parts(rows: Sequence[ResultRow]) -> Iterable[_Part]:
     measured = [group[0] for group in _measured(rows).values()]
     unlike = None if len(measured) < 2 else differences_not_in_heading(measured)
     for members in models.values():
-        yield from _parts_of_model(members, ["", _heading(members, with_batch)], unlike)
+        yield from _parts_of_model(members, [_heading(members, with_batch)], unlike)
 
 
 def _measured(rows: Iterable[ResultRow]) -> dict[tuple[Any, ...], list[ResultRow]]:
@@ -130,71 +213,38 @@ def _heading(group: Sequence[ResultRow], with_batch: bool) -> str:
     )
 
 
-def _line(row: ResultRow, by_id: Mapping[str, ResultRow], notes: Footnotes) -> Line:
-    label = f"{GAP}{row.job_id} {show_scheme(row)}"
-    if row.state != JobState.SUCCEEDED:
-        return Line(row=row, label=label, remark=show_state(row))
-    baseline = by_id.get(row.baseline_job_id or "")
-    marks = "".join(notes.mark(text) for text in _remarks(row, baseline))
-    return Line(row=row, label=f"{label} {marks}".rstrip(), cells=cells_of(row, baseline))
+# Below the table
 
 
-def show_state(row: ResultRow) -> str:
-    """A row's state and its error, if any: ``failed: cuda_oom: out of memory (see `qbatch logs j7`)``."""
-    words = printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
-    return f"{words} (see `qbatch logs {row.job_id}`)" if row.state == JobState.FAILED else words
+def _notes(screen: ResultsScreen, lines: Sequence[Line], notes: Footnotes, shared: Sequence[str]) -> Iterable[str]:
+    measured = [line.row for line in lines if line.remark is None]
+    if screen.layout.sort is not None and len(_measured(measured)) > 1:
+        yield f"Note: {_NOT_COMPARABLE}."
+    yield from (f"All: {printable(text)}" for text in shared)
+    yield from (f"[{number}] {printable(text)}" for number, text in enumerate(notes.texts, start=1))
+    yield from map(printable, missing_part_remarks(measured))
+    yield from map(printable, emulation_remarks(measured))
 
 
-def _remarks(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
-    if row.reused_from is not None:
-        yield "taken from an earlier job's measurement of the same checkpoint and protocol; not measured again"
-    yield from audit_warnings(row)
-    if row.baseline_job_id is None:
+def _legend(screen: ResultsScreen, lines: Sequence[Line], texts: Sequence[str], left_out: list[str]) -> Iterable[str]:
+    measured = [line.row for line in lines if line.remark is None]
+    if not measured:
         return
-    if baseline is None:
-        yield "no ratios: its baseline is not among the rows shown"
-    elif baseline.state != JobState.SUCCEEDED:
-        yield "no ratios: its baseline has no result"
-    elif row.protocol_hash != baseline.protocol_hash:
-        yield "no ratios: it was measured with another protocol than its baseline, so the figures cannot be compared"
-    elif row.details.fingerprint != baseline.details.fingerprint:
-        yield "no ratios: the model's files changed between its baseline's measurement and its own"
-    else:
-        yield from _other_visit(row, baseline)
-
-
-def _other_visit(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
-    """Yield how the measurements of a row and its baseline differ although their protocol is the same."""
-    if row.device_name != baseline.device_name:
-        yield f"no ratios of speed and memory: it was measured on {row.device_name}, its baseline on another device"
-    elif timed_apart(row, baseline):
-        yield "its rounds did not alternate with its baseline's: the host's speed may have changed in between"
-    if versions := version_differences([baseline, row]):
-        yield f"its baseline was measured with other versions: {', '.join(versions)}"
-
-
-def _footer(
-    lines: Sequence[Line], by_id: Mapping[str, ResultRow], notes: Footnotes, left_out: Sequence[str], width: int
-) -> list[str]:
-    measured = [line for line in lines if line.cells]
-    footer = [""] if measured else []
-    for number, text in enumerate(notes.texts, start=1):
-        footer += wrap(printable(text), width, first=f"[{number}] ", indent=GAP * 2)
-    for text in _reasons(measured, by_id):
-        footer += wrap(printable(text), width, indent=GAP * 2)
+    if not screen.layout.has_legend:
+        yield short_legend(texts, ["--legend", *(["--wide"] if left_out else [])])
+        return
+    yield from map(printable, _reasons(measured, screen.by_id))
     if left_out:
-        footer += wrap(f"Not shown, because the terminal is too narrow: {', '.join(left_out)}.", width)
-    for text in _legend(measured):
-        footer += wrap(text, width)
-    return footer
+        yield f"Not shown, because the terminal is too narrow (--wide): {', '.join(left_out)}."
+    yield from full_legend(measured, texts, is_one_protocol=len(_measured(measured)) == 1)
 
 
-def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[str]:
+def _reasons(measured: Sequence[ResultRow], by_id: Mapping[str, ResultRow]) -> list[str]:
     """Why rows decode as fast as they do: a line for each row with a reason, up to a limit."""
     reasons = [
-        f"{line.row.job_id} {show_scheme(line.row)} {reason}."
-        for line in measured
-        if (reason := explain_speed_briefly(line.row, _comparable_baseline(line.row, by_id))) is not None
+        f"{row.job_id} {show_scheme(row)} {reason}."
+        for row in measured
+        if (reason := explain_speed_briefly(row, _comparable_baseline(row, by_id))) is not None
     ]
     more = len(reasons) - _REASONS_SHOWN
     return reasons[:_REASONS_SHOWN] + ([f"`qbatch show JOB` explains the speed of {more} more."] if more > 0 else [])
@@ -203,50 +253,3 @@ def _reasons(measured: Sequence[Line], by_id: Mapping[str, ResultRow]) -> list[s
 def _comparable_baseline(row: ResultRow, by_id: Mapping[str, ResultRow]) -> ResultRow | None:
     baseline = by_id.get(row.baseline_job_id or "")
     return baseline if baseline is not None and may_compare(row, baseline, on_device=True) else None
-
-
-def _shapes_of_one_protocol(rows: Sequence[ResultRow]) -> Iterable[str]:
-    """Yield the shapes that were run under one protocol, which depend on a model's maximum length and task."""
-    shapes: dict[str, list[str]] = {}
-    for row in rows:
-        shapes.setdefault(show_protocol(row), []).append(row.job_id)
-    for shape, jobs in shapes.items():
-        if shape != NOTHING_RUN:
-            yield f"{'All' if len(shapes) == 1 else first_names(jobs)} were measured with {shape}."
-
-
-def _legend(measured: Sequence[Line]) -> Iterable[str]:
-    rows = [line.row for line in measured]
-    if any(row.baseline_job_id is not None for row in rows):
-        yield (
-            "× is a figure divided by that of the baseline, the same model unquantized: ×0.5 is half the size, half "
-            "the time or half the speed. Perplexity, where lower is better, is shown with its change in percent."
-        )
-    if any(row.graph_decode_tokens_per_s is not None for row in rows):
-        yield (
-            "Graph decode is the rate of the same kernels under a CUDA graph, without the host: a program that uses "
-            "graphs can come near it, `generate` does not."
-        )
-    if any(row.kl_mean is not None for row in rows):
-        yield (
-            "KL is the mean Kullback-Leibler divergence of the model's predictions from its baseline's, in nats. top-1 "
-            "is how often the most likely token is the same."
-        )
-    if any(row.details.quality.rank_correlation is not None for row in rows):
-        yield "Rank corr is the rank correlation between its similarities of texts and the baseline's."
-    if any(ratio.endswith(NOISE_MARK) for line in measured for _, ratio in line.cells):
-        yield NOISE_LEGEND
-    if len(measured_by := _measured(rows)) == 1:
-        yield from _shapes_of_one_protocol(next(iter(measured_by.values())))
-    yield from missing_part_remarks(rows)
-    timed = [row for row in rows if MeasuredPart.SPEED not in row.not_measured]
-    devices = sorted({printable(str(row.device_name)) for row in timed})
-    if devices:
-        yield f"Speed and memory were measured on {' and '.join(devices)}; other devices give other figures."
-    yield from map(printable, emulation_remarks(rows))
-
-
-NOISE_LEGEND = (
-    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the rounds do not confirm a difference in speed, or "
-    "a difference in quality is below one standard error or no larger than rounding to 16 bits causes by itself."
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
@@ -20,6 +20,12 @@ def show_scheme(row: ResultRow) -> str:
     elsewhere = "" if compute in ("auto", row.dtype) else f" in {compute}"
     name = f"{description.title(options)}{_skipped(options)}"
     return f"{name}{description.nondefault_options(options)}{_sharded(options)}{elsewhere}"
+
+
+def brief_schemes(rows: Sequence[ResultRow]) -> list[str]:
+    """The same for each of ``rows``, where space is scarce: without the dtype of baselines that all have the same."""
+    is_same = len({row.dtype for row in rows if row.is_baseline}) < 2
+    return ["baseline" if row.is_baseline and is_same else show_scheme(row) for row in rows]
 
 
 def _options(row: ResultRow) -> dict[str, Any]:

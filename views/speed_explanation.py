@@ -65,7 +65,7 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
 
 
 def _on_cpu(row: ResultRow) -> Iterable[str]:
-    yield "On a CPU, qbatch cannot tell what limits decoding: nothing there shows how long the processor waits."
+    yield "What limits the rate of decoding is measured on GPUs only; no other figure depends on it."
     layers = row.details.audits.cpu_layers_on_generic_kernel
     remark = None if layers is None else describe_row(row.scheme).cpu_remark(show_scheme(row), layers)
     if remark is not None:

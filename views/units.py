@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import pairwise
 
 from qbatch.core.byte_units import GIB, KIB, MIB
 
@@ -26,6 +27,33 @@ def show_seconds(seconds: float) -> str:
     if seconds >= 0.9995:
         return f"{show_float(seconds, 3)} s"
     return f"{show_float(seconds * 1000, 3)} ms"
+
+
+def show_duration(seconds: float) -> str:
+    """``41 s``, ``12 min 5 s``, ``3 h 20 min``, ``2 d 4 h``: the two largest units."""
+    whole = round(seconds)
+    sizes = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    for (size, unit), (smaller, smaller_unit) in pairwise(sizes):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {smaller_unit}" if rest else "")
+    return f"{whole} s"
+
+
+def show_clock(seconds: float) -> str:
+    """``0:41``, ``12:05``, ``3:20:00``: for columns in which it rises."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_time_left(seconds: float) -> str:
+    """``about 12 min``: no finer than an estimate is."""
+    if seconds < 60:
+        return f"about {max(5, round(seconds / 5) * 5)} s"
+    if seconds < 3600:
+        return f"about {round(seconds / 60)} min"
+    return f"about {show_duration(round(seconds / 300) * 300)}"
 
 
 def show_count(count: int) -> str:
@@ -75,3 +103,8 @@ def show_change(ratio: float) -> str:
 def show_time(iso: str) -> str:
     """An aware ISO 8601 time in the reader's local time zone."""
     return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def show_utc(iso: str) -> str:
+    """An aware ISO 8601 time for readers in any time zone: ``2026-11-29 02:00 UTC``."""
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -9,17 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.folder_hint import ADAPTER_CONFIG
+from qbatch.core.kinds import FLOATS
+from qbatch.core.methods.registry import FAMILIES
 from qbatch.core.sources import TensorInfo, read_config, read_headers
 
 SKIP_LIST = "llm_int8_skip_modules"
 """The key of ``quantization_config`` under which it lists the layers left unquantized, whatever the method."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-# What stands behind a packed layer's name in the names of its parts: of 4 bits, of int8, of torchao's methods.
-_PARTS = (".weight.absmax", ".SCB", "._weight_scale", "._weight_scale_and_zero")
+_PACKED_PARTS = tuple(suffix for family in FAMILIES for suffix in family.packed_parts)
 # Matrices that no loader takes for a linear layer: embeddings, output layers, a mixture's routers.
 _NOT_LINEAR = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head|output|gate|router|relative_attention_bias)$")
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class CheckpointFacts:
     def of_folder(cls, folder: Path) -> CheckpointFacts:
         """Raises what ``read_headers`` and ``read_config`` raise."""
         tensors = (tensor for header in read_headers(folder) for tensor in header.tensors)
-        return cls.of_tensors(read_config(folder), tensors, has_adapter=(folder / _ADAPTER).exists())
+        return cls.of_tensors(read_config(folder), tensors, has_adapter=(folder / ADAPTER_CONFIG).exists())
 
     @cached_property
     def quantization(self) -> Mapping[str, Any]:
@@ -97,13 +97,13 @@ class CheckpointFacts:
 
 
 def _packed_module(tensor: str) -> str | None:
-    return next((tensor.removesuffix(part) for part in _PARTS if tensor.endswith(part)), None)
+    return next((tensor.removesuffix(part) for part in _PACKED_PARTS if tensor.endswith(part)), None)
 
 
 def _is_matrix(tensor: TensorInfo, vocabulary: int | None) -> bool:
     return (
         len(tensor.shape) == 2
-        and tensor.dtype in _FLOATS
+        and tensor.dtype in FLOATS
         and tensor.name.endswith(".weight")
         and _NOT_LINEAR.search(tensor.name.removesuffix(".weight")) is None
         and vocabulary not in tensor.shape

@@ -27,7 +27,7 @@ class EngineArchitecture:
     """How an engine builds one architecture.
 
     ``fused`` maps the last component of a fused module's name to those of its members. ``parts`` and ``prefixes`` are
-    what it replaces in a name, in this order. ``refused`` says why it takes no bitsandbytes checkpoint of it;
+    what it replaces in a name, in this order. ``refused`` says why it cannot load bitsandbytes checkpoints of it;
     ``is_generic``: it is run by the engine's wrapper around transformers, whose names were not read.
     """
 
@@ -91,7 +91,7 @@ class Engine:
 
 @cache
 def engine(package: str) -> Engine:
-    """``vllm`` or ``sglang``."""
+    """What is known of the engine ``vllm`` or ``sglang``."""
     value = json.loads((Path(__file__).parent / f"{package}.json").read_text())
     return Engine(
         package=value["package"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit, MeasuringAudit
 from qbatch.core.measured.decode_figures import DecodeReasons
-from qbatch.core.measured.quality_figures import Quality, TaskScores, TextPerplexity
+from qbatch.core.measured.quality_figures import FurtherText, Quality, TaskScores, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, RunShape, Size, TimedRounds
 from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown, omitted_unless
 
@@ -16,10 +16,11 @@ from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details(Stored):
     """The details of a result; ``docs/measurements.md`` explains each. ``protocol`` is the output of
-    ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``not_measured``: of the parts
-    (``MeasuredPart``) that were asked for, why those without figures have none. ``noise_inputs``: the inputs on which
-    ``stats`` and ``memory`` were measured, where they are no text. Of models of one shape in a batch, one is timed: its
-    rows have a ``speed_key``, and those of the others name the job that theirs is of (``speed_from``)."""
+    ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``more_texts``: the figures of the
+    protocol's further texts, by name. ``not_measured``: of the parts (``MeasuredPart``) that were asked for, why those
+    without figures have none. ``noise_inputs``: the inputs on which ``stats`` and ``memory`` were measured, where they
+    are no text. Of models of one shape in a batch, one is timed: its rows have a ``speed_key``, and those of the others
+    name the job that theirs is of (``speed_from``)."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -27,6 +28,7 @@ class Details(Stored):
     arithmetic_slowdown: Mapping[str, float] | None = omitted_if_unknown()
     perplexity: TextPerplexity = field(default_factory=TextPerplexity)
     quality: Quality = field(default_factory=Quality)
+    more_texts: Mapping[str, FurtherText] | None = omitted_if_unknown()
     tasks: Mapping[str, TaskScores] | None = None
     tasks_reason: str | None = None
     not_measured: Mapping[str, str] | None = omitted_if_unknown()

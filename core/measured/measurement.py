@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qbatch.core.kinds import DType
 from qbatch.core.measured.details import Details
-from qbatch.core.measured.stored_json import Stored, field_names
+from qbatch.core.measured.stored_json import Stored, field_names, omitted_if_unknown
+from qbatch.core.measured.task_answers import TaskAnswers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,8 @@ class Figures(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement(Figures):
-    """The figures that a worker measured. The fields listed here are always known."""
+    """The figures that a worker measured. The fields listed here are always known, except ``answers``: those to the
+    questions of each task, which are stored apart from the figures."""
 
     device_name: str
     dtype: DType
@@ -53,6 +56,7 @@ class Measurement(Figures):
     disk_bytes: int
     memory_footprint_bytes: int
     weights_bytes: int
+    answers: Mapping[str, TaskAnswers] | None = omitted_if_unknown()
 
 
 MEASURED_COLUMNS: tuple[str, ...] = tuple(name for name in field_names(Figures) if name != "details")

@@ -120,7 +120,7 @@ class Metric:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricColumn:
     """A column of a table, which shows the first of its ``metrics`` that a row has. ``rank``: if the terminal is too
-    narrow, columns with the highest rank are dropped first."""
+    narrow, columns with the highest rank are dropped first, and those of rank 0 never."""
 
     metrics: tuple[Metric, ...]
     rank: int = 0
@@ -274,6 +274,36 @@ ENERGY_PER_TOKEN = Metric(
     comparison=BaselineComparison.RATIO,
     on_device=True,
     value=lambda row: row.details.why.energy.decode.net_j_per_token,
+)
+
+
+def _call_energy(key: str, label: str, value: Value, error: Value | None = None) -> Metric:
+    return Metric(
+        key=f"details.why.energy.{key}",
+        label=label,
+        unit=Unit.JOULES,
+        better=Better.LOWER,
+        on_device=True,
+        value=value,
+        error=error,
+    )
+
+
+ENERGY_METRICS: tuple[Metric, ...] = (
+    _call_energy(
+        "decode.net_j",
+        "decode, net",
+        lambda row: row.details.why.energy.decode.net_j,
+        lambda row: row.details.why.energy.decode.uncertainty_j,
+    ),
+    _call_energy("decode.gross_j", "decode, gross", lambda row: row.details.why.energy.decode.gross_j),
+    _call_energy(
+        "prefill.net_j",
+        "prefill, net",
+        lambda row: row.details.why.energy.prefill.net_j,
+        lambda row: row.details.why.energy.prefill.uncertainty_j,
+    ),
+    _call_energy("prefill.gross_j", "prefill, gross", lambda row: row.details.why.energy.prefill.gross_j),
 )
 QUANTIZE = Metric(
     key="quantize_s",
@@ -466,19 +496,19 @@ def _short_of_1(share: float | None) -> float | None:
 # The tables' columns and sections, in order
 
 RESULTS_COLUMNS: tuple[MetricColumn, ...] = (
-    MetricColumn(metrics=(DISK,)),
-    MetricColumn(metrics=(WEIGHTS,), rank=3),
-    MetricColumn(metrics=(PEAK_MEMORY,), rank=2),
-    MetricColumn(metrics=(PREFILL, FORWARD), rank=1),
-    MetricColumn(metrics=(DECODE, THROUGHPUT)),
-    MetricColumn(metrics=(GRAPH_DECODE,), rank=1),
-    MetricColumn(metrics=(PERPLEXITY,)),
-    MetricColumn(metrics=(KL_MEAN,), rank=1),
-    MetricColumn(metrics=(TOP1,), rank=3),
-    MetricColumn(metrics=(RANK_CORRELATION,), rank=1),
-    MetricColumn(metrics=(BITS_PER_PARAM,), rank=4),
-    MetricColumn(metrics=(QUANTIZE,), rank=5),
-    MetricColumn(metrics=(LOAD,), rank=6),
+    MetricColumn(metrics=(WEIGHTS,)),
+    MetricColumn(metrics=(DECODE, THROUGHPUT), rank=1),
+    MetricColumn(metrics=(GRAPH_DECODE,), rank=3),
+    MetricColumn(metrics=(KL_MEAN,)),
+    MetricColumn(metrics=(RANK_CORRELATION,)),
+    MetricColumn(metrics=(TOP1,), rank=2),
+    MetricColumn(metrics=(PERPLEXITY,), rank=4),
+    MetricColumn(metrics=(PREFILL, FORWARD), rank=5),
+    MetricColumn(metrics=(PEAK_MEMORY,), rank=6),
+    MetricColumn(metrics=(DISK,), rank=7),
+    MetricColumn(metrics=(BITS_PER_PARAM,), rank=8),
+    MetricColumn(metrics=(QUANTIZE,), rank=9),
+    MetricColumn(metrics=(LOAD,), rank=10),
 )
 """The columns of ``results``, and the first ones of ``compare``."""
 COMPARE_COLUMNS: tuple[MetricColumn, ...] = (
@@ -507,6 +537,9 @@ COMPARED_METRICS: tuple[Metric, ...] = tuple(metric for column in COMPARE_COLUMN
 ALL_METRICS: tuple[Metric, ...] = tuple(
     {
         metric.key: metric
-        for metric in (*COMPARED_METRICS, *PREDICTION_LINES, *EMBEDDING_LINES, *COMPARE_CSV, *MEMORY_METRICS)
+        for metric in (
+            *(*COMPARED_METRICS, *PREDICTION_LINES, *EMBEDDING_LINES),
+            *(*COMPARE_CSV, *MEMORY_METRICS, *ENERGY_METRICS),
+        )
     }.values()
 )

@@ -10,6 +10,9 @@ from typing import Any, Self
 from qbatch.core.measured.stored_json import Stored, as_json, omitted_if_unknown, omitted_unless, when_known
 
 _ERROR = "_stderr"
+ITS_OUTPUTS_NOT_FINITE = "its outputs are NaN or infinite"
+BASE_OUTPUTS_NOT_FINITE = "the outputs of its baseline are NaN or infinite"
+"""Why a model is not compared with its base; see ``Quality.reason``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +52,22 @@ class QualityFloor(Stored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConfidenceBucket(Stored):
+    """The mean KL over the ``rows`` at which the base gave its most probable token a probability of at least ``above``
+    and, unless that is 1, less than ``below``. None without such rows."""
+
+    above: float
+    below: float
+    rows: int
+    kl_mean: float | None = None
+    kl_mean_se: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(Stored):
     """A model compared with its base: predictions token by token (``windows``, ``rows``), or an encoder's embeddings
-    for each piece of text (``pieces``). ``reason`` says why there is no comparison."""
+    for each piece of text (``pieces``). ``window_kl``: the sum over the rows of each window, ``window_rows`` their
+    number. ``reason`` says why there is no comparison."""
 
     windows: int | None = omitted_if_unknown()
     rows: int | None = omitted_if_unknown()
@@ -66,6 +82,9 @@ class Quality(Stored):
     kl_p99: float | None = omitted_if_unknown()
     kl_p99_se: float | None = omitted_unless("kl_p99")
     kl_max: float | None = omitted_if_unknown()
+    window_kl: tuple[float, ...] | None = omitted_if_unknown()
+    window_rows: tuple[int, ...] | None = omitted_if_unknown()
+    kl_by_confidence: tuple[ConfidenceBucket, ...] | None = omitted_if_unknown()
     top1_agreement: float | None = omitted_if_unknown()
     top1_agreement_se: float | None = omitted_unless("top1_agreement")
     window_nll: tuple[float, ...] | None = omitted_if_unknown()
@@ -86,6 +105,14 @@ class Quality(Stored):
     against: str | None = omitted_if_unknown()
     base_device_name: str | None = omitted_if_unknown()
     floor: QualityFloor = field(default_factory=QualityFloor, metadata=when_known("against"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FurtherText(Stored):
+    """The figures of a text besides the first: the model compared with its base, and its perplexity."""
+
+    quality: Quality = field(default_factory=Quality)
+    perplexity: TextPerplexity = field(default_factory=TextPerplexity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.measured.task_answers import TaskAnswers
 
 _FIRST_FIELDS = (
     *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),
@@ -60,7 +61,8 @@ class ResultRow(Figures):
 
     ``options`` are the options of its scheme as requested. ``dtype`` and ``compute_dtype`` are the requested ones until
     the job is measured. ``protocol`` is the protocol of the measurement. ``baseline_job_id`` is the baseline in the
-    same batch with the same source and protocol.
+    same batch with the same source and protocol. ``answers``: how each question of its tasks was answered, by task or
+    group; they are not part of its JSON.
     """
 
     batch_id: str
@@ -81,6 +83,7 @@ class ResultRow(Figures):
     baseline_job_id: str | None = None
     protocol: StoredProtocol = field(default_factory=StoredProtocol)
     protocol_hash: str | None = None
+    answers: Mapping[str, TaskAnswers] = field(default_factory=dict)
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:

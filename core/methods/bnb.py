@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.errors import UsageError
-from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredTensor
+from qbatch.core.kinds import FLOAT8, FLOATS
+from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredParts, StoredTensor
 
 LIBRARY = "bitsandbytes"
 _ENVIRONMENT = ("BNB_", "BITSANDBYTES_")
 # Each block of this many values has a float32 scale, or one of a single byte with double quantization.
-_BLOCK = 64
+BLOCK = 64
+# With double quantization, so many of those scales share a float32 scale.
+_NESTED_BLOCK = 256
+# The tables of what the codes of weights and of quantized scales stand for.
+_CODES, _NESTED_CODES = 16, 256
+# The mean of the scales is stored as text, whose length is known only once it was computed.
+_LIKELY_MEAN = "0.07314682006835938"
+_MEAN_VARIES_BYTES = 4
+_STORAGE = {"uint8": ("U8", 1), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 # LLM.int8 dequantizes the columns for which the input has an outlier, in the worst case all of them: a byte of code and
 # two float32 per value.
 _OUTLIER_BYTES = 9
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # Suffixes of the tensors stored with a weight, apart from ".quant_state.", which is followed by the name of the type.
 _STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
@@ -68,7 +77,32 @@ class BnbFourBit(_Bnb):
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
-        return rows * columns * (0.5 + scale_bytes / _BLOCK)
+        return rows * columns * (0.5 + scale_bytes / BLOCK)
+
+    def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
+        storage, width = _STORAGE[QUANT_STORAGE.of(options)]
+        is_nested = DOUBLE_QUANT.of(options)
+        blocks = -(-rows * columns // BLOCK)
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": BLOCK,
+            "dtype": dtype,
+            "shape": [rows, columns],
+        }
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {
+            name: (storage, (-(-rows * columns // 2) // width, 1)),
+            f"{name}.absmax": ("U8" if is_nested else "F32", (blocks,)),
+            f"{name}.quant_map": ("F32", (_CODES,)),
+        }
+        if is_nested:
+            state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0}
+            parts[f"{name}.nested_absmax"] = ("F32", (-(-blocks // _NESTED_BLOCK),))
+            parts[f"{name}.nested_quant_map"] = ("F32", (_NESTED_CODES,))
+        length = len(json.dumps(state)) + (len(_LIKELY_MEAN) - 1 if is_nested else 0)
+        return parts | {f"{name}.quant_state.bitsandbytes__{self.quant_type}": ("U8", (length,))}
+
+    def varying_bytes(self, options: Options) -> int:
+        return _MEAN_VARIES_BYTES if DOUBLE_QUANT.of(options) else 0
 
     def config_for_loaders(self, options: Options, compute_dtype: str) -> Mapping[str, Any] | None:
         return {
@@ -105,6 +139,14 @@ class BnbInt8(_Bnb):
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         return float(rows * columns)
+
+    def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
+        module = name.removesuffix(".weight")
+        return {
+            name: ("I8", (rows, columns)),
+            f"{module}.SCB": ("F32", (rows,)),
+            f"{module}.weight_format": ("U8", ()),
+        }
 
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _OUTLIER_BYTES * largest_weight if INT8_THRESHOLD.of(options) else 0
@@ -175,6 +217,7 @@ class BnbCheckpoints:
     """Reads bitsandbytes' checkpoints from their config and headers."""
 
     quant_method = LIBRARY
+    packed_parts = (".weight.absmax", ".SCB")
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """``bitsandbytes 4 bits (nf4, double quantization)``"""
@@ -195,7 +238,7 @@ def _elements(tensor: StoredTensor, names: set[str]) -> int:
         return 0
     if f"{tensor.name}.absmax" in names:
         return tensor.nbytes * 2
-    return tensor.numel if tensor.dtype in (*_FLOATS, "I8") else 0
+    return tensor.numel if tensor.dtype in (*FLOATS, *FLOAT8, "I8") else 0
 
 
 # The relative error of NF4 is about 0.1.

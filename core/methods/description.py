@@ -14,6 +14,9 @@ OptionValue = bool | int | float | str
 Options = Mapping[str, OptionValue]
 """A scheme's options by name: all that its method stores."""
 
+StoredParts = Mapping[str, tuple[str, tuple[int, ...]]]
+"""The dtype, as a safetensors header names it, and the shape of tensors by name."""
+
 
 class StoredTensor(Protocol):
     """One tensor as described in a safetensors header."""
@@ -90,6 +93,8 @@ class MethodDescription:
     environment: tuple[str, ...] = ()
     # Whether checkpoints are written tensor by tensor, in little memory however large the model is.
     is_streamed: bool = True
+    # Whether ``stored_parts`` and ``stored_metadata`` were compared with files that the library wrote.
+    is_layout_known: bool = True
     # How the memory footprint is determined, in words.
     footprint: str = "as transformers reports it"
 
@@ -124,6 +129,22 @@ class MethodDescription:
         """Bytes that quantizing or a forward pass needs temporarily, if the largest quantized weight has
         ``largest_weight`` values."""
         return 0
+
+    def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
+        """The tensors that a checkpoint holds for the quantized weight ``name`` [rows, columns] of values in ``dtype``.
+
+        None where the method's library leaves such a weight unquantized.
+        """
+        raise NotImplementedError(f"{self.name} has no quantized weights")
+
+    def varying_bytes(self, options: Options) -> int:
+        """By how many bytes the stored parts of a weight may differ from ``stored_parts``, because of its values."""
+        return 0
+
+    def stored_metadata(self, columns: Mapping[str, int | None], dtype: str) -> Mapping[str, str]:
+        """What the files' metadata say besides the format. ``columns`` has every tensor by name: for a quantized weight
+        its number of columns, else None."""
+        return {}
 
     def speed_depends_on_values(self, options: Options) -> bool:
         """Whether two models of the same shape may differ in speed because of the values of their weights."""
@@ -172,6 +193,10 @@ class CheckpointFamily(Protocol):
     """Reads the checkpoints of one library from their config and headers, without loading them."""
 
     quant_method: str
+
+    @property
+    def packed_parts(self) -> tuple[str, ...]:
+        """The suffixes that mark a layer as packed: a tensor is stored under its name and one of them."""
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """Describe ``quantization_config`` in a few words."""

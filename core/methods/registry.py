@@ -17,6 +17,11 @@ Description = unquantized.Unquantized | bnb.BnbFourBit | bnb.BnbInt8 | torchao.T
 FAMILIES: tuple[CheckpointFamily, ...] = (bnb.BnbCheckpoints(), torchao.TorchaoCheckpoints())
 
 
+def _of(description: Description) -> Description:
+    """``description``. Type checkers do not check what the members of an enumeration are made from; here they do."""
+    return description
+
+
 class Method(StrEnum):
     """A quantization method. The value is the name stored in rows."""
 
@@ -29,13 +34,13 @@ class Method(StrEnum):
         member.description = description
         return member
 
-    NF4 = bnb.NF4
-    FP4 = bnb.FP4
-    INT8 = bnb.INT8
-    TORCHAO_INT8_DYNAMIC = torchao.INT8_DYNAMIC
-    TORCHAO_INT8 = torchao.INT8
-    TORCHAO_INT4 = torchao.INT4
-    NONE = unquantized.NONE
+    NF4 = _of(bnb.NF4)
+    FP4 = _of(bnb.FP4)
+    INT8 = _of(bnb.INT8)
+    TORCHAO_INT8_DYNAMIC = _of(torchao.INT8_DYNAMIC)
+    TORCHAO_INT8 = _of(torchao.INT8)
+    TORCHAO_INT4 = _of(torchao.INT4)
+    NONE = _of(unquantized.NONE)
 
 
 def find_method(text: str) -> Method:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, assert_never
 
 from qbatch.core.errors import UsageError
 from qbatch.core.kinds import DeviceKind, DType
-from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredTensor
+from qbatch.core.methods.description import MethodDescription, MethodOption, Options, StoredParts, StoredTensor
 
 LIBRARY = "torchao"
 EXTRA = "torchao"
@@ -28,6 +29,16 @@ _CODES, _STATE = "_weight_qdata", ("_weight_scale", "_weight_zero_point")
 # Importing torchao warns of kernels that only other builds of torch have, and of deprecated names.
 _SILENCED = ("torchao", "torch.utils._pytree")
 _FOOTPRINT = "codes and unquantized weights (transformers would count codes as 16-bit weights)"
+
+# How torchao 0.18 describes the quantization of activations in a file's metadata.
+_ACTIVATIONS = {
+    "_type": "QuantizeTensorToInt8Kwargs",
+    "_data": {
+        "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+        "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+        "reduce_range": False,
+    },
+}
 
 
 class WeightKind(Enum):
@@ -70,13 +81,47 @@ class Torchao(MethodDescription):
     footprint: str = _FOOTPRINT
 
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
+        match self.kind:
+            case WeightKind.INT8 | WeightKind.INT8_DYNAMIC:
+                return rows * (columns + _ROW_BYTES)
+            case WeightKind.INT4:
+                return _int4_bytes(rows, columns, GROUP_SIZE.of(options))
+            case _:
+                assert_never(self.kind)
+
+    def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
+        module, _, leaf = name.rpartition(".")
+        prefix = f"{module}._{leaf}_"
         if self.kind is not WeightKind.INT4:
-            return rows * (columns + _ROW_BYTES)
+            return {
+                f"{prefix}qdata": ("I8", (rows, columns)),
+                f"{prefix}scale": ("F32", (rows, 1)),
+                f"{prefix}zero_point": ("I8", (rows, 1)),
+            }
         group_size = GROUP_SIZE.of(options)
-        if columns % group_size:  # stays unquantized, at 16 bits
-            return rows * columns * 2
+        if columns % group_size:
+            return None
         rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
-        return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
+        return {
+            f"{prefix}qdata": ("I32", (rows // ROW_STEP, columns // 128, 32, 4)),
+            f"{prefix}scale_and_zero": ("BF16", (columns // group_size, rows, 2)),
+        }
+
+    def stored_metadata(self, columns: Mapping[str, int | None], dtype: str) -> Mapping[str, str]:
+        each = {name: self._metadata(count, dtype) for name, count in columns.items()}
+        return each | {"tensor_names": json.dumps(list(columns))}
+
+    def _metadata(self, columns: int | None, dtype: str) -> str:
+        if columns is None:
+            return json.dumps({"_type": "Tensor"})
+        data = {
+            "act_quant_kwargs": _ACTIVATIONS if self.kind is WeightKind.INT8_DYNAMIC else None,
+            "reduce_range": False,
+            "block_size": [1, columns],
+            "dtype": {"_type": "torch.dtype", "_data": dtype},
+        }
+        names = ["zero_point", "qdata", "scale"]
+        return json.dumps({"_type": "Int8Tensor", "_data": data, "_tensor_data_names": names})
 
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _WORKING_BYTES * largest_weight
@@ -85,6 +130,13 @@ class Torchao(MethodDescription):
         if self.kind is not WeightKind.INT8_DYNAMIC:
             return None
         return "Unless the model is compiled, torchao inspects the activations on the host before each matrix product."
+
+
+def _int4_bytes(rows: int, columns: int, group_size: int) -> float:
+    if columns % group_size:  # stays unquantized, at 16 bits
+        return rows * columns * 2
+    rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
+    return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
 
 
 def _round_up(size: int, step: int) -> int:
@@ -107,6 +159,7 @@ INT4 = Torchao(
     options=(GROUP_SIZE,),
     devices=frozenset({DeviceKind.CUDA}),
     dtypes=frozenset({DType.BFLOAT16}),
+    is_layout_known=False,
     kind=WeightKind.INT4,
 )
 
@@ -115,6 +168,7 @@ class TorchaoCheckpoints:
     """Reads torchao's checkpoints from their config and headers."""
 
     quant_method = LIBRARY
+    packed_parts = ("._weight_scale", "._weight_scale_and_zero")
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """``torchao Int8WeightOnlyConfig``"""

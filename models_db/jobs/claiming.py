@@ -16,7 +16,7 @@ from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.ready_bundles import is_due
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job, Worker
-from qbatch.models_db.vram import usable_bytes
+from qbatch.models_db.usable_memory import usable_bytes
 from qbatch.models_db.window import NO_MESSAGE
 from qbatch.models_db.workers import is_live
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.errors import CudaOom, WorkerLost
 from qbatch.core.retry_policy import EXPIRED, RetryLimits, longest_wait_s
+from qbatch.core.vram_classes import no_larger
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import WAITS_AGAIN
 from qbatch.models_db.jobs.carry_out import end_badly
@@ -17,7 +18,7 @@ from qbatch.models_db.jobs.transitions import end, requeue
 from qbatch.models_db.memory_need import seen_too_large_for
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job, Worker
-from qbatch.models_db.vram import no_larger, usable_bytes
+from qbatch.models_db.usable_memory import usable_bytes
 from qbatch.models_db.workers import around
 
 

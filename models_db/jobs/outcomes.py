@@ -10,12 +10,14 @@ from qbatch.core.domain import JobState, Protocol, Token
 from qbatch.core.errors import CudaOom, JobError
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
+from qbatch.core.vram_classes import no_larger
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
 from qbatch.models_db.jobs.transitions import end, locked, requeue
 from qbatch.models_db.memory_need import remember_too_small
+from qbatch.models_db.question_answers import store_answers
 from qbatch.models_db.tables import Job, Result, Worker
-from qbatch.models_db.vram import no_larger, usable_bytes
+from qbatch.models_db.usable_memory import usable_bytes
 from qbatch.models_db.workers import around
 
 
@@ -49,6 +51,7 @@ def succeed(
             speed_key=measurement.details.speed_key,
         )
     )
+    store_answers(session, job.id, measurement.answers or {})
     end(session, job, JobState.SUCCEEDED)
     clear_device(session, job.worker_id)
     return True

@@ -38,4 +38,12 @@ context.configure(
     transaction_per_migration=False,
     on_version_apply=note_oldest_code,
 )
-context.run_migrations()
+IS_SQLITE = connection.dialect.name == "sqlite"
+if IS_SQLITE:
+    # A table that is copied is away for a moment, and so is what the view `result_rows` reads: do not check it then.
+    connection.exec_driver_sql("PRAGMA legacy_alter_table=ON")
+try:
+    context.run_migrations()
+finally:
+    if IS_SQLITE:
+        connection.exec_driver_sql("PRAGMA legacy_alter_table=OFF")

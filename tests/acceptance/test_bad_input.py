@@ -209,15 +209,17 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     steering = tmp_path / "steering"
     shutil.copytree(models / "llama", steering)
     config = json.loads((steering / "config.json").read_text())
-    hostile = "\x1b]0;title\x07\x9b31mNoSuchForMaskedLM"
-    (steering / "config.json").write_text(json.dumps(config | {"architectures": [hostile]}))
+    hostile = "\x1b]0;title\x07\x9b31mNoSuchActivation"
+    (steering / "config.json").write_text(json.dumps(config | {"hidden_act": hostile}))
     listed = model_list(truncated, incomplete, pickled, steering, "nobody/nothing-at-all", models / "bert-mlm")
-    done = stack("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json", code=1)
+    submit = ("submit", "--models", listed, "--bits", "4", "--no-baseline", "--wait", "--format", "json")
+    refused = stack(*submit, code=2).stderr.splitlines()
+    assert [line.split(":")[0] for line in refused[1:]] == ["  line 1", "  line 2", "  line 3"]
+    assert stack.json("status") == []
+    done = stack(*submit, "--keep-going", code=1)
+    assert done.stderr.count("left out: line ") == 3
     kinds = {Path(row["model"]).name: (row["state"], row["error_kind"]) for row in json.loads(done.stdout)}
     assert kinds == {
-        "truncated": ("failed", "source_corrupt"),
-        "no-weights": ("failed", "source_not_found"),
-        "pickled": ("failed", "unsafe_source"),
         "steering": ("failed", "unsupported"),
         "nothing-at-all": ("failed", "source_not_found"),
         "bert-mlm": ("succeeded", None),
@@ -225,7 +227,7 @@ def test_a_bad_model_fails_alone(stack: Qbatch, models: Path, model_list: Callab
     assert not list((stack.home / "storage" / ".staging").glob("*/*/*-*"))
     told = [stack("jobs", "--format", format_).stdout for format_ in ("csv", "json", "table")]
     told += [path.read_text() for path in (stack.home / "storage" / "logs").rglob("*.log")]
-    assert sum("NoSuchForMaskedLM" in text for text in told) >= 4
+    assert sum("NoSuchActivation" in text for text in told) >= 4
     assert not any(character in text for text in told for character in "\x1b\x07\x9b")
 
 

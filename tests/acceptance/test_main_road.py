@@ -24,9 +24,11 @@ import torch
 import transformers
 
 from qbatch.core.digest import digest_file, root_sha256
+from qbatch.models_db.listing import list_jobs
 from qbatch.worker.checkpoints.published import problems
 from tests import tiny
 from tests.acceptance.conftest import QBATCH, Qbatch, stop
+from tests.acceptance.test_services import LONG
 from tests.tiny import make_causal
 from tests.waiting import until
 
@@ -131,6 +133,7 @@ def _check_checkpoint(folder: Path, source: Path) -> None:
     assert problems(folder) == []
     manifest = json.loads((folder / "qbatch.json").read_text())
     assert manifest["scheme"]["method"] == "bnb-nf4"
+    assert [path.name for path in (folder.parents[2] / "logs").iterdir()] == [manifest["database"]], "its id"
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {
         entry["name"] for entry in manifest["files"]
     }
@@ -208,7 +211,9 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     options = ("--quant-type", "nf4,fp4", "--double-quant", "--name", "all of four bits")
     batch = stack("submit", "--models", listed, "--bits", "4,16", *options, "-q").stdout.strip()
     assert batch.startswith("b")
-    stack("wait", batch, "--timeout", "2m")
+    watched = stack("watch", batch)
+    assert "bnb-fp4: benchmarking" in watched.stdout
+    assert f"{batch}: 3 of 3 jobs succeeded, after " in watched.stdout
     rows = stack.json("results", "--batch", batch)
     assert [row["scheme"] for row in rows] == ["none", "bnb-nf4", "bnb-fp4"]
     assert [row["double_quant"] for row in rows] == [False, True, True]
@@ -238,14 +243,21 @@ def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
     stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
 ) -> None:
     log = tmp_path / "run.log"
-    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", log=log)
+    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", *LONG, log=log)
     until(lambda: " jobs\n" in log.read_text(), "the batch")
     assert stop(process, signal.SIGINT) == 130
     said = log.read_text()
     batch = said.partition(":")[0]
-    assert f"no longer waiting; {batch} goes on where it runs" in said
+    assert re.search(rf"no longer watching; {batch} goes on \(.*(running|queued)\): `qbatch watch {batch}` shows", said)
     assert "stopped" not in said
+    log = tmp_path / "watch.log"
+    watch = stack.start("watch", batch, log=log)
+    until(lambda: "benchmarking" in log.read_text(), "the running job")
+    assert stop(watch, signal.SIGINT) == 130
+    assert f"no longer watching; {batch} goes on (" in log.read_text()
     assert {job["state"] for job in stack.json("jobs", "--batch", batch)} <= {"queued", "running", "succeeded"}
+    # A row is written about once a second.
+    until(lambda: any("step" in (job["progress"] or {}) for job in stack.look(list_jobs)), "what is measured")
     stack("cancel", batch)
 
 

@@ -45,7 +45,7 @@ def _check_show(qbatch: Qbatch) -> None:
         "% of its parameters",
         "worst layers",
         "(16-bit rounding alone: ",
-        "On a CPU, qbatch cannot tell what limits decoding",
+        "What limits the rate of decoding is measured on GPUs only",
     ):
         assert fact in said
     assert "no such job: j99" in qbatch("show", "j99", code=2).stderr

@@ -50,13 +50,10 @@ def test_a_task_that_would_run_code_is_refused_at_submit(
     assert qbatch.json("status") == []
 
 
-def test_a_name_that_the_harness_does_not_know_fails_its_jobs_in_one_line(
-    stack: Qbatch, models: Path, model_list: Callable[..., str]
+def test_a_name_that_the_harness_does_not_know_is_refused_at_submit(
+    qbatch: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama")
-    options = ("--bits", "16", "--device", "cpu", "--tasks", "no_such_task")
-    batch = stack.json("submit", "--models", listed, *options)["batch_id"]
-    stack("wait", batch, code=1)
-    (row,) = stack.json("results", "--batch", batch)
-    assert (row["state"], row["error_kind"]) == ("failed", "unsupported")
-    assert "has no task 'no_such_task'" in row["error_message"]
+    done = qbatch("submit", "--models", listed, "--bits", "16", "--tasks", "no_such_task", code=2)
+    assert "has no task 'no_such_task'" in done.stderr
+    assert qbatch.json("status") == []

@@ -44,7 +44,7 @@ class SmallDisk:
         self._place.mkdir()
         self.qbatch = Qbatch(folder / "home", PACE | env)
         script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
-        namespace = _namespace()
+        namespace = private_mounts()
         self._enter = ["nsenter", "--mount"]
         if "--map-root-user" in namespace:
             self._enter += ["--user", "--preserve-credentials"]
@@ -106,7 +106,7 @@ class SmallStorage(SmallDisk):
         self.fleet.close()
 
 
-def _namespace() -> list[str]:
+def private_mounts() -> list[str]:
     """How to start a program that may mount something for itself alone."""
     for argv in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         attempt = subprocess.run([*argv, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_during_a_write_costs_only_what_was_begun(tmp_path:
     storage.mkdir()
     source.mkdir()
     script = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && exec "$@"'
-    argv = [*_namespace(), "sh", "-c", script, "sh", str(storage)]
+    argv = [*private_mounts(), "sh", "-c", script, "sh", str(storage)]
     done = subprocess.run(
         [*argv, sys.executable, "-c", _OUTGROW, str(storage), str(source)],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],

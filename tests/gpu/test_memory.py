@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 
-from qbatch.models_db.vram import GIB, vram_class
+from qbatch.core.byte_units import GIB
+from qbatch.core.vram_classes import vram_class
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.waiting import until
 

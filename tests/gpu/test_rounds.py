@@ -140,7 +140,7 @@ def row_benchmark(loaded: LoadedModel, folder: Path, protocol: Protocol) -> RowB
             compute_dtype=DType.BFLOAT16,
             protocol=protocol,
             eval_text=TEXT,
-            task_texts={},
+            texts={},
             on_step=lambda _step: None,
         )
     )

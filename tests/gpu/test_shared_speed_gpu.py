@@ -159,7 +159,7 @@ def _row(folder: Path, loaded: Any, asked: Protocol) -> RowBenchmark:
         compute_dtype=DType.BFLOAT16,
         protocol=asked,
         eval_text=TEXT,
-        task_texts={},
+        texts={},
         on_step=lambda _step: None,
     )
     model = ModelBenchmark(subject)

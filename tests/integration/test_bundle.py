@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,15 +15,11 @@ import pytest
 
 from qbatch.core import filesystem, identity
 from qbatch.core.domain import (
-    Claim,
     DeviceKind,
-    DType,
-    JobSpec,
     Method,
     Protocol,
     ProtocolOptions,
     Scheme,
-    SourceRef,
     Stage,
 )
 from qbatch.core.errors import DiskFull, SourceChanged, StorageError, Unsupported
@@ -32,54 +27,22 @@ from qbatch.core.filesystem import Refusal
 from qbatch.core.methods import registry
 from qbatch.worker.checkpoints import publish as publishing
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
-from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
-    Answered,
     CheckpointReady,
     Entered,
     Failed,
-    FilesKnown,
-    FilesSeen,
     Measured,
     MeasurementsOver,
-    Order,
     Progressed,
-    Question,
-    Reply,
     Resolved,
-    RunnerMessage,
+    Stepped,
 )
-from qbatch.worker.runner.quiet import Quiet
-from qbatch.worker.sources.fetch import SourcePolicy
-from tests.tiny import make_causal
-from tests.unit.benchmark_models import QUICK, TEXT
+from tests.bundles import TEXT_HASH, Ear, run_bundle
+from tests.tiny import make_causal, make_encoder
+from tests.unit.benchmark_models import QUICK
 
-TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 NF4, INT8, TORCHAO = 1, 2, 3
 SCHEMES = {NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
-
-
-@dataclass(slots=True)
-class Ear:
-    """A supervisor that only listens."""
-
-    heard: list[RunnerMessage] = field(default_factory=list)
-
-    def send(self, message: RunnerMessage) -> None:
-        self.heard.append(message)
-
-    def ask(self, question: Question) -> Reply:
-        self.send(question)
-        return FilesKnown(digests={}) if isinstance(question, FilesSeen) else Answered(job_ids=frozenset())
-
-    def entered(self, stage: Stage) -> set[int]:
-        return {job_id for m in self.heard if isinstance(m, Entered) and m.stage is stage for job_id in m.job_ids}
-
-    def measured(self) -> set[int]:
-        return {m.job_id for m in self.heard if isinstance(m, Measured)}
-
-    def failed(self) -> dict[int, str]:
-        return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
 
 
 @pytest.fixture(autouse=True)
@@ -97,37 +60,7 @@ def source(tmp_path: Path) -> Path:
 
 def run(source: Path, attempt: int = 1, schemes: Mapping[int, Scheme] = SCHEMES) -> Ear:
     """The bundle of both widths of ``source``."""
-    claims = tuple(
-        Claim(
-            job_id=job_id,
-            attempt=attempt,
-            spec=JobSpec(
-                source=SourceRef(name=str(source), location=str(source), is_folder=True),
-                scheme=scheme,
-                dtype=DType.AUTO,
-                device=DeviceKind.CPU,
-                protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
-            ),
-        )
-        for job_id, scheme in schemes.items()
-    )
-    storage = source.parent / "storage"
-    order = Order(
-        claims=claims,
-        texts={TEXT_HASH: TEXT},
-        device_kind=DeviceKind.CPU,
-        device_name="this CPU",
-        storage=storage,
-        staging=storage / ".staging",
-        cache=source.parent / "cache",
-        cache_bytes=1 << 30,
-        policy=SourcePolicy(roots=None),
-        lease_s=60.0,
-        log_path=storage / "log",
-    )
-    ear = Ear()
-    Bundle(order, ear, Quiet()).run()
-    return ear
+    return run_bundle(source, schemes, attempt=attempt)
 
 
 def places(ear: Ear, source: Path) -> dict[int, Path]:
@@ -142,10 +75,30 @@ def written(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Path) -> None:
     """From then on the next runner may prepare itself."""
-    heard = [type(message) for message in run(source).heard]
+    ear = run(source)
+    heard = [type(message) for message in ear.heard]
+    steps = {
+        job_id: [m.step for m in ear.heard if isinstance(m, Stepped) and job_id in m.job_ids] for job_id in SCHEMES
+    }
+    for of_job in steps.values():
+        assert [step for step in of_job if "speed" in step] == [
+            f"speed, round {n + 1}/{QUICK.speed_rounds}" for n in range(QUICK.speed_rounds)
+        ]
     assert heard.count(MeasurementsOver) == 1
     over = heard.index(MeasurementsOver)
     assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)
+
+
+@pytest.mark.parametrize("make", [make_causal, make_encoder])
+def test_a_model_without_a_tokenizer_says_why_its_quality_is_unknown(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = make(tmp_path / "speechless")
+    for path in source.glob("*token*"):
+        path.unlink()
+    (row,) = [m for m in run(source, schemes={NF4: SCHEMES[NF4]}).heard if isinstance(m, Measured)]
+    assert row.measurement.details.quality.reason == "it has no tokenizer"
+    assert row.measurement.perplexity is None
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_cancel_names_those_that_begin_again(
     claim(sqlite_database, [ids[3]], a_worker(sqlite_database, "w2"))
     done = CliRunner().invoke(main, ["cancel", "j2"])
     assert done.stdout == "j2\n"
-    assert "in the same process, which is ended, ran j1, j3: begun again, with no failure charged" in done.stderr
+    assert "j1, j3 ran in the same process, which is ended: started again, without counting a failure" in done.stderr
     for alone in ("j4", "j5"):
         assert "same process" not in CliRunner().invoke(main, ["cancel", alone]).stderr, "nobody else runs there"
     assert "same process" not in CliRunner().invoke(main, ["cancel", "b1"]).stderr, "all of it is cancelled"

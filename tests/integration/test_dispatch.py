@@ -14,6 +14,7 @@ import redis
 from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import BrokerUnreachable, CudaOom
 from qbatch.core.settings import Settings
@@ -22,7 +23,6 @@ from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Worker
-from qbatch.models_db.vram import GIB
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.dispatch import top_up
 from qbatch.scheduler.private_redis import redis_server_path

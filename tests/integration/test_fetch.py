@@ -343,7 +343,7 @@ def test_an_old_sentence_transformer_on_the_hub_names_its_inner_folder(hub: Hub,
     hub.publish("org/sentences", served)
     refused = node.fetch("org/sentences")
     assert refused["kind"] == "source_not_found"
-    assert "its model lies in the folder 0_Transformer" in refused["message"]
+    assert "its model is in the folder 0_Transformer" in refused["message"]
 
 
 def pickled_bytes() -> bytes:

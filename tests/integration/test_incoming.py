@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers.integrations.peft
-from transformers import MobileBertForMaskedLM
+from transformers import DeepseekV3ForCausalLM, MobileBertForMaskedLM, UnlimitedOcrForConditionalGeneration
 
 from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
+from qbatch.core.errors import SourceCorrupt
 from qbatch.worker.runner.messages import Failed, Measured
+from qbatch.worker.sources.pickles import read_tensors
 from tests import incoming
 from tests.integration.test_bundle import TEXT_HASH, Ear, a_quick_protocol, places, run
 from tests.shrunk import make, shrunk_config
@@ -93,8 +96,8 @@ def test_an_old_sentence_transformers_folder_names_its_inner_model(tmp_path: Pat
     source = incoming.old_sentence_transformer(tmp_path / "source")
     message = the_message(run(source, schemes=BOTH), "source_not_found")
     assert message == (
-        f"{source} has no config.json: the model of this sentence-transformers folder lies in {source}/0_Transformer; "
-        "list that"
+        f"{source} has no config.json: the model of this sentence-transformers folder is in {source}/0_Transformer: "
+        "list that one"
     )
 
 
@@ -103,6 +106,15 @@ def test_a_git_lfs_pointer_is_called_that(name: str, tmp_path: Path) -> None:
     source = incoming.clone_without_lfs(tmp_path / "source", name)
     message = the_message(run(source, schemes=BOTH), "source_corrupt")
     assert message == f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {source}"
+
+
+def test_a_pickle_that_is_a_git_lfs_pointer_is_called_that(tmp_path: Path) -> None:
+    source = incoming.clone_without_lfs(tmp_path / "source", "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    message = the_message(run(source, schemes=BOTH), "source_corrupt")
+    assert message.startswith("pytorch_model.bin is a Git LFS pointer")
+    with pytest.raises(SourceCorrupt, match="Git LFS pointer"):
+        read_tensors(source / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
@@ -121,7 +133,7 @@ def test_files_that_transformers_would_load_instead_are_refused(tmp_path: Path) 
     assert name in the_message(run(source, schemes=BOTH), "unsupported")
 
 
-def test_weights_with_nan_are_published_and_measured_by_no_row(tmp_path: Path) -> None:
+def test_weights_with_nan_are_not_published(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     name = "model.layers.0.mlp.down_proj.weight"
     incoming.edit_tensors(source, lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
@@ -130,21 +142,37 @@ def test_weights_with_nan_are_published_and_measured_by_no_row(tmp_path: Path) -
     assert places(ear, source) == {}
 
 
-def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model"])
+def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(name: str, tmp_path: Path) -> None:
     source = incoming.tekken_alone(tmp_path / "source")
+    (source / "tekken.json").rename(source / name)
     ear = run(source, schemes=BOTH)
     reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
-    assert reasons == {"its only tokenizer is tekken.json, which qbatch cannot read"}
+    assert reasons == {f"its only tokenizer is {name}, which qbatch cannot read"}
     (folder,) = places(ear, source).values()
-    assert (folder / "tekken.json").is_file()
+    assert (folder / name).is_file()
 
 
 def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     ear = run(source, schemes=BOTH)
-    assert the_message(ear, "unsupported").startswith("cannot load the tokenizer in source: ")
+    message = the_message(ear, "unsupported")
+    assert message.startswith("cannot load the tokenizer in source: ")
+    assert not message.endswith(":")
     assert ear.entered(Stage.QUANTIZING) == set()
+
+
+def test_a_tokenizer_of_a_larger_model_is_said_before_anything_is_quantized(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ear = run(make_causal(tmp_path / "source", dtype="bfloat16", vocab_size=128), schemes=BOTH)
+    said = [record.getMessage() for record in caplog.records]
+    (warned,) = [number for number, line in enumerate(said) if line.startswith("no text can be measured: the token")]
+    assert said[warned].endswith(", but the model embeds only 128")
+    assert warned < said.index("j2: quantizing")
+    assert ear.failed() == {BASE: "benchmark_error"}
 
 
 def audits(ear: Ear) -> dict[int, str | None]:
@@ -172,6 +200,29 @@ def test_no_more_layers_than_needed_are_said_to_mend_it(tmp_path: Path) -> None:
     model = make(MobileBertForMaskedLM, shrunk_config("mobilebert"))
     ear = run(incoming.save(tmp_path / "source", model), schemes={NF4: ALL[NF4]})
     assert messages(ear)[NF4].endswith("; --skip-modules predictions.dense mends it")
+
+
+def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
+    source = incoming.save(tmp_path / "source", make(DeepseekV3ForCausalLM, shrunk_config("deepseek_v3")))
+    ear = run(source, schemes=ALL)
+    assert ear.failed() == {INT8: "unsupported"}
+    assert ear.measured() == {BASE, NF4}
+    assert "model.layers.0.self_attn fails (RuntimeError: " in messages(ear)[INT8]
+    assert messages(ear)[INT8].endswith("; --skip-modules kv_b_proj mends it")
+    mended = run(source, attempt=2, schemes={INT8: replace(ALL[INT8], skip_modules=("kv_b_proj",))})
+    assert audits(mended) == {INT8: "ran"}
+
+
+def test_a_checkpoint_that_transformers_cannot_read_again_is_not_published(tmp_path: Path) -> None:
+    """Weights of its vision tower are converted while it loads, and the names of all others are changed once more."""
+    config = shrunk_config("unlimited_ocr")
+    source = incoming.save(tmp_path / "source", make(UnlimitedOcrForConditionalGeneration, config))
+    ear = run(source, schemes=BOTH)
+    assert ear.failed() == {NF4: "unsupported"}
+    assert messages(ear)[NF4].startswith("transformers cannot read the checkpoint, so it is not published: ")
+    assert messages(ear)[NF4].endswith(" is converted and then quantized: name such layers in --skip-modules")
+    mended = run(source, attempt=2, schemes={NF4: replace(ALL[NF4], skip_modules=(".*vision_encoder",))})
+    assert audits(mended) == {NF4: "ran"}
 
 
 def test_what_does_not_run_unquantized_either_is_published_and_says_so(tmp_path: Path) -> None:

@@ -6,18 +6,18 @@ from datetime import timedelta
 
 from sqlalchemy import update
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import CudaOom, FetchError
 from qbatch.models_db import checkpoints, jobs, listing
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
 from qbatch.models_db.job_record import job_records, whole_jobs
 from qbatch.models_db.leases import acquire
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Pause
-from qbatch.models_db.vram import GIB
-from tests.rows import a_batch, a_gpu, a_worker, bundle, claim, fail, spec, succeed
+from tests.rows import a_batch, a_gpu, a_worker, add_batch, bundle, claim, fail, spec, succeed
 
 
 def test_a_job_is_told_with_its_attempts_its_checkpoint_and_its_baseline(database: Database) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, JobState, Method, Stage
 from qbatch.core.errors import (
     CudaOom,
@@ -34,7 +35,6 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_record import whole_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, Worker
-from qbatch.models_db.vram import GIB
 from tests.rows import (
     POLICY,
     PROTOCOL,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 from sqlalchemy import select, update
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
 from qbatch.core.errors import ERROR_KINDS, CudaOom, InternalError, WorkerLost, job_error
 from qbatch.models_db import jobs, window, workers
@@ -19,7 +20,6 @@ from qbatch.models_db.jobs import Token
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, Result, Worker
-from qbatch.models_db.vram import GIB
 from qbatch.scheduler.dispatch import live_queues
 from tests.rows import a_batch, a_gpu, bundle, claim, succeed
 

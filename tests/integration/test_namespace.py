@@ -18,6 +18,7 @@ from qbatch.cli import main
 from qbatch.worker.serving.celery_worker import _PRELOAD_ON_CPU
 
 ROOT = Path(qbatch.__file__).parents[2]
+PAGE = ("charts.jinja", "report.css", "report.jinja", "report.js", "tables.jinja")
 OLD_NAMES = ("cli", "commands", "core", "models_db", "scheduler", "views", "worker")
 
 
@@ -68,6 +69,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
         "qbatch/__main__.py",
         "qbatch/core/loaders/sglang.json",
         "qbatch/core/loaders/vllm.json",
+        *(f"qbatch/views/report/page/{name}" for name in PAGE),
+        "qbatch/worker/measuring/code_text.txt",
+        "qbatch/worker/measuring/dialogue_text.txt",
         "qbatch/worker/measuring/eval_text.txt",
     }
 

@@ -14,7 +14,7 @@ from qbatch.models_db.batches import add_text
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
-from qbatch.worker.files.prune import prune
+from qbatch.worker.housekeeping.prune import prune
 from qbatch.worker.serving.supervisor import Supervisor
 from tests.rows import PROTOCOL, a_batch
 from tests.worker_context import a_worker_context, settings_in

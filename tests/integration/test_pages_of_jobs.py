@@ -20,6 +20,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db import jobs, results
 from qbatch.models_db.job_pages import count_jobs, first_jobs
 from qbatch.models_db.listing import list_batches, list_jobs
+from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.tables import Job, Result
 from tests.rows import a_batch, a_worker, bundle, claim, succeed
@@ -50,7 +51,14 @@ def measured(database: Database) -> list[int]:
 @pytest.mark.usefixtures("measured")
 def test_a_page_of_results_is_the_beginning_of_all(database: Database) -> None:
     sorts = (None, "kl_mean", "-kl_mean", "disk_bytes", "-disk_bytes", "model", "-bits", "state")
-    chosen: tuple[dict[str, Any], ...] = ({}, {"batch_ids": [1]}, {"batch_ids": [2, 1]}, {"model": "/1", "bits": [4]})
+    chosen: tuple[dict[str, Any], ...] = (
+        {},
+        {"batch_ids": [1]},
+        {"batch_ids": [2, 1]},
+        {"only": ResultFilter(model="/1", bits=[4])},
+        {"only": ResultFilter(model="*/?", max_kl=0.2)},
+        {"only": ResultFilter(states=["succeeded"], max_weights_bytes=10, device="A cpu"), "batch_ids": [1]},
+    )
     with database.read() as session:
         for sort, which in itertools.product(sorts, chosen):
             rows = names(results.find_results(session, sort=sort, **which))

@@ -13,19 +13,22 @@ from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
 from benchmarks.database.history import Sizes, fill
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import GIB
+from qbatch.models_db.time_left import time_left
+from qbatch.models_db.watching import Watcher
 from tests.rows import POLICY, PROTOCOL, measured
 
 _SIZES = Sizes(jobs=30_000, large=3_000, queued=9_000)
@@ -145,6 +148,10 @@ ACTIONS: dict[str, Action] = {
     "the best results": lambda session: results.find_results(session, sort="kl_mean", limit=50),
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,
+    "how long jobs took": past_runs,
+    "a look of who watches": lambda session: Watcher([_large(session)], lease_s=_LEASE_S).look(session),
+    "a look at all that is open": lambda session: Watcher([], lease_s=_LEASE_S).look(session),
+    "how long jobs will take": lambda session: time_left(session, lease_s=_LEASE_S),
 }
 
 

@@ -18,7 +18,7 @@ from qbatch.core.domain import JobState, Method
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, file_digests, jobs
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.job_record import job_records
@@ -28,9 +28,9 @@ from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
 from qbatch.worker.checkpoints.published import Published
-from qbatch.worker.files.prune import prune
+from qbatch.worker.housekeeping.prune import prune
 from qbatch.worker.serving.recorder import Recorder
-from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, spec, states, succeed
+from tests.rows import PROTOCOL, a_batch, a_worker, add_batch, bundle, claim, measured, spec, states, succeed
 from tests.waiting import until
 
 DAY_S = 86_400.0

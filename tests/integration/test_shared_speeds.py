@@ -30,12 +30,12 @@ from qbatch.core.measured.metrics import DECODE, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.model_shape import shape_of
 from qbatch.models_db import jobs
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.views.groups import timed_apart
 from qbatch.views.noise import same_speed
-from qbatch.views.results_table import results_table
+from qbatch.views.results_table import ResultsScreen, results_table
 from qbatch.views.speed_difference import speed_difference
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
@@ -54,7 +54,7 @@ from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
-from tests.rows import a_worker
+from tests.rows import a_worker, add_batch
 from tests.unit.benchmark_models import QUICK, TEXT
 from tests.unit.test_benchmark_rounds import TEXT_HASH
 
@@ -215,7 +215,7 @@ def test_rows_with_a_known_speed_are_compared_by_the_rounds_that_it_is_of(worker
     assert isinstance(DECODE.noise, TimingNoise)
     assert speed_difference(DECODE.noise, taken, base, 0.0) == speed_difference(DECODE.noise, timed, timed_base, 0.0)
     assert same_speed(DECODE, taken, timed), "they are the same samples"
-    text = " ".join(results_table([timed_base, timed, base, taken]).split())
+    text = " ".join(results_table(ResultsScreen(rows=[timed_base, timed, base, taken])).split())
     assert f"its speed and its peaks of memory are those of j{first[1]}, a model of the same shape in its batch" in text
 
 

@@ -43,6 +43,7 @@ def imported(database: Database, home: Path, *command: str) -> set[str]:
         ("results",),
         ("workers",),
         ("submit", "--models", "list", "--bits", "4"),
+        ("plan", "--models", "list", "--bits", "4"),
     ],
     ids=" ".join,
 )

@@ -91,7 +91,7 @@ def seen(database: Database) -> dict[str, Any]:
     with database.read() as session:
         ids = [job["job_id"] for job in list_jobs(session)]
         found = {
-            "batches": [{**batch, "created_at": None} for batch in list_batches(session)],
+            "batches": [{**batch, "created_at": None, "elapsed_s": None} for batch in list_batches(session)],
             "jobs": list_jobs(session),
             "states": count_states(session, range(1, 9)),
             "results": results.find_results(session, sort="-job_id"),
@@ -184,7 +184,7 @@ class Point:
 
 
 POINTS = {
-    "before the first chunk": Point(owner=submit_module, name="inspect", call=1),
+    "before the first chunk": Point(owner=submit_module, name="inspect_unvetted", call=1),
     "within the first chunk": Point(owner=arrivals, name="add_jobs", call=1),
     "within the third chunk": Point(owner=arrivals, name="add_jobs", call=3),
     "between two chunks": Point(owner=Inquiry, name="look_up", call=4),
@@ -323,8 +323,11 @@ def answers(database: Database, batch_id: int) -> list[int]:
     [
         ({}, []),
         ({"skip_modules": ("down_proj",)}, []),
-        ({"skip_modules": ("q_proj",)}, ["cannot load 2 layers", "which fails", "in silence", "which fails"]),
-        ({"options": {"quant_storage": "bfloat16"}}, ["stored as uint8 only", "stored as uint8 only"]),
+        ({"skip_modules": ("q_proj",)}, ["cannot load 2 layers", "which fails", "without a message", "which fails"]),
+        (
+            {"options": {"quant_storage": "bfloat16"}},
+            ["only if they are stored as uint8", "only if they are stored as uint8"],
+        ),
     ],
 )
 def test_what_engines_would_do_otherwise_is_warned_of(
@@ -356,7 +359,7 @@ def test_what_was_measured_before_answers(database: Database, settings: Settings
     asked = with_a_folder(database, model)
     measured_ids = measure(database, model, asked.sources[0])
     receipt = submit(database, settings, asked)
-    assert receipt.answered == 3
+    assert (receipt.answered, receipt.undecided) == (3, 3 * MODELS)
     assert answers(database, receipt.batch_id) == measured_ids
     forced = submit(database, settings, replace(asked, grid=replace(GRID, force=True)))
     assert forced.answered == 0

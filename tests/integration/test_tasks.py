@@ -69,8 +69,10 @@ def refused(folder: Path, asked: tuple[Protocol, dict[str, str]], error: type[Jo
 def test_the_figures_are_those_of_the_log_likelihoods(taught: Path, tmp_path: Path, scheme: Scheme) -> None:
     folder = taught if scheme.is_baseline else quantized(taught, tmp_path / "checkpoint", scheme)
     path = quiz.write_quiz(tmp_path / "quiz", metric_list=ACCURACY_AND_MARGINS)
-    figures = measured(folder, by_file(path), scheme).details.to_json()["tasks"]["quiz"]
+    measurement = measured(folder, by_file(path), scheme)
+    figures = measurement.details.to_json()["tasks"]["quiz"]
     scores = quiz.log_likelihoods(folder)
+    assert (measurement.answers or {})["quiz"].values == {"acc": tuple(map(float, quiz.right_answers(scores)))}
     assert figures["acc"] == quiz.accuracy(scores) == quiz.TAUGHT_ACCURACY
     # LLM.int8 looks for outliers in a whole batch: eight together are not quite eight apart.
     assert figures["brier_score"] == pytest.approx(quiz.brier_score(scores), rel=0.02)

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from qbatch.cli import main
+from qbatch.models_db.checkpoints import record
 from qbatch.models_db.session import Database
 from tests.rows import a_batch, a_worker, claim
 
@@ -19,9 +20,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_only_a_checkpoint_that_a_job_published_can_be_replaced_by_it(home: Path) -> None:
+def test_only_a_checkpoint_of_this_database_can_be_replaced(sqlite_database: Database, home: Path) -> None:
     published, copy = home / "storage" / "checkpoints" / "model" / "bnb-nf4-0", home / "copy"
-    for folder in (published, copy, published.with_name("bnb-nf4-0.rejected-1")):
+    with sqlite_database.write() as session:
+        record(
+            session, key="k", path=str(published.relative_to(home / "storage")), root_sha256="", disk_bytes=1, job_id=1
+        )
+    others = (copy, published.with_name("bnb-nf4-1"), published.with_name("bnb-nf4-0.rejected-1"))
+    for folder in (published, *others):
         folder.mkdir(parents=True)
         done = CliRunner().invoke(main, ["verify", str(folder)])
         assert (done.exit_code, "there is no valid qbatch.json" in done.stderr) == (1, True)

@@ -24,6 +24,7 @@ from qbatch.worker.checkpoints.published import find_published, problems
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
 from tests.rows import a_batch, a_job, a_worker, claim, measured
+from tests.schemes import with_options
 from tests.tiny import make_causal
 from tests.unit.test_checkpoint import KEY, put, staged
 
@@ -170,7 +171,7 @@ def test_files_that_are_not_certainly_the_hubs_answer_nobody(database: Database,
 
 
 def test_old_answers_are_no_part_of_a_bundle_that_is_measured_now(database: Database, storage: Path, hub: Old) -> None:
-    answers, ids = claimed(database, storage, BASELINE, NF4, NF4.with_options(double_quant=True))
+    answers, ids = claimed(database, storage, BASELINE, NF4, with_options(NF4, double_quant=True))
     assert answers.find(identities(database, *ids, legacy=f"hub:{COMMIT}")) == Answered(job_ids=frozenset())
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from sqlalchemy import event, update
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.models_db import window
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import GIB
 from qbatch.models_db.window import Dispatch
 from qbatch.worker.serving.message_vet import problem_of_ids
 from tests.rows import a_batch, a_worker, bundle, claim, states, succeed

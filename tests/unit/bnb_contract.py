@@ -20,7 +20,7 @@ from qbatch.core.identity import settle, writer_versions
 from qbatch.core.inspection import inspect_source
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.sources import TensorInfo
-from qbatch.models_db.batches import NewJob, add_batch
+from qbatch.models_db.batches import NewJob
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
@@ -34,6 +34,7 @@ from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from tests.rows import add_batch
 from tests.tiny import make_causal
 from tests.unit.measured_rows import result
 

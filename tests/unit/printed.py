@@ -11,6 +11,7 @@ from qbatch.views import compare, job_details, speed_explanation
 from qbatch.views import results_table as table_of_results
 from qbatch.views.comparison import Preference
 from qbatch.views.formats import render
+from qbatch.views.results_table import ResultsScreen, TableLayout
 
 Row = dict[str, Any]
 
@@ -19,12 +20,20 @@ def read(rows: Sequence[Row]) -> list[ResultRow]:
     return [ResultRow.from_json(row) for row in rows]
 
 
-def results_table(rows: Sequence[Row]) -> str:
-    return table_of_results.results_table(read(rows))
+def results_table(rows: Sequence[Row], others: Sequence[Row] = (), **layout: Any) -> str:
+    screen = ResultsScreen(rows=read(rows), others=read(others), layout=TableLayout(**layout))
+    return table_of_results.results_table(screen)
 
 
-def comparison(rows: Sequence[Row], preference: Preference, *, by: str, format: str) -> str:  # noqa: A002
-    return compare.comparison(read(rows), preference, by=by, format=format)
+def comparison(
+    rows: Sequence[Row],
+    preference: Preference,
+    *,
+    by: str,
+    format: str,  # noqa: A002
+    in_full: bool = True,
+) -> str:
+    return compare.comparison(read(rows), preference, by=by, format=format, in_full=in_full)
 
 
 def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:

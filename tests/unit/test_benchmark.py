@@ -157,7 +157,7 @@ def test_steps_are_told_as_they_begin(tmp_path: Path) -> None:
         eval_text=TEXT,
         on_step=steps.append,
     )
-    assert steps == ["speed", "perplexity 1/3", "perplexity 2/3", "perplexity 3/3"]
+    assert steps == ["speed, round 1/1", "perplexity 1/3", "perplexity 2/3", "perplexity 3/3"]
 
 
 def test_a_models_generation_defaults_change_nothing_and_are_restored(tmp_path: Path) -> None:

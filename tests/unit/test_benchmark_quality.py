@@ -22,6 +22,7 @@ from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.stored_json import as_json
+from qbatch.core.statistics.clusters import clustered_error
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of
@@ -33,7 +34,6 @@ from qbatch.worker.measuring.quality.reference import (
     reference_name,
 )
 from qbatch.worker.measuring.quality.similarity import compare_embeddings
-from qbatch.worker.measuring.stats import clustered_error
 from qbatch.worker.measuring.versions import versions
 from qbatch.worker.models.load import LoadedModel
 from tests import tiny
@@ -119,6 +119,40 @@ def test_every_statistic_is_that_of_a_float64_computation(noise: float) -> None:
     assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     if noise < 1:
         assert summary["kl_mean"] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_where_the_base_is_sure_and_where_it_guesses_is_told_apart() -> None:
+    """Rows of every confidence; the errors are those of a mean over unequal clusters, computed with NumPy."""
+    generator = torch.Generator().manual_seed(2)
+    sharpness = torch.linspace(0.0, 20.0, 200)[torch.randperm(200, generator=generator), None]
+    base = torch.randn(200, 50, generator=generator) * sharpness
+    other = base + 0.3 * torch.randn(base.shape, generator=generator)
+    summary = summarize_divergence([divergence(base[i : i + 20], other[i : i + 20]) for i in range(0, 200, 20)])
+    p, q = log_softmax(base.numpy()), log_softmax(other.numpy())
+    kl, confidence = (np.exp(p) * (p - q)).sum(axis=1), np.exp(p).max(axis=1)
+    assert summary.window_rows == (20,) * 10
+    assert summary.window_kl == pytest.approx(kl.reshape(10, 20).sum(axis=1), rel=1e-9)
+    buckets = summary.kl_by_confidence or ()
+    assert [(bucket.above, bucket.below) for bucket in buckets] == [
+        (0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 0.9), (0.9, 0.99), (0.99, 1.0)
+    ]  # fmt: skip
+    assert sum(bucket.rows for bucket in buckets) == 200
+    for bucket in buckets:
+        within = (confidence >= bucket.above) & ((confidence < bucket.below) | (bucket.below == 1))
+        assert bucket.rows == within.sum() > 5
+        mean = kl[within].mean()
+        assert bucket.kl_mean == pytest.approx(mean, rel=1e-9)
+        residuals = [(kl - mean)[i : i + 20][within[i : i + 20]] for i in range(0, 200, 20)]
+        sums = np.array([each.sum() for each in residuals if len(each)])
+        expected = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / within.sum()
+        assert bucket.kl_mean_se == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_base_that_is_never_unsure_has_buckets_without_rows() -> None:
+    base = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
+    *empty, sure = summarize_divergence([divergence(base, base)]).kl_by_confidence or ()
+    assert [(bucket.rows, bucket.kl_mean) for bucket in empty] == [(0, None)] * 5
+    assert (sure.rows, sure.kl_mean, sure.kl_mean_se) == (2, 0.0, None)
 
 
 @pytest.mark.parametrize("scheme", [NF4, INT8], ids=["nf4", "int8"])
@@ -302,6 +336,24 @@ def test_what_goes_wrong_while_comparing_is_a_reason(tmp_path: Path, monkeypatch
     found = measured(tmp_path / "llama", reference=reference)
     assert found.details.quality == Quality(reason="cannot compare with the base: IndexError: list index out of range")
     assert found.perplexity is not None
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked-lm", "encoder"])
+@pytest.mark.parametrize("broken", ["the model", "the baseline"])
+def test_outputs_that_are_nan_agree_with_nothing(tmp_path: Path, kind: str, broken: str) -> None:
+    """Of a model with finite weights, too: an activation may overflow."""
+    classes = {"masked-lm": "BertForMaskedLM", "encoder": "BertModel"}
+    folder = tmp_path / kind
+    source = bert(folder, classes[kind]) if kind in classes else tiny.make_causal(folder)
+    base, other = loaded_on_cpu(source), loaded_on_cpu(source)
+    with torch.no_grad():
+        modules = (base if broken == "the baseline" else other).model.modules()
+        next(module for module in modules if "Norm" in type(module).__name__).weight.fill_(math.nan)
+    reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
+    assert reference is not None
+    said = "the outputs of its baseline are NaN" if broken == "the baseline" else "^its outputs are NaN or infinite"
+    with pytest.raises(BenchmarkError, match=said):
+        compare(other, reference, QUICK, TEXT)
 
 
 @pytest.mark.parametrize("arch", tiny.SEQ2SEQ_ARCHS)

@@ -13,7 +13,7 @@ from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.recommend import Recommendation, recommend
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
-from tests.unit.printed import comparison, read
+from tests.unit.printed import comparison, read, results_table
 from tests.unit.test_views import on_terminal
 
 GIB = 2**30
@@ -99,6 +99,28 @@ def test_of_equal_size_the_nearer_is_shipped_and_ties_are_named() -> None:
     assert "smaller" not in found.sentence
 
 
+def by_window(row: dict[str, Any], *window_kl: float) -> dict[str, Any]:
+    """The row with these sums over windows of 1,000 positions."""
+    quality = {"window_kl": list(window_kl), "window_rows": [1000] * len(window_kl)}
+    mean = sum(window_kl) / 1000 / len(window_kl)
+    details = row["details"] | {"quality": row["details"]["quality"] | quality}
+    return row | {"kl_mean": mean, "details": details}
+
+
+def test_of_equal_size_the_difference_window_by_window_decides() -> None:
+    """The error of each row is far larger than the difference, since what is hard for one is hard for the other."""
+    nf4 = by_window(NF4, 10.0, 20.0, 30.0, 40.0)
+    farther = by_window(FP4, 10.2, 20.3, 30.2, 40.3)
+    found = recommended([BASELINE, nf4, farther])
+    assert found.ship is not None
+    assert (found.ship.job_id, list(found.alike)) == ("j3", [])
+    undecided = recommended([BASELINE, nf4, by_window(FP4, 10.9, 19.5, 29.4, 40.4)])
+    assert list(undecided.alike) == ["j4"]
+    assert "that of bnb-fp4 (j4) (a difference of 5.0e-05 ± 3.6e-04 in mean KL, over the same windows)." in (
+        undecided.sentence
+    )
+
+
 def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
     def timed(one: dict[str, Any], stdev_s: float) -> dict[str, Any]:
         return one | {"details": one["details"] | {"stats": {"decode": stats(1.0, stdev_s, count=4)}}}
@@ -124,6 +146,36 @@ def test_a_margin_below_its_standard_error_is_mentioned() -> None:
     assert "standard error" not in recommended([BASELINE, NF4], max_kl=0.04).sentence
 
 
+def on_code(row: dict[str, Any], kl: float | None, reason: str | None = None) -> dict[str, Any]:
+    quality = {"kl_mean": kl, "ln_ppl_ratio": None if kl is None else kl / 2, "reason": reason}
+    return row | {"details": row["details"] | {"more_texts": {"code": {"quality": quality}}}}
+
+
+def test_a_scheme_that_is_fine_on_prose_and_bad_on_code_is_called_that() -> None:
+    rows = [BASELINE, on_code(INT8, 0.004), on_code(NF4, 0.3)]
+    found = recommended(rows)
+    assert found.ship is not None
+    assert found.ship.job_id == "j2"
+    assert found.rejected["j3"] == ["its mean KL on code, 3.0e-01 nats, is over 0.05"]
+    assert "Its mean KL is 2.0e-03 ± 2.0e-05 nats. On code it is 4.0e-03 nats." in found.sentence
+    assert "over 32,000 positions of the first text, and on code; other devices" in found.sentence
+    assert (
+        "bnb-nf4 (j3) is within the bound on the first text only: its mean KL on code, 3.0e-01 nats, is over 0.05."
+        in found.sentence
+    )
+
+
+def test_a_bound_on_perplexity_holds_on_every_text() -> None:
+    details = NF4["details"] | {"quality": NF4["details"]["quality"] | {"ln_ppl_ratio": 0.01}}
+    found = recommended([BASELINE, on_code(NF4 | {"details": details}, 0.3)], max_ppl_ratio=1.1)
+    assert found.rejected["j3"] == ["its perplexity ratio to the baseline on code, 1.1618, is over 1.1"]
+
+
+def test_a_text_that_was_not_compared_does_not_qualify() -> None:
+    found = recommended([BASELINE, on_code(NF4, None, "the disk was full")])
+    assert found.rejected["j3"] == ["its mean KL on code was not measured (the disk was full)"]
+
+
 def test_quality_that_was_not_measured_does_not_qualify() -> None:
     unknown = NF4 | {"kl_mean": None, "details": {"quality": {"reason": "another tokenizer"}}}
     found = recommended([BASELINE, unknown])
@@ -145,6 +197,21 @@ def test_quality_that_was_not_measured_does_not_qualify() -> None:
 def test_a_broken_checkpoint_is_never_shipped(details: dict[str, Any]) -> None:
     broken = NF4 | {"details": NF4["details"] | details}
     assert shipped([BASELINE, INT8, broken]) == "j2"
+
+
+def test_predictions_that_are_not_finite_are_never_shipped_or_good() -> None:
+    nan = NF4 | {
+        "kl_mean": None,
+        "details": NF4["details"] | {"quality": {"reason": "its outputs are NaN or infinite"}},
+    }
+    # What was stored before such outputs were compared with nothing: of NaN the first is the largest, so all agreed.
+    older = NF4 | {"kl_mean": None, "top1_agreement": 1.0, "details": {"quality": {}}}
+    for broken, said in ((nan, "it cannot be used: its outputs are NaN"), (older, "its KL is not finite")):
+        assert shipped([BASELINE, INT8, broken]) == "j2"
+        assert shipped([BASELINE, broken], max_kl=10.0) == "j1"
+        table = " ".join(results_table([BASELINE, INT8, broken]).split())
+        assert said in table
+        assert "3 succeeded (1 unfit to use: j3)" in table
 
 
 def test_perplexity_bounds_by_the_paired_ratio_and_encoders_by_their_ranks() -> None:

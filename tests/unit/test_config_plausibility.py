@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import SourceCorrupt
 from qbatch.core.sources import Header, TensorInfo, read_config, read_headers
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Refused, Target, write_checkpoints
 from tests import tiny

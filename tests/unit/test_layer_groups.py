@@ -20,6 +20,7 @@ from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.layer_groups import ModelLayers, model_layers
 from tests import tiny
 from tests.reference import save_reference
+from tests.schemes import with_options
 from tests.shrunk import make, shrunk_config
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
@@ -193,7 +194,7 @@ def test_every_quantized_layer_is_in_exactly_one_group(family: tuple[str, str], 
 def test_the_bytes_of_the_groups_are_those_of_a_published_checkpoint(
     tmp_path: Path, arch: str, double_quant: bool
 ) -> None:
-    scheme = NF4.with_options(double_quant=double_quant)
+    scheme = with_options(NF4, double_quant=double_quant)
     model = stored(tiny.make_causal, tmp_path / "source", arch)
     groups = layers_of(model, scheme=scheme).groups
     total = measure_size(model).weights_bytes

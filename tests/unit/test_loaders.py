@@ -22,7 +22,9 @@ from qbatch.core.loaders.known_loaders import LOADERS, judge_folder
 from qbatch.core.loaders.skip_list import SkippedLayers
 from qbatch.core.loaders.skip_rules import transformers_skips
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
+from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from tests.schemes import with_options
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4)
@@ -182,7 +184,7 @@ def test_a_part_of_a_group_is_quantized_in_silence(pattern: str, checkpoint: Cal
     assert found["vllm"].verdict == DIFFERS
     assert found["sglang"].verdict == REFUSES
     (*_, first) = reversed(found["vllm"].reasons or ())
-    assert "in silence" in first
+    assert "without a message" in first
     assert "proj is one layer there: use --skip-modules" in str(found["vllm"].advice)
 
 
@@ -205,8 +207,8 @@ def test_a_list_that_only_transformers_understands_is_found_out(
     ("scheme", "fsdp", "vllm"),
     [
         (NF4, REFUSES, LOADS),
-        (NF4.with_options(quant_storage="bfloat16"), LOADS, REFUSES),
-        (NF4.with_options(quant_storage="float32"), REFUSES, REFUSES),
+        (with_options(NF4, quant_storage="bfloat16"), LOADS, REFUSES),
+        (with_options(NF4, quant_storage="float32"), REFUSES, REFUSES),
         (INT8, REFUSES, LOADS),
     ],
 )
@@ -234,7 +236,7 @@ def test_a_name_without_a_dot_that_engines_find_elsewhere(checkpoint: Callable[.
     for path in checkpoint("llama").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     set_config(folder, llm_int8_skip_modules=["lm_head", "mlp"])
-    assert "packed layers for skipped" in str(judge(folder)["vllm"].reasons)
+    assert "packed layers as skipped" in str(judge(folder)["vllm"].reasons)
 
 
 def test_an_adapter_beside_the_weights_is_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_verify_explains_itself(checkpoint: Callable[..., Path]) -> None:
     done = CliRunner().invoke(main, ["verify", "--for", "gguf", str(checkpoint("llama"))])
     assert done.stdout.splitlines()[1:] == [
         "  gguf: refuses (llama.cpp, Ollama, 2026-11-28)",
-        "    llama.cpp and Ollama convert no bitsandbytes checkpoint (llama.cpp#10965, ollama#6357)",
+        "    llama.cpp and Ollama cannot convert bitsandbytes checkpoints (llama.cpp#10965, ollama#6357)",
         "    → convert the source, and quantize it there",
     ]
 
@@ -301,3 +303,17 @@ def test_options_for_trying_need_each_other(checkpoint: Callable[..., Path]) -> 
     done = CliRunner().invoke(main, ["verify", "--for", "peft", "--try", "--python", "/no/such/python", folder])
     assert done.exit_code == 2
     assert "/no/such/python is not an interpreter" in done.output
+
+
+def test_what_was_tried_is_shown_instead_of_what_was_judged() -> None:
+    judged = LoaderJudgement(verdict=LoaderVerdict.LOADS, version="1", read_on="2026-11-28", reasons=(), advice=())
+    tried = replace(judged, verdict=LoaderVerdict.REFUSES, reasons=("tried: it fails",))
+    both = JudgedCheckpoint(folder=Path("/c"), loader="peft", judged=judged, tried=tried)
+    assert judgement_text([both]) == "/c\n  peft: refuses (1, 2026-11-28)\n    tried: it fails"
+    assert both.to_json() == {
+        "checkpoint": "/c",
+        "loader": "peft",
+        **tried.to_json(),
+        "tried": True,
+        "judged": judged.to_json(),
+    }

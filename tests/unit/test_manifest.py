@@ -62,7 +62,8 @@ def test_all_three_take_what_was_published(tmp_path: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (
             lambda folder: (folder / "config.json").write_text("[]"),
-            "config.json has changed since it was published (still 2 bytes, but not the same ones)",
+            "config.json has changed since it was published (still 2 bytes, but the content differs: bytes 0 to 1 "
+            "have the SHA-256 4f53cda18c2baa0c…, and 44136fa355b3678a… was published)",
         ),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json is not in the"),
         (lambda folder: edit(folder, root_sha256="0" * 64), "the root checksum"),
@@ -100,4 +101,5 @@ def test_of_a_large_file_the_first_changed_part_is_named() -> None:
     for chunk, place in ((1, f"{CHUNK_BYTES} to {2 * CHUNK_BYTES - 1}"), (2, f"{2 * CHUNK_BYTES} to {size - 1}")):
         chunks = tuple("f" * 64 if index == chunk else old for index, old in enumerate(file.chunk_sha256))
         (line,) = manifest.differences({"a": FileDigest(name="a", size=size, chunk_sha256=chunks)})
-        assert line.endswith(f"(still {size} bytes, but not the same ones, first among those from {place})")
+        said = f"(still {size} bytes, but 1 of 3 parts differs: bytes {place} have the SHA-256 {'f' * 16}…, and "
+        assert line.endswith(f"{said}{str(chunk) * 16}… was published)")

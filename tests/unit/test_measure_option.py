@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,15 @@ def test_the_default_and_its_spellings_are_one_protocol(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--measure", "size,quality,why", "--no-why"], "--measure asks for why, and --no-why does not"),
-        (["--measure", "energy", "--no-energy"], "--measure asks for energy, and --no-energy does not"),
+        (["--measure", "size,quality,why", "--no-why"], "--measure asks for why, but --no-why leaves it out"),
+        (["--measure", "energy", "--no-energy"], "--measure asks for energy, but --no-energy leaves it out"),
         (["--measure", "quality", "--batch-size", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--new-tokens", "8"], "are about speed and energy, which --measure leaves out"),
         (["--measure", "size", "--eval-text", "{text}"], "--eval-text is about quality, speed and energy"),
         (["--measure", "quality", "--speed", "shape"], "--speed shape is about speed, which --measure leaves out"),
+        (["--measure", "speed", "--eval-text", "prose", "--eval-text", "code"], "quality is measured on further texts"),
+        (["--eval-text", "code", "--eval-text", "{text}", "--eval-text", "{text}"], "two texts are called text"),
+        (["--eval-text", "poems"], "no text file poems, and the texts that come with qbatch are prose, code"),
         (["--measure", "speed", "--tasks", "arc_easy"], "--tasks are a part of quality, which --measure leaves out"),
     ],
 )
@@ -96,6 +101,29 @@ def test_sharing_speeds_is_another_protocol_where_they_can_be_shared(tmp_path: P
     assert protocol(tmp_path, CUDA, *shape).hash != protocol(tmp_path, CUDA).hash
     assert protocol(tmp_path, CPU, *shape).hash == protocol(tmp_path, CPU).hash, "there every model is timed"
     assert protocol(tmp_path, CUDA, "--speed", "each").hash == protocol(tmp_path, CUDA).hash
+
+
+def test_one_text_is_the_protocol_that_it_always_was(tmp_path: Path) -> None:
+    default = protocol(tmp_path, CUDA)
+    assert default.hash == protocol(tmp_path, CUDA, "--eval-text", "prose").hash
+    assert "more_texts" not in default.to_json()
+    options = submission(tmp_path).specs()[0].protocol
+    assert "more_texts" not in options.to_json(), "0.1.0's workers read it"
+
+
+def test_further_texts_belong_to_the_protocol_by_name_and_content(tmp_path: Path) -> None:
+    (tmp_path / "poems.txt").write_text("A poem.")
+    given = ("--eval-text", "prose", "--eval-text", "code", "--eval-text", str(tmp_path / "poems.txt"))
+    found = protocol(tmp_path, CUDA, *given)
+    assert found.eval_text_sha256 == protocol(tmp_path, CUDA).eval_text_sha256
+    assert [text.name for text in found.more_texts] == ["code", "poems"]
+    assert found.more_texts[1].sha256 == hashlib.sha256(b"A poem.").hexdigest()
+    assert Protocol.from_json(json.loads(json.dumps(found.to_json()))) == found
+    asked = submission(tmp_path, *given).specs()[0].protocol
+    assert ProtocolOptions.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+    assert set(asked.text_hashes) == {found.eval_text_sha256, *(text.sha256 for text in found.more_texts)}
+    alone = found.on_text(found.more_texts[0])
+    assert alone.hash == protocol(tmp_path, CUDA, "--eval-text", "code").hash
 
 
 def test_speed_at_several_sizes_without_quality(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_energy_alone_is_measured_without_times(tmp_path: Path, monkeypatch: pyt
         compute_dtype=DType.BFLOAT16,
         protocol=protocol,
         eval_text=TEXT,
-        task_texts={},
+        texts={},
         on_step=lambda _: None,
     )
     model = ModelBenchmark(subject)

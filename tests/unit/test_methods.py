@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import qbatch
 from qbatch.commands.parameter_types import Schemes
@@ -23,6 +24,7 @@ from qbatch.core.methods.registry import (
     quant_types,
     selected_by_bits,
 )
+from qbatch.core.safetensors_size import nbytes
 from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from qbatch.scheduler.job_grid import Grid
@@ -48,6 +50,11 @@ def test_a_method_has_a_description_and_an_implementation(method: Method) -> Non
     assert isinstance(packing, StreamedPacking) == (weights.why_whole is None) == scheme.description.is_streamed
     assert scheme.bits(DType.BFLOAT16) in (4, 8)
     assert 0.5 <= scheme.description.loaded_bytes(1024, 1024, scheme.options) / 1024**2 < 1.1
+    parts = scheme.description.stored_parts("layer.weight", 1024, 1024, scheme.options, "bfloat16")
+    assert parts is not None
+    stored = {nbytes(*part) for part in parts.values()}
+    computed = (torch.Size(shape).numel() * dtype.itemsize for dtype, shape in packing.part_shapes(1024, 1024).values())
+    assert stored >= set(computed), "both say the same of the parts that are computed"
     config = weights.quantization_config(scheme.resolved(DType.BFLOAT16), None)
     assert weights_of_config(config) is weights_of_config(config.to_dict()) is weights
     assert type(weights.packing_of_config(config)) is type(packing)

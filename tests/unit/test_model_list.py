@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qbatch.core.domain import SourceRef
-from qbatch.core.errors import UsageError
-from qbatch.scheduler.model_list import read_model_list
+from qbatch.core.errors import ModelsRefused, UsageError
+from qbatch.scheduler.model_list import read_model_list, read_models
 
 
 def names(text: str) -> list[str]:
@@ -88,10 +88,51 @@ def test_problems_are_listed_by_line_number() -> None:
     assert "line 2" not in message
 
 
-def test_of_many_problems_the_first_are_shown_and_the_others_counted() -> None:
-    with pytest.raises(UsageError, match="and 15 more") as caught:
-        names("\n".join(["not a model"] * 20))
-    assert "\n" not in str(caught.value)
+def test_all_problems_are_named_and_of_a_file_that_is_no_list_the_first() -> None:
+    for count, more in ((20, 0), (120, 20)):
+        with pytest.raises(ModelsRefused) as caught:
+            names("\n".join(["org/model", *["not a model"] * count]))
+        first, *others = caught.value.lines
+        assert first == f"{count} of {count + 1} models cannot be used, so nothing was submitted:"
+        assert len(others) == min(count, 100) + bool(more)
+        assert others[0] == "  line 2: 'not a model' is neither a folder nor a hub id"
+        assert (others[-1] == f"  and {more} more") == bool(more)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_spelt_much_like_a_folder_is_not_taken_for_one_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_model(tmp_path / "models" / "tiny-llama")
+    a_model(tmp_path / "gpt-2-mine")
+    monkeypatch.chdir(tmp_path)
+    for typed, meant in (("models/tiny-lama", "models/tiny-llama"), ("gpt-2-mien", "gpt-2-mine")):
+        with pytest.raises(UsageError, match=f"no folder {typed}; did you mean {meant}.*write {typed}@main"):
+            names(typed)
+    with pytest.raises(UsageError, match=r"no such folder: \./models/tiny-lama; did you mean \./models/tiny-llama\?"):
+        read_model_list(["./models/tiny-lama"], check_folders=True, roots=None)
+    assert names("models/tiny-lama@main\nmodels/other\ngpt-3-mine\norg/model") == [
+        *("models/tiny-lama", "models/other", "gpt-3-mine", "org/model")
+    ]
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_whoever_is_asked_decides_whether_the_folder_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: bool
+) -> None:
+    a_model(tmp_path / "models" / "tiny-llama")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def take_folder(name: str, folder: str) -> bool:
+        asked.append((name, folder))
+        return takes
+
+    listed = read_models(["models/tiny-lama"], check_folders=True, roots=None, take_folder=take_folder)
+    assert asked == [("models/tiny-lama", "models/tiny-llama")]
+    assert [(one.name, one.is_folder) for one in listed.sources] == [
+        ("models/tiny-llama", True) if takes else ("models/tiny-lama", False)
+    ]
 
 
 def test_a_folder_must_exist_only_where_workers_see_this_file_system(tmp_path: Path) -> None:

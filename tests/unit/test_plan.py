@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from qbatch.core.byte_units import GIB
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.settings import Settings
 from qbatch.core.sources import Header, read_headers
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from qbatch.models_db.vram import GIB
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.scheduler.vram_prediction import memory_bytes, predicted_need
+from tests.rows import a_gpu
+from tests.schemes import with_options
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -97,14 +99,14 @@ def test_the_prediction_holds_the_weights_and_not_much_more(llama: Path) -> None
 def test_double_quantization_and_skipped_modules_count(llama: Path) -> None:
     headers = read_headers(llama)
     plain = need_gib(headers, NF4)
-    assert need_gib(headers, NF4.with_options(double_quant=True)) < plain
+    assert need_gib(headers, with_options(NF4, double_quant=True)) < plain
     assert need_gib(headers, replace(NF4, skip_modules=("down_proj",))) > plain + 2
 
 
 def test_outliers_dequantize_at_worst_a_whole_weight(llama: Path) -> None:
     headers = read_headers(llama)
     # 4096 × 14336 values, of 9 bytes each.
-    without = need_gib(headers, INT8.with_options(int8_threshold=0.0))
+    without = need_gib(headers, with_options(INT8, int8_threshold=0.0))
     assert need_gib(headers, INT8) - without == pytest.approx(0.49, abs=0.01)
 
 
@@ -173,3 +175,16 @@ def test_submit_stores_the_prediction_of_a_folder_and_none_for_the_hub(
     headers = read_headers(llama)
     expected = [predicted_need(spec(llama, scheme), headers, LLAMA) for scheme in (BASELINE, INT8, NF4)]
     assert stored == [*expected, None, None, None]
+
+
+@pytest.mark.parametrize(("gib", "warns"), [(None, False), (4, True), (80, False)])
+def test_submit_warns_where_no_live_gpu_is_predicted_to_be_large_enough(
+    sqlite_database: Database, tmp_path: Path, llama: Path, gib: int | None, warns: bool
+) -> None:
+    if gib is not None:
+        a_gpu(sqlite_database, gib)
+    settings = Settings(home=tmp_path, storage=tmp_path, cache=tmp_path)
+    source = SourceRef(name="llama", location=str(llama), is_folder=True)
+    receipt = submit(sqlite_database, settings, Submission(sources=(source,), grid=Grid(bits=(4,)), eval_text="words"))
+    assert [f"the largest live GPU has, one of {gib} GiB" in line for line in receipt.warnings] == [True] * warns
+    assert list(receipt.warnings.values()) == [1] * warns

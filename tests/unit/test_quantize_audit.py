@@ -17,6 +17,8 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import Unsupported
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from tests.reference import load_quantized
+from tests.schemes import with_options
+from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
@@ -43,6 +45,14 @@ def edit(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_layers_whose_sizes_are_tensors_are_counted_in_numbers(tmp_path: Path) -> None:
+    """Inkling's vision tower computes the sizes of its layers with tensors."""
+    config = shrunk_config("inkling_mm_model")
+    make(transformers.InklingForConditionalGeneration, config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    audit = audit_of(tmp_path / "source", tmp_path / "out", NF4)
+    assert type(audit["quantized_parameters"]) is int
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -171,7 +181,7 @@ def test_nan_in_unquantized_tensors_is_named(value: float, tmp_path: Path) -> No
     source = make_causal(tmp_path / "source", dtype="bfloat16")
     names = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     edit(source, lambda tensors: [tensors[name].view(-1)[-1].fill_(value) for name in names])
-    storage = NF4.with_options(quant_storage="bfloat16")
+    storage = with_options(NF4, quant_storage="bfloat16")
     for number, scheme in enumerate([NF4, storage, INT8]):
         assert audit_of(source, tmp_path / str(number), scheme)["not_finite"] == names
 
@@ -209,7 +219,7 @@ def test_a_storage_that_weights_do_not_fill_is_refused_by_name(tmp_path: Path) -
         tmp_path / "source", dtype="bfloat16", hidden_size=132, num_attention_heads=2, intermediate_size=205
     )
     (tmp_path / "out").mkdir()
-    target = Target(scheme=NF4.with_options(quant_storage="float32"), folder=tmp_path / "out")
+    target = Target(scheme=with_options(NF4, quant_storage="float32"), folder=tmp_path / "out")
     (result,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
     assert isinstance(result, Refused)
     assert isinstance(result.error, Unsupported)

@@ -14,6 +14,7 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
 from tests.reference import contents, save_reference
+from tests.schemes import with_options
 from tests.tiny import (
     CAUSAL_ARCHS,
     OVERWRITTEN_ARCHS,
@@ -175,13 +176,13 @@ def test_every_kind_of_nan(bits: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
 def test_every_storage_dtype(storage: str, tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
-    schemes = [scheme.with_options(quant_storage=storage) for scheme in (NF4, FP4_DOUBLE)]
+    schemes = [with_options(scheme, quant_storage=storage) for scheme in (NF4, FP4_DOUBLE)]
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes)
 
 
 def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
     source = make_causal(tmp_path / "source", dtype="bfloat16")
-    schemes = [replace(scheme, skip_modules=("q_proj",)).with_options(int8_threshold=0.0) for scheme in (NF4, INT8)]
+    schemes = [with_options(replace(scheme, skip_modules=("q_proj",)), int8_threshold=0.0) for scheme in (NF4, INT8)]
     skips = ["lm_head", *(f"model.layers.{layer}.self_attn.q_proj" for layer in range(2))]
     assert_identical(source, tmp_path, DType.BFLOAT16, schemes, skips=skips)
 

@@ -32,11 +32,12 @@ from qbatch.core.errors import (
 )
 from qbatch.worker.quantizing import Progress, Refused, Target, Written, write_checkpoints
 from qbatch.worker.quantizing.faults import as_job_error
+from tests.schemes import with_options
 from tests.tiny import make_causal, make_fused_qkv, make_llama4, make_overwritten
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
-DOUBLE = NF4.with_options(double_quant=True)
+DOUBLE = with_options(NF4, double_quant=True)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.core_model_loading import revert_weight_conversion
 
 from qbatch.core.domain import DType, Method, Scheme
-from qbatch.worker.models.vet import vet_source
+from qbatch.core.vet import vet_source
 from qbatch.worker.quantizing import Target
 from qbatch.worker.quantizing.planning.loading import trace_loading
 from qbatch.worker.quantizing.planning.saving import as_saved

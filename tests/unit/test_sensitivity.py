@@ -26,14 +26,15 @@ from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 from qbatch.worker.searching.backward_memory import backward_bytes
+from qbatch.worker.searching.derivative_screen import window_slopes
 from qbatch.worker.searching.layer_groups import model_layers
 from qbatch.worker.searching.mixed_model import MixedModel
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
 from qbatch.worker.searching.rounded_weight import rounded_weight
-from qbatch.worker.searching.screening import window_slopes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
 from tests.reference import load_quantized
+from tests.schemes import with_options
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.FLOAT32)
 TEXT = DEFAULT_SEARCH_TEXT.read_text(encoding="utf-8")
@@ -243,7 +244,7 @@ def test_the_model_has_its_own_weights_again_after_a_search(tmp_path: Path) -> N
 def test_a_rounded_weight_is_what_bitsandbytes_computes_with(tmp_path: Path, double_quant: bool) -> None:
     import bitsandbytes as bnb
 
-    scheme = NF4.with_options(double_quant=double_quant)
+    scheme = with_options(NF4, double_quant=double_quant)
     source = tiny.make_causal(tmp_path, "gpt2")
     quantized = load_quantized(source, scheme, DType.FLOAT32)
     model = loaded(source)
@@ -344,7 +345,7 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     causal = loaded(tiny.make_causal(tmp_path / "llama"))
     given: Any = probes(causal)
     with (
-        pytest.raises(Unsupported, match="4-bit schemes of bitsandbytes, not for bnb-int8"),
+        pytest.raises(Unsupported, match="nothing but weights, not for bnb-int8"),
         opened_search(causal, given, Scheme(method=Method.INT8, compute_dtype=DType.FLOAT32)),
     ):
         pass

@@ -114,7 +114,9 @@ def test_a_speed_difference_below_its_error_is_ignored() -> None:
         step = BF16_STEP | {"kernels_alone": {"step_s": alone_s, "reason": None}}
         alike = slower | {"details": slower["details"] | {"why": step}}
         assert explain_speed(alike, rows[0])[-1].endswith(said)
-    assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline's rate" in " ".join(results_table([rows[0], slower]).split())
+    assert "j2 bnb-nf4 decodes at ×0.96≈ of its baseline's rate" in " ".join(
+        results_table([rows[0], slower], has_legend=True).split()
+    )
 
 
 def test_without_a_baseline_only_the_row_is_described() -> None:
@@ -149,7 +151,7 @@ def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, sa
     details = {"device_uuid": None, "why": None, "audits": {"cpu_layers_on_generic_kernel": layers}}
     row = result(2, "bnb-nf4", decode_tokens_per_s=3.0, details=details)
     told = explain_speed(row, None)
-    assert told[0].startswith("On a CPU, qbatch cannot tell what limits decoding")
+    assert told[0].startswith("What limits the rate of decoding is measured on GPUs only")
     assert told[1].startswith(said)
     assert len(explain_speed(row | {"scheme": "bnb-int8", "bits": 8}, None)) == 1
 
@@ -165,19 +167,19 @@ def test_what_was_not_measured_is_not_guessed() -> None:
 
 
 def test_the_table_of_results_tells_it_in_a_line() -> None:
-    table = " ".join(results_table([BF16, NF4, INT8]).split())
+    table = " ".join(results_table([BF16, NF4, INT8], has_legend=True).split())
     assert (
         "j2 bnb-nf4 decodes at ×0.73 of its baseline's rate: host-bound (device busy 24 % of a step, 1.9× the launches"
         in table
     )
     assert "j3 bnb-int8 decodes at ×0.27 of its baseline's rate: synchronization-bound" in table
     assert "j1 baseline bfloat16 decodes" not in table
-    elsewhere = results_table([BF16, NF4 | {"device_name": "NVIDIA A100"}])
+    elsewhere = results_table([BF16, NF4 | {"device_name": "NVIDIA A100"}], has_legend=True)
     assert "host-bound" not in elsewhere, "the baseline was not measured there"
 
 
 def test_the_table_is_followed_by_a_limited_number_of_reasons() -> None:
     rows = [BF16, *(NF4 | {"job_id": f"j{n}"} for n in range(2, 40))]
-    table = results_table(rows)
+    table = results_table(rows, has_legend=True)
     assert table.count("host-bound") == 12
     assert "`qbatch show JOB` explains the speed of 26 more." in table

@@ -21,6 +21,7 @@ from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
+from tests.schemes import with_options
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 from tests.torchao_reference import contents, reference
 
@@ -178,7 +179,7 @@ def test_int4_is_planned_with_what_its_layout_fills_up(
 ) -> None:
     from qbatch.worker.methods.implementations import weights_of
 
-    scheme = INT4.with_options(group_size=group_size)
+    scheme = with_options(INT4, group_size=group_size)
     packing = weights_of(scheme.description).packing(scheme)
     found = packing.part_shapes(*shape)
     assert {key: sizes for key, (_, sizes) in found.items()} == parts

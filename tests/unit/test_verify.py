@@ -19,10 +19,11 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.verify import verify
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
+from tests.schemes import with_options
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_llama4, make_overwritten, make_seq2seq
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
-NF4_DOUBLE = NF4.with_options(double_quant=True)
+NF4_DOUBLE = with_options(NF4, double_quant=True)
 FP4 = replace(NF4, method=Method.FP4)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
 UP = "model.layers.1.mlp.up_proj"
@@ -74,7 +75,7 @@ SCHEMES = {
     "fp4": FP4,
     "int8": INT8,
     "skips": replace(NF4, skip_modules=("q_proj", "k_proj", "v_proj", "query", "attn")),
-    "storage": NF4_DOUBLE.with_options(quant_storage="bfloat16"),
+    "storage": with_options(NF4_DOUBLE, quant_storage="bfloat16"),
     "shards": replace(INT8, max_shard_bytes=100_000),
 }
 MODELS: dict[str, Callable[[Path, str], Path]] = {

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -20,8 +17,17 @@ from hypothesis import strategies as st
 from qbatch.core.errors import Unsupported
 from qbatch.views.formats import Column, render, text_width
 from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
-from qbatch.views.live import LiveProgress
-from qbatch.views.units import show_bytes, show_change, show_count, show_float, show_rate, show_ratio, show_seconds
+from qbatch.views.units import (
+    show_bytes,
+    show_change,
+    show_count,
+    show_duration,
+    show_float,
+    show_rate,
+    show_ratio,
+    show_seconds,
+    show_time_left,
+)
 from tests.unit.measured_rows import NAME, PROTOCOL, result, stats
 from tests.unit.printed import results_table
 
@@ -60,7 +66,7 @@ QUANTIZED = result(
 
 
 def line_of(table: str, job_id: str) -> str:
-    return next(line for line in table.splitlines() if line.split()[:1] == [job_id])
+    return next(line for line in table.splitlines() if line.removeprefix("✓").split()[:1] == [job_id])
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
@@ -304,7 +310,6 @@ def test_a_mostly_unquantized_model_has_a_footnote() -> None:
             "--skip-modules names layers that it does not have: self_attn",
         ),
         ({"audits": {"perplexity_not_finite": True}}, "its perplexity is not finite"),
-        ({"audits": {"spread_between_rounds": 0.78}}, "its speed varied much between its rounds"),
         (
             {"flags": {"throttled": True, "clocks_changed": False}},
             "the GPU lowered its clocks because of heat or its power limit",
@@ -326,7 +331,8 @@ def test_a_difference_that_is_noise_is_marked() -> None:
     assert "10.08 +0.8 %≈" in line
     assert "3.0e-05" in line
     assert "3.0e-05 ≈" not in line
-    assert "≈ means not distinguishable" in results_table([BASELINE, row])
+    assert "≈ within noise" in results_table([BASELINE, row])
+    assert "≈ means not distinguishable" in results_table([BASELINE, row], has_legend=True)
     rounding = results_table([BASELINE, row | {"kl_mean": 1.9e-5}])
     assert "1.9e-05 ≈" in line_of(rounding, "j2")
     assert "≈" not in results_table([BASELINE, QUANTIZED])
@@ -359,14 +365,13 @@ def test_rows_of_other_protocols_and_devices_have_their_own_headings() -> None:
     failed = result(5, "bnb-fp4", state="failed", error_kind="cuda_oom", protocol=None, protocol_hash=None)
     rows = [BASELINE, result(3, **longer), QUANTIZED, result(4, "bnb-nf4", baseline_job_id="j3", **longer), failed]
     lines = results_table(rows).splitlines()
-    order = [
-        line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in {"j1", "j2", "j3", "j4", "j5"}
-    ]
+    order = [line.removeprefix("✓").split()[0] for line in lines if re.match("[ ✓] j[1-5] ", line)]
     assert order == ["j1", "j2", "j3", "j4", "j5"]
-    assert "  batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on" in lines[3]
-    assert "prompt 512" in lines[6]
-    assert lines[9] == "  not measured"
-    assert results_table([BASELINE, QUANTIZED]).count("prompt 256") == 1, "once, below the table"
+    assert "  batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text d95eae75, on" in lines[2]
+    assert "prompt 512" in lines[5]
+    assert lines[8] == "  not measured"
+    legend = results_table([BASELINE, QUANTIZED], has_legend=True)
+    assert legend.count("prompt 256") == 1, "once, below the table"
 
 
 def test_a_heading_names_what_two_protocols_of_one_shape_differ_in() -> None:
@@ -385,7 +390,7 @@ def test_a_heading_names_what_two_protocols_of_one_shape_differ_in() -> None:
 def test_rows_of_one_protocol_at_other_shapes_are_told_apart_below() -> None:
     shapes = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 64, "eval_window": 32, "eval_stride": 32}
     clipped = [result(n, details={"shapes": shapes}, model=f"org/small-{n}") for n in range(3, 8)]
-    table = " ".join(results_table([BASELINE, QUANTIZED, *clipped]).split())
+    table = " ".join(results_table([BASELINE, QUANTIZED, *clipped], has_legend=True).split())
     assert "All were measured" not in table
     assert (
         "j1, j2 were measured with batch 1, prompt 256, 64 new tokens; at most 32 windows of 1024 tokens, of text"
@@ -395,7 +400,8 @@ def test_rows_of_one_protocol_at_other_shapes_are_told_apart_below() -> None:
         "j3, j4, j5 and 2 more were measured with batch 1, prompt 16 (256 requested), 64 new tokens; at most 32 "
         "windows of 32 (1024 requested) tokens, of text"
     ) in table
-    assert "All were measured with batch 1, prompt 256" in " ".join(results_table([BASELINE, QUANTIZED]).split())
+    alone = results_table([BASELINE, QUANTIZED], has_legend=True)
+    assert "All were measured with batch 1, prompt 256" in " ".join(alone.split())
 
 
 def test_disturbances_of_the_energy_measurement_are_footnotes() -> None:
@@ -427,7 +433,8 @@ def test_the_protocol_is_said_where_any_other_row_of_the_table_has_another(other
     longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
     table = results_table([BASELINE, QUANTIZED, result(3, **other, **longer)])
     assert [line.split(", ")[1] for line in table.splitlines() if "batch 1" in line] == ["prompt 256", "prompt 512"]
-    assert results_table([BASELINE, QUANTIZED, result(3, **other)]).count("batch 1") == 1, "once, below the table"
+    same = results_table([BASELINE, QUANTIZED, result(3, **other)], has_legend=True)
+    assert same.count("batch 1") == 1, "once, below the table"
 
 
 def test_an_encoder_shows_how_well_its_similarities_hold() -> None:
@@ -455,10 +462,73 @@ def test_schemes_that_differ_in_an_option_can_be_told_apart() -> None:
 
 
 def test_a_reused_row_is_marked() -> None:
-    table = results_table([BASELINE | {"reused_from": "j90"}, QUANTIZED | {"reused_from": "j91"}])
+    table = results_table([BASELINE | {"reused_from": "j90"}, QUANTIZED])
     assert "[1]" in line_of(table, "j1")
-    assert "[1]" in line_of(table, "j2")
+    assert "[1]" not in line_of(table, "j2")
+    assert "not measured again" in table
+
+
+def test_what_holds_for_all_rows_is_said_once_and_marks_none() -> None:
+    table = results_table([BASELINE | {"reused_from": "j90"}, QUANTIZED | {"reused_from": "j91"}])
+    assert "[1]" not in table
     assert table.count("not measured again") == 1
+    assert "All: taken from an earlier job's" in table
+
+
+def test_a_speed_that_varied_is_marked_at_the_cell() -> None:
+    rounds = {"phases": {"decode": {"p50": [1.0, 2.0], "spread": 0.67}, "prefill": {"p50": [1.0, 1.0], "spread": 0.0}}}
+    varied = QUANTIZED | {"details": {"audits": {"spread_between_rounds": 0.67}, "rounds": rounds}}
+    table = results_table([BASELINE, varied])
+    assert "36.0 tok/s ×0.72?" in line_of(table, "j2")
+    assert "70.0 ms ×1.75?" not in line_of(table, "j2"), "the prefill did not"
+    assert "[1]" not in table
+    assert "? unsteady" in table
+    assert "? means that a speed differed much" in " ".join(results_table([varied], has_legend=True).split())
+
+
+def test_a_ratio_of_files_of_unlike_dtypes_is_marked() -> None:
+    sized = {"weights_bytes": 500 * 2**20}
+    rows = [BASELINE | sized, QUANTIZED | {"weights_bytes": 280 * 2**20}]
+    assert "290.0 MiB ×0.29†" in line_of(results_table(rows), "j2")
+    assert "280.0 MiB ×0.56 " in line_of(results_table(rows), "j2"), "in memory both are of one dtype"
+    assert "† source of another dtype" in results_table(rows)
+    same = [BASELINE | {"weights_bytes": 990 * 2**20}, rows[1]]
+    assert "†" not in results_table(same)
+
+
+def test_a_hidden_baseline_is_still_compared_with_and_chosen_beside() -> None:
+    quality = {"details": {"quality": {"kl_mean": 0.01, "kl_mean_se": 0.001}}, "kl_mean": 0.01}
+    table = results_table([QUANTIZED | quality | {"weights_bytes": 2**28}], [BASELINE | {"weights_bytes": 2**30}])
+    assert "36.0 tok/s ×0.72" in line_of(table, "j2")
+    assert line_of(table, "j2").startswith("✓")
+    assert "j1" not in table
+    assert "no ratios" not in table
+    assert " ".join(table.split()).endswith(
+        "1 job of 1 model on NVIDIA H200: 1 succeeded. Ship bnb-nf4 of 1 model: weights from 1.00 GiB to 256.0 MiB "
+        "(×0.25)."
+    )
+
+
+def test_quality_that_is_missing_has_a_reason_below_the_table() -> None:
+    blind = {"details": {"perplexity": {"reason": "it has no tokenizer"}, "quality": {"reason": "nothing to compare"}}}
+    rows = [result(1, **blind), result(2, "bnb-nf4", **blind)]
+    assert "Quality was not measured: it has no tokenizer." in results_table(rows)
+    compared = QUANTIZED | {"details": {"quality": {"reason": "the baseline's outputs are not stored"}}}
+    table = results_table([BASELINE, compared])
+    assert "Comparison with the baseline of j2 was not measured: the baseline's outputs are not stored." in table
+
+
+def test_sorted_rows_are_one_ranked_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [QUANTIZED | {"model": "org/b", "batch_id": "b2", "prefill_s_p50": 0.03, "kl_mean": 0.1}, BASELINE]
+    lines = results_table(rows, sort="prefill_s_p50").splitlines()
+    assert [line.removeprefix("✓").split()[:3] for line in lines[1:3]] == [
+        ["1", "j2", "b"],
+        ["2", "j1", NAME.rpartition("/")[2]],
+    ]
+    on_terminal(monkeypatch, 80)
+    narrow = results_table(rows, sort="prefill_s_p50").splitlines()
+    assert narrow[0].split() == ["prefill", "decode", "KL"]
+    assert max(map(len, narrow)) <= 80
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 160])
@@ -467,8 +537,42 @@ def test_results_fit_the_terminal_and_say_what_they_leave_out(monkeypatch: pytes
     failed = result(3, "bnb-int8", state="failed", error_kind="host_oom", error_message="the kernel killed it " * 9)
     table = results_table([BASELINE, QUANTIZED, failed])
     assert max(map(len, table.splitlines())) <= width
-    assert ("Not shown" in table) == (width < 120)
-    assert "disk" in table
+    assert ("--wide" in table) == (width < 120)
+    wide = results_table([BASELINE, QUANTIZED, failed], is_wide=True)
+    assert "70.0 ms ×1.75" in line_of(wide, "j2")
+
+
+def shown_titles(width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    on_terminal(monkeypatch, width)
+    figures = {
+        "weights_bytes": 2**33,
+        "decode_tokens_per_s": 99.0,
+        "prefill_s_p50": 0.01,
+        "perplexity": 7.0,
+        "max_allocated_bytes": 2**33,
+        "bits_per_param": 5.9,
+        "quantize_s": 4.0,
+        "load_model_s": 2.0,
+    }
+    rows = [result(1, **figures), result(2, "bnb-nf4", kl_mean=0.01, top1_agreement=0.9, **figures)]
+    return re.split(" {2,}", results_table(rows).splitlines()[0].strip())
+
+
+def test_columns_leave_in_their_order_and_the_answer_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving = ["load", "quantize", "bits/param", "disk", "peak memory", "prefill", "perplexity"]
+    every = shown_titles(500, monkeypatch)
+    assert every == ["weights", "decode", "KL", "top-1", *reversed(leaving)]
+    for width in range(200, 79, -1):
+        titles = shown_titles(width, monkeypatch)
+        assert titles == every[: len(titles)]
+    assert titles == ["weights", "decode", "KL", "top-1"], "80 columns hold these"
+    assert shown_titles(50, monkeypatch) == ["weights", "KL"]
+
+
+def test_chosen_columns_are_shown_in_their_order() -> None:
+    lines = results_table([BASELINE, QUANTIZED], columns=("perplexity", "disk", "checkpoint_path")).splitlines()
+    assert lines[0].split() == ["perplexity", "disk", "checkpoint", "path"]
+    assert "checkpoints/2" in line_of("\n".join(lines), "j2")
 
 
 def test_an_empty_result_list_says_so() -> None:
@@ -476,114 +580,18 @@ def test_an_empty_result_list_says_so() -> None:
     assert results_table([result(1, state="queued", disk_bytes=None)]).startswith(NAME)
 
 
-# progress
-
-
-def follow(stream: io.StringIO, *updates: tuple[list[dict[str, Any]], int], quiet: bool = False) -> list[str]:
-    with LiveProgress(quiet=quiet, stream=stream) as progress:
-        for jobs, workers in updates:
-            progress.update(jobs, workers)
-    return stream.getvalue().splitlines()
-
-
-def test_a_log_gets_one_line_for_each_change() -> None:
-    lines = follow(
-        io.StringIO(),
-        ([job(1), job(2)], 1),
-        ([job(1, "running", stage="fetching"), job(2)], 1),
-        ([job(1, "running", stage="fetching", progress={"bytes_read": 5}), job(2)], 1),
-        ([job(1, "running", stage="quantizing"), job(2, "running", stage="fetching")], 1),
-        ([job(1, "failed", error_kind="host_oom", error_message="killed"), job(2)], 1),
-    )
-    assert lines == [
-        f"j1 {NAME} bnb-nf4: fetching",
-        f"j1 {NAME} bnb-nf4: quantizing",
-        f"j2 {NAME} bnb-nf4: fetching",
-        f"j1 {NAME} bnb-nf4: failed: host_oom: killed (see `qbatch logs j1`)",
-        f"j2 {NAME} bnb-nf4: back in the queue",
-    ]
-
-
-def test_a_queue_without_a_worker_is_said_once() -> None:
-    lines = follow(io.StringIO(), ([job(1)], 0), ([job(1)], 0), ([job(1)], 1), ([job(1)], 0))
-    assert len(lines) == 1
-    assert "no worker is live" in lines[0]
-    assert follow(io.StringIO(), ([job(1, "succeeded")], 0)) == [f"j1 {NAME} bnb-nf4: succeeded"]
-
-
-class Seconds:
-    """A clock that each update moves on by half a second."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def silences(stream: io.StringIO, updates: int, **options: Any) -> tuple[list[float], list[str]]:
-    """How long each line let wait for it while one job runs and one waits, and the lines."""
-    clock, said_at, lines = Seconds(), [100.0], 0
-    jobs = [job(1, options.pop("state", "running"), stage="benchmarking"), job(2)]
-    with LiveProgress(quiet=False, stream=stream, clock=clock, **options) as progress:
-        for _ in range(updates):
-            progress.update(jobs, 0 if options else 1)
-            clock.now += 0.5
-            if (said := len(stream.getvalue().splitlines())) > lines:
-                lines = said
-                said_at.append(clock.now)
-    waits = [after - before for before, after in itertools.pairwise([*said_at, clock.now])]
-    return waits, stream.getvalue().splitlines()
-
-
-def test_a_log_gets_a_line_every_few_seconds_while_nothing_changes() -> None:
-    waits, lines = silences(io.StringIO(), 360)
-    assert max(waits) < 8
-    assert lines[:2] == [
-        f"j1 {NAME} bnb-nf4: benchmarking",
-        f"5 s: 0/2 jobs, 1 running, 1 queued; j1 {NAME} bnb-nf4: benchmarking",
-    ]
-    # Of a day it need not be 17,000 lines.
-    assert len(silences(io.StringIO(), 2 * 86_400)[1]) < 1600
-
-
-def test_a_log_says_that_the_worker_starts() -> None:
-    waits, lines = silences(io.StringIO(), 60, state="queued", starts_workers=True)
-    assert max(waits) < 8
-    assert all("the worker is starting" in line for line in lines[1:])
-    assert "no worker is live" not in " ".join(lines)
-
-
-def test_quiet_says_nothing() -> None:
-    assert follow(io.StringIO(), ([job(1)], 0), ([job(1, "failed")], 0), quiet=True) == []
-
-
-def test_a_terminal_gets_a_bar_the_running_jobs_and_the_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("LINES", "24")
-    reader, writer = pty.openpty()
-    progress = {"bytes_read": 3 * 2**30, "bytes_written": None, "bytes_total": 140 * 2**30}
-    running, failed = job(1, "running", stage="quantizing", progress=progress), job(2, "failed", error_kind="timeout")
-    shown = ""
-    with os.fdopen(writer, "w", encoding="utf-8") as terminal, LiveProgress(quiet=False, stream=terminal) as live:
-        for jobs, workers, awaited in (
-            ([job(1), job(2)], 0, "2 queued"),
-            ([running, failed], 1, "GiB read"),
-            ([job(1, "succeeded"), failed], 1, "2/2 jobs"),
-        ):
-            live.update(jobs, workers)
-            # The kernel hands a terminal's output over in pieces, and holds a few kilobytes at most.
-            while awaited not in shown:
-                shown += os.read(reader, 4096).decode(errors="replace")
-    os.close(reader)
-    for said in ("no worker is live", "0/2 jobs", "quantizing", "3.00 GiB of 140.00 GiB read", "failed: timeout"):
-        assert said in shown
-
-
 def test_progress_shows_what_is_known() -> None:
     assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": None}) == "1.0 MiB read"
     assert show_progress({"bytes_read": 2**20, "bytes_written": 0, "bytes_total": 2**22}) == "1.0 MiB of 4.0 MiB read"
     both = {"bytes_read": 2**20, "bytes_written": 2**21, "bytes_total": 2**22}
     assert show_progress(both) == "3.0 MiB of 4.0 MiB (1.0 MiB read, 2.0 MiB written)"
+    assert show_progress(both | {"bytes_per_s": 2.0**30}) == f"{show_progress(both)}, 1.00 GiB/s"
+    assert show_progress(both | {"step": "speed, round 2/3"}) == "speed, round 2/3"
     assert show_progress({}) == ""
+
+
+def test_durations_are_as_fine_as_they_are_known() -> None:
+    shown = {0.4: "0 s", 41: "41 s", 60: "1 min", 725: "12 min 5 s", 12_000: "3 h 20 min", 187_000: "2 d 3 h"}
+    assert {seconds: show_duration(seconds) for seconds in shown} == shown
+    left = {1: "about 5 s", 42: "about 40 s", 90: "about 2 min", 3_580: "about 60 min", 12_130: "about 3 h 20 min"}
+    assert {seconds: show_time_left(seconds) for seconds in left} == left

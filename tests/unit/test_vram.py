@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qbatch.models_db.vram import GIB, VRAM_CLASSES, floor_bytes, show_need, vram_class
+from qbatch.core.byte_units import GIB
+from qbatch.core.vram_classes import VRAM_CLASSES, floor_bytes, show_need, vram_class
 
 # What NVML shows of cards in MiB, by the size that they are sold as.
 SHOWN = {

@@ -9,6 +9,6 @@ from qbatch.core.loaders.known_loaders import JUDGED_AT_PUBLISHING, judge_folder
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """Raises JobError if the files just written cannot be read."""
+    """What each loader does with the checkpoint. Raises JobError if the files just written cannot be read."""
     judgements = judge_folder(folder, JUDGED_AT_PUBLISHING)
     return {"loaders": {name: judgement.to_json() for name, judgement in judgements.items()}}

@@ -26,7 +26,7 @@ _MANIFEST_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The origin of a checkpoint, as recorded in its manifest."""
+    """The origin of a checkpoint, as recorded in its manifest. ``database`` is the id of the job's database."""
 
     model: str
     revision: str | None
@@ -36,6 +36,7 @@ class Origin:
     device_kind: str
     device_name: str
     versions: Mapping[str, str]
+    database: str | None = None
 
 
 def publish(
@@ -79,7 +80,7 @@ def publish(
             return as_written(storage, path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
-    verified = find_published(storage, path, key)
+    verified = find_published(storage, path, key, database=origin.database)
     if verified is None:
         raise StorageError(f"{path} does not verify right after it was published")
     return verified
@@ -116,6 +117,7 @@ def _write_manifest(
         "dtype": origin.dtype,
         "device": {"kind": origin.device_kind, "name": origin.device_name},
         "versions": dict(origin.versions),
+        "database": origin.database,
         "quantize_s": quantize_s,
         "audit": dict(audit),
         "file_system_refused": sorted(refused),

@@ -16,6 +16,7 @@ from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.storage import unpublished_files
+from qbatch.worker.checkpoints.ownership import mark_adopted
 from qbatch.worker.files.content import Content, HashedFile, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
 
@@ -64,14 +65,17 @@ def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
     return f"checkpoints/{slug(model)}/{scheme.method}-{key[:16]}"
 
 
-def find_published(storage: Path, path: str, key: str) -> Verified | None:
+def find_published(storage: Path, path: str, key: str, *, database: str | None = None) -> Verified | None:
     """The checkpoint at ``path`` if it exists, has this key, and every file matches the manifest; else None.
 
-    A checkpoint that does not match is moved aside. Raises StorageError if it cannot be read.
+    A checkpoint that does not match is moved aside. ``database``: the one that is going to use it, so that no other
+    database on the storage removes it. Raises StorageError if it cannot be read.
     """
     folder = storage / path
+    doubted: _Identity | None = None
     for _ in range(_ATTEMPTS):
         try:
+            mark_adopted(storage, path, database)
             judged = _identity(folder)
             if judged is None:
                 return None
@@ -79,7 +83,10 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             is_its_own = manifest is not None and manifest.key == key
             if manifest is not None and not is_its_own and not path.endswith(key[:16]):
                 return None  # the checkpoint is where it belongs, and was looked up with the key of another one
-            content = _verified(folder, manifest) if manifest is not None and is_its_own else None
+            if manifest is not None and not is_its_own:
+                content, is_certain = None, True
+            else:
+                content, is_certain = _verified(folder, manifest) if manifest is not None else (None, False)
             is_still_there = _identity(folder) == judged
         except OSError as error:
             raise storage_error(error, "cannot verify a checkpoint") from error
@@ -87,8 +94,11 @@ def find_published(storage: Path, path: str, key: str) -> Verified | None:
             raise StorageError(f"cannot verify a checkpoint: {error}") from error
         if manifest is not None and content is not None:
             return Verified(published=_as_published(path, manifest, content), content=content)
-        # Others may have moved it aside and published a new one meanwhile; then verify that one.
-        if is_still_there:
+        # Others may have moved it aside and published a new one meanwhile; then verify that one. Or they moved it aside
+        # to remove it and back, as it was needed; then its files are there at a second look.
+        if is_still_there and not is_certain and doubted != judged:
+            doubted = judged
+        elif is_still_there:
             _reject(folder, judged)
             return None
     raise StorageError(
@@ -150,13 +160,16 @@ def _identity(folder: Path) -> _Identity | None:
     return (result.st_dev, result.st_ino) if stat.S_ISDIR(result.st_mode) else None
 
 
-def _verified(folder: Path, manifest: Manifest) -> Content | None:
-    """The content of the files that the manifest names, read anew; None where it is not what was published."""
+def _verified(folder: Path, manifest: Manifest) -> tuple[Content | None, bool]:
+    """The content of the files that the manifest names, read anew; None where it is not what was published.
+
+    Also whether that is certain: all files were there, and did not change while they were read.
+    """
     try:
         content = hash_content(lambda: _existing(folder, manifest), NoDigestCache())
     except (SourceChanged, FileNotFoundError):  # a file was removed, or is being written
-        return None
-    return None if manifest.differences({file.name: file.digest for file in content.files}) else content
+        return None, False
+    return (None if manifest.differences({file.name: file.digest for file in content.files}) else content), True
 
 
 def _existing(folder: Path, manifest: Manifest) -> dict[str, Path]:

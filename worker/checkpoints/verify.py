@@ -11,9 +11,9 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
+from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.models.code_vetting import vet_code
-from qbatch.worker.models.vet import refuse_other_weights
 
 if TYPE_CHECKING:
     import torch

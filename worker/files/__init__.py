@@ -1,1 +1,1 @@
-"""Files on the storage: staging, content hashes, stored baseline outputs, and pruning."""
+"""Files on the storage: staging, content hashes, stored baseline outputs."""

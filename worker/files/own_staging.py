@@ -87,7 +87,7 @@ class OwnStaging:
             dead = [folder for folder in self._others() if folder.name in gone or is_dead(folder, now)]
             removed = remove_stale([self.folder, *dead], running)
             for folder in dead:
-                _remove_if_empty(folder)
+                remove_if_empty(folder)
         except OSError as error:
             raise StorageError(str(storage_error(error, "cannot clean up the staging folder"))) from error
         return removed
@@ -143,6 +143,7 @@ def _write(descriptor: int, text: bytes) -> None:
         os.utime(descriptor)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a dead worker if no attempt has anything there. Raises OSError."""
     if [path.name for path in folder.iterdir()] in ([_HEARTBEAT], []):
         shutil.rmtree(folder, ignore_errors=True)  # its owner may be back, or another worker may be removing it too

@@ -69,13 +69,18 @@ def remove_stale(folders: Sequence[Path], running: Callable[[Iterable[Token]], I
     ``running`` tells which attempts still hold their jobs. It is called after the folders were listed, so an attempt
     that begins meanwhile is safe. Raises StorageError.
     """
-    paths = [path for folder in folders for path in folder.glob("*-*")]
-    tokens = {path: (int(match[1]), int(match[2])) for path in paths if (match := _FOLDER.fullmatch(path.name))}
-    held = frozenset(running(tokens.values()))
-    stale = [path for path, (job_id, _) in tokens.items() if job_id not in held]
+    stale = stale_folders(folders, running)
     for path in stale:
         unstage(path)
     return [path.name for path in stale]
+
+
+def stale_folders(folders: Sequence[Path], running: Callable[[Iterable[Token]], Iterable[int]]) -> list[Path]:
+    """What ``remove_stale`` would remove."""
+    paths = [path for folder in folders for path in folder.glob("*-*")]
+    tokens = {path: (int(match[1]), int(match[2])) for path in paths if (match := _FOLDER.fullmatch(path.name))}
+    held = frozenset(running(tokens.values()))
+    return [path for path, (job_id, _) in tokens.items() if job_id not in held]
 
 
 def require_space(folder: Path, nbytes: int, reserved_bytes: int = 0) -> None:

@@ -1,4 +1,5 @@
-"""How much slower than float32 a CPU computes in 16 bits: many emulate them, and then a model's speed is not its own.
+"""How much slower a CPU computes in 16 bits than in float32. Many emulate these types, and then a measured speed is
+that of the emulation, not of the model.
 
 ``python -P -m`` this module measures in a process of its own, and prints JSON.
 """
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from qbatch.core.domain import DType
@@ -47,8 +47,8 @@ def arithmetic_slowdowns(device: str, dtypes: Iterable[DType]) -> dict[str, floa
 
 
 def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> str | None:
-    """By which name the processor of ``cpuinfo``, /proc/cpuinfo's text, has bfloat16 arithmetic; None where it has
-    none, does not say so, or ``environ`` may keep the library from using it."""
+    """The name of the processor's bfloat16 instructions, by ``cpuinfo``, the text of /proc/cpuinfo. None if it has
+    none, does not say so, or ``environ`` may keep the library from using them."""
     if any(name in environ for name in _LIMITS):
         return None
     lines = (line.partition(":") for line in cpuinfo.splitlines())
@@ -56,16 +56,11 @@ def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> str | Non
     return next((name for name in _INSTRUCTIONS if name in flags), None)
 
 
-def cpuinfo() -> str:
-    """Empty where there is none: not on Linux."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
 def measured_apart() -> dict[str, float]:
-    """``arithmetic_slowdown`` of each 16-bit dtype by its name, from a process that may die of a broken library.
+    """``arithmetic_slowdown`` of each 16-bit dtype by its name, measured in another process, which a broken library may
+    kill.
 
-    Raises RuntimeError with the last thing that it said.
+    Raises RuntimeError with the last line of that process's output.
     """
     # Where this module was loaded from is where it is found again, whatever the current directory holds.
     done = subprocess.run([sys.executable, "-P", "-m", __name__], capture_output=True, text=True, check=False)
@@ -76,7 +71,8 @@ def measured_apart() -> dict[str, float]:
 
 
 def _product_s(dtype: DType) -> float:
-    """The fastest of several, in one thread's own time: what else the machine does counts for nothing."""
+    """The shortest of several times of a product, in CPU time of one thread, so that other work on the machine does not
+    count."""
     import torch
 
     matrix = torch.ones(MATRIX_SIDE, MATRIX_SIDE, dtype=getattr(torch, dtype.value))

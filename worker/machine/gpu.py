@@ -27,7 +27,7 @@ class Gpu:
 def installed_gpus() -> tuple[Gpu, ...]:
     """All GPUs that the driver lists; empty without a driver."""
     try:
-        with _nvml():
+        with nvml():
             gpus = [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
             return tuple(gpu for gpu in gpus if gpu is not None)
     except pynvml.NVMLError:
@@ -54,7 +54,8 @@ def _text(value: str | bytes) -> str:
 
 
 @contextmanager
-def _nvml() -> Iterator[None]:
+def nvml() -> Iterator[None]:
+    """A context in which the driver can be asked. Raises NVMLError without a driver."""
     pynvml.nvmlInit()
     try:
         yield

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from qbatch.core.domain import DType, Protocol
 from qbatch.core.errors import BenchmarkError, DeviceError, Unsupported
@@ -19,7 +20,7 @@ from qbatch.core.measured.details import Details
 from qbatch.core.measured.known_speed import KnownSpeed, with_speed_of
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
-from qbatch.core.measured.quality_figures import Quality, TextPerplexity
+from qbatch.core.measured.quality_figures import FurtherText, Quality, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseTimes, RunShape, Size, TimedRounds
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
 from qbatch.worker.measuring.pooled_rounds import Speed, pool
@@ -52,7 +53,7 @@ class Subject:
     """The model in ``folder``, and how it is measured.
 
     ``dtype`` and ``compute_dtype`` are resolved. Of ``protocol`` only fields that do not depend on the shape are used.
-    ``task_texts``: its packed tasks by their sha256. ``on_step``: called with the name of each step.
+    ``texts``: its further texts and packed tasks by their sha256. ``on_step``: called with the name of each step.
     """
 
     folder: Path
@@ -60,7 +61,7 @@ class Subject:
     compute_dtype: DType
     protocol: Protocol
     eval_text: str
-    task_texts: Mapping[str, str]
+    texts: Mapping[str, str]
     on_step: Callable[[str], None]
 
     def errors(self) -> AbstractContextManager[None]:
@@ -92,10 +93,15 @@ class ModelBenchmark:
             raise BenchmarkError(f"{self.subject.folder.name} must be counted before it is measured")
         return self._measured
 
-    def note_not_compared(self, reason: str) -> None:
-        """Record why the model is not compared with its base."""
-        measured = self.measured
-        self._measured = replace(measured, details=replace(measured.details, quality=Quality(reason=reason)))
+    def note_not_compared(self, reason: str, *, text: str | None = None) -> None:
+        """Record why the model is not compared with its base, on the further ``text`` of that name or on the first."""
+        details = self.measured.details
+        if text is None:
+            details = replace(details, quality=Quality(reason=reason))
+        else:
+            further = replace((details.more_texts or {}).get(text, FurtherText()), quality=Quality(reason=reason))
+            details = replace(details, more_texts={**(details.more_texts or {}), text: further})
+        self._measured = replace(self.measured, details=details)
 
     def give_up_quality(self, reason: str) -> None:
         self.why_no_quality = reason
@@ -106,10 +112,12 @@ class ModelBenchmark:
             self._prepare(loaded)
             self.note_load_time(loaded)
 
-    def measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
-        """Measure quality, compared with ``reference`` if there is one."""
+    def measure_quality(
+        self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference] = MappingProxyType({})
+    ) -> None:
+        """Measure quality, compared with ``reference`` if there is one. ``more``: those of further texts, by name."""
         with self.subject.errors():
-            self._measure_quality(loaded, reference)
+            self._measure_quality(loaded, reference, more)
 
     def kernels_request(self, shapes: Sequence[Shape], *, device: str, trusted: bool = False) -> KernelsRequest:
         """The request for the kernels of a decode step at ``shapes``."""
@@ -139,7 +147,7 @@ class ModelBenchmark:
             )
             self.why_no_quality = f"{type(loaded.model).__name__} {what}"
         subject = self.subject
-        self._tasks = load_tasks(loaded, subject.protocol, subject.task_texts)
+        self._tasks = load_tasks(loaded, subject.protocol, subject.texts)
         is_language_model = loaded.task is ModelKind.CAUSAL_LM and self.why_no_quality is None
         self.is_explainable = is_language_model and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
@@ -161,11 +169,16 @@ class ModelBenchmark:
         cut = text_cut(loaded, self.subject.protocol)
         return RunShape(eval_window=cut.window, eval_stride=cut.stride, eval_max_windows=cut.count)
 
-    def _measure_quality(self, loaded: LoadedModel, reference: Reference | None) -> None:
-        score, quality = self._compare_and_score(loaded, reference)
+    def _measure_quality(self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference]) -> None:
+        subject = self.subject
+        score, quality = self._compare_and_score(loaded, reference, subject.protocol, subject.eval_text)
+        more_texts = {
+            text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), text.sha256)
+            for text in subject.protocol.more_texts
+        }
         if self._tasks.tasks is not None:
             self.subject.on_step("tasks")
-        tasks = run_tasks(self._tasks, loaded, self.subject.protocol)
+        answered = run_tasks(self._tasks, loaded, self.subject.protocol, self.subject.on_step)
         perplexity = None if score is None else score.perplexity
         measured = self.measured
         self._measured = replace(
@@ -173,11 +186,13 @@ class ModelBenchmark:
             perplexity=finite(perplexity),
             kl_mean=finite(quality.kl_mean),
             top1_agreement=finite(quality.top1_agreement),
+            answers=None if answered is None else answered.answers,
             details=replace(
                 measured.details,
-                perplexity=TextPerplexity(reason=_why_no_score(loaded)) if score is None else _stored_score(score),
+                perplexity=_stored_score(score, loaded),
                 quality=quality,
-                tasks=tasks,
+                more_texts=more_texts or None,
+                tasks=None if answered is None else answered.scores,
                 tasks_reason=self._tasks.reason,
                 audits=replace(
                     measured.details.audits,
@@ -187,13 +202,23 @@ class ModelBenchmark:
         )
         self._tasks = LoadedTasks(hashes={})
 
-    def _compare_and_score(self, loaded: LoadedModel, reference: Reference | None) -> tuple[TextScore | None, Quality]:
-        """(the score of the text, for causal LMs only; the comparison with the base)."""
-        protocol, text, on_step = self.subject.protocol, self.subject.eval_text, self.subject.on_step
+    def _further(
+        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, sha256: str
+    ) -> FurtherText:
+        score, quality = self._compare_and_score(loaded, reference, protocol, self.subject.texts[sha256])
+        return FurtherText(quality=quality, perplexity=_stored_score(score, loaded))
+
+    def _compare_and_score(
+        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, text: str
+    ) -> tuple[TextScore | None, Quality]:
+        """(the score of ``text``, for causal LMs only; the comparison with the base)."""
+        on_step = self.subject.on_step
         against_base = Quality()
         if reference is not None:
             on_step("quality")
-            against_base = _compare(loaded, reference, protocol, text)
+            against_base = _compare(
+                loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}")
+            )
         # Perplexity is meaningless for other tasks, and for random ids instead of a text.
         if loaded.task is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
@@ -255,7 +280,7 @@ class RowBenchmark:
         """Time one round; during the first, also measure memory. Raises the errors of ``ModelBenchmark``."""
         if self._why_no_speed is not None:
             return
-        self._on_step("speed")
+        self._on_step(f"speed, round {len(self._rounds) + 1}/{self.rounds_to_time}")
         self._device = loaded.device
         self.model.note_load_time(loaded)
         with self.model.subject.errors():
@@ -410,7 +435,7 @@ def _with_shape(text_shape: RunShape, of: Round | None) -> RunShape:
 
 
 def on_noise(row: Measurement, inputs: str) -> Measurement:
-    """``row`` without the figures that are compared: how fast a model takes noise is no figure of its use."""
+    """``row`` without the figures that are compared: the speed on noise is not the speed in use."""
     details = replace(row.details, noise_inputs=inputs)
     return replace(row, forward_s_p50=None, forward_samples_per_s=None, max_allocated_bytes=None, details=details)
 
@@ -424,7 +449,7 @@ def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str]) -> Meas
 
 
 def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:
-    """The same with the protocol by which it was measured."""
+    """``row`` with the protocol by which it was measured."""
     details = replace(measurement.details, protocol=protocol.to_json(), protocol_hash=protocol.hash)
     return replace(measurement, details=details)
 
@@ -434,11 +459,13 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str) -> Quality:
+def _compare(
+    loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str, on_probe: Callable[[int, int], None]
+) -> Quality:
     """Compare with the base. If that fails, the result has only the reason, and the other figures are kept."""
     try:
         with translated(BenchmarkError, "cannot compare with the base"):
-            return compare(loaded, reference, protocol, text)
+            return compare(loaded, reference, protocol, text, on_probe)
     except BenchmarkError as error:
         return Quality(reason=str(error))
 
@@ -461,7 +488,9 @@ def _stored_size(size: ModelSize) -> Size:
     )
 
 
-def _stored_score(score: TextScore) -> TextPerplexity:
+def _stored_score(score: TextScore | None, loaded: LoadedModel) -> TextPerplexity:
+    if score is None:
+        return TextPerplexity(reason=_why_no_score(loaded))
     return TextPerplexity(
         mean_nll=score.mean_nll,
         perplexity_se=score.perplexity_se,

@@ -6,13 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.speed_figures import Phase, PhaseByRound, PhaseTimes
+from qbatch.core.measured.speed_figures import NOTABLE_SPREAD, Phase, PhaseByRound, PhaseTimes
 from qbatch.worker.measuring.speed.fairness import flags_of
 from qbatch.worker.measuring.speed.phases import Round, TimedShape
 from qbatch.worker.measuring.stats import Stats, percentile, summarize
-
-# A larger spread is reported with the figures, since the host alone may cause differences of that size.
-_NOTABLE_SPREAD = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +51,7 @@ def pool(rounds: Sequence[Round]) -> Speed:
         forward_samples_per_s=None if forward is None else shape.batch_size / forward.mean,
         stats={str(name): _phase_times(name, of, shape) for name, of in stats.items()},
         by_round={str(name): of for name, of in by_round.items()},
-        notable_spread=largest if largest > _NOTABLE_SPREAD else None,
+        notable_spread=largest if largest > NOTABLE_SPREAD else None,
         shape=shape,
         flags=flags_of([one.conditions for one in rounds]),
     )

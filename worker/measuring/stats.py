@@ -59,20 +59,6 @@ def summarize(sample: Sequence[float]) -> Stats:
     )
 
 
-def clustered_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of Σ sums / Σ counts: a mean over rows, of which only whole clusters are independent.
-
-    It is the root of the linearised variance of a ratio of totals, G/(G-1) · Σ (S_g - n_g·mean)² / N² (Cochran,
-    Sampling Techniques, ch. 9A). Clusters may differ in size. None for a single cluster.
-    """
-    clusters, rows = len(sums), sum(counts)
-    if clusters < 2:
-        return None
-    mean = math.fsum(sums) / rows
-    scatter = math.fsum((total - count * mean) ** 2 for total, count in zip(sums, counts, strict=True))
-    return math.sqrt(clusters / (clusters - 1) * scatter) / rows
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation of two samples of one length: Pearson's correlation of their ranks. NaN if all values
     of one sample are equal, if any is NaN, or if there are fewer than two."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from qbatch.core.methods.registry import required_libraries
+from qbatch.worker.machine.processor import processor_name
 
 _PACKAGES = ("qbatch", "torch", "transformers", *required_libraries(), "accelerate", "safetensors", "lm_eval")
 
@@ -31,10 +31,7 @@ def device_name(device: str) -> str:
     """The name of the GPU, or of the processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _package(name: str) -> str | None:
@@ -42,11 +39,6 @@ def _package(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _driver() -> str | None:

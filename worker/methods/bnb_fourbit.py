@@ -14,7 +14,8 @@ from itertools import pairwise
 import bitsandbytes as bnb
 import torch
 
-BLOCK = 64
+from qbatch.core.methods.bnb import BLOCK
+
 _SMALLEST_ABSMAX = 1e-38
 
 

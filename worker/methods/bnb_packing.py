@@ -14,7 +14,8 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from qbatch.worker.methods.bnb_fourbit import BLOCK, quantize_4bit
+from qbatch.core.methods.bnb import BLOCK
+from qbatch.worker.methods.bnb_fourbit import quantize_4bit
 from qbatch.worker.methods.bnb_int8 import quantize_int8
 from qbatch.worker.methods.packing import MakePart, PackedPiece, PartShapes, StreamedPacking, figures
 
@@ -67,6 +68,7 @@ class FourBitPacking(_BnbPacking):
     nested: bool
     storage: torch.dtype
     block: int = BLOCK
+    is_weight_only = True
 
     def why_unsupported(self, rows: int, columns: int) -> str | None:
         # A storage dtype of one byte may be left half filled.
@@ -131,11 +133,9 @@ class FourBitPacking(_BnbPacking):
         return PackedPiece(parts=parts, figures=figures(values, self._restored(parts["weight"], scales, values.shape)))
 
     def nested_offset(self, weight: torch.Tensor) -> float | None:
-        """The mean of a whole weight's block maxima if ``nested``, else None."""
         return float(self.block_maxima(weight.reshape(-1)).mean()) if self.nested else None
 
     def rounded(self, values: torch.Tensor, nested_offset: float | None) -> torch.Tensor:
-        """What a loaded checkpoint computes with instead of ``values``, a piece as for ``pack``: float32."""
         parts, scales = self._quantized(values.reshape(-1), nested_offset)
         return self._restored(parts["weight"], scales, values.shape)
 

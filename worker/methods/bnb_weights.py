@@ -31,17 +31,22 @@ class BnbWeights(MethodWeights):
     def quantization_config(self, scheme: Scheme, skips: list[str] | None) -> Any:
         from transformers import BitsAndBytesConfig
 
-        if isinstance(_bnb_description(scheme), bnb_methods.BnbInt8):
-            threshold = float(scheme[bnb_methods.INT8_THRESHOLD])
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skips)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            llm_int8_skip_modules=skips,
-            bnb_4bit_quant_type=scheme.description.quant_type,
-            bnb_4bit_use_double_quant=scheme[bnb_methods.DOUBLE_QUANT],
-            bnb_4bit_compute_dtype=getattr(torch, scheme.compute_dtype.value),
-            bnb_4bit_quant_storage=scheme[bnb_methods.QUANT_STORAGE],
-        )
+        description = _bnb_description(scheme)
+        match description:
+            case bnb_methods.BnbFourBit():
+                return BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    llm_int8_skip_modules=skips,
+                    bnb_4bit_quant_type=description.quant_type,
+                    bnb_4bit_use_double_quant=scheme[bnb_methods.DOUBLE_QUANT],
+                    bnb_4bit_compute_dtype=getattr(torch, scheme.compute_dtype.value),
+                    bnb_4bit_quant_storage=scheme[bnb_methods.QUANT_STORAGE],
+                )
+            case bnb_methods.BnbInt8():
+                threshold = float(scheme[bnb_methods.INT8_THRESHOLD])
+                return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skips)
+            case _:
+                assert_never(description)
 
     def packing(self, scheme: Scheme) -> Packing:
         from qbatch.worker.methods.bnb_packing import FourBitPacking, Int8Packing

@@ -37,6 +37,18 @@ class Packing(ABC):
     marks_initialized = True
     """Whether transformers marks a layer as initialized once its weight is quantized, and does not initialize it."""
 
+    is_weight_only = False
+    """Whether a layer computes with the values of ``rounded``, and quantizes nothing else."""
+
+    def nested_offset(self, weight: torch.Tensor) -> float | None:
+        """The mean of a whole weight's block maxima, if its pieces need it, else None."""
+        return None
+
+    def rounded(self, values: torch.Tensor, nested_offset: float | None) -> torch.Tensor:
+        """What a loaded checkpoint computes with instead of ``values``: float32 of the same shape. They are a piece, as
+        for ``pack``, and ``nested_offset`` is that of the weight. Needs ``is_weight_only``."""
+        raise NotImplementedError(f"{self} quantizes more than weights")
+
     @abstractmethod
     def part_shapes(self, rows: int, columns: int) -> PartShapes:
         """dtype and shape of every part that is computed from the weight's values, the codes first."""

@@ -23,7 +23,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
 )
 # Read by transformers only with other packages, or not at all; what is installed must not change what is measured.
-_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.vocab", "*.bpe")
+_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.model", "*.spm", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 

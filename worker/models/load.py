@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.prior_quantization import declares_quantization
 from qbatch.core.sources import read_config, read_headers
+from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
@@ -25,8 +27,6 @@ from qbatch.worker.models.architecture import (
     model_class,
     why_no_tokenizer,
 )
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
-from qbatch.worker.models.vet import refuse_other_weights
 
 # A folder that no file can lie in, so that nothing is found there.
 _NO_FOLDER = os.devnull
@@ -134,6 +134,9 @@ def _load_model(
     # transformers fills missing tensors with random numbers, and only warns.
     if missing := sorted(info["missing_keys"]):
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
+    # A source may hold more than its model. A checkpoint's are scales that transformers has renamed, and not found.
+    if corrupt is BenchmarkError and (unused := sorted(info["unexpected_keys"])):
+        raise corrupt(f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}")
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 

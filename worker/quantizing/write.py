@@ -11,7 +11,7 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, one_line
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import Header, read_config
-from qbatch.worker.models.vet import vet_source
+from qbatch.core.vet import vet_source
 from qbatch.worker.quantizing.faults import as_job_error, quiet
 from qbatch.worker.quantizing.meter import Meter
 from qbatch.worker.quantizing.target import Deferred, Outcome, Progress, Refused, Target, Written

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qbatch.core.domain import Protocol, TextRef
 from qbatch.core.errors import DeviceError, JobError, SourceChanged
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
@@ -39,28 +40,34 @@ class BaseOutputs:
         # By folder, why the outputs of a baseline were not stored.
         self._not_kept: dict[Path, str] = {}
 
-    def find(self, plan: Plan) -> Reference | None:
-        """The outputs of the baseline, if it was measured on such a device with the same text."""
+    def find(self, plan: Plan, text: TextRef | None = None) -> Reference | None:
+        """The outputs of the baseline on a text, if it was measured on such a device with it."""
         from qbatch.worker.measuring.quality.reference import open_reference
 
-        return open_reference(self._folder(plan))
+        return open_reference(self._folder(_protocol(plan, text), plan))
 
-    def why_missing(self, plan: Plan) -> str:
-        return self._not_kept.get(self._folder(plan), _NO_REFERENCE)
+    def why_missing(self, plan: Plan, text: TextRef | None = None) -> str:
+        return self._not_kept.get(self._folder(_protocol(plan, text), plan), _NO_REFERENCE)
 
     def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel) -> None:
-        """Store the outputs of the ``loaded`` baseline.
+        """Store the outputs of the ``loaded`` baseline on each text.
 
         If that fails, only the comparisons are missing, unless the device has become unusable.
         """
+        subject.on_step("outputs for comparison")
+        self._keep(plan, subject.protocol, subject.eval_text, loaded)
+        for text in subject.protocol.more_texts:
+            self._keep(plan, _protocol(plan, text), subject.texts[text.sha256], loaded)
+
+    def _keep(self, plan: Plan, protocol: Protocol, eval_text: str, loaded: LoadedModel) -> None:
         from qbatch.worker.measuring.quality.reference import prepare_reference
 
-        folder = self._folder(plan)
+        folder = self._folder(protocol, plan)
         try:
             kept = prepare_reference(
                 loaded,
-                subject.protocol,
-                subject.eval_text,
+                protocol,
+                eval_text,
                 folder,
                 # A baseline stages nothing else. If this runner is killed, its staging folder is removed.
                 staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
@@ -76,13 +83,19 @@ class BaseOutputs:
             self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
         free_device_memory()
 
-    def _folder(self, plan: Plan) -> Path:
+    def _folder(self, protocol: Protocol, plan: Plan) -> Path:
         from qbatch.worker.measuring.quality.reference import reference_name
 
         name = reference_name(
             fingerprint=self._source.fingerprint,
             dtype=plan.settled.dtype,
             device_name=self._order.device_name,
-            protocol=plan.settled.protocol,
+            protocol=protocol,
         )
         return self._order.storage / BASE_OUTPUTS / name
+
+
+def _protocol(plan: Plan, text: TextRef | None) -> Protocol:
+    """The protocol of a further text, or of the first."""
+    protocol = plan.settled.protocol
+    return protocol if text is None else protocol.on_text(text)

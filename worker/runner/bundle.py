@@ -6,17 +6,18 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.sources import read_config, source_dtype
+from qbatch.core.vet import vet_source
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
-from qbatch.worker.models.vet import vet_source
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.measured_rounds import Rounds
@@ -35,6 +36,8 @@ from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
+
+_VETTED_CHARACTERS = 4096
 
 
 class Bundle:
@@ -104,7 +107,23 @@ class Bundle:
         readers = [plan.job_id for plan in plans if plan.settled.protocol.runs_model]
         unreadable = translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}")
         with self._reports.failing(readers), unreadable:
-            load_tokenizer(source.folder, trusted=source.runs_code)
+            tokenizer = load_tokenizer(source.folder, trusted=source.runs_code)
+            rows = read_config(source.folder).get("vocab_size")
+            if readers and isinstance(rows, int) and len(tokenizer) > rows:
+                self._vet_ids(tokenizer, rows)
+
+    def _vet_ids(self, tokenizer: Any, rows: int) -> None:
+        """Warn of a tokenizer of another model, which is larger than its model and uses what it has too much."""
+        largest = max((max(tokenizer(text)["input_ids"], default=0) for text in self._texts()), default=0)
+        if largest >= rows:
+            log.warning(
+                "no text can be measured: the tokenizer yields id %d, but the model embeds only %d", largest, rows
+            )
+
+    def _texts(self) -> list[str]:
+        """The beginnings of the evaluation texts, which are measured in any case."""
+        hashes = {claim.spec.protocol.eval_text_sha256 for claim in self._order.claims}
+        return [self._order.texts[one][:_VETTED_CHARACTERS] for one in sorted(hashes & self._order.texts.keys())]
 
     def _measure(self, source: LocalSource, speeds: Mapping[int, KnownSpeed], models: Sequence[MeasuredModel]) -> None:
         """Models of which only the size was asked for are counted; the others are loaded."""
@@ -118,8 +137,8 @@ class Bundle:
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
-        """None where a library that its method needs is not here, or its skip list cannot be resolved, which is that
-        job's fault alone."""
+        """Plan a job. None if a library that its method needs is not installed here, or its skip list cannot be
+        resolved; that fails only this job."""
         with self._reports.failing([claim.job_id]):
             return [plan_job(claim, source, dtype, self._order.device_kind, skip_lists.of(claim.spec))]
         return []

@@ -59,7 +59,7 @@ class MeasuredModel:
 
     @property
     def runs(self) -> bool:
-        """Whether anything is asked for that the model must be loaded for."""
+        """Whether a part of the measurement was requested for which the model must be loaded."""
         return self.plans[0].settled.protocol.runs_model
 
     @property

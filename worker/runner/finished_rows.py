@@ -43,8 +43,8 @@ class FinishedRows:
             compute_dtype=settled.scheme.resolved(settled.dtype).compute_dtype,
             protocol=settled.protocol,
             eval_text=self._order.texts[settled.protocol.eval_text_sha256],
-            task_texts=self._order.texts,
-            on_step=lambda step: log.info("%s: %s", names(self._reports.open(model.ids)), step),
+            texts=self._order.texts,
+            on_step=lambda step: self._reports.step(model.ids, step),
         )
 
     def send_counted(self, model: MeasuredModel) -> None:

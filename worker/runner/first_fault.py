@@ -31,7 +31,7 @@ class FirstFault:
         said = f"{self.module or type(model).__name__} fails ({one_line(self.error)})"
         skips = _mend(model, inputs, self)
         if skips is None:
-            return f"{said}; no layer that was tried mends it by staying unquantized"
+            return f"{said}; leaving any of the tried layers unquantized does not help"
         return f"{said}; --skip-modules {','.join([*scheme.skip_modules, *skips])} mends it"
 
 
@@ -116,7 +116,7 @@ def _quantized(model: Any) -> dict[str, Any]:
 
 
 def _end_of(name: str, quantized: Iterable[str]) -> str:
-    """The shortest end of ``name`` that, of the ``quantized`` layers, only the same one of other blocks shares."""
+    """The shortest end of ``name`` that, among the ``quantized`` layers, only the same layers of other blocks have."""
     parts, kind = name.split("."), _NUMBER.sub("*", name)
     for count in range(1, len(parts)):
         end = ".".join(parts[-count:])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from qbatch.core.byte_units import GIB
 from qbatch.worker.machine.host_memory import available_memory
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ log = logging.getLogger("qbatch.runner")
 
 _SHARE_OF_HOST = 0.5
 _SHARE_OF_GPU = 0.9
-_GPU_RESERVE_BYTES = 1 << 30
+_GPU_RESERVE_BYTES = GIB
 
 Jobs = tuple[int, ...]
 """A model by the ids of its jobs."""
@@ -78,7 +79,7 @@ class LoadedModels:
             return
         for jobs in self._loaded.keys() - set(models):  # one that failed
             del self._loaded[jobs]
-        self.are_together = fit_together(footprints, self._room_bytes())
+        self.are_together = fit_together(footprints, self._free_bytes())
         log.info("%d models are %s", len(models), "kept loaded together" if self.are_together else "loaded in turns")
 
     def separate(self) -> None:
@@ -90,15 +91,15 @@ class LoadedModels:
         self._loaded.clear()
         free_device_memory()
 
-    def _room_bytes(self) -> int:
+    def _free_bytes(self) -> int:
         """What may be planned with, including what the loaded models take now, since they are among those planned."""
         return usable_bytes(self._device) + sum(self._footprints[jobs].held_bytes for jobs in self._loaded)
 
 
-def fit_together(footprints: Collection[Footprint], room_bytes: int) -> bool:
-    """Whether all models fit in ``room_bytes`` while any one of them is measured."""
+def fit_together(footprints: Collection[Footprint], free_bytes: int) -> bool:
+    """Whether all models fit in ``free_bytes`` while any one of them is measured."""
     held_bytes = sum(one.held_bytes for one in footprints)
-    return held_bytes + max(one.working_bytes for one in footprints) <= room_bytes
+    return held_bytes + max(one.working_bytes for one in footprints) <= free_bytes
 
 
 def used_bytes(device: str) -> int:

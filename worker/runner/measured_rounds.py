@@ -121,11 +121,14 @@ class Rounds:
         benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
             plan.job_id: RowBenchmark(
-                benchmark, plan.settled.protocol, _step_reporter(plan), known=speeds.get(plan.job_id)
+                benchmark, plan.settled.protocol, self._step_reporter(plan), known=speeds.get(plan.job_id)
             )
             for plan in model.plans
         }
         return _Turn(model=model, benchmark=benchmark, rows=rows)
+
+    def _step_reporter(self, plan: Plan) -> Callable[[str], None]:
+        return lambda step: self._reports.step([plan.job_id], step)
 
     def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
         if not self._reports.open(turn.jobs):
@@ -230,12 +233,21 @@ class Rounds:
         if turn.benchmark.is_explainable and any(row.wants_why for row in turn.rows.values()):
             captures.prepare()
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
-        reference = None if is_baseline else self._base_outputs.find(plan)
-        turn.benchmark.measure_quality(loaded, reference)
         if is_baseline:
+            turn.benchmark.measure_quality(loaded, None)
             self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
-        elif reference is None and loaded.tokenizer is not None:
+            return
+        reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts
+        more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}
+        turn.benchmark.measure_quality(loaded, reference, more)
+        if loaded.tokenizer is None:
+            turn.benchmark.note_not_compared(loaded.why_no_tokenizer or "it has no tokenizer")
+            return
+        if reference is None:
             turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan))
+        for text in texts:
+            if text.name not in more:
+                turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan, text), text=text.name)
 
     def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
         for job_id in self._reports.open(turn.jobs):
@@ -280,7 +292,7 @@ class Rounds:
         self._models.unload()
         ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
         self._reports.enter(ids, Stage.BENCHMARKING)
-        log.info("%s: kernels", names(ids))
+        self._reports.step(ids, "kernels")
         trusted = self._source.runs_code
         requests = [
             turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
@@ -306,7 +318,3 @@ class Rounds:
         """The jobs of other models that were measured in the same rounds."""
         others = (other for other in self._turns if other is not turn)
         return [format_job_id(job_id) for other in others for job_id, row in other.rows.items() if row.rounds]
-
-
-def _step_reporter(plan: Plan) -> Callable[[str], None]:
-    return lambda step: log.info("j%s: %s", plan.job_id, step)

@@ -20,7 +20,7 @@ class Order:
     """What a runner needs to do its work. ``texts`` holds evaluation texts and packed tasks by their sha256.
 
     ``log_path`` is the runner's log, for all that it prints. The jobs' logs are in the same folder. ``device_uuid``:
-    that of the GPU; None on a CPU.
+    that of the GPU; None on a CPU. ``database``: the id of the jobs' database.
     """
 
     claims: tuple[Claim, ...]
@@ -35,6 +35,7 @@ class Order:
     lease_s: float
     log_path: Path
     device_uuid: str | None = None
+    database: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,14 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """What the runner measures of these jobs from now on, in a few words: ``speed, round 2/3``."""
+
+    job_ids: tuple[int, ...]
+    step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointReady:
     """The job's checkpoint is published. Sent again when its files were found unchanged after the measurement."""
 
@@ -187,6 +196,7 @@ RunnerMessage = (
     | CheckpointVerified
     | Entered
     | Progressed
+    | Stepped
     | CheckpointReady
     | Measured
     | Failed

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from qbatch.core.domain import DeviceKind
+from qbatch.scheduler.child_process import ORPHANED
 from qbatch.worker.machine.logs import escape_control_characters, log_to_stderr
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.job_log_writer import JobLogWriter
@@ -33,7 +34,6 @@ from qbatch.worker.runner.quiet import Quiet
 
 log = logging.getLogger("qbatch.runner")
 
-_ORPHANED = 70
 # A runner that stands by on a GPU holds half a gigabyte of it, which others may need while nothing is to be done.
 _STANDS_BY_ON_GPU_S = 60.0
 
@@ -98,7 +98,7 @@ class SupervisorLink:
 def _leave(reason: str) -> None:
     # Exit at once: there is nobody to report to, and the main thread may be blocked in a kernel.
     print(f"runner: {reason}; exiting", file=sys.stderr, flush=True)  # noqa: T201
-    os._exit(_ORPHANED)
+    os._exit(ORPHANED)
 
 
 def run(connection: Connection) -> None:
@@ -109,7 +109,7 @@ def run(connection: Connection) -> None:
     try:
         order = connection.recv()
     except (EOFError, OSError):
-        os._exit(_ORPHANED)
+        os._exit(ORPHANED)
     _work(order, connection)
 
 

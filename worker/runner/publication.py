@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Stage
+from qbatch.core.errors import Unsupported
 from qbatch.worker.checkpoints.judged import judged
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
@@ -21,7 +22,7 @@ from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Order, Progressed
 from qbatch.worker.runner.reports import Reports
-from qbatch.worker.runner.trial import NOT_ASKED_FOR, Trial
+from qbatch.worker.runner.trial import NOT_ASKED_FOR, NotLoaded, Trial
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ class Publication:
             with self._reports.failing(plan.job_id for plan in plans):
                 # A source with the same content may have been published under another name.
                 candidates = dict.fromkeys([paths.get(key, plans[0].path), plans[0].path])
-                existing = next(
-                    filter(None, (find_published(self._order.storage, path, key) for path in candidates)), None
-                )
+                existing = next(filter(None, (self._find(path, key) for path in candidates)), None)
                 if existing is None:
                     missing.append(plans)
                 else:
@@ -66,6 +65,9 @@ class Publication:
             for plan in models[key]:
                 self._reports.send(CheckpointReady(job_id=plan.job_id, published=checkpoint.published))
         return published
+
+    def _find(self, path: str, key: str) -> Verified | None:
+        return find_published(self._order.storage, path, key, database=self._order.database)
 
     def _quantize(self, models: list[tuple[Plan, ...]]) -> dict[str, Verified]:
         from qbatch.worker.quantizing import Target, write_checkpoints
@@ -143,7 +145,7 @@ class Publication:
         refuse_not_finite(written.audit.get("not_finite", ()))
         if self._source.runs_code:
             copy_code(self._source.folder, written.target.folder)
-        forward = self._try(written.target.folder, plans)
+        forward = self._try(written, plans)
         return dict(written.audit) | {"writer": written.writer, "forward": forward} | judged(written.target.folder)
 
     def _publish(self, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]) -> Verified:
@@ -159,13 +161,19 @@ class Publication:
             confirm=confirm,
         )
 
-    def _try(self, folder: Path, plans: Sequence[Plan]) -> str:
+    def _try(self, written: Written, plans: Sequence[Plan]) -> str:
         """Run the staged checkpoint once, unless nothing of it is going to run. Raises Unsupported."""
         if not any(plan.settled.protocol.runs_model for plan in plans):
             return NOT_ASKED_FOR
         settled = plans[0].settled
         trial = Trial(dtype=settled.dtype, device=self._device, trusted=self._source.runs_code)
-        return trial.try_checkpoint(folder, self._source.folder, settled.scheme)
+        try:
+            return trial.try_checkpoint(written.target.folder, self._source.folder, settled.scheme)
+        except NotLoaded as error:
+            reason = written.audit.get("whole_model_because")
+            raise Unsupported(
+                f"{error}; {reason}: name such layers in --skip-modules" if reason else str(error)
+            ) from error
 
     def _beside_bytes(self) -> int:
         try:
@@ -187,5 +195,6 @@ class Publication:
             dtype=plan.settled.dtype,
             device_kind=self._order.device_kind,
             device_name=self._order.device_name,
+            database=self._order.database,
             versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
         )

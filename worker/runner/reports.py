@@ -26,6 +26,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     Resolved,
     RunnerMessage,
+    Stepped,
 )
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -81,6 +82,13 @@ class Reports:
             self._entered = (ids, stage)
             log.info("%s: %s", ", ".join(f"j{n}" for n in ids), stage)
             self._link.send(Entered(job_ids=ids, stage=stage))
+
+    def step(self, job_ids: Iterable[int], step: str) -> None:
+        """Report what the runner now measures of the open jobs among ``job_ids``."""
+        ids = self.open(job_ids)
+        if ids:
+            log.info("%s: %s", ", ".join(f"j{n}" for n in ids), step)
+            self._link.send(Stepped(job_ids=ids, step=step))
 
     def done(self, message: Measured) -> None:
         self._open.discard(message.job_id)

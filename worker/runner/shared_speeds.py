@@ -36,7 +36,8 @@ class SpeedKeys:
 
     @cached_property
     def _shape(self) -> str | None:
-        """None if no row may share its speed. Found out only if one is asked to, since headers may be long."""
+        """The shape of the source; None if no row may share its speed. Computed only when needed, because headers may
+        be long."""
         return None if self._device_uuid is None or self._source.runs_code else _shape_of(self._source)
 
     @cached_property
@@ -46,7 +47,7 @@ class SpeedKeys:
         return versions(*every_library())
 
     def of(self, settled: Settled) -> str | None:
-        """None if the row must be timed by itself."""
+        """The key of the row's speed; None if the row must be timed by itself."""
         protocol, scheme = settled.protocol, settled.scheme
         if not protocol.speed or protocol.energy or not protocol.share_speed:
             return None

@@ -8,14 +8,14 @@ from qbatch.worker.sources.fetch import LocalSource
 
 
 class SkipLists:
-    """Of one source, which has been vetted, and whose own dtype is ``dtype``."""
+    """The skip lists of one source, which has been vetted, and whose own dtype is ``dtype``."""
 
     def __init__(self, source: LocalSource, dtype: DType) -> None:
         self._source, self._dtype = source, dtype
         self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def of(self, spec: JobSpec) -> tuple[str, ...] | None:
-        """None where nothing is asked to be skipped. Raises JobError if the model cannot be built."""
+        """The list to publish; None if nothing is to be skipped. Raises JobError if the model cannot be built."""
         asked = spec.scheme.skip_modules
         if not asked:
             return None

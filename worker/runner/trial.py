@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import DType, Scheme
-from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, Unsupported, one_line
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, Unsupported, one_line
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.runner.loaded_models import free_device_memory
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.speed.model_inputs import Inputs
+    from qbatch.worker.measuring.speed.noise_forms import Inputs
 
 RAN = "ran"
 NOT_ASKED_FOR = "not tried: only its size was asked for"
+
+
+class NotLoaded(Unsupported):
+    """The checkpoint can be written, and not be read again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,7 @@ class Trial:
     def try_checkpoint(self, folder: Path, source: Path, scheme: Scheme) -> str:
         """Run the staged checkpoint in ``folder`` once. Returns RAN, or why nothing can be said against it.
 
-        Raises Unsupported if ``source`` runs and the checkpoint does not, DeviceError.
+        Raises Unsupported if ``source`` runs and the checkpoint does not or cannot be loaded, DeviceError.
         """
         try:
             if self._runs(folder):
@@ -41,7 +45,7 @@ class Trial:
             if of_source is not None:
                 return f"neither it nor the source runs in {self.dtype}: {of_source}"
             said = self._explain(folder, inputs, scheme)
-        except DeviceError:
+        except (DeviceError, NotLoaded):
             raise
         except JobError as error:  # the same error is met again, and has its effect, when the model is measured
             return f"not tried: {error}"
@@ -58,7 +62,10 @@ class Trial:
     def _runs(self, folder: Path) -> bool:
         from qbatch.worker.measuring.speed.model_inputs import noise_inputs, one_token, reads_text
 
-        model = self._load(folder)
+        try:
+            model = self._load(folder)
+        except BenchmarkError as error:
+            raise NotLoaded(f"transformers cannot read the checkpoint, so it is not published: {error}") from error
         if reads_text(model):
             return _fault(model, one_token(model)) is None
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qbatch.core.search.sensitivity import LayerGroup, WeightErrors
-from qbatch.worker.methods.bnb_packing import FourBitPacking
+from qbatch.worker.methods.packing import Packing
 from qbatch.worker.searching.rounded_weight import SquaredErrors, rounded_weight, weight_errors
 
 
@@ -19,7 +19,7 @@ class MixedModel:
     everything is at 16 bits.
     """
 
-    def __init__(self, model: Any, groups: tuple[LayerGroup, ...], packing: FourBitPacking, *, copies: str) -> None:
+    def __init__(self, model: Any, groups: tuple[LayerGroup, ...], packing: Packing, *, copies: str) -> None:
         self.model, self.groups = model, groups
         self._modules = {name: model.get_submodule(name) for group in groups for name in group.modules}
         self._members = {group.name: group.modules for group in groups}
@@ -31,7 +31,7 @@ class MixedModel:
         for group in groups:
             self.errors[group.name] = weight_errors([self._round(name, packing, copies) for name in group.modules])
 
-    def _round(self, name: str, packing: FourBitPacking, copies: str) -> SquaredErrors:
+    def _round(self, name: str, packing: Packing, copies: str) -> SquaredErrors:
         weight = self._modules[name].weight.data
         # bitsandbytes quantizes the rows of outputs; Conv1D keeps its weight the other way round.
         is_turned = not isinstance(self._modules[name], torch.nn.Linear)

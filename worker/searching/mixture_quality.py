@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qbatch.core.search.sensitivity import Estimate
+from qbatch.core.statistics.clusters import clustered_error
 from qbatch.worker.measuring.quality.divergence import Divergence
-from qbatch.worker.measuring.stats import clustered_error
 from qbatch.worker.searching.layer_outputs import WindowOutputs
 
 

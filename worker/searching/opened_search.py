@@ -15,8 +15,8 @@ from qbatch.worker.measuring.quality.divergence import Divergence, divergence
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.quality.replay import logits_of
 from qbatch.worker.measuring.speed.size import measure_size
-from qbatch.worker.methods.bnb_packing import FourBitPacking
 from qbatch.worker.methods.implementations import weights_of
+from qbatch.worker.methods.packing import Packing
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears
@@ -137,14 +137,14 @@ def opened_search(
         mixed.keep(mixed.all_groups)
 
 
-def _packing(loaded: LoadedModel, scheme: Scheme, probes: Sequence[Probe]) -> FourBitPacking:
+def _packing(loaded: LoadedModel, scheme: Scheme, probes: Sequence[Probe]) -> Packing:
     if loaded.task is ModelKind.ENCODER:
         raise Unsupported(f"{type(loaded.model).__name__} predicts nothing, so no KL divergence can rank its layers")
     if not probes:
         raise Unsupported(f"{type(loaded.model).__name__} has no text to be compared on: {loaded.why_no_tokenizer}")
     packing = weights_of(scheme.description).packing(scheme) if not scheme.is_baseline else None
-    if not isinstance(packing, FourBitPacking):
-        raise Unsupported(f"layers are ranked for 4-bit schemes of bitsandbytes, not for {scheme.method}")
+    if packing is None or not packing.is_weight_only:
+        raise Unsupported(f"layers are ranked for schemes that quantize nothing but weights, not for {scheme.method}")
     return packing
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qbatch.core.search.sensitivity import WeightErrors
-from qbatch.worker.methods.bnb_packing import FourBitPacking
+from qbatch.worker.methods.packing import Packing
 
 # Values at once: on a CPU all that is computed of a piece stays in its cache; on a GPU fewer would take longer to
 # launch than to compute. Both are whole numbers of nested blocks.
@@ -35,7 +35,7 @@ class RoundedWeight:
 
 
 @torch.no_grad()
-def rounded_weight(weight: torch.Tensor, packing: FourBitPacking) -> RoundedWeight:
+def rounded_weight(weight: torch.Tensor, packing: Packing) -> RoundedWeight:
     """``weight`` [rows, columns], as it is quantized, rounded piece by piece."""
     exact = weight.reshape(-1)
     rounded, offset = torch.empty_like(exact), packing.nested_offset(weight)

@@ -14,10 +14,10 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.measuring.stats import rank_correlation
 from qbatch.worker.searching.backward_memory import backward_bytes, free_bytes
+from qbatch.worker.searching.derivative_screen import window_slopes
 from qbatch.worker.searching.layer_outputs import recorded
 from qbatch.worker.searching.mixture_quality import MixtureQuality, estimate
 from qbatch.worker.searching.opened_search import OpenedSearch
-from qbatch.worker.searching.screening import window_slopes
 
 # A forward pass, a backward pass to the layers' outputs, the products with the weights' changes, which cost as much
 # each, and the rest: seen with 300 million parameters on a CPU.
@@ -29,7 +29,7 @@ Gains = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Screened:
+class ScreenedGroups:
     """``gains`` is None where no backward pass was made; ``why_not`` then says why."""
 
     quantized: MixtureQuality
@@ -50,7 +50,7 @@ def measure_sensitivity(
     return _sensitivity(search, screened, open_groups, measured)
 
 
-def _screened(search: OpenedSearch, memory_bytes: int | None) -> Screened:
+def _screened(search: OpenedSearch, memory_bytes: int | None) -> ScreenedGroups:
     why_not = _why_no_backward_pass(search, free_bytes(search.loaded.device) if memory_bytes is None else memory_bytes)
     if why_not is None:
         try:
@@ -59,7 +59,7 @@ def _screened(search: OpenedSearch, memory_bytes: int | None) -> Screened:
             if device_fault(error) not in (CudaOom, HostOom):
                 raise
             why_not = "the memory was too small for a backward pass, although it was predicted to fit"
-    return Screened(quantized=search.measure(frozenset(), keep_outputs=True), gains=None, why_not=why_not)
+    return ScreenedGroups(quantized=search.measure(frozenset(), keep_outputs=True), gains=None, why_not=why_not)
 
 
 def _why_no_backward_pass(search: OpenedSearch, free: int) -> str | None:
@@ -74,7 +74,7 @@ def _why_no_backward_pass(search: OpenedSearch, free: int) -> str | None:
     )
 
 
-def _slopes(search: OpenedSearch) -> Screened:
+def _slopes(search: OpenedSearch) -> ScreenedGroups:
     search.mixed.keep(frozenset())
     blocks = search.layers.blocks
     sums: dict[str, list[float]] = {name: [] for name in search.groups}
@@ -91,10 +91,10 @@ def _slopes(search: OpenedSearch) -> Screened:
     quantized = MixtureQuality(at_16_bits=frozenset(), windows=divergences, outputs=kept if blocks else [])
     is_finite = all(math.isfinite(value) for values in sums.values() for value in values)
     why_not = None if is_finite else "the gradients were not finite"
-    return Screened(quantized=quantized, gains=sums if is_finite else None, why_not=why_not)
+    return ScreenedGroups(quantized=quantized, gains=sums if is_finite else None, why_not=why_not)
 
 
-def _open_groups(search: OpenedSearch, screened: Screened) -> Set[str]:
+def _open_groups(search: OpenedSearch, screened: ScreenedGroups) -> Set[str]:
     """The groups whose gain per byte is within two errors of that of the next one in the order, paired by window."""
     if screened.gains is None:
         return search.groups.keys()
@@ -110,7 +110,9 @@ def _open_groups(search: OpenedSearch, screened: Screened) -> Set[str]:
     return unclear
 
 
-def _measured(search: OpenedSearch, screened: Screened, open_groups: Set[str], allowed: float) -> dict[str, Estimate]:
+def _measured(
+    search: OpenedSearch, screened: ScreenedGroups, open_groups: Set[str], allowed: float
+) -> dict[str, Estimate]:
     """The measured gains of the open groups, those first that promise most per byte, within the passes allowed."""
     gains = screened.gains
     promise = {
@@ -127,7 +129,7 @@ def _measured(search: OpenedSearch, screened: Screened, open_groups: Set[str], a
 
 
 def _sensitivity(
-    search: OpenedSearch, screened: Screened, open_groups: Set[str], measured: Mapping[str, Estimate]
+    search: OpenedSearch, screened: ScreenedGroups, open_groups: Set[str], measured: Mapping[str, Estimate]
 ) -> Sensitivity:
     rows = screened.quantized.rows
     groups = [

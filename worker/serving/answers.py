@@ -125,8 +125,8 @@ class Answers:
         return Answered(job_ids=frozenset(answered | waiting), paths=paths)
 
     def _speeds(self, resolved: Resolved, answered: Answered) -> Mapping[int, KnownSpeed]:
-        """What is known of the speed of jobs that the runner must work on. Outside of the transaction that ends the
-        others, since rows are read whole."""
+        """The known speeds of the jobs that the runner must work on. Read outside of the transaction that ends the
+        others, because whole rows are read."""
         still_open = resolved.jobs.keys() - answered.job_ids
         keys = {n: key for n in still_open if (key := resolved.jobs[n].speed_key) is not None}
         if not keys:

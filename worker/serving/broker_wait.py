@@ -1,4 +1,5 @@
-"""Wait for Redis before Celery connects to it. Celery's own words name a socket, and neither a reason nor a way out."""
+"""Wait for Redis before Celery connects to it. Celery's own message names a socket, but neither the reason nor what to
+do."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _REMIND_S = 60.0
 
 
 def await_broker(settings: Settings, pause: Callable[[float], bool]) -> None:
-    """Wait until Redis answers. ``pause`` sleeps for so many seconds and says whether it is time to leave instead."""
+    """Wait until Redis answers. ``pause`` sleeps for the given seconds and returns whether to stop waiting."""
     broker = Broker(settings)
     say_at = time.monotonic()
     try:
@@ -33,7 +34,7 @@ def await_broker(settings: Settings, pause: Callable[[float], bool]) -> None:
 
 
 def why_no_broker(settings: Settings) -> str | None:
-    """Why there cannot be a Redis: it is that of a stack, and none is running. None if it is another one's."""
+    """Why there cannot be a Redis: it is that of a stack which is not running. None otherwise."""
     if not settings.is_embedded or stack_is_running(settings):
         return None
     return (

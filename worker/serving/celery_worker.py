@@ -47,8 +47,10 @@ from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import queues_of
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
+from qbatch.worker.machine.device_meter import read_load
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.machine.logs import log_to_stderr
+from qbatch.worker.machine.processor import processor_name
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
 from qbatch.worker.serving.environment import has_database_password, without_secrets
@@ -136,16 +138,7 @@ def pid_space() -> str:
 def cpu_name() -> str:
     """The name of the processor and the number of usable cores, both of which decide its speed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()} ({cores} cores)"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{processor_name()} ({cores} cores)"
 
 
 def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
@@ -259,7 +252,7 @@ class CeleryWorker:
         return int(celery_worker.exitcode or 0)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait so long. Whether it is time to leave."""
+        """Wait for that time. Returns whether it is time to leave."""
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
@@ -396,6 +389,7 @@ class CeleryWorker:
 
     def _beat(self, worker_id: int, stop_consuming: Callable[[], None]) -> None:
         is_quarantined = has_announced = False
+        read_load(self._info.device_uuid)  # since this call counts the load that the first heartbeat reports
         interval_s = self._settings.heartbeat_s / 3
         renew_at = time.monotonic()
         sweep_at = time.monotonic() + self._settings.lease_s
@@ -434,10 +428,11 @@ class CeleryWorker:
         the heartbeat is still renewed if the schema permits, because a running job may need hours yet; a database that
         replaced ours is not touched.
         """
+        load = read_load(self._info.device_uuid)
         try:
             with self._database.write() as session:
                 self._database.require_same(session)
-                workers.beat(session, worker_id)
+                workers.beat(session, worker_id, load)
                 holds = self._holds_device(session)
         except DatabaseRefused as error:
             raise explain(self._database, error) from error

@@ -76,7 +76,7 @@ class NextSource:
             self._fetch = None
 
     def look(self) -> None:
-        """Give up the fetch if its bundle is gone, or does not wait for it."""
+        """Stop the fetch if its bundle is gone or no longer waits for it."""
         if self._fetch is None:
             return
         self.serve()
@@ -95,7 +95,7 @@ class NextSource:
             self.close()
 
     def resume(self) -> None:
-        """Let the process go on that a runner may have stopped before it ended."""
+        """Continue the process, which a runner may have stopped before the runner ended."""
         if self._fetch is not None and self.pid is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(self.pid).resume()

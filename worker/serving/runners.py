@@ -60,7 +60,7 @@ class Runners:
                 continue
             if _gets(order, *started):
                 return started
-            reason = "it ended before it had its order"
+            reason = "it ended before it received its bundle"
         raise NoRunner(f"no runner can be started: {reason}")
 
     def close(self) -> None:

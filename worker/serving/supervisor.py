@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,6 +28,7 @@ from qbatch.core.errors import (
     one_line,
 )
 from qbatch.core.job_log import runner_log
+from qbatch.core.job_progress import JobProgress
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.batches import text_content
@@ -58,12 +59,14 @@ from qbatch.worker.runner.messages import (
     Reply,
     Resolved,
     RunnerMessage,
+    Stepped,
 )
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.known_files import KnownFiles
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runners import NoRunner, Runners
+from qbatch.worker.serving.running_progress import RunningProgress
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.sources.fetch import SourcePolicy
 
@@ -136,6 +139,7 @@ class Supervisor:
         self._active: tuple[int, ...] = ()
         self._has_begun = False
         self._active_s = dict.fromkeys(self._claims, 0.0)
+        self._progress = RunningProgress()
         self.failed: list[int] = []
 
     def run(self) -> None:
@@ -195,7 +199,8 @@ class Supervisor:
         with context.database.read() as session:
             context.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
-            logs = settings.logs_of(database_id(session))
+            database = database_id(session)
+        logs = settings.logs_of(database)
         return Order(
             claims=tuple(self._claims.values()),
             texts=texts,
@@ -214,6 +219,7 @@ class Supervisor:
             lease_s=settings.lease_s,
             log_path=runner_log(logs, first, self._claims[first].attempt),
             device_uuid=context.device_uuid,
+            database=database,
         )
 
     def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
@@ -227,6 +233,8 @@ class Supervisor:
                 return
             if message is not None and self._handle(message, pulse):
                 return
+            if self._progress.is_due():
+                self._write_notes(self._notes_of(self._progress.take()))
             self._context.next_source.serve()
             now = time.monotonic()
             for job_id in self._active:
@@ -263,7 +271,9 @@ class Supervisor:
             case Entered():
                 self._entered(message)
             case Progressed():
-                self._progressed(message)
+                self._progress.moved(message)
+            case Stepped():
+                self._progress.stepped(message)
             case CheckpointReady():
                 self._published[message.job_id] = message.published
                 self._context.recorder.note_checkpoint(message.job_id, message.published)
@@ -301,25 +311,24 @@ class Supervisor:
         self._active = tuple(job_id for job_id in message.job_ids if job_id in self._open)
         # Fetching does not count as work: what was fetched stays in the cache of this machine.
         self._has_begun = self._has_begun or message.stage is not Stage.FETCHING
-        self._write_notes(
-            [(job_id, {"stage": message.stage, "work_started": True}) for job_id in self._active]
-            + [(job_id, {"work_started": False}) for job_id in self._open.difference(self._active)]
-        )
+        # What was still to be recorded of the stage before counts: its last bytes.
+        before = self._progress.take()
+        self._progress.entered(self._active, message.stage)
+        notes = self._notes_of(before | self._progress.take())
+        for job_id in self._open:
+            is_active = job_id in self._active
+            notes.setdefault(job_id, {}).update({"stage": message.stage} if is_active else {}, work_started=is_active)
+        self._write_notes(notes)
 
-    def _progressed(self, message: Progressed) -> None:
-        progress = {
-            "bytes_read": message.bytes_read,
-            "bytes_written": message.bytes_written,
-            "bytes_total": message.bytes_total,
-        }
-        self._write_notes([(job_id, {"progress": progress}) for job_id in message.job_ids if job_id in self._open])
+    def _notes_of(self, progress: Mapping[int, JobProgress]) -> dict[int, dict[str, object]]:
+        return {job_id: {"progress": one.to_json()} for job_id, one in progress.items() if job_id in self._open}
 
-    def _write_notes(self, notes: Sequence[tuple[int, dict[str, object]]]) -> None:
+    def _write_notes(self, notes: Mapping[int, dict[str, object]]) -> None:
         try:
             with self._context.database.write() as session:
                 self._context.database.require_same(session)
                 # Rows are locked in the order of their ids everywhere, to avoid deadlocks.
-                for job_id, values in sorted(notes, key=lambda note: note[0]):
+                for job_id, values in sorted(notes.items()):
                     jobs.note(session, self._token(job_id), **values)  # type: ignore[arg-type]
         except DatabaseUnreachable as error:
             # Only the progress display suffers; leases and outcomes are handled separately.

@@ -23,6 +23,7 @@ import torch
 from qbatch.core.domain import content_hash
 from qbatch.core.errors import JobError, SourceCorrupt, UnsafeSource, Unsupported
 from qbatch.core.filesystem import move
+from qbatch.core.lfs_pointer import refuse_lfs_pointer
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, pickle_files
 from qbatch.worker.checkpoints.published import slug
 from qbatch.worker.files.staging import storage_error
@@ -123,6 +124,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises UnsafeSource if ``weights_only`` refuses the file, Unsupported for tensors that safetensors cannot store, and
     SourceCorrupt if it is not a state dict.
     """
+    refuse_lfs_pointer(path)
     state = _load(path)
     if not isinstance(state, dict) or not state:
         raise SourceCorrupt(f"{path.name} does not contain a state dict")

@@ -91,7 +91,7 @@ class Repository:
         inner = next((path for path in sorted(self.files) if re.fullmatch(r"[A-Za-z0-9_-]+/config\.json", path)), None)
         if inner is None or MODULES_NAME not in self.files:
             return ""
-        return f": its model lies in the folder {inner.partition('/')[0]}; download it, and list that folder"
+        return f": its model is in the folder {inner.partition('/')[0]}: download it, and list that folder"
 
     def wanted(self, folder: Path) -> list[str]:
         """The paths to fetch, in order. ``folder`` contains ``listing_files``.

@@ -13,6 +13,6 @@ def gguf(facts: CheckpointFacts) -> Iterator[Finding]:
     if facts.method is not None:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"llama.cpp and Ollama convert no {facts.method} checkpoint (llama.cpp#10965, ollama#6357)",
+            reason=f"llama.cpp and Ollama cannot convert {facts.method} checkpoints (llama.cpp#10965, ollama#6357)",
             advice="convert the source, and quantize it there",
         )

@@ -13,13 +13,13 @@ def transformers(facts: CheckpointFacts) -> Iterator[Finding]:
     if facts.has_adapter:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason="with PEFT installed, transformers applies the adapter_config.json that lies beside the weights",
+            reason="with PEFT installed, transformers applies the adapter_config.json next to the weights",
             advice="remove adapter_config.json from the folder",
         )
     if facts.needs_code:
         yield Finding(
             verdict=LoaderVerdict.LOADS,
-            reason="its architecture is code of its own",
+            reason="its architecture is Python code that comes with the model",
             advice="pass trust_remote_code=True",
         )
     if facts.method == "bitsandbytes" and not facts.is_int8 and facts.compute_dtype != facts.dtype:
@@ -34,7 +34,7 @@ def peft(facts: CheckpointFacts) -> Iterator[Finding]:
     if facts.method == "torchao" and "int4" in str(facts.quantization.get("quant_type")).lower():
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason="PEFT takes torchao's weights of 8 bits only",
+            reason="PEFT supports torchao's weights with 8 bits only",
             advice="use bnb-nf4 or torchao-int8",
         )
 
@@ -51,17 +51,20 @@ def sentence_transformers(facts: CheckpointFacts) -> Iterator[Finding]:
 def fsdp(facts: CheckpointFacts) -> Iterator[Finding]:
     yield from peft(facts)
     if facts.method == "torchao":
-        yield Finding(verdict=LoaderVerdict.UNKNOWN, reason="what FSDP makes of torchao's weights was not read")
+        yield Finding(
+            verdict=LoaderVerdict.UNKNOWN,
+            reason="whether FSDP supports torchao's weights is not known: its source was not read",
+        )
     elif facts.is_int8:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason="FSDP shards parameters of one dtype together, and int8 codes lie beside weights of 16 bits",
+            reason="FSDP shards parameters of one dtype together, and int8 codes are stored next to 16-bit weights",
             advice=f"quantize it to 4 bits with --quant-storage {facts.dtype}",
         )
     elif facts.storage != facts.dtype:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"FSDP shards parameters of one dtype together, and the codes are stored as {facts.storage} beside "
+            reason=f"FSDP shards parameters of one dtype together, and the codes are {facts.storage} next to "
             f"{facts.dtype}; FSDP2 keeps such codes whole on every GPU",
-            advice=f"quantize it with --quant-storage {facts.dtype}; vLLM and SGLang do not take that",
+            advice=f"quantize it with --quant-storage {facts.dtype}; vLLM and SGLang do not support that",
         )

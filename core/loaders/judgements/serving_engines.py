@@ -22,19 +22,19 @@ def vllm(facts: CheckpointFacts) -> Iterator[Finding]:
         return
     yield Finding(
         verdict=LoaderVerdict.LOADS,
-        reason=f"vLLM from 0.28 on needs vllm-bnb-plugin ({VLLM_PLUGIN} was read); there is no tensor parallelism",
+        reason=f"vLLM needs vllm-bnb-plugin from 0.28 on ({VLLM_PLUGIN} was read), and has no tensor parallelism",
         advice="pip install vllm-bnb-plugin; on several GPUs use --pipeline-parallel-size",
     )
     if known is None or known.is_generic:
         yield Finding(
             verdict=LoaderVerdict.UNKNOWN,
-            reason=f"vLLM runs {facts.architecture} by its wrapper around transformers, if at all, which was not read",
+            reason=f"vLLM runs {facts.architecture}, if at all, by its wrapper of transformers, which was not read",
             advice="try it: `qbatch verify --for vllm --try --python ENGINES_PYTHON`",
         )
     elif known.refused is not None:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"vLLM's class {facts.architecture} takes no bitsandbytes checkpoint ({known.refused})",
+            reason=f"vLLM's class {facts.architecture} cannot load bitsandbytes checkpoints ({known.refused})",
             advice=_WITH_TRANSFORMERS,
         )
     else:
@@ -54,11 +54,13 @@ def sglang(facts: CheckpointFacts) -> Iterator[Finding]:
         why = known.refused if known is not None else "it has no class of that name"
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"SGLang takes no bitsandbytes checkpoint of {facts.architecture} ({why})",
+            reason=f"SGLang cannot load bitsandbytes checkpoints of {facts.architecture} ({why})",
             advice=_WITH_TRANSFORMERS,
         )
         return
-    yield Finding(verdict=LoaderVerdict.LOADS, reason="SGLang has no tensor parallelism for packed checkpoints")
+    yield Finding(
+        verdict=LoaderVerdict.LOADS, reason="SGLang does not support tensor parallelism for packed checkpoints"
+    )
     yield from _storage("SGLang", facts)
     if taken := sorted(_not_skipped(facts, known) | facts.experts):
         yield Finding(
@@ -73,7 +75,7 @@ def sglang(facts: CheckpointFacts) -> Iterator[Finding]:
 def _unread(name: str, facts: CheckpointFacts) -> Finding:
     return Finding(
         verdict=LoaderVerdict.UNKNOWN,
-        reason=f"what {name} makes of a {facts.method or 'plain'} checkpoint was not read",
+        reason=f"how {name} loads a {facts.method or 'plain'} checkpoint is not known: its source was not read",
         advice=f"try it: `qbatch verify --for {name.lower()} --try --python ENGINES_PYTHON`",
     )
 
@@ -82,7 +84,7 @@ def _storage(name: str, facts: CheckpointFacts) -> Iterator[Finding]:
     if not facts.is_int8 and facts.storage != "uint8":
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"{name} takes packed codes stored as uint8 only, not as {facts.storage}",
+            reason=f"{name} supports packed codes only if they are stored as uint8, not as {facts.storage}",
             advice="quantize with --quant-storage uint8",
             is_chosen=True,
         )
@@ -94,7 +96,7 @@ def _vllm_layers(facts: CheckpointFacts, known: EngineArchitecture) -> Iterator[
     if lost:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason=f"vLLM takes packed layers for skipped ones: {_first(lost)}",
+            reason=f"vLLM treats packed layers as skipped ones: {_first(lost)}",
             advice="quantize it again with this version of qbatch, which lists full names",
             is_chosen=True,
         )
@@ -106,7 +108,7 @@ def _vllm_layers(facts: CheckpointFacts, known: EngineArchitecture) -> Iterator[
         verdict=LoaderVerdict.REFUSES if facts.is_int8 else LoaderVerdict.DIFFERS,
         reason=f"vLLM cannot load {what} as int8: {_first(taken)}"
         if facts.is_int8
-        else f"vLLM quantizes {what} while loading, to NF4 with double quantization, in silence: {_first(taken)}",
+        else f"vLLM quantizes {what} to NF4 with double quantization in loading, without a message: {_first(taken)}",
         advice=_skip_advice(facts, known, taken),
         is_chosen=True,
     )
@@ -136,14 +138,14 @@ def _vllm_experts(facts: CheckpointFacts) -> Iterator[Finding]:
     if facts.is_int8:
         yield Finding(
             verdict=LoaderVerdict.REFUSES,
-            reason="vLLM takes no int8 checkpoint of a mixture of experts",
+            reason="vLLM cannot load int8 checkpoints of mixtures of experts",
             advice="quantize it to 4 bits",
             is_chosen=True,
         )
         return
     yield Finding(
         verdict=LoaderVerdict.DIFFERS,
-        reason="the experts, which transformers leaves at 16 bits, are quantized by vLLM while it loads them, to NF4",
+        reason="vLLM quantizes the experts, which transformers leaves at 16 bits, to NF4 while it loads them",
         advice=f"{_WITH_TRANSFORMERS}; the figures measured here are not those of what vLLM serves",
     )
 

@@ -24,11 +24,12 @@ Pairs = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloorComparison:
-    """``distance`` is the largest of all positions, ``floor`` that of the checkpoint's own dtype, as ``measure`` says.
-    A distance of ``least`` is none.
+    """The ``distance`` from the exact outputs, the largest of all positions, and the ``floor``: that of the
+    checkpoint's own dtype. ``measure`` says what the distance is. One of at most ``least`` counts as none.
 
-    ``flipped`` counts the positions whose likeliest token is another one although its lead exceeds the rounding, of
-    ``decided`` ones."""
+    ``flipped`` counts the positions with another most likely token, among the ``decided`` ones, at which its lead
+    exceeds the rounding.
+    """
 
     measure: str
     distance: float
@@ -45,7 +46,7 @@ class FloorComparison:
         text = f"{self.measure} at most {self.distance:.2g} (rounding alone: {self.floor:.2g})"
         if not self.decided:
             return text
-        return f"{text}; another likeliest token at {self.flipped} of {self.decided} decided positions"
+        return f"{text}; another most likely token at {self.flipped} of {self.decided} positions where it is certain"
 
 
 def compare(reference: PredictionReference, predicted: Mapping[str, Any]) -> FloorComparison:

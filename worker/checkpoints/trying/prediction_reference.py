@@ -51,7 +51,7 @@ def make_reference(folder: Path, *, hidden: bool = False) -> PredictionReference
 
 
 def _dtype(folder: Path) -> DType:
-    """That in which the checkpoint was measured; of one that qbatch has not made, the config's."""
+    """The dtype in which the checkpoint was measured, or the config's if qbatch has not made the checkpoint."""
     manifest = folder / MANIFEST
     recorded = read_object(manifest).get("dtype") if manifest.is_file() else read_config(folder).get("dtype")
     return DType(recorded) if recorded in set(DType) - {DType.AUTO} else DType.FLOAT32

@@ -22,7 +22,7 @@ def of_transformers(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_peft(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """With a fresh adapter on every linear layer: it changes nothing, but each layer has passed through PEFT."""
+    """The model with a new adapter on every linear layer. That changes no output, but PEFT has replaced each layer."""
     peft = importlib.import_module("peft")
     model = peft.get_peft_model(_model(folder), peft.LoraConfig(target_modules="all-linear", r=4))
     return _forward(model.eval(), asked)

@@ -23,9 +23,10 @@ _LONGEST_LINE = 300
 
 
 def try_loaders(folder: Path, names: Iterable[str], *, python: str = sys.executable) -> dict[str, LoaderJudgement]:
-    """What those of ``names`` that are TRIABLE make of the checkpoint, by name.
+    """Try the checkpoint with those of ``names`` that are TRIABLE. Returns their judgements by name.
 
-    Raises JobError if the checkpoint cannot be loaded as qbatch measures it, or is of a kind that is not tried."""
+    Raises JobError if the checkpoint cannot be loaded as qbatch measures it, or is of a kind that is not tried.
+    """
     wanted = [name for name in names if name in TRIABLE]
     references: dict[bool, PredictionReference] = {}
     found = {}
@@ -61,7 +62,7 @@ def _tried(folder: Path, name: str, reference: PredictionReference, python: str)
 
 
 def _environment() -> dict[str, str]:
-    """Without qbatch's own variables, which may hold passwords."""
+    """The environment without qbatch's own variables, which may hold passwords."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("QBATCH_")}
     return kept | {"HF_HUB_OFFLINE": "1"}
 

@@ -9,29 +9,36 @@ cent.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from qbatch.core.measured.quality_figures import Quality
-from qbatch.worker.measuring.quality.perplexity import exponential
-from qbatch.worker.measuring.stats import clustered_error
+from qbatch.core.exponential import exponential
+from qbatch.core.measured.quality_figures import ConfidenceBucket, Quality
+from qbatch.core.statistics.clusters import clustered_error
 
 # Logits converted to float64 at once, of which several tensors coexist: 16 MiB each, which a CPU's cache may hold, and
 # 64 MiB on a GPU, where fewer would take longer to launch than to compute.
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
+# The base's probability of its most probable token, between these.
+_CONFIDENCES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 _RESAMPLES = 200
 _SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Figures of each compared row of one window, float64 on the CPU. Without targets, the last three are empty."""
+    """Figures of each compared row of one window, float64 on the CPU. Without targets, the last three are empty.
+
+    ``confidence``: the base's probability of its most probable token.
+    """
 
     kl: torch.Tensor
     agrees: torch.Tensor
+    confidence: torch.Tensor
     base_nll: torch.Tensor
     nll: torch.Tensor
     delta_p: torch.Tensor
@@ -47,23 +54,26 @@ def divergence(base_logits: torch.Tensor, logits: torch.Tensor, targets: Sequenc
     begins = range(0, len(logits), at_once)
     pieces = [_rows(*(rows[begin : begin + at_once] for rows in (base_logits, logits, target_ids))) for begin in begins]
     columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
-    return Divergence(kl=columns[0], agrees=columns[1], base_nll=columns[2], nll=columns[3], delta_p=columns[4])
+    kl, agrees, confidence, base_nll, nll, delta_p = columns
+    return Divergence(kl=kl, agrees=agrees, confidence=confidence, base_nll=base_nll, nll=nll, delta_p=delta_p)
 
 
 def _rows(base_logits: torch.Tensor, logits: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     base, other = base_logits.double(), logits.double()
     base_total, other_total = base.logsumexp(-1), other.logsumexp(-1)
     # Of equal largest values, argmax returns the first.
-    agrees = (base.argmax(-1) == other.argmax(-1)).double()
+    most_probable = base.argmax(-1)
+    agrees = (most_probable == other.argmax(-1)).double()
+    confidence = (base.gather(1, most_probable[:, None])[:, 0] - base_total).exp()
     p = (base - base_total[:, None]).exp_()
     # A token that the base considers impossible adds nothing: 0 · (-inf - x) counts as 0.
     difference = (base - other).masked_fill_(p == 0, 0.0)
     kl = torch.linalg.vecdot(p, difference) - (base_total - other_total)
     if not len(target_ids):
-        return kl, agrees, kl[:0], kl[:0], kl[:0]
+        return kl, agrees, confidence, kl[:0], kl[:0], kl[:0]
     base_log_p = base.gather(1, target_ids[:, None])[:, 0] - base_total
     log_p = other.gather(1, target_ids[:, None])[:, 0] - other_total
-    return kl, agrees, -base_log_p, -log_p, log_p.exp() - base_log_p.exp()
+    return kl, agrees, confidence, -base_log_p, -log_p, log_p.exp() - base_log_p.exp()
 
 
 def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
@@ -88,10 +98,26 @@ def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
         kl_p99=_quantile(kl, 0.99),
         kl_p99_se=_quantile_error(kl, 0.99),
         kl_max=float(every_kl.max()),
+        window_kl=tuple(float(rows.sum()) for rows in kl),
+        window_rows=tuple(len(rows) for rows in kl),
+        kl_by_confidence=tuple(_bucket(windows, above, below) for above, below in itertools.pairwise(_CONFIDENCES)),
         top1_agreement=float(torch.cat(agrees).mean()),
         top1_agreement_se=_mean_error(agrees),
     )
     return _with_targets(summary, windows) if len(windows[0].nll) else summary
+
+
+def _bucket(windows: Sequence[Divergence], above: float, below: float) -> ConfidenceBucket:
+    """The KL of the rows of a certain confidence. Windows without any add nothing to the error."""
+    is_within = [(w.confidence >= above) & ((w.confidence < below) | (below == 1)) for w in windows]
+    kl = [rows for w, chosen in zip(windows, is_within, strict=True) if len(rows := w.kl[chosen])]
+    return ConfidenceBucket(
+        above=above,
+        below=below,
+        rows=sum(map(len, kl)),
+        kl_mean=float(torch.cat(kl).mean()) if kl else None,
+        kl_mean_se=_mean_error(kl) if kl else None,
+    )
 
 
 def _with_targets(summary: Quality, windows: Sequence[Divergence]) -> Quality:

@@ -17,7 +17,8 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,9 @@ from typing import Any
 from qbatch.core.domain import Protocol, TaskRef, content_hash
 from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, Unsupported, one_line
 from qbatch.core.measured.quality_figures import Score, TaskScores
+from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.scheduler.lm_eval_files import data_files, unpack
+from qbatch.worker.measuring.quality.answered_questions import answered_questions, scores_of
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
@@ -34,6 +37,8 @@ _SEED = 1234
 # The batch size affects the figures, since some methods look for outliers in a whole batch.
 _BATCH_SIZE = 8
 _BOOTSTRAP_DRAWS = 1000
+# Each is a line in the job's log too.
+_SAY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +84,23 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
     return LoadedTasks(tasks=tasks, hashes=hashes)
 
 
-def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol) -> dict[str, TaskScores] | None:
-    """Run the tasks. Returns scores by task or group (see ``docs/measurements.md``); None if there are none to run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRun:
+    """``scores``: by task or group (see ``docs/measurements.md``). ``answers``: to each of their questions."""
 
+    scores: Mapping[str, TaskScores]
+    answers: Mapping[str, TaskAnswers]
+
+
+def run_tasks(
+    loaded_tasks: LoadedTasks,
+    loaded: LoadedModel,
+    protocol: Protocol,
+    on_step: Callable[[str], None] = lambda step: None,  # noqa: ARG005
+) -> TaskRun | None:
+    """Run the tasks. None if there are none to run.
+
+    ``on_step`` is told from time to time how many batches have run; how many there will be, the harness does not say.
     Deterministic: seeds and batch size are fixed, log-probabilities are in float32. Raises BenchmarkError,
     UnsafeSource.
     """
@@ -92,13 +111,16 @@ def run_tasks(loaded_tasks: LoadedTasks, loaded: LoadedModel, protocol: Protocol
     with _quiet_single_process(), _default_generation(loaded), _translated("cannot run the tasks"):
         _seed()
         evaluation = evaluate(
-            lm=_language_model(loaded),
+            lm=_counting(_language_model(loaded), on_step),
             task_dict=loaded_tasks.tasks,
             limit=protocol.task_limit,
             bootstrap_iters=_BOOTSTRAP_DRAWS,
             log_samples=True,
         )
-    return {name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]}
+    return TaskRun(
+        scores={name: _task_scores(name, evaluation, loaded_tasks.hashes) for name in evaluation["results"]},
+        answers=answered_questions(evaluation),
+    )
 
 
 def _spec(ref: TaskRef, texts: Mapping[str, str], folder: Path) -> str | dict[str, Any]:
@@ -205,19 +227,44 @@ def _language_model(loaded: LoadedModel) -> Any:
         del model.tie_weights
 
 
+def _counting(model: Any, on_step: Callable[[str], None]) -> Any:
+    """The harness's ``model``, which tells ``on_step`` of its batches."""
+    batches = _Batches(on_step)
+    for name in ("_model_call", "_model_generate"):
+        setattr(model, name, batches.counted(getattr(model, name)))
+    return model
+
+
+class _Batches:
+    def __init__(self, on_step: Callable[[str], None]) -> None:
+        self._on_step = on_step
+        self._count = 0
+        self._say_at = time.monotonic() + _SAY_S
+
+    def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def counting(*args: Any, **options: Any) -> Any:
+            self._count += 1
+            if time.monotonic() >= self._say_at:
+                self._say_at = time.monotonic() + _SAY_S
+                self._on_step(f"tasks, batch {self._count}")
+            return call(*args, **options)
+
+        return counting
+
+
 def _do_nothing() -> None:
     return None
 
 
 def _task_scores(name: str, evaluation: Mapping[str, Any], hashes: Mapping[str, str]) -> TaskScores:
     results, config = evaluation["results"][name], evaluation["configs"].get(name)
-    scores: dict[str, Score] = {}
-    for key, value in results.items():
-        metric, comma, answer_filter = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            # The harness calls unfiltered answers "none".
-            label = metric if answer_filter == "none" else key
-            scores[label] = Score(value=_number(value), error=_number(results.get(f"{metric}_stderr,{answer_filter}")))
+    scores = {
+        score.label: Score(
+            value=_number(score.value), error=_number(results.get(f"{score.metric}_stderr,{score.answer_filter}"))
+        )
+        for score in scores_of(results)
+    }
     return TaskScores.of(
         scores,
         n_samples=results.get("sample_len"),

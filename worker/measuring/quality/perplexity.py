@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from qbatch.core.domain import Protocol
-from qbatch.worker.measuring.stats import clustered_error
+from qbatch.core.exponential import exponential
+from qbatch.core.statistics.clusters import clustered_error
 from qbatch.worker.measuring.tokens import affixes, text_cut, text_ids
 from qbatch.worker.models.load import LoadedModel
 
 # Rows of logits converted to float32 at once: 64 rows of a vocabulary of 250,880 take 61 MiB.
 _ROWS_AT_ONCE = 64
-_LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +25,6 @@ class Window:
 
     ids: tuple[int, ...]
     scored: int
-
-
-def exponential(exponent: float) -> float:
-    """e to the power of ``exponent``; infinity instead of an OverflowError."""
-    return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

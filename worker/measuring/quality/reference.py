@@ -24,7 +24,12 @@ from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Protocol, content_hash
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.filesystem import OCCUPIED_ERRNOS, move, storage_fault, sync, touch
-from qbatch.core.measured.quality_figures import Quality, QualityFloor
+from qbatch.core.measured.quality_figures import (
+    BASE_OUTPUTS_NOT_FINITE,
+    ITS_OUTPUTS_NOT_FINITE,
+    Quality,
+    QualityFloor,
+)
 from qbatch.worker.files.reference_folders import (
     DESCRIPTION,
     IN_USE_S,
@@ -173,10 +178,17 @@ def prepare_reference(
     return open_reference(folder)
 
 
-def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_text: str) -> Quality:
+def compare(
+    loaded: LoadedModel,
+    reference: Reference,
+    protocol: Protocol,
+    eval_text: str,
+    on_probe: Callable[[int, int], None] = lambda number, count: None,  # noqa: ARG005
+) -> Quality:
     """Compare the model in ``loaded`` with its base's ``reference``, by ``divergence`` or ``similarity``.
 
-    Raises BenchmarkError if the tokens are not the same, or the output head is not the base's.
+    ``on_probe`` is called with the number of each probe, from 1, and how many there are, before it is computed. Raises
+    BenchmarkError if the tokens are not the same, or the output head is not the base's.
     """
     probes = probes_of(loaded, protocol, eval_text)[: reference.probes]
     if probes_hash(probes) != reference.probes_sha256:
@@ -187,29 +199,48 @@ def compare(loaded: LoadedModel, reference: Reference, protocol: Protocol, eval_
         )
     figures = _compare_embeddings if reference.form == "embedding" else _compare_logits
     return replace(
-        figures(loaded, reference, probes),
+        figures(loaded, reference, probes, on_probe),
         against=reference.form,
         base_device_name=reference.device_name,
         floor=reference.floor or QualityFloor(),
     )
 
 
-def _compare_logits(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
+def _compare_logits(
+    loaded: LoadedModel, reference: Reference, probes: list[Probe], on_probe: Callable[[int, int], None]
+) -> Quality:
     divergences: list[Divergence] = []
     for number, probe in enumerate(probes):
+        on_probe(number + 1, len(probes))
         stored = _read(reference, number).to(loaded.device)
         base = replayed_logits(loaded.model, stored, probe) if reference.form == "hidden" else stored
         if base.shape[-1] == 1:
             # The softmax of a single number is always 1, so the two models would always agree.
             raise BenchmarkError("the model outputs a single number, which is not a distribution that can be compared")
-        divergences.append(divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets))
+        found = divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets)
+        if found.kl.isnan().any():
+            # Of NaN the first is the largest, so the two models would always agree.
+            raise _not_finite(base.isfinite().all())
+        divergences.append(found)
     return summarize_divergence(divergences)
 
 
-def _compare_embeddings(loaded: LoadedModel, reference: Reference, probes: list[Probe]) -> Quality:
+def _compare_embeddings(
+    loaded: LoadedModel, reference: Reference, probes: list[Probe], on_probe: Callable[[int, int], None]
+) -> Quality:
     base = torch.stack([_read(reference, number) for number in range(len(probes))])
-    other = torch.stack([embedding_of(loaded.model, probe, loaded.device) for probe in probes])
+    embeddings = []
+    for number, probe in enumerate(probes):
+        on_probe(number + 1, len(probes))
+        embeddings.append(embedding_of(loaded.model, probe, loaded.device))
+    other = torch.stack(embeddings)
+    if not (base.isfinite().all() and other.isfinite().all()):
+        raise _not_finite(base.isfinite().all())
     return compare_embeddings(base, other)
+
+
+def _not_finite(is_base_finite: torch.Tensor) -> BenchmarkError:
+    return BenchmarkError(ITS_OUTPUTS_NOT_FINITE if is_base_finite else BASE_OUTPUTS_NOT_FINITE)
 
 
 def _read(reference: Reference, number: int) -> torch.Tensor:

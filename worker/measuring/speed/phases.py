@@ -14,7 +14,8 @@ from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.measuring.speed.device_clock import clock_of
 from qbatch.worker.measuring.speed.fairness import GpuConditions, fairness_monitor
 from qbatch.worker.measuring.speed.generation import time_forward, time_generation
-from qbatch.worker.measuring.speed.model_inputs import Inputs, describe_inputs, noise_inputs, reads_text, text_inputs
+from qbatch.worker.measuring.speed.model_inputs import describe_inputs, noise_inputs, reads_text, text_inputs
+from qbatch.worker.measuring.speed.noise_forms import Inputs
 from qbatch.worker.measuring.tokens import max_positions, prompts
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel

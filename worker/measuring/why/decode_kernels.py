@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.scheduler.child_process import end_with_parent
+from qbatch.scheduler.child_process import ORPHANED, end_with_parent
 from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
 _PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
-_ORPHANED = 70
 STARTED = "started"
 """The first line of the answers. From then on the process may be stopped: it ends with its runner all the same."""
 
@@ -145,7 +144,7 @@ def _exit_with_the_runner() -> None:
     poll = select.poll()
     poll.register(sys.stdin.fileno(), 0)
     poll.poll()
-    os._exit(_ORPHANED)
+    os._exit(ORPHANED)
 
 
 def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qbatch.core.byte_units import GIB
 from qbatch.worker.measuring.speed.device_clock import CudaClock
 from qbatch.worker.measuring.stats import percentile
 
-_COPIED_BYTES = 1 << 30
+_COPIED_BYTES = GIB
 _MATRIX_SIDE = 8192
 _REPETITIONS = 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 import time
@@ -29,7 +30,7 @@ from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
 from qbatch.worker.quantizing.planning.loading import load_source, refuse_mismatched, refuse_missing, unused
 from qbatch.worker.quantizing.planning.saving import read_generation_config
-from qbatch.worker.quantizing.planning.skeleton import build_skeleton
+from qbatch.worker.quantizing.planning.skeleton import build_skeleton, linear_shape
 from qbatch.worker.quantizing.planning.space import weights_bytes
 from qbatch.worker.quantizing.target import Deferred, Refused, Target, Written
 from qbatch.worker.quantizing.tensors.source_reader import SourceReader
@@ -150,7 +151,7 @@ class WholeModel:
             model, loading = self._load(reader)
             errors = self._errors(model, reader)
         self._save(model)
-        sizes = {f"{name}.weight": module.in_features * module.out_features for name, module in self._layers(model)}
+        sizes = {f"{name}.weight": math.prod(linear_shape(module)) for name, module in self._layers(model)}
         dropped = loading["unexpected_keys"] if self._dropped is None else self._dropped
         return (
             coverage(self._skeleton, self._packing, model, sizes, _weights_bytes(self._target.folder), dropped) | errors

@@ -15,7 +15,7 @@ from qbatch.core.errors import JobError, SourceCorrupt, Unsupported
 from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
-from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton
+from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton, linear_shape
 from qbatch.worker.quantizing.target import Target
 from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES, SourceReader
 from qbatch.worker.quantizing.tensors.trace import (
@@ -203,7 +203,7 @@ class TracingQuantizer:
         # transformers' own quantize operation sets this too, so that nothing in the module is initialized later.
         module._is_hf_initialized = self.packing.marks_initialized
         transposed = self.packing.is_transposed(module)
-        needed = (module.out_features, module.in_features)
+        needed = linear_shape(module)
         shape = tuple(traced.shape)[::-1] if transposed else tuple(traced.shape)
         origin = simplified(traced.origin)
         self.origins[name] = (origin, transposed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import SourceCorrupt, Unsupported, one_line
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
@@ -14,7 +15,6 @@ from qbatch.core.loaders.skip_list import SkippedLayers
 from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.methods.implementations import weights_of, weights_of_config
 from qbatch.worker.models.architecture import load_config, model_class
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
 
 # Exceptions that transformers' classes raise for a config with impossible values, or if a library is missing.
 _CANNOT_BUILD = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
@@ -155,6 +155,11 @@ def is_plain_linear(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """[rows, columns] of the weight of a linear layer. Some models compute the sizes of layers with tensors."""
+    return int(layer.out_features), int(layer.in_features)
 
 
 def _with_dtype(config: Any, dtype: DType) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from qbatch.core.byte_units import GIB
-from qbatch.core.domain import DeviceKind
-from qbatch.models_db.tables import Worker
 
 VRAM_CLASSES = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """In GiB, as GPUs are sold."""
@@ -27,19 +25,11 @@ ANY_CLASS_BYTES = floor_bytes(VRAM_CLASSES[1])
 """A job that is predicted to need less than this may run on any GPU."""
 
 
-def usable_bytes(worker: Worker) -> int:
-    """The least memory of the worker's class in bytes, so that all GPUs of one class are equal.
-
-    0 for a CPU, because a job that ran out of GPU memory needs a larger GPU.
-    """
-    return floor_bytes(vram_class(worker.memory_bytes)) if worker.device_kind == DeviceKind.CUDA else 0
-
-
 def show_need(above_bytes: int) -> str:
     """``needs a GPU of more than 24 GiB``, even if it ran out of the 22.5 GiB that such a GPU shows."""
     return f"needs a GPU of more than {max(vram_class(above_bytes), round(above_bytes / GIB))} GiB"
 
 
 def no_larger(above_bytes: int) -> str:
-    """``show_need`` where nobody has such a GPU."""
+    """The same as ``show_need``, and that no live worker has such a GPU."""
     return f"{show_need(above_bytes)}, and no live worker has one"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.errors import SourceCorrupt, Unsupported
 from qbatch.core.prior_quantization import refuse_quantized
 from qbatch.core.sources import Header, read_config, read_headers, storage_errors
-from qbatch.worker.models.config_plausibility import refuse_implausible_config
 
 # transformers prefers such files to the model's own.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
@@ -23,14 +23,28 @@ def vet_source(source: Path) -> tuple[Header, ...]:
     already quantized, or its config names other weight files or replaces modules.
     """
     config = read_config(source)
+    _vet_folder(source, config)
+    headers = read_headers(source)
+    _vet_contents(config, headers)
+    return headers
+
+
+def vet_read(source: Path, config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
+    """``vet_source`` of a folder whose config and headers were read already."""
+    _vet_folder(source, config)
+    _vet_contents(config, headers)
+
+
+def _vet_folder(source: Path, config: Mapping[str, Any]) -> None:
     refuse_other_weights(config)
     _refuse_fusions(config)
     _refuse_distributed(source)
-    headers = read_headers(source)
+
+
+def _vet_contents(config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
     refuse_quantized(config, headers)
     refuse_implausible_config(config, headers)
     _refuse_duplicates(headers)
-    return headers
 
 
 def refuse_other_weights(config: Mapping[str, Any]) -> None:

@@ -1,0 +1,53 @@
+"""``plan``: what a batch would do, without storing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from qbatch.commands.context import current_settings, open_database
+from qbatch.commands.request import read_request
+from qbatch.commands.shared_options import format_options, request_options
+from qbatch.core.control_characters import escape_controls
+from qbatch.core.errors import ModelsRefused
+
+
+@click.command()
+@request_options
+@format_options("table", "json")
+def plan(format_: str, **options: Any) -> None:
+    """Say what submitting each MODEL would write, need and take, and what is there already. Stores nothing.
+
+    The options are those of submit. Models that would certainly fail are named with their lines (exit code 2).
+    """
+    show_plan(options, format_)
+
+
+def show_plan(options: Mapping[str, Any], format_: str) -> None:
+    """Print the plan, and exit with 2 if there are models that cannot be used, unless they may be left out."""
+    from qbatch.scheduler.batch_plan import plan_batch
+    from qbatch.views.plan_table import plan_rows, plan_totals, render_plan, short_of_disk
+
+    settings = current_settings()
+    screened = read_request(settings, options, quiet=format_ != "table")
+    if screened.submission is None:
+        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models)
+    planned = plan_batch(open_database(settings), settings, screened.submission)
+    warnings = [line if models == 1 else f"{models} models: {line}" for line, models in planned.warnings.items()]
+    warnings += [text] if (text := short_of_disk(planned)) is not None else []
+    if format_ == "json":
+        import json
+
+        problems = list(map(str, screened.problems))
+        whole = {"jobs": plan_rows(planned), "totals": plan_totals(planned), "warnings": warnings, "problems": problems}
+        click.echo(json.dumps(whole, indent=2))
+    else:
+        click.echo(render_plan(planned))
+    for text in warnings:
+        click.echo(escape_controls(text), err=True)
+    if screened.problems and not options["keep_going"]:
+        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models)
+    for problem in screened.problems:
+        click.echo(escape_controls(f"left out: {problem}"), err=True)

@@ -1,0 +1,169 @@
+"""The options of the commands that show results: which rows, how they are laid out, and limits on what is shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qbatch.commands.completion import complete_column, complete_columns, complete_model
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, ColumnNames, Schemes, Since
+from qbatch.commands.shared_options import batch_arguments
+from qbatch.core.domain import LARGEST_ID, JobState
+from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
+
+if TYPE_CHECKING:
+    from qbatch.models_db.result_filter import ResultFilter
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def compare_options(command: Command) -> Command:
+    """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
+    options = [
+        batch_arguments("results"),
+        click.option(
+            "--model",
+            shell_complete=complete_model,
+            metavar="TEXT|GLOB",
+            help="Only models whose name contains this text, or is like this pattern. Of these, all figures are shown, "
+            "and what limits their speed.",
+        ),
+        click.option(
+            "--by",
+            type=click.Choice(ORIENTATIONS),
+            default="figure",
+            show_default=True,
+            help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
+        ),
+        preference_options,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def preference_options(command: Command) -> Command:
+    """Add the options that decide which configuration is recommended: what to prefer, and limits."""
+    options = [
+        click.option(
+            "--prefer",
+            type=click.Choice(PREFERENCES),
+            default="size",
+            show_default=True,
+            help="What to optimize among the schemes that meet the limits: small weights, speed, or quality.",
+        ),
+        click.option(
+            "--max-kl", type=Amount(min=0), help="The largest acceptable mean KL divergence from the baseline, in nats."
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=Amount(min=0),
+            help="The largest acceptable perplexity, divided by the baseline's: 1.01.",
+        ),
+        click.option(
+            "--max-weights-bytes", type=ByteSize(), help="The most memory that the weights may take: 6GB, 5.5GiB."
+        ),
+        click.option(
+            "--min-tokens-per-s", type=Amount(min=0), help="The lowest acceptable rate of decoding, as measured."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def filter_options(command: Command) -> Command:
+    """Add the options that choose rows of results: what they are of, and limits on their figures."""
+    options = [
+        click.option(
+            "--model",
+            shell_complete=complete_model,
+            metavar="TEXT|GLOB",
+            help="Only models whose name contains this text, or is like this pattern: 'meta-llama/*-8B*'.",
+        ),
+        click.option(
+            "--scheme",
+            "schemes",
+            type=Schemes(),
+            multiple=True,
+            metavar="NAME",
+            help="Only these methods, separated by commas; may be repeated. none is the baseline.",
+        ),
+        click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8."),
+        click.option(
+            "--device",
+            metavar="TEXT|GLOB",
+            help="Only what was measured on a device whose name contains this text, or is like this pattern.",
+        ),
+        click.option(
+            "--state",
+            "states",
+            type=click.Choice([state.value for state in JobState]),
+            multiple=True,
+            help="Only jobs in this state; may be repeated.",
+        ),
+        click.option(
+            "--since",
+            type=Since(),
+            metavar="DURATION|DATE",
+            help="Only jobs that ended since then, or that were submitted since then and have not ended: 2h, 7d, "
+            "2026-11-28.",
+        ),
+        click.option("--max-weights-bytes", type=ByteSize(), help="Only weights of at most this size: 6GB, 5.5GiB."),
+        click.option(
+            "--max-kl", type=Amount(min=0), help="Only rows of at most this mean KL divergence from the baseline."
+        ),
+        click.option(
+            "--min-tokens-per-s", type=Amount(min=0), help="Only rows that decode at this rate or a higher one."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def layout_options(command: Command) -> Command:
+    """Add the options for the order, the number and the columns of the rows that are shown."""
+    options = [
+        click.option(
+            "--sort",
+            metavar="COLUMN",
+            shell_complete=complete_column,
+            help="One table, ranked by a column of the JSON output; -COLUMN sorts descending.",
+        ),
+        click.option(
+            "--limit", type=click.IntRange(1, LARGEST_ID), metavar="INTEGER", help="Show at most this many rows."
+        ),
+        click.option(
+            "--columns",
+            type=ColumnNames(),
+            shell_complete=complete_columns,
+            metavar="COLUMN,...",
+            help="Show these columns, by their titles or as in JSON: weights,kl,peak-memory.",
+        ),
+        click.option("--wide", "is_wide", is_flag=True, help="Show all columns, however narrow the terminal is."),
+        click.option("--legend", "has_legend", is_flag=True, help="Explain the columns, the marks, and the speeds."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_filter(options: dict[str, Any]) -> ResultFilter:
+    """What ``filter_options`` chose."""
+    from qbatch.models_db.result_filter import ResultFilter
+
+    schemes = tuple(method.value for listed in options["schemes"] for method in listed)
+    return ResultFilter(
+        model=options["model"],
+        schemes=schemes,
+        bits=options["bits"],
+        device=options["device"],
+        states=options["states"],
+        since_s=options["since"],
+        max_weights_bytes=options["max_weights_bytes"],
+        max_kl=options["max_kl"],
+        min_tokens_per_s=options["min_tokens_per_s"],
+    )

@@ -1,0 +1,35 @@
+"""Notice which recorded checkpoints somebody has removed from the storage, and which are back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qbatch.core.storage import CHECKPOINTS, missing_checkpoints
+from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, note_presence
+from qbatch.models_db.session import Database
+
+
+def find_missing(database: Database, storage: Path) -> set[str]:
+    """The paths of the checkpoints that have no folder, though nobody has recorded that yet."""
+    with database.read() as session:
+        there = {row.path for row in all_checkpoints(session) if row.gone_at is None}
+    return missing_checkpoints(storage, there)
+
+
+def note_missing(database: Database, storage: Path) -> set[str]:
+    """Record which checkpoints are gone, and which are no longer. Returns the paths of the former.
+
+    Does nothing where this machine does not see the storage. Raises DatabaseUnreachable.
+    """
+    missing = find_missing(database, storage)
+    with database.read() as session:
+        gone = {row.path for row in all_checkpoints(session) if row.gone_at is not None}
+    back = gone - missing_checkpoints(storage, gone)
+    if not (storage / CHECKPOINTS).is_dir() or not (missing or back):
+        return set()
+    with database.write() as session:
+        # Looked at again while their records are locked: a worker publishes first and records second.
+        locked = {row.path for row in checkpoints_at(session, missing | back, lock=True)}
+        missing = missing_checkpoints(storage, missing & locked)
+        note_presence(session, gone=missing, present=back - missing_checkpoints(storage, back))
+    return missing

@@ -1,0 +1,31 @@
+"""How models answered the questions of tasks. The only module that writes that table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.models_db.session import in_chunks
+from qbatch.models_db.tables import AnswersRow
+
+
+def store_answers(session: Session, job_id: int, answers: Mapping[str, TaskAnswers]) -> None:
+    """Store the answers of a job that has a result of its own."""
+    # The result must be there first.
+    session.flush()
+    session.add_all(
+        AnswersRow(job_id=job_id, task=task, answers=answered.to_json()) for task, answered in answers.items()
+    )
+
+
+def find_answers(session: Session, job_ids: Collection[int]) -> dict[int, dict[str, TaskAnswers]]:
+    """The answers by job and task. ``job_ids``: jobs with a result of their own; some have no answers."""
+    found: dict[int, dict[str, TaskAnswers]] = defaultdict(dict)
+    for ids in in_chunks(sorted(set(job_ids))):
+        for row in session.scalars(select(AnswersRow).where(AnswersRow.job_id.in_(ids))):
+            found[row.job_id][row.task] = TaskAnswers.from_json(row.answers)
+    return dict(found)

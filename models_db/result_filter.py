@@ -1,0 +1,77 @@
+"""Which rows of results are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, func
+
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.tables import Job, Result
+
+_LIKE_ESCAPE = "\\"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultFilter:
+    """Conditions that a row must meet; what is None or empty is none.
+
+    ``model`` and ``device`` are a part of the name, or a pattern with * and ? for the whole name; upper and lower case
+    count as the same. ``since_s``: only jobs that ended within the last so many seconds, or if they have not ended,
+    were submitted then. A row without a figure is not within a limit on it.
+    """
+
+    model: str | None = None
+    schemes: Collection[str] = ()
+    bits: Collection[int] = ()
+    device: str | None = None
+    states: Collection[str] = ()
+    since_s: float | None = None
+    max_weights_bytes: int | None = None
+    max_kl: float | None = None
+    min_tokens_per_s: float | None = None
+
+    @property
+    def hides_nothing(self) -> bool:
+        return self == ResultFilter()
+
+    @property
+    def is_of_results(self) -> bool:
+        """Whether a condition is about what was measured."""
+        limits = (self.device, self.max_weights_bytes, self.max_kl, self.min_tokens_per_s)
+        return any(limit is not None for limit in limits)
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """For a query of jobs, joined with their results if ``is_of_results``."""
+        found: list[ColumnElement[bool]] = []
+        if self.model is not None:
+            found.append(_matches(Job.model.expression, self.model))
+        for column, values in ((Job.method, self.schemes), (Job.bits, self.bits), (Job.state, self.states)):
+            if values:
+                found.append(column.in_(values))
+        if self.since_s is not None:
+            found.append(func.coalesce(Job.finished_at, Job.created_at) > db_now(-self.since_s))
+        return [*found, *self._of_results()]
+
+    def _of_results(self) -> list[ColumnElement[bool]]:
+        found: list[ColumnElement[bool]] = []
+        if self.device is not None:
+            found.append(_matches(Result.device_name.expression, self.device))
+        if self.max_weights_bytes is not None:
+            found.append(Result.weights_bytes <= self.max_weights_bytes)
+        if self.max_kl is not None:
+            found.append(Result.kl_mean <= self.max_kl)
+        if self.min_tokens_per_s is not None:
+            found.append(Result.decode_tokens_per_s >= self.min_tokens_per_s)
+        return found
+
+
+def _matches(column: ColumnElement[Any], text: str) -> ColumnElement[bool]:
+    is_pattern = "*" in text or "?" in text
+    escaped = text
+    for special in (_LIKE_ESCAPE, "%", "_"):
+        escaped = escaped.replace(special, _LIKE_ESCAPE + special)
+    pattern = escaped.replace("*", "%").replace("?", "_") if is_pattern else f"%{escaped}%"
+    return column.ilike(pattern, escape=_LIKE_ESCAPE)

@@ -1,0 +1,97 @@
+"""A bundle of jobs run in this process, without a queue, a database or a worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qbatch.core.domain import Claim, DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef, Stage
+from qbatch.core.measured.measurement import Measurement
+from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.messages import (
+    Answered,
+    Entered,
+    Failed,
+    FilesKnown,
+    FilesSeen,
+    Measured,
+    Order,
+    Question,
+    Reply,
+    RunnerMessage,
+)
+from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.sources.fetch import SourcePolicy
+from tests.unit.benchmark_models import TEXT
+
+TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Ear:
+    """A supervisor that only listens."""
+
+    heard: list[RunnerMessage] = field(default_factory=list)
+
+    def send(self, message: RunnerMessage) -> None:
+        self.heard.append(message)
+
+    def ask(self, question: Question) -> Reply:
+        self.send(question)
+        return FilesKnown(digests={}) if isinstance(question, FilesSeen) else Answered(job_ids=frozenset())
+
+    def entered(self, stage: Stage) -> set[int]:
+        return {job_id for m in self.heard if isinstance(m, Entered) and m.stage is stage for job_id in m.job_ids}
+
+    def measured(self) -> set[int]:
+        return {m.job_id for m in self.heard if isinstance(m, Measured)}
+
+    def failed(self) -> dict[int, str]:
+        return {m.job_id: m.kind for m in self.heard if isinstance(m, Failed)}
+
+    def measurements(self) -> dict[int, Measurement]:
+        return {m.job_id: m.measurement for m in self.heard if isinstance(m, Measured)}
+
+
+def run_bundle(
+    source: Path,
+    schemes: Mapping[int, Scheme],
+    *,
+    attempt: int = 1,
+    protocol: ProtocolOptions | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Ear:
+    """Run a job for each of ``schemes``, by their ids, on a CPU. ``texts``: further ones, by their sha256."""
+    claims = tuple(
+        Claim(
+            job_id=job_id,
+            attempt=attempt,
+            spec=JobSpec(
+                source=SourceRef(name=str(source), location=str(source), is_folder=True),
+                scheme=scheme,
+                dtype=DType.AUTO,
+                device=DeviceKind.CPU,
+                protocol=protocol or ProtocolOptions(eval_text_sha256=TEXT_HASH),
+            ),
+        )
+        for job_id, scheme in schemes.items()
+    )
+    storage = source.parent / "storage"
+    order = Order(
+        claims=claims,
+        texts={TEXT_HASH: TEXT, **(texts or {})},
+        device_kind=DeviceKind.CPU,
+        device_name="this CPU",
+        storage=storage,
+        staging=storage / ".staging",
+        cache=source.parent / "cache",
+        cache_bytes=1 << 30,
+        policy=SourcePolicy(roots=None),
+        lease_s=60.0,
+        log_path=storage / "log",
+    )
+    ear = Ear()
+    Bundle(order, ear, Quiet()).run()
+    return ear

@@ -1,0 +1,71 @@
+"""Quality on several texts: each has the figures that it would have alone, and speed is measured with the first."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qbatch.core.domain import (
+    BASELINE,
+    DeviceKind,
+    Method,
+    Protocol,
+    ProtocolOptions,
+    Scheme,
+    TextRef,
+)
+from qbatch.core.measured.details import Details
+from qbatch.worker.measuring import EVAL_TEXTS
+from tests.bundles import TEXT_HASH, Ear, run_bundle
+from tests.tiny import make_causal
+from tests.unit.benchmark_models import QUICK
+
+SCHEMES = {1: BASELINE, 2: Scheme(method=Method.NF4)}
+CODE = EVAL_TEXTS["code"].read_text(encoding="utf-8")
+CODE_REF = TextRef(name="code", sha256=hashlib.sha256(CODE.encode()).hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
+        return replace(QUICK, eval_text_sha256=options.eval_text_sha256, more_texts=options.more_texts or ())
+
+    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+
+
+def measured(source: Path, text_sha256: str, *more: TextRef, attempt: int = 1, of: tuple[int, ...] = (1, 2)) -> Ear:
+    options = ProtocolOptions(eval_text_sha256=text_sha256, more_texts=more or None)
+    schemes = {job_id: SCHEMES[job_id] for job_id in of}
+    return run_bundle(source, schemes, attempt=attempt, protocol=options, texts={CODE_REF.sha256: CODE})
+
+
+def details(ear: Ear, job_id: int) -> Details:
+    return ear.measurements()[job_id].details
+
+
+def test_each_text_has_the_figures_that_it_has_alone(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "llama", dtype="bfloat16")
+    both = measured(source, TEXT_HASH, CODE_REF)
+    alone = measured(source, CODE_REF.sha256, attempt=2)
+    (name,) = details(both, 2).more_texts or {}
+    assert name == "code"
+    for job_id in (1, 2):
+        code = (details(both, job_id).more_texts or {})["code"]
+        assert code.quality == details(alone, job_id).quality
+        assert code.perplexity == details(alone, job_id).perplexity
+        assert code.perplexity.mean_nll != details(both, job_id).perplexity.mean_nll
+    assert (details(both, 2).more_texts or {})["code"].quality.kl_mean != details(both, 2).quality.kl_mean
+
+
+def test_a_text_on_which_the_baseline_was_not_measured_says_so(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "llama", dtype="bfloat16")
+    measured(source, TEXT_HASH, of=(1,))
+    found = details(measured(source, TEXT_HASH, CODE_REF, attempt=2, of=(2,)), 2)
+    assert found.quality.kl_mean is not None
+    code = (found.more_texts or {})["code"]
+    assert code.quality.kl_mean is None
+    assert "the outputs of its baseline are not stored" in (code.quality.reason or "")
+    assert code.perplexity.mean_nll is not None

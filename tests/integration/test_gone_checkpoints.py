@@ -1,0 +1,110 @@
+"""A checkpoint that somebody removed by hand is not listed, is recorded as gone, and is made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qbatch.cli import main
+from qbatch.core.domain import Method
+from qbatch.core.settings import Settings
+from qbatch.models_db.results import find_finished
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Result as ResultOfJob
+from tests.stored_checkpoints import Made, a_measured_batch, key_of
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Where ``sqlite_database`` is."""
+    monkeypatch.setenv("QBATCH_HOME", str(tmp_path))
+    monkeypatch.delenv("QBATCH_STORAGE", raising=False)
+    return Settings.from_env({"QBATCH_HOME": str(tmp_path)})
+
+
+@pytest.fixture
+def made(sqlite_database: Database, settings: Settings) -> Made:
+    return a_measured_batch(sqlite_database, settings, "org/a")
+
+
+def qbatch(*args: str, code: int = 0) -> Result:
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_no_path_is_given_to_what_is_not_there(made: Made) -> None:
+    for command in (["results"], ["show", f"b{made.batch_id}"]):
+        assert json.loads(qbatch(*command, "--json").stdout)[0]["checkpoint_path"] == str(made.folders[0])
+    shutil.rmtree(made.folders[0])
+    for command in (["results"], ["show", f"b{made.batch_id}"]):
+        assert json.loads(qbatch(*command, "--json").stdout)[0]["checkpoint_path"] is None
+    assert made.paths[0] not in qbatch("compare", "--json").stdout
+    assert "no longer on the storage; a new submit makes it again" in qbatch("show", "j1").stdout
+
+
+def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Path) -> None:
+    shutil.move(made.folders[0], tmp_path / "elsewhere")
+    done = qbatch("verify", "--json", code=1)
+    assert [row["state"] for row in json.loads(done.stdout)] == ["gone"]
+    assert "was removed: that is recorded now" in done.stderr
+    assert "--force" not in done.stderr
+    assert json.loads(qbatch("verify", "--json").stdout) == []
+    assert "no longer on the storage (noted" in qbatch("show", "j1").stdout
+    shutil.move(tmp_path / "elsewhere", made.folders[0])
+    # That its files are no real model's, only reading them tells.
+    assert json.loads(qbatch("verify", "--json", code=1).stdout)[0]["state"] == "damaged"
+    assert json.loads(qbatch("gc", "--json").stdout)[2]["number"] == 0, "it is not taken for one that nobody knows"
+    assert made.paths[0] in qbatch("results", "--json").stdout
+
+
+def test_nothing_is_noted_where_the_storage_is_not_mounted(made: Made, settings: Settings, tmp_path: Path) -> None:
+    settings.checkpoints.rename(tmp_path / "unmounted")
+    qbatch("verify", code=1)
+    qbatch("gc", "--yes")
+    assert made.paths[0] in qbatch("results", "--json").stdout
+    (tmp_path / "unmounted").rename(settings.checkpoints)
+    assert made.paths[0] in qbatch("results", "--json").stdout
+
+
+def test_a_gone_checkpoint_answers_nobody(made: Made, sqlite_database: Database) -> None:
+    with sqlite_database.read() as session:
+        pair = (key_of("org/a"), session.get_one(ResultOfJob, made.job_ids[0]).protocol_hash)
+        assert find_finished(session, {pair}, device_names=None).keys() == {pair}
+    shutil.rmtree(made.folders[0])
+    assert "recorded" not in qbatch("gc").stderr
+    qbatch("gc", "--yes")
+    with sqlite_database.read() as session:
+        assert find_finished(session, {pair}, device_names=None) == {}
+
+
+def test_what_is_named_is_listed_and_with_yes_removed(made: Made) -> None:
+    dry = qbatch("rm", str(made.folders[0]))
+    assert "nothing was removed: with --yes" in dry.stderr
+    assert made.folders[0].is_dir()
+    assert json.loads(qbatch("rm", made.paths[0], "--yes", "--json").stdout)[2]["paths"] == made.paths
+    assert not made.folders[0].exists()
+    assert "not a checkpoint in" in qbatch("rm", "/etc/passwd", code=2).stderr
+    assert json.loads(qbatch("du", "--by", "batch", "--json").stdout)[0]["kind"] == "staging"
+    qbatch("rm", "b1", "--yes")
+    assert json.loads(qbatch("results", "--json").stdout) == []
+
+
+def test_of_each_model_what_is_recommended_is_kept(sqlite_database: Database, settings: Settings) -> None:
+    first, second = (
+        a_measured_batch(sqlite_database, settings, model, Method.NF4, Method.INT8) for model in ("org/a", "org/b")
+    )
+    dry = qbatch("keep", "--recommended", "b1")
+    assert "org/a: bnb-nf4 (j1) is recommended" in dry.stderr
+    assert "nothing was removed" in dry.stderr
+    for options, kept in ((["b1"], 0), (["b2", "--max-kl", "0.005"], 1)):
+        made = (first, second)[options[0] == "b2"]
+        listed = json.loads(qbatch("keep", "--recommended", *options, "--yes", "--json").stdout)
+        assert [one["paths"] for one in listed] == [made.paths[1 - kept : 2 - kept]]
+        assert [folder.is_dir() for folder in made.folders] == [kept == 0, kept == 1]
+    assert "nothing is recommended, so all of it is kept" in qbatch("keep", "--recommended", "--max-kl", "0").stderr
+    assert len(json.loads(qbatch("results", "--json").stdout)) == 4

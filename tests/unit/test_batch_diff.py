@@ -1,0 +1,119 @@
+"""``diff`` of two batches counts a difference only if it is larger than the measured noise."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from qbatch.views.batch_diff import batch_diff
+from tests.unit.measured_rows import PROTOCOL, result
+from tests.unit.printed import read
+
+Row = dict[str, Any]
+
+
+def measured(number: int, scheme: str = "bnb-nf4", *, rate: float = 40.0, kl: float = 0.03, **fields: Any) -> Row:
+    """A row whose rounds lie 1 % apart."""
+    means = [1 / rate * factor for factor in (0.99, 1.0, 1.01)]
+    details = {
+        "rounds": {"count": 3, "interleaved_with": [], "phases": {"decode": {"p50": means, "mean": means}}},
+        "quality": {"kl_mean": kl, "kl_mean_se": 0.001},
+    }
+    quality = {} if scheme == "none" else {"kl_mean": kl}
+    return result(number, scheme, decode_tokens_per_s=rate, weights_bytes=2**30, details=details, **quality) | fields
+
+
+def said(before: list[Row], after: list[Row]) -> str:
+    return " ".join(batch_diff(read(before), read(after), "table").split())
+
+
+def changes(before: Row, after: Row) -> dict[str, str]:
+    (pair,) = json.loads(batch_diff(read([before]), read([after]), "json"))
+    return {change["figure"]: change["change"] for change in pair["changes"]}
+
+
+@pytest.mark.parametrize(
+    ("rate", "change"), [(40.2, "within noise"), (52.0, "faster"), (30.0, "slower"), (40.0, "within noise")]
+)
+def test_a_speed_counts_beyond_the_spread_of_the_rounds(rate: float, change: str) -> None:
+    assert changes(measured(1), measured(11, rate=rate))["decode_tokens_per_s"] == change
+
+
+@pytest.mark.parametrize(("kl", "change"), [(0.0305, "within noise"), (0.05, "worse"), (0.01, "better")])
+def test_quality_counts_beyond_its_standard_error(kl: float, change: str) -> None:
+    assert changes(measured(1), measured(11, kl=kl))["kl_mean"] == change
+
+
+def test_without_a_measured_noise_a_difference_is_neither() -> None:
+    before, after = (result(n, "bnb-nf4", decode_tokens_per_s=rate) for n, rate in ((1, 40.0), (11, 50.0)))
+    assert changes(before, after)["decode_tokens_per_s"] == "noise unknown"
+
+
+def test_sizes_are_exact() -> None:
+    assert changes(measured(1), measured(11, weights_bytes=2**30 - 1))["weights_bytes"] == "smaller"
+
+
+def test_each_kind_of_change_has_its_list_and_the_sum_counts_all() -> None:
+    before = [measured(1, "none"), measured(2, "bnb-int8"), measured(3), measured(4, "bnb-fp4")]
+    after = [measured(11, "none"), measured(12, "bnb-int8", rate=60.0), measured(13, rate=60.0, kl=0.06)]
+    text = said(before, after)
+    assert "faster (2) j2 → j12 Meta-Llama-3.1-70B-Instruct bnb-int8: decode 40.0 tok/s → 60.0 tok/s ×1.50" in text
+    assert "worse (1) j3 → j13 Meta-Llama-3.1-70B-Instruct bnb-nf4: KL 3.0e-02 → 6.0e-02 ×2.00" in text
+    assert "only in the first (1) j4 " in text
+    assert text.endswith(
+        "3 pairs compared: 2 faster, 0 slower, 0 better, 1 worse, 1 within the measured noise; 1 only in the first."
+    )
+
+
+def test_what_cannot_be_compared_says_why() -> None:
+    failed: Row = {
+        "state": "failed",
+        "error_kind": "cuda_oom",
+        "details": None,
+        "protocol": None,
+        "protocol_hash": None,
+    }
+    longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
+    before = [measured(1), measured(2, "bnb-int8"), measured(3, "bnb-fp4"), measured(4, "none")]
+    after = [
+        measured(11, device_name="NVIDIA A100"),
+        measured(12, "bnb-int8", **longer),
+        measured(13, "bnb-fp4", **failed),
+        measured(14, "none", reused_from="j4"),
+    ]
+    text = said(before, after)
+    for reason in (
+        "bnb-nf4: measured in different ways: device (NVIDIA H200, NVIDIA A100)",
+        "bnb-int8: measured in different ways: prompt_tokens (256, 512)",
+        "bnb-fp4: j13 failed (cuda_oom)",
+        "1 of the same measurement; 3 not compared",
+    ):
+        assert reason in text
+
+
+def test_rows_of_the_same_protocol_are_paired_first() -> None:
+    longer = {"protocol": PROTOCOL | {"prompt_tokens": 512}, "protocol_hash": "q"}
+    before = [measured(1), measured(2, **longer)]
+    after = [measured(11, **longer, rate=80.0), measured(12)]
+    pairs = json.loads(batch_diff(read(before), read(after), "json"))
+    assert [(pair["job_before"], pair["job_after"]) for pair in pairs] == [("j1", "j12"), ("j2", "j11")]
+
+
+def test_versions_that_differ_are_said_once() -> None:
+    def of(row: Row, torch: str) -> Row:
+        return row | {"details": row["details"] | {"versions": {"torch": torch}}}
+
+    rows = [(measured(1), measured(11)), (measured(2, "bnb-int8"), measured(12, "bnb-int8"))]
+    text = said([of(row, "2.12") for row, _ in rows], [of(row, "2.13") for _, row in rows])
+    assert text.count("torch (2.12, 2.13)") == 1
+
+
+def test_csv_has_a_line_for_each_figure() -> None:
+    lines = list(csv.DictReader(io.StringIO(batch_diff(read([measured(1)]), read([measured(11)]), "csv"))))
+    assert [line["figure"] for line in lines] == ["decode_tokens_per_s", "kl_mean", "weights_bytes", "disk_bytes"]
+    assert batch_diff([], [], "json") == "[]"
+    assert said([], []).startswith("0 pairs compared")

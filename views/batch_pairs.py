@@ -1,0 +1,101 @@
+"""The rows of two batches that are of one configuration, paired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qbatch.core.domain import JobState
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.figure_changes import Change, FigureChange, figure_changes
+from qbatch.views.groups import configuration, measuring_job
+from qbatch.views.protocol import differences
+from qbatch.views.ratios import may_compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPair:
+    """One configuration in both batches. ``changes`` are its figures; none if there is a reason ``why_not``, or if both
+    rows have one measurement."""
+
+    before: ResultRow
+    after: ResultRow
+    changes: Sequence[FigureChange] = ()
+    why_not: str | None = None
+
+    @property
+    def is_one_measurement(self) -> bool:
+        return self.why_not is None and measuring_job(self.before) == measuring_job(self.after)
+
+    @property
+    def kinds(self) -> set[Change]:
+        return {change.change for change in self.changes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedBatches:
+    """``only_before`` and ``only_after``: the rows whose configuration the other batch does not have."""
+
+    pairs: Sequence[RowPair]
+    only_before: Sequence[ResultRow]
+    only_after: Sequence[ResultRow]
+
+
+Key = tuple[object, ...]
+
+
+def pair_batches(before: Sequence[ResultRow], after: Sequence[ResultRow]) -> PairedBatches:
+    """Pair the rows of two batches: first those of one protocol and device, then what is left of each configuration."""
+    pairs: list[RowPair] = []
+    left, right = list(before), list(after)
+    for key_of in (_exact_key, _key, _requested_key):
+        waiting: dict[Key, list[ResultRow]] = {}
+        for row in right:
+            waiting.setdefault(key_of(row), []).append(row)
+        unpaired = []
+        for row in left:
+            found = waiting.get(key_of(row))
+            if found:
+                pairs.append(_pair(row, found.pop(0)))
+            else:
+                unpaired.append(row)
+        paired = {pair.after.job_id for pair in pairs}
+        left, right = unpaired, [row for row in right if row.job_id not in paired]
+    return PairedBatches(pairs=sorted(pairs, key=_place), only_before=left, only_after=right)
+
+
+def _key(row: ResultRow) -> Key:
+    return (row.model, row.revision, configuration(row))
+
+
+def _requested_key(row: ResultRow) -> Key:
+    """Without the dtypes, which are resolved only where a job was measured."""
+    return (row.model, row.revision, row.scheme, json.dumps(row.options, sort_keys=True))
+
+
+def _exact_key(row: ResultRow) -> Key:
+    return (*_key(row), row.protocol_hash, row.device_name)
+
+
+def _place(pair: RowPair) -> int:
+    return int(pair.before.job_id[1:])
+
+
+def _pair(before: ResultRow, after: ResultRow) -> RowPair:
+    why_not = "; ".join(_why_not(before, after)) or None
+    is_one = measuring_job(before) == measuring_job(after)
+    changes = figure_changes(before, after) if why_not is None and not is_one else ()
+    return RowPair(before=before, after=after, changes=changes, why_not=why_not)
+
+
+def _why_not(before: ResultRow, after: ResultRow) -> Iterable[str]:
+    for row in (before, after):
+        if row.state != JobState.SUCCEEDED:
+            yield f"{row.job_id} {row.state}" + (f" ({row.error_kind})" if row.error_kind else "")
+    if before.state != JobState.SUCCEEDED or after.state != JobState.SUCCEEDED:
+        return
+    if before.details.fingerprint != after.details.fingerprint:
+        yield "the model's files changed in between"
+    elif not may_compare(before, after, on_device=True):
+        yield f"measured in different ways: {', '.join(differences([before, after]))}"

@@ -1,0 +1,49 @@
+"""What to ship of each model, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.comparison import Preference
+from qbatch.views.groups import Group, models_of
+from qbatch.views.recommend import Recommendation, recommend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The recommendation for a group with quantized rows."""
+
+    model: str
+    group: Group
+    recommendation: Recommendation
+
+    @property
+    def ship(self) -> ResultRow | None:
+        return self.recommendation.ship
+
+    @property
+    def baseline(self) -> ResultRow | None:
+        """The unquantized model that ``ship`` is of, or is itself; None if it was not measured."""
+        if self.ship is None or self.ship.is_baseline:
+            return self.ship
+        return self.group.baselines.get(self.ship.job_id)
+
+
+def choices_of(rows: Sequence[ResultRow], preference: Preference) -> list[Choice]:
+    """A choice for each group of ``rows`` that may be compared, if it has a quantized row."""
+    choices = (choose(model.name, group, preference) for model in models_of(rows) for group in model.groups)
+    return [choice for choice in choices if choice is not None]
+
+
+def choose(model: str, group: Group, preference: Preference) -> Choice | None:
+    """None if the group has only baselines."""
+    if all(row.is_baseline for row in group.rows):
+        return None
+    return Choice(model=model, group=group, recommendation=recommend(group, preference))
+
+
+def picked(choices: Iterable[Choice]) -> set[str]:
+    """The jobs whose checkpoints are to be shipped."""
+    return {choice.ship.job_id for choice in choices if choice.ship is not None}

@@ -1,0 +1,1 @@
+"""A report on batches as one page, and its charts as files."""

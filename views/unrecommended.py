@@ -1,0 +1,43 @@
+"""Which checkpoints ``compare`` does not recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.views.comparison import Preference
+from qbatch.views.groups import models_of
+from qbatch.views.recommend import recommend
+from qbatch.views.scheme import show_scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unrecommended:
+    """``paths`` are of the checkpoints that are not recommended. ``remarks``: a line for each model."""
+
+    paths: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecommended:
+    """The checkpoints of rows that were measured beside a recommended one, and are recommended nowhere among ``rows``.
+
+    Of rows among which none is recommended, all are kept, and so is what was not measured.
+    """
+    recommended: set[str] = set()
+    others: set[str] = set()
+    remarks: list[str] = []
+    for model in models_of(rows):
+        for group in model.groups:
+            quantized = {row.checkpoint_path for row in group.rows if row.checkpoint_path is not None}
+            ship = recommend(group, preference).ship
+            if ship is None:
+                recommended |= quantized
+                remarks.append(f"{model.name}: nothing is recommended, so all of it is kept")
+                continue
+            if ship.checkpoint_path is not None:
+                recommended.add(ship.checkpoint_path)
+            others |= quantized
+            remarks.append(f"{model.name}: {show_scheme(ship)} ({ship.job_id}) is recommended")
+    return Unrecommended(paths=tuple(sorted(others - recommended)), remarks=tuple(dict.fromkeys(remarks)))

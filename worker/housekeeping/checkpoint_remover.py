@@ -1,0 +1,159 @@
+"""Removes checkpoints from the storage, with their records, such that nobody who needs one loses it.
+
+A checkpoint is moved aside within the transaction that records its end, and looked at twice: before that, and after.
+A worker records a job's key before it looks for the checkpoint. So if a job comes to need it at that moment, either
+its key is seen and the checkpoint is moved back, or the job does not find it and makes it anew. For jobs of other
+databases, marks do the same (see ``ownership``). Killed midway, it leaves what was moved aside, which ``gc`` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from qbatch.core.errors import DatabaseUnreachable
+from qbatch.core.filesystem import OCCUPIED_ERRNOS, move
+from qbatch.core.settings import Settings
+from qbatch.core.storage import missing_checkpoints
+from qbatch.models_db import checkpoints
+from qbatch.models_db.checkpoint_needs import why_needed
+from qbatch.models_db.database_id import database_id
+from qbatch.models_db.session import Database
+from qbatch.worker.checkpoints.ownership import remove_mark, why_not_ours
+from qbatch.worker.housekeeping.stale_files import Pruned, aside_of, pausing_afterwards, size_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint to remove. ``path`` is relative to the storage; ``method`` is None where it is not known."""
+
+    path: str
+    key: str
+    method: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRemover:
+    """Removes checkpoints for the database ``own``. ``but_for`` are jobs whose need does not count."""
+
+    database: Database
+    storage: Path
+    own: str
+    spooled: frozenset[str]
+    but_for: frozenset[int] = frozenset()
+
+    def remove_all(self, chosen: Iterable[StoredCheckpoint], *, dry_run: bool, what: str = "checkpoints") -> Pruned:
+        """Remove those that nobody needs, or report which would be removed. Raises DatabaseUnreachable."""
+        sizes: list[int] = []
+        gone: list[str] = []
+        kept: list[tuple[str, str]] = []
+        problems: list[str] = []
+        for one in chosen:
+            try:
+                nbytes = size_of(self.storage / one.path)
+                why = self.why_kept(one) if dry_run else self.remove(one)
+            except FileNotFoundError:
+                if not dry_run:
+                    self._note_gone(one)
+                continue
+            except OSError as error:
+                problems.append(f"{error.filename or one.path} cannot be removed: {error.strerror}")
+                continue
+            if why is not None:
+                kept.append((one.path, why))
+                continue
+            sizes.append(nbytes)
+            gone.append(one.path)
+        return Pruned(
+            what=what,
+            number=len(gone),
+            size_bytes=sum(sizes),
+            problems=tuple(problems),
+            paths=tuple(gone),
+            kept=tuple(kept),
+        )
+
+    def _note_gone(self, one: StoredCheckpoint) -> None:
+        """Somebody has removed it already; unless the whole storage is not to be seen from here."""
+        with self.database.write() as session:
+            checkpoints.checkpoints_at(session, [one.path], lock=True)
+            if missing_checkpoints(self.storage, [one.path]):
+                checkpoints.take_out(session, one.path)
+
+    def why_kept(self, one: StoredCheckpoint) -> str | None:
+        """Why it would not be removed; None if it would. Raises DatabaseUnreachable, OSError."""
+        with self.database.read() as session:
+            return self._why_kept(session, one)
+
+    def remove(self, one: StoredCheckpoint) -> str | None:
+        """Remove it; or return why it stays. Raises DatabaseUnreachable, OSError."""
+        folder = self.storage / one.path
+        aside = aside_of(folder, self.own)
+        try:
+            with pausing_afterwards(), self.database.write() as session:
+                why = self._move_aside(session, one, folder, aside)
+        except DatabaseUnreachable:
+            _move_back(aside, folder)
+            raise
+        if why is None:
+            remove_mark(self.storage, one.path, self.own)
+            shutil.rmtree(aside)
+        return why
+
+    def _move_aside(self, session: Session, one: StoredCheckpoint, folder: Path, aside: Path) -> str | None:
+        checkpoints.checkpoints_at(session, [one.path], lock=True)
+        why = self._why_kept(session, one)
+        if why is not None:
+            return why
+        move(folder, aside)
+        why = self._why_kept(session, one, aside)
+        if why is not None:
+            _move_back(aside, folder)
+            return why
+        checkpoints.take_out(session, one.path)
+        return None
+
+    def _why_kept(self, session: Session, one: StoredCheckpoint, folder: Path | None = None) -> str | None:
+        if one.key in self.spooled:
+            return "an outcome in this machine's spool is of it"
+        needed = why_needed(session, one.key, name=Path(one.path).parent.name, method=one.method, but_for=self.but_for)
+        return needed or why_not_ours(self.storage, one.path, self.own, folder=folder)
+
+
+def remover(database: Database, settings: Settings, *, but_for: Iterable[int] = ()) -> CheckpointRemover:
+    """Raises DatabaseUnreachable."""
+    with database.read() as session:
+        own = database_id(session)
+    return CheckpointRemover(
+        database=database,
+        storage=settings.storage,
+        own=own,
+        spooled=_spooled_keys(settings.spool),
+        but_for=frozenset(but_for),
+    )
+
+
+def _spooled_keys(spool: Path) -> frozenset[str]:
+    """The keys of the checkpoints of outcomes that the database has not taken yet, those set aside included."""
+    found = set()
+    for path in (*spool.glob("*.json"), *spool.glob("*.rejected")):
+        # Recorded by a worker meanwhile, or not an outcome, which no worker can record either.
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            found.add(str(json.loads(path.read_text())["checkpoint"]["key"]))
+    return frozenset(found)
+
+
+def _move_back(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except FileNotFoundError:  # it was not moved yet
+        return
+    except OSError as error:
+        if error.errno not in OCCUPIED_ERRNOS:  # a new one was published meanwhile
+            raise
