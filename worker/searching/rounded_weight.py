@@ -39,7 +39,7 @@ def rounded_weight(weight: torch.Tensor, packing: Packing) -> RoundedWeight:
     """``weight`` [rows, columns], as it is quantized, rounded piece by piece."""
     exact = weight.reshape(-1)
     rounded, offset = torch.empty_like(exact), packing.nested_offset(weight)
-    lowest, highest = exact.float().aminmax()
+    lowest, highest = (each.float() for each in exact.aminmax())
     sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
     for begin in range(0, len(exact), _PIECE[weight.device.type]):
         piece = exact[begin : begin + _PIECE[weight.device.type]].float()

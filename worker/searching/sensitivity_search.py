@@ -21,7 +21,7 @@ from qbatch.worker.searching.opened_search import OpenedSearch
 
 # A forward pass, a backward pass to the layers' outputs, the products with the weights' changes, which cost as much
 # each, and the rest: seen with 300 million parameters on a CPU.
-_SCREENING_PASSES = 3.5
+_SCREENING_PASSES = 3.75
 _LEAST_RANKED = 3
 
 Gains = Mapping[str, Sequence[float]]
