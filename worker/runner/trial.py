@@ -1,6 +1,10 @@
 """Tries a checkpoint before it is published: one forward pass. Where only quantization stops it, the job fails here.
 
 qbatch never changes a scheme by itself. It says which layers should be left unquantized, after it has tried that.
+
+The model is not kept for the benchmark, which loads the published files again (docs/performance.md, "Trying a
+checkpoint", has the figures): a forward pass repacks 4-bit weights on a CPU, so that neither the size nor the peak of
+memory would be those of a freshly loaded model, and the baseline is measured first, and alone on the device.
 """
 
 from __future__ import annotations
