@@ -163,9 +163,7 @@ def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path)
     assert ear.entered(Stage.QUANTIZING) == set()
 
 
-def test_a_tokenizer_of_a_larger_model_is_said_before_anything_is_quantized(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tokenizer_of_a_larger_model_is_said_beforehand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ear = run(make_causal(tmp_path / "source", dtype="bfloat16", vocab_size=128), schemes=BOTH)
     said = [record.getMessage() for record in caplog.records]
@@ -213,7 +211,7 @@ def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
     assert audits(mended) == {INT8: "ran"}
 
 
-def test_a_checkpoint_that_transformers_cannot_read_again_is_not_published(tmp_path: Path) -> None:
+def test_what_transformers_cannot_read_again_is_not_published(tmp_path: Path) -> None:
     """Weights of its vision tower are converted while it loads, and the names of all others are changed once more."""
     config = shrunk_config("unlimited_ocr")
     source = incoming.save(tmp_path / "source", make(UnlimitedOcrForConditionalGeneration, config))

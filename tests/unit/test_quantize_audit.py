@@ -47,7 +47,7 @@ def edit(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_layers_whose_sizes_are_tensors_are_counted_in_numbers(tmp_path: Path) -> None:
+def test_layers_whose_sizes_are_tensors_are_counted(tmp_path: Path) -> None:
     """Inkling's vision tower computes the sizes of its layers with tensors."""
     config = shrunk_config("inkling_mm_model")
     make(transformers.InklingForConditionalGeneration, config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
