@@ -73,6 +73,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
         "qbatch/worker/measuring/code_text.txt",
         "qbatch/worker/measuring/dialogue_text.txt",
         "qbatch/worker/measuring/eval_text.txt",
+        "qbatch/worker/searching/search_text.txt",
     }
 
 
