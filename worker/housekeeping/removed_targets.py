@@ -62,8 +62,10 @@ def plan_removal(
     batch_ids: Sequence[int] = (),
     job_ids: Sequence[int] = (),
     paths: Collection[str] = (),
+    within: Collection[int] = (),
 ) -> Removal:
-    """Find out what goes. ``paths`` are of checkpoints, relative to the storage.
+    """Find out what goes. ``paths`` are of checkpoints, relative to the storage; if there are batches ``within``, those
+    stay that jobs of other batches have too.
 
     Raises DatabaseUnreachable, and UsageError for jobs that have not ended and for checkpoints that are not recorded.
     """
@@ -80,7 +82,10 @@ def plan_removal(
         ids = frozenset(job.id for job in going)
         checkpoints = [
             *(_stored(row, users.get(row.key, ()), only_of=ids) for row in rows if row.gone_at is None),
-            *(_stored(row, users.get(row.key, ())) for row in named),
+            *(
+                _stored(row, users.get(row.key, ()), only_of=_of_batches(users.get(row.key, ()), within))
+                for row in named
+            ),
         ]
         logs = tuple(_logs(settings.logs_of(database_id(session)), {job.id for job in going}))
     return Removal(
@@ -171,6 +176,11 @@ def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], l
             else:
                 alone.append(row)
     return alone, shared
+
+
+def _of_batches(users: Sequence[CheckpointUser], batch_ids: Collection[int]) -> frozenset[int] | None:
+    """The jobs of these batches among ``users``; None if no batches are named."""
+    return frozenset(user.job_id for user in users if user.batch_id in batch_ids) if batch_ids else None
 
 
 def _stored(
