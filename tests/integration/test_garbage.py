@@ -17,7 +17,7 @@ from sqlalchemy import select
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import UsageError
 from qbatch.core.settings import Settings
-from qbatch.models_db import checkpoints, jobs
+from qbatch.models_db import checkpoints, jobs, results
 from qbatch.models_db.job_record import job_records
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
@@ -406,3 +406,29 @@ def test_rows_stay_where_the_checkpoints_are_not_to_be_seen(database: Database, 
     assert len(done["checkpoints"].problems) == 1
     assert sorted(states(database)) == made.job_ids
     assert recorded(database) == {made.paths[0]: False}
+
+
+def test_a_result_whose_checkpoint_was_just_removed_answers_nobody(database: Database, settings: Settings) -> None:
+    """It was found to be there before the transaction that ends the other job."""
+    gone, there = a_measured_batch(database, settings, "org/a"), a_measured_batch(database, settings, "org/b")
+    rm(database, settings, paths=gone.paths)
+    with database.write() as session:
+        assert results.keep(session, {*gone.job_ids, *there.job_ids, 999}) == set(there.job_ids)
+
+
+def test_who_is_about_to_answer_waits_for_the_removal(postgresql_database: Database, settings: Settings) -> None:
+    made = a_measured_batch(postgresql_database, settings, "org/a")
+    kept: list[set[int]] = []
+
+    def answer() -> None:
+        with postgresql_database.write() as session:
+            kept.append(results.keep(session, set(made.job_ids)))
+
+    answering = threading.Thread(target=answer)
+    with postgresql_database.write() as session:
+        checkpoints.checkpoints_at(session, made.paths, lock=True)
+        answering.start()
+        answering.join(0.5)
+        checkpoints.take_out(session, made.paths[0])
+    answering.join()
+    assert kept == [set()]
