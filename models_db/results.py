@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
@@ -301,7 +302,7 @@ def _kept(job_ids: Sequence[int]) -> Select[Any]:
     return jobs.with_for_update(read=True, key_share=True, of=Job)
 
 
-def _recorded(job_ids: Sequence[int]) -> Select[Any]:
+def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
     """The jobs with a checkpoint on record, and since when it is gone."""
     return (
         select(Job.id, Checkpoint.gone_at)
