@@ -118,7 +118,8 @@ def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
 def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **preference: Any) -> None:  # noqa: ARG001
     """Remove the checkpoints that compare does not recommend. Their results stay, without a path.
 
-    Of a model for which nothing is recommended, all are kept, and so is what was not measured.
+    Of a model for which nothing is recommended, all are kept, and so is what was not measured, and what batches that
+    are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
     from qbatch.models_db.results import find_results
@@ -135,7 +136,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
         paths = frozenset(one.path for one in checkpoints_at(session, found.paths))
     for remark in found.remarks:
         click.echo(escape_controls(remark), err=True)
-    removal = plan_removal(database, settings, paths=paths)
+    removal = plan_removal(database, settings, paths=paths, within=ids)
     checkpoints = [one for one in carry_out(database, settings, removal, dry_run=not yes) if one.what == "checkpoints"]
     _report(checkpoints, format_, done=yes)
 

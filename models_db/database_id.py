@@ -15,6 +15,11 @@ def database_id(session: Session) -> str:
     return session.scalars(_ID).one()
 
 
+def take_turns(session: Session) -> None:
+    """Wait until no other transaction is open that has called this. SQLite has one writer at a time anyway."""
+    session.execute(_ID.with_for_update())
+
+
 def find_database_id(connection: Connection) -> str | None:
     """The same; None if somebody has deleted it."""
     return connection.execute(_ID).scalar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
@@ -284,13 +285,30 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
 
 
 def keep(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Lock the existing jobs among ``job_ids`` against pruning until the transaction ends, and return their ids.
+    """Lock the existing jobs among ``job_ids`` and their checkpoints against removal until the transaction ends, and
+    return the ids of the jobs, without those whose checkpoint is gone.
 
     Call it before recording that one of them answers another job.
     """
-    return {job_id for chunk in in_chunks(sorted(job_ids)) for job_id in session.scalars(_kept(chunk))}
+    kept: set[int] = set()
+    for chunk in in_chunks(sorted(job_ids)):
+        kept.update(session.scalars(_kept(chunk)))
+        kept.difference_update(job_id for job_id, gone_at in session.execute(_recorded(chunk)) if gone_at is not None)
+    return kept
 
 
 def _kept(job_ids: Sequence[int]) -> Select[Any]:
     jobs = select(Job.id).where(Job.id.in_(job_ids)).order_by(Job.id)
     return jobs.with_for_update(read=True, key_share=True, of=Job)
+
+
+def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
+    """The jobs with a checkpoint on record, and since when it is gone."""
+    return (
+        select(Job.id, Checkpoint.gone_at)
+        .join(Result, Result.job_id == Job.id)
+        .join(Checkpoint, and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.path == Result.checkpoint_path))
+        .where(Job.id.in_(job_ids))
+        .order_by(Checkpoint.path)
+        .with_for_update(read=True, of=Checkpoint)
+    )

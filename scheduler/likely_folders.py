@@ -9,7 +9,9 @@ from pathlib import Path
 
 # How alike two names must be, by difflib's measure: one letter too few, too many or wrong in a name of four.
 _ALIKE = 0.75
-_NUMBER = re.compile(r"[0-9]+")
+# The same for a word of a name: "lama" and "mien" are mistyped, "en" is no mistyped "de", and "cased" no "uncased".
+_ALIKE_WORDS, _LETTERS_APART = 0.6, 1
+_NUMBER, _BETWEEN_WORDS = re.compile(r"[0-9]+"), re.compile(r"[-_.]")
 
 
 class LikelyFolders:
@@ -26,12 +28,7 @@ class LikelyFolders:
             return None
         from difflib import get_close_matches
 
-        # Versions and sizes are meant as they are written.
-        alike = [
-            entry
-            for entry in get_close_matches(last, entries, cutoff=_ALIKE)
-            if _NUMBER.findall(entry) == _NUMBER.findall(last)
-        ]
+        alike = [entry for entry in get_close_matches(last, entries, cutoff=_ALIKE) if _is_mistyped(last, entry)]
         paths = (f"{parent}{slash}{entry}" for entry in alike)
         return next((path for path in paths if (Path(path) / "config.json").is_file()), None)
 
@@ -39,6 +36,22 @@ class LikelyFolders:
         if folder not in self._entries:
             self._entries[folder] = _names_in(folder)
         return self._entries[folder]
+
+
+def _is_mistyped(name: str, entry: str) -> bool:
+    """Whether single letters differ. Versions, sizes and whole words, which tell models of a family apart, are meant as
+    they are written."""
+    from difflib import SequenceMatcher
+
+    words, others = _BETWEEN_WORDS.split(name), _BETWEEN_WORDS.split(entry)
+    return (
+        _NUMBER.findall(entry) == _NUMBER.findall(name)
+        and len(words) == len(others)
+        and all(
+            abs(len(word) - len(other)) <= _LETTERS_APART and SequenceMatcher(None, word, other).ratio() >= _ALIKE_WORDS
+            for word, other in zip(words, others, strict=True)
+        )
+    )
 
 
 def _names_in(folder: str) -> Sequence[str]:

@@ -155,6 +155,11 @@ class QualityBound:
             if broken is not None:
                 yield broken
 
+    def is_unknown(self, row: ResultRow) -> bool:
+        """Whether the cost was not measured on some text that was to be."""
+        further = (self.cost.on_text(text.quality) for text in (row.details.more_texts or {}).values())
+        return None in (self.cost.value(row), *further)
+
     def _broken(self, what: str, value: float | None, reason: str | None) -> str | None:
         if value is None:
             return f"its {what} was not measured" + (f" ({reason})" if reason else "")

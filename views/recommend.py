@@ -105,6 +105,15 @@ def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Prefere
         yield "its quality against the baseline was not measured"
 
 
+def lacks_a_figure(row: ResultRow, bounds: Sequence[QualityBound], preference: Preference) -> bool:
+    """Whether a quantized row may be without a recommendation only because something was not measured."""
+    needs_rate = preference.prefer == "speed" and rate_of(row) is None
+    needs_decoding = preference.min_tokens_per_s is not None and row.decode_tokens_per_s is None
+    return (
+        first_known_cost(row) is None or needs_rate or needs_decoding or any(bound.is_unknown(row) for bound in bounds)
+    )
+
+
 def _too_slow(row: ResultRow, least: float) -> Iterable[str]:
     if row.decode_tokens_per_s is None:
         yield _speed_unknown(row)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
-from qbatch.views.recommend import recommend
+from qbatch.views.recommend import lacks_a_figure, quality_bounds_for, recommend
 from qbatch.views.scheme import show_scheme
 
 
@@ -25,19 +25,22 @@ def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecomm
 
     Of rows among which none is recommended, all are kept, and so is what was not measured.
     """
-    recommended: set[str] = set()
+    kept: set[str] = set()
     others: set[str] = set()
     remarks: list[str] = []
     for model in models_of(rows):
         for group in model.groups:
-            quantized = {row.checkpoint_path for row in group.rows if row.checkpoint_path is not None}
+            made = [row for row in group.rows if row.checkpoint_path is not None]
+            quantized = {str(row.checkpoint_path) for row in made}
             ship = recommend(group, preference).ship
             if ship is None:
-                recommended |= quantized
+                kept |= quantized
                 remarks.append(f"{model.name}: nothing is recommended, so all of it is kept")
                 continue
             if ship.checkpoint_path is not None:
-                recommended.add(ship.checkpoint_path)
+                kept.add(ship.checkpoint_path)
+            bounds = quality_bounds_for(group.rows, preference)
+            kept |= {str(row.checkpoint_path) for row in made if lacks_a_figure(row, bounds, preference)}
             others |= quantized
             remarks.append(f"{model.name}: {show_scheme(ship)} ({ship.job_id}) is recommended")
-    return Unrecommended(paths=tuple(sorted(others - recommended)), remarks=tuple(dict.fromkeys(remarks)))
+    return Unrecommended(paths=tuple(sorted(others - kept)), remarks=tuple(dict.fromkeys(remarks)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -12,23 +14,26 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from qbatch.core.domain import Method
+from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import UsageError
 from qbatch.core.settings import Settings
-from qbatch.models_db import checkpoints, jobs
+from qbatch.models_db import checkpoints, jobs, results
 from qbatch.models_db.job_record import job_records
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Batch, Checkpoint, Job, Result
+from qbatch.worker.checkpoints.ownership import why_not_ours
 from qbatch.worker.checkpoints.published import find_published
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.files.staging import stage
+from qbatch.worker.housekeeping import checkpoint_remover, garbage
+from qbatch.worker.housekeeping.checkpoint_remover import CheckpointRemover, StoredCheckpoint, remover
 from qbatch.worker.housekeeping.garbage import collect_garbage
-from qbatch.worker.housekeeping.holdings import HoldingKind, find_holdings
+from qbatch.worker.housekeeping.holdings import Holding, HoldingKind, find_holdings
 from qbatch.worker.housekeeping.removed_targets import carry_out, plan_removal
 from qbatch.worker.housekeeping.stale_files import Pruned, aside_of
-from tests.rows import a_batch, a_worker, bundle, claim, states
-from tests.stored_checkpoints import a_measured_batch, identity_of, key_of, put_checkpoint, set_key
+from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, states
+from tests.stored_checkpoints import Made, a_measured_batch, identity_of, key_of, put_checkpoint, set_key
 
 DAY_S = 86_400.0
 OTHER = str(uuid.uuid4())
@@ -278,3 +283,152 @@ def test_what_the_storage_holds_is_said_by_batch_model_and_scheme(database: Data
     assert sum(one.size_bytes for one in found) == on_disk
     with database.read() as session:
         assert len(session.scalars(select(Job)).all()) == 2
+
+
+def _finished_elsewhere(database: Database, made: Made) -> int:
+    """A job of another batch that the first job of ``made`` answers."""
+    _, ids = a_batch(database, bundle("org/copy", Method.NF4))
+    (token,) = claim(database, ids, a_worker(database, name="another"))
+    with database.write() as session:
+        key = session.get_one(Job, made.job_ids[0]).checkpoint_key
+        jobs.note(session, token, checkpoint_key=key)
+        assert jobs.answer(session, token, made.job_ids[0])
+    return ids[0]
+
+
+def test_what_a_job_came_to_have_after_the_batch_was_looked_at_stays(database: Database, settings: Settings) -> None:
+    made = a_measured_batch(database, settings, "org/a")
+    removal = plan_removal(database, settings, batch_ids=[made.batch_id])
+    other = _finished_elsewhere(database, made)
+    done = {kind.what: kind for kind in carry_out(database, settings, removal, dry_run=False)}
+    assert done["checkpoints"].kept == ((made.paths[0], f"j{other} has it too"),)
+    assert made.folders[0].is_dir()
+    assert recorded(database) == {made.paths[0]: False}
+
+
+def test_what_a_job_came_to_have_after_gc_looked_stays(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = unreferenced(settings, "org/a", identity_of(database))
+    path = str(lost.relative_to(settings.storage))
+
+    def found_and_measured(database: Database, settings: Settings) -> list[Holding]:
+        holdings = find_holdings(database, settings)
+        _, ids = a_batch(database, bundle("org/a", Method.NF4))
+        (token,) = claim(database, ids, a_worker(database))
+        set_key(database, ids[0], key_of("org/a"))
+        with database.write() as session:
+            checkpoints.record(session, key=key_of("org/a"), path=path, root_sha256="r", disk_bytes=1, job_id=ids[0])
+            assert jobs.succeed(
+                session,
+                token,
+                measured(),
+                protocol=PROTOCOL.for_device(DeviceKind.CPU),
+                checkpoint_path=path,
+            )
+        return holdings
+
+    monkeypatch.setattr(garbage, "find_holdings", found_and_measured)
+    assert gc(database, settings)["unreferenced checkpoints"].number == 0
+    assert lost.is_dir()
+    assert recorded(database) == {path: False}
+
+
+def test_what_was_moved_aside_is_moved_back_where_the_second_look_fails(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = a_measured_batch(database, settings, "org/a")
+
+    def failing(storage: Path, path: str, own: str, *, folder: Path | None = None) -> str | None:
+        if folder is not None:
+            raise OSError(errno.ESTALE, "Stale file handle", str(storage))
+        return why_not_ours(storage, path, own)
+
+    monkeypatch.setattr(checkpoint_remover, "why_not_ours", failing)
+    assert "Stale file handle" in rm(database, settings, paths=made.paths)["checkpoints"].problems[0]
+    assert made.folders[0].is_dir()
+    assert recorded(database) == {made.paths[0]: False}
+
+
+def test_gc_waits_for_a_removal_that_may_still_move_back(database: Database, settings: Settings) -> None:
+    """While one process has a checkpoint moved aside and looks again, another one's gc must not finish that."""
+    made = a_measured_batch(database, settings, "org/a")
+    _, ids = a_batch(database, bundle("org/b", Method.NF4))
+    claim(database, ids, a_worker(database))
+    taker = remover(database, settings)
+    collected: list[Pruned] = []
+    collecting = threading.Thread(
+        target=lambda: collected.extend(collect_garbage(database, settings, DAY_S, dry_run=False))
+    )
+    looks = iter((None, "j2 is running and needs it"))
+
+    def look(*_: object, **__: object) -> str | None:
+        why = next(looks)
+        if why is not None:
+            collecting.start()
+            collecting.join(1.0)
+        return why
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CheckpointRemover, "_why_kept", look)
+        one = StoredCheckpoint(path=made.paths[0], key=key_of("org/a"), method=Method.NF4)
+        assert taker.remove(one) == "j2 is running and needs it"
+    collecting.join()
+    assert made.folders[0].is_dir()
+    assert [kind.problems for kind in collected if kind.problems] == []
+
+
+def test_a_link_to_a_checkpoint_goes_and_what_it_leads_to_stays(
+    database: Database, settings: Settings, tmp_path: Path
+) -> None:
+    made = a_measured_batch(database, settings, "org/a")
+    elsewhere = tmp_path / "larger disk"
+    made.folders[0].rename(elsewhere)
+    made.folders[0].symlink_to(elsewhere)
+    done = rm(database, settings, paths=made.paths)["checkpoints"]
+    assert (done.number, done.problems) == (1, ())
+    assert list(made.folders[0].parent.iterdir()) == []
+    assert (elsewhere / "model.safetensors").is_file()
+    damaged = made.folders[0].with_name("bnb-nf4-0.rejected-1")
+    damaged.symlink_to(elsewhere)
+    aside_of(made.folders[0], identity_of(database)).symlink_to(elsewhere)
+    gc(database, settings)
+    assert list(made.folders[0].parent.iterdir()) == []
+    assert (elsewhere / "model.safetensors").is_file()
+
+
+def test_rows_stay_where_the_checkpoints_are_not_to_be_seen(database: Database, settings: Settings) -> None:
+    """The mount point is there, and nothing is mounted."""
+    made = a_measured_batch(database, settings, "org/a")
+    settings.storage.rename(settings.storage.with_name("away"))
+    settings.storage.mkdir()
+    done = rm(database, settings, batch_ids=[made.batch_id])
+    assert len(done["checkpoints"].problems) == 1
+    assert sorted(states(database)) == made.job_ids
+    assert recorded(database) == {made.paths[0]: False}
+
+
+def test_a_result_whose_checkpoint_was_just_removed_answers_nobody(database: Database, settings: Settings) -> None:
+    """It was found to be there before the transaction that ends the other job."""
+    gone, there = a_measured_batch(database, settings, "org/a"), a_measured_batch(database, settings, "org/b")
+    rm(database, settings, paths=gone.paths)
+    with database.write() as session:
+        assert results.keep(session, {*gone.job_ids, *there.job_ids, 999}) == set(there.job_ids)
+
+
+def test_who_is_about_to_answer_waits_for_the_removal(postgresql_database: Database, settings: Settings) -> None:
+    made = a_measured_batch(postgresql_database, settings, "org/a")
+    kept: list[set[int]] = []
+
+    def answer() -> None:
+        with postgresql_database.write() as session:
+            kept.append(results.keep(session, set(made.job_ids)))
+
+    answering = threading.Thread(target=answer)
+    with postgresql_database.write() as session:
+        checkpoints.checkpoints_at(session, made.paths, lock=True)
+        answering.start()
+        answering.join(0.5)
+        checkpoints.take_out(session, made.paths[0])
+    answering.join()
+    assert kept == [set()]

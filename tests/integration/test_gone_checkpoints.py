@@ -12,10 +12,12 @@ from click.testing import CliRunner, Result
 from qbatch.cli import main
 from qbatch.core.domain import Method
 from qbatch.core.settings import Settings
+from qbatch.models_db import jobs
 from qbatch.models_db.results import find_finished
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Result as ResultOfJob
-from tests.stored_checkpoints import Made, a_measured_batch, key_of
+from tests.rows import a_batch, a_worker, bundle, claim
+from tests.stored_checkpoints import Made, a_measured_batch, key_of, set_key
 
 
 @pytest.fixture
@@ -108,3 +110,18 @@ def test_of_each_model_what_is_recommended_is_kept(sqlite_database: Database, se
         assert [folder.is_dir() for folder in made.folders] == [kept == 0, kept == 1]
     assert "nothing is recommended, so all of it is kept" in qbatch("keep", "--recommended", "--max-kl", "0").stderr
     assert len(json.loads(qbatch("results", "--json").stdout)) == 4
+
+
+def test_what_a_batch_that_is_not_named_has_too_is_kept(sqlite_database: Database, settings: Settings) -> None:
+    """Of one batch NF4 is recommended. In the other one, only INT8 was asked for, and answered by the first."""
+    made = a_measured_batch(sqlite_database, settings, "org/a", Method.NF4, Method.INT8)
+    _, ids = a_batch(sqlite_database, bundle("org/a", Method.INT8))
+    set_key(sqlite_database, ids[0], key_of("org/a", Method.INT8))
+    (token,) = claim(sqlite_database, ids, a_worker(sqlite_database))
+    with sqlite_database.write() as session:
+        assert jobs.answer(session, token, made.job_ids[1])
+    (listed,) = json.loads(qbatch("keep", "--recommended", "b1", "--yes", "--json").stdout)
+    assert listed["kept"] == [{"path": made.paths[1], "why": f"j{ids[0]} has it too"}]
+    assert all(folder.is_dir() for folder in made.folders)
+    (listed,) = json.loads(qbatch("keep", "--recommended", "--yes", "--json").stdout)
+    assert listed["paths"] == [made.paths[1]]

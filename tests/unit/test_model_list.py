@@ -116,6 +116,25 @@ def test_a_name_spelt_much_like_a_folder_is_not_taken_for_one_of_the_hub(
     ]
 
 
+@pytest.mark.parametrize(
+    ("here", "asked"),
+    [
+        ("Helsinki-NLP/opus-mt-en-de", "Helsinki-NLP/opus-mt-en-fr"),
+        ("google/gemma-2b", "google/gemma-2b-it"),
+        ("bert-base-cased", "bert-base-uncased"),
+        ("facebook/bart-base", "facebook/bart-large"),
+        ("Llama-3.1-8B-Instruct", "Llama-3.1-8B"),
+    ],
+)
+def test_another_model_of_the_same_family_is_one_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, asked: str
+) -> None:
+    """Of an organisation whose models are here in part, the others are still to be had."""
+    a_model(tmp_path / here)
+    monkeypatch.chdir(tmp_path)
+    assert names(asked) == [asked]
+
+
 @pytest.mark.parametrize("takes", [True, False])
 def test_whoever_is_asked_decides_whether_the_folder_is_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: bool

@@ -1,6 +1,7 @@
 """Removes checkpoints from the storage, with their records, such that nobody who needs one loses it.
 
 A checkpoint is moved aside within the transaction that records its end, and looked at twice: before that, and after.
+Removals of a database take turns until then, so none takes for half-removed what another one may still move back.
 A worker records a job's key before it looks for the checkpoint. So if a job comes to need it at that moment, either
 its key is seen and the checkpoint is moved back, or the job does not find it and makes it anew. For jobs of other
 databases, marks do the same (see ``ownership``). Killed midway, it leaves what was moved aside, which ``gc`` removes.
@@ -9,7 +10,6 @@ databases, marks do the same (see ``ownership``). Killed midway, it leaves what 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,25 +17,32 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from qbatch.core.domain import format_job_id
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.filesystem import OCCUPIED_ERRNOS, move
 from qbatch.core.settings import Settings
-from qbatch.core.storage import missing_checkpoints
+from qbatch.core.storage import CHECKPOINTS, missing_checkpoints
 from qbatch.models_db import checkpoints
-from qbatch.models_db.checkpoint_needs import why_needed
-from qbatch.models_db.database_id import database_id
+from qbatch.models_db.checkpoint_needs import users_of, why_needed
+from qbatch.models_db.database_id import database_id, take_turns
 from qbatch.models_db.session import Database
 from qbatch.worker.checkpoints.ownership import remove_mark, why_not_ours
-from qbatch.worker.housekeeping.stale_files import Pruned, aside_of, pausing_afterwards, size_of
+from qbatch.worker.housekeeping.stale_files import Pruned, aside_of, pausing_afterwards, remove_folder, size_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCheckpoint:
-    """A checkpoint to remove. ``path`` is relative to the storage; ``method`` is None where it is not known."""
+    """A checkpoint to remove. ``path`` is relative to the storage; ``method`` is None where it is not known.
+
+    ``only_of``: it stays if any other job than these has it, ended or not; None if that does not matter.
+    ``is_unknown``: it stays if it is on record by now.
+    """
 
     path: str
     key: str
     method: str | None
+    only_of: frozenset[int] | None = None
+    is_unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +61,15 @@ class CheckpointRemover:
         gone: list[str] = []
         kept: list[tuple[str, str]] = []
         problems: list[str] = []
+        sees_storage = (self.storage / CHECKPOINTS).is_dir()
         for one in chosen:
             try:
                 nbytes = size_of(self.storage / one.path)
                 why = self.why_kept(one) if dry_run else self.remove(one)
             except FileNotFoundError:
-                if not dry_run:
+                if not sees_storage:
+                    problems.append(f"{one.path} is not to be seen: {self.storage} has no folder {CHECKPOINTS}")
+                elif not dry_run:
                     self._note_gone(one)
                 continue
             except OSError as error:
@@ -80,7 +90,7 @@ class CheckpointRemover:
         )
 
     def _note_gone(self, one: StoredCheckpoint) -> None:
-        """Somebody has removed it already; unless the whole storage is not to be seen from here."""
+        """Record that somebody has removed it already."""
         with self.database.write() as session:
             checkpoints.checkpoints_at(session, [one.path], lock=True)
             if missing_checkpoints(self.storage, [one.path]):
@@ -103,27 +113,43 @@ class CheckpointRemover:
             raise
         if why is None:
             remove_mark(self.storage, one.path, self.own)
-            shutil.rmtree(aside)
+            remove_folder(aside)
         return why
 
     def _move_aside(self, session: Session, one: StoredCheckpoint, folder: Path, aside: Path) -> str | None:
+        take_turns(session)
         checkpoints.checkpoints_at(session, [one.path], lock=True)
         why = self._why_kept(session, one)
         if why is not None:
             return why
         move(folder, aside)
-        why = self._why_kept(session, one, aside)
-        if why is not None:
-            _move_back(aside, folder)
-            return why
-        checkpoints.take_out(session, one.path)
-        return None
+        is_going = False
+        try:
+            why = self._why_kept(session, one, aside)
+            if why is None:
+                checkpoints.take_out(session, one.path)
+                is_going = True
+        finally:
+            if not is_going:  # it is needed, or that could not be found out
+                _move_back(aside, folder)
+        return why
 
     def _why_kept(self, session: Session, one: StoredCheckpoint, folder: Path | None = None) -> str | None:
         if one.key in self.spooled:
             return "an outcome in this machine's spool is of it"
         needed = why_needed(session, one.key, name=Path(one.path).parent.name, method=one.method, but_for=self.but_for)
-        return needed or why_not_ours(self.storage, one.path, self.own, folder=folder)
+        return needed or _why_known(session, one) or why_not_ours(self.storage, one.path, self.own, folder=folder)
+
+
+def _why_known(session: Session, one: StoredCheckpoint) -> str | None:
+    """Why it is not what it was taken for when it was chosen; None if it is."""
+    if one.is_unknown and any(row.gone_at is None for row in checkpoints.checkpoints_at(session, [one.path])):
+        return "it is on record by now"
+    if one.only_of is None:
+        return None
+    users = users_of(session, [one.key]).get(one.key, ())
+    others = [user.job_id for user in users if user.job_id not in one.only_of]
+    return f"{format_job_id(others[-1])} has it too" if others else None
 
 
 def remover(database: Database, settings: Settings, *, but_for: Iterable[int] = ()) -> CheckpointRemover:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from qbatch.core.domain import Token
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
-from qbatch.models_db.database_id import database_id
+from qbatch.models_db.database_id import database_id, take_turns
 from qbatch.models_db.gone_checkpoints import find_missing, note_missing
 from qbatch.models_db.retention import ended_before, needed_since
 from qbatch.models_db.session import Database
@@ -23,10 +22,12 @@ from qbatch.worker.housekeeping.holdings import Holding, HoldingKind, age_s, fin
 from qbatch.worker.housekeeping.stale_files import (
     MOVED_ASIDE,
     Pruned,
+    aside_of,
     base_outputs,
     old_logs,
     rejected_checkpoints,
     remove_each,
+    remove_folder,
 )
 
 # After this long nobody moves a checkpoint back any more that another database wanted to remove.
@@ -52,7 +53,7 @@ def collect_garbage(
     )
     return [
         _staging(database, settings.staging_of(own), settings.storage, dry_run=dry_run),
-        _half_removed(settings, holdings, own, dry_run=dry_run),
+        _half_removed(database, settings, holdings, own, dry_run=dry_run),
         unreferenced,
         rejected_checkpoints(settings, before_s, own, dry_run=dry_run),
         base_outputs(settings, needed_s, dry_run=dry_run),
@@ -79,13 +80,35 @@ def _unreferenced(settings: Settings, holdings: Iterable[Holding], older_than_s:
             continue
         with suppress(FileNotFoundError):
             if age_s(settings.storage / holding.path) > older_than_s:
-                chosen.append(StoredCheckpoint(path=holding.path, key=holding.key, method=holding.scheme))
+                chosen.append(
+                    StoredCheckpoint(
+                        path=holding.path,
+                        key=holding.key,
+                        method=holding.scheme,
+                        only_of=frozenset(),
+                        is_unknown=True,
+                    )
+                )
     return chosen
 
 
-def _half_removed(settings: Settings, holdings: Sequence[Holding], own: str, *, dry_run: bool) -> Pruned:
+def _half_removed(
+    database: Database, settings: Settings, holdings: Sequence[Holding], own: str, *, dry_run: bool
+) -> Pruned:
+    def remove(folder: Path) -> None:
+        aside = aside_of(folder.with_name(_former_name(folder)), own)
+        with database.write() as session:
+            take_turns(session)
+            folder.rename(aside)
+        remove_folder(aside)
+
     folders = [settings.storage / holding.path for holding in holdings if _is_left(holding, own)]
-    return remove_each(HoldingKind.HALF_REMOVED.value, folders, shutil.rmtree, settings.storage, dry_run=dry_run)
+    return remove_each(HoldingKind.HALF_REMOVED.value, folders, remove, settings.storage, dry_run=dry_run)
+
+
+def _former_name(folder: Path) -> str:
+    match = MOVED_ASIDE.fullmatch(folder.name)
+    return folder.name if match is None else match[1]
 
 
 def _is_left(holding: Holding, own: str) -> bool:

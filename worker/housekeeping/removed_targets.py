@@ -62,8 +62,10 @@ def plan_removal(
     batch_ids: Sequence[int] = (),
     job_ids: Sequence[int] = (),
     paths: Collection[str] = (),
+    within: Collection[int] = (),
 ) -> Removal:
-    """Find out what goes. ``paths`` are of checkpoints, relative to the storage.
+    """Find out what goes. ``paths`` are of checkpoints, relative to the storage; if there are batches ``within``, those
+    stay that jobs of other batches have too.
 
     Raises DatabaseUnreachable, and UsageError for jobs that have not ended and for checkpoints that are not recorded.
     """
@@ -77,8 +79,13 @@ def plan_removal(
         rows, shared = _of_jobs(session, going)
         paths_of_jobs = [row.path for row in rows]
         users = users_of(session, [row.key for row in (*rows, *named)])
+        ids = frozenset(job.id for job in going)
         checkpoints = [
-            _stored(row, users.get(row.key, ())) for row in (*rows, *named) if row.gone_at is None or row in named
+            *(_stored(row, users.get(row.key, ()), only_of=ids) for row in rows if row.gone_at is None),
+            *(
+                _stored(row, users.get(row.key, ()), only_of=_of_batches(users.get(row.key, ()), within))
+                for row in named
+            ),
         ]
         logs = tuple(_logs(settings.logs_of(database_id(session)), {job.id for job in going}))
     return Removal(
@@ -171,8 +178,15 @@ def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], l
     return alone, shared
 
 
-def _stored(row: Checkpoint, users: Sequence[CheckpointUser]) -> StoredCheckpoint:
-    return StoredCheckpoint(path=row.path, key=row.key, method=users[0].method if users else None)
+def _of_batches(users: Sequence[CheckpointUser], batch_ids: Collection[int]) -> frozenset[int] | None:
+    """The jobs of these batches among ``users``; None if no batches are named."""
+    return frozenset(user.job_id for user in users if user.batch_id in batch_ids) if batch_ids else None
+
+
+def _stored(
+    row: Checkpoint, users: Sequence[CheckpointUser], only_of: frozenset[int] | None = None
+) -> StoredCheckpoint:
+    return StoredCheckpoint(path=row.path, key=row.key, method=users[0].method if users else None, only_of=only_of)
 
 
 def _logs(folder: Path, job_ids: Collection[int]) -> Iterator[Path]:

@@ -110,7 +110,7 @@ def rejected_checkpoints(
         # A folder that is half removed no longer says whose it is.
         aside = aside_of(folder, own)
         folder.rename(aside)
-        shutil.rmtree(aside)
+        remove_folder(aside)
 
     kept: list[tuple[str, str]] = []
     folders: list[Path] = []
@@ -130,6 +130,14 @@ def rejected_checkpoints(
 def aside_of(folder: Path, own: str) -> Path:
     """Where a folder is moved before it is removed for the database ``own`` (see ``MOVED_ASIDE``)."""
     return folder.with_name(f".{folder.name}.removed-{own}-{time.time_ns()}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; of a link to one, only the link. Raises OSError."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def base_outputs(settings: Settings, needed_s: float, *, dry_run: bool) -> Pruned:
