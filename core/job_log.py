@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+_RUNNER = ".runner.log"
 _NAME = re.compile(r"j([0-9]+)-[0-9]+(?:\.runner)?\.log")
 
 
@@ -15,7 +16,12 @@ def job_log(folder: Path, job_id: int, attempt: int) -> Path:
 
 def runner_log(folder: Path, job_id: int, attempt: int) -> Path:
     """All that a runner and its libraries print. It is named after the first job of the runner's bundle."""
-    return folder / f"j{job_id}-{attempt}.runner.log"
+    return folder / f"j{job_id}-{attempt}{_RUNNER}"
+
+
+def is_of_runner(name: str) -> bool:
+    """Whether a log is that of a runner."""
+    return name.endswith(_RUNNER)
 
 
 def job_of_log(name: str) -> int | None:

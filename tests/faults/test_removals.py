@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from qbatch.core.domain import Method
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, jobs
 from qbatch.models_db.session import Database
+from qbatch.worker.checkpoints import published
+from qbatch.worker.checkpoints.ownership import adopters
 from qbatch.worker.checkpoints.published import find_published, problems
 from qbatch.worker.housekeeping.checkpoint_remover import StoredCheckpoint, remover
 from qbatch.worker.housekeeping.garbage import collect_garbage
+from qbatch.worker.housekeeping.stale_files import aside_of
 from tests.rows import a_batch, a_worker, bundle, claim
 from tests.stored_checkpoints import a_measured_batch, identity_of, key_of, put_checkpoint, set_key
 from tests.waiting import until
@@ -69,6 +73,25 @@ def test_what_a_worker_adopts_at_that_moment_is_not_removed(database: Database, 
             checkpoints.note_presence(session, gone=(), present=[one.path])
     assert not list(settings.checkpoints.glob("*/.*.removed-*"))
     assert seen, "who is first depends on the machine"
+
+
+def test_another_database_marks_what_was_moved_back_at_that_moment(
+    sqlite_database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker comes while the checkpoint is moved aside, and goes on when it is back."""
+    made = a_measured_batch(sqlite_database, settings, "org/a")
+    other, aside = str(uuid.uuid4()), aside_of(made.folders[0], identity_of(sqlite_database))
+    made.folders[0].rename(aside)
+    real = published._identity
+
+    def moved_back(folder: Path) -> tuple[int, int] | None:
+        if aside.exists():
+            aside.rename(folder)
+        return real(folder)
+
+    monkeypatch.setattr(published, "_identity", moved_back)
+    found = published.find_published(settings.storage, made.paths[0], key_of("org/a"), database=other)
+    assert found is None or adopters(settings.storage, made.paths[0], identity_of(sqlite_database)) == [other]
 
 
 def test_a_killed_removal_is_finished_by_the_next_gc(sqlite_database: Database, settings: Settings) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import UsageError
+from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, jobs, results
 from qbatch.models_db.job_record import job_records
@@ -213,6 +214,20 @@ def test_a_job_is_removed_without_its_batch(database: Database, settings: Settin
     assert rm(database, settings, job_ids=made.job_ids[:1])["checkpoints"].paths == (made.paths[0],)
     assert sorted(states(database)) == made.job_ids[1:]
     assert recorded(database) == {made.paths[1]: False}
+
+
+def test_the_log_of_a_runner_stays_while_a_job_of_its_bundle_does(database: Database, settings: Settings) -> None:
+    """It is named after the first of them."""
+    made = a_measured_batch(database, settings, "org/a", Method.NF4, Method.INT8)
+    logs = settings.logs_of(identity_of(database))
+    shared = runner_log(logs, made.job_ids[0], 1)
+    shared.write_text("printed by libraries")
+    assert rm(database, settings, job_ids=made.job_ids[:1])["logs"].number == 1
+    assert shared.exists()
+    assert rm(database, settings, batch_ids=[made.batch_id])["logs"].number == 1
+    assert shared.exists(), "gc removes it when it is old"
+    gc(database, settings, days=-1)
+    assert not shared.exists()
 
 
 def test_what_has_not_ended_is_refused(database: Database, settings: Settings) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.statistics.no_difference import sign_flip
+from qbatch.views.answer_comparisons import SIGNIFICANCE
 from qbatch.worker.measuring.quality.answered_questions import answered_questions
 
 PASSAGE = "The lamp stood in the rain, and nobody had thought of bringing it in. " * 3
@@ -82,16 +84,28 @@ def test_questions_about_one_passage_are_a_cluster() -> None:
 
 
 def test_the_tasks_of_a_group_are_its_clusters() -> None:
+    languages = [f"language {number}" for number in range(4)]
     samples = {"physics": asked(1, 0), "history": asked(1, 1, 1), "alone": asked(0, 1)}
+    samples |= {language: asked(1) for language in languages}
     results = {
-        "subjects": {"acc,none": 0.8},
+        "subjects": {"acc,none": 8 / 9},
         "sciences": {"acc,none": 0.5},
         **{task: {"acc,none": score} for task, score in {"physics": 0.5, "history": 1.0, "alone": 0.5}.items()},
     }
-    found = evaluated(samples, results, subjects=["sciences", "history"], sciences=["physics"])
+    found = evaluated(samples, results, subjects=["sciences", "history", *languages], sciences=["physics"])
     assert set(found) == {"subjects", "alone"}
-    assert found["subjects"].values == {"acc": (1.0, 1.0, 1.0, 1.0, 0.0)}
-    assert found["subjects"].clusters == (0, 0, 0, 1, 1)
+    assert found["subjects"].values == {"acc": (1.0,) * 8 + (0.0,)}
+    assert found["subjects"].clusters == (0, 0, 0, 1, 2, 3, 4, 5, 5)
+
+
+def test_of_too_few_tasks_to_show_a_difference_each_stands_alone() -> None:
+    """The signs of five clusters are alike by chance in two of 32 cases, however many answers they hold."""
+    tasks = [f"language {number}" for number in range(5)]
+    assert sign_flip([-100.0] * len(tasks)) > SIGNIFICANCE >= sign_flip([-100.0] * (len(tasks) + 1))
+    results = {key: {"acc,none": 1.0} for key in [*tasks, "group"]}
+    found = evaluated({task: asked(1, 1) for task in tasks}, results, group=tasks)
+    assert set(found) == set(tasks)
+    assert all(each.clusters is None for each in found.values())
 
 
 def test_the_tasks_of_a_group_without_a_score_of_its_own_stand_alone() -> None:

@@ -1,8 +1,8 @@
 """Whose a checkpoint is. Several databases may share a storage, and none can ask another one what it needs.
 
 The manifest names the database whose job wrote the checkpoint. Another database that uses it leaves a mark, an empty
-file, before it reads the checkpoint: .adopted/<database>/<path below checkpoints/>. So whoever wants to remove a
-checkpoint moves it aside first and looks for marks second. Either the mark is seen, or the checkpoint is not found.
+file, before it reads the checkpoint's files: .adopted/<database>/<path below the storage>. So whoever wants to remove a
+checkpoint moves it aside first and looks for marks second. Either the mark is seen, or the files are not found.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from qbatch.core.storage import ADOPTED
 _FOLDERS_OF_DATABASES = ("logs", ".staging", ADOPTED)
 
 
-def mark_adopted(storage: Path, path: str, database: str | None) -> None:
-    """Note that ``database`` is going to use the checkpoint at ``path``, unless it wrote it. Raises OSError."""
-    if database is None:
-        return
-    try:
-        manifest = Manifest.read(storage / path)
-    except NotADirectoryError:
-        return
-    if manifest is None or manifest.database == database:
+def mark_adopted(storage: Path, path: str, manifest: Manifest, database: str | None) -> None:
+    """Note that ``database`` is going to use the checkpoint at ``path``, unless it wrote it. Raises OSError.
+
+    Only whoever then finds the checkpoint's files has it.
+    """
+    if database is None or manifest.database == database:
         return
     mark = _mark(storage, path, database)
     mark.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,6 @@ def find_published(storage: Path, path: str, key: str, *, database: str | None =
     doubted: _Identity | None = None
     for _ in range(_ATTEMPTS):
         try:
-            mark_adopted(storage, path, database)
             judged = _identity(folder)
             if judged is None:
                 return None
@@ -83,6 +82,8 @@ def find_published(storage: Path, path: str, key: str, *, database: str | None =
             is_its_own = manifest is not None and manifest.key == key
             if manifest is not None and not is_its_own and not path.endswith(key[:16]):
                 return None  # the checkpoint is where it belongs, and was looked up with the key of another one
+            if manifest is not None and is_its_own:
+                mark_adopted(storage, path, manifest, database)
             if manifest is not None and not is_its_own:
                 content, is_certain = None, True
             else:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import OPEN_STATES, format_batch_id, format_job_id
 from qbatch.core.errors import UsageError
-from qbatch.core.job_log import job_of_log
+from qbatch.core.job_log import is_of_runner, job_of_log
 from qbatch.core.settings import Settings
 from qbatch.models_db.checkpoint_needs import CheckpointUser, users_of
 from qbatch.models_db.checkpoints import checkpoints_at, forget_unused
@@ -87,7 +87,7 @@ def plan_removal(
                 for row in named
             ),
         ]
-        logs = tuple(_logs(settings.logs_of(database_id(session)), {job.id for job in going}))
+        logs = tuple(_logs(settings.logs_of(database_id(session)), ids, _without_mates(session, going)))
     return Removal(
         batch_ids=tuple(batch_ids),
         # Those that others answer go first: a job that answers another cannot go before it.
@@ -144,7 +144,7 @@ def _delete_rows(database: Database, removal: Removal) -> tuple[int, int]:
     return jobs, batches
 
 
-_JOB_COLUMNS = (Job.id, Job.batch_id, Job.state, Job.checkpoint_key, Job.reused_from)
+_JOB_COLUMNS = (Job.id, Job.batch_id, Job.bundle, Job.state, Job.checkpoint_key, Job.reused_from)
 
 
 def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) -> list[Any]:
@@ -189,5 +189,19 @@ def _stored(
     return StoredCheckpoint(path=row.path, key=row.key, method=users[0].method if users else None, only_of=only_of)
 
 
-def _logs(folder: Path, job_ids: Collection[int]) -> Iterator[Path]:
-    return (path for path in sorted(folder.glob("*")) if job_of_log(path.name) in job_ids)
+def _without_mates(session: Session, jobs: Sequence[Any]) -> set[int]:
+    """Those of these jobs of whose bundle no other job is left."""
+    ids, shared = {job.id for job in jobs}, set[str]()
+    for chunk in chunks(sorted({job.bundle for job in jobs})):
+        rows = session.execute(select(Job.id, Job.bundle).where(Job.bundle.in_(chunk)))
+        shared.update(bundle for job_id, bundle in rows if job_id not in ids)
+    return {job.id for job in jobs if job.bundle not in shared}
+
+
+def _logs(folder: Path, job_ids: Collection[int], alone: Collection[int]) -> Iterator[Path]:
+    """The logs of these jobs. What a runner printed is that of all jobs of its bundle, so only of those ``alone``."""
+    return (
+        path
+        for path in sorted(folder.glob("*"))
+        if job_of_log(path.name) in (alone if is_of_runner(path.name) else job_ids)
+    )

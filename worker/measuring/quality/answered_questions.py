@@ -16,12 +16,14 @@ _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 # A text of at least so many characters that several documents have is a passage that they are about.
 _PASSAGE_CHARACTERS = 100
 _ROUNDING = 1e-9
+# Of clusters. The signs of fewer are alike by chance more often than in one case of 20, so they show no difference.
+_FEWEST_TASKS = 6
 
 Sample = Mapping[str, Any]
 
 
 def answered_questions(evaluation: Mapping[str, Any]) -> dict[str, TaskAnswers]:
-    """The answers by task, or by group of tasks where the group has scores of its own.
+    """The answers by task, or by group of tasks where the group has scores of its own and enough tasks.
 
     Only scores that are the mean over their questions are included: of others, as of BLEU or a perplexity, a question
     has no score of its own.
@@ -30,7 +32,8 @@ def answered_questions(evaluation: Mapping[str, Any]) -> dict[str, TaskAnswers]:
     answers = {
         name: answered
         for name, results in evaluation["results"].items()
-        if (answered := _answers([evaluation["samples"].get(task, ()) for task in sorted(tasks[name])], results))
+        if (len(tasks[name]) == 1 or len(tasks[name]) >= _FEWEST_TASKS)
+        and (answered := _answers([evaluation["samples"].get(task, ()) for task in sorted(tasks[name])], results))
     }
     return {name: each for name, each in answers.items() if not any(tasks[name] < tasks[other] for other in answers)}
 
