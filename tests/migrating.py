@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 from alembic import command
+from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from qbatch.models_db.schema import alembic_config
 from qbatch.models_db.session import SCHEMA_HEAD, Database
+from qbatch.models_db.tables import Base
 
 NEXT = f"{int(SCHEMA_HEAD) + 1:04}"
 AFTER_NEXT = f"{int(SCHEMA_HEAD) + 2:04}"
@@ -42,3 +45,12 @@ def migrate(database: Database, folder: Path, *migrations: tuple[str, str]) -> N
     with database.write() as session:
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
+
+
+def fill_the_new_column(session: Session) -> None:
+    """Take ``NOT_NULL`` back, as far as results are concerned: the newer version's code would fill that column."""
+    for what in ("VIEW result_rows", "TABLE answers", "TABLE results"):
+        session.execute(text(f"DROP {what}"))
+    for table in ("results", "answers"):
+        Base.metadata.tables[table].create(session.connection())
+    session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": SCHEMA_HEAD})

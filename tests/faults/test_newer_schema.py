@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select
 
 from qbatch.models_db.session import SCHEMA_HEAD
-from qbatch.models_db.tables import Base, Worker
+from qbatch.models_db.tables import Worker
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
 from tests.faults.services import PASSWORD, Redis
-from tests.migrating import AFTER_NEXT, INDEX, NOT_NULL, migrate
+from tests.migrating import AFTER_NEXT, INDEX, NOT_NULL, fill_the_new_column, migrate
 from tests.postgres import Postgres
 
 
@@ -53,9 +53,7 @@ def test_a_fleet_stays_as_the_schema_grows_and_leaves_as_it_changes(
     assert (fleet.job(waiting).state, fleet.job(waiting).attempt) == ("queued", 0)
     # As the newer version would, whose code fills the column.
     with fleet.database.write() as session:
-        session.execute(text("DROP TABLE results"))
-        Base.metadata.tables["results"].create(session.connection())
-        session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": SCHEMA_HEAD})
+        fill_the_new_column(session)
     fleet.start("w1", "worker", "--cpu")
     # Before anybody takes the job back: a lease is 4 s here, and a worker's imports take longer.
     fleet.wait_for(lambda: not fleet.spooled(), "recorded result")

@@ -17,12 +17,12 @@ from qbatch.core.errors import DatabaseUnreachable, ForeignSchema, QuantizationE
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade
-from qbatch.models_db.session import SCHEMA_HEAD, Database
-from qbatch.models_db.tables import Base, Checkpoint, Result
+from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Checkpoint, Result
 from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.spool import SPOOL_VERSION
-from tests.migrating import NEXT, NOT_NULL, migrate
+from tests.migrating import NEXT, NOT_NULL, fill_the_new_column, migrate
 from tests.rows import POLICY, PROTOCOL, a_batch, a_job, a_worker, bundle, claim, measured, states
 from tests.unprivileged import without_rights
 
@@ -281,10 +281,7 @@ def test_a_result_that_a_newer_schema_does_not_take_waits_in_the_spool(
     assert a_job(database, handed_back[0]).state == JobState.QUEUED, "the newer schema takes it"
     # The newer version, whose code fills the column.
     with database.write() as session:
-        for what in ("VIEW result_rows", "TABLE answers", "TABLE results"):
-            session.execute(text(f"DROP {what}"))
-        Base.metadata.tables["results"].create(session.connection())
-        session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": SCHEMA_HEAD})
+        fill_the_new_column(session)
     Recorder(database, settings).replay()
     assert [a_job(database, token[0]).state for token in (good, bad)] == ["succeeded", "failed"]
     with database.read() as session:
