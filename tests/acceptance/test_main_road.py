@@ -28,7 +28,6 @@ from qbatch.models_db.listing import list_jobs
 from qbatch.worker.checkpoints.published import problems
 from tests import tiny
 from tests.acceptance.conftest import QBATCH, Qbatch, stop
-from tests.acceptance.test_services import LONG
 from tests.tiny import make_causal
 from tests.waiting import until
 
@@ -212,7 +211,6 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     batch = stack("submit", "--models", listed, "--bits", "4,16", *options, "-q").stdout.strip()
     assert batch.startswith("b")
     watched = stack("watch", batch)
-    assert "bnb-fp4: benchmarking" in watched.stdout
     assert f"{batch}: 3 of 3 jobs succeeded, after " in watched.stdout
     rows = stack.json("results", "--batch", batch)
     assert [row["scheme"] for row in rows] == ["none", "bnb-nf4", "bnb-fp4"]
@@ -239,11 +237,15 @@ def test_a_batch_goes_through_a_running_stack(stack: Qbatch, models: Path, model
     assert (worker["device_kind"], worker["state"]) == ("cpu", "ready")
 
 
+# It is cancelled: on a busy machine a command takes as long to start as a short batch to end.
+ENDLESS = ("--new-tokens", "5000")
+
+
 def test_ctrl_c_of_run_beside_a_running_stack_leaves_the_batch_to_it(
     stack: Qbatch, models: Path, model_list: Callable[..., str], tmp_path: Path
 ) -> None:
     log = tmp_path / "run.log"
-    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", *LONG, log=log)
+    process = stack.start("run", "--models", model_list(models / "bloom"), "--bits", "4", "--force", *ENDLESS, log=log)
     until(lambda: " jobs\n" in log.read_text(), "the batch")
     assert stop(process, signal.SIGINT) == 130
     said = log.read_text()
