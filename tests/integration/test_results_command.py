@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from qbatch.cli import main
 from qbatch.models_db.session import Database
+from qbatch.views.result_columns import column_names
 from tests.measured_batch import MODELS, measured_batch
 
 Run = Callable[..., str]
@@ -115,6 +116,17 @@ def test_sorted_rows_are_ranked_in_one_table(run: Run) -> None:
         ["3", "j5"],
         ["4", "j17"],
     ]
+
+
+def test_rows_are_sorted_by_a_title_as_by_a_key(run: Run) -> None:
+    for title, key in (("KL", "kl_mean"), ("-decode", "-decode_tokens_per_s"), ("weights", "weights_bytes")):
+        assert run("results", "--sort", title, "-q") == run("results", "--sort", key, "-q")
+
+
+def test_every_name_of_a_column_can_be_given(run: Run) -> None:
+    names = column_names()
+    assert all(re.fullmatch(r"[a-z0-9/_-]+", name) for name in names)
+    run("results", "--columns", ",".join(names), "--limit", "1")
 
 
 def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
