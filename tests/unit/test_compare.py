@@ -352,6 +352,26 @@ def test_a_comparison_fits_the_terminal_and_leaves_nothing_out(
         assert figure in shown
 
 
+def test_an_encoder_in_the_batch_takes_no_speed_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_terminal(monkeypatch, 80)
+    encoder = [
+        row(4, "none", 1.0, model="org/encoder", forward_samples_per_s=20.0),
+        row(
+            5,
+            "bnb-nf4",
+            0.5,
+            model="org/encoder",
+            forward_samples_per_s=18.0,
+            baseline_job_id="j4",
+            details={"quality": {"rank_correlation": 0.99}},
+        ),
+    ]
+    shown = comparison([BASELINE, INT8, NF4, *encoder], Preference(), by="figure", format="table", in_full=False)
+    assert shown.splitlines()[0].split() == ["model", "ship", "weights", "KL/rank", "corr", "decode/throughput"]
+    assert "35.4 tok/s" in shown
+    assert "18.0 sample/s" in shown
+
+
 def test_schemes_are_lines_or_columns() -> None:
     by_figure = comparison(ALL, Preference(), by="figure", format="table").splitlines()
     assert any(line.split()[:2] == ["weights", "15.00"] for line in by_figure)
