@@ -123,6 +123,11 @@ def test_rows_are_sorted_by_a_title_as_by_a_key(run: Run) -> None:
         assert run("results", "--sort", title, "-q") == run("results", "--sort", key, "-q")
 
 
+def test_filters_that_hide_everything_are_named(run: Run) -> None:
+    assert "the filters let no job through" in run("results", "--model", "nosuch")
+    assert "filters" not in run("results", "--model", "meta-llama")
+
+
 def test_every_name_of_a_column_can_be_given(run: Run) -> None:
     names = column_names()
     assert all(re.fullmatch(r"[a-z0-9/_-]+", name) for name in names)
