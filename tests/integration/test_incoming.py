@@ -163,7 +163,7 @@ def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path)
     assert ear.entered(Stage.QUANTIZING) == set()
 
 
-def test_a_tokenizer_of_a_larger_model_is_said_before_anything_is_quantized(
+def test_a_tokenizer_of_a_larger_model_is_said_before_quantizing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -188,7 +188,7 @@ def test_quality_that_was_not_measured_does_not_qualify() -> None:
 
 
 @pytest.mark.parametrize("part", ["quality", "perplexity"])
-def test_where_no_quality_was_measured_nothing_is_recommended_and_all_is_kept(part: str) -> None:
+def test_where_no_quality_was_measured_all_is_kept(part: str) -> None:
     unknown = NF4 | {
         "kl_mean": None,
         "perplexity": None,
