@@ -12,7 +12,7 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import format_options
-from qbatch.commands.targets import find_batches
+from qbatch.commands.targets import find_targets
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import UsageError
 
@@ -81,7 +81,7 @@ def inspect(model: str, format_: str) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH]...")
+@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH|JOB]...")
 @click.option(
     "--for",
     "loaders",
@@ -199,7 +199,7 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
         raise UsageError(f"no such folder: {paths[0]}")
     settings = current_settings()
     database = open_database(settings)
-    batch_ids = find_batches(database, words)
+    wanted = find_targets(database, words)
     # What was noticed just now is said once more, as it fails what was asked.
     new = note_missing(database, settings.storage)
     for path in sorted(new):
@@ -207,6 +207,8 @@ def _checkpoint_folders(targets: Sequence[str]) -> list[Path]:
             f"{settings.storage / path} was removed: that is recorded now; a new submit makes it again", err=True
         )
     with database.read() as session:
-        checkpoints = checkpoints_of(session, batch_ids) if batch_ids else all_checkpoints(session)
+        checkpoints = checkpoints_of(session, wanted.batch_ids, wanted.job_ids) if words else all_checkpoints(session)
         chosen = [one.path for one in checkpoints if one.gone_at is None or one.path in new]
+    if words and not chosen:
+        click.echo(f"{', '.join(words)}: no checkpoint is recorded that is still there", err=True)
     return folders + [settings.storage / path for path in chosen]

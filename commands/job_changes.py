@@ -66,5 +66,5 @@ def _change(
         changed = change(session, batch_ids=found.batch_ids, job_ids=found.job_ids)
     for job_id in changed:
         click.echo(format_job_id(job_id))
-    click.echo(f"{len(changed)} jobs {done}", err=True)
+    click.echo(f"{len(changed)} job{'' if len(changed) == 1 else 's'} {done}", err=True)
     return database, settings, changed

@@ -47,6 +47,8 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
         has_hidden = limit is not None or not only.hides_nothing
         others = find_others(session, rows) if has_hidden and format_ in ("table", "md") else []
+    if format_ == "table" and not rows and not only.hides_nothing:
+        click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
     limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
     layout = TableLayout(
         columns=options["columns"], is_wide=options["is_wide"], has_legend=options["has_legend"], sort=sort

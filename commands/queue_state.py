@@ -39,6 +39,8 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
         left = time_left(session, lease_s=settings.lease_s)
         found = with_time_left(list_batches(session, ids, limit=limit), left)
         click.echo(render(found, BATCH_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
+        if not found:
+            click.echo("there is no batch yet: `qbatch submit MODEL` stores one", err=True)
         if limit is not None and not ids:
             _mention_rest("newest", len(found), count_batches(session), "batches")
         for pause in standing(session):
@@ -114,3 +116,5 @@ def workers(format_: str) -> None:
     with open_database(settings).read() as session:
         found = list_workers(session, settings.lease_s)
     click.echo(render(found if format_ != "table" else show_busy(found), WORKER_COLUMNS, format_))
+    if not found:
+        click.echo("no worker runs: `qbatch up` starts them here, `qbatch worker` one for a service", err=True)

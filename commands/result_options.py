@@ -131,7 +131,7 @@ def layout_options(command: Command) -> Command:
             "--sort",
             metavar="COLUMN",
             shell_complete=complete_column,
-            help="One table, ranked by a column of the JSON output; -COLUMN sorts descending.",
+            help="One table, ranked by a column, by its title or as in JSON: kl, decode. -COLUMN sorts descending.",
         ),
         click.option(
             "--limit", type=click.IntRange(1, LARGEST_ID), metavar="INTEGER", help="Show at most this many rows."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import and_, delete, func, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
@@ -105,12 +105,14 @@ def forget_unused(session: Session, paths: Collection[str]) -> None:
         session.execute(delete(Checkpoint).where(Checkpoint.key.in_(keys)), execution_options=NO_SYNC)
 
 
-def checkpoints_of(session: Session, batch_ids: Sequence[int]) -> Sequence[Checkpoint]:
-    """The recorded checkpoints for the jobs of these batches, whatever state the jobs are in, in job order.
+def checkpoints_of(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int] = ()) -> Sequence[Checkpoint]:
+    """The recorded checkpoints for these jobs and those of these batches, whatever state they are in, in job order.
 
     Those that are gone are included.
     """
-    jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(Job.batch_id.in_(batch_ids))
+    jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(
+        or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    )
     wanted = jobs.group_by(Job.checkpoint_key).subquery()
     return session.scalars(
         select(Checkpoint).join(wanted, wanted.c.checkpoint_key == Checkpoint.key).order_by(wanted.c.first)

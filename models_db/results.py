@@ -14,6 +14,7 @@ from qbatch.core.domain import JobState, Method, content_hash, format_batch_id, 
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
+from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.measured.result_row import ResultRow, StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.checkpoints import gone_paths
@@ -42,7 +43,11 @@ _RESULT_COLUMNS: dict[str, ColumnElement[Any]] = {
     "protocol_hash": Result.protocol_hash.expression,
 }
 _ANY = ResultFilter()
-SORT_COLUMNS: tuple[str, ...] = (*_JOB_COLUMNS, *_RESULT_COLUMNS)
+# The titles of a table's columns, as `--columns` takes them too.
+_TITLES: dict[str, ColumnElement[Any]] = {
+    metric.option_name: _RESULT_COLUMNS[metric.key] for metric in ALL_METRICS if metric.key in _RESULT_COLUMNS
+}
+SORT_COLUMNS: tuple[str, ...] = (*_TITLES, *(name for name in (*_JOB_COLUMNS, *_RESULT_COLUMNS) if name not in _TITLES))
 
 
 def find_results(
@@ -101,7 +106,7 @@ class _Order:
         if sort is None:
             return cls()
         name = sort.removeprefix("-")
-        column = (_JOB_COLUMNS | _RESULT_COLUMNS).get(name)
+        column = (_TITLES | _JOB_COLUMNS | _RESULT_COLUMNS).get(name.casefold())
         if column is None:
             raise UsageError(f"cannot sort by {name!r}; the columns are {', '.join(SORT_COLUMNS)}")
         return cls(column=column, downwards=sort.startswith("-"))

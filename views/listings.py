@@ -40,7 +40,6 @@ _LEFT = Column(key="left_s", title="left", show=show_time_left, spare=True)
 BATCH_COLUMNS: tuple[Column, ...] = (
     Column(key="batch_id", title="batch"),
     Column(key="name", title="name", wraps=True),
-    Column(key="priority", title="priority", spare=True),
     Column(key="jobs", title="jobs"),
     Column(key="queued", title="queued"),
     Column(key="running", title="running"),
@@ -50,6 +49,7 @@ BATCH_COLUMNS: tuple[Column, ...] = (
     _LEFT,
     _ELAPSED,
     Column(key="created_at", title="submitted", show=show_time, spare=True),
+    Column(key="priority", title="priority", spare=True),
 )
 
 JOB_COLUMNS: tuple[Column, ...] = (
@@ -57,7 +57,7 @@ JOB_COLUMNS: tuple[Column, ...] = (
     Column(key="batch_id", title="batch"),
     Column(key="model", title="model", wraps=True),
     Column(key="revision", title="revision", wraps=True, spare=True),
-    Column(key="scheme", title="scheme"),
+    Column(key="scheme", title="scheme", show=lambda scheme: "baseline" if scheme == "none" else str(scheme)),
     Column(key="state", title="state"),
     Column(key="stage", title="stage"),
     _LEFT,

@@ -28,6 +28,11 @@ def missing_part_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
         yield f"{subject}{of} {'was' if len(parts) == 1 else 'were'} not measured: {reason}."
 
 
+def why_no_quality(row: ResultRow) -> str | None:
+    """Why nothing is known of the quality of a measured row; None if something is, or no reason is stored."""
+    return _missing(row).get(MeasuredPart.QUALITY.value)
+
+
 def _missing(row: ResultRow) -> Mapping[str, str]:
     """Why parts of a row are missing, by their names."""
     reasons = {part.value: row.not_measured[part] for part in _OF_COLUMNS if part in row.not_measured}

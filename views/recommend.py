@@ -14,6 +14,7 @@ from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
 from qbatch.views.metric_text import show_metric
+from qbatch.views.missing_parts import why_no_quality
 from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise, same_speed
 from qbatch.views.quality_bounds import (
     KL_COST,
@@ -74,8 +75,13 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
 
 def _why_unknown(group: Group) -> str | None:
     """Why nothing is known of the quality of any quantized model in the group; None if something may be."""
-    reasons = [row.not_measured.get(MeasuredPart.QUALITY) for row in group.rows if not row.is_baseline]
+    reasons = [_why_no_quality(row) for row in group.rows if not row.is_baseline]
     return reasons[0] if reasons and all(reasons) else None
+
+
+def _why_no_quality(row: ResultRow) -> str | None:
+    # Of a checkpoint with a defect enough is known: it is no good.
+    return None if any(True for _ in defects(row)) else why_no_quality(row)
 
 
 def quality_bounds_for(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:

@@ -51,15 +51,11 @@ def find_column(name: str) -> ShownColumn:
 
 def column_names() -> list[str]:
     """The names of all columns, short ones where there are some."""
-    return [*(_short(metric.label) for metric in ALL_METRICS), *_FIELDS]
+    return [*(metric.option_name for metric in ALL_METRICS), *_FIELDS]
 
 
 def _names(metric: Metric) -> tuple[str, ...]:
-    return (metric.key, metric.csv_name, _short(metric.label))
-
-
-def _short(label: str) -> str:
-    return label.casefold().replace("'s", "").replace(" ", "-")
+    return (metric.key, metric.csv_name, metric.option_name)
 
 
 def of_metrics(column: MetricColumn) -> ShownColumn:

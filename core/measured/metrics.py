@@ -113,6 +113,12 @@ class Metric:
         return self.csv or self.key.rpartition(".")[2]
 
     @property
+    def option_name(self) -> str:
+        """What it is called in an option: its label with dashes for spaces, without a comma, which separates names."""
+        plain = self.label.casefold().replace("'s", "").replace(",", "").replace("δ", "delta-")
+        return plain.replace(" ", "-")
+
+    @property
     def line_title(self) -> str:
         return self.title or self.label
 

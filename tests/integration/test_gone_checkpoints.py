@@ -49,6 +49,15 @@ def test_no_path_is_given_to_what_is_not_there(made: Made) -> None:
     assert "no longer on the storage; a new submit makes it again" in qbatch("show", "j1").stdout
 
 
+def test_verify_takes_a_job_as_it_takes_its_batch(made: Made) -> None:
+    def verified(*words: str) -> list[str]:
+        return [row["checkpoint"] for row in json.loads(qbatch("verify", *words, "--json", code=1).stdout)]
+
+    of_batch = verified(f"b{made.batch_id}")
+    assert verified("j1") == of_batch[:1]
+    assert verified("j1", f"b{made.batch_id}") == of_batch
+
+
 def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Path) -> None:
     shutil.move(made.folders[0], tmp_path / "elsewhere")
     done = qbatch("verify", "--json", code=1)
@@ -56,6 +65,7 @@ def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Pat
     assert "was removed: that is recorded now" in done.stderr
     assert "--force" not in done.stderr
     assert json.loads(qbatch("verify", "--json").stdout) == []
+    assert "j1: no checkpoint is recorded that is still there" in qbatch("verify", "j1").stderr
     assert "no longer on the storage (noted" in qbatch("show", "j1").stdout
     shutil.move(tmp_path / "elsewhere", made.folders[0])
     # That its files are no real model's, only reading them tells.

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from qbatch.cli import main
 from qbatch.models_db.session import Database
+from qbatch.views.result_columns import column_names
 from tests.measured_batch import MODELS, measured_batch
 
 Run = Callable[..., str]
@@ -61,7 +62,9 @@ def test_a_batch_of_eight_models_fits_a_screen(run: Run, width: int) -> None:
     assert lines[0].split()[:2] == ["weights", "decode"]
     assert {"KL", "top-1"} <= set(lines[0].split())
     assert len(rows_of(text)) == 24
-    assert sum(line.startswith("✓") for line in rows_of(text)) == 8
+    assert sum(line.startswith("✓") for line in rows_of(text)) == 7, (
+        "of the model without a tokenizer nothing is recommended"
+    )
     assert text.count("unsteady") == 1, "once in the legend; the cells are marked"
     assert "failed (j23 cuda_oom). Ship bnb-nf4 of 5 models" in " ".join(text.split())
 
@@ -115,6 +118,22 @@ def test_sorted_rows_are_ranked_in_one_table(run: Run) -> None:
     ]
 
 
+def test_rows_are_sorted_by_a_title_as_by_a_key(run: Run) -> None:
+    for title, key in (("KL", "kl_mean"), ("-decode", "-decode_tokens_per_s"), ("weights", "weights_bytes")):
+        assert run("results", "--sort", title, "-q") == run("results", "--sort", key, "-q")
+
+
+def test_filters_that_hide_everything_are_named(run: Run) -> None:
+    assert "the filters let no job through" in run("results", "--model", "nosuch")
+    assert "filters" not in run("results", "--model", "meta-llama")
+
+
+def test_every_name_of_a_column_can_be_given(run: Run) -> None:
+    names = column_names()
+    assert all(re.fullmatch(r"[a-z0-9/_-]+", name) for name in names)
+    run("results", "--columns", ",".join(names), "--limit", "1")
+
+
 def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
     lines = run("results", "--columns", "peak-memory,kl_mean,Graph-Decode", "--limit", "3", width=120).splitlines()
     assert re.split(" {2,}", lines[0].strip()) == ["peak memory", "KL", "graph decode"]
@@ -129,7 +148,7 @@ def test_markdown_and_csv_have_every_row(run: Run) -> None:
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 26
     assert len({line.count("|") for line in lines}) == 1
-    assert sum(line.startswith("| ✓ |") for line in lines) == 8
+    assert sum(line.startswith("| ✓ |") for line in lines) == 7
     assert table.rstrip().splitlines()[-1].startswith("24 jobs of 8 models on NVIDIA H200")
     assert len(list(csv.DictReader(io.StringIO(run("results", "--format", "csv"))))) == 24
 

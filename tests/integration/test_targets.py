@@ -71,7 +71,7 @@ def test_the_option_means_what_the_argument_means(command: str) -> None:
         ("j1", "j1 is a job id; this command takes batches"),
     ],
 )
-@pytest.mark.parametrize("command", ["status", "jobs", "wait", "results", "compare", "verify"])
+@pytest.mark.parametrize("command", ["status", "jobs", "wait", "results", "compare", "watch"])
 def test_what_means_no_batch_is_refused_in_one_line(command: str, word: str, says: str) -> None:
     assert says in qbatch(command, word, code=2).stderr
 
@@ -153,3 +153,10 @@ def test_a_shell_completes_commands_batches_models_and_columns() -> None:
 def test_a_shell_that_completes_makes_no_database(home: Path) -> None:
     assert completions(["status"], "") == []
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.usefixtures("sqlite_database")
+@pytest.mark.parametrize(("command", "hint"), [("status", "qbatch submit MODEL"), ("workers", "qbatch up")])
+def test_where_there_is_nothing_yet_the_next_step_is_said(command: str, hint: str) -> None:
+    assert hint in qbatch(command).stderr
+    assert json.loads(qbatch(command, "--json").stdout) == []

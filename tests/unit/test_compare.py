@@ -12,6 +12,7 @@ import pytest
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.recommend import Recommendation, recommend
+from qbatch.views.unrecommended import unrecommended
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
 from tests.unit.printed import comparison, read, results_table
 from tests.unit.test_views import on_terminal
@@ -178,12 +179,26 @@ def test_a_text_that_was_not_compared_does_not_qualify() -> None:
 
 def test_quality_that_was_not_measured_does_not_qualify() -> None:
     unknown = NF4 | {"kl_mean": None, "details": {"quality": {"reason": "another tokenizer"}}}
-    found = recommended([BASELINE, unknown])
+    found = recommended([BASELINE, INT8, unknown])
     assert found.ship is not None
-    assert found.ship.job_id == "j1"
-    assert "its mean KL was not measured (another tokenizer)" in found.sentence
+    assert found.ship.job_id == "j2"
+    assert found.rejected["j3"] == ["its mean KL was not measured (another tokenizer)"]
     assert shipped([unknown]) is None
     assert shipped([unknown], prefer="quality") is None
+
+
+@pytest.mark.parametrize("part", ["quality", "perplexity"])
+def test_where_no_quality_was_measured_all_is_kept(part: str) -> None:
+    unknown = NF4 | {
+        "kl_mean": None,
+        "perplexity": None,
+        "checkpoint_path": "m/nf4",
+        "details": {part: {"reason": "it has no tokenizer"}},
+    }
+    found = recommended([BASELINE, unknown])
+    assert found.ship is None
+    assert "was not measured, since it has no tokenizer" in found.sentence
+    assert unrecommended(read([BASELINE, unknown]), Preference()).paths == ()
 
 
 @pytest.mark.parametrize(
@@ -335,6 +350,26 @@ def test_a_comparison_fits_the_terminal_and_leaves_nothing_out(
     assert max(map(len, shown.splitlines())) <= width
     for figure in ("5.60 GiB ×0.37", "35.4 tok/s ×0.73", "9.0e-02", "3.0e-04"):
         assert figure in shown
+
+
+def test_an_encoder_in_the_batch_takes_no_speed_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_terminal(monkeypatch, 80)
+    encoder = [
+        row(4, "none", 1.0, model="org/encoder", forward_samples_per_s=20.0),
+        row(
+            5,
+            "bnb-nf4",
+            0.5,
+            model="org/encoder",
+            forward_samples_per_s=18.0,
+            baseline_job_id="j4",
+            details={"quality": {"rank_correlation": 0.99}},
+        ),
+    ]
+    shown = comparison([BASELINE, INT8, NF4, *encoder], Preference(), by="figure", format="table", in_full=False)
+    assert shown.splitlines()[0].split() == ["model", "ship", "weights", "KL/rank", "corr", "decode/throughput"]
+    assert "35.4 tok/s" in shown
+    assert "18.0 sample/s" in shown
 
 
 def test_schemes_are_lines_or_columns() -> None:

@@ -173,6 +173,18 @@ def test_wide_characters_take_two_columns() -> None:
     assert lines[2:] == ["模型  1", "abcd  2"]
 
 
+def test_on_a_narrow_terminal_the_time_stays_longer_than_the_priority() -> None:
+    shown = [column.key for column in BATCH_COLUMNS if column.spare]
+    assert shown.index("elapsed_s") < shown.index("priority")
+
+
+def test_the_unquantized_model_is_called_the_baseline() -> None:
+    rows = [{"job_id": "j1", "scheme": "none"}, {"job_id": "j2", "scheme": "bnb-nf4"}]
+    lines = render(rows, JOB_COLUMNS, "table").splitlines()
+    assert ["baseline" in line for line in lines[2:]] == [True, False]
+    assert '"none"' in render(rows, JOB_COLUMNS, "json")
+
+
 def test_every_listing_shows_its_rows() -> None:
     batch = {"batch_id": "b7", "name": "night", "jobs": 3, "created_at": "2026-01-02T03:04:05+00:00"}
     assert "night" in render([batch], BATCH_COLUMNS, "table")
