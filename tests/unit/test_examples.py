@@ -72,6 +72,7 @@ def test_training_lowers_the_held_out_loss(made: tuple[Example, Path, str]) -> N
     assert after < before - 0.5
 
 
+@pytest.mark.slow
 def test_an_example_loads_as_a_causal_model_that_its_tokenizer_fits(made: tuple[Example, Path, str]) -> None:
     example, folder, _ = made
     loaded = load(folder, dtype=DType.FLOAT32, device="cpu")

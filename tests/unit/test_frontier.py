@@ -25,6 +25,8 @@ from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
 from tests.reference import save_reference
 
+pytestmark = pytest.mark.slow
+
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 PROTOCOL = SearchProtocol(text_sha256="0" * 64, window=128, windows=6)
 

@@ -36,6 +36,8 @@ from tests import tiny
 from tests.reference import load_quantized
 from tests.schemes import with_options
 
+pytestmark = pytest.mark.slow
+
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.FLOAT32)
 TEXT = DEFAULT_SEARCH_TEXT.read_text(encoding="utf-8")
 EVERYTHING = SearchProtocol(text_sha256="0" * 64, least_passes=1e6)

@@ -60,6 +60,7 @@ def models(folder: Path) -> Iterator[Path]:
     yield make_seq2seq(folder / "t5")
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_files_are_torchaos_own_bit_for_bit(scheme: Scheme, tmp_path: Path) -> None:
     for source in models(tmp_path):
