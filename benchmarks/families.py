@@ -6,7 +6,6 @@ lines of the page are written anew, unless other versions wrote the others.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import sys
@@ -34,14 +33,13 @@ from qbatch.core.domain import BASELINE, Claim, DeviceKind, DType, JobSpec, Meth
 from qbatch.core.errors import one_line
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.bundle import Bundle
-from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Order
+from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured
 from qbatch.worker.runner.quiet import Quiet
-from qbatch.worker.sources.fetch import SourcePolicy
-from tests.integration.test_bundle import Ear
+from tests.bundles import TEXT_HASH, Ear, an_order
 from tests.reference import contents, save_reference
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_tokenizer
-from tests.unit.benchmark_models import QUICK, TEXT
+from tests.unit.benchmark_models import QUICK
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 BASE, QUANTIZED = 1, 2
@@ -220,30 +218,17 @@ def parameters(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int:
 
 
 def bundle(source: Path) -> Ear:
-    text_hash = hashlib.sha256(TEXT.encode()).hexdigest()
-    protocol = replace(QUICK, eval_text_sha256=text_hash)
+    protocol = replace(QUICK, eval_text_sha256=TEXT_HASH)
     spec = JobSpec(
         source=SourceRef(name=str(source), location=str(source), is_folder=True),
         scheme=BASELINE,
         dtype=DType.AUTO,
         device=DeviceKind.CPU,
-        protocol=ProtocolOptions(eval_text_sha256=text_hash),
+        protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
     )
     schemes = {BASE: BASELINE, QUANTIZED: NF4}
-    storage = source.parent / "storage"
-    order = Order(
-        claims=tuple(Claim(job_id=n, attempt=1, spec=replace(spec, scheme=scheme)) for n, scheme in schemes.items()),
-        texts={text_hash: TEXT},
-        device_kind=DeviceKind.CPU,
-        device_name="a CPU",
-        storage=storage,
-        staging=storage / ".staging",
-        cache=source.parent / "cache",
-        cache_bytes=1 << 30,
-        policy=SourcePolicy(roots=None),
-        lease_s=60.0,
-        log_path=storage / "log",
-    )
+    claims = [Claim(job_id=n, attempt=1, spec=replace(spec, scheme=scheme)) for n, scheme in schemes.items()]
+    order = an_order(source.parent, claims, device_name="a CPU")
     ear = Ear()
     with patch.object(ProtocolOptions, "for_device", lambda _options, _kind: protocol):
         Bundle(order, ear, Quiet()).run()

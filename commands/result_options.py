@@ -9,7 +9,7 @@ import click
 
 from qbatch.commands.completion import complete_column, complete_columns, complete_model
 from qbatch.commands.parameter_types import Amount, Bits, ByteSize, ColumnNames, Schemes, Since
-from qbatch.commands.shared_options import batch_arguments
+from qbatch.commands.shared_options import batch_arguments, with_all
 from qbatch.core.domain import LARGEST_ID, JobState
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
 
@@ -39,9 +39,7 @@ def compare_options(command: Command) -> Command:
         ),
         preference_options,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_all(options, command)
 
 
 def preference_options(command: Command) -> Command:
@@ -69,9 +67,7 @@ def preference_options(command: Command) -> Command:
             "--min-tokens-per-s", type=Amount(min=0), help="The lowest acceptable rate of decoding, as measured."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_all(options, command)
 
 
 def filter_options(command: Command) -> Command:
@@ -119,9 +115,7 @@ def filter_options(command: Command) -> Command:
             "--min-tokens-per-s", type=Amount(min=0), help="Only rows that decode at this rate or a higher one."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_all(options, command)
 
 
 def layout_options(command: Command) -> Command:
@@ -146,9 +140,7 @@ def layout_options(command: Command) -> Command:
         click.option("--wide", "is_wide", is_flag=True, help="Show all columns, however narrow the terminal is."),
         click.option("--legend", "has_legend", is_flag=True, help="Explain the columns, the marks, and the speeds."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_all(options, command)
 
 
 def read_filter(options: dict[str, Any]) -> ResultFilter:

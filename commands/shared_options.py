@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -80,6 +80,13 @@ def _keep_for_arguments(context: click.Context, _: click.Parameter, words: tuple
 
 def _with_options(context: click.Context, _: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
     return (*words, *context.meta.get(_BATCH_OPTIONS, ()))
+
+
+def with_all(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """Add options to ``command``, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def target_arguments(command: Command) -> Command:
@@ -286,6 +293,4 @@ def request_options(command: Command) -> Command:
         ),
         click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_all(options, command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,32 @@ class Ear:
         return {m.job_id: m.measurement for m in self.heard if isinstance(m, Measured)}
 
 
+def an_order(
+    folder: Path,
+    claims: Sequence[Claim],
+    *,
+    texts: Mapping[str, str] | None = None,
+    device_name: str = "this CPU",
+    device_uuid: str | None = None,
+) -> Order:
+    """The order to run ``claims`` on a CPU, with everything in ``folder``. ``texts``: further ones, by their sha256."""
+    storage = folder / "storage"
+    return Order(
+        claims=tuple(claims),
+        texts={TEXT_HASH: TEXT} | dict(texts or {}),
+        device_kind=DeviceKind.CPU,
+        device_name=device_name,
+        storage=storage,
+        staging=storage / ".staging",
+        cache=folder / "cache",
+        cache_bytes=1 << 30,
+        policy=SourcePolicy(roots=None),
+        lease_s=60.0,
+        log_path=storage / "log",
+        device_uuid=device_uuid,
+    )
+
+
 def run_bundle(
     source: Path,
     schemes: Mapping[int, Scheme],
@@ -78,20 +104,7 @@ def run_bundle(
         )
         for job_id, scheme in schemes.items()
     )
-    storage = source.parent / "storage"
-    order = Order(
-        claims=claims,
-        texts={TEXT_HASH: TEXT, **(texts or {})},
-        device_kind=DeviceKind.CPU,
-        device_name="this CPU",
-        storage=storage,
-        staging=storage / ".staging",
-        cache=source.parent / "cache",
-        cache_bytes=1 << 30,
-        policy=SourcePolicy(roots=None),
-        lease_s=60.0,
-        log_path=storage / "log",
-    )
+    order = an_order(source.parent, claims, texts=texts)
     ear = Ear()
     Bundle(order, ear, Quiet()).run()
     return ear

@@ -44,7 +44,6 @@ from qbatch.worker.runner.messages import (
     FilesKnown,
     FilesSeen,
     Measured,
-    Order,
     Question,
     Reply,
     Resolved,
@@ -52,11 +51,10 @@ from qbatch.worker.runner.messages import (
 )
 from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.serving.answers import Answers
-from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
+from tests.bundles import TEXT_HASH, an_order
 from tests.rows import a_worker, add_batch
-from tests.unit.benchmark_models import QUICK, TEXT
-from tests.unit.test_benchmark_rounds import TEXT_HASH
+from tests.unit.benchmark_models import QUICK
 
 GPU = "GPU-of-this-test"
 NF4, INT8 = Scheme(method=Method.NF4), Scheme(method=Method.INT8)
@@ -96,20 +94,8 @@ class Worker:
             self.claims = jobs.claim(session, job_ids, self.worker_id, 600.0)
         storage = self.folder / "storage"
         self.answers = Answers(self.database, storage, "a CPU", {claim.job_id: claim for claim in self.claims})
-        order = Order(
-            claims=tuple(sorted(self.claims, key=lambda claim: claim.job_id)),
-            texts={TEXT_HASH: TEXT},
-            device_kind=DeviceKind.CPU,
-            device_name="a CPU",
-            storage=storage,
-            staging=storage / ".staging",
-            cache=self.folder / "cache",
-            cache_bytes=1 << 30,
-            policy=SourcePolicy(roots=None),
-            lease_s=60.0,
-            log_path=self.folder / "log",
-            device_uuid=device_uuid,
-        )
+        claims = sorted(self.claims, key=lambda claim: claim.job_id)
+        order = an_order(self.folder, claims, device_name="a CPU", device_uuid=device_uuid)
         Bundle(order, self, Quiet()).run()
 
     def ask(self, question: Question) -> Reply:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -54,12 +53,11 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.runner.quiet import Quiet
-from qbatch.worker.sources.fetch import SourcePolicy
 from tests import tiny
-from tests.unit.benchmark_models import QUICK, TEXT
+from tests.bundles import TEXT_HASH, an_order
+from tests.unit.benchmark_models import QUICK
 
 SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
-TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -127,19 +125,7 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
         )
         for number, (scheme, batch_size) in enumerate(jobs, start=1)
     )
-    return Order(
-        claims=claims,
-        texts={TEXT_HASH: TEXT},
-        device_kind=DeviceKind.CPU,
-        device_name="this CPU",
-        storage=folder / "storage",
-        staging=folder / "storage" / ".staging",
-        cache=folder / "cache",
-        cache_bytes=1 << 30,
-        policy=SourcePolicy(roots=None),
-        lease_s=60.0,
-        log_path=folder / "log",
-    )
+    return an_order(folder, claims)
 
 
 def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> Ear:
