@@ -23,7 +23,7 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.runner.quiet import Quiet
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.unit.benchmark_models import TEXT
 
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()

@@ -18,7 +18,7 @@ from qbatch.worker.runner.messages import Ended, Order
 from qbatch.worker.serving.celery_task import _run_bundle
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import WorkerContext
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.rows import PROTOCOL, a_batch, a_job, bundle
 from tests.waiting import until
 from tests.worker_context import a_worker_context, settings_in

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qbatch.core.digest import Checksums
-from qbatch.core.domain import Claim, DeviceKind, Protocol, Stage
+from qbatch.core.domain import Claim, DeviceKind, Protocol, SourceRef, Stage
 from qbatch.core.file_stat import FileStat
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.checkpoints.published import Published
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,16 @@ class Order:
     log_path: Path
     device_uuid: str | None = None
     database: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchOrder:
+    """What to fetch ahead, and where to."""
+
+    source: SourceRef
+    cache: Path
+    cache_bytes: int
+    policy: SourcePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

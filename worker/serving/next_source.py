@@ -13,11 +13,11 @@ from qbatch.core.errors import DatabaseUnreachable, one_line
 from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from qbatch.models_db.upcoming import Upcoming, is_worth_fetching, upcoming
-from qbatch.worker.runner import fetch_ahead
-from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
+from qbatch.worker.runner import entry_points
+from qbatch.worker.runner.messages import FetchOrder, FilesHashed, FilesKnown, FilesSeen
 from qbatch.worker.serving.known_files import KnownFiles
 from qbatch.worker.serving.runners import Runners
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 log = logging.getLogger("qbatch.worker")
 
@@ -111,7 +111,7 @@ class NextSource:
             process.join()
 
     def _start(self, found: Upcoming) -> None:
-        order = fetch_ahead.FetchOrder(
+        order = FetchOrder(
             source=found.source,
             cache=self._settings.cache,
             cache_bytes=self._settings.cache_bytes,
@@ -122,7 +122,7 @@ class NextSource:
             ),
         )
         try:
-            process, connection = self._runners.fork(fetch_ahead.run, order)
+            process, connection = self._runners.fork(entry_points.fetch_ahead, order)
         except (EOFError, OSError) as error:
             log.warning("nothing is fetched ahead: no process can be started (%s)", one_line(error))
             return

@@ -68,7 +68,7 @@ from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.running_progress import RunningProgress
 from qbatch.worker.serving.shutdown import Shutdown
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 log = logging.getLogger("qbatch.worker")
 
