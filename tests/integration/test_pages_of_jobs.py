@@ -55,9 +55,9 @@ def test_a_page_of_results_is_the_beginning_of_all(database: Database) -> None:
         {},
         {"batch_ids": [1]},
         {"batch_ids": [2, 1]},
-        {"only": ResultFilter(model="/1", bits=[4])},
-        {"only": ResultFilter(model="*/?", max_kl=0.2)},
-        {"only": ResultFilter(states=["succeeded"], max_weights_bytes=10, device="A cpu"), "batch_ids": [1]},
+        {"only": ResultFilter(models=["/1"], bits=[4])},
+        {"only": ResultFilter(models=["*/?"], max_kl=0.2)},
+        {"only": ResultFilter(states=["succeeded"], max_weights_bytes=10, devices=["A cpu"]), "batch_ids": [1]},
     )
     with database.read() as session:
         for sort, which in itertools.product(sorts, chosen):
@@ -75,7 +75,8 @@ def test_a_page_of_jobs_is_the_beginning_of_all(database: Database, measured: li
                 assert list_jobs(session, batch_ids=batches, states=states, limit=4) == rows[:4]
                 assert count_jobs(session, batch_ids=batches, states=states) == len(rows)
         assert first_jobs(session, 100) == measured
-        assert list_batches(session, limit=1) == list_batches(session)[1:]
+        page, every = list_batches(session, limit=1), list_batches(session)
+        assert [batch | {"elapsed_s": 0} for batch in page] == [batch | {"elapsed_s": 0} for batch in every[1:]]
 
 
 def test_each_row_of_many_models_has_its_baseline(sqlite_database: Database) -> None:

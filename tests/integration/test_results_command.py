@@ -86,6 +86,12 @@ def test_no_filter_takes_the_ratios_away(run: Run, option: tuple[str, str]) -> N
         ("--model meta-llama", 3),
         ("--model ?eta-llama*", 3),
         ("--model *llama", 0),
+        ("--model meta-llama --model gemma", 6),
+        ("--model nosuch --model gemma", 3),
+        ("--scheme bnb-nf4 --scheme none", 16),
+        ("--bits 8 --bits 4", 16),
+        ("--device A100 --device h200", 23),
+        ("--state failed --state succeeded --bits 8", 8),
         ("--scheme bnb-nf4,none", 16),
         ("--bits 8", 8),
         ("--device h200", 23),
@@ -140,6 +146,9 @@ def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
     (row, *_) = json.loads(run("results", "--columns", "weights,kl", "--bits", "4", "--json"))
     assert row.keys() == {"job_id", "model", "scheme", "weights_bytes", "kl_mean"}
     said = run("results", "--columns", "nothing", code=2)
+    assert rows_of(run("results", "--columns", "weights", "--columns", "kl", width=80)) == rows_of(
+        run("results", "--columns", "weights,kl", width=80)
+    )
     assert "'nothing' is not a column; the columns are weights, decode" in said
 
 
@@ -184,6 +193,15 @@ def test_one_model_is_compared_in_full(run: Run) -> None:
     assert "Ship bnb-int8 (j11): the smallest weights" in " ".join(text.split())
     assert "graph decode" in text
     assert max(len(line) for line in text.splitlines() if "/checkpoints/" not in line) <= 80, "no path is broken"
+
+
+def test_two_models_are_compared_and_reported(run: Run) -> None:
+    two = ("--model", "*bloom*", "--model", "gemma")
+    names = {"bigscience/bloom-1b7", "google/gemma-2-2b-it"}
+    assert {model["model"] for model in json.loads(run("compare", *two, "--json"))} == names
+    page = run("report", "b1", *two, "-o", "-")
+    assert {model.name for model in MODELS if model.name in page} == names
+    assert "6 of the same measurement" in " ".join(run("diff", "b1", "b1", *two).split())
 
 
 def test_a_rate_may_be_asked_for(run: Run) -> None:
