@@ -107,8 +107,8 @@ class _Screen:
             lines += self._wrapped(_why_apart(model))
         for group in model.groups:
             lines += self._group(group, said)
-        for row in model.unmeasured:
-            lines += self._wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.")
+        for text in _without_result(model.unmeasured):
+            lines += self._wrapped(text)
         return lines
 
     def _group(self, group: Group, said: set[str]) -> Iterable[str]:
@@ -133,6 +133,16 @@ class _Screen:
     def legend(self, lines: Sequence[str]) -> list[str]:
         texts = ["× is a figure divided by that of the baseline, the same model unquantized. KL is in nats."]
         return wrap(" ".join([*texts, *mark_sentences(lines)]), self.prose)
+
+
+def _without_result(rows: Sequence[ResultRow]) -> Iterable[str]:
+    """Yield a sentence for each reason, with all that have it."""
+    reasons: dict[tuple[str | None, ...], list[ResultRow]] = {}
+    for row in rows:
+        reasons.setdefault((row.state, row.error_kind, row.error_message), []).append(row)
+    for alike in reasons.values():
+        names = ", ".join(f"{row.job_id} {show_scheme(row)}" for row in alike)
+        yield f"{names} {'has' if len(alike) == 1 else 'have'} no result: {show_state(alike[0])}."
 
 
 def _new(sentences: Iterable[str], said: set[str]) -> list[str]:

@@ -132,7 +132,8 @@ def _read(reader: int) -> bytes:
 
 def test_a_terminal_gets_a_screenful_and_is_told_of_the_rest(home: Path) -> None:
     said, complaints = run(home, "jobs", terminal=True)
-    assert len(said.splitlines()) == 52
+    assert [line.split()[0] for line in said.splitlines()[2:52]] == [f"j{n}" for n in range(1, 51)]
+    assert said.splitlines()[52:] == ["", "j1: of an unknown reason (see `qbatch logs j1`)"]
     assert "the first 50 of 60 jobs; --limit 60 shows all" in complaints
     said, complaints = run(home, "status", terminal=True)
     assert [line.split()[0] for line in said.splitlines()[2:]] == [f"b{n}" for n in range(11, 61)]
@@ -152,5 +153,5 @@ def test_a_program_gets_all_unless_it_asks_for_less(home: Path) -> None:
 def test_a_batch_of_many_jobs_shows_the_first(sqlite_database: Database, tmp_path: Path) -> None:
     a_batch(sqlite_database, *[bundle(f"/models/{n}", Method.NF4) for n in range(60)])
     said, complaints = run(tmp_path, "status", "b1", terminal=True)
-    assert len(said.splitlines()) == 3 + 52
+    assert len(said.splitlines()) == 3 + 1 + 52
     assert "50 of 60 jobs" in complaints
