@@ -104,7 +104,7 @@ def results_table(screen: ResultsScreen) -> str:
     notes, by_id = Footnotes(), screen.by_id
     shared = notes_of_all(screen.rows, by_id)
     states = shown_states(screen.rows)
-    described = _Described(by_id=by_id, picks=picked(choices), notes=notes, shared=shared, states=states)
+    described = _Described(by_id=by_id, picks=picked(choices, screen.rows), notes=notes, shared=shared, states=states)
     if screen.layout.sort is None:
         parts = [(part.heading, [described.line(row) for row in part.rows]) for part in _parts(screen.rows)]
     else:

@@ -44,8 +44,13 @@ def _states(rows: Sequence[ResultRow]) -> Iterable[str]:
 def _remark(state: JobState, rows: Sequence[ResultRow]) -> str:
     if state is JobState.FAILED:
         return _why(rows)
+    answered = sum(row.reused_from is not None for row in rows)
     unfit = [row for row in rows if state is JobState.SUCCEEDED and any(defects(row))]
-    return f" ({len(unfit):,} unfit to use: {name_jobs([row.job_id for row in unfit], _JOBS_NAMED)})" if unfit else ""
+    remarks = [f"{answered:,} by earlier results"] if answered else []
+    remarks += (
+        [f"{len(unfit):,} unfit to use: {name_jobs([row.job_id for row in unfit], _JOBS_NAMED)}"] if unfit else []
+    )
+    return f" ({'; '.join(remarks)})" if remarks else ""
 
 
 def _why(failed: Sequence[ResultRow]) -> str:

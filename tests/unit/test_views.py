@@ -642,3 +642,26 @@ def test_rows_that_failed_alike_say_it_once() -> None:
     assert table.count("no such layer") == 1
     assert [line_of(table, f"j{n}").endswith("failed: unsupported like j1") for n in (2, 3)] == [True, True]
     assert "3 failed (j1, j2, j3 unsupported)" in table
+
+
+def test_a_checkpoint_that_answered_two_batches_is_marked_in_both() -> None:
+    judged = {"kl_mean": 0.01, "details": {"quality": {"kl_mean": 0.01, "kl_mean_se": 1e-4, "rows": 2000}}}
+    sized = {"weights_bytes": 2**30, "checkpoint_path": "checkpoints/m/nf4"}
+    first = [
+        BASELINE | {"weights_bytes": 2**32, "checkpoint_path": None},
+        QUANTIZED | judged | sized,
+        result(3, "bnb-int8", **(sized | {"weights_bytes": 2**31, "checkpoint_path": "checkpoints/m/int8"})),
+    ]
+    again = [
+        row
+        | {"batch_id": "b2", "job_id": f"j{number}", "reused_from": row["job_id"]}
+        | ({"baseline_job_id": "j4"} if row["baseline_job_id"] else {})
+        for number, row in enumerate(first, start=4)
+    ]
+    table = results_table([*first, *again])
+    marked = [line.split()[1] for line in table.splitlines() if line.startswith("✓ j")]
+    assert marked == ["j2", "j5"]
+    assert "6 jobs of 1 model on NVIDIA H200: 6 succeeded (3 by earlier results). Ship bnb-nf4" in table
+    # Measured again, as after --force, it is still the same checkpoint.
+    table = results_table([*first, *(row | {"reused_from": None} for row in again)])
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("✓ j")] == ["j2", "j5"]
