@@ -70,12 +70,14 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
 @click.command()
 @compare_options
 @format_options("table", "json", "csv")
-def compare(batches: Sequence[str], models: Sequence[str], by: str, format_: str, **preference: Any) -> None:
+def compare(
+    batches: Sequence[str], models: Sequence[str], by: str, has_legend: bool, format_: str, **preference: Any
+) -> None:
     """Recommend a quantization scheme for each model: a line for each, and what that saves in all.
 
-    With --model, or where there is one model, all figures of its schemes and what limits their speed follow. Results of
-    different protocols or devices are listed separately. If you set no limit on quality, a default limit is used and
-    shown.
+    Where there is one model, all figures of its schemes and what limits their speed follow; with --model, the main
+    figures of each that it chooses. Results of different protocols or devices are listed separately. If you set no
+    limit on quality, a default limit is used and shown.
     """
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
@@ -87,7 +89,8 @@ def compare(batches: Sequence[str], models: Sequence[str], by: str, format_: str
     ids = find_batches(database, batches)
     with database.read() as session:
         rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(models=models)))
-    click.echo(comparison(rows, Preference(**preference), by=by, format=format_, in_full=bool(models)))
+    chosen = Preference(**preference)
+    click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
 
 
 @click.command()

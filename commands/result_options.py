@@ -23,7 +23,7 @@ def compare_options(command: Command) -> Command:
     """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
     options = [
         batch_arguments("results"),
-        models_option(" Of these, all figures are shown, and what limits their speed."),
+        models_option(" Of one model all figures are shown and what limits its speed, of several the main ones."),
         click.option(
             "--by",
             type=click.Choice(ORIENTATIONS),
@@ -32,6 +32,7 @@ def compare_options(command: Command) -> Command:
             help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
         ),
         preference_options,
+        click.option("--legend", "has_legend", is_flag=True, help="Explain the marks."),
     ]
     return with_all(options, command)
 

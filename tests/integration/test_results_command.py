@@ -65,7 +65,7 @@ def test_a_batch_of_eight_models_fits_a_screen(run: Run, width: int) -> None:
     assert sum(line.startswith("✓") for line in rows_of(text)) == 7, (
         "of the model without a tokenizer nothing is recommended"
     )
-    assert text.count("unsteady") == 1, "once in the legend; the cells are marked"
+    assert text.count("uncertain") == 1, "once in the legend; the cells are marked"
     assert "failed (j23 cuda_oom). Ship bnb-nf4 of 5 models" in " ".join(text.split())
 
 
@@ -185,6 +185,25 @@ def test_two_models_take_thirty_lines(home: Path, run: Run, width: int, monkeypa
     found = results.find_results
     monkeypatch.setattr(results, "find_results", lambda *a, **k: [r for r in found(*a, **k) if r.model in first])
     assert len(run("compare", width=width).splitlines()) <= 30
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_figures_of_two_models_take_sixty_lines(run: Run, width: int) -> None:
+    lines = run("compare", "--model", "Mistral-Small", "--model", "*phi*", width=width).splitlines()
+    assert len(lines) <= 60
+    assert max(len(line) for line in lines if "/checkpoints" not in line) <= width
+    assert sum(line.startswith("  peak memory") for line in lines) == 2, "a table of each, in one piece"
+    assert sum("host-bound" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("model", ["bloom", "*"])
+def test_the_marks_are_explained_in_two_lines_or_on_request(run: Run, model: str) -> None:
+    text = run("compare", "--model", model, width=80)
+    *_, legend = text.split("\n\n")
+    assert len(legend.strip().splitlines()) <= 2
+    assert "more: --legend" in legend
+    longer = run("compare", "--model", model, "--legend", width=80)
+    assert "× is a figure divided by that of the baseline, the same model unquantized." in " ".join(longer.split())
 
 
 def test_one_model_is_compared_in_full(run: Run) -> None:

@@ -520,8 +520,18 @@ def test_a_speed_that_varied_is_marked_at_the_cell() -> None:
     assert "36.0 tok/s ×0.72?" in line_of(table, "j2")
     assert "70.0 ms ×1.75?" not in line_of(table, "j2"), "the prefill did not"
     assert "[1]" not in table
-    assert "? unsteady" in table
-    assert "? means that a speed differed much" in " ".join(results_table([varied], has_legend=True).split())
+    assert "? uncertain" in table
+    assert "? means that a speed is uncertain: it differed much" in " ".join(
+        results_table([varied], has_legend=True).split()
+    )
+
+
+def test_a_large_unconfirmed_difference_is_not_called_about_equal() -> None:
+    """On a busy host ×1.80 may be chance, and it is no sign that the two are alike either."""
+    unsteady = {"details": {"stats": {"decode": stats(1.0, 0.9, count=9)}}}
+    for rate, shown in ((90.0, "90.0 tok/s ×1.80?"), (54.0, "54.0 tok/s ×1.08≈"), (10.0, "10.0 tok/s ×0.20 ")):
+        row = QUANTIZED | unsteady | {"decode_tokens_per_s": rate}
+        assert shown in line_of(results_table([BASELINE | unsteady, row]), "j2")
 
 
 def test_a_ratio_of_files_of_unlike_dtypes_is_marked() -> None:
