@@ -12,7 +12,13 @@ import click
 from qbatch.commands.completion import complete_batch, complete_model
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.result_options import compare_options, filter_options, layout_options, read_filter
-from qbatch.commands.shared_options import batch_arguments, format_options, target_arguments
+from qbatch.commands.shared_options import (
+    batch_arguments,
+    format_options,
+    limit_option,
+    page_limit,
+    target_arguments,
+)
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
@@ -59,25 +65,32 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
 
 @click.command()
 @compare_options
+@limit_option("models")
 @format_options("table", "json", "csv")
-def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **preference: Any) -> None:
+def compare(
+    batches: Sequence[str], model: str | None, by: str, limit: int | None, format_: str, **preference: Any
+) -> None:
     """Recommend a quantization scheme for each model: a line for each, and what that saves in all.
 
     With --model, or where there is one model, all figures of its schemes and what limits their speed follow. Results of
     different protocols or devices are listed separately. If you set no limit on quality, a default limit is used and
     shown.
     """
+    from qbatch.models_db.model_pages import results_of_first_models
     from qbatch.models_db.result_filter import ResultFilter
-    from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
 
     settings = current_settings()
     database = open_database(settings)
     ids = find_batches(database, batches)
+    limit = page_limit(limit, format_)
     with database.read() as session:
-        rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(model=model)))
+        page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(model=model))
+    rows = placed(settings, page.rows)
     click.echo(comparison(rows, Preference(**preference), by=by, format=format_, in_full=model is not None))
+    if page.has_more:
+        click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
 
 
 @click.command()
