@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -104,6 +105,11 @@ def limit_option(rows: str) -> Callable[[Command], Command]:
         metavar="INTEGER",
         help=f"Show at most this many {rows}.  [default: {ON_A_TERMINAL} in a table on a terminal, else all]",
     )
+
+
+def page_limit(limit: int | None, format_: str) -> int | None:
+    """How many rows to show: as many as were asked for, else a page on a terminal, and all for a program."""
+    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
 
 
 def _usual(bits: int) -> str:
