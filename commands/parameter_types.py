@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,6 +15,8 @@ from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method, find_method
+
+Value = TypeVar("Value")
 
 
 class Duration(click.ParamType[float]):
@@ -216,6 +218,11 @@ class ByteSize(click.ParamType[int]):
         if not 1 <= size <= self._MOST:
             self.fail(f"{_shorten(value)} is not a valid size (use 500MB, 5GB or 2GiB)", param, ctx)
         return int(size)
+
+
+def joined(lists: Iterable[Iterable[Value]]) -> tuple[Value, ...]:
+    """What an option that takes lists was given, however often it was repeated."""
+    return tuple(value for listed in lists for value in listed)
 
 
 def _shorten(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qbatch.commands.parameter_types import joined
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.shared_options import OF_A_SHAPE
 from qbatch.core.control_characters import escape_controls, is_unicode
@@ -71,26 +72,27 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
+    measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
     grid = Grid(
-        bits=options["bits"] or (),
+        bits=joined(options["bits"]),
         quant_types=_quant_types(options["quant_types"]),
-        methods=tuple(method for listed in options["schemes"] for method in listed),
+        methods=joined(options["schemes"]),
         options={option.name: options[option.name] for option in every_option()},
         compute_dtype=DType(options["compute_dtype"]),
         dtype=DType(options["dtype"]),
         device=DeviceKind(options["device"]),
         baseline=options["baseline"],
         force=options["force"],
-        skip_modules=tuple(pattern for listed in options["skip_modules"] for pattern in listed),
+        skip_modules=joined(options["skip_modules"]),
         max_shard_bytes=options["max_shard_size"],
         allow_pickle=options["allow_pickle"],
-        batch_sizes=options["batch_sizes"] or (),
-        prompt_tokens=options["prompt_tokens"] or (),
-        new_tokens=options["new_tokens"] or (),
-        **_parts(options["measure"], why=options["why"], energy=options["energy"]),
+        batch_sizes=joined(options["batch_sizes"]),
+        prompt_tokens=joined(options["prompt_tokens"]),
+        new_tokens=joined(options["new_tokens"]),
+        **_parts(measure, why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
     )
-    if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
+    if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
     tasks = read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()])
     refuse_unknown_tasks(tasks, is_one_machine=settings.is_one_machine)

@@ -141,7 +141,8 @@ def request_options(command: Command) -> Command:
         click.option(
             "--bits",
             type=Bits(),
-            help="A comma list of 4, 8 and 16 (16: the baseline alone). "
+            multiple=True,
+            help="A comma list of 4, 8 and 16 (16: the baseline alone); may be repeated. "
             f"{' and '.join(_usual(bits) for bits in known_bits())}.",
         ),
         click.option(
@@ -245,29 +246,36 @@ def request_options(command: Command) -> Command:
             "--batch-size",
             "batch_sizes",
             type=Counts(1),
-            help="How many sequences to generate at once; several, separated by commas, are measured one by one.  "
+            multiple=True,
+            help="How many sequences to generate at once; several, separated by commas, are measured one by one. May "
+            "be repeated.  "
             "[default: 1]",
         ),
         click.option(
             "--prompt-tokens",
             type=Counts(1),
-            help="The length of the prompts and of an encoder's input; several may be given, separated by commas.  "
+            multiple=True,
+            help="The length of the prompts and of an encoder's input; several may be given, separated by commas, and "
+            "the option may be repeated.  "
             "[default: 256, on a CPU 64]",
         ),
         click.option(
             "--new-tokens",
             type=Counts(2),
-            help="How many tokens to generate; several may be given, separated by commas.  [default: 64, on a CPU 16]",
+            multiple=True,
+            help="How many tokens to generate; several may be given, separated by commas, and the option may be "
+            "repeated.  [default: 64, on a CPU 16]",
         ),
         click.option(
             "--measure",
             type=Parts(),
+            multiple=True,
             metavar="PART",
-            help="What to measure, as a comma list. size: counted without loading the model, so that every model that "
-            "can be quantized succeeds. quality: perplexity, the comparison with the baseline, and the tasks. speed: "
-            "times and peaks of memory. why: on a GPU, what limits the decoding speed of a language model, which "
-            "takes a few seconds per row and includes speed. energy: on a GPU, what a language model takes per token, "
-            "which takes 40 s per row or more.  [default: size,quality,speed,why]",
+            help="What to measure, as a comma list; may be repeated. size: counted without loading the model, so that "
+            "every model that can be quantized succeeds. quality: perplexity, the comparison with the baseline, and "
+            "the tasks. speed: times and peaks of memory. why: on a GPU, what limits the decoding speed of a language "
+            "model, which takes a few seconds per row and includes speed. energy: on a GPU, what a language model "
+            "takes per token, which takes 40 s per row or more.  [default: size,quality,speed,why]",
         ),
         click.option(
             "--why/--no-why", default=None, help="Add why to what is measured, or leave it out.  [default: why]"

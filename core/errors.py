@@ -61,7 +61,9 @@ class ModelsRefused(UsageError):
     """Models of a list cannot be used, each for a reason that is known before anything is stored. Correct or remove
     those lines; with --keep-going the others are submitted."""
 
-    def __init__(self, problems: Sequence[str], *, models: int) -> None:
+    def __init__(self, problems: Sequence[str], *, models: int, is_plan: bool = False) -> None:
+        """``is_plan``: nobody asked to submit them yet."""
+        self._so = "so submit would refuse this list" if is_plan else "so nothing was submitted"
         more = len(problems) - _SHOWN_PROBLEMS
         self._problems = (*problems[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else ()))
         self._count, self._models = len(problems), models
@@ -72,7 +74,7 @@ class ModelsRefused(UsageError):
         """A line for each problem."""
         if self._count == 1:
             return (str(self),)
-        first = f"{self._count} of {self._models} models cannot be used, so nothing was submitted:"
+        first = f"{self._count} of {self._models} models cannot be used, {self._so}:"
         return (first, *(f"  {escape_controls(problem)}" for problem in self._problems))
 
 

@@ -15,7 +15,8 @@ from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS
-from qbatch.core.measured.result_row import ResultRow, StoredProtocol
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now

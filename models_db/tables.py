@@ -1,6 +1,6 @@
 """The tables. Each is written by one module of this package only; ``retention`` deletes rows of several."""
 
-from __future__ import annotations
+# Annotations are evaluated at once here: to do so from text takes SQLAlchemy longer, in every command.
 
 from datetime import datetime
 from typing import Any

@@ -16,9 +16,9 @@ from qbatch.views.choices import Choice
 from qbatch.views.figure_table import FigureTable, Line
 from qbatch.views.formats import GAP, UNLIMITED, printable, text_width
 from qbatch.views.groups import ModelRows
-from qbatch.views.ranking import short_names, shortened
 from qbatch.views.result_columns import ShownColumn, of_metrics
 from qbatch.views.scheme import show_scheme
+from qbatch.views.shortened import fit_names
 from qbatch.views.table_notes import Footnotes
 
 _COLUMNS: tuple[ShownColumn, ...] = tuple(
@@ -57,8 +57,7 @@ def pick_lines(
     figures = FigureTable.of([answer.line for answer in answers], _BESIDE_NAMES).figures_width
     schemes = max(text_width(answer.scheme) for answer in answers)
     room = max(width - figures - schemes - len(GAP), _LEAST_OF_A_NAME)
-    names = [answer.model for answer in answers]
-    names = names if max(map(text_width, names)) <= room else [shortened(name, room) for name in short_names(names)]
+    names = fit_names([answer.model for answer in answers], room)
     name_width = max(map(text_width, names))
     labelled = [_labelled(answer, name, name_width, schemes) for answer, name in zip(answers, names, strict=True)]
     table = FigureTable.of(labelled, _COLUMNS).fitted(width)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 
 _FIRST_FIELDS = (
@@ -24,35 +24,6 @@ _FIGURES = tuple(
     for column in MEASURED_COLUMNS
     for name in (column, *(new for new, after in _DERIVED_FIGURES.items() if after == column))
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredProtocol(Stored):
-    """The protocol of a measurement. ``stored`` has all of its fields; of those left out, ``quality`` and ``speed`` are
-    true, ``why`` and ``energy`` false."""
-
-    batch_size: int | None = None
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    eval_window: int | None = None
-    eval_stride: int | None = None
-    eval_max_windows: int | None = None
-    eval_text_sha256: str | None = None
-    quality: bool | None = omitted_if_unknown()
-    speed: bool | None = omitted_if_unknown()
-    why: bool | None = omitted_if_unknown()
-    energy: bool | None = omitted_if_unknown()
-
-    @property
-    def parts(self) -> frozenset[MeasuredPart]:
-        """What was asked for."""
-        chosen = {
-            MeasuredPart.QUALITY: self.quality is not False,
-            MeasuredPart.SPEED: self.speed is not False,
-            MeasuredPart.WHY: self.why is True,
-            MeasuredPart.ENERGY: self.energy is True,
-        }
-        return frozenset({MeasuredPart.SIZE, *(part for part, is_asked in chosen.items() if is_asked)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -563,8 +563,8 @@ def test_a_column_to_sort_by_comes_from_a_list(database: Database, sort: str) ->
 def test_a_name_to_filter_by_is_a_value_and_no_pattern(database: Database, model: str) -> None:
     a_batch(database)
     with database.read() as session:
-        assert find_results(session, only=ResultFilter(model=model)) == []
-        assert len(find_results(session, only=ResultFilter(model="/models/a"))) == 3
+        assert find_results(session, only=ResultFilter(models=[model])) == []
+        assert len(find_results(session, only=ResultFilter(models=["/models/a"]))) == 3
 
 
 def test_the_embedded_redis_has_a_directory_of_its_user_s_own(tmp_path: Path) -> None:

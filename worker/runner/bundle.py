@@ -20,6 +20,7 @@ from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
+from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import (
     Answered,
@@ -48,6 +49,7 @@ class Bundle:
         self._quiet = quiet
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
+        self._loaded = LoadedModels(self._device)
 
     def run(self) -> None:
         """Run all jobs. Each ends with a message, unless a fault makes the device unusable for the remaining ones."""
@@ -88,7 +90,8 @@ class Bundle:
         answered = self._ask(plans)
         self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
-        published = Publication(self._order, self._reports, source, self._device).publish_all(models, answered.paths)
+        publication = Publication(self._order, self._reports, source, self._device, self._loaded, self._quiet)
+        published = publication.publish_all(models, answered.paths)
         self._measure(
             source,
             answered.speeds,
@@ -133,7 +136,7 @@ class Bundle:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
         loaded = [model for model in models if model.runs]
-        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet)
+        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet, self._loaded)
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:

@@ -2,7 +2,7 @@
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
-models stay loaded together if they fit.
+models stay loaded together if they fit. Without a baseline, the first is the one that is still loaded from its trial.
 """
 
 from __future__ import annotations
@@ -75,7 +75,14 @@ class Rounds:
     """Measures the models of a bundle. Use it once."""
 
     def __init__(
-        self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows, quiet: Quiet
+        self,
+        order: Order,
+        reports: Reports,
+        source: LocalSource,
+        device: str,
+        rows: FinishedRows,
+        quiet: Quiet,
+        loaded: LoadedModels,
     ) -> None:
         self._order = order
         self._quiet = quiet
@@ -84,7 +91,7 @@ class Rounds:
         self._device = device
         self._turns: list[_Turn] = []
         self._unmeasured: list[_Turn] = []
-        self._models = LoadedModels(device)
+        self._models = loaded
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
         self._base_outputs = BaseOutputs(order, reports, source)
@@ -97,7 +104,9 @@ class Rounds:
         """
         from qbatch.worker.measuring.why.capture import Captures
 
-        self._turns = self._unmeasured = [self._turn(model, speeds) for model in models]
+        # One that is loaded, since it was tried, is the first.
+        ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
+        self._turns = self._unmeasured = [self._turn(model, speeds) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
@@ -208,7 +217,8 @@ class Rounds:
         return work()
 
     def _load(self, turn: _Turn) -> LoadedModel:
-        """Load the model of the turn from its published files, unless it is loaded. Failures affect all its jobs."""
+        """Load the model of the turn from its published files, unless it is loaded: since its last turn, or since those
+        files were tried. Failures affect all its jobs."""
         from qbatch.worker.models.load import load
 
         loaded = self._models.get(turn.jobs)
