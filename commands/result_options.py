@@ -85,7 +85,7 @@ def filter_options(command: Command) -> Command:
             type=Schemes(),
             multiple=True,
             metavar="NAME",
-            help="Only these methods, separated by commas; may be repeated. none is the baseline.",
+            help="Only these methods, separated by commas; may be repeated. none is the baseline, auto a search.",
         ),
         click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8."),
         click.option(
@@ -147,7 +147,7 @@ def read_filter(options: dict[str, Any]) -> ResultFilter:
     """What ``filter_options`` chose."""
     from qbatch.models_db.result_filter import ResultFilter
 
-    schemes = tuple(method.value for listed in options["schemes"] for method in listed)
+    schemes = tuple(str(name) for listed in options["schemes"] for name in listed)
     return ResultFilter(
         model=options["model"],
         schemes=schemes,

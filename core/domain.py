@@ -398,6 +398,11 @@ class JobSpec:
     search: SearchRequest | None = None
 
     @property
+    def loaded_scheme(self) -> Scheme:
+        """That of the largest model that the job has loaded: a search measures mixtures of the unquantized one."""
+        return self.scheme if self.search is None else BASELINE
+
+    @property
     def text_hashes(self) -> tuple[str, ...]:
         """The sha256 of each stored text that the job needs."""
         own = () if self.search is None else (self.search.protocol.text_sha256,)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from qbatch.core.search.frontier import FrontierPoint
     from qbatch.core.search.sensitivity import Estimate
 
+AUTO = "auto"
+"""The scheme whose layers at 16 bits a search chooses."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
@@ -27,7 +30,7 @@ class Bound:
         if len(given) != 1:
             raise UsageError("--scheme auto needs exactly one of --max-kl, --max-ppl-ratio and --max-weights-bytes")
         if not 0 < getattr(self, given[0]) < math.inf:
-            raise UsageError(f"--{given[0].replace('_', '-')} must be a finite number above 0")
+            raise UsageError(f"{self.flag} must be a finite number above 0")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -35,6 +38,11 @@ class Bound:
 
     def to_json(self) -> dict[str, Any]:
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
+
+    @property
+    def flag(self) -> str:
+        """The option that gave it."""
+        return f"--{next(iter(self.to_json())).replace('_', '-')}"
 
     @property
     def is_about_quality(self) -> bool:
