@@ -84,10 +84,11 @@ def _print_jobs(
     from qbatch.models_db.listing import list_jobs
     from qbatch.models_db.time_left import with_time_left
     from qbatch.views.formats import render
-    from qbatch.views.listings import JOB_COLUMNS
+    from qbatch.views.listings import JOB_COLUMNS, show_mixtures
 
     found = with_time_left(list_jobs(session, batch_ids=batch_ids, states=states, limit=limit), left)
-    click.echo(render(found, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
+    rows = show_mixtures(found) if format_ == "table" else found
+    click.echo(render(rows, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
     if format_ == "table" and any(job["state"] == JobState.FAILED for job in found):
         click.echo("`qbatch logs JOB` shows the log of a failed job", err=True)
     if limit is not None and len(found) == limit:

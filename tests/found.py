@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qbatch.core.domain import DeviceKind, JobSpec, Method
+from qbatch.core.domain import JobSpec, Method
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.search.bound import Bound
@@ -82,14 +82,14 @@ def a_search(kl: Sequence[float] = FOUND_KL) -> FinishedSearch:
     )
 
 
-def search_spec(bound: Bound, model: str = "/models/a", device: DeviceKind = DeviceKind.CPU) -> JobSpec:
-    return replace(spec(model, device=device), search=SearchRequest(bound=bound, protocol=SEARCH_PROTOCOL))
+def search_spec(bound: Bound) -> JobSpec:
+    return replace(spec(), search=SearchRequest(bound=bound, protocol=SEARCH_PROTOCOL))
 
 
-def searching(bound: Bound, model: str = "/models/a", *, with_baseline: bool = False) -> list[NewJob]:
+def searching(bound: Bound, *, with_baseline: bool = False, force: bool = False) -> list[NewJob]:
     """A bundle with a search."""
-    baseline = [NewJob(spec=spec(model, Method.NONE), bits=16)] if with_baseline else []
-    return [*baseline, NewJob(spec=search_spec(bound, model), bits=4)]
+    baseline = [NewJob(spec=spec("/models/a", Method.NONE), bits=16)] if with_baseline else []
+    return [*baseline, NewJob(spec=replace(search_spec(bound), force=force), bits=4)]
 
 
 def measured_with(kl: float | None, weights_bytes: int, *, key: str = "c" * 64, error: float = 0.001) -> Measurement:

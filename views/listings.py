@@ -7,6 +7,7 @@ from typing import Any
 
 from qbatch.core.domain import WorkerState
 from qbatch.core.job_progress import JobProgress
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.views.formats import Column
 from qbatch.views.units import show_bytes, show_duration, show_time, show_time_left
 
@@ -83,6 +84,11 @@ WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="heartbeat_at", title="last heartbeat", show=show_time, spare=True),
     Column(key="note", title="note", wraps=True),
 )
+
+
+def show_mixtures(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For people: a scheme's name says what its job has to do with a search."""
+    return [{**job, "scheme": f"{job['scheme']}{MixtureOrigin.from_json(job.get('mixture')).title}"} for job in jobs]
 
 
 def show_busy(workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from sqlalchemy import select, update
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import QuantizationError, StorageError, WorkerLost
 from qbatch.core.search.bound import Bound
+from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, searches, window
+from qbatch.models_db.jobs import searching as transitions
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, SearchRow
+from qbatch.worker.runner.messages import JobIdentity, Resolved
+from qbatch.worker.serving.answers import Answers
+from qbatch.worker.serving.recorder import Recorder
 from tests.found import FOUND_KL, KEY, a_search, measured_with, searching
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, claim, fail, states
 
@@ -245,3 +258,122 @@ def test_a_point_is_not_run_before_its_baseline(database: Database) -> None:
     assert point.bundle == a_job(database, baseline).bundle != a_job(database, search).bundle
     assert [states(database)[job_id] for job_id in (baseline, search, point.id)] == [JobState.QUEUED] * 3
     assert len(FOUND_KL) == 5
+
+
+# A key that is known
+
+
+def resolve(database: Database, storage: Path, search: int, worker: int) -> frozenset[int]:
+    """The worker of a search asks what is known of it. The jobs that are answered, or returned to the queue."""
+    with database.write() as session:
+        claims = {claim.job_id: claim for claim in jobs.claim(session, [search], worker, 60.0)}
+    identity = JobIdentity(key=KEY, legacy_key=None, protocol_hash="p")
+    return Answers(database, storage, "a CPU", claims).find(Resolved(jobs={search: identity})).job_ids
+
+
+def test_what_is_stored_answers_a_later_bound(database: Database, tmp_path: Path) -> None:
+    worker = a_worker(database)
+    first, _ = a_recorded_search(database, worker=worker)
+    _, (later,) = a_batch(database, searching(Bound(max_kl=0.02)))
+    assert resolve(database, tmp_path, later, worker) == {later}
+    assert [point.point for point in points_of(database, later)] == [4]
+    assert a_job(database, later).search_id == a_job(database, first).search_id
+
+
+def test_a_forced_search_is_made_anew_and_answers_from_then_on(database: Database, tmp_path: Path) -> None:
+    worker = a_worker(database)
+    first, _ = a_recorded_search(database, worker=worker)
+    _, (forced,) = a_batch(database, searching(BOUND, force=True))
+    assert resolve(database, tmp_path, forced, worker) == frozenset()
+    assert record(database, (forced, 1))
+    assert a_job(database, forced).search_id != a_job(database, first).search_id
+    assert points_of(database, forced)[0].force
+    with database.read() as session:
+        assert searches.newest(session, [KEY]) == {KEY: a_job(database, forced).search_id}
+
+
+def test_what_another_runner_searches_is_waited_for(database: Database, tmp_path: Path) -> None:
+    one, other = a_worker(database), a_worker(database, "w2")
+    _, (first,) = a_batch(database, searching(BOUND))
+    _, (second,) = a_batch(database, searching(BOUND))
+    assert resolve(database, tmp_path, first, one) == frozenset()
+    assert resolve(database, tmp_path, second, other) == {second}
+    assert (a_job(database, second).state, points_of(database, second)) == ("queued", [])
+
+
+# Kills
+
+
+def dies_after(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which kills its process at the end of its first call."""
+    calls = itertools.count(1)
+
+    def counted(*arguments: object, **words: object) -> Any:
+        returned = function(*arguments, **words)
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return returned
+
+    return counted
+
+
+def run_killed(database: Database, owner: Any, name: str, act: Callable[[Database], object]) -> None:
+    """``act`` in a process of its own, which is killed at the end of that function."""
+
+    def run() -> None:
+        setattr(owner, name, dies_after(getattr(owner, name)))
+        act(Database(database.engine.url.render_as_string(hide_password=False)))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+KILLS = {
+    "what was found is stored": (searches, "add", False),
+    "the job of the first point is inserted": (transitions, "add_jobs", False),
+    "all is recorded": (Recorder, "_write", True),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "is_there"), KILLS.values(), ids=KILLS.keys())
+def test_a_kill_leaves_a_search_unrecorded_or_its_job_there_once(
+    database: Database, tmp_path: Path, owner: Any, name: str, is_there: bool
+) -> None:
+    worker = a_worker(database)
+    settings = Settings(home=tmp_path, storage=tmp_path / "storage", cache=tmp_path / "cache")
+    _, (search,) = a_batch(database, searching(BOUND))
+    (token,) = claim(database, [search], worker)
+    run_killed(database, owner, name, lambda other: Recorder(other, settings).searched(token, KEY, a_search()))
+    assert rows(database) == ((1, 1) if is_there else (0, 0))
+    with database.write() as session:
+        jobs.expire(session, worker_id=worker, backoff_s=0.0, max_failures=3)
+    for again in claim(database, [search], worker):
+        Recorder(database, settings).searched(again, KEY, a_search())
+    assert rows(database) == (1, 1)
+    publish(database, points_of(database, search)[0].id, kl=0.03)
+    assert set(states(database).values()) == {"succeeded"}
+
+
+def rows(database: Database) -> tuple[int, int]:
+    """The numbers of stored searches, and of jobs that publish what they found."""
+    with database.read() as session:
+        stored = session.scalars(select(SearchRow.id)).all()
+        points = session.scalars(select(Job.id).where(Job.search_job_id.is_not(None))).all()
+    return len(stored), len(points)
+
+
+def test_a_kill_between_a_points_end_and_the_next_leaves_neither(database: Database) -> None:
+    search, point = a_recorded_search(database)
+    (token,) = claim(database, [point], 1)
+
+    def succeed(other: Database) -> None:
+        with other.write() as session:
+            row, protocol = measured_with(0.05, 1200), PROTOCOL.for_device(DeviceKind.CPU)
+            jobs.succeed(session, token, row, protocol=protocol, checkpoint_path="checkpoints/x")
+
+    run_killed(database, transitions, "add_jobs", succeed)
+    assert states(database) == {search: "queued", point: "running"}
+    succeed(database)
+    assert [(one.point, one.state) for one in points_of(database, search)] == [(2, "succeeded"), (3, "queued")]
