@@ -217,7 +217,7 @@ def _described(
     dtype = source_dtype(headers)
     return InspectedFolder(
         dtype=dtype,
-        needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+        needs={spec.loaded_scheme: predicted_need(spec, headers, config) for spec in specs},
         # Each worker decides whether the model's own code may run, which makes it a different model.
         stats=None if names_code(folder) else _stats(folder, mounts),
         legacy_fingerprint=legacy_folder_fingerprint(folder),
@@ -250,7 +250,7 @@ def _settle(
 
     return RequestedJob(
         spec=spec,
-        need=folder.needs[spec.scheme],
+        need=folder.needs[spec.loaded_scheme],
         settled=settled(fingerprint),
         legacy=settled(folder.legacy_fingerprint),
     )

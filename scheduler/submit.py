@@ -14,6 +14,7 @@ from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, 
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import missing_library
+from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.core.settings import Settings
 from qbatch.core.vram_classes import vram_class
 from qbatch.models_db import workers
@@ -42,14 +43,16 @@ _SLOWEST_COMMIT_S = 10.0
 class Submission:
     """A validated request to submit a batch.
 
-    ``more_texts``: by name, texts on which quality is measured too. ``screened`` are the folders that were inspected
-    already (``screen``).
+    ``more_texts``: by name, texts on which quality is measured too. ``search_text``: the one on which the layers to
+    keep at 16 bits are looked for, if the grid asks for that. ``screened`` are the folders that were inspected already
+    (``screen``).
     """
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
+    search_text: str = ""
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -84,7 +87,8 @@ class Submission:
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
-        return self.grid.bundle(self.sources[0], protocol)
+        searching = SearchProtocol(text_sha256=_sha256(self.search_text)) if self.search_text else None
+        return self.grid.bundle(self.sources[0], protocol, searching)
 
 
 def _sha256(text: str) -> str:
@@ -170,7 +174,8 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        for text in (submission.eval_text, *submission.more_texts.values()):
+        searched = [submission.search_text] if submission.search_text else []
+        for text in (submission.eval_text, *submission.more_texts.values(), *searched):
             add_text(session, _sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
@@ -198,7 +203,7 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
 def refuse_missing_libraries(grid: Grid) -> None:
     """Raises UsageError, with the line that installs what is missing. A job's key contains the versions of its
     libraries."""
-    for scheme in grid.schemes():
+    for scheme in grid.every_scheme():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
 
@@ -206,7 +211,7 @@ def refuse_missing_libraries(grid: Grid) -> None:
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
     """Raises UsageError if the jobs would run on a device that a method does not support."""
     kind = device_kind_of(grid.device, devices)
-    for scheme in grid.schemes():
+    for scheme in grid.every_scheme():
         if kind is not None:
             scheme.description.refuse_device(kind)
 

@@ -197,7 +197,7 @@ def describe_failure(jobs: Sequence[WatchedJob], first: str) -> str:
 
 def _what_happened(job: WatchedJob) -> str:
     if job.state is JobState.QUEUED:
-        return "back in the queue"
+        return "it has found its mixtures, and one is published next" if job.has_found else "back in the queue"
     if job.state is JobState.SUCCEEDED and job.answered_by is not None:
         return f"answered by {job.answered_by}"
     return job.stage or job.state
