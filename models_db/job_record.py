@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import format_batch_id, format_job_id, job_number
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.stored_json import Stored
 from qbatch.core.search.finished_search import FinishedSearch
+from qbatch.core.stored_json import Stored
 from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
 from qbatch.models_db.searches import find_searches

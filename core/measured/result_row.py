@@ -8,10 +8,10 @@ from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
-from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN
 from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.core.search.mixture_origin import MixtureOrigin
+from qbatch.core.stored_json import OMITTED_IF_UNKNOWN
 
 _FIRST_FIELDS = (
     *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),

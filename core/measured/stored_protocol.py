@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qbatch.core.measured.stored_json import Stored
 from qbatch.core.search.frontier import Frontier
 from qbatch.core.search.sensitivity import Sensitivity
+from qbatch.core.stored_json import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

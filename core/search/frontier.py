@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 from qbatch.core.search.sensitivity import Estimate
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

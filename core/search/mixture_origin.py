@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 from qbatch.core.search.bound import AUTO
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
