@@ -22,16 +22,16 @@ from qbatch.models_db.arrivals import arriving
 from qbatch.models_db.batches import NewJob, add_text
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.scheduler.inquiry import (
-    Inquiry,
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.lm_eval_files import TaskFiles
+from qbatch.scheduler.submission_lookup import (
     InspectedFolder,
     InspectedSource,
     RequestedJob,
+    SubmissionLookup,
     device_kind_of,
     inspect_unvetted,
 )
-from qbatch.scheduler.job_grid import Grid
-from qbatch.scheduler.lm_eval_files import TaskFiles
 
 # So many are inserted in a few hundredths of a second.
 _JOBS_AT_ONCE = 1000
@@ -130,7 +130,7 @@ def submit(
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
     refuse_missing_libraries(submission.grid)
-    inquiry = inquire(database, settings, submission.grid)
+    lookup = start_lookup(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
     warnings: Counter[str] = Counter()
@@ -139,28 +139,28 @@ def submit(
     ) as batch:
         for chunk in _chunks(submission, settings):
             with database.read() as session:
-                looked_up = inquiry.look_up(session, chunk)
-            answers = inquiry.answers(looked_up.finished)
+                looked_up = lookup.look_up(session, chunk)
+            answers = lookup.answers(looked_up.finished)
             batch.add([[_new_job(one, answers) for one in bundle] for bundle in looked_up.bundles])
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)
             warnings.update(line for source in chunk if source.folder is not None for line in source.folder.warnings)
-            warnings.update(line for bundle in looked_up.bundles if (line := inquiry.memory_warning(bundle)))
+            warnings.update(line for bundle in looked_up.bundles if (line := lookup.memory_warning(bundle)))
             undecided += looked_up.undecided
             on_progress(len(chunk))
-        answered = batch.publish(inquiry.look_again)
+        answered = batch.publish(lookup.look_again)
     return Receipt(
         batch_id=batch.batch_id,
         jobs=stored,
         answered=answered,
-        live_workers=len(inquiry.devices),
+        live_workers=len(lookup.devices),
         outdated=outdated,
         undecided=undecided,
         warnings=dict(warnings),
     )
 
 
-def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
+def start_lookup(database: Database, settings: Settings, grid: Grid) -> SubmissionLookup:
     """Raises UsageError if the jobs would run on a device that a method does not support."""
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
@@ -168,7 +168,9 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
         gpus = [vram_class(worker.memory_bytes) for worker in live if worker.device_kind == DeviceKind.CUDA]
         began_at = session.execute(select(db_now(-_SLOWEST_COMMIT_S))).scalar_one()
     _refuse_device(grid, devices)
-    return Inquiry(settings=settings, devices=devices, began_at=began_at, largest_gpu_gib=max(gpus, default=None))
+    return SubmissionLookup(
+        settings=settings, devices=devices, began_at=began_at, largest_gpu_gib=max(gpus, default=None)
+    )
 
 
 def _add_texts(database: Database, submission: Submission) -> None:

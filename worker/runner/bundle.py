@@ -31,10 +31,10 @@ from qbatch.worker.runner.messages import (
     Resolved,
 )
 from qbatch.worker.runner.publication import Publication
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.runner.shared_speeds import SpeedKeys, agreeing
 from qbatch.worker.runner.skip_lists import SkipLists
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
@@ -45,9 +45,9 @@ _VETTED_CHARACTERS = 4096
 class Bundle:
     """The jobs of one source, run on one device."""
 
-    def __init__(self, order: Order, link: ReportChannel, quiet: Quiet) -> None:
+    def __init__(self, order: Order, link: ReportChannel, pauses: TimingPauses) -> None:
         self._order = order
-        self._quiet = quiet
+        self._pauses = pauses
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
         self._loaded = LoadedModels(self._device)
@@ -91,7 +91,7 @@ class Bundle:
         answered = self._ask(plans)
         self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if not plan.searches and self._reports.open([plan.job_id]))
-        publication = Publication(self._order, self._reports, source, self._device, self._loaded, self._quiet)
+        publication = Publication(self._order, self._reports, source, self._device, self._loaded, self._pauses)
         published = publication.publish_all(models, answered.paths)
         self._measure(
             source,
@@ -138,7 +138,7 @@ class Bundle:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
         loaded = [model for model in models if model.runs]
-        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet, self._loaded)
+        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._pauses, self._loaded)
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:

@@ -103,7 +103,7 @@ class LookedUp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inquiry:
+class SubmissionLookup:
     """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name;
     ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU."""
 
@@ -154,7 +154,7 @@ class Inquiry:
         }
 
     def look_again(self, session: Session, batch_id: int) -> int:
-        """End the jobs whose answers were recorded since the inquiry began, and return how many there were."""
+        """End the jobs whose answers were recorded since the lookup began, and return how many there were."""
         waiting = {
             job: (job.checkpoint_key, spec.protocol.for_device(kind).hash)
             for job in answerable_since(session, batch_id, self.began_at)
