@@ -43,27 +43,32 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
     A mark shows what `compare` recommends of each model, within --max-kl, --max-weights-bytes and --min-tokens-per-s if
     they are given. A baseline that a filter hides is still what the others are compared with.
     """
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_others, find_results
+    from qbatch.views.choices import told_apart_by_answers
     from qbatch.views.comparison import Preference
     from qbatch.views.results_table import ResultsScreen, TableLayout
 
     settings = current_settings()
     database = open_database(settings)
     ids, only = find_batches(database, batches), read_filter(options)
+    limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
+    preference = Preference(**limits)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
-        has_hidden = limit is not None or not only.hides_nothing
-        others = find_others(session, rows) if has_hidden and format_ in ("table", "md") else []
+        has_hidden, has_marks = limit is not None or not only.hides_nothing, format_ in ("table", "md")
+        others = find_others(session, rows) if has_hidden and has_marks else []
+        alike = told_apart_by_answers([*others, *rows], preference) if has_marks else set()
+        rows, others = with_answers(session, rows, alike), with_answers(session, others, alike)
     if format_ == "table" and not rows and not only.hides_nothing:
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
-    limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
     layout = TableLayout(
         columns=joined(options["columns"]) or None,
         is_wide=options["is_wide"],
         has_legend=options["has_legend"],
         sort=sort,
     )
-    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=Preference(**limits), layout=layout)
+    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=preference, layout=layout)
     print_results(screen, format_)
 
 
@@ -79,6 +84,7 @@ def compare(
     figures of each that it chooses. Results of different protocols or devices are listed separately. If you set no
     limit on quality, a default limit is used and shown.
     """
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
@@ -88,7 +94,8 @@ def compare(
     database = open_database(settings)
     ids = find_batches(database, batches)
     with database.read() as session:
-        rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(models=models)))
+        found = with_answers(session, find_results(session, batch_ids=ids, only=ResultFilter(models=models)))
+        rows = placed(settings, found)
     chosen = Preference(**preference)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
 

@@ -122,6 +122,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     what batches that are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_results
     from qbatch.views.comparison import Preference
     from qbatch.views.unrecommended import unrecommended
@@ -132,7 +133,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     ids = find_batches(database, batches)
     _require_storage(settings)
     with database.read() as session:
-        found = unrecommended(find_results(session, batch_ids=ids), Preference(**preference))
+        found = unrecommended(with_answers(session, find_results(session, batch_ids=ids)), Preference(**preference))
         paths = frozenset(one.path for one in checkpoints_at(session, found.paths))
     for remark in found.remarks:
         click.echo(escape_controls(remark), err=True)
