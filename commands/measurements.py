@@ -124,10 +124,13 @@ def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
 
 @click.command()
 @target_arguments
+@click.option("--all", "in_full", is_flag=True, help="Show everything, as JSON and CSV do anyway.")
 @format_options("table", "json", "csv")
-def show(targets: Sequence[str], format_: str) -> None:
-    """Show everything about a job, or about each job of a batch: attempts, scheme, protocol, measurements, audit, and
-    what limits its speed."""
+def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
+    """Show a job, or each job of a batch: how it went, its figures beside the baseline's, and what limits its speed.
+
+    With --all also its source, scheme, protocol, and versions, the coverage audit, and all that was measured.
+    """
     from qbatch.models_db.database_id import database_id
     from qbatch.models_db.job_pages import first_jobs
     from qbatch.models_db.job_record import whole_jobs
@@ -144,7 +147,8 @@ def show(targets: Sequence[str], format_: str) -> None:
     rows = placed(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
-    click.echo(show_jobs(whole) if format_ == "table" else render([job.to_json() for job in whole], (), format_))
+    data = [job.to_json() for job in whole]
+    click.echo(show_jobs(whole, in_full=in_full) if format_ == "table" else render(data, (), format_))
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:

@@ -223,6 +223,20 @@ def test_two_models_are_compared_and_reported(run: Run) -> None:
     assert "6 of the same measurement" in " ".join(run("diff", "b1", "b1", *two).split())
 
 
+@pytest.mark.parametrize("job", ["j3", "j23"])
+def test_a_job_is_shown_on_a_screen_and_in_full_on_request(run: Run, job: str) -> None:
+    text = run("show", job, width=80)
+    lines = text.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    assert f"`qbatch show --all {job}` shows everything" in text
+    whole = run("show", "--all", job, width=80)
+    assert ("\nsource\n" in text, "\nsource\n" in whole) == (False, True)
+    if job == "j3":
+        assert "35.6 tok/s ×0.73  (baseline 48.8 tok/s)" in text
+        assert len(whole.splitlines()) > 80
+
+
 def test_a_rate_may_be_asked_for(run: Run) -> None:
     def shipped(*options: str) -> list[Any]:
         models = json.loads(run("compare", "--json", *options))
