@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import click
@@ -37,8 +38,26 @@ if __name__ != "qbatch.cli":
 _NOBODY_READS = 141
 
 
+SECTIONS: Mapping[str, Sequence[click.Command]] = {
+    "Submit and watch": (submit, plan, inspect, run, watch, wait, status, jobs, workers, logs, cancel, retry),
+    "Results": (results, compare, diff, show, report),
+    "Checkpoints": (verify, card, du, gc, keep, rm),
+    "Run the service": (up, worker, scheduler, flower, healthcheck, doctor, prune, db),
+}
+"""The commands in the order in which help lists them."""
+
+
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(one.name), one.get_short_help_str(limit)) for one in commands])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         show_anything(sys.stdout, sys.stderr)
@@ -84,41 +103,9 @@ def main() -> None:
     hide_from_equals()
 
 
-_COMMANDS: tuple[click.Command, ...] = (
-    submit,
-    plan,
-    run,
-    wait,
-    watch,
-    up,
-    worker,
-    scheduler,
-    flower,
-    healthcheck,
-    status,
-    jobs,
-    workers,
-    cancel,
-    retry,
-    results,
-    compare,
-    diff,
-    report,
-    show,
-    logs,
-    doctor,
-    inspect,
-    verify,
-    card,
-    du,
-    gc,
-    keep,
-    rm,
-    prune,
-    db,
-)
-for _command in _COMMANDS:
-    main.add_command(_command)
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        main.add_command(_command)
 
 
 if __name__ == "__main__":

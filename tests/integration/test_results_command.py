@@ -149,7 +149,18 @@ def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
     assert rows_of(run("results", "--columns", "weights", "--columns", "kl", width=80)) == rows_of(
         run("results", "--columns", "weights,kl", width=80)
     )
-    assert "'nothing' is not a column; the columns are weights, decode" in said
+    assert "'nothing' is not a column; job, model and scheme are always there, and the columns are weights" in said
+
+
+def test_the_labels_may_be_named_among_the_columns(run: Run) -> None:
+    for width in (80, None):
+        assert run("results", "--columns", "model,scheme,KL", width=width) == run(
+            "results", "--columns", "kl", width=width
+        )
+    table = run("results", "--columns", "model", "--bits", "4", width=80)
+    assert [line.split()[-1] for line in rows_of(table)] == ["bnb-nf4"] * 8
+    (row, *_) = json.loads(run("results", "--columns", "job,model", "--bits", "4", "--json"))
+    assert row.keys() == {"job_id", "model", "scheme"}
 
 
 def test_markdown_and_csv_have_every_row(run: Run) -> None:
