@@ -114,16 +114,15 @@ class ColumnNames(click.ParamType[tuple[str, ...]]):
     name = "columns"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        from qbatch.views.result_columns import find_column
+        from qbatch.views.result_columns import chosen_columns
 
         if isinstance(value, tuple):
             return value
         names = tuple(part.strip() for part in str(value).split(","))
-        for name in names:
-            try:
-                find_column(name)
-            except UsageError as error:
-                self.fail(str(error), param, ctx)
+        try:
+            chosen_columns(names)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
         return names
 
 

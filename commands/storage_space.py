@@ -122,6 +122,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     what batches that are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_results
     from qbatch.views.comparison import Preference
     from qbatch.views.unrecommended import unrecommended
@@ -132,7 +133,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     ids = find_batches(database, batches)
     _require_storage(settings)
     with database.read() as session:
-        found = unrecommended(find_results(session, batch_ids=ids), Preference(**preference))
+        found = unrecommended(with_answers(session, find_results(session, batch_ids=ids)), Preference(**preference))
         paths = frozenset(one.path for one in checkpoints_at(session, found.paths))
     for remark in found.remarks:
         click.echo(escape_controls(remark), err=True)
@@ -153,9 +154,15 @@ def _report(removed: Sequence[Pruned], format_: str, *, done: bool) -> None:
     from qbatch.views.listings import removal_columns
     from qbatch.views.units import show_bytes
 
-    click.echo(render([kind.to_json_with_paths() for kind in removed], removal_columns(done=done), format_))
+    is_table = format_ == "table"
+    # What there is none of is for programs.
+    rows = [kind.to_json_with_paths() for kind in removed if kind.number or not is_table]
     problems = [problem for kind in removed for problem in kind.problems]
+    nothing = is_table and not rows
+    click.echo("nothing to remove" if nothing else render(rows, removal_columns(done=done), format_))
     _tell([*problems, *(line for kind in removed for line in kind.kept_lines)])
+    if nothing:
+        sys.exit(1 if problems else 0)
     size = show_bytes(sum(kind.size_bytes or 0 for kind in removed))
     _tell([f"{size} freed" if done else f"nothing was removed: with --yes, {size} would be freed"])
     sys.exit(1 if problems else 0)

@@ -171,7 +171,10 @@ def _stored(receipt: Receipt) -> str:
 
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_results
+    from qbatch.views.choices import told_apart_by_answers
+    from qbatch.views.comparison import Preference
     from qbatch.views.results_table import ResultsScreen
 
     if format_ == "quiet":
@@ -179,4 +182,5 @@ def _print_outcome(database: Database, settings: Settings, receipt: Receipt, for
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
+        rows = with_answers(session, rows, told_apart_by_answers(rows, Preference()) if format_ == "table" else ())
     print_results(ResultsScreen(rows=placed(settings, rows)), format_)

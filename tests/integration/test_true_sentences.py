@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_a_queue_that_nothing_works_on_is_named_with_what_would(
     assert f"no worker is live, so nothing works on {named}: `qbatch worker` starts" in said
     a_worker(sqlite_database)
     assert CliRunner().invoke(main, command).stderr == ""
+
+
+def test_where_nothing_is_to_be_removed_one_sentence_says_so(sqlite_database: Database, home: Path) -> None:
+    (home / "storage").mkdir()
+    for command in (["gc"], ["gc", "--yes"], ["keep", "--recommended"]):
+        done = CliRunner().invoke(main, command)
+        assert (done.exit_code, done.output) == (0, "nothing to remove\n")
+    assert '"number": 0' in CliRunner().invoke(main, ["gc", "--json"]).stdout
+    log = home / "storage" / "logs" / "j9-1.log"
+    log.parent.mkdir()
+    log.write_text("of 0.1.0")
+    os.utime(log, (0, 0))
+    lines = CliRunner().invoke(main, ["gc"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["logs"], "a kind of which there is none is not listed"
 
 
 def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Path) -> None:
