@@ -79,6 +79,7 @@ bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.database
 	$(BIN)/python -m benchmarks.submit
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.long_lived
 
 clean: ## remove generated files, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Row, func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import ENDED_STATES, OPEN_STATES, DeviceKind, JobState, find_id
+from qbatch.core.domain import OPEN_STATES, DeviceKind, JobState, find_id
 from qbatch.core.job_duration import JobWork, PastRun, estimate_duration, share_of_bundle
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.database_clock import SLACK_S, db_now
@@ -182,7 +182,8 @@ def _ended_of(session: Session, bundles: Collection[str]) -> dict[str, list[tupl
     query = (
         select(Job, Attempt.claimed_at, Attempt.worker_id)
         .join(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
-        .where(Job.state.in_(ENDED_STATES))
+        # Not by their states: SQLite would read by these all that ever ended.
+        .where(Job.finished_at.is_not(None))
     )
     for some in in_chunks(sorted(bundles), 40):
         for job, claimed_at, worker_id in session.execute(query.where(Job.bundle.in_(some))):

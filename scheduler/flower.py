@@ -14,6 +14,8 @@ from qbatch.scheduler.queues import RUN_BUNDLE, all_queues
 
 # Flower would execute a flowerconfig.py in the current directory, which could turn the password off.
 _NO_CONFIG = f"--conf={os.devnull}"
+# Flower would keep 100,000, of 7 KiB each.
+_TASKS_KEPT = 10_000
 # Made by models_db.window.label_of.
 _LABEL = re.compile(r"(?P<batch>b[0-9]+) (?P<model>.+): (?P<schemes>[^:·]+ · [^·]+)")
 # The names of all others are the same, or say nothing. The last one is the link to a task's page.
@@ -22,21 +24,27 @@ _COLUMNS = "name,args,state,received,runtime,worker,uuid"
 
 def serve(settings: Settings, *, address: str, port: int) -> None:
     """Run Flower until it is stopped. Raises UsageError if no user and password are set."""
-    credentials = _credentials(settings)
+    set_options(_credentials(settings))
     from flower import urls
+
+    _name_tasks_after_their_work()
+    _show_every_queue()
+    urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
+    make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
+
+
+def set_options(credentials: str) -> None:
+    """Those of Flower in this process. Its own variables come later: FLOWER_MAX_TASKS may ask for more tasks."""
     from flower.options import options
 
     # Set in Python, because FLOWER_BASIC_AUTH is a comma-separated list, in which the part of a password after a comma
     # would become a user without a password; and command-line arguments are visible to everyone in the process list.
     os.environ.pop("FLOWER_BASIC_AUTH", None)
     options.basic_auth = [credentials]
+    options.max_tasks = _TASKS_KEPT
     options.tasks_columns = _COLUMNS
     # Workers refuse what the buttons ask for, so there are none.
     options.read_only = True
-    _name_tasks_after_their_work()
-    _show_every_queue()
-    urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
-    make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
 
 
 def named_after_its_work(event: Mapping[str, Any]) -> dict[str, Any]:
