@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.completion import complete_batch
+from qbatch.commands.completion import complete_target_or_folder
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.result_options import preference_options
@@ -83,7 +83,13 @@ def gc(older_than: float, yes: bool, format_: str) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB|CHECKPOINT...", shell_complete=complete_batch)
+@click.argument(
+    "targets",
+    nargs=-1,
+    required=True,
+    metavar="BATCH|JOB|CHECKPOINT...",
+    shell_complete=complete_target_or_folder,
+)
 @_yes
 @format_options("table", "json", "csv")
 def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
