@@ -22,6 +22,7 @@ from qbatch.core.settings import Settings
 if TYPE_CHECKING:
     from qbatch.worker.housekeeping.stale_files import Pruned
 
+_MOST_LISTED = 50
 _GROUPS = ("kind", "batch", "model", "scheme", "path")
 _yes = click.option("--yes", is_flag=True, help="Remove it. Without this option nothing is removed, only listed.")
 
@@ -160,11 +161,24 @@ def _report(removed: Sequence[Pruned], format_: str, *, done: bool) -> None:
     from qbatch.views.units import show_bytes
 
     click.echo(render([kind.to_json_with_paths() for kind in removed], removal_columns(done=done), format_))
+    if format_ == "table":
+        _list_paths([path for kind in removed if kind.what != "logs" for path in kind.paths])
     problems = [problem for kind in removed for problem in kind.problems]
     _tell([*problems, *(line for kind in removed for line in kind.kept_lines)])
     size = show_bytes(sum(kind.size_bytes or 0 for kind in removed))
-    _tell([f"{size} freed" if done else f"nothing was removed: with --yes, {size} would be freed"])
+    if not done and not any(kind.number for kind in removed):
+        _tell(["there is nothing to remove"])
+    else:
+        _tell([f"{size} freed" if done else f"nothing was removed: with --yes, {size} would be freed"])
     sys.exit(1 if problems else 0)
+
+
+def _list_paths(paths: Sequence[str]) -> None:
+    """What the table counts, but for logs. All of it is in the JSON."""
+    for path in paths[:_MOST_LISTED]:
+        click.echo(f"  {escape_controls(path)}")
+    if len(paths) > _MOST_LISTED:
+        click.echo(f"  and {len(paths) - _MOST_LISTED} more (--json lists all)")
 
 
 def _tell(lines: Iterable[str]) -> None:

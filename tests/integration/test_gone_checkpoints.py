@@ -97,6 +97,8 @@ def test_a_gone_checkpoint_answers_nobody(made: Made, sqlite_database: Database)
 def test_what_is_named_is_listed_and_with_yes_removed(made: Made) -> None:
     dry = qbatch("rm", str(made.folders[0]))
     assert "nothing was removed: with --yes" in dry.stderr
+    assert f"  {made.paths[0]}\n" in dry.stdout
+    assert "nothing was removed" not in qbatch("gc").stderr
     assert made.folders[0].is_dir()
     assert json.loads(qbatch("rm", made.paths[0], "--yes", "--json").stdout)[2]["paths"] == made.paths
     assert not made.folders[0].exists()
@@ -111,6 +113,7 @@ def test_of_each_model_what_is_recommended_is_kept(sqlite_database: Database, se
         a_measured_batch(sqlite_database, settings, model, Method.NF4, Method.INT8) for model in ("org/a", "org/b")
     )
     dry = qbatch("keep", "--recommended", "b1")
+    assert f"  {first.paths[1]}\n" in dry.stdout
     assert "org/a: bnb-nf4 (j1) is recommended" in dry.stderr
     assert "nothing was removed" in dry.stderr
     for options, kept in ((["b1"], 0), (["b2", "--max-kl", "0.005"], 1)):
