@@ -46,6 +46,7 @@ def test_no_path_is_given_to_what_is_not_there(made: Made) -> None:
     for command in (["results"], ["show", f"b{made.batch_id}"]):
         assert json.loads(qbatch(*command, "--json").stdout)[0]["checkpoint_path"] is None
     assert made.paths[0] not in qbatch("compare", "--json").stdout
+    assert "its checkpoint is no longer on the storage; a new submit makes it again" in qbatch("compare").stdout
     assert "no longer on the storage; a new submit makes it again" in qbatch("show", "j1").stdout
 
 
