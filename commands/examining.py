@@ -128,7 +128,7 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
         problems = problems_of(folder)
         state = "sound" if not problems else "damaged" if folder.is_dir() else "gone"
         rows.append({"checkpoint": str(folder), "state": state, "problems": problems})
-        if problems and format_ == "table":
+        if state == "damaged" and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     damaged = [Path(row["checkpoint"]) for row in rows if row["state"] == "damaged"]

@@ -64,6 +64,7 @@ def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Pat
     done = qbatch("verify", "--json", code=1)
     assert [row["state"] for row in json.loads(done.stdout)] == ["gone"]
     assert "was removed: that is recorded now" in done.stderr
+    assert "no such folder" not in done.stderr, "it is said once"
     assert "--force" not in done.stderr
     assert json.loads(qbatch("verify", "--json").stdout) == []
     assert "j1: no checkpoint is recorded that is still there" in qbatch("verify", "j1").stderr
