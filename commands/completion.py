@@ -35,11 +35,15 @@ def complete_batch(_: click.Context, __: click.Parameter, incomplete: str) -> li
 
 def complete_job(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The ids of the newest jobs, each with its model and method."""
+    from qbatch.core.domain import Method
     from qbatch.models_db.batch_names import newest_jobs
 
     found = _ask(lambda session: newest_jobs(session, _JOBS_OFFERED)) or []
-    jobs = [CompletionItem(format_job_id(job_id), help=f"{model} {method}") for job_id, model, method in found]
-    return [item for item in jobs if item.value.startswith(incomplete)]
+    named = [
+        (format_job_id(job_id), f"{model} {'baseline' if method == Method.NONE else method}")
+        for job_id, model, method in found
+    ]
+    return [CompletionItem(job, help=what) for job, what in named if job.startswith(incomplete)]
 
 
 def complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

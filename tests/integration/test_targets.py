@@ -153,6 +153,8 @@ def test_a_shell_completes_commands_batches_models_and_columns() -> None:
 @pytest.mark.usefixtures("batches")
 def test_a_shell_completes_jobs_schemes_and_loaders() -> None:
     assert completions(["logs"], "") == [f"j{number}" for number in range(9, 0, -1)]
+    shown = {item.help for item in ShellComplete(main, {}, "qbatch", "_QBATCH_COMPLETE").get_completions(["logs"], "")}
+    assert {"/models/m1 baseline", "/models/m3 bnb-nf4"} <= shown
     for command in ("show", "cancel", "retry", "card", "rm", "verify"):
         assert completions([command], "j9") == ["j9"]
         assert completions([command], "")[:2] == ["latest", "b3"], "there are too many jobs for a list of everything"
