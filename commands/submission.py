@@ -46,13 +46,13 @@ def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **optio
     submission = read_submission(settings, options, quiet=format_ == "quiet")
     database = open_database(settings)
     receipt = _store(database, settings, submission, quiet=format_ == "quiet")
-    if not wait_:
-        hint = _send(database, settings, receipt)
-        if hint is not None:
-            click.echo(hint, err=True)
-        _print_receipt(receipt, format_)
-        return
     try:
+        if not wait_:
+            hint = _send(database, settings, receipt)
+            if hint is not None:
+                click.echo(hint, err=True)
+            _print_receipt(receipt, format_)
+            return
         all_succeeded = _wait_for_stored(database, settings, receipt, format_, on_end=on_end)
     except KeyboardInterrupt:
         leave_running(database, settings, [receipt.batch_id])

@@ -54,7 +54,7 @@ def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Pat
     assert done.stdout == "b1: 2 jobs\n"
 
 
-@pytest.mark.parametrize("command", [["run"], ["submit", "--wait"]])
+@pytest.mark.parametrize("command", [["run"], ["submit"], ["submit", "--wait"]])
 def test_ctrl_c_before_the_watching_begins_says_what_was_stored(
     home: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
