@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from qbatch.commands.completion import complete_list
 from qbatch.core.byte_units import GIB, KIB, MIB
 from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.methods.registry import find_method
+from qbatch.core.methods.registry import Method, find_method
 from qbatch.core.search.bound import AUTO
 
 Value = TypeVar("Value")
@@ -107,6 +109,9 @@ class Schemes(click.ParamType[tuple[str, ...]]):
         except UsageError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([*(method.value for method in Method), AUTO], incomplete)
+
 
 class ColumnNames(click.ParamType[tuple[str, ...]]):
     """A comma list of columns of results."""
@@ -140,6 +145,9 @@ class Parts(click.ParamType[frozenset[MeasuredPart]]):
             if name not in known:
                 self.fail(f"{_shorten(name)} cannot be measured (use {', '.join(known)})", param, ctx)
         return frozenset({MeasuredPart.SIZE, *(known[name] for name in names)})
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([part.value for part in MeasuredPart], incomplete)
 
 
 class Amount(click.FloatRange):

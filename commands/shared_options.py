@@ -8,18 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.completion import complete_batch
-from qbatch.commands.parameter_types import (
-    Amount,
-    Bits,
-    ByteSize,
-    Counts,
-    Name,
-    Parts,
-    Patterns,
-    Schemes,
-    TimeLimit,
-)
+from qbatch.commands.completion import complete_batch, complete_path, complete_target
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
@@ -103,7 +93,7 @@ def with_all(options: Sequence[Callable[[Command], Command]], command: Command) 
 
 def target_arguments(command: Command) -> Command:
     """Add the argument BATCH|JOB..."""
-    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_batch)(
+    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_target)(
         command
     )
 
@@ -148,11 +138,12 @@ def submit_options(command: Command) -> Command:
 def request_options(command: Command) -> Command:
     """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
-        click.argument("models", nargs=-1, metavar="[MODEL]..."),
+        click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_path),
         click.option(
             "--models",
             "models_file",
             metavar="FILE",
+            shell_complete=complete_path,
             help="A file with one MODEL per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
         ),
         click.option(
@@ -257,6 +248,7 @@ def request_options(command: Command) -> Command:
             "eval_texts",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
             "repeated. Speed is measured on the first.",
         ),
@@ -264,6 +256,7 @@ def request_options(command: Command) -> Command:
             "--tasks",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="lm-evaluation-harness tasks (needs qbatch[eval]): task names or your own YAML files, separated by "
             "commas; may be repeated.",
         ),

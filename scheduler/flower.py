@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qbatch.core.errors import UsageError
+from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import RUN_BUNDLE, all_queues
+from qbatch.scheduler.stack_lock import stack_is_running
 
 # Flower would execute a flowerconfig.py in the current directory, which could turn the password off.
 _NO_CONFIG = f"--conf={os.devnull}"
@@ -23,14 +24,26 @@ _COLUMNS = "name,args,state,received,runtime,worker,uuid"
 
 
 def serve(settings: Settings, *, address: str, port: int) -> None:
-    """Run Flower until it is stopped. Raises UsageError if no user and password are set."""
-    set_options(_credentials(settings))
+    """Run Flower until it is stopped. Raises UsageError if no user and password are set, or if it cannot listen there,
+    and StackNotRunning if it would look at an embedded stack that does not run."""
+    credentials = _credentials(settings)
+    if settings.is_embedded and not stack_is_running(settings):
+        raise StackNotRunning(
+            f"no stack is running with its home in {settings.home}, so Flower has nothing to show: start one with"
+            " `qbatch up`, or set QBATCH_BROKER_URL"
+        )
+    set_options(credentials)
     from flower import urls
 
     _name_tasks_after_their_work()
     _show_every_queue()
     urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
-    make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
+    try:
+        make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
+    except OSError as error:
+        raise UsageError(
+            f"Flower cannot listen on port {port} of {address}: {error.strerror}; use others (--port, --address)"
+        ) from error
 
 
 def set_options(credentials: str) -> None:

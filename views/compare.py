@@ -18,7 +18,7 @@ from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_w
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
-from qbatch.views.pick_lines import pick_lines
+from qbatch.views.pick_lines import GONE, is_gone, pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
@@ -198,6 +198,8 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{_name(row)}: {warning}."
+    if ship is not None and is_gone(ship):
+        yield f"{_name(ship)}: {GONE}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)

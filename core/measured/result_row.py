@@ -60,6 +60,10 @@ class ResultRow(Figures):
     protocol_hash: str | None = None
     answers: Mapping[str, TaskAnswers] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line: all that was measured fills screens."""
+        return f"<ResultRow {self.job_id}: {self.model} {self.scheme}, {self.state}>"
+
     @classmethod
     def written_order(cls) -> tuple[str, ...]:
         return (*_FIRST_FIELDS, *_FIGURES, *_LAST_FIELDS)

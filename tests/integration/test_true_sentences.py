@@ -86,3 +86,20 @@ def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Pat
     (home / "list").write_text("org/model\n")
     done = CliRunner().invoke(main, ["submit", "--models", str(home / "list"), "--bits", "4"])
     assert done.stdout == "b1: 2 jobs\n"
+
+
+@pytest.mark.parametrize("command", [["run"], ["submit"], ["submit", "--wait"]])
+def test_ctrl_c_before_the_watching_begins_says_what_was_stored(
+    home: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """While the batch is sent, which may wait for Redis."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qbatch.commands.submission.send", interrupt)
+    monkeypatch.setenv("QBATCH_BROKER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("QBATCH_DATABASE_URL", f"sqlite:///{home / 'qbatch.db'}")
+    done = CliRunner().invoke(main, [*command, "org/model", "--bits", "4"])
+    assert done.exit_code == 130
+    assert "no longer watching; b1 goes on (2 queued): `qbatch watch b1` shows it again" in done.stderr
