@@ -168,7 +168,13 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
         gpus = [vram_class(worker.memory_bytes) for worker in live if worker.device_kind == DeviceKind.CUDA]
         began_at = session.execute(select(db_now(-_SLOWEST_COMMIT_S))).scalar_one()
     _refuse_device(grid, devices)
-    return Inquiry(settings=settings, devices=devices, began_at=began_at, largest_gpu_gib=max(gpus, default=None))
+    return Inquiry(
+        settings=settings,
+        devices=devices,
+        began_at=began_at,
+        largest_gpu_gib=max(gpus, default=None),
+        has_searches=grid.bound is not None,
+    )
 
 
 def _add_texts(database: Database, submission: Submission) -> None:

@@ -20,7 +20,7 @@ from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source, weight_files
 from qbatch.models_db import jobs, searches
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Attempt, Batch, Result
+from qbatch.models_db.tables import Attempt, Batch, Job, Result
 from qbatch.scheduler.batch_plan import BatchPlan, Earlier, plan_batch
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
@@ -227,4 +227,11 @@ def test_a_search_takes_as_long_as_earlier_ones_until_it_is_stored(
     assert there.jobs[-1].duration is not None
     assert round(there.jobs[-1].duration.seconds) == 20
     assert "what a search found" in render_plan(there)
+    # A submit goes on from there: nobody searches, and the job of the first point stands beside the search.
+    receipt = submit(sqlite_database, settings, submission)
+    with sqlite_database.read() as session:
+        stored = session.scalars(select(Job).where(Job.batch_id == receipt.batch_id).order_by(Job.id)).all()
+        asked_for, point = stored[-2:]
+        assert (asked_for.state, asked_for.search_id is not None) == ("queued", True)
+        assert (point.search_job_id, point.point, point.bundle) == (asked_for.id, 4, stored[0].bundle)
     assert f"bnb-nf4 auto, weights ≤ {show_bytes(600_000)}" in render_plan(there)

@@ -17,7 +17,7 @@ from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import QuantizationError, StorageError, WorkerLost
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
-from qbatch.models_db import jobs, searches, window
+from qbatch.models_db import jobs, listing, searches, window
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs import searching as transitions
 from qbatch.models_db.session import Database
@@ -70,6 +70,12 @@ def test_a_recorded_search_waits_for_the_job_of_its_first_point(database: Databa
     assert (published.bits, published.method, published.protocol) == (4, Method.NF4, waiting.protocol)
     assert (published.search, published.search_id, published.checkpoint_key) == (None, None, None)
     with database.read() as session:
+        listed = listing.list_jobs(session)
+        assert [row["note"] for row in listed] == [f"waits for j{point}", None]
+        assert [row["mixture"] for row in listed] == [
+            {"bound": {"max_kl": 0.04}},
+            {"job_id": f"j{search}", "point": 2},
+        ]
         (attempt,) = session.scalars(select(Attempt)).all()
         assert (attempt.outcome, attempt.ended_at is not None) == ("succeeded", True)
         (row,) = session.scalars(select(SearchRow)).all()

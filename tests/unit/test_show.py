@@ -9,6 +9,7 @@ import pytest
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views import job_details
+from qbatch.views.scheme import show_scheme, show_scheme_alone
 from tests.found import a_search
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, explained, stats
 from tests.unit.printed import show_jobs
@@ -254,3 +255,11 @@ def test_a_search_is_shown_with_its_mixtures_and_sensitivities() -> None:
         ["model.layers.3", "▂", "~5.0e-03"],
     ]
     assert whole.to_json()["points"] == {2: "j9"}
+
+
+def test_a_mixture_is_called_otherwise_where_there_is_no_database() -> None:
+    kept = {**NF4, "options": {"skip_modules": ["lm_head", "model.layers.0.mlp.down_proj"]}}
+    row = ResultRow.from_json({**kept, "mixture": {"job_id": "j2", "point": 3}})
+    assert show_scheme(row) == "bnb-nf4 mixture 3 of j2"
+    assert show_scheme_alone(row) == "bnb-nf4 with some layers at 16 bits"
+    assert show_scheme_alone(ResultRow.from_json(kept)) == show_scheme(ResultRow.from_json(kept))
