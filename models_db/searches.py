@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.core.search.frontier import Frontier
-from qbatch.models_db.session import in_chunks
+from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.session import NO_SYNC, in_chunks
 from qbatch.models_db.tables import Job, SearchRow
 
 
@@ -35,6 +36,13 @@ def newest(session: Session, keys: Collection[str]) -> dict[str, int]:
         query = select(SearchRow.key, func.max(SearchRow.id)).where(SearchRow.key.in_(chunk)).group_by(SearchRow.key)
         found |= {key: search_id for key, search_id in session.execute(query)}
     return found
+
+
+def forget_unused(session: Session, older_than_s: float) -> None:
+    """Delete what was found longer than ``older_than_s`` ago, unless a job refers to it."""
+    has_job = select(Job.id).where(Job.search_id == SearchRow.id).exists()
+    old = delete(SearchRow).where(SearchRow.created_at < db_now(-older_than_s), ~has_job)
+    session.execute(old, execution_options=NO_SYNC)
 
 
 def find_frontier_of(session: Session, search_id: int) -> Frontier:

@@ -169,7 +169,11 @@ def start_lookup(database: Database, settings: Settings, grid: Grid) -> Submissi
         began_at = session.execute(select(db_now(-_SLOWEST_COMMIT_S))).scalar_one()
     _refuse_device(grid, devices)
     return SubmissionLookup(
-        settings=settings, devices=devices, began_at=began_at, largest_gpu_gib=max(gpus, default=None)
+        settings=settings,
+        devices=devices,
+        began_at=began_at,
+        largest_gpu_gib=max(gpus, default=None),
+        has_searches=grid.bound is not None,
     )
 
 

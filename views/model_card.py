@@ -16,7 +16,7 @@ from qbatch.views.metric_text import show_metric
 from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, UNSTEADY_MARK
 from qbatch.views.protocol import show_protocol
 from qbatch.views.ratios import may_compare, show_relative
-from qbatch.views.scheme import show_scheme
+from qbatch.views.scheme import show_scheme, show_scheme_alone
 from qbatch.views.task_scores import task_lines
 
 _AUTO_CLASSES = {
@@ -43,7 +43,7 @@ def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code:
 def _heading(checkpoint: MeasuredCheckpoint) -> str:
     row = checkpoint.row
     name = _plain(_folder_name(row.model))
-    scheme = _plain(show_scheme(row))
+    scheme = _plain(show_scheme_alone(row))
     source = _code(_public_name(checkpoint))
     return f"# {name}, {scheme}\n\n{source} with its weights quantized as {scheme}; the others are {row.dtype}."
 

@@ -8,6 +8,7 @@ from typing import Any
 from qbatch.core.job_duration import TimeEstimate
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.output_size import OutputSize
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.scheduler.batch_plan import BatchPlan, Earlier, PlannedJob
 from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, Column, Row, render, terminal_width
@@ -118,6 +119,7 @@ def _title(job: PlannedJob) -> str:
         options=asked,
         dtype=job.dtype.value,
         compute_dtype=scheme.compute_dtype.value,
+        mixture=MixtureOrigin(bound=None if job.spec.search is None else job.spec.search.bound.to_json()),
     )
     return show_scheme(row)
 
@@ -145,6 +147,8 @@ def _earlier(job: PlannedJob) -> str | None:
             return f"the result of {job.answered_by}"
         case Earlier.CHECKPOINT:
             return "the checkpoint"
+        case Earlier.SEARCH:
+            return "what a search found"
         case Earlier.NOTHING:
             return "nothing"
         case Earlier.UNKNOWN:

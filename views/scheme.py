@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
 
@@ -26,6 +28,15 @@ def _mixture(row: ResultRow) -> str:
     """`` auto, KL ≤ 0.005`` or `` mixture 3 of j7``: the layers are too many to name."""
     bound = row.mixture.bound
     return row.mixture.title if bound is None else f"{row.mixture.title}, {show_bound(bound)}"
+
+
+def show_scheme_alone(row: ResultRow) -> str:
+    """The same for whoever has the checkpoint and no database: its search is not named."""
+    kept = row.options.get("skip_modules")
+    if not row.mixture.is_known:
+        return show_scheme(row)
+    plain = replace(row, mixture=MixtureOrigin(), options={**row.options, "skip_modules": []})
+    return f"{show_scheme(plain)}{' with some layers at 16 bits' if kept else ''}"
 
 
 def show_bound(bound: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from qbatch.models_db.jobs.claiming import claim
 from qbatch.models_db.jobs.expiry import expire, give_up_too_large, shorten_future_times
 from qbatch.models_db.jobs.holding import any_waits_for_space, heartbeat, held, keys_being_written, note
 from qbatch.models_db.jobs.outcomes import answer, answer_unclaimed, fail, hand_back, succeed
-from qbatch.models_db.jobs.searching import answer_search, searched
+from qbatch.models_db.jobs.searching import answer_search, answer_unclaimed_search, searched
 from qbatch.models_db.jobs.user_requests import cancel, retry
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "answer",
     "answer_search",
     "answer_unclaimed",
+    "answer_unclaimed_search",
     "any_waits_for_space",
     "cancel",
     "claim",

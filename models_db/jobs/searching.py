@@ -55,6 +55,11 @@ def answer_search(session: Session, token: Token, key: str, search_id: int) -> b
     return True
 
 
+def answer_unclaimed_search(session: Session, job: Job, key: str, search_id: int) -> None:
+    """The same of a search that nobody can have claimed yet."""
+    _record(session, job, key, search_id)
+
+
 def _unrecorded(session: Session, token: Token) -> Job | None:
     job = locked(session, token, JobState.RUNNING, JobState.QUEUED, JobState.FAILED)
     if job is None or job.search_id is not None:

@@ -17,10 +17,12 @@ from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import QuantizationError, StorageError, WorkerLost
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
-from qbatch.models_db import jobs, searches, window
+from qbatch.models_db import jobs, listing, searches, window
+from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs import searching as transitions
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, SearchRow
+from qbatch.worker.housekeeping.prune import prune
 from qbatch.worker.runner.messages import JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.recorder import Recorder
@@ -68,6 +70,12 @@ def test_a_recorded_search_waits_for_the_job_of_its_first_point(database: Databa
     assert (published.bits, published.method, published.protocol) == (4, Method.NF4, waiting.protocol)
     assert (published.search, published.search_id, published.checkpoint_key) == (None, None, None)
     with database.read() as session:
+        listed = listing.list_jobs(session)
+        assert [row["note"] for row in listed] == [f"waits for j{point}", None]
+        assert [row["mixture"] for row in listed] == [
+            {"bound": {"max_kl": 0.04}},
+            {"job_id": f"j{search}", "point": 2},
+        ]
         (attempt,) = session.scalars(select(Attempt)).all()
         assert (attempt.outcome, attempt.ended_at is not None) == ("succeeded", True)
         (row,) = session.scalars(select(SearchRow)).all()
@@ -299,6 +307,38 @@ def test_what_another_runner_searches_is_waited_for(database: Database, tmp_path
     assert resolve(database, tmp_path, first, one) == frozenset()
     assert resolve(database, tmp_path, second, other) == {second}
     assert (a_job(database, second).state, points_of(database, second)) == ("queued", [])
+
+
+def test_a_result_of_a_search_waits_in_the_spool(database: Database, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, storage=tmp_path / "storage", cache=tmp_path / "cache")
+    _, (search,) = a_batch(database, searching(BOUND))
+    (token,) = claim(database, [search], a_worker(database))
+    away = Database("postgresql://nobody@127.0.0.1:1/none")
+    Recorder(away, settings).searched(token, KEY, a_search())
+    away.dispose()
+    assert [path.name for path in settings.spool.iterdir()] == [f"{search}-1.json"]
+    Recorder(database, settings).replay()
+    assert rows(database) == (1, 1)
+    assert list(settings.spool.iterdir()) == []
+    with database.read() as session:
+        assert [*searches.find_searches(session, [1]).values()] == [a_search()]
+
+
+def test_prune_removes_searches_with_their_jobs(database: Database, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, storage=tmp_path / "storage", cache=tmp_path / "cache")
+    old, point = a_recorded_search(database)
+    publish(database, point, kl=0.03)
+    kept, _ = a_recorded_search(database, Bound(max_kl=0.02))
+    with database.write() as session:
+        session.execute(update(SearchRow).values(created_at=db_now(-100.0)))
+        session.execute(update(Job).where(Job.id.in_([old, point])).values(finished_at=db_now(-100.0)))
+    assert {one.what: one.number for one in prune(database, settings, 10.0)}["jobs"] == 2
+    assert rows(database) == (1, 1), "an open job refers to it"
+    with database.write() as session:
+        jobs.cancel(session, job_ids=[kept])
+        session.execute(update(Job).values(finished_at=db_now(-100.0)))
+    prune(database, settings, 10.0)
+    assert rows(database) == (0, 0)
 
 
 # Kills

@@ -13,7 +13,7 @@ from qbatch.core.search.search_request import SearchRequest
 from qbatch.worker.runner.checkpoint_jobs import Plan, by_key
 from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import free_device_memory
-from qbatch.worker.runner.messages import Order, Searched
+from qbatch.worker.runner.messages import NothingTimed, Order, Searched
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -32,6 +32,8 @@ class LayerSearches:
 
     def run(self, plans: Sequence[Plan]) -> None:
         """Search once for all jobs with one key. The final message of each is sent."""
+        if plans:
+            self._reports.send(NothingTimed())
         for key, members in by_key(plans).items():
             ids = tuple(plan.job_id for plan in members)
             if not self._reports.open(ids):
