@@ -17,6 +17,7 @@ from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
+from qbatch.core.recovery import DEFAULT_RANK, Recovery
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
+    recovery_text, recoveries = _recoveries(options)
     grid = Grid(
         bits=options["bits"] or (),
         quant_types=_quant_types(options["quant_types"]),
@@ -89,6 +91,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         new_tokens=options["new_tokens"] or (),
         **_parts(options["measure"], why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
+        recoveries=recoveries,
     )
     if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
@@ -103,6 +106,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             grid=grid,
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
+            recovery_text=recovery_text,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -112,6 +116,22 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         )
 
     return asked
+
+
+def _recoveries(options: Mapping[str, Any]) -> tuple[str | None, tuple[Recovery, ...]]:
+    """The adapters that were asked for, each once, and the text that they are made with. Raises UsageError."""
+    from qbatch.scheduler.submit import text_sha256
+    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
+
+    kinds, ranks = options["recover"] or (), options["recover_rank"]
+    if ranks and not kinds:
+        raise UsageError("--recover-rank is about adapters, which --recover asks for")
+    if not kinds:
+        return None, ()
+    text = _read_text(str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT) if any(kind.reads_text for kind in kinds) else None
+    sha256 = "" if text is None else text_sha256(text)
+    asked = [Recovery.of(kind, rank, sha256) for kind in kinds for rank in ranks or (DEFAULT_RANK,)]
+    return text, tuple(dict.fromkeys(asked))
 
 
 def _is_terminal(models_file: str | None) -> bool:

@@ -8,11 +8,23 @@ from typing import Any, TypeVar
 import click
 
 from qbatch.commands.completion import complete_batch
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
+from qbatch.commands.parameter_types import (
+    Amount,
+    Bits,
+    ByteSize,
+    Counts,
+    Name,
+    Parts,
+    Patterns,
+    Recoveries,
+    Schemes,
+    TimeLimit,
+)
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
+from qbatch.core.recovery import DEFAULT_RANK
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
@@ -161,6 +173,20 @@ def request_options(command: Command) -> Command:
             help=f"4-bit data types; repeat it or give a comma list.  [default: {next(iter(quant_types()))}]",
         ),
         *map(_method_option, every_option()),
+        click.option(
+            "--recover",
+            type=Recoveries(),
+            metavar="KIND",
+            help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
+            "took (needs qbatch[recover]), as a comma list. svd: factors of each weight's error. svd-act: the same, "
+            "weighted by what the layers read on a text that comes with qbatch.",
+        ),
+        click.option(
+            "--recover-rank",
+            type=Counts(1),
+            help="The rank of the adapters; several, separated by commas, are made one by one.  "
+            f"[default: {DEFAULT_RANK}]",
+        ),
         click.option(
             "--compute-dtype",
             type=click.Choice([d.value for d in DType]),

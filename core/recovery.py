@@ -12,7 +12,10 @@ from qbatch.core.errors import UsageError
 EXTRA, LIBRARY = "recover", "peft"
 """The extra of qbatch that installs the library which loads adapters."""
 
-LARGEST_RANK = 4096
+TEXT_WINDOW, TEXT_WINDOWS = 256, 32
+"""How much of a text weights the factors: at most so many windows of so many tokens."""
+
+DEFAULT_RANK, LARGEST_RANK = 8, 4096
 
 # Rises when a change in this package changes the bytes of adapters.
 _WRITER = "1"
@@ -23,6 +26,10 @@ class RecoveryKind(StrEnum):
 
     SVD = "svd"
     SVD_ACT = "svd-act"
+
+    @property
+    def reads_text(self) -> bool:
+        return self is RecoveryKind.SVD_ACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +52,16 @@ class Recovery:
             raise UsageError(f"the rank of an adapter must be from 1 to {LARGEST_RANK}, not {self.rank}")
 
     @property
-    def title(self) -> str:
-        return f"{self.kind} rank {self.rank}"
-
-    @property
     def slug(self) -> str:
-        """The title as a part of a path."""
+        """A short name, for lists and paths."""
         return f"{self.kind}-r{self.rank}"
+
+    @classmethod
+    def of(cls, kind: RecoveryKind, rank: int, text_sha256: str) -> Self:
+        """``text_sha256`` is used only if the kind reads a text."""
+        if not kind.reads_text:
+            return cls(kind=kind, rank=rank)
+        return cls(kind=kind, rank=rank, text_sha256=text_sha256, window=TEXT_WINDOW, windows=TEXT_WINDOWS)
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import format_batch_id, format_job_id, job_number
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.stored_json import Stored
+from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
@@ -73,6 +73,7 @@ class JobRecord(Stored):
     lease_expires_at: str | None = None
     not_before: str | None = None
     checkpoint_key: str | None = None
+    base_key: str | None = omitted_if_unknown()
     checkpoint: CheckpointRecord | None = None
     attempts: tuple[AttemptRecord, ...]
     log_path: str | None = None
@@ -183,6 +184,7 @@ def _record(
         lease_expires_at=_iso(job.lease_expires_at),
         not_before=_iso(job.not_before),
         checkpoint_key=job.checkpoint_key,
+        base_key=job.base_key,
         checkpoint=None if checkpoint is None else _checkpoint(checkpoint),
         attempts=attempts,
         measured_at=_iso(measured_at),

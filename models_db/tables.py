@@ -89,6 +89,10 @@ class Job(Base):
     time_limit_s: Mapped[float | None]
     # Set when the source's fingerprint and the device kind are known: by submit or by the worker.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
+    # Where that is the key of an adapter: the key of the checkpoint that it belongs to.
+    base_key: Mapped[str | None] = mapped_column(String(64))
+    # Which adapter that is, for lists, which do not read whole schemes.
+    recovery: Mapped[str | None] = mapped_column(String(32))
 
     state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED.value)
     stage: Mapped[str | None] = mapped_column(String(16))
@@ -138,6 +142,7 @@ class Job(Base):
         _partial_index(
             "ix_jobs_waiting_again", "attempt", "above_memory_bytes", where="state = 'queued' AND attempt > 0"
         ),
+        _partial_index("ix_jobs_base_key", "base_key", "state", where="base_key IS NOT NULL"),
         _partial_index("ix_jobs_failed", "finished_at", "error_kind", where="state = 'failed'"),
     )
 

@@ -11,6 +11,7 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, Pro
 from qbatch.core.errors import UsageError
 from qbatch.core.methods.description import MethodOption, Options
 from qbatch.core.methods.registry import every_option, known_bits, selected_by_bits
+from qbatch.core.recovery import Recovery
 
 _BASELINE_BITS = 16
 
@@ -19,6 +20,7 @@ _BASELINE_BITS = 16
 class Grid:
     """What to do to each model of a list. ``bits`` ask for the methods that are usual, of several with as many bits for
     those in ``quant_types`` (empty: the first); ``methods`` ask for others by name. ``options`` are the methods' own.
+    ``recoveries`` are the adapters that are made for each scheme that can have some, besides its plain checkpoint.
     An empty tuple of a shape's sizes is the device's default, and so is None for a part of the measurement."""
 
     bits: tuple[int, ...] = ()
@@ -41,6 +43,7 @@ class Grid:
     why: bool | None = None
     energy: bool | None = None
     share_speed: bool | None = None
+    recoveries: tuple[Recovery, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods:
@@ -49,6 +52,7 @@ class Grid:
             if bits not in (*known_bits(), _BASELINE_BITS):
                 raise UsageError(f"{bits} is not a supported bit width ({_known_bits()})")
         self._refuse_misplaced_options()
+        self._refuse_misplaced_recovery()
         self._refuse_compute_dtype()
         for method in self._methods():
             method.description.refuse_device(self.device)
@@ -79,6 +83,11 @@ class Grid:
         if not self._methods() and (self.skip_modules or self.max_shard_bytes is not None):
             raise UsageError("--skip-modules and --max-shard-size are about checkpoints, and the baseline writes none")
 
+    def _refuse_misplaced_recovery(self) -> None:
+        if self.recoveries and not any(method.description.is_recoverable for method in self._methods()):
+            able = " or ".join(method for method in Method if method.description.is_recoverable)
+            raise UsageError(f"--recover is for 4 bits ({able}), which were not asked for")
+
     def _refuse_compute_dtype(self) -> None:
         methods = self._methods()
         if self.compute_dtype is DType.AUTO or any(m.description.takes_compute_dtype for m in methods):
@@ -88,9 +97,15 @@ class Grid:
         )
 
     def schemes(self) -> tuple[Scheme, ...]:
-        """The baseline first, then the others, those of more bits first, each once."""
+        """The baseline first, then the others, those of more bits first, each once, and with its adapters after it."""
         wants_baseline = self.baseline or _BASELINE_BITS in self.bits or Method.NONE in self.methods
-        return (*([BASELINE] if wants_baseline else []), *map(self._scheme, self._methods()))
+        quantized = [scheme for method in self._methods() for scheme in self._with_recoveries(self._scheme(method))]
+        return (*([BASELINE] if wants_baseline else []), *quantized)
+
+    def _with_recoveries(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        if scheme.description.is_recoverable:
+            yield from (replace(scheme, recovery=recovery) for recovery in self.recoveries)
 
     def _methods(self) -> list[Method]:
         """The requested methods, without the baseline."""

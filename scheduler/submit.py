@@ -13,7 +13,8 @@ from sqlalchemy import select
 from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
-from qbatch.core.methods.registry import missing_library
+from qbatch.core.methods.registry import is_installed, missing_library
+from qbatch.core.recovery import EXTRA, LIBRARY
 from qbatch.core.settings import Settings
 from qbatch.core.vram_classes import vram_class
 from qbatch.models_db import workers
@@ -42,14 +43,15 @@ _SLOWEST_COMMIT_S = 10.0
 class Submission:
     """A validated request to submit a batch.
 
-    ``more_texts``: by name, texts on which quality is measured too. ``screened`` are the folders that were inspected
-    already (``screen``).
+    ``more_texts``: by name, texts on which quality is measured too. ``recovery_text``: the one that adapters are made
+    with. ``screened`` are the folders that were inspected already (``screen``).
     """
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
+    recovery_text: str | None = None
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -68,12 +70,12 @@ class Submission:
 
     @property
     def text_sha256(self) -> str:
-        return _sha256(self.eval_text)
+        return text_sha256(self.eval_text)
 
     @property
     def text_refs(self) -> tuple[TextRef, ...] | None:
         """The further texts; None without any."""
-        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
+        return tuple(TextRef(name=name, sha256=text_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
@@ -87,7 +89,8 @@ class Submission:
         return self.grid.bundle(self.sources[0], protocol)
 
 
-def _sha256(text: str) -> str:
+def text_sha256(text: str) -> str:
+    """The hash by which a text is stored."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -170,8 +173,9 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        for text in (submission.eval_text, *submission.more_texts.values()):
-            add_text(session, _sha256(text), text)
+        recovery_text = [] if submission.recovery_text is None else [submission.recovery_text]
+        for text in (submission.eval_text, *submission.more_texts.values(), *recovery_text):
+            add_text(session, text_sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 
@@ -201,6 +205,8 @@ def refuse_missing_libraries(grid: Grid) -> None:
     for scheme in grid.schemes():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
+        if scheme.recovery is not None and not is_installed(LIBRARY):
+            raise UsageError(f"--recover needs {LIBRARY}, which is not installed here: pip install 'qbatch[{EXTRA}]'")
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
@@ -216,6 +222,7 @@ def _new_job(job: RequestedJob, answers: Mapping[tuple[str, str], int]) -> NewJo
         spec=job.spec,
         bits=job.spec.scheme.bits(job.spec.dtype),
         checkpoint_key=job.settled.key if job.settled is not None else None,
+        base_key=job.settled.base_key if job.settled is not None else None,
         reused_from=answers.get(job.pair) if job.pair is not None else None,
         predicted_memory_bytes=job.need,
     )

@@ -109,6 +109,7 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         yield "before publishing", f"a forward pass: {audit.forward}"
     yield from _errors(audit)
     yield from describe_row(row.scheme).audit_lines(audit.stored)
+    yield from _recovery(audit)
     if audit.writer == "whole":
         yield "written", f"from the whole model in memory, because {audit.whole_model_because}"
     elif audit.shared_pass:
@@ -122,6 +123,22 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
                 else "alone"
             ),
         )
+
+
+def _recovery(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
+    """What an adapter leaves of what quantizing took."""
+    if audit.recovered_layers is None:
+        return
+    shares = [
+        f"{show_percent(share)} of that of the {of}"
+        for share, of in (
+            (audit.weight_error_left, "weights"),
+            (audit.output_error_left, "layers' outputs on its text"),
+        )
+        if share is not None
+    ]
+    left = f"; of the error it leaves {' and '.join(shares)} (ratios of norms)" if shares else ""
+    yield "adapter", f"factors for {_count(audit.recovered_layers, 'layer')}{left}"
 
 
 def loader_lines(row: ResultRow) -> Iterable[tuple[str, str]]:

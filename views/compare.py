@@ -22,6 +22,7 @@ from qbatch.views.pick_lines import pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
+from qbatch.views.recovered_rows import recovery_remarks
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_legend import mark_sentences
@@ -160,6 +161,7 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{row.job_id} {show_scheme(row)}: {warning}."
+    yield from recovery_remarks(group.rows)
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)

@@ -133,8 +133,12 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
     yield "dtype", f"{row.dtype}, computing in {row.compute_dtype}"
     for name in _options(row):
         yield name, _plain(row.options[name])
+    if row.recovery is not None:
+        yield "adapter", f"{row.recovery.kind} of rank {row.recovery.rank}"
     if record.checkpoint_key:
         yield "checkpoint key", record.checkpoint_key
+    if record.base_key:
+        yield "belongs to", record.base_key
     if row.checkpoint_path:
         yield "checkpoint", row.checkpoint_path
     elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.storage import with_adapter_mark
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
 
@@ -18,7 +19,8 @@ def show_scheme(row: ResultRow) -> str:
     description, options = describe_row(row.scheme), _options(row)
     compute = row.compute_dtype
     elsewhere = "" if compute in ("auto", row.dtype) else f" in {compute}"
-    name = f"{description.title(options)}{_skipped(options)}"
+    title = description.title(options)
+    name = f"{title if row.recovery is None else with_adapter_mark(title, row.recovery.slug)}{_skipped(options)}"
     return f"{name}{description.nondefault_options(options)}{_sharded(options)}{elsewhere}"
 
 

@@ -29,7 +29,8 @@ class LayerError(Stored):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointAudit(Stored):
     """How much of a model was quantized, what was not and why, and the quantization errors. A method's own entries are
-    in ``stored``."""
+    in ``stored``. Of an adapter: how many layers have factors, and which share of the weights' error, and of that of
+    the layers' outputs on the text, these leave (ratios of norms)."""
 
     num_parameters: int | None = omitted_if_unknown()
     quantized_parameters: int | None = omitted_if_unknown()
@@ -50,6 +51,9 @@ class CheckpointAudit(Stored):
     no_errors_because: str | None = omitted_if_unknown()
     writer: str | None = omitted_if_unknown()
     loaders: Mapping[str, LoaderJudgement] | None = omitted_if_unknown()
+    recovered_layers: int | None = omitted_if_unknown()
+    weight_error_left: float | None = omitted_if_unknown()
+    output_error_left: float | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.recovery import Recovery
 
 _FIRST_FIELDS = (
     *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),
@@ -130,3 +131,9 @@ class ResultRow(Figures):
     @property
     def is_baseline(self) -> bool:
         return self.scheme == "none"
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The adapter that it was measured with."""
+        stored = self.options.get("recovery")
+        return None if stored is None else Recovery.from_json(stored)

@@ -25,6 +25,7 @@ from qbatch.worker.searching.search_probes import search_probes
 
 # Of the free memory, what the moments may take at a time: their sums, and as much again for one product.
 _MOMENTS_SHARE = 4
+_LAYERS_BETWEEN_REPORTS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ def recover_by_factors(work: RecoveryWork, folder: Path, report: Callable[[str],
     stored = getattr(torch, work.dtype.value)
     for moments in _moments(work, differences):
         for name, of_layer in moments.items():
-            report(f"recovering, layer {len(factors) + 1} of {len(differences.layers)}")
+            if not len(factors) % _LAYERS_BETWEEN_REPORTS:
+                report(f"recovering, layer {len(factors) + 1} of {len(differences.layers)}")
             error = differences.of(name, exact_dtype(work.device))
             factors[name] = as_stored(low_rank_factors(error, work.recovery.rank, of_layer), stored)
             left = error - _product(factors[name], error)

@@ -195,7 +195,7 @@ class Supervisor:
     def _order(self) -> Order:
         context, settings = self._context, self._context.settings
         first = min(self._claims)
-        hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.protocol.text_hashes}
+        hashes = {sha256 for claim in self._claims.values() for sha256 in claim.spec.text_hashes}
         with context.database.read() as session:
             context.database.require_same(session)
             texts = {sha256: text_content(session, sha256) for sha256 in hashes}
