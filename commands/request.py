@@ -17,7 +17,7 @@ from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
-from qbatch.core.recovery import DEFAULT_RANK, Recovery
+from qbatch.core.recovery import DEFAULT_RANK, Recovery, RecoveryKind
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
-    recovery_text, recoveries = _recoveries(options)
+    recovery_texts, recoveries = _recoveries(options)
     grid = Grid(
         bits=options["bits"] or (),
         quant_types=_quant_types(options["quant_types"]),
@@ -106,7 +106,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             grid=grid,
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
-            recovery_text=recovery_text,
+            recovery_texts=recovery_texts,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -118,20 +118,33 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     return asked
 
 
-def _recoveries(options: Mapping[str, Any]) -> tuple[str | None, tuple[Recovery, ...]]:
-    """The adapters that were asked for, each once, and the text that they are made with. Raises UsageError."""
+def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Recovery, ...]]:
+    """The texts that adapters are made with, and the adapters that were asked for, each once. Raises UsageError."""
     from qbatch.scheduler.submit import text_sha256
     from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
-    kinds, ranks = options["recover"] or (), options["recover_rank"]
-    if ranks and not kinds:
+    kinds, ranks = options["recover"] or (), options["recover_rank"] or (DEFAULT_RANK,)
+    file, steps = options["recover_text"], options["recover_steps"]
+    is_trained = any(kind.is_trained for kind in kinds)
+    if options["recover_rank"] and not kinds:
         raise UsageError("--recover-rank is about adapters, which --recover asks for")
-    if not kinds:
-        return None, ()
-    text = _read_text(str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT) if any(kind.reads_text for kind in kinds) else None
-    sha256 = "" if text is None else text_sha256(text)
-    asked = [Recovery.of(kind, rank, sha256) for kind in kinds for rank in ranks or (DEFAULT_RANK,)]
-    return text, tuple(dict.fromkeys(asked))
+    if not is_trained and (file is not None or steps is not None):
+        raise UsageError(f"--recover-text and --recover-steps are for --recover {RecoveryKind.QLORA}")
+    if is_trained and (file is None or steps is None):
+        raise UsageError(
+            f"--recover {RecoveryKind.QLORA} needs a text to train on and a number of steps: --recover-text "
+            "FILE --recover-steps N"
+        )
+    texts: dict[str, str] = {}
+    asked = []
+    for kind in kinds:
+        text = _read_text(file if kind.is_trained else str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT)
+        if kind.is_trained and not text.strip():
+            raise UsageError(f"the recovery text {file} is empty")
+        sha256 = text_sha256(text)
+        texts |= {sha256: text} if kind.reads_text else {}
+        asked += [Recovery.of(kind, rank, sha256, steps) for rank in ranks]
+    return tuple(texts.values()), tuple(dict.fromkeys(asked))
 
 
 def _is_terminal(models_file: str | None) -> bool:

@@ -179,13 +179,26 @@ def request_options(command: Command) -> Command:
             metavar="KIND",
             help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
             "took (needs qbatch[recover]), as a comma list. svd: factors of each weight's error. svd-act: the same, "
-            "weighted by what the layers read on a text that comes with qbatch.",
+            "weighted by what the layers read on a text that comes with qbatch. qlora: factors trained to give the "
+            "outputs of the unquantized model on --recover-text, in --recover-steps steps.",
         ),
         click.option(
             "--recover-rank",
             type=Counts(1),
             help="The rank of the adapters; several, separated by commas, are made one by one.  "
             f"[default: {DEFAULT_RANK}]",
+        ),
+        click.option(
+            "--recover-text",
+            metavar="FILE",
+            help="The text that adapters are trained on (--recover qlora). It must share no 13 tokens in a row with an "
+            "evaluation text.",
+        ),
+        click.option(
+            "--recover-steps",
+            type=click.IntRange(1, _LARGEST),
+            metavar="INTEGER",
+            help="How many steps adapters are trained for, each on four windows of 256 tokens.",
         ),
         click.option(
             "--compute-dtype",

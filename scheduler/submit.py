@@ -43,7 +43,7 @@ _SLOWEST_COMMIT_S = 10.0
 class Submission:
     """A validated request to submit a batch.
 
-    ``more_texts``: by name, texts on which quality is measured too. ``recovery_text``: the one that adapters are made
+    ``more_texts``: by name, texts on which quality is measured too. ``recovery_texts``: those that adapters are made
     with. ``screened`` are the folders that were inspected already (``screen``).
     """
 
@@ -51,7 +51,7 @@ class Submission:
     grid: Grid
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
-    recovery_text: str | None = None
+    recovery_texts: tuple[str, ...] = ()
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -173,8 +173,7 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
 def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
-        recovery_text = [] if submission.recovery_text is None else [submission.recovery_text]
-        for text in (submission.eval_text, *submission.more_texts.values(), *recovery_text):
+        for text in (submission.eval_text, *submission.more_texts.values(), *submission.recovery_texts):
             add_text(session, text_sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.checkpoint_audit import AdapterTraining, CheckpointAudit
 from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
@@ -139,6 +139,17 @@ def _recovery(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
     ]
     left = f"; of the error it leaves {' and '.join(shares)} (ratios of norms)" if shares else ""
     yield "adapter", f"factors for {_count(audit.recovered_layers, 'layer')}{left}"
+    if audit.training.is_known:
+        yield "trained", _training(audit.training)
+
+
+def _training(training: AdapterTraining) -> str:
+    resumed = f", the last ones after a restart at step {training.resumed_after_step}"
+    kl = "" if training.last_kl is None else f"; the KL on its own text was {training.last_kl:.1e} in the last"
+    return (
+        f"{_count(training.steps or 0, 'step')} with {training.optimizer}"
+        f"{resumed if training.resumed_after_step else ''}{kl}"
+    )
 
 
 def loader_lines(row: ResultRow) -> Iterable[tuple[str, str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qbatch.core.measured.loader_judgement import LoaderJudgement
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,18 @@ class LayerError(Stored):
 
     name: str | None = None
     error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterTraining(Stored):
+    """How an adapter was trained. ``first_kl`` and ``last_kl``: of the windows of its first and last step, in nats; the
+    first is that of the attempt that finished it, which went on ``resumed_after_step``."""
+
+    steps: int | None = None
+    resumed_after_step: int | None = omitted_if_unknown()
+    optimizer: str | None = None
+    first_kl: float | None = None
+    last_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +66,7 @@ class CheckpointAudit(Stored):
     recovered_layers: int | None = omitted_if_unknown()
     weight_error_left: float | None = omitted_if_unknown()
     output_error_left: float | None = omitted_if_unknown()
+    training: AdapterTraining = field(default_factory=AdapterTraining, metadata=OMITTED_IF_UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

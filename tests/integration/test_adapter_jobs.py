@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from safetensors import safe_open
 
 from qbatch.core.adapter_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qbatch.core.domain import DeviceKind, Method, Protocol, ProtocolOptions, Scheme, Stage
+from qbatch.core.errors import DiskFull
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.worker.checkpoints.verify import verify
+from qbatch.worker.files.staging import KEPT_TRAININGS
+from qbatch.worker.recovering.distillation import recover_by_training
+from qbatch.worker.runner import adapter_publication
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Resolved, Stepped
 from tests.bundles import TEXT_HASH, Ear, run_bundle
 from tests.tiny import make_causal
-from tests.unit.benchmark_models import QUICK
+from tests.unit.benchmark_models import QUICK, TEXT
 
 NF4, SVD, ACT = 1, 2, 3
 PLAIN = Scheme(method=Method.NF4)
@@ -171,3 +177,50 @@ def test_a_model_without_a_tokenizer_fails_only_where_a_text_is_read(source: Pat
     assert ear.failed() == {ACT: "unsupported"}
     assert "svd-act reads a text" in failures(ear)[ACT]
     assert all(isinstance(m, Measured) is (m.job_id in (NF4, SVD)) for m in ear.heard if isinstance(m, Measured))
+
+
+QLORA = 4
+TRAINED_TEXT = "\n".join([*topics.values()][60:64])
+TRAINED_HASH = hashlib.sha256(TRAINED_TEXT.encode()).hexdigest()
+TRAINED = replace(
+    PLAIN,
+    recovery=replace(Recovery.of(RecoveryKind.QLORA, 4, TRAINED_HASH, 3), window=32, windows=4),
+)
+
+
+def train(source: Path, text: str = TRAINED_TEXT, attempt: int = 1) -> Ear:
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    assert TRAINED.recovery is not None
+    scheme = replace(TRAINED, recovery=replace(TRAINED.recovery, text_sha256=sha256))
+    return run_bundle(source, {QLORA: scheme}, attempt=attempt, texts={sha256: text})
+
+
+def test_a_trained_adapter_is_a_row_and_its_training_is_kept_until_then(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recover_by_training.__kwdefaults__, "kept_every_s", 0.0)
+    publish = adapter_publication.publish_adapter
+    monkeypatch.setattr(adapter_publication, "publish_adapter", _full_disk)
+    failed = train(source)
+    assert failed.failed() == {QLORA: "disk_full"}
+    trainings = source.parent / "storage" / KEPT_TRAININGS
+    (kept,) = trainings.iterdir()
+    monkeypatch.setattr(adapter_publication, "publish_adapter", publish)
+    ear = train(source, attempt=2)
+    assert ear.measured() == {QLORA}
+    assert "+qlora-r4-s3-" in places(ear)[QLORA]
+    row = ear.measurements()[QLORA]
+    assert row.details.audit.training.steps == 3
+    assert row.details.audit.training.resumed_after_step == 3
+    assert not kept.exists()
+
+
+def _full_disk(*_args: object, **_kwargs: object) -> None:
+    raise DiskFull("no space")
+
+
+def test_a_text_that_shares_a_passage_with_an_evaluation_text_trains_nothing(source: Path) -> None:
+    ear = train(source, f"{TRAINED_TEXT}\n{TEXT}")
+    assert ear.failed() == {QLORA: "unsupported"}
+    assert "the recovery text shares 13 tokens in a row with an evaluation text" in failures(ear)[QLORA]
+    assert not any("recovering" in m.step for m in ear.heard if isinstance(m, Stepped))

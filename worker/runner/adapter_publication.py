@@ -6,15 +6,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import Stage
 from qbatch.core.errors import BenchmarkError, Unsupported
 from qbatch.core.methods.registry import is_installed
 from qbatch.core.recovery import EXTRA, LIBRARY, Recovery
+from qbatch.core.search.shared_run import SHARED_TOKENS, shared_run
 from qbatch.worker.checkpoints.publish import Origin, publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
-from qbatch.worker.files.staging import stage, storage_error, unstage
+from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
+from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.load import translated
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.loaded_models import free_device_memory
@@ -22,6 +25,9 @@ from qbatch.worker.runner.messages import CheckpointReady, Order
 from qbatch.worker.runner.reports import Reports
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, RAN
 from qbatch.worker.sources.fetch import LocalSource
+
+if TYPE_CHECKING:
+    from qbatch.worker.files.training_state import KeptState
 
 log = logging.getLogger("qbatch.runner")
 
@@ -48,10 +54,32 @@ class AdapterPublication:
             if base is None or not self._reports.open(plan.job_id for plan in plans):
                 continue
             with self._reports.failing(plan.job_id for plan in plans):
+                self._refuse_shared_text(plans)
                 published[key] = self._existing(plans[0], base, paths.get(key)) or self._make(plans, base)
                 for plan in plans:
                     self._reports.send(CheckpointReady(job_id=plan.job_id, published=published[key].published))
         return published
+
+    def _refuse_shared_text(self, plans: Sequence[Plan]) -> None:
+        """Raise Unsupported if an adapter is trained on a passage that it is then judged by."""
+        recovery = _recovery(plans[0])
+        if not recovery.kind.is_trained or why_no_tokenizer(self._source.folder) is not None:
+            return
+        tokenizer = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+
+        def ids(sha256: str) -> Sequence[int]:
+            found: Sequence[int] = tokenizer(self._order.texts[sha256], add_special_tokens=False)["input_ids"]
+            return found
+
+        own = ids(str(recovery.text_sha256))
+        protocol = plans[0].settled.protocol
+        for sha256 in (protocol.eval_text_sha256, *(text.sha256 for text in protocol.more_texts)):
+            if (run := shared_run(own, ids(sha256))) is not None:
+                passage = escape_controls(tokenizer.decode(list(run)))
+                raise Unsupported(
+                    f"the recovery text shares {SHARED_TOKENS} tokens in a row with an evaluation text ({passage!r}), "
+                    "so figures on that would say nothing; give another --recover-text or --eval-text"
+                )
 
     def _existing(self, plan: Plan, base: Verified, path: str | None) -> Verified | None:
         beside = adapter_path(base.published.path, _recovery(plan), plan.settled.key)
@@ -72,7 +100,7 @@ class AdapterPublication:
             recover_s = time.perf_counter() - begin_s
             audit["adapter_forward"] = self._try(plans, base, folder)
             self._reports.enter(ids, Stage.PUBLISHING)
-            return publish_adapter(
+            published = publish_adapter(
                 folder,
                 storage=self._order.storage,
                 base=base.published,
@@ -82,12 +110,18 @@ class AdapterPublication:
                 recover_s=recover_s,
                 confirm=lambda: self._confirm(base),
             )
+            self._kept(plans[0]).remove()
+            return published
         finally:
             unstage(folder)
             free_device_memory()
 
     def _recover(self, plan: Plan, base: Verified, folder: Path) -> dict[str, Any]:
+        from qbatch.worker.recovering.distillation import recover_by_training
         from qbatch.worker.recovering.svd_recovery import RecoveryWork, recover_by_factors
+
+        def report(step: str) -> None:
+            self._reports.step([plan.job_id], step)
 
         recovery = _recovery(plan)
         work = RecoveryWork(
@@ -101,9 +135,18 @@ class AdapterPublication:
         )
         try:
             with translated(BenchmarkError, f"cannot make an adapter of {self._source.folder.name}"):
-                return recover_by_factors(work, folder, lambda step: self._reports.step([plan.job_id], step))
+                if recovery.kind.is_trained:
+                    return recover_by_training(work, folder, self._kept(plan), report)
+                return recover_by_factors(work, folder, report)
         except OSError as error:
             raise storage_error(error, "cannot write an adapter") from error
+
+    def _kept(self, plan: Plan) -> KeptState:
+        """Where a training is kept for another attempt, of whichever worker. It is of this source and checkpoint, since
+        the key is."""
+        from qbatch.worker.files.training_state import KeptState
+
+        return KeptState(folder=self._order.staging.parent / KEPT_TRAININGS / plan.settled.key)
 
     def _try(self, plans: Sequence[Plan], base: Verified, folder: Path) -> str:
         """Run the checkpoint once with the staged adapter, unless nothing of it is going to run. Raises JobErrors."""
