@@ -162,12 +162,16 @@ def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | No
     from qbatch.core.errors import JobError
     from qbatch.core.loaders.known_loaders import judge_folder
     from qbatch.core.measured.loader_judgement import LoaderVerdict
+    from qbatch.core.storage import base_path
     from qbatch.views.formats import render
     from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 
     names = parse_loaders(loaders)
     judged: list[JudgedCheckpoint] = []
     for folder in folders:
+        if (base := base_path(folder.name)) is not None:
+            click.echo(escape_controls(f"{folder} is left out: it is an adapter, for PEFT to load on {base}"), err=True)
+            continue
         try:
             judgements = judge_folder(folder, names)
             tried = _try(folder, names, python) if python is not None else {}

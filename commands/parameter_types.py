@@ -17,6 +17,7 @@ from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method, find_method
+from qbatch.core.recovery import RecoveryKind
 from qbatch.core.search.bound import AUTO
 
 Value = TypeVar("Value")
@@ -111,6 +112,20 @@ class Schemes(click.ParamType[tuple[str, ...]]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
         return complete_list([*(method.value for method in Method), AUTO], incomplete)
+
+
+class Recoveries(click.ParamType[tuple[RecoveryKind, ...]]):
+    """A comma list of kinds of adapters."""
+
+    name = "recoveries"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[RecoveryKind, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [part.strip() for part in str(value).split(",")]
+        if unknown := [name for name in names if name not in [*RecoveryKind]]:
+            self.fail(f"{_shorten(unknown[0])} is not a kind of adapter (use {' or '.join(RecoveryKind)})", param, ctx)
+        return tuple(map(RecoveryKind, dict.fromkeys(names)))
 
 
 class ColumnNames(click.ParamType[tuple[str, ...]]):

@@ -18,6 +18,7 @@ from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
+from qbatch.core.recovery import DEFAULT_RANK, Recovery, RecoveryKind
 from qbatch.core.search.bound import AUTO, Bound
 from qbatch.core.settings import Settings
 
@@ -76,6 +77,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
     schemes = joined(options["schemes"])
     bound = _bound(options, is_asked=AUTO in schemes)
+    recovery_texts, recoveries = _recoveries(options)
     grid = Grid(
         bits=joined(options["bits"]),
         quant_types=_quant_types(options["quant_types"]),
@@ -95,6 +97,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         **_parts(measure, why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
         bound=bound,
+        recoveries=recoveries,
     )
     if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
@@ -111,6 +114,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
             search_text=search_text,
+            recovery_texts=recovery_texts,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -138,6 +142,35 @@ def _search_text() -> Path:
     from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
     return DEFAULT_SEARCH_TEXT
+
+
+def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Recovery, ...]]:
+    """The texts that adapters are made with, and the adapters that were asked for, each once. Raises UsageError."""
+    from qbatch.scheduler.submit import text_sha256
+    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
+
+    kinds, ranks = options["recover"] or (), options["recover_rank"] or (DEFAULT_RANK,)
+    file, steps = options["recover_text"], options["recover_steps"]
+    is_trained = any(kind.is_trained for kind in kinds)
+    if options["recover_rank"] and not kinds:
+        raise UsageError("--recover-rank is about adapters, which --recover asks for")
+    if not is_trained and (file is not None or steps is not None):
+        raise UsageError(f"--recover-text and --recover-steps are for --recover {RecoveryKind.QLORA}")
+    if is_trained and (file is None or steps is None):
+        raise UsageError(
+            f"--recover {RecoveryKind.QLORA} needs a text to train on and a number of steps: --recover-text "
+            "FILE --recover-steps N"
+        )
+    texts: dict[str, str] = {}
+    asked = []
+    for kind in kinds:
+        text = _read_text(file if kind.is_trained else str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT)
+        if kind.is_trained and not text.strip():
+            raise UsageError(f"the recovery text {file} is empty")
+        sha256 = text_sha256(text)
+        texts |= {sha256: text} if kind.reads_text else {}
+        asked += [Recovery.of(kind, rank, sha256, steps) for rank in ranks]
+    return tuple(texts.values()), tuple(dict.fromkeys(asked))
 
 
 def _is_terminal(models_file: str | None) -> bool:

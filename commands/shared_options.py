@@ -9,11 +9,23 @@ from typing import Any, TypeVar
 import click
 
 from qbatch.commands.completion import complete_batch, complete_path, complete_target
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
+from qbatch.commands.parameter_types import (
+    Amount,
+    Bits,
+    ByteSize,
+    Counts,
+    Name,
+    Parts,
+    Patterns,
+    Recoveries,
+    Schemes,
+    TimeLimit,
+)
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
+from qbatch.core.recovery import DEFAULT_RANK
 from qbatch.core.search.bound import AUTO
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -186,6 +198,33 @@ def request_options(command: Command) -> Command:
             help=f"4-bit data types; repeat it or give a comma list.  [default: {next(iter(quant_types()))}]",
         ),
         *map(_method_option, every_option()),
+        click.option(
+            "--recover",
+            type=Recoveries(),
+            metavar="KIND",
+            help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
+            "took (needs qbatch[recover]), as a comma list. svd: factors of each weight's error. svd-act: the same, "
+            "weighted by what the layers read on a text that comes with qbatch. qlora: factors trained to give the "
+            "outputs of the unquantized model on --recover-text, in --recover-steps steps.",
+        ),
+        click.option(
+            "--recover-rank",
+            type=Counts(1),
+            help="The rank of the adapters; several, separated by commas, are made one by one.  "
+            f"[default: {DEFAULT_RANK}]",
+        ),
+        click.option(
+            "--recover-text",
+            metavar="FILE",
+            help="The text that adapters are trained on (--recover qlora). It must share no 13 tokens in a row with an "
+            "evaluation text.",
+        ),
+        click.option(
+            "--recover-steps",
+            type=click.IntRange(1, _LARGEST),
+            metavar="INTEGER",
+            help="How many steps adapters are trained for, each on four windows of 256 tokens.",
+        ),
         click.option(
             "--compute-dtype",
             type=click.Choice([d.value for d in DType]),

@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import LOST, OPEN_STATES, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.storage import with_adapter_mark
 from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
@@ -108,6 +109,7 @@ def list_jobs(
 # Not whole jobs: to decode what is not shown takes longer than the rest.
 _LISTED = (
     *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
+    Job.recovery,
     *(Job.attempt, Job.failures, Job.progress, Job.error_kind, Job.error_message, Job.above_memory_bytes),
     *(Job.started_at, Job.finished_at, Job.search_id, *MIXTURE_COLUMNS),
 )
@@ -120,7 +122,7 @@ def _job(row: Any, now: datetime, awaited: int | None) -> dict[str, Any]:
         "batch_id": format_batch_id(row.batch_id),
         "model": row.model,
         "revision": row.revision,
-        "scheme": row.method,
+        "scheme": row.method if row.recovery is None else with_adapter_mark(row.method, row.recovery),
         "bits": row.bits,
         "mixture": mixture.to_json() if mixture.is_known else None,
         "state": row.state,

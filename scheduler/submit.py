@@ -13,7 +13,8 @@ from sqlalchemy import select
 from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
-from qbatch.core.methods.registry import missing_library
+from qbatch.core.methods.registry import is_installed, missing_library
+from qbatch.core.recovery import EXTRA, LIBRARY
 from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.core.settings import Settings
 from qbatch.core.vram_classes import vram_class
@@ -44,8 +45,8 @@ class Submission:
     """A validated request to submit a batch.
 
     ``more_texts``: by name, texts on which quality is measured too. ``search_text``: the one on which the layers to
-    keep at 16 bits are looked for, if the grid asks for that. ``screened`` are the folders that were inspected already
-    (``screen``).
+    keep at 16 bits are looked for, if the grid asks for that. ``recovery_texts``: those that adapters are made with.
+    ``screened`` are the folders that were inspected already (``screen``).
     """
 
     sources: tuple[SourceRef, ...]
@@ -53,6 +54,7 @@ class Submission:
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
     search_text: str = ""
+    recovery_texts: tuple[str, ...] = ()
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -71,12 +73,12 @@ class Submission:
 
     @property
     def text_sha256(self) -> str:
-        return _sha256(self.eval_text)
+        return text_sha256(self.eval_text)
 
     @property
     def text_refs(self) -> tuple[TextRef, ...] | None:
         """The further texts; None without any."""
-        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
+        return tuple(TextRef(name=name, sha256=text_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
@@ -87,11 +89,12 @@ class Submission:
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
-        searching = SearchProtocol(text_sha256=_sha256(self.search_text)) if self.search_text else None
+        searching = SearchProtocol(text_sha256=text_sha256(self.search_text)) if self.search_text else None
         return self.grid.bundle(self.sources[0], protocol, searching)
 
 
-def _sha256(text: str) -> str:
+def text_sha256(text: str) -> str:
+    """The hash by which a text is stored."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -181,8 +184,9 @@ def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
         searched = [submission.search_text] if submission.search_text else []
-        for text in (submission.eval_text, *submission.more_texts.values(), *searched):
-            add_text(session, _sha256(text), text)
+        own = (submission.eval_text, *submission.more_texts.values())
+        for text in (*own, *searched, *submission.recovery_texts):
+            add_text(session, text_sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 
@@ -212,6 +216,8 @@ def refuse_missing_libraries(grid: Grid) -> None:
     for scheme in grid.every_scheme():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
+        if scheme.recovery is not None and not is_installed(LIBRARY):
+            raise UsageError(f"--recover needs {LIBRARY}, which is not installed here: pip install 'qbatch[{EXTRA}]'")
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
@@ -227,6 +233,7 @@ def _new_job(job: RequestedJob, answers: Mapping[tuple[str, str], int]) -> NewJo
         spec=job.spec,
         bits=job.spec.scheme.bits(job.spec.dtype),
         checkpoint_key=job.settled.key if job.settled is not None else None,
+        base_key=job.settled.base_key if job.settled is not None else None,
         reused_from=answers.get(job.pair) if job.pair is not None else None,
         predicted_memory_bytes=job.need,
     )

@@ -22,6 +22,7 @@ from qbatch.views.pick_lines import GONE, is_gone, pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
+from qbatch.views.recovered_rows import recovery_remarks
 from qbatch.views.scheme import brief_schemes, show_scheme
 from qbatch.views.speed_explanation import explain_speed, explain_speed_briefly
 from qbatch.views.table_legend import mark_sentences, short_legend
@@ -200,6 +201,7 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
             yield f"{_name(row)}: {warning}."
     if ship is not None and is_gone(ship):
         yield f"{_name(ship)}: {GONE}."
+    yield from recovery_remarks(group.rows)
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)

@@ -202,8 +202,12 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
     yield "dtype", f"{row.dtype}, computing in {row.compute_dtype}"
     for name in _options(row):
         yield name, _plain(row.options[name])
+    if row.recovery is not None:
+        yield "adapter", f"{row.recovery.kind} of rank {row.recovery.rank}"
     if record.checkpoint_key:
         yield "checkpoint key", record.checkpoint_key
+    if record.base_key:
+        yield "belongs to", record.base_key
     yield from (("checkpoint", text) for _, text in _whereabouts(row, record))
     if record.checkpoint is not None:
         yield "sha256", record.checkpoint.root_sha256

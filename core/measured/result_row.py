@@ -10,6 +10,7 @@ from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.recovery import Recovery
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.stored_json import OMITTED_IF_UNKNOWN
 
@@ -109,3 +110,9 @@ class ResultRow(Figures):
     @property
     def is_baseline(self) -> bool:
         return self.scheme == "none"
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The adapter that it was measured with."""
+        stored = self.options.get("recovery")
+        return None if stored is None else Recovery.from_json(stored)

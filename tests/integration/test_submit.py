@@ -385,7 +385,9 @@ def test_a_skip_list_is_answered_once_a_worker_has_settled_it(
     with database.read() as session:
         waiting = session.scalars(select(Job.id).where(Job.batch_id == before.batch_id)).all()
     ((job_id, attempt),) = claim(database, waiting, worker)
-    resolved = JobIdentity(key=key, legacy_key=None, protocol_hash=as_spelt.protocol.hash, spelled_key=as_spelt.key)
+    resolved = JobIdentity(
+        key=key, legacy_key=None, protocol_hash=as_spelt.protocol.hash, spelled_keys={as_spelt.key: key}
+    )
     claims = {job_id: Claim(job_id=job_id, attempt=attempt, spec=spec)}
     Answers(database, settings.storage, "this CPU", claims).find(Resolved(jobs={job_id: resolved}))
     receipt = submit(database, settings, asked)

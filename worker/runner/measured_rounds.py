@@ -227,7 +227,10 @@ class Rounds:
         self._reports.enter(turn.jobs, Stage.LOADING)
         subject, trusted = turn.benchmark.subject, self._source.runs_code
         return self._models.add(
-            turn.jobs, lambda: load(subject.folder, dtype=subject.dtype, device=self._device, trusted=trusted)
+            turn.jobs,
+            lambda: load(
+                subject.folder, dtype=subject.dtype, device=self._device, trusted=trusted, adapter=subject.adapter
+            ),
         )
 
     def _note_peak(self, turn: _Turn) -> None:
