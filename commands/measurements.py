@@ -19,7 +19,13 @@ from qbatch.commands.result_options import (
     models_option,
     read_filter,
 )
-from qbatch.commands.shared_options import batch_arguments, format_options, target_arguments
+from qbatch.commands.shared_options import (
+    batch_arguments,
+    format_options,
+    limit_option,
+    page_limit,
+    target_arguments,
+)
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
@@ -74,9 +80,16 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
 
 @click.command()
 @compare_options
+@limit_option("models")
 @format_options("table", "json", "csv")
 def compare(
-    batches: Sequence[str], models: Sequence[str], by: str, has_legend: bool, format_: str, **preference: Any
+    batches: Sequence[str],
+    models: Sequence[str],
+    by: str,
+    has_legend: bool,
+    limit: int | None,
+    format_: str,
+    **preference: Any,
 ) -> None:
     """Recommend a quantization scheme for each model: a line for each, and what that saves in all.
 
@@ -84,20 +97,23 @@ def compare(
     figures of each that it chooses. Results of different protocols or devices are listed separately. If you set no
     limit on quality, a default limit is used and shown.
     """
+    from qbatch.models_db.model_pages import results_of_first_models
     from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.result_filter import ResultFilter
-    from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
 
     settings = current_settings()
     database = open_database(settings)
     ids = find_batches(database, batches)
+    limit = page_limit(limit, format_)
     with database.read() as session:
-        found = with_answers(session, find_results(session, batch_ids=ids, only=ResultFilter(models=models)))
-        rows = placed(settings, found)
-    chosen = Preference(**preference)
+        page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
+        found = with_answers(session, page.rows)
+    rows, chosen = placed(settings, found), Preference(**preference)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
+    if page.has_more:
+        click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
 
 
 @click.command()

@@ -14,7 +14,8 @@ from qbatch.core.byte_units import GIB, KIB, MIB
 from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.methods.registry import Method, find_method
+from qbatch.core.methods.registry import find_method
+from qbatch.core.search.bound import AUTO
 
 Value = TypeVar("Value")
 
@@ -92,16 +93,17 @@ class Bits(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
-class Schemes(click.ParamType[tuple[Method, ...]]):
-    """A comma list of methods by name or alias."""
+class Schemes(click.ParamType[tuple[str, ...]]):
+    """A comma list of methods by name or alias, and of ``auto``: each a ``Method``, or ``AUTO``."""
 
     name = "schemes"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Method, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
+        names = [part.strip() for part in str(value).split(",")]
         try:
-            return tuple(find_method(part.strip()) for part in str(value).split(","))
+            return tuple(AUTO if name == AUTO else find_method(name) for name in names)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 

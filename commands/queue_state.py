@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.shared_options import ON_A_TERMINAL, batch_arguments, format_options, limit_option
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit
 from qbatch.commands.targets import find_batches
 from qbatch.commands.unserved import why_nothing_runs
 from qbatch.core.domain import OPEN_STATES, JobState
@@ -36,7 +35,7 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
     settings = current_settings()
     database = open_database(settings)
     ids = find_batches(database, batches)
-    limit = _limit(limit, format_)
+    limit = page_limit(limit, format_)
     with database.read() as session:
         left = time_left(session, lease_s=settings.lease_s)
         found = with_time_left(list_batches(session, ids, limit=limit), left)
@@ -74,7 +73,7 @@ def jobs(batches: Sequence[str], states: Sequence[str], limit: int | None, forma
     ids = find_batches(database, batches)
     with database.read() as session:
         left = time_left(session, lease_s=settings.lease_s)
-        _print_jobs(settings, session, ids, states, _limit(limit, format_), format_, left)
+        _print_jobs(settings, session, ids, states, page_limit(limit, format_), format_, left)
 
 
 def _open_batches(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -107,11 +106,6 @@ def _print_jobs(
         click.echo(reason, err=True)
     if limit is not None and len(found) == limit:
         _mention_rest("first", limit, count_jobs(session, batch_ids=batch_ids, states=states), "jobs")
-
-
-def _limit(limit: int | None, format_: str) -> int | None:
-    """How many rows to show: as many as were asked for, else a page on a terminal, and all for a program."""
-    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
 
 
 def _mention_rest(which: str, shown: int, total: int, rows: str) -> None:

@@ -88,7 +88,7 @@ def filter_options(command: Command) -> Command:
             type=Schemes(),
             multiple=True,
             metavar="NAME",
-            help="Only these methods, separated by commas; may be repeated. none is the baseline.",
+            help="Only these methods, separated by commas; may be repeated. none is the baseline, auto a search.",
         ),
         click.option(
             "--bits",
@@ -161,7 +161,7 @@ def read_filter(options: dict[str, Any]) -> ResultFilter:
 
     return ResultFilter(
         models=options["models"],
-        schemes=tuple(method.value for method in joined(options["schemes"])),
+        schemes=tuple(map(str, joined(options["schemes"]))),
         bits=joined(options["bits"]),
         devices=options["devices"],
         states=options["states"],

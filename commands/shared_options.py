@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
 from qbatch.commands.completion import complete_batch
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Counts, Name, Parts, Patterns, Schemes, TimeLimit
+from qbatch.commands.parameter_types import (
+    Amount,
+    Bits,
+    ByteSize,
+    Counts,
+    Name,
+    Parts,
+    Patterns,
+    Schemes,
+    TimeLimit,
+)
 from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
+from qbatch.core.search.bound import AUTO
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
@@ -106,6 +118,11 @@ def limit_option(rows: str) -> Callable[[Command], Command]:
     )
 
 
+def page_limit(limit: int | None, format_: str) -> int | None:
+    """How many rows to show: as many as were asked for, else a page on a terminal, and all for a program."""
+    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
+
+
 def _usual(bits: int) -> str:
     return f"{bits} means {selected_by_bits(bits)[0]}"
 
@@ -152,7 +169,23 @@ def request_options(command: Command) -> Command:
             multiple=True,
             metavar="NAME",
             help="Methods by name, instead of --bits or beside them; repeat it or give a comma list: "
-            f"{', '.join(Method)}.",
+            f"{', '.join(Method)}. {AUTO} looks for the layers of a 4-bit checkpoint that must stay at 16 bits for one "
+            "of the next three options to hold (docs/search.md).",
+        ),
+        click.option(
+            "--max-kl",
+            type=Amount(min=0),
+            help=f"With --scheme {AUTO}: the largest mean KL divergence from the baseline, with two errors: 0.005.",
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=Amount(min=0),
+            help=f"With --scheme {AUTO}: the largest perplexity, divided by the baseline's, with two errors: 1.01.",
+        ),
+        click.option(
+            "--max-weights-bytes",
+            type=ByteSize(),
+            help=f"With --scheme {AUTO}: the most memory that the weights may take, for the lowest KL: 6GB, 5.5GiB.",
         ),
         click.option(
             "--quant-type",

@@ -22,7 +22,8 @@ QbatchError
     ├── DeviceError
     │   └── ModelFault              the model caused the fault, not the device
     └── CudaOom, HostOom, WorkerLost, StorageError, FetchError, JobTimeout, SourceChanged, DiskFull, SourceNotFound,
-        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError
+        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError,
+        BoundNotKept
 """
 
 from __future__ import annotations
@@ -270,6 +271,13 @@ class BenchmarkError(JobError):
     success of its quantization, and its row says why it has no figures."""
 
     kind = "benchmark_error"
+
+
+class BoundNotKept(JobError):
+    """No mixture of a search keeps to its bound. The message names the nearest one, which is published: use it, or
+    submit with a looser bound. What the search found answers that without another search."""
+
+    kind = "bound_not_kept"
 
 
 class ModelFault(DeviceError):

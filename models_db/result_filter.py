@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, func, or_
 
+from qbatch.core.search.bound import AUTO
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.tables import Job, Result
 
@@ -19,9 +20,9 @@ class ResultFilter:
     """Conditions that a row must meet; what is None or empty is none.
 
     Of several values of one condition, any will do. Each of ``models`` and ``devices`` is a part of the name, or a
-    pattern with * and ? for the whole name; upper and lower case count as the same. ``since_s``: only jobs that ended
-    within the last so many seconds, or if they have not ended, were submitted then. A row without a figure is not
-    within a limit on it.
+    pattern with * and ? for the whole name; upper and lower case count as the same. ``AUTO`` among ``schemes`` stands
+    for searches. ``since_s``: only jobs that ended within the last so many seconds, or if they have not ended, were
+    submitted then. A row without a figure is not within a limit on it.
     """
 
     models: Collection[str] = ()
@@ -49,7 +50,11 @@ class ResultFilter:
         found: list[ColumnElement[bool]] = []
         if self.models:
             found.append(_matches_any(Job.model.expression, self.models))
-        for column, values in ((Job.method, self.schemes), (Job.bits, self.bits), (Job.state, self.states)):
+        if AUTO in self.schemes:
+            found.append(or_(Job.search.is_not(None), Job.method.in_(self.schemes)))
+        elif self.schemes:
+            found.append(Job.method.in_(self.schemes))
+        for column, values in ((Job.bits, self.bits), (Job.state, self.states)):
             if values:
                 found.append(column.in_(values))
         if self.since_s is not None:

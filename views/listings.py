@@ -8,6 +8,7 @@ from typing import Any
 from qbatch.core.byte_units import GIB, MIB
 from qbatch.core.domain import JobState, WorkerState
 from qbatch.core.job_progress import JobProgress
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, Column, render, terminal_width
 from qbatch.views.shared_failures import shared_failures
@@ -103,8 +104,11 @@ def jobs_table(jobs: Sequence[Mapping[str, Any]], *, of_one_batch: bool) -> str:
 
 
 def _for_people(job: Mapping[str, Any], *, of_one_batch: bool) -> dict[str, Any]:
-    """The stage of a running job says that it runs; why jobs failed stands below the table."""
-    shown = {**job, "state": job["stage"] or job["state"], "stage": None, "error_kind": None, "error_message": None}
+    """The stage of a running job says that it runs, and a scheme's name what its job has to do with a search; why jobs
+    failed stands below the table."""
+    scheme = f"{job['scheme']}{MixtureOrigin.from_json(job.get('mixture')).title}"
+    state = job["stage"] or job["state"]
+    shown = {**job, "scheme": scheme, "state": state, "stage": None, "error_kind": None, "error_message": None}
     return shown | {"batch_id": None} if of_one_batch else shown
 
 

@@ -40,9 +40,10 @@ from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
+from qbatch.worker.sources.fetch import LocalSource, fetch_source
 from qbatch.worker.sources.pickles import convert
 from qbatch.worker.sources.repository import Repository
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests import tiny
 from tests.identity import fingerprint
 from tests.rows import a_batch

@@ -45,7 +45,7 @@ def test_every_command_has_help() -> None:
 def test_help_lists_each_command_once_in_its_group() -> None:
     (whole, *_) = contexts()
     listed = [line.split()[0] for line in whole.get_help().splitlines() if line.startswith("  ") and line[2].isalpha()]
-    commands = [str(command.name) for group in SECTIONS.values() for command in group]
+    commands = [name for group in SECTIONS.values() for name in group]
     assert [name for name in listed if name in commands] == commands
     assert sorted(commands) == sorted(main.commands)
     assert len(SECTIONS) == 4
