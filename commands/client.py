@@ -147,10 +147,10 @@ def results(
     """A row for each job, ended or not, of these batches, or of all.
 
     ``sort`` names a column, ``-column`` sorts downwards. ``filters`` are those of ``qbatch results``, with underscores:
-    ``model="*-8B*"``, ``scheme="none"``, ``bits=[4]``, ``device="H200"``, ``state="succeeded"``, ``since="7d"``,
-    ``max_weights_bytes="6GB"``, ``max_kl=0.05``, ``min_tokens_per_s=40``. Figures that were not measured are None.
-    Paths of checkpoints are whole. Raises UsageError, TypeError for a filter that does not exist, and
-    ServiceUnreachable.
+    ``model=["*-8B*", "gemma"]``, ``scheme="none"``, ``bits=[4]``, ``device="H200"``, ``state="succeeded"``,
+    ``since="7d"``, ``max_weights_bytes="6GB"``, ``max_kl=0.05``, ``min_tokens_per_s=40``. Figures that were not
+    measured are None. Paths of checkpoints are whole. Raises UsageError, TypeError for a filter that does not exist,
+    and ServiceUnreachable.
     """
     from qbatch.models_db.results import find_results
 

@@ -86,10 +86,12 @@ def inspect(model: str, format_: str) -> None:
 @click.option(
     "--for",
     "loaders",
+    multiple=True,
     metavar="LOADERS",
     shell_complete=complete_loaders,
     help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
-    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several "
+    "with commas; may be repeated.",
 )
 @click.option(
     "--try",
@@ -105,7 +107,7 @@ def inspect(model: str, format_: str) -> None:
     help="With --try: the interpreter of an environment in which the loaders are installed.",
 )
 @format_options("table", "json", "csv")
-def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str | None, format_: str) -> None:
+def verify(targets: Sequence[str], loaders: Sequence[str], tries: bool, python: str | None, format_: str) -> None:
     """Check published checkpoints: every file against the manifest, the tensors against the config.
 
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged, or
@@ -118,10 +120,10 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
     from qbatch.views.listings import VERIFY_COLUMNS
     from qbatch.worker.checkpoints.verify import verify as problems_of
 
-    if (tries and loaders is None) or (python is not None and not tries):
+    if (tries and not loaders) or (python is not None and not tries):
         raise UsageError("--python needs --try, and --try needs --for with the loaders to try")
-    if loaders is not None:
-        _judge(_checkpoint_folders(targets), loaders, format_, (python or sys.executable) if tries else None)
+    if loaders:
+        _judge(_checkpoint_folders(targets), ",".join(loaders), format_, (python or sys.executable) if tries else None)
         return
     rows: list[dict[str, Any]] = []
     for folder in _checkpoint_folders(targets):

@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.completion import complete_batch, complete_model
+from qbatch.commands.completion import complete_batch
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.result_options import compare_options, filter_options, layout_options, read_filter
-from qbatch.commands.shared_options import batch_arguments, format_options, target_arguments
+from qbatch.commands.parameter_types import joined
+from qbatch.commands.result_options import (
+    compare_options,
+    filter_options,
+    layout_options,
+    models_option,
+    read_filter,
+)
+from qbatch.commands.shared_options import (
+    batch_arguments,
+    format_options,
+    limit_option,
+    page_limit,
+    target_arguments,
+)
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
@@ -51,7 +64,10 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
     limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
     layout = TableLayout(
-        columns=options["columns"], is_wide=options["is_wide"], has_legend=options["has_legend"], sort=sort
+        columns=joined(options["columns"]) or None,
+        is_wide=options["is_wide"],
+        has_legend=options["has_legend"],
+        sort=sort,
     )
     screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=Preference(**limits), layout=layout)
     print_results(screen, format_)
@@ -59,37 +75,45 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
 
 @click.command()
 @compare_options
+@limit_option("models")
 @format_options("table", "json", "csv")
-def compare(batches: Sequence[str], model: str | None, by: str, format_: str, **preference: Any) -> None:
+def compare(
+    batches: Sequence[str],
+    models: Sequence[str],
+    by: str,
+    has_legend: bool,
+    limit: int | None,
+    format_: str,
+    **preference: Any,
+) -> None:
     """Recommend a quantization scheme for each model: a line for each, and what that saves in all.
 
-    With --model, or where there is one model, all figures of its schemes and what limits their speed follow. Results of
-    different protocols or devices are listed separately. If you set no limit on quality, a default limit is used and
-    shown.
+    Where there is one model, all figures of its schemes and what limits their speed follow; with --model, the main
+    figures of each that it chooses. Results of different protocols or devices are listed separately. If you set no
+    limit on quality, a default limit is used and shown.
     """
+    from qbatch.models_db.model_pages import results_of_first_models
     from qbatch.models_db.result_filter import ResultFilter
-    from qbatch.models_db.results import find_results
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
 
     settings = current_settings()
     database = open_database(settings)
     ids = find_batches(database, batches)
+    limit = page_limit(limit, format_)
     with database.read() as session:
-        rows = placed(settings, find_results(session, batch_ids=ids, only=ResultFilter(model=model)))
-    click.echo(comparison(rows, Preference(**preference), by=by, format=format_, in_full=model is not None))
+        page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
+    rows, chosen = placed(settings, page.rows), Preference(**preference)
+    click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
+    if page.has_more:
+        click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
 
 
 @click.command()
 @click.argument("batches", nargs=2, metavar="BATCH BATCH", shell_complete=complete_batch)
-@click.option(
-    "--model",
-    shell_complete=complete_model,
-    metavar="TEXT|GLOB",
-    help="Only models whose name contains this text, or is like this pattern.",
-)
+@models_option()
 @format_options("table", "json", "csv")
-def diff(batches: tuple[str, str], model: str | None, format_: str) -> None:
+def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
     Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
@@ -101,7 +125,7 @@ def diff(batches: tuple[str, str], model: str | None, format_: str) -> None:
 
     database = open_database(current_settings())
     ids = [find_batches(database, [word])[0] for word in batches]
-    only = ResultFilter(model=model)
+    only = ResultFilter(models=models)
     with database.read() as session:
         before, after = (find_results(session, batch_ids=[batch_id], only=only) for batch_id in ids)
     click.echo(batch_diff(before, after, format_))

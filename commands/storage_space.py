@@ -125,8 +125,8 @@ def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
 def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **preference: Any) -> None:  # noqa: ARG001
     """Remove the checkpoints that compare does not recommend. Their results stay, without a path.
 
-    Of a model for which nothing is recommended, all are kept, and so is what was not measured, and what batches that
-    are not named have too.
+    Of a model for which nothing is recommended, or the baseline, all are kept, and so is what was not measured, and
+    what batches that are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
     from qbatch.models_db.results import find_results

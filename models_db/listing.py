@@ -14,6 +14,7 @@ from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedSource, need_source
+from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, awaited_jobs, mixture_origin
 from qbatch.models_db.tables import Attempt, Batch, Job, Worker
 from qbatch.models_db.workers import is_live
 
@@ -87,18 +88,22 @@ def list_jobs(
     if states:
         query = query.where(Job.state.in_(states))
     now = session.execute(select(db_now())).scalar_one()
-    return [_job(row, now) for row in session.execute(query)]
+    rows = session.execute(query).all()
+    waiting = [row.id for row in rows if row.state == JobState.QUEUED and row.search_id is not None]
+    awaited = awaited_jobs(session, waiting)
+    return [_job(row, now, awaited.get(row.id)) for row in rows]
 
 
 # Not whole jobs: to decode what is not shown takes longer than the rest.
 _LISTED = (
     *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
     *(Job.attempt, Job.failures, Job.progress, Job.error_kind, Job.error_message, Job.above_memory_bytes),
-    *(Job.started_at, Job.finished_at),
+    *(Job.started_at, Job.finished_at, Job.search_id, *MIXTURE_COLUMNS),
 )
 
 
-def _job(row: Any, now: datetime) -> dict[str, Any]:
+def _job(row: Any, now: datetime, awaited: int | None) -> dict[str, Any]:
+    mixture = mixture_origin(row)
     return {
         "job_id": format_job_id(row.id),
         "batch_id": format_batch_id(row.batch_id),
@@ -106,6 +111,7 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "revision": row.revision,
         "scheme": row.method,
         "bits": row.bits,
+        "mixture": mixture.to_json() if mixture.is_known else None,
         "state": row.state,
         "stage": row.stage if row.state == JobState.RUNNING else None,
         "attempt": row.attempt,
@@ -116,7 +122,7 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "error_message": row.error_message,
         "above_memory_bytes": row.above_memory_bytes,
         "above_memory_is": row.need,
-        "note": _note(row),
+        "note": _note(row) if awaited is None else f"waits for {format_job_id(awaited)}",
         "started_at": row.started_at.isoformat() if row.started_at else None,
         "finished_at": row.finished_at.isoformat() if row.finished_at else None,
         "elapsed_s": _elapsed_s(row, now),

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import JobState
 from qbatch.core.job_duration import JobWork, PastRun, share_of_bundle
 from qbatch.core.kinds import DeviceKind
-from qbatch.core.measured.result_row import StoredProtocol
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job, Result, Worker
 

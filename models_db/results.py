@@ -15,11 +15,13 @@ from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS
-from qbatch.core.measured.result_row import ResultRow, StoredProtocol
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
+from qbatch.models_db.mixture_origins import mixture_origin
 from qbatch.models_db.question_answers import find_answers
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
@@ -214,6 +216,7 @@ def _row(
         bits=job.bits,
         double_quant=scheme.get("double_quant", False),
         options={name: value for name, value in scheme.items() if name != "method"},
+        mixture=mixture_origin(job),
         checkpoint_path=result.checkpoint_path if result else None,
         **(asked | measured),
         baseline_job_id=format_job_id(baseline) if baseline is not None and baseline != job.id else None,

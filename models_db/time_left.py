@@ -246,7 +246,7 @@ def _open_work(session: Session, running: Sequence[_RunningBundle], expected: _E
 
 def _waiting(session: Session, batch_id: int, expected: _Expected) -> tuple[int, float] | None:
     """(bundles that wait, the mean seconds of one), judged by the first of them; None if that cannot be judged."""
-    queued = (Job.batch_id == batch_id, Job.state == JobState.QUEUED)
+    queued = (Job.batch_id == batch_id, Job.state == JobState.QUEUED, Job.search_id.is_(None))
     sample = session.scalars(select(Job).where(*queued).order_by(Job.id).limit(_SAMPLE)).all()
     if not sample:
         return 0, 0.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.comparison import Preference
-from qbatch.views.groups import Group, models_of
+from qbatch.views.groups import Group, configuration, measuring_job, models_of
 from qbatch.views.recommend import Recommendation, recommend
 
 
@@ -44,6 +45,14 @@ def choose(model: str, group: Group, preference: Preference) -> Choice | None:
     return Choice(model=model, group=group, recommendation=recommend(group, preference))
 
 
-def picked(choices: Iterable[Choice]) -> set[str]:
-    """The jobs whose checkpoints are to be shipped."""
-    return {choice.ship.job_id for choice in choices if choice.ship is not None}
+def picked(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
+    """Those of ``rows`` that are of what is to be shipped: a checkpoint that answered several jobs is that of each."""
+    shipped = {key for choice in choices if choice.ship is not None for key in _same(choice.ship)}
+    return {row.job_id for row in rows if row.state == JobState.SUCCEEDED and not shipped.isdisjoint(_same(row))}
+
+
+def _same(row: ResultRow) -> set[tuple[str | None, ...]]:
+    """What rows of one checkpoint that may be compared have in common: its measurement, or its path."""
+    group = (row.model, row.revision, configuration(row), row.protocol_hash, row.device_name, row.details.fingerprint)
+    found: set[tuple[str | None, ...]] = {("job", measuring_job(row))}
+    return found | {("path", row.checkpoint_path, *group)} if row.checkpoint_path is not None else found

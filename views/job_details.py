@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.metrics import GRAPH_DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views.audit_text import (
     audit_lines,
@@ -33,7 +34,8 @@ from qbatch.views.measured_figures import (
 from qbatch.views.metric_text import show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare
-from qbatch.views.scheme import show_scheme
+from qbatch.views.scheme import show_bound, show_scheme
+from qbatch.views.search_figures import frontier_table, search_lines, sensitivity_table
 from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
@@ -54,10 +56,11 @@ Lines = Iterable[tuple[str, str]]
 
 def show_jobs(jobs: Sequence[WholeJob]) -> str:
     """Show jobs one after the other, each compared with its baseline."""
-    return "\n\n\n".join(_show_job(job.row, job.record, job.baseline) for job in jobs)
+    return "\n\n\n".join(map(_show_job, jobs))
 
 
-def _show_job(row: ResultRow, record: JobRecord, baseline: ResultRow | None) -> str:
+def _show_job(job: WholeJob) -> str:
+    row, record, baseline = job.row, job.record, job.baseline
     if baseline is not None and not may_compare(row, baseline, on_device=True):
         baseline = None
     width = terminal_width()
@@ -66,6 +69,8 @@ def _show_job(row: ResultRow, record: JobRecord, baseline: ResultRow | None) -> 
     parts += [*_section("job", _job(row, record), width), *_attempts(record)]
     parts += _section("source", _source(row, record), width)
     parts += _section("scheme", _scheme(row, record), width)
+    if job.search is not None:
+        parts += _search(job.search, job.points, width)
     if row.state == JobState.SUCCEEDED:
         parts += _measured(row, baseline, width)
     return "\n".join(parts)
@@ -86,13 +91,20 @@ def _section(title: str, lines: Lines, width: int) -> list[str]:
     return shown
 
 
+def _search(found: FinishedSearch, points: Mapping[int, str], width: int) -> Iterable[str]:
+    yield from _section("search", search_lines(found), width)
+    yield from ["", "mixtures, as measured on the search's own text", *frontier_table(found, points)]
+    yield from ["", "KL gained by a group of layers at 16 bits (~ by its derivative; the bar: per byte)"]
+    yield from sensitivity_table(found)
+
+
 def _table(title: str, table: str) -> list[str]:
     return ["", title, *table.splitlines()]
 
 
 def _job(row: ResultRow, record: JobRecord) -> Lines:
     if row.reused_from is not None:
-        yield "result of", f"{row.reused_from}, which has the same checkpoint and protocol; not measured again"
+        yield "result of", f"{row.reused_from}, which {_why_its_result(row)}"
     if row.state == JobState.RUNNING:
         progress = show_progress(record.progress or {})
         yield "stage", f"{record.stage} on {record.worker}" + (f", {progress}" if progress else "")
@@ -109,6 +121,12 @@ def _job(row: ResultRow, record: JobRecord) -> Lines:
         yield "priority", str(record.priority)
     if record.time_limit_s is not None:
         yield "time limit", show_seconds(record.time_limit_s)
+
+
+def _why_its_result(row: ResultRow) -> str:
+    if row.mixture.bound is not None:
+        return f"has what it looked for: {show_bound(row.mixture.bound)}"
+    return "has the same checkpoint and protocol; not measured again"
 
 
 def _attempts(record: JobRecord) -> list[str]:

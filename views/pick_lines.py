@@ -16,9 +16,9 @@ from qbatch.views.choices import Choice
 from qbatch.views.figure_table import FigureTable, Line
 from qbatch.views.formats import GAP, UNLIMITED, printable, text_width
 from qbatch.views.groups import ModelRows
-from qbatch.views.ranking import short_names, shortened
 from qbatch.views.result_columns import ShownColumn, of_metrics
 from qbatch.views.scheme import show_scheme
+from qbatch.views.shortened import fit_names
 from qbatch.views.table_notes import Footnotes
 
 _COLUMNS: tuple[ShownColumn, ...] = tuple(
@@ -55,12 +55,14 @@ def pick_lines(
 ) -> list[str]:
     """A line for each model, or for each of its groups that cannot be compared; the path on a second one if it does not
     fit. Warnings about what is to be shipped become ``notes``, if there are to be any."""
-    answers = [answer for model in models for answer in _answers(model, choices, notes)]
+    by_model: dict[str, list[Choice]] = {}
+    for choice in choices:
+        by_model.setdefault(choice.model, []).append(choice)
+    answers = [answer for model in models for answer in _answers(model, by_model.get(model.name, ()), notes)]
     figures = FigureTable.of([answer.line for answer in answers], _BESIDE_NAMES).figures_width
     schemes = max(text_width(answer.scheme) for answer in answers)
     room = max(width - figures - schemes - len(GAP), _LEAST_OF_A_NAME)
-    names = [answer.model for answer in answers]
-    names = names if max(map(text_width, names)) <= room else [shortened(name, room) for name in short_names(names)]
+    names = fit_names([answer.model for answer in answers], room)
     name_width = max(map(text_width, names))
     labelled = [_labelled(answer, name, name_width, schemes) for answer, name in zip(answers, names, strict=True)]
     table = FigureTable.of(labelled, _COLUMNS).fitted(width)
@@ -106,11 +108,11 @@ def _labelled(answer: _Answer, name: str, name_width: int, scheme_width: int) ->
 
 
 def _answers(model: ModelRows, choices: Sequence[Choice], notes: Footnotes | None) -> Iterable[_Answer]:
+    """``choices``: those of this model."""
     name = printable(model.name)
-    of_model = [choice for choice in choices if choice.model == model.name]
-    for choice in of_model:
+    for choice in choices:
         yield _of_choice(name, choice, notes)
-    if not of_model:
+    if not choices:
         row = next((group.rows[0] for group in model.groups), None) or model.unmeasured[0]
         yield _Answer(model=name, scheme="–", line=Line(row=row, label="", remark=_without_choice(model)))
 

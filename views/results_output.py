@@ -46,7 +46,7 @@ def _markdown(screen: ResultsScreen) -> str:
     if not screen.rows:
         return "no results"
     choices = screen.choices()
-    picks = picked(choices)
+    picks = picked(choices, screen.rows)
     measured = [row for row in screen.rows if row.state == JobState.SUCCEEDED]
     names = screen.layout.columns
     found = standard_columns() if names is None else [find_column(name) for name in names]

@@ -21,7 +21,7 @@ from qbatch.views.result_columns import ShownColumn, find_column, standard_colum
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.table_legend import PICK_MARK, full_legend, short_legend
-from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, show_state
+from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, shown_states
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
@@ -103,7 +103,8 @@ def results_table(screen: ResultsScreen) -> str:
     columns, choices = screen.layout.all_columns(), screen.choices()
     notes, by_id = Footnotes(), screen.by_id
     shared = notes_of_all(screen.rows, by_id)
-    described = _Described(by_id=by_id, picks=picked(choices), notes=notes, shared=shared)
+    states = shown_states(screen.rows)
+    described = _Described(by_id=by_id, picks=picked(choices, screen.rows), notes=notes, shared=shared, states=states)
     if screen.layout.sort is None:
         parts = [(part.heading, [described.line(row) for row in part.rows]) for part in _parts(screen.rows)]
     else:
@@ -127,12 +128,14 @@ def _ratios(line: Line, table: FigureTable) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Described:
-    """Makes lines of rows. ``shared``: remarks about all of them, which mark none."""
+    """Makes lines of rows. ``shared``: remarks about all of them, which mark none. ``states``: of those without a
+    result."""
 
     by_id: Mapping[str, ResultRow]
     picks: Collection[str]
     notes: Footnotes
     shared: Collection[str]
+    states: Mapping[str, str]
 
     def line(self, row: ResultRow) -> Line:
         return self._line(row, f"{self.mark(row)} {row.job_id} {show_scheme(row)}")
@@ -148,7 +151,7 @@ class _Described:
 
     def _line(self, row: ResultRow, label: str) -> Line:
         if row.state != JobState.SUCCEEDED:
-            return Line(row=row, label=label, remark=show_state(row))
+            return Line(row=row, label=label, remark=self.states[row.job_id])
         remarks = [text for text in row_remarks(row, self.by_id) if text not in self.shared]
         marks = "".join(self.notes.mark(text) for text in remarks)
         baseline = self.by_id.get(row.baseline_job_id or "")

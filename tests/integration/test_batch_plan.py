@@ -105,7 +105,8 @@ def test_what_is_answered_and_how_long_the_others_take_is_known(
         "time: about 60 s of one worker, as earlier jobs took; 3 jobs like none before are not counted",
         f"the result of j{ids[0]}",
     ):
-        assert line in shown, shown
+        assert line in " ".join(shown.split()), shown
+    assert shown.count(str(model)) == 1, "in the first of its three lines"
 
 
 def test_the_gpu_that_is_needed_is_named(sqlite_database: Database, settings: Settings, model: Path) -> None:
@@ -181,7 +182,9 @@ def test_bad_lines_are_named_below_the_plan_of_the_others(home: Path, model: Pat
     assert done.exit_code == 2
     assert [job["scheme"] for job in value["jobs"]] == ["none", "bnb-nf4"]
     assert [text.split(":")[0] for text in value["problems"]] == ["line 2", "line 3"]
-    assert "line 2: ./bad: model.safetensors: the header claims" in done.stderr
+    assert "line 2: ./bad: model.safetensors is not a safetensors file" in done.stderr
     assert qbatch(*arguments, "--keep-going").exit_code == 0
+    both = qbatch("plan", "./bad", "./none", str(model), "--bits", "4")
+    assert "2 of 3 models cannot be used, so submit would refuse this list:" in both.stderr
     alone = qbatch("plan", "./bad", "--bits", "4")
     assert (alone.exit_code, alone.stdout) == (2, "")

@@ -20,9 +20,11 @@ from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.model_pages import results_of_first_models
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
+from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
@@ -145,6 +147,10 @@ ACTIONS: dict[str, Action] = {
     "how many failed": lambda session: count_jobs(session, states=["failed"]),
     "how many of a batch": lambda session: count_jobs(session, batch_ids=[_large(session)]),
     "results of a batch": lambda session: results.find_results(session, batch_ids=[_large(session)], limit=50),
+    "a comparison": lambda session: results_of_first_models(session, 50, only=ResultFilter()),
+    "a comparison of a batch": lambda session: results_of_first_models(
+        session, 50, batch_ids=[_large(session)], only=ResultFilter()
+    ),
     "the best results": lambda session: results.find_results(session, sort="kl_mean", limit=50),
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,

@@ -47,6 +47,25 @@ def test_a_worker_with_jobs_is_busy_for_people_and_ready_for_programs(sqlite_dat
     assert CliRunner().invoke(main, ["workers", "--json"]).stdout.count('"state": "ready"') == 2
 
 
+@pytest.mark.parametrize("command", [["status"], ["status", "b1"], ["jobs"], ["jobs", "b1", "b2"]])
+def test_a_queue_that_nothing_works_on_is_named_with_what_would(
+    sqlite_database: Database, home: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    assert "qbatch up" not in CliRunner().invoke(main, ["jobs"]).stderr, "nothing is queued"
+    for _ in range(2):
+        a_batch(sqlite_database)
+    named = "b1" if command == ["status", "b1"] else "b1, b2"
+    said = CliRunner().invoke(main, command).stderr
+    assert f"no stack is running here, so nothing works on {named}: `qbatch up` starts one" in said
+    assert CliRunner().invoke(main, [*command, "--json"]).stderr == ""
+    monkeypatch.setenv("QBATCH_BROKER_URL", "redis://elsewhere:6379/0")
+    monkeypatch.setenv("QBATCH_STORAGE", str(home))
+    said = CliRunner().invoke(main, command).stderr
+    assert f"no worker is live, so nothing works on {named}: `qbatch worker` starts" in said
+    a_worker(sqlite_database)
+    assert CliRunner().invoke(main, command).stderr == ""
+
+
 def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Path) -> None:
     """Which files a model of the hub has only a worker finds out; it may then answer all of them."""
     (home / "list").write_text("org/model\n")

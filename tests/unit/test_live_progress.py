@@ -67,6 +67,17 @@ def test_a_log_gets_one_line_for_each_change() -> None:
     ]
 
 
+def test_a_failure_that_jobs_of_a_model_share_is_said_once() -> None:
+    broken = {"state": "failed", "error": "source_corrupt: no header"}
+    jobs = [a_job(number, **broken) for number in range(1, 5)]
+    other = a_job(5, "failed", error="source_corrupt: no header", model="opt")
+    assert follow(a_look(*jobs[:2], other, jobs[2], failed=4), a_look(jobs[3], failed=5)) == [
+        "j1, j2, j3 llama: failed: source_corrupt: no header (see `qbatch logs j1`)",
+        "j5 opt bnb-nf4: failed: source_corrupt: no header (see `qbatch logs j5`)",
+        "j4 llama bnb-nf4: failed like j1",
+    ]
+
+
 def test_a_queue_without_a_worker_is_said_once() -> None:
     alone, served = a_look(queued=1, workers=0), a_look(queued=1)
     assert follow(alone, alone, served, alone) == [NO_WORKER]

@@ -103,7 +103,7 @@ class LookedUp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inquiry:
+class SubmissionLookup:
     """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name;
     ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU."""
 
@@ -154,7 +154,7 @@ class Inquiry:
         }
 
     def look_again(self, session: Session, batch_id: int) -> int:
-        """End the jobs whose answers were recorded since the inquiry began, and return how many there were."""
+        """End the jobs whose answers were recorded since the lookup began, and return how many there were."""
         waiting = {
             job: (job.checkpoint_key, spec.protocol.for_device(kind).hash)
             for job in answerable_since(session, batch_id, self.began_at)
@@ -217,7 +217,7 @@ def _described(
     dtype = source_dtype(headers)
     return InspectedFolder(
         dtype=dtype,
-        needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+        needs={spec.loaded_scheme: predicted_need(spec, headers, config) for spec in specs},
         # Each worker decides whether the model's own code may run, which makes it a different model.
         stats=None if names_code(folder) else _stats(folder, mounts),
         legacy_fingerprint=legacy_folder_fingerprint(folder),
@@ -250,7 +250,7 @@ def _settle(
 
     return RequestedJob(
         spec=spec,
-        need=folder.needs[spec.scheme],
+        need=folder.needs[spec.loaded_scheme],
         settled=settled(fingerprint),
         legacy=settled(folder.legacy_fingerprint),
     )
