@@ -17,6 +17,7 @@ from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.description import MethodOption, OptionValue, T
 from qbatch.core.methods.registry import Description
 from qbatch.core.methods.registry import Method as Method
+from qbatch.core.search.search_request import SearchRequest
 
 
 class JobState(StrEnum):
@@ -51,6 +52,7 @@ class Stage(StrEnum):
     """What a running job is doing."""
 
     FETCHING = "fetching"
+    SEARCHING = "searching"
     QUANTIZING = "quantizing"
     PUBLISHING = "publishing"
     LOADING = "loading"
@@ -381,7 +383,10 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` accepts a source that has only pickles."""
+    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` accepts a source that has only pickles.
+
+    With ``search``, the job looks for the layers that ``scheme`` leaves at 16 bits, instead of applying it.
+    """
 
     source: SourceRef
     scheme: Scheme
@@ -390,6 +395,18 @@ class JobSpec:
     protocol: ProtocolOptions
     force: bool = False
     allow_pickle: bool = False
+    search: SearchRequest | None = None
+
+    @property
+    def loaded_scheme(self) -> Scheme:
+        """That of the largest model that the job has loaded: a search measures mixtures of the unquantized one."""
+        return self.scheme if self.search is None else BASELINE
+
+    @property
+    def text_hashes(self) -> tuple[str, ...]:
+        """The sha256 of each stored text that the job needs."""
+        own = () if self.search is None else (self.search.protocol.text_sha256,)
+        return (*self.protocol.text_hashes, *own)
 
 
 Token = tuple[int, int]

@@ -15,6 +15,8 @@ from qbatch.core.methods.registry import Method, missing_library
 
 # Increase this when a change in this package changes the bytes of checkpoints.
 _WRITER = "1"
+# Increase this when a change in this package changes what a search measures, or how it is stored.
+_SEARCH_FORMAT = "1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class Settled:
     """A job whose source and device kind are known, so that none of its options is AUTO.
 
     ``key`` identifies the checkpoint: a hash of source, scheme, dtype, device kind, and the library versions that
-    write it.
+    write it. Of a search it identifies what the search measures: a hash of the same and of its protocol.
     """
 
     dtype: DType
@@ -42,6 +44,7 @@ def settle(
     dtype = stored_dtype(spec.dtype, source)
     scheme = spec.scheme.resolved(dtype)
     hashed = scheme if skip_list is None else replace(scheme, skip_modules=skip_list)
+    search = {} if spec.search is None else {"search": {"format": _SEARCH_FORMAT, **spec.search.protocol.to_json()}}
     key = content_hash(
         {
             "fingerprint": fingerprint,
@@ -49,6 +52,7 @@ def settle(
             "dtype": dtype,
             "device": device_kind,
             "versions": dict(writer_versions(scheme.method)),
+            **search,
         }
     )
     return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)

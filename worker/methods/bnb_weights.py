@@ -102,9 +102,15 @@ class BnbWeights(MethodWeights):
         if _is_int8(weight):
             restored = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
             return figures(exact, restored, weight.SCB)
+        return figures(exact, self.restored(weight))
+
+    def restored(self, weight: Any) -> torch.Tensor:
+        import bitsandbytes as bnb
+
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32
-        return figures(exact, bnb.functional.dequantize_4bit(weight.data, state))
+        values: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, state)
+        return values
 
     def audit(self, pieces: list[dict[str, float]]) -> dict[str, Any]:
         return {

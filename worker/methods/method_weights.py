@@ -112,6 +112,11 @@ class MethodWeights(PlainWeights, ABC):
         """Whether the tensor ``name`` of a state dict holds scales or tables, which are not checked for NaN."""
         return False
 
+    def restored(self, weight: Any) -> torch.Tensor:
+        """What a quantized parameter stands for: float32 [rows, columns]. Only for methods that quantize nothing but
+        weights."""
+        raise NotImplementedError(f"{type(self).__name__} cannot restore a weight")
+
     # A published checkpoint
 
     def has_content(self, name: str) -> bool:

@@ -19,6 +19,7 @@ from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
+from qbatch.worker.models.adapted_model import with_adapter
 from qbatch.worker.models.architecture import (
     ModelKind,
     kind_of,
@@ -48,9 +49,9 @@ class LoadedModel:
     why_no_tokenizer: str | None = None
 
 
-def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> LoadedModel:
+def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adapter: Path | None = None) -> LoadedModel:
     """Load ``folder`` onto ``device`` ("cpu" or "cuda:N"), with unquantized weights in ``dtype`` (not "auto"). Python
-    files in the folder run only if ``trusted``.
+    files in the folder run only if ``trusted``. ``adapter``: the folder of one that was published for it.
 
     Raises SourceNotFound or SourceCorrupt for faults of a source, BenchmarkError for faults of a published checkpoint,
     UnsafeSource if the model needs code and is not trusted, Unsupported if this version of transformers cannot load
@@ -69,6 +70,12 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False) -> L
     corrupt: type[JobError] = SourceCorrupt if quantization is None else BenchmarkError
     with translated(corrupt, f"cannot load {folder.name}"):
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
+    if adapter is not None:
+        with translated(BenchmarkError, f"cannot load the adapter {adapter.name}"):
+            begin_s = time.perf_counter()
+            model = with_adapter(model, adapter)
+            _synchronize(device)
+            load_model_s += time.perf_counter() - begin_s
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
         tokenizer = load_tokenizer(folder, trusted=trusted)
     return LoadedModel(

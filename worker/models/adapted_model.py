@@ -1,0 +1,51 @@
+"""A published adapter on the checkpoint that it belongs to, with plain ``PeftModel.from_pretrained``."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from qbatch.core.adapter_names import ADAPTER_WEIGHTS
+from qbatch.core.errors import BenchmarkError, Unsupported
+from qbatch.core.methods.registry import is_installed
+from qbatch.core.recovery import EXTRA, LIBRARY
+
+# What PEFT calls an adapter that was given no name.
+_NAME = "default"
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """``model`` with the adapter in ``folder``. It stays of its own class, and its layers compute with the adapter.
+
+    Raises Unsupported without PEFT, and BenchmarkError if the adapter is not one of these layers alone.
+    """
+    if not is_installed(LIBRARY):
+        raise Unsupported(f"an adapter is loaded with PEFT, which is not installed here: pip install 'qbatch[{EXTRA}]'")
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # Names that differ are compared below, and of what PEFT calls in transformers nobody here can change anything.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = PeftModel.from_pretrained(model, folder).get_base_model()
+    _refuse_other_names(adapted, folder)
+    return adapted.eval()
+
+
+def adapter_parameters(model: Any) -> dict[str, Any]:
+    """The parameters of ``model`` that belong to its adapter, by the names that they have in the adapter's file."""
+    return {
+        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": parameter
+        for name, parameter in model.named_parameters()
+        if f".lora_A.{_NAME}." in name or f".lora_B.{_NAME}." in name
+    }
+
+
+def _refuse_other_names(model: Any, folder: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    if different := sorted(stored ^ adapter_parameters(model).keys()):
+        raise BenchmarkError(f"PEFT finds other layers for {folder.name} than it has, the first is {different[0]}")
