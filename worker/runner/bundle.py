@@ -102,7 +102,9 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ],
         )
-        LayerSearches(self._order, self._reports, source, self._device).run([plan for plan in plans if plan.searches])
+        if searches := [plan for plan in plans if plan.searches]:
+            self._loaded.unload()  # the model that was measured last
+            LayerSearches(self._order, self._reports, source, self._device).run(searches)
 
     def _publish(
         self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
