@@ -5,26 +5,16 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import click
 
 from qbatch.commands.context import INTERRUPTED
-from qbatch.commands.examining import doctor, inspect, verify
-from qbatch.commands.job_changes import cancel, retry
-from qbatch.commands.job_logs import logs
-from qbatch.commands.maintenance import db, prune
-from qbatch.commands.measurements import compare, diff, results, show
-from qbatch.commands.model_cards import card
-from qbatch.commands.planning_ahead import plan
-from qbatch.commands.queue_state import jobs, status, workers
-from qbatch.commands.reporting import report
-from qbatch.commands.services import flower, healthcheck, scheduler, up, worker
-from qbatch.commands.storage_space import du, gc, keep, rm
-from qbatch.commands.submission import run, submit
-from qbatch.commands.waiting import wait, watch
+from qbatch.commands.lazy_commands import LazyCommands
 from qbatch.core.control_characters import is_unicode
 from qbatch.core.errors import QbatchError
 from qbatch.core.plain_terminal import show_anything
@@ -33,14 +23,70 @@ if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
 
 
+SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "Submit and watch": {
+        "submit": "submission",
+        "plan": "planning_ahead",
+        "inspect": "examining",
+        "run": "submission",
+        "watch": "waiting",
+        "wait": "waiting",
+        "status": "queue_state",
+        "jobs": "queue_state",
+        "workers": "queue_state",
+        "logs": "job_logs",
+        "cancel": "job_changes",
+        "retry": "job_changes",
+    },
+    "Results": {
+        "results": "measurements",
+        "compare": "measurements",
+        "diff": "measurements",
+        "show": "measurements",
+        "report": "reporting",
+    },
+    "Checkpoints": {
+        "verify": "examining",
+        "card": "model_cards",
+        "du": "storage_space",
+        "gc": "storage_space",
+        "keep": "storage_space",
+        "rm": "storage_space",
+    },
+    "Run the service": {
+        "up": "services",
+        "worker": "services",
+        "scheduler": "services",
+        "flower": "services",
+        "healthcheck": "services",
+        "doctor": "examining",
+        "prune": "maintenance",
+        "db": "maintenance",
+    },
+}
+"""The module of each command, in the sections and the order in which help lists them."""
+
 # As shells call what SIGPIPE has ended.
 _NOBODY_READS = 141
+# So many are made before garbage is looked for among them.
+_YOUNG_OBJECTS = 100_000
 
 
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in commands])
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        # Nearly all objects of a command's imports stay: the usual way is to look through them a hundred times.
+        gc.set_threshold(_YOUNG_OBJECTS)
         show_anything(sys.stdout, sys.stderr)
         return super().main(*args, **kwargs)
 
@@ -75,50 +121,17 @@ def _leave_closed(*streams: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group,
+    commands=LazyCommands({name: module for section in SECTIONS.values() for name, module in section.items()}),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="qbatch")
 def main() -> None:
     """Quantize models in batches, benchmark them, and see which to ship."""
     from qbatch.scheduler.child_process import hide_from_equals
 
     hide_from_equals()
-
-
-_COMMANDS: tuple[click.Command, ...] = (
-    submit,
-    plan,
-    run,
-    wait,
-    watch,
-    up,
-    worker,
-    scheduler,
-    flower,
-    healthcheck,
-    status,
-    jobs,
-    workers,
-    cancel,
-    retry,
-    results,
-    compare,
-    diff,
-    report,
-    show,
-    logs,
-    doctor,
-    inspect,
-    verify,
-    card,
-    du,
-    gc,
-    keep,
-    rm,
-    prune,
-    db,
-)
-for _command in _COMMANDS:
-    main.add_command(_command)
 
 
 if __name__ == "__main__":

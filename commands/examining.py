@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qbatch.commands.completion import complete_loaders, complete_path, complete_target_or_folder
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import format_options
 from qbatch.commands.targets import find_targets
@@ -61,7 +62,7 @@ def _cpu_check(*, measure: bool) -> Check:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_path)
 @format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
     """Show a model's dtype, parameter count and size, read from its file headers alone."""
@@ -81,13 +82,16 @@ def inspect(model: str, format_: str) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH|JOB]...")
+@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH|JOB]...", shell_complete=complete_target_or_folder)
 @click.option(
     "--for",
     "loaders",
+    multiple=True,
     metavar="LOADERS",
+    shell_complete=complete_loaders,
     help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
-    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several with commas.",
+    "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several "
+    "with commas; may be repeated.",
 )
 @click.option(
     "--try",
@@ -99,10 +103,11 @@ def inspect(model: str, format_: str) -> None:
 @click.option(
     "--python",
     metavar="PATH",
+    shell_complete=complete_path,
     help="With --try: the interpreter of an environment in which the loaders are installed.",
 )
 @format_options("table", "json", "csv")
-def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str | None, format_: str) -> None:
+def verify(targets: Sequence[str], loaders: Sequence[str], tries: bool, python: str | None, format_: str) -> None:
     """Check published checkpoints: every file against the manifest, the tensors against the config.
 
     CHECKPOINT is a folder. Without arguments, all recorded checkpoints are checked. Exits with 1 if one is damaged, or
@@ -115,17 +120,17 @@ def verify(targets: Sequence[str], loaders: str | None, tries: bool, python: str
     from qbatch.views.listings import VERIFY_COLUMNS
     from qbatch.worker.checkpoints.verify import verify as problems_of
 
-    if (tries and loaders is None) or (python is not None and not tries):
+    if (tries and not loaders) or (python is not None and not tries):
         raise UsageError("--python needs --try, and --try needs --for with the loaders to try")
-    if loaders is not None:
-        _judge(_checkpoint_folders(targets), loaders, format_, (python or sys.executable) if tries else None)
+    if loaders:
+        _judge(_checkpoint_folders(targets), ",".join(loaders), format_, (python or sys.executable) if tries else None)
         return
     rows: list[dict[str, Any]] = []
     for folder in _checkpoint_folders(targets):
         problems = problems_of(folder)
         state = "sound" if not problems else "damaged" if folder.is_dir() else "gone"
         rows.append({"checkpoint": str(folder), "state": state, "problems": problems})
-        if problems and format_ == "table":
+        if state == "damaged" and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     damaged = [Path(row["checkpoint"]) for row in rows if row["state"] == "damaged"]

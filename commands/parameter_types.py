@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from qbatch.commands.completion import complete_list
 from qbatch.core.byte_units import GIB, KIB, MIB
 from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method, find_method
 from qbatch.core.recovery import RecoveryKind
+from qbatch.core.search.bound import AUTO
+
+Value = TypeVar("Value")
 
 
 class Duration(click.ParamType[float]):
@@ -91,18 +96,22 @@ class Bits(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
-class Schemes(click.ParamType[tuple[Method, ...]]):
-    """A comma list of methods by name or alias."""
+class Schemes(click.ParamType[tuple[str, ...]]):
+    """A comma list of methods by name or alias, and of ``auto``: each a ``Method``, or ``AUTO``."""
 
     name = "schemes"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Method, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
+        names = [part.strip() for part in str(value).split(",")]
         try:
-            return tuple(find_method(part.strip()) for part in str(value).split(","))
+            return tuple(AUTO if name == AUTO else find_method(name) for name in names)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([*(method.value for method in Method), AUTO], incomplete)
 
 
 class Recoveries(click.ParamType[tuple[RecoveryKind, ...]]):
@@ -125,16 +134,15 @@ class ColumnNames(click.ParamType[tuple[str, ...]]):
     name = "columns"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        from qbatch.views.result_columns import find_column
+        from qbatch.views.result_columns import chosen_columns
 
         if isinstance(value, tuple):
             return value
         names = tuple(part.strip() for part in str(value).split(","))
-        for name in names:
-            try:
-                find_column(name)
-            except UsageError as error:
-                self.fail(str(error), param, ctx)
+        try:
+            chosen_columns(names)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
         return names
 
 
@@ -152,6 +160,9 @@ class Parts(click.ParamType[frozenset[MeasuredPart]]):
             if name not in known:
                 self.fail(f"{_shorten(name)} cannot be measured (use {', '.join(known)})", param, ctx)
         return frozenset({MeasuredPart.SIZE, *(known[name] for name in names)})
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([part.value for part in MeasuredPart], incomplete)
 
 
 class Amount(click.FloatRange):
@@ -231,6 +242,11 @@ class ByteSize(click.ParamType[int]):
         if not 1 <= size <= self._MOST:
             self.fail(f"{_shorten(value)} is not a valid size (use 500MB, 5GB or 2GiB)", param, ctx)
         return int(size)
+
+
+def joined(lists: Iterable[Iterable[Value]]) -> tuple[Value, ...]:
+    """What an option that takes lists was given, however often it was repeated."""
+    return tuple(value for listed in lists for value in listed)
 
 
 def _shorten(value: Any) -> str:

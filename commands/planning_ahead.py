@@ -33,7 +33,7 @@ def show_plan(options: Mapping[str, Any], format_: str) -> None:
     settings = current_settings()
     screened = read_request(settings, options, quiet=format_ != "table")
     if screened.submission is None:
-        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models)
+        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models, is_plan=True)
     planned = plan_batch(open_database(settings), settings, screened.submission)
     warnings = [line if models == 1 else f"{models} models: {line}" for line, models in planned.warnings.items()]
     warnings += [text] if (text := short_of_disk(planned)) is not None else []
@@ -48,6 +48,6 @@ def show_plan(options: Mapping[str, Any], format_: str) -> None:
     for text in warnings:
         click.echo(escape_controls(text), err=True)
     if screened.problems and not options["keep_going"]:
-        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models)
+        raise ModelsRefused(list(map(str, screened.problems)), models=screened.models, is_plan=True)
     for problem in screened.problems:
         click.echo(escape_controls(f"left out: {problem}"), err=True)

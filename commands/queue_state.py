@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.shared_options import ON_A_TERMINAL, batch_arguments, format_options, limit_option
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit
 from qbatch.commands.targets import find_batches
-from qbatch.core.domain import JobState
+from qbatch.commands.unserved import why_nothing_runs
+from qbatch.core.domain import OPEN_STATES, JobState
+from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -34,7 +35,7 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
     settings = current_settings()
     database = open_database(settings)
     ids = find_batches(database, batches)
-    limit = _limit(limit, format_)
+    limit = page_limit(limit, format_)
     with database.read() as session:
         left = time_left(session, lease_s=settings.lease_s)
         found = with_time_left(list_batches(session, ids, limit=limit), left)
@@ -46,7 +47,10 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
         for pause in standing(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
-            _print_jobs(session, ids, (), limit, format_, left)
+            click.echo()
+            _print_jobs(settings, session, ids, (), limit, format_, left)
+        elif format_ == "table" and (reason := why_nothing_runs(settings, session, _open_batches(found))) is not None:
+            click.echo(reason, err=True)
 
 
 @click.command()
@@ -69,10 +73,18 @@ def jobs(batches: Sequence[str], states: Sequence[str], limit: int | None, forma
     ids = find_batches(database, batches)
     with database.read() as session:
         left = time_left(session, lease_s=settings.lease_s)
-        _print_jobs(session, ids, states, _limit(limit, format_), format_, left)
+        _print_jobs(settings, session, ids, states, page_limit(limit, format_), format_, left)
+
+
+def _open_batches(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The batches among rows of batches or of jobs that have something left to do, in that order."""
+    is_open = {state.value for state in OPEN_STATES}
+    found = [row["batch_id"] for row in rows if row.get("state") in is_open or any(row.get(state) for state in is_open)]
+    return list(dict.fromkeys(found))
 
 
 def _print_jobs(
+    settings: Settings,
     session: Session,
     batch_ids: Sequence[int],
     states: Sequence[str],
@@ -84,19 +96,16 @@ def _print_jobs(
     from qbatch.models_db.listing import list_jobs
     from qbatch.models_db.time_left import with_time_left
     from qbatch.views.formats import render
-    from qbatch.views.listings import JOB_COLUMNS
+    from qbatch.views.listings import JOB_COLUMNS, jobs_table
 
     found = with_time_left(list_jobs(session, batch_ids=batch_ids, states=states, limit=limit), left)
-    click.echo(render(found, JOB_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
-    if format_ == "table" and any(job["state"] == JobState.FAILED for job in found):
-        click.echo("`qbatch logs JOB` shows the log of a failed job", err=True)
+    is_table = format_ == "table"
+    text = jobs_table(found, of_one_batch=len(batch_ids) == 1) if is_table else render(found, JOB_COLUMNS, format_)
+    click.echo(text, nl=bool(found) or format_ != "quiet")
+    if is_table and (reason := why_nothing_runs(settings, session, _open_batches(found))) is not None:
+        click.echo(reason, err=True)
     if limit is not None and len(found) == limit:
         _mention_rest("first", limit, count_jobs(session, batch_ids=batch_ids, states=states), "jobs")
-
-
-def _limit(limit: int | None, format_: str) -> int | None:
-    """How many rows to show: as many as were asked for, else a page on a terminal, and all for a program."""
-    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
 
 
 def _mention_rest(which: str, shown: int, total: int, rows: str) -> None:

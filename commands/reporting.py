@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.completion import complete_model
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.measurements import placed
-from qbatch.commands.result_options import preference_options
+from qbatch.commands.result_options import models_option, preference_options
 from qbatch.commands.shared_options import batch_arguments
 from qbatch.commands.targets import find_batches
 from qbatch.core.errors import UsageError
@@ -41,9 +40,9 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Also write the charts into this folder, as PNG and SVG (needs qbatch[plots]).",
 )
-@click.option("--model", shell_complete=complete_model, help="Only models whose name contains this text.")
+@models_option()
 @preference_options
-def report(batches: Sequence[str], output: Path, plots: Path | None, model: str | None, **preference: Any) -> None:
+def report(batches: Sequence[str], output: Path, plots: Path | None, models: Sequence[str], **preference: Any) -> None:
     """Write a report on batches: one HTML page that loads nothing, to be read, printed or sent.
 
     It says what to ship of each model and why, as `compare` does, and shows size, quality, speed, memory, energy, the
@@ -53,7 +52,7 @@ def report(batches: Sequence[str], output: Path, plots: Path | None, model: str 
     from qbatch.views.report.report_page import report_page
 
     settings = current_settings()
-    reported = _reported(settings, open_database(settings), batches, model)
+    reported = _reported(settings, open_database(settings), batches, models)
     chosen = Preference(**preference)
     if plots is not None:
         from qbatch.views.report.plots import write_plots
@@ -63,7 +62,7 @@ def report(batches: Sequence[str], output: Path, plots: Path | None, model: str 
     _write(report_page(reported, chosen), output)
 
 
-def _reported(settings: Settings, database: Database, batches: Sequence[str], model: str | None) -> ReportedBatches:
+def _reported(settings: Settings, database: Database, batches: Sequence[str], models: Sequence[str]) -> ReportedBatches:
     from importlib.metadata import version
 
     from qbatch.models_db.listing import list_batches
@@ -73,7 +72,7 @@ def _reported(settings: Settings, database: Database, batches: Sequence[str], mo
     ids = find_batches(database, batches)
     with database.read() as session:
         found = list_batches(session, ids)
-        jobs = reported_jobs(session, ids, model=model)
+        jobs = reported_jobs(session, ids, models=models)
     rows = placed(settings, [job.row for job in jobs])
     return ReportedBatches(
         batches=found,

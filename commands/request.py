@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qbatch.commands.parameter_types import joined
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.shared_options import OF_A_SHAPE
 from qbatch.core.control_characters import escape_controls, is_unicode
@@ -18,6 +19,7 @@ from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
 from qbatch.core.recovery import DEFAULT_RANK, Recovery, RecoveryKind
+from qbatch.core.search.bound import AUTO, Bound
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,31 +75,36 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.submit import Submission
 
     recovery_texts, recoveries = _recoveries(options)
+    measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
+    schemes = joined(options["schemes"])
+    bound = _bound(options, is_asked=AUTO in schemes)
     grid = Grid(
-        bits=options["bits"] or (),
+        bits=joined(options["bits"]),
         quant_types=_quant_types(options["quant_types"]),
-        methods=tuple(method for listed in options["schemes"] for method in listed),
+        methods=tuple(Method(name) for name in schemes if name != AUTO),
         options={option.name: options[option.name] for option in every_option()},
         compute_dtype=DType(options["compute_dtype"]),
         dtype=DType(options["dtype"]),
         device=DeviceKind(options["device"]),
         baseline=options["baseline"],
         force=options["force"],
-        skip_modules=tuple(pattern for listed in options["skip_modules"] for pattern in listed),
+        skip_modules=joined(options["skip_modules"]),
         max_shard_bytes=options["max_shard_size"],
         allow_pickle=options["allow_pickle"],
-        batch_sizes=options["batch_sizes"] or (),
-        prompt_tokens=options["prompt_tokens"] or (),
-        new_tokens=options["new_tokens"] or (),
-        **_parts(options["measure"], why=options["why"], energy=options["energy"]),
+        batch_sizes=joined(options["batch_sizes"]),
+        prompt_tokens=joined(options["prompt_tokens"]),
+        new_tokens=joined(options["new_tokens"]),
+        **_parts(measure, why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
         recoveries=recoveries,
+        bound=bound,
     )
-    if options["eval_texts"] and options["measure"] == {MeasuredPart.SIZE}:
+    if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
     tasks = read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()])
     refuse_unknown_tasks(tasks, is_one_machine=settings.is_one_machine)
     eval_text, *more_texts = _eval_texts(options["eval_texts"] or ("prose",)).items()
+    search_text = "" if bound is None else _read_text(str(_search_text()), _EVAL_TEXT_LIMIT)
     time_limit_s = _time_limit_s(settings, options["time_limit"])
 
     def asked(sources: tuple[SourceRef, ...]) -> Submission:
@@ -107,6 +114,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
             recovery_texts=recovery_texts,
+            search_text=search_text,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -145,6 +153,24 @@ def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Reco
         texts |= {sha256: text} if kind.reads_text else {}
         asked += [Recovery.of(kind, rank, sha256, steps) for rank in ranks]
     return tuple(texts.values()), tuple(dict.fromkeys(asked))
+
+
+def _bound(options: Mapping[str, Any], *, is_asked: bool) -> Bound | None:
+    """What --scheme auto must keep to. Raises UsageError for none or several, and for one without --scheme auto."""
+    given = {name: options[name] for name in ("max_kl", "max_ppl_ratio", "max_weights_bytes")}
+    if is_asked:
+        return Bound(**given)
+    for name, value in given.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} applies only to --scheme auto, which was not asked for")
+    return None
+
+
+def _search_text() -> Path:
+    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
+
+    return DEFAULT_SEARCH_TEXT
 
 
 def _is_terminal(models_file: str | None) -> bool:

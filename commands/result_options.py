@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qbatch.commands.completion import complete_column, complete_columns, complete_model
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, ColumnNames, Schemes, Since
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, ColumnNames, Schemes, Since, joined
 from qbatch.commands.shared_options import batch_arguments, with_all
 from qbatch.core.domain import LARGEST_ID, JobState
 from qbatch.views.comparison import ORIENTATIONS, PREFERENCES
@@ -23,13 +23,7 @@ def compare_options(command: Command) -> Command:
     """Add the options of ``compare``: which rows to compare, their layout, and limits on the recommended one."""
     options = [
         batch_arguments("results"),
-        click.option(
-            "--model",
-            shell_complete=complete_model,
-            metavar="TEXT|GLOB",
-            help="Only models whose name contains this text, or is like this pattern. Of these, all figures are shown, "
-            "and what limits their speed.",
-        ),
+        models_option(" Of one model all figures are shown and what limits its speed, of several the main ones."),
         click.option(
             "--by",
             type=click.Choice(ORIENTATIONS),
@@ -38,8 +32,22 @@ def compare_options(command: Command) -> Command:
             help="What each line of the table shows: one figure, with a column for each scheme, or one scheme.",
         ),
         preference_options,
+        click.option("--legend", "has_legend", is_flag=True, help="Explain the marks."),
     ]
     return with_all(options, command)
+
+
+def models_option(more: str = "") -> Callable[[Command], Command]:
+    """Add the option --model; ``more`` is what its help says besides."""
+    return click.option(
+        "--model",
+        "models",
+        multiple=True,
+        shell_complete=complete_model,
+        metavar="TEXT|GLOB",
+        help="Only models whose name contains this text, or is like this pattern ('meta-llama/*-8B*'); may be repeated."
+        + more,
+    )
 
 
 def preference_options(command: Command) -> Command:
@@ -73,25 +81,28 @@ def preference_options(command: Command) -> Command:
 def filter_options(command: Command) -> Command:
     """Add the options that choose rows of results: what they are of, and limits on their figures."""
     options = [
-        click.option(
-            "--model",
-            shell_complete=complete_model,
-            metavar="TEXT|GLOB",
-            help="Only models whose name contains this text, or is like this pattern: 'meta-llama/*-8B*'.",
-        ),
+        models_option(),
         click.option(
             "--scheme",
             "schemes",
             type=Schemes(),
             multiple=True,
             metavar="NAME",
-            help="Only these methods, separated by commas; may be repeated. none is the baseline.",
+            help="Only these methods, separated by commas; may be repeated. none is the baseline, auto a search.",
         ),
-        click.option("--bits", type=Bits(), default=(), help="Only these bit widths, separated by commas: 4,8."),
+        click.option(
+            "--bits",
+            type=Bits(),
+            multiple=True,
+            help="Only these bit widths, separated by commas; may be repeated: 4,8.",
+        ),
         click.option(
             "--device",
+            "devices",
+            multiple=True,
             metavar="TEXT|GLOB",
-            help="Only what was measured on a device whose name contains this text, or is like this pattern.",
+            help="Only what was measured on a device whose name contains this text, or is like this pattern; may be "
+            "repeated.",
         ),
         click.option(
             "--state",
@@ -133,9 +144,10 @@ def layout_options(command: Command) -> Command:
         click.option(
             "--columns",
             type=ColumnNames(),
+            multiple=True,
             shell_complete=complete_columns,
             metavar="COLUMN,...",
-            help="Show these columns, by their titles or as in JSON: weights,kl,peak-memory.",
+            help="Show these columns, by their titles or as in JSON: weights,kl,peak-memory; may be repeated.",
         ),
         click.option("--wide", "is_wide", is_flag=True, help="Show all columns, however narrow the terminal is."),
         click.option("--legend", "has_legend", is_flag=True, help="Explain the columns, the marks, and the speeds."),
@@ -147,12 +159,11 @@ def read_filter(options: dict[str, Any]) -> ResultFilter:
     """What ``filter_options`` chose."""
     from qbatch.models_db.result_filter import ResultFilter
 
-    schemes = tuple(method.value for listed in options["schemes"] for method in listed)
     return ResultFilter(
-        model=options["model"],
-        schemes=schemes,
-        bits=options["bits"],
-        device=options["device"],
+        models=options["models"],
+        schemes=tuple(map(str, joined(options["schemes"]))),
+        bits=joined(options["bits"]),
+        devices=options["devices"],
         states=options["states"],
         since_s=options["since"],
         max_weights_bytes=options["max_weights_bytes"],

@@ -18,8 +18,20 @@ if TYPE_CHECKING:
     from qbatch.scheduler.local_stack import LocalStack
 
 
+def _joined(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
+    return ",".join(values) or None
+
+
+_gpus = click.option(
+    "--gpus",
+    multiple=True,
+    callback=_joined,
+    help="all, or GPU indices or UUIDs separated by commas; may be repeated.  [default: all, or the CPU]",
+)
+
+
 @click.command()
-@click.option("--gpus", help="all, or GPU indices or UUIDs separated by commas.  [default: all, or the CPU]")
+@_gpus
 @click.option("--cpu", is_flag=True, help="Start one CPU worker.")
 def up(gpus: str | None, cpu: bool) -> None:
     """Run the embedded stack in the foreground until Ctrl-C."""
@@ -38,7 +50,7 @@ def up(gpus: str | None, cpu: bool) -> None:
 
 
 @click.command()
-@click.option("--gpus", help="all, or GPU indices or UUIDs separated by commas.  [default: all, or the CPU]")
+@_gpus
 @click.option("--cpu", is_flag=True, help="Start one CPU worker.")
 @click.option("--drain", is_flag=True, help="On SIGTERM, finish running jobs instead of returning them to the queue.")
 def worker(gpus: str | None, cpu: bool, drain: bool) -> None:

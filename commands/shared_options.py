@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.completion import complete_batch
+from qbatch.commands.completion import complete_batch, complete_path, complete_target
 from qbatch.commands.parameter_types import (
     Amount,
     Bits,
@@ -25,6 +26,7 @@ from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
 from qbatch.core.recovery import DEFAULT_RANK
+from qbatch.core.search.bound import AUTO
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The largest that a column of either database holds.
@@ -103,7 +105,7 @@ def with_all(options: Sequence[Callable[[Command], Command]], command: Command) 
 
 def target_arguments(command: Command) -> Command:
     """Add the argument BATCH|JOB..."""
-    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_batch)(
+    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_target)(
         command
     )
 
@@ -116,6 +118,11 @@ def limit_option(rows: str) -> Callable[[Command], Command]:
         metavar="INTEGER",
         help=f"Show at most this many {rows}.  [default: {ON_A_TERMINAL} in a table on a terminal, else all]",
     )
+
+
+def page_limit(limit: int | None, format_: str) -> int | None:
+    """How many rows to show: as many as were asked for, else a page on a terminal, and all for a program."""
+    return ON_A_TERMINAL if limit is None and format_ == "table" and sys.stdout.isatty() else limit
 
 
 def _usual(bits: int) -> str:
@@ -143,17 +150,19 @@ def submit_options(command: Command) -> Command:
 def request_options(command: Command) -> Command:
     """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
-        click.argument("models", nargs=-1, metavar="[MODEL]..."),
+        click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_path),
         click.option(
             "--models",
             "models_file",
             metavar="FILE",
+            shell_complete=complete_path,
             help="A file with one MODEL per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
         ),
         click.option(
             "--bits",
             type=Bits(),
-            help="A comma list of 4, 8 and 16 (16: the baseline alone). "
+            multiple=True,
+            help="A comma list of 4, 8 and 16 (16: the baseline alone); may be repeated. "
             f"{' and '.join(_usual(bits) for bits in known_bits())}.",
         ),
         click.option(
@@ -163,7 +172,23 @@ def request_options(command: Command) -> Command:
             multiple=True,
             metavar="NAME",
             help="Methods by name, instead of --bits or beside them; repeat it or give a comma list: "
-            f"{', '.join(Method)}.",
+            f"{', '.join(Method)}. {AUTO} looks for the layers of a 4-bit checkpoint that must stay at 16 bits for one "
+            "of the next three options to hold (docs/search.md).",
+        ),
+        click.option(
+            "--max-kl",
+            type=Amount(min=0),
+            help=f"With --scheme {AUTO}: the largest mean KL divergence from the baseline, with two errors: 0.005.",
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=Amount(min=0),
+            help=f"With --scheme {AUTO}: the largest perplexity, divided by the baseline's, with two errors: 1.01.",
+        ),
+        click.option(
+            "--max-weights-bytes",
+            type=ByteSize(),
+            help=f"With --scheme {AUTO}: the most memory that the weights may take, for the lowest KL: 6GB, 5.5GiB.",
         ),
         click.option(
             "--quant-type",
@@ -262,6 +287,7 @@ def request_options(command: Command) -> Command:
             "eval_texts",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
             "repeated. Speed is measured on the first.",
         ),
@@ -269,6 +295,7 @@ def request_options(command: Command) -> Command:
             "--tasks",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="lm-evaluation-harness tasks (needs qbatch[eval]): task names or your own YAML files, separated by "
             "commas; may be repeated.",
         ),
@@ -284,29 +311,36 @@ def request_options(command: Command) -> Command:
             "--batch-size",
             "batch_sizes",
             type=Counts(1),
-            help="How many sequences to generate at once; several, separated by commas, are measured one by one.  "
+            multiple=True,
+            help="How many sequences to generate at once; several, separated by commas, are measured one by one. May "
+            "be repeated.  "
             "[default: 1]",
         ),
         click.option(
             "--prompt-tokens",
             type=Counts(1),
-            help="The length of the prompts and of an encoder's input; several may be given, separated by commas.  "
+            multiple=True,
+            help="The length of the prompts and of an encoder's input; several may be given, separated by commas, and "
+            "the option may be repeated.  "
             "[default: 256, on a CPU 64]",
         ),
         click.option(
             "--new-tokens",
             type=Counts(2),
-            help="How many tokens to generate; several may be given, separated by commas.  [default: 64, on a CPU 16]",
+            multiple=True,
+            help="How many tokens to generate; several may be given, separated by commas, and the option may be "
+            "repeated.  [default: 64, on a CPU 16]",
         ),
         click.option(
             "--measure",
             type=Parts(),
+            multiple=True,
             metavar="PART",
-            help="What to measure, as a comma list. size: counted without loading the model, so that every model that "
-            "can be quantized succeeds. quality: perplexity, the comparison with the baseline, and the tasks. speed: "
-            "times and peaks of memory. why: on a GPU, what limits the decoding speed of a language model, which "
-            "takes a few seconds per row and includes speed. energy: on a GPU, what a language model takes per token, "
-            "which takes 40 s per row or more.  [default: size,quality,speed,why]",
+            help="What to measure, as a comma list; may be repeated. size: counted without loading the model, so that "
+            "every model that can be quantized succeeds. quality: perplexity, the comparison with the baseline, and "
+            "the tasks. speed: times and peaks of memory. why: on a GPU, what limits the decoding speed of a language "
+            "model, which takes a few seconds per row and includes speed. energy: on a GPU, what a language model "
+            "takes per token, which takes 40 s per row or more.  [default: size,quality,speed,why]",
         ),
         click.option(
             "--why/--no-why", default=None, help="Add why to what is measured, or leave it out.  [default: why]"

@@ -18,6 +18,7 @@ from qbatch.core.methods.description import MethodOption, OptionValue, T
 from qbatch.core.methods.registry import Description
 from qbatch.core.methods.registry import Method as Method
 from qbatch.core.recovery import Recovery
+from qbatch.core.search.search_request import SearchRequest
 
 
 class JobState(StrEnum):
@@ -52,6 +53,7 @@ class Stage(StrEnum):
     """What a running job is doing."""
 
     FETCHING = "fetching"
+    SEARCHING = "searching"
     QUANTIZING = "quantizing"
     PUBLISHING = "publishing"
     LOADING = "loading"
@@ -397,7 +399,10 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` accepts a source that has only pickles."""
+    """One model × one scheme × one protocol, as submitted. ``allow_pickle`` accepts a source that has only pickles.
+
+    With ``search``, the job looks for the layers that ``scheme`` leaves at 16 bits, instead of applying it.
+    """
 
     source: SourceRef
     scheme: Scheme
@@ -406,13 +411,20 @@ class JobSpec:
     protocol: ProtocolOptions
     force: bool = False
     allow_pickle: bool = False
+    search: SearchRequest | None = None
+
+    @property
+    def loaded_scheme(self) -> Scheme:
+        """That of the largest model that the job has loaded: a search measures mixtures of the unquantized one."""
+        return self.scheme if self.search is None else BASELINE
 
     @property
     def text_hashes(self) -> tuple[str, ...]:
         """The sha256 of each stored text that the job needs."""
+        searched = () if self.search is None else (self.search.protocol.text_sha256,)
         recovery = self.scheme.recovery
-        own = () if recovery is None or recovery.text_sha256 is None else (recovery.text_sha256,)
-        return (*self.protocol.text_hashes, *own)
+        recovered = () if recovery is None or recovery.text_sha256 is None else (recovery.text_sha256,)
+        return (*self.protocol.text_hashes, *searched, *recovered)
 
 
 Token = tuple[int, int]

@@ -22,7 +22,8 @@ QbatchError
     ├── DeviceError
     │   └── ModelFault              the model caused the fault, not the device
     └── CudaOom, HostOom, WorkerLost, StorageError, FetchError, JobTimeout, SourceChanged, DiskFull, SourceNotFound,
-        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError
+        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError,
+        BoundNotKept
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class ModelsRefused(UsageError):
     """Models of a list cannot be used, each for a reason that is known before anything is stored. Correct or remove
     those lines; with --keep-going the others are submitted."""
 
-    def __init__(self, problems: Sequence[str], *, models: int) -> None:
+    def __init__(self, problems: Sequence[str], *, models: int, is_plan: bool = False) -> None:
+        """``is_plan``: nobody asked to submit them yet."""
+        self._so = "so submit would refuse this list" if is_plan else "so nothing was submitted"
         more = len(problems) - _SHOWN_PROBLEMS
         self._problems = (*problems[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else ()))
         self._count, self._models = len(problems), models
@@ -72,7 +75,7 @@ class ModelsRefused(UsageError):
         """A line for each problem."""
         if self._count == 1:
             return (str(self),)
-        first = f"{self._count} of {self._models} models cannot be used, so nothing was submitted:"
+        first = f"{self._count} of {self._models} models cannot be used, {self._so}:"
         return (first, *(f"  {escape_controls(problem)}" for problem in self._problems))
 
 
@@ -268,6 +271,13 @@ class BenchmarkError(JobError):
     success of its quantization, and its row says why it has no figures."""
 
     kind = "benchmark_error"
+
+
+class BoundNotKept(JobError):
+    """No mixture of a search keeps to its bound. The message names the nearest one, which is published: use it, or
+    submit with a looser bound. What the search found answers that without another search."""
+
+    kind = "bound_not_kept"
 
 
 class ModelFault(DeviceError):

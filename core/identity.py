@@ -15,6 +15,8 @@ from qbatch.core.methods.registry import Method, missing_library
 
 # Increase this when a change in this package changes the bytes of checkpoints.
 _WRITER = "1"
+# Increase this when a change in this package changes what a search measures, or how it is stored.
+_SEARCH_FORMAT = "1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,8 @@ class Settled:
     """A job whose source and device kind are known, so that none of its options is AUTO.
 
     ``key`` identifies the checkpoint: a hash of source, scheme, dtype, device kind, and the library versions that
-    write it. Where it is an adapter, ``base_key`` is that of the checkpoint that it belongs to.
+    write it. Where it is an adapter, ``base_key`` is that of the checkpoint that it belongs to. Of a search the key
+    identifies what the search measures: a hash of the same and of its protocol.
     """
 
     dtype: DType
@@ -43,6 +46,7 @@ def settle(
     dtype = stored_dtype(spec.dtype, source)
     scheme = spec.scheme.resolved(dtype)
     hashed = scheme if skip_list is None else replace(scheme, skip_modules=skip_list)
+    search = {} if spec.search is None else {"search": {"format": _SEARCH_FORMAT, **spec.search.protocol.to_json()}}
 
     def key_of(stored: Scheme) -> str:
         return content_hash(
@@ -52,6 +56,7 @@ def settle(
                 "dtype": dtype,
                 "device": device_kind,
                 "versions": dict(writer_versions(scheme.method)),
+                **search,
             }
         )
 

@@ -165,7 +165,7 @@ def _hub_header(api: HfApi, repo: str, commit: str, sizes: Mapping[str, int], na
     try:
         parsed = api.parse_safetensors_file_metadata(repo, name, revision=commit)
     except (SafetensorsParsingError, TypeError, AttributeError) as error:  # it does not check the JSON's structure
-        raise SourceCorrupt(f"{name}: the header cannot be read") from error
+        raise SourceCorrupt(f"{name} is not a safetensors file, or a damaged one: its header cannot be read") from error
     entries: dict[str, Any] = {
         key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
         for key, tensor in parsed.tensors.items()

@@ -17,7 +17,7 @@ What is assumed:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Self
@@ -25,6 +25,7 @@ from typing import Self
 from qbatch.core.domain import JobSpec, Protocol
 from qbatch.core.kinds import DeviceKind
 from qbatch.core.measured.measured_part import MeasuredPart
+from qbatch.core.search.bound import AUTO
 
 # How much larger than the largest model that was seen another may be.
 _FARTHEST = 10
@@ -46,6 +47,8 @@ class JobWork:
     @classmethod
     def of(cls, spec: JobSpec, device_kind: DeviceKind, parameters: int | None) -> Self:
         """``device_kind`` is CUDA or CPU."""
+        if spec.search is not None:
+            return cls.of_search(spec.scheme.method, device_kind, spec.source.location, parameters)
         protocol: Protocol = spec.protocol.for_device(device_kind)
         return cls(
             method=spec.scheme.method,
@@ -57,10 +60,25 @@ class JobWork:
             parameters=parameters,
         )
 
+    @classmethod
+    def of_search(cls, method: str, device_kind: DeviceKind, location: str, parameters: int | None) -> Self:
+        """A search for the layers to keep at 16 bits. It measures nothing that another job does, and is compared with
+        other searches alone."""
+        return cls(
+            method=f"{method} {AUTO}",
+            device_kind=device_kind,
+            protocol_hash=AUTO,
+            parts=frozenset(),
+            has_tasks=False,
+            location=location,
+            parameters=parameters,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastRun:
-    """A job that has ended with a result of its own. ``seconds`` is its share of its bundle's time."""
+    """A job that has ended with a result of its own. ``seconds`` is its share of its bundle's time; a search's are its
+    own."""
 
     work: JobWork
     seconds: float
@@ -82,6 +100,17 @@ class TimeEstimate:
     runs: int
     basis: Basis
     is_beyond: bool = False
+
+    def followed_by(self, other: TimeEstimate | None) -> TimeEstimate | None:
+        """Both, one after the other; None if the other is not known."""
+        if other is None:
+            return None
+        return replace(
+            self,
+            seconds=self.seconds + other.seconds,
+            runs=min(self.runs, other.runs),
+            is_beyond=self.is_beyond or other.is_beyond,
+        )
 
     @property
     def is_rough(self) -> bool:

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from qbatch.core.errors import (
     BenchmarkError,
+    BoundNotKept,
     CudaOom,
     DeviceError,
     DiskFull,
@@ -117,6 +118,7 @@ RULES: Mapping[str, RetryRule] = {
     Unsupported.kind: _FAILS,
     QuantizationError.kind: _FAILS,
     BenchmarkError.kind: _FAILS,
+    BoundNotKept.kind: _FAILS,
     # Also used for a job whose outcome arrived, but could not be recorded.
     InternalError.kind: RetryRule(may_still_succeed=True),
 }

@@ -146,24 +146,33 @@ def read_header(path: Path) -> Header:
     refuse_lfs_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
+        prefix, first = file.read(8), file.read(1)
         if len(prefix) < 8:
-            raise SourceCorrupt(f"{path.name}: {size} bytes are too few for a safetensors file")
+            raise SourceCorrupt(f"{path.name} is not a safetensors file: it has {size} bytes")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise SourceCorrupt(
-                f"{path.name}: the header claims {length} bytes, too many for a file of {size} or over the limit of "
-                f"{MAX_HEADER_BYTES}"
-            )
+            raise SourceCorrupt(f"{path.name} {_why_too_long(length, first, size)}")
+        file.seek(8)
         raw = file.read(length)
     try:
         # Decoded here, because json.loads would accept UTF-16 bytes too.
         entries = json.loads(raw.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise SourceCorrupt(f"{path.name}: the header is not JSON") from error
+        raise SourceCorrupt(
+            f"{path.name} is not a safetensors file, or a damaged one: its header is not JSON"
+        ) from error
     if not isinstance(entries, dict):
-        raise SourceCorrupt(f"{path.name}: the header is not a JSON object")
+        raise SourceCorrupt(f"{path.name} is not a safetensors file: its header is not a JSON object")
     return vet_header(path, entries, data_start=8 + length, size=size)
+
+
+def _why_too_long(length: int, first: bytes, size: int) -> str:
+    """What is wrong with a file of ``size`` bytes whose header would have ``length``, beginning with ``first``."""
+    if first not in (b"{", b""):
+        return "is not a safetensors file"
+    if length > size - 8:
+        return f"is truncated: it has {size} bytes, and its header alone {length}"
+    return f"has a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}"
 
 
 def _no_constant(name: str) -> None:

@@ -59,7 +59,23 @@ def checkpoint_state(storage: Path, path: str, versions: Mapping[str, str] | Non
 
 
 def missing_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
-    """Those of ``paths`` within the storage that have no folder. None where the storage is not to be seen from here.
+    """Those of ``paths`` within the storage that have no folder. None where the storage is not to be seen from here."""
+    return _looked_for(storage, paths)[1]
+
+
+def present_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
+    """Those of ``paths`` within the storage that have a folder, as far as it is to be seen from here."""
+    return _looked_for(storage, paths)[0]
+
+
+def broken_link(folder: Path) -> str | None:
+    """Where the folder of a model's checkpoints lies if it is a link to what is not there, as to a disk that is not
+    mounted; else None. Raises OSError."""
+    return str(folder.readlink()) if folder.is_symlink() and not folder.exists() else None
+
+
+def _looked_for(storage: Path, paths: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Those that are there, and those that are not. Of the others nothing is known.
 
     Folders are listed, one for each model, instead of asked for one by one.
     """
@@ -67,19 +83,27 @@ def missing_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
     for path in paths:
         parent, _, name = path.rpartition("/")
         wanted.setdefault(parent, set()).add(name)
+    present: set[str] = set()
+    missing: set[str] = set()
     try:
         if not (storage / CHECKPOINTS).is_dir():
-            return set()
-        return {f"{parent}/{name}" for parent, names in wanted.items() for name in names - _names(storage / parent)}
+            return set(), set()
+        for parent, names in wanted.items():
+            there = _names(storage / parent)
+            if there is not None:
+                present |= {f"{parent}/{name}" for name in names & there}
+                missing |= {f"{parent}/{name}" for name in names - there}
     except OSError:  # it does not answer, or may not be read: nothing is known of any of them
-        return set()
+        return set(), set()
+    return present, missing
 
 
-def _names(folder: Path) -> set[str]:
+def _names(folder: Path) -> set[str] | None:
+    """None if what is in it lies elsewhere, and is not to be seen from here."""
     try:
         return {entry.name for entry in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
-        return set()
+        return None if broken_link(folder) is not None else set()
 
 
 def with_adapter_mark(name: str, adapter: str) -> str:

@@ -146,6 +146,13 @@ def answerable_since(session: Session, batch_id: int, moment: datetime) -> Seque
     return found
 
 
+def known_searches(session: Session, batch_id: int) -> Sequence[Job]:
+    """The queued searches of a batch whose keys are known, without those that were forced."""
+    asked = (Job.search.is_not(None), Job.checkpoint_key.is_not(None), Job.force.is_(False))
+    found = select(Job).where(Job.batch_id == batch_id, Job.state == JobState.QUEUED, *asked).order_by(Job.id)
+    return session.scalars(found, execution_options=ALSO_ARRIVING).all()
+
+
 def remove_silent(database: Database, lease_s: float) -> list[int]:
     """Remove some jobs of each batch whose submit was silent for ``lease_s``. Returns the ids of those now gone.
 

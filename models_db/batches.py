@@ -10,6 +10,7 @@ from sqlalchemy import and_, insert, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
+from qbatch.core.search.search_request import SearchRequest
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import SharedJson, insert_into
 from qbatch.models_db.tables import Base, Batch, Checkpoint, EvalText, Job
@@ -73,7 +74,7 @@ class JobRows:
         self._time_limit_s = time_limit_s
         self._bundles = 0
         # A batch has few distinct ones, however many jobs it has.
-        self._json: dict[Scheme | ProtocolOptions, SharedJson] = {}
+        self._json: dict[Scheme | ProtocolOptions | SearchRequest, SharedJson] = {}
 
     def of(self, bundles: Iterable[Sequence[NewJob]]) -> list[dict[str, Any]]:
         return [self._row(job, name) for name, bundle in self._named(bundles) for job in bundle]
@@ -107,9 +108,10 @@ class JobRows:
             "base_key": new.base_key,
             "reused_from": new.reused_from,
             "above_memory_bytes": new.predicted_memory_bytes,
+            "search": None if spec.search is None else self._encoded(spec.search),
         }
 
-    def _encoded(self, value: Scheme | ProtocolOptions) -> SharedJson:
+    def _encoded(self, value: Scheme | ProtocolOptions | SearchRequest) -> SharedJson:
         if value not in self._json:
             self._json[value] = SharedJson(value.to_json())
         return self._json[value]
@@ -129,6 +131,7 @@ def spec_of(job: Job) -> JobSpec:
         protocol=ProtocolOptions.from_json(job.protocol),
         force=job.force,
         allow_pickle=job.allow_pickle,
+        search=None if job.search is None else SearchRequest.from_json(job.search),
     )
 
 

@@ -36,8 +36,8 @@ def _state_is(state: JobState) -> ColumnElement[bool]:
     return _WithoutIndex(Job.state) == literal(state.value, literal_execute=True)
 
 
-IS_QUEUED: ColumnElement[bool] = _state_is(JobState.QUEUED)
-"""For jobs that are found in another way."""
+IS_QUEUED: ColumnElement[bool] = and_(_state_is(JobState.QUEUED), Job.search_id.is_(None))
+"""Queued, and not a search that waits for its points' jobs. For jobs that are found in another way."""
 
 IS_WAITING: ColumnElement[bool] = and_(IS_QUEUED, Job.dispatch_id.is_(None))
 """Queued, and not in Redis. Their index is in the order of priority, batch and id."""

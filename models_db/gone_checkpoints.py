@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qbatch.core.storage import CHECKPOINTS, missing_checkpoints
+from qbatch.core.storage import CHECKPOINTS, missing_checkpoints, present_checkpoints
 from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, note_presence
 from qbatch.models_db.session import Database
 
@@ -24,12 +24,12 @@ def note_missing(database: Database, storage: Path) -> set[str]:
     missing = find_missing(database, storage)
     with database.read() as session:
         gone = {row.path for row in all_checkpoints(session) if row.gone_at is not None}
-    back = gone - missing_checkpoints(storage, gone)
+    back = present_checkpoints(storage, gone)
     if not (storage / CHECKPOINTS).is_dir() or not (missing or back):
         return set()
     with database.write() as session:
         # Looked at again while their records are locked: a worker publishes first and records second.
         locked = {row.path for row in checkpoints_at(session, missing | back, lock=True)}
         missing = missing_checkpoints(storage, missing & locked)
-        note_presence(session, gone=missing, present=back - missing_checkpoints(storage, back))
+        note_presence(session, gone=missing, present=present_checkpoints(storage, back))
     return missing

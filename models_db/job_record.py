@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import format_batch_id, format_job_id, job_number
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.search.finished_search import FinishedSearch
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
+from qbatch.models_db.searches import find_searches
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
 
@@ -82,14 +84,20 @@ class JobRecord(Stored):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeJob:
-    """All about a job: its row of results, its record, and its baseline's row where there is one."""
+    """All about a job: its row of results, its record, and its baseline's row where there is one.
+
+    ``search``: what it found, if it is a search. ``points``: the jobs that publish its mixtures, by their points.
+    """
 
     row: ResultRow
     record: JobRecord
     baseline: ResultRow | None
+    search: FinishedSearch | None = None
+    points: Mapping[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return self.row.to_json() | self.record.to_json()
+        found = {} if self.search is None else {"search": self.search.to_json(), "points": dict(self.points)}
+        return self.row.to_json() | self.record.to_json() | found
 
 
 def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
@@ -100,14 +108,36 @@ def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
     wanted = sorted(row.baseline_job_id for row in rows.values() if row.baseline_job_id is not None)
     found = find_results(session, job_ids=[job_number(text) for text in wanted]) if wanted else []
     baselines = {row.job_id: row for row in found}
+    searched = _searched(session, job_ids)
+    points = _points(session, searched)
     return [
         WholeJob(
             row=rows[record.job_id],
             record=record,
             baseline=baselines.get(rows[record.job_id].baseline_job_id or ""),
+            search=searched.get(job_number(record.job_id)),
+            points=points.get(job_number(record.job_id), {}),
         )
         for record in job_records(session, job_ids)
     ]
+
+
+def _searched(session: Session, job_ids: Sequence[int]) -> dict[int, FinishedSearch]:
+    """What those of these jobs found that are searches, by job."""
+    query = select(Job.id, Job.search_id).where(Job.id.in_(job_ids), Job.search_id.is_not(None))
+    ids = {job_id: search_id for job_id, search_id in session.execute(query)}
+    found = find_searches(session, {search_id for search_id in ids.values() if search_id is not None})
+    return {job_id: found[search_id] for job_id, search_id in ids.items() if search_id in found}
+
+
+def _points(session: Session, searches: Collection[int]) -> dict[int, dict[int, str]]:
+    """The jobs that publish the mixtures of these searches, by search and point."""
+    query = select(Job.search_job_id, Job.point, Job.id).where(Job.search_job_id.in_(searches))
+    found: dict[int, dict[int, str]] = {}
+    for search, point, job_id in session.execute(query) if searches else ():
+        if search is not None and point is not None:
+            found.setdefault(search, {})[point] = format_job_id(job_id)
+    return found
 
 
 def job_records(session: Session, job_ids: Sequence[int]) -> list[JobRecord]:

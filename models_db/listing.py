@@ -15,6 +15,7 @@ from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedSource, need_source
+from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, awaited_jobs, mixture_origin
 from qbatch.models_db.tables import Attempt, Batch, Job, Worker
 from qbatch.models_db.workers import is_live
 
@@ -46,8 +47,19 @@ def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int
     All would have to be read, since no index has that time; and nearly always the last ones end last.
     """
     closed = [batch_id for batch_id, states in counts.items() if states and not set(OPEN_STATES) & states.keys()]
-    ends = {batch_id: [_end(session, batch_id, state) for state in counts[batch_id]] for batch_id in closed}
-    return {batch_id: max(found) for batch_id, ended in ends.items() if (found := [at for at in ended if at])}
+    small = [batch_id for batch_id in closed if sum(counts[batch_id].values()) <= _LAST_JOBS]
+    ends = _ends_of_small(session, small)
+    for batch_id in set(closed) - set(small):
+        ends[batch_id] = max((at for state in counts[batch_id] if (at := _end(session, batch_id, state))), default=None)
+    return {batch_id: at for batch_id, at in ends.items() if at is not None}
+
+
+def _ends_of_small(session: Session, batch_ids: Sequence[int]) -> dict[int, datetime | None]:
+    """In one statement: to make one for each batch takes longer than to read their jobs."""
+    if not batch_ids:
+        return {}
+    last = select(Job.batch_id, func.max(Job.finished_at)).where(Job.batch_id.in_(batch_ids)).group_by(Job.batch_id)
+    return {batch_id: at for batch_id, at in session.execute(last)}
 
 
 def _end(session: Session, batch_id: int, state: str) -> datetime | None:
@@ -88,7 +100,10 @@ def list_jobs(
     if states:
         query = query.where(Job.state.in_(states))
     now = session.execute(select(db_now())).scalar_one()
-    return [_job(row, now) for row in session.execute(query)]
+    rows = session.execute(query).all()
+    waiting = [row.id for row in rows if row.state == JobState.QUEUED and row.search_id is not None]
+    awaited = awaited_jobs(session, waiting)
+    return [_job(row, now, awaited.get(row.id)) for row in rows]
 
 
 # Not whole jobs: to decode what is not shown takes longer than the rest.
@@ -96,11 +111,12 @@ _LISTED = (
     *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
     Job.recovery,
     *(Job.attempt, Job.failures, Job.progress, Job.error_kind, Job.error_message, Job.above_memory_bytes),
-    *(Job.started_at, Job.finished_at),
+    *(Job.started_at, Job.finished_at, Job.search_id, *MIXTURE_COLUMNS),
 )
 
 
-def _job(row: Any, now: datetime) -> dict[str, Any]:
+def _job(row: Any, now: datetime, awaited: int | None) -> dict[str, Any]:
+    mixture = mixture_origin(row)
     return {
         "job_id": format_job_id(row.id),
         "batch_id": format_batch_id(row.batch_id),
@@ -108,6 +124,7 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "revision": row.revision,
         "scheme": row.method if row.recovery is None else with_adapter_mark(row.method, row.recovery),
         "bits": row.bits,
+        "mixture": mixture.to_json() if mixture.is_known else None,
         "state": row.state,
         "stage": row.stage if row.state == JobState.RUNNING else None,
         "attempt": row.attempt,
@@ -118,7 +135,7 @@ def _job(row: Any, now: datetime) -> dict[str, Any]:
         "error_message": row.error_message,
         "above_memory_bytes": row.above_memory_bytes,
         "above_memory_is": row.need,
-        "note": _note(row),
+        "note": _note(row) if awaited is None else f"waits for {format_job_id(awaited)}",
         "started_at": row.started_at.isoformat() if row.started_at else None,
         "finished_at": row.finished_at.isoformat() if row.finished_at else None,
         "elapsed_s": _elapsed_s(row, now),

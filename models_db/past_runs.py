@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import JobState
 from qbatch.core.job_duration import JobWork, PastRun, share_of_bundle
 from qbatch.core.kinds import DeviceKind
-from qbatch.core.measured.result_row import StoredProtocol
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.models_db.session import in_chunks
-from qbatch.models_db.tables import Attempt, Job, Result, Worker
+from qbatch.models_db.tables import Attempt, Job, Result, SearchRow, Worker
 
 # Enough for several sizes of models and all methods.
 _NEWEST = 500
@@ -48,7 +48,26 @@ def past_runs(session: Session, *, newest: int = _NEWEST) -> list[PastRun]:
     # Of the oldest bundle only a part was read, and its time would be shared among too few.
     whole = groups[:-1] if len(ids) == newest and len(groups) > 1 else groups
     running = running_bundles(session)
-    return [run for group in whole if group[0].bundle not in running for run in _runs(group)]
+    measured = [run for group in whole if group[0].bundle not in running for run in _runs(group)]
+    return [*measured, *_searches(session)]
+
+
+def _searches(session: Session) -> list[PastRun]:
+    """The newest ones, if their jobs are still there."""
+    query = (
+        select(SearchRow.parameters, SearchRow.seconds, Job.method, Job.location, Worker.device_kind)
+        .join(Job, Job.id == SearchRow.job_id)
+        .join(Worker, Worker.id == Job.worker_id)
+        .order_by(SearchRow.id.desc())
+        .limit(_AT_ONCE)
+    )
+    return [
+        PastRun(
+            work=JobWork.of_search(row.method, DeviceKind(row.device_kind), row.location, row.parameters),
+            seconds=row.seconds,
+        )
+        for row in session.execute(query)
+    ]
 
 
 def running_bundles(session: Session) -> set[str]:

@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func
+from sqlalchemy import ColumnElement, func, or_
 
+from qbatch.core.search.bound import AUTO
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.tables import Job, Result
 
@@ -18,15 +19,16 @@ _LIKE_ESCAPE = "\\"
 class ResultFilter:
     """Conditions that a row must meet; what is None or empty is none.
 
-    ``model`` and ``device`` are a part of the name, or a pattern with * and ? for the whole name; upper and lower case
-    count as the same. ``since_s``: only jobs that ended within the last so many seconds, or if they have not ended,
-    were submitted then. A row without a figure is not within a limit on it.
+    Of several values of one condition, any will do. Each of ``models`` and ``devices`` is a part of the name, or a
+    pattern with * and ? for the whole name; upper and lower case count as the same. ``AUTO`` among ``schemes`` stands
+    for searches. ``since_s``: only jobs that ended within the last so many seconds, or if they have not ended, were
+    submitted then. A row without a figure is not within a limit on it.
     """
 
-    model: str | None = None
+    models: Collection[str] = ()
     schemes: Collection[str] = ()
     bits: Collection[int] = ()
-    device: str | None = None
+    devices: Collection[str] = ()
     states: Collection[str] = ()
     since_s: float | None = None
     max_weights_bytes: int | None = None
@@ -40,15 +42,19 @@ class ResultFilter:
     @property
     def is_of_results(self) -> bool:
         """Whether a condition is about what was measured."""
-        limits = (self.device, self.max_weights_bytes, self.max_kl, self.min_tokens_per_s)
-        return any(limit is not None for limit in limits)
+        limits = (self.max_weights_bytes, self.max_kl, self.min_tokens_per_s)
+        return bool(self.devices) or any(limit is not None for limit in limits)
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """For a query of jobs, joined with their results if ``is_of_results``."""
         found: list[ColumnElement[bool]] = []
-        if self.model is not None:
-            found.append(_matches(Job.model.expression, self.model))
-        for column, values in ((Job.method, self.schemes), (Job.bits, self.bits), (Job.state, self.states)):
+        if self.models:
+            found.append(_matches_any(Job.model.expression, self.models))
+        if AUTO in self.schemes:
+            found.append(or_(Job.search.is_not(None), Job.method.in_(self.schemes)))
+        elif self.schemes:
+            found.append(Job.method.in_(self.schemes))
+        for column, values in ((Job.bits, self.bits), (Job.state, self.states)):
             if values:
                 found.append(column.in_(values))
         if self.since_s is not None:
@@ -57,8 +63,8 @@ class ResultFilter:
 
     def _of_results(self) -> list[ColumnElement[bool]]:
         found: list[ColumnElement[bool]] = []
-        if self.device is not None:
-            found.append(_matches(Result.device_name.expression, self.device))
+        if self.devices:
+            found.append(_matches_any(Result.device_name.expression, self.devices))
         if self.max_weights_bytes is not None:
             found.append(Result.weights_bytes <= self.max_weights_bytes)
         if self.max_kl is not None:
@@ -66,6 +72,10 @@ class ResultFilter:
         if self.min_tokens_per_s is not None:
             found.append(Result.decode_tokens_per_s >= self.min_tokens_per_s)
         return found
+
+
+def _matches_any(column: ColumnElement[Any], texts: Collection[str]) -> ColumnElement[bool]:
+    return or_(*(_matches(column, text) for text in texts))
 
 
 def _matches(column: ColumnElement[Any], text: str) -> ColumnElement[bool]:

@@ -15,12 +15,12 @@ from qbatch.core.errors import UsageError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS
-from qbatch.core.measured.result_row import ResultRow, StoredProtocol
-from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
-from qbatch.models_db.question_answers import find_answers
+from qbatch.models_db.mixture_origins import mixture_origin
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
 from qbatch.models_db.tables import Checkpoint, Job, Result
@@ -59,7 +59,7 @@ def find_results(
     sort: str | None = None,
     limit: int | None = None,
 ) -> list[ResultRow]:
-    """One row for each job, ended or not, that ``only`` lets through.
+    """One row for each job, ended or not, that ``only`` lets through; without the answers to tasks (``with_answers``).
 
     ``sort`` names a column, ``-column`` sorts downwards, and rows without a value come last; the default is submission
     order. Raises UsageError for a column that does not exist.
@@ -168,9 +168,7 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
-    with_tasks = [result.job_id for _, result in rows if result is not None and result.details.get("tasks")]
-    answers = find_answers(session, with_tasks)
-    found = [_row(job, result, baselines, answers) for job, result in rows]
+    found = [_row(job, result, baselines) for job, result in rows]
     gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
     return [replace(row, checkpoint_path=None) if row.checkpoint_path in gone else row for row in found]
 
@@ -190,12 +188,7 @@ def _family(job: Any) -> tuple[Any, ...]:
     return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
-def _row(
-    job: Job,
-    result: Result | None,
-    baselines: Mapping[tuple[Any, ...], int],
-    answers: Mapping[int, Mapping[str, TaskAnswers]],
-) -> ResultRow:
+def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> ResultRow:
     baseline = baselines.get(_family(job))
     scheme: Mapping[str, Any] = job.scheme
     measured: dict[str, Any] = {} if result is None else {name: getattr(result, name) for name in MEASURED_COLUMNS}
@@ -214,13 +207,13 @@ def _row(
         bits=job.bits,
         double_quant=scheme.get("double_quant", False),
         options={name: value for name, value in scheme.items() if name != "method"},
+        mixture=mixture_origin(job),
         checkpoint_path=result.checkpoint_path if result else None,
         **(asked | measured),
         baseline_job_id=format_job_id(baseline) if baseline is not None and baseline != job.id else None,
         protocol=StoredProtocol.from_json(result.protocol if result else None),
         protocol_hash=result.protocol_hash if result else None,
         details=Details.from_json(result.details if result else None),
-        answers={} if result is None else answers.get(result.job_id, {}),
     )
 
 

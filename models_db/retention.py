@@ -14,7 +14,7 @@ from qbatch.core.domain import ENDED_STATES, OPEN_STATES
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC, in_chunks
-from qbatch.models_db.tables import AnswersRow, Attempt, Batch, Checkpoint, Job, Result
+from qbatch.models_db.tables import AnswersRow, Attempt, Batch, Checkpoint, Job, Result, SearchRow
 
 # Asked for by name: for what is not among some values, no index is of use.
 _Family = tuple[int, str, str | None]
@@ -121,9 +121,9 @@ def _referred(session: Session, job_ids: Collection[int]) -> set[int]:
 
 
 def _delete(session: Session, job_ids: Sequence[int]) -> None:
-    session.execute(
-        update(Checkpoint).where(Checkpoint.job_id.in_(job_ids)).values(job_id=None), execution_options=NO_SYNC
-    )
+    for reference in (Checkpoint.job_id, SearchRow.job_id, Job.search_job_id):
+        refers = update(reference.class_).where(reference.in_(job_ids)).values({reference: None})
+        session.execute(refers, execution_options=NO_SYNC)
     for column in (AnswersRow.job_id, Result.job_id, Attempt.job_id, Job.id):
         session.execute(delete(column.class_).where(column.in_(job_ids)), execution_options=NO_SYNC)
 

@@ -1,19 +1,21 @@
-"""Upgrade a database to this version's schema. Import it only where it is needed, because Alembic is slow to import."""
+"""Upgrade a database to this version's schema. Alembic is slow to import, so only an upgrade does."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import text
 
 from qbatch.core.errors import StorageUnavailable
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_state import SchemaState
 from qbatch.models_db.session import SCHEMA_HEAD, Database
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 # An arbitrary constant: the PostgreSQL lock that prevents two upgrades of a database at once.
 _UPGRADE_LOCK = 7_226_284
@@ -34,6 +36,8 @@ def upgrade(database: Database) -> None:
         database.require_tolerable(state)
         if state.is_newer_than(SCHEMA_HEAD):
             return
+        from alembic import command
+
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
@@ -55,6 +59,8 @@ def _cannot_create(database: Database, place: Path, why: str) -> StorageUnavaila
 
 
 def alembic_config() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")

@@ -1,6 +1,6 @@
 """The tables. Each is written by one module of this package only; ``retention`` deletes rows of several."""
 
-from __future__ import annotations
+# Annotations are evaluated at once here: to do so from text takes SQLAlchemy longer, in every command.
 
 from datetime import datetime
 from typing import Any
@@ -24,9 +24,9 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
 
 
-def _partial_index(name: str, *columns: str, where: str) -> Index:
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
     """An index over few of the rows. ``few_jobs`` has the conditions with which a query may use it."""
-    return Index(name, *columns, info={"where": where})
+    return Index(name, *columns, info={"where": where}, unique=unique)
 
 
 class Batch(Base):
@@ -88,11 +88,19 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=0)
     time_limit_s: Mapped[float | None]
     # Set when the source's fingerprint and the device kind are known: by submit or by the worker.
+    # Of a search: the key of what it finds, until a checkpoint has met its bound.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
     # Where that is the key of an adapter: the key of the checkpoint that it belongs to.
     base_key: Mapped[str | None] = mapped_column(String(64))
     # Which adapter that is, for lists, which do not read whole schemes.
     recovery: Mapped[str | None] = mapped_column(String(32))
+    # Of a search: ``SearchRequest.to_json``, and what it found. With the latter, a queued job waits for those below.
+    search: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    search_id: Mapped[int | None]
+    # Of a job that publishes a mixture: the search that it is for, and the point of its frontier. Neither is a foreign
+    # key, because SQLite adds none to a table that is there; ``retention`` keeps them true.
+    search_job_id: Mapped[int | None]
+    point: Mapped[int | None]
 
     state: Mapped[str] = mapped_column(String(16), default=JobState.QUEUED.value)
     stage: Mapped[str | None] = mapped_column(String(16))
@@ -136,7 +144,7 @@ class Job(Base):
         _partial_index(
             "ix_jobs_waiting",
             *("priority", "batch_id", "id", "device", "above_memory_bytes"),
-            where="state = 'queued' AND dispatch_id IS NULL",
+            where="state = 'queued' AND search_id IS NULL AND dispatch_id IS NULL",
         ),
         # Queued again: only these can have run out of memory, or wait for a backoff or for disk space.
         _partial_index(
@@ -144,6 +152,8 @@ class Job(Base):
         ),
         _partial_index("ix_jobs_base_key", "base_key", "state", where="base_key IS NOT NULL"),
         _partial_index("ix_jobs_failed", "finished_at", "error_kind", where="state = 'failed'"),
+        _partial_index("ix_jobs_search_id", "search_id", where="search_id IS NOT NULL"),
+        _partial_index("ix_jobs_points", "search_job_id", "point", where="search_job_id IS NOT NULL", unique=True),
     )
 
 
@@ -261,6 +271,23 @@ class AnswersRow(Base):
     task: Mapped[str] = mapped_column(Text, primary_key=True)
     # ``TaskAnswers.to_json``.
     answers: Mapped[dict[str, Any]]
+
+
+class SearchRow(Base):
+    """What a search found (``FinishedSearch``). Of several with one key, the newest answers."""
+
+    __tablename__ = "searches"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), index=True)
+    # The job that measured it; null after that job was pruned.
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    sensitivity: Mapped[dict[str, Any]]
+    frontier: Mapped[dict[str, Any]]
+    parameters: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float]
+    device_name: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
 class Worker(Base):

@@ -15,6 +15,7 @@ from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorker
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.listing import list_batches, list_workers
+from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
 from qbatch.models_db.pauses import standing
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
@@ -29,7 +30,7 @@ _SLACK = timedelta(seconds=SLACK_S)
 _JOB = select(
     *(Job.id, Job.model, Job.method, Job.recovery, Job.state, Job.stage, Job.progress, Job.work_started),
     Job.finished_at,
-    *(Job.error_kind, Job.error_message, Job.reused_from, Attempt.claimed_at),
+    *(Job.error_kind, Job.error_message, Job.reused_from, Job.search_id, *MIXTURE_COLUMNS, Attempt.claimed_at),
 ).outerjoin(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
 
 
@@ -132,6 +133,8 @@ class Watcher:
             model=row.model,
             method=row.method,
             recovery=row.recovery,
+            mixture=mixture_origin(row),
+            has_found=row.search_id is not None,
             state=JobState(row.state),
             stage=row.stage if row.state == JobState.RUNNING else None,
             progress=JobProgress.from_json(row.progress),

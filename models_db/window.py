@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, Method, format_batch_id, format_job_id
 from qbatch.models_db.few_jobs import IS_QUEUED
+from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
 from qbatch.models_db.ready_bundles import (
     ANY_NEED,
     QueueRange,
@@ -155,13 +156,13 @@ def _mark(session: Session, bundle: str, queue: str, priority: int, needs: Queue
         update(Job)
         .where(Job.id.in_(free(session, are_ready([bundle], needs), most=MOST_JOBS)))
         .values(dispatch_id=dispatch_id, queue=queue, missed_scans=0)
-        .returning(Job.id, Job.batch_id, Job.model, Job.method),
+        .returning(Job.id, Job.batch_id, Job.model, Job.method, *MIXTURE_COLUMNS),
         execution_options=NO_SYNC,
     ).all()
     if not marked:
         return None
     ids = tuple(sorted(row.id for row in marked))
-    methods = [row.method for row in sorted(marked, key=lambda row: row.id)]
+    methods = [f"{row.method}{mixture_origin(row).title}" for row in sorted(marked, key=lambda row: row.id)]
     label = label_of(marked[0].batch_id, marked[0].model, methods, ids)
     return Dispatch(dispatch_id=dispatch_id, queue=queue, priority=priority, job_ids=ids, label=label)
 

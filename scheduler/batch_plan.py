@@ -20,11 +20,17 @@ from qbatch.core.settings import Settings
 from qbatch.core.sources import Header, read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.core.vram_classes import VRAM_CLASSES, floor_bytes
-from qbatch.models_db import checkpoints
+from qbatch.models_db import checkpoints, searches
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.session import Database
-from qbatch.scheduler.inquiry import Inquiry, InspectedSource, RequestedJob, device_kind_of, inspect_unvetted
-from qbatch.scheduler.submit import Submission, inquire, refuse_missing_libraries
+from qbatch.scheduler.submission_lookup import (
+    InspectedSource,
+    RequestedJob,
+    SubmissionLookup,
+    device_kind_of,
+    inspect_unvetted,
+)
+from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_lookup
 from qbatch.scheduler.vram_prediction import memory_bytes
 
 _AT_ONCE = 200
@@ -32,10 +38,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Earlier(StrEnum):
-    """What is there already. UNKNOWN: only a worker, which has the source's files or their checksums, can say."""
+    """What is there already. SEARCH: what a search found, which answers every bound. UNKNOWN: only a worker, which has
+    the source's files or their checksums, can say."""
 
     ANSWERED = "answered"
     CHECKPOINT = "checkpoint"
+    SEARCH = "search"
     NOTHING = "nothing"
     UNKNOWN = "unknown"
 
@@ -45,7 +53,8 @@ class PlannedJob:
     """A job that would be stored. Sizes are None where the source's headers are not here.
 
     ``output`` is None for a baseline, which writes no checkpoint. ``vram_class_gib`` is the smallest class of GPUs with
-    more than ``memory_bytes``, both None for a job on a CPU. ``answered_by`` is the job whose result it would get.
+    more than ``memory_bytes``, both None for a job on a CPU. ``duration_once_searched``: of a search, if what it would
+    find is stored. ``answered_by`` is the job whose result it would get.
     """
 
     spec: JobSpec
@@ -54,6 +63,7 @@ class PlannedJob:
     memory_bytes: int | None = None
     vram_class_gib: int | None = None
     duration: TimeEstimate | None = None
+    duration_once_searched: TimeEstimate | None = None
     earlier: Earlier = Earlier.UNKNOWN
     answered_by: str | None = None
 
@@ -76,7 +86,7 @@ class BatchPlan:
     def to_write(self) -> tuple[OutputSize, ...]:
         """The sizes of the checkpoints that would be written, each once, as far as they are known."""
         outputs = {
-            (job.spec.source, job.spec.scheme): job.output
+            (job.spec.source, job.spec.scheme, job.spec.search is None): job.output
             for job in self.open_jobs
             if job.output is not None and job.earlier is not Earlier.CHECKPOINT
         }
@@ -105,26 +115,27 @@ def plan_batch(database: Database, settings: Settings, submission: Submission) -
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
     refuse_missing_libraries(submission.grid)
-    inquiry = inquire(database, settings, submission.grid)
+    lookup = start_lookup(database, settings, submission.grid)
     jobs: list[PlannedJob] = []
     warnings: dict[str, int] = {}
     with database.read() as session:
         runs = past_runs(session)
         for chunk in _chunks(submission):
-            looked_up = inquiry.look_up(session, chunk)
-            answers = inquiry.answers(looked_up.finished)
+            looked_up = lookup.look_up(session, chunk)
+            answers = lookup.answers(looked_up.finished)
             there = _published(session, settings, [one for bundle in looked_up.bundles for one in bundle])
+            there |= _searched(session, [one for bundle in looked_up.bundles for one in bundle])
             for source, bundle in zip(chunk, looked_up.bundles, strict=True):
-                planned = _planned(bundle, inquiry, runs)
+                planned = _planned(bundle, lookup, runs)
                 jobs += (_with_earlier(job, one, answers, there) for job, one in zip(planned, bundle, strict=True))
-                said = [*(source.folder.warnings if source.folder is not None else ()), inquiry.memory_warning(bundle)]
+                said = [*(source.folder.warnings if source.folder is not None else ()), lookup.memory_warning(bundle)]
                 for line in filter(None, said):
                     warnings[line] = warnings.get(line, 0) + 1
     return BatchPlan(
         jobs=tuple(jobs),
         storage=settings.storage,
         free_bytes=_free_bytes(settings.storage),
-        live_workers=len(inquiry.devices),
+        live_workers=len(lookup.devices),
         warnings=warnings,
     )
 
@@ -144,7 +155,7 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
         yield chunk
 
 
-def _planned(bundle: Sequence[RequestedJob], inquiry: Inquiry, runs: Sequence[PastRun]) -> list[PlannedJob]:
+def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun]) -> list[PlannedJob]:
     """The jobs of one source, with the sizes that its headers tell."""
     source = bundle[0].spec.source
     headers: tuple[Header, ...] = ()
@@ -159,14 +170,26 @@ def _planned(bundle: Sequence[RequestedJob], inquiry: Inquiry, runs: Sequence[Pa
     jobs = []
     for one in bundle:
         spec = one.spec
-        kind = device_kind_of(spec.device, inquiry.devices)
+        kind = device_kind_of(spec.device, lookup.devices)
         expected = kind or last
         work = JobWork.of(spec, expected, parameters) if expected is not None else None
-        job = PlannedJob(
-            spec=spec, dtype=spec.dtype, duration=estimate_duration(work, runs) if work is not None else None
-        )
+        job = PlannedJob(spec=spec, dtype=spec.dtype, duration=None if work is None else _duration(spec, work, runs))
+        if spec.search is not None and work is not None:
+            job = replace(job, duration_once_searched=_of_one_point(spec, work, runs))
         jobs.append(_with_sizes(job, headers, config, kind) if headers else job)
     return jobs
+
+
+def _duration(spec: JobSpec, work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
+    """Of a search with one job that publishes what it found, of which there may be three."""
+    estimate = estimate_duration(work, runs)
+    if spec.search is None or estimate is None:
+        return estimate
+    return estimate.followed_by(_of_one_point(spec, work, runs))
+
+
+def _of_one_point(spec: JobSpec, work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
+    return estimate_duration(JobWork.of(replace(spec, search=None), work.device_kind, work.parameters), runs)
 
 
 def _with_sizes(
@@ -175,10 +198,12 @@ def _with_sizes(
     spec = job.spec
     dtype = stored_dtype(spec.dtype, source_dtype(headers))
     output = None if spec.scheme.is_baseline else output_size(headers, config, spec.scheme, spec.dtype)
+    if output is not None and spec.search is not None:
+        output = replace(output, off_by=None)  # at least that: some layers stay at 16 bits
     if kind is DeviceKind.CPU:
         return replace(job, dtype=dtype, output=output)
     tensors = [tensor for header in headers for tensor in header.tensors]
-    need = memory_bytes(tensors, config, spec.scheme, dtype, spec.protocol.for_device(DeviceKind.CUDA))
+    need = memory_bytes(tensors, config, spec.loaded_scheme, dtype, spec.protocol.for_device(DeviceKind.CUDA))
     fitting = next((size for size in VRAM_CLASSES if floor_bytes(size) > need), None)
     # The smallest class has no least size, but takes what needs less than any other has.
     smallest = VRAM_CLASSES[0] if need < floor_bytes(VRAM_CLASSES[1]) else fitting
@@ -196,6 +221,12 @@ def _published(session: Session, settings: Settings, jobs: Sequence[RequestedJob
     }
 
 
+def _searched(session: Session, jobs: Sequence[RequestedJob]) -> set[str]:
+    """The keys of the searches whose results are stored."""
+    keys = {one.settled.key for one in jobs if one.settled is not None and one.spec.search is not None}
+    return set(searches.newest(session, keys)) if keys else set()
+
+
 def _with_earlier(
     job: PlannedJob, asked: RequestedJob, answers: Mapping[tuple[str, str], int], there: Collection[str]
 ) -> PlannedJob:
@@ -204,7 +235,11 @@ def _with_earlier(
         return replace(job, earlier=Earlier.ANSWERED, answered_by=format_job_id(answer))
     if asked.settled is None:
         return job
-    return replace(job, earlier=Earlier.CHECKPOINT if asked.settled.key in there else Earlier.NOTHING)
+    if asked.settled.key not in there:
+        return replace(job, earlier=Earlier.NOTHING)
+    if asked.spec.search is None:
+        return replace(job, earlier=Earlier.CHECKPOINT)
+    return replace(job, earlier=Earlier.SEARCH, duration=job.duration_once_searched)
 
 
 def _free_bytes(storage: Path) -> int | None:

@@ -36,7 +36,7 @@ def predicted_need(spec: JobSpec, headers: tuple[Header, ...], config: Mapping[s
         return None
     dtype = stored_dtype(spec.dtype, source_dtype(headers))
     tensors = [tensor for header in headers for tensor in header.tensors]
-    need = memory_bytes(tensors, config, spec.scheme, dtype, spec.protocol.for_device(DeviceKind.CUDA))
+    need = memory_bytes(tensors, config, spec.loaded_scheme, dtype, spec.protocol.for_device(DeviceKind.CUDA))
     return need if need >= ANY_CLASS_BYTES else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import update
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many processes share the cores, and the models are tiny: what two threads of each gain, waiting for one another loses
@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import DatabaseIdentity
-from tests.postgres import Postgres
+from tests.postgres import Postgres, UpgradedPostgres
 
 _TESTS = Path(__file__).parent
 # The dearest folders first: a long file that starts last, everybody waits for.
@@ -40,9 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """All is imported: what stays for good need not be looked through whenever garbage is collected."""
     gc.freeze()
+    gc.enable()
 
 
 def _folder(item: pytest.Item) -> str:
@@ -85,13 +90,14 @@ def sqlite_database(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Database]
     database.dispose()
 
 
+@pytest.fixture(scope="session")
+def upgraded_postgresql(postgresql_url: str) -> UpgradedPostgres:
+    return UpgradedPostgres(postgresql_url)
+
+
 @pytest.fixture
-def postgresql_database(postgresql_url: str) -> Iterator[Database]:
-    database = Database(postgresql_url)
-    with database.engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA public CASCADE"))
-        connection.execute(text("CREATE SCHEMA public"))
-    upgrade(database)
+def postgresql_database(upgraded_postgresql: UpgradedPostgres) -> Iterator[Database]:
+    database = upgraded_postgresql.renew()
     yield database
     database.dispose()
 

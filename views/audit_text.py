@@ -26,8 +26,8 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     if row.details.audits.spread_between_rounds:
         # Without the number, so that several rows can share the footnote.
         yield (
-            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
-            "size may be caused by the host"
+            "its speed varied much between its rounds (`qbatch show --all JOB` says by how much), so a difference of "
+            "that size may be caused by the host"
         )
 
 
@@ -37,7 +37,7 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
     if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
             f"only {fraction * 100:.3g} % of its parameters are stored in {row.bits} bits: "
-            f"the rest is {row.dtype} (`qbatch show JOB` says why)"
+            f"the rest is {row.dtype} (`qbatch show --all JOB` says why)"
         )
     yield from defects(row)
     dropped = row.details.audit.dropped_tensors
@@ -49,7 +49,7 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
     if idle:
         yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
     if row.details.noise_inputs is not None:
-        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show JOB` has them)"
+        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show --all JOB` has them)"
     if (origin := speed_origin(row)) is not None:
         yield origin
     yield from fairness_remarks(row.details.flags)

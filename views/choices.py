@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.comparison import Preference
-from qbatch.views.groups import Group, models_of
+from qbatch.views.groups import Group, configuration, measuring_job, models_of
 from qbatch.views.recommend import Recommendation, recommend
 
 
@@ -44,6 +45,25 @@ def choose(model: str, group: Group, preference: Preference) -> Choice | None:
     return Choice(model=model, group=group, recommendation=recommend(group, preference))
 
 
-def picked(choices: Iterable[Choice]) -> set[str]:
-    """The jobs whose checkpoints are to be shipped."""
-    return {choice.ship.job_id for choice in choices if choice.ship is not None}
+def told_apart_by_answers(rows: Sequence[ResultRow], preference: Preference) -> set[str]:
+    """The jobs between which only their answers to tasks may decide. ``rows`` need not have those."""
+    found: set[str] = set()
+    for group in (group for model in models_of(rows) for group in model.groups):
+        if sum(bool(row.details.tasks) for row in group.rows) > 1:
+            recommendation = recommend(group, preference)
+            if recommendation.ship is not None and recommendation.alike:
+                found |= {recommendation.ship.job_id, *recommendation.alike}
+    return found
+
+
+def picked(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
+    """Those of ``rows`` that are of what is to be shipped: a checkpoint that answered several jobs is that of each."""
+    shipped = {key for choice in choices if choice.ship is not None for key in _same(choice.ship)}
+    return {row.job_id for row in rows if row.state == JobState.SUCCEEDED and not shipped.isdisjoint(_same(row))}
+
+
+def _same(row: ResultRow) -> set[tuple[str | None, ...]]:
+    """What rows of one checkpoint that may be compared have in common: its measurement, or its path."""
+    group = (row.model, row.revision, configuration(row), row.protocol_hash, row.device_name, row.details.fingerprint)
+    found: set[tuple[str | None, ...]] = {("job", measuring_job(row))}
+    return found | {("path", row.checkpoint_path, *group)} if row.checkpoint_path is not None else found

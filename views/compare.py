@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, MetricColumn
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
-from qbatch.views.audit_text import unmarked_warnings
+from qbatch.views.audit_text import defects, unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
@@ -18,20 +18,22 @@ from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_w
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
-from qbatch.views.pick_lines import pick_lines
+from qbatch.views.pick_lines import GONE, is_gone, pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
 from qbatch.views.recovered_rows import recovery_remarks
-from qbatch.views.scheme import show_scheme
-from qbatch.views.speed_explanation import explain_speed
-from qbatch.views.table_legend import mark_sentences
+from qbatch.views.scheme import brief_schemes, show_scheme
+from qbatch.views.speed_explanation import explain_speed, explain_speed_briefly
+from qbatch.views.table_legend import mark_sentences, short_legend
 from qbatch.views.table_notes import Footnotes, show_state
 from qbatch.views.task_scores import task_table
 from qbatch.views.text_figures import text_table
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
+# The rank of the last column that is shown of a model among others: that of peak memory.
+_LAST_MAIN = 6
 _PREFERRED = {"size": "the smallest weights", "speed": "the highest rate", "quality": "what is nearest to the baseline"}
 
 
@@ -42,11 +44,13 @@ def comparison(
     by: str,
     format: str,  # noqa: A002
     in_full: bool = False,
+    has_legend: bool = False,
 ) -> str:
     """Compare the rows of ``find_results`` as a table, JSON or CSV.
 
-    The table begins with a line for each model and a sum. ``in_full``: all figures of each model follow, as they do if
-    there is only one; ``by``: the lines of their tables (ORIENTATIONS).
+    The table begins with a line for each model and a sum. If there is only one model, all of its figures follow and
+    what explains them; of several, with ``in_full``, the main ones. ``by``: the lines of their tables (ORIENTATIONS).
+    ``has_legend``: explain every mark.
     """
     models = models_of(rows)
     if format == "json":
@@ -57,11 +61,13 @@ def comparison(
         return "no results"
     width = terminal_width()
     screen = _Screen(preference=preference, by=by, width=width)
-    is_in_full = in_full or len(models) == 1
-    lines = screen.answer(rows, models, is_in_full=is_in_full)
-    if is_in_full:
-        lines += [line for model in models for line in ["", *screen.model(model)]]
-    return "\n".join([*lines, "", *screen.legend(lines)])
+    if len(models) == 1:
+        lines = [*screen.answer(rows, models, is_in_full=True), "", *screen.model(models[0])]
+    else:
+        lines = screen.answer(rows, models, is_in_full=False)
+        if in_full:
+            lines += [line for model in models for line in ["", *screen.main_figures(model)]]
+    return "\n".join([*lines, "", *screen.legend(lines, has_legend=has_legend)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,7 @@ class _Screen:
             texts += [*self._apart(models), *self._of_all(choices)]
         texts += [*_chosen(choices, self.preference), sum_up(rows, choices)]
         if not is_in_full:
-            texts.append("`qbatch compare --model NAME` shows all figures of a model, and what limits its speed.")
+            texts.append("`qbatch compare --model NAME`, of one model: all figures, and what limits its speed.")
         return [*lines, "", *(line for text in texts for line in wrap(printable(text), self.prose, indent=GAP))]
 
     def _apart(self, models: Sequence[ModelRows]) -> Iterable[str]:
@@ -108,9 +114,25 @@ class _Screen:
             lines += self._wrapped(_why_apart(model))
         for group in model.groups:
             lines += self._group(group, said)
-        for row in model.unmeasured:
-            lines += self._wrapped(f"{row.job_id} {show_scheme(row)} has no result: {show_state(row)}.")
+        for text in _without_result(model.unmeasured):
+            lines += self._wrapped(text)
         return lines
+
+    def main_figures(self, model: ModelRows) -> Iterable[str]:
+        """The main figures of a model among others, and a line for each row whose speed can be explained."""
+        yield printable(model.name)
+        for group in model.groups:
+            if len(model.groups) > 1:
+                yield from self._wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}")
+            yield from _side_by_side(group, self.by, self.width, brief=True)
+            for row in group.rows:
+                yield from (line for defect in defects(row) for line in self._wrapped(f"{_name(row)}: {defect}."))
+                reason = explain_speed_briefly(row, group.baselines.get(row.job_id))
+                yield from self._wrapped(f"{_name(row)} {reason}." if reason else "")
+            for each in compare_answers(baseline_pairs(group)):
+                yield from self._wrapped(say(each))
+        for text in _without_result(model.unmeasured):
+            yield from self._wrapped(text)
 
     def _group(self, group: Group, said: set[str]) -> Iterable[str]:
         """Yield the lines of a group, without the sentences that the model's other groups or rows have ``said``."""
@@ -131,9 +153,25 @@ class _Screen:
     def _wrapped(self, text: str) -> list[str]:
         return wrap(printable(text), self.prose, first=GAP, indent=GAP) if text else []
 
-    def legend(self, lines: Sequence[str]) -> list[str]:
+    def legend(self, lines: Sequence[str], *, has_legend: bool) -> list[str]:
+        if not has_legend:
+            return wrap(short_legend(lines, ["--legend"]), self.prose, indent=GAP)
         texts = ["× is a figure divided by that of the baseline, the same model unquantized. KL is in nats."]
         return wrap(" ".join([*texts, *mark_sentences(lines)]), self.prose)
+
+
+def _name(row: ResultRow) -> str:
+    return f"{row.job_id} {show_scheme(row)}"
+
+
+def _without_result(rows: Sequence[ResultRow]) -> Iterable[str]:
+    """Yield a sentence for each reason, with all that have it."""
+    reasons: dict[tuple[str | None, ...], list[ResultRow]] = {}
+    for row in rows:
+        reasons.setdefault((row.state, row.error_kind, row.error_message), []).append(row)
+    for alike in reasons.values():
+        names = ", ".join(map(_name, alike))
+        yield f"{names} {'has' if len(alike) == 1 else 'have'} no result: {show_state(alike[0])}."
 
 
 def _new(sentences: Iterable[str], said: set[str]) -> list[str]:
@@ -160,8 +198,10 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
     for row in group.rows:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
-            yield f"{row.job_id} {show_scheme(row)}: {warning}."
+            yield f"{_name(row)}: {warning}."
     yield from recovery_remarks(group.rows)
+    if ship is not None and is_gone(ship):
+        yield f"{_name(ship)}: {GONE}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)
@@ -181,10 +221,13 @@ def _not_in_turns(group: Group) -> Iterable[str]:
             )
 
 
-def _side_by_side(group: Group, by: str, width: int) -> list[str]:
-    columns = [column for column in COMPARE_COLUMNS if any(column.metric_of(row) for row in group.rows)]
+def _side_by_side(group: Group, by: str, width: int, *, brief: bool = False) -> list[str]:
+    """``brief``: the main figures alone."""
+    shown = [column for column in RESULTS_COLUMNS if column.rank <= _LAST_MAIN] if brief else COMPARE_COLUMNS
+    columns = [column for column in shown if any(column.metric_of(row) for row in group.rows)]
     titles = [column_title(column, group.rows) for column in columns]
-    heads = [f"{row.job_id} {show_scheme(row)}{_of_base(row, group)}" for row in group.rows]
+    schemes = brief_schemes(group.rows) if brief else map(show_scheme, group.rows)
+    heads = [f"{row.job_id} {scheme}{_of_base(row, group)}" for row, scheme in zip(group.rows, schemes, strict=True)]
     cells = [[_cell(column, row, group) for row in group.rows] for column in columns]
     for title, line in [*text_table(group), *task_table(group)]:
         titles.append(title)

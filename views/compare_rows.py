@@ -7,7 +7,7 @@ from typing import Any
 
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BaselineComparison
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.measured.stored_json import Stored
+from qbatch.core.stored_json import Stored
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers
 from qbatch.views.audit_text import audit_warnings
 from qbatch.views.comparison import Preference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from qbatch.views.formats import GAP, UNLIMITED, text_width
 from qbatch.views.result_columns import ShownColumn
 
 _LEAST_OF_A_LABEL = 8
+_BEFORE_UNIT = re.compile(r"(?<=[0-9]) (?=%|(?:[KMG]iB|ms|s|min|h|nats)\b|(?:tok|samples)/s)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +119,10 @@ class FigureTable:
 
 
 def wrap(text: str, width: int, *, first: str = "", indent: str = "") -> list[str]:
+    """``text`` in lines of ``width``, none of which ends between a number and its unit."""
     if width >= UNLIMITED:
         return [first + text]
+    whole = _BEFORE_UNIT.sub(_NO_BREAK, text)
     # A label that fills the line leaves the text a line of its own.
-    return textwrap.wrap(text, max(width, 40), initial_indent=first, subsequent_indent=indent) or [first]
+    lines = textwrap.wrap(whole, max(width, 40), initial_indent=first, subsequent_indent=indent) or [first]
+    return [line.replace(_NO_BREAK, " ") for line in lines]

@@ -21,6 +21,7 @@ NOTHING = "–"
 # Wide enough for anything: the width if standard output is not a terminal.
 UNLIMITED = 100_000
 _NARROWEST_TEXT = 20
+_NARROWEST_NAME, _LEGIBLE_NAME = 10, 30
 GAP = "  "
 PROSE_WIDTH = 100
 """Sentences are not wider than this, on however wide a terminal."""
@@ -40,15 +41,20 @@ def show_plain(value: Any) -> str:
 class Column:
     """One column of a table: ``show`` turns the row's value under ``key`` into text, unless it is None.
 
-    ``wraps``: long text may be broken into lines on a narrow terminal. ``spare``: the column is left out if no row has
-    a value, or if the terminal is too narrow for all columns, the last such column first.
+    Where the terminal is too narrow: ``wraps``: long text may be broken into lines; ``fit``: makes the texts of the
+    whole column fit so many characters instead. ``spare``: the column is left out if no row has a value, or if the
+    terminal is too narrow for all columns, the last such column first; those that are ``kept`` leave only when what
+    ``fit`` makes shorter cannot be shorter. ``zero_is_none``: 0 is not a value.
     """
 
     key: str
     title: str
     show: Callable[[Any], str] = show_plain
     wraps: bool = False
+    fit: Callable[[Sequence[str], int], Sequence[str]] | None = None
     spare: bool = False
+    kept: bool = False
+    zero_is_none: bool = False
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], format: str) -> str:  # noqa: A002
@@ -118,14 +124,21 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
     # Not with rich, which takes minutes for a table of 100,000 jobs because it measures every cell several times.
-    shown = [column for column in columns if not (column.spare and rows and _is_empty(rows, column.key))]
-    cells = {column.key: [_cell(row, column) for row in rows] for column in shown}
+    shown = [column for column in columns if not (column.spare and rows and _is_empty(rows, column))]
+    cells: dict[str, Sequence[str]] = {column.key: [_cell(row, column) for row in rows] for column in shown}
     widths = {column.key: max(map(text_width, (column.title, *cells[column.key]))) for column in shown}
-    least = {c.key: min(widths[c.key], _NARROWEST_TEXT) if c.wraps else widths[c.key] for c in shown}
-    while _total(least, shown) > width and any(column.spare for column in shown):
-        shown.remove([column for column in shown if column.spare][-1])
+    least = _least(widths, shown, _LEGIBLE_NAME)
+    while _total(least, shown) > width and (spare := [c for c in shown if c.spare and not c.kept]):
+        shown.remove(spare[-1])
+    least = _least(widths, shown, _NARROWEST_NAME)
+    while _total(least, shown) > width and (spare := [c for c in shown if c.spare]):
+        shown.remove(spare[-1])
     # If the table is still too wide, the terminal breaks its lines, which is better than truncated ids.
     _shrink(widths, least, shown, width)
+    for column in shown:
+        if column.fit is not None:
+            cells[column.key] = column.fit(cells[column.key], widths[column.key])
+            widths[column.key] = max(map(text_width, (column.title, *cells[column.key])))
     right = {column.key for column in shown if _is_numeric(rows, column.key)}
     lines = [
         _line([column.title for column in shown], shown, widths, right),
@@ -135,6 +148,12 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> str:
         line for row in zip(*(cells[c.key] for c in shown), strict=True) for line in _lines(row, shown, widths, right)
     ]
     return "\n".join(lines)
+
+
+def _least(widths: Mapping[str, int], columns: Sequence[Column], name: int) -> dict[str, int]:
+    """How wide each column must be at least, with so much for those that ``fit`` makes shorter."""
+    narrow = {c.key: name if c.fit is not None else _NARROWEST_TEXT for c in columns if c.fit is not None or c.wraps}
+    return {column.key: min(widths[column.key], narrow.get(column.key, widths[column.key])) for column in columns}
 
 
 def _total(widths: Mapping[str, int], columns: Sequence[Column]) -> int:
@@ -185,8 +204,9 @@ def text_width(text: str) -> int:
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _is_empty(rows: Sequence[Row], key: str) -> bool:
-    return all(row.get(key) is None for row in rows)
+def _is_empty(rows: Sequence[Row], column: Column) -> bool:
+    values = (row.get(column.key) for row in rows)
+    return all(value is None or (column.zero_is_none and value == 0) for value in values)
 
 
 def _is_numeric(rows: Sequence[Row], key: str) -> bool:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qbatch.core.domain import WorkerState
+from qbatch.core.byte_units import GIB, MIB
+from qbatch.core.domain import JobState, WorkerState
 from qbatch.core.job_progress import JobProgress
-from qbatch.views.formats import Column
-from qbatch.views.units import show_bytes, show_duration, show_time, show_time_left
+from qbatch.core.search.mixture_origin import MixtureOrigin
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, Column, render, terminal_width
+from qbatch.views.shared_failures import shared_failures
+from qbatch.views.shortened import fit_names
+from qbatch.views.units import show_bytes, show_clock, show_time, show_time_left_briefly
 
 
 def show_progress(stored: Mapping[str, Any]) -> str:
@@ -33,42 +38,83 @@ def _show_moved(progress: JobProgress) -> str:
     return f"{show_bytes(read + written)} of {show_bytes(total)} ({', '.join(parts)})"
 
 
-_ELAPSED = Column(key="elapsed_s", title="elapsed", show=show_duration, spare=True)
-_LEFT = Column(key="left_s", title="left", show=show_time_left, spare=True)
+def show_moved(progress: JobProgress) -> str:
+    """``4.0/23.5 GiB, 1.2 GiB/s``; empty if nothing is known to have moved."""
+    moved, total = progress.bytes_moved, progress.bytes_total
+    if moved is None:
+        return ""
+    unit, size = ("GiB", GIB) if max(moved, total or 0) >= GIB else ("MiB", MIB)
+    of_total = f"/{total / size:.1f}" if total else ""
+    rate = f", {progress.bytes_per_s / size:.1f} {unit}/s" if progress.bytes_per_s else ""
+    return f"{moved / size:.1f}{of_total} {unit}{rate}"
+
+
+def _show_progress_briefly(stored: Mapping[str, Any]) -> str:
+    progress = JobProgress.from_json(stored)
+    return progress.step or show_moved(progress)
+
+
+_ELAPSED = Column(key="elapsed_s", title="elapsed", show=show_clock, spare=True, kept=True)
+_LEFT = Column(key="left_s", title="left", show=show_time_left_briefly, spare=True, kept=True)
 
 
 BATCH_COLUMNS: tuple[Column, ...] = (
     Column(key="batch_id", title="batch"),
-    Column(key="name", title="name", wraps=True),
+    Column(key="name", title="name", fit=fit_names, spare=True, kept=True),
     Column(key="jobs", title="jobs"),
-    Column(key="queued", title="queued"),
-    Column(key="running", title="running"),
+    Column(key="queued", title="queued", spare=True, kept=True, zero_is_none=True),
+    Column(key="running", title="running", spare=True, kept=True, zero_is_none=True),
     Column(key="succeeded", title="succeeded"),
-    Column(key="failed", title="failed"),
-    Column(key="cancelled", title="cancelled"),
+    Column(key="failed", title="failed", spare=True, kept=True, zero_is_none=True),
+    Column(key="cancelled", title="cancelled", spare=True, kept=True, zero_is_none=True),
     _LEFT,
     _ELAPSED,
     Column(key="created_at", title="submitted", show=show_time, spare=True),
-    Column(key="priority", title="priority", spare=True),
+    Column(key="priority", title="priority", spare=True, zero_is_none=True),
 )
 
 JOB_COLUMNS: tuple[Column, ...] = (
     Column(key="job_id", title="job"),
-    Column(key="batch_id", title="batch"),
-    Column(key="model", title="model", wraps=True),
-    Column(key="revision", title="revision", wraps=True, spare=True),
+    Column(key="batch_id", title="batch", spare=True, kept=True),
+    Column(key="model", title="model", fit=fit_names),
     Column(key="scheme", title="scheme", show=lambda scheme: "baseline" if scheme == "none" else str(scheme)),
     Column(key="state", title="state"),
-    Column(key="stage", title="stage"),
+    Column(key="stage", title="stage", spare=True),
     _LEFT,
     _ELAPSED,
+    Column(key="revision", title="revision", fit=fit_names, spare=True),
     Column(key="attempt", title="attempt", spare=True),
-    Column(key="worker", title="worker", wraps=True, spare=True),
-    Column(key="progress", title="progress", show=show_progress, wraps=True, spare=True),
-    Column(key="error_kind", title="error"),
+    Column(key="worker", title="worker", fit=fit_names, spare=True),
+    Column(key="progress", title="progress", show=_show_progress_briefly, wraps=True, spare=True),
+    Column(key="error_kind", title="error", spare=True),
     Column(key="error_message", title="message", wraps=True, spare=True),
     Column(key="note", title="note", wraps=True, spare=True),
 )
+
+
+def jobs_table(jobs: Sequence[Mapping[str, Any]], *, of_one_batch: bool) -> str:
+    """The jobs for people, and below them each failure with the jobs that it ended."""
+    table = render([_for_people(job, of_one_batch=of_one_batch) for job in jobs], JOB_COLUMNS, "table")
+    failed = [(job["job_id"], _error(job)) for job in jobs if job["state"] == JobState.FAILED]
+    terminal = terminal_width()
+    # In a pipe each stands on one line, as the jobs do.
+    width = terminal if terminal >= UNLIMITED else min(terminal, PROSE_WIDTH)
+    lines = [wrap(str(failure), width, indent=GAP) for failure in shared_failures(failed)]
+    return "\n".join([table, *([""] if lines else []), *(text for line in lines for text in line)])
+
+
+def _for_people(job: Mapping[str, Any], *, of_one_batch: bool) -> dict[str, Any]:
+    """The stage of a running job says that it runs, and a scheme's name what its job has to do with a search; why jobs
+    failed stands below the table."""
+    scheme = f"{job['scheme']}{MixtureOrigin.from_json(job.get('mixture')).title}"
+    state = job["stage"] or job["state"]
+    shown = {**job, "scheme": scheme, "state": state, "stage": None, "error_kind": None, "error_message": None}
+    return shown | {"batch_id": None} if of_one_batch else shown
+
+
+def _error(job: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (job["error_kind"], job["error_message"]))) or "of an unknown reason"
+
 
 WORKER_COLUMNS: tuple[Column, ...] = (
     Column(key="worker", title="worker"),

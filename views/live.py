@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from qbatch.core.domain import JobState
 from qbatch.core.watched import Snapshot, WatchedJob
-from qbatch.views.cadence import Cadence
 from qbatch.views.formats import printable
+from qbatch.views.line_interval import LineInterval
+from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import show_duration, show_time_left
 from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
 
@@ -46,11 +47,13 @@ class LiveProgress:
     ) -> None:
         self._quiet = quiet
         self._why_no_worker = why_no_worker
-        self._cadence = Cadence(clock)
+        self._interval = LineInterval(clock)
         self._stream = sys.stderr if stream is None else stream
         self._screen: _Screen | None = None
         self._last: Snapshot | None = None
         self._noted: str | None = None
+        # Of each failure of a model, the job that was said to have it first.
+        self._failed_first: dict[tuple[str, str | None], str] = {}
 
     def __enter__(self) -> Self:
         if not self._quiet and _can_be_drawn_on(self._stream):
@@ -66,14 +69,27 @@ class LiveProgress:
     def update(self, snapshot: Snapshot) -> None:
         if self._quiet:
             return
-        for job in snapshot.news:
-            # On a terminal, the frame shows the running jobs; only failures should stay on the screen.
-            if self._screen is None or job.state is JobState.FAILED:
-                self._say(describe_news(job))
+        for line in self._news(snapshot.news):
+            self._say(line)
         if snapshot.more_news:
             self._say(f"and {snapshot.more_news} more jobs")
         self._last = snapshot
         self._show(snapshot, self._why_no_worker() if snapshot.awaits_worker else None)
+
+    def _news(self, news: Sequence[WatchedJob]) -> Iterable[str]:
+        """A line for each job, and for each failure that jobs of a model share.
+
+        On a terminal, the frame shows the running jobs; only failures should stay on the screen.
+        """
+        failed: dict[tuple[str, str | None], list[WatchedJob]] = {}
+        for job in news:
+            if job.state is JobState.FAILED:
+                failed.setdefault((job.model, job.error), []).append(job)
+        for job in news:
+            if job.state is not JobState.FAILED:
+                yield from [describe_news(job)] if self._screen is None else ()
+            elif jobs := failed.pop(failure := (job.model, job.error), None):
+                yield describe_failure(jobs, self._failed_first.setdefault(failure, job.job_id))
 
     def note_silence(self, reason: str) -> None:
         """The database does not answer. What was seen last stays."""
@@ -85,13 +101,13 @@ class LiveProgress:
             self._screen.draw(snapshot, [note] if note else [])
         elif note is not None and note != self._noted:
             self._say(note)
-        elif self._cadence.is_due():
+        elif self._interval.is_due():
             standing = "; ".join(filter(None, (_standing(snapshot), note)))
-            self._say(f"{show_duration(self._cadence.elapsed_s)}: {standing}")
+            self._say(f"{show_duration(self._interval.elapsed_s)}: {standing}")
         self._noted = note or self._noted
 
     def _say(self, line: str) -> None:
-        self._cadence.note_line()
+        self._interval.note_line()
         if self._screen is not None:
             self._screen.say(line)
         else:
@@ -165,15 +181,23 @@ def _can_be_drawn_on(stream: TextIO) -> bool:
 
 
 def describe_news(job: WatchedJob) -> str:
-    """``j1 llama SCHEME: failed: timeout: … (see `qbatch logs j1`)``"""
+    """``j1 llama SCHEME: quantizing``"""
     return f"{name_of(job)}: {_what_happened(job)}"
 
 
+def describe_failure(jobs: Sequence[WatchedJob], first: str) -> str:
+    """``j1, j2 llama: failed: timeout: … (see `qbatch logs j1`)``, of jobs of one model that share an error; or
+    ``j3 llama: failed like j1``, if the error was said of ``first`` before."""
+    ids, job = [one.job_id for one in jobs], jobs[0]
+    whose = name_of(job) if len(jobs) == 1 else printable(f"{name_jobs(ids)} {job.model}")
+    if first not in ids:
+        return f"{whose}: failed like {first}"
+    return f"{whose}: {printable(': '.join(filter(None, (job.state, job.error))))} (see `qbatch logs {first}`)"
+
+
 def _what_happened(job: WatchedJob) -> str:
-    if job.state is JobState.FAILED:
-        return f"{printable(': '.join(filter(None, (job.state, job.error))))} (see `qbatch logs {job.job_id}`)"
     if job.state is JobState.QUEUED:
-        return "back in the queue"
+        return "it has found its mixtures, and one is published next" if job.has_found else "back in the queue"
     if job.state is JobState.SUCCEEDED and job.answered_by is not None:
         return f"answered by {job.answered_by}"
     return job.stage or job.state

@@ -16,10 +16,10 @@ from qbatch.views.audit_text import audit_warnings, fairness_remarks
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.formats import printable
 from qbatch.views.metric_text import show_metric
-from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE
+from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, UNSTEADY_MARK
 from qbatch.views.protocol import show_protocol
 from qbatch.views.ratios import may_compare, show_relative
-from qbatch.views.scheme import show_scheme
+from qbatch.views.scheme import show_scheme, show_scheme_alone
 from qbatch.views.task_scores import task_lines
 
 _AUTO_CLASSES = {
@@ -48,7 +48,7 @@ def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code:
 def _heading(checkpoint: MeasuredCheckpoint) -> str:
     row = checkpoint.row
     name = _plain(_folder_name(row.model))
-    scheme = _plain(show_scheme(row))
+    scheme = _plain(show_scheme_alone(row))
     source = _code(_public_name(checkpoint))
     if (base := _base(checkpoint)) is not None:
         return (
@@ -179,6 +179,8 @@ def _remarks(row: ResultRow, baseline: ResultRow | None, lines: Sequence[str]) -
         )
     if any(NOISE_MARK in line for line in lines):
         yield f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the unquantized model."
+    if any(UNSTEADY_MARK in line for line in lines):
+        yield f"{UNSTEADY_MARK} means uncertain: the speed differed much between rounds, or they confirm no difference."
     if BITS_PER_PARAM.value(row) is not None:
         yield "bits/param is of all parameters, unquantized ones included."
     for text in (*audit_warnings(row), *fairness_remarks(row.details.flags), *emulation_remarks([row])):

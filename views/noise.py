@@ -15,7 +15,9 @@ from qbatch.views.speed_difference import speed_difference
 NOT_DISTINGUISHABLE = "not distinguishable"
 NOISE_MARK = "≈"
 UNSTEADY_MARK = "?"
-"""Beside a speed that differed much between the rounds."""
+"""Beside a speed that differed much between the rounds, or a difference that is too large to be called none."""
+# A ratio beyond this, of which the rounds say nothing, is unknown and not about equal.
+_ABOUT_EQUAL = 1.1
 
 
 def is_noise(metric: Metric, row: ResultRow, baseline: ResultRow | None = None) -> bool:
@@ -42,6 +44,21 @@ def _is_under(difference: float | None, error: float | None, floor: float | None
         return False
     # Equal values do not differ, whether or not the error is known.
     return difference == 0 or abs(difference) < (error or 0.0) or abs(difference) <= abs(floor or 0.0)
+
+
+def noise_mark(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> str:
+    """The mark beside a figure whose difference from the baseline's is noise; "" if it is not."""
+    if not is_noise(metric, row, baseline):
+        return ""
+    return NOISE_MARK if is_about_equal(metric, row, baseline) else UNSTEADY_MARK
+
+
+def is_about_equal(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> bool:
+    """Whether a difference that is noise is small too. One of speed may be large, where the host was busy."""
+    if not isinstance(metric.noise, TimingNoise) or baseline is None:
+        return True
+    value, other = metric.value(row), metric.value(baseline)
+    return not value or not other or max(value / other, other / value) <= _ABOUT_EQUAL
 
 
 def is_unsteady(metric: Metric, row: ResultRow) -> bool:

@@ -16,9 +16,9 @@ from qbatch.views.choices import Choice
 from qbatch.views.figure_table import FigureTable, Line
 from qbatch.views.formats import GAP, UNLIMITED, printable, text_width
 from qbatch.views.groups import ModelRows
-from qbatch.views.ranking import short_names, shortened
 from qbatch.views.result_columns import ShownColumn, of_metrics
 from qbatch.views.scheme import show_scheme
+from qbatch.views.shortened import fit_names
 from qbatch.views.table_notes import Footnotes
 
 _COLUMNS: tuple[ShownColumn, ...] = tuple(
@@ -36,6 +36,8 @@ _COLUMNS: tuple[ShownColumn, ...] = tuple(
 # Names are shortened before one of these leaves.
 _BESIDE_NAMES = _COLUMNS[:-1]
 _LEAST_OF_A_NAME = 16
+GONE = "its checkpoint is no longer on the storage; a new submit makes it again"
+"""What is said of a scheme to ship whose checkpoint was removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +55,14 @@ def pick_lines(
 ) -> list[str]:
     """A line for each model, or for each of its groups that cannot be compared; the path on a second one if it does not
     fit. Warnings about what is to be shipped become ``notes``, if there are to be any."""
-    answers = [answer for model in models for answer in _answers(model, choices, notes)]
+    by_model: dict[str, list[Choice]] = {}
+    for choice in choices:
+        by_model.setdefault(choice.model, []).append(choice)
+    answers = [answer for model in models for answer in _answers(model, by_model.get(model.name, ()), notes)]
     figures = FigureTable.of([answer.line for answer in answers], _BESIDE_NAMES).figures_width
     schemes = max(text_width(answer.scheme) for answer in answers)
     room = max(width - figures - schemes - len(GAP), _LEAST_OF_A_NAME)
-    names = [answer.model for answer in answers]
-    names = names if max(map(text_width, names)) <= room else [shortened(name, room) for name in short_names(names)]
+    names = fit_names([answer.model for answer in answers], room)
     name_width = max(map(text_width, names))
     labelled = [_labelled(answer, name, name_width, schemes) for answer, name in zip(answers, names, strict=True)]
     table = FigureTable.of(labelled, _COLUMNS).fitted(width)
@@ -104,11 +108,11 @@ def _labelled(answer: _Answer, name: str, name_width: int, scheme_width: int) ->
 
 
 def _answers(model: ModelRows, choices: Sequence[Choice], notes: Footnotes | None) -> Iterable[_Answer]:
+    """``choices``: those of this model."""
     name = printable(model.name)
-    of_model = [choice for choice in choices if choice.model == model.name]
-    for choice in of_model:
+    for choice in choices:
         yield _of_choice(name, choice, notes)
-    if not of_model:
+    if not choices:
         row = next((group.rows[0] for group in model.groups), None) or model.unmeasured[0]
         yield _Answer(model=name, scheme="–", line=Line(row=row, label="", remark=_without_choice(model)))
 
@@ -125,8 +129,15 @@ def _of_choice(name: str, choice: Choice, notes: Footnotes | None) -> _Answer:
     return _Answer(model=name, scheme=scheme, line=line, path=ship.checkpoint_path)
 
 
+def is_gone(ship: ResultRow) -> bool:
+    """Whether nobody can ship it, because somebody removed its checkpoint."""
+    return not ship.is_baseline and ship.checkpoint_path is None
+
+
 def _warnings(choice: Choice, ship: ResultRow) -> Iterable[str]:
     yield from unmarked_warnings(ship)
+    if is_gone(ship):
+        yield GONE
     if ship.is_baseline:
         reasons = _reasons(choice.recommendation.rejected)
         yield f"no quantized model qualifies: {reasons}" if reasons else "no quantized model is smaller"

@@ -8,15 +8,18 @@ from typing import Any
 from qbatch.core.job_duration import TimeEstimate
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.output_size import OutputSize
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.scheduler.batch_plan import BatchPlan, Earlier, PlannedJob
-from qbatch.views.formats import Column, Row, render
+from qbatch.views.figure_table import wrap
+from qbatch.views.formats import GAP, PROSE_WIDTH, Column, Row, render, terminal_width
 from qbatch.views.scheme import show_scheme
+from qbatch.views.shortened import fit_names
 from qbatch.views.units import show_bytes
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 
 COLUMNS: tuple[Column, ...] = (
-    Column(key="model", title="model", wraps=True),
+    Column(key="model", title="model", fit=fit_names),
     Column(key="title", title="scheme", wraps=True),
     Column(key="shape", title="input", spare=True),
     Column(key="output", title="writes"),
@@ -71,9 +74,16 @@ def plan_totals(plan: BatchPlan) -> dict[str, Any]:
 
 
 def render_plan(plan: BatchPlan) -> str:
-    """A table of the jobs, and lines that sum up."""
+    """A table of the jobs, with each model's name in its first line, and lines that sum up."""
     rows = [_shown(job) for job in plan.jobs]
-    return "\n".join([render(rows, _columns(rows), "table"), "", *_summary(plan)])
+    named = [row | {"model": ""} if _is_of_model_before(rows, number) else row for number, row in enumerate(rows)]
+    width = min(terminal_width(), PROSE_WIDTH)
+    summary = [line for text in _summary(plan) for line in wrap(text, width, indent=GAP)]
+    return "\n".join([render(named, _columns(rows), "table"), "", *summary])
+
+
+def _is_of_model_before(rows: Sequence[Row], number: int) -> bool:
+    return number > 0 and bool(rows[number]["model"] == rows[number - 1]["model"])
 
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
@@ -109,6 +119,7 @@ def _title(job: PlannedJob) -> str:
         options=asked,
         dtype=job.dtype.value,
         compute_dtype=scheme.compute_dtype.value,
+        mixture=MixtureOrigin(bound=None if job.spec.search is None else job.spec.search.bound.to_json()),
     )
     return show_scheme(row)
 
@@ -136,6 +147,8 @@ def _earlier(job: PlannedJob) -> str | None:
             return f"the result of {job.answered_by}"
         case Earlier.CHECKPOINT:
             return "the checkpoint"
+        case Earlier.SEARCH:
+            return "what a search found"
         case Earlier.NOTHING:
             return "nothing"
         case Earlier.UNKNOWN:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.result_row import ResultRow, StoredProtocol
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import RunShape
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.methods.registry import every_library
 
 # Versions that can change a speed between two measurements under one protocol on one device.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import printable, text_width
 from qbatch.views.scheme import brief_schemes
+from qbatch.views.shortened import pad, short_names, shorten
 
-_CUT = "…"
 _LEAST_OF_A_NAME = 16
 
 
@@ -20,28 +20,9 @@ def ranked_labels(rows: Sequence[ResultRow], marks: Sequence[str], width: int) -
     names = short_names([printable(row.model + (f"@{row.revision}" if row.revision else "")) for row in rows])
     widths = [max(map(text_width, texts)) for texts in (places, jobs, schemes)]
     room = width - len(marks[0]) - sum(widths) - 4
-    names = [shortened(name, max(room, _LEAST_OF_A_NAME)) for name in names]
+    names = [shorten(name, max(room, _LEAST_OF_A_NAME)) for name in names]
     name_width = max(map(text_width, names))
     return [
-        f"{mark} {place.rjust(widths[0])} {job.ljust(widths[1])} {_padded(name, name_width)} {scheme}"
+        f"{mark} {place.rjust(widths[0])} {job.ljust(widths[1])} {pad(name, name_width)} {scheme}"
         for mark, place, job, name, scheme in zip(marks, places, jobs, names, schemes, strict=True)
     ]
-
-
-def short_names(whole: Sequence[str]) -> list[str]:
-    """Models' names without the owner or the folder, where that tells them apart."""
-    last = {name: name.rstrip("/").rpartition("/")[2] or name for name in whole}
-    is_clear = len(set(last.values())) == len(last)
-    return [last[name] if is_clear else name for name in whole]
-
-
-def shortened(text: str, width: int) -> str:
-    """``text`` with its middle left out, if it is wider than ``width``: the end of a name tells most."""
-    if text_width(text) <= width:
-        return text
-    begin = (width - 1) // 2
-    return text[:begin] + _CUT + text[-(width - 1 - begin) :]
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - text_width(text))

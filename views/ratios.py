@@ -5,7 +5,7 @@ from __future__ import annotations
 from qbatch.core.measured.metrics import DISK, BaselineComparison, Metric, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_relative_value
-from qbatch.views.noise import NOISE_MARK, UNSTEADY_MARK, is_noise, is_unsteady
+from qbatch.views.noise import UNSTEADY_MARK, is_unsteady, noise_mark
 
 
 def ratio_of(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> float | None:
@@ -41,8 +41,8 @@ def show_relative(column: MetricColumn, row: ResultRow, baseline: ResultRow | No
 
 def _mark(metric: Metric, row: ResultRow, baseline: ResultRow | None) -> str:
     is_compared = baseline is not None or metric.comparison is BaselineComparison.NOTHING
-    if is_compared and is_noise(metric, row, baseline):
-        return NOISE_MARK
+    if is_compared and (mark := noise_mark(metric, row, baseline)):
+        return mark
     if is_unsteady(metric, row):
         return UNSTEADY_MARK
     is_unlike = metric is DISK and baseline is not None and has_other_dtype_on_disk(baseline)

@@ -15,7 +15,7 @@ from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group
 from qbatch.views.metric_text import show_metric
 from qbatch.views.missing_parts import why_no_quality
-from qbatch.views.noise import NOT_DISTINGUISHABLE, is_noise, same_speed
+from qbatch.views.noise import NOT_DISTINGUISHABLE, is_about_equal, is_noise, same_speed
 from qbatch.views.quality_bounds import (
     KL_COST,
     PERPLEXITY_COST,
@@ -301,7 +301,9 @@ def _speed(ship: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
     ratio = None if rate is None else ratio_of(rate, ship, baseline)
     if rate is None or baseline is None or ratio is None:
         return
-    if same_speed(rate, ship, baseline):
+    if same_speed(rate, ship, baseline) and not is_about_equal(rate, ship, baseline):
+        yield f"It {verb} at {show_ratio(ratio)} of the baseline's rate, but the rounds do not confirm a difference"
+    elif same_speed(rate, ship, baseline):
         yield f"Its speed is {NOT_DISTINGUISHABLE} from the baseline's"
     else:
         yield f"It {verb} at {show_ratio(ratio)} of the baseline's rate"

@@ -17,11 +17,11 @@ from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol
 from qbatch.views.ranking import ranked_labels
 from qbatch.views.ratios import may_compare
-from qbatch.views.result_columns import ShownColumn, find_column, standard_columns
+from qbatch.views.result_columns import LABELS, ShownColumn, chosen_columns, find_column, standard_columns
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.table_legend import PICK_MARK, full_legend, short_legend
-from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, show_state
+from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, shown_states
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
 
@@ -46,8 +46,8 @@ class TableLayout:
 
     def all_columns(self) -> list[ShownColumn]:
         """The columns that may be shown. What the rows are sorted by always stays."""
-        found = standard_columns() if self.columns is None else [_kept(find_column(name)) for name in self.columns]
-        if self.sorted_by is None or self.sorted_by in _IN_LABELS:
+        found = standard_columns() if self.columns is None else list(map(_kept, chosen_columns(self.columns)))
+        if self.sorted_by is None or self.sorted_by in LABELS:
             return found
         wanted = find_column(self.sorted_by)
         others = [column for column in found if column.key != wanted.key]
@@ -56,7 +56,6 @@ class TableLayout:
 
 # In a ranked table, names are shortened before columns of this rank or a lower one leave.
 _BESIDE_NAMES = 1
-_IN_LABELS = ("job_id", "model", "scheme")
 
 
 def _kept(column: ShownColumn) -> ShownColumn:
@@ -103,7 +102,8 @@ def results_table(screen: ResultsScreen) -> str:
     columns, choices = screen.layout.all_columns(), screen.choices()
     notes, by_id = Footnotes(), screen.by_id
     shared = notes_of_all(screen.rows, by_id)
-    described = _Described(by_id=by_id, picks=picked(choices), notes=notes, shared=shared)
+    states = shown_states(screen.rows)
+    described = _Described(by_id=by_id, picks=picked(choices, screen.rows), notes=notes, shared=shared, states=states)
     if screen.layout.sort is None:
         parts = [(part.heading, [described.line(row) for row in part.rows]) for part in _parts(screen.rows)]
     else:
@@ -127,12 +127,14 @@ def _ratios(line: Line, table: FigureTable) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Described:
-    """Makes lines of rows. ``shared``: remarks about all of them, which mark none."""
+    """Makes lines of rows. ``shared``: remarks about all of them, which mark none. ``states``: of those without a
+    result."""
 
     by_id: Mapping[str, ResultRow]
     picks: Collection[str]
     notes: Footnotes
     shared: Collection[str]
+    states: Mapping[str, str]
 
     def line(self, row: ResultRow) -> Line:
         return self._line(row, f"{self.mark(row)} {row.job_id} {show_scheme(row)}")
@@ -148,7 +150,7 @@ class _Described:
 
     def _line(self, row: ResultRow, label: str) -> Line:
         if row.state != JobState.SUCCEEDED:
-            return Line(row=row, label=label, remark=show_state(row))
+            return Line(row=row, label=label, remark=self.states[row.job_id])
         remarks = [text for text in row_remarks(row, self.by_id) if text not in self.shared]
         marks = "".join(self.notes.mark(text) for text in remarks)
         baseline = self.by_id.get(row.baseline_job_id or "")

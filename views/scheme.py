@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.storage import with_adapter_mark
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
@@ -20,8 +22,33 @@ def show_scheme(row: ResultRow) -> str:
     compute = row.compute_dtype
     elsewhere = "" if compute in ("auto", row.dtype) else f" in {compute}"
     title = description.title(options)
-    name = f"{title if row.recovery is None else with_adapter_mark(title, row.recovery.slug)}{_skipped(options)}"
+    adapted = title if row.recovery is None else with_adapter_mark(title, row.recovery.slug)
+    name = f"{adapted}{_mixture(row) or _skipped(options)}"
     return f"{name}{description.nondefault_options(options)}{_sharded(options)}{elsewhere}"
+
+
+def _mixture(row: ResultRow) -> str:
+    """`` auto, KL ≤ 0.005`` or `` mixture 3 of j7``: the layers are too many to name."""
+    bound = row.mixture.bound
+    return row.mixture.title if bound is None else f"{row.mixture.title}, {show_bound(bound)}"
+
+
+def show_scheme_alone(row: ResultRow) -> str:
+    """The same for whoever has the checkpoint and no database: its search is not named."""
+    kept = row.options.get("skip_modules")
+    if not row.mixture.is_known:
+        return show_scheme(row)
+    plain = replace(row, mixture=MixtureOrigin(), options={**row.options, "skip_modules": []})
+    return f"{show_scheme(plain)}{' with some layers at 16 bits' if kept else ''}"
+
+
+def show_bound(bound: Mapping[str, Any]) -> str:
+    """``KL ≤ 0.005``"""
+    if "max_kl" in bound:
+        return f"KL ≤ {bound['max_kl']:g}"
+    if "max_ppl_ratio" in bound:
+        return f"perplexity ≤ ×{bound['max_ppl_ratio']:g}"
+    return f"weights ≤ {show_bytes(bound['max_weights_bytes'])}"
 
 
 def brief_schemes(rows: Sequence[ResultRow]) -> list[str]:

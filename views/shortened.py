@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qbatch.views.formats import text_width
 
 _ELLIPSIS = "…"
@@ -20,6 +22,21 @@ def shorten(text: str, width: int) -> str:
         return cut(text, width)
     end = _beginning(text[::-1], (width - 1) * 2 // 3)[::-1]
     return _beginning(text, width - 1 - text_width(end)) + _ELLIPSIS + end
+
+
+def fit_names(names: Sequence[str], width: int) -> list[str]:
+    """Models' names in at most ``width`` columns: whole if all fit, else without the owner or the folder where that
+    tells them apart, and without their middle."""
+    if max(map(text_width, names), default=0) <= width:
+        return list(names)
+    return [shorten(name, width) for name in short_names(names)]
+
+
+def short_names(whole: Sequence[str]) -> list[str]:
+    """Models' names without the owner or the folder, where that tells them apart."""
+    last = {name: name.rstrip("/").rpartition("/")[2] or name for name in whole}
+    is_clear = len(set(last.values())) == len(last)
+    return [last[name] if is_clear else name for name in whole]
 
 
 def pad(text: str, width: int) -> str:

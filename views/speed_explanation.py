@@ -10,7 +10,7 @@ from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
-from qbatch.views.noise import NOISE_MARK, NOT_DISTINGUISHABLE, same_speed
+from qbatch.views.noise import NOT_DISTINGUISHABLE, noise_mark, same_speed
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_bytes, show_float, show_rate, show_ratio, show_seconds
 
@@ -58,7 +58,7 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
         return describe_row(row.scheme).cpu_footnote(layers or 0)
     if not row.details.why.is_known:
         return None
-    mark = NOISE_MARK if same_speed(DECODE, row, baseline) else ""
+    mark = noise_mark(DECODE, row, baseline)
     origin = f" (measured with {row.speed_from})" if row.speed_from else ""
     reasons = "; ".join(_brief_parts(row, baseline))
     return f"decodes at {show_ratio(ratio)}{mark} of its baseline's rate{origin}: {reasons}"

@@ -17,16 +17,17 @@ _SHORT = {
     PICK_MARK: "ship",
     "×": "of baseline",
     NOISE_MARK: "within noise",
-    UNSTEADY_MARK: "unsteady",
+    UNSTEADY_MARK: "uncertain",
     OTHER_DTYPE_MARK: "source of another dtype",
 }
 NOISE_LEGEND = (
-    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the rounds do not confirm a difference in speed, or "
-    "a difference in quality is below one standard error or no larger than rounding to 16 bits causes by itself."
+    f"{NOISE_MARK} means {NOT_DISTINGUISHABLE} from the baseline: the rounds do not confirm a small difference in "
+    "speed, or a difference in quality is below one standard error or no larger than rounding to 16 bits causes by "
+    "itself."
 )
 UNSTEADY_LEGEND = (
-    f"{UNSTEADY_MARK} means that a speed differed much between its rounds (`qbatch show JOB` says by how much), so a "
-    "difference of that size may be caused by the host."
+    f"{UNSTEADY_MARK} means that a speed is uncertain: it differed much between its rounds (`qbatch show --all JOB` "
+    "says by how much), or they do not confirm a difference of that size, which the host may have caused."
 )
 OTHER_DTYPE_LEGEND = (
     f"{OTHER_DTYPE_MARK} means that the source's files have another dtype than the baseline in memory, such as float32 "

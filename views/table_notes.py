@@ -65,6 +65,20 @@ def _other_visit(row: ResultRow, baseline: ResultRow) -> Iterable[str]:
         yield f"its baseline was measured with other versions: {', '.join(versions)}"
 
 
+def shown_states(rows: Iterable[ResultRow]) -> dict[str, str]:
+    """The states of those rows that have no result, by job. A failure that jobs of a model share is said in full of the
+    first, and of the others that they failed like it."""
+    first: dict[tuple[str | None, ...], str] = {}
+    states = {}
+    for row in rows:
+        if row.state == JobState.SUCCEEDED:
+            continue
+        failure = (row.batch_id, row.model, row.revision, row.error_kind, row.error_message)
+        like = first.setdefault(failure, row.job_id) if row.state == JobState.FAILED else row.job_id
+        states[row.job_id] = show_state(row) if like == row.job_id else f"{row.state}: {row.error_kind} like {like}"
+    return states
+
+
 def show_state(row: ResultRow) -> str:
     """A row's state and its error, if any: ``failed: cuda_oom: out of memory (see `qbatch logs j7`)``."""
     words = printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))

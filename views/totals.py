@@ -12,6 +12,7 @@ from qbatch.core.storage import with_adapter_mark
 from qbatch.views.audit_text import defects
 from qbatch.views.choices import Choice
 from qbatch.views.formats import printable
+from qbatch.views.shared_failures import name_jobs, shared_failures
 from qbatch.views.units import show_bytes, show_ratio
 
 _JOBS_NAMED = 4
@@ -44,21 +45,22 @@ def _states(rows: Sequence[ResultRow]) -> Iterable[str]:
 def _remark(state: JobState, rows: Sequence[ResultRow]) -> str:
     if state is JobState.FAILED:
         return _why(rows)
+    answered = sum(row.reused_from is not None for row in rows)
     unfit = [row for row in rows if state is JobState.SUCCEEDED and any(defects(row))]
-    return f" ({len(unfit):,} unfit to use: {_named(unfit)})" if unfit else ""
+    remarks = [f"{answered:,} by earlier results"] if answered else []
+    remarks += (
+        [f"{len(unfit):,} unfit to use: {name_jobs([row.job_id for row in unfit], _JOBS_NAMED)}"] if unfit else []
+    )
+    return f" ({'; '.join(remarks)})" if remarks else ""
 
 
 def _why(failed: Sequence[ResultRow]) -> str:
-    """`` (j7 cuda_oom)``, or the number of each kind if there are many."""
+    """`` (j3, j7 cuda_oom; j9 timeout)``, or the number of each kind if there are many."""
     if len(failed) <= _JOBS_NAMED:
-        return f" ({', '.join(f'{row.job_id} {row.error_kind}' for row in failed)})"
+        jobs = shared_failures((row.job_id, str(row.error_kind)) for row in failed)
+        return f" ({'; '.join(f'{name_jobs(each.job_ids)} {each.text}' for each in jobs)})"
     kinds = Counter(str(row.error_kind) for row in failed).most_common()
     return f" ({', '.join(f'{count:,} {kind}' for kind, count in kinds)})"
-
-
-def _named(rows: Sequence[ResultRow]) -> str:
-    names = [row.job_id for row in rows[:_JOBS_NAMED]]
-    return ", ".join(names) + (f" and {len(rows) - len(names):,} more" if len(rows) > len(names) else "")
 
 
 def _shipped(choices: Sequence[Choice]) -> Iterable[str]:

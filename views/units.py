@@ -41,7 +41,9 @@ def show_duration(seconds: float) -> str:
 
 
 def show_clock(seconds: float) -> str:
-    """``0:41``, ``12:05``, ``3:20:00``: for columns in which it rises."""
+    """``0:41``, ``12:05``, ``3:20:00``, ``2 d 4 h``: for columns in which it rises."""
+    if seconds >= 86_400:
+        return show_duration(seconds)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -49,11 +51,22 @@ def show_clock(seconds: float) -> str:
 
 def show_time_left(seconds: float) -> str:
     """``about 12 min``: no finer than an estimate is."""
-    if seconds < 60:
-        return f"about {max(5, round(seconds / 5) * 5)} s"
+    return f"about {_estimate(seconds)}"
+
+
+def show_time_left_briefly(seconds: float) -> str:
+    """``~12 min``, ``~2.1 h``, ``~3.5 d``: for columns."""
     if seconds < 3600:
-        return f"about {round(seconds / 60)} min"
-    return f"about {show_duration(round(seconds / 300) * 300)}"
+        return f"~{_estimate(seconds)}"
+    return f"~{seconds / 3600:.1f} h" if seconds < 2 * 86_400 else f"~{seconds / 86_400:.1f} d"
+
+
+def _estimate(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(5, round(seconds / 5) * 5)} s"
+    if seconds < 3600:
+        return f"{round(seconds / 60)} min"
+    return show_duration(round(seconds / 300) * 300)
 
 
 def show_count(count: int) -> str:

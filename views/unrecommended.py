@@ -23,7 +23,8 @@ class Unrecommended:
 def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecommended:
     """The checkpoints of rows that were measured beside a recommended one, and are recommended nowhere among ``rows``.
 
-    Of rows among which none is recommended, all are kept, and so is what was not measured.
+    Of rows among which none is recommended, all are kept, and so is what was not measured. Where the baseline is
+    recommended, or a checkpoint that is gone, all are kept too: without them nothing of the model would be left.
     """
     kept: set[str] = set()
     others: set[str] = set()
@@ -33,14 +34,21 @@ def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecomm
             made = [row for row in group.rows if row.checkpoint_path is not None]
             quantized = {str(row.checkpoint_path) for row in made}
             ship = recommend(group, preference).ship
-            if ship is None:
+            if ship is None or ship.checkpoint_path is None:
                 kept |= quantized
-                remarks.append(f"{model.name}: nothing is recommended, so all of it is kept")
+                remarks.append(f"{model.name}: {_why_all(ship)}, so all of it is kept")
                 continue
-            if ship.checkpoint_path is not None:
-                kept.add(ship.checkpoint_path)
+            kept.add(ship.checkpoint_path)
             bounds = quality_bounds_for(group.rows, preference)
             kept |= {str(row.checkpoint_path) for row in made if lacks_a_figure(row, bounds, preference)}
             others |= quantized
             remarks.append(f"{model.name}: {show_scheme(ship)} ({ship.job_id}) is recommended")
     return Unrecommended(paths=tuple(sorted(others - kept)), remarks=tuple(dict.fromkeys(remarks)))
+
+
+def _why_all(ship: ResultRow | None) -> str:
+    if ship is None:
+        return "nothing is recommended"
+    if ship.is_baseline:
+        return f"the baseline ({ship.job_id}) is recommended, of which there is no checkpoint"
+    return f"{show_scheme(ship)} ({ship.job_id}) is recommended, and its checkpoint is gone"

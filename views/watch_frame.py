@@ -8,10 +8,10 @@ from enum import StrEnum
 
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import LOST, JobState, WorkerState
-from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorker
 from qbatch.views.formats import printable, text_width
-from qbatch.views.shortened import cut, pad, shorten
+from qbatch.views.listings import show_moved
+from qbatch.views.shortened import cut, fit_names, pad, shorten
 from qbatch.views.units import show_clock, show_duration, show_time_left
 
 _GAP = "  "
@@ -77,22 +77,11 @@ def describe_doing(job: WatchedJob) -> str:
         return "waits for its turn"
     if progress.step is not None:
         return printable(progress.step)
-    return _moved(progress) if job.stage in ("fetching", "quantizing") else ""
+    return show_moved(progress) if job.stage in ("fetching", "quantizing") else ""
 
 
 def name_of(job: WatchedJob) -> str:
     return printable(f"{job.job_id} {job.model} {job.scheme}")
-
-
-def _moved(progress: JobProgress) -> str:
-    """``4.0/23.5 GiB, 1.2 GiB/s``"""
-    moved, total = progress.bytes_moved, progress.bytes_total
-    if moved is None:
-        return ""
-    unit, size = ("GiB", GIB) if max(moved, total or 0) >= GIB else ("MiB", 2**20)
-    of_total = f"/{total / size:.1f}" if total else ""
-    rate = f", {progress.bytes_per_s / size:.1f} {unit}/s" if progress.bytes_per_s else ""
-    return f"{moved / size:.1f}{of_total} {unit}{rate}"
 
 
 def _counts(of: Snapshot | WatchedBatch) -> list[Part]:
@@ -177,10 +166,12 @@ def _table(jobs: Sequence[WatchedJob], width: int) -> list[Line]:
     fixed = sum(map(_widest, (ids, schemes, stages, elapsed))) + 5 * len(_GAP)
     models = [printable(job.model) for job in jobs]
     name_width, doing_width = _shared(width - fixed, _widest(models), max(_USUAL_DOING, _widest(doing)))
+    names = fit_names(models, name_width)
+    name_width = _widest(names)
     return [
         [
             Part(pad(ids[number], _widest(ids)) + _GAP),
-            Part(pad(shorten(models[number], name_width), name_width) + _GAP),
+            Part(pad(names[number], name_width) + _GAP),
             Part(pad(schemes[number], _widest(schemes)) + _GAP),
             Part(pad(stages[number], _widest(stages)) + _GAP, Style.GOOD if job.is_active else Style.FAINT),
             Part(pad(cut(doing[number], doing_width), doing_width) + _GAP, _style(job)),

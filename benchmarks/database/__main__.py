@@ -127,6 +127,8 @@ def _commands(database: Database) -> Sequence[Sequence[str]]:
         ("results", *limit),
         ("results", "--batch", batch, *limit),
         ("results", "--sort", "kl_mean", *limit),
+        ("compare", *limit),
+        ("compare", "--batch", batch, *limit),
         ("show", job),
         ("workers",),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qbatch.core.measured.loader_judgement import LoaderJudgement
-from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown
+from qbatch.core.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown, omitted_unless, when_known
+from qbatch.core.stored_json import Stored, omitted_if_unknown, omitted_unless, when_known
 
 
 class Verdict(StrEnum):

@@ -10,7 +10,7 @@ from qbatch.core.measured.checkpoint_audit import CheckpointAudit, MeasuringAudi
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.quality_figures import FurtherText, Quality, TaskScores, TextPerplexity
 from qbatch.core.measured.speed_figures import Memory, Phase, PhaseByRound, PhaseTimes, RunShape, Size, TimedRounds
-from qbatch.core.measured.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown, omitted_unless
+from qbatch.core.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown, omitted_unless
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

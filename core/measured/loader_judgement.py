@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qbatch.core.measured.stored_json import Stored
+from qbatch.core.stored_json import Stored
 
 
 class LoaderVerdict(StrEnum):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from qbatch.core.kinds import DType
 from qbatch.core.measured.details import Details
-from qbatch.core.measured.stored_json import Stored, field_names, omitted_if_unknown
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.stored_json import Stored, field_names, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

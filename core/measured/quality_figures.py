@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from qbatch.core.measured.stored_json import Stored, as_json, omitted_if_unknown, omitted_unless, when_known
+from qbatch.core.stored_json import Stored, as_json, omitted_if_unknown, omitted_unless, when_known
 
 _ERROR = "_stderr"
 ITS_OUTPUTS_NOT_FINITE = "its outputs are NaN or infinite"

@@ -8,13 +8,15 @@ from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.core.recovery import Recovery
+from qbatch.core.search.mixture_origin import MixtureOrigin
+from qbatch.core.stored_json import OMITTED_IF_UNKNOWN
 
 _FIRST_FIELDS = (
     *("batch_id", "job_id", "model", "revision", "state", "error_kind", "error_message", "reused_from", "speed_from"),
-    *("scheme", "bits", "double_quant", "options", "checkpoint_path"),
+    *("scheme", "bits", "double_quant", "options", "mixture", "checkpoint_path"),
 )
 _LAST_FIELDS = ("baseline_job_id", "protocol", "protocol_hash", "not_measured", "details")
 # Figures that follow from stored ones, each with the column after which it is written.
@@ -28,42 +30,14 @@ _FIGURES = tuple(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredProtocol(Stored):
-    """The protocol of a measurement. ``stored`` has all of its fields; of those left out, ``quality`` and ``speed`` are
-    true, ``why`` and ``energy`` false."""
-
-    batch_size: int | None = None
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    eval_window: int | None = None
-    eval_stride: int | None = None
-    eval_max_windows: int | None = None
-    eval_text_sha256: str | None = None
-    quality: bool | None = omitted_if_unknown()
-    speed: bool | None = omitted_if_unknown()
-    why: bool | None = omitted_if_unknown()
-    energy: bool | None = omitted_if_unknown()
-
-    @property
-    def parts(self) -> frozenset[MeasuredPart]:
-        """What was asked for."""
-        chosen = {
-            MeasuredPart.QUALITY: self.quality is not False,
-            MeasuredPart.SPEED: self.speed is not False,
-            MeasuredPart.WHY: self.why is True,
-            MeasuredPart.ENERGY: self.energy is True,
-        }
-        return frozenset({MeasuredPart.SIZE, *(part for part, is_asked in chosen.items() if is_asked)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow(Figures):
     """A job, ended or not. Figures that were not measured are None.
 
-    ``options`` are the options of its scheme as requested. ``dtype`` and ``compute_dtype`` are the requested ones until
-    the job is measured. ``protocol`` is the protocol of the measurement. ``baseline_job_id`` is the baseline in the
-    same batch with the same source and protocol. ``answers``: how each question of its tasks was answered, by task or
-    group; they are not part of its JSON.
+    ``options`` are the options of its scheme as requested. ``mixture``: what it has to do with a search. ``dtype`` and
+    ``compute_dtype`` are the requested ones until the job is measured. ``protocol`` is the protocol of the measurement.
+    ``baseline_job_id`` is the baseline in the same batch with the same source and protocol. ``answers``: how each
+    question of its tasks was answered, by task or group, where rows were asked for with them; they are not part of its
+    JSON.
     """
 
     batch_id: str
@@ -78,6 +52,7 @@ class ResultRow(Figures):
     bits: int
     double_quant: bool = False
     options: Mapping[str, Any]
+    mixture: MixtureOrigin = field(default_factory=MixtureOrigin, metadata=OMITTED_IF_UNKNOWN)
     checkpoint_path: str | None = None
     dtype: str
     compute_dtype: str
@@ -85,6 +60,10 @@ class ResultRow(Figures):
     protocol: StoredProtocol = field(default_factory=StoredProtocol)
     protocol_hash: str | None = None
     answers: Mapping[str, TaskAnswers] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: all that was measured fills screens."""
+        return f"<ResultRow {self.job_id}: {self.model} {self.scheme}, {self.state}>"
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:

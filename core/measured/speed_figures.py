@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 
 NOTABLE_SPREAD = 0.2
 """A larger spread between rounds is reported with the figures, since the host alone may cause differences of that

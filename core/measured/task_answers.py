@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qbatch.core.measured.stored_json import Stored
+from qbatch.core.stored_json import Stored
 
 HASH_DIGITS = 16
 

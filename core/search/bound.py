@@ -1,16 +1,20 @@
-"""From a frontier and a bound to the mixture to publish, and to the next one where that was not enough."""
+"""What a mixture must keep to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 from qbatch.core.errors import UsageError
-from qbatch.core.search.frontier import Frontier, FrontierPoint
-from qbatch.core.search.sensitivity import Estimate
 
-MOST_TRIES = 3
+if TYPE_CHECKING:
+    from qbatch.core.search.frontier import FrontierPoint
+    from qbatch.core.search.sensitivity import Estimate
+
+AUTO = "auto"
+"""The scheme whose layers at 16 bits a search chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,24 @@ class Bound:
         if len(given) != 1:
             raise UsageError("--scheme auto needs exactly one of --max-kl, --max-ppl-ratio and --max-weights-bytes")
         if not 0 < getattr(self, given[0]) < math.inf:
-            raise UsageError(f"--{given[0].replace('_', '-')} must be a finite number above 0")
+            raise UsageError(f"{self.flag} must be a finite number above 0")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**value)
+
+    def to_json(self) -> dict[str, Any]:
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
+
+    @property
+    def flag(self) -> str:
+        """The option that gave it."""
+        return f"--{next(iter(self.to_json())).replace('_', '-')}"
+
+    @property
+    def is_about_quality(self) -> bool:
+        """Whether only a comparison with the baseline can tell if it is kept."""
+        return self.max_weights_bytes is None
 
     def holds_for(self, *, kl: Estimate | None, ln_ppl_ratio: Estimate | None, weights_bytes: int) -> bool:
         """Whether it is met by these figures: bytes exactly, the others with two standard errors added."""
@@ -45,137 +66,3 @@ class Bound:
         if self.max_ppl_ratio is not None:
             return f"a perplexity ratio of at most {self.max_ppl_ratio:g}"
         return f"at most {self.max_weights_bytes:,} bytes of weights"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TriedPoint:
-    """A published point as its own row has it, on the evaluation text. ``index``: which of the frontier's points."""
-
-    index: int
-    weights_bytes: int
-    kl: Estimate | None
-    ln_ppl_ratio: Estimate | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishPoint:
-    """The point with this index is to be published and measured."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundMet:
-    """The row of the point with this index is the answer."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundMissed:
-    """No point is left to try. ``nearest``: the index of the tried one that misses by least, None if none was tried."""
-
-    nearest: int | None
-    reason: str
-
-
-NextStep = PublishPoint | BoundMet | BoundMissed
-
-
-def next_step(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> NextStep:
-    """What to do after the points in ``tried`` were published and measured, in this order."""
-    met = next((row for row in tried if _is_met(bound, row)), None)
-    if met is not None:
-        return BoundMet(index=met.index)
-    candidate = _candidate(frontier, bound, tried)
-    if candidate is not None and len(tried) < MOST_TRIES:
-        return PublishPoint(index=candidate)
-    return _missed(frontier, bound, tried)
-
-
-def _is_met(bound: Bound, row: TriedPoint) -> bool:
-    return bound.holds_for(kl=row.kl, ln_ppl_ratio=row.ln_ppl_ratio, weights_bytes=row.weights_bytes)
-
-
-def _candidate(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> int | None:
-    """The next point to try. The first: the smallest that is predicted to be within the bound; of bytes, the one with
-    the lowest KL. After it, the next larger one that is still predicted to be, once the search's figures are corrected
-    by how much the evaluation text asked for so far; without any such, the next larger one with a lower KL."""
-    points = frontier.points
-    if bound.max_weights_bytes is not None:
-        untried = set(range(len(points))) - {row.index for row in tried}
-        fitting = (index for index in untried if bound.is_predicted_by(points[index]))
-        return min(fitting, key=lambda index: (points[index].kl.mean, index), default=None)
-    if not tried:
-        return next((index for index, point in enumerate(points) if bound.is_predicted_by(point)), None)
-    last = max(row.index for row in tried)
-    lower = [index for index in range(last + 1, len(points)) if points[index].kl.mean < points[last].kl.mean]
-    predicted = (index for index in lower if bound.is_predicted_by(_corrected(points[index], frontier, tried)))
-    return next(predicted, lower[0] if lower else None)
-
-
-def _corrected(point: FrontierPoint, frontier: Frontier, tried: Sequence[TriedPoint]) -> FrontierPoint:
-    """The point as the evaluation text would have it, if it differs from the search text like in the worst row yet: a
-    KL by a factor, the logarithm of a ratio by a summand."""
-    pairs = [(row, frontier.points[row.index]) for row in tried]
-    factors = [_factor(row.kl, one.kl) for row, one in pairs if row.kl is not None]
-    summands = [_summand(row.ln_ppl_ratio, one.ln_ppl_ratio) for row, one in pairs]
-    kl = _scaled(point.kl, max(factors, default=1.0))
-    ratio = point.ln_ppl_ratio
-    return replace(point, kl=kl, ln_ppl_ratio=ratio and replace(ratio, mean=ratio.mean + max(summands, default=0.0)))
-
-
-def _factor(seen: Estimate, predicted: Estimate) -> float:
-    is_known = 0 < predicted.upper < math.inf and seen.upper < math.inf
-    return max(1.0, seen.upper / predicted.upper) if is_known else 1.0
-
-
-def _summand(seen: Estimate | None, predicted: Estimate | None) -> float:
-    if seen is None or predicted is None or not (seen.upper < math.inf and predicted.upper < math.inf):
-        return 0.0
-    return max(0.0, seen.upper - predicted.upper)
-
-
-def _scaled(figure: Estimate, factor: float) -> Estimate:
-    error = figure.standard_error
-    return Estimate(mean=figure.mean * factor, standard_error=None if error is None else error * factor)
-
-
-def _missed(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> BoundMissed:
-    if not tried:
-        return BoundMissed(nearest=None, reason=f"no mixture was found with {bound}: {_best(frontier, bound)}")
-    nearest = min(tried, key=lambda row: _excess(bound, row))
-    tries = "1 mixture was" if len(tried) == 1 else f"{len(tried)} mixtures were"
-    return BoundMissed(
-        nearest=nearest.index,
-        reason=f"{tries} published and none has {bound}; the nearest keeps "
-        f"{len(frontier.points[nearest.index].modules)} layers at 16 bits: {_shown(bound, nearest)}",
-    )
-
-
-def _best(frontier: Frontier, bound: Bound) -> str:
-    points = frontier.points
-    if bound.max_weights_bytes is not None:
-        return f"with every layer quantized the weights take {points[0].weights_bytes:,} bytes"
-    best = min(points, key=lambda point: point.kl.mean)
-    return f"the lowest KL on the search text is {_with_error(best.kl)}, at {best.weights_bytes:,} bytes"
-
-
-def _excess(bound: Bound, row: TriedPoint) -> float:
-    if bound.max_weights_bytes is not None:
-        return float(row.weights_bytes)
-    figure = row.ln_ppl_ratio if bound.max_ppl_ratio is not None else row.kl
-    return math.inf if figure is None else figure.mean
-
-
-def _shown(bound: Bound, row: TriedPoint) -> str:
-    if bound.max_weights_bytes is not None:
-        return f"{row.weights_bytes:,} bytes"
-    if bound.max_ppl_ratio is not None:
-        return "no perplexity" if row.ln_ppl_ratio is None else f"ln of the ratio {_with_error(row.ln_ppl_ratio)}"
-    return "no KL" if row.kl is None else f"KL {_with_error(row.kl)}"
-
-
-def _with_error(figure: Estimate) -> str:
-    error = "error unknown, one window" if figure.standard_error is None else f"± {figure.standard_error:.2g}"
-    return f"{figure.mean:.4g} ({error})" if figure.standard_error is None else f"{figure.mean:.4g} {error}"

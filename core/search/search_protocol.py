@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 from qbatch.core.errors import UsageError
 
@@ -27,6 +29,15 @@ class SearchProtocol:
         for field in ("window", "windows", "most_tries"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Omits fields with default values, so that adding a field does not change the keys of stored searches."""
+        value = asdict(self)
+        return {each.name: value[each.name] for each in fields(self) if getattr(self, each.name) != each.default}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**value)
 
     def passes_allowed(self, groups: int) -> float:
         """How many passes the sensitivities of this many groups may cost."""

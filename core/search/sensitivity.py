@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qbatch.core.measured.stored_json import Stored, omitted_if_unknown
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 
 STANDARD_ERRORS = 2.0
 """How many standard errors a figure must be away from another to be called different."""

@@ -14,7 +14,8 @@ from qbatch.core.retry_policy import Again, JobFacts, PastAttempt, RetryDecision
 from qbatch.models_db import pauses
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs.device_blame import blame_device
-from qbatch.models_db.jobs.transitions import end, requeue, text_of
+from qbatch.models_db.jobs.ending import end
+from qbatch.models_db.jobs.transitions import requeue, text_of
 from qbatch.models_db.tables import Attempt, Job
 
 

@@ -14,7 +14,8 @@ from qbatch.core.vram_classes import no_larger
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import WAITS_AGAIN
 from qbatch.models_db.jobs.carry_out import end_badly
-from qbatch.models_db.jobs.transitions import end, requeue
+from qbatch.models_db.jobs.ending import end
+from qbatch.models_db.jobs.transitions import requeue
 from qbatch.models_db.memory_need import seen_too_large_for
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job, Worker

@@ -13,7 +13,8 @@ from qbatch.core.retry_policy import HANDED_BACK, MAY_STILL_SUCCEED, RetryLimits
 from qbatch.core.vram_classes import no_larger
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
-from qbatch.models_db.jobs.transitions import end, locked, requeue
+from qbatch.models_db.jobs.ending import end
+from qbatch.models_db.jobs.transitions import locked, requeue
 from qbatch.models_db.memory_need import remember_too_small
 from qbatch.models_db.question_answers import store_answers
 from qbatch.models_db.tables import Job, Result, Worker

@@ -22,15 +22,21 @@ def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
 
 
 def locked(session: Session, token: Token, *states: JobState) -> Job | None:
-    """Lock and return the job, if ``token`` is its newest attempt and it is in one of ``states``; else None."""
+    """Lock and return the job, if ``token`` is its newest attempt and it is in one of ``states``; else None.
+
+    The search that it publishes a mixture for is locked before, since its end may end that too.
+    """
     job_id, attempt = token
+    search = select(Job.search_job_id).where(Job.id == job_id)
+    if (search_job_id := session.execute(search).scalar_one_or_none()) is not None:
+        lock(session, Job.id == search_job_id)
     return session.scalars(
         select(Job).where(Job.id == job_id, Job.attempt == attempt, Job.state.in_(states)).with_for_update(),
         execution_options={"populate_existing": True},
     ).one_or_none()
 
 
-def end(
+def close(
     session: Session,
     job: Job,
     state: JobState,
@@ -39,7 +45,7 @@ def end(
     attempt_error: JobError | None = None,
     cut_short: bool = False,
 ) -> None:
-    """End a job in ``state``. ``attempt_error`` is the error of the attempt, if it differs from the job's."""
+    """End a job in ``state``, and nothing else: see ``ending``."""
     _close_attempt(session, job, error.kind if error else state.value, attempt_error or error, cut_short)
     job.state = state
     job.error_kind = error.kind if error else None

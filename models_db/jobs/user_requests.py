@@ -17,8 +17,12 @@ from qbatch.models_db.window import NO_MESSAGE
 
 def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Cancel the jobs that have not ended, and return their ids. The worker of a running job notices that it no longer
-    holds the job, and kills the runner."""
-    open_ = and_(_named(batch_ids, job_ids), Job.state.not_in(ENDED_STATES))
+    holds the job, and kills the runner.
+
+    With a search go the jobs that publish its mixtures, and with one of those the search.
+    """
+    named = [*job_ids, *_of_the_same_searches(session, job_ids)]
+    open_ = and_(_named(batch_ids, named), Job.state.not_in(ENDED_STATES))
     lock(session, open_)
     session.execute(
         update(Attempt)
@@ -46,7 +50,7 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 
 def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Queue failed and cancelled jobs again with no failures, and return their ids. Attempt numbers continue, and GPU
-    memory that was too small stays recorded."""
+    memory that was too small stays recorded. What a search found answers it again, and it goes on from there."""
     over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
     lock(session, over)
     rows = session.execute(
@@ -63,12 +67,19 @@ def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[
             not_before=None,
             avoid_worker_id=None,
             progress=None,
+            search_id=None,
             **NO_MESSAGE,
         )
         .returning(Job.id),
         execution_options=NO_SYNC,
     ).scalars()
     return sorted(rows)
+
+
+def _of_the_same_searches(session: Session, job_ids: Sequence[int]) -> set[int]:
+    of_search = select(Job.id).where(Job.search_job_id.in_(job_ids))
+    of_point = select(Job.search_job_id).where(Job.id.in_(job_ids), Job.search_job_id.is_not(None))
+    return {found for query in (of_search, of_point) for found in session.scalars(query) if found is not None}
 
 
 def _named(batch_ids: Sequence[int], job_ids: Sequence[int]) -> ColumnElement[bool]:

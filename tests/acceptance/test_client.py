@@ -59,6 +59,10 @@ def test_options_are_those_of_the_command_line(home: Path, models: Path) -> None
     ]
     assert list(qbatch.results("b1", limit=1).frame()["scheme"]) == ["bnb-nf4"]
     assert len(rows[:1]) == 1
+    assert repr(rows).splitlines()[:2] == [
+        "<ResultRows of 2 jobs>",
+        f"  <ResultRow j1: {models / 'llama'} bnb-nf4, queued>",
+    ]
     with pytest.raises(StackNotRunning, match="qbatch up"):
         batch.wait()
 
@@ -78,6 +82,24 @@ def test_a_value_that_the_command_refuses_is_refused(
     with pytest.raises(UsageError, match=re.escape(refusal)):
         qbatch.submit([models / "llama"], **options)
     assert not home.exists()
+
+
+def test_a_search_is_asked_for_in_the_words_of_the_command_line(home: Path, models: Path) -> None:
+    with pytest.warns(UserWarning, match="qbatch up"):
+        batch = qbatch.submit([models / "llama"], bits=[8], scheme="auto", max_kl=0.01)
+    assert [(row.scheme, row.bits, row.mixture.bound) for row in batch.results()] == [
+        ("none", 16, None),
+        ("bnb-int8", 8, None),
+        ("bnb-nf4", 4, {"max_kl": 0.01}),
+    ]
+    for options, problem in (
+        ({"scheme": "auto"}, "needs exactly one of"),
+        ({"scheme": "auto", "max_kl": 0.01, "max_weights_bytes": "1GB"}, "needs exactly one of"),
+        ({"bits": [4], "max_kl": 0.01}, "--max-kl applies only to --scheme auto"),
+        ({"scheme": "auto", "max_ppl_ratio": 1.01, "measure": "speed"}, "is about quality"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            qbatch.submit([models / "llama"], **options)
 
 
 def test_an_option_that_does_not_exist_is_named(home: Path) -> None:

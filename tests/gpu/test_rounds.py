@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbatch.core.domain import DeviceKind, DType, Protocol, ProtocolOptions, Stage
+from qbatch.core.domain import DeviceKind, DType, Protocol, ProtocolOptions, Scheme, Stage
 from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.noise import same_speed
@@ -18,11 +18,11 @@ from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.runner import loaded_models
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.unit.benchmark_models import TEXT
 from tests.unit.measured_rows import result
-from tests.unit.test_benchmark_rounds import TEXT_HASH, Ear, in_three_rounds, order
+from tests.unit.test_benchmark_rounds import SCHEMES, TEXT_HASH, Ear, in_three_rounds, order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -43,14 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path) -> Ear:
+def run(folder: Path, *schemes: Scheme) -> Ear:
     ear = Ear()
     on_gpu = replace(
-        order(folder, folder / "llama"),
+        order(folder, folder / "llama", schemes=schemes or SCHEMES),
         device_kind=DeviceKind.CUDA,
         device_name=torch.cuda.get_device_name(0),
     )
-    Bundle(on_gpu, ear, Quiet()).run()
+    Bundle(on_gpu, ear, TimingPauses()).run()
     return ear
 
 
@@ -69,6 +69,20 @@ def test_models_stay_loaded_and_their_peaks_are_those_of_each_alone(
     alone = run(folder)
     assert alone.entered(Stage.LOADING) == [*ALONE, (2,), (1,), (2,), (3,)]
     assert peaks(together) == pytest.approx(peaks(alone), rel=0.02)
+
+
+@pytest.mark.usefixtures("a_quick_protocol")
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=lambda scheme: scheme.method)
+def test_what_was_tried_is_measured_as_if_it_was_loaded_again(scheme: Scheme, tmp_path: Path) -> None:
+    """In a GPU's memory no pass repacks anything."""
+    tiny.make_causal(tmp_path / "llama", **WIDE)
+    tried, again = run(tmp_path, scheme), run(tmp_path, scheme)
+    assert (tried.entered(Stage.LOADING), again.entered(Stage.LOADING)) == ([], [(1,)])
+    rows = [ear.measured()[1].measurement for ear in (tried, again)]
+    assert rows[0].perplexity == rows[1].perplexity
+    assert rows[0].details.size == rows[1].details.size
+    for of in ("max_allocated", "max_reserved"):
+        assert getattr(rows[0].details.memory, of) == pytest.approx(getattr(rows[1].details.memory, of), rel=0.02)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,23 @@ from sqlalchemy import select, update
 
 from qbatch.cli import main
 from qbatch.core.domain import DeviceKind, DType, SourceRef
+from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source, weight_files
+from qbatch.models_db import jobs, searches
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Attempt, Batch, Result
+from qbatch.models_db.tables import Attempt, Batch, Job, Result
 from qbatch.scheduler.batch_plan import BatchPlan, Earlier, plan_batch
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.views.plan_table import plan_rows, render_plan, short_of_disk, show_duration
+from qbatch.views.units import show_bytes
 from qbatch.worker.quantizing import Target, write_checkpoints
 from tests import tiny
-from tests.integration.test_submit import TEXT, hashed, measure
-from tests.rows import a_gpu
+from tests.found import a_search, searching
+from tests.identity import fingerprint
+from tests.integration.test_submit import TEXT, hashed, measure, settled
+from tests.rows import a_batch, a_gpu, claim
 
 GRID = Grid(bits=(4, 8), device=DeviceKind.CPU)
 
@@ -105,7 +111,8 @@ def test_what_is_answered_and_how_long_the_others_take_is_known(
         "time: about 60 s of one worker, as earlier jobs took; 3 jobs like none before are not counted",
         f"the result of j{ids[0]}",
     ):
-        assert line in shown, shown
+        assert line in " ".join(shown.split()), shown
+    assert shown.count(str(model)) == 1, "in the first of its three lines"
 
 
 def test_the_gpu_that_is_needed_is_named(sqlite_database: Database, settings: Settings, model: Path) -> None:
@@ -181,7 +188,50 @@ def test_bad_lines_are_named_below_the_plan_of_the_others(home: Path, model: Pat
     assert done.exit_code == 2
     assert [job["scheme"] for job in value["jobs"]] == ["none", "bnb-nf4"]
     assert [text.split(":")[0] for text in value["problems"]] == ["line 2", "line 3"]
-    assert "line 2: ./bad: model.safetensors: the header claims" in done.stderr
+    assert "line 2: ./bad: model.safetensors is not a safetensors file" in done.stderr
     assert qbatch(*arguments, "--keep-going").exit_code == 0
+    both = qbatch("plan", "./bad", "./none", str(model), "--bits", "4")
+    assert "2 of 3 models cannot be used, so submit would refuse this list:" in both.stderr
     alone = qbatch("plan", "./bad", "--bits", "4")
     assert (alone.exit_code, alone.stdout) == (2, "")
+
+
+def test_a_search_takes_as_long_as_earlier_ones_until_it_is_stored(
+    sqlite_database: Database, settings: Settings, model: Path
+) -> None:
+    source = hashed(sqlite_database, model)
+    grid = Grid(bits=(4,), device=DeviceKind.CPU, bound=Bound(max_weights_bytes=600_000))
+    submission = Submission(sources=(source,), grid=grid, eval_text=TEXT, search_text="other words")
+    measure(sqlite_database, model, source)
+    with sqlite_database.write() as session:
+        session.execute(update(Result).values(num_parameters=500_000))
+        for attempt in session.scalars(select(Attempt)):
+            attempt.ended_at = attempt.claimed_at + timedelta(seconds=60)
+    unknown = plan_batch(sqlite_database, settings, submission).jobs[-1]
+    assert (unknown.earlier, unknown.duration) == (Earlier.NOTHING, None)
+    assert unknown.output is not None
+    _, (search,) = a_batch(sqlite_database, searching(Bound(max_kl=0.1)))
+    (token,) = claim(sqlite_database, [search], 1)
+    with sqlite_database.write() as session:
+        jobs.searched(session, token, "another key", replace(a_search(), parameters=500_000))
+    planned = plan_batch(sqlite_database, settings, submission).jobs[-1]
+    assert planned.duration is not None
+    assert round(planned.duration.seconds) == 12 + 20, "and a job that publishes what it finds"
+    (spec,) = [
+        job.spec for job in plan_batch(sqlite_database, settings, submission).jobs if job.spec.search is not None
+    ]
+    with sqlite_database.write() as session:
+        searches.add(session, settled(spec, fingerprint(model)).key, search, a_search(), again=False)
+    there = plan_batch(sqlite_database, settings, submission)
+    assert there.jobs[-1].earlier is Earlier.SEARCH
+    assert there.jobs[-1].duration is not None
+    assert round(there.jobs[-1].duration.seconds) == 20
+    assert "what a search found" in render_plan(there)
+    # A submit goes on from there: nobody searches, and the job of the first point stands beside the search.
+    receipt = submit(sqlite_database, settings, submission)
+    with sqlite_database.read() as session:
+        stored = session.scalars(select(Job).where(Job.batch_id == receipt.batch_id).order_by(Job.id)).all()
+        asked_for, point = stored[-2:]
+        assert (asked_for.state, asked_for.search_id is not None) == ("queued", True)
+        assert (point.search_job_id, point.point, point.bundle) == (asked_for.id, 4, stored[0].bundle)
+    assert f"bnb-nf4 auto, weights ≤ {show_bytes(600_000)}" in render_plan(there)

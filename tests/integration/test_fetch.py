@@ -24,7 +24,8 @@ from qbatch.core.domain import SourceRef
 from qbatch.core.errors import SourceCorrupt, SourceNotFound
 from qbatch.core.sources import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from qbatch.worker.files.content import NoDigestCache
-from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
+from qbatch.worker.sources.fetch import LocalSource, fetch_source
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.hub import Hub, serving
 from tests.identity import fingerprint
 from tests.waiting import until
@@ -41,7 +42,8 @@ from pathlib import Path
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError
 from qbatch.worker.files.content import NoDigestCache
-from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
+from qbatch.worker.sources.fetch import fetch_source
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 while line := sys.stdin.readline():
     name, revision, cache, room, allow_pickle, trusted = json.loads(line)

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from qbatch.core.domain import DeviceKind, Method
-from qbatch.core.errors import UsageError
+from qbatch.core.errors import StorageError, UsageError
 from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, jobs, results
@@ -170,6 +170,46 @@ def test_what_another_database_made_or_uses_is_not_ours_to_remove(database: Data
     assert kinds["of-an-older-version"] == kinds["theirs"] or HoldingKind.UNKNOWN in kinds.values()
     assert find_published(settings.storage, made.paths[0], key, database=own) is not None
     assert not (settings.storage / ".adopted" / own).exists(), "nobody marks what is their own"
+
+
+def test_a_mark_goes_when_no_job_is_left_that_used_the_checkpoint(database: Database, settings: Settings) -> None:
+    """Its maker could never remove it."""
+    own = identity_of(database)
+    _, ids = a_batch(database, bundle("org/theirs", Method.NF4), bundle("org/deleted", Method.NF4))
+    marks, paths = {}, {}
+    for job_id, model in zip(ids, ("org/theirs", "org/deleted"), strict=True):
+        paths[model] = path = put_checkpoint(settings, model, database=OTHER).published.path
+        set_key(database, job_id, key_of(model))
+        assert find_published(settings.storage, path, key_of(model), database=own) is not None
+        marks[model] = age(settings.storage / ".adopted" / own / path)
+    shutil.rmtree(settings.storage / "checkpoints" / "deleted")
+    gc(database, settings)
+    assert [mark.exists() for mark in marks.values()] == [True, False]
+    set_key(database, ids[0], "of another source")
+    young = gc(database, settings, days=60)
+    assert (young["marks on checkpoints of other databases"].number, marks["org/theirs"].exists()) == (0, True)
+    assert gc(database, settings, dry_run=True)["marks on checkpoints of other databases"].number == 1
+    gc(database, settings)
+    assert not marks["org/theirs"].exists()
+    assert why_not_ours(settings.storage, paths["org/theirs"], OTHER) is None
+
+
+def test_what_lies_behind_a_broken_link_is_neither_gone_nor_made_anew(database: Database, settings: Settings) -> None:
+    """As where a model's folder was moved to a disk that is not mounted."""
+    made = a_measured_batch(database, settings, "org/far")
+    folder, disk = made.folders[0].parent, settings.storage.parent / "disk"
+    folder.rename(disk)
+    folder.symlink_to(disk)
+    away = disk.rename(disk.with_name("unmounted"))
+    assert gc(database, settings)["missing checkpoints, recorded"].number == 0
+    assert recorded(database) == {made.paths[0]: False}
+    with pytest.raises(StorageError, match=r"is a link to .*disk, which is not there: mount it"):
+        find_published(settings.storage, made.paths[0], key_of("org/far"))
+    (link,) = [one for one in find_holdings(database, settings) if one.kind is HoldingKind.OTHER]
+    assert (link.model, link.note) == ("far", f"a link to {disk}, which is not there")
+    away.rename(disk)
+    assert find_published(settings.storage, made.paths[0], key_of("org/far")) is not None
+    assert gc(database, settings)["missing checkpoints, recorded"].number == 0
 
 
 def test_a_checkpoint_of_an_unnamed_database_goes_where_there_is_no_other(

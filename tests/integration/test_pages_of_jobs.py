@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db import jobs, results
 from qbatch.models_db.job_pages import count_jobs, first_jobs
 from qbatch.models_db.listing import list_batches, list_jobs
+from qbatch.models_db.model_pages import results_of_first_models
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.tables import Job, Result
 from tests.rows import a_batch, a_worker, bundle, claim, succeed
 
 
-def names(rows: list[ResultRow]) -> list[tuple[str, str | None]]:
+def names(rows: Sequence[ResultRow]) -> list[tuple[str, str | None]]:
     return [(row.job_id, row.baseline_job_id) for row in rows]
 
 
@@ -55,9 +57,9 @@ def test_a_page_of_results_is_the_beginning_of_all(database: Database) -> None:
         {},
         {"batch_ids": [1]},
         {"batch_ids": [2, 1]},
-        {"only": ResultFilter(model="/1", bits=[4])},
-        {"only": ResultFilter(model="*/?", max_kl=0.2)},
-        {"only": ResultFilter(states=["succeeded"], max_weights_bytes=10, device="A cpu"), "batch_ids": [1]},
+        {"only": ResultFilter(models=["/1"], bits=[4])},
+        {"only": ResultFilter(models=["*/?"], max_kl=0.2)},
+        {"only": ResultFilter(states=["succeeded"], max_weights_bytes=10, devices=["A cpu"]), "batch_ids": [1]},
     )
     with database.read() as session:
         for sort, which in itertools.product(sorts, chosen):
@@ -65,6 +67,20 @@ def test_a_page_of_results_is_the_beginning_of_all(database: Database) -> None:
             for limit in (1, 3, 5, 7, 100):
                 page = names(results.find_results(session, sort=sort, limit=limit, **which))
                 assert page == rows[:limit], (sort, which, limit)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_page_of_models_has_all_rows_of_the_first_ones(database: Database) -> None:
+    """Also those that another batch added to a model later."""
+    with database.read() as session:
+        for batches, only in (((), ResultFilter()), ([2], ResultFilter()), ([2, 1], ResultFilter(models=["*/?"]))):
+            rows = results.find_results(session, batch_ids=batches, only=only)
+            models = list(dict.fromkeys(row.model for row in rows))
+            for most in (1, 2, 3, 4, 50, None):
+                page = results_of_first_models(session, most, batch_ids=batches, only=only)
+                shown = models[:most]
+                assert names(page.rows) == names([row for row in rows if row.model in shown])
+                assert page.has_more == (len(models) > len(shown))
 
 
 def test_a_page_of_jobs_is_the_beginning_of_all(database: Database, measured: list[int]) -> None:
@@ -75,7 +91,8 @@ def test_a_page_of_jobs_is_the_beginning_of_all(database: Database, measured: li
                 assert list_jobs(session, batch_ids=batches, states=states, limit=4) == rows[:4]
                 assert count_jobs(session, batch_ids=batches, states=states) == len(rows)
         assert first_jobs(session, 100) == measured
-        assert list_batches(session, limit=1) == list_batches(session)[1:]
+        page, every = list_batches(session, limit=1), list_batches(session)
+        assert [batch | {"elapsed_s": 0} for batch in page] == [batch | {"elapsed_s": 0} for batch in every[1:]]
 
 
 def test_each_row_of_many_models_has_its_baseline(sqlite_database: Database) -> None:
@@ -131,11 +148,16 @@ def _read(reader: int) -> bytes:
 
 def test_a_terminal_gets_a_screenful_and_is_told_of_the_rest(home: Path) -> None:
     said, complaints = run(home, "jobs", terminal=True)
-    assert len(said.splitlines()) == 52
+    assert [line.split()[0] for line in said.splitlines()[2:52]] == [f"j{n}" for n in range(1, 51)]
+    assert said.splitlines()[52:] == ["", "j1: of an unknown reason (see `qbatch logs j1`)"]
     assert "the first 50 of 60 jobs; --limit 60 shows all" in complaints
     said, complaints = run(home, "status", terminal=True)
     assert [line.split()[0] for line in said.splitlines()[2:]] == [f"b{n}" for n in range(11, 61)]
     assert "the newest 50 of 60 batches; --limit 60 shows all" in complaints
+    said, complaints = run(home, "compare", terminal=True)
+    assert "/models/49 " in said
+    assert "/models/50 " not in said
+    assert "these are the first 50 models; a larger --limit shows more" in complaints
 
 
 def test_a_program_gets_all_unless_it_asks_for_less(home: Path) -> None:
@@ -151,5 +173,5 @@ def test_a_program_gets_all_unless_it_asks_for_less(home: Path) -> None:
 def test_a_batch_of_many_jobs_shows_the_first(sqlite_database: Database, tmp_path: Path) -> None:
     a_batch(sqlite_database, *[bundle(f"/models/{n}", Method.NF4) for n in range(60)])
     said, complaints = run(tmp_path, "status", "b1", terminal=True)
-    assert len(said.splitlines()) == 3 + 52
+    assert len(said.splitlines()) == 3 + 1 + 52
     assert "50 of 60 jobs" in complaints

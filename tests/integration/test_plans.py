@@ -20,9 +20,11 @@ from qbatch.models_db import jobs, listing, results, window, workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.model_pages import results_of_first_models
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
+from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
@@ -145,6 +147,10 @@ ACTIONS: dict[str, Action] = {
     "how many failed": lambda session: count_jobs(session, states=["failed"]),
     "how many of a batch": lambda session: count_jobs(session, batch_ids=[_large(session)]),
     "results of a batch": lambda session: results.find_results(session, batch_ids=[_large(session)], limit=50),
+    "a comparison": lambda session: results_of_first_models(session, 50, only=ResultFilter()),
+    "a comparison of a batch": lambda session: results_of_first_models(
+        session, 50, batch_ids=[_large(session)], only=ResultFilter()
+    ),
     "the best results": lambda session: results.find_results(session, sort="kl_mean", limit=50),
     "the fastest": lambda session: results.find_results(session, sort="-decode_tokens_per_s", limit=50),
     "show": _shown,
@@ -212,6 +218,25 @@ def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
         fill(database, Sizes(jobs=queued + 600, large=100, queued=queued))
         with database.write() as session:
             choose(session)
+        steps.append(_steps(database, ACTIONS[name]))
+        database.dispose()
+    assert steps[1] < 1.5 * steps[0]
+
+
+@pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open"])
+def test_a_look_at_what_is_open_is_no_more_with_a_longer_history(
+    sqlite_database: Database, tmp_path: Path, name: str
+) -> None:
+    steps = []
+    for ended in (900, 6000):
+        file = tmp_path / f"{ended}.db"
+        shutil.copy(tmp_path / "qbatch.db", file)
+        database = Database(f"sqlite:///{file}")
+        fill(database, Sizes(jobs=ended + 600, large=100, queued=600))
+        with database.write() as session:
+            choose(session)
+            sent = session.scalars(select(Job.id).where(Job.dispatch_id > "")).all()
+            jobs.claim(session, sent, workers.live(session, _LEASE_S)[-1].id, _LEASE_S)
         steps.append(_steps(database, ACTIONS[name]))
         database.dispose()
     assert steps[1] < 1.5 * steps[0]

@@ -24,5 +24,5 @@ def test_every_job_is_there_in_order_with_its_result_and_its_hashes(database: Da
 def test_a_model_is_asked_for_by_a_part_of_its_name(database: Database) -> None:
     batch_id = a_reported_batch(database, models=MODELS[:3])
     with database.read() as session:
-        jobs = reported_jobs(session, [batch_id], model="3.2-3B")
+        jobs = reported_jobs(session, [batch_id], models=["3.2-3B"])
     assert {job.row.model for job in jobs} == {"meta-llama/Llama-3.2-3B"}

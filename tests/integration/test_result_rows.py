@@ -23,7 +23,7 @@ from tests.measured_batch import measured_batch
 from tests.rows import a_batch, a_worker, bundle, claim
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "howto" / "query-results.md"
-_NOT_IN_THE_VIEW = {"not_measured"}
+_NOT_IN_THE_VIEW = {"not_measured", "mixture"}
 _JSON = ("options", "protocol", "details")
 
 

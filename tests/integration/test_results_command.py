@@ -65,7 +65,7 @@ def test_a_batch_of_eight_models_fits_a_screen(run: Run, width: int) -> None:
     assert sum(line.startswith("✓") for line in rows_of(text)) == 7, (
         "of the model without a tokenizer nothing is recommended"
     )
-    assert text.count("unsteady") == 1, "once in the legend; the cells are marked"
+    assert text.count("uncertain") == 1, "once in the legend; the cells are marked"
     assert "failed (j23 cuda_oom). Ship bnb-nf4 of 5 models" in " ".join(text.split())
 
 
@@ -86,6 +86,12 @@ def test_no_filter_takes_the_ratios_away(run: Run, option: tuple[str, str]) -> N
         ("--model meta-llama", 3),
         ("--model ?eta-llama*", 3),
         ("--model *llama", 0),
+        ("--model meta-llama --model gemma", 6),
+        ("--model nosuch --model gemma", 3),
+        ("--scheme bnb-nf4 --scheme none", 16),
+        ("--bits 8 --bits 4", 16),
+        ("--device A100 --device h200", 23),
+        ("--state failed --state succeeded --bits 8", 8),
         ("--scheme bnb-nf4,none", 16),
         ("--bits 8", 8),
         ("--device h200", 23),
@@ -140,7 +146,21 @@ def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
     (row, *_) = json.loads(run("results", "--columns", "weights,kl", "--bits", "4", "--json"))
     assert row.keys() == {"job_id", "model", "scheme", "weights_bytes", "kl_mean"}
     said = run("results", "--columns", "nothing", code=2)
-    assert "'nothing' is not a column; the columns are weights, decode" in said
+    assert rows_of(run("results", "--columns", "weights", "--columns", "kl", width=80)) == rows_of(
+        run("results", "--columns", "weights,kl", width=80)
+    )
+    assert "'nothing' is not a column; job, model and scheme are always there, and the columns are weights" in said
+
+
+def test_the_labels_may_be_named_among_the_columns(run: Run) -> None:
+    for width in (80, None):
+        assert run("results", "--columns", "model,scheme,KL", width=width) == run(
+            "results", "--columns", "kl", width=width
+        )
+    table = run("results", "--columns", "model", "--bits", "4", width=80)
+    assert [line.split()[-1] for line in rows_of(table)] == ["bnb-nf4"] * 8
+    (row, *_) = json.loads(run("results", "--columns", "job,model", "--bits", "4", "--json"))
+    assert row.keys() == {"job_id", "model", "scheme"}
 
 
 def test_markdown_and_csv_have_every_row(run: Run) -> None:
@@ -169,13 +189,29 @@ def test_compare_begins_with_a_line_for_each_model_and_repeats_nothing(run: Run,
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_two_models_take_thirty_lines(home: Path, run: Run, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qbatch.models_db import results
+def test_two_models_take_thirty_lines(run: Run, width: int) -> None:
+    text = run("compare", "--limit", "2", width=width)
+    assert len(text.splitlines()) <= 30
+    assert " of 2 models" in text
 
-    first = {model.name for model in MODELS[:2]}
-    found = results.find_results
-    monkeypatch.setattr(results, "find_results", lambda *a, **k: [r for r in found(*a, **k) if r.model in first])
-    assert len(run("compare", width=width).splitlines()) <= 30
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_figures_of_two_models_take_sixty_lines(run: Run, width: int) -> None:
+    lines = run("compare", "--model", "Mistral-Small", "--model", "*phi*", width=width).splitlines()
+    assert len(lines) <= 60
+    assert max(len(line) for line in lines if "/checkpoints" not in line) <= width
+    assert sum(line.startswith("  peak memory") for line in lines) == 2, "a table of each, in one piece"
+    assert sum("host-bound" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("model", ["bloom", "*"])
+def test_the_marks_are_explained_in_two_lines_or_on_request(run: Run, model: str) -> None:
+    text = run("compare", "--model", model, width=80)
+    *_, legend = text.split("\n\n")
+    assert len(legend.strip().splitlines()) <= 2
+    assert "more: --legend" in legend
+    longer = run("compare", "--model", model, "--legend", width=80)
+    assert "× is a figure divided by that of the baseline, the same model unquantized." in " ".join(longer.split())
 
 
 def test_one_model_is_compared_in_full(run: Run) -> None:
@@ -184,6 +220,29 @@ def test_one_model_is_compared_in_full(run: Run) -> None:
     assert "Ship bnb-int8 (j11): the smallest weights" in " ".join(text.split())
     assert "graph decode" in text
     assert max(len(line) for line in text.splitlines() if "/checkpoints/" not in line) <= 80, "no path is broken"
+
+
+def test_two_models_are_compared_and_reported(run: Run) -> None:
+    two = ("--model", "*bloom*", "--model", "gemma")
+    names = {"bigscience/bloom-1b7", "google/gemma-2-2b-it"}
+    assert {model["model"] for model in json.loads(run("compare", *two, "--json"))} == names
+    page = run("report", "b1", *two, "-o", "-")
+    assert {model.name for model in MODELS if model.name in page} == names
+    assert "6 of the same measurement" in " ".join(run("diff", "b1", "b1", *two).split())
+
+
+@pytest.mark.parametrize("job", ["j3", "j23"])
+def test_a_job_is_shown_on_a_screen_and_in_full_on_request(run: Run, job: str) -> None:
+    text = run("show", job, width=80)
+    lines = text.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    assert f"`qbatch show --all {job}` shows everything" in text
+    whole = run("show", "--all", job, width=80)
+    assert ("\nsource\n" in text, "\nsource\n" in whole) == (False, True)
+    if job == "j3":
+        assert "35.6 tok/s ×0.73  (baseline 48.8 tok/s)" in text
+        assert len(whole.splitlines()) > 80
 
 
 def test_a_rate_may_be_asked_for(run: Run) -> None:

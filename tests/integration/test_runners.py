@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,12 +17,27 @@ from qbatch.models_db.batches import add_text
 from qbatch.models_db.session import Database
 from qbatch.worker.runner.messages import Ended, Order
 from qbatch.worker.serving.celery_task import _run_bundle
+from qbatch.worker.serving.celery_worker import _PRELOAD_ON_CPU
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import WorkerContext
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.rows import PROTOCOL, a_batch, a_job, bundle
 from tests.waiting import until
 from tests.worker_context import a_worker_context, settings_in
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded() -> Iterator[None]:
+    """A forkserver of this file's own, which has imported what runners need: by themselves each would for seconds."""
+    stop_forkserver()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD_ON_CPU)
+    yield
+    stop_forkserver()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([])
+
+
+def stop_forkserver() -> None:
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

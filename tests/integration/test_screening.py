@@ -63,7 +63,7 @@ def _quantized(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "garbage": (_garbage, "model.safetensors: the header claims"),
+    "garbage": (_garbage, "model.safetensors is not a safetensors file"),
     "truncated": (_truncated, "it is truncated"),
     "pickled": (_pickled, "has only pickles, no safetensors; use --allow-pickle"),
     "unknown type": (lambda folder: edit_config(folder, model_type="quux"), "does not know the model type 'quux'"),
@@ -98,7 +98,7 @@ def test_with_keep_going_the_others_are_submitted(home: Path, model: Path) -> No
     _garbage(tiny.make_causal(home / "bad", dtype="bfloat16"))
     done = qbatch("submit", str(model), "./bad", "--bits", "4", "--keep-going", "-q")
     assert (done.exit_code, done.stdout) == (0, "b1\n")
-    assert "left out: ./bad: model.safetensors: the header claims" in done.stderr
+    assert "left out: ./bad: model.safetensors is not a safetensors file" in done.stderr
     assert [batch["jobs"] for batch in batches()] == [2]
     assert qbatch("submit", "./bad", "--bits", "4", "--keep-going").exit_code == 2
     assert len(batches()) == 1

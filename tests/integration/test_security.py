@@ -40,9 +40,10 @@ from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from qbatch.worker.sources.fetch import LocalSource, SourcePolicy, fetch_source
+from qbatch.worker.sources.fetch import LocalSource, fetch_source
 from qbatch.worker.sources.pickles import convert
 from qbatch.worker.sources.repository import Repository
+from qbatch.worker.sources.source_policy import SourcePolicy
 from tests import tiny
 from tests.identity import fingerprint
 from tests.rows import a_batch
@@ -562,8 +563,8 @@ def test_a_column_to_sort_by_comes_from_a_list(database: Database, sort: str) ->
 def test_a_name_to_filter_by_is_a_value_and_no_pattern(database: Database, model: str) -> None:
     a_batch(database)
     with database.read() as session:
-        assert find_results(session, only=ResultFilter(model=model)) == []
-        assert len(find_results(session, only=ResultFilter(model="/models/a"))) == 3
+        assert find_results(session, only=ResultFilter(models=[model])) == []
+        assert len(find_results(session, only=ResultFilter(models=["/models/a"]))) == 3
 
 
 def test_the_embedded_redis_has_a_directory_of_its_user_s_own(tmp_path: Path) -> None:

@@ -58,3 +58,13 @@ def test_a_short_command_imports_neither_the_stack_nor_another_database(
     others = "postgresql" if database.is_sqlite else "sqlite"
     assert modules & {*_NOT_NEEDED, f"sqlalchemy.dialects.{others}"} == set()
     assert "qbatch.models_db.tables" in modules
+
+
+@pytest.mark.parametrize("command", ["status", "jobs", "workers"])
+def test_a_list_of_what_waits_imports_no_other_command(database: Database, tmp_path: Path, command: str) -> None:
+    a_batch(database)
+    modules = imported(database, tmp_path / "home", command)
+    commands = {name for name in modules if name.startswith("qbatch.commands.")}
+    shared = {"completion", "context", "lazy_commands", "parameter_types", "shared_options", "targets"}
+    assert {name.rpartition(".")[2] for name in commands} == {"queue_state", *shared}
+    assert modules & {"qbatch.core.measured.measurement"} == set()

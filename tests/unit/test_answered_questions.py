@@ -113,3 +113,15 @@ def test_the_tasks_of_a_group_without_a_score_of_its_own_stand_alone() -> None:
     samples, results = {"a": asked(1, 0), "b": asked(1, 1, 1)}, {"a": {"acc,none": 0.5}, "b": {"acc,none": 1.0}}
     for of_group in ({}, {"acc,none": 0.75}):
         assert set(evaluated(samples, {"both": of_group} | results, both=["a", "b"])) == {"a", "b"}
+
+
+def test_a_task_without_questions_is_no_part_of_its_group() -> None:
+    """As with --task-limit on a task whose documents were all filtered out."""
+    tasks = [f"language {number}" for number in range(7)]
+    samples = {task: asked(1, 0) if number else [] for number, task in enumerate(tasks)}
+    found = evaluated(samples, {"group": {"acc,none": 0.5}}, group=tasks)["group"]
+    assert found.count == 12
+    assert found.clusters == (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)
+    results = {key: {"acc,none": 0.5} for key in [*tasks, "group"]}
+    few = evaluated({task: samples[task] for task in tasks[:6]}, results, group=tasks[:6])
+    assert set(few) == set(tasks[1:6]), "five that have questions are too few for a group"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._C._autograd import DeviceType
 
 from qbatch.core.domain import DType
 from qbatch.worker.measuring.pooled_rounds import pool
@@ -49,10 +48,8 @@ PROFILE = StepProfile(steps=8, device_busy_s=0.007, launches=1000, synchronizati
 SHAPE = Shape(batch_size=2, prompt_tokens=8, new_tokens=4)
 
 
-def event(name: str, begin_us: float, end_us: float, *, device: bool = False, note: bool = False) -> SimpleNamespace:
-    kind = DeviceType.CUDA if device else DeviceType.CPU
-    span = SimpleNamespace(start=begin_us, end=end_us)
-    return SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=note)
+def event(name: str, begin_us: float, end_us: float, category: str = "cuda_runtime") -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": category, "ts": begin_us, "dur": end_us - begin_us}
 
 
 def test_busy_time_counts_what_overlaps_once() -> None:
@@ -64,13 +61,14 @@ def test_events_become_averages_of_a_step() -> None:
     events = [
         event("cudaLaunchKernel", 0, 1),
         event("cudaLaunchKernelExC", 1, 2),
-        event("cuLaunchKernel", 2, 3),
+        event("cuLaunchKernel", 2, 3, "cuda_driver"),
         event("cudaStreamSynchronize", 3, 9),
         event("cudaDeviceSynchronize", 9, 10),
-        event("gemm", 10, 40, device=True),
-        event("Memcpy DtoH", 30, 50, device=True),
-        event("a range of the user's", 0, 1000, device=True, note=True),
-        event("aten::mm", 0, 30),
+        event("gemm", 10, 40, "kernel"),
+        event("Memcpy DtoH", 30, 45, "gpu_memcpy"),
+        event("Memset", 45, 50, "gpu_memset"),
+        event("a range of the user's", 0, 1000, "gpu_user_annotation"),
+        event("aten::mm", 0, 30, "cpu_op"),
     ]
     assert summarize_events(events, steps=2) == StepProfile(
         steps=2, device_busy_s=20e-6, launches=1.5, synchronizations=0.5
@@ -83,8 +81,8 @@ def test_eight_steps_of_generate_are_profiled_within_the_models_positions(
 ) -> None:
     seen: list[str] = []
 
-    def keep_names(events: list[Any], *, steps: int) -> StepProfile:
-        seen.extend(event.name for event in events)
+    def keep_names(events: list[dict[str, Any]], *, steps: int) -> StepProfile:
+        seen.extend(event["name"] for event in events)
         return summarize_events(events, steps=steps)
 
     monkeypatch.setattr("qbatch.worker.measuring.why.profile.summarize_events", keep_names)

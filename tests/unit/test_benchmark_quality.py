@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.measured.quality_figures import Quality
-from qbatch.core.measured.stored_json import as_json
 from qbatch.core.statistics.clusters import clustered_error
+from qbatch.core.stored_json import as_json
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of

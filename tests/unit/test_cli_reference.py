@@ -11,7 +11,8 @@ from typing import Any
 import click
 import pytest
 
-from qbatch.cli import main
+from qbatch.cli import SECTIONS, main
+from qbatch.commands.parameter_types import Bits, ColumnNames, Counts, Parts, Patterns, Schemes
 from qbatch.core.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,6 +42,15 @@ def test_every_command_has_help() -> None:
     assert [context.command_path for context in contexts() if not context.command.help] == []
 
 
+def test_help_lists_each_command_once_in_its_group() -> None:
+    (whole, *_) = contexts()
+    listed = [line.split()[0] for line in whole.get_help().splitlines() if line.startswith("  ") and line[2].isalpha()]
+    commands = [name for section in SECTIONS.values() for name in section]
+    assert [name for name in listed if name in commands] == commands
+    assert sorted(commands) == sorted(main.commands)
+    assert len(SECTIONS) == 4
+
+
 def test_every_option_has_help() -> None:
     assert [name for name, _, option in options() if not option.help] == []
 
@@ -49,6 +59,20 @@ def test_every_option_shows_its_default() -> None:
     shown = {name: (option.get_help_record(context) or ("", ""))[1] for name, context, option in options()}
     silent = [name for name, _, option in options() if has_default(option) and "[default: " not in shown[name]]
     assert silent == []
+
+
+def test_no_list_is_replaced_by_a_later_one() -> None:
+    """Of an option that is given twice, click keeps the last value unless the option may be repeated."""
+    lists = (Bits, Schemes, ColumnNames, Parts, Patterns, Counts)
+    names = ("--model", "--device", "--batch", "--for", "--gpus", "--tasks", "--eval-text", "--quant-type")
+    once = [
+        name
+        for name, _, option in options()
+        if not option.multiple and (isinstance(option.type, lists) or option.opts[0] in names)
+    ]
+    # What a job is submitted for is one kind of device.
+    assert [name for name in once if name.split()[-1] != "--device"] == []
+    assert {name.split()[1] for name in once} <= {"submit", "plan", "run"}
 
 
 def has_default(option: click.Option) -> bool:

@@ -13,6 +13,7 @@ from qbatch.core.domain import (
     BASELINE,
     DeviceKind,
     DType,
+    JobSpec,
     Method,
     Protocol,
     ProtocolOptions,
@@ -21,8 +22,12 @@ from qbatch.core.domain import (
     content_hash,
 )
 from qbatch.core.errors import UsageError
+from qbatch.core.identity import settle
 from qbatch.core.recovery import Recovery, RecoveryKind
+from qbatch.core.search.bound import Bound
+from qbatch.core.search.search_request import SearchRequest
 from qbatch.scheduler.job_grid import Grid
+from tests.found import SEARCH_PROTOCOL
 
 
 def methods(**options: Any) -> list[Method]:
@@ -163,3 +168,35 @@ def test_a_scheme_without_an_adapter_keeps_the_key_that_it_had() -> None:
     assert adapted.base == plain
     with pytest.raises(UsageError, match="nothing can be recovered for bnb-int8"):
         Scheme(method=Method.INT8, recovery=adapted.recovery)
+
+
+# What a search chooses
+
+
+def searched(grid: Grid) -> list[JobSpec]:
+    source, protocol = SourceRef(name="a", location="a"), ProtocolOptions(eval_text_sha256="0" * 64)
+    return list(grid.bundle(source, protocol, SEARCH_PROTOCOL))
+
+
+def test_a_bound_asks_for_a_search_beside_the_schemes() -> None:
+    baseline, eight, search = searched(Grid(bits=(8,), bound=Bound(max_kl=0.01), options={"double_quant": True}))
+    assert (baseline.search, eight.search) == (None, None)
+    assert search.search == SearchRequest(bound=Bound(max_kl=0.01), protocol=SEARCH_PROTOCOL)
+    assert (search.scheme.method, search.scheme.options["double_quant"]) == (Method.NF4, True)
+    (_, search) = searched(Grid(bound=Bound(max_weights_bytes=5), quant_types=(Method.FP4,)))
+    assert (search.scheme.method, search.scheme.bits(DType.BFLOAT16)) == (Method.FP4, 4)
+
+
+def test_a_bound_on_quality_needs_quality_and_the_baseline() -> None:
+    for refused, words in (({"quality": False}, "--measure leaves out"), ({"baseline": False}, "--no-baseline")):
+        with pytest.raises(UsageError, match=f"--max-kl .*{words}"):
+            Grid(bound=Bound(max_kl=0.01), **refused)  # type: ignore[arg-type]
+        Grid(bound=Bound(max_weights_bytes=5), **refused)  # type: ignore[arg-type]
+
+
+def test_one_search_answers_every_bound() -> None:
+    def key(bound: Bound | None) -> str:
+        spec = searched(Grid(bits=(4,), bound=bound))[-1]
+        return settle(spec, fingerprint="sha256:a", source=DType.BFLOAT16, device_kind=DeviceKind.CPU).key
+
+    assert key(Bound(max_kl=0.01)) == key(Bound(max_weights_bytes=7)) != key(None)

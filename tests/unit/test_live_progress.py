@@ -18,6 +18,7 @@ import pytest
 
 from qbatch.core.domain import JobState
 from qbatch.core.job_progress import JobProgress
+from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob
 from qbatch.views.live import NO_WORKER, STARTING, LiveProgress, describe_end
 
@@ -54,6 +55,7 @@ def test_a_log_gets_one_line_for_each_change() -> None:
         a_look(running=[fetching], queued=1),
         a_look(quantizing, running=[quantizing], queued=1),
         a_look(a_job(1, "failed", error="host_oom: killed"), a_job(2, "queued"), a_job(3, "succeeded"), failed=1),
+        a_look(a_job(5, "queued", mixture=MixtureOrigin(bound={"max_kl": 0.1}), has_found=True), failed=1),
         replace(a_look(a_job(4, "succeeded", answered_by="j2"), succeeded=2), more_news=7),
     )
     assert lines == [
@@ -62,8 +64,20 @@ def test_a_log_gets_one_line_for_each_change() -> None:
         f"j1 {NAME} bnb-nf4: failed: host_oom: killed (see `qbatch logs j1`)",
         f"j2 {NAME} bnb-nf4: back in the queue",
         f"j3 {NAME} bnb-nf4: succeeded",
+        f"j5 {NAME} bnb-nf4 auto: it has found its mixtures, and one is published next",
         f"j4 {NAME} bnb-nf4: answered by j2",
         "and 7 more jobs",
+    ]
+
+
+def test_a_failure_that_jobs_of_a_model_share_is_said_once() -> None:
+    broken = {"state": "failed", "error": "source_corrupt: no header"}
+    jobs = [a_job(number, **broken) for number in range(1, 5)]
+    other = a_job(5, "failed", error="source_corrupt: no header", model="opt")
+    assert follow(a_look(*jobs[:2], other, jobs[2], failed=4), a_look(jobs[3], failed=5)) == [
+        "j1, j2, j3 llama: failed: source_corrupt: no header (see `qbatch logs j1`)",
+        "j5 opt bnb-nf4: failed: source_corrupt: no header (see `qbatch logs j5`)",
+        "j4 llama bnb-nf4: failed like j1",
     ]
 
 

@@ -19,7 +19,7 @@ from qbatch.core.measured.metrics import ALL_METRICS, GRAPH_DECODE
 from qbatch.core.measured.quality_figures import Quality, QualityFloor, Score, TaskScores
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase
-from qbatch.core.measured.stored_json import Stored, as_json, field_names, omitted_if_unknown, omitted_unless
+from qbatch.core.stored_json import Stored, as_json, field_names, omitted_if_unknown, omitted_unless
 from tests.unit.measured_rows import result, stats
 from tests.unit.printed import Preference, comparison, read, rendered, results_table, show_jobs
 from tests.unit.test_golden_views import REAL, SETS, VARIANTS

@@ -15,7 +15,7 @@ from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS, ComparisonNoise, FloorNoise, Metric, Noise, TimingNoise
-from qbatch.core.measured.stored_json import Stored, field_names
+from qbatch.core.stored_json import Stored, field_names
 from qbatch.worker.measuring.quality.reference import prepare_reference
 from tests import tiny
 from tests.unit.benchmark_models import NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized

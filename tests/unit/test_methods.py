@@ -15,7 +15,6 @@ from qbatch.core import identity
 from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.errors import Unsupported, UsageError
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.methods import registry
 from qbatch.core.methods.registry import (
     describe_row,
     every_option,
@@ -147,12 +146,14 @@ def test_a_method_has_its_own_librarys_version_in_its_keys(monkeypatch: pytest.M
 
 @pytest.fixture
 def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_installed = metadata.version
+
     def version(name: str) -> str:
         if name == "torchao":
             raise metadata.PackageNotFoundError(name)
-        return metadata.version(name)
+        return of_installed(name)
 
-    monkeypatch.setattr(registry, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     identity.writer_versions.cache_clear()
 
 

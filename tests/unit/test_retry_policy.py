@@ -50,6 +50,7 @@ FIRST_TIME = {
     "unsupported": FAILS,
     "quantization_error": FAILS,
     "benchmark_error": FAILS,
+    "bound_not_kept": FAILS,
     "internal_error": FAILS,
 }
 CHARGED = {kind for kind, (_, charged) in FIRST_TIME.items() if charged}

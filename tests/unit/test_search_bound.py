@@ -7,8 +7,9 @@ import math
 import pytest
 
 from qbatch.core.errors import UsageError
-from qbatch.core.search.bound import Bound, BoundMet, BoundMissed, PublishPoint, TriedPoint, next_step
+from qbatch.core.search.bound import Bound
 from qbatch.core.search.frontier import Frontier, FrontierPoint
+from qbatch.core.search.next_step import BoundMet, BoundMissed, PublishPoint, TriedPoint, next_step
 from qbatch.core.search.sensitivity import Estimate
 
 KL = [0.10, 0.05, 0.03, 0.02, 0.01, 0.004, 0.0]

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.models_db.job_record import JobRecord, WholeJob
+from qbatch.views import job_details
+from qbatch.views.scheme import show_scheme, show_scheme_alone
+from tests.found import a_search
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, explained, stats
 from tests.unit.printed import show_jobs
 from tests.unit.test_views import on_terminal
@@ -225,3 +230,36 @@ def test_it_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> No
     on_terminal(monkeypatch, width)
     lines = show_jobs([(NF4, BASELINE)]).splitlines()
     assert max(map(len, lines)) <= max(width, 94), "a sha256 is not broken"
+
+
+def test_a_search_is_shown_with_its_mixtures_and_sensitivities() -> None:
+    job = {**NF4, "scheme": "bnb-nf4", "state": "queued", "mixture": {"bound": {"max_kl": 0.04}}}
+    whole = WholeJob(
+        row=ResultRow.from_json(job),
+        record=JobRecord.from_json(job),
+        baseline=None,
+        search=a_search(),
+        points={2: "j9"},
+    )
+    shown = job_details.show_jobs([whole])
+    assert "bnb-nf4 auto, KL ≤ 0.04" in shown.splitlines()[0]
+    mixtures = shown[shown.index("mixtures, as measured") :].splitlines()
+    assert mixtures[5].split() == [
+        *("2", "2", "1.2", "KiB", "3.0e-02", "±", "1.0e-03", "███████", "j9", "model.layers.1.a"),
+    ]
+    layers = shown[shown.index("KL gained by a group") :].splitlines()
+    assert [line.split() for line in layers[3:7]] == [
+        ["model.layers.0", "█", "2.5e-02"],
+        ["model.layers.1", "▄", "1.0e-02"],
+        ["model.layers.2", "▂", "~5.0e-03"],
+        ["model.layers.3", "▂", "~5.0e-03"],
+    ]
+    assert whole.to_json()["points"] == {2: "j9"}
+
+
+def test_a_mixture_is_called_otherwise_where_there_is_no_database() -> None:
+    kept = {**NF4, "options": {"skip_modules": ["lm_head", "model.layers.0.mlp.down_proj"]}}
+    row = ResultRow.from_json({**kept, "mixture": {"job_id": "j2", "point": 3}})
+    assert show_scheme(row) == "bnb-nf4 mixture 3 of j2"
+    assert show_scheme_alone(row) == "bnb-nf4 with some layers at 16 bits"
+    assert show_scheme_alone(ResultRow.from_json(kept)) == show_scheme(ResultRow.from_json(kept))

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from qbatch.core.errors import Unsupported
 from qbatch.views.formats import Column, render, text_width
-from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, show_progress
+from qbatch.views.listings import BATCH_COLUMNS, JOB_COLUMNS, WORKER_COLUMNS, jobs_table, show_progress
+from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import (
     show_bytes,
     show_change,
@@ -106,24 +107,49 @@ def test_no_rows_are_an_empty_list_and_a_header() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
-def test_a_narrow_terminal_cuts_no_id_and_no_name(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_a_job_takes_one_line_on_every_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     on_terminal(monkeypatch, width)
-    table = render([job(12345, "running", stage="quantizing", worker="gpu0@node-a")], JOB_COLUMNS, "table")
-    lines = table.splitlines()
-    assert "j12345" in table
-    assert "quantizing" in table
-    start = lines[0].index("model")
-    end = lines[0].index("scheme")
-    assert "".join(line[start:end].strip() for line in lines[2:]) == NAME
+    times = {"elapsed_s": 754.0, "left_s": 1500.0, "stage": "benchmarking"}
+    rows = [
+        job(12345, "running", worker="gpu0@node-a", **times),
+        job(12346, "running", model="/data/runs/a-very-long-name/llama-sft-step-12000", **times),
+    ]
+    lines = jobs_table(rows, of_one_batch=False).splitlines()
+    assert len(lines) == 4
+    assert ["j12345" in lines[2], "12000" in lines[3]] == [True, True]
+    assert all("benchmarking" in line for line in lines[2:])
     if width >= 80:
         assert max(map(len, lines)) <= width
+        assert all("~25 min" in line and "12:34" in line for line in lines[2:])
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_batch_shows_its_times_beside_its_counts(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    on_terminal(monkeypatch, width)
+    counts = {"queued": 1800, "running": 3, "succeeded": 30, "failed": 2}
+    batch = {"batch_id": "b12", "name": "a-name-that-is-longer-than-most", "jobs": 1835, **counts, "cancelled": 0}
+    batch |= {"left_s": 7500.0, "elapsed_s": 12_000.0, "created_at": "2026-01-02T03:04:05+00:00", "priority": 0}
+    head, _, line = render([batch], BATCH_COLUMNS, "table").splitlines()
+    assert max(len(head), len(line)) <= width
+    assert ["cancelled" in head, "priority" in head] == [False, False], "there are none"
+    assert "~2.1 h" in line
+    assert "3:20:00" in line
+
+
+def test_a_failure_of_several_jobs_is_said_once_below_them() -> None:
+    failed = {"state": "failed", "error_kind": "unsupported", "error_message": "no such layer"}
+    rows = [job(1, **failed), job(2, **failed), job(3, **failed | {"error_message": "another"}), job(4, "queued")]
+    *_, first, second = jobs_table(rows, of_one_batch=True).splitlines()
+    assert first == "j1, j2: unsupported: no such layer (see `qbatch logs j1`)"
+    assert second == "j3: unsupported: another (see `qbatch logs j3`)"
+    assert name_jobs([f"j{number}" for number in range(100)]) == "j0, j1, j2, j3, j4, j5 and 94 more"
 
 
 def test_a_pipe_gets_the_whole_width_on_one_line() -> None:
     message = "word " * 100
-    table = render([job(1, "failed", error_kind="fetch_error", error_message=message)], JOB_COLUMNS, "table")
-    assert len(table.splitlines()) == 3
-    assert message.strip() in table
+    table = jobs_table([job(1, "failed", error_kind="fetch_error", error_message=message)], of_one_batch=False)
+    assert len(table.splitlines()) == 5
+    assert message.strip() in table.splitlines()[-1]
     assert "\x1b" not in table
 
 
@@ -494,8 +520,18 @@ def test_a_speed_that_varied_is_marked_at_the_cell() -> None:
     assert "36.0 tok/s ×0.72?" in line_of(table, "j2")
     assert "70.0 ms ×1.75?" not in line_of(table, "j2"), "the prefill did not"
     assert "[1]" not in table
-    assert "? unsteady" in table
-    assert "? means that a speed differed much" in " ".join(results_table([varied], has_legend=True).split())
+    assert "? uncertain" in table
+    assert "? means that a speed is uncertain: it differed much" in " ".join(
+        results_table([varied], has_legend=True).split()
+    )
+
+
+def test_a_large_unconfirmed_difference_is_not_called_about_equal() -> None:
+    """On a busy host ×1.80 may be chance, and it is no sign that the two are alike either."""
+    unsteady = {"details": {"stats": {"decode": stats(1.0, 0.9, count=9)}}}
+    for rate, shown in ((90.0, "90.0 tok/s ×1.80?"), (54.0, "54.0 tok/s ×1.08≈"), (10.0, "10.0 tok/s ×0.20 ")):
+        row = QUANTIZED | unsteady | {"decode_tokens_per_s": rate}
+        assert shown in line_of(results_table([BASELINE | unsteady, row]), "j2")
 
 
 def test_a_ratio_of_files_of_unlike_dtypes_is_marked() -> None:
@@ -607,3 +643,35 @@ def test_durations_are_as_fine_as_they_are_known() -> None:
     assert {seconds: show_duration(seconds) for seconds in shown} == shown
     left = {1: "about 5 s", 42: "about 40 s", 90: "about 2 min", 3_580: "about 60 min", 12_130: "about 3 h 20 min"}
     assert {seconds: show_time_left(seconds) for seconds in left} == left
+
+
+def test_rows_that_failed_alike_say_it_once() -> None:
+    failed = {"state": "failed", "error_kind": "unsupported", "error_message": "no such layer", "protocol": None}
+    rows = [result(n, scheme, **failed) for n, scheme in enumerate(("none", "bnb-int8", "bnb-nf4"), start=1)]
+    table = results_table(rows)
+    assert table.count("no such layer") == 1
+    assert [line_of(table, f"j{n}").endswith("failed: unsupported like j1") for n in (2, 3)] == [True, True]
+    assert "3 failed (j1, j2, j3 unsupported)" in table
+
+
+def test_a_checkpoint_that_answered_two_batches_is_marked_in_both() -> None:
+    judged = {"kl_mean": 0.01, "details": {"quality": {"kl_mean": 0.01, "kl_mean_se": 1e-4, "rows": 2000}}}
+    sized = {"weights_bytes": 2**30, "checkpoint_path": "checkpoints/m/nf4"}
+    first = [
+        BASELINE | {"weights_bytes": 2**32, "checkpoint_path": None},
+        QUANTIZED | judged | sized,
+        result(3, "bnb-int8", **(sized | {"weights_bytes": 2**31, "checkpoint_path": "checkpoints/m/int8"})),
+    ]
+    again = [
+        row
+        | {"batch_id": "b2", "job_id": f"j{number}", "reused_from": row["job_id"]}
+        | ({"baseline_job_id": "j4"} if row["baseline_job_id"] else {})
+        for number, row in enumerate(first, start=4)
+    ]
+    table = results_table([*first, *again])
+    marked = [line.split()[1] for line in table.splitlines() if line.startswith("✓ j")]
+    assert marked == ["j2", "j5"]
+    assert "6 jobs of 1 model on NVIDIA H200: 6 succeeded (3 by earlier results). Ship bnb-nf4" in table
+    # Measured again, as after --force, it is still the same checkpoint.
+    table = results_table([*first, *(row | {"reused_from": None} for row in again)])
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("✓ j")] == ["j2", "j5"]

@@ -37,6 +37,14 @@ def remove_mark(storage: Path, path: str, database: str) -> None:
         mark.unlink(missing_ok=True)
 
 
+def own_marks(storage: Path, database: str) -> Iterator[tuple[str, Path]]:
+    """The checkpoints that ``database`` has marked as used, each with its mark. Raises OSError."""
+    folder = storage / ADOPTED / database
+    for mark in sorted(folder.rglob("*")):
+        if not mark.is_dir():
+            yield str(mark.relative_to(folder)), mark
+
+
 def adopters(storage: Path, path: str, own: str) -> list[str]:
     """The other databases that use the checkpoint at ``path`` without having written it. Raises OSError."""
     return [other for other in _names(storage / ADOPTED, own) if _mark(storage, path, other).exists()]

@@ -16,7 +16,7 @@ from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.recovery import Recovery
-from qbatch.core.storage import unpublished_files, with_adapter_mark
+from qbatch.core.storage import broken_link, unpublished_files, with_adapter_mark
 from qbatch.worker.checkpoints.ownership import mark_adopted
 from qbatch.worker.files.content import Content, HashedFile, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
@@ -78,6 +78,7 @@ def find_published(storage: Path, path: str, key: str, *, database: str | None =
     database on the storage removes it. Raises StorageError if it cannot be read.
     """
     folder = storage / path
+    _refuse_broken_link(folder.parent)
     doubted: _Identity | None = None
     for _ in range(_ATTEMPTS):
         try:
@@ -111,6 +112,16 @@ def find_published(storage: Path, path: str, key: str, *, database: str | None =
     raise StorageError(
         f"{path} changed its inode during each of {_ATTEMPTS} attempts to verify it: does its file system keep inodes?"
     )
+
+
+def _refuse_broken_link(folder: Path) -> None:
+    """Before anything is quantized: it could not be published there. Raises StorageError."""
+    try:
+        elsewhere = broken_link(folder)
+    except OSError as error:
+        raise storage_error(error, "cannot look for a checkpoint") from error
+    if elsewhere is not None:
+        raise StorageError(f"{folder} is a link to {elsewhere}, which is not there: mount it, or remove the link")
 
 
 def problems(folder: Path) -> list[str]:

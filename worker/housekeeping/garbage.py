@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from qbatch.core.domain import Token
+from qbatch.core.manifest import Manifest
 from qbatch.core.settings import Settings
+from qbatch.core.storage import missing_checkpoints
 from qbatch.models_db import jobs
+from qbatch.models_db.checkpoint_needs import users_of
 from qbatch.models_db.database_id import database_id, take_turns
 from qbatch.models_db.gone_checkpoints import find_missing, note_missing
 from qbatch.models_db.retention import ended_before, needed_since
 from qbatch.models_db.session import Database
+from qbatch.worker.checkpoints.ownership import own_marks
 from qbatch.worker.files.own_staging import is_dead, remove_if_empty
 from qbatch.worker.files.staging import KEPT_TRAININGS, stale_folders, unstage
 from qbatch.worker.housekeeping.checkpoint_remover import StoredCheckpoint, remover
@@ -24,6 +28,7 @@ from qbatch.worker.housekeeping.stale_files import (
     Pruned,
     aside_of,
     base_outputs,
+    is_older,
     old_logs,
     rejected_checkpoints,
     remove_each,
@@ -72,7 +77,32 @@ def collect_garbage(
             dry_run=dry_run,
         ),
         _missing(database, settings, dry_run=dry_run),
+        remove_each(
+            "marks on checkpoints of other databases",
+            _unused_marks(database, settings.storage, own, before_s),
+            Path.unlink,
+            settings.storage,
+            dry_run=dry_run,
+        ),
     ]
+
+
+def _unused_marks(database: Database, storage: Path, own: str, before_s: float) -> Iterator[Path]:
+    """Marks on checkpoints of which no job of this database is left: while they stand, nobody else can remove those.
+
+    A job's key is recorded before its worker renews the mark, so one that has no job and is old has no use.
+    """
+    old = {path: mark for path, mark in own_marks(storage, own) if is_older(mark, before_s)}
+    missing = missing_checkpoints(storage, old)
+    for path, mark in old.items():
+        manifest = None if path in missing else Manifest.read(storage / path)
+        if path in missing or (manifest is not None and not _has_users(database, manifest.key)):
+            yield mark
+
+
+def _has_users(database: Database, key: str) -> bool:
+    with database.read() as session:
+        return bool(users_of(session, [key]))
 
 
 def _missing(database: Database, settings: Settings, *, dry_run: bool) -> Pruned:

@@ -13,7 +13,7 @@ from typing import Any
 from qbatch.core.domain import format_batch_id
 from qbatch.core.manifest import Manifest
 from qbatch.core.settings import Settings
-from qbatch.core.storage import ADOPTED, BASE_OUTPUTS, CHECKPOINTS
+from qbatch.core.storage import ADOPTED, BASE_OUTPUTS, CHECKPOINTS, broken_link
 from qbatch.models_db.checkpoint_needs import CheckpointUser, users_of
 from qbatch.models_db.checkpoints import all_checkpoints
 from qbatch.models_db.database_id import database_id
@@ -102,6 +102,10 @@ def _checkpoints(
     storage: Path, keys: Mapping[str, str], users: Mapping[str, Sequence[CheckpointUser]], own: str
 ) -> Iterator[Holding]:
     for model in _entries(storage / CHECKPOINTS):
+        if (elsewhere := broken_link(model)) is not None:
+            note = f"a link to {elsewhere}, which is not there"
+            path = str(model.relative_to(storage))
+            yield Holding(kind=HoldingKind.OTHER, path=path, size_bytes=_size(model), model=model.name, note=note)
         for folder in _entries(model):
             path = str(folder.relative_to(storage))
             with suppress(FileNotFoundError):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qbatch.core.settings import Settings
-from qbatch.models_db import file_digests, skip_list_keys
+from qbatch.models_db import file_digests, searches, skip_list_keys
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.retention import Prunable, delete_empty, delete_jobs, find_prunable, needed_since
 from qbatch.models_db.session import Database
@@ -62,11 +62,15 @@ def _delete(database: Database, prunable: Prunable, older_than_s: float) -> tupl
 
 
 def _forget(database: Database, places: Sequence[str], older_than_s: float) -> int:
-    """Delete checksums, and what skip lists mean. Returns how many files will be hashed again when they are used."""
+    """Delete checksums, what skip lists mean, and what searches found that no job refers to any more.
+
+    Returns how many files will be hashed again when they are used.
+    """
     forgotten = 0
     for chunk in chunks(places):
         with pausing_afterwards(), database.write() as session:
             forgotten += file_digests.forget(session, chunk, older_than_s)
     with database.write() as session:
         skip_list_keys.forget(session, older_than_s)
+        searches.forget_unused(session, older_than_s)
     return forgotten

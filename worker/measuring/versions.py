@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 import torch
@@ -34,7 +35,9 @@ def device_name(device: str) -> str:
     return processor_name()
 
 
+@cache
 def _package(name: str) -> str | None:
+    # Remembered: each look reads a file of metadata, for every row. What is imported stays what it is.
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -21,6 +21,8 @@ from qbatch.worker.models.load import translated
 from qbatch.worker.runner.adapter_publication import AdapterPublication
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
+from qbatch.worker.runner.layer_searches import LayerSearches
+from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import (
     Answered,
@@ -30,10 +32,10 @@ from qbatch.worker.runner.messages import (
     Resolved,
 )
 from qbatch.worker.runner.publication import Publication
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.runner.shared_speeds import SpeedKeys, agreeing
 from qbatch.worker.runner.skip_lists import SkipLists
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
@@ -44,11 +46,12 @@ _VETTED_CHARACTERS = 4096
 class Bundle:
     """The jobs of one source, run on one device."""
 
-    def __init__(self, order: Order, link: ReportChannel, quiet: Quiet) -> None:
+    def __init__(self, order: Order, link: ReportChannel, pauses: TimingPauses) -> None:
         self._order = order
-        self._quiet = quiet
+        self._pauses = pauses
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
+        self._loaded = LoadedModels(self._device)
 
     def run(self) -> None:
         """Run all jobs. Each ends with a message, unless a fault makes the device unusable for the remaining ones."""
@@ -83,12 +86,12 @@ class Bundle:
         skip_lists = SkipLists(source, dtype)
         settled = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
         speed_keys = SpeedKeys(source, self._order.device_uuid)
-        plans = [replace(plan, speed_key=speed_keys.of(plan.settled)) for plan in settled]
+        plans = [plan if plan.searches else replace(plan, speed_key=speed_keys.of(plan.settled)) for plan in settled]
         if not plans:
             return
         answered = self._ask(plans)
         self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
-        models = by_key(plan for plan in plans if self._reports.open([plan.job_id]))
+        models = by_key(plan for plan in plans if not plan.searches and self._reports.open([plan.job_id]))
         published = self._publish(source, models, answered.paths)
         self._measure(
             source,
@@ -99,16 +102,19 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ],
         )
+        LayerSearches(self._order, self._reports, source, self._device).run([plan for plan in plans if plan.searches])
 
     def _publish(
         self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
     ) -> dict[str, Verified]:
         """The checkpoints first, those included that only adapters need; then the adapters."""
         place = (self._order, self._reports, source, self._device)
-        published = Publication(*place).publish_all(
+        published = Publication(*place, self._loaded, self._pauses).publish_all(
             by_key(plan.base for members in models.values() for plan in members), paths
         )
         adapted = {key: members for key, members in models.items() if members[0].settled.scheme.recovery is not None}
+        if adapted:
+            self._loaded.unload()
         return published | AdapterPublication(*place).publish_all(adapted, published, paths)
 
     def _vet_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
@@ -116,7 +122,7 @@ class Bundle:
         if (reason := why_no_tokenizer(source.folder)) is not None:
             log.warning("no text can be measured: %s", reason)
             return
-        readers = [plan.job_id for plan in plans if plan.settled.protocol.runs_model]
+        readers = [plan.job_id for plan in plans if plan.searches or plan.settled.protocol.runs_model]
         unreadable = translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}")
         with self._reports.failing(readers), unreadable:
             tokenizer = load_tokenizer(source.folder, trusted=source.runs_code)
@@ -145,7 +151,7 @@ class Bundle:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
         loaded = [model for model in models if model.runs]
-        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet)
+        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._pauses, self._loaded)
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:

@@ -28,6 +28,11 @@ class Plan:
         return self.claim.job_id
 
     @property
+    def searches(self) -> bool:
+        """Whether the job looks for layers to keep at 16 bits, instead of making a checkpoint."""
+        return self.claim.spec.search is not None
+
+    @property
     def identity(self) -> JobIdentity:
         return JobIdentity(
             key=self.settled.key,
@@ -91,7 +96,7 @@ def plan_job(
     return Plan(
         claim=claim,
         settled=own,
-        legacy_key=settled(legacy).key if legacy is not None else None,
+        legacy_key=settled(legacy).key if legacy is not None and claim.spec.search is None else None,
         spelled_keys=_spelled_keys(settled(source.fingerprint, None), own) if skip_list is not None else {},
     )
 

@@ -6,34 +6,21 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from qbatch.core.digest import Checksums
-from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError, one_line
 from qbatch.core.file_stat import FileStat
 from qbatch.scheduler.child_process import end_with_parent
 from qbatch.worker.machine.logs import log_to_stderr
-from qbatch.worker.runner.messages import FilesHashed, FilesKnown, FilesSeen
-from qbatch.worker.sources.fetch import SourcePolicy, fetch_source
+from qbatch.worker.runner.messages import FetchOrder, FilesHashed, FilesKnown, FilesSeen
+from qbatch.worker.sources.fetch import fetch_source
 
 log = logging.getLogger("qbatch.worker")
 
 # The worker answers only while it supervises a bundle. When it has none, this one has come or gone elsewhere.
 _PATIENCE_S = 60.0
 _NICENESS = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchOrder:
-    """What to fetch, and where to."""
-
-    source: SourceRef
-    cache: Path
-    cache_bytes: int
-    policy: SourcePolicy
 
 
 class _WorkersDigests:

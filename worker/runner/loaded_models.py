@@ -1,5 +1,7 @@
 """The models of a bundle that are loaded: one at a time, or together where the device holds them.
 
+One that was tried before it was published may be there already: then it is the first that is measured.
+
 A host's memory that runs out ends the process, and other programs use it too, so at most half of it is planned with. A
 GPU belongs to one worker, and running out of its memory is an error that can be handled.
 """
@@ -41,35 +43,55 @@ class Footprint:
     working_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshModel:
+    """A model that was just loaded, and what this process used on the device before and after that."""
+
+    loaded: LoadedModel
+    before_bytes: int
+    after_bytes: int
+
+
 class LoadedModels:
     """Loads and unloads models on ``device``. At first one at a time: each is alone when it is loaded."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._loaded: dict[Jobs, LoadedModel] = {}
-        # What this process used before and after each model was loaded.
-        self._used_bytes: dict[Jobs, tuple[int, int]] = {}
+        self._loaded: dict[Jobs, FreshModel] = {}
         self._footprints: dict[Jobs, Footprint] = {}
         self.are_together = False
 
     def get(self, jobs: Jobs) -> LoadedModel | None:
-        return self._loaded.get(jobs)
+        held = self._loaded.get(jobs)
+        return None if held is None else held.loaded
 
     def add(self, jobs: Jobs, load: Callable[[], LoadedModel]) -> LoadedModel:
         """Load a model, and unless they are kept together, unload all others first."""
         if not self.are_together:
             self.unload()
-        before = used_bytes(self._device)
-        loaded = self._loaded[jobs] = load()
-        self._used_bytes[jobs] = before, used_bytes(self._device)
-        return loaded
+        self._loaded[jobs] = load_fresh(self._device, load)
+        return self._loaded[jobs].loaded
+
+    def hold(self, jobs: Jobs, fresh: FreshModel) -> None:
+        """Hold a model that somebody else has loaded, until another one is loaded here."""
+        self._loaded[jobs] = fresh
+
+    @property
+    def hold_any(self) -> bool:
+        return bool(self._loaded)
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Before somebody else loads a model that takes ``needed_bytes``: unload those here unless it fits beside."""
+        if needed_bytes > usable_bytes(self._device):
+            self._loaded.clear()
+        free_device_memory()
 
     def note_peak(self, jobs: Jobs, *, weights_bytes: int, peak_bytes: int) -> None:
         """Note the peak of the process when the model was measured alone."""
-        before, after = self._used_bytes[jobs]
+        held = self._loaded[jobs]
         # Weights that are mapped from a file are not all resident yet when the model has been loaded.
-        held_bytes = max(after - before, weights_bytes)
-        working_bytes = max(0, peak_bytes - before - held_bytes)
+        held_bytes = max(held.after_bytes - held.before_bytes, weights_bytes)
+        working_bytes = max(0, peak_bytes - held.before_bytes - held_bytes)
         self._footprints[jobs] = Footprint(held_bytes=held_bytes, working_bytes=working_bytes)
 
     def keep_together(self, models: Collection[Jobs]) -> None:
@@ -94,6 +116,12 @@ class LoadedModels:
     def _free_bytes(self) -> int:
         """What may be planned with, including what the loaded models take now, since they are among those planned."""
         return usable_bytes(self._device) + sum(self._footprints[jobs].held_bytes for jobs in self._loaded)
+
+
+def load_fresh(device: str, load: Callable[[], LoadedModel]) -> FreshModel:
+    before_bytes = used_bytes(device)
+    loaded = load()
+    return FreshModel(loaded=loaded, before_bytes=before_bytes, after_bytes=used_bytes(device))
 
 
 def fit_together(footprints: Collection[Footprint], free_bytes: int) -> bool:

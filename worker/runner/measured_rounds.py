@@ -2,7 +2,7 @@
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
-models stay loaded together if they fit.
+models stay loaded together if they fit. Without a baseline, the first is the one that is still loaded from its trial.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qbatch.worker.runner.finished_rows import FinishedRows, names
 from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import MeasurementsOver, NothingTimed, Order
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import Reports
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
@@ -75,16 +75,23 @@ class Rounds:
     """Measures the models of a bundle. Use it once."""
 
     def __init__(
-        self, order: Order, reports: Reports, source: LocalSource, device: str, rows: FinishedRows, quiet: Quiet
+        self,
+        order: Order,
+        reports: Reports,
+        source: LocalSource,
+        device: str,
+        rows: FinishedRows,
+        pauses: TimingPauses,
+        loaded: LoadedModels,
     ) -> None:
         self._order = order
-        self._quiet = quiet
+        self._pauses = pauses
         self._reports = reports
         self._source = source
         self._device = device
         self._turns: list[_Turn] = []
         self._unmeasured: list[_Turn] = []
-        self._models = LoadedModels(device)
+        self._models = loaded
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
         self._base_outputs = BaseOutputs(order, reports, source)
@@ -97,7 +104,9 @@ class Rounds:
         """
         from qbatch.worker.measuring.why.capture import Captures
 
-        self._turns = self._unmeasured = [self._turn(model, speeds) for model in models]
+        # One that is loaded, since it was tried, is the first.
+        ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
+        self._turns = self._unmeasured = [self._turn(model, speeds) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
         with Captures() as captures:
             for number in range(1, last + 1):
@@ -186,7 +195,7 @@ class Rounds:
     @contextlib.contextmanager
     def _timing(self, captures: Captures) -> Iterator[None]:
         """A context in which nothing else of this worker runs on the host."""
-        with captures.paused(), self._quiet.timing():
+        with captures.paused(), self._pauses.timing():
             yield
 
     def _time(self, turn: _Turn, job_id: int) -> None:
@@ -208,7 +217,8 @@ class Rounds:
         return work()
 
     def _load(self, turn: _Turn) -> LoadedModel:
-        """Load the model of the turn from its published files, unless it is loaded. Failures affect all its jobs."""
+        """Load the model of the turn from its published files, unless it is loaded: since its last turn, or since those
+        files were tried. Failures affect all its jobs."""
         from qbatch.worker.models.load import load
 
         loaded = self._models.get(turn.jobs)
@@ -301,7 +311,7 @@ class Rounds:
             turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
             for turn, of_turn in shapes
         ]
-        with self._quiet.timing():
+        with self._pauses.timing():
             answers = captures.kernels(requests)
         return {
             job_id: kernels

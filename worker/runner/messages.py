@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qbatch.core.digest import Checksums
-from qbatch.core.domain import Claim, DeviceKind, Protocol, Stage
+from qbatch.core.domain import Claim, DeviceKind, Protocol, SourceRef, Stage
 from qbatch.core.file_stat import FileStat
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.measured.measurement import Measurement
+from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.worker.checkpoints.published import Published
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,16 @@ class Order:
     log_path: Path
     device_uuid: str | None = None
     database: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchOrder:
+    """What to fetch ahead, and where to."""
+
+    source: SourceRef
+    cache: Path
+    cache_bytes: int
+    policy: SourcePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +79,10 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
-    """``key`` is that of the checkpoint; ``legacy_key`` that of version 0.1.0 for the same content, if it is known;
-    ``base_key`` that of the checkpoint to which an adapter belongs. ``spelled_keys`` maps the keys that the job's skip
-    list has as it is spelt to those that it has. ``speed_key``: that by which it may have the speed of another model
-    (``Details.speed_key``)."""
+    """``key`` is that of the checkpoint, or of what a search finds; ``legacy_key`` that of version 0.1.0 for the same
+    content, if it is known; ``base_key`` that of the checkpoint to which an adapter belongs. ``spelled_keys`` maps the
+    keys that the job's skip list has as it is spelt to those that it has. ``speed_key``: that by which it may have the
+    speed of another model (``Details.speed_key``)."""
 
     key: str
     legacy_key: str | None
@@ -154,6 +165,15 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """The job's search is done. ``key`` is that of what it found."""
+
+    job_id: int
+    key: str
+    found: FinishedSearch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The job failed with an error of this kind. ``needed_bytes`` is set for DiskFull only."""
 
@@ -206,6 +226,7 @@ RunnerMessage = (
     | Stepped
     | CheckpointReady
     | Measured
+    | Searched
     | Failed
     | NothingTimed
     | MeasurementsOver

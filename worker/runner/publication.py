@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Stage
 from qbatch.core.errors import Unsupported
-from qbatch.worker.checkpoints.judged import judged
+from qbatch.worker.checkpoints.loading_audit import loading_audit
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
-from qbatch.worker.checkpoints.sidecars import sidecar_bytes
+from qbatch.worker.checkpoints.sidecars import copy_sidecars, sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.finite_weights import refuse_not_finite
-from qbatch.worker.runner.loaded_models import free_device_memory
+from qbatch.worker.runner.loaded_models import Jobs, LoadedModels, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Order, Progressed
 from qbatch.worker.runner.reports import Reports
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, NotLoaded, Trial
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -32,19 +33,32 @@ log = logging.getLogger("qbatch.runner")
 
 
 class Publication:
-    """The checkpoints of one source, quantized on ``device``."""
+    """The checkpoints of one source, quantized on ``device``. One that was tried may be held in ``loaded``."""
 
-    def __init__(self, order: Order, reports: Reports, source: LocalSource, device: str) -> None:
+    def __init__(
+        self,
+        order: Order,
+        reports: Reports,
+        source: LocalSource,
+        device: str,
+        loaded: LoadedModels,
+        pauses: TimingPauses,
+    ) -> None:
         self._order = order
         self._reports = reports
         self._source = source
         self._device = device
+        self._loaded = loaded
+        self._pauses = pauses
+        # Whether the bundle measures a baseline, with which the others are compared, before anything else.
+        self._begins_with_baseline = False
 
     def publish_all(self, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]) -> dict[str, Verified]:
         """The checkpoint of every quantized model, by its key.
 
         A published one that verifies is reused; otherwise it is written now, once for all jobs that need it.
         """
+        self._begins_with_baseline = any(plans[0].settled.scheme.is_baseline for plans in models.values())
         published: dict[str, Verified] = {}
         missing: list[tuple[Plan, ...]] = []
         for key, plans in models.items():
@@ -120,7 +134,7 @@ class Publication:
                 self._source.confirm()
 
         unwritten = {plan.job_id for plans in by_folder.values() for plan in plans}
-        futures: list[tuple[tuple[Plan, ...], Future[Verified]]] = []
+        futures: list[tuple[Written, tuple[Plan, ...], Future[Verified]]] = []
         with ThreadPoolExecutor(len(by_folder), thread_name_prefix="publish") as pool:
             for outcome in outcomes:
                 plans = by_folder[outcome.target.folder]
@@ -130,23 +144,31 @@ class Publication:
                     self._reports.failed(own_ids, outcome.error)
                 else:
                     with self._reports.failing(own_ids):
-                        audit = self._audit(outcome, plans)
-                        futures.append((plans, pool.submit(self._publish, outcome, audit, plans[0], confirm)))
+                        is_alone = all(future.done() for *_, future in futures)
+                        # With an adapter, what is measured is not what was tried.
+                        is_measured = all(plan.claim.spec.scheme.recovery is None for plan in plans)
+                        audit = self._audit(outcome, plans, own_ids if is_alone and is_measured else None)
+                        futures.append((outcome, plans, pool.submit(self._publish, outcome, audit, plans[0], confirm)))
                 if not unwritten:
-                    self._reports.enter((plan.job_id for plans, _ in futures for plan in plans), Stage.PUBLISHING)
+                    self._reports.enter((plan.job_id for _, plans, _ in futures for plan in plans), Stage.PUBLISHING)
         published: dict[str, Verified] = {}
-        for plans, future in futures:
+        for written, plans, future in futures:
             with self._reports.failing(plan.job_id for plan in plans), self._reports.failing_all_if_changed():
-                published[plans[0].settled.key] = future.result()
+                published[plans[0].settled.key] = verified = future.result()
+                if not _is_as_written(verified, written):
+                    self._loaded.unload()
         return published
 
-    def _audit(self, written: Written, plans: Sequence[Plan]) -> Mapping[str, Any]:
-        """What is stored about the checkpoint in its staging folder. Raises Unsupported if it must not be published."""
+    def _audit(self, written: Written, plans: Sequence[Plan], next_jobs: Jobs | None) -> Mapping[str, Any]:
+        """What is stored about the checkpoint in its staging folder. ``next_jobs``: its jobs, if what is tried may be
+        measured right afterwards. Raises Unsupported if it must not be published."""
         refuse_not_finite(written.audit.get("not_finite", ()))
         if self._source.runs_code:
             copy_code(self._source.folder, written.target.folder)
-        forward = self._try(written, plans)
-        return dict(written.audit) | {"writer": written.writer, "forward": forward} | judged(written.target.folder)
+        forward = self._try(written, plans, next_jobs)
+        return (
+            dict(written.audit) | {"writer": written.writer, "forward": forward} | loading_audit(written.target.folder)
+        )
 
     def _publish(self, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]) -> Verified:
         return publish(
@@ -161,12 +183,23 @@ class Publication:
             confirm=confirm,
         )
 
-    def _try(self, written: Written, plans: Sequence[Plan]) -> str:
+    def _try(self, written: Written, plans: Sequence[Plan], next_jobs: Jobs | None) -> str:
         """Run the staged checkpoint once, unless nothing of it is going to run. Raises Unsupported."""
         if not any(plan.settled.protocol.runs_model for plan in plans):
             return NOT_ASKED_FOR
         settled = plans[0].settled
-        trial = Trial(dtype=settled.dtype, device=self._device, trusted=self._source.runs_code)
+        if self._loaded.hold_any or (self._begins_with_baseline and settled.protocol.quality):
+            next_jobs = None
+        if next_jobs is not None:
+            self._complete(written.target.folder)
+        trial = Trial(
+            dtype=settled.dtype,
+            device=self._device,
+            trusted=self._source.runs_code,
+            models=self._loaded,
+            pauses=self._pauses,
+            next_jobs=next_jobs,
+        )
         try:
             return trial.try_checkpoint(written.target.folder, self._source.folder, settled.scheme)
         except NotLoaded as error:
@@ -174,6 +207,13 @@ class Publication:
             raise Unsupported(
                 f"{error}; {reason}: name such layers in --skip-modules" if reason else str(error)
             ) from error
+
+    def _complete(self, folder: Path) -> None:
+        """Copy what is published besides the weights, so that the tokenizer is loaded as well."""
+        try:
+            copy_sidecars(self._source.folder, folder)
+        except OSError as error:
+            raise storage_error(error, "cannot copy the files next to the weights") from error
 
     def _beside_bytes(self) -> int:
         try:
@@ -198,3 +238,9 @@ class Publication:
             database=self._order.database,
             versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
         )
+
+
+def _is_as_written(verified: Verified, written: Written) -> bool:
+    """Whether the weights are those that were tried: another writer may have published the checkpoint first."""
+    found = {file.name: file.checksums.chunk_sha256 for file in verified.content.files}
+    return all(found.get(digest.name) == digest.chunk_sha256 for digest in written.files)

@@ -26,6 +26,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     Resolved,
     RunnerMessage,
+    Searched,
     Stepped,
 )
 from qbatch.worker.sources.fetch import LocalSource
@@ -90,7 +91,7 @@ class Reports:
             log.info("%s: %s", ", ".join(f"j{n}" for n in ids), step)
             self._link.send(Stepped(job_ids=ids, step=step))
 
-    def done(self, message: Measured) -> None:
+    def done(self, message: Measured | Searched) -> None:
         self._open.discard(message.job_id)
         self._link.send(message)
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from qbatch.core.domain import Scheme
-from qbatch.core.search.frontier import FrontierPoint
-from qbatch.worker.quantizing.planning.skeleton import skip_list_keeping
+from qbatch.core.search.frontier import Frontier, FrontierPoint
+from qbatch.worker.quantizing.planning.skeleton import skip_lists_keeping
 
 
 def scheme_of_point(cls: Any, config: Any, scheme: Scheme, point: FrontierPoint) -> Scheme:
     """``scheme`` with the skip list, as it is published, that keeps the layers of ``point`` at 16 bits besides those
     that the scheme keeps already. ``cls`` and ``config`` are those of the model."""
-    if not point.modules and not scheme.skip_modules:
-        return scheme
-    return replace(scheme, skip_modules=skip_list_keeping(cls, config, scheme.skip_modules, set(point.modules)))
+    (listed,) = _skip_lists(cls, config, scheme, [point])
+    return replace(scheme, skip_modules=listed)
+
+
+def with_skip_lists(cls: Any, config: Any, scheme: Scheme, frontier: Frontier) -> Frontier:
+    """The frontier with what a checkpoint of each point publishes."""
+    lists = _skip_lists(cls, config, scheme, frontier.points)
+    points = (replace(point, skip_list=listed) for point, listed in zip(frontier.points, lists, strict=True))
+    return replace(frontier, points=tuple(points))
+
+
+def _skip_lists(cls: Any, config: Any, scheme: Scheme, points: Sequence[FrontierPoint]) -> list[tuple[str, ...]]:
+    lists = skip_lists_keeping(cls, config, scheme.skip_modules, [set(point.modules) for point in points])
+    # With nothing to skip, a checkpoint is that of the plain scheme.
+    is_plain = [not point.modules and not scheme.skip_modules for point in points]
+    return [() if plain else listed for plain, listed in zip(is_plain, lists, strict=True)]

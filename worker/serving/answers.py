@@ -13,7 +13,7 @@ from qbatch.core.domain import Claim
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import checkpoints, jobs, results, skip_list_keys
+from qbatch.models_db import checkpoints, jobs, results, searches, skip_list_keys
 from qbatch.models_db.results import Finished, FinishedPart
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
@@ -40,10 +40,15 @@ class Answers:
     def find(self, resolved: Resolved) -> Answered:
         """Find out which jobs the runner need not work on, and record them.
 
-        Jobs that an earlier result answers end here. Jobs whose checkpoint another runner is writing are returned to
-        the queue. If checkpoints must be read first to know whether they are intact, the answer lists only those.
+        Jobs that an earlier result answers end here, and what an earlier search found answers searches. Jobs whose
+        checkpoint another runner is writing are returned to the queue. If checkpoints must be read first to know
+        whether they are intact, the answer lists only those.
         """
-        wanted = {n: identity for n, identity in resolved.jobs.items() if not self._claims[n].spec.force}
+        wanted = {
+            n: identity
+            for n, identity in resolved.jobs.items()
+            if not self._claims[n].spec.force and self._claims[n].spec.search is None
+        }
         try:
             with self._database.read() as session:
                 self._database.require_own(session)
@@ -117,6 +122,7 @@ class Answers:
             for n, one in sorted(sound.items())
             if one.job_id in kept and jobs.answer(session, self._token(n), one.job_id)
         }
+        answered |= self._answered_searches(session, resolved)
         paths = checkpoints.paths(session, {key for identity in resolved.jobs.values() for key in identity.keys})
         open_ = {n: one.key for n, one in resolved.jobs.items() if n not in answered and one.key not in paths}
         waiting = self._written_elsewhere(session, open_)
@@ -126,6 +132,20 @@ class Answers:
         for job_id in sorted(waiting):
             log.info("j%s returns to the queue: another runner is writing its checkpoint", job_id)
         return Answered(job_ids=frozenset(answered | waiting), paths=paths)
+
+    def _answered_searches(self, session: Session, resolved: Resolved) -> set[int]:
+        """The searches that need not be made, because what an earlier one found answers them."""
+        keys = {
+            n: one.key
+            for n, one in resolved.jobs.items()
+            if self._claims[n].spec.search is not None and not self._claims[n].spec.force
+        }
+        known = searches.newest(session, set(keys.values())) if keys else {}
+        return {
+            n
+            for n, key in sorted(keys.items())
+            if key in known and jobs.answer_search(session, self._token(n), key, known[key])
+        }
 
     def _speeds(self, resolved: Resolved, answered: Answered) -> Mapping[int, KnownSpeed]:
         """The known speeds of the jobs that the runner must work on. Read outside of the transaction that ends the

@@ -180,6 +180,8 @@ class CeleryWorker:
         Raises WrongDatabase after leaving because the database has been replaced or has another schema.
         """
         self._check_database_early()
+        # It takes from five seconds to half a minute, in which a log that says nothing looks like one that hangs.
+        log.info("%s on %s: importing what runners need", self._info.name, self._info.device_name)
         forkserver = self._preload()
         # Celery handles signals once it runs; until then a signal must end the waiting below.
         self._stopping.set_on_signals()

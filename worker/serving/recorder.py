@@ -25,6 +25,7 @@ from qbatch.core.errors import (
     one_line,
 )
 from qbatch.core.measured.measurement import Measurement
+from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, jobs
 from qbatch.models_db.jobs import Token
@@ -62,6 +63,10 @@ class Recorder:
                 "checkpoint": _as_json(published) if published is not None else None,
             },
         )
+
+    def searched(self, token: Token, key: str, found: FinishedSearch) -> None:
+        """Record what a search found."""
+        self._record(token, {"outcome": "searched", "key": key, "search": found.to_json()})
 
     def note_checkpoint(self, job_id: int, published: Published) -> None:
         """Record a checkpoint before its result, so that ``verify`` finds it even if the benchmark fails."""
@@ -269,6 +274,9 @@ class Recorder:
                 jobs.hand_back(session, [token], alone=outcome["alone"])
                 return
             self._recorded.add(token[0])
+            if outcome["outcome"] == "searched":
+                jobs.searched(session, token, outcome["key"], FinishedSearch.from_json(outcome["search"]))
+                return
             checkpoint = outcome.get("checkpoint")
             if checkpoint is not None:
                 checkpoints.record(session, job_id=token[0], **checkpoint)

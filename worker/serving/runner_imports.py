@@ -14,6 +14,8 @@ NAMES = (
     "qbatch.worker.measuring.measure",
     "qbatch.worker.runner.measured_rounds",
     "qbatch.worker.runner.process",
+    "qbatch.worker.runner.fetch_ahead",
+    "qbatch.worker.runner.entry_points",
 )
 
 import_without_gpu(NAMES)

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 
 from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import one_line
-from qbatch.worker.runner import process as runner
+from qbatch.worker.runner import entry_points
 from qbatch.worker.runner.messages import Order, Ready
 
 log = logging.getLogger("qbatch.worker")
@@ -41,7 +41,7 @@ class Runners:
             return
         self.close()
         try:
-            self._standby = self.fork(runner.stand_by, self._device_kind)
+            self._standby = self.fork(entry_points.stand_by, self._device_kind)
         except (EOFError, OSError) as error:
             log.warning("no runner stands by (%s); the next bundle starts one", one_line(error))
 
@@ -53,7 +53,7 @@ class Runners:
         for pause_s in _FORK_PAUSES_S:
             time.sleep(pause_s)
             try:
-                started = self.fork(runner.run)
+                started = self.fork(entry_points.work)
             except (EOFError, OSError) as error:
                 reason = one_line(error)
                 log.warning("the forkserver died (%s)", reason)

@@ -14,16 +14,16 @@ from qbatch.models_db.jobs import Token
 
 log = logging.getLogger("qbatch.worker")
 
-SPOOL_VERSION = 1
+SPOOL_VERSION = 2
 """Increased when an older qbatch could misread the files. Every version reads all earlier formats; the first had
-neither a version number nor the identity of the database."""
+neither a version number nor the identity of the database, and version 1 no searches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spooled:
     """The outcome of an attempt. ``database`` is the identity of the job's database, or None if it is unknown.
 
-    ``outcome`` consists of plain JSON values: ``{"outcome": "succeeded" | "failed" | "handed_back", …}``.
+    ``outcome`` consists of plain JSON values: ``{"outcome": "succeeded" | "searched" | "failed" | "handed_back", …}``.
     """
 
     token: Token

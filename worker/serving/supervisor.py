@@ -59,6 +59,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     Resolved,
     RunnerMessage,
+    Searched,
     Stepped,
 )
 from qbatch.worker.serving.answers import Answers
@@ -68,7 +69,7 @@ from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.running_progress import RunningProgress
 from qbatch.worker.serving.shutdown import Shutdown
-from qbatch.worker.sources.fetch import SourcePolicy
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 log = logging.getLogger("qbatch.worker")
 
@@ -284,6 +285,9 @@ class Supervisor:
                     message.protocol,
                     self._published.get(message.job_id),
                 )
+                self._close(message.job_id)
+            case Searched():
+                self._context.recorder.searched(self._token(message.job_id), message.key, message.found)
                 self._close(message.job_id)
             case Failed():
                 self._fail(message.job_id, job_error(message.kind, message.message, message.needed_bytes))

@@ -45,6 +45,7 @@ from qbatch.worker.files.content import Content, DigestCache, HashedFile, Lister
 from qbatch.worker.models.remote_code import code_sha256
 from qbatch.worker.sources.repository import Repository
 from qbatch.worker.sources.source_cache import SourceCache
+from qbatch.worker.sources.source_policy import SourcePolicy
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -73,19 +74,6 @@ class LocalSource:
         """Raise SourceChanged unless everything read so far was the content that the fingerprint identifies."""
         for content in self.contents:
             content.confirm()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourcePolicy:
-    """Which sources are accepted.
-
-    ``roots`` are the folders that a source may be in; None allows any. ``trusted`` are the models (hub ids, absolute
-    folders) whose own code may run. ``allow_pickle`` allows the conversion of pickles.
-    """
-
-    roots: tuple[Path, ...] | None
-    trusted: frozenset[str] = frozenset()
-    allow_pickle: bool = False
 
 
 @contextmanager

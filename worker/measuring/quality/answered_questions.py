@@ -28,12 +28,16 @@ def answered_questions(evaluation: Mapping[str, Any]) -> dict[str, TaskAnswers]:
     Only scores that are the mean over their questions are included: of others, as of BLEU or a perplexity, a question
     has no score of its own.
     """
-    tasks = {name: frozenset(_tasks(name, evaluation.get("group_subtasks", {}))) for name in evaluation["results"]}
+    samples, groups = evaluation["samples"], evaluation.get("group_subtasks", {})
+    # A task of which no question was asked is none.
+    tasks = {
+        name: frozenset(task for task in _tasks(name, groups) if samples.get(task)) for name in evaluation["results"]
+    }
     answers = {
         name: answered
         for name, results in evaluation["results"].items()
         if (len(tasks[name]) == 1 or len(tasks[name]) >= _FEWEST_TASKS)
-        and (answered := _answers([evaluation["samples"].get(task, ()) for task in sorted(tasks[name])], results))
+        and (answered := _answers([samples[task] for task in sorted(tasks[name])], results))
     }
     return {name: each for name, each in answers.items() if not any(tasks[name] < tasks[other] for other in answers)}
 

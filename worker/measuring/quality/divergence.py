@@ -19,14 +19,14 @@ import torch
 from qbatch.core.exponential import exponential
 from qbatch.core.measured.quality_figures import ConfidenceBucket, Quality
 from qbatch.core.statistics.clusters import clustered_error
+from qbatch.worker.measuring.quality.quantile_errors import quantile_errors
 
 # Logits converted to float64 at once, of which several tensors coexist: 16 MiB each, which a CPU's cache may hold, and
 # 64 MiB on a GPU, where fewer would take longer to launch than to compute.
 _LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
 # The base's probability of its most probable token, between these.
 _CONFIDENCES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-_RESAMPLES = 200
-_SEED = 0
+_QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,19 +84,20 @@ def summarize_divergence(windows: Sequence[Divergence]) -> Quality:
     """
     kl, agrees = [window.kl for window in windows], [window.agrees for window in windows]
     every_kl = torch.cat(kl)
+    errors = dict(zip(_QUANTILES, quantile_errors(kl, _QUANTILES), strict=True))
     summary = Quality(
         windows=len(windows),
         rows=len(every_kl),
         kl_mean=float(every_kl.mean()),
         kl_mean_se=_mean_error(kl),
         kl_median=_quantile(kl, 0.5),
-        kl_median_se=_quantile_error(kl, 0.5),
+        kl_median_se=errors[0.5],
         kl_p90=_quantile(kl, 0.9),
-        kl_p90_se=_quantile_error(kl, 0.9),
+        kl_p90_se=errors[0.9],
         kl_p95=_quantile(kl, 0.95),
-        kl_p95_se=_quantile_error(kl, 0.95),
+        kl_p95_se=errors[0.95],
         kl_p99=_quantile(kl, 0.99),
-        kl_p99_se=_quantile_error(kl, 0.99),
+        kl_p99_se=errors[0.99],
         kl_max=float(every_kl.max()),
         window_kl=tuple(float(rows.sum()) for rows in kl),
         window_rows=tuple(len(rows) for rows in kl),
@@ -161,16 +162,3 @@ def _quantile(clusters: Sequence[torch.Tensor], q: float) -> float:
 
 def _mean_error(clusters: Sequence[torch.Tensor]) -> float | None:
     return clustered_error([float(rows.sum()) for rows in clusters], [len(rows) for rows in clusters])
-
-
-def _quantile_error(clusters: Sequence[torch.Tensor], q: float) -> float | None:
-    """Standard error of a quantile, by a bootstrap over whole windows with a fixed seed. None for a single window.
-
-    The last factor corrects for the bootstrap's too small variance with few windows.
-    """
-    count = len(clusters)
-    if count < 2:
-        return None
-    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(_SEED)).tolist()
-    values = [torch.quantile(torch.cat([clusters[g] for g in draw]), q) for draw in draws]
-    return float(torch.stack(values).std()) * math.sqrt(count / (count - 1))

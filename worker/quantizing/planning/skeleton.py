@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,24 @@ def skip_list(cls: Any, config: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 def skip_list_keeping(cls: Any, config: Any, asked: tuple[str, ...], modules: Set[str]) -> tuple[str, ...]:
     """``skip_list`` with further linear layers, by full name, that stay unquantized."""
+    (listed,) = skip_lists_keeping(cls, config, asked, [modules])
+    return listed
+
+
+def skip_lists_keeping(
+    cls: Any, config: Any, asked: tuple[str, ...], several: Iterable[Set[str]]
+) -> list[tuple[str, ...]]:
+    """The same for several sets of layers. The model is built once."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     model = _meta_model(cls, config, None, "meta")
-    linears = _plain_linears(model)
+    linears, always = _plain_linears(model), get_keys_to_not_convert(model)
+    skipped = linears - _quantized(model, asked)
     architecture = engine("vllm").architecture(cls.__name__) or EngineArchitecture()
-    layers = SkippedLayers(linears, (linears - _quantized(model, asked)) | modules, architecture)
-    return tuple(sorted({*get_keys_to_not_convert(model), *layers.entries()}))
+    return [
+        tuple(sorted({*always, *SkippedLayers(linears, skipped | modules, architecture).entries()}))
+        for modules in several
+    ]
 
 
 def quantized_linears(cls: Any, config: Any, asked: tuple[str, ...] = ()) -> Set[str]:

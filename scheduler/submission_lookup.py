@@ -22,8 +22,8 @@ from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.core.transformers_names import refuse_unknown_architecture
 from qbatch.core.vet import vet_read
 from qbatch.core.vram_classes import floor_bytes
-from qbatch.models_db import file_digests, jobs, results, skip_list_keys
-from qbatch.models_db.arrivals import answerable_since
+from qbatch.models_db import file_digests, jobs, results, searches, skip_list_keys
+from qbatch.models_db.arrivals import answerable_since, known_searches
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
 from qbatch.scheduler.loader_warnings import loader_warnings
@@ -103,14 +103,16 @@ class LookedUp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inquiry:
+class SubmissionLookup:
     """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name;
-    ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU."""
+    ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU. ``has_searches``: whether some of the
+    jobs look for layers to keep at 16 bits."""
 
     settings: Settings
     devices: Sequence[tuple[DeviceKind, str]]
     began_at: datetime
     largest_gpu_gib: int | None = None
+    has_searches: bool = False
 
     def look_up(self, session: Session, sources: Sequence[InspectedSource]) -> LookedUp:
         folders = [source.folder for source in sources]
@@ -153,7 +155,14 @@ class Inquiry:
         }
 
     def look_again(self, session: Session, batch_id: int) -> int:
-        """End the jobs whose answers were recorded since the inquiry began, and return how many there were."""
+        """End the jobs whose answers were recorded since the lookup began, and return how many there were. A search
+        whose answer is stored goes on with the job of its first point."""
+        if self.has_searches:
+            asked_for = {job: str(job.checkpoint_key) for job in known_searches(session, batch_id)}
+            known = searches.newest(session, set(asked_for.values()))
+            for job, key in asked_for.items():
+                if key in known:
+                    jobs.answer_unclaimed_search(session, job, key, known[key])
         waiting = {
             job: (job.checkpoint_key, spec.protocol.for_device(kind).hash)
             for job in answerable_since(session, batch_id, self.began_at)
@@ -216,7 +225,7 @@ def _described(
     dtype = source_dtype(headers)
     return InspectedFolder(
         dtype=dtype,
-        needs={spec.scheme: predicted_need(spec, headers, config) for spec in specs},
+        needs={spec.loaded_scheme: predicted_need(spec, headers, config) for spec in specs},
         # Each worker decides whether the model's own code may run, which makes it a different model.
         stats=None if names_code(folder) else _stats(folder, mounts),
         legacy_fingerprint=legacy_folder_fingerprint(folder),
@@ -249,7 +258,7 @@ def _settle(
 
     return RequestedJob(
         spec=spec,
-        need=folder.needs[spec.scheme],
+        need=folder.needs[spec.loaded_scheme],
         settled=settled(fingerprint),
         legacy=settled(folder.legacy_fingerprint),
     )

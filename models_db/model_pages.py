@@ -1,0 +1,67 @@
+"""The results of the first models of many, so that those of the others are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Row, select
+from sqlalchemy.orm import Session
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.models_db.job_pages import first_jobs
+from qbatch.models_db.result_filter import ResultFilter
+from qbatch.models_db.results import find_results
+from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
+from qbatch.models_db.tables import Job
+
+_Model = tuple[str, str | None]
+"""Its name and its revision."""
+_NAMES = select(Job.id, Job.batch_id, Job.location, Job.model, Job.revision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPage:
+    """The rows of some models, in the order of submission, and whether there are more models."""
+
+    rows: Sequence[ResultRow]
+    has_more: bool
+
+
+def results_of_first_models(
+    session: Session, most: int | None, *, batch_ids: Sequence[int] = (), only: ResultFilter
+) -> ModelPage:
+    """All rows of the first ``most`` models that were submitted in these batches; none means all batches."""
+    if most is None:
+        return ModelPage(rows=find_results(session, batch_ids=batch_ids, only=only), has_more=False)
+    places: dict[_Model, set[str]] = {}
+    for job in _in_order(session, batch_ids, only):
+        model = (job.model, job.revision)
+        if model not in places and len(places) == most:
+            return ModelPage(rows=_rows(session, places, batch_ids, only), has_more=True)
+        places.setdefault(model, set()).add(job.location)
+    return ModelPage(rows=_rows(session, places, batch_ids, only), has_more=False)
+
+
+def _in_order(
+    session: Session, batch_ids: Collection[int], only: ResultFilter
+) -> Iterator[Row[int, int, str, str, str | None]]:
+    last = 0
+    while ids := first_jobs(
+        session, VALUES_AT_ONCE, batch_ids=batch_ids, conditions=[Job.id > last, *only.conditions()]
+    ):
+        yield from session.execute(_NAMES.where(Job.id.in_(ids)).order_by(Job.id))
+        last = ids[-1]
+
+
+def _rows(
+    session: Session, places: dict[_Model, set[str]], batch_ids: Collection[int], only: ResultFilter
+) -> list[ResultRow]:
+    """Also those of jobs that were submitted long after the first of their model. Found by their location, which has
+    an index; the name has none."""
+    batches, found = set(batch_ids), list[int]()
+    for locations in in_chunks(sorted(set().union(*places.values()))):
+        for job in session.execute(_NAMES.where(Job.location.in_(locations), *only.conditions())):
+            if (job.model, job.revision) in places and (not batches or job.batch_id in batches):
+                found.append(job.id)
+    return [row for ids in in_chunks(sorted(found)) for row in find_results(session, job_ids=ids)]

@@ -1,0 +1,37 @@
+"""Failures that several jobs share, so that each is said once with the jobs that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qbatch.views.formats import printable
+
+_JOBS_NAMED = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFailure:
+    """What went wrong, and the jobs that it ended, in the order given."""
+
+    job_ids: Sequence[str]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{name_jobs(self.job_ids)}: {printable(self.text)} (see `qbatch logs {self.job_ids[0]}`)"
+
+
+def shared_failures(failures: Iterable[tuple[str, str]]) -> list[SharedFailure]:
+    """``failures``: a job's id and what ended it. Failures with the same text are one."""
+    jobs: dict[str, list[str]] = {}
+    for job_id, text in failures:
+        jobs.setdefault(text, []).append(job_id)
+    return [SharedFailure(job_ids=job_ids, text=text) for text, job_ids in jobs.items()]
+
+
+def name_jobs(job_ids: Sequence[str], most: int = _JOBS_NAMED) -> str:
+    """``j1, j2, j3 and 97 more``"""
+    # One more id is not longer than the words for it.
+    shown = job_ids if len(job_ids) <= most + 1 else job_ids[:most]
+    more = len(job_ids) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
