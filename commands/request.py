@@ -74,10 +74,10 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
+    recovery_texts, recoveries = _recoveries(options)
     measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
     schemes = joined(options["schemes"])
     bound = _bound(options, is_asked=AUTO in schemes)
-    recovery_texts, recoveries = _recoveries(options)
     grid = Grid(
         bits=joined(options["bits"]),
         quant_types=_quant_types(options["quant_types"]),
@@ -96,8 +96,8 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         new_tokens=joined(options["new_tokens"]),
         **_parts(measure, why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
-        bound=bound,
         recoveries=recoveries,
+        bound=bound,
     )
     if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
@@ -113,8 +113,8 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             grid=grid,
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
-            search_text=search_text,
             recovery_texts=recovery_texts,
+            search_text=search_text,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
             task_limit=options["task_limit"],
@@ -124,24 +124,6 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         )
 
     return asked
-
-
-def _bound(options: Mapping[str, Any], *, is_asked: bool) -> Bound | None:
-    """What --scheme auto must keep to. Raises UsageError for none or several, and for one without --scheme auto."""
-    given = {name: options[name] for name in ("max_kl", "max_ppl_ratio", "max_weights_bytes")}
-    if is_asked:
-        return Bound(**given)
-    for name, value in given.items():
-        if value is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} applies only to --scheme auto, which was not asked for")
-    return None
-
-
-def _search_text() -> Path:
-    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
-
-    return DEFAULT_SEARCH_TEXT
 
 
 def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Recovery, ...]]:
@@ -171,6 +153,24 @@ def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Reco
         texts |= {sha256: text} if kind.reads_text else {}
         asked += [Recovery.of(kind, rank, sha256, steps) for rank in ranks]
     return tuple(texts.values()), tuple(dict.fromkeys(asked))
+
+
+def _bound(options: Mapping[str, Any], *, is_asked: bool) -> Bound | None:
+    """What --scheme auto must keep to. Raises UsageError for none or several, and for one without --scheme auto."""
+    given = {name: options[name] for name in ("max_kl", "max_ppl_ratio", "max_weights_bytes")}
+    if is_asked:
+        return Bound(**given)
+    for name, value in given.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} applies only to --scheme auto, which was not asked for")
+    return None
+
+
+def _search_text() -> Path:
+    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
+
+    return DEFAULT_SEARCH_TEXT
 
 
 def _is_terminal(models_file: str | None) -> bool:

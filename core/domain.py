@@ -421,9 +421,10 @@ class JobSpec:
     @property
     def text_hashes(self) -> tuple[str, ...]:
         """The sha256 of each stored text that the job needs."""
-        searched = None if self.search is None else self.search.protocol.text_sha256
-        recovered = None if self.scheme.recovery is None else self.scheme.recovery.text_sha256
-        return (*self.protocol.text_hashes, *(text for text in (searched, recovered) if text is not None))
+        searched = () if self.search is None else (self.search.protocol.text_sha256,)
+        recovery = self.scheme.recovery
+        recovered = () if recovery is None or recovery.text_sha256 is None else (recovery.text_sha256,)
+        return (*self.protocol.text_hashes, *searched, *recovered)
 
 
 Token = tuple[int, int]

@@ -24,8 +24,8 @@ class Settled:
     """A job whose source and device kind are known, so that none of its options is AUTO.
 
     ``key`` identifies the checkpoint: a hash of source, scheme, dtype, device kind, and the library versions that
-    write it. Of a search it identifies what the search measures: a hash of the same and of its protocol. Where
-    it is an adapter, ``base_key`` is that of the checkpoint that it belongs to.
+    write it. Where it is an adapter, ``base_key`` is that of the checkpoint that it belongs to. Of a search the key
+    identifies what the search measures: a hash of the same and of its protocol.
     """
 
     dtype: DType

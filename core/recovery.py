@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -79,6 +79,12 @@ class Recovery:
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def find(cls, stored: Mapping[str, Any]) -> Self | None:
+        """The recovery of a stored row; None if only newer code knows such."""
+        known = {field.name for field in fields(cls)}
+        return cls.from_json(stored) if stored.get("kind") in [*RecoveryKind] and stored.keys() <= known else None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

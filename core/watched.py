@@ -20,9 +20,9 @@ class WatchedJob:
     job_id: str
     model: str
     method: str
+    recovery: str | None = None
     mixture: MixtureOrigin = field(default_factory=MixtureOrigin)
     has_found: bool = False
-    recovery: str | None = None
     state: JobState
     stage: str | None = None
     progress: JobProgress = field(default_factory=JobProgress)

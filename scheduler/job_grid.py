@@ -25,9 +25,9 @@ class Grid:
     """What to do to each model of a list.
 
     ``bits`` ask for the methods that are usual, of several with as many bits for those in ``quant_types`` (empty: the
-    first); ``methods`` ask for others by name. ``options`` are the methods' own. ``bound`` asks for the layers that a
-    checkpoint of 4 bits must leave at 16 to keep to it. ``recoveries`` are the adapters that are made for each scheme
-    that can have some, besides its plain checkpoint. An empty tuple of a shape's sizes is the device's default, and
+    first); ``methods`` ask for others by name. ``options`` are the methods' own. ``recoveries`` are the adapters that
+    are made for each scheme that can have some, besides its plain checkpoint. ``bound`` asks for the layers that a
+    checkpoint of 4 bits must leave at 16 to keep to it. An empty tuple of a shape's sizes is the device's default, and
     so is None for a part of the measurement.
     """
 
@@ -51,8 +51,8 @@ class Grid:
     why: bool | None = None
     energy: bool | None = None
     share_speed: bool | None = None
-    bound: Bound | None = None
     recoveries: tuple[Recovery, ...] = ()
+    bound: Bound | None = None
 
     def __post_init__(self) -> None:
         if not self.bits and not self.methods and self.bound is None:
@@ -125,6 +125,11 @@ class Grid:
         quantized = [scheme for method in self._methods() for scheme in self._with_recoveries(self._scheme(method))]
         return (*([BASELINE] if self._wants_baseline else []), *quantized)
 
+    def _with_recoveries(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        if scheme.description.is_recoverable:
+            yield from (replace(scheme, recovery=recovery) for recovery in self.recoveries)
+
     def every_scheme(self) -> tuple[Scheme, ...]:
         """With those of which mixtures are looked for."""
         return (*self.schemes(), *self._searched())
@@ -136,11 +141,6 @@ class Grid:
         """The methods of ``every_scheme``, without the baseline."""
         searched = self._of_bits(_SEARCHED_BITS) if self.bound is not None else ()
         return list(dict.fromkeys([*self._methods(), *searched]))
-
-    def _with_recoveries(self, scheme: Scheme) -> Iterator[Scheme]:
-        yield scheme
-        if scheme.description.is_recoverable:
-            yield from (replace(scheme, recovery=recovery) for recovery in self.recoveries)
 
     def _methods(self) -> list[Method]:
         """The requested methods, without the baseline."""

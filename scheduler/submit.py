@@ -53,8 +53,8 @@ class Submission:
     grid: Grid
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
-    search_text: str = ""
     recovery_texts: tuple[str, ...] = ()
+    search_text: str = ""
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
     task_limit: int | None = None
@@ -184,8 +184,7 @@ def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
         searched = [submission.search_text] if submission.search_text else []
-        own = (submission.eval_text, *submission.more_texts.values())
-        for text in (*own, *searched, *submission.recovery_texts):
+        for text in (submission.eval_text, *submission.more_texts.values(), *searched, *submission.recovery_texts):
             add_text(session, text_sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)

@@ -199,9 +199,9 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{_name(row)}: {warning}."
+    yield from recovery_remarks(group.rows)
     if ship is not None and is_gone(ship):
         yield f"{_name(ship)}: {GONE}."
-    yield from recovery_remarks(group.rows)
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)

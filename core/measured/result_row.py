@@ -115,4 +115,4 @@ class ResultRow(Figures):
     def recovery(self) -> Recovery | None:
         """The adapter that it was measured with."""
         stored = self.options.get("recovery")
-        return None if stored is None else Recovery.from_json(stored)
+        return None if stored is None else Recovery.find(stored)

@@ -219,7 +219,7 @@ def _full_disk(*_args: object, **_kwargs: object) -> None:
     raise DiskFull("no space")
 
 
-def test_a_text_that_shares_a_passage_with_an_evaluation_text_trains_nothing(source: Path) -> None:
+def test_a_text_that_shares_a_passage_with_another_trains_nothing(source: Path) -> None:
     ear = train(source, f"{TRAINED_TEXT}\n{TEXT}")
     assert ear.failed() == {QLORA: "unsupported"}
     assert "the recovery text shares 13 tokens in a row with an evaluation text" in failures(ear)[QLORA]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,15 +86,17 @@ def test_training_leaves_less_than_the_factors_that_it_begins_with(work: Recover
 def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_path: Path) -> None:
     trained(work, tmp_path / "whole", tmp_path / "one")
 
-    class Killed(Exception):
-        pass
-
     def die(step: str) -> None:
         if step.startswith("recovering, step 7 "):
-            raise Killed
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(Killed):
-        trained(work, tmp_path / "killed", tmp_path / "other", die)
+    child = os.fork()
+    if child == 0:
+        try:
+            trained(work, tmp_path / "killed", tmp_path / "other", die)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     state = KeptState(folder=tmp_path / "other").read()
     assert state is not None
     assert state.steps == 6
@@ -118,6 +122,17 @@ def test_a_state_that_cannot_be_read_is_begun_anew(tmp_path: Path, caplog: pytes
     kept.remove()
     assert not kept.folder.exists()
     kept.remove()
+
+
+def test_a_state_that_would_run_code_is_begun_anew(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "kept").mkdir()
+    torch.save({"steps": Hostile(), "factors": {}, "optimizer": {}}, tmp_path / "kept" / "state.pt")
+    assert KeptState(folder=tmp_path / "kept").read() is None
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_predicts_no_text_is_not_trained(tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ class Publication:
                 else:
                     with self._reports.failing(own_ids):
                         is_alone = all(future.done() for *_, future in futures)
-                        audit = self._audit(outcome, plans, own_ids if is_alone else None)
+                        # With an adapter, what is measured is not what was tried.
+                        is_measured = all(plan.claim.spec.scheme.recovery is None for plan in plans)
+                        audit = self._audit(outcome, plans, own_ids if is_alone and is_measured else None)
                         futures.append((outcome, plans, pool.submit(self._publish, outcome, audit, plans[0], confirm)))
                 if not unwritten:
                     self._reports.enter((plan.job_id for _, plans, _ in futures for plan in plans), Stage.PUBLISHING)
