@@ -34,7 +34,12 @@ def slugs(asked: Submission) -> list[str]:
         ([], [], ()),
         (["--recover", "svd"], ["svd-r8"], ()),
         (["--recover", "svd,svd-act,svd"], ["svd-r8", "svd-act-r8"], (SEARCH_TEXT,)),
-        (["--recover", "svd-act", "--recover-rank", "8,2,8"], ["svd-act-r8", "svd-act-r2"], (SEARCH_TEXT,)),
+        (["--recover", "svd", "--recover", "svd-act"], ["svd-r8", "svd-act-r8"], (SEARCH_TEXT,)),
+        (
+            ["--recover", "svd-act", "--recover-rank", "8,2", "--recover-rank", "8"],
+            ["svd-act-r8", "svd-act-r2"],
+            (SEARCH_TEXT,),
+        ),
     ],
 )
 def test_adapters_are_asked_for_by_kind_and_rank(
