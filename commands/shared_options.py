@@ -205,8 +205,8 @@ def request_options(command: Command) -> Command:
             metavar="KIND",
             help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
             "took (needs qbatch[recover]); a comma list, may be repeated. svd: factors of each weight's error. "
-            "svd-act: the same, weighted by what the layers read on a text that comes with qbatch. qlora: factors trained to "
-            "give the outputs of the unquantized model on --recover-text, in --recover-steps steps.",
+            "svd-act: the same, weighted by what the layers read on a text that comes with qbatch. qlora: factors "
+            "trained to give the outputs of the unquantized model on --recover-text, in --recover-steps steps.",
         ),
         click.option(
             "--recover-rank",
