@@ -160,6 +160,7 @@ def test_a_shell_completes_jobs_schemes_and_loaders() -> None:
         assert completions([command], "")[:2] == ["latest", "b3"], "there are too many jobs for a list of everything"
     assert completions(["submit", "m", "--scheme"], "bnb-nf4,bnb-i") == ["bnb-nf4,bnb-int8"]
     assert completions(["results", "--scheme"], "non") == ["none"]
+    assert completions(["submit", "m", "--scheme"], "au") == ["auto"]
     assert completions(["submit", "m", "--measure"], "size,qu") == ["size,quality"]
     assert completions(["verify", "--for"], "peft,vl") == ["peft,vllm"]
 

@@ -102,7 +102,9 @@ class Bundle:
                 if key in published or members[0].settled.scheme.is_baseline
             ],
         )
-        LayerSearches(self._order, self._reports, source, self._device).run([plan for plan in plans if plan.searches])
+        if searches := [plan for plan in plans if plan.searches]:
+            self._loaded.unload()  # the model that was measured last
+            LayerSearches(self._order, self._reports, source, self._device).run(searches)
 
     def _publish(
         self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
@@ -114,6 +116,7 @@ class Bundle:
         )
         adapted = {key: members for key, members in models.items() if members[0].settled.scheme.recovery is not None}
         if adapted:
+            # A checkpoint that was tried for a job with an adapter is not the model that this job measures.
             self._loaded.unload()
         return published | AdapterPublication(*place).publish_all(adapted, published, paths)
 

@@ -64,7 +64,11 @@ from qbatch.worker.serving.usable_folders import check_environment
 
 log = logging.getLogger("qbatch.worker")
 
-_PRELOAD = ["qbatch.worker.serving.ignore_sigterm", "qbatch.worker.serving.runner_imports"]
+_PRELOAD = [
+    "qbatch.worker.serving.ignore_sigterm",
+    "qbatch.worker.serving.quick_end",
+    "qbatch.worker.serving.runner_imports",
+]
 # A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
 _PRELOAD_ON_CPU = [*_PRELOAD, "qbatch.worker.serving.cpu_runner_imports"]
 _DATABASE_RETRY_S = 2.0
