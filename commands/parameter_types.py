@@ -125,7 +125,10 @@ class Recoveries(click.ParamType[tuple[RecoveryKind, ...]]):
         names = [part.strip() for part in str(value).split(",")]
         if unknown := [name for name in names if name not in [*RecoveryKind]]:
             self.fail(f"{_shorten(unknown[0])} is not a kind of adapter (use {' or '.join(RecoveryKind)})", param, ctx)
-        return tuple(map(RecoveryKind, dict.fromkeys(names)))
+        return tuple(map(RecoveryKind, names))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([kind.value for kind in RecoveryKind], incomplete)
 
 
 class ColumnNames(click.ParamType[tuple[str, ...]]):

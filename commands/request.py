@@ -131,7 +131,8 @@ def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Reco
     from qbatch.scheduler.submit import text_sha256
     from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
-    kinds, ranks = options["recover"] or (), options["recover_rank"] or (DEFAULT_RANK,)
+    kinds = tuple(dict.fromkeys(joined(options["recover"])))
+    ranks = joined(options["recover_rank"]) or (DEFAULT_RANK,)
     file, steps = options["recover_text"], options["recover_steps"]
     is_trained = any(kind.is_trained for kind in kinds)
     if options["recover_rank"] and not kinds:

@@ -201,16 +201,18 @@ def request_options(command: Command) -> Command:
         click.option(
             "--recover",
             type=Recoveries(),
+            multiple=True,
             metavar="KIND",
             help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
-            "took (needs qbatch[recover]), as a comma list. svd: factors of each weight's error. svd-act: the same, "
-            "weighted by what the layers read on a text that comes with qbatch. qlora: factors trained to give the "
-            "outputs of the unquantized model on --recover-text, in --recover-steps steps.",
+            "took (needs qbatch[recover]); a comma list, may be repeated. svd: factors of each weight's error. "
+            "svd-act: the same, weighted by what the layers read on a text that comes with qbatch. qlora: factors "
+            "trained to give the outputs of the unquantized model on --recover-text, in --recover-steps steps.",
         ),
         click.option(
             "--recover-rank",
             type=Counts(1),
-            help="The rank of the adapters; several, separated by commas, are made one by one.  "
+            multiple=True,
+            help="The rank of the adapters; several, separated by commas, are made one by one. May be repeated.  "
             f"[default: {DEFAULT_RANK}]",
         ),
         click.option(

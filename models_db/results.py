@@ -17,6 +17,7 @@ from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_protocol import StoredProtocol
+from qbatch.core.storage import base_path
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
@@ -170,7 +171,12 @@ def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[Re
     baselines = _baselines(session, [job for job, _ in rows])
     found = [_row(job, result, baselines) for job, result in rows]
     gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
-    return [replace(row, checkpoint_path=None) if row.checkpoint_path in gone else row for row in found]
+    return [replace(row, checkpoint_path=None) if _is_gone(row.checkpoint_path, gone) else row for row in found]
+
+
+def _is_gone(path: str | None, gone: Collection[str]) -> bool:
+    """Whether a checkpoint, or the one that an adapter belongs to, is known to be off the storage."""
+    return path is not None and (path in gone or base_path(path) in gone)
 
 
 def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:

@@ -222,6 +222,7 @@ def test_a_result_answers_only_while_both_are_there(database: Database, settings
         checkpoints.note_presence(session, gone=[pair.base], present=[])
     with database.write() as session:
         assert find_finished(session, asked, device_names=None) == {}
+        assert [row.checkpoint_path for row in find_results(session)] == [None, None]
         assert results.keep(session, {pair.adapted}) == set()
 
 

@@ -12,7 +12,7 @@ import click
 import pytest
 
 from qbatch.cli import SECTIONS, main
-from qbatch.commands.parameter_types import Bits, ColumnNames, Counts, Parts, Patterns, Schemes
+from qbatch.commands.parameter_types import Bits, ColumnNames, Counts, Parts, Patterns, Recoveries, Schemes
 from qbatch.core.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -63,7 +63,7 @@ def test_every_option_shows_its_default() -> None:
 
 def test_no_list_is_replaced_by_a_later_one() -> None:
     """Of an option that is given twice, click keeps the last value unless the option may be repeated."""
-    lists = (Bits, Schemes, ColumnNames, Parts, Patterns, Counts)
+    lists = (Bits, Schemes, Recoveries, ColumnNames, Parts, Patterns, Counts)
     names = ("--model", "--device", "--batch", "--for", "--gpus", "--tasks", "--eval-text", "--quant-type")
     once = [
         name

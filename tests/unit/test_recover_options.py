@@ -20,7 +20,10 @@ SEARCH_TEXT = DEFAULT_SEARCH_TEXT.read_text(encoding="utf-8")
 def submission(folder: Path, *arguments: str) -> Submission:
     models = folder / "models.txt"
     models.write_text("org/a\n")
-    context = submit.make_context("submit", ["--models", str(models), "--bits", "4", *arguments])
+    # Without its names, the help option of every later test would lack one.
+    context = submit.make_context(
+        "submit", ["--models", str(models), "--bits", "4", *arguments], help_option_names=["-h", "--help"]
+    )
     return read_submission(Settings(home=folder, storage=folder, cache=folder), context.params)
 
 
@@ -34,7 +37,12 @@ def slugs(asked: Submission) -> list[str]:
         ([], [], ()),
         (["--recover", "svd"], ["svd-r8"], ()),
         (["--recover", "svd,svd-act,svd"], ["svd-r8", "svd-act-r8"], (SEARCH_TEXT,)),
-        (["--recover", "svd-act", "--recover-rank", "8,2,8"], ["svd-act-r8", "svd-act-r2"], (SEARCH_TEXT,)),
+        (["--recover", "svd", "--recover", "svd-act"], ["svd-r8", "svd-act-r8"], (SEARCH_TEXT,)),
+        (
+            ["--recover", "svd-act", "--recover-rank", "8,2", "--recover-rank", "8"],
+            ["svd-act-r8", "svd-act-r2"],
+            (SEARCH_TEXT,),
+        ),
     ],
 )
 def test_adapters_are_asked_for_by_kind_and_rank(
