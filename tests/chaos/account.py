@@ -32,7 +32,7 @@ _LATE = (*CHARGED, *UNCHARGED)
 
 _ENTERED = re.compile(
     r"(?P<at>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) qbatch\.runner INFO (?P<jobs>j\d+(?:, j\d+)*): "
-    r"(?:fetching|quantizing|publishing|loading|benchmarking)"
+    r"(?:fetching|quantizing|publishing|loading|benchmarking|searching)"
 )
 _CLOCK_SLACK_S = 0.5
 
@@ -103,8 +103,8 @@ def _check_job(
     name = f"j{job.id}"
     changes = [attempt for attempt in attempts if attempt.outcome == SOURCE_CHANGED]
     is_failed_of_it = job.state == JobState.FAILED and job.error_kind == SOURCE_CHANGED
-    # The first time it begins once more.
-    failed_rightly = may_fail and is_failed_of_it and len(changes) >= 2
+    # The first time it begins once more. A search that is over fails with the job that publishes what it found.
+    failed_rightly = may_fail and is_failed_of_it and (len(changes) >= 2 or job.search_id is not None)
     account.expect(
         job.state == JobState.SUCCEEDED or failed_rightly,
         f"{name} is {job.state}: {job.error_kind} {job.error_message} ({job.stage})",
