@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test loaders chaos lint docs seed-table bench clean
+.PHONY: help install demo check unit test loaders chaos lint docs seed-table bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,11 @@ demo: install ## make two small models, quantize and measure them: no server, GP
 # for leases to run out.
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-check: lint ## style, types and the unit tests: for every change, in two minutes
+check: install ## style, types and the unit tests: for every change, in two minutes
+	$(MAKE) --jobs 2 lint unit
+
+# Beside the check of types, which keeps one core busy.
+unit: install
 	$(PYTEST) -m "not gpu and not slow" --numprocesses 2 tests/unit
 
 # The page of a report is opened in a browser where there is one: pip cannot install it.
@@ -79,6 +83,7 @@ bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.database
 	$(BIN)/python -m benchmarks.submit
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.long_lived
 
 clean: ## remove generated files, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import click
@@ -22,40 +23,48 @@ if __name__ != "qbatch.cli":
     raise ImportError("import this module as qbatch.cli, not under another name")
 
 
-_MODULES = {
-    "submit": "submission",
-    "plan": "planning_ahead",
-    "run": "submission",
-    "wait": "waiting",
-    "watch": "waiting",
-    "up": "services",
-    "worker": "services",
-    "scheduler": "services",
-    "flower": "services",
-    "healthcheck": "services",
-    "status": "queue_state",
-    "jobs": "queue_state",
-    "workers": "queue_state",
-    "cancel": "job_changes",
-    "retry": "job_changes",
-    "results": "measurements",
-    "compare": "measurements",
-    "diff": "measurements",
-    "report": "reporting",
-    "show": "measurements",
-    "logs": "job_logs",
-    "doctor": "examining",
-    "inspect": "examining",
-    "verify": "examining",
-    "card": "model_cards",
-    "du": "storage_space",
-    "gc": "storage_space",
-    "keep": "storage_space",
-    "rm": "storage_space",
-    "prune": "maintenance",
-    "db": "maintenance",
+SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "Submit and watch": {
+        "submit": "submission",
+        "plan": "planning_ahead",
+        "inspect": "examining",
+        "run": "submission",
+        "watch": "waiting",
+        "wait": "waiting",
+        "status": "queue_state",
+        "jobs": "queue_state",
+        "workers": "queue_state",
+        "logs": "job_logs",
+        "cancel": "job_changes",
+        "retry": "job_changes",
+    },
+    "Results": {
+        "results": "measurements",
+        "compare": "measurements",
+        "diff": "measurements",
+        "show": "measurements",
+        "report": "reporting",
+    },
+    "Checkpoints": {
+        "verify": "examining",
+        "card": "model_cards",
+        "du": "storage_space",
+        "gc": "storage_space",
+        "keep": "storage_space",
+        "rm": "storage_space",
+    },
+    "Run the service": {
+        "up": "services",
+        "worker": "services",
+        "scheduler": "services",
+        "flower": "services",
+        "healthcheck": "services",
+        "doctor": "examining",
+        "prune": "maintenance",
+        "db": "maintenance",
+    },
 }
-"""The module of each command."""
+"""The module of each command, in the sections and the order in which help lists them."""
 
 # As shells call what SIGPIPE has ended.
 _NOBODY_READS = 141
@@ -65,6 +74,15 @@ _YOUNG_OBJECTS = 100_000
 
 class _Group(click.Group):
     """Turns a domain error into one line and its exit code; never a traceback for what a user can cause."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in commands])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # Nearly all objects of a command's imports stay: the usual way is to look through them a hundred times.
@@ -105,7 +123,7 @@ def _leave_closed(*streams: TextIO) -> None:
 
 @click.group(
     cls=_Group,
-    commands=LazyCommands(_MODULES),
+    commands=LazyCommands({name: module for section in SECTIONS.values() for name, module in section.items()}),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="qbatch")

@@ -34,7 +34,7 @@ from qbatch.core.errors import one_line
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests.bundles import TEXT_HASH, Ear, an_order
 from tests.reference import contents, save_reference
 from tests.shrunk import make, shrunk_config
@@ -231,7 +231,7 @@ def bundle(source: Path) -> Ear:
     order = an_order(source.parent, claims, device_name="a CPU")
     ear = Ear()
     with patch.object(ProtocolOptions, "for_device", lambda _options, _kind: protocol):
-        Bundle(order, ear, Quiet()).run()
+        Bundle(order, ear, TimingPauses()).run()
     return ear
 
 

@@ -272,7 +272,7 @@ def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> An
             compute_dtype=dtype,
             protocol=requested,
             eval_text="",
-            task_texts={},
+            texts={},
             on_step=report,
         )
     )

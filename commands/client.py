@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Of the command: where the models come from, how it prints, and what it does besides storing.
 _OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
+_ROWS_SHOWN = 20
 _NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
 
 
@@ -71,7 +72,10 @@ class ResultRows(Sequence[ResultRow]):
         return iter(self._rows)
 
     def __repr__(self) -> str:
-        return f"<ResultRows of {len(self._rows)} jobs>"
+        shown = [f"  {row!r}" for row in self._rows[:_ROWS_SHOWN]]
+        if len(self._rows) > _ROWS_SHOWN:
+            shown.append(f"  and {len(self._rows) - _ROWS_SHOWN} more")
+        return "\n".join([f"<ResultRows of {len(self._rows)} jobs>", *shown])
 
     def frame(self) -> pandas.DataFrame:
         """A pandas frame with the columns of ``qbatch results --json``. Raises ImportError without pandas."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qbatch.commands.completion import complete_loaders, complete_path, complete_target_or_folder
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import format_options
 from qbatch.commands.targets import find_targets
@@ -61,7 +62,7 @@ def _cpu_check(*, measure: bool) -> Check:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_path)
 @format_options("table", "json", "csv")
 def inspect(model: str, format_: str) -> None:
     """Show a model's dtype, parameter count and size, read from its file headers alone."""
@@ -81,12 +82,13 @@ def inspect(model: str, format_: str) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH|JOB]...")
+@click.argument("targets", nargs=-1, metavar="[CHECKPOINT|BATCH|JOB]...", shell_complete=complete_target_or_folder)
 @click.option(
     "--for",
     "loaders",
     multiple=True,
     metavar="LOADERS",
+    shell_complete=complete_loaders,
     help="Report instead how these loaders would load the checkpoints, judged from config, headers and tensor names "
     "alone: transformers, peft, fsdp, vllm, sglang, gguf, sentence-transformers. Separate several "
     "with commas; may be repeated.",
@@ -101,6 +103,7 @@ def inspect(model: str, format_: str) -> None:
 @click.option(
     "--python",
     metavar="PATH",
+    shell_complete=complete_path,
     help="With --try: the interpreter of an environment in which the loaders are installed.",
 )
 @format_options("table", "json", "csv")
@@ -127,7 +130,7 @@ def verify(targets: Sequence[str], loaders: Sequence[str], tries: bool, python: 
         problems = problems_of(folder)
         state = "sound" if not problems else "damaged" if folder.is_dir() else "gone"
         rows.append({"checkpoint": str(folder), "state": state, "problems": problems})
-        if problems and format_ == "table":
+        if state == "damaged" and format_ == "table":
             click.echo("\n".join(escape_controls(f"{folder}: {problem}") for problem in problems), err=True)
     click.echo(render(rows, VERIFY_COLUMNS, format_))
     damaged = [Path(row["checkpoint"]) for row in rows if row["state"] == "damaged"]
@@ -159,12 +162,16 @@ def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | No
     from qbatch.core.errors import JobError
     from qbatch.core.loaders.known_loaders import judge_folder
     from qbatch.core.measured.loader_judgement import LoaderVerdict
+    from qbatch.core.storage import base_path
     from qbatch.views.formats import render
     from qbatch.views.loader_judgements import JudgedCheckpoint, judgement_text
 
     names = parse_loaders(loaders)
     judged: list[JudgedCheckpoint] = []
     for folder in folders:
+        if (base := base_path(folder.name)) is not None:
+            click.echo(escape_controls(f"{folder} is left out: it is an adapter, for PEFT to load on {base}"), err=True)
+            continue
         try:
             judgements = judge_folder(folder, names)
             tried = _try(folder, names, python) if python is not None else {}

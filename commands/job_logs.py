@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qbatch.commands.completion import complete_job
 from qbatch.commands.context import INTERRUPTED, current_settings, open_database
 from qbatch.commands.targets import find_job
 from qbatch.core.control_characters import escape_controls
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("job")
+@click.argument("job", shell_complete=complete_job)
 @click.option("-f", "--follow", is_flag=True, help="Print new lines as they come, until the job has ended.")
 @click.option(
     "--attempt",

@@ -49,27 +49,32 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
     A mark shows what `compare` recommends of each model, within --max-kl, --max-weights-bytes and --min-tokens-per-s if
     they are given. A baseline that a filter hides is still what the others are compared with.
     """
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_others, find_results
+    from qbatch.views.choices import told_apart_by_answers
     from qbatch.views.comparison import Preference
     from qbatch.views.results_table import ResultsScreen, TableLayout
 
     settings = current_settings()
     database = open_database(settings)
     ids, only = find_batches(database, batches), read_filter(options)
+    limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
+    preference = Preference(**limits)
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
-        has_hidden = limit is not None or not only.hides_nothing
-        others = find_others(session, rows) if has_hidden and format_ in ("table", "md") else []
+        has_hidden, has_marks = limit is not None or not only.hides_nothing, format_ in ("table", "md")
+        others = find_others(session, rows) if has_hidden and has_marks else []
+        alike = told_apart_by_answers([*others, *rows], preference) if has_marks else set()
+        rows, others = with_answers(session, rows, alike), with_answers(session, others, alike)
     if format_ == "table" and not rows and not only.hides_nothing:
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
-    limits = {name: options[name] for name in ("max_kl", "max_weights_bytes", "min_tokens_per_s")}
     layout = TableLayout(
         columns=joined(options["columns"]) or None,
         is_wide=options["is_wide"],
         has_legend=options["has_legend"],
         sort=sort,
     )
-    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=Preference(**limits), layout=layout)
+    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=preference, layout=layout)
     print_results(screen, format_)
 
 
@@ -93,6 +98,7 @@ def compare(
     limit on quality, a default limit is used and shown.
     """
     from qbatch.models_db.model_pages import results_of_first_models
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.views.compare import comparison
     from qbatch.views.comparison import Preference
@@ -103,7 +109,8 @@ def compare(
     limit = page_limit(limit, format_)
     with database.read() as session:
         page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
-    rows, chosen = placed(settings, page.rows), Preference(**preference)
+        rows = placed(settings, with_answers(session, page.rows))
+    chosen = Preference(**preference)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
     if page.has_more:
         click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
@@ -133,10 +140,13 @@ def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
 
 @click.command()
 @target_arguments
+@click.option("--all", "in_full", is_flag=True, help="Show everything, as JSON and CSV do anyway.")
 @format_options("table", "json", "csv")
-def show(targets: Sequence[str], format_: str) -> None:
-    """Show everything about a job, or about each job of a batch: attempts, scheme, protocol, measurements, audit, and
-    what limits its speed."""
+def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
+    """Show a job, or each job of a batch: how it went, its figures beside the baseline's, and what limits its speed.
+
+    With --all also its source, scheme, protocol, and versions, the coverage audit, and all that was measured.
+    """
     from qbatch.models_db.database_id import database_id
     from qbatch.models_db.job_pages import first_jobs
     from qbatch.models_db.job_record import whole_jobs
@@ -153,7 +163,8 @@ def show(targets: Sequence[str], format_: str) -> None:
     rows = placed(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
-    click.echo(show_jobs(whole) if format_ == "table" else render([job.to_json() for job in whole], (), format_))
+    data = [job.to_json() for job in whole]
+    click.echo(show_jobs(whole, in_full=in_full) if format_ == "table" else render(data, (), format_))
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:

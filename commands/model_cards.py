@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import click
 
-from qbatch.commands.completion import complete_batch
+from qbatch.commands.completion import complete_target
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.targets import find_targets
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[BATCH|JOB]...", shell_complete=complete_batch)
+@click.argument("targets", nargs=-1, metavar="[BATCH|JOB]...", shell_complete=complete_target)
 @click.option("--overwrite", is_flag=True, help="Also replace cards that qbatch did not write.")
 def card(targets: Sequence[str], overwrite: bool) -> None:
     """Write the model cards (README.md) of checkpoints from the database, without arguments of all of them.

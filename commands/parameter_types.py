@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from qbatch.commands.completion import complete_list
 from qbatch.core.byte_units import GIB, KIB, MIB
 from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.methods.registry import find_method
+from qbatch.core.methods.registry import Method, find_method
+from qbatch.core.recovery import RecoveryKind
 from qbatch.core.search.bound import AUTO
 
 Value = TypeVar("Value")
@@ -107,6 +110,23 @@ class Schemes(click.ParamType[tuple[str, ...]]):
         except UsageError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([*(method.value for method in Method), AUTO], incomplete)
+
+
+class Recoveries(click.ParamType[tuple[RecoveryKind, ...]]):
+    """A comma list of kinds of adapters."""
+
+    name = "recoveries"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[RecoveryKind, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [part.strip() for part in str(value).split(",")]
+        if unknown := [name for name in names if name not in [*RecoveryKind]]:
+            self.fail(f"{_shorten(unknown[0])} is not a kind of adapter (use {' or '.join(RecoveryKind)})", param, ctx)
+        return tuple(map(RecoveryKind, dict.fromkeys(names)))
+
 
 class ColumnNames(click.ParamType[tuple[str, ...]]):
     """A comma list of columns of results."""
@@ -114,16 +134,15 @@ class ColumnNames(click.ParamType[tuple[str, ...]]):
     name = "columns"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        from qbatch.views.result_columns import find_column
+        from qbatch.views.result_columns import chosen_columns
 
         if isinstance(value, tuple):
             return value
         names = tuple(part.strip() for part in str(value).split(","))
-        for name in names:
-            try:
-                find_column(name)
-            except UsageError as error:
-                self.fail(str(error), param, ctx)
+        try:
+            chosen_columns(names)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
         return names
 
 
@@ -141,6 +160,9 @@ class Parts(click.ParamType[frozenset[MeasuredPart]]):
             if name not in known:
                 self.fail(f"{_shorten(name)} cannot be measured (use {', '.join(known)})", param, ctx)
         return frozenset({MeasuredPart.SIZE, *(known[name] for name in names)})
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        return complete_list([part.value for part in MeasuredPart], incomplete)
 
 
 class Amount(click.FloatRange):

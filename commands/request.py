@@ -18,6 +18,7 @@ from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.registry import Method
+from qbatch.core.recovery import DEFAULT_RANK, Recovery, RecoveryKind
 from qbatch.core.search.bound import AUTO, Bound
 from qbatch.core.settings import Settings
 
@@ -73,6 +74,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
+    recovery_texts, recoveries = _recoveries(options)
     measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
     schemes = joined(options["schemes"])
     bound = _bound(options, is_asked=AUTO in schemes)
@@ -94,6 +96,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         new_tokens=joined(options["new_tokens"]),
         **_parts(measure, why=options["why"], energy=options["energy"]),
         share_speed=True if options["speed"] == OF_A_SHAPE else None,
+        recoveries=recoveries,
         bound=bound,
     )
     if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
@@ -110,6 +113,7 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
             grid=grid,
             eval_text=eval_text[1],
             more_texts=dict(more_texts),
+            recovery_texts=recovery_texts,
             search_text=search_text,
             tasks=tasks,
             num_fewshot=options["num_fewshot"],
@@ -120,6 +124,35 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
         )
 
     return asked
+
+
+def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Recovery, ...]]:
+    """The texts that adapters are made with, and the adapters that were asked for, each once. Raises UsageError."""
+    from qbatch.scheduler.submit import text_sha256
+    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
+
+    kinds, ranks = options["recover"] or (), options["recover_rank"] or (DEFAULT_RANK,)
+    file, steps = options["recover_text"], options["recover_steps"]
+    is_trained = any(kind.is_trained for kind in kinds)
+    if options["recover_rank"] and not kinds:
+        raise UsageError("--recover-rank is about adapters, which --recover asks for")
+    if not is_trained and (file is not None or steps is not None):
+        raise UsageError(f"--recover-text and --recover-steps are for --recover {RecoveryKind.QLORA}")
+    if is_trained and (file is None or steps is None):
+        raise UsageError(
+            f"--recover {RecoveryKind.QLORA} needs a text to train on and a number of steps: --recover-text "
+            "FILE --recover-steps N"
+        )
+    texts: dict[str, str] = {}
+    asked = []
+    for kind in kinds:
+        text = _read_text(file if kind.is_trained else str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT)
+        if kind.is_trained and not text.strip():
+            raise UsageError(f"the recovery text {file} is empty")
+        sha256 = text_sha256(text)
+        texts |= {sha256: text} if kind.reads_text else {}
+        asked += [Recovery.of(kind, rank, sha256, steps) for rank in ranks]
+    return tuple(texts.values()), tuple(dict.fromkeys(asked))
 
 
 def _bound(options: Mapping[str, Any], *, is_asked: bool) -> Bound | None:

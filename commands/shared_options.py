@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from qbatch.commands.completion import complete_batch
+from qbatch.commands.completion import complete_batch, complete_path, complete_target
 from qbatch.commands.parameter_types import (
     Amount,
     Bits,
@@ -17,6 +17,7 @@ from qbatch.commands.parameter_types import (
     Name,
     Parts,
     Patterns,
+    Recoveries,
     Schemes,
     TimeLimit,
 )
@@ -24,6 +25,7 @@ from qbatch.core.domain import LARGEST_ID
 from qbatch.core.kinds import DeviceKind, DType
 from qbatch.core.methods.description import MethodOption
 from qbatch.core.methods.registry import Method, every_option, known_bits, quant_types, selected_by_bits
+from qbatch.core.recovery import DEFAULT_RANK
 from qbatch.core.search.bound import AUTO
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -103,7 +105,7 @@ def with_all(options: Sequence[Callable[[Command], Command]], command: Command) 
 
 def target_arguments(command: Command) -> Command:
     """Add the argument BATCH|JOB..."""
-    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_batch)(
+    return click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB...", shell_complete=complete_target)(
         command
     )
 
@@ -148,11 +150,12 @@ def submit_options(command: Command) -> Command:
 def request_options(command: Command) -> Command:
     """Add the options that say what a batch does: those of ``submit``, but for how it prints."""
     options = [
-        click.argument("models", nargs=-1, metavar="[MODEL]..."),
+        click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_path),
         click.option(
             "--models",
             "models_file",
             metavar="FILE",
+            shell_complete=complete_path,
             help="A file with one MODEL per line: a hub id, perhaps with @revision, or a folder. - is standard input.",
         ),
         click.option(
@@ -195,6 +198,33 @@ def request_options(command: Command) -> Command:
             help=f"4-bit data types; repeat it or give a comma list.  [default: {next(iter(quant_types()))}]",
         ),
         *map(_method_option, every_option()),
+        click.option(
+            "--recover",
+            type=Recoveries(),
+            metavar="KIND",
+            help="For each 4-bit scheme, also make and measure an adapter that wins back a part of what quantizing "
+            "took (needs qbatch[recover]), as a comma list. svd: factors of each weight's error. svd-act: the same, "
+            "weighted by what the layers read on a text that comes with qbatch. qlora: factors trained to give the "
+            "outputs of the unquantized model on --recover-text, in --recover-steps steps.",
+        ),
+        click.option(
+            "--recover-rank",
+            type=Counts(1),
+            help="The rank of the adapters; several, separated by commas, are made one by one.  "
+            f"[default: {DEFAULT_RANK}]",
+        ),
+        click.option(
+            "--recover-text",
+            metavar="FILE",
+            help="The text that adapters are trained on (--recover qlora). It must share no 13 tokens in a row with an "
+            "evaluation text.",
+        ),
+        click.option(
+            "--recover-steps",
+            type=click.IntRange(1, _LARGEST),
+            metavar="INTEGER",
+            help="How many steps adapters are trained for, each on four windows of 256 tokens.",
+        ),
         click.option(
             "--compute-dtype",
             type=click.Choice([d.value for d in DType]),
@@ -257,6 +287,7 @@ def request_options(command: Command) -> Command:
             "eval_texts",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="The text to measure quality on: prose (the default), code, dialogue, or a text file; may be "
             "repeated. Speed is measured on the first.",
         ),
@@ -264,6 +295,7 @@ def request_options(command: Command) -> Command:
             "--tasks",
             multiple=True,
             metavar="NAME|FILE",
+            shell_complete=complete_path,
             help="lm-evaluation-harness tasks (needs qbatch[eval]): task names or your own YAML files, separated by "
             "commas; may be repeated.",
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbatch.commands.completion import complete_batch
+from qbatch.commands.completion import complete_target_or_folder
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.result_options import preference_options
@@ -22,6 +22,7 @@ from qbatch.core.settings import Settings
 if TYPE_CHECKING:
     from qbatch.worker.housekeeping.stale_files import Pruned
 
+_MOST_LISTED = 50
 _GROUPS = ("kind", "batch", "model", "scheme", "path")
 _yes = click.option("--yes", is_flag=True, help="Remove it. Without this option nothing is removed, only listed.")
 
@@ -83,7 +84,13 @@ def gc(older_than: float, yes: bool, format_: str) -> None:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True, metavar="BATCH|JOB|CHECKPOINT...", shell_complete=complete_batch)
+@click.argument(
+    "targets",
+    nargs=-1,
+    required=True,
+    metavar="BATCH|JOB|CHECKPOINT...",
+    shell_complete=complete_target_or_folder,
+)
 @_yes
 @format_options("table", "json", "csv")
 def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
@@ -122,6 +129,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     what batches that are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_results
     from qbatch.views.comparison import Preference
     from qbatch.views.unrecommended import unrecommended
@@ -132,7 +140,7 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     ids = find_batches(database, batches)
     _require_storage(settings)
     with database.read() as session:
-        found = unrecommended(find_results(session, batch_ids=ids), Preference(**preference))
+        found = unrecommended(with_answers(session, find_results(session, batch_ids=ids)), Preference(**preference))
         paths = frozenset(one.path for one in checkpoints_at(session, found.paths))
     for remark in found.remarks:
         click.echo(escape_controls(remark), err=True)
@@ -153,12 +161,27 @@ def _report(removed: Sequence[Pruned], format_: str, *, done: bool) -> None:
     from qbatch.views.listings import removal_columns
     from qbatch.views.units import show_bytes
 
-    click.echo(render([kind.to_json_with_paths() for kind in removed], removal_columns(done=done), format_))
+    is_table = format_ == "table"
+    # What there is none of is for programs.
+    rows = [kind.to_json_with_paths() for kind in removed if kind.number or not is_table]
     problems = [problem for kind in removed for problem in kind.problems]
+    nothing = is_table and not rows
+    click.echo("nothing to remove" if nothing else render(rows, removal_columns(done=done), format_))
+    if is_table:
+        _list_paths([path for kind in removed if kind.what != "logs" for path in kind.paths])
     _tell([*problems, *(line for kind in removed for line in kind.kept_lines)])
-    size = show_bytes(sum(kind.size_bytes or 0 for kind in removed))
-    _tell([f"{size} freed" if done else f"nothing was removed: with --yes, {size} would be freed"])
+    if not nothing:
+        size = show_bytes(sum(kind.size_bytes or 0 for kind in removed))
+        _tell([f"{size} freed" if done else f"nothing was removed: with --yes, {size} would be freed"])
     sys.exit(1 if problems else 0)
+
+
+def _list_paths(paths: Sequence[str]) -> None:
+    """What the table counts, but for logs. All of it is in the JSON."""
+    for path in paths[:_MOST_LISTED]:
+        click.echo(f"  {escape_controls(path)}")
+    if len(paths) > _MOST_LISTED:
+        click.echo(f"  and {len(paths) - _MOST_LISTED} more (--json lists all)")
 
 
 def _tell(lines: Iterable[str]) -> None:

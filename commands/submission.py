@@ -45,24 +45,32 @@ def submit(format_: str, wait_: bool, dry_run: bool, on_end: str | None, **optio
     settings = current_settings()
     submission = read_submission(settings, options, quiet=format_ == "quiet")
     database = open_database(settings)
-    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
-    batch = format_batch_id(receipt.batch_id)
+    receipt = _store(database, settings, submission, quiet=format_ == "quiet")
+    try:
+        if not wait_:
+            hint = _send(database, settings, receipt)
+            if hint is not None:
+                click.echo(hint, err=True)
+            _print_receipt(receipt, format_)
+            return
+        all_succeeded = _wait_for_stored(database, settings, receipt, format_, on_end=on_end)
+    except KeyboardInterrupt:
+        leave_running(database, settings, [receipt.batch_id])
+    _print_outcome(database, settings, receipt, format_)
+    sys.exit(0 if all_succeeded else 1)
+
+
+def _wait_for_stored(
+    database: Database, settings: Settings, receipt: Receipt, format_: str, *, on_end: str | None
+) -> bool:
+    """Send a batch, and wait for it. Returns whether all jobs succeeded. Raises StackNotRunning."""
+    hint = _send(database, settings, receipt)
     if hint is not None:
         click.echo(hint, err=True)
-    if wait_ and hint is not None:
         _print_receipt(receipt, format_)
-        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
-    if wait_:
-        click.echo(f"{batch}: {receipt.jobs} jobs", err=True)
-        try:
-            all_succeeded = wait_for_batches(
-                database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end
-            )
-        except KeyboardInterrupt:
-            leave_running(database, settings, [receipt.batch_id])
-        _print_outcome(database, settings, receipt, format_)
-        sys.exit(0 if all_succeeded else 1)
-    _print_receipt(receipt, format_)
+        raise StackNotRunning(_nobody_works_on(receipt))
+    click.echo(f"{format_batch_id(receipt.batch_id)}: {receipt.jobs} jobs", err=True)
+    return wait_for_batches(database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_end=on_end)
 
 
 @click.command()
@@ -90,18 +98,12 @@ def _run(
     settings: Settings, submission: Submission, format_: str, *, stack: LocalStack | None, on_end: str | None
 ) -> int:
     database = open_database(settings)
-    receipt, hint = _store(database, settings, submission, quiet=format_ == "quiet")
-    batch = format_batch_id(receipt.batch_id)
-    click.echo(_stored(receipt), err=True)
-    if hint is not None and stack is None:
-        click.echo(hint, err=True)
-        raise StackNotRunning(f"{batch} is stored, but nothing is running that could work on it: not waiting for it")
-    supervise = stack.supervise if stack is not None else None
+    receipt = _store(database, settings, submission, quiet=format_ == "quiet")
     try:
-        all_succeeded = wait_for_batches(
-            database, settings, [receipt.batch_id], quiet=format_ == "quiet", on_poll=supervise, on_end=on_end
-        )
+        quiet = format_ == "quiet"
+        all_succeeded = _run_stored(database, settings, receipt, quiet=quiet, stack=stack, on_end=on_end)
     except KeyboardInterrupt:
+        batch = format_batch_id(receipt.batch_id)
         stopped = f"stopped; {batch} is stored: `qbatch up` continues it, `qbatch cancel {batch}` cancels it"
         click.echo(what_goes_on(database, settings, [receipt.batch_id]) if stack is None else stopped, err=True)
         return INTERRUPTED
@@ -109,13 +111,27 @@ def _run(
     return 0 if all_succeeded else 1
 
 
-def _store(
-    database: Database, settings: Settings, submission: Submission, *, quiet: bool
-) -> tuple[Receipt, str | None]:
-    """Store a batch and send it to the workers.
+def _run_stored(
+    database: Database,
+    settings: Settings,
+    receipt: Receipt,
+    *,
+    quiet: bool,
+    stack: LocalStack | None,
+    on_end: str | None,
+) -> bool:
+    """Send a batch to the stack that runs, or to the one that was just started, and wait for it. Returns whether all
+    jobs succeeded. Raises StackNotRunning."""
+    click.echo(_stored(receipt), err=True)
+    hint = _send(database, settings, receipt)
+    if hint is not None and stack is None:
+        click.echo(hint, err=True)
+        raise StackNotRunning(_nobody_works_on(receipt))
+    supervise = stack.supervise if stack is not None else None
+    return wait_for_batches(database, settings, [receipt.batch_id], quiet=quiet, on_poll=supervise, on_end=on_end)
 
-    Returns the receipt, and None or, if nothing can run the batch now, a sentence that says what will.
-    """
+
+def _store(database: Database, settings: Settings, submission: Submission, *, quiet: bool) -> Receipt:
     from qbatch.scheduler.submit import submit as store
 
     with progress_bar("storing", len(submission.sources), quiet=quiet) as on_progress:
@@ -128,7 +144,17 @@ def _store(
         )
     for warning, models in receipt.warnings.items():
         click.echo(escape_controls(warning if models == 1 else f"{models} models: {warning}"), err=True)
-    return receipt, send(database, settings) if _has_work(receipt) else None
+    return receipt
+
+
+def _send(database: Database, settings: Settings, receipt: Receipt) -> str | None:
+    """Send a batch to the workers. If nothing can run it now, return a sentence that says what will."""
+    return send(database, settings) if _has_work(receipt) else None
+
+
+def _nobody_works_on(receipt: Receipt) -> str:
+    batch = format_batch_id(receipt.batch_id)
+    return f"{batch} is stored, but nothing is running that could work on it: not waiting for it"
 
 
 def _has_work(receipt: Receipt) -> bool:
@@ -171,7 +197,10 @@ def _stored(receipt: Receipt) -> str:
 
 
 def _print_outcome(database: Database, settings: Settings, receipt: Receipt, format_: str) -> None:
+    from qbatch.models_db.question_answers import with_answers
     from qbatch.models_db.results import find_results
+    from qbatch.views.choices import told_apart_by_answers
+    from qbatch.views.comparison import Preference
     from qbatch.views.results_table import ResultsScreen
 
     if format_ == "quiet":
@@ -179,4 +208,5 @@ def _print_outcome(database: Database, settings: Settings, receipt: Receipt, for
         return
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
+        rows = with_answers(session, rows, told_apart_by_answers(rows, Preference()) if format_ == "table" else ())
     print_results(ResultsScreen(rows=placed(settings, rows)), format_)

@@ -17,6 +17,7 @@ from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.methods.description import MethodOption, OptionValue, T
 from qbatch.core.methods.registry import Description
 from qbatch.core.methods.registry import Method as Method
+from qbatch.core.recovery import Recovery
 from qbatch.core.search.search_request import SearchRequest
 
 
@@ -78,7 +79,8 @@ class Scheme:
 
     ``skip_modules`` is added to the modules that transformers leaves out by default. ``max_shard_bytes`` None means
     transformers' own default. ``own`` are the options of the method, as pairs of name and value; those left out are at
-    their defaults. ``Scheme.of`` takes both kinds by name.
+    their defaults. ``Scheme.of`` takes both kinds by name. With ``recovery`` it is a checkpoint of the scheme without,
+    its base, and an adapter beside it.
     """
 
     method: Method
@@ -86,6 +88,7 @@ class Scheme:
     skip_modules: tuple[str, ...] = ()
     max_shard_bytes: int | None = None
     own: tuple[tuple[str, OptionValue], ...] = ()
+    recovery: Recovery | None = None
 
     def __post_init__(self) -> None:
         stored = {option.name: option for option in self.description.stored_options}
@@ -98,6 +101,10 @@ class Scheme:
         self.description.check(values)
         if self.max_shard_bytes is not None and self.max_shard_bytes <= 0:
             raise UsageError(f"the shard size must be at least one byte, not {self.max_shard_bytes}")
+        if self.recovery is not None and not self.description.is_recoverable:
+            raise UsageError(
+                f"nothing can be recovered for {self.method}; only bitsandbytes' 4-bit methods have adapters"
+            )
         object.__setattr__(self, "own", tuple(sorted(values.items())))
 
     @classmethod
@@ -122,6 +129,11 @@ class Scheme:
     def is_baseline(self) -> bool:
         return self.method is Method.NONE
 
+    @property
+    def base(self) -> Self:
+        """The scheme of the checkpoint itself, without an adapter."""
+        return self if self.recovery is None else replace(self, recovery=None)
+
     def bits(self, dtype: DType) -> int:
         """Nominal bits of a weight: its method's, or for a baseline those of ``dtype`` (16 or 32)."""
         if self.description.bits is not None:
@@ -135,24 +147,28 @@ class Scheme:
         return replace(self, compute_dtype=dtype)
 
     def to_json(self) -> dict[str, Any]:
+        """Omits the recovery where there is none, so that the keys of stored checkpoints stay as they are."""
         return {
             "method": self.method,
             "compute_dtype": self.compute_dtype,
             "skip_modules": list(self.skip_modules),
             "max_shard_bytes": self.max_shard_bytes,
             **self.options,
+            **({} if self.recovery is None else {"recovery": self.recovery.to_json()}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
+        recovery = value.get("recovery")
         options = dict(value) | {
             "compute_dtype": DType(value["compute_dtype"]),
             "skip_modules": tuple(value["skip_modules"]),
+            "recovery": None if recovery is None else Recovery.from_json(recovery),
         }
         return cls.of(Method(options.pop("method")), **options)
 
 
-_COMMON_OPTIONS = ("compute_dtype", "skip_modules", "max_shard_bytes")
+_COMMON_OPTIONS = ("compute_dtype", "skip_modules", "max_shard_bytes", "recovery")
 BASELINE = Scheme(method=Method.NONE)
 
 
@@ -405,8 +421,10 @@ class JobSpec:
     @property
     def text_hashes(self) -> tuple[str, ...]:
         """The sha256 of each stored text that the job needs."""
-        own = () if self.search is None else (self.search.protocol.text_sha256,)
-        return (*self.protocol.text_hashes, *own)
+        searched = () if self.search is None else (self.search.protocol.text_sha256,)
+        recovery = self.scheme.recovery
+        recovered = () if recovery is None or recovery.text_sha256 is None else (recovery.text_sha256,)
+        return (*self.protocol.text_hashes, *searched, *recovered)
 
 
 Token = tuple[int, int]

@@ -1,16 +1,23 @@
-"""What a folder without a model holds instead, and which entry of a list would be right."""
+"""What a folder without a model holds instead, or a file is, and which entry of a list would be right."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODULES_NAME = "modules.json"
 _MAX_BYTES = 2**20
+# Of a folder that may have millions.
+_MOST_ENTRIES = 1000
+_MOST_NAMED = 3
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
+_GGUF = "GGUF, which qbatch does not read; use the model in safetensors that it was made from"
 
 
 def where_the_model_is(folder: Path) -> str:
@@ -18,7 +25,22 @@ def where_the_model_is(folder: Path) -> str:
     if (folder / ADAPTER_CONFIG).is_file():
         return f": {adapter_of(_read(folder / ADAPTER_CONFIG))}"
     inner = next((name for name in module_names(_read(folder / MODULES_NAME)) if _has_config(folder / name)), None)
-    return "" if inner is None else f": {inner_model(f'{folder}/{inner}')}"
+    if inner is not None:
+        return f": {inner_model(f'{folder}/{inner}')}"
+    entries = _entries(folder)
+    if any(entry.name.endswith(".gguf") for entry in entries):
+        return f": it holds {_GGUF}"
+    models = [entry.name for entry in entries if entry.is_dir() and _has_config(Path(entry.path))]
+    return f": {_models_within(sorted(models))}" if models else ""
+
+
+def not_a_folder(name: str) -> str:
+    """What to do with the file ``name``, which stands where a model should."""
+    if name.endswith(".gguf"):
+        return f"{name} is {_GGUF}"
+    if name.endswith(_WEIGHTS):
+        return f"{name} is a file; name the folder of its model: {Path(name).parent}"
+    return f"{name} is a file, not the folder of a model; a list of models is read with --models {name}"
 
 
 def adapter_of(config: Any) -> str:
@@ -37,6 +59,19 @@ def module_names(modules: Any) -> Iterator[str]:
     entries = modules if isinstance(modules, list) else []
     names = [str(entry.get("path")) for entry in entries if isinstance(entry, Mapping)]
     yield from (name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name))
+
+
+def _models_within(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"it holds folders that have one: {', '.join(names[:_MOST_NAMED])}{more}; list these"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(islice(entries, _MOST_ENTRIES))
+    except OSError:  # it is read only to give a hint
+        return []
 
 
 def _has_config(folder: Path) -> bool:

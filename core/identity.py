@@ -24,13 +24,15 @@ class Settled:
     """A job whose source and device kind are known, so that none of its options is AUTO.
 
     ``key`` identifies the checkpoint: a hash of source, scheme, dtype, device kind, and the library versions that
-    write it. Of a search it identifies what the search measures: a hash of the same and of its protocol.
+    write it. Where it is an adapter, ``base_key`` is that of the checkpoint that it belongs to. Of a search the key
+    identifies what the search measures: a hash of the same and of its protocol.
     """
 
     dtype: DType
     scheme: Scheme
     protocol: Protocol
     key: str
+    base_key: str | None = None
 
 
 def settle(
@@ -45,17 +47,33 @@ def settle(
     scheme = spec.scheme.resolved(dtype)
     hashed = scheme if skip_list is None else replace(scheme, skip_modules=skip_list)
     search = {} if spec.search is None else {"search": {"format": _SEARCH_FORMAT, **spec.search.protocol.to_json()}}
-    key = content_hash(
-        {
-            "fingerprint": fingerprint,
-            "scheme": hashed.to_json(),
-            "dtype": dtype,
-            "device": device_kind,
-            "versions": dict(writer_versions(scheme.method)),
-            **search,
-        }
+
+    def key_of(stored: Scheme) -> str:
+        return content_hash(
+            {
+                "fingerprint": fingerprint,
+                "scheme": stored.to_json(),
+                "dtype": dtype,
+                "device": device_kind,
+                "versions": dict(writer_versions(scheme.method)),
+                **search,
+            }
+        )
+
+    return Settled(
+        dtype=dtype,
+        scheme=scheme,
+        protocol=spec.protocol.for_device(device_kind),
+        key=key_of(hashed),
+        base_key=None if scheme.recovery is None else key_of(hashed.base),
     )
-    return Settled(dtype=dtype, scheme=scheme, protocol=spec.protocol.for_device(device_kind), key=key)
+
+
+def settle_base(settled: Settled) -> Settled:
+    """That of the checkpoint to which an adapter belongs; of any other it is the same."""
+    if settled.base_key is None:
+        return settled
+    return replace(settled, scheme=settled.scheme.base, key=settled.base_key, base_key=None)
 
 
 def source_fingerprint(stats: Mapping[str, FileStat], known: Mapping[FileStat, Checksums]) -> str | None:

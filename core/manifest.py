@@ -23,6 +23,7 @@ class Manifest:
     """The contents of a manifest that qbatch reads back.
 
     ``database`` is the id of the database whose job wrote the checkpoint; None if an older version wrote it.
+    ``base_key``: of an adapter, the key of the checkpoint that it belongs to.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Manifest:
     audit: Mapping[str, Any]
     quantize_s: float | None
     database: str | None = None
+    base_key: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -47,10 +49,12 @@ class Manifest:
             FileDigest(name=entry["name"], size=entry["size"], chunk_sha256=tuple(entry["chunk_sha256"]))
             for entry in value["files"]
         )
-        database = value.get("database")
+        database, base = value.get("database"), value.get("base")
+        base_key = base.get("key") if isinstance(base, dict) else None
         return cls(
             **{name: value[name] for name in _FIELDS} | {"files": files},
             database=database if isinstance(database, str) else None,
+            base_key=base_key if isinstance(base_key, str) else None,
         )
 
     @property

@@ -41,11 +41,15 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
 
     It is exact for architectures whose layers are known (``known_layers``): with double quantization, up to a few bytes
     for each quantized weight, which depend on the values. Of others it is judged by names which weights are quantized.
+    Where the scheme makes an adapter, the size is that of the adapter alone.
     """
     tensors = [tensor for header in headers for tensor in header.tensors]
     dtype = stored_dtype(asked, source_dtype(tuple(headers)))
     exact = _exactly(tensors, config, scheme, dtype)
     stored = exact if exact is not None else list(_roughly(tensors, config, scheme, dtype))
+    if scheme.recovery is not None:
+        factors = _factors(stored, scheme.recovery.rank, _NAMES[dtype])
+        return OutputSize(nbytes=files_bytes(factors, {}, None), off_by=None if exact is None else 0)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {}
     columns: dict[str, int | None] = {}
     for tensor in stored:
@@ -65,6 +69,16 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     return OutputSize(
         nbytes=files_bytes(parts, metadata, scheme.max_shard_bytes), off_by=may_vary if is_exact else None
     )
+
+
+def _factors(stored: Sequence[_Tensor], rank: int, dtype: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of an adapter, as PEFT names them."""
+    layers = [(tensor.name.removesuffix(".weight"), tensor.shape) for tensor in stored if tensor.is_quantized]
+    return {
+        f"base_model.model.{name}.lora_{letter}.weight": (dtype, factor)
+        for name, (rows, columns) in layers
+        for letter, factor in (("A", (rank, columns)), ("B", (rows, rank)))
+    }
 
 
 def _parts(tensor: _Tensor, scheme: Scheme, dtype: DType) -> Mapping[str, tuple[str, tuple[int, ...]]] | None:

@@ -22,7 +22,7 @@ def refuse_outside_roots(folder: Path, roots: Sequence[Path] | None) -> None:
         )
     allowed = [Path(os.path.realpath(root)) for root in roots]
     if not _is_in(folder, allowed):
-        raise UnsafeSource(f"{folder} is not in a folder of QBATCH_MODEL_ROOTS")
+        raise UnsafeSource(f"{folder} is not in a folder of QBATCH_MODEL_ROOTS ({', '.join(map(str, roots))})")
     for link in _links(folder):
         if not _is_in(link, allowed):
             raise UnsafeSource(f"{link} is a link to a place outside the folders of QBATCH_MODEL_ROOTS")

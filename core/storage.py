@@ -19,6 +19,8 @@ BASE_OUTPUTS = "base-logits"
 
 
 CHECKPOINTS = "checkpoints"
+ADAPTER_MARK = "+"
+"""In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
 ADOPTED = ".adopted"
 """The folder of marks that databases leave for checkpoints that another database made and that they use."""
 
@@ -102,6 +104,17 @@ def _names(folder: Path) -> set[str] | None:
         return {entry.name for entry in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return None if broken_link(folder) is not None else set()
+
+
+def with_adapter_mark(name: str, adapter: str) -> str:
+    """What a scheme or checkpoint ``name`` is called with that adapter."""
+    return f"{name}{ADAPTER_MARK}{adapter}"
+
+
+def base_path(path: str) -> str | None:
+    """The path of the checkpoint to which the adapter at ``path`` belongs; None if there is no adapter at it."""
+    base, mark, _ = path.rpartition(ADAPTER_MARK)
+    return base if mark else None
 
 
 def unpublished_files(folder: Path, published: Iterable[str]) -> list[str]:

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from qbatch.core.domain import ENDED_STATES, JobState
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.search.mixture_origin import MixtureOrigin
+from qbatch.core.storage import with_adapter_mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedJob:
     """A job. ``mixture``: what it has to do with a search; ``has_found``: it is a search that is over, and waits.
-    ``is_active``: its runner works on it now, and not on another job of its bundle. ``elapsed_s`` is since it was
-    claimed. What is None is not known, or does not apply."""
+    ``recovery``: which adapter it has. ``is_active``: its runner works on it now, and not on another job of its bundle.
+    ``elapsed_s`` is since it was claimed. What is None is not known, or does not apply."""
 
     job_id: str
     model: str
     method: str
+    recovery: str | None = None
     mixture: MixtureOrigin = field(default_factory=MixtureOrigin)
     has_found: bool = False
     state: JobState
@@ -32,6 +34,8 @@ class WatchedJob:
 
     @property
     def scheme(self) -> str:
+        if self.recovery is not None:
+            return with_adapter_mark(self.method, self.recovery)
         return "baseline" if self.method == "none" else f"{self.method}{self.mixture.title}"
 
 

@@ -45,7 +45,8 @@ def contexts(context: click.Context) -> Iterator[click.Context]:
     """``context`` and those of the commands below it."""
     yield context
     if isinstance(context.command, click.Group):
-        for name, command in sorted(context.command.commands.items()):
+        for name in context.command.list_commands(context):
+            command = context.command.commands[name]
             yield from contexts(click.Context(command, parent=context, info_name=name))
 
 

@@ -1,4 +1,4 @@
-"""What people call batches and models by: names, and the newest."""
+"""What people call batches, jobs and models by: names, and the newest."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def newest_models(session: Session, limit: int) -> list[str]:
     """The models of the newest ``limit`` jobs, each once, by name."""
     newest = select(Job.model).order_by(Job.id.desc()).limit(limit).subquery()
     return list(session.scalars(select(newest.c.model).distinct().order_by(newest.c.model)))
+
+
+def newest_jobs(session: Session, limit: int) -> list[tuple[int, str, str]]:
+    """The id, model and method of the newest ``limit`` jobs, newest first."""
+    query = select(Job.id, Job.model, Job.method).order_by(Job.id.desc()).limit(limit)
+    return [(job_id, model, method) for job_id, model, method in session.execute(query)]

@@ -20,12 +20,14 @@ from qbatch.models_db.tables import Base, Batch, Checkpoint, EvalText, Job
 class NewJob:
     """A job to add.
 
+    ``base_key``: that of the checkpoint to which the adapter with ``checkpoint_key`` belongs.
     ``predicted_memory_bytes``: a GPU must have more, where there is a prediction.
     """
 
     spec: JobSpec
     bits: int
     checkpoint_key: str | None = None
+    base_key: str | None = None
     reused_from: int | None = None
     predicted_memory_bytes: int | None = None
 
@@ -93,6 +95,7 @@ class JobRows:
             "is_folder": source.is_folder,
             "scheme": self._encoded(spec.scheme),
             "method": spec.scheme.method,
+            "recovery": None if spec.scheme.recovery is None else spec.scheme.recovery.slug,
             "bits": new.bits,
             "dtype": spec.dtype,
             "device": spec.device,
@@ -102,6 +105,7 @@ class JobRows:
             "priority": self._priority,
             "time_limit_s": self._time_limit_s,
             "checkpoint_key": new.checkpoint_key,
+            "base_key": new.base_key,
             "reused_from": new.reused_from,
             "above_memory_bytes": new.predicted_memory_bytes,
             "search": None if spec.search is None else self._encoded(spec.search),

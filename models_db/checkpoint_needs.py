@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Select, and_, or_, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import OPEN_STATES, JobState, Method, format_job_id
 from qbatch.core.retry_policy import MAY_STILL_SUCCEED
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
+from qbatch.models_db.few_jobs import HAS_BASE
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Job
 
@@ -31,13 +32,14 @@ def why_needed(
     ``method`` is None) in the folder ``name`` of its model.
     """
     named = and_(Job.checkpoint_key == key, _UNDECIDED)
+    based = and_(Job.base_key == key, HAS_BASE, _UNDECIDED)
     unknown = and_(Job.checkpoint_key.is_(None), Job.state.in_(OPEN_STATES), Job.model.like(_pattern(name)))
     may_be = unknown if method is None else and_(unknown, Job.method == method)
-    for condition in (named, may_be):
+    for condition in (named, based, may_be):
         query = select(Job.id, Job.state).where(condition, Job.method != Method.NONE).order_by(Job.id)
         for job_id, state in session.execute(query, execution_options=ALSO_ARRIVING):
             if job_id not in but_for or state in OPEN_STATES:
-                return _need(job_id, state, is_certain=condition is named)
+                return _need(job_id, state, is_certain=condition is not may_be)
     return None
 
 
@@ -63,13 +65,23 @@ class CheckpointUser:
 
 
 def users_of(session: Session, keys: Collection[str] | None = None) -> Mapping[str, list[CheckpointUser]]:
-    """The quantized jobs with these checkpoint keys, ended or not, by key; of all keys if none are given."""
-    columns = select(Job.checkpoint_key, Job.id, Job.batch_id, Job.model, Job.method)
-    query = columns.where(Job.checkpoint_key.is_not(None), Job.method != Method.NONE).order_by(Job.id)
-    queries = [query] if keys is None else [query.where(Job.checkpoint_key.in_(part)) for part in in_chunks([*keys])]
+    """The quantized jobs with these checkpoint keys, ended or not, by key; of all keys if none are given. A job with
+    an adapter has the checkpoint that it belongs to, too."""
     found: dict[str, list[CheckpointUser]] = {}
-    for one in queries:
-        for key, job_id, batch_id, model, method in session.execute(one, execution_options=ALSO_ARRIVING):
+    for query in _users(keys):
+        for key, job_id, batch_id, model, method in session.execute(query, execution_options=ALSO_ARRIVING):
             user = CheckpointUser(job_id=job_id, batch_id=batch_id, model=model, method=method)
             found.setdefault(str(key), []).append(user)
+    for users in found.values():
+        users.sort(key=lambda user: user.job_id)
     return found
+
+
+def _users(keys: Collection[str] | None) -> Iterator[Select[str | None, int, int, str, str]]:
+    for column, condition in ((Job.checkpoint_key, Job.checkpoint_key.is_not(None)), (Job.base_key, HAS_BASE)):
+        columns = select(column, Job.id, Job.batch_id, Job.model, Job.method)
+        query = columns.where(condition, Job.method != Method.NONE).order_by(Job.id)
+        if keys is None:
+            yield query
+        else:
+            yield from (query.where(column.in_(part)) for part in in_chunks([*keys]))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import and_, delete, func, literal, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.few_jobs import HAS_BASE
 from qbatch.models_db.session import NO_SYNC, in_chunks, insert_into
 from qbatch.models_db.tables import Checkpoint, Job
 
@@ -98,7 +99,10 @@ def forget_unused(session: Session, paths: Collection[str]) -> None:
     Only for what qbatch removed: what somebody moved away may come back, and is not to be taken for unknown then.
     """
     # Also by a job of a batch that is still being stored.
-    has_job = select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists()
+    has_job = or_(
+        select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists(),
+        select(Job.id).where(Job.base_key == Checkpoint.key, HAS_BASE).exists(),
+    )
     for chunk in in_chunks(sorted(paths)):
         unused = select(Checkpoint.key).where(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_not(None), ~has_job)
         keys = session.scalars(unused, execution_options=ALSO_ARRIVING).all()
@@ -108,12 +112,15 @@ def forget_unused(session: Session, paths: Collection[str]) -> None:
 def checkpoints_of(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int] = ()) -> Sequence[Checkpoint]:
     """The recorded checkpoints for these jobs and those of these batches, whatever state they are in, in job order.
 
-    Those that are gone are included.
+    Those that are gone are included, and so are the ones to which the jobs' adapters belong, each before its adapters.
     """
-    jobs = select(Job.checkpoint_key, func.min(Job.id).label("first")).where(
-        or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
-    )
-    wanted = jobs.group_by(Job.checkpoint_key).subquery()
+    these = or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    keys = union_all(
+        select(Job.base_key.label("key"), Job.id, literal(0).label("place")).where(these, HAS_BASE),
+        select(Job.checkpoint_key.label("key"), Job.id, literal(1).label("place")).where(these),
+    ).subquery()
+    first = select(keys.c.key, func.min(keys.c.id).label("job_id"), func.min(keys.c.place).label("place"))
+    wanted = first.group_by(keys.c.key).subquery()
     return session.scalars(
-        select(Checkpoint).join(wanted, wanted.c.checkpoint_key == Checkpoint.key).order_by(wanted.c.first)
+        select(Checkpoint).join(wanted, wanted.c.key == Checkpoint.key).order_by(wanted.c.job_id, wanted.c.place)
     ).all()

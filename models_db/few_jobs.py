@@ -50,3 +50,6 @@ WAITS_AGAIN: ColumnElement[bool] = and_(IS_QUEUED, Job.attempt > literal(0, lite
 
 HAS_FAILED: ColumnElement[bool] = _state_is(JobState.FAILED)
 """Failed. Their index is in the order of time."""
+
+HAS_BASE: ColumnElement[bool] = Job.base_key.is_not(None)
+"""With an adapter, which belongs to a checkpoint."""

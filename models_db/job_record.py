@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import format_batch_id, format_job_id, job_number
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.search.finished_search import FinishedSearch
-from qbatch.core.stored_json import Stored
+from qbatch.core.stored_json import Stored, omitted_if_unknown
 from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
 from qbatch.models_db.searches import find_searches
@@ -75,6 +75,7 @@ class JobRecord(Stored):
     lease_expires_at: str | None = None
     not_before: str | None = None
     checkpoint_key: str | None = None
+    base_key: str | None = omitted_if_unknown()
     checkpoint: CheckpointRecord | None = None
     attempts: tuple[AttemptRecord, ...]
     log_path: str | None = None
@@ -213,6 +214,7 @@ def _record(
         lease_expires_at=_iso(job.lease_expires_at),
         not_before=_iso(job.not_before),
         checkpoint_key=job.checkpoint_key,
+        base_key=job.base_key,
         checkpoint=None if checkpoint is None else _checkpoint(checkpoint),
         attempts=attempts,
         measured_at=_iso(measured_at),

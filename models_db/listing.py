@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import LOST, OPEN_STATES, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.storage import with_adapter_mark
 from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
@@ -46,8 +47,19 @@ def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int
     All would have to be read, since no index has that time; and nearly always the last ones end last.
     """
     closed = [batch_id for batch_id, states in counts.items() if states and not set(OPEN_STATES) & states.keys()]
-    ends = {batch_id: [_end(session, batch_id, state) for state in counts[batch_id]] for batch_id in closed}
-    return {batch_id: max(found) for batch_id, ended in ends.items() if (found := [at for at in ended if at])}
+    small = [batch_id for batch_id in closed if sum(counts[batch_id].values()) <= _LAST_JOBS]
+    ends = _ends_of_small(session, small)
+    for batch_id in set(closed) - set(small):
+        ends[batch_id] = max((at for state in counts[batch_id] if (at := _end(session, batch_id, state))), default=None)
+    return {batch_id: at for batch_id, at in ends.items() if at is not None}
+
+
+def _ends_of_small(session: Session, batch_ids: Sequence[int]) -> dict[int, datetime | None]:
+    """In one statement: to make one for each batch takes longer than to read their jobs."""
+    if not batch_ids:
+        return {}
+    last = select(Job.batch_id, func.max(Job.finished_at)).where(Job.batch_id.in_(batch_ids)).group_by(Job.batch_id)
+    return {batch_id: at for batch_id, at in session.execute(last)}
 
 
 def _end(session: Session, batch_id: int, state: str) -> datetime | None:
@@ -97,6 +109,7 @@ def list_jobs(
 # Not whole jobs: to decode what is not shown takes longer than the rest.
 _LISTED = (
     *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
+    Job.recovery,
     *(Job.attempt, Job.failures, Job.progress, Job.error_kind, Job.error_message, Job.above_memory_bytes),
     *(Job.started_at, Job.finished_at, Job.search_id, *MIXTURE_COLUMNS),
 )
@@ -109,7 +122,7 @@ def _job(row: Any, now: datetime, awaited: int | None) -> dict[str, Any]:
         "batch_id": format_batch_id(row.batch_id),
         "model": row.model,
         "revision": row.revision,
-        "scheme": row.method,
+        "scheme": row.method if row.recovery is None else with_adapter_mark(row.method, row.recovery),
         "bits": row.bits,
         "mixture": mixture.to_json() if mixture.is_known else None,
         "state": row.state,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from qbatch.core.domain import job_number
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import AnswersRow
@@ -20,6 +23,23 @@ def store_answers(session: Session, job_id: int, answers: Mapping[str, TaskAnswe
     session.add_all(
         AnswersRow(job_id=job_id, task=task, answers=answered.to_json()) for task, answered in answers.items()
     )
+
+
+def with_answers(
+    session: Session, rows: Iterable[ResultRow], job_ids: Collection[str] | None = None
+) -> list[ResultRow]:
+    """The same rows with their answers, which are read only where they are compared: they are most of a database. Those
+    of ``job_ids`` alone, if given."""
+    rows = list(rows)
+    answered = {
+        row.job_id: job_number(row.reused_from or row.job_id)
+        for row in rows
+        if row.details.tasks and (job_ids is None or row.job_id in job_ids)
+    }
+    found = find_answers(session, answered.values())
+    return [
+        replace(row, answers=found[answered[row.job_id]]) if answered.get(row.job_id) in found else row for row in rows
+    ]
 
 
 def find_answers(session: Session, job_ids: Collection[int]) -> dict[int, dict[str, TaskAnswers]]:

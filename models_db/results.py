@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import JobState, Method, content_hash, format_batch_id, format_job_id, job_number
 from qbatch.core.errors import UsageError
@@ -17,12 +17,10 @@ from qbatch.core.measured.measurement import MEASURED_COLUMNS
 from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_protocol import StoredProtocol
-from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.mixture_origins import mixture_origin
-from qbatch.models_db.question_answers import find_answers
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
 from qbatch.models_db.tables import Checkpoint, Job, Result
@@ -61,7 +59,7 @@ def find_results(
     sort: str | None = None,
     limit: int | None = None,
 ) -> list[ResultRow]:
-    """One row for each job, ended or not, that ``only`` lets through.
+    """One row for each job, ended or not, that ``only`` lets through; without the answers to tasks (``with_answers``).
 
     ``sort`` names a column, ``-column`` sorts downwards, and rows without a value come last; the default is submission
     order. Raises UsageError for a column that does not exist.
@@ -170,9 +168,7 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
-    with_tasks = [result.job_id for _, result in rows if result is not None and result.details.get("tasks")]
-    answers = find_answers(session, with_tasks)
-    found = [_row(job, result, baselines, answers) for job, result in rows]
+    found = [_row(job, result, baselines) for job, result in rows]
     gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
     return [replace(row, checkpoint_path=None) if row.checkpoint_path in gone else row for row in found]
 
@@ -192,12 +188,7 @@ def _family(job: Any) -> tuple[Any, ...]:
     return (job.batch_id, job.location, job.revision, job.dtype, content_hash(job.protocol))
 
 
-def _row(
-    job: Job,
-    result: Result | None,
-    baselines: Mapping[tuple[Any, ...], int],
-    answers: Mapping[int, Mapping[str, TaskAnswers]],
-) -> ResultRow:
+def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], int]) -> ResultRow:
     baseline = baselines.get(_family(job))
     scheme: Mapping[str, Any] = job.scheme
     measured: dict[str, Any] = {} if result is None else {name: getattr(result, name) for name in MEASURED_COLUMNS}
@@ -223,22 +214,26 @@ def _row(
         protocol=StoredProtocol.from_json(result.protocol if result else None),
         protocol_hash=result.protocol_hash if result else None,
         details=Details.from_json(result.details if result else None),
-        answers={} if result is None else answers.get(result.job_id, {}),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A job with a result of its own.
+class FinishedPart:
+    """A checkpoint that a result was measured with. ``path`` is relative to the storage. ``versions`` are the states of
+    its files when they were last verified; None if that is unknown or longer ago than VERIFIED_FOR_S."""
 
-    ``checkpoint_path`` is relative to the storage; None for a baseline. ``versions`` are the states of its files when
-    they were last verified; None if that is unknown or longer ago than VERIFIED_FOR_S.
-    """
+    key: str
+    path: str
+    versions: Mapping[str, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A job with a result of its own. ``parts``: none for a baseline; an adapter, and the checkpoint that it belongs
+    to; else one."""
 
     job_id: int
-    checkpoint_key: str
-    checkpoint_path: str | None
-    versions: Mapping[str, str] | None
+    parts: tuple[FinishedPart, ...]
 
 
 VERIFIED_FOR_S = 30 * 86_400.0
@@ -259,15 +254,26 @@ def find_finished(
     gone = gone_paths(session) if keys else set()
     for chunk in in_chunks(keys):
         for row in session.execute(_finished(chunk, device_names)):
-            if row.checkpoint_path in gone:
-                continue
-            found[row.checkpoint_key, row.protocol_hash] = Finished(
-                job_id=row.id,
-                checkpoint_key=row.checkpoint_key,
-                checkpoint_path=row.checkpoint_path,
-                versions=row.file_versions,
-            )
+            parts = _finished_parts(row)
+            if parts is not None and not any(part.path in gone for part in parts):
+                found[row.checkpoint_key, row.protocol_hash] = Finished(job_id=row.id, parts=parts)
     return {pair: found[pair] for pair in wanted if pair in found}
+
+
+def _finished_parts(row: Any) -> tuple[FinishedPart, ...] | None:
+    """None if the checkpoint that an adapter belongs to is not on record."""
+    if row.checkpoint_path is None:
+        return ()
+    own = FinishedPart(key=row.checkpoint_key, path=row.checkpoint_path, versions=row.file_versions)
+    if row.base_key is None:
+        return (own,)
+    if row.base_path is None:
+        return None
+    versions = row.base_versions if row.base_is_verified else None
+    return (FinishedPart(key=row.base_key, path=row.base_path, versions=versions), own)
+
+
+_BASE = aliased(Checkpoint)
 
 
 def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Select[Any]:
@@ -282,8 +288,13 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
     if device_names is not None:
         newest = newest.where(Result.device_name.in_(device_names))
     return (
-        select(Job.id, Job.checkpoint_key, Result.protocol_hash, Result.checkpoint_path, Checkpoint.file_versions)
+        select(
+            *(Job.id, Job.checkpoint_key, Result.protocol_hash, Result.checkpoint_path, Checkpoint.file_versions),
+            *(Job.base_key, _BASE.path.label("base_path"), _BASE.file_versions.label("base_versions")),
+            (_BASE.verified_at > db_now(-VERIFIED_FOR_S)).label("base_is_verified"),
+        )
         .join(Result, Result.job_id == Job.id)
+        .outerjoin(_BASE, _BASE.key == Job.base_key)
         .outerjoin(
             Checkpoint,
             and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.path == Result.checkpoint_path, is_verified),
@@ -301,7 +312,8 @@ def keep(session: Session, job_ids: Collection[int]) -> set[int]:
     kept: set[int] = set()
     for chunk in in_chunks(sorted(job_ids)):
         kept.update(session.scalars(_kept(chunk)))
-        kept.difference_update(job_id for job_id, gone_at in session.execute(_recorded(chunk)) if gone_at is not None)
+        for recorded in (_recorded(chunk), _recorded_bases(chunk)):
+            kept.difference_update(job_id for job_id, gone_at in session.execute(recorded) if gone_at is not None)
     return kept
 
 
@@ -316,6 +328,17 @@ def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
         select(Job.id, Checkpoint.gone_at)
         .join(Result, Result.job_id == Job.id)
         .join(Checkpoint, and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.path == Result.checkpoint_path))
+        .where(Job.id.in_(job_ids))
+        .order_by(Checkpoint.path)
+        .with_for_update(read=True, of=Checkpoint)
+    )
+
+
+def _recorded_bases(job_ids: Sequence[int]) -> Select[int, datetime | None]:
+    """The same of the checkpoints to which the jobs' adapters belong."""
+    return (
+        select(Job.id, Checkpoint.gone_at)
+        .join(Checkpoint, Checkpoint.key == Job.base_key)
         .where(Job.id.in_(job_ids))
         .order_by(Checkpoint.path)
         .with_for_update(read=True, of=Checkpoint)

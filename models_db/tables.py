@@ -90,6 +90,10 @@ class Job(Base):
     # Set when the source's fingerprint and the device kind are known: by submit or by the worker.
     # Of a search: the key of what it finds, until a checkpoint has met its bound.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
+    # Where that is the key of an adapter: the key of the checkpoint that it belongs to.
+    base_key: Mapped[str | None] = mapped_column(String(64))
+    # Which adapter that is, for lists, which do not read whole schemes.
+    recovery: Mapped[str | None] = mapped_column(String(32))
     # Of a search: ``SearchRequest.to_json``, and what it found. With the latter, a queued job waits for those below.
     search: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     search_id: Mapped[int | None]
@@ -146,6 +150,7 @@ class Job(Base):
         _partial_index(
             "ix_jobs_waiting_again", "attempt", "above_memory_bytes", where="state = 'queued' AND attempt > 0"
         ),
+        _partial_index("ix_jobs_base_key", "base_key", "state", where="base_key IS NOT NULL"),
         _partial_index("ix_jobs_failed", "finished_at", "error_kind", where="state = 'failed'"),
         _partial_index("ix_jobs_search_id", "search_id", where="search_id IS NOT NULL"),
         _partial_index("ix_jobs_points", "search_job_id", "point", where="search_job_id IS NOT NULL", unique=True),

@@ -28,7 +28,8 @@ _MOST_NEWS = 50
 _SLACK = timedelta(seconds=SLACK_S)
 
 _JOB = select(
-    *(Job.id, Job.model, Job.method, Job.state, Job.stage, Job.progress, Job.work_started, Job.finished_at),
+    *(Job.id, Job.model, Job.method, Job.recovery, Job.state, Job.stage, Job.progress, Job.work_started),
+    Job.finished_at,
     *(Job.error_kind, Job.error_message, Job.reused_from, Job.search_id, *MIXTURE_COLUMNS, Attempt.claimed_at),
 ).outerjoin(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
 
@@ -131,6 +132,7 @@ class Watcher:
             job_id=format_job_id(row.id),
             model=row.model,
             method=row.method,
+            recovery=row.recovery,
             mixture=mixture_origin(row),
             has_found=row.search_id is not None,
             state=JobState(row.state),

@@ -23,8 +23,14 @@ from qbatch.core.vram_classes import VRAM_CLASSES, floor_bytes
 from qbatch.models_db import checkpoints, searches
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.session import Database
-from qbatch.scheduler.inquiry import Inquiry, InspectedSource, RequestedJob, device_kind_of, inspect_unvetted
-from qbatch.scheduler.submit import Submission, inquire, refuse_missing_libraries
+from qbatch.scheduler.submission_lookup import (
+    InspectedSource,
+    RequestedJob,
+    SubmissionLookup,
+    device_kind_of,
+    inspect_unvetted,
+)
+from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_lookup
 from qbatch.scheduler.vram_prediction import memory_bytes
 
 _AT_ONCE = 200
@@ -109,27 +115,27 @@ def plan_batch(database: Database, settings: Settings, submission: Submission) -
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
     refuse_missing_libraries(submission.grid)
-    inquiry = inquire(database, settings, submission.grid)
+    lookup = start_lookup(database, settings, submission.grid)
     jobs: list[PlannedJob] = []
     warnings: dict[str, int] = {}
     with database.read() as session:
         runs = past_runs(session)
         for chunk in _chunks(submission):
-            looked_up = inquiry.look_up(session, chunk)
-            answers = inquiry.answers(looked_up.finished)
+            looked_up = lookup.look_up(session, chunk)
+            answers = lookup.answers(looked_up.finished)
             there = _published(session, settings, [one for bundle in looked_up.bundles for one in bundle])
             there |= _searched(session, [one for bundle in looked_up.bundles for one in bundle])
             for source, bundle in zip(chunk, looked_up.bundles, strict=True):
-                planned = _planned(bundle, inquiry, runs)
+                planned = _planned(bundle, lookup, runs)
                 jobs += (_with_earlier(job, one, answers, there) for job, one in zip(planned, bundle, strict=True))
-                said = [*(source.folder.warnings if source.folder is not None else ()), inquiry.memory_warning(bundle)]
+                said = [*(source.folder.warnings if source.folder is not None else ()), lookup.memory_warning(bundle)]
                 for line in filter(None, said):
                     warnings[line] = warnings.get(line, 0) + 1
     return BatchPlan(
         jobs=tuple(jobs),
         storage=settings.storage,
         free_bytes=_free_bytes(settings.storage),
-        live_workers=len(inquiry.devices),
+        live_workers=len(lookup.devices),
         warnings=warnings,
     )
 
@@ -149,7 +155,7 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
         yield chunk
 
 
-def _planned(bundle: Sequence[RequestedJob], inquiry: Inquiry, runs: Sequence[PastRun]) -> list[PlannedJob]:
+def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun]) -> list[PlannedJob]:
     """The jobs of one source, with the sizes that its headers tell."""
     source = bundle[0].spec.source
     headers: tuple[Header, ...] = ()
@@ -164,7 +170,7 @@ def _planned(bundle: Sequence[RequestedJob], inquiry: Inquiry, runs: Sequence[Pa
     jobs = []
     for one in bundle:
         spec = one.spec
-        kind = device_kind_of(spec.device, inquiry.devices)
+        kind = device_kind_of(spec.device, lookup.devices)
         expected = kind or last
         work = JobWork.of(spec, expected, parameters) if expected is not None else None
         job = PlannedJob(spec=spec, dtype=spec.dtype, duration=None if work is None else _duration(spec, work, runs))

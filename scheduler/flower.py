@@ -7,13 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qbatch.core.errors import UsageError
+from qbatch.core.errors import StackNotRunning, UsageError
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import RUN_BUNDLE, all_queues
+from qbatch.scheduler.stack_lock import stack_is_running
 
 # Flower would execute a flowerconfig.py in the current directory, which could turn the password off.
 _NO_CONFIG = f"--conf={os.devnull}"
+# Flower would keep 100,000, of 7 KiB each.
+_TASKS_KEPT = 10_000
 # Made by models_db.window.label_of.
 _LABEL = re.compile(r"(?P<batch>b[0-9]+) (?P<model>.+): (?P<schemes>[^:·]+ · [^·]+)")
 # The names of all others are the same, or say nothing. The last one is the link to a task's page.
@@ -21,22 +24,40 @@ _COLUMNS = "name,args,state,received,runtime,worker,uuid"
 
 
 def serve(settings: Settings, *, address: str, port: int) -> None:
-    """Run Flower until it is stopped. Raises UsageError if no user and password are set."""
+    """Run Flower until it is stopped. Raises UsageError if no user and password are set, or if it cannot listen there,
+    and StackNotRunning if it would look at an embedded stack that does not run."""
     credentials = _credentials(settings)
+    if settings.is_embedded and not stack_is_running(settings):
+        raise StackNotRunning(
+            f"no stack is running with its home in {settings.home}, so Flower has nothing to show: start one with"
+            " `qbatch up`, or set QBATCH_BROKER_URL"
+        )
+    set_options(credentials)
     from flower import urls
+
+    _name_tasks_after_their_work()
+    _show_every_queue()
+    urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
+    try:
+        make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
+    except OSError as error:
+        raise UsageError(
+            f"Flower cannot listen on port {port} of {address}: {error.strerror}; use others (--port, --address)"
+        ) from error
+
+
+def set_options(credentials: str) -> None:
+    """Those of Flower in this process. Its own variables come later: FLOWER_MAX_TASKS may ask for more tasks."""
     from flower.options import options
 
     # Set in Python, because FLOWER_BASIC_AUTH is a comma-separated list, in which the part of a password after a comma
     # would become a user without a password; and command-line arguments are visible to everyone in the process list.
     os.environ.pop("FLOWER_BASIC_AUTH", None)
     options.basic_auth = [credentials]
+    options.max_tasks = _TASKS_KEPT
     options.tasks_columns = _COLUMNS
     # Workers refuse what the buttons ask for, so there are none.
     options.read_only = True
-    _name_tasks_after_their_work()
-    _show_every_queue()
-    urls.handlers[:] = [_require_password(handler) for handler in urls.handlers]
-    make_app(settings).start(["flower", _NO_CONFIG, f"--address={address}", f"--port={port}"])
 
 
 def named_after_its_work(event: Mapping[str, Any]) -> dict[str, Any]:

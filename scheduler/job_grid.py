@@ -11,6 +11,7 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, Pro
 from qbatch.core.errors import UsageError
 from qbatch.core.methods.description import MethodOption, Options
 from qbatch.core.methods.registry import every_option, known_bits, selected_by_bits
+from qbatch.core.recovery import Recovery
 from qbatch.core.search.bound import Bound
 from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.core.search.search_request import SearchRequest
@@ -24,7 +25,8 @@ class Grid:
     """What to do to each model of a list.
 
     ``bits`` ask for the methods that are usual, of several with as many bits for those in ``quant_types`` (empty: the
-    first); ``methods`` ask for others by name. ``options`` are the methods' own. ``bound`` asks for the layers that a
+    first); ``methods`` ask for others by name. ``options`` are the methods' own. ``recoveries`` are the adapters that
+    are made for each scheme that can have some, besides its plain checkpoint. ``bound`` asks for the layers that a
     checkpoint of 4 bits must leave at 16 to keep to it. An empty tuple of a shape's sizes is the device's default, and
     so is None for a part of the measurement.
     """
@@ -49,6 +51,7 @@ class Grid:
     why: bool | None = None
     energy: bool | None = None
     share_speed: bool | None = None
+    recoveries: tuple[Recovery, ...] = ()
     bound: Bound | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class Grid:
             if bits not in (*known_bits(), _BASELINE_BITS):
                 raise UsageError(f"{bits} is not a supported bit width ({_known_bits()})")
         self._refuse_misplaced_options()
+        self._refuse_misplaced_recovery()
         self._refuse_compute_dtype()
         self._refuse_bound()
         for method in self._quantizing():
@@ -89,6 +93,11 @@ class Grid:
         if not self._quantizing() and (self.skip_modules or self.max_shard_bytes is not None):
             raise UsageError("--skip-modules and --max-shard-size are about checkpoints, and the baseline writes none")
 
+    def _refuse_misplaced_recovery(self) -> None:
+        if self.recoveries and not any(method.description.is_recoverable for method in self._methods()):
+            able = " or ".join(method for method in Method if method.description.is_recoverable)
+            raise UsageError(f"--recover is for 4 bits ({able}), which were not asked for")
+
     def _refuse_compute_dtype(self) -> None:
         methods = self._quantizing()
         if self.compute_dtype is DType.AUTO or any(m.description.takes_compute_dtype for m in methods):
@@ -111,8 +120,15 @@ class Grid:
         return self.baseline or _BASELINE_BITS in self.bits or Method.NONE in self.methods
 
     def schemes(self) -> tuple[Scheme, ...]:
-        """The baseline first, then the others, those of more bits first, each once. Without those that are searched."""
-        return (*([BASELINE] if self._wants_baseline else []), *map(self._scheme, self._methods()))
+        """The baseline first, then the others, those of more bits first, each once, and with its adapters after it.
+        Without those that are searched."""
+        quantized = [scheme for method in self._methods() for scheme in self._with_recoveries(self._scheme(method))]
+        return (*([BASELINE] if self._wants_baseline else []), *quantized)
+
+    def _with_recoveries(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        if scheme.description.is_recoverable:
+            yield from (replace(scheme, recovery=recovery) for recovery in self.recoveries)
 
     def every_scheme(self) -> tuple[Scheme, ...]:
         """With those of which mixtures are looked for."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import ModelsRefused, UnsafeSource, UsageError
-from qbatch.core.folder_hint import where_the_model_is
+from qbatch.core.folder_hint import not_a_folder, where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
-from qbatch.core.sources import parse_source
+from qbatch.core.sources import looks_like_path, parse_source
 from qbatch.scheduler.likely_folders import LikelyFolders
 
 # A path may contain a '#', so only one that follows white space starts a comment.
@@ -123,7 +123,17 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
 def _parse(text: str) -> SourceRef:
     if len(text) > _LONGEST:
         raise UsageError(f"the name of a model may have at most {_LONGEST} characters; this one has {len(text)}")
+    # As a path that workers elsewhere may see otherwise, it is judged later.
+    if not looks_like_path(text) and _is_file(text):
+        raise UsageError(not_a_folder(text))
     return parse_source(text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return "\0" not in text and Path(text).is_file()
+    except OSError:  # a folder above is not accessible, or the name is too long: not a file that anybody meant
+        return False
 
 
 def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
@@ -135,6 +145,8 @@ def _check_place(source: SourceRef, roots: Sequence[Path] | None) -> None:
 
 def _check_folder(source: SourceRef, line: str, likely: LikelyFolders) -> None:
     folder = Path(source.location)
+    if folder.is_file():
+        raise UsageError(not_a_folder(source.name))
     if not folder.is_dir():
         is_cut = line != source.name and Path(line).expanduser().is_dir()
         meant = None if is_cut else likely.near(source.name)

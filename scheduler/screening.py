@@ -10,9 +10,9 @@ from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError, ModelsRefused, UsageError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import is_installed
-from qbatch.scheduler.inquiry import InspectedFolder, inspect
 from qbatch.scheduler.lm_eval_files import TaskFiles
 from qbatch.scheduler.model_list import ListProblem, ModelList
+from qbatch.scheduler.submission_lookup import InspectedFolder, inspect
 from qbatch.scheduler.submit import Submission
 from qbatch.scheduler.task_names import unknown_tasks
 

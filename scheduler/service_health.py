@@ -24,7 +24,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def check_scheduler(settings: Settings) -> str:
     """Which scheduler leads. Raises StackNotRunning if none does, DatabaseUnreachable."""
-    database = Database(settings.sqlalchemy_url)
+    database = _database(settings)
     with database.read() as session:
         leader = health(session, settings.lease_s, lead_s=settings.lead_s).leader
     if leader is None:
@@ -34,7 +34,7 @@ def check_scheduler(settings: Settings) -> str:
 
 def check_worker(settings: Settings) -> str:
     """The live workers of this host. Raises StackNotRunning if there are none, DatabaseUnreachable."""
-    database = Database(settings.sqlalchemy_url)
+    database = _database(settings)
     with database.read() as session:
         workers = list_workers(session, settings.lease_s)
     host = socket.gethostname()
@@ -42,6 +42,12 @@ def check_worker(settings: Settings) -> str:
     if not live:
         raise StackNotRunning(f"no worker of {host} is live")
     return f"{', '.join(live)} live"
+
+
+def _database(settings: Settings) -> Database:
+    database = Database(settings.sqlalchemy_url)
+    database.require_schema()
+    return database
 
 
 def check_flower(settings: Settings) -> str:

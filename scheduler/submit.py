@@ -13,7 +13,8 @@ from sqlalchemy import select
 from qbatch.core.domain import DeviceKind, JobSpec, ProtocolOptions, SourceRef, TextRef
 from qbatch.core.errors import UsageError
 from qbatch.core.file_stat import Mounts
-from qbatch.core.methods.registry import missing_library
+from qbatch.core.methods.registry import is_installed, missing_library
+from qbatch.core.recovery import EXTRA, LIBRARY
 from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.core.settings import Settings
 from qbatch.core.vram_classes import vram_class
@@ -22,16 +23,16 @@ from qbatch.models_db.arrivals import arriving
 from qbatch.models_db.batches import NewJob, add_text
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.scheduler.inquiry import (
-    Inquiry,
+from qbatch.scheduler.job_grid import Grid
+from qbatch.scheduler.lm_eval_files import TaskFiles
+from qbatch.scheduler.submission_lookup import (
     InspectedFolder,
     InspectedSource,
     RequestedJob,
+    SubmissionLookup,
     device_kind_of,
     inspect_unvetted,
 )
-from qbatch.scheduler.job_grid import Grid
-from qbatch.scheduler.lm_eval_files import TaskFiles
 
 # So many are inserted in a few hundredths of a second.
 _JOBS_AT_ONCE = 1000
@@ -44,14 +45,15 @@ class Submission:
     """A validated request to submit a batch.
 
     ``more_texts``: by name, texts on which quality is measured too. ``search_text``: the one on which the layers to
-    keep at 16 bits are looked for, if the grid asks for that. ``screened`` are the folders that were inspected already
-    (``screen``).
+    keep at 16 bits are looked for, if the grid asks for that. ``recovery_texts``: those that adapters are made with.
+    ``screened`` are the folders that were inspected already (``screen``).
     """
 
     sources: tuple[SourceRef, ...]
     grid: Grid
     eval_text: str
     more_texts: Mapping[str, str] = field(default_factory=dict)
+    recovery_texts: tuple[str, ...] = ()
     search_text: str = ""
     tasks: TaskFiles = field(default_factory=TaskFiles)
     num_fewshot: int | None = None
@@ -71,12 +73,12 @@ class Submission:
 
     @property
     def text_sha256(self) -> str:
-        return _sha256(self.eval_text)
+        return text_sha256(self.eval_text)
 
     @property
     def text_refs(self) -> tuple[TextRef, ...] | None:
         """The further texts; None without any."""
-        return tuple(TextRef(name=name, sha256=_sha256(text)) for name, text in self.more_texts.items()) or None
+        return tuple(TextRef(name=name, sha256=text_sha256(text)) for name, text in self.more_texts.items()) or None
 
     def specs(self) -> Sequence[JobSpec]:
         """The jobs of the first source. Those of the others differ only in the source."""
@@ -87,11 +89,12 @@ class Submission:
             num_fewshot=self.num_fewshot,
             task_limit=self.task_limit,
         )
-        searching = SearchProtocol(text_sha256=_sha256(self.search_text)) if self.search_text else None
+        searching = SearchProtocol(text_sha256=text_sha256(self.search_text)) if self.search_text else None
         return self.grid.bundle(self.sources[0], protocol, searching)
 
 
-def _sha256(text: str) -> str:
+def text_sha256(text: str) -> str:
+    """The hash by which a text is stored."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -130,7 +133,7 @@ def submit(
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
     refuse_missing_libraries(submission.grid)
-    inquiry = inquire(database, settings, submission.grid)
+    lookup = start_lookup(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
     warnings: Counter[str] = Counter()
@@ -139,28 +142,28 @@ def submit(
     ) as batch:
         for chunk in _chunks(submission, settings):
             with database.read() as session:
-                looked_up = inquiry.look_up(session, chunk)
-            answers = inquiry.answers(looked_up.finished)
+                looked_up = lookup.look_up(session, chunk)
+            answers = lookup.answers(looked_up.finished)
             batch.add([[_new_job(one, answers) for one in bundle] for bundle in looked_up.bundles])
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)
             warnings.update(line for source in chunk if source.folder is not None for line in source.folder.warnings)
-            warnings.update(line for bundle in looked_up.bundles if (line := inquiry.memory_warning(bundle)))
+            warnings.update(line for bundle in looked_up.bundles if (line := lookup.memory_warning(bundle)))
             undecided += looked_up.undecided
             on_progress(len(chunk))
-        answered = batch.publish(inquiry.look_again)
+        answered = batch.publish(lookup.look_again)
     return Receipt(
         batch_id=batch.batch_id,
         jobs=stored,
         answered=answered,
-        live_workers=len(inquiry.devices),
+        live_workers=len(lookup.devices),
         outdated=outdated,
         undecided=undecided,
         warnings=dict(warnings),
     )
 
 
-def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
+def start_lookup(database: Database, settings: Settings, grid: Grid) -> SubmissionLookup:
     """Raises UsageError if the jobs would run on a device that a method does not support."""
     with database.read() as session:
         live = workers.live(session, settings.lease_s)
@@ -168,7 +171,7 @@ def inquire(database: Database, settings: Settings, grid: Grid) -> Inquiry:
         gpus = [vram_class(worker.memory_bytes) for worker in live if worker.device_kind == DeviceKind.CUDA]
         began_at = session.execute(select(db_now(-_SLOWEST_COMMIT_S))).scalar_one()
     _refuse_device(grid, devices)
-    return Inquiry(
+    return SubmissionLookup(
         settings=settings,
         devices=devices,
         began_at=began_at,
@@ -181,8 +184,8 @@ def _add_texts(database: Database, submission: Submission) -> None:
     """Store the evaluation text and the tasks. On their own: two submits of one text would wait for each other."""
     with database.write() as session:
         searched = [submission.search_text] if submission.search_text else []
-        for text in (submission.eval_text, *submission.more_texts.values(), *searched):
-            add_text(session, _sha256(text), text)
+        for text in (submission.eval_text, *submission.more_texts.values(), *searched, *submission.recovery_texts):
+            add_text(session, text_sha256(text), text)
         for sha256, content in submission.tasks.texts.items():
             add_text(session, sha256, content)
 
@@ -212,6 +215,8 @@ def refuse_missing_libraries(grid: Grid) -> None:
     for scheme in grid.every_scheme():
         if (missing := missing_library(scheme.description)) is not None:
             raise UsageError(missing)
+        if scheme.recovery is not None and not is_installed(LIBRARY):
+            raise UsageError(f"--recover needs {LIBRARY}, which is not installed here: pip install 'qbatch[{EXTRA}]'")
 
 
 def _refuse_device(grid: Grid, devices: Sequence[tuple[DeviceKind, str]]) -> None:
@@ -227,6 +232,7 @@ def _new_job(job: RequestedJob, answers: Mapping[tuple[str, str], int]) -> NewJo
         spec=job.spec,
         bits=job.spec.scheme.bits(job.spec.dtype),
         checkpoint_key=job.settled.key if job.settled is not None else None,
+        base_key=job.settled.base_key if job.settled is not None else None,
         reused_from=answers.get(job.pair) if job.pair is not None else None,
         predicted_memory_bytes=job.need,
     )

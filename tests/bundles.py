@@ -22,7 +22,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     RunnerMessage,
 )
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.unit.benchmark_models import TEXT
 
@@ -106,5 +106,5 @@ def run_bundle(
     )
     order = an_order(source.parent, claims, texts=texts)
     ear = Ear()
-    Bundle(order, ear, Quiet()).run()
+    Bundle(order, ear, TimingPauses()).run()
     return ear

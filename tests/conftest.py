@@ -40,9 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """All is imported: what stays for good need not be looked through whenever garbage is collected."""
     gc.freeze()
+    gc.enable()
 
 
 def _folder(item: pytest.Item) -> str:

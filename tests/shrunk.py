@@ -15,6 +15,14 @@ _DEPTH = 2
 _LAYERS = r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth"
 # Types of language models whose rotary embedding has parts for time, height and width.
 _IN_PARTS = r"qwen2(_5)?_vl|glm4v|glm46v|glmga|glm_ocr|paddleocr_vl"
+_WINDOWS_IN_ROW = 10
+# What a default config lacks, without which its model does not run.
+_MISSING = {
+    "class_thresholds": [0.5, 0.5],
+    "class_order": [0, 1],
+    "projector_scale_factors": [1.0],
+    "num_feature_levels": 1,
+}
 # Names of fields and their values, the first match counts. Widths are multiples of 64 for bitsandbytes on a CPU.
 _FIELDS = (
     (r"vocab_size", VOCAB_SIZE),
@@ -26,13 +34,17 @@ _FIELDS = (
     (r"attn_layer_offset", 1),
     (r"num_key_value_heads", 4),
     (r"(\w+_)?(attention_)?heads?|n_head|num_attention_heads", 4),
-    (r"head_dim|qk_rope_head_dim|qk_nope_head_dim|v_head_dim", 32),
+    (r"d_kv|head_dim|qk_rope_head_dim|qk_nope_head_dim|v_head_dim", 32),
     (r"(q|kv|o)_lora_rank|qk_head_dim", 64),
     (r"n_routed_experts|num_(local_)?experts", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts", 2),
-    (r"n_group|topk_group|first_k_dense_replace|n_shared_experts", 1),
+    (r"n_groups?|topk_group|first_k_dense_replace|n_shared_experts", 1),
+    (r"reassemble_hidden_size|word_embed_proj_dim", 128),
     (r"hidden_size|d_model|n_embd|dim|embed_dim|projection_dim|projection_size|output_dim", 128),
     (r"(\w+_)?(intermediate_size|ffn_dim|inner_dim|d_ff)", 256),
+    (r"audio_hidden_size", 128),
+    (r"blank_token_id", PAD),
+    (r"num_filters", 4),
     (r"max_position_embeddings|n_positions", MAX_TOKENS),
 )
 
@@ -47,20 +59,35 @@ def shrunk_config(model_type: str, **fields: Any) -> PreTrainedConfig:
 def _small(values: dict[str, Any]) -> dict[str, Any]:
     depths = {value for name, value in values.items() if re.fullmatch(_LAYERS, str(name)) and isinstance(value, int)}
     small = {name: _small_value(name, value, depths) for name, value in values.items()}
-    if depths and "out_features" in values:  # a backbone, which gives the outputs of layers that are gone
-        small |= {"out_features": None, "out_indices": None}
-    return _with_fitting_rotation(small)
+    if isinstance(values.get("num_heads"), list) and "embed_dim" in values:  # it grows from stage to stage, as they do
+        small["embed_dim"] = values["embed_dim"]
+    if "num_windows" in values and values["image_size"] % (values["patch_size"] * values["num_windows"]):
+        small["image_size"] = _WINDOWS_IN_ROW * values["patch_size"] * values["num_windows"]
+    return _with_fitting_rotation(small | _outputs_of_layers(values, depths))
+
+
+def _outputs_of_layers(values: dict[str, Any], depths: set[Any]) -> dict[str, Any]:
+    """A backbone gives the outputs of some layers: then it has as many, and gives that of each."""
+    indices = values.get("out_indices") or values.get("backbone_out_indices")
+    if not isinstance(indices, list) or not isinstance(values.get("num_hidden_layers"), int):
+        return {"out_features": None, "out_indices": None} if depths and "out_features" in values else {}
+    count = len(indices)
+    if "backbone_out_indices" in values:
+        return {"num_hidden_layers": count, "backbone_out_indices": list(range(count))}
+    return {"num_hidden_layers": count, "out_features": None, "out_indices": list(range(1, count + 1))}
 
 
 def _small_value(name: str, value: Any, depths: set[Any]) -> Any:
-    if name == "image_token_index" and value is None:
+    if name in ("image_token_index", "video_token_index") and value is None:
         return EOS
+    if name in _MISSING and not value:
+        return _MISSING[name]
     if name == "per_layer_config" and value:
         return {layer: _small(fields) for layer, fields in value.items() if int(layer) < _DEPTH}
     if isinstance(value, dict):
         return _small(value)
-    if name == "layers_block_type" and value:  # Zamba ties the second layer of the other kind to the first one
-        return value[:_DEPTH]
+    if name == "layers_block_type" and value:  # one of each, but Zamba ties its hybrid layers to the first of them
+        return value[:_DEPTH] if "hybrid" in value else list(dict.fromkeys(value))
     if isinstance(value, list) and (len(value) in depths or re.fullmatch(r"\w*(layers?|blocks?)_types?", name)):
         return _two_kinds(value)
     if isinstance(value, bool) or not isinstance(value, int):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 
 _POLL_S = 0.02
+# Who has waited long may be told later, by that share and no more than this: what is waited for needs the cores.
+_LATE, _LATE_S = 0.05, 0.2
 
 
 def until(
@@ -15,7 +17,8 @@ def until(
 
     A condition that starts a process wants a longer ``poll_s``: what is waited for needs the cores.
     """
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {timeout_s:g} s"
-        time.sleep(poll_s)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, f"no {what} within {timeout_s:g} s"
+        time.sleep(max(poll_s, min(_LATE * waited_s, _LATE_S)))

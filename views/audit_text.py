@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qbatch.core.measured.checkpoint_audit import CheckpointAudit
+from qbatch.core.measured.checkpoint_audit import AdapterTraining, CheckpointAudit
 from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
@@ -26,8 +26,8 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     if row.details.audits.spread_between_rounds:
         # Without the number, so that several rows can share the footnote.
         yield (
-            "its speed varied much between its rounds (`qbatch show JOB` says by how much), so a difference of that "
-            "size may be caused by the host"
+            "its speed varied much between its rounds (`qbatch show --all JOB` says by how much), so a difference of "
+            "that size may be caused by the host"
         )
 
 
@@ -37,7 +37,7 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
     if not row.is_baseline and fraction is not None and fraction < 0.5:
         yield (
             f"only {fraction * 100:.3g} % of its parameters are stored in {row.bits} bits: "
-            f"the rest is {row.dtype} (`qbatch show JOB` says why)"
+            f"the rest is {row.dtype} (`qbatch show --all JOB` says why)"
         )
     yield from defects(row)
     dropped = row.details.audit.dropped_tensors
@@ -49,7 +49,7 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
     if idle:
         yield f"--skip-modules names layers that it does not have: {first_names(idle)}"
     if row.details.noise_inputs is not None:
-        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show JOB` has them)"
+        yield "its speed and memory were measured on noise, so they are not compared (`qbatch show --all JOB` has them)"
     if (origin := speed_origin(row)) is not None:
         yield origin
     yield from fairness_remarks(row.details.flags)
@@ -109,6 +109,7 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         yield "before publishing", f"a forward pass: {audit.forward}"
     yield from _errors(audit)
     yield from describe_row(row.scheme).audit_lines(audit.stored)
+    yield from _recovery(audit)
     if audit.writer == "whole":
         yield "written", f"from the whole model in memory, because {audit.whole_model_because}"
     elif audit.shared_pass:
@@ -122,6 +123,33 @@ def audit_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
                 else "alone"
             ),
         )
+
+
+def _recovery(audit: CheckpointAudit) -> Iterable[tuple[str, str]]:
+    """What an adapter leaves of what quantizing took."""
+    if audit.recovered_layers is None:
+        return
+    shares = [
+        f"{show_percent(share)} of that of the {of}"
+        for share, of in (
+            (audit.weight_error_left, "weights"),
+            (audit.output_error_left, "layers' outputs on its text"),
+        )
+        if share is not None
+    ]
+    left = f"; of the error it leaves {' and '.join(shares)} (ratios of norms)" if shares else ""
+    yield "adapter", f"factors for {_count(audit.recovered_layers, 'layer')}{left}"
+    if audit.training.is_known:
+        yield "trained", _training(audit.training)
+
+
+def _training(training: AdapterTraining) -> str:
+    resumed = f", the last ones after a restart at step {training.resumed_after_step}"
+    kl = "" if training.last_kl is None else f"; the KL on its own text was {training.last_kl:.1e} in the last"
+    return (
+        f"{_count(training.steps or 0, 'step')} with {training.optimizer}"
+        f"{resumed if training.resumed_after_step else ''}{kl}"
+    )
 
 
 def loader_lines(row: ResultRow) -> Iterable[tuple[str, str]]:

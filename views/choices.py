@@ -45,6 +45,17 @@ def choose(model: str, group: Group, preference: Preference) -> Choice | None:
     return Choice(model=model, group=group, recommendation=recommend(group, preference))
 
 
+def told_apart_by_answers(rows: Sequence[ResultRow], preference: Preference) -> set[str]:
+    """The jobs between which only their answers to tasks may decide. ``rows`` need not have those."""
+    found: set[str] = set()
+    for group in (group for model in models_of(rows) for group in model.groups):
+        if sum(bool(row.details.tasks) for row in group.rows) > 1:
+            recommendation = recommend(group, preference)
+            if recommendation.ship is not None and recommendation.alike:
+                found |= {recommendation.ship.job_id, *recommendation.alike}
+    return found
+
+
 def picked(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
     """Those of ``rows`` that are of what is to be shipped: a checkpoint that answered several jobs is that of each."""
     shipped = {key for choice in choices if choice.ship is not None for key in _same(choice.ship)}

@@ -18,10 +18,11 @@ from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_w
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
 from qbatch.views.missing_parts import missing_part_remarks
-from qbatch.views.pick_lines import pick_lines
+from qbatch.views.pick_lines import GONE, is_gone, pick_lines
 from qbatch.views.protocol import show_protocol, version_differences
 from qbatch.views.ratios import show_relative
 from qbatch.views.recommend import recommend
+from qbatch.views.recovered_rows import recovery_remarks
 from qbatch.views.scheme import brief_schemes, show_scheme
 from qbatch.views.speed_explanation import explain_speed, explain_speed_briefly
 from qbatch.views.table_legend import mark_sentences, short_legend
@@ -198,6 +199,9 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{_name(row)}: {warning}."
+    yield from recovery_remarks(group.rows)
+    if ship is not None and is_gone(ship):
+        yield f"{_name(ship)}: {GONE}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qbatch.core.domain import JobState
-from qbatch.core.measured.metrics import GRAPH_DECODE
+from qbatch.core.measured.metrics import GRAPH_DECODE, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views.audit_text import (
     audit_lines,
+    audit_warnings,
     defects,
     fairness_remarks,
     loader_lines,
@@ -21,7 +22,7 @@ from qbatch.views.audit_text import (
 )
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import wrap
-from qbatch.views.formats import GAP, PROSE_WIDTH, Column, printable, render, terminal_width
+from qbatch.views.formats import GAP, NOTHING, PROSE_WIDTH, Column, printable, render, terminal_width, text_width
 from qbatch.views.listings import show_progress
 from qbatch.views.measured_figures import (
     energy_lines,
@@ -31,9 +32,9 @@ from qbatch.views.measured_figures import (
     size_lines,
     speed_table,
 )
-from qbatch.views.metric_text import show_metric
+from qbatch.views.metric_text import column_title, show_column, show_metric
 from qbatch.views.protocol import show_field, show_protocol
-from qbatch.views.ratios import may_compare
+from qbatch.views.ratios import may_compare, show_relative
 from qbatch.views.scheme import show_bound, show_scheme
 from qbatch.views.search_figures import frontier_table, search_lines, sensitivity_table
 from qbatch.views.speed_explanation import explain_speed
@@ -54,9 +55,56 @@ _ATTEMPTS: tuple[Column, ...] = (
 Lines = Iterable[tuple[str, str]]
 
 
-def show_jobs(jobs: Sequence[WholeJob]) -> str:
-    """Show jobs one after the other, each compared with its baseline."""
-    return "\n\n\n".join(map(_show_job, jobs))
+def show_jobs(jobs: Sequence[WholeJob], *, in_full: bool = False) -> str:
+    """Show jobs one after the other, each compared with its baseline: how they went, and the main figures; ``in_full``:
+    everything."""
+    show = _show_job if in_full else _show_answer
+    text = "\n\n\n".join(map(show, jobs))
+    if in_full or not jobs:
+        return text
+    more = f"`qbatch show --all {_named(jobs)}` shows everything: {_THE_REST}"
+    return "\n".join([text, "", *wrap(more, min(terminal_width(), PROSE_WIDTH))])
+
+
+_THE_REST = "source, options, protocol, versions, sizes, audit, loaders, rounds, percentiles, quality, energy."
+
+
+def _named(jobs: Sequence[WholeJob]) -> str:
+    return jobs[0].row.job_id if len(jobs) == 1 else "JOB"
+
+
+def _show_answer(job: WholeJob) -> str:
+    """How it went, what came out beside the baseline's, and what is to be known about that."""
+    row, record, baseline = job.row, job.record, job.baseline
+    if baseline is not None and not may_compare(row, baseline, on_device=False):
+        baseline = None
+    width = terminal_width()
+    parts = [*_heading(row, width), *_section("job", _job(row, record), width)]
+    parts += _attempts(record) if len(record.attempts) > 1 or row.state == JobState.FAILED else []
+    if job.search is not None:
+        parts += _search(job.search, job.points, width)
+    if row.state != JobState.SUCCEEDED:
+        return "\n".join(parts)
+    beside = f", beside {baseline.job_id}" if baseline is not None else ""
+    table = "\n".join(_figures(row, baseline))
+    parts += _table(f"figures on {printable(str(row.device_name))}{beside}", table) if table else []
+    parts += _section("tasks", task_lines(row), width)
+    parts += _section("checkpoint", _whereabouts(row, record), width)
+    parts += _section("not measured", row.not_measured.items(), width)
+    parts += _section("notes", _warnings(row), width)
+    same_device = baseline is not None and may_compare(row, baseline, on_device=True)
+    return "\n".join([*parts, *_why(row, baseline if same_device else None, width)])
+
+
+def _figures(row: ResultRow, baseline: ResultRow | None) -> Iterable[str]:
+    columns = [column for column in RESULTS_COLUMNS if column.metric_of(row) is not None]
+    titles = [column_title(column, [row]) for column in columns]
+    figures = [f"{show_column(column, row)} {show_relative(column, row, baseline)}".rstrip() for column in columns]
+    others = [NOTHING if baseline is None else show_column(column, baseline) for column in columns]
+    widths = [max(map(text_width, texts), default=0) for texts in (titles, figures)]
+    for title, figure, other in zip(titles, figures, others, strict=True):
+        beside = f"{GAP}(baseline {other})" if other != NOTHING else ""
+        yield f"{GAP}{title.ljust(widths[0])}{GAP}{figure.ljust(widths[1])}{beside}".rstrip()
 
 
 def _show_job(job: WholeJob) -> str:
@@ -64,9 +112,7 @@ def _show_job(job: WholeJob) -> str:
     if baseline is not None and not may_compare(row, baseline, on_device=True):
         baseline = None
     width = terminal_width()
-    heading = f"{row.job_id} {show_scheme(row)} of {row.model} ({row.batch_id}): {show_state(row)}"
-    parts = wrap(printable(heading), min(width, PROSE_WIDTH))
-    parts += [*_section("job", _job(row, record), width), *_attempts(record)]
+    parts = [*_heading(row, width), *_section("job", _job(row, record), width), *_attempts(record)]
     parts += _section("source", _source(row, record), width)
     parts += _section("scheme", _scheme(row, record), width)
     if job.search is not None:
@@ -74,6 +120,11 @@ def _show_job(job: WholeJob) -> str:
     if row.state == JobState.SUCCEEDED:
         parts += _measured(row, baseline, width)
     return "\n".join(parts)
+
+
+def _heading(row: ResultRow, width: int) -> list[str]:
+    heading = f"{row.job_id} {show_scheme(row)} of {row.model} ({row.batch_id}): {show_state(row)}"
+    return wrap(printable(heading), min(width, PROSE_WIDTH))
 
 
 def _section(title: str, lines: Lines, width: int) -> list[str]:
@@ -151,17 +202,25 @@ def _scheme(row: ResultRow, record: JobRecord) -> Lines:
     yield "dtype", f"{row.dtype}, computing in {row.compute_dtype}"
     for name in _options(row):
         yield name, _plain(row.options[name])
+    if row.recovery is not None:
+        yield "adapter", f"{row.recovery.kind} of rank {row.recovery.rank}"
     if record.checkpoint_key:
         yield "checkpoint key", record.checkpoint_key
-    if row.checkpoint_path:
-        yield "checkpoint", row.checkpoint_path
-    elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:
-        since = f" (noted {show_time(record.checkpoint.gone_at)})" if record.checkpoint.gone_at is not None else ""
-        yield "checkpoint", f"no longer on the storage{since}; a new submit makes it again"
+    if record.base_key:
+        yield "belongs to", record.base_key
+    yield from (("checkpoint", text) for _, text in _whereabouts(row, record))
     if record.checkpoint is not None:
         yield "sha256", record.checkpoint.root_sha256
         if record.checkpoint.written_by != row.job_id:
             yield "written by", record.checkpoint.written_by or "a job that was pruned"
+
+
+def _whereabouts(row: ResultRow, record: JobRecord) -> Lines:
+    if row.checkpoint_path:
+        yield "path", row.checkpoint_path
+    elif record.checkpoint is not None and row.state == JobState.SUCCEEDED:
+        since = f" (noted {show_time(record.checkpoint.gone_at)})" if record.checkpoint.gone_at is not None else ""
+        yield "path", f"no longer on the storage{since}; a new submit makes it again"
 
 
 def _options(row: ResultRow) -> Iterable[str]:
@@ -198,9 +257,17 @@ def _measured(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterabl
     yield from _section("energy", energy_lines(row), width)
     yield from _section("not measured", row.not_measured.items(), width)
     yield from _section("notes", _notes(row), width)
-    reasons = explain_speed(row, baseline)
-    if reasons:
+    yield from _why(row, baseline, width)
+
+
+def _why(row: ResultRow, baseline: ResultRow | None, width: int) -> Iterable[str]:
+    if reasons := explain_speed(row, baseline):
         yield from ["", "why", *wrap(" ".join(reasons), min(width, PROSE_WIDTH), first=GAP, indent=GAP)]
+
+
+def _warnings(row: ResultRow) -> Lines:
+    yield from (("warning", text) for text in audit_warnings(row))
+    yield from (("emulated", text) for text in emulation_remarks([row]))
 
 
 def _notes(row: ResultRow) -> Lines:

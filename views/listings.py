@@ -84,7 +84,7 @@ JOB_COLUMNS: tuple[Column, ...] = (
     _ELAPSED,
     Column(key="revision", title="revision", fit=fit_names, spare=True),
     Column(key="attempt", title="attempt", spare=True),
-    Column(key="worker", title="worker", wraps=True, spare=True),
+    Column(key="worker", title="worker", fit=fit_names, spare=True),
     Column(key="progress", title="progress", show=_show_progress_briefly, wraps=True, spare=True),
     Column(key="error_kind", title="error", spare=True),
     Column(key="error_message", title="message", wraps=True, spare=True),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from qbatch.core.domain import JobState
 from qbatch.core.watched import Snapshot, WatchedJob
-from qbatch.views.cadence import Cadence
 from qbatch.views.formats import printable
+from qbatch.views.line_interval import LineInterval
 from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import show_duration, show_time_left
 from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
@@ -47,7 +47,7 @@ class LiveProgress:
     ) -> None:
         self._quiet = quiet
         self._why_no_worker = why_no_worker
-        self._cadence = Cadence(clock)
+        self._interval = LineInterval(clock)
         self._stream = sys.stderr if stream is None else stream
         self._screen: _Screen | None = None
         self._last: Snapshot | None = None
@@ -101,13 +101,13 @@ class LiveProgress:
             self._screen.draw(snapshot, [note] if note else [])
         elif note is not None and note != self._noted:
             self._say(note)
-        elif self._cadence.is_due():
+        elif self._interval.is_due():
             standing = "; ".join(filter(None, (_standing(snapshot), note)))
-            self._say(f"{show_duration(self._cadence.elapsed_s)}: {standing}")
+            self._say(f"{show_duration(self._interval.elapsed_s)}: {standing}")
         self._noted = note or self._noted
 
     def _say(self, line: str) -> None:
-        self._cadence.note_line()
+        self._interval.note_line()
         if self._screen is not None:
             self._screen.say(line)
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS, MetricColumn
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.recovery import LIBRARY
+from qbatch.core.storage import base_path
 from qbatch.models_db.measured_checkpoints import MeasuredCheckpoint
 from qbatch.views.audit_text import audit_warnings, fairness_remarks
 from qbatch.views.emulation import emulation_remarks
@@ -34,7 +37,9 @@ _VERSIONS = ("qbatch", "torch", "transformers")
 def card_text(checkpoint: MeasuredCheckpoint, *, licence: str | None, runs_code: bool, has_tokenizer: bool) -> str:
     """The card below its metadata. ``licence`` is that of the base model; ``runs_code``: it has Python files."""
     row = checkpoint.row
-    parts = [_heading(checkpoint), _loading(row, runs_code=runs_code, has_tokenizer=has_tokenizer)]
+    base = _base(checkpoint)
+    loading = _loading if base is None else partial(_loading_adapter, base)
+    parts = [_heading(checkpoint), loading(row, runs_code=runs_code, has_tokenizer=has_tokenizer)]
     parts.append(_measured(row, checkpoint.baseline) if row.state == JobState.SUCCEEDED else _not_measured(row))
     parts += [_other_loaders(row), _provenance(checkpoint, licence)]
     return "\n\n".join(part for part in parts if part)
@@ -45,7 +50,17 @@ def _heading(checkpoint: MeasuredCheckpoint) -> str:
     name = _plain(_folder_name(row.model))
     scheme = _plain(show_scheme_alone(row))
     source = _code(_public_name(checkpoint))
+    if (base := _base(checkpoint)) is not None:
+        return (
+            f"# {name}, {scheme}\n\nAn adapter for the checkpoint {_code(base)} of {source}, which stays as it is. It "
+            "wins back a part of what quantizing took."
+        )
     return f"# {name}, {scheme}\n\n{source} with its weights quantized as {scheme}; the others are {row.dtype}."
+
+
+def _base(checkpoint: MeasuredCheckpoint) -> str | None:
+    """The folder of the checkpoint to which an adapter belongs."""
+    return base_path(checkpoint.path.rsplit("/", 1)[-1])
 
 
 def _folder_name(model: str) -> str:
@@ -81,6 +96,26 @@ def _loading(row: ResultRow, *, runs_code: bool, has_tokenizer: bool) -> str:
             "```",
         ]
     return "\n\n".join(lines)
+
+
+def _loading_adapter(base: str, row: ResultRow, *, runs_code: bool, has_tokenizer: bool) -> str:
+    auto_class = _AUTO_CLASSES.get(row.details.task or "", "AutoModel")
+    trust = ", trust_remote_code=True" if runs_code else ""
+    libraries = " ".join(dict.fromkeys(("transformers", "accelerate", LIBRARY, *describe_row(row.scheme).libraries)))
+    return "\n\n".join(
+        [
+            "## How to load it",
+            f"With `pip install {libraries}`, and the checkpoint that it belongs to:",
+            "```python\n"
+            "from peft import PeftModel\n"
+            f"from transformers import {'AutoTokenizer, ' if has_tokenizer else ''}{auto_class}\n\n"
+            f'base_id = "../{base}"  # the checkpoint, or its id on the hub\n'
+            f'model = {auto_class}.from_pretrained(base_id, device_map="auto"{trust})\n'
+            'model = PeftModel.from_pretrained(model, ".")  # this folder, or its id on the hub\n'
+            + (f"tokenizer = AutoTokenizer.from_pretrained(base_id{trust})\n" if has_tokenizer else "")
+            + "```",
+        ]
+    )
 
 
 def _other_loaders(row: ResultRow) -> str:

@@ -36,6 +36,8 @@ _COLUMNS: tuple[ShownColumn, ...] = tuple(
 # Names are shortened before one of these leaves.
 _BESIDE_NAMES = _COLUMNS[:-1]
 _LEAST_OF_A_NAME = 16
+GONE = "its checkpoint is no longer on the storage; a new submit makes it again"
+"""What is said of a scheme to ship whose checkpoint was removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +129,15 @@ def _of_choice(name: str, choice: Choice, notes: Footnotes | None) -> _Answer:
     return _Answer(model=name, scheme=scheme, line=line, path=ship.checkpoint_path)
 
 
+def is_gone(ship: ResultRow) -> bool:
+    """Whether nobody can ship it, because somebody removed its checkpoint."""
+    return not ship.is_baseline and ship.checkpoint_path is None
+
+
 def _warnings(choice: Choice, ship: ResultRow) -> Iterable[str]:
     yield from unmarked_warnings(ship)
+    if is_gone(ship):
+        yield GONE
     if ship.is_baseline:
         reasons = _reasons(choice.recommendation.rejected)
         yield f"no quantized model qualifies: {reasons}" if reasons else "no quantized model is smaller"

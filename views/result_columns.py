@@ -16,6 +16,8 @@ from qbatch.views.ratios import show_relative
 from qbatch.views.units import show_bytes, show_count, show_percent
 
 Value = Callable[[ResultRow], Any]
+LABELS = ("job", "job_id", "model", "scheme")
+"""What each row is called by, in every format, whichever columns are chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,11 @@ def standard_columns() -> list[ShownColumn]:
     return [of_metrics(column) for column in RESULTS_COLUMNS]
 
 
+def chosen_columns(names: Sequence[str]) -> list[ShownColumn]:
+    """The columns of these names, without the labels, which are there anyway. Raises UsageError."""
+    return [find_column(name) for name in names if name.strip().casefold() not in LABELS]
+
+
 def find_column(name: str) -> ShownColumn:
     """The column that is called ``name``: as in JSON, or by its title, with dashes for spaces. Raises UsageError."""
     wanted = name.strip().casefold()
@@ -46,7 +53,10 @@ def find_column(name: str) -> ShownColumn:
             return of_metrics(MetricColumn(metrics=(metric,)))
     if wanted in _FIELDS:
         return _of_field(wanted)
-    raise UsageError(f"{name[:60]!r} is not a column; the columns are {', '.join(column_names())}")
+    raise UsageError(
+        f"{name[:60]!r} is not a column; job, model and scheme are always there, and the columns are "
+        f"{', '.join(column_names())}"
+    )
 
 
 def column_names() -> list[str]:

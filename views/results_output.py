@@ -10,7 +10,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.choices import picked
 from qbatch.views.formats import markdown_table, render
 from qbatch.views.missing_parts import missing_part_remarks
-from qbatch.views.result_columns import ShownColumn, find_column, standard_columns
+from qbatch.views.result_columns import ShownColumn, chosen_columns, standard_columns
 from qbatch.views.results_table import ResultsScreen, results_table
 from qbatch.views.scheme import show_scheme
 from qbatch.views.table_legend import PICK_MARK, full_legend
@@ -32,7 +32,7 @@ def results_output(screen: ResultsScreen, format: str) -> str:  # noqa: A002
 def _mapping(row: ResultRow, columns: Sequence[str] | None) -> Mapping[str, Any]:
     if columns is None:
         return row.to_json()
-    chosen = [find_column(name) for name in columns]
+    chosen = chosen_columns(columns)
     return {
         "job_id": row.job_id,
         "model": row.model,
@@ -49,7 +49,7 @@ def _markdown(screen: ResultsScreen) -> str:
     picks = picked(choices, screen.rows)
     measured = [row for row in screen.rows if row.state == JobState.SUCCEEDED]
     names = screen.layout.columns
-    found = standard_columns() if names is None else [find_column(name) for name in names]
+    found = standard_columns() if names is None else chosen_columns(names)
     columns = [(column, title) for column in found if (title := column.title(measured))]
     heads = ["", "job", "model", "scheme", *(title for _, title in columns)]
     lines = [

@@ -17,7 +17,7 @@ from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol
 from qbatch.views.ranking import ranked_labels
 from qbatch.views.ratios import may_compare
-from qbatch.views.result_columns import ShownColumn, find_column, standard_columns
+from qbatch.views.result_columns import LABELS, ShownColumn, chosen_columns, find_column, standard_columns
 from qbatch.views.scheme import show_scheme
 from qbatch.views.speed_explanation import explain_speed_briefly
 from qbatch.views.table_legend import PICK_MARK, full_legend, short_legend
@@ -46,8 +46,8 @@ class TableLayout:
 
     def all_columns(self) -> list[ShownColumn]:
         """The columns that may be shown. What the rows are sorted by always stays."""
-        found = standard_columns() if self.columns is None else [_kept(find_column(name)) for name in self.columns]
-        if self.sorted_by is None or self.sorted_by in _IN_LABELS:
+        found = standard_columns() if self.columns is None else list(map(_kept, chosen_columns(self.columns)))
+        if self.sorted_by is None or self.sorted_by in LABELS:
             return found
         wanted = find_column(self.sorted_by)
         others = [column for column in found if column.key != wanted.key]
@@ -56,7 +56,6 @@ class TableLayout:
 
 # In a ranked table, names are shortened before columns of this rank or a lower one leave.
 _BESIDE_NAMES = 1
-_IN_LABELS = ("job_id", "model", "scheme")
 
 
 def _kept(column: ShownColumn) -> ShownColumn:

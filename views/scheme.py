@@ -9,6 +9,7 @@ from typing import Any
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.search.mixture_origin import MixtureOrigin
+from qbatch.core.storage import with_adapter_mark
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
 
@@ -20,7 +21,9 @@ def show_scheme(row: ResultRow) -> str:
     description, options = describe_row(row.scheme), _options(row)
     compute = row.compute_dtype
     elsewhere = "" if compute in ("auto", row.dtype) else f" in {compute}"
-    name = f"{description.title(options)}{_mixture(row) or _skipped(options)}"
+    title = description.title(options)
+    adapted = title if row.recovery is None else with_adapter_mark(title, row.recovery.slug)
+    name = f"{adapted}{_mixture(row) or _skipped(options)}"
     return f"{name}{description.nondefault_options(options)}{_sharded(options)}{elsewhere}"
 
 

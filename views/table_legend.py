@@ -26,8 +26,8 @@ NOISE_LEGEND = (
     "itself."
 )
 UNSTEADY_LEGEND = (
-    f"{UNSTEADY_MARK} means that a speed is uncertain: it differed much between its rounds (`qbatch show JOB` says by "
-    "how much), or they do not confirm a difference of that size, which the host may have caused."
+    f"{UNSTEADY_MARK} means that a speed is uncertain: it differed much between its rounds (`qbatch show --all JOB` "
+    "says by how much), or they do not confirm a difference of that size, which the host may have caused."
 )
 OTHER_DTYPE_LEGEND = (
     f"{OTHER_DTYPE_MARK} means that the source's files have another dtype than the baseline in memory, such as float32 "

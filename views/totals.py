@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.storage import with_adapter_mark
 from qbatch.views.audit_text import defects
 from qbatch.views.choices import Choice
 from qbatch.views.formats import printable
@@ -76,6 +77,8 @@ def _shipped(choices: Sequence[Choice]) -> Iterable[str]:
 
 
 def _scheme(row: ResultRow) -> str:
+    if row.recovery is not None:
+        return with_adapter_mark(row.scheme, row.recovery.slug)
     return "the baseline" if row.is_baseline else row.scheme
 
 

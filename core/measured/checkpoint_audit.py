@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qbatch.core.measured.loader_judgement import LoaderJudgement
-from qbatch.core.stored_json import Stored, omitted_if_unknown
+from qbatch.core.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +27,22 @@ class LayerError(Stored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterTraining(Stored):
+    """How an adapter was trained. ``first_kl`` and ``last_kl``: of the windows of its first and last step, in nats; the
+    first is that of the attempt that finished it, which went on ``resumed_after_step``."""
+
+    steps: int | None = None
+    resumed_after_step: int | None = omitted_if_unknown()
+    optimizer: str | None = None
+    first_kl: float | None = None
+    last_kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointAudit(Stored):
     """How much of a model was quantized, what was not and why, and the quantization errors. A method's own entries are
-    in ``stored``."""
+    in ``stored``. Of an adapter: how many layers have factors, and which share of the weights' error, and of that of
+    the layers' outputs on the text, these leave (ratios of norms)."""
 
     num_parameters: int | None = omitted_if_unknown()
     quantized_parameters: int | None = omitted_if_unknown()
@@ -50,6 +63,10 @@ class CheckpointAudit(Stored):
     no_errors_because: str | None = omitted_if_unknown()
     writer: str | None = omitted_if_unknown()
     loaders: Mapping[str, LoaderJudgement] | None = omitted_if_unknown()
+    recovered_layers: int | None = omitted_if_unknown()
+    weight_error_left: float | None = omitted_if_unknown()
+    output_error_left: float | None = omitted_if_unknown()
+    training: AdapterTraining = field(default_factory=AdapterTraining, metadata=OMITTED_IF_UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class Details(Stored):
     why: DecodeReasons = field(default_factory=DecodeReasons)
     audits: MeasuringAudit = field(default_factory=MeasuringAudit)
     checkpoint_key: str | None = omitted_if_unknown()
+    base_key: str | None = omitted_if_unknown()
     fingerprint: str | None = omitted_if_unknown()
     commit: str | None = omitted_unless("fingerprint")
     device_uuid: str | None = omitted_unless("fingerprint")

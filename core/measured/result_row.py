@@ -10,6 +10,7 @@ from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.recovery import Recovery
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.stored_json import OMITTED_IF_UNKNOWN
 
@@ -35,7 +36,8 @@ class ResultRow(Figures):
     ``options`` are the options of its scheme as requested. ``mixture``: what it has to do with a search. ``dtype`` and
     ``compute_dtype`` are the requested ones until the job is measured. ``protocol`` is the protocol of the measurement.
     ``baseline_job_id`` is the baseline in the same batch with the same source and protocol. ``answers``: how each
-    question of its tasks was answered, by task or group; they are not part of its JSON.
+    question of its tasks was answered, by task or group, where rows were asked for with them; they are not part of its
+    JSON.
     """
 
     batch_id: str
@@ -58,6 +60,10 @@ class ResultRow(Figures):
     protocol: StoredProtocol = field(default_factory=StoredProtocol)
     protocol_hash: str | None = None
     answers: Mapping[str, TaskAnswers] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: all that was measured fills screens."""
+        return f"<ResultRow {self.job_id}: {self.model} {self.scheme}, {self.state}>"
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:
@@ -104,3 +110,9 @@ class ResultRow(Figures):
     @property
     def is_baseline(self) -> bool:
         return self.scheme == "none"
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The adapter that it was measured with."""
+        stored = self.options.get("recovery")
+        return None if stored is None else Recovery.find(stored)

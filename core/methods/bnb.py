@@ -75,6 +75,8 @@ class _Bnb(MethodDescription):
 class BnbFourBit(_Bnb):
     """4-bit codes with one scale per block of 64 values."""
 
+    is_recoverable: bool = True
+
     def loaded_bytes(self, rows: int, columns: int, options: Options) -> float:
         scale_bytes = 1 if DOUBLE_QUANT.of(options) else 4
         return rows * columns * (0.5 + scale_bytes / BLOCK)

@@ -91,6 +91,8 @@ class MethodDescription:
     # Loggers whose warnings are irrelevant to a job, and the prefixes of environment variables that its libraries read.
     silenced: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    # Whether an adapter can be made that wins back a part of what quantizing took.
+    is_recoverable: bool = False
     # Whether checkpoints are written tensor by tensor, in little memory however large the model is.
     is_streamed: bool = True
     # Whether ``stored_parts`` and ``stored_metadata`` were compared with files that the library wrote.

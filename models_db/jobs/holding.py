@@ -44,6 +44,7 @@ def note(
     work_started: bool | None = None,
     progress: Mapping[str, Any] | None = None,
     checkpoint_key: str | None = None,
+    base_key: str | None = None,
 ) -> None:
     """Record the progress of a running attempt. Has no effect if the attempt no longer holds the job."""
     values: dict[str, Any] = {}
@@ -55,6 +56,8 @@ def note(
         values["progress"] = dict(progress)
     if checkpoint_key is not None:
         values["checkpoint_key"] = checkpoint_key
+    if base_key is not None:
+        values["base_key"] = base_key
     session.execute(update(Job).where(_holds([token])).values(**values), execution_options=NO_SYNC)
 
 

@@ -40,6 +40,7 @@ def succeed(
         return False
     # If the database was unreachable when the key was to be recorded, the row may have the key of an earlier content.
     job.checkpoint_key = measurement.details.checkpoint_key or job.checkpoint_key
+    job.base_key = measurement.details.base_key or job.base_key
     session.add(
         Result(
             job_id=job.id,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.settings import Settings
 from qbatch.models_db.listing import list_jobs, list_workers
 from qbatch.models_db.session import Database
-from tests import tiny
+from tests import tiny, warm_commands
 from tests.waiting import until
 
 Rows = list[dict[str, Any]]
@@ -49,20 +49,28 @@ class Qbatch:
         self, *args: str, code: int | None = 0, stdin: str | None = None, timeout_s: float = 150.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; its exit code must be ``code``, and it must not show a traceback."""
-        done = subprocess.run(
+        if self.preexec is None and warm_commands.suits(args[0], self.environ):
+            done = warm_commands.run(
+                [QBATCH[0], *args], environ=self.environ, cwd=self.cwd, stdin=stdin or "", timeout_s=timeout_s
+            )
+        else:
+            done = self._run(args, stdin or "", timeout_s)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert code is None or done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def _run(self, args: Sequence[str], stdin: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [*QBATCH, *args],
             env=self.environ,
             cwd=self.cwd,
             preexec_fn=self.preexec,
-            input=stdin if stdin is not None else "",
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
-        assert "Traceback" not in done.stderr, done.stderr
-        assert code is None or done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
 
     def json(self, *args: str, code: int = 0) -> Any:
         return json.loads(self(*args, "--json", code=code).stdout)

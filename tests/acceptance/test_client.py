@@ -59,6 +59,10 @@ def test_options_are_those_of_the_command_line(home: Path, models: Path) -> None
     ]
     assert list(qbatch.results("b1", limit=1).frame()["scheme"]) == ["bnb-nf4"]
     assert len(rows[:1]) == 1
+    assert repr(rows).splitlines()[:2] == [
+        "<ResultRows of 2 jobs>",
+        f"  <ResultRow j1: {models / 'llama'} bnb-nf4, queued>",
+    ]
     with pytest.raises(StackNotRunning, match="qbatch up"):
         batch.wait()
 

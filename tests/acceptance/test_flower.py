@@ -54,6 +54,9 @@ def test_flower_requires_its_credentials(stack: Qbatch, tmp_path: Path, monkeypa
         for page in ("workers", "metrics", "healthcheck", "api/workers"):
             assert _status(port, page, CREDENTIALS) == 200, page
         assert _status(port, "api/worker/shutdown/x", CREDENTIALS, data=b"") == 403, "it only shows"
+        credentials = {"QBATCH_FLOWER_AUTH": CREDENTIALS}
+        refused = Qbatch(stack.home, stack.env | credentials)("flower", "--port", str(port), code=2).stderr
+        assert f"Flower cannot listen on port {port} of 127.0.0.1: Address already in use; use" in refused
         monkeypatch.setattr(service_health, "FLOWER_PORT", port)
         assert "answers" in service_health.check_flower(Settings.from_env({"QBATCH_FLOWER_AUTH": CREDENTIALS}))
         with pytest.raises(StackNotRunning, match="answers with 401"):
@@ -108,6 +111,11 @@ def _tasks(port: int, search: str = "") -> list[tuple[str, str]]:
     answer = json.loads(page)
     assert "searchError" not in answer
     return [(row["name"], row["args"]) for row in answer["data"]]
+
+
+def test_flower_without_a_stack_says_so(qbatch: Qbatch) -> None:
+    qbatch.env["QBATCH_FLOWER_AUTH"] = "someone:a-canary"
+    assert "no stack is running with its home in" in qbatch("flower", code=3).stderr
 
 
 @pytest.mark.parametrize("credentials", ["", "someone", "someone:", ":password", "someone:pässword", "some\none:word"])

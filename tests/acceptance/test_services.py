@@ -114,6 +114,7 @@ def test_a_batch_on_real_services_survives_the_loss_of_redis(
     assert Path(rows[1]["checkpoint_path"], "qbatch.json").is_file()
     log = services.home.with_suffix(".log").read_text()
     assert PASSWORD not in log
+    assert "importing what runners need" in log, "nothing else is said for as long as that takes"
     assert [w["state"] for w in services.json("workers")] == []
 
 

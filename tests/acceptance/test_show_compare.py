@@ -33,7 +33,7 @@ def _check_show(qbatch: Qbatch) -> None:
     assert Path(row["checkpoint_path"], "qbatch.json").is_file()
     assert row["checkpoint"]["written_by"] == "j3"
     assert row["details"]["audit"]["relative_error_mean"] > 0
-    text = qbatch("show", "j3", "j1").stdout
+    text = qbatch("show", "--all", "j3", "j1").stdout
     assert text.startswith("j3 bnb-nf4 of ")
     assert "\nj1 baseline bfloat16 of " in text
     said = " ".join(text.split())

@@ -18,7 +18,7 @@ from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.runner import loaded_models
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.loaded_models import LoadedModels
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.unit.benchmark_models import TEXT
 from tests.unit.measured_rows import result
@@ -50,7 +50,7 @@ def run(folder: Path, *schemes: Scheme) -> Ear:
         device_kind=DeviceKind.CUDA,
         device_name=torch.cuda.get_device_name(0),
     )
-    Bundle(on_gpu, ear, Quiet()).run()
+    Bundle(on_gpu, ear, TimingPauses()).run()
     return ear
 
 

@@ -11,7 +11,7 @@ from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.models_db import jobs
-from qbatch.models_db.question_answers import find_answers
+from qbatch.models_db.question_answers import find_answers, with_answers
 from qbatch.models_db.results import find_results
 from qbatch.models_db.retention import delete_jobs
 from qbatch.models_db.session import Database
@@ -55,7 +55,9 @@ def test_they_are_found_by_job_and_task(database: Database) -> None:
 def test_rows_have_them_and_their_json_does_not(database: Database) -> None:
     answered(database)
     with database.read() as session:
-        first, *others = find_results(session)
+        assert [row.answers for row in find_results(session)] == [{}, {}, {}], "few views show them"
+        first, *others = with_answers(session, find_results(session))
+        assert with_answers(session, find_results(session), [others[0].job_id]) == find_results(session)
     assert first.answers == ANSWERS
     assert [row.answers for row in others] == [{}, {}]
     assert "answers" not in first.to_json()

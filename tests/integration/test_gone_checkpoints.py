@@ -46,6 +46,7 @@ def test_no_path_is_given_to_what_is_not_there(made: Made) -> None:
     for command in (["results"], ["show", f"b{made.batch_id}"]):
         assert json.loads(qbatch(*command, "--json").stdout)[0]["checkpoint_path"] is None
     assert made.paths[0] not in qbatch("compare", "--json").stdout
+    assert "its checkpoint is no longer on the storage; a new submit makes it again" in qbatch("compare").stdout
     assert "no longer on the storage; a new submit makes it again" in qbatch("show", "j1").stdout
 
 
@@ -63,6 +64,7 @@ def test_verify_fails_once_and_notices_when_it_is_back(made: Made, tmp_path: Pat
     done = qbatch("verify", "--json", code=1)
     assert [row["state"] for row in json.loads(done.stdout)] == ["gone"]
     assert "was removed: that is recorded now" in done.stderr
+    assert "no such folder" not in done.stderr, "it is said once"
     assert "--force" not in done.stderr
     assert json.loads(qbatch("verify", "--json").stdout) == []
     assert "j1: no checkpoint is recorded that is still there" in qbatch("verify", "j1").stderr
@@ -97,6 +99,8 @@ def test_a_gone_checkpoint_answers_nobody(made: Made, sqlite_database: Database)
 def test_what_is_named_is_listed_and_with_yes_removed(made: Made) -> None:
     dry = qbatch("rm", str(made.folders[0]))
     assert "nothing was removed: with --yes" in dry.stderr
+    assert f"  {made.paths[0]}\n" in dry.stdout
+    assert "nothing was removed" not in qbatch("gc").stderr
     assert made.folders[0].is_dir()
     assert json.loads(qbatch("rm", made.paths[0], "--yes", "--json").stdout)[2]["paths"] == made.paths
     assert not made.folders[0].exists()
@@ -111,6 +115,7 @@ def test_of_each_model_what_is_recommended_is_kept(sqlite_database: Database, se
         a_measured_batch(sqlite_database, settings, model, Method.NF4, Method.INT8) for model in ("org/a", "org/b")
     )
     dry = qbatch("keep", "--recommended", "b1")
+    assert f"  {first.paths[1]}\n" in dry.stdout
     assert "org/a: bnb-nf4 (j1) is recommended" in dry.stderr
     assert "nothing was removed" in dry.stderr
     for options, kept in ((["b1"], 0), (["b2", "--max-kl", "0.005"], 1)):

@@ -95,8 +95,8 @@ def test_show_and_every_failure_name_the_log(sqlite_database: Database, settings
         assert str(log_of(sqlite_database, settings, job, number)) in run("show", "j1").stdout
     assert "failed: worker_lost: it was killed (see `qbatch logs j1`)" in run("show", "j1").stdout
     assert "(see `qbatch logs j1`)" in run("results").stdout
-    assert "`qbatch logs JOB`" in run("jobs").stderr
-    assert "qbatch logs" not in run("jobs", "--state", "queued").stderr
+    assert "(see `qbatch logs j1`)" in run("jobs").stdout
+    assert "qbatch logs" not in run("jobs", "--state", "queued").stdout
 
 
 def test_a_follower_goes_from_attempt_to_attempt(sqlite_database: Database, settings: Settings) -> None:

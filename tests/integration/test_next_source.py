@@ -13,10 +13,10 @@ from sqlalchemy import func, select, update
 from qbatch.core.domain import DeviceKind
 from qbatch.core.file_stat import Mounts, clock_ns, stat_file
 from qbatch.models_db import window
+from qbatch.models_db.next_bundle import find_next_bundle
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, FileDigestRow, Job, Worker
-from qbatch.models_db.upcoming import upcoming
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.serving.next_source import NextSource
 from tests.rows import a_batch, a_job, a_worker, bundle, claim
 from tests.tiny import make_causal
@@ -36,7 +36,7 @@ def sent(database: Database, *models: str, priority: int = 0) -> list[list[int]]
 
 def expected(database: Database, worker_id: int) -> str | None:
     with database.read() as session:
-        found = upcoming(session, [_QUEUE], worker_id=worker_id, lease_s=60.0)
+        found = find_next_bundle(session, [_QUEUE], worker_id=worker_id, lease_s=60.0)
     return None if found is None else found.source.location
 
 
@@ -154,17 +154,17 @@ def test_it_stands_still_while_something_is_timed(
     sent(sqlite_database, str(source))
     next_source.begin()
     fetching = process_of(next_source)
-    quiet = Quiet()
-    with quiet.timing():
-        quiet.meet(fetching.pid)
+    pauses = TimingPauses()
+    with pauses.timing():
+        pauses.meet(fetching.pid)
         until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")
-    with quiet.timing():
+    with pauses.timing():
         until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")
         # The runner is killed here.
         next_source.resume()
     until(served(next_source), "end of the fetch")
     until(lambda: not fetching.is_running(), "end of its process")
-    with quiet.timing():
+    with pauses.timing():
         pass
 
 

@@ -73,7 +73,7 @@ def test_a_page_of_results_is_the_beginning_of_all(database: Database) -> None:
 def test_a_page_of_models_has_all_rows_of_the_first_ones(database: Database) -> None:
     """Also those that another batch added to a model later."""
     with database.read() as session:
-        for batches, only in (((), ResultFilter()), ([2], ResultFilter()), ([2, 1], ResultFilter(model="*/?"))):
+        for batches, only in (((), ResultFilter()), ([2], ResultFilter()), ([2, 1], ResultFilter(models=["*/?"]))):
             rows = results.find_results(session, batch_ids=batches, only=only)
             models = list(dict.fromkeys(row.model for row in rows))
             for most in (1, 2, 3, 4, 50, None):

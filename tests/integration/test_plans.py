@@ -223,6 +223,25 @@ def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
     assert steps[1] < 1.5 * steps[0]
 
 
+@pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open"])
+def test_a_look_at_what_is_open_is_no_more_with_a_longer_history(
+    sqlite_database: Database, tmp_path: Path, name: str
+) -> None:
+    steps = []
+    for ended in (900, 6000):
+        file = tmp_path / f"{ended}.db"
+        shutil.copy(tmp_path / "qbatch.db", file)
+        database = Database(f"sqlite:///{file}")
+        fill(database, Sizes(jobs=ended + 600, large=100, queued=600))
+        with database.write() as session:
+            choose(session)
+            sent = session.scalars(select(Job.id).where(Job.dispatch_id > "")).all()
+            jobs.claim(session, sent, workers.live(session, _LEASE_S)[-1].id, _LEASE_S)
+        steps.append(_steps(database, ACTIONS[name]))
+        database.dispose()
+    assert steps[1] < 1.5 * steps[0]
+
+
 def _steps(database: Database, action: Action) -> int:
     """How many hundred steps SQLite's machine takes for an action."""
     count = 0

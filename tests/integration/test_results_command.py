@@ -149,7 +149,18 @@ def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
     assert rows_of(run("results", "--columns", "weights", "--columns", "kl", width=80)) == rows_of(
         run("results", "--columns", "weights,kl", width=80)
     )
-    assert "'nothing' is not a column; the columns are weights, decode" in said
+    assert "'nothing' is not a column; job, model and scheme are always there, and the columns are weights" in said
+
+
+def test_the_labels_may_be_named_among_the_columns(run: Run) -> None:
+    for width in (80, None):
+        assert run("results", "--columns", "model,scheme,KL", width=width) == run(
+            "results", "--columns", "kl", width=width
+        )
+    table = run("results", "--columns", "model", "--bits", "4", width=80)
+    assert [line.split()[-1] for line in rows_of(table)] == ["bnb-nf4"] * 8
+    (row, *_) = json.loads(run("results", "--columns", "job,model", "--bits", "4", "--json"))
+    assert row.keys() == {"job_id", "model", "scheme"}
 
 
 def test_markdown_and_csv_have_every_row(run: Run) -> None:
@@ -218,6 +229,20 @@ def test_two_models_are_compared_and_reported(run: Run) -> None:
     page = run("report", "b1", *two, "-o", "-")
     assert {model.name for model in MODELS if model.name in page} == names
     assert "6 of the same measurement" in " ".join(run("diff", "b1", "b1", *two).split())
+
+
+@pytest.mark.parametrize("job", ["j3", "j23"])
+def test_a_job_is_shown_on_a_screen_and_in_full_on_request(run: Run, job: str) -> None:
+    text = run("show", job, width=80)
+    lines = text.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    assert f"`qbatch show --all {job}` shows everything" in text
+    whole = run("show", "--all", job, width=80)
+    assert ("\nsource\n" in text, "\nsource\n" in whole) == (False, True)
+    if job == "j3":
+        assert "35.6 tok/s ×0.73  (baseline 48.8 tok/s)" in text
+        assert len(whole.splitlines()) > 80
 
 
 def test_a_rate_may_be_asked_for(run: Run) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 
 from qbatch.core.domain import WorkerState
-from qbatch.core.errors import StackNotRunning
+from qbatch.core.errors import DatabaseUnreachable, StackNotRunning
 from qbatch.core.settings import Settings
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.leases import LEAD, acquire
@@ -51,3 +52,10 @@ def test_workers_work_while_one_of_this_host_is_live(sqlite_database: Database, 
     note(state=WorkerState.READY, heartbeat_at=db_now(-settings.lease_s - 1))
     with pytest.raises(StackNotRunning):
         check_worker(settings)
+
+
+@pytest.mark.parametrize("check", [check_scheduler, check_worker])
+def test_a_database_without_a_schema_is_not_said_to_be_away(tmp_path: Path, check: Callable[[Settings], str]) -> None:
+    settings = Settings.from_env({"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'new'}"})
+    with pytest.raises(DatabaseUnreachable, match=r"has schema none.*run `qbatch db upgrade`"):
+        check(settings)

@@ -49,7 +49,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     RunnerMessage,
 )
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.serving.answers import Answers
 from tests import tiny
 from tests.bundles import TEXT_HASH, an_order
@@ -96,7 +96,7 @@ class Worker:
         self.answers = Answers(self.database, storage, "a CPU", {claim.job_id: claim for claim in self.claims})
         claims = sorted(self.claims, key=lambda claim: claim.job_id)
         order = an_order(self.folder, claims, device_name="a CPU", device_uuid=device_uuid)
-        Bundle(order, self, Quiet()).run()
+        Bundle(order, self, TimingPauses()).run()
 
     def ask(self, question: Question) -> Reply:
         self.send(question)

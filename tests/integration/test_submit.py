@@ -39,9 +39,9 @@ from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Arrival, Job
 from qbatch.scheduler import submit as submit_module
 from qbatch.scheduler.broker import Broker
-from qbatch.scheduler.inquiry import Inquiry
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.loop import Scheduler
+from qbatch.scheduler.submission_lookup import SubmissionLookup
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.worker.runner.messages import JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
@@ -187,8 +187,8 @@ POINTS = {
     "before the first chunk": Point(owner=submit_module, name="inspect_unvetted", call=1),
     "within the first chunk": Point(owner=arrivals, name="add_jobs", call=1),
     "within the third chunk": Point(owner=arrivals, name="add_jobs", call=3),
-    "between two chunks": Point(owner=Inquiry, name="look_up", call=4),
-    "while it becomes visible": Point(owner=Inquiry, name="look_again", call=1),
+    "between two chunks": Point(owner=SubmissionLookup, name="look_up", call=4),
+    "while it becomes visible": Point(owner=SubmissionLookup, name="look_again", call=1),
 }
 
 
@@ -385,7 +385,9 @@ def test_a_skip_list_is_answered_once_a_worker_has_settled_it(
     with database.read() as session:
         waiting = session.scalars(select(Job.id).where(Job.batch_id == before.batch_id)).all()
     ((job_id, attempt),) = claim(database, waiting, worker)
-    resolved = JobIdentity(key=key, legacy_key=None, protocol_hash=as_spelt.protocol.hash, spelled_key=as_spelt.key)
+    resolved = JobIdentity(
+        key=key, legacy_key=None, protocol_hash=as_spelt.protocol.hash, spelled_keys={as_spelt.key: key}
+    )
     claims = {job_id: Claim(job_id=job_id, attempt=attempt, spec=spec)}
     Answers(database, settings.storage, "this CPU", claims).find(Resolved(jobs={job_id: resolved}))
     receipt = submit(database, settings, asked)

@@ -150,6 +150,35 @@ def test_a_shell_completes_commands_batches_models_and_columns() -> None:
     assert completions(["results", "--columns"], "weights,peak") == ["weights,peak-memory"]
 
 
+@pytest.mark.usefixtures("batches")
+def test_a_shell_completes_jobs_schemes_and_loaders() -> None:
+    assert completions(["logs"], "") == [f"j{number}" for number in range(9, 0, -1)]
+    shown = {item.help for item in ShellComplete(main, {}, "qbatch", "_QBATCH_COMPLETE").get_completions(["logs"], "")}
+    assert {"/models/m1 baseline", "/models/m3 bnb-nf4"} <= shown
+    for command in ("show", "cancel", "retry", "card", "rm", "verify"):
+        assert completions([command], "j9") == ["j9"]
+        assert completions([command], "")[:2] == ["latest", "b3"], "there are too many jobs for a list of everything"
+    assert completions(["submit", "m", "--scheme"], "bnb-nf4,bnb-i") == ["bnb-nf4,bnb-int8"]
+    assert completions(["results", "--scheme"], "non") == ["none"]
+    assert completions(["submit", "m", "--scheme"], "au") == ["auto"]
+    assert completions(["submit", "m", "--measure"], "size,qu") == ["size,quality"]
+    assert completions(["verify", "--for"], "peft,vl") == ["peft,vllm"]
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["submit"], ["run", "one"], ["plan"], ["submit", "--models"], ["inspect"], ["submit", "m", "--eval-text"]),
+        *(["verify"], ["rm"], ["submit", "m", "--tasks"], ["report", "-o"]),
+    ],
+)
+def test_a_shell_completes_files_where_files_are_meant(args: list[str]) -> None:
+    shell = ShellComplete(main, {}, "qbatch", "_QBATCH_COMPLETE")
+    (item,) = shell.get_completions(args, "models/")
+    assert (item.value, item.type) == ("models/", "dir" if args[0] in ("verify", "rm") else "file")
+
+
 def test_a_shell_that_completes_makes_no_database(home: Path) -> None:
     assert completions(["status"], "") == []
     assert list(home.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,32 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
+from qbatch.core.domain import (
+    BASELINE,
+    Claim,
+    DeviceKind,
+    DType,
+    JobSpec,
+    Method,
+    ProtocolOptions,
+    Scheme,
+    SourceRef,
+    Stage,
+)
 from qbatch.core.errors import CudaOom
 from qbatch.core.measured.speed_figures import PhaseTimes
+from qbatch.core.search.bound import Bound
 from qbatch.worker.models import load as loading
 from qbatch.worker.runner import loaded_models, publication, trial
+from qbatch.worker.runner.bundle import Bundle
+from qbatch.worker.runner.layer_searches import LayerSearches
 from qbatch.worker.runner.messages import CheckpointReady, Entered
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
-from tests.bundles import TEXT_HASH, Ear, run_bundle
+from tests.bundles import TEXT_HASH, Ear, an_order, run_bundle
+from tests.found import search_spec
 from tests.unit.benchmark_models import QUICK
 
 # Nothing repacks the codes of 8 bits, whatever the processor.
@@ -150,3 +168,28 @@ def test_where_another_writer_was_first_its_files_are_loaded(source: Path, monke
     ear = run_bundle(source, {1: INT8})
     assert ear.failed() == {}
     assert loaded_for_turns(ear) == [(1,)]
+
+
+def test_what_was_measured_last_is_gone_before_a_search(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search has the device for itself."""
+    held: list[int] = []
+    monkeypatch.setattr(LayerSearches, "run", lambda *_: held.append(llamas()))
+    before = llamas()
+    spec = JobSpec(
+        source=SourceRef(name=str(source), location=str(source), is_folder=True),
+        scheme=INT8,
+        dtype=DType.AUTO,
+        device=DeviceKind.CPU,
+        protocol=ProtocolOptions(eval_text_sha256=TEXT_HASH),
+    )
+    specs = [spec, replace(search_spec(Bound(max_kl=0.1)), source=spec.source)]
+    claims = [Claim(job_id=number, attempt=1, spec=one) for number, one in enumerate(specs, start=1)]
+    ear = Ear()
+    Bundle(an_order(source.parent, claims), ear, TimingPauses()).run()
+    assert ear.measured() == {1}
+    assert held == [before]
+
+
+def llamas() -> int:
+    gc.collect()
+    return sum(isinstance(one, LlamaForCausalLM) for one in gc.get_objects())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,39 @@ def test_a_queue_that_nothing_works_on_is_named_with_what_would(
     assert CliRunner().invoke(main, command).stderr == ""
 
 
+def test_where_nothing_is_to_be_removed_one_sentence_says_so(sqlite_database: Database, home: Path) -> None:
+    (home / "storage").mkdir()
+    for command in (["gc"], ["gc", "--yes"], ["keep", "--recommended"]):
+        done = CliRunner().invoke(main, command)
+        assert (done.exit_code, done.output) == (0, "nothing to remove\n")
+    assert '"number": 0' in CliRunner().invoke(main, ["gc", "--json"]).stdout
+    log = home / "storage" / "logs" / "j9-1.log"
+    log.parent.mkdir()
+    log.write_text("of 0.1.0")
+    os.utime(log, (0, 0))
+    lines = CliRunner().invoke(main, ["gc"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["logs"], "a kind of which there is none is not listed"
+
+
 def test_nothing_is_said_of_earlier_results_that_nobody_has_looked_for(home: Path) -> None:
     """Which files a model of the hub has only a worker finds out; it may then answer all of them."""
     (home / "list").write_text("org/model\n")
     done = CliRunner().invoke(main, ["submit", "--models", str(home / "list"), "--bits", "4"])
     assert done.stdout == "b1: 2 jobs\n"
+
+
+@pytest.mark.parametrize("command", [["run"], ["submit"], ["submit", "--wait"]])
+def test_ctrl_c_before_the_watching_begins_says_what_was_stored(
+    home: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """While the batch is sent, which may wait for Redis."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qbatch.commands.submission.send", interrupt)
+    monkeypatch.setenv("QBATCH_BROKER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("QBATCH_DATABASE_URL", f"sqlite:///{home / 'qbatch.db'}")
+    done = CliRunner().invoke(main, [*command, "org/model", "--bits", "4"])
+    assert done.exit_code == 130
+    assert "no longer watching; b1 goes on (2 queued): `qbatch watch b1` shows it again" in done.stderr

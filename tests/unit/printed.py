@@ -36,7 +36,7 @@ def comparison(
     return compare.comparison(read(rows), preference, by=by, format=format, in_full=in_full)
 
 
-def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:
+def show_jobs(jobs: Sequence[tuple[Row, Row | None]], *, in_full: bool = True) -> str:
     whole = [
         WholeJob(
             row=ResultRow.from_json(job),
@@ -45,7 +45,7 @@ def show_jobs(jobs: Sequence[tuple[Row, Row | None]]) -> str:
         )
         for job, baseline in jobs
     ]
-    return job_details.show_jobs(whole)
+    return job_details.show_jobs(whole, in_full=in_full)
 
 
 def _pair(row: Row, baseline: Row | None) -> tuple[ResultRow, ResultRow | None]:

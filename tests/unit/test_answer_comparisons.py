@@ -13,6 +13,7 @@ import pytest
 
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.views.answer_comparisons import AnswerComparison, baseline_pairs, compare_answers, say
+from qbatch.views.choices import told_apart_by_answers
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import Group, models_of
 from qbatch.views.recommend import recommend
@@ -153,6 +154,18 @@ def test_where_kl_does_not_tell_two_schemes_apart_their_answers_do() -> None:
     assert undecided.ship is not None
     assert undecided.ship.job_id == "j3"
     assert "Their answers to tasks show no difference either." in undecided.sentence
+
+
+def test_answers_are_asked_for_only_where_they_may_decide() -> None:
+    """They are most of a database: what marks the pick reads those of rows that nothing else tells apart."""
+
+    def rows(*of: dict[str, Any], tasks: bool = True) -> list[Any]:
+        scores = {"tasks": {"quiz": {"acc": 0.5}}} if tasks else {}
+        return read([row | {"details": row["details"] | scores} for row in of])
+
+    assert told_apart_by_answers(rows(BASELINE, NEAR, AS_NEAR), Preference()) == {"j3", "j4"}
+    assert told_apart_by_answers(rows(BASELINE, NEAR, AS_NEAR, tasks=False), Preference()) == set()
+    assert told_apart_by_answers(rows(BASELINE, NEAR), Preference()) == set()
 
 
 def test_without_answers_it_is_said_that_tasks_may_decide() -> None:

@@ -52,7 +52,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     RunnerMessage,
 )
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.bundles import TEXT_HASH, an_order
 from tests.unit.benchmark_models import QUICK
@@ -133,7 +133,7 @@ def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(),
     if not source.exists():
         tiny.make_causal(source)
     ear = Ear(answered=answered)
-    Bundle(order(folder, source, *batch_sizes, **options), ear, Quiet()).run()
+    Bundle(order(folder, source, *batch_sizes, **options), ear, TimingPauses()).run()
     return ear
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import pytest
 
-from qbatch.cli import main
+from qbatch.cli import SECTIONS, main
 from qbatch.commands.parameter_types import Bits, ColumnNames, Counts, Parts, Patterns, Schemes
 from qbatch.core.settings import Settings
 
@@ -40,6 +40,15 @@ def test_the_page_is_up_to_date(columns: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_command_has_help() -> None:
     assert [context.command_path for context in contexts() if not context.command.help] == []
+
+
+def test_help_lists_each_command_once_in_its_group() -> None:
+    (whole, *_) = contexts()
+    listed = [line.split()[0] for line in whole.get_help().splitlines() if line.startswith("  ") and line[2].isalpha()]
+    commands = [name for section in SECTIONS.values() for name in section]
+    assert [name for name in listed if name in commands] == commands
+    assert sorted(commands) == sorted(main.commands)
+    assert len(SECTIONS) == 4
 
 
 def test_every_option_has_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -16,11 +17,13 @@ from qbatch.core.domain import (
     Method,
     Protocol,
     ProtocolOptions,
+    Scheme,
     SourceRef,
     content_hash,
 )
 from qbatch.core.errors import UsageError
 from qbatch.core.identity import settle
+from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.core.search.bound import Bound
 from qbatch.core.search.search_request import SearchRequest
 from qbatch.scheduler.job_grid import Grid
@@ -139,6 +142,32 @@ def test_a_bundle_holds_one_job_for_each_scheme() -> None:
     for spec in specs:
         assert (spec.source, spec.protocol) == (source, protocol)
         assert (spec.dtype, spec.device, spec.force) == (DType.FLOAT16, DeviceKind.CPU, True)
+
+
+def test_adapters_follow_the_scheme_that_they_are_for() -> None:
+    asked = (Recovery(kind=RecoveryKind.SVD, rank=8), Recovery(kind=RecoveryKind.SVD, rank=2))
+    schemes = Grid(bits=(4, 8), quant_types=(Method.NF4, Method.FP4), recoveries=asked).schemes()
+    assert [(scheme.method, scheme.recovery and scheme.recovery.rank) for scheme in schemes] == [
+        (Method.NONE, None),
+        (Method.INT8, None),
+        *((method, rank) for method in (Method.NF4, Method.FP4) for rank in (None, 8, 2)),
+    ]
+
+
+@pytest.mark.parametrize("options", [{"bits": (8,)}, {"bits": (16,)}, {"methods": (Method.TORCHAO_INT4,)}])
+def test_adapters_without_such_a_scheme_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"--recover is for 4 bits \(bnb-nf4 or bnb-fp4\), which were not asked for"):
+        Grid(recoveries=(Recovery(kind=RecoveryKind.SVD, rank=8),), **options)
+
+
+def test_a_scheme_without_an_adapter_keeps_the_key_that_it_had() -> None:
+    plain = Scheme(method=Method.NF4)
+    assert "recovery" not in plain.to_json()
+    adapted = replace(plain, recovery=Recovery.of(RecoveryKind.SVD_ACT, 4, "0" * 64))
+    assert Scheme.from_json(adapted.to_json()) == adapted
+    assert adapted.base == plain
+    with pytest.raises(UsageError, match="nothing can be recovered for bnb-int8"):
+        Scheme(method=Method.INT8, recovery=adapted.recovery)
 
 
 # What a search chooses

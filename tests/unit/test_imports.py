@@ -76,6 +76,23 @@ print({"torch", "transformers", "numpy", "huggingface_hub", "alembic"} & sys.mod
     assert shown.stdout == "set()\n"
 
 
+def test_a_forkserver_ends_without_taking_its_modules_apart() -> None:
+    """Half a second of a core for torch's. Its forks end as they say."""
+    program = """
+import atexit, os, sys
+import qbatch.worker.serving.quick_end
+atexit.register(print, "what others want done is done")
+sys.last = type("Module", (), {"__del__": lambda self: os.write(1, b"taken apart")})()
+if os.fork() == 0:
+    del sys.last
+    sys.exit(3)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.count("what others want done is done") == 2
+    assert shown.stdout.splitlines()[-2:] == ["3", "what others want done is done"]
+
+
 def test_bitsandbytes_is_imported_without_the_compiler() -> None:
     """Its fallbacks are compiled when they are called, which nothing here does: 580 modules less in each worker."""
     program = """

@@ -90,7 +90,9 @@ def test_a_rank_above_that_of_the_weight_recovers_all_of_it() -> None:
 
 def test_a_recovery_survives_json_and_refuses_a_rank_of_nothing() -> None:
     recovery = Recovery(kind=RecoveryKind.SVD_ACT, rank=8, text_sha256="0" * 64, window=128, windows=48)
-    assert Recovery.from_json(recovery.to_json()) == recovery
+    assert Recovery.from_json(recovery.to_json()) == recovery == Recovery.find(recovery.to_json())
+    assert Recovery.find({"kind": "of newer code", "rank": 8}) is None
+    assert Recovery.find(recovery.to_json() | {"of_newer_code": 1}) is None
     assert "text_sha256" not in Recovery(kind=RecoveryKind.SVD, rank=8).to_json()
     for rank in (0, -1, 5000):
         with pytest.raises(UsageError, match=f"from 1 to 4096, not {rank}"):

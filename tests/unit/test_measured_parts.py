@@ -14,7 +14,7 @@ from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
 from qbatch.worker.runner.bundle import Bundle
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT, loaded_on_cpu
 from tests.unit.test_benchmark_rounds import TEXT_HASH, Ear, order
@@ -38,7 +38,7 @@ def measured(
 
     monkeypatch.setattr(ProtocolOptions, "for_device", quick)
     ear = Ear()
-    Bundle(order(folder, source, schemes=schemes), ear, Quiet()).run()
+    Bundle(order(folder, source, schemes=schemes), ear, TimingPauses()).run()
     return ear, [done.measurement for _, done in sorted(ear.measured().items())]
 
 

@@ -154,6 +154,37 @@ def test_whoever_is_asked_decides_whether_the_folder_is_meant(
     ]
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("list.txt", "list.txt is a file, not the folder of a model; a list of models is read with --models list.txt"),
+        ("lists/my list", "is a file, not the folder of a model; a list of models is read with --models lists/my list"),
+        ("./models/one/model.safetensors", "is a file; name the folder of its model: models/one"),
+        ("one-Q4_K_M.gguf", "one-Q4_K_M.gguf is GGUF, which qbatch does not read"),
+        ("./models", r"\./models has no config\.json: it holds folders that have one: a, b, c and 1 more; list these"),
+        ("./gguf", r"\./gguf has no config\.json: it holds GGUF, which qbatch does not read"),
+    ],
+)
+def test_a_file_or_a_folder_of_others_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "one"):
+        a_model(tmp_path / "models" / name)
+    for folder in ("lists", "gguf", "models/empty"):
+        (tmp_path / folder).mkdir()
+    for file in ("list.txt", "lists/my list", "models/one/model.safetensors", "one-Q4_K_M.gguf", "gguf/x.gguf"):
+        (tmp_path / file).touch()
+    with pytest.raises(UsageError, match=said):
+        read_model_list([], named=[typed], check_folders=True, roots=None)
+
+
+def test_a_path_that_is_a_file_here_may_be_a_folder_of_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "one").touch()
+    (source,) = read_model_list([str(tmp_path / "one")], check_folders=False, roots=None)
+    assert source.is_folder
+
+
 def test_a_folder_must_exist_only_where_workers_see_this_file_system(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
@@ -202,7 +233,7 @@ def test_no_path_however_written_leads_out_of_the_roots(
 
 def test_a_folder_outside_the_roots_is_named_by_its_line(tmp_path: Path) -> None:
     inside, outside = a_model(tmp_path / "in" / "m"), a_model(tmp_path / "out" / "m")
-    with pytest.raises(UsageError, match=r"^line 2: .*QBATCH_MODEL_ROOTS$"):
+    with pytest.raises(UsageError, match=rf"^line 2: .*QBATCH_MODEL_ROOTS \({tmp_path}/[a-z]+\)$"):
         read_model_list([str(inside), str(outside)], check_folders=True, roots=(tmp_path / "in",))
     with pytest.raises(UsageError, match=r"line 1: .*another machine"):
         read_model_list([str(inside)], check_folders=False, roots=())

@@ -13,9 +13,18 @@ TEXT = "input_ids [2, 8], attention_mask [2, 8]"
 FORMS = {
     "blip": ("BlipForConditionalGeneration", f"pixel_values [2, 3, 384, 384], {TEXT}"),
     "granite_speech5_ctc": ("GraniteSpeech5ForCTC", "input_features [2, 100, 320]"),
+    "instructblipvideo": (
+        "InstructBlipVideoForConditionalGeneration",
+        "pixel_values [2, 4, 3, 224, 224], input_ids [2, 136], attention_mask [2, 136], qformer_input_ids [2, 8]",
+    ),
     "kosmos-2": (
         "Kosmos2ForConditionalGeneration",
         "pixel_values [2, 3, 224, 224], input_ids [2, 72], attention_mask [2, 72], image_embeds_position_mask [2, 72]",
+    ),
+    "pi0": (
+        "PI0ForConditionalGeneration",
+        "state [2, 32], input_ids [2, 264], attention_mask [2, 264], pixel_values [2, 1, 3, 224, 224], "
+        "pixel_attention_mask [2, 1]",
     ),
     "siglip2": (
         "Siglip2Model",
@@ -23,6 +32,7 @@ FORMS = {
     ),
     "speech-encoder-decoder": ("SpeechEncoderDecoderModel", "inputs [2, 16000], decoder_input_ids [2, 1]"),
     "speech_to_text": ("Speech2TextForConditionalGeneration", "input_features [2, 100, 80], decoder_input_ids [2, 1]"),
+    "voxtral_realtime": ("VoxtralRealtimeForConditionalGeneration", "input_ids [2, 8], input_features [2, 128, 64]"),
     "videoprism_vision_model": ("VideoPrismForVideoClassification", "pixel_values_videos [2, 16, 3, 36, 36]"),
 }
 

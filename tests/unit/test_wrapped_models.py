@@ -1,4 +1,11 @@
-"""A language model wrapped with ears or eyes is measured as itself."""
+"""A language model wrapped with ears or eyes is measured as itself.
+
+Twelve types stand in transformers' mapping of encoder-decoders without being any. Eleven are wrapped here. Voxtral
+Realtime cannot be: its forward adds a piece of sound to the embedding of every token and raises a ValueError without
+one ("You must specify exactly one of input_features or encoder_inputs_embeds"), and its language model is a class of
+its own, whose layers are scaled by an embedding of the delay. So it is timed on noise and has no perplexity, as a test
+below shows.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +18,30 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from qbatch.worker.measuring.speed.model_inputs import reads_text
+from qbatch.worker.measuring.speed.model_inputs import noise_inputs, reads_text, text_inputs
 from qbatch.worker.models.architecture import ModelKind, kind_of
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_tokenizer
 from tests.unit.benchmark_models import measured
 
 _SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-# Each with a language model of plain transformers inside. The rest of the kind differ in their ears only.
+# All of that mapping that are no encoder-decoders, with a language model of plain transformers inside; and one that
+# sees.
 _WRAPPERS = (
     "audioflamingo3",
     "glmasr",
     "granite_speech",
+    "granite_speech_plus",
     "moss_transcribe_diarize",
     "musicflamingo",
+    "nemo_speechlm",
     "qwen2_audio",
     "qwen3_asr",
+    "vibevoice_asr",
     "voxtral",
     "llava",
 )
+_HEARS_ALONG = "voxtral_realtime"
 
 
 def class_of(model_type: str) -> type[PreTrainedModel]:
@@ -54,6 +66,21 @@ def test_what_reads_text_alone_is_told_from_what_does_not(model_type: str, is_re
     cls = getattr(transformers, names.get(model_type, "ViTModel"))
     with torch.device("meta"):
         assert reads_text(cls(shrunk_config(model_type))) is is_read
+
+
+def test_each_that_is_no_encoder_decoder_is_wrapped() -> None:
+    plain = {name for name in _SEQ2SEQ if not transformers.AutoConfig.for_model(name).is_encoder_decoder}
+    assert plain == {*_WRAPPERS, _HEARS_ALONG} - {"llava"}
+    assert len(plain) == 12
+
+
+def test_what_hears_with_every_token_reads_no_text_alone() -> None:
+    model = make(class_of(_HEARS_ALONG), shrunk_config(_HEARS_ALONG))
+    with pytest.raises(ValueError, match="input_features"):
+        model(**text_inputs(model, torch.ones(1, 4, dtype=torch.long)))
+    assert model.config.get_text_config().model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert not reads_text(model)
+    assert noise_inputs(model, 2).keys() == {"input_ids", "input_features"}
 
 
 @pytest.mark.parametrize("model_type", _WRAPPERS)

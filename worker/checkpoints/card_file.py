@@ -13,7 +13,7 @@ from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import Scheme
 from qbatch.core.filesystem import add_default_permissions
 from qbatch.core.kinds import DType
-from qbatch.core.storage import MODEL_CARD
+from qbatch.core.storage import MODEL_CARD, with_adapter_mark
 
 _MARK = "<!-- Written by qbatch, which writes it again after a measurement. Without this line it is left alone. -->"
 _FENCE = "---\n"
@@ -23,6 +23,7 @@ _MOST_ITEMS = 50
 # What still holds of the model after it was quantized.
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "base_model", "library_name")
 _LIBRARIES = ("transformers", "sentence-transformers")
+_ADAPTER_LIBRARY = "peft"
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -48,17 +49,23 @@ def is_own(folder: Path) -> bool:
 
 
 def quantized_metadata(
-    carried: Mapping[str, Any], *, base_model: str | None, scheme: str, libraries: tuple[str, ...], bits: int | None
+    carried: Mapping[str, Any],
+    *,
+    base_model: str | None,
+    scheme: str,
+    libraries: tuple[str, ...],
+    bits: int | None,
+    is_adapter: bool = False,
 ) -> dict[str, Any]:
-    """The metadata of a quantized model. ``base_model`` is a model of the hub.
+    """The metadata of a quantized model, or of an adapter for one. ``base_model`` is a model of the hub.
 
     None for a folder, whose own base model is carried over: that this one was quantized from it would be untrue.
     """
     own = {name: value for name, value in carried.items() if name not in ("tags", "base_model", "library_name")}
     library = carried.get("library_name")
-    own["library_name"] = library if library in _LIBRARIES else _LIBRARIES[0]
+    own["library_name"] = _ADAPTER_LIBRARY if is_adapter else library if library in _LIBRARIES else _LIBRARIES[0]
     if base_model is not None:
-        own |= {"base_model": base_model, "base_model_relation": "quantized"}
+        own |= {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "quantized"}
     elif "base_model" in carried:
         own["base_model"] = carried["base_model"]
     tags = carried.get("tags", [])
@@ -89,8 +96,13 @@ def write_first_card(folder: Path, *, model: str, is_of_hub: bool, scheme: Schem
         scheme=scheme.method,
         libraries=scheme.description.libraries,
         bits=scheme.bits(dtype),
+        is_adapter=scheme.recovery is not None,
     )
     name = model.rstrip("/").rsplit("/", 1)[-1]
+    if scheme.recovery is not None:
+        title = with_adapter_mark(scheme.method, scheme.recovery.slug)
+        write_card(folder, metadata, f"# {name}, {title}\n\nAn adapter made by qbatch and not measured yet.")
+        return
     write_card(folder, metadata, f"# {name}, {scheme.method}\n\nQuantized by qbatch and not measured yet.")
 
 

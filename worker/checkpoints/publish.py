@@ -17,7 +17,15 @@ from qbatch.core.filesystem import OCCUPIED_ERRNOS, Refusal, add_default_permiss
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.storage import MODEL_CARD
 from qbatch.worker.checkpoints.card_file import write_first_card
-from qbatch.worker.checkpoints.published import Verified, as_written, checkpoint_path, file_digest, find_published
+from qbatch.worker.checkpoints.published import (
+    Published,
+    Verified,
+    adapter_path,
+    as_written,
+    checkpoint_path,
+    file_digest,
+    find_published,
+)
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.files.staging import storage_error
 
@@ -59,8 +67,8 @@ def publish(
     rename wins, and the other one reads that checkpoint and uses it if it verifies. Raises DiskFull, StorageError, or
     Unsupported if the files next to the weights are too large.
     """
-    path = checkpoint_path(origin.model, origin.scheme, key)
-    try:
+
+    def complete() -> None:
         copy_sidecars(source, folder)
         write_first_card(
             folder,
@@ -70,17 +78,77 @@ def publish(
             dtype=origin.dtype,
         )
         confirm()
-        digests = _complete(folder, files)
-        refused = _set_modes(folder) | sync(*folder.rglob("*"), folder)
-        _write_manifest(
-            folder, key=key, origin=origin, digests=digests, audit=audit, quantize_s=quantize_s, refused=refused
+
+    return _publish(
+        folder,
+        storage,
+        checkpoint_path(origin.model, origin.scheme, key),
+        _Contents(key=key, origin=origin, files=files, audit=audit, quantize_s=quantize_s),
+        complete,
+    )
+
+
+def publish_adapter(
+    folder: Path,
+    *,
+    storage: Path,
+    base: Published,
+    key: str,
+    origin: Origin,
+    audit: Mapping[str, Any],
+    recover_s: float,
+    confirm: Callable[[], None],
+) -> Verified:
+    """The same for the adapter in ``folder`` that belongs to the checkpoint ``base``: it is published beside it, and
+    its manifest names it. ``confirm`` is called after the last use of the source and of ``base``."""
+
+    def complete() -> None:
+        write_first_card(
+            folder,
+            model=origin.model,
+            is_of_hub=origin.revision is not None,
+            scheme=origin.scheme,
+            dtype=origin.dtype,
         )
+        confirm()
+
+    recovery = origin.scheme.recovery
+    if recovery is None:
+        raise ValueError(f"{folder} is no adapter")
+    named = {"key": base.key, "name": Path(base.path).name, "root_sha256": base.root_sha256}
+    return _publish(
+        folder,
+        storage,
+        adapter_path(base.path, recovery, key),
+        _Contents(key=key, origin=origin, files=(), audit=audit, quantize_s=recover_s, base=named),
+        complete,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contents:
+    """What a manifest says. ``files``: those that are hashed already. ``base``: of an adapter, what it belongs to."""
+
+    key: str
+    origin: Origin
+    files: Sequence[FileDigest]
+    audit: Mapping[str, Any]
+    quantize_s: float
+    base: Mapping[str, str] | None = None
+
+
+def _publish(folder: Path, storage: Path, path: str, contents: _Contents, complete: Callable[[], None]) -> Verified:
+    try:
+        complete()
+        digests = _complete(folder, contents.files)
+        refused = _set_modes(folder) | sync(*folder.rglob("*"), folder)
+        _write_manifest(folder, contents, digests=digests, refused=refused)
         sync(folder / MANIFEST, folder)
         if _move_into_place(folder, storage / path):
             return as_written(storage, path)
     except OSError as error:
         raise storage_error(error, "cannot publish") from error
-    verified = find_published(storage, path, key, database=origin.database)
+    verified = find_published(storage, path, contents.key, database=contents.origin.database)
     if verified is None:
         raise StorageError(f"{path} does not verify right after it was published")
     return verified
@@ -99,18 +167,13 @@ def _complete(folder: Path, files: Sequence[FileDigest]) -> list[FileDigest]:
 
 
 def _write_manifest(
-    folder: Path,
-    *,
-    key: str,
-    origin: Origin,
-    digests: Sequence[FileDigest],
-    audit: Mapping[str, Any],
-    quantize_s: float,
-    refused: Iterable[Refusal],
+    folder: Path, contents: _Contents, *, digests: Sequence[FileDigest], refused: Iterable[Refusal]
 ) -> None:
+    origin = contents.origin
     manifest = {
         "qbatch_manifest": _MANIFEST_VERSION,
-        "key": key,
+        "key": contents.key,
+        **({} if contents.base is None else {"base": dict(contents.base)}),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": {"model": origin.model, "revision": origin.revision, "fingerprint": origin.fingerprint},
         "scheme": origin.scheme.to_json(),
@@ -118,8 +181,8 @@ def _write_manifest(
         "device": {"kind": origin.device_kind, "name": origin.device_name},
         "versions": dict(origin.versions),
         "database": origin.database,
-        "quantize_s": quantize_s,
-        "audit": dict(audit),
+        "quantize_s": contents.quantize_s,
+        "audit": dict(contents.audit),
         "file_system_refused": sorted(refused),
         "chunk_bytes": CHUNK_BYTES,
         "root_sha256": root_sha256(digests),

@@ -15,7 +15,8 @@ from qbatch.core.domain import Scheme
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
-from qbatch.core.storage import broken_link, unpublished_files
+from qbatch.core.recovery import Recovery
+from qbatch.core.storage import broken_link, unpublished_files, with_adapter_mark
 from qbatch.worker.checkpoints.ownership import mark_adopted
 from qbatch.worker.files.content import Content, HashedFile, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
@@ -63,6 +64,11 @@ def slug(name: str) -> str:
 def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:
     """The path of a checkpoint relative to the storage. It consists of a slug and hashes, and needs no escaping."""
     return f"checkpoints/{slug(model)}/{scheme.method}-{key[:16]}"
+
+
+def adapter_path(base_path: str, recovery: Recovery, key: str) -> str:
+    """The path of an adapter relative to the storage: beside the checkpoint that it belongs to."""
+    return with_adapter_mark(base_path, f"{recovery.slug}-{key[:16]}")
 
 
 def find_published(storage: Path, path: str, key: str, *, database: str | None = None) -> Verified | None:

@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
 from qbatch.core.vet import refuse_other_weights
+from qbatch.worker.checkpoints.adapter_check import adapter_problems
 from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.models.code_vetting import vet_code
 
@@ -27,11 +29,12 @@ def verify(folder: Path) -> list[str]:
 
     First compares every file with the manifest. If they match, compares the names, dtypes, shapes and quantization
     states of the tensors with the config, using the code of transformers; only headers and states are read for that. If
-    the model needs code of its own, the second part is skipped.
+    the model needs code of its own, the second part is skipped. An adapter is compared with the checkpoint beside it.
     """
     if not folder.is_dir():
         return ["no such folder"]
-    return problems(folder) or _weight_problems(folder)
+    of_content = adapter_problems if (folder / ADAPTER_CONFIG).is_file() else _weight_problems
+    return problems(folder) or of_content(folder)
 
 
 def _weight_problems(folder: Path) -> list[str]:

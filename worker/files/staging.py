@@ -1,6 +1,7 @@
 """The folders for an attempt's files until they are published. On the storage, as a rename cannot cross file systems.
 
 .staging/<database>/<worker>/<job>-<attempt>/        ``staging`` is the folder of one worker (see ``own_staging``)
+.staging/<database>/trainings/<key>/                 how far the training of an adapter has come
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from qbatch.core.byte_units import mib
 from qbatch.core.domain import Token
 from qbatch.core.errors import DiskFull, StorageError
 from qbatch.core.filesystem import disk_space, storage_fault
+
+KEPT_TRAININGS = "trainings"
+"""The folder of trainings that have begun, beside those of workers: each in one named by its adapter's key, so that any
+worker goes on with it after a kill."""
 
 _FOLDER = re.compile(r"([0-9]+)-([0-9]+)")
 # Every checkpoint is larger than this.

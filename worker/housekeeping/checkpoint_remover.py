@@ -10,7 +10,7 @@ databases, marks do the same (see ``ownership``). Killed midway, it leaves what 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,20 @@ from qbatch.core.domain import format_job_id
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.filesystem import OCCUPIED_ERRNOS, move
 from qbatch.core.settings import Settings
-from qbatch.core.storage import CHECKPOINTS, missing_checkpoints
+from qbatch.core.storage import CHECKPOINTS, base_path, missing_checkpoints
 from qbatch.models_db import checkpoints
 from qbatch.models_db.checkpoint_needs import users_of, why_needed
 from qbatch.models_db.database_id import database_id, take_turns
 from qbatch.models_db.session import Database
 from qbatch.worker.checkpoints.ownership import remove_mark, why_not_ours
-from qbatch.worker.housekeeping.stale_files import Pruned, aside_of, pausing_afterwards, remove_folder, size_of
+from qbatch.worker.housekeeping.stale_files import (
+    REJECTED,
+    Pruned,
+    aside_of,
+    pausing_afterwards,
+    remove_folder,
+    size_of,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +63,17 @@ class CheckpointRemover:
     but_for: frozenset[int] = frozenset()
 
     def remove_all(self, chosen: Iterable[StoredCheckpoint], *, dry_run: bool, what: str = "checkpoints") -> Pruned:
-        """Remove those that nobody needs, or report which would be removed. Raises DatabaseUnreachable."""
+        """Remove those that nobody needs, or report which would be removed, adapters before the checkpoints that they
+        belong to. Raises DatabaseUnreachable."""
         sizes: list[int] = []
         gone: list[str] = []
         kept: list[tuple[str, str]] = []
         problems: list[str] = []
         sees_storage = (self.storage / CHECKPOINTS).is_dir()
-        for one in chosen:
+        for one in sorted(chosen, key=lambda one: base_path(one.path) is None):
             try:
                 nbytes = size_of(self.storage / one.path)
-                why = self.why_kept(one) if dry_run else self.remove(one)
+                why = self.why_kept(one, going=gone) if dry_run else self.remove(one)
             except FileNotFoundError:
                 if not sees_storage:
                     problems.append(f"{one.path} is not to be seen: {self.storage} has no folder {CHECKPOINTS}")
@@ -96,10 +104,11 @@ class CheckpointRemover:
             if missing_checkpoints(self.storage, [one.path]):
                 checkpoints.take_out(session, one.path)
 
-    def why_kept(self, one: StoredCheckpoint) -> str | None:
-        """Why it would not be removed; None if it would. Raises DatabaseUnreachable, OSError."""
+    def why_kept(self, one: StoredCheckpoint, *, going: Collection[str] = ()) -> str | None:
+        """Why it would not be removed if those at the paths ``going`` were; None if it would. Raises
+        DatabaseUnreachable, OSError."""
         with self.database.read() as session:
-            return self._why_kept(session, one)
+            return self._why_kept(session, one, going=going)
 
     def remove(self, one: StoredCheckpoint) -> str | None:
         """Remove it; or return why it stays. Raises DatabaseUnreachable, OSError."""
@@ -134,11 +143,19 @@ class CheckpointRemover:
                 _move_back(aside, folder)
         return why
 
-    def _why_kept(self, session: Session, one: StoredCheckpoint, folder: Path | None = None) -> str | None:
+    def _why_kept(
+        self, session: Session, one: StoredCheckpoint, folder: Path | None = None, going: Collection[str] = ()
+    ) -> str | None:
         if one.key in self.spooled:
             return "an outcome in this machine's spool is of it"
         needed = why_needed(session, one.key, name=Path(one.path).parent.name, method=one.method, but_for=self.but_for)
-        return needed or _why_known(session, one) or why_not_ours(self.storage, one.path, self.own, folder=folder)
+        known = needed or _why_known(session, one) or why_not_ours(self.storage, one.path, self.own, folder=folder)
+        return known or self._why_adapted(one.path, going)
+
+    def _why_adapted(self, path: str, going: Collection[str]) -> str | None:
+        """An adapter is of no use without the checkpoint that it belongs to."""
+        staying = [adapter for adapter in adapters_beside(self.storage, path) if adapter not in going]
+        return f"its adapter {Path(staying[0]).name} needs it" if staying else None
 
 
 def _why_known(session: Session, one: StoredCheckpoint) -> str | None:
@@ -173,6 +190,15 @@ def _spooled_keys(spool: Path) -> frozenset[str]:
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             found.add(str(json.loads(path.read_text())["checkpoint"]["key"]))
     return frozenset(found)
+
+
+def adapters_beside(storage: Path, path: str) -> list[str]:
+    """The paths of the adapters that belong to the checkpoint at ``path``, but for damaged ones. Raises OSError."""
+    folder = (storage / path).parent
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    parent = Path(path).parent
+    paths = (str(parent / name) for name in names if not REJECTED.fullmatch(name))
+    return [other for other in paths if base_path(other) == path]
 
 
 def _move_back(aside: Path, folder: Path) -> None:

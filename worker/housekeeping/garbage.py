@@ -20,7 +20,7 @@ from qbatch.models_db.retention import ended_before, needed_since
 from qbatch.models_db.session import Database
 from qbatch.worker.checkpoints.ownership import own_marks
 from qbatch.worker.files.own_staging import is_dead, remove_if_empty
-from qbatch.worker.files.staging import stale_folders, unstage
+from qbatch.worker.files.staging import KEPT_TRAININGS, stale_folders, unstage
 from qbatch.worker.housekeeping.checkpoint_remover import StoredCheckpoint, remover
 from qbatch.worker.housekeeping.holdings import Holding, HoldingKind, age_s, find_holdings
 from qbatch.worker.housekeeping.stale_files import (
@@ -45,7 +45,7 @@ def collect_garbage(
     """Remove what is not needed, or report what would be removed. Safe while workers run, and after it was killed.
 
     What may still be of use is kept until it is ``older_than_s``: damaged checkpoints, unreferenced ones, baseline
-    outputs, and the logs of jobs that ended. Raises DatabaseUnreachable, OSError.
+    outputs, trainings that were not finished, and the logs of jobs that ended. Raises DatabaseUnreachable, OSError.
     """
     before_s = time.time() - older_than_s
     with database.read() as session:
@@ -58,6 +58,13 @@ def collect_garbage(
     )
     return [
         _staging(database, settings.staging_of(own), settings.storage, dry_run=dry_run),
+        remove_each(
+            "unfinished trainings",
+            _old_trainings(settings.staging_of(own), before_s),
+            remove_folder,
+            settings.storage,
+            dry_run=dry_run,
+        ),
         _half_removed(database, settings, holdings, own, dry_run=dry_run),
         unreferenced,
         rejected_checkpoints(settings, before_s, own, dry_run=dry_run),
@@ -162,6 +169,12 @@ def _staging(database: Database, folder: Path, storage: Path, *, dry_run: bool) 
         for path in dead:
             remove_if_empty(path)
     return removed
+
+
+def _old_trainings(staging: Path, before_s: float) -> list[Path]:
+    """Those with which no attempt went on since then."""
+    kept = sorted((staging / KEPT_TRAININGS).glob("*"))
+    return [folder for folder in kept if not any(file.stat().st_mtime >= before_s for file in folder.iterdir())]
 
 
 def _storage_time(folder: Path) -> float:

@@ -20,8 +20,9 @@ from qbatch.core.domain import OPEN_STATES, format_batch_id, format_job_id
 from qbatch.core.errors import UsageError
 from qbatch.core.job_log import is_of_runner, job_of_log
 from qbatch.core.settings import Settings
+from qbatch.core.storage import base_path
 from qbatch.models_db.checkpoint_needs import CheckpointUser, users_of
-from qbatch.models_db.checkpoints import checkpoints_at, forget_unused
+from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, forget_unused
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.retention import answered_elsewhere, delete_empty, delete_named
 from qbatch.models_db.session import Database
@@ -64,8 +65,8 @@ def plan_removal(
     paths: Collection[str] = (),
     within: Collection[int] = (),
 ) -> Removal:
-    """Find out what goes. ``paths`` are of checkpoints, relative to the storage; if there are batches ``within``, those
-    stay that jobs of other batches have too.
+    """Find out what goes. ``paths`` are of checkpoints, relative to the storage, whose adapters go with them. If there
+    are batches ``within``, those stay that jobs of other batches have too, and what no path names.
 
     Raises DatabaseUnreachable, and UsageError for jobs that have not ended and for checkpoints that are not recorded.
     """
@@ -73,7 +74,7 @@ def plan_removal(
         jobs = _jobs(session, batch_ids, job_ids)
         staying = answered_elsewhere(session, [job.id for job in jobs])
         going = [job for job in jobs if job.id not in staying]
-        named = checkpoints_at(session, paths)
+        named = checkpoints_at(session, paths if within else _with_adapters(session, paths))
         if unknown := sorted(set(paths) - {row.path for row in named}):
             raise UsageError(f"{unknown[0]} is not a checkpoint that this database has on record")
         rows, shared = _of_jobs(session, going)
@@ -144,7 +145,14 @@ def _delete_rows(database: Database, removal: Removal) -> tuple[int, int]:
     return jobs, batches
 
 
-_JOB_COLUMNS = (Job.id, Job.batch_id, Job.bundle, Job.state, Job.checkpoint_key, Job.reused_from)
+def _with_adapters(session: Session, paths: Collection[str]) -> set[str]:
+    """``paths``, and those of the adapters on record that belong to checkpoints at them."""
+    if not paths:
+        return set()
+    return {*paths, *(row.path for row in all_checkpoints(session) if base_path(row.path) in paths)}
+
+
+_JOB_COLUMNS = (Job.id, Job.batch_id, Job.bundle, Job.state, Job.checkpoint_key, Job.base_key, Job.reused_from)
 
 
 def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) -> list[Any]:
@@ -164,7 +172,7 @@ def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) ->
 def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
     """The recorded checkpoints of these jobs that no other job refers to; and the others, with the reason."""
     ids = {job.id for job in jobs}
-    keys = sorted({job.checkpoint_key for job in jobs if job.checkpoint_key is not None})
+    keys = sorted({key for job in jobs for key in (job.checkpoint_key, job.base_key) if key is not None})
     alone: list[Checkpoint] = []
     shared: list[tuple[str, str]] = []
     users = users_of(session, keys)

@@ -6,7 +6,6 @@ import contextlib
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +56,12 @@ class Pruned:
     @property
     def kept_lines(self) -> list[str]:
         """Why some were kept, one line for each reason."""
+        paths: dict[str, list[str]] = {}
+        for path, why in self.kept:
+            paths.setdefault(why, []).append(path)
         return [
-            f"{number} of the {self.what} kept: {why}" for why, number in Counter(why for _, why in self.kept).items()
+            f"{kept[0] if len(kept) == 1 else f'{len(kept)} of the {self.what}'} kept: {why}"
+            for why, kept in paths.items()
         ]
 
 

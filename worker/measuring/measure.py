@@ -36,7 +36,7 @@ from qbatch.worker.measuring.speed.memory import (
 )
 from qbatch.worker.measuring.speed.model_inputs import reads_text
 from qbatch.worker.measuring.speed.phases import Round, time_round, untimed_round
-from qbatch.worker.measuring.speed.size import ModelSize, disk_bytes, measure_size
+from qbatch.worker.measuring.speed.size import ModelSize, adapter_disk_bytes, disk_bytes, measure_size
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.tokens import text_cut
 from qbatch.worker.measuring.unloaded_size import count_unloaded
@@ -50,7 +50,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The model in ``folder``, and how it is measured.
+    """The model in ``folder``, perhaps with the ``adapter`` in another, and how it is measured.
 
     ``dtype`` and ``compute_dtype`` are resolved. Of ``protocol`` only fields that do not depend on the shape are used.
     ``texts``: its further texts and packed tasks by their sha256. ``on_step``: called with the name of each step.
@@ -63,6 +63,7 @@ class Subject:
     eval_text: str
     texts: Mapping[str, str]
     on_step: Callable[[str], None]
+    adapter: Path | None = None
 
     def errors(self) -> AbstractContextManager[None]:
         return translated(BenchmarkError, f"cannot measure {self.folder.name}")
@@ -123,6 +124,7 @@ class ModelBenchmark:
         """The request for the kernels of a decode step at ``shapes``."""
         return KernelsRequest(
             folder=str(self.subject.folder),
+            adapter=None if self.subject.adapter is None else str(self.subject.adapter),
             dtype=self.subject.dtype.value,
             device=device,
             trusted=trusted,
@@ -396,7 +398,7 @@ class RowBenchmark:
 
 def counted(subject: Subject, *, trusted: bool) -> Measurement:
     """The figures of a model that is not loaded: its size. Raises SourceCorrupt, UnsafeSource or Unsupported."""
-    unloaded = count_unloaded(subject.folder, subject.dtype, trusted=trusted)
+    unloaded = count_unloaded(subject.folder, subject.dtype, trusted=trusted, adapter=subject.adapter)
     return under_protocol(
         _sized(
             subject,
@@ -418,7 +420,7 @@ def _sized(subject: Subject, size: ModelSize, *, device_name: str, details: Deta
         num_parameters=size.num_parameters,
         quantized_fraction=size.quantized_fraction,
         bits_per_param=size.bits_per_param,
-        disk_bytes=disk_bytes(subject.folder),
+        disk_bytes=disk_bytes(subject.folder) + adapter_disk_bytes(subject.adapter),
         memory_footprint_bytes=size.memory_footprint_bytes,
         weights_bytes=size.weights_bytes,
         details=details,

@@ -6,14 +6,15 @@ The counts are those that ``measure_size`` gives of the loaded model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qbatch.core.adapter_names import ADAPTER_WEIGHTS
 from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
 from qbatch.core.prior_quantization import stale_quantization
-from qbatch.core.sources import read_config, read_headers
+from qbatch.core.sources import read_config, read_header, read_headers
 from qbatch.worker.measuring.speed.size import ModelSize
 from qbatch.worker.methods.implementations import weights_of_config
 from qbatch.worker.methods.packing import Packing
@@ -23,6 +24,8 @@ from qbatch.worker.quantizing.planning.expected_files import load_published
 from qbatch.worker.quantizing.planning.loading import NotStreamable, Weight, trace_unquantized_loading
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, unquantized_skeleton
 from qbatch.worker.quantizing.tensors.source_reader import SourceReader
+
+_FACTOR_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +37,9 @@ class UnloadedModel:
     libraries: tuple[str, ...]
 
 
-def count_unloaded(folder: Path, dtype: DType, *, trusted: bool = False) -> UnloadedModel:
-    """Count the source or published checkpoint in ``folder`` as it would be loaded in ``dtype`` (not "auto").
+def count_unloaded(folder: Path, dtype: DType, *, trusted: bool = False, adapter: Path | None = None) -> UnloadedModel:
+    """Count the source or published checkpoint in ``folder`` as it would be loaded in ``dtype`` (not "auto"), with the
+    adapter in the folder ``adapter`` if there is one.
 
     Raises SourceCorrupt if its files are not those of its config, UnsafeSource, or Unsupported.
     """
@@ -50,8 +54,18 @@ def count_unloaded(folder: Path, dtype: DType, *, trusted: bool = False) -> Unlo
         else:
             skeleton, packing, quantized = load_published(folder, dtype, trusted=trusted)
             size = _size(skeleton.model, dict(_distinct(folder, skeleton.model)), quantized, packing)
+            size = size if adapter is None else _with_adapter(size, adapter)
         task = kind_of(skeleton.model.config, trusted=folder if trusted else None)
     return UnloadedModel(task=task.value, size=size, libraries=() if weights is None else weights.libraries)
+
+
+def _with_adapter(size: ModelSize, adapter: Path) -> ModelSize:
+    """PEFT loads the factors in float32, whatever they are stored in."""
+    tensors = read_header(adapter / ADAPTER_WEIGHTS).tensors
+    nbytes = sum(tensor.numel for tensor in tensors) * _FACTOR_BYTES
+    return replace(
+        size, weights_bytes=size.weights_bytes + nbytes, memory_footprint_bytes=size.memory_footprint_bytes + nbytes
+    )
 
 
 def _unquantized(folder: Path, dtype: DType, *, trusted: bool) -> Skeleton:

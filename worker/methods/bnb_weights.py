@@ -18,7 +18,7 @@ from qbatch.core.errors import SourceCorrupt
 from qbatch.core.methods import bnb as bnb_methods
 from qbatch.core.sources import TensorInfo
 from qbatch.worker.methods.bnb_states import is_state, state_problems
-from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel
+from qbatch.worker.methods.cpu_kernels import avoid_packed_kernel, use_generic_kernel
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import Packing, figures
 
@@ -135,6 +135,9 @@ class BnbWeights(MethodWeights):
 
     def prepare(self, model: Any, device: str) -> int:
         return avoid_packed_kernel(model, device)
+
+    def use_generic_kernels(self, model: Any) -> None:
+        use_generic_kernel(model)
 
     def quiet_import(self) -> None:
         """On a CPU with AVX512-BF16, importing bitsandbytes would download a kernel from the hub, so the ``kernels``

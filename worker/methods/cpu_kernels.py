@@ -1,4 +1,4 @@
-"""Keeps layers away from bitsandbytes' fast CPU kernel if it does not support their shape."""
+"""Keeps layers away from bitsandbytes' fast CPU kernel, as where it does not support their shape."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def avoid_packed_kernel(model: Any, device: str) -> int:
     for module in unsupported:
         module.support_avx512bf16_for_cpu = False
     return len(unsupported)
+
+
+def use_generic_kernel(model: Any) -> None:
+    """Make all 4-bit layers use the generic kernel. To be called before a pass has packed them."""
+    for module in filter(_is_4bit, model.modules()):
+        module.support_avx512bf16_for_cpu = False
 
 
 def _is_4bit(module: Any) -> bool:

@@ -51,6 +51,10 @@ class PlainWeights:
         called repeatedly."""
         return 0
 
+    def use_generic_kernels(self, model: Any) -> None:
+        """Restore each weight in the model's dtype before it is multiplied, as other engines do, and round once more
+        than a kernel does that multiplies with the codes. To be called before the first pass."""
+
 
 class MethodWeights(PlainWeights, ABC):
     """The methods of one library: how a checkpoint is written, and how a loaded checkpoint is counted.

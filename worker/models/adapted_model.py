@@ -15,8 +15,9 @@ from qbatch.core.recovery import EXTRA, LIBRARY
 _NAME = "default"
 
 
-def with_adapter(model: Any, folder: Path) -> Any:
-    """``model`` with the adapter in ``folder``. It stays of its own class, and its layers compute with the adapter.
+def with_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Any:
+    """``model`` with the adapter in ``folder``. It stays of its own class, and its layers compute with the adapter,
+    whose factors alone get gradients if it ``is_trainable``.
 
     Raises Unsupported without PEFT, and BenchmarkError if the adapter is not one of these layers alone.
     """
@@ -28,7 +29,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
         # Names that differ are compared below, and of what PEFT calls in transformers nobody here can change anything.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.simplefilter("ignore", FutureWarning)
-        adapted = PeftModel.from_pretrained(model, folder).get_base_model()
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable).get_base_model()
     _refuse_other_names(adapted, folder)
     return adapted.eval()
 

@@ -25,6 +25,7 @@ from qbatch.worker.searching.search_probes import search_probes
 
 # Of the free memory, what the moments may take at a time: their sums, and as much again for one product.
 _MOMENTS_SHARE = 4
+_LAYERS_BETWEEN_REPORTS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,10 @@ class RecoveryWork:
     device: str
     trusted: bool = False
     text: str | None = None
+
+    def load(self) -> LoadedModel:
+        """The checkpoint, without an adapter."""
+        return load(self.base, dtype=self.dtype, device=self.device, trusted=self.trusted)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +66,7 @@ def recover_by_factors(work: RecoveryWork, folder: Path, report: Callable[[str],
     """Write the adapter to the existing ``folder``, and return what its manifest says of it. Raises JobErrors as
     ``load`` does, Unsupported without a quantized layer or a text to read, and OSError."""
     source = load(work.source, dtype=work.dtype, device="cpu", trusted=work.trusted)
-    quantized = load(work.base, dtype=work.dtype, device=work.device, trusted=work.trusted)
+    quantized = work.load()
     differences = WeightDifferences(source.model, quantized.model)
     if not differences.layers:
         raise Unsupported(f"no layer of {type(quantized.model).__name__} is quantized, so there is nothing to recover")
@@ -70,7 +75,8 @@ def recover_by_factors(work: RecoveryWork, folder: Path, report: Callable[[str],
     stored = getattr(torch, work.dtype.value)
     for moments in _moments(work, differences):
         for name, of_layer in moments.items():
-            report(f"recovering, layer {len(factors) + 1} of {len(differences.layers)}")
+            if not len(factors) % _LAYERS_BETWEEN_REPORTS:
+                report(f"recovering, layer {len(factors) + 1} of {len(differences.layers)}")
             error = differences.of(name, exact_dtype(work.device))
             factors[name] = as_stored(low_rank_factors(error, work.recovery.rank, of_layer), stored)
             left = error - _product(factors[name], error)
@@ -92,7 +98,7 @@ def _moments(work: RecoveryWork, differences: WeightDifferences) -> Iterator[Mom
         yield dict.fromkeys(differences.layers)
         return
     # Another copy runs: the codes of the first are still to be read.
-    running = load(work.base, dtype=work.dtype, device=work.device, trusted=work.trusted)
+    running = work.load()
     layers = {name: module for name, module in running.model.named_modules() if name in differences.layers}
     yield from input_moments(
         running.model,

@@ -18,6 +18,7 @@ from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.code_vetting import vet_code
 from qbatch.worker.models.load import translated
+from qbatch.worker.runner.adapter_publication import AdapterPublication
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
 from qbatch.worker.runner.layer_searches import LayerSearches
@@ -31,10 +32,10 @@ from qbatch.worker.runner.messages import (
     Resolved,
 )
 from qbatch.worker.runner.publication import Publication
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import ReportChannel, Reports
 from qbatch.worker.runner.shared_speeds import SpeedKeys, agreeing
 from qbatch.worker.runner.skip_lists import SkipLists
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
 log = logging.getLogger("qbatch.runner")
@@ -45,9 +46,9 @@ _VETTED_CHARACTERS = 4096
 class Bundle:
     """The jobs of one source, run on one device."""
 
-    def __init__(self, order: Order, link: ReportChannel, quiet: Quiet) -> None:
+    def __init__(self, order: Order, link: ReportChannel, pauses: TimingPauses) -> None:
         self._order = order
-        self._quiet = quiet
+        self._pauses = pauses
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
         self._loaded = LoadedModels(self._device)
@@ -91,18 +92,33 @@ class Bundle:
         answered = self._ask(plans)
         self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if not plan.searches and self._reports.open([plan.job_id]))
-        publication = Publication(self._order, self._reports, source, self._device, self._loaded, self._quiet)
-        published = publication.publish_all(models, answered.paths)
+        published = self._publish(source, models, answered.paths)
         self._measure(
             source,
             answered.speeds,
             [
-                self._model(source, members, published.get(key))
+                self._model(source, members, published)
                 for key, members in models.items()
                 if key in published or members[0].settled.scheme.is_baseline
             ],
         )
-        LayerSearches(self._order, self._reports, source, self._device).run([plan for plan in plans if plan.searches])
+        if searches := [plan for plan in plans if plan.searches]:
+            self._loaded.unload()  # the model that was measured last
+            LayerSearches(self._order, self._reports, source, self._device).run(searches)
+
+    def _publish(
+        self, source: LocalSource, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]
+    ) -> dict[str, Verified]:
+        """The checkpoints first, those included that only adapters need; then the adapters."""
+        place = (self._order, self._reports, source, self._device)
+        published = Publication(*place, self._loaded, self._pauses).publish_all(
+            by_key(plan.base for members in models.values() for plan in members), paths
+        )
+        adapted = {key: members for key, members in models.items() if members[0].settled.scheme.recovery is not None}
+        if adapted:
+            # A checkpoint that was tried for a job with an adapter is not the model that this job measures.
+            self._loaded.unload()
+        return published | AdapterPublication(*place).publish_all(adapted, published, paths)
 
     def _vet_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
         """Read the tokenizer before anything is quantized: a fault in it would end the jobs that run a model later."""
@@ -138,7 +154,7 @@ class Bundle:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
         loaded = [model for model in models if model.runs]
-        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._quiet, self._loaded)
+        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._pauses, self._loaded)
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:
@@ -164,6 +180,15 @@ class Bundle:
         still_open = {plan.job_id: plan.identity for plan in plans if self._reports.open([plan.job_id])}
         return self._reports.ask(Resolved(jobs=still_open))
 
-    def _model(self, source: LocalSource, plans: tuple[Plan, ...], verified: Verified | None) -> MeasuredModel:
-        folder = source.folder if verified is None else self._order.storage / verified.published.path
-        return MeasuredModel(plans=plans, folder=folder, verified=verified)
+    def _model(self, source: LocalSource, plans: tuple[Plan, ...], published: Mapping[str, Verified]) -> MeasuredModel:
+        settled, storage = plans[0].settled, self._order.storage
+        verified = published.get(settled.key)
+        if verified is None:
+            return MeasuredModel(plans=plans, folder=source.folder, verified=None)
+        folder = storage / verified.published.path
+        if settled.base_key is None:
+            return MeasuredModel(plans=plans, folder=folder, verified=verified)
+        base = published[settled.base_key]
+        return MeasuredModel(
+            plans=plans, folder=storage / base.published.path, verified=verified, adapter=folder, base=base
+        )

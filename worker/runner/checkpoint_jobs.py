@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qbatch.core.domain import Claim, DeviceKind, DType
-from qbatch.core.identity import Settled, settle
+from qbatch.core.identity import Settled, settle, settle_base
 from qbatch.worker.checkpoints.published import Published, Verified, checkpoint_path
 from qbatch.worker.runner.messages import JobIdentity
 from qbatch.worker.sources.fetch import LocalSource
@@ -20,7 +20,7 @@ class Plan:
     claim: Claim
     settled: Settled
     legacy_key: str | None
-    spelled_key: str | None = None
+    spelled_keys: Mapping[str, str] = field(default_factory=dict)
     speed_key: str | None = None
 
     @property
@@ -38,25 +38,36 @@ class Plan:
             key=self.settled.key,
             legacy_key=self.legacy_key,
             protocol_hash=self.settled.protocol.hash,
-            spelled_key=self.spelled_key,
+            base_key=self.settled.base_key,
+            spelled_keys=self.spelled_keys,
             speed_key=self.speed_key,
         )
 
     @property
+    def base(self) -> Plan:
+        """That of the checkpoint to which its adapter belongs; its own if it has none."""
+        return replace(self, settled=settle_base(self.settled))
+
+    @property
     def path(self) -> str:
-        return checkpoint_path(self.claim.spec.source.name, self.settled.scheme, self.settled.key)
+        """Where its checkpoint is published; if it has an adapter, the one that this belongs to."""
+        base = settle_base(self.settled)
+        return checkpoint_path(self.claim.spec.source.name, base.scheme, base.key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredModel:
     """A model to load and measure: a published checkpoint, or, for a baseline, the source (then ``verified`` is None).
 
-    Its jobs differ only in batch size and in the numbers of tokens.
+    With an adapter, ``verified`` is the adapter, and ``base`` the checkpoint in ``folder`` that it belongs to. Its jobs
+    differ only in batch size and in the numbers of tokens.
     """
 
     plans: tuple[Plan, ...]
     folder: Path
     verified: Verified | None
+    adapter: Path | None = None
+    base: Verified | None = None
 
     @property
     def published(self) -> Published | None:
@@ -81,12 +92,19 @@ def plan_job(
         return settle(claim.spec, fingerprint=fingerprint, source=dtype, device_kind=device_kind, skip_list=listed)
 
     legacy = source.legacy_fingerprint
+    own = settled(source.fingerprint)
     return Plan(
         claim=claim,
-        settled=settled(source.fingerprint),
+        settled=own,
         legacy_key=settled(legacy).key if legacy is not None and claim.spec.search is None else None,
-        spelled_key=settled(source.fingerprint, None).key if skip_list is not None else None,
+        spelled_keys=_spelled_keys(settled(source.fingerprint, None), own) if skip_list is not None else {},
     )
+
+
+def _spelled_keys(spelled: Settled, own: Settled) -> Mapping[str, str]:
+    """What the keys of a skip list as it is spelt stand for."""
+    pairs = ((spelled.key, own.key), (spelled.base_key, own.base_key))
+    return {before: after for before, after in pairs if before is not None and after is not None}
 
 
 def by_key(plans: Iterable[Plan]) -> dict[str, tuple[Plan, ...]]:

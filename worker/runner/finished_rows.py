@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import DeviceKind, Stage
 from qbatch.core.errors import DeviceError
@@ -44,6 +44,7 @@ class FinishedRows:
             protocol=settled.protocol,
             eval_text=self._order.texts[settled.protocol.eval_text_sha256],
             texts=self._order.texts,
+            adapter=model.adapter,
             on_step=lambda step: self._reports.step(model.ids, step),
         )
 
@@ -74,9 +75,11 @@ class FinishedRows:
         if model.verified is None:
             self._reports.confirm(self._source)
             return
-        published = model.verified.confirm()
-        for job_id in self._reports.open(model.ids):
-            self._reports.send(CheckpointReady(job_id=job_id, published=published))
+        # The job's own last: with the one that is reported last its outcome is recorded.
+        for verified in filter(None, (model.base, model.verified)):
+            published = verified.confirm()
+            for job_id in self._reports.open(model.ids):
+                self._reports.send(CheckpointReady(job_id=job_id, published=published))
 
     def send(self, model: MeasuredModel, job_id: int, measurement: Measurement) -> None:
         plan = next(plan for plan in model.plans if plan.job_id == job_id)
@@ -95,11 +98,12 @@ class FinishedRows:
         details = dataclasses.replace(
             measurement.details,
             checkpoint_key=plan.settled.key,
+            base_key=plan.settled.base_key,
             fingerprint=self._source.fingerprint,
             commit=self._source.revision,
             device_uuid=self._device_uuid(),
             speed_key=self._shared_key(measurement.details, plan),
-            audit=CheckpointAudit.from_json(published.audit if published is not None else None),
+            audit=CheckpointAudit.from_json(_audit(model)),
         )
         return dataclasses.replace(
             measurement,
@@ -122,6 +126,17 @@ class FinishedRows:
         if torch.cuda.device_count() != 1:
             raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
         return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def _audit(model: MeasuredModel) -> Mapping[str, Any] | None:
+    """Of an adapter, what is known of the checkpoint that it belongs to, and of itself; but not where that loads, since
+    an adapter is for PEFT."""
+    if model.verified is None:
+        return None
+    if model.base is None:
+        return model.verified.published.audit
+    of_base = {name: value for name, value in model.base.published.audit.items() if name != "loaders"}
+    return of_base | dict(model.verified.published.audit)
 
 
 def names(job_ids: Iterable[int]) -> str:

@@ -23,8 +23,8 @@ from qbatch.worker.runner.finished_rows import FinishedRows, names
 from qbatch.worker.runner.finite_weights import refuse_model_not_finite
 from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import MeasurementsOver, NothingTimed, Order
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import Reports
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ class Rounds:
         source: LocalSource,
         device: str,
         rows: FinishedRows,
-        quiet: Quiet,
+        pauses: TimingPauses,
         loaded: LoadedModels,
     ) -> None:
         self._order = order
-        self._quiet = quiet
+        self._pauses = pauses
         self._reports = reports
         self._source = source
         self._device = device
@@ -195,7 +195,7 @@ class Rounds:
     @contextlib.contextmanager
     def _timing(self, captures: Captures) -> Iterator[None]:
         """A context in which nothing else of this worker runs on the host."""
-        with captures.paused(), self._quiet.timing():
+        with captures.paused(), self._pauses.timing():
             yield
 
     def _time(self, turn: _Turn, job_id: int) -> None:
@@ -227,7 +227,10 @@ class Rounds:
         self._reports.enter(turn.jobs, Stage.LOADING)
         subject, trusted = turn.benchmark.subject, self._source.runs_code
         return self._models.add(
-            turn.jobs, lambda: load(subject.folder, dtype=subject.dtype, device=self._device, trusted=trusted)
+            turn.jobs,
+            lambda: load(
+                subject.folder, dtype=subject.dtype, device=self._device, trusted=trusted, adapter=subject.adapter
+            ),
         )
 
     def _note_peak(self, turn: _Turn) -> None:
@@ -308,7 +311,7 @@ class Rounds:
             turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
             for turn, of_turn in shapes
         ]
-        with self._quiet.timing():
+        with self._pauses.timing():
             answers = captures.kernels(requests)
         return {
             job_id: kernels

@@ -80,14 +80,21 @@ class Resolved:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobIdentity:
     """``key`` is that of the checkpoint, or of what a search finds; ``legacy_key`` that of version 0.1.0 for the same
-    content, if it is known; ``spelled_key`` the one that the job's skip list has as it is spelt, if it has one.
-    ``speed_key``: that by which it may have the speed of another model (``Details.speed_key``)."""
+    content, if it is known; ``base_key`` that of the checkpoint to which an adapter belongs. ``spelled_keys`` maps the
+    keys that the job's skip list has as it is spelt to those that it has. ``speed_key``: that by which it may have the
+    speed of another model (``Details.speed_key``)."""
 
     key: str
     legacy_key: str | None
     protocol_hash: str
-    spelled_key: str | None = None
+    base_key: str | None = None
+    spelled_keys: Mapping[str, str] = field(default_factory=dict)
     speed_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of all checkpoints that the job needs."""
+        return (self.key,) if self.base_key is None else (self.base_key, self.key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from qbatch.worker.runner.messages import (
     Reply,
     RunnerMessage,
 )
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 
 log = logging.getLogger("qbatch.runner")
 
@@ -41,10 +41,10 @@ _STANDS_BY_ON_GPU_S = 60.0
 class SupervisorLink:
     """The runner's end of the pipe. A separate thread reads it, to notice at any time if the supervisor is silent."""
 
-    def __init__(self, connection: Connection, lease_s: float, quiet: Quiet, logs: JobLogWriter) -> None:
+    def __init__(self, connection: Connection, lease_s: float, pauses: TimingPauses, logs: JobLogWriter) -> None:
         self._connection = connection
         self._lease_s = lease_s
-        self._quiet = quiet
+        self._pauses = pauses
         self._logs = logs
         # Progress is reported from several threads.
         self._sending = threading.Lock()
@@ -90,7 +90,7 @@ class SupervisorLink:
             if isinstance(message, Reply):
                 self._replies.put(message)
             elif isinstance(message, FetchingAhead):
-                self._quiet.meet(message.pid)
+                self._pauses.meet(message.pid)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker sent an unknown message, {message!r}")
 
@@ -143,10 +143,10 @@ def _work(order: Order, connection: Connection) -> None:
     log_to_stderr()
     logs = JobLogWriter(order.log_path.parent, order.claims)
     logging.getLogger("qbatch").addHandler(logs)
-    quiet = Quiet()
-    link = SupervisorLink(connection, order.lease_s, quiet, logs)
+    pauses = TimingPauses()
+    link = SupervisorLink(connection, order.lease_s, pauses, logs)
     _introduce(order)
-    Bundle(order, link, quiet).run()
+    Bundle(order, link, pauses).run()
     link.end()
     # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()

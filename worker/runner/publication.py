@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Stage
 from qbatch.core.errors import Unsupported
-from qbatch.worker.checkpoints.judged import judged
+from qbatch.worker.checkpoints.loading_audit import loading_audit
 from qbatch.worker.checkpoints.publish import Origin, publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import copy_sidecars, sidecar_bytes
@@ -21,8 +21,8 @@ from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import Jobs, LoadedModels, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Order, Progressed
-from qbatch.worker.runner.quiet import Quiet
 from qbatch.worker.runner.reports import Reports
+from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.runner.trial import NOT_ASKED_FOR, NotLoaded, Trial
 from qbatch.worker.sources.fetch import LocalSource
 
@@ -42,14 +42,14 @@ class Publication:
         source: LocalSource,
         device: str,
         loaded: LoadedModels,
-        quiet: Quiet,
+        pauses: TimingPauses,
     ) -> None:
         self._order = order
         self._reports = reports
         self._source = source
         self._device = device
         self._loaded = loaded
-        self._quiet = quiet
+        self._pauses = pauses
         # Whether the bundle measures a baseline, with which the others are compared, before anything else.
         self._begins_with_baseline = False
 
@@ -145,7 +145,9 @@ class Publication:
                 else:
                     with self._reports.failing(own_ids):
                         is_alone = all(future.done() for *_, future in futures)
-                        audit = self._audit(outcome, plans, own_ids if is_alone else None)
+                        # With an adapter, what is measured is not what was tried.
+                        is_measured = all(plan.claim.spec.scheme.recovery is None for plan in plans)
+                        audit = self._audit(outcome, plans, own_ids if is_alone and is_measured else None)
                         futures.append((outcome, plans, pool.submit(self._publish, outcome, audit, plans[0], confirm)))
                 if not unwritten:
                     self._reports.enter((plan.job_id for _, plans, _ in futures for plan in plans), Stage.PUBLISHING)
@@ -164,7 +166,9 @@ class Publication:
         if self._source.runs_code:
             copy_code(self._source.folder, written.target.folder)
         forward = self._try(written, plans, next_jobs)
-        return dict(written.audit) | {"writer": written.writer, "forward": forward} | judged(written.target.folder)
+        return (
+            dict(written.audit) | {"writer": written.writer, "forward": forward} | loading_audit(written.target.folder)
+        )
 
     def _publish(self, written: Written, audit: Mapping[str, Any], plan: Plan, confirm: Callable[[], None]) -> Verified:
         return publish(
@@ -193,7 +197,7 @@ class Publication:
             device=self._device,
             trusted=self._source.runs_code,
             models=self._loaded,
-            quiet=self._quiet,
+            pauses=self._pauses,
             next_jobs=next_jobs,
         )
         try:

@@ -18,7 +18,7 @@ from qbatch.core.domain import DType, Scheme
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, Unsupported, one_line
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.runner.loaded_models import Jobs, LoadedModels, free_device_memory, load_fresh
-from qbatch.worker.runner.quiet import Quiet
+from qbatch.worker.runner.timing_pauses import TimingPauses
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.speed.noise_forms import Inputs
@@ -43,7 +43,7 @@ class Trial:
     device: str
     trusted: bool
     models: LoadedModels
-    quiet: Quiet
+    pauses: TimingPauses
     next_jobs: Jobs | None = None
 
     def try_checkpoint(self, folder: Path, source: Path, scheme: Scheme) -> str:
@@ -93,7 +93,7 @@ class Trial:
 
     def _runs(self, folder: Path) -> bool:
         try:
-            with nullcontext() if self.next_jobs is None else self.quiet.timing():
+            with nullcontext() if self.next_jobs is None else self.pauses.timing():
                 fresh = load_fresh(self.device, lambda: self._load(folder))
         except BenchmarkError as error:
             raise NotLoaded(f"transformers cannot read the checkpoint, so it is not published: {error}") from error

@@ -14,15 +14,15 @@ from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.models_db import checkpoints, jobs, results, searches, skip_list_keys
-from qbatch.models_db.results import Finished
+from qbatch.models_db.results import Finished, FinishedPart
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
 
 log = logging.getLogger("qbatch.worker")
 
-_States = Mapping[str | None, CheckpointState]
-"""The state of each checkpoint by its path; the path of a baseline is None."""
+_States = Mapping[str, CheckpointState]
+"""The state of each checkpoint by its path."""
 
 
 class Answers:
@@ -53,7 +53,8 @@ class Answers:
             with self._database.read() as session:
                 self._database.require_own(session)
                 candidates = self._candidates(session, wanted)
-            states = {one.checkpoint_path: self._state(one) for answers in candidates for one in answers.values()}
+            parts = [part for answers in candidates for one in answers.values() for part in one.parts]
+            states = {part.path: self._state(part) for part in parts}
             unverified = self._unverified(candidates, states)
             if unverified:
                 self._requested |= unverified.keys()
@@ -93,26 +94,28 @@ class Answers:
     def _unverified(self, candidates: Sequence[Mapping[int, Finished]], states: _States) -> dict[str, str]:
         """The checkpoints to read, path → key, without those that the runner was already asked to read."""
         return {
-            str(one.checkpoint_path): one.checkpoint_key
+            part.path: part.key
             for answers in candidates
             for one in answers.values()
-            if one.checkpoint_path not in self._requested and states[one.checkpoint_path] is CheckpointState.UNVERIFIED
+            for part in one.parts
+            if part.path not in self._requested and states[part.path] is CheckpointState.UNVERIFIED
         }
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
         finished = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
         return {n: finished[pair] for n, pair in pairs.items() if pair in finished}
 
-    def _state(self, result: Finished) -> CheckpointState:
-        if result.checkpoint_path is None or result.checkpoint_path in self._verified:
+    def _state(self, part: FinishedPart) -> CheckpointState:
+        if part.path in self._verified:
             return CheckpointState.SOUND
-        return checkpoint_state(self._storage, result.checkpoint_path, result.versions)
+        return checkpoint_state(self._storage, part.path, part.versions)
 
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
         for job_id, identity in sorted(resolved.jobs.items()):
-            jobs.note(session, self._token(job_id), checkpoint_key=identity.key)
-        spelled = {one.spelled_key: one.key for one in resolved.jobs.values() if one.spelled_key is not None}
-        skip_list_keys.remember(session, spelled)
+            jobs.note(session, self._token(job_id), checkpoint_key=identity.key, base_key=identity.base_key)
+        skip_list_keys.remember(
+            session, {spelled: key for one in resolved.jobs.values() for spelled, key in one.spelled_keys.items()}
+        )
         kept = results.keep(session, {one.job_id for one in sound.values()})
         answered = {
             n
@@ -120,7 +123,7 @@ class Answers:
             if one.job_id in kept and jobs.answer(session, self._token(n), one.job_id)
         }
         answered |= self._answered_searches(session, resolved)
-        paths = checkpoints.paths(session, {identity.key for identity in resolved.jobs.values()})
+        paths = checkpoints.paths(session, {key for identity in resolved.jobs.values() for key in identity.keys})
         open_ = {n: one.key for n, one in resolved.jobs.items() if n not in answered and one.key not in paths}
         waiting = self._written_elsewhere(session, open_)
         jobs.hand_back(session, [self._token(job_id) for job_id in waiting])
@@ -175,7 +178,7 @@ def _sound(candidates: Sequence[Mapping[int, Finished]], states: _States, *, who
     cannot be compared with what is measured now.
     """
     new, *old = (
-        {n: one for n, one in answers.items() if states[one.checkpoint_path] is CheckpointState.SOUND}
+        {n: one for n, one in answers.items() if all(states[part.path] is CheckpointState.SOUND for part in one.parts)}
         for answers in candidates
     )
     return next((answers for answers in old if len(answers) == whole), new)

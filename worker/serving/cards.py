@@ -11,7 +11,7 @@ from qbatch.core.manifest import MANIFEST
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.model_files import python_files
 from qbatch.core.settings import Settings
-from qbatch.core.storage import MODEL_CARD
+from qbatch.core.storage import MODEL_CARD, base_path
 from qbatch.models_db.measured_checkpoints import MeasuredCheckpoint, measured_checkpoints
 from qbatch.models_db.session import Database, in_chunks
 from qbatch.views.model_card import card_text
@@ -63,19 +63,23 @@ def _found(database: Database, job_ids: Collection[int]) -> Iterator[MeasuredChe
 
 def _write(folder: Path, checkpoint: MeasuredCheckpoint) -> None:
     row = checkpoint.row
-    carried = read_metadata(folder)
+    # What an adapter carries over, and what it takes to load it, are the checkpoint's that it belongs to.
+    name = base_path(folder.name)
+    base = folder if name is None else folder.with_name(name)
+    carried = read_metadata(base)
     metadata = quantized_metadata(
         carried,
         base_model=None if checkpoint.is_folder else row.model,
         scheme=row.scheme,
         libraries=describe_row(row.scheme).libraries,
         bits=row.bits,
+        is_adapter=name is not None,
     )
     licence = carried.get("license")
     text = card_text(
         checkpoint,
         licence=licence if isinstance(licence, str) else None,
-        runs_code=bool(python_files(folder)),
-        has_tokenizer=why_no_tokenizer(folder) is None,
+        runs_code=bool(python_files(base)),
+        has_tokenizer=why_no_tokenizer(base) is None,
     )
     write_card(folder, metadata, text)

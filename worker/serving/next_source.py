@@ -11,8 +11,8 @@ import psutil
 
 from qbatch.core.errors import DatabaseUnreachable, one_line
 from qbatch.core.settings import Settings
+from qbatch.models_db.next_bundle import NextBundle, find_next_bundle, is_worth_fetching
 from qbatch.models_db.session import Database
-from qbatch.models_db.upcoming import Upcoming, is_worth_fetching, upcoming
 from qbatch.worker.runner import entry_points
 from qbatch.worker.runner.messages import FetchOrder, FilesHashed, FilesKnown, FilesSeen
 from qbatch.worker.serving.known_files import KnownFiles
@@ -34,7 +34,7 @@ class NextSource:
         self._worker_id = worker_id
         self._queues = queues
         self._files = KnownFiles(database)
-        self._fetch: tuple[Upcoming, BaseProcess, Connection] | None = None
+        self._fetch: tuple[NextBundle, BaseProcess, Connection] | None = None
         # The bundle that was fetched last, so that it is not fetched again and again.
         self._last_job_id: int | None = None
 
@@ -51,7 +51,9 @@ class NextSource:
         try:
             with self._database.read() as session:
                 self._database.require_own(session)
-                found = upcoming(session, self._queues, worker_id=self._worker_id, lease_s=self._settings.lease_s)
+                found = find_next_bundle(
+                    session, self._queues, worker_id=self._worker_id, lease_s=self._settings.lease_s
+                )
         except DatabaseUnreachable as error:
             log.warning("%s; nothing is fetched ahead", error)
             return
@@ -110,7 +112,7 @@ class NextSource:
             connection.close()
             process.join()
 
-    def _start(self, found: Upcoming) -> None:
+    def _start(self, found: NextBundle) -> None:
         order = FetchOrder(
             source=found.source,
             cache=self._settings.cache,

@@ -1,4 +1,8 @@
-"""What the checkpoint predicts as qbatch measures it, in its own dtype and in float32: the difference is the floor."""
+"""What the checkpoint predicts in its own dtype and in float32: the difference is the floor.
+
+In its own dtype twice: as qbatch measures it, and with the kernels that round most often, which are those of other
+engines. The packed kernel of some CPUs and fused attention round less.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +29,36 @@ _MOST_TOKENS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionReference:
-    """``exact`` and ``rounded`` are the model's outputs for each prompt, float32 [positions, width]: computed in
-    float32 and in the checkpoint's dtype. They are logits over the vocabulary if ``is_logits``, else the vectors of
-    the tokens."""
+    """``exact`` and each of ``roundings`` are the model's outputs for each prompt, float32 [positions, width]: computed
+    in float32, and in the checkpoint's dtype with one kind of kernels or another. They are logits over the vocabulary
+    if ``is_logits``, else the vectors of the tokens."""
 
     tokens: tuple[tuple[int, ...], ...]
     exact: tuple[Any, ...]
-    rounded: tuple[Any, ...]
+    roundings: tuple[tuple[Any, ...], ...]
     is_logits: bool
 
 
 def make_reference(folder: Path, *, hidden: bool = False) -> PredictionReference:
-    """Load the checkpoint twice. ``hidden`` asks for the vectors below the head. Raises what ``load`` raises, and
+    """Load the checkpoint three times. ``hidden`` asks for the vectors below the head. Raises what ``load`` raises, and
     Unsupported for an encoder-decoder."""
     dtype = _dtype(folder)
     rounded = _load(folder, dtype)
     tokens = _tokens(rounded)
     is_logits = not hidden and rounded.model.get_output_embeddings() is not None
-    in_own = _outputs(rounded, tokens, is_logits=is_logits)
+    as_measured = _outputs(rounded, tokens, is_logits=is_logits)
     del rounded
+    rounded_most = _load(folder, dtype)
+    weights_of_model(rounded_most.model).use_generic_kernels(rounded_most.model)
+    rounded_most.model.set_attn_implementation("eager")
+    step_by_step = _outputs(rounded_most, tokens, is_logits=is_logits)
+    del rounded_most
     exact = _load(folder, dtype)
     _compute_in_float32(exact.model)
     in_float32 = _outputs(exact, tokens, is_logits=is_logits)
-    return PredictionReference(tokens=tokens, exact=in_float32, rounded=in_own, is_logits=is_logits)
+    return PredictionReference(
+        tokens=tokens, exact=in_float32, roundings=(as_measured, step_by_step), is_logits=is_logits
+    )
 
 
 def _dtype(folder: Path) -> DType:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from qbatch.core.errors import Unsupported
-from qbatch.worker.measuring.speed.noise_forms import Inputs, noise_forms
+from qbatch.worker.measuring.speed.noise_forms import Inputs, hears_along, noise_forms
 
 
 def reads_text(model: Any) -> bool:
     """Whether text alone is an input of ``model``."""
-    return model.main_input_name == "input_ids" and not _compares_with_text(model)
+    return model.main_input_name == "input_ids" and not _compares_with_text(model) and not hears_along(model)
 
 
 def _compares_with_text(model: Any) -> bool:

@@ -46,8 +46,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsRequest:
-    """Which model to measure, at which shapes. ``dtype``: the value of a DType. ``not_captured``: why no capture is
-    tried, if one is known to fail."""
+    """Which model to measure, at which shapes. ``adapter``: the folder of the one that it has. ``dtype``: the value of
+    a DType. ``not_captured``: why no capture is tried, if one is known to fail."""
 
     folder: str
     dtype: str
@@ -55,6 +55,7 @@ class KernelsRequest:
     trusted: bool = False
     shapes: tuple[Shape, ...]
     not_captured: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +246,9 @@ def _load(request: KernelsRequest) -> Any:
     from qbatch.worker.models.load import load
 
     folder = Path(request.folder)
-    return load(folder, dtype=DType(request.dtype), device=request.device, trusted=request.trusted).model
+    adapter = None if request.adapter is None else Path(request.adapter)
+    dtype = DType(request.dtype)
+    return load(folder, dtype=dtype, device=request.device, trusted=request.trusted, adapter=adapter).model
 
 
 def _replayed_s(model: Any, shape: Shape, device: str) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 
 
-class Quiet:
+class TimingPauses:
     """Stops a process of this user while something is timed: the one that fetches the next source."""
 
     def __init__(self) -> None:

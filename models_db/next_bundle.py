@@ -16,7 +16,7 @@ from qbatch.models_db.workers import live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Upcoming:
+class NextBundle:
     """A bundle that stands in a queue: one of its jobs, and what is to be fetched for it."""
 
     job_id: int
@@ -24,7 +24,7 @@ class Upcoming:
     allow_pickle: bool
 
 
-def upcoming(session: Session, queues: Sequence[str], *, worker_id: int, lease_s: float) -> Upcoming | None:
+def find_next_bundle(session: Session, queues: Sequence[str], *, worker_id: int, lease_s: float) -> NextBundle | None:
     """The bundle that the worker, which reads ``queues`` in that order, will probably get next.
 
     Of several live workers with such a device, the first expects the first bundle, the second the second. None if there
@@ -41,7 +41,7 @@ def upcoming(session: Session, queues: Sequence[str], *, worker_id: int, lease_s
     if before >= len(order):
         return None
     job = session.get_one(Job, order[before][-1])
-    return Upcoming(job_id=job.id, source=spec_of(job).source, allow_pickle=job.allow_pickle)
+    return NextBundle(job_id=job.id, source=spec_of(job).source, allow_pickle=job.allow_pickle)
 
 
 def is_worth_fetching(session: Session, job_id: int, *, worker_id: int) -> bool:

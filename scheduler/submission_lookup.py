@@ -103,7 +103,7 @@ class LookedUp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inquiry:
+class SubmissionLookup:
     """Looks up what is known about jobs. ``devices`` are those of the live workers, by kind and name;
     ``largest_gpu_gib`` is the VRAM class of the largest, None without a live GPU. ``has_searches``: whether some of the
     jobs look for layers to keep at 16 bits."""
@@ -150,13 +150,12 @@ class Inquiry:
         return {
             pair: one.job_id
             for pair, one in finished.items()
-            if one.checkpoint_path is None
-            or not sees_storage
-            or checkpoint_state(storage, one.checkpoint_path, one.versions) is CheckpointState.SOUND
+            if not sees_storage
+            or all(checkpoint_state(storage, part.path, part.versions) is CheckpointState.SOUND for part in one.parts)
         }
 
     def look_again(self, session: Session, batch_id: int) -> int:
-        """End the jobs whose answers were recorded since the inquiry began, and return how many there were. A search
+        """End the jobs whose answers were recorded since the lookup began, and return how many there were. A search
         whose answer is stored goes on with the job of its first point."""
         if self.has_searches:
             asked_for = {job: str(job.checkpoint_key) for job in known_searches(session, batch_id)}
@@ -268,14 +267,18 @@ def _settle(
 def _with_known_skip_lists(session: Session, bundles: list[list[RequestedJob]]) -> list[list[RequestedJob]]:
     """Only a worker can find out what the names in a skip list mean, because that needs the model. A job whose list no
     worker has resolved yet has no key."""
-    spelled = {one.settled.key for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules}
+    listed = [one.settled for bundle in bundles for one in bundle if one.settled and one.spec.scheme.skip_modules]
+    spelled = {key for settled in listed for key in (settled.key, settled.base_key) if key is not None}
     keys = skip_list_keys.known(session, spelled) if spelled else {}
     return [[_with_key(one, keys) if one.spec.scheme.skip_modules else one for one in bundle] for bundle in bundles]
 
 
 def _with_key(job: RequestedJob, keys: Mapping[str, str]) -> RequestedJob:
-    key = keys.get(job.settled.key) if job.settled is not None else None
-    return replace(job, settled=replace(job.settled, key=key) if job.settled is not None and key is not None else None)
+    settled = job.settled
+    if settled is None or settled.key not in keys or settled.base_key not in (None, *keys):
+        return replace(job, settled=None)
+    base_key = None if settled.base_key is None else keys[settled.base_key]
+    return replace(job, settled=replace(settled, key=keys[settled.key], base_key=base_key))
 
 
 def device_kind_of(requested: DeviceKind, devices: Sequence[tuple[DeviceKind, str]]) -> DeviceKind | None:

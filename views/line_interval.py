@@ -10,7 +10,7 @@ LATER_S = 60.0
 _FIRST_S = 300.0
 
 
-class Cadence:
+class LineInterval:
     """Decides when the next line is due, so that the log of a job that takes days does not fill with them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

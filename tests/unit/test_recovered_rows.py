@@ -1,0 +1,65 @@
+"""What compare says of adapters: what they win back for their bytes, and what would be the better buy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.recovery import Recovery, RecoveryKind
+from qbatch.views.comparison import Preference
+from qbatch.views.recovered_rows import recovery_remarks
+from tests.unit.measured_rows import OPTIONS, result
+from tests.unit.printed import comparison
+
+MIB = 2**20
+SVD = Recovery(kind=RecoveryKind.SVD, rank=8).to_json()
+
+
+def row(number: int, kl: float, mib: int, *, scheme: str = "bnb-nf4", **options: Any) -> dict[str, Any]:
+    windows = [kl * (100 + each) for each in range(8)]
+    quality = {"kl_mean": kl, "kl_mean_se": kl / 50, "window_kl": windows, "window_rows": [100] * 8}
+    return result(
+        number,
+        scheme,
+        kl_mean=kl,
+        weights_bytes=mib * MIB,
+        options={**OPTIONS, **options},
+        details={"quality": quality},
+    )
+
+
+def remarks(*rows: dict[str, Any]) -> list[str]:
+    return [*recovery_remarks([ResultRow.from_json(each) for each in rows])]
+
+
+def test_an_adapter_stands_beside_its_plain_checkpoint() -> None:
+    (line,) = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD))
+    assert line == "j3 bnb-nf4+svd-r8 has 50.0 % of the KL of j2 bnb-nf4, for 50.0 MiB more weights (5.0 %)."
+
+
+def test_a_mixture_that_is_nearer_for_no_more_bytes_is_the_better_buy() -> None:
+    mixed = row(4, 0.004, 1040, skip_modules=["model.layers.0"])
+    _, line = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), mixed)
+    assert line == (
+        "j4 bnb-nf4 without model.layers.0 is a better buy than j3 bnb-nf4+svd-r8: its KL is 4.0e-03 with 1.02 GiB "
+        "of weights, against 1.0e-02 with 1.03 GiB."
+    )
+    larger = row(4, 0.004, 1060, skip_modules=["model.layers.0"])
+    assert len(remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), larger)) == 1
+    worse = row(4, 0.012, 1040, skip_modules=["model.layers.0"])
+    assert len(remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), worse)) == 1
+
+
+def test_what_cannot_be_told_apart_is_not_called_won() -> None:
+    (line,) = remarks(row(2, 0.01, 1000), row(3, 0.01, 1050, recovery=SVD))
+    assert line == (
+        "Whether j3 bnb-nf4+svd-r8 wins anything back is not distinguishable; it has 50.0 MiB more weights (5.0 %) "
+        "than j2 bnb-nf4."
+    )
+
+
+def test_compare_says_it() -> None:
+    rows = [result(1, weights_bytes=4000 * MIB), row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD)]
+    assert "j3 bnb-nf4+svd-r8 has 50.0 % of the KL of j2 bnb-nf4" in " ".join(
+        comparison(rows, Preference(), by="figure", format="table").split()
+    )
