@@ -81,6 +81,7 @@ def account_of_work(
             continue
         _check_result(account, job, by_id, results)
         _check_place(account, job, results.get(job.id), checkpoints)
+    _check_searches(account, jobs)
     _check_checkpoints(account, settings, list(checkpoints.values()), _paths(others), sources)
     _check_leftovers(account, settings)
     account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
@@ -179,6 +180,16 @@ def _check_place(account: Account, job: Job, result: Result | None, checkpoints:
         result.checkpoint_path == expected and (expected is None) == (job.method == "none"),
         f"j{job.id}'s result lies at {result.checkpoint_path}, its checkpoint at {expected}",
     )
+
+
+def _check_searches(account: Account, jobs: Sequence[Job]) -> None:
+    """Each search has one job that publishes what it found: their bounds are met at once."""
+    points = Counter(job.search_job_id for job in jobs if job.search_job_id is not None)
+    for job in jobs:
+        if job.search is not None:
+            account.figures["searches"] += 1
+            failed_before = job.state == JobState.FAILED and job.search_id is None
+            account.expect(points[job.id] == (not failed_before), f"j{job.id} found what {points[job.id]} jobs publish")
 
 
 def _check_checkpoints(
