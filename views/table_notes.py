@@ -13,6 +13,7 @@ from qbatch.views.groups import timed_apart
 from qbatch.views.protocol import version_differences
 
 _NOT_MEASURED_AGAIN = "taken from an earlier job's measurement of the same checkpoint and protocol; not measured again"
+_OF_ITS_MIXTURE = "a search: its checkpoint and its figures are those of the mixture that was published for it"
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ def row_remarks(row: ResultRow, by_id: Mapping[str, ResultRow]) -> Iterable[str]
     """Yield the remarks about a measured row. ``by_id`` has its baseline if that is known."""
     baseline = by_id.get(row.baseline_job_id or "")
     if row.reused_from is not None:
-        yield _NOT_MEASURED_AGAIN
+        yield _NOT_MEASURED_AGAIN if row.mixture.bound is None else _OF_ITS_MIXTURE
     yield from unmarked_warnings(row)
     if row.baseline_job_id is None:
         return

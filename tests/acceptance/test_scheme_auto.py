@@ -28,6 +28,7 @@ def test_what_a_search_found_is_published_within_each_bound(stack: Qbatch, model
     chosen = points[mixture["mixture"]["point"]]
     assert chosen["weights_bytes"] == mixture["weights_bytes"], "a point's bytes are those of its checkpoint"
     assert chosen["kl"]["mean"] == min(point["kl"]["mean"] for point in points if point["weights_bytes"] <= 600_000)
+    assert points[-1]["weights_bytes"] < baseline["weights_bytes"], "of a mixture something is quantized"
     assert _unquantized(mixture["checkpoint_path"]) == set(chosen["modules"])
     # Another bound is answered by what is stored: nobody searches again.
     bound = 1.3 * (points[2]["kl"]["mean"] + 2 * points[2]["kl"]["standard_error"])

@@ -32,7 +32,7 @@ _LATE = (*CHARGED, *UNCHARGED)
 
 _ENTERED = re.compile(
     r"(?P<at>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) qbatch\.runner INFO (?P<jobs>j\d+(?:, j\d+)*): "
-    r"(?:fetching|quantizing|publishing|loading|benchmarking)"
+    r"(?:fetching|quantizing|publishing|loading|benchmarking|searching)"
 )
 _CLOCK_SLACK_S = 0.5
 
@@ -81,6 +81,7 @@ def account_of_work(
             continue
         _check_result(account, job, by_id, results)
         _check_place(account, job, results.get(job.id), checkpoints)
+    _check_searches(account, jobs)
     _check_checkpoints(account, settings, list(checkpoints.values()), _paths(others), sources)
     _check_leftovers(account, settings)
     account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
@@ -103,8 +104,8 @@ def _check_job(
     name = f"j{job.id}"
     changes = [attempt for attempt in attempts if attempt.outcome == SOURCE_CHANGED]
     is_failed_of_it = job.state == JobState.FAILED and job.error_kind == SOURCE_CHANGED
-    # The first time it begins once more.
-    failed_rightly = may_fail and is_failed_of_it and len(changes) >= 2
+    # The first time it begins once more. A search that is over fails with the job that publishes what it found.
+    failed_rightly = may_fail and is_failed_of_it and (len(changes) >= 2 or job.search_id is not None)
     account.expect(
         job.state == JobState.SUCCEEDED or failed_rightly,
         f"{name} is {job.state}: {job.error_kind} {job.error_message} ({job.stage})",
@@ -179,6 +180,16 @@ def _check_place(account: Account, job: Job, result: Result | None, checkpoints:
         result.checkpoint_path == expected and (expected is None) == (job.method == "none"),
         f"j{job.id}'s result lies at {result.checkpoint_path}, its checkpoint at {expected}",
     )
+
+
+def _check_searches(account: Account, jobs: Sequence[Job]) -> None:
+    """Each search has one job that publishes what it found: their bounds are met at once."""
+    points = Counter(job.search_job_id for job in jobs if job.search_job_id is not None)
+    for job in jobs:
+        if job.search is not None:
+            account.figures["searches"] += 1
+            failed_before = job.state == JobState.FAILED and job.search_id is None
+            account.expect(points[job.id] == (not failed_before), f"j{job.id} found what {points[job.id]} jobs publish")
 
 
 def _check_checkpoints(

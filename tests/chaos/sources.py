@@ -100,9 +100,13 @@ def fingerprint_of_folder(folder: Path) -> str:
     return fingerprint_of(hash_content(lambda: content_files(folder), NoDigestCache()).root_sha256)
 
 
+def is_encoder(folder: Path) -> bool:
+    return int(folder.name.removeprefix("m")) % 4 == 3
+
+
 def _make(folder: Path, number: int, *, seed: int) -> None:
     transformers_logging.disable_progress_bar()
-    if number % 4 == 3:
+    if is_encoder(folder.with_name(f"m{number}")):
         tiny.make_encoder(folder, "masked-lm", seed=seed, **_TINY, intermediate_size=64)
     elif number % 4 == 2:
         tiny.make_causal(folder, "bloom", seed=seed, hidden_size=64, n_layer=1, n_head=2)

@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 
 from qbatch.core.domain import ENDED_STATES, Method
 from qbatch.core.errors import BrokerUnreachable, ForeignSchema
+from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
 from qbatch.models_db import workers
@@ -31,9 +32,11 @@ from tests.acceptance.conftest import processes_of
 from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
 from tests.chaos.faults import CHANGING_SOURCES, KINDS, Fleet, Kind
 from tests.chaos.processes import kill
-from tests.chaos.sources import Sources
+from tests.chaos.sources import Sources, is_encoder
 
 _ROOT = Path(__file__).resolve().parents[2]
+# The share of batches beside which there is one with a search.
+_SEARCHES = 0.3
 _TEXT = "It was a quiet evening, and nobody had come. " * 8
 _START_S = 180.0
 _STOP_S = 90.0
@@ -239,6 +242,18 @@ class ChaosStack:
             eval_text=_TEXT,
             priority=self._rng.choice((0, 0, 0, 5)),
         )
+        self._store(submission)
+        if self._rng.random() < _SEARCHES:
+            self._search()
+
+    def _search(self) -> None:
+        """A batch that looks for the layers of one of its models to keep at 16 bits. An encoder has no such search."""
+        folder = self._rng.choice([folder for folder in self._made if not is_encoder(folder)])
+        grid = Grid(bound=Bound(max_weights_bytes=10**9))
+        source = parse_source(str(folder))
+        self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT, search_text=_TEXT))
+
+    def _store(self, submission: Submission) -> None:
         receipt = submit(self._database, self._settings, submission)
         self._outcome.batches += 1
         self._say(f"b{receipt.batch_id}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")

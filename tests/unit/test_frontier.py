@@ -15,9 +15,9 @@ from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.measuring.unloaded_size import count_unloaded
 from qbatch.worker.models.load import LoadedModel, load
-from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
+from qbatch.worker.quantizing.planning.skeleton import build_skeleton, skip_list_of_source
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
-from qbatch.worker.searching.chosen_scheme import scheme_of_point
+from qbatch.worker.searching.chosen_scheme import scheme_of_point, with_skip_lists
 from qbatch.worker.searching.frontier_search import find_frontier
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
 from qbatch.worker.searching.search_probes import search_probes
@@ -119,6 +119,21 @@ def test_a_point_is_published_with_its_bytes_and_its_layers(tmp_path: Path, arch
     assert quantized == members - set(point.modules)
     # A submission that names this list is the same scheme.
     assert skip_list_of_source(source, chosen.skip_modules, DType.BFLOAT16) == chosen.skip_modules
+
+
+def test_what_is_published_has_something_quantized(tmp_path: Path) -> None:
+    source = tiny.make_causal(tmp_path / "source", dtype="bfloat16", num_hidden_layers=1)
+    loaded, search = opened(source)
+    frontier = find_frontier(search, measure_sensitivity(search, PROTOCOL), PROTOCOL)
+    cls, config = type(loaded.model), loaded.model.config
+    listed = with_skip_lists(cls, config, NF4, frontier)
+    assert [point.added for point in listed.points] == [point.added for point in frontier.points[:-1]]
+    assert listed.points[0].skip_list == ()
+    for point in listed.points:
+        scheme = scheme_of_point(cls, config, NF4, point)
+        assert scheme.skip_modules == point.skip_list
+        # The names that engines give to fused layers are no mistakes of anybody.
+        assert build_skeleton(source, scheme, DType.BFLOAT16, "cpu").idle_skips == ()
 
 
 def test_everything_quantized_is_the_plain_scheme(searched: tuple[OpenedSearch, Frontier]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qbatch.core.domain import Scheme
 from qbatch.core.search.frontier import Frontier, FrontierPoint
-from qbatch.worker.quantizing.planning.skeleton import skip_lists_keeping
+from qbatch.worker.quantizing.planning.skeleton import quantized_linears, skip_lists_keeping
 
 
 def scheme_of_point(cls: Any, config: Any, scheme: Scheme, point: FrontierPoint) -> Scheme:
@@ -19,9 +19,12 @@ def scheme_of_point(cls: Any, config: Any, scheme: Scheme, point: FrontierPoint)
 
 
 def with_skip_lists(cls: Any, config: Any, scheme: Scheme, frontier: Frontier) -> Frontier:
-    """The frontier with what a checkpoint of each point publishes."""
-    lists = _skip_lists(cls, config, scheme, frontier.points)
-    points = (replace(point, skip_list=listed) for point, listed in zip(frontier.points, lists, strict=True))
+    """The frontier with what a checkpoint of each point publishes, without a point at which nothing is quantized: that
+    is no checkpoint of the scheme, and nothing could verify it as one."""
+    quantized = quantized_linears(cls, config, scheme.skip_modules)
+    mixtures = [point for point in frontier.points if quantized - set(point.modules)]
+    lists = _skip_lists(cls, config, scheme, mixtures)
+    points = (replace(point, skip_list=listed) for point, listed in zip(mixtures, lists, strict=True))
     return replace(frontier, points=tuple(points))
 
 

@@ -46,7 +46,9 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     listed = list(skip_list(cls, config, scheme.skip_modules)) if scheme.skip_modules else None
     quantization = weights_of(scheme.description).quantization_config(scheme, listed)
     skeleton = _skeleton(cls, config, quantization, device)
-    return replace(skeleton, idle_skips=_idle(skeleton.model, scheme.skip_modules))
+    # A list that was resolved already has the names that an engine gives to layers: they are at work there.
+    spelled = tuple(pattern for pattern in scheme.skip_modules if pattern not in (listed or ()))
+    return replace(skeleton, idle_skips=_idle(skeleton.model, spelled))
 
 
 def unquantized_skeleton(source: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
