@@ -56,8 +56,9 @@ def _searches(session: Session) -> list[PastRun]:
     """The newest ones, if their jobs are still there."""
     query = (
         select(SearchRow.parameters, SearchRow.seconds, Job.method, Job.location, Worker.device_kind)
-        .join(Job, Job.id == SearchRow.job_id)
-        .join(Worker, Worker.id == Job.worker_id)
+        # Outer, so that no planner begins with the jobs, of which there are far more.
+        .outerjoin(Job, Job.id == SearchRow.job_id)
+        .outerjoin(Worker, Worker.id == Job.worker_id)
         .order_by(SearchRow.id.desc())
         .limit(_AT_ONCE)
     )
@@ -67,6 +68,7 @@ def _searches(session: Session) -> list[PastRun]:
             seconds=row.seconds,
         )
         for row in session.execute(query)
+        if row.device_kind is not None
     ]
 
 

@@ -24,7 +24,6 @@ from qbatch.core.domain import (
 )
 from qbatch.core.errors import DiskFull, SourceChanged, StorageError, Unsupported
 from qbatch.core.filesystem import Refusal
-from qbatch.core.methods import registry
 from qbatch.worker.checkpoints import publish as publishing
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
 from qbatch.worker.runner.messages import (
@@ -162,12 +161,14 @@ def test_a_width_that_cannot_be_written_leaves_the_other_alone(source: Path) -> 
 def test_a_library_that_this_worker_lacks_fails_the_jobs_that_need_it(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    of_installed = metadata.version
+
     def version(name: str) -> str:
         if name == "torchao":
             raise metadata.PackageNotFoundError(name)
-        return metadata.version(name)
+        return of_installed(name)
 
-    monkeypatch.setattr(registry, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     identity.writer_versions.cache_clear()
     ear = run(source, schemes={NF4: SCHEMES[NF4], TORCHAO: Scheme(method=Method.TORCHAO_INT8)})
     assert ear.failed() == {TORCHAO: Unsupported.kind}

@@ -22,7 +22,8 @@ NO_DEFAULT = (None, False, ())
 
 
 def contexts() -> list[click.Context]:
-    return list(GENERATOR["contexts"](click.Context(main, info_name="qbatch")))
+    # With the settings, because a command keeps the help option that it was first asked for.
+    return list(GENERATOR["contexts"](click.Context(main, info_name="qbatch", **main.context_settings)))
 
 
 def options() -> Iterator[tuple[str, click.Context, click.Option]]:
