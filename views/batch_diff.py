@@ -10,11 +10,11 @@ from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.batch_pairs import PairedBatches, RowPair, pair_batches
 from qbatch.views.figure_changes import Change, FigureChange
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width
 from qbatch.views.protocol import version_differences
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_ratio
+from qbatch.views.wrapped_text import wrap
 
 # In this order; of the others, the sum says how many there are.
 _LISTED = (

@@ -13,7 +13,6 @@ from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width, text_width
 from qbatch.views.groups import Group, ModelRows, models_of, timed_apart
 from qbatch.views.metric_text import column_title, show_column
@@ -31,6 +30,7 @@ from qbatch.views.task_scores import task_table
 from qbatch.views.text_figures import text_table
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
+from qbatch.views.wrapped_text import wrap
 
 # The rank of the last column that is shown of a model among others: that of peak memory.
 _LAST_MAIN = 6

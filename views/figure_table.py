@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.formats import GAP, UNLIMITED, text_width
+from qbatch.views.formats import GAP, text_width
 from qbatch.views.result_columns import ShownColumn
+from qbatch.views.wrapped_text import wrap
 
 _LEAST_OF_A_LABEL = 8
-_BEFORE_UNIT = re.compile(r"(?<=[0-9]) (?=%|(?:[KMG]iB|ms|s|min|h|nats)\b|(?:tok|samples)/s)")
-_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +113,3 @@ class FigureTable:
         if text_width(line.label) > self.label_width:
             return [line.label, GAP.join([" " * self.label_width, *figures]).rstrip()]
         return [GAP.join([label, *figures]).rstrip()]
-
-
-def wrap(text: str, width: int, *, first: str = "", indent: str = "") -> list[str]:
-    """``text`` in lines of ``width``, none of which ends between a number and its unit."""
-    if width >= UNLIMITED:
-        return [first + text]
-    whole = _BEFORE_UNIT.sub(_NO_BREAK, text)
-    # A label that fills the line leaves the text a line of its own.
-    lines = textwrap.wrap(whole, max(width, 40), initial_indent=first, subsequent_indent=indent) or [first]
-    return [line.replace(_NO_BREAK, " ") for line in lines]

@@ -21,7 +21,6 @@ from qbatch.views.audit_text import (
     speed_origin,
 )
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, NOTHING, PROSE_WIDTH, Column, printable, render, terminal_width, text_width
 from qbatch.views.listings import show_progress
 from qbatch.views.measured_figures import (
@@ -42,6 +41,7 @@ from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
 from qbatch.views.text_figures import text_lines
 from qbatch.views.units import show_seconds, show_time
+from qbatch.views.wrapped_text import wrap
 
 _ATTEMPTS: tuple[Column, ...] = (
     Column(key="attempt", title="attempt"),

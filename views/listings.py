@@ -9,11 +9,11 @@ from qbatch.core.byte_units import GIB, MIB
 from qbatch.core.domain import JobState, WorkerState
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.search.mixture_origin import MixtureOrigin
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, Column, render, terminal_width
 from qbatch.views.shared_failures import shared_failures
 from qbatch.views.shortened import fit_names
 from qbatch.views.units import show_bytes, show_clock, show_time, show_time_left_briefly
+from qbatch.views.wrapped_text import wrap
 
 
 def show_progress(stored: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.measured.loader_judgement import LoaderJudgement
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import printable, terminal_width
+from qbatch.views.wrapped_text import wrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

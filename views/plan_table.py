@@ -10,11 +10,11 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.output_size import OutputSize
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.scheduler.batch_plan import BatchPlan, Earlier, PlannedJob
-from qbatch.views.figure_table import wrap
 from qbatch.views.formats import GAP, PROSE_WIDTH, Column, Row, render, terminal_width
 from qbatch.views.scheme import show_scheme
 from qbatch.views.shortened import fit_names
 from qbatch.views.units import show_bytes
+from qbatch.views.wrapped_text import wrap
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 

@@ -11,7 +11,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.choices import Choice, choices_of, picked
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
-from qbatch.views.figure_table import FigureTable, Line, wrap
+from qbatch.views.figure_table import FigureTable, Line
 from qbatch.views.formats import GAP, PROSE_WIDTH, UNLIMITED, printable, terminal_width
 from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.protocol import differences_not_in_heading, show_field, show_protocol
@@ -24,6 +24,7 @@ from qbatch.views.table_legend import PICK_MARK, full_legend, short_legend
 from qbatch.views.table_notes import Footnotes, notes_of_all, row_remarks, shown_states
 from qbatch.views.totals import sum_up
 from qbatch.views.units import show_count
+from qbatch.views.wrapped_text import wrap
 
 _REASONS_SHOWN = 12
 _NOT_COMPARABLE = "these rows are of several protocols or devices, so their order says little: filter them"
