@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -83,20 +84,22 @@ def test_training_leaves_less_than_the_factors_that_it_begins_with(work: Recover
     assert any(step.startswith("recovering, step 12 of 12, KL ") for step in steps)
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_path: Path) -> None:
-    trained(work, tmp_path / "whole", tmp_path / "one")
-
+def _trained_until_killed(work: RecoveryWork, folder: Path, kept: Path) -> None:
     def die(step: str) -> None:
         if step.startswith("recovering, step 7 "):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            trained(work, tmp_path / "killed", tmp_path / "other", die)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    trained(work, folder, kept, die)
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_path: Path) -> None:
+    trained(work, tmp_path / "whole", tmp_path / "one")
+    # Not a fork: torch refuses a backward pass in one where its threads for that have started.
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=_trained_until_killed, args=(work, tmp_path / "killed", tmp_path / "other"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     state = KeptState(folder=tmp_path / "other").read()
     assert state is not None
     assert state.steps == 6
