@@ -4,8 +4,9 @@
     python -m benchmarks.bundles --shape 300m --bits 8,4 --repeats 2
 
 Each bundle has a model of its own, with random weights, so that nothing is answered by an earlier result. The first of
-each kind only warms up. Times are those of the database, the kernel's for a published folder. "runner CPU" is what all
-processes that the forkserver started have used: on a busy machine it says more than the seconds.
+each kind only warms up. Times are those of the database, the kernel's for the folder that a checkpoint is published in.
+"runner CPU" is what all processes that the forkserver started have used: on a busy machine it says more than the
+seconds.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ class Stack:
             ended = max(job.finished_at for job in jobs if job.finished_at is not None)
             paths = [one.checkpoint_path for one in results if one.checkpoint_path is not None]
             passes = [one.quantize_s for one in results if one.quantize_s is not None]
-        # A folder's ctime is that of its rename.
-        published = [(self._settings.storage / path).stat().st_ctime for path in paths]
+        # When a folder was last renamed into the model's, which each bundle has of its own. The checkpoint's own times
+        # are those of its card, which is written after the measurement.
+        published = [(self._settings.storage / path).parent.stat().st_mtime for path in paths]
         return Figures(
             wall_s=(ended - claimed).total_seconds(),
             cpu_s=cpu_s,
