@@ -93,7 +93,7 @@ def _trained_until_killed(work: RecoveryWork, folder: Path, kept: Path) -> None:
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_path: Path) -> None:
-    trained(work, tmp_path / "whole", tmp_path / "one")
+    without_kill = trained(work, tmp_path / "whole", tmp_path / "one")
     # Not a fork: torch refuses a backward pass in one where its threads for that have started.
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=_trained_until_killed, args=(work, tmp_path / "killed", tmp_path / "other"))
@@ -106,7 +106,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_pat
     heard: list[str] = []
     audit = trained(work, tmp_path / "killed", tmp_path / "other", heard.append)
     assert "recovering, going on after step 6" in heard
-    assert audit["training"]["resumed_after_step"] == 6
+    assert audit["training"] == without_kill["training"] | {"resumed_after_step": 6}
     whole, resumed = ((tmp_path / name / ADAPTER_WEIGHTS).read_bytes() for name in ("whole", "killed"))
     assert resumed == whole
 
@@ -114,10 +114,13 @@ def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_pat
 def test_a_state_that_cannot_be_read_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = KeptState(folder=tmp_path / "kept")
     assert kept.read() is None
-    kept.write(TrainingState(steps=3, factors={"a": torch.ones(2)}, optimizer={"state": {}}))
+    kept.write(
+        TrainingState(steps=3, first_kl=0.5, last_kl=0.25, factors={"a": torch.ones(2)}, optimizer={"state": {}})
+    )
     read = kept.read()
     assert read is not None
     assert (read.steps, read.factors["a"].tolist()) == (3, [1.0, 1.0])
+    assert (read.first_kl, read.last_kl) == (0.5, 0.25)
     path = kept.folder / "state.pt"
     path.write_bytes(path.read_bytes()[:100])
     assert kept.read() is None

@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ _FILE = "state.pt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """After ``steps`` steps: the factors by name, and what the optimizer keeps."""
+    """After ``steps`` steps: the KL of the first and of the last, the factors by name, and what the optimizer keeps."""
 
     steps: int
+    first_kl: float | None
+    last_kl: float | None
     factors: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
 
@@ -49,7 +51,7 @@ class KeptState:
         """Replace it at once: whoever is killed meanwhile leaves the former one. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{_FILE}.{os.getpid()}"
-        value = {"steps": state.steps, "factors": state.factors, "optimizer": state.optimizer}
+        value = {field.name: getattr(state, field.name) for field in fields(state)}
         try:
             torch.save(value, partial)
             sync(partial)

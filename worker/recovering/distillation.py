@@ -140,14 +140,20 @@ class _Training:
 
     def state(self) -> TrainingState:
         factors = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
-        return TrainingState(steps=self.steps, factors=factors, optimizer=self._optimizer.state_dict())
+        return TrainingState(
+            steps=self.steps,
+            first_kl=self.first_loss,
+            last_kl=self.last_loss,
+            factors=factors,
+            optimizer=self._optimizer.state_dict(),
+        )
 
     @torch.no_grad()
     def go_on(self, state: TrainingState) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(state.factors[name])
         self._optimizer.load_state_dict(state.optimizer)
-        self.steps = state.steps
+        self.steps, self.first_loss, self.last_loss = state.steps, state.first_kl, state.last_kl
 
     def factors(self, dtype: torch.dtype) -> dict[str, LowRankFactors]:
         layers = sorted({name.rpartition(".lora_")[0] for name in self._parameters})
