@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qbatch.core.domain import Claim, DeviceKind, DType, JobSpec, ProtocolOptions, Scheme, SourceRef, Stage
+import pytest
+
+from qbatch.core.domain import Claim, DeviceKind, DType, JobSpec, Protocol, ProtocolOptions, Scheme, SourceRef, Stage
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
@@ -24,7 +26,7 @@ from qbatch.worker.runner.messages import (
 )
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.source_policy import SourcePolicy
-from tests.unit.benchmark_models import TEXT
+from tests.unit.benchmark_models import QUICK, TEXT
 
 TEXT_HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 
@@ -108,3 +110,12 @@ def run_bundle(
     ear = Ear()
     Bundle(order, ear, TimingPauses()).run()
     return ear
+
+
+def measure_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a job's options ask for, it is measured by the quick protocol."""
+
+    def quick(_options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
+        return replace(QUICK, eval_text_sha256=TEXT_HASH)
+
+    monkeypatch.setattr(ProtocolOptions, "for_device", quick)

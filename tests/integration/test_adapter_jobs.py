@@ -23,7 +23,7 @@ from qbatch.worker.files.staging import KEPT_TRAININGS
 from qbatch.worker.recovering.distillation import recover_by_training
 from qbatch.worker.runner import adapter_publication
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Resolved, Stepped
-from tests.bundles import TEXT_HASH, Ear, run_bundle
+from tests.bundles import TEXT_HASH, Ear, measure_quickly, run_bundle
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
 
@@ -38,10 +38,7 @@ SCHEMES = {
 
 @pytest.fixture(autouse=True)
 def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(_options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
-        return replace(QUICK, eval_text_sha256=TEXT_HASH)
-
-    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+    measure_quickly(monkeypatch)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +14,7 @@ import pytest
 
 from qbatch.core import filesystem, identity
 from qbatch.core.domain import (
-    DeviceKind,
     Method,
-    Protocol,
-    ProtocolOptions,
     Scheme,
     Stage,
 )
@@ -36,7 +32,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     Stepped,
 )
-from tests.bundles import TEXT_HASH, Ear, run_bundle
+from tests.bundles import Ear, measure_quickly, run_bundle
 from tests.tiny import make_causal, make_encoder
 from tests.unit.benchmark_models import QUICK
 
@@ -46,10 +42,7 @@ SCHEMES = {NF4: Scheme(method=Method.NF4), INT8: Scheme(method=Method.INT8)}
 
 @pytest.fixture(autouse=True)
 def a_quick_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(_options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
-        return replace(QUICK, eval_text_sha256=TEXT_HASH)
-
-    monkeypatch.setattr(ProtocolOptions, "for_device", quick)
+    measure_quickly(monkeypatch)
 
 
 @pytest.fixture

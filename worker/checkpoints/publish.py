@@ -70,13 +70,7 @@ def publish(
 
     def complete() -> None:
         copy_sidecars(source, folder)
-        write_first_card(
-            folder,
-            model=origin.model,
-            is_of_hub=origin.revision is not None,
-            scheme=origin.scheme,
-            dtype=origin.dtype,
-        )
+        _write_card(folder, origin)
         confirm()
 
     return _publish(
@@ -103,13 +97,7 @@ def publish_adapter(
     its manifest names it. ``confirm`` is called after the last use of the source and of ``base``."""
 
     def complete() -> None:
-        write_first_card(
-            folder,
-            model=origin.model,
-            is_of_hub=origin.revision is not None,
-            scheme=origin.scheme,
-            dtype=origin.dtype,
-        )
+        _write_card(folder, origin)
         confirm()
 
     recovery = origin.scheme.recovery
@@ -135,6 +123,16 @@ class _Contents:
     audit: Mapping[str, Any]
     quantize_s: float
     base: Mapping[str, str] | None = None
+
+
+def _write_card(folder: Path, origin: Origin) -> None:
+    write_first_card(
+        folder,
+        model=origin.model,
+        is_of_hub=origin.revision is not None,
+        scheme=origin.scheme,
+        dtype=origin.dtype,
+    )
 
 
 def _publish(folder: Path, storage: Path, path: str, contents: _Contents, complete: Callable[[], None]) -> Verified:

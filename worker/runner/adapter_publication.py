@@ -14,12 +14,13 @@ from qbatch.core.errors import BenchmarkError, Unsupported
 from qbatch.core.methods.registry import is_installed
 from qbatch.core.recovery import EXTRA, LIBRARY, Recovery
 from qbatch.core.search.shared_run import SHARED_TOKENS, shared_run
-from qbatch.worker.checkpoints.publish import Origin, publish_adapter
+from qbatch.worker.checkpoints.publish import publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
 from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
 from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.load import translated
 from qbatch.worker.runner.checkpoint_jobs import Plan
+from qbatch.worker.runner.checkpoint_origin import origin_of
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Order
 from qbatch.worker.runner.reports import Reports
@@ -105,7 +106,7 @@ class AdapterPublication:
                 storage=self._order.storage,
                 base=base.published,
                 key=plans[0].settled.key,
-                origin=self._origin(plans[0]),
+                origin=origin_of(plans[0], self._source, self._order),
                 audit=audit,
                 recover_s=recover_s,
                 confirm=lambda: self._confirm(base),
@@ -179,22 +180,6 @@ class AdapterPublication:
     def _confirm(self, base: Verified) -> None:
         self._reports.confirm(self._source)
         base.confirm()
-
-    def _origin(self, plan: Plan) -> Origin:
-        from qbatch.worker.measuring.versions import versions
-
-        libraries = versions(*plan.settled.scheme.description.libraries)
-        return Origin(
-            model=plan.claim.spec.source.name,
-            revision=self._source.revision,
-            fingerprint=self._source.fingerprint,
-            scheme=plan.settled.scheme,
-            dtype=plan.settled.dtype,
-            device_kind=self._order.device_kind,
-            device_name=self._order.device_name,
-            database=self._order.database,
-            versions={name: str(value) for name, value in libraries.items()},
-        )
 
 
 def _recovery(plan: Plan) -> Recovery:

@@ -77,7 +77,7 @@ class LoadedModels:
         self._loaded[jobs] = fresh
 
     @property
-    def hold_any(self) -> bool:
+    def holds_any(self) -> bool:
         return bool(self._loaded)
 
     def make_room(self, needed_bytes: int) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from qbatch.core.domain import Stage
 from qbatch.core.errors import Unsupported
 from qbatch.worker.checkpoints.loading_audit import loading_audit
-from qbatch.worker.checkpoints.publish import Origin, publish
+from qbatch.worker.checkpoints.publish import publish
 from qbatch.worker.checkpoints.published import Verified, find_published
 from qbatch.worker.checkpoints.sidecars import copy_sidecars, sidecar_bytes
 from qbatch.worker.files.staging import stage, storage_error, unstage
 from qbatch.worker.models.remote_code import copy_code
 from qbatch.worker.runner.checkpoint_jobs import Plan
+from qbatch.worker.runner.checkpoint_origin import origin_of
 from qbatch.worker.runner.finite_weights import refuse_not_finite
 from qbatch.worker.runner.loaded_models import Jobs, LoadedModels, free_device_memory
 from qbatch.worker.runner.messages import CheckpointReady, Order, Progressed
@@ -176,7 +177,7 @@ class Publication:
             storage=self._order.storage,
             source=self._source.folder,
             key=plan.settled.key,
-            origin=self._origin(plan),
+            origin=origin_of(plan, self._source, self._order),
             files=written.files,
             audit=audit,
             quantize_s=written.quantize_s,
@@ -188,7 +189,7 @@ class Publication:
         if not any(plan.settled.protocol.runs_model for plan in plans):
             return NOT_ASKED_FOR
         settled = plans[0].settled
-        if self._loaded.hold_any or (self._begins_with_baseline and settled.protocol.quality):
+        if self._loaded.holds_any or (self._begins_with_baseline and settled.protocol.quality):
             next_jobs = None
         if next_jobs is not None:
             self._complete(written.target.folder)
@@ -223,21 +224,6 @@ class Publication:
 
     def _stage(self, plan: Plan) -> Path:
         return stage(self._order.staging, plan.job_id, plan.claim.attempt)
-
-    def _origin(self, plan: Plan) -> Origin:
-        from qbatch.worker.measuring.versions import versions
-
-        return Origin(
-            model=plan.claim.spec.source.name,
-            revision=self._source.revision,
-            fingerprint=self._source.fingerprint,
-            scheme=plan.settled.scheme,
-            dtype=plan.settled.dtype,
-            device_kind=self._order.device_kind,
-            device_name=self._order.device_name,
-            database=self._order.database,
-            versions={name: str(value) for name, value in versions(*plan.settled.scheme.description.libraries).items()},
-        )
 
 
 def _is_as_written(verified: Verified, written: Written) -> bool:

@@ -84,7 +84,7 @@ class Trial:
         try:
             return self._runs(folder)
         except (CudaOom, HostOom) as error:
-            if not self.models.hold_any:
+            if not self.models.holds_any:
                 raise
             log.warning("memory ran out while a checkpoint was tried (%s); nothing is held beside it now", error)
         # Here, since the error refers to what the work had allocated.
