@@ -63,11 +63,12 @@ CHAOS_KILLS ?= 200
 chaos: install ## kill processes at random while batches run, then check every job (CHAOS_KILLS=1000 for a long run)
 	$(BIN)/python -m tests.chaos --kills $(CHAOS_KILLS)
 
-lint: install ## check style, types, and which package may import which
+lint: install ## check style, types, which package may import which, and that every test can be imported
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --collect-only -qqq
 
 docs: install ## write docs/cli.md anew from the commands' help
 	$(BIN)/python docs/generate_cli.py

@@ -17,7 +17,8 @@ from qbatch.core.errors import SourceCorrupt
 from qbatch.worker.runner.messages import Failed, Measured
 from qbatch.worker.sources.pickles import read_tensors
 from tests import incoming
-from tests.integration.test_bundle import TEXT_HASH, Ear, a_quick_protocol, places, run
+from tests.bundles import TEXT_HASH, Ear
+from tests.integration.test_bundle import a_quick_protocol, places, run
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK
