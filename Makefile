@@ -68,7 +68,7 @@ lint: install ## check style, types, which package may import which, and that ev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --collect-only -qqq
+	@found=$$($(BIN)/python -m pytest --collect-only -q 2>&1) || { echo "$$found"; exit 1; }
 
 docs: install ## write docs/cli.md anew from the commands' help
 	$(BIN)/python docs/generate_cli.py
