@@ -80,10 +80,10 @@ bench: install ## compare with doing the same without qbatch
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.why
 	$(BIN)/python -m benchmarks.batch
-	$(BIN)/python -m benchmarks.bundles
+	$(BIN)/python -m benchmarks.warm_worker
 	$(BIN)/python -m benchmarks.database
-	$(BIN)/python -m benchmarks.submit
-	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.submit_many
+	$(BIN)/python -m benchmarks.large_fleet
 	$(BIN)/python -m benchmarks.long_lived
 
 clean: ## remove generated files, but not .venv/

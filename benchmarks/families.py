@@ -36,7 +36,7 @@ from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests.bundles import TEXT_HASH, Ear, an_order
-from tests.reference import contents, save_reference
+from tests.plain_reference import contents, save_reference
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_tokenizer
 from tests.unit.benchmark_models import QUICK

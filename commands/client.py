@@ -122,7 +122,7 @@ def wait(*batches: Batch, timeout: float | str | None = None, progress: bool = F
     ``timeout`` is in seconds, or as on the command line: ``"2h"``. ``progress`` shows it on standard error. Raises
     WaitTimeout, StackNotRunning if jobs are open and the embedded stack does not run, and ServiceUnreachable.
     """
-    from qbatch.commands.waiting import wait_for_batches
+    from qbatch.commands.wait_and_watch import wait_for_batches
 
     settings = current_settings()
     if not batches:

@@ -19,13 +19,7 @@ from qbatch.commands.result_options import (
     models_option,
     read_filter,
 )
-from qbatch.commands.shared_options import (
-    batch_arguments,
-    format_options,
-    limit_option,
-    page_limit,
-    target_arguments,
-)
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
 from qbatch.commands.targets import find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log

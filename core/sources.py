@@ -163,7 +163,7 @@ def read_header(path: Path) -> Header:
         ) from error
     if not isinstance(entries, dict):
         raise SourceCorrupt(f"{path.name} is not a safetensors file: its header is not a JSON object")
-    return vet_header(path, entries, data_start=8 + length, size=size)
+    return check_header(path, entries, data_start=8 + length, size=size)
 
 
 def _why_too_long(length: int, first: bytes, size: int) -> str:
@@ -179,7 +179,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON, although Python accepts it")
 
 
-def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
+def check_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
     """Check the parsed header ``entries`` of a file of ``size`` bytes whose tensors begin at byte ``data_start``.
 
     Raises SourceCorrupt.

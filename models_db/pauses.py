@@ -26,12 +26,12 @@ def pause(session: Session, reason: str, message: str, *, needed_bytes: int | No
     )
 
 
-def standing(session: Session) -> Sequence[Pause]:
+def in_force(session: Session) -> Sequence[Pause]:
     """The pauses in force now."""
     return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
 
 
-def noted(session: Session) -> Sequence[Pause]:
+def on_record(session: Session) -> Sequence[Pause]:
     """All recorded pauses: those in force, and those that have expired since the last one began."""
     return session.scalars(select(Pause).order_by(Pause.reason)).all()
 

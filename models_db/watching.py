@@ -16,7 +16,7 @@ from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorke
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.listing import list_batches, list_workers
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.time_left import TimeLeft, open_batches, time_left
@@ -81,7 +81,7 @@ class Watcher:
             more_news=more,
             workers=tuple(map(_worker, workers)),
             live_workers=sum(worker["state"] == WorkerState.READY for worker in workers),
-            pauses=tuple(pause.message for pause in standing(session)),
+            pauses=tuple(pause.message for pause in in_force(session)),
         )
 
     def _judge(self, session: Session) -> None:

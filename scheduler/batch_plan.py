@@ -28,7 +28,7 @@ from qbatch.scheduler.submission_lookup import (
     RequestedJob,
     SubmissionLookup,
     device_kind_of,
-    inspect_unvetted,
+    inspect_unchecked,
 )
 from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_lookup
 from qbatch.scheduler.vram_prediction import memory_bytes
@@ -146,7 +146,7 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
         is_known = ref in submission.screened
-        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        folder = submission.screened[ref] if is_known else inspect_unchecked(ref, bundle, mounts)
         chunk.append(InspectedSource(specs=bundle, folder=folder))
         if len(chunk) == _AT_ONCE:
             yield chunk

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from qbatch.core.domain import SourceRef
-from qbatch.core.errors import ModelsRefused, UnsafeSource, UsageError
+from qbatch.core.errors import UnsafeSource, UsageError
 from qbatch.core.folder_hint import not_a_folder, where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import looks_like_path, parse_source
@@ -86,16 +86,6 @@ def read_models(
     if not sources and not problems:
         raise UsageError("no models: name some, or list them in a file for --models")
     return ModelList(sources=tuple(sources.values()), lines=at, problems=tuple(problems))
-
-
-def read_model_list(
-    lines: Iterable[str], *, named: Iterable[str] = (), check_folders: bool, roots: Sequence[Path] | None
-) -> list[SourceRef]:
-    """The models of ``read_models``. Raises ModelsRefused if there are problems."""
-    listed = read_models(lines, named=named, check_folders=check_folders, roots=roots)
-    if listed.problems:
-        raise ModelsRefused(list(map(str, listed.problems)), models=len(listed.sources) + len(listed.problems))
-    return list(listed.sources)
 
 
 def _meant(source: SourceRef, likely: LikelyFolders, take_folder: TakeFolder | None) -> SourceRef:

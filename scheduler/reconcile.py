@@ -67,7 +67,7 @@ def watch_disk_space(database: Database, settings: Settings) -> None:
     If the storage is not visible from here, the pause expires by itself, and the waiting job tries again.
     """
     with database.read() as session:
-        needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
+        needed = {pause.reason: pause.needed_bytes for pause in pauses.on_record(session)}
         is_awaited = bool(needed) and jobs.any_waits_for_space(session)
         # The folder in which workers write checkpoints. It is missing on a machine that has not mounted the storage.
         staging = settings.staging_of(database_id(session))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.audit_text import defects, unmarked_warnings

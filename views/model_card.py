@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from qbatch.core.domain import JobState
-from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.recovery import LIBRARY

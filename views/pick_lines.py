@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from qbatch.core.measured.metric import MetricColumn as Metrics
 from qbatch.core.measured.metrics import DECODE, GRAPH_DECODE, KL_MEAN, RANK_CORRELATION, THROUGHPUT, WEIGHTS
-from qbatch.core.measured.metrics import MetricColumn as Metrics
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.choices import Choice

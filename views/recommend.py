@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import compare_answers
 from qbatch.views.audit_text import audit_warnings, defects

@@ -32,7 +32,7 @@ LEASE_S = 6 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
+class TimedTransaction:
     """One thing that was timed: the least of several runs, in seconds. ``cpu_s`` is that of this process alone."""
 
     name: str
@@ -47,7 +47,7 @@ class _Unsent:
         self.sent = list(dispatches)
 
 
-def time_transactions(database: Database, folder: Path, large: int, repeats: int) -> Iterator[Timed]:
+def time_transactions(database: Database, folder: Path, large: int, repeats: int) -> Iterator[TimedTransaction]:
     settings = Settings(home=folder, storage=folder, cache=folder, lease_s=LEASE_S)
     _nothing_under_way(database)
     broker: Any = _Unsent()
@@ -77,7 +77,9 @@ def _questions(large: int) -> dict[str, Callable[[Session], object]]:
     }
 
 
-def _timed(name: str, repeats: int, action: Callable[[], object], before: Callable[[], object] | None = None) -> Timed:
+def _timed(
+    name: str, repeats: int, action: Callable[[], object], before: Callable[[], object] | None = None
+) -> TimedTransaction:
     """What takes milliseconds is repeated more often, because the machine may be busy with other things."""
     wall_s: list[float] = []
     cpu_s: list[float] = []
@@ -88,7 +90,7 @@ def _timed(name: str, repeats: int, action: Callable[[], object], before: Callab
         action()
         wall_s.append(time.perf_counter() - began)
         cpu_s.append(time.process_time() - cpu_began)
-    return Timed(name=name, wall_s=min(wall_s), cpu_s=min(cpu_s))
+    return TimedTransaction(name=name, wall_s=min(wall_s), cpu_s=min(cpu_s))
 
 
 def _rolled_back(database: Database, ask: Callable[[Session], object]) -> None:

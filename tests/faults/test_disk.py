@@ -19,7 +19,7 @@ import pytest
 from qbatch.core.domain import Method, Stage
 from qbatch.core.errors import DiskFull, JobError
 from qbatch.models_db import jobs
-from qbatch.models_db.pauses import lift, standing
+from qbatch.models_db.pauses import in_force, lift
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Pause
 from qbatch.worker.checkpoints.published import problems
@@ -228,7 +228,7 @@ def _fail(database: Database, token: jobs.Token, error: JobError, *, backoff_s: 
 
 def _pauses(database: Database) -> list[Pause]:
     with database.read() as session:
-        found = list(standing(session))
+        found = list(in_force(session))
         session.expunge_all()
         return found
 

@@ -29,9 +29,9 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.quantizing import Target, write_checkpoints
 from tests import tiny
 from tests.found import a_search, searching
-from tests.identity import fingerprint
 from tests.integration.test_submit import TEXT, hashed, measure, settled
 from tests.rows import a_batch, a_gpu, claim
+from tests.source_identity import fingerprint
 
 GRID = Grid(bits=(4, 8), device=DeviceKind.CPU)
 

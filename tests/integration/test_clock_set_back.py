@@ -20,7 +20,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, leases
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Pause, Worker
 from qbatch.models_db.workers import live
@@ -142,7 +142,7 @@ def test_a_pause_ends(database: Database, scheduler: Scheduler) -> None:
 
     def has_ended() -> bool:
         with database.read() as session:
-            return not standing(session)
+            return not in_force(session)
 
     tick_until(scheduler, has_ended)
 

@@ -1,4 +1,4 @@
-"""What comes in is judged once, in the same words for every row, and nothing beside the vetted files is read."""
+"""What comes in is judged once, in the same words for every row, and nothing beside the checked files is read."""
 
 from __future__ import annotations
 

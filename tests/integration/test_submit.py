@@ -45,8 +45,8 @@ from qbatch.scheduler.submission_lookup import SubmissionLookup
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.worker.runner.messages import JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
-from tests.identity import fingerprint
 from tests.rows import a_batch, a_job, a_worker, claim, measured
+from tests.source_identity import fingerprint
 from tests.tiny import make_causal
 
 TEXT = "an evaluation text"
@@ -184,7 +184,7 @@ class Point:
 
 
 POINTS = {
-    "before the first chunk": Point(owner=submit_module, name="inspect_unvetted", call=1),
+    "before the first chunk": Point(owner=submit_module, name="inspect_unchecked", call=1),
     "within the first chunk": Point(owner=arrivals, name="add_jobs", call=1),
     "within the third chunk": Point(owner=arrivals, name="add_jobs", call=3),
     "between two chunks": Point(owner=SubmissionLookup, name="look_up", call=4),

@@ -19,9 +19,9 @@ from examples import make_models, training
 from examples.make_models import EXAMPLES, Example
 from examples.muon import orthogonalized
 from qbatch.core.domain import DType
-from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import load
+from tests.model_lists import read_model_list
 
 ROOT = Path(__file__).parents[2]
 _STEPS = 30

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
-from tests.reference import contents, save_reference
+from tests.plain_reference import contents, save_reference
 from tests.schemes import with_options
 from tests.tiny import (
     CAUSAL_ARCHS,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.byte_units import GIB, KIB, MIB
-from qbatch.core.measured.metrics import Unit
+from qbatch.core.measured.metric import Unit
 from qbatch.views.metric_text import show_value
 from qbatch.views.units import show_float, show_nats
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import DECODE, FORWARD, PREFILL, THROUGHPUT, Better, MetricColumn
+from qbatch.core.measured.metric import Better, MetricColumn
+from qbatch.core.measured.metrics import DECODE, FORWARD, PREFILL, THROUGHPUT
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_metric
 from qbatch.views.noise import is_noise

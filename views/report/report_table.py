@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import Better, Metric, MetricColumn, Unit
+from qbatch.core.measured.metric import Better, Metric, MetricColumn, Unit
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING
 from qbatch.views.groups import source_name

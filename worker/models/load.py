@@ -14,8 +14,8 @@ from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
 from qbatch.core.prior_quantization import declares_quantization
+from qbatch.core.source_checks import refuse_other_weights
 from qbatch.core.sources import read_config, read_headers
-from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights

@@ -14,7 +14,7 @@ from qbatch.worker.models.load import translated
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def vet_code(folder: Path, *, trusted: bool) -> None:
+def refuse_forbidden_code(folder: Path, *, trusted: bool) -> None:
     """Raise UnsafeSource if the model needs code that is not allowed to run: its own code unless ``trusted``, or code
     of another repository in any case.
 
