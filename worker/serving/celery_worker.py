@@ -69,6 +69,7 @@ _PRELOAD = [
     "qbatch.worker.serving.quick_end",
     "qbatch.worker.serving.runner_imports",
 ]
+_PRELOAD_ON_GPU = [*_PRELOAD, "qbatch.worker.serving.gpu_runner_imports"]
 # A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
 _PRELOAD_ON_CPU = [*_PRELOAD, "qbatch.worker.serving.cpu_runner_imports"]
 _DATABASE_RETRY_S = 2.0
@@ -285,7 +286,7 @@ class CeleryWorker:
     def _preload(self) -> multiprocessing.context.ForkServerContext:
         context = multiprocessing.get_context("forkserver")
         is_cpu = self._info.device_kind is DeviceKind.CPU
-        context.set_forkserver_preload(_PRELOAD_ON_CPU if is_cpu else _PRELOAD)
+        context.set_forkserver_preload(_PRELOAD_ON_CPU if is_cpu else _PRELOAD_ON_GPU)
         # Waited for, so that no claimed job waits for the imports while its lease runs.
         first = context.Process(target=_as_a_runner, daemon=True)
         try:
