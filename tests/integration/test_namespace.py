@@ -20,7 +20,6 @@ from qbatch.worker.serving.runner_forkserver import PRELOADED
 
 ROOT = Path(qbatch.__file__).parents[2]
 PAGE = ("charts.jinja", "report.css", "report.jinja", "report.js", "tables.jinja")
-_PRELOADED = list(PRELOADED[DeviceKind.CPU])
 OLD_NAMES = ("cli", "commands", "core", "models_db", "scheduler", "views", "worker")
 
 
@@ -135,12 +134,14 @@ def _path(strangers: Path) -> str:
 
 def test_every_name_that_is_preloaded_is_found() -> None:
     """A forkserver is silent about one that it does not find."""
+    preloaded = [*PRELOADED[DeviceKind.CPU], *PRELOADED[DeviceKind.CUDA]]
     program = f"""
 import multiprocessing
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload({_PRELOADED!r})
+context.set_forkserver_preload({preloaded!r})
+from qbatch.worker.machine.imports import COMPILER
 from qbatch.worker.serving.runner_imports import NAMES
-names = [*NAMES, *{_PRELOADED!r}]
+names = [*NAMES, *COMPILER, *{preloaded!r}]
 missing = f"import sys; print([name for name in {{names}} if name not in sys.modules])"
 child = context.Process(target=exec, args=(missing,))
 child.start()

@@ -13,15 +13,15 @@ from qbatch.core.settings import Settings
 from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.worker_description import pid_space
 
-_ON_GPU = (
+_ALWAYS = (
     "qbatch.worker.serving.ignore_sigterm",
     "qbatch.worker.serving.quick_end",
     "qbatch.worker.serving.runner_imports",
 )
 PRELOADED = {
-    DeviceKind.CUDA: _ON_GPU,
+    DeviceKind.CUDA: (*_ALWAYS, "qbatch.worker.serving.gpu_runner_imports"),
     # A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
-    DeviceKind.CPU: (*_ON_GPU, "qbatch.worker.serving.cpu_runner_imports"),
+    DeviceKind.CPU: (*_ALWAYS, "qbatch.worker.serving.cpu_runner_imports"),
 }
 """The modules that the forkserver imports, by the kind of device."""
 _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbatch.scheduler.child_process import ORPHANED, end_with_parent
-from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import COMPILER, MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-_PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
+_PRELOAD = (*MODEL_LIBRARIES, *COMPILER, "qbatch.worker.models.load")
 STARTED = "started"
 """The first line of the answers. From then on the process may be stopped: it ends with its runner all the same."""
 
