@@ -42,6 +42,15 @@ class Batch(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
+class LastId(Base):
+    """The highest id that a batch or a job ever had, on SQLite. See ``last_ids``."""
+
+    __tablename__ = "last_ids"
+
+    table_name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[int]
+
+
 class Arrival(Base):
     """A batch that is still being stored: no query sees it or its jobs. See ``arrivals``."""
 

@@ -91,7 +91,7 @@ class _Screen:
         texts = [f"[{number}] {text}" for number, text in enumerate(notes.texts, start=1)]
         if not is_in_full:
             texts += [*self._apart(models), *self._of_all(choices)]
-        texts += [*_chosen(choices, self.preference), sum_up(rows, choices)]
+        texts += [*_chosen(choices), sum_up(rows, choices)]
         if not is_in_full:
             texts.append("`qbatch compare --model NAME`, of one model: all figures, and what limits its speed.")
         return [*lines, "", *(line for text in texts for line in wrap(printable(text), self.prose, indent=GAP))]
@@ -182,12 +182,13 @@ def _new(sentences: Iterable[str], said: set[str]) -> list[str]:
     return fresh
 
 
-def _chosen(choices: Sequence[Choice], preference: Preference) -> Iterable[str]:
+def _chosen(choices: Sequence[Choice]) -> Iterable[str]:
     """Yield what was preferred, and within which limits."""
-    bounds = dict.fromkeys(" and ".join(choice.recommendation.bounds) for choice in choices if choice.ship is not None)
-    limits = "; or with ".join(filter(None, bounds))
-    if bounds:
-        yield f"Chosen: {_PREFERRED[preference.prefer]}{f', with {limits}' if limits else ''}."
+    shipped = [choice.recommendation for choice in choices if choice.ship is not None]
+    for prefer in dict.fromkeys(each.prefer for each in shipped):
+        bounds = dict.fromkeys(" and ".join(each.bounds) for each in shipped if each.prefer == prefer)
+        limits = "; or with ".join(filter(None, bounds))
+        yield f"Chosen: {_PREFERRED[prefer]}{f', with {limits}' if limits else ''}."
 
 
 def _why_apart(model: ModelRows) -> str:

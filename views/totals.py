@@ -45,7 +45,8 @@ def _states(rows: Sequence[ResultRow]) -> Iterable[str]:
 def _remark(state: JobState, rows: Sequence[ResultRow]) -> str:
     if state is JobState.FAILED:
         return _why(rows)
-    answered = sum(row.reused_from is not None for row in rows)
+    # The job that answers a search was measured for it, or is counted itself.
+    answered = sum(row.reused_from is not None and row.mixture.bound is None for row in rows)
     unfit = [row for row in rows if state is JobState.SUCCEEDED and any(defects(row))]
     remarks = [f"{answered:,} by earlier results"] if answered else []
     remarks += (

@@ -20,7 +20,7 @@ _ALWAYS = (
 )
 PRELOADED = {
     DeviceKind.CUDA: (*_ALWAYS, "qbatch.worker.serving.gpu_runner_imports"),
-    # A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
+    # A CPU has no CUDA to keep away from, so bitsandbytes is imported before the fork too.
     DeviceKind.CPU: (*_ALWAYS, "qbatch.worker.serving.cpu_runner_imports"),
 }
 """The modules that the forkserver imports, by the kind of device."""
