@@ -95,7 +95,7 @@ class JobSpec:
 
     @property
     def loaded_scheme(self) -> Scheme:
-        """That of the largest model that the job has loaded: a search measures mixtures of the unquantized one."""
+        """The scheme of the largest model that the job loads. A search loads the unquantized model."""
         return self.scheme if self.search is None else BASELINE
 
     @property

@@ -91,7 +91,7 @@ def _parts(tensor: _Tensor, scheme: Scheme, dtype: DType) -> Mapping[str, tuple[
 def _exactly(
     tensors: Sequence[TensorInfo], config: Mapping[str, Any], scheme: Scheme, dtype: DType
 ) -> list[_Tensor] | None:
-    """All that is stored; None where that is not certain."""
+    """Every tensor that is stored; None if that is not certain."""
     known = _known(config)
     if known is None or config.get("auto_map") or (known.is_transposed and not scheme.description.is_streamed):
         return None

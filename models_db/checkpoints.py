@@ -56,7 +56,7 @@ def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
-    """All that were ever recorded, those that are gone included."""
+    """All checkpoints that are on record, including those that are gone."""
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 

@@ -148,7 +148,7 @@ def delete_named(session: Session, job_ids: Collection[int]) -> set[int]:
 
 
 def answered_elsewhere(session: Session, job_ids: Collection[int]) -> dict[int, int]:
-    """Those of these jobs whose results answer another job, with one that is not among them and that they answer."""
+    """The jobs among ``job_ids`` whose results answer a job outside of ``job_ids``, each with one such job."""
     found: dict[int, int] = {}
     for chunk in in_chunks(sorted(job_ids)):
         query = select(Job.reused_from, Job.id).where(Job.reused_from.in_(chunk)).order_by(Job.id.desc())

@@ -127,7 +127,7 @@ class _Expected:
 
 
 def _mean_seconds(session: Session, batch_id: int) -> float | None:
-    """Of the newest jobs of the batch that have succeeded."""
+    """The mean time of the newest jobs of the batch that succeeded, in seconds."""
     newest = (
         select(Job.id)
         .where(Job.batch_id == batch_id, Job.state == JobState.SUCCEEDED)
@@ -227,7 +227,7 @@ def open_batches(session: Session) -> list[int]:
 
 
 def _open_work(session: Session, running: Sequence[_RunningBundle], expected: _Expected) -> dict[int, OpenWork | None]:
-    """Of each open batch; None if something of it cannot be judged."""
+    """What is left of each open batch, by its id. None if the time of a part of it cannot be estimated."""
     found: dict[int, OpenWork | None] = {}
     for batch_id in open_batches(session)[:_MOST_BATCHES]:
         left = [one.seconds for one in running if one.batch_id == batch_id]

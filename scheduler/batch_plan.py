@@ -181,7 +181,7 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
 
 
 def _duration(spec: JobSpec, work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
-    """Of a search with one job that publishes what it found, of which there may be three."""
+    """The time of a job. That of a search includes one job that publishes what it found; there may be three."""
     estimate = estimate_duration(work, runs)
     if spec.search is None or estimate is None:
         return estimate
@@ -243,7 +243,7 @@ def _with_earlier(
 
 
 def _free_bytes(storage: Path) -> int | None:
-    """Those of the file system that holds the storage, or will hold it."""
+    """The free bytes of the file system that holds the storage, or will hold it; None if they are not known."""
     try:
         folder = next(path for path in (storage, *storage.parents) if path.is_dir())
         space = disk_space(folder)

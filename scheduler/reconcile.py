@@ -83,7 +83,7 @@ def watch_disk_space(database: Database, settings: Settings) -> None:
 
 
 def _renewed_pause_s(settings: Settings) -> float:
-    """It must outlast a slow tick, and also the time in which another scheduler takes the lead."""
+    """How long a renewed pause lasts. It must outlast a slow tick, and the time until another scheduler leads."""
     return max(settings.backoff_s, settings.lead_s)
 
 

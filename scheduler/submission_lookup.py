@@ -190,7 +190,7 @@ class SubmissionLookup:
 
 
 def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
-    """None for a hub id, and for a folder with pickles alone that may be converted: their contents are not known yet.
+    """What the files of a folder tell. None for a hub id, and for pickles that may be converted: nothing is known yet.
 
     Raises a JobError, or OSError, for a folder that no worker could use.
     """
@@ -208,8 +208,8 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> Insp
 
 
 def inspect_unchecked(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
-    """The same without the checks; None too for a folder that cannot be read here: if nor can a worker, its job fails
-    with the reason."""
+    """As ``inspect``, without the checks. None also for a folder that cannot be read here: if a worker cannot read it
+    either, the job fails with the reason."""
     if not source.is_folder:
         return None
     folder = Path(source.location)

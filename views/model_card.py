@@ -69,7 +69,7 @@ def _folder_name(model: str) -> str:
 
 
 def _public_name(checkpoint: MeasuredCheckpoint) -> str:
-    """Where a folder lies is nobody else's business."""
+    """The name of the model. Of a folder, without the folders above it, which are private."""
     return _folder_name(checkpoint.row.model) if checkpoint.is_folder else checkpoint.row.model
 
 

@@ -48,7 +48,7 @@ Line = Sequence[Part]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScreenSize:
-    """That of a terminal, in characters."""
+    """The size of a terminal, in characters."""
 
     width: int
     height: int

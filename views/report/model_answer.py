@@ -72,7 +72,7 @@ def _figures(ship: ResultRow, judged: JudgedGroup) -> Iterable[AnswerFigure]:
 
 
 def unmeasured_answer(model: ModelRows) -> Answer:
-    """Of a model without any result."""
+    """The answer for a model without any result."""
     return Answer(
         model=model.name,
         parameters="",

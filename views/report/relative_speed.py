@@ -26,7 +26,7 @@ class RelativeSpeed:
 
 
 def relative_speed(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> RelativeSpeed | None:
-    """None if the two cannot be compared."""
+    """How much faster ``row`` is than its baseline in this column; None if the two cannot be compared."""
     metric = column.metric_of(row)
     if metric is None or baseline is None or not may_compare(row, baseline, on_device=metric.on_device):
         return None

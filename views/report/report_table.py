@@ -110,7 +110,7 @@ def metric_table_column(column: MetricColumn, rows: Sequence[JudgedRow]) -> Tabl
 
 
 def _unit_of(metrics: Sequence[Metric], rows: Sequence[ResultRow]) -> ColumnUnit | None:
-    """None: the column has figures of several units, which say theirs one by one."""
+    """The unit of a column; None if its figures have several units, so that each shows its own."""
     units: set[Unit] = {metric.unit for metric in metrics}
     if len(units) != 1:
         return None

@@ -130,8 +130,8 @@ class FinishedRows:
 
 
 def _audit(model: MeasuredModel) -> Mapping[str, Any] | None:
-    """Of an adapter, what is known of the checkpoint that it belongs to, and of itself; but not where that loads, since
-    an adapter is for PEFT."""
+    """What is known of the checkpoint. With an adapter, also what is known of that; but not which loaders load it,
+    since an adapter is for PEFT."""
     if model.verified is None:
         return None
     if model.base is None:
