@@ -179,7 +179,8 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
 def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
     """``rows`` with the absolute paths of their checkpoints, as this machine sees the storage.
 
-    Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint."""
+    Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint.
+    """
     known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
     there = known - missing_checkpoints(settings.storage, known)
     paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]

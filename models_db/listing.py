@@ -57,7 +57,8 @@ def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int
 def _ends_of_small(session: Session, batch_ids: Sequence[int]) -> dict[int, datetime | None]:
     """When the last job of each of these small batches ended.
 
-    One statement reads all of their jobs, which takes less time than a statement for each batch."""
+    One statement reads all of their jobs, which takes less time than a statement for each batch.
+    """
     if not batch_ids:
         return {}
     last = select(Job.batch_id, func.max(Job.finished_at)).where(Job.batch_id.in_(batch_ids)).group_by(Job.batch_id)

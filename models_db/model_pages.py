@@ -59,7 +59,8 @@ def _rows(
 ) -> list[ResultRow]:
     """The rows of these models, also of jobs that were submitted long after the first of their model.
 
-    They are found by their location, because that has an index, and the name has none."""
+    They are found by their location, because that has an index, and the name has none.
+    """
     batches, found = set(batch_ids), list[int]()
     for locations in in_chunks(sorted(set().union(*places.values()))):
         for job in session.execute(_NAMES.where(Job.location.in_(locations), *only.conditions())):

@@ -30,7 +30,8 @@ def with_answers(
 ) -> list[ResultRow]:
     """``rows`` with their answers to tasks; if ``job_ids`` are given, only these rows get theirs.
 
-    Answers are most of a database, so they are read only where they are compared."""
+    Answers are most of a database, so they are read only where they are compared.
+    """
     rows = list(rows)
     answered = {
         row.job_id: job_number(row.reused_from or row.job_id)

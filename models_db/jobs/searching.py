@@ -165,7 +165,8 @@ def _point_row(session: Session, search: Job, point: FrontierPoint, index: int) 
 def _bundle(session: Session, search: Job) -> str:
     """The bundle of the job that publishes a point: that of the search's baseline if that is still to be measured.
 
-    The job is compared with the baseline, and a bundle is run by one worker, the baseline first."""
+    The job is compared with the baseline, and a bundle is run by one worker, the baseline first.
+    """
     baseline = session.scalars(
         select(Job)
         .where(Job.location == search.location, Job.method == Method.NONE, Job.state.in_(OPEN_STATES))

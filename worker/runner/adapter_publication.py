@@ -143,8 +143,8 @@ class AdapterPublication:
             raise storage_error(error, "cannot write an adapter") from error
 
     def _kept(self, plan: Plan) -> KeptState:
-        """Where a training is kept, so that another attempt on any worker can continue it. The folder has the key of the
-        adapter, so it is for this source and checkpoint."""
+        """Where a training is kept, so that another attempt on any worker can continue it. The folder has the
+        adapter's key, so it is for this source and checkpoint."""
         from qbatch.worker.files.training_state import KeptState
 
         return KeptState(folder=self._order.staging.parent / KEPT_TRAININGS / plan.settled.key)
