@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -422,19 +421,10 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
 class HeardCaptures(Captures):
     """Captures that tell what is asked of them, and whether any model was loaded then. Without a GPU none is made."""
 
-    heard: ClassVar[list[tuple[str, int, int]]] = []
-
-    def prepare(self) -> Any:
-        self.heard.append(("prepare", 0, 0))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.heard.append(("pause", 0, 0))
-        yield
-        self.heard.append(("go on", 0, 0))
+    heard: ClassVar[list[tuple[int, int]]] = []
 
     def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
-        self.heard.append(("kernels", len(requests), llamas()))
+        self.heard.append((len(requests), llamas()))
         return [[StepKernels(reason="no GPU")] * len(request.shapes) for request in requests]
 
 
@@ -445,13 +435,13 @@ def llamas() -> int:
 
 @pytest.mark.parametrize(
     ("usable", "asked"),
-    [(None, [("kernels", 3, 0)]), (0, [("kernels", 1, 0)] * 3)],
+    [(None, [(3, 0)]), (0, [(1, 0)] * 3)],
     ids=["loaded together", "one at a time"],
 )
 def test_kernels_are_measured_when_no_model_is_loaded_here(
-    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[str, int, int]]
+    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[int, int]]
 ) -> None:
-    """All in one process if the models fit together; its imports begin with the first quality."""
+    """All in one process if the models fit together."""
     before = llamas()
     shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
     monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
@@ -465,10 +455,7 @@ def test_kernels_are_measured_when_no_model_is_loaded_here(
     HeardCaptures.heard.clear()
     ear = run(home)
     assert ear.measured().keys() == {1, 2, 3}
-    names = [name for name, _, _ in HeardCaptures.heard]
-    assert names[:5] == ["pause", "go on", "pause", "go on", "prepare"], "loaded and timed, then quality"
-    assert names.count("prepare") == 3
-    assert [(name, count, held - before) for name, count, held in HeardCaptures.heard if name == "kernels"] == asked
+    assert [(count, held - before) for count, held in HeardCaptures.heard] == asked
 
 
 def a_round(**times_s: list[float]) -> Round:

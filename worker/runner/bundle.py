@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
@@ -38,16 +38,22 @@ from qbatch.worker.runner.skip_lists import SkipLists
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 
+if TYPE_CHECKING:
+    from qbatch.worker.measuring.why.kernels_server import KernelsServer
+
 log = logging.getLogger("qbatch.runner")
 
 _CHECKED_CHARACTERS = 4096
 
 
 class Bundle:
-    """The jobs of one source, run on one device."""
+    """The jobs of one source, run on one device. ``kernels``: the process that captures decode steps, if any."""
 
-    def __init__(self, order: Order, link: ReportChannel, pauses: TimingPauses) -> None:
+    def __init__(
+        self, order: Order, link: ReportChannel, pauses: TimingPauses, kernels: KernelsServer | None = None
+    ) -> None:
         self._order = order
+        self._kernels = kernels
         self._pauses = pauses
         self._reports = Reports(link, (claim.job_id for claim in order.claims))
         self._device = "cuda:0" if order.device_kind is DeviceKind.CUDA else "cpu"
@@ -154,7 +160,9 @@ class Bundle:
                 with self._reports.failing(model.ids):
                     rows.send_counted(model)
         loaded = [model for model in models if model.runs]
-        rounds = Rounds(self._order, self._reports, source, self._device, rows, self._pauses, self._loaded)
+        rounds = Rounds(
+            self._order, self._reports, source, self._device, rows, self._pauses, self._loaded, self._kernels
+        )
         rounds.run(loaded, agreeing(speeds, loaded))
 
     def _plan(self, claim: Claim, source: LocalSource, dtype: DType, skip_lists: SkipLists) -> list[Plan]:

@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,7 +145,9 @@ def _read_if_intact(folder: Path) -> Reference | None:
 
 
 def _content_sha256(folder: Path, probes: int) -> str:
-    return root_sha256([digest_file(_probe(folder, number)) for number in range(probes)])
+    # Side by side: they are hashed when they are written and each time that a model is compared with them.
+    with ThreadPoolExecutor() as pool:
+        return root_sha256(pool.map(digest_file, [_probe(folder, number) for number in range(probes)]))
 
 
 def prepare_reference(
