@@ -124,7 +124,7 @@ _RECOVERY: tuple[Option, ...] = (
     click.option(
         "--recover-text",
         metavar="FILE",
-        help="The text that adapters are trained on (--recover qlora). It must share no 13 tokens in a row with an "
+        help="The text that adapters are trained on (--recover qlora). It must not share 13 tokens in a row with an "
         "evaluation text.",
     ),
     click.option(
@@ -277,8 +277,8 @@ _PARTS: tuple[Option, ...] = (
         type=click.Choice([EACH, OF_A_SHAPE]),
         default=EACH,
         show_default=True,
-        help=f"{EACH}: time every model. {OF_A_SHAPE}: of a batch's models of the same shape, such as fine-tunes, "
-        "time one on each GPU; the rows of the others say whose speed they have.",
+        help=f"{EACH}: time every model. {OF_A_SHAPE}: if models of a batch have the same shape, as fine-tunes do, time "
+        "one of them on each GPU; the rows of the others say whose speed they have.",
     ),
 )
 """Which parts are measured."""
@@ -286,8 +286,8 @@ _REPEATING: tuple[Option, ...] = (
     click.option(
         "--keep-going",
         is_flag=True,
-        help="Leave out the models of which it is known here that their jobs would fail, and submit the others. By "
-        "default nothing is submitted then.",
+        help="Leave out models whose jobs would certainly fail, as far as this machine can tell, and submit the others. "
+        "By default nothing is submitted then.",
     ),
     click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
 )
