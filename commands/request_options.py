@@ -277,8 +277,8 @@ _PARTS: tuple[Option, ...] = (
         type=click.Choice([EACH, OF_A_SHAPE]),
         default=EACH,
         show_default=True,
-        help=f"{EACH}: time every model. {OF_A_SHAPE}: if models of a batch have the same shape, as fine-tunes do, time "
-        "one of them on each GPU; the rows of the others say whose speed they have.",
+        help=f"{EACH}: time every model. {OF_A_SHAPE}: if models of a batch have the same shape, as fine-tunes do, "
+        "time one of them on each GPU; the rows of the others say whose speed they have.",
     ),
 )
 """Which parts are measured."""
@@ -286,8 +286,8 @@ _REPEATING: tuple[Option, ...] = (
     click.option(
         "--keep-going",
         is_flag=True,
-        help="Leave out models whose jobs would certainly fail, as far as this machine can tell, and submit the others. "
-        "By default nothing is submitted then.",
+        help="Leave out models whose jobs would certainly fail, as far as this machine can tell, and submit the "
+        "others. By default nothing is submitted then.",
     ),
     click.option("--force", is_flag=True, help="Measure again even if the database already has the results."),
 )

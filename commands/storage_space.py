@@ -63,8 +63,8 @@ def du(batches: Sequence[str], by: str, format_: str) -> None:
     type=Duration(),
     default="7d",
     show_default=True,
-    help="Remove what may still be of use only if it is older than this: damaged and unreferenced checkpoints, baseline "
-    "outputs, and the logs of jobs that ended.",
+    help="Remove what may still be of use only if it is older than this: damaged and unreferenced checkpoints, "
+    "baseline outputs, and the logs of jobs that ended.",
 )
 @_yes
 @format_options("table", "json", "csv")
