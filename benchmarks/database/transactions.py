@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState
 from qbatch.core.errors import DeviceError
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, workers
 from qbatch.models_db.health import health
@@ -64,7 +65,7 @@ def time_transactions(database: Database, folder: Path, large: int, repeats: int
 
 def _questions(large: int) -> dict[str, Callable[[Session], object]]:
     return {
-        "expire": lambda session: jobs.expire(session, backoff_s=1.0, max_failures=3),
+        "expire": lambda session: jobs.expire(session, limits=RetryLimits(backoff_s=1.0, max_failures=3)),
         "give_up_too_large": lambda session: jobs.give_up_too_large(session, LEASE_S),
         "any_waits_for_space": jobs.any_waits_for_space,
         "list_batches, all": list_batches,
@@ -117,7 +118,7 @@ def _running_job(database: Database) -> Iterator[Callable[[], None]]:
 
     def fail(session: Session) -> None:
         error = DeviceError("the device reported an error")
-        jobs.fail(session, (job_id, attempt), error, backoff_s=1.0, max_failures=3, lease_s=LEASE_S)
+        jobs.fail(session, (job_id, attempt), error, limits=RetryLimits(backoff_s=1.0, max_failures=3), lease_s=LEASE_S)
 
     yield lambda: _rolled_back(database, fail)
 

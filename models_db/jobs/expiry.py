@@ -23,13 +23,12 @@ from qbatch.models_db.usable_memory import usable_bytes
 from qbatch.models_db.workers import around
 
 
-def expire(session: Session, *, backoff_s: float, max_failures: int, worker_id: int | None = None) -> list[int]:
+def expire(session: Session, *, limits: RetryLimits, worker_id: int | None = None) -> list[int]:
     """End the attempts whose lease expired, or with ``worker_id`` all attempts of that worker, which must be dead.
     Returns the ids of their jobs.
 
     An attempt counts as a failure only if its work had started.
     """
-    limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
     expired = Job.lease_expires_at < db_now() if worker_id is None else Job.worker_id == worker_id
     lost = session.scalars(
         select(Job).where(Job.state == JobState.RUNNING, expired).order_by(Job.id).with_for_update(skip_locked=True)
@@ -60,10 +59,9 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
     return sorted(job.id for job in jobs)
 
 
-def shorten_future_times(session: Session, *, lease_s: float, backoff_s: float, max_failures: int) -> int:
+def shorten_future_times(session: Session, *, lease_s: float, limits: RetryLimits) -> int:
     """Shorten leases and backoffs that end later than any given now could, because the database's clock was set back.
     Leases are shortened only if their worker is gone. Returns how many were changed."""
-    limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
     alive = and_(Worker.heartbeat_at >= db_now(-lease_s), Worker.heartbeat_at <= db_now(SLACK_S))
     abandoned = and_(
         Job.state == JobState.RUNNING,
@@ -72,7 +70,7 @@ def shorten_future_times(session: Session, *, lease_s: float, backoff_s: float, 
         Job.worker_id.not_in(select(Worker.id).where(alive)),
     )
     count = _shorten(session, abandoned, Job.lease_expires_at, lease_s)
-    waiting = and_(WAITS_AGAIN, Job.not_before > db_now(backoff_s + SLACK_S))
+    waiting = and_(WAITS_AGAIN, Job.not_before > db_now(limits.backoff_s + SLACK_S))
     for failures, kind in session.execute(select(Job.failures, Job.error_kind).where(waiting).distinct()).all():
         longest_s = longest_wait_s(failures, kind, limits)
         alike = and_(waiting, Job.failures == failures, Job.error_kind.is_not_distinct_from(kind))

@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from qbatch.core.domain import JobState, Stage
 from qbatch.core.errors import BrokerUnreachable, DiskFull
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.database_id import database_id
@@ -124,7 +125,13 @@ def waits_for_room(database: Database, needed_bytes: int | None) -> int:
     with database.write() as session:
         jobs.note(session, token, stage=Stage.QUANTIZING)
     with database.write() as session:
-        assert jobs.fail(session, token, DiskFull("no room", needed_bytes), backoff_s=0.0, max_failures=3, lease_s=60.0)
+        assert jobs.fail(
+            session,
+            token,
+            DiskFull("no room", needed_bytes),
+            limits=RetryLimits(backoff_s=0.0, max_failures=3),
+            lease_s=60.0,
+        )
     return job_id
 
 

@@ -275,12 +275,7 @@ class CeleryWorker:
 
     def _release_jobs_of(self, session: Session, predecessor: WorkerRow) -> None:
         """Take back the jobs of a worker of this machine whose process no longer exists, before their leases end."""
-        jobs.expire(
-            session,
-            backoff_s=self._settings.backoff_s,
-            max_failures=self._settings.max_failures,
-            worker_id=predecessor.id,
-        )
+        jobs.expire(session, limits=self._settings.retry_limits, worker_id=predecessor.id)
         if predecessor.device_uuid is not None:
             leases.release(session, leases.of_gpu(predecessor.device_uuid), predecessor.name)
         workers.leave(session, predecessor.id, WorkerState.STOPPED)
