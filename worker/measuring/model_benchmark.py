@@ -114,12 +114,12 @@ class ModelBenchmark:
             self.why_no_quality = f"{type(loaded.model).__name__} {what}"
         subject = self.subject
         self._tasks = load_tasks(loaded, subject.protocol, subject.texts)
-        is_language_model = loaded.task is ModelKind.CAUSAL_LM and self.why_no_quality is None
+        is_language_model = loaded.kind is ModelKind.CAUSAL_LM and self.why_no_quality is None
         self.is_explainable = is_language_model and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
         self._not_captured = weights.why_not_captured(loaded.model)
         details = Details(
-            task=loaded.task.value,
+            task=loaded.kind.value,
             versions=versions(*weights.libraries),
             size=stored_size(size),
             arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
@@ -186,7 +186,7 @@ class ModelBenchmark:
                 loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}")
             )
         # Perplexity is meaningless for other tasks, and for random ids instead of a text.
-        if loaded.task is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
+        if loaded.kind is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
         cut = text_windows(loaded, protocol, text)
         nll, tokens = against_base.window_nll, against_base.window_tokens
@@ -209,7 +209,7 @@ def _compare(
 
 def _why_no_score(loaded: LoadedModel) -> str | None:
     """Why a causal language model has no perplexity; None for models that never have one."""
-    if loaded.task is not ModelKind.CAUSAL_LM:
+    if loaded.kind is not ModelKind.CAUSAL_LM:
         return None
     return loaded.why_no_tokenizer or "the evaluation text is too short: it has no token that can be scored"
 

@@ -19,7 +19,7 @@ def counted(subject: Subject, *, trusted: bool) -> Measurement:
             unloaded.size,
             device_name="",
             details=Details(
-                task=unloaded.task, versions=versions(*unloaded.libraries), size=stored_size(unloaded.size)
+                task=unloaded.kind.value, versions=versions(*unloaded.libraries), size=stored_size(unloaded.size)
             ),
         ),
         subject.protocol,

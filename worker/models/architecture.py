@@ -1,4 +1,4 @@
-"""Determines transformers' config, class and tokenizer for a model, and the model's task, from its config."""
+"""Determines transformers' config, class and tokenizer for a model, and the kind of model, from its config."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelKind(StrEnum):
 
 
 # The auto classes for which a config's auto_map may name a class of the model's own code.
-_OWN_TASKS = {
+_OWN_KINDS = {
     "AutoModelForCausalLM": ModelKind.CAUSAL_LM,
     "AutoModelForSeq2SeqLM": ModelKind.SEQ2SEQ,
     "AutoModelForMaskedLM": ModelKind.MASKED_LM,
@@ -172,13 +172,13 @@ def _own_class(config: Any) -> tuple[str, str] | None:
     auto_map = getattr(config, "auto_map", None)
     if not isinstance(auto_map, Mapping) or _is_in_library(_architecture(config)):
         return None
-    own = [(auto, auto_map[auto]) for auto in _OWN_TASKS if isinstance(auto_map.get(auto), str)]
+    own = [(auto, auto_map[auto]) for auto in _OWN_KINDS if isinstance(auto_map.get(auto), str)]
     name = _architecture(config)
     return next((pair for pair in own if pair[1].rpartition(".")[2] == name), own[0] if own else None)
 
 
 def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
-    """The task of ``model_class(config)``.
+    """The kind of ``model_class(config)``.
 
     Models with heads for multiple choice or question answering are measured as encoders, and so are encoder-decoders
     without a head, which cannot generate. A vision-language or audio-language model is measured as the causal LM that
@@ -188,10 +188,10 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
 
     cls = model_class(config, trusted=trusted)
     own = _own_class(config) if trusted is not None else None
-    if own is not None and (task := _OWN_TASKS[own[0]]) is not None:
-        return task
+    if own is not None and (kind := _OWN_KINDS[own[0]]) is not None:
+        return kind
     # A class may be in several mappings (BART's generates and fills masks). The first match wins.
-    for task, names in (
+    for kind, names in (
         (ModelKind.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
         (ModelKind.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         (ModelKind.MASKED_LM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -199,6 +199,6 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
         (ModelKind.TOKEN_CLASSIFICATION, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         # transformers lists language models that hear under the first, though they have no encoder for text.
-        if cls.__name__ in names.values() and (task is not ModelKind.SEQ2SEQ or config.is_encoder_decoder):
-            return task
+        if cls.__name__ in names.values() and (kind is not ModelKind.SEQ2SEQ or config.is_encoder_decoder):
+            return kind
     return ModelKind.CAUSAL_LM if cls.can_generate() and not config.is_encoder_decoder else ModelKind.ENCODER

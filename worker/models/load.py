@@ -43,7 +43,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    task: ModelKind
+    kind: ModelKind
     load_model_s: float
     device: str
     why_no_tokenizer: str | None = None
@@ -66,7 +66,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
         quantization = getattr(config, "quantization_config", None)
         quiet_libraries(weights_of_config(quantization))
         own_code = folder if trusted else None
-        cls, task = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
+        cls, kind = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
     corrupt: type[JobError] = SourceCorrupt if quantization is None else BenchmarkError
     with translated(corrupt, f"cannot load {folder.name}"):
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
@@ -81,7 +81,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        task=task,
+        kind=kind,
         load_model_s=load_model_s,
         device=device,
         why_no_tokenizer=why_no_tokenizer(folder),

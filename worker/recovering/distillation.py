@@ -51,7 +51,7 @@ def recover_by_training(
     audit = recover_by_factors(work, folder, report)
     teacher = load(work.source, dtype=work.dtype, device=work.device, trusted=work.trusted)
     student = work.load()
-    if student.task is not ModelKind.CAUSAL_LM or student.tokenizer is None:
+    if student.kind is not ModelKind.CAUSAL_LM or student.tokenizer is None:
         raise Unsupported(
             f"{work.recovery.kind} trains on text that a model predicts, and {work.base.name} predicts none"
         )
@@ -74,7 +74,7 @@ def recover_by_training(
         folder,
         trained.factors(getattr(torch, work.dtype.value)),
         model=student.model,
-        kind=student.task,
+        kind=student.kind,
         base=work.base.name,
         rank=work.recovery.rank,
     )

@@ -84,7 +84,7 @@ def recover_by_factors(work: RecoveryWork, folder: Path, report: Callable[[str],
             if of_layer is not None:
                 weighted.add(_output_squares(error, of_layer), _output_squares(left, of_layer))
     write_adapter(
-        folder, factors, model=quantized.model, kind=quantized.task, base=work.base.name, rank=work.recovery.rank
+        folder, factors, model=quantized.model, kind=quantized.kind, base=work.base.name, rank=work.recovery.rank
     )
     return {
         "recovered_layers": len(factors),

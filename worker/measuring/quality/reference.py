@@ -294,7 +294,7 @@ def _write(
 
 def _write_probes(loaded: LoadedModel, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
     """(form, number of probes written). If a hidden state does not give its logits again, logits are stored for all."""
-    if loaded.task is ModelKind.ENCODER:
+    if loaded.kind is ModelKind.ENCODER:
         embeddings = (embedding_of(loaded.model, probe, loaded.device) for probe in probes)
         return "embedding", _write_all(embeddings, staging, max_bytes)
     hidden = (hidden_and_logits(loaded.model, probe, loaded.device)[0] for probe in probes)
