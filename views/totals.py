@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.storage import with_adapter_mark
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.views.audit_text import defects
 from qbatch.views.choices import Choice
 from qbatch.views.formats import printable
