@@ -173,7 +173,7 @@ def test_plan_and_a_dry_run_print_the_same_and_store_nothing(home: Path, model: 
     assert (planned.exit_code, dry.exit_code) == (0, 0)
     assert planned.stdout == dry.stdout
     assert "2 models, 6 jobs" in planned.stdout
-    assert "time: not known, since nothing like it has run yet" in planned.stdout
+    assert "time: not known, since no job that measures the same has ended yet" in planned.stdout
     assert json.loads(qbatch("status", "--json").stdout) == []
     assert qbatch("submit", *arguments, "--dry-run", "--wait").exit_code == 2
 
