@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
+from qbatch.core.recovery import ADAPTER_MARK
 from qbatch.core.sources import DOCUMENTS
 
 MODEL_CARD = "README.md"
@@ -19,8 +20,6 @@ BASE_OUTPUTS = "base-logits"
 
 
 CHECKPOINTS = "checkpoints"
-ADAPTER_MARK = "+"
-"""In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
 ADOPTED = ".adopted"
 """The folder of marks that databases leave for checkpoints that another database made and that they use."""
 
@@ -104,11 +103,6 @@ def _names(folder: Path) -> set[str] | None:
         return {entry.name for entry in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return None if broken_link(folder) is not None else set()
-
-
-def with_adapter_mark(name: str, adapter: str) -> str:
-    """What a scheme or checkpoint ``name`` is called with that adapter."""
-    return f"{name}{ADAPTER_MARK}{adapter}"
 
 
 def base_path(path: str) -> str | None:

@@ -105,7 +105,7 @@ class _Expected:
         self._runs = runs
         self._kind = kind
         # By what decides it: most jobs have it in common with others.
-        self._estimates: dict[tuple[DeviceKind, str, str, str, bool], float | None] = {}
+        self._estimates: dict[tuple[DeviceKind, str, str, str, str, bool], float | None] = {}
         self._means: dict[int, float | None] = {}
 
     def of(self, job: Job, kind: DeviceKind | None = None) -> float | None:
@@ -114,7 +114,8 @@ class _Expected:
         return estimate if estimate is not None else self._mean_of(job.batch_id)
 
     def _estimate(self, job: Job, kind: DeviceKind) -> float | None:
-        key = (kind, job.location, job.method, repr(job.protocol), job.search is not None)
+        recovery = repr(job.scheme.get("recovery"))
+        key = (kind, job.location, job.method, recovery, repr(job.protocol), job.search is not None)
         if key not in self._estimates:
             estimate = estimate_duration(JobWork.of(spec_of(job), kind, None), self._runs)
             self._estimates[key] = None if estimate is None else estimate.seconds

@@ -64,7 +64,7 @@ class Submission:
     screened: Mapping[SourceRef, InspectedFolder | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not all(text.strip() for text in (self.eval_text, *self.more_texts.values())):
+        if not all(text.strip() for text in self.eval_texts):
             raise UsageError("the evaluation text is empty")
         if self.more_texts and self.grid.quality is False:
             raise UsageError("quality is measured on further texts, and --measure leaves it out: give one --eval-text")
@@ -74,6 +74,16 @@ class Submission:
     @property
     def text_sha256(self) -> str:
         return text_sha256(self.eval_text)
+
+    @property
+    def eval_texts(self) -> tuple[str, ...]:
+        return (self.eval_text, *self.more_texts.values())
+
+    @property
+    def trained_texts(self) -> tuple[str, ...]:
+        """Those of ``recovery_texts`` that adapters are trained on."""
+        trained = {each.text_sha256 for each in self.grid.recoveries if each.kind.is_trained}
+        return tuple(text for text in self.recovery_texts if text_sha256(text) in trained)
 
     @property
     def text_refs(self) -> tuple[TextRef, ...] | None:

@@ -91,7 +91,7 @@ class _Screen:
         texts = [f"[{number}] {text}" for number, text in enumerate(notes.texts, start=1)]
         if not is_in_full:
             texts += [*self._apart(models), *self._of_all(choices)]
-        texts += [*_chosen(choices), sum_up(rows, choices)]
+        texts += [*_chosen(choices), sum_up(rows, choices, has_reasons=True)]
         if not is_in_full:
             texts.append("`qbatch compare --model NAME`, of one model: all figures, and what limits its speed.")
         return [*lines, "", *(line for text in texts for line in wrap(printable(text), self.prose, indent=GAP))]

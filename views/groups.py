@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.core.measured.result_row import ResultRow
 
 
@@ -28,6 +28,10 @@ class Group:
     @property
     def device_name(self) -> str:
         return str(self.rows[0].device_name)
+
+    @property
+    def awaits_search(self) -> bool:
+        return self.search is not None and self.search.state in OPEN_STATES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

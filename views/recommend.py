@@ -77,6 +77,9 @@ def recommend(group: Group, preference: Preference) -> Recommendation:
         sentence = _nothing(group, rejected)
         return Recommendation(ship=None, sentence=sentence, prefer=prefer, bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
+    if ship.is_baseline and group.awaits_search:
+        sentence = "Nothing is recommended yet: the search for the layers to keep at 16 bits has not ended."
+        return Recommendation(ship=None, sentence=sentence, prefer=prefer, bounds=bounds_text, rejected=rejected)
     if preference.prefer != "speed":
         ship, alike = _prefer_better_answers(ship, alike)
     sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)

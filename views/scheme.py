@@ -8,8 +8,8 @@ from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.core.search.mixture_origin import MixtureOrigin
-from qbatch.core.storage import with_adapter_mark
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
 

@@ -67,6 +67,14 @@ def test_where_no_mixture_keeps_to_it_the_baseline_is_left() -> None:
     assert picks(searched({"max_kl": 1e-4}, **failed, protocol_hash=None)) == ["j1"]
 
 
+def test_until_the_search_has_ended_nothing_is_shipped() -> None:
+    open_ = {"state": "running", "reused_from": None, "protocol": None, "details": None, "protocol_hash": None}
+    rows = [*searched({"max_kl": 1e-3})[:3], searched({"max_kl": 1e-3}, **open_)[-1]]
+    assert picks(rows) == []
+    said = comparison(rows, Preference(), by="figure", format="table")
+    assert "Nothing is recommended yet: the search for the layers to keep at 16 bits has not ended." in said
+
+
 def test_what_the_user_says_now_goes_before_it() -> None:
     (model,) = json.loads(comparison(searched({"max_kl": 1e-3}), Preference(max_kl=0.01), by="figure", format="json"))
     assert model["groups"][0]["recommendation"]["ship"] == "j2"

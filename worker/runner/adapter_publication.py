@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import Stage
 from qbatch.core.errors import BenchmarkError, Unsupported
 from qbatch.core.methods.registry import is_installed
 from qbatch.core.recovery import EXTRA, LIBRARY, Recovery
-from qbatch.core.search.shared_run import SHARED_TOKENS, shared_run
+from qbatch.core.search.shared_run import shared_passage_text, shared_run
 from qbatch.worker.checkpoints.publish import publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
 from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
@@ -76,11 +75,7 @@ class AdapterPublication:
         protocol = plans[0].settled.protocol
         for sha256 in (protocol.eval_text_sha256, *(text.sha256 for text in protocol.more_texts)):
             if (run := shared_run(own, ids(sha256))) is not None:
-                passage = escape_controls(tokenizer.decode(list(run)))
-                raise Unsupported(
-                    f"the recovery text shares {SHARED_TOKENS} tokens in a row with an evaluation text ({passage!r}), "
-                    "so figures on that would say nothing; give another --recover-text or --eval-text"
-                )
+                raise Unsupported(shared_passage_text(tokenizer.decode(list(run))))
 
     def _existing(self, plan: Plan, base: Verified, path: str | None) -> Verified | None:
         beside = adapter_path(base.published.path, _recovery(plan), plan.settled.key)
