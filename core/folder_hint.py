@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ADAPTER_CONFIG = "adapter_config.json"
+from qbatch.core.adapter_names import ADAPTER_CONFIG
+
 MODULES_NAME = "modules.json"
 _MAX_BYTES = 2**20
 # Of a folder that may have millions.

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.domain import Scheme, stored_dtype
-from qbatch.core.kinds import FLOATS, DType
+from qbatch.core.kinds import FLOAT_NAMES, FLOATS, DType
 from qbatch.core.known_layers import KNOWN, KnownLayers
-from qbatch.core.safetensors_size import files_bytes
+from qbatch.core.safetensors_size import HEADER_ALIGNMENT, files_bytes
 from qbatch.core.sources import Header, TensorInfo, source_dtype
-
-_NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
-# A header is padded to a multiple of this.
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +44,7 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     exact = _exactly(tensors, config, scheme, dtype)
     stored = exact if exact is not None else list(_roughly(tensors, config, scheme, dtype))
     if scheme.recovery is not None:
-        factors = _factors(stored, scheme.recovery.rank, _NAMES[dtype])
+        factors = _factors(stored, scheme.recovery.rank, FLOAT_NAMES[dtype])
         return OutputSize(nbytes=files_bytes(factors, {}, None), off_by=None if exact is None else 0)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {}
     columns: dict[str, int | None] = {}
@@ -65,7 +61,7 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     is_exact = exact is not None and is_in_one_file and scheme.description.is_layout_known
     quantized = sum(count is not None for count in columns.values())
     varying = quantized * scheme.description.varying_bytes(scheme.options)
-    may_vary = varying + _ALIGNMENT if varying else 0
+    may_vary = varying + HEADER_ALIGNMENT if varying else 0
     return OutputSize(
         nbytes=files_bytes(parts, metadata, scheme.max_shard_bytes), off_by=may_vary if is_exact else None
     )
@@ -162,4 +158,4 @@ def is_likely_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: S
 
 
 def _cast(tensor: TensorInfo, dtype: DType) -> str:
-    return _NAMES[dtype] if tensor.dtype in FLOATS else tensor.dtype
+    return FLOAT_NAMES[dtype] if tensor.dtype in FLOATS else tensor.dtype

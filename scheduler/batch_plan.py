@@ -15,7 +15,7 @@ from qbatch.core.file_stat import Mounts
 from qbatch.core.filesystem import disk_space
 from qbatch.core.header_groups import count_groups
 from qbatch.core.job_duration import JobWork, PastRun, TimeEstimate, estimate_duration
-from qbatch.core.kinds import DType
+from qbatch.core.kinds import FLOATS, DType
 from qbatch.core.output_size import OutputSize, output_size
 from qbatch.core.pass_duration import estimate_passes, search_tokens, training_tokens
 from qbatch.core.settings import Settings
@@ -36,7 +36,6 @@ from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_
 from qbatch.scheduler.vram_prediction import memory_bytes
 
 _AT_ONCE = 200
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Earlier(StrEnum):
@@ -166,7 +165,7 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
             headers, config = read_headers(Path(source.location)), read_config(Path(source.location))
         except (JobError, OSError):  # pickles, or a folder that only the workers see: nothing is known of it here
             headers = ()
-    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in _FLOATS) or None
+    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in FLOATS) or None
     is_searched = any(one.spec.search is not None for one in bundle)
     groups = count_groups(headers, config) if is_searched and headers else 0
     # Where nothing is live, the next worker is expected to be like the last one.

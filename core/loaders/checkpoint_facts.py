@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qbatch.core.folder_hint import ADAPTER_CONFIG
+from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.kinds import FLOATS
 from qbatch.core.methods.registry import FAMILIES
 from qbatch.core.sources import TensorInfo, read_config, read_headers
