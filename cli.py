@@ -66,7 +66,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 }
 """The module of each command, in the sections and the order in which help lists them."""
 
-# As shells call what SIGPIPE has ended.
+# The exit code that shells give to a process that SIGPIPE ended.
 _NOBODY_READS = 141
 # So many are made before garbage is looked for among them.
 _YOUNG_OBJECTS = 100_000

@@ -200,7 +200,7 @@ def _stored_path(settings: Settings, word: str) -> str:
     storage = settings.storage.resolve()
     given = Path(word)
     for path in (given.absolute(), storage / given):
-        # Not its own links: only where it lies.
+        # The folder itself may be a link, which stays: only the folders above it are resolved.
         whole = path.parent.resolve() / path.name
         if whole.is_relative_to(storage / CHECKPOINTS) and len(whole.relative_to(storage).parts) == 3:
             return str(whole.relative_to(storage))

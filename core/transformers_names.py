@@ -19,7 +19,7 @@ _MAPPING = r"^{name} = OrderedDict\(\n(.*?)^\)"
 # What configuration_auto.py puts before and after the entries of auto_mappings.py.
 _PUT_BEFORE = re.compile(r"^CONFIG_MAPPING_NAMES = OrderedDict\(\*\*(\{[^}]*\})", re.MULTILINE)
 _ADDED = re.compile(r"^CONFIG_MAPPING_NAMES\.update\((.*?)^\)", re.MULTILINE | re.DOTALL)
-# Its configs are several hundred. With fewer, its sources are not written as here, and tell nothing.
+# transformers has several hundred configs. If fewer are found, its sources are written differently and tell nothing.
 _FEWEST = 100
 _SHOWN = 60
 
@@ -72,7 +72,7 @@ def _why_unknown(model_type: str, name: str | None) -> str | None:
 
 def _stand_in(types: Mapping[str, str], model_type: str, name: str) -> bool:
     """Whether transformers' own class for the type takes the place of the class ``name``."""
-    # It is looked up by the class of the config, under the last type that has it.
+    # transformers looks it up by the class of the config, under the last type that has this class.
     type_of_config = next(key for key, cls in reversed(list(types.items())) if cls == types[model_type])
     for ending, mappings in MAPPINGS_OF_HEADS:
         if name.endswith(ending):

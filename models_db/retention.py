@@ -16,7 +16,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC, in_chunks
 from qbatch.models_db.tables import AnswersRow, Attempt, Batch, Checkpoint, Job, Result, SearchRow
 
-# Asked for by name: for what is not among some values, no index is of use.
+# The ended states by name, because no index helps to find rows whose state is not among some values.
 _Family = tuple[int, str, str | None]
 
 

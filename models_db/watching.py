@@ -21,7 +21,7 @@ from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.time_left import TimeLeft, open_batches, time_left
 
-# It reads hundreds of rows, and an estimate is not better for being made anew.
+# An estimate reads hundreds of rows, and a newer one is hardly better.
 _JUDGE_S = 5.0
 # A batch of thousands may be cancelled at once.
 _MOST_NEWS = 50
@@ -54,7 +54,7 @@ class Watcher:
         self._judges = judges
         self._clock = clock
         self._batch_ids: set[int] = set(batch_ids)
-        # Of the jobs that ran at the last look, their stage.
+        # The stages of the jobs that ran at the last look.
         self._running: dict[int, str | None] = {}
         self._reported: set[int] = set()
         self._ended = 0

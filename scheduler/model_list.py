@@ -113,7 +113,7 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
 def _parse(text: str) -> SourceRef:
     if len(text) > _LONGEST:
         raise UsageError(f"the name of a model may have at most {_LONGEST} characters; this one has {len(text)}")
-    # As a path that workers elsewhere may see otherwise, it is judged later.
+    # It may be a path that workers elsewhere see differently, so it is judged later.
     if not looks_like_path(text) and _is_file(text):
         raise UsageError(not_a_folder(text))
     return parse_source(text)

@@ -21,7 +21,7 @@ class Line:
     label: str
     baseline: ResultRow | None = None
     remark: str | None = None
-    # Of a long table, to judge what is noise takes most of the time, and each cell is asked for several times.
+    # Judging what is noise takes most of the time of a long table, and each cell is asked for several times.
     _cells: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def cell(self, column: ShownColumn) -> tuple[str, str]:

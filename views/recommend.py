@@ -100,7 +100,7 @@ def _why_unknown(group: Group) -> str | None:
 
 
 def _why_no_quality(row: ResultRow) -> str | None:
-    # Of a checkpoint with a defect enough is known: it is no good.
+    # A checkpoint with a defect needs no other reason.
     return None if any(True for _ in defects(row)) else why_no_quality(row)
 
 

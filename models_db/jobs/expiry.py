@@ -60,7 +60,7 @@ def give_up_too_large(session: Session, lease_s: float) -> list[int]:
 def _lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[Job]:
     """The jobs that match, in the order of their ids, without those that another transaction is about to change. What
     their end may change besides is locked too."""
-    # In no order, because SQLite would read all jobs to have that of the ids.
+    # Without ORDER BY, because SQLite would read all jobs to return them in the order of their ids.
     held = lock_with_searches(session, session.scalars(select(Job.id).where(*conditions)).all(), skip_locked=True)
     # What another changed before it was locked may not match any more.
     query = select(Job).where(Job.id.in_(held), *conditions).order_by(Job.id)

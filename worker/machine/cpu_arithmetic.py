@@ -21,7 +21,7 @@ from qbatch.core.domain import DType
 MATRIX_SIDE = 512
 # CPU time, so a few products agree within some per cent, and one that is emulated is long enough alone.
 _LEAST_S = 0.02
-# As Linux calls them, on x86 and on ARM; avx_ne_convert only converts.
+# The names that Linux gives them on x86 and on ARM. avx_ne_convert only converts.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 # oneDNN's own, by which it does without what the processor has.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")

@@ -22,7 +22,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
-# Read by transformers only with other packages, or not at all; what is installed must not change what is measured.
+# Files of tokenizers that transformers reads only with other packages, or not at all. What is installed must not
+# change what is measured.
 _OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.model", "*.spm", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)

@@ -108,7 +108,7 @@ class _Training:
         loss = sum(self._backward(window, 1 / len(windows)) for window in windows)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _LARGEST_NORM)
         with warnings.catch_warnings():
-            # Said in the manifest.
+            # The manifest says which optimizer it was.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

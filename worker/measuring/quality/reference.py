@@ -222,7 +222,7 @@ def _compare_logits(
             raise BenchmarkError("the model outputs a single number, which is not a distribution that can be compared")
         found = divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets)
         if found.kl.isnan().any():
-            # Of NaN the first is the largest, so the two models would always agree.
+            # argmax takes the first NaN for the largest value, so the two models would always agree.
             raise _not_finite(base.isfinite().all())
         divergences.append(found)
     return summarize_divergence(divergences)

@@ -200,7 +200,7 @@ class _Models:
             return self._loaded[request], None
         reason = self._load(request)
         if reason is not None and self._loaded:
-            # Perhaps for want of memory.
+            # It may have failed because the others take too much memory.
             self._loaded.clear()
             _free_memory()
             reason = self._load(request)
