@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 
 from qbatch.core.domain import ENDED_STATES, Method
 from qbatch.core.errors import BrokerUnreachable, ForeignSchema
+from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
@@ -35,8 +36,8 @@ from tests.chaos.processes import kill
 from tests.chaos.tiny_sources import Sources, is_encoder
 
 _ROOT = Path(__file__).resolve().parents[2]
-# The share of batches beside which there is one with a search.
-_SEARCHES = 0.3
+# The share of batches beside which there is one with a search, and after how many there is one with an adapter.
+_SEARCHES, _ADAPTER_EACH = 0.3, 3
 _TEXT = "It was a quiet evening, and nobody had come. " * 8
 _START_S = 180.0
 _STOP_S = 90.0
@@ -243,6 +244,8 @@ class ChaosStack:
             priority=self._rng.choice((0, 0, 0, 5)),
         )
         self._store(submission)
+        if self._outcome.batches % _ADAPTER_EACH == 0:
+            self._recover()
         if self._rng.random() < _SEARCHES:
             self._search()
 
@@ -252,6 +255,15 @@ class ChaosStack:
         grid = Grid(bound=Bound(max_weights_bytes=10**9))
         source = parse_source(str(folder))
         self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT, search_text=_TEXT))
+
+    def _recover(self) -> None:
+        """A batch that makes an adapter of the newest model, and the checkpoint that it belongs to. Only sizes are
+        measured: PEFT takes seconds to import."""
+        recovery = Recovery.of(RecoveryKind.SVD, 2, "")
+        sizes = {"quality": False, "speed": False, "why": False, "energy": False}
+        grid = Grid(bits=(4,), baseline=False, recoveries=(recovery,), **sizes)
+        source = parse_source(str(self._made[-1]))
+        self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT))
 
     def _store(self, submission: Submission) -> None:
         receipt = submit(self._database, self._settings, submission)

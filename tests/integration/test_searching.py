@@ -424,7 +424,7 @@ def test_a_kill_between_a_points_end_and_the_next_leaves_neither(database: Datab
 
 
 ENDINGS: dict[str, Callable[[Session, Sequence[jobs.Token]], object]] = {
-    "expired": lambda session, _: jobs.expire(session, worker_id=1, backoff_s=0.0, max_failures=1),
+    "expired": lambda session, _: jobs.expire(session, worker_id=1, limits=RetryLimits(backoff_s=0.0, max_failures=1)),
     "handed back": lambda session, tokens: jobs.hand_back(session, tokens),
 }
 
