@@ -30,9 +30,7 @@ def test_an_invalid_pattern_is_refused(typed: str) -> None:
 
 
 def test_who_misspells_a_scheme_is_told_of_searches_too() -> None:
-    with pytest.raises(
-        click.BadParameter, match="'nf5' is not a known scheme; qbatch knows bnb-nf4, .*, none and auto$"
-    ):
+    with pytest.raises(click.BadParameter, match=r"'nf5' is not a known scheme; .*, none and auto$"):
         Schemes().convert("nf5", None, None)
 
 
