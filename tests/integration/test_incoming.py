@@ -143,15 +143,21 @@ def test_weights_with_nan_are_not_published(tmp_path: Path) -> None:
     assert places(ear, source) == {}
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model"])
-def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(name: str, tmp_path: Path) -> None:
-    source = incoming.tekken_alone(tmp_path / "source")
-    (source / "tekken.json").rename(source / name)
+@pytest.mark.parametrize("kind", incoming.UNREADABLE_TOKENIZERS)
+def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    source = incoming.unreadable_tokenizer(tmp_path / "source", kind)
     ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    files, why = incoming.UNREADABLE_TOKENIZERS[kind]
     reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
-    assert reasons == {f"its only tokenizer is {name}, which qbatch cannot read"}
+    assert reasons == {why}
     (folder,) = places(ear, source).values()
-    assert (folder / name).is_file()
+    assert all((folder / name).is_file() for name in files)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.index(f"no text can be measured: {why}") < said.index("j2: quantizing")
 
 
 def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path) -> None:

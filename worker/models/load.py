@@ -24,10 +24,9 @@ from qbatch.worker.models.architecture import (
     ModelKind,
     kind_of,
     load_config,
-    load_tokenizer,
     model_class,
-    why_no_tokenizer,
 )
+from qbatch.worker.models.tokenizer import load_tokenizer
 
 # A folder that no file can lie in, so that nothing is found there.
 _NO_FOLDER = os.devnull
@@ -77,14 +76,14 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
             _synchronize(device)
             load_model_s += time.perf_counter() - begin_s
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
-        tokenizer = load_tokenizer(folder, trusted=trusted)
+        tokenizer, why_none = load_tokenizer(folder, trusted=trusted)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         task=task,
         load_model_s=load_model_s,
         device=device,
-        why_no_tokenizer=why_no_tokenizer(folder),
+        why_no_tokenizer=why_none,
     )
 
 
