@@ -40,7 +40,7 @@ class CheckpointFacts:
     ) -> CheckpointFacts:
         known = list(tensors)
         vocabulary = vocabulary_size(config)
-        packed = {module for tensor in known if (module := _packed_module(tensor.name)) is not None}
+        packed = {module for tensor in known if (module := packed_module(tensor.name)) is not None}
         floats = {tensor.name.removesuffix(".weight") for tensor in known if _is_matrix(tensor, vocabulary)} - packed
         stacked = {tensor.name for tensor in known if len(tensor.shape) == 3 and _is_expert(tensor.name)}
         experts = {name for name in floats if _is_expert(name)} | stacked
@@ -97,7 +97,8 @@ class CheckpointFacts:
         return value if isinstance(value, str) else None
 
 
-def _packed_module(tensor: str) -> str | None:
+def packed_module(tensor: str) -> str | None:
+    """The quantized layer that a tensor is a part of; None if it is of none."""
     return next((tensor.removesuffix(part) for part in _PACKED_PARTS if tensor.endswith(part)), None)
 
 

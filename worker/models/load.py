@@ -13,6 +13,7 @@ from typing import Any
 from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from qbatch.core.loaders.checkpoint_facts import packed_module
 from qbatch.core.prior_quantization import declares_quantization
 from qbatch.core.sources import read_config, read_headers
 from qbatch.core.vet import refuse_other_weights
@@ -142,7 +143,11 @@ def _load_model(
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
     # A source may hold more than its model. A checkpoint's are scales that transformers has renamed, and not found.
     if corrupt is BenchmarkError and (unused := sorted(info["unexpected_keys"])):
-        raise corrupt(f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}")
+        layer = packed_module(unused[0])
+        mends = f"; --skip-modules {layer.rpartition('.')[2]} may mend it" if layer is not None else ""
+        raise corrupt(
+            f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}{mends}"
+        )
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 
