@@ -12,6 +12,7 @@ from qbatch.core.kinds import FLOAT_NAMES, FLOATS, DType
 from qbatch.core.known_layers import KNOWN, KnownLayers
 from qbatch.core.safetensors_size import HEADER_ALIGNMENT, files_bytes
 from qbatch.core.sources import Header, TensorInfo, source_dtype
+from qbatch.core.vocabulary import vocabulary_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +153,7 @@ def is_likely_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: S
     if scheme.is_baseline or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
         return False
     left_alone = (".experts.", "embed", ".wte.", ".wpe.", *scheme.skip_modules)
-    vocabulary = config.get("vocab_size")
-    is_of_vocabulary = type(vocabulary) is int and vocabulary > 0 and vocabulary in tensor.shape
-    return not is_of_vocabulary and not any(part in tensor.name for part in left_alone)
+    return vocabulary_size(config) not in tensor.shape and not any(part in tensor.name for part in left_alone)
 
 
 def _cast(tensor: TensorInfo, dtype: DType) -> str:

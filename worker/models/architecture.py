@@ -1,4 +1,4 @@
-"""Determines transformers' config, class and tokenizer for a model, and the kind of model, from its config."""
+"""Determines transformers' config and class for a model, and the kind of model, from its config."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.models.class_of_type import class_of_type
 from qbatch.worker.models.remote_code import REFUSAL
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-)
-# Files of tokenizers that transformers reads only with other packages, or not at all. What is installed must not
-# change what is measured.
-_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.model", "*.spm", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -91,29 +79,6 @@ def _drop_quantization(config: Any) -> None:
         for key in QUANTIZATION_KEYS:
             if hasattr(part, key):
                 delattr(part, key)
-
-
-def why_no_tokenizer(folder: Path) -> str | None:
-    """Why ``load_tokenizer`` finds none in ``folder``; None if it does."""
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    others = sorted(path.name for pattern in _OTHER_TOKENIZERS for path in folder.glob(pattern))
-    return f"its only tokenizer is {others[0]}, which qbatch cannot read" if others else "it has no tokenizer"
-
-
-def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
-    """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
-    whatever transformers raises."""
-    if why_no_tokenizer(folder) is not None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise UnsafeSource(f"the tokenizer: {REFUSAL}") from error
-        raise
 
 
 def _architecture(config: Any) -> str | None:

@@ -8,10 +8,9 @@ from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, UnsafeSource, Unsupported
 from qbatch.core.model_files import auto_map, names_code
-from qbatch.worker.models.architecture import load_config, load_tokenizer, model_class
+from qbatch.worker.models.architecture import load_config, model_class
 from qbatch.worker.models.load import translated
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+from qbatch.worker.models.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 
 
 def refuse_forbidden_code(folder: Path, *, trusted: bool) -> None:
@@ -32,7 +31,7 @@ def refuse_forbidden_code(folder: Path, *, trusted: bool) -> None:
 
 
 def _refuse_foreign_code(folder: Path) -> None:
-    for path in (folder / "config.json", folder / _TOKENIZER_CONFIG):
+    for path in (folder / "config.json", folder / TOKENIZER_CONFIG):
         for reference in _references(auto_map(path)):
             if "--" in reference:
                 raise UnsafeSource(f"{path.name} refers to code of another repository, which is never run")

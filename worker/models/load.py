@@ -13,6 +13,7 @@ from typing import Any
 from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from qbatch.core.loaders.checkpoint_facts import packed_module
 from qbatch.core.prior_quantization import declares_quantization
 from qbatch.core.source_checks import refuse_other_weights
 from qbatch.core.sources import read_config, read_headers
@@ -24,10 +25,9 @@ from qbatch.worker.models.architecture import (
     ModelKind,
     kind_of,
     load_config,
-    load_tokenizer,
     model_class,
-    why_no_tokenizer,
 )
+from qbatch.worker.models.tokenizer import load_tokenizer
 
 # A folder that no file can lie in, so that nothing is found there.
 _NO_FOLDER = os.devnull
@@ -77,14 +77,14 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
             _synchronize(device)
             load_model_s += time.perf_counter() - begin_s
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
-        tokenizer = load_tokenizer(folder, trusted=trusted)
+        tokenizer, why_none = load_tokenizer(folder, trusted=trusted)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         kind=kind,
         load_model_s=load_model_s,
         device=device,
-        why_no_tokenizer=why_no_tokenizer(folder),
+        why_no_tokenizer=why_none,
     )
 
 
@@ -143,7 +143,11 @@ def _load_model(
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
     # A source may hold more than its model. A checkpoint's are scales that transformers has renamed, and not found.
     if corrupt is BenchmarkError and (unused := sorted(info["unexpected_keys"])):
-        raise corrupt(f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}")
+        layer = packed_module(unused[0])
+        mends = f"; --skip-modules {layer.rpartition('.')[2]} may mend it" if layer is not None else ""
+        raise corrupt(
+            f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}{mends}"
+        )
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 

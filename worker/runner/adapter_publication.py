@@ -16,8 +16,8 @@ from qbatch.core.search.shared_run import shared_passage_text, shared_run
 from qbatch.worker.checkpoints.publish import publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
 from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
-from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import load_tokenizer
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.checkpoint_origin import origin_of
 from qbatch.worker.runner.loaded_models import free_device_memory
@@ -63,9 +63,11 @@ class AdapterPublication:
     def _refuse_shared_text(self, plans: Sequence[Plan]) -> None:
         """Raise Unsupported if an adapter is trained on a passage that it is then judged by."""
         recovery = _recovery(plans[0])
-        if not recovery.kind.is_trained or why_no_tokenizer(self._source.folder) is not None:
+        if not recovery.kind.is_trained:
             return
-        tokenizer = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        tokenizer, _ = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        if tokenizer is None:
+            return
 
         def ids(sha256: str) -> Sequence[int]:
             found: Sequence[int] = tokenizer(self._order.texts[sha256], add_special_tokens=False)["input_ids"]

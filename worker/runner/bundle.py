@@ -14,10 +14,11 @@ from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
 from qbatch.core.source_checks import check_source
 from qbatch.core.sources import read_config, source_dtype
+from qbatch.core.vocabulary import vocabulary_size
 from qbatch.worker.checkpoints.published import Verified, find_published
-from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.forbidden_code import refuse_forbidden_code
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import load_tokenizer
 from qbatch.worker.runner.adapter_publication import AdapterPublication
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
@@ -128,15 +129,15 @@ class Bundle:
 
     def _check_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
         """Read the tokenizer before anything is quantized: a fault in it would end the jobs that run a model later."""
-        if (reason := why_no_tokenizer(source.folder)) is not None:
-            log.warning("no text can be measured: %s", reason)
-            return
         readers = [plan.job_id for plan in plans if plan.searches or plan.settled.protocol.runs_model]
         unreadable = translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}")
         with self._reports.failing(readers), unreadable:
-            tokenizer = load_tokenizer(source.folder, trusted=source.runs_code)
-            rows = read_config(source.folder).get("vocab_size")
-            if readers and isinstance(rows, int) and len(tokenizer) > rows:
+            tokenizer, why_none = load_tokenizer(source.folder, trusted=source.runs_code)
+            if why_none is not None:
+                log.warning("no text can be measured: %s", why_none)
+                return
+            rows = vocabulary_size(read_config(source.folder))
+            if readers and rows is not None and len(tokenizer) > rows:
                 self._warn_of_foreign_tokenizer(tokenizer, rows)
 
     def _warn_of_foreign_tokenizer(self, tokenizer: Any, rows: int) -> None:
