@@ -20,7 +20,7 @@ from qbatch.commands.result_options import (
     read_filter,
 )
 from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
-from qbatch.commands.targets import find_batches, find_targets
+from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
@@ -62,6 +62,8 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         rows, others = with_answers(session, rows, alike), with_answers(session, others, alike)
     if format_ == "table" and not rows and not only.hides_nothing:
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
+    elif format_ == "table" and not rows:
+        click.echo(NO_BATCH, err=True)
     layout = TableLayout(
         columns=joined(options["columns"]) or None,
         is_wide=options["is_wide"],
@@ -105,6 +107,8 @@ def compare(
         page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
         rows = placed(settings, with_answers(session, page.rows))
     chosen = Preference(**preference)
+    if format_ == "table" and not rows and not models:
+        click.echo(NO_BATCH, err=True)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
     if page.has_more:
         click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)

@@ -9,7 +9,7 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit
-from qbatch.commands.targets import find_batches
+from qbatch.commands.targets import NO_BATCH, find_batches
 from qbatch.commands.unserved import why_nothing_runs
 from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.core.settings import Settings
@@ -41,7 +41,7 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
         found = with_time_left(list_batches(session, ids, limit=limit), left)
         click.echo(render(found, BATCH_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
         if not found:
-            click.echo("there is no batch yet: `qbatch submit MODEL` stores one", err=True)
+            click.echo(NO_BATCH, err=True)
         if limit is not None and not ids:
             _mention_rest("newest", len(found), count_batches(session), "batches")
         for pause in in_force(session):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db.measured_checkpoints import MeasuredCheckpoint
 from qbatch.views.model_card import card_text
 from tests.unit.measured_rows import PROTOCOL, result
+
+WALK = Path(__file__).parents[2] / "docs" / "howto" / "first-checkpoint.md"
 
 
 def card(**fields: Any) -> str:
@@ -27,3 +30,8 @@ def test_a_warning_names_no_command_that_needs_the_database() -> None:
     said = card(quantized_fraction=0.1)
     assert "- Only 10 % of its parameters are stored in 4 bits: the rest is bfloat16\n" in said
     assert "`qbatch show" not in said
+
+
+def test_a_checkpoint_is_loaded_as_the_first_walk_does() -> None:
+    loading, _ = WALK.read_text(encoding="utf-8").split("```python\n")[1].split("inputs = ")
+    assert f"```python\n{loading}```" in card(details={"task": "causal-lm"})
