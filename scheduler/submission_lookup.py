@@ -27,6 +27,7 @@ from qbatch.models_db.arrivals import answerable_since, known_searches
 from qbatch.models_db.batches import spec_of
 from qbatch.models_db.results import Finished
 from qbatch.scheduler.loader_warnings import loader_warnings
+from qbatch.scheduler.unmeetable_bound import refuse_unmeetable_bound
 from qbatch.scheduler.vram_prediction import predicted_need
 
 
@@ -204,6 +205,7 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> Insp
         return None
     headers = read_headers(folder)
     vet_read(folder, config, headers)
+    refuse_unmeetable_bound(specs, headers, config)
     return _described(folder, config, headers, specs, mounts)
 
 
