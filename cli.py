@@ -29,8 +29,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "plan": "planning_ahead",
         "inspect": "examining",
         "run": "submission",
-        "watch": "waiting",
-        "wait": "waiting",
+        "watch": "wait_and_watch",
+        "wait": "wait_and_watch",
         "status": "queue_state",
         "jobs": "queue_state",
         "workers": "queue_state",
@@ -66,7 +66,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 }
 """The module of each command, in the sections and the order in which help lists them."""
 
-# As shells call what SIGPIPE has ended.
+# The exit code that shells give to a process that SIGPIPE ended.
 _NOBODY_READS = 141
 # So many are made before garbage is looked for among them.
 _YOUNG_OBJECTS = 100_000

@@ -33,7 +33,7 @@ _SEED = 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class MixtureRow:
     """``fraction``: extra bytes of the greedy set, of those of keeping everything at 16 bits. The others are shares of
     the KL of the quantized model that are left, on the evaluation text. ``percentile``: of the random sets, how many in
     a hundred leave more than the greedy one. ``random_sets``: how many were found of those bytes."""
@@ -53,13 +53,15 @@ class Row:
 
 def compare(
     search: OpenedSearch, frontier: Frontier, *, fractions: Sequence[float] = FRACTIONS, random_sets: int = 200
-) -> list[Row]:
+) -> list[MixtureRow]:
     """``search``: opened on the text to judge on. ``frontier``: found on another."""
     quantized = search.measure(frozenset(), keep_outputs=True)
     return [_row(search, frontier, quantized.kl.mean, fraction, random_sets) for fraction in fractions]
 
 
-def _row(search: OpenedSearch, frontier: Frontier, quantized_kl: float, fraction: float, random_sets: int) -> Row:
+def _row(
+    search: OpenedSearch, frontier: Frontier, quantized_kl: float, fraction: float, random_sets: int
+) -> MixtureRow:
     groups = search.groups
     whole = sum(group.extra_bytes for group in groups.values())
     greedy = greedy_set(frontier, groups, fraction * whole)
@@ -73,7 +75,7 @@ def _row(search: OpenedSearch, frontier: Frontier, quantized_kl: float, fraction
     drawn = [left(kept) for kept in random_mixtures(groups, size, random_sets)]
     log(f"{fraction:.0%}: {len(greedy)} groups, {len(drawn)} random sets")
     mine = mixture.mean / quantized_kl
-    return Row(
+    return MixtureRow(
         asked=fraction,
         fraction=size / whole,
         groups=len(greedy),

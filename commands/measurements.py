@@ -19,13 +19,7 @@ from qbatch.commands.result_options import (
     models_option,
     read_filter,
 )
-from qbatch.commands.shared_options import (
-    batch_arguments,
-    format_options,
-    limit_option,
-    page_limit,
-    target_arguments,
-)
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
 from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
@@ -187,8 +181,10 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
 
 
 def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
-    each machine. Without those that somebody has removed, where this machine sees the storage."""
+    """``rows`` with the absolute paths of their checkpoints, as this machine sees the storage.
+
+    Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint.
+    """
     known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
     there = known - missing_checkpoints(settings.storage, known)
     paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]

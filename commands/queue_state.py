@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
     """Show all batches, or some batches and their jobs."""
     from qbatch.models_db.listing import count_batches, list_batches
-    from qbatch.models_db.pauses import standing
+    from qbatch.models_db.pauses import in_force
     from qbatch.models_db.time_left import time_left, with_time_left
     from qbatch.views.formats import render
     from qbatch.views.listings import BATCH_COLUMNS
@@ -44,7 +44,7 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
             click.echo(NO_BATCH, err=True)
         if limit is not None and not ids:
             _mention_rest("newest", len(found), count_batches(session), "batches")
-        for pause in standing(session):
+        for pause in in_force(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
             click.echo()

@@ -15,6 +15,9 @@ EXTRA, LIBRARY = "recover", "peft"
 TEXT_WINDOW, TEXT_WINDOWS = 256, 32
 """How much of a text weights the factors: at most so many windows of so many tokens."""
 
+STEP_WINDOWS = 4
+"""Of a training, how many windows each step reads at most."""
+
 DEFAULT_RANK, LARGEST_RANK = 8, 4096
 
 ADAPTER_MARK = "+"

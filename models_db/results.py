@@ -184,7 +184,7 @@ def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], i
     columns = (Job.id, Job.batch_id, Job.location, Job.revision, Job.dtype, Job.protocol)
     query = select(*columns).where(Job.method == Method.NONE).order_by(Job.id)
     locations = {job.location for job in jobs}
-    # Of a few models, those of a whole batch are not read.
+    # If there are few models, read only their rows, not those of the whole batch.
     few = len(locations) <= VALUES_AT_ONCE
     which = Job.location.in_(locations) if few else Job.batch_id.in_({job.batch_id for job in jobs})
     return {_family(job): job.id for job in session.execute(query.where(which))}
@@ -267,7 +267,7 @@ def find_finished(
 
 
 def _finished_parts(row: Any) -> tuple[FinishedPart, ...] | None:
-    """None if the checkpoint that an adapter belongs to is not on record."""
+    """The checkpoints that a job was measured with; None if the one that its adapter belongs to is not on record."""
     if row.checkpoint_path is None:
         return ()
     own = FinishedPart(key=row.checkpoint_key, path=row.checkpoint_path, versions=row.file_versions)
@@ -341,7 +341,7 @@ def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
 
 
 def _recorded_bases(job_ids: Sequence[int]) -> Select[int, datetime | None]:
-    """The same of the checkpoints to which the jobs' adapters belong."""
+    """The jobs with an adapter whose checkpoint is on record, and since when that is gone."""
     return (
         select(Job.id, Checkpoint.gone_at)
         .join(Checkpoint, Checkpoint.key == Job.base_key)

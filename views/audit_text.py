@@ -32,7 +32,7 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
 
 
 def unmarked_warnings(row: ResultRow) -> Iterable[str]:
-    """The same without what tables mark at the figure itself."""
+    """The warnings of ``audit_warnings``, except those that tables show as a mark at the figure."""
     fraction = row.quantized_fraction
     if not row.is_baseline and fraction is not None and fraction + _skipped_on_request(row) < 0.5:
         yield (
@@ -64,7 +64,7 @@ def _skipped_on_request(row: ResultRow) -> float:
 
 
 def speed_origin(row: ResultRow) -> str | None:
-    """Whose speed a row has; None if it was timed itself."""
+    """A sentence that says which job a row's speed is from; None if the row was timed itself."""
     if row.speed_from is None:
         return None
     return f"its speed and its peaks of memory are those of {row.speed_from}, a model of the same shape in its batch"

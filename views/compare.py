@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.audit_text import defects, unmarked_warnings
@@ -106,7 +107,7 @@ class _Screen:
         yield from emulation_remarks(measured)
 
     def model(self, model: ModelRows) -> list[str]:
-        """All figures of a model, and what is to be known about them."""
+        """All figures of a model, and the remarks about them."""
         parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
         heading = model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else "")
         lines, said = [printable(heading)], set[str]()
@@ -175,7 +176,7 @@ def _without_result(rows: Sequence[ResultRow]) -> Iterable[str]:
 
 
 def _new(sentences: Iterable[str], said: set[str]) -> list[str]:
-    """Those that were not ``said`` yet, and from now on are."""
+    """The sentences that were not ``said`` yet. They are added to ``said``."""
     fresh = [sentence for sentence in dict.fromkeys(sentences) if sentence not in said]
     said.update(fresh)
     return fresh

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BaselineComparison
+from qbatch.core.measured.metric import BaselineComparison
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.stored_json import Stored
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers

@@ -8,7 +8,8 @@ from functools import partial
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.recovery import LIBRARY
@@ -72,7 +73,7 @@ def _folder_name(model: str) -> str:
 
 
 def _public_name(checkpoint: MeasuredCheckpoint) -> str:
-    """Where a folder lies is nobody else's business."""
+    """The name of the model. Of a folder, without the folders above it, which are private."""
     return _folder_name(checkpoint.row.model) if checkpoint.is_folder else checkpoint.row.model
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from qbatch.core.exponential import exponential
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
+from qbatch.core.measured.metric import Metric, Unit, Value
+from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION
 from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters

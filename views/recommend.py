@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.search.sensitivity import STANDARD_ERRORS
 from qbatch.views.answer_comparisons import compare_answers
@@ -99,7 +100,7 @@ def _why_unknown(group: Group) -> str | None:
 
 
 def _why_no_quality(row: ResultRow) -> str | None:
-    # Of a checkpoint with a defect enough is known: it is no good.
+    # A checkpoint with a defect needs no other reason.
     return None if any(True for _ in defects(row)) else why_no_quality(row)
 
 

@@ -9,6 +9,7 @@ from qbatch.core.search.finished_search import FinishedSearch
 from qbatch.core.search.frontier import FrontierPoint
 from qbatch.core.search.sensitivity import Estimate, GroupSensitivity, Sensitivity
 from qbatch.views.formats import GAP, NOTHING, Column, Row, render, text_width
+from qbatch.views.noise import NOISE_MARK
 from qbatch.views.units import show_bytes, show_duration, show_nats
 
 _BAR = 24
@@ -46,7 +47,7 @@ def _point(index: int, point: FrontierPoint, most: float, job_id: str | None) ->
         "point": index,
         "layers": len(point.modules),
         "weights": show_bytes(point.weights_bytes),
-        "kl": show_estimate(point.kl),
+        "kl": show_estimate(point.kl) + ("" if point.same_as is None else f" {NOISE_MARK} {point.same_as}"),
         "drawn": "█" * round(_BAR * max(0.0, share)),
         "added": ", ".join(point.added) or "everything quantized",
         "job": job_id,
@@ -165,6 +166,12 @@ def search_lines(found: FinishedSearch) -> list[tuple[str, str]]:
         ("quantized", f"KL {show_estimate(sensitivity.kl)} with no layer at 16 bits"),
         ("took", f"{show_duration(found.seconds)} on {found.device_name}, {passes:.1f} passes through the model"),
     ]
+    if frontier.floor_kl is not None:
+        floor = f"KL {show_nats(frontier.floor_kl)}; mixtures that are not above it are alike, and no more are sought"
+        lines.append(("16-bit rounding", floor))
+    if any(point.same_as is not None for point in frontier.points):
+        alike = f"{NOISE_MARK} n: its KL cannot be told from that of mixture n, so the smaller one is preferred"
+        lines.append(("alike", alike))
     if sensitivity.rank_correlation is not None:
         ranks = (
             f"{sensitivity.rank_correlation:.2f} between derivatives and {sensitivity.compared_groups} measured gains"

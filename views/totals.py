@@ -66,7 +66,7 @@ def _why(failed: Sequence[ResultRow]) -> str:
 
 
 def _shipped(choices: Sequence[Choice], *, has_reasons: bool) -> Iterable[str]:
-    """Of each model once, though it may have been measured in several ways."""
+    """What to ship of each model, in words. A model counts once, though it may have been measured in several ways."""
     first = _first_of_models(choices)
     shipped = [choice for choice in first if choice.ship is not None]
     if shipped:
@@ -86,7 +86,7 @@ def _scheme(row: ResultRow) -> str:
 
 
 def _first_of_models(choices: Sequence[Choice]) -> list[Choice]:
-    """Of each model the first choice."""
+    """The first choice of each model."""
     return list({choice.model: choice for choice in reversed(choices)}.values())
 
 
@@ -112,7 +112,7 @@ class WeightsSaved:
 
 
 def weights_saved(choices: Sequence[Choice]) -> WeightsSaved | None:
-    """Of each model once. None if nothing that is shipped can be compared with a baseline."""
+    """What is saved in memory, each model counted once. None if no model that is shipped has a baseline."""
     pairs = [(choice.baseline, choice.ship) for choice in _first_of_models(choices)]
     known = [
         (base.weights_bytes, ship.weights_bytes)

@@ -14,7 +14,7 @@ from click.testing import Result as Done
 from sqlalchemy import select, update
 
 from qbatch.cli import main
-from qbatch.core.domain import DeviceKind, DType, SourceRef
+from qbatch.core.domain import DeviceKind, DType, ProtocolOptions, SourceRef
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source, weight_files
@@ -29,11 +29,12 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.quantizing import Target, write_checkpoints
 from tests import tiny
 from tests.found import a_search, searching
-from tests.identity import fingerprint
 from tests.integration.test_submit import TEXT, hashed, measure, settled
 from tests.rows import a_batch, a_gpu, claim
+from tests.source_identity import fingerprint
 
 GRID = Grid(bits=(4, 8), device=DeviceKind.CPU)
+PROMPT_TOKENS = ProtocolOptions(eval_text_sha256="").for_device(DeviceKind.CPU).prompt_tokens
 
 
 @pytest.fixture
@@ -48,6 +49,11 @@ def model(tmp_path: Path) -> Path:
 
 def asked(*sources: SourceRef, grid: Grid = GRID) -> Submission:
     return Submission(sources=sources, grid=grid, eval_text="words")
+
+
+def _words(plan: BatchPlan) -> str:
+    """What is printed, on one line."""
+    return " ".join(render_plan(plan).split())
 
 
 def stored_batches(database: Database) -> int:
@@ -207,9 +213,18 @@ def test_a_search_takes_as_long_as_earlier_ones_until_it_is_stored(
         session.execute(update(Result).values(num_parameters=500_000))
         for attempt in session.scalars(select(Attempt)):
             attempt.ended_at = attempt.claimed_at + timedelta(seconds=60)
-    unknown = plan_batch(sqlite_database, settings, submission).jobs[-1]
+    before = plan_batch(sqlite_database, settings, submission)
+    unknown = before.jobs[-1]
     assert (unknown.earlier, unknown.duration) == (Earlier.NOTHING, None)
     assert unknown.output is not None
+    assert "how long a search takes here is known once one has ended, or a baseline's" in _words(before)
+    with sqlite_database.write() as session:
+        session.execute(update(Result).values(prefill_s_p50=PROMPT_TOKENS * 1e-3))
+    first = plan_batch(sqlite_database, settings, submission)
+    assert first.jobs[-1].duration is not None
+    # 8 groups: 13.5 passes over 16 windows of 256 tokens, a millisecond each, and the job that publishes.
+    assert round(first.jobs[-1].duration.seconds) == round(13.5 * 16 * 256 * 1e-3) + 20
+    assert "its passes are counted, and taken for as fast as prefills were" in _words(first)
     _, (search,) = a_batch(sqlite_database, searching(Bound(max_kl=0.1)))
     (token,) = claim(sqlite_database, [search], 1)
     with sqlite_database.write() as session:
