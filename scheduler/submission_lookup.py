@@ -209,6 +209,10 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> Insp
         return None
     headers = read_headers(folder)
     check_contents(folder, config, headers)
+    if any(spec.search is not None for spec in specs):
+        from qbatch.scheduler.unmeetable_bound import refuse_unmeetable_bound
+
+        refuse_unmeetable_bound(specs, headers, config)
     return _described(folder, config, headers, specs, mounts)
 
 

@@ -77,7 +77,8 @@ def _newest_search(rows: Sequence[ResultRow]) -> ResultRow | None:
 def _group(rows: Sequence[ResultRow], search: ResultRow | None) -> Group:
     newest: dict[str, ResultRow] = {}
     superseded: dict[str, str] = {}
-    for row in sorted(rows, key=_age):
+    # Of rows with one measurement, that which was measured: it is called what it is, not after a search that found it.
+    for row in sorted(rows, key=lambda row: (_age(row), row.reused_from is None)):
         before = newest.get(configuration(row))
         newest[configuration(row)] = row
         if before is not None and measuring_job(before) != measuring_job(row):

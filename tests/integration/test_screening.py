@@ -95,6 +95,14 @@ def test_all_bad_lines_are_named_at_once_and_nothing_is_stored(home: Path, model
     assert batches() == []
 
 
+def test_a_bound_below_the_quantized_model_is_refused(model: Path) -> None:
+    asked = ("submit", str(model), "--scheme", "auto", "--measure", "size,quality", "--max-weights-bytes")
+    refused = qbatch(*asked, "100KB")
+    assert (refused.exit_code, batches()) == (2, [])
+    assert "--max-weights-bytes allows 0.1 MiB, and with every layer quantized it takes 0.4 MiB" in refused.stderr
+    assert qbatch(*asked, "500KB").exit_code == 0
+
+
 def test_with_keep_going_the_others_are_submitted(home: Path, model: Path) -> None:
     _garbage(tiny.make_causal(home / "bad", dtype="bfloat16"))
     done = qbatch("submit", str(model), "./bad", "--bits", "4", "--keep-going", "-q")

@@ -75,6 +75,16 @@ def test_until_the_search_has_ended_nothing_is_shipped() -> None:
     assert "Nothing is recommended yet: the search for the layers to keep at 16 bits has not ended." in said
 
 
+def test_a_search_that_keeps_nothing_recommends_the_plain_checkpoint() -> None:
+    plain = nf4(2, 1.4, 2e-3)
+    point = plain | {"job_id": "j3", "reused_from": "j2", "mixture": {"job_id": "j4", "point": 0}}
+    search = plain | {"job_id": "j4", "reused_from": "j2", "mixture": {"bound": {"max_kl": 0.1}}}
+    rows = [searched({"max_kl": 0.1})[0], plain, point, search]
+    assert picks(rows) == ["j2", "j3", "j4"]
+    said = comparison(rows, Preference(), by="figure", format="table")
+    assert ("Ship bnb-nf4 (j2): " in said, "mixture 0" in said) == (True, False)
+
+
 def test_what_the_user_says_now_goes_before_it() -> None:
     (model,) = json.loads(comparison(searched({"max_kl": 1e-3}), Preference(max_kl=0.01), by="figure", format="json"))
     assert model["groups"][0]["recommendation"]["ship"] == "j2"
