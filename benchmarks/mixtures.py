@@ -36,7 +36,7 @@ _SEED = 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class MixtureRow:
     """``fraction``: extra bytes of the greedy set, of those of keeping everything at 16 bits. The others are shares of
     the KL of the quantized model that are left, on the evaluation text. ``percentile``: of the random sets, how many in
     a hundred leave more than the greedy one. ``random_sets``: how many were found of those bytes. ``orders``: what each
@@ -63,7 +63,7 @@ def compare(
     fractions: Sequence[float] = FRACTIONS,
     random_sets: int = 200,
     orders: Mapping[str, Order] = MappingProxyType({}),
-) -> list[Row]:
+) -> list[MixtureRow]:
     """``search``: opened on the text to judge on. ``frontier`` and ``orders``: found on another."""
     quantized = search.measure(frozenset(), keep_outputs=True)
     return [_row(search, frontier, quantized.kl.mean, fraction, random_sets, orders) for fraction in fractions]
@@ -76,7 +76,7 @@ def _row(
     fraction: float,
     random_sets: int,
     orders: Mapping[str, Order],
-) -> Row:
+) -> MixtureRow:
     groups = search.groups
     whole = sum(group.extra_bytes for group in groups.values())
     greedy = greedy_set(frontier, groups, fraction * whole)
@@ -90,7 +90,7 @@ def _row(
     drawn = [left(kept) for kept in random_mixtures(groups, size, random_sets)]
     log(f"{fraction:.0%}: {len(greedy)} groups, {len(drawn)} random sets")
     mine = mixture.mean / quantized_kl
-    return Row(
+    return MixtureRow(
         asked=fraction,
         fraction=size / whole,
         groups=len(greedy),

@@ -5,7 +5,8 @@
 It uses nothing of qbatch. For each model: load it at 16 bits; time the prefill and the decoding of 64 tokens in 6 runs
 each, after 2 warm-ups; score the windows of the text. Then for 8 and for 4 bits: quantize with bitsandbytes, save, load
 what was saved, and measure the same, with the KL divergence from the model at 16 bits on the same windows. Prints one
-line of JSON: the seconds of each stage, and the figures. ``benchmarks.batch`` compares it with qbatch.
+line of JSON: the seconds of each stage, and the figures and seconds of each row. ``benchmarks.batch`` compares it with
+qbatch.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def batch(arguments: argparse.Namespace) -> dict[str, Any]:
         ),
     }
     rows: list[dict[str, Any]] = []
+    row_began_s = time.perf_counter()
 
     def load(folder: Path, **options: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +130,10 @@ def batch(arguments: argparse.Namespace) -> dict[str, Any]:
             figures = speed(model, windows[0][:, :PROMPT_TOKENS], synchronize)
         with stages("quality"):
             more, logits = quality(model, windows, base_logits)
-        rows.append({"model": name, "bits": bits, **figures, **more})
+        nonlocal row_began_s
+        now_s = time.perf_counter()
+        rows.append({"model": name, "bits": bits, "row_s": now_s - row_began_s, **figures, **more})
+        row_began_s = now_s
         return logits
 
     with torch.inference_mode():

@@ -27,7 +27,7 @@ from qbatch.core.measured.result_row import ResultRow
 if TYPE_CHECKING:
     import pandas
 
-# Of the command: where the models come from, how it prints, and what it does besides storing.
+# Options of the command only: where the models come from, how it prints, and what it does besides storing.
 _OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
 _ROWS_SHOWN = 20
 _NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
@@ -122,7 +122,7 @@ def wait(*batches: Batch, timeout: float | str | None = None, progress: bool = F
     ``timeout`` is in seconds, or as on the command line: ``"2h"``. ``progress`` shows it on standard error. Raises
     WaitTimeout, StackNotRunning if jobs are open and the embedded stack does not run, and ServiceUnreachable.
     """
-    from qbatch.commands.waiting import wait_for_batches
+    from qbatch.commands.wait_and_watch import wait_for_batches
 
     settings = current_settings()
     if not batches:

@@ -19,14 +19,8 @@ from qbatch.commands.result_options import (
     models_option,
     read_filter,
 )
-from qbatch.commands.shared_options import (
-    batch_arguments,
-    format_options,
-    limit_option,
-    page_limit,
-    target_arguments,
-)
-from qbatch.commands.targets import find_batches, find_targets
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
+from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
 from qbatch.core.domain import LARGEST_ID, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
@@ -68,6 +62,8 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         rows, others = with_answers(session, rows, alike), with_answers(session, others, alike)
     if format_ == "table" and not rows and not only.hides_nothing:
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
+    elif format_ == "table" and not rows:
+        click.echo(NO_BATCH, err=True)
     layout = TableLayout(
         columns=joined(options["columns"]) or None,
         is_wide=options["is_wide"],
@@ -111,6 +107,8 @@ def compare(
         page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
         rows = placed(settings, with_answers(session, page.rows))
     chosen = Preference(**preference)
+    if format_ == "table" and not rows and not models:
+        click.echo(NO_BATCH, err=True)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
     if page.has_more:
         click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
@@ -183,8 +181,10 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
 
 
 def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
-    each machine. Without those that somebody has removed, where this machine sees the storage."""
+    """``rows`` with the absolute paths of their checkpoints, as this machine sees the storage.
+
+    Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint.
+    """
     known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
     there = known - missing_checkpoints(settings.storage, known)
     paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]

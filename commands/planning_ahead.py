@@ -9,7 +9,8 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.request import read_request
-from qbatch.commands.shared_options import format_options, request_options
+from qbatch.commands.request_options import request_options
+from qbatch.commands.shared_options import format_options
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.errors import ModelsRefused
 

@@ -13,10 +13,10 @@ from qbatch.commands.on_end import on_end_option
 from qbatch.commands.planning_ahead import show_plan
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.request import read_submission
+from qbatch.commands.request_options import submit_options
 from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
-from qbatch.commands.shared_options import submit_options
-from qbatch.commands.waiting import leave_running, wait_for_batches, what_goes_on
+from qbatch.commands.wait_and_watch import leave_running, wait_for_batches, what_goes_on
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError

@@ -70,7 +70,7 @@ def settle(
 
 
 def settle_base(settled: Settled) -> Settled:
-    """That of the checkpoint to which an adapter belongs; of any other it is the same."""
+    """The job that makes the checkpoint to which an adapter belongs. A job without an adapter is returned as it is."""
     if settled.base_key is None:
         return settled
     return replace(settled, scheme=settled.scheme.base, key=settled.base_key, base_key=None)

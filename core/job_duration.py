@@ -116,7 +116,7 @@ class TimeEstimate:
     is_least: bool = False
 
     def followed_by(self, other: TimeEstimate | None) -> TimeEstimate | None:
-        """Both, one after the other; None if the other is not known."""
+        """The time of both jobs, one after the other; None if that of the other is not known."""
         if other is None:
             return None
         return replace(

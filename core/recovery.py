@@ -20,8 +20,16 @@ STEP_WINDOWS = 4
 
 DEFAULT_RANK, LARGEST_RANK = 8, 4096
 
+ADAPTER_MARK = "+"
+"""In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
+
 # Rises when a change in this package changes the bytes of adapters.
 _WRITER = "1"
+
+
+def with_adapter_mark(name: str, adapter: str) -> str:
+    """What a scheme or checkpoint ``name`` is called with that adapter."""
+    return f"{name}{ADAPTER_MARK}{adapter}"
 
 
 class RecoveryKind(StrEnum):

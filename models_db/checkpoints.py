@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.few_jobs import HAS_BASE
+from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.session import NO_SYNC, in_chunks, insert_into
 from qbatch.models_db.tables import Checkpoint, Job
 
@@ -56,7 +57,7 @@ def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
-    """All that were ever recorded, those that are gone included."""
+    """All checkpoints that are on record, including those that are gone."""
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 
@@ -98,7 +99,7 @@ def forget_unused(session: Session, paths: Collection[str]) -> None:
 
     Only for what qbatch removed: what somebody moved away may come back, and is not to be taken for unknown then.
     """
-    # Also by a job of a batch that is still being stored.
+    # A job of a batch that is still being stored may refer to it too.
     has_job = or_(
         select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists(),
         select(Job.id).where(Job.base_key == Checkpoint.key, HAS_BASE).exists(),
@@ -114,7 +115,7 @@ def checkpoints_of(session: Session, batch_ids: Sequence[int], job_ids: Sequence
 
     Those that are gone are included, and so are the ones to which the jobs' adapters belong, each before its adapters.
     """
-    these = or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    these = is_named(batch_ids, job_ids)
     keys = union_all(
         select(Job.base_key.label("key"), Job.id, literal(0).label("place")).where(these, HAS_BASE),
         select(Job.checkpoint_key.label("key"), Job.id, literal(1).label("place")).where(these),

@@ -46,7 +46,7 @@ def past_runs(session: Session, *, newest: int = _NEWEST) -> list[PastRun]:
     for row in rows:
         bundles.setdefault((row.bundle, row.worker_id), []).append(row)
     groups = list(bundles.values())
-    # Of the oldest bundle only a part was read, and its time would be shared among too few.
+    # Only a part of the oldest bundle was read, so its time would be shared among too few jobs.
     whole = groups[:-1] if len(ids) == newest and len(groups) > 1 else groups
     running = running_bundles(session)
     measured = [run for group in whole if group[0].bundle not in running for run in _runs(group)]

@@ -15,7 +15,7 @@ from qbatch.core.file_stat import Mounts
 from qbatch.core.filesystem import disk_space
 from qbatch.core.header_groups import count_groups
 from qbatch.core.job_duration import JobWork, PastRun, TimeEstimate, estimate_duration
-from qbatch.core.kinds import DType
+from qbatch.core.kinds import FLOATS, DType
 from qbatch.core.output_size import OutputSize, output_size
 from qbatch.core.pass_duration import estimate_passes, search_tokens, training_tokens
 from qbatch.core.settings import Settings
@@ -30,13 +30,12 @@ from qbatch.scheduler.submission_lookup import (
     RequestedJob,
     SubmissionLookup,
     device_kind_of,
-    inspect_unvetted,
+    inspect_unchecked,
 )
 from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_lookup
 from qbatch.scheduler.vram_prediction import memory_bytes
 
 _AT_ONCE = 200
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Earlier(StrEnum):
@@ -148,7 +147,7 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
         is_known = ref in submission.screened
-        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        folder = submission.screened[ref] if is_known else inspect_unchecked(ref, bundle, mounts)
         chunk.append(InspectedSource(specs=bundle, folder=folder))
         if len(chunk) == _AT_ONCE:
             yield chunk
@@ -166,7 +165,7 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
             headers, config = read_headers(Path(source.location)), read_config(Path(source.location))
         except (JobError, OSError):  # pickles, or a folder that only the workers see: nothing is known of it here
             headers = ()
-    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in _FLOATS) or None
+    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in FLOATS) or None
     is_searched = any(one.spec.search is not None for one in bundle)
     groups = count_groups(headers, config) if is_searched and headers else 0
     # Where nothing is live, the next worker is expected to be like the last one.
@@ -186,8 +185,8 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
 
 
 def _duration(spec: JobSpec, work: JobWork, runs: Sequence[PastRun], groups: int) -> TimeEstimate | None:
-    """Of a search with one job that publishes what it found, of which there may be three. ``groups``: of the model's
-    layers; 0 where they are not known."""
+    """The time of a job. That of a search includes one job that publishes what it found; there may be three.
+    ``groups``: of the model's layers; 0 where they are not known."""
     estimate = estimate_duration(work, runs)
     if spec.search is not None:
         if estimate is None and groups:
@@ -255,7 +254,7 @@ def _with_earlier(
 
 
 def _free_bytes(storage: Path) -> int | None:
-    """Those of the file system that holds the storage, or will hold it."""
+    """The free bytes of the file system that holds the storage, or will hold it; None if they are not known."""
     try:
         folder = next(path for path in (storage, *storage.parents) if path.is_dir())
         space = disk_space(folder)

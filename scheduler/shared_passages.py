@@ -24,7 +24,7 @@ _MOST_TOKENIZERS = 6
 _MOST_CHARACTERS = 2**22
 # A piece is read at a time, because the tokens of a text take a hundred times its memory.
 _PIECE_CHARACTERS = 2**18
-# Of the file, what tells a tokenizer from others: fine-tunes of one model have the same.
+# The parts of the file that tell tokenizers apart. Fine-tunes of one model have the same.
 _COMPARED_BYTES = 2**16
 
 

@@ -31,7 +31,7 @@ from qbatch.scheduler.submission_lookup import (
     RequestedJob,
     SubmissionLookup,
     device_kind_of,
-    inspect_unvetted,
+    inspect_unchecked,
 )
 
 # So many are inserted in a few hundredths of a second.
@@ -209,7 +209,7 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
         is_known = ref in submission.screened
-        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        folder = submission.screened[ref] if is_known else inspect_unchecked(ref, bundle, mounts)
         chunk.append(InspectedSource(specs=bundle, folder=folder))
         is_late = time.monotonic() - began >= settings.heartbeat_s / 2
         if is_late or len(chunk) * len(specs) >= _JOBS_AT_ONCE:

@@ -70,8 +70,11 @@ def _key(row: ResultRow) -> Key:
 
 
 def _requested_key(row: ResultRow) -> Key:
-    """Without the dtypes, which are resolved only where a job was measured."""
-    return (row.model, row.revision, row.scheme, json.dumps(row.options, sort_keys=True))
+    """Without what is resolved only where a job was measured: the dtypes, and the layers that a search chose."""
+    options = dict(row.options)
+    if row.mixture.bound is not None:
+        options["skip_modules"] = [row.mixture.title, row.mixture.bound]
+    return (row.model, row.revision, row.scheme, json.dumps(options, sort_keys=True))
 
 
 def _exact_key(row: ResultRow) -> Key:
@@ -90,9 +93,9 @@ def _pair(before: ResultRow, after: ResultRow) -> RowPair:
 
 
 def _why_not(before: ResultRow, after: ResultRow) -> Iterable[str]:
-    for row in (before, after):
+    for which, row in (("first", before), ("second", after)):
         if row.state != JobState.SUCCEEDED:
-            yield f"{row.job_id} {row.state}" + (f" ({row.error_kind})" if row.error_kind else "")
+            yield f"{row.state} in the {which}" + (f" ({row.error_kind})" if row.error_kind else "")
     if before.state != JobState.SUCCEEDED or after.state != JobState.SUCCEEDED:
         return
     if before.details.fingerprint != after.details.fingerprint:

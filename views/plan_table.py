@@ -192,7 +192,7 @@ def _disk(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
 def _time(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
     unknown = totals["jobs_without_estimate"]
     if unknown == len(plan.open_jobs):
-        return "time: not known, since nothing like it has run yet" if unknown else "time: none"
+        return "time: not known, since no job that measures the same has ended yet" if unknown else "time: none"
     estimates = [job.duration for job in plan.open_jobs if job.duration is not None]
     rough = "about " if any(estimate.is_rough for estimate in estimates) else ""
     rough = "over " if any(estimate.is_least for estimate in estimates) else rough

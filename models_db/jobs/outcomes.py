@@ -82,15 +82,12 @@ def _open_to_success(session: Session, token: Token) -> Job | None:
     return None if job is None or (given_up and job.error_kind not in MAY_STILL_SUCCEED) else job
 
 
-def fail(
-    session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int, lease_s: float
-) -> bool:
+def fail(session: Session, token: Token, error: JobError, *, limits: RetryLimits, lease_s: float) -> bool:
     """Apply the retry policy to a running attempt: fail the job, or queue it again. Returns False if the attempt no
     longer holds the job."""
     job = locked(session, token, JobState.RUNNING)
     if job is None:
         return False
-    limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
     no_larger_gpu = _remember_too_small(session, job, lease_s) if isinstance(error, CudaOom) else None
     end_badly(session, job, error, limits, no_larger_gpu=no_larger_gpu)
     return True

@@ -21,7 +21,7 @@ from qbatch.models_db.tables import Attempt, Checkpoint, Job, Lease, Result
 from qbatch.scheduler.stack_lock import stack_is_running
 from qbatch.worker.checkpoints.verify import verify
 from tests.acceptance.conftest import processes_of
-from tests.chaos.sources import Sources
+from tests.chaos.tiny_sources import Sources
 
 # A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
 CHARGED = ("host_oom", "worker_lost")

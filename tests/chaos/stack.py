@@ -31,9 +31,9 @@ from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, send_now, submit
 from tests.acceptance.conftest import processes_of
 from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
-from tests.chaos.faults import CHANGING_SOURCES, KINDS, Fleet, Kind
+from tests.chaos.faults import CHANGING_SOURCES, KINDS, ExposedFleet, Kind
 from tests.chaos.processes import kill
-from tests.chaos.sources import Sources, is_encoder
+from tests.chaos.tiny_sources import Sources, is_encoder
 
 _ROOT = Path(__file__).resolve().parents[2]
 # The share of batches beside which there is one with a search, and after how many there is one with an adapter.
@@ -48,7 +48,7 @@ _ACCOUNTS = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ChaosPlan:
     """What one stack goes through. ``gap_s`` is the mean time between faults; ``deadline`` (monotonic) ends the kills
     early. With fewer ``models``, four at least, more of the jobs are duplicates of others. ``storage`` None is the
     stack's own; ``changes_sources``: weights are rewritten while jobs read them."""
@@ -69,7 +69,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Outcome:
+class StackOutcome:
     """How a stack went."""
 
     account: Account
@@ -84,7 +84,7 @@ class ChaosStack:
     """``qbatch up``, a second scheduler, further launchers, and everything that happens to them. Use once."""
 
     def __init__(
-        self, folder: Path, plan: Plan, sources: Sources, together: threading.Barrier, say: Callable[[str], None]
+        self, folder: Path, plan: ChaosPlan, sources: Sources, together: threading.Barrier, say: Callable[[str], None]
     ) -> None:
         """``together`` is waited at before the account, by those whose files lie in one place."""
         self._plan = plan
@@ -102,10 +102,10 @@ class ChaosStack:
         self._settings.home.mkdir()
         self._database = Database(self._settings.sqlalchemy_url)
         upgrade(self._database)
-        self._fleet = Fleet(settings=self._settings, database=self._database, sources=sources, rng=self._rng)
+        self._fleet = ExposedFleet(settings=self._settings, database=self._database, sources=sources, rng=self._rng)
         self._kinds = (*KINDS, *(CHANGING_SOURCES if plan.changes_sources else ()))
         self._members: dict[str, subprocess.Popen[bytes]] = {}
-        self._outcome = Outcome(account=Account())
+        self._outcome = StackOutcome(account=Account())
         self._begun = time.monotonic()
         self._calm_kills = 0
         self._halted = threading.Event()
@@ -123,7 +123,7 @@ class ChaosStack:
     def database(self) -> Database:
         return self._database
 
-    def run(self, others: Sequence[Database] = ()) -> Outcome:
+    def run(self, others: Sequence[Database] = ()) -> StackOutcome:
         """Everything, to the end of its last process; what does not hold is in the account.
 
         ``others`` are the databases of those who share its storage.

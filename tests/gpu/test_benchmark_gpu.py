@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from qbatch.core.domain import BASELINE, DType, Protocol, Scheme
 from qbatch.core.errors import BenchmarkError, CudaOom
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.quality.reference import compare, prepare_reference
+from qbatch.worker.measuring.quality.replay import head_sha256
 from qbatch.worker.measuring.speed.device_clock import CudaClock
 from qbatch.worker.measuring.speed.generation import time_generation
 from qbatch.worker.measuring.stats import summarize
@@ -187,6 +191,14 @@ def steps_of(tmp_path: Path, *schemes: Scheme) -> list[KernelsRequest]:
     return [KernelsRequest(folder=str(at), dtype="bfloat16", device=DEVICE, shapes=shapes) for at in folders]
 
 
+def test_a_head_on_the_gpu_has_the_hash_of_its_bytes() -> None:
+    """A few chunks of it, the last one shorter."""
+    head = torch.nn.Linear(4096, 20_001, bias=False, dtype=torch.bfloat16)
+    on_cpu = head_sha256(SimpleNamespace(get_output_embeddings=lambda: head))
+    head.to(DEVICE)
+    assert head_sha256(SimpleNamespace(get_output_embeddings=lambda: head)) == on_cpu
+
+
 @pytest.mark.timeout(600)
 def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path) -> None:
     """A failed capture spoils neither those before it nor those after it, and every model has its profile."""
@@ -205,6 +217,25 @@ def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_a_server_that_its_runner_forked_before_it_used_the_gpu_captures(tmp_path: Path) -> None:
+    (request,) = steps_of(tmp_path, NF4)
+    program = f"""
+from qbatch.worker.serving import runner_imports
+from qbatch.worker.measuring.why.kernels_server import fork_server
+server = fork_server()
+import torch
+from qbatch.worker.measuring.why.capture import Captures
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
+torch.zeros(1, device="cuda")
+with Captures(server) as captures:
+    for found in captures.kernels([{request!r}])[0]:
+        print(found.alone.step_s > 0, found.profile.device_busy_s > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "True True\n" * 2, done.stderr
+
+
+@pytest.mark.timeout(600)
 def test_one_process_captures_all_models_where_no_capture_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,9 +243,9 @@ def test_one_process_captures_all_models_where_no_capture_fails(
     asked: list[int] = []
     original = Captures._ask
 
-    def ask(captures: Captures, server: Any, tasks: Any) -> Any:
+    def ask(captures: Captures, tasks: Any) -> Any:
         asked.append(len(tasks))
-        return original(captures, server, tasks)
+        return original(captures, tasks)
 
     monkeypatch.setattr(Captures, "_ask", ask)
     requests = steps_of(tmp_path, BASELINE, INT8, NF4)

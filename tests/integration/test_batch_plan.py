@@ -29,9 +29,9 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.quantizing import Target, write_checkpoints
 from tests import tiny
 from tests.found import a_search, searching
-from tests.identity import fingerprint
 from tests.integration.test_submit import TEXT, hashed, measure, settled
 from tests.rows import a_batch, a_gpu, claim
+from tests.source_identity import fingerprint
 
 GRID = Grid(bits=(4, 8), device=DeviceKind.CPU)
 PROMPT_TOKENS = ProtocolOptions(eval_text_sha256="").for_device(DeviceKind.CPU).prompt_tokens
@@ -179,7 +179,7 @@ def test_plan_and_a_dry_run_print_the_same_and_store_nothing(home: Path, model: 
     assert (planned.exit_code, dry.exit_code) == (0, 0)
     assert planned.stdout == dry.stdout
     assert "2 models, 6 jobs" in planned.stdout
-    assert "time: not known, since nothing like it has run yet" in planned.stdout
+    assert "time: not known, since no job that measures the same has ended yet" in planned.stdout
     assert json.loads(qbatch("status", "--json").stdout) == []
     assert qbatch("submit", *arguments, "--dry-run", "--wait").exit_code == 2
 

@@ -5,21 +5,36 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session
 
 from benchmarks.database.history import Sizes, fill
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
-from qbatch.models_db import jobs, listing, results, window, workers
+from qbatch.core.search.bound import Bound
+from qbatch.core.search.search_request import SearchRequest
+from qbatch.models_db import (
+    checkpoint_needs,
+    checkpoints,
+    finished_results,
+    jobs,
+    listing,
+    results,
+    searches,
+    window,
+    workers,
+)
+from qbatch.models_db.bundle_mates import running_workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.mixture_origins import awaited_jobs
 from qbatch.models_db.model_pages import results_of_first_models
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
@@ -31,6 +46,7 @@ from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Job
 from qbatch.models_db.time_left import time_left
 from qbatch.models_db.watching import Watcher
+from tests.found import KEY, SEARCH_PROTOCOL, a_search, measured_with
 from tests.rows import POLICY, PROTOCOL, measured
 
 _SIZES = Sizes(jobs=30_000, large=3_000, queued=9_000)
@@ -104,7 +120,7 @@ def _succeeds(session: Session) -> object:
 def _finished(session: Session) -> object:
     keys = session.scalars(select(Job.checkpoint_key).where(Job.id <= 400))
     wanted = {(key, "p") for key in keys if key is not None}
-    return results.find_finished(session, wanted, device_names=["NVIDIA H100"])
+    return finished_results.find_finished(session, wanted, device_names=["NVIDIA H100"])
 
 
 def _shown(session: Session) -> object:
@@ -115,6 +131,34 @@ def _known_speed(session: Session) -> object:
     baseline, nf4 = 1, 2
     assert session.get_one(Job, baseline).method == Method.NONE
     return find_known_speeds(session, dict.fromkeys((baseline, nf4), "k" * 64))
+
+
+def _search(session: Session) -> int:
+    """A running job that found what to keep at 16 bits, and waits now for the job of a point."""
+    job_id, attempt = _running(session)
+    search = SearchRequest(bound=Bound(max_kl=0.04), protocol=SEARCH_PROTOCOL)
+    session.execute(update(Job).where(Job.id == job_id).values(search=search.to_json()))
+    assert jobs.searched(session, (job_id, attempt), KEY, a_search())
+    return job_id
+
+
+def _point_of(session: Session, search: int) -> int:
+    return session.execute(select(Job.id).where(Job.search_job_id == search)).scalar_one()
+
+
+def _point_ends(session: Session) -> object:
+    point, worker = _point_of(session, _search(session)), workers.live(session, _LEASE_S)[-1].id
+    ((job_id, attempt),) = [(one.job_id, one.attempt) for one in jobs.claim(session, [point], worker, _LEASE_S)]
+    row = measured_with(0.1, 1200)
+    protocol = PROTOCOL.for_device(DeviceKind.CUDA)
+    return jobs.succeed(session, (job_id, attempt), row, protocol=protocol, checkpoint_path="checkpoints/x")
+
+
+def _adapter_succeeds(session: Session) -> object:
+    row = measured_with(0.01, 1200)
+    row = replace(row, details=replace(row.details, base_key="b" * 64))
+    protocol = PROTOCOL.for_device(DeviceKind.CUDA)
+    return jobs.succeed(session, _running(session), row, protocol=protocol, checkpoint_path="checkpoints/x")
 
 
 ACTIONS: dict[str, Action] = {
@@ -158,6 +202,19 @@ ACTIONS: dict[str, Action] = {
     "a look of who watches": lambda session: Watcher([_large(session)], lease_s=_LEASE_S).look(session),
     "a look at all that is open": lambda session: Watcher([], lease_s=_LEASE_S).look(session),
     "how long jobs will take": lambda session: time_left(session, lease_s=_LEASE_S),
+    "cancel": lambda session: jobs.cancel(session, job_ids=[_running(session)[0]]),
+    "cancel a batch and a job": lambda session: jobs.cancel(session, batch_ids=[1], job_ids=[_running(session)[0]]),
+    "whose jobs run": lambda session: running_workers(session, job_ids=[_running(session)[0]]),
+    "checkpoints of a job": lambda session: checkpoints.checkpoints_of(session, [], [_a_result(session)]),
+    "retry": lambda session: jobs.retry(session, job_ids=[_running(session)[0]]),
+    "what a search found": _search,
+    "a point of a search ends": _point_ends,
+    "cancel a search": lambda session: jobs.cancel(session, job_ids=[_search(session)]),
+    "show a search and its points": lambda session: whole_jobs(session, [(found := _search(session)), found + 1]),
+    "what searches wait for": lambda session: awaited_jobs(session, [_search(session)]),
+    "an earlier search answers": lambda session: searches.newest(session, [KEY]),
+    "an adapter is recorded": _adapter_succeeds,
+    "who has an adapter's checkpoint": lambda session: checkpoint_needs.users_of(session, ["b" * 64]),
 }
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import QuantizationError, StorageError, WorkerLost
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, listing, searches, window
@@ -221,7 +222,7 @@ def test_a_late_success_of_a_point_revives_its_search(database: Database) -> Non
         (token,) = claim(database, [point], 1)
         with database.write() as session:
             jobs.note(session, token, work_started=True)
-            jobs.expire(session, worker_id=1, backoff_s=0.01, max_failures=3)
+            jobs.expire(session, worker_id=1, limits=RetryLimits(backoff_s=0.01, max_failures=3))
     assert a_job(database, search).error_kind == WorkerLost.kind
     with database.write() as session:
         protocol = PROTOCOL.for_device(DeviceKind.CPU)
@@ -391,7 +392,7 @@ def test_a_kill_leaves_a_search_unrecorded_or_its_job_there_once(
     run_killed(database, owner, name, lambda other: Recorder(other, settings).searched(token, KEY, a_search()))
     assert rows(database) == ((1, 1) if is_there else (0, 0))
     with database.write() as session:
-        jobs.expire(session, worker_id=worker, backoff_s=0.0, max_failures=3)
+        jobs.expire(session, worker_id=worker, limits=RetryLimits(backoff_s=0.0, max_failures=3))
     for again in claim(database, [search], worker):
         Recorder(database, settings).searched(again, KEY, a_search())
     assert rows(database) == (1, 1)
@@ -423,7 +424,7 @@ def test_a_kill_between_a_points_end_and_the_next_leaves_neither(database: Datab
 
 
 ENDINGS: dict[str, Callable[[Session, Sequence[jobs.Token]], object]] = {
-    "expired": lambda session, _: jobs.expire(session, worker_id=1, backoff_s=0.0, max_failures=1),
+    "expired": lambda session, _: jobs.expire(session, worker_id=1, limits=RetryLimits(backoff_s=0.0, max_failures=1)),
     "handed back": lambda session, tokens: jobs.hand_back(session, tokens),
 }
 

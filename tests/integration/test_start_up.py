@@ -60,11 +60,20 @@ def test_a_short_command_imports_neither_the_stack_nor_another_database(
     assert "qbatch.models_db.tables" in modules
 
 
+def test_a_submit_of_hub_models_imports_what_it_stores_alone(database: Database, tmp_path: Path) -> None:
+    models = tmp_path / "list"
+    models.write_text("organization/model\n")
+    modules = imported(database, tmp_path / "home", "submit", "--models", str(models), "--bits", "4")
+    unused = {"qbatch.models_db.jobs", "qbatch.core.measured.measurement", "qbatch.core.loaders.known_loaders"}
+    assert modules & unused == set()
+    assert "qbatch.models_db.arrivals" in modules
+
+
 @pytest.mark.parametrize("command", ["status", "jobs", "workers"])
 def test_a_list_of_what_waits_imports_no_other_command(database: Database, tmp_path: Path, command: str) -> None:
     a_batch(database)
     modules = imported(database, tmp_path / "home", command)
     commands = {name for name in modules if name.startswith("qbatch.commands.")}
-    shared = {"completion", "context", "lazy_commands", "parameter_types", "shared_options", "targets", "unserved"}
+    shared = {"completion", "context", "lazy_commands", "shared_options", "targets", "unserved"}
     assert {name.rpartition(".")[2] for name in commands} == {"queue_state", *shared}
     assert modules & {"qbatch.core.measured.measurement"} == set()

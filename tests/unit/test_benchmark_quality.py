@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -23,6 +24,7 @@ from qbatch.core.errors import BenchmarkError, StorageError
 from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.statistics.clusters import clustered_error
 from qbatch.core.stored_json import as_json
+from qbatch.worker.measuring.quality import replay
 from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import probes_of
@@ -33,6 +35,7 @@ from qbatch.worker.measuring.quality.reference import (
     prepare_reference,
     reference_name,
 )
+from qbatch.worker.measuring.quality.replay import head_sha256
 from qbatch.worker.measuring.quality.similarity import compare_embeddings
 from qbatch.worker.measuring.versions import versions
 from qbatch.worker.models.load import LoadedModel
@@ -532,6 +535,20 @@ def test_another_text_is_not_compared(tmp_path: Path) -> None:
     assert reference is not None
     with pytest.raises(BenchmarkError, match="other tokens"):
         figures_of(base, reference, QUICK, TEXT[100:])
+
+
+def test_a_head_is_hashed_in_pieces_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash that stored references have: of its chunks' hashes, whatever the pieces are."""
+    monkeypatch.setattr(replay, "CHUNK_BYTES", 100)
+    head = torch.nn.Linear(8, 21, bias=False, dtype=torch.bfloat16)
+    values = head.weight.detach().view(torch.uint8).numpy().tobytes()
+    expected = hashlib.sha256(b"weight torch.bfloat16 (21, 8)")
+    for begin in range(0, len(values), 100):
+        expected.update(hashlib.sha256(values[begin : begin + 100]).digest())
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    for piece_bytes in (100, 64, 7):
+        monkeypatch.setattr(replay, "_PIECE_BYTES", piece_bytes)
+        assert head_sha256(model) == expected.hexdigest()
 
 
 def test_another_output_head_is_not_replayed_through(tmp_path: Path) -> None:

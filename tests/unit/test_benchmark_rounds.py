@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,8 +29,9 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, StorageError
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
@@ -61,7 +61,7 @@ SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
 
 
 @dataclass(slots=True)
-class Ear:
+class RoundsEar:
     """A supervisor that only listens."""
 
     heard: list[RunnerMessage] = field(default_factory=list)
@@ -128,11 +128,11 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
     return an_order(folder, claims)
 
 
-def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> Ear:
+def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> RoundsEar:
     source = folder / "llama"
     if not source.exists():
         tiny.make_causal(source)
-    ear = Ear(answered=answered)
+    ear = RoundsEar(answered=answered)
     Bundle(order(folder, source, *batch_sizes, **options), ear, TimingPauses()).run()
     return ear
 
@@ -241,7 +241,7 @@ def test_in_a_runner_of_its_own_running_out_of_memory_charges_nobody(home: Path)
     runner.start()
     theirs.close()
     ours.send(the_order)
-    ear = Ear()
+    ear = RoundsEar()
     while not isinstance(message := ours.recv(), Ended):
         if isinstance(message, Question):
             ours.send(ear.ask(message))
@@ -421,19 +421,10 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkey
 class HeardCaptures(Captures):
     """Captures that tell what is asked of them, and whether any model was loaded then. Without a GPU none is made."""
 
-    heard: ClassVar[list[tuple[str, int, int]]] = []
-
-    def prepare(self) -> Any:
-        self.heard.append(("prepare", 0, 0))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.heard.append(("pause", 0, 0))
-        yield
-        self.heard.append(("go on", 0, 0))
+    heard: ClassVar[list[tuple[int, int]]] = []
 
     def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
-        self.heard.append(("kernels", len(requests), llamas()))
+        self.heard.append((len(requests), llamas()))
         return [[StepKernels(reason="no GPU")] * len(request.shapes) for request in requests]
 
 
@@ -444,13 +435,13 @@ def llamas() -> int:
 
 @pytest.mark.parametrize(
     ("usable", "asked"),
-    [(None, [("kernels", 3, 0)]), (0, [("kernels", 1, 0)] * 3)],
+    [(None, [(3, 0)]), (0, [(1, 0)] * 3)],
     ids=["loaded together", "one at a time"],
 )
 def test_kernels_are_measured_when_no_model_is_loaded_here(
-    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[str, int, int]]
+    home: Path, monkeypatch: pytest.MonkeyPatch, usable: int | None, asked: list[tuple[int, int]]
 ) -> None:
-    """All in one process if the models fit together; its imports begin with the first quality."""
+    """All in one process if the models fit together."""
     before = llamas()
     shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
     monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
@@ -464,10 +455,7 @@ def test_kernels_are_measured_when_no_model_is_loaded_here(
     HeardCaptures.heard.clear()
     ear = run(home)
     assert ear.measured().keys() == {1, 2, 3}
-    names = [name for name, _, _ in HeardCaptures.heard]
-    assert names[:5] == ["pause", "go on", "pause", "go on", "prepare"], "loaded and timed, then quality"
-    assert names.count("prepare") == 3
-    assert [(name, count, held - before) for name, count, held in HeardCaptures.heard if name == "kernels"] == asked
+    assert [(count, held - before) for count, held in HeardCaptures.heard] == asked
 
 
 def a_round(**times_s: list[float]) -> Round:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -30,7 +30,6 @@ from qbatch.worker.measuring.why.profile import StepProfile
 from qbatch.worker.methods.implementations import weights_of_model
 from tests import tiny
 from tests.unit.benchmark_models import INT8, NF4, loaded_on_cpu, quantized
-from tests.waiting import until
 
 PROFILE = StepProfile(steps=8, device_busy_s=0.007, launches=1000, synchronizations=1)
 SHAPE = Shape(batch_size=2, prompt_tokens=8, new_tokens=4)
@@ -41,22 +40,62 @@ def children(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+NO_GPU = "a CPU has neither CUDA graphs nor kernels to profile"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: Path) -> None:
     """What goes wrong with one model is a reason, and the next is asked all the same."""
     with Captures() as captures:
         (on_cpu,) = captures.kernels([replace(REQUEST, device="cpu")])
-        assert reasons(on_cpu) == [("a CPU has neither CUDA graphs nor kernels to profile",) * 2] * 2
-        server = captures.prepare().pid
-        assert psutil.Process(server).num_threads() == 1, "it forks"
+        assert reasons(on_cpu) == [(NO_GPU,) * 2] * 2
+        server = captures.server.process
+        assert server.num_threads() == 1, "it forks"
         broken = replace(REQUEST, folder=str(tmp_path))
         for found in captures.kernels([broken, replace(broken, not_captured="known")]):
             assert [(one.alone.step_s, one.profile) for one in found if one.alone is not None] == [(None, None)] * 2
             assert all("config.json" in profile for _, profile in reasons(found))
         assert reasons(found)[0][0] == "known"
-        assert captures.prepare().pid == server
-    assert not psutil.pid_exists(server)
+        assert captures.server.process == server
+    assert not psutil.pid_exists(server.pid)
+
+
+FORKING_RUNNER = """
+import time
+from tests.unit.test_captures import *
+server = fork_server()
+captures = Captures(server)
+begin_s = time.perf_counter()
+answer = reasons(captures.kernels([replace(REQUEST, device="cpu")])[0])
+took_s = time.perf_counter() - begin_s
+print(server.process.pid, server.process.num_fds(), server.process.num_threads(), took_s, answer[0][1])
+graph.measure_all = lambda tasks: 1 / 0
+with Captures(fork_server(), log_path=Path("log")) as failing:
+    print(reasons(failing.kernels([replace(REQUEST, device="cpu")])[0])[0][1], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_server_answers_at_once_and_ends_with_its_runner(tmp_path: Path) -> None:
+    """It has the runner's imports, and nothing else of it: by the end of its pipe a worker knows that a runner ended.
+    What libraries print goes into the bundle's log."""
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    argv = [sys.executable, "-c", FORKING_RUNNER]
+    runner = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environ)
+    assert runner.stdout is not None
+    with runner.stdout:
+        pid, descriptors, threads, took_s, answer = runner.stdout.readline().rstrip().split(" ", 4)
+        assert "the capturing process died" in runner.stdout.readline()
+        server = psutil.Process(int(pid))
+        runner.kill()
+        runner.wait()
+    assert answer == NO_GPU
+    assert (descriptors, threads) == ("5", "1"), "three streams and two pipes"
+    assert float(took_s) < 2, "one that is started anew imports for as long and longer"
+    assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+    assert psutil.wait_procs([server], timeout=60)[1] == []
 
 
 def reasons(found: list[StepKernels]) -> list[tuple[str, ...]]:
@@ -71,12 +110,12 @@ def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path
     with Captures() as captures:
         captures.kernels([replace(REQUEST, device="cpu")])
         # The profile is asked for anew: the capture may be what the first one died of.
-        killer = threading.Thread(target=_kill_children_of, args=(captures.prepare().pid, 2))
+        killer = threading.Thread(target=_kill_children_of, args=(captures.server.process.pid, 2))
         killer.start()
         assert all("the capturing process died" in reason for reason in reasons(captures.kernels([slow])[0])[0])
         killer.join()
         captures._time_limit_s = 0.2
-        server = captures.prepare().pid
+        server = captures.server.process.pid
         assert all("took longer than 0.2 s" in reason for reason in reasons(captures.kernels([slow])[0])[1])
         assert not psutil.pid_exists(server)
 
@@ -99,36 +138,6 @@ def _kill_children_of(pid: int, count: int) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_imports_pause_while_something_is_timed_and_end_with_their_runner() -> None:
-    """Also if the runner ends while they stand still."""
-    code = (
-        "import time; from qbatch.worker.measuring.why.capture import Captures; captures = Captures();"
-        "server = captures.prepare();"
-        "exec('with captures.paused():\\n print(server.pid, flush=True); time.sleep(600)')"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert runner.stdout is not None
-        server = psutil.Process(int(runner.stdout.readline()))
-        until(lambda: server.status() == psutil.STATUS_STOPPED)
-    finally:
-        runner.kill()
-        runner.communicate()
-    assert psutil.wait_procs([server], timeout=60)[1] == []
-
-
-def test_what_is_paused_goes_on_afterwards() -> None:
-    with Captures() as captures:
-        with captures.paused():
-            pass  # nothing was prepared
-        server = psutil.Process(captures.prepare().pid)
-        with captures.paused():
-            until(lambda: server.status() == psutil.STATUS_STOPPED)
-        until(lambda: server.status() != psutil.STATUS_STOPPED)
-
-
 ALONE = KernelsAlone(step_s=0.005)
 FAILED = KernelsAlone(reason="not capturable: it waits")
 PROFILED = StepKernels(profile=PROFILE)
@@ -142,10 +151,7 @@ class CannedCaptures(Captures):
         self.answers = list(answers)
         self.asked: list[list[tuple[str, bool, bool]]] = []
 
-    def prepare(self) -> Any:
-        return None
-
-    def _ask(self, _server: Any, tasks: Sequence[KernelsTask]) -> list[Done]:
+    def _ask(self, tasks: Sequence[KernelsTask]) -> list[Done]:
         self.asked.append([(task.request.folder, task.capture, task.profile) for task in tasks])
         return self.answers.pop(0)
 

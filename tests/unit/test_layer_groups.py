@@ -23,7 +23,7 @@ from qbatch.worker.models.architecture import model_class
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.layer_groups import ModelLayers, model_layers
 from tests import tiny
-from tests.reference import save_reference
+from tests.plain_reference import save_reference
 from tests.schemes import with_options
 from tests.shrunk import make, shrunk_config
 

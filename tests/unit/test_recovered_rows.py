@@ -84,3 +84,12 @@ def test_compare_says_it() -> None:
     assert "j3 bnb-nf4+svd-r8 has 50.0 % of the KL of j2 bnb-nf4" in " ".join(
         comparison(rows, Preference(), by="figure", format="table").split()
     )
+
+
+def test_rows_in_python_are_told_apart_by_adapter_and_mixture() -> None:
+    mixture = {"mixture": {"job_id": "j7", "point": 3}}
+    shown = [repr(ResultRow.from_json(each)) for each in (row(2, 0.02, 9, recovery=SVD), row(3, 0.02, 9) | mixture)]
+    assert [text.partition("Instruct ")[2] for text in shown] == [
+        "bnb-nf4+svd-r8, succeeded>",
+        "bnb-nf4 mixture 3 of j7, succeeded>",
+    ]

@@ -53,7 +53,7 @@ def recover_by_training(
         recover_by_factors(work, folder, report)
     teacher = load(work.source, dtype=work.dtype, device=work.device, trusted=work.trusted)
     student = work.load()
-    if student.task is not ModelKind.CAUSAL_LM or student.tokenizer is None:
+    if student.kind is not ModelKind.CAUSAL_LM or student.tokenizer is None:
         raise Unsupported(
             f"{work.recovery.kind} trains on text that a model predicts, and {work.base.name} predicts none"
         )
@@ -108,7 +108,7 @@ class _Training:
         loss = sum(self._backward(window, 1 / len(windows)) for window in windows)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _LARGEST_NORM)
         with warnings.catch_warnings():
-            # Said in the manifest.
+            # The manifest says which optimizer it was.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -166,7 +166,7 @@ def _write(work: RecoveryWork, folder: Path, student: LoadedModel, factors: Mapp
         for layer in layers
     }
     write_adapter(
-        folder, by_layer, model=student.model, kind=student.task, base=work.base.name, rank=work.recovery.rank
+        folder, by_layer, model=student.model, kind=student.kind, base=work.base.name, rank=work.recovery.rank
     )
     return len(by_layer)
 

@@ -16,8 +16,8 @@ from qbatch.core.search.shared_run import shared_passage_text, shared_run
 from qbatch.worker.checkpoints.publish import publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
 from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
-from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import load_tokenizer
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.checkpoint_origin import origin_of
 from qbatch.worker.runner.loaded_models import free_device_memory
@@ -63,9 +63,11 @@ class AdapterPublication:
     def _refuse_shared_text(self, plans: Sequence[Plan]) -> None:
         """Raise Unsupported if an adapter is trained on a passage that it is then judged by."""
         recovery = _recovery(plans[0])
-        if not recovery.kind.is_trained or why_no_tokenizer(self._source.folder) is not None:
+        if not recovery.kind.is_trained:
             return
-        tokenizer = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        tokenizer, _ = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        if tokenizer is None:
+            return
 
         def ids(sha256: str) -> Sequence[int]:
             found: Sequence[int] = tokenizer(self._order.texts[sha256], add_special_tokens=False)["input_ids"]
@@ -138,8 +140,8 @@ class AdapterPublication:
             raise storage_error(error, "cannot write an adapter") from error
 
     def _kept(self, plan: Plan) -> KeptState:
-        """Where a training is kept for another attempt, of whichever worker. It is of this source and checkpoint, since
-        the key is."""
+        """Where a training is kept, so that another attempt on any worker can continue it. The folder has the
+        adapter's key, so it is for this source and checkpoint."""
         from qbatch.worker.files.training_state import KeptState
 
         return KeptState(folder=self._order.staging.parent / KEPT_TRAININGS / plan.settled.key)

@@ -28,9 +28,11 @@ from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+    from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+    from qbatch.worker.measuring.row_benchmark import RowBenchmark
     from qbatch.worker.measuring.why.capture import Captures
     from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
+    from qbatch.worker.measuring.why.kernels_server import KernelsServer
     from qbatch.worker.models.load import LoadedModel
 
 log = logging.getLogger("qbatch.runner")
@@ -83,6 +85,7 @@ class Rounds:
         rows: FinishedRows,
         pauses: TimingPauses,
         loaded: LoadedModels,
+        kernels: KernelsServer | None = None,
     ) -> None:
         self._order = order
         self._pauses = pauses
@@ -96,6 +99,7 @@ class Rounds:
         self._waiting: list[_Turn] = []
         self._base_outputs = BaseOutputs(order, reports, source)
         self._rows = rows
+        self._kernels_server = kernels
 
     def run(self, models: Sequence[MeasuredModel], speeds: Mapping[int, KnownSpeed]) -> None:
         """Measure the open jobs of ``models``. The final message of each is sent in its last round, or after it.
@@ -108,7 +112,7 @@ class Rounds:
         ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
         self._turns = self._unmeasured = [self._turn(model, speeds) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
-        with Captures() as captures:
+        with Captures(self._kernels_server, log_path=self._order.log_path) as captures:
             for number in range(1, last + 1):
                 if number == 2:
                     self._models.keep_together(
@@ -125,7 +129,8 @@ class Rounds:
         return turns if number % 2 else turns[::-1]
 
     def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed]) -> _Turn:
-        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+        from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+        from qbatch.worker.measuring.row_benchmark import RowBenchmark
 
         benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
@@ -144,7 +149,7 @@ class Rounds:
             return
         unmeasured = partial(self._rows.send_unmeasured, turn.model)
         with self._reports.failing(turn.jobs), self._if_published(turn, unmeasured):
-            self._measure(turn, is_first=is_first, is_last=is_last, captures=captures)
+            self._measure(turn, is_first=is_first, is_last=is_last)
         if not is_last:
             return
         if self._models.are_together and turn.is_captured:
@@ -152,14 +157,14 @@ class Rounds:
         else:
             self._finish([turn], captures)
 
-    def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
-        with self._timing(captures):
+    def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool) -> None:
+        with self._pauses.timing():
             self._or_alone(lambda: self._load(turn))
         if is_first:
             if turn.model.published is None:
                 refuse_model_not_finite(self._load(turn).model)
             turn.benchmark.prepare(self._load(turn))
-        self._time_shapes(turn, captures)
+        self._time_shapes(turn)
         if not self._reports.open(turn.jobs):
             return
         if is_first:
@@ -167,18 +172,18 @@ class Rounds:
             self._reports.send(NothingTimed())
         if is_first and turn.protocol.quality and turn.benchmark.why_no_quality is None:
             with self._if_published(turn, turn.benchmark.give_up_quality):
-                self._measure_quality(turn, self._load(turn), captures)
+                self._measure_quality(turn, self._load(turn))
         if is_last:
-            with self._timing(captures):
+            with self._pauses.timing():
                 self._observe(turn, self._load(turn))
 
-    def _time_shapes(self, turn: _Turn, captures: Captures) -> None:
+    def _time_shapes(self, turn: _Turn) -> None:
         timed = [job_id for job_id in self._reports.open(turn.jobs) if turn.rows[job_id].rounds_to_time]
         for job_id in timed:
             if not self._reports.open([job_id]):
                 return  # the previous shape made the device unusable, which leaves no job open
             give_up = turn.rows[job_id].give_up_speed
-            with self._reports.failing([job_id]), self._if_published(turn, give_up), self._timing(captures):
+            with self._reports.failing([job_id]), self._if_published(turn, give_up), self._pauses.timing():
                 self._or_alone(partial(self._time, turn, job_id))
 
     @contextlib.contextmanager
@@ -191,12 +196,6 @@ class Rounds:
                 raise
             log.warning("%s: not measured: %s", names(self._reports.open(turn.jobs)), error)
             note(str(error))
-
-    @contextlib.contextmanager
-    def _timing(self, captures: Captures) -> Iterator[None]:
-        """A context in which nothing else of this worker runs on the host."""
-        with captures.paused(), self._pauses.timing():
-            yield
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         loaded = self._load(turn)
@@ -238,13 +237,11 @@ class Rounds:
         weights_bytes = turn.benchmark.measured.weights_bytes
         self._models.note_peak(turn.jobs, weights_bytes=weights_bytes, peak_bytes=max(peaks, default=0))
 
-    def _measure_quality(self, turn: _Turn, loaded: LoadedModel, captures: Captures) -> None:
+    def _measure_quality(self, turn: _Turn, loaded: LoadedModel) -> None:
         """Measure quality once for all jobs of the model, because it does not depend on the shape."""
         if not self._reports.open(turn.jobs):
             return
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
-        if turn.benchmark.is_explainable and any(row.wants_why for row in turn.rows.values()):
-            captures.prepare()
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         if is_baseline:
             turn.benchmark.measure_quality(loaded, None)

@@ -11,6 +11,7 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from qbatch.core.domain import DeviceKind
 from qbatch.scheduler.child_process import ORPHANED
@@ -31,6 +32,9 @@ from qbatch.worker.runner.messages import (
     RunnerMessage,
 )
 from qbatch.worker.runner.timing_pauses import TimingPauses
+
+if TYPE_CHECKING:
+    from qbatch.worker.measuring.why.kernels_server import KernelsServer
 
 log = logging.getLogger("qbatch.runner")
 
@@ -90,7 +94,7 @@ class SupervisorLink:
             if isinstance(message, Reply):
                 self._replies.put(message)
             elif isinstance(message, FetchingAhead):
-                self._pauses.meet(message.pid)
+                self._pauses.pause_while_timing(message.pid)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker sent an unknown message, {message!r}")
 
@@ -101,27 +105,38 @@ def _leave(reason: str) -> None:
     os._exit(ORPHANED)
 
 
-def run(connection: Connection) -> None:
+def run(connection: Connection, kernels: KernelsServer | None = None) -> None:
     """A runner's whole life. The first message in ``connection`` is its ``Order``, and everything that it has to say
-    goes through it; its output goes into the log."""
+    goes through it; its output goes into the log. ``kernels``: the process that it has forked, if it has."""
     # What the forkserver imported stays: collecting garbage need not look through it, nor copy its pages by that.
     gc.freeze()
     try:
         order = connection.recv()
     except (EOFError, OSError):
         os._exit(ORPHANED)
-    _work(order, connection)
+    if kernels is None and order.device_kind is DeviceKind.CUDA:
+        kernels = _fork_kernels_server()
+    _work(order, connection, kernels)
 
 
 def stand_by(connection: Connection, device_kind: DeviceKind) -> None:
     """Prepare for any order, say so, and wait for one. Exits if none comes."""
+    kernels = None
     if device_kind is DeviceKind.CUDA:
+        kernels = _fork_kernels_server()
         _start_cuda()
     connection.send(Ready())
     # Without an end on a CPU, where a fork costs nothing while it waits. It ends with its worker.
     if not connection.poll(_STANDS_BY_ON_GPU_S if device_kind is DeviceKind.CUDA else None):
         os._exit(0)
-    run(connection)
+    run(connection, kernels)
+
+
+def _fork_kernels_server() -> KernelsServer:
+    """Now, while this process has a single thread and has not used the GPU: no fork of it could use that later."""
+    from qbatch.worker.measuring.why.kernels_server import fork_server
+
+    return fork_server()
 
 
 def _start_cuda() -> None:
@@ -137,7 +152,7 @@ def _start_cuda() -> None:
     torch.cuda.synchronize()
 
 
-def _work(order: Order, connection: Connection) -> None:
+def _work(order: Order, connection: Connection, kernels: KernelsServer | None) -> None:
     _redirect_output(order.log_path)
     escape_control_characters(sys.stdout)
     log_to_stderr()
@@ -146,7 +161,7 @@ def _work(order: Order, connection: Connection) -> None:
     pauses = TimingPauses()
     link = SupervisorLink(connection, order.lease_s, pauses, logs)
     _introduce(order)
-    Bundle(order, link, pauses).run()
+    Bundle(order, link, pauses, kernels).run()
     link.end()
     # Skip the interpreter's shutdown: that of CUDA can hang, and everything has been sent and synced.
     sys.stdout.flush()

@@ -143,7 +143,7 @@ def opened_search(
 
 
 def _packing(loaded: LoadedModel, scheme: Scheme, probes: Sequence[Probe]) -> Packing:
-    if loaded.task is ModelKind.ENCODER:
+    if loaded.kind is ModelKind.ENCODER:
         raise Unsupported(f"{type(loaded.model).__name__} predicts nothing, so no KL divergence can rank its layers")
     if not probes:
         raise Unsupported(f"{type(loaded.model).__name__} has no text to be compared on: {loaded.why_no_tokenizer}")

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from qbatch.core.byte_units import MIB
 from qbatch.core.digest import CHUNK_BYTES
 from qbatch.core.errors import BenchmarkError
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.quality.similarity import embedding
+
+_PIECE_BYTES = 4 * MIB
 
 # transformers' name for independent labels, of which any number may apply at once.
 _INDEPENDENT_LABELS = "multi_label_classification"
@@ -32,12 +35,22 @@ def head_sha256(model: Any) -> str | None:
     with ThreadPoolExecutor() as pool:
         for name, parameter in head.named_parameters():
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            values = parameter.detach().contiguous().view(torch.uint8).cpu().numpy().data.cast("B")
+            values = parameter.detach().contiguous().view(torch.uint8).flatten()
             # In chunks that are hashed side by side: a head of a gigabyte takes one thread up to two seconds.
-            chunks = (values[begin : begin + CHUNK_BYTES] for begin in range(0, len(values), CHUNK_BYTES))
-            for hashed in pool.map(hashlib.sha256, chunks):
-                digest.update(hashed.digest())
+            for hashed in pool.map(_sha256, torch.split(values, CHUNK_BYTES)):
+                digest.update(hashed)
     return digest.hexdigest()
+
+
+def _sha256(values: torch.Tensor) -> bytes:
+    """The hash of bytes, in pieces that the processor's cache holds. From a GPU each piece is copied into the same few
+    megabytes: to put new memory under a whole head takes longer than to copy and to hash it."""
+    digest = hashlib.sha256()
+    buffer = None if values.device.type == "cpu" else torch.empty(min(_PIECE_BYTES, len(values)), dtype=torch.uint8)
+    for piece in torch.split(values, _PIECE_BYTES):
+        on_host = piece if buffer is None else buffer[: len(piece)].copy_(piece)
+        digest.update(on_host.numpy().data)
+    return digest.digest()
 
 
 @torch.inference_mode()

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from qbatch.worker.measuring.why.decode_kernels import (
-    STARTED,
     Done,
     KernelsAlone,
     KernelsRequest,
     KernelsTask,
     StepKernels,
 )
+from qbatch.worker.measuring.why.kernels_server import KernelsServer, start_server
 from qbatch.worker.measuring.why.profile import StepProfile
 
 _TIME_LIMIT_S = 300.0
-_END_S = 5.0
 _DIED = "the capturing process died; the job's log may say why"
 
 
@@ -56,17 +52,22 @@ class _Progress:
 
 
 class Captures:
-    """Captures and profiles decode steps in separate processes, which share their imports. A context manager.
+    """Captures and profiles decode steps in another process. A context manager; leaving it ends that process.
 
-    Leaving the context ends the processes. The first request waits for the imports, which take 15 s on some machines,
-    unless ``prepare`` was called earlier.
+    ``server``: the process, which the runner has forked. If that dies, or there is none, one is started anew, and the
+    next request waits for its imports. ``log_path``: where libraries print to.
     """
 
-    def __init__(self, *, time_limit_s: float = _TIME_LIMIT_S) -> None:
+    def __init__(
+        self,
+        server: KernelsServer | None = None,
+        *,
+        log_path: Path | None = None,
+        time_limit_s: float = _TIME_LIMIT_S,
+    ) -> None:
+        self._server = server
+        self._log_path = log_path
         self._time_limit_s = time_limit_s
-        self._server: subprocess.Popen[str] | None = None
-        self._has_started = False
-        self._is_asked = False
 
     def __enter__(self) -> Self:
         return self
@@ -76,32 +77,11 @@ class Captures:
     ) -> None:
         self._end()
 
-    def prepare(self) -> subprocess.Popen[str]:
-        """Start the imports. Whatever is timed on the host meanwhile must be ``paused``."""
+    @property
+    def server(self) -> KernelsServer:
         if self._server is None:
-            self._has_started = False
-            self._server = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qbatch.worker.measuring.why.decode_kernels"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                # It forks, which is only safe with a single thread, so numpy must not start any.
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            )
+            self._server = start_server()
         return self._server
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """A context in which the imports stand still."""
-        server = self._server
-        if server is None or not self._await_start(server):
-            yield
-            return
-        server.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            server.send_signal(signal.SIGCONT)
 
     def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
         """Capture and profile a decode step of each model, at each shape of its request. Failures become reasons and
@@ -116,59 +96,36 @@ class Captures:
                 one.give_up_capture(one.request.not_captured)
         while left := [one for one in found if not one.is_complete]:
             try:
-                parts = self._ask(self.prepare(), [one.task for one in left])
+                parts = self._ask([one.task for one in left])
             except TimeoutError as error:
                 _give_up_all(left, str(error))
                 break
             _take(left, parts)
         return [one.kernels() for one in found]
 
-    def _ask(self, server: subprocess.Popen[str], tasks: Sequence[KernelsTask]) -> list[Done]:
+    def _ask(self, tasks: Sequence[KernelsTask]) -> list[Done]:
         """The parts of the answer, as many as were made before the process ended. Raises TimeoutError. A late or dead
         server is not used again."""
-        requests, answers = _pipes(server)
-        # Before it is asked, so that no answer is read together with the first line.
-        self._await_start(server)
+        server = self.server
+        log_path = None if self._log_path is None else str(self._log_path)
         # A dead server also gives no answer, which is noticed below.
         with contextlib.suppress(BrokenPipeError):
-            requests.write(json.dumps([asdict(task) for task in tasks]) + "\n")
-            requests.flush()
+            server.requests.write(json.dumps({"log_path": log_path, "tasks": [asdict(task) for task in tasks]}) + "\n")
+            server.requests.flush()
         limit_s = self._time_limit_s * len(tasks)
-        self._is_asked = True
-        if not select.select([answers], [], [], limit_s)[0]:
+        if not select.select([server.answers], [], [], limit_s)[0]:
             self._end()
             raise TimeoutError(f"capturing took longer than {limit_s:g} s")
-        answer = answers.readline()
-        self._is_asked = False
+        answer = server.answers.readline()
         if not answer:
             self._end()
             return []
         return [_done(**part) for part in json.loads(answer)]
 
-    def _await_start(self, server: subprocess.Popen[str]) -> bool:
-        """Wait until the server ends with this process. False if it does not start in time, or died."""
-        _, answers = _pipes(server)
-        if not self._has_started and select.select([answers], [], [], self._time_limit_s)[0]:
-            self._has_started = answers.readline().strip() == STARTED
-        return self._has_started
-
     def _end(self) -> None:
-        """End the server and any capture in progress, by closing its input."""
         server, self._server = self._server, None
-        if server is None:
-            return
-        requests, answers = _pipes(server)
-        with contextlib.suppress(BrokenPipeError):
-            requests.close()
-        if not self._is_asked:
-            server.kill()  # it may be in the middle of its imports
-        self._is_asked = False
-        try:
-            server.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        answers.close()
+        if server is not None:
+            server.end()
 
 
 def _take(left: Sequence[_Progress], parts: Sequence[Done]) -> None:
@@ -207,9 +164,3 @@ def _done(*, number: int, alones: Any, profiles: Any) -> Done:
 
 def _profiled(*, profile: Any, reason: str | None, **_: Any) -> StepKernels:
     return StepKernels(profile=None if profile is None else StepProfile(**profile), reason=reason)
-
-
-def _pipes(server: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert server.stdin is not None  # noqa: S101  (both are piped)
-    assert server.stdout is not None  # noqa: S101
-    return server.stdin, server.stdout

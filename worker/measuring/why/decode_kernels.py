@@ -1,10 +1,10 @@
 """Measure the kernels of a decode step in a separate process: in a CUDA graph without the host, and by a profiler.
 
-The process is separate because a failed capture leaves CUDA unusable, and a profiler leaves its process slower.
-``python -P -m qbatch.worker.measuring.why.decode_kernels`` does the slow imports once, without initialising CUDA. It
-then forks a process for the models of a bundle, since a forked process can still initialise the GPU. That process first
-captures a step of each model, until a capture fails, and profiles them after the last capture. Requests are lines of
-JSON on standard input, answers lines on standard output; the client is ``qbatch.worker.measuring.why.capture``.
+The process is separate because a failed capture leaves CUDA unusable, and a profiler leaves its process slower. It has
+made its imports and never uses the GPU itself: for the models of a bundle it forks, since a forked process can still
+initialise the GPU. That process first captures a step of each model, until a capture fails, and profiles them after the
+last capture. Requests and answers are lines of JSON; the client is ``qbatch.worker.measuring.why.capture``. The runner
+forks this process (``kernels_server``); ``python -P -m qbatch.worker.measuring.why.decode_kernels`` is one by itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from qbatch.scheduler.child_process import ORPHANED, end_with_parent
-from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import COMPILER, MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-_PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
-STARTED = "started"
-"""The first line of the answers. From then on the process may be stopped: it ends with its runner all the same."""
+_PRELOAD = (*MODEL_LIBRARIES, *COMPILER, "qbatch.worker.models.load")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,24 +92,27 @@ class Done:
 
 
 def main() -> None:
-    """Serve requests until standard input ends."""
-    # A runner may have stopped this process with SIGSTOP when it ends.
+    """Serve requests on standard input until it ends."""
     end_with_parent()
     # What libraries print goes to the log rather than between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    print(STARTED, file=answers, flush=True)
     import_without_gpu(_PRELOAD)
-    while line := sys.stdin.readline():
-        print(json.dumps(_answer(line)), file=answers, flush=True)
+    serve(sys.stdin, answers)
 
 
-def _answer(line: str) -> list[Any]:
+def serve(requests: IO[str], answers: IO[str]) -> None:
+    """Answer requests until there are no more. The process must have a single thread."""
+    while line := requests.readline():
+        print(json.dumps(_answer(line, requests.fileno())), file=answers, flush=True)
+
+
+def _answer(line: str, requests: int) -> list[Any]:
     """Handle a request in a forked process. Returns the parts of its answer, as many as it sent before it ended."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        _handle_and_exit(line, write_end)
+        _handle_and_exit(line, requests, write_end)
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
         parts = pipe.read()
@@ -120,13 +121,16 @@ def _answer(line: str) -> list[Any]:
     return [json.loads(part) for part in parts.split("\n")[:-1]]
 
 
-def _handle_and_exit(line: str, answer_to: int) -> None:
+def _handle_and_exit(line: str, requests: int, answer_to: int) -> None:
     """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
     end_with_parent()
-    threading.Thread(target=_exit_with_the_runner, daemon=True).start()
+    threading.Thread(target=_exit_with_the_runner, args=(requests,), daemon=True).start()
     try:
+        request = json.loads(line)
+        if request["log_path"] is not None:
+            _print_into(request["log_path"])
         with os.fdopen(answer_to, "w") as pipe:
-            for done in measure_all([_task(**fields) for fields in json.loads(line)]):
+            for done in measure_all([_task(**fields) for fields in request["tasks"]]):
                 print(json.dumps(asdict(done)), file=pipe, flush=True)
     except Exception:
         traceback.print_exc()
@@ -135,15 +139,27 @@ def _handle_and_exit(line: str, answer_to: int) -> None:
         os._exit(0)
 
 
+def _print_into(log_path: str) -> None:
+    """Let what libraries print go into the bundle's log: when this process was forked, there was none."""
+    try:
+        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:  # it goes into the worker's log, like all that its runner prints then
+        print(f"cannot open the log {log_path}: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+        return
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
 def _task(*, request: Any, capture: bool, profile: bool) -> KernelsTask:
     shapes = tuple(Shape(**shape) for shape in request["shapes"])
     return KernelsTask(request=KernelsRequest(**request | {"shapes": shapes}), capture=capture, profile=profile)
 
 
-def _exit_with_the_runner() -> None:
-    """Wait for the runner, which holds the other end of standard input, to end; then exit and free the GPU."""
+def _exit_with_the_runner(requests: int) -> None:
+    """Wait for the runner, which holds the other end of the requests' pipe, to end; then exit and free the GPU."""
     poll = select.poll()
-    poll.register(sys.stdin.fileno(), 0)
+    poll.register(requests, 0)
     poll.poll()
     os._exit(ORPHANED)
 
@@ -184,7 +200,7 @@ class _Models:
             return self._loaded[request], None
         reason = self._load(request)
         if reason is not None and self._loaded:
-            # Perhaps for want of memory.
+            # It may have failed because the others take too much memory.
             self._loaded.clear()
             _free_memory()
             reason = self._load(request)

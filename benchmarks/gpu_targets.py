@@ -1,0 +1,239 @@
+"""Compares batches with a plain script in steps, as many as fit into the time.
+
+    python -m benchmarks.gpu_targets                      (for 9 minutes; again for the steps that are left)
+    python -m benchmarks.gpu_targets --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
+
+The steps: the plain script on all shapes; qbatch on the same; qbatch without what limits decoding; fine-tunes of one
+shape at 4 bits, and at 8 and 4; and how often two rows of one model appear different. Of the fine-tunes the plain
+script's time is computed: its imports, and its time for one model of the shape as often as there are fine-tunes. What a
+step found stays in ``--folder``, so a run that was cut short goes on where it was. Prints the table of what is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.batch import Side, figure_table, run_plain, run_qbatch, stage_table
+from benchmarks.quantize import in_fresh_process
+from benchmarks.random_source import SHAPES, build_source, build_tokenizer
+from benchmarks.report import log
+from qbatch.worker.machine.gpu import installed_gpus
+
+_ALIKE = "tests/gpu/test_rounds.py::test_of_two_rows_of_one_model_hardly_any_appears_faster"
+_COUNTS = re.compile(r"^\{.*\}", re.MULTILINE)
+_CHANGED_BYTES = 1 << 20
+_FOLDER = Path(tempfile.gettempdir()) / "qbatch-gpu-targets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """``expected_s`` is for three shapes and ten fine-tunes on an H200, its models included."""
+
+    name: str
+    expected_s: float
+    run: Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """What a step of qbatch is compared with. ``widths`` of each fine-tune; None for the plain script's whole run."""
+
+    step: str
+    what: str
+    widths: tuple[int, ...] | None
+    at_most: float
+
+
+class Progress:
+    """Steps whose outcomes are files in a folder."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self._arguments = arguments
+        self._folder: Path = arguments.folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.steps = (
+            Step(name="plain", expected_s=430, run=lambda: self._side(run_plain, self._shapes(), "8,4")),
+            Step(name="whole", expected_s=270, run=lambda: self._side(run_qbatch, self._shapes(), "8,4")),
+            Step(name="no-why", expected_s=200, run=lambda: self._side(run_qbatch, self._shapes(), "8,4", why=False)),
+            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._side(run_qbatch, self._fine_tunes(), "4")),
+            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._side(run_qbatch, self._fine_tunes(), "8,4")),
+            Step(name="alike", expected_s=60, run=self._alike),
+        )
+
+    def go_on(self) -> None:
+        """Do the steps that are left, in order, but for those that would take too long."""
+        ends = time.monotonic() + self._arguments.seconds
+        for step in self.steps:
+            left_s = ends - time.monotonic()
+            if self.outcome(step.name) is not None:
+                continue
+            if step.expected_s > left_s:
+                log(f"{step.name}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
+                continue
+            log(f"{step.name}: about {step.expected_s:g} s")
+            outcome = step.run()
+            self._file(step.name).write_text(json.dumps(outcome))
+
+    def outcome(self, name: str) -> dict[str, Any] | None:
+        file = self._file(name)
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def side(self, name: str) -> Side | None:
+        found = self.outcome(name)
+        if found is None:
+            return None
+        rows = {(model, bits): figures for model, bits, figures in found["rows"]}
+        return Side(total_s=found["total_s"], stages_s=found["stages_s"], rows=rows)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _side(
+        self, run: Callable[..., Side], models: Sequence[Path], bits: str, *, why: bool = True
+    ) -> Mapping[str, Any]:
+        work = self._folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        side = run(models, work, Namespace(bits=bits, why=why, device=self._arguments.device))
+        shutil.rmtree(work)
+        rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
+        return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
+
+    def _shapes(self) -> list[Path]:
+        return [self._model(shape) for shape in self._arguments.shapes]
+
+    def _model(self, shape: str) -> Path:
+        folder = self._folder / "models" / shape
+        if not folder.exists():
+            half = folder.with_name("half")
+            shutil.rmtree(half, ignore_errors=True)
+            in_fresh_process(build_source, shape, half)
+            build_tokenizer(half)
+            half.rename(folder)
+        return folder
+
+    def _fine_tunes(self) -> list[Path]:
+        """As many models of one shape. A megabyte of the weights of each is its own."""
+        first = self._model(self._arguments.fine_tuned)
+        if all(self.outcome(name) is not None for name in ("plain", "whole", "no-why")):
+            for shape in set(self._arguments.shapes) - {self._arguments.fine_tuned}:
+                shutil.rmtree(first.with_name(shape), ignore_errors=True)
+        made = [first.with_name(f"fine-tune-{number}") for number in range(self._arguments.fine_tunes)]
+        for number, folder in enumerate(made):
+            if not folder.exists():
+                shutil.copytree(first, folder)
+                _tune(folder / "model.safetensors", number)
+        return made
+
+    def _alike(self) -> Mapping[str, Any]:
+        if self._arguments.device != "cuda":
+            return {"said": "needs a GPU"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", _ALIKE],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        counts = _COUNTS.findall(done.stdout)
+        return {"said": f"{counts[0]} of 30 repetitions" if counts else done.stdout[-2000:]}
+
+
+def _tune(weights: Path, number: int) -> None:
+    """Change bits of the last values that hardly change these."""
+    size = weights.stat().st_size
+    begin = size - min(_CHANGED_BYTES, size // 2) // 2 * 2
+    with weights.open("r+b") as file:
+        file.seek(begin)
+        values = bytearray(file.read())
+        # The lower byte of each 16-bit value: half of it is its last bits of precision.
+        values[::2] = bytes(low ^ (number + 1) & 0x0F for low in values[::2])
+        file.seek(begin)
+        file.write(values)
+
+
+def plain_s(plain: Side, fine_tuned: str, copies: int, widths: Sequence[int]) -> float:
+    """What the plain script would take for ``copies`` models of a shape, by its time for one of them."""
+    one_s = sum(float(plain.rows[fine_tuned, width]["row_s"]) for width in widths)
+    return plain.stages_s["imports"] + copies * one_s
+
+
+def table(progress: Progress, arguments: Namespace) -> Iterator[str]:
+    shapes = ", ".join(arguments.shapes)
+    tuned = f"{arguments.fine_tunes} fine-tunes of {arguments.fine_tuned}"
+    targets = (
+        Aim(step="whole", what=f"{shapes} at 16, 8 and 4 bits", widths=None, at_most=0.6),
+        Aim(step="no-why", what="the same, --no-why", widths=None, at_most=0.45),
+        Aim(step="fine-tunes-4", what=f"{tuned} at 16 and 4 bits", widths=(16, 4), at_most=0.25),
+        Aim(step="fine-tunes-84", what="the same at 16, 8 and 4 bits", widths=(16, 8, 4), at_most=0.4),
+    )
+    plain = progress.side("plain")
+    yield "| batch | plain script | qbatch | share | target |"
+    yield "|---|---|---|---|---|"
+    for target in targets:
+        yield _line(target, plain, progress.side(target.step), arguments)
+    alike = progress.outcome("alike")
+    yield f"rows of one model that appear different: {'not asked yet' if alike is None else alike['said']}"
+
+
+def _line(target: Aim, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
+    theirs_s = None
+    if plain is not None and target.widths is None:
+        theirs_s = plain.total_s
+    elif plain is not None and target.widths is not None and arguments.fine_tuned in arguments.shapes:
+        theirs_s = plain_s(plain, arguments.fine_tuned, arguments.fine_tunes, target.widths)
+    computed = " (computed)" if theirs_s is not None and target.widths is not None else ""
+    share = "–" if theirs_s is None or ours is None else f"{ours.total_s / theirs_s:.2f}"
+    return (
+        f"| {target.what} | {'–' if theirs_s is None else f'{theirs_s:.1f} s'}{computed} "
+        f"| {'–' if ours is None else f'{ours.total_s:.1f} s'} | {share} | {target.at_most} |"
+    )
+
+
+def _details(progress: Progress) -> Iterator[str]:
+    """Stage by stage, and the figures of both sides beside each other."""
+    plain = progress.side("plain")
+    for name in ("whole", "no-why"):
+        ours = progress.side(name)
+        if plain is not None and ours is not None:
+            yield f"-- {name}"
+            yield from stage_table([plain], [ours])
+            yield from figure_table([plain], [ours])[0]
+    for name in ("fine-tunes-4", "fine-tunes-84"):
+        if (ours := progress.side(name)) is not None:
+            yield f"-- {name}: {ours.total_s:.1f} s"
+            yield from (f"  {seconds:8.1f}  {stage}" for stage, seconds in ours.stages_s.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", dest="shapes", help="repeat it for several")
+    parser.add_argument("--fine-tuned", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--fine-tunes", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=540.0, help="how long to go on (default: 540)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
+    parser.add_argument("--folder", type=Path, default=_FOLDER, help="60 GB for the usual shapes")
+    arguments = parser.parse_args()
+    arguments.shapes = arguments.shapes or ["llama-1b", "llama-3b", "llama-8b"]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    progress = Progress(arguments)
+    progress.go_on()
+    print("\n".join([*_details(progress), *table(progress, arguments)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
