@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import placed
 from qbatch.commands.measurements import results as results_command
+from qbatch.commands.measurements import with_absolute_paths
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.request import read_submission
 from qbatch.commands.result_options import read_filter
@@ -160,7 +160,7 @@ def results(
     ids = find_batches(database, _words(batches))
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
-    return ResultRows(placed(settings, rows))
+    return ResultRows(with_absolute_paths(settings, rows))
 
 
 def _words(batches: Iterable[Batch]) -> list[str]:

@@ -70,7 +70,9 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         has_legend=options["has_legend"],
         sort=sort,
     )
-    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=preference, layout=layout)
+    screen = ResultsScreen(
+        rows=with_absolute_paths(settings, rows), others=others, preference=preference, layout=layout
+    )
     print_results(screen, format_)
 
 
@@ -105,7 +107,7 @@ def compare(
     limit = page_limit(limit, format_)
     with database.read() as session:
         page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
-        rows = placed(settings, with_answers(session, page.rows))
+        rows = with_absolute_paths(settings, with_answers(session, page.rows))
     chosen = Preference(**preference)
     if format_ == "table" and not rows and not models:
         click.echo(NO_BATCH, err=True)
@@ -158,7 +160,7 @@ def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
         ids = list(first_jobs(session, LARGEST_ID, batch_ids=chosen.batch_ids)) if chosen.batch_ids else []
         found = whole_jobs(session, list(dict.fromkeys([*ids, *chosen.job_ids])))
         folder = settings.logs_of(database_id(session))
-    rows = placed(settings, [job.row for job in found])
+    rows = with_absolute_paths(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     data = [job.to_json() for job in whole]
@@ -180,7 +182,7 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
         click.echo(text)
 
 
-def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
+def with_absolute_paths(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
     """``rows`` with the absolute paths of their checkpoints, as this machine sees the storage.
 
     Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint.

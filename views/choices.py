@@ -56,7 +56,7 @@ def told_apart_by_answers(rows: Sequence[ResultRow], preference: Preference) -> 
     return found
 
 
-def picked(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
+def shipped_jobs(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
     """The ids of the ``rows`` with a checkpoint that is to be shipped. Several jobs may have the same checkpoint."""
     shipped = {key for choice in choices if choice.ship is not None for key in _same(choice.ship)}
     return {row.job_id for row in rows if row.state == JobState.SUCCEEDED and not shipped.isdisjoint(_same(row))}

@@ -10,7 +10,7 @@ from qbatch.worker.measuring.unloaded_size import count_unloaded
 from qbatch.worker.measuring.versions import versions
 
 
-def counted(subject: Subject, *, trusted: bool) -> Measurement:
+def measure_size_only(subject: Subject, *, trusted: bool) -> Measurement:
     """The figures of a model that is not loaded: its size. Raises SourceCorrupt, UnsafeSource or Unsupported."""
     unloaded = count_unloaded(subject.folder, subject.dtype, trusted=trusted, adapter=subject.adapter)
     return under_protocol(

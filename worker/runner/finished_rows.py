@@ -50,10 +50,10 @@ class FinishedRows:
 
     def send_counted(self, model: MeasuredModel) -> None:
         """Send the rows of a model of which only the size was asked for: it is not loaded."""
-        from qbatch.worker.measuring.size_only import counted
+        from qbatch.worker.measuring.size_only import measure_size_only
 
         self._reports.enter(model.ids, Stage.BENCHMARKING)
-        measurement = counted(self.subject(model), trusted=self._source.runs_code)
+        measurement = measure_size_only(self.subject(model), trusted=self._source.runs_code)
         self.confirm(model)
         for job_id in self._reports.open(model.ids):
             self.send(model, job_id, measurement)
@@ -61,9 +61,9 @@ class FinishedRows:
     def send_unmeasured(self, model: MeasuredModel, reason: str) -> None:
         """Send the rows of a published model that cannot be measured: with its size, and why there is no more."""
         from qbatch.worker.measuring.measurement_details import under_protocol, without_parts
-        from qbatch.worker.measuring.size_only import counted
+        from qbatch.worker.measuring.size_only import measure_size_only
 
-        measurement = counted(self.subject(model), trusted=self._source.runs_code)
+        measurement = measure_size_only(self.subject(model), trusted=self._source.runs_code)
         self.confirm(model)
         for plan in model.plans:
             if self._reports.open([plan.job_id]):
