@@ -15,7 +15,7 @@ import pytest
 
 import qbatch
 from qbatch.cli import main
-from qbatch.worker.serving.celery_worker import _PRELOAD_ON_CPU
+from qbatch.worker.serving.runner_forkserver import PRELOAD_ON_CPU
 
 ROOT = Path(qbatch.__file__).parents[2]
 PAGE = ("charts.jinja", "report.css", "report.jinja", "report.js", "tables.jinja")
@@ -136,9 +136,9 @@ def test_every_name_that_is_preloaded_is_found() -> None:
     program = f"""
 import multiprocessing
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload({_PRELOAD_ON_CPU!r})
+context.set_forkserver_preload({PRELOAD_ON_CPU!r})
 from qbatch.worker.serving.runner_imports import NAMES
-names = [*NAMES, *{_PRELOAD_ON_CPU!r}]
+names = [*NAMES, *{PRELOAD_ON_CPU!r}]
 missing = f"import sys; print([name for name in {{names}} if name not in sys.modules])"
 child = context.Process(target=exec, args=(missing,))
 child.start()

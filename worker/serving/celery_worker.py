@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import platform
 import secrets
 import signal
 import socket
@@ -13,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -29,7 +27,6 @@ from qbatch.core.errors import (
     DatabaseUnreachable,
     ForkserverKilled,
     NoSuchDevice,
-    QbatchError,
     StorageError,
     UsageError,
     WrongDatabase,
@@ -49,57 +46,21 @@ from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.machine.device_meter import read_load
 from qbatch.worker.machine.gpu import installed_gpus
-from qbatch.worker.machine.logs import log_to_stderr
+from qbatch.worker.machine.pid_space import pid_space
 from qbatch.worker.machine.processor import processor_name
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
-from qbatch.worker.serving.environment import has_database_password, without_secrets
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runner_forkserver import begin_imports
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
-from qbatch.worker.serving.sockets import own_sockets
 from qbatch.worker.serving.supervisor import WorkerContext
-from qbatch.worker.serving.usable_folders import check_environment
 
 log = logging.getLogger("qbatch.worker")
 
-_PRELOAD = [
-    "qbatch.worker.serving.ignore_sigterm",
-    "qbatch.worker.serving.quick_end",
-    "qbatch.worker.serving.runner_imports",
-]
-# A CPU's worker has no CUDA to keep away from: what each of its runners would import again, 1.2 s of a core.
-_PRELOAD_ON_CPU = [*_PRELOAD, "qbatch.worker.serving.cpu_runner_imports"]
 _DATABASE_RETRY_S = 2.0
 _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
-
-
-def main(uuid: str | None, *, drain: bool) -> int:
-    """Serve the GPU with that UUID, or the CPU, until told to stop. Returns the exit code."""
-    log_to_stderr()
-    try:
-        settings = Settings.from_env(os.environ)
-        check_environment(settings)
-        _drop_secrets(settings)
-        return CeleryWorker(settings, uuid, drain=drain).run()
-    except QbatchError as error:
-        print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-
-
-def _drop_secrets(settings: Settings) -> None:
-    """Remove secrets from the environment, which every forkserver inherits. From here on only ``settings`` has them.
-
-    Raises UsageError if the password of the database is one of them.
-    """
-    if has_database_password(os.environ) and not settings.sqlalchemy_url.startswith("sqlite"):
-        raise UsageError(
-            "PGPASSWORD is set, and runners would inherit it: unset it and put the password into QBATCH_DATABASE_URL"
-        )
-    kept = without_secrets(os.environ)
-    for name in os.environ.keys() - kept.keys():
-        del os.environ[name]
 
 
 def describe_worker(uuid: str | None) -> WorkerInfo:
@@ -128,15 +89,6 @@ def describe_worker(uuid: str | None) -> WorkerInfo:
         memory_bytes=gpu.memory_bytes,
         **common,  # type: ignore[arg-type]
     )
-
-
-def pid_space() -> str:
-    """Identifies where a pid is valid: one boot and one pid namespace. It differs between containers."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{platform.node()}:{psutil.boot_time():.0f}"
 
 
 def cpu_name() -> str:
@@ -262,7 +214,7 @@ class CeleryWorker:
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
-        """Raise WrongDatabase before the imports of ``_preload``, which take a while."""
+        """Raise WrongDatabase before the wait in ``_preload``, which takes a while."""
         try:
             hold_share(self._database, self._settings)
             self._database.is_behind()
@@ -282,15 +234,13 @@ class CeleryWorker:
         for job_id in self._recorder.lost():
             log.error("the outcome of j%s is lost: neither the database nor the disk accepted it", job_id)
 
-    def _preload(self) -> multiprocessing.context.ForkServerContext:
-        context = multiprocessing.get_context("forkserver")
-        is_cpu = self._info.device_kind is DeviceKind.CPU
-        context.set_forkserver_preload(_PRELOAD_ON_CPU if is_cpu else _PRELOAD)
+    def _preload(self) -> ForkServerContext:
+        """Wait for the imports of the forkserver, which may run already, and look whether runners can work."""
+        context = begin_imports(self._settings, on_cpu=self._info.device_kind is DeviceKind.CPU)
         # Waited for, so that no claimed job waits for the imports while its lease runs.
         first = context.Process(target=_as_a_runner, daemon=True)
         try:
-            with own_sockets(Path(f"{self._settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
-                first.start()
+            first.start()
         except (EOFError, ConnectionError) as error:
             raise ForkserverKilled("the process that starts runners ended before it started the first one") from error
         first.join()
