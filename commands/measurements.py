@@ -121,8 +121,8 @@ def compare(
 def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
-    Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
-    a difference counts if it is larger than the measured noise.
+    Each model and scheme of both is compared in what both measured, under the same protocol on the same kind of device.
+    A difference counts if it is larger than the measured noise.
     """
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
