@@ -5,7 +5,6 @@ Data goes to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -68,8 +67,6 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 
 # The exit code that shells give to a process that SIGPIPE ended.
 _NOBODY_READS = 141
-# So many are made before garbage is looked for among them.
-_YOUNG_OBJECTS = 100_000
 
 
 class _Group(click.Group):
@@ -85,8 +82,6 @@ class _Group(click.Group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in commands])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # Nearly all objects of a command's imports stay: the usual way is to look through them a hundred times.
-        gc.set_threshold(_YOUNG_OBJECTS)
         show_anything(sys.stdout, sys.stderr)
         return super().main(*args, **kwargs)
 

@@ -40,7 +40,7 @@ from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
 _RATE_TOLERANCE, _PERPLEXITY_TOLERANCE, _KL_TOLERANCE = 0.03, 0.005, 0.05
 # A line of a runner's log: its time, and what the jobs do from then on.
-_STEP = re.compile(r"^(\S+ \S+) qbatch\.runner INFO (?:j\d+(?:, )?)+: (.+)$", re.MULTILINE)
+_STEP = re.compile(r"^(\S+ \S+) qbatch\.runner INFO (?:j\d+(?:, )?)+: (?!attempt \d)(.+)$", re.MULTILINE)
 _COUNT = re.compile(r" \d+/\d+$")
 
 

@@ -161,7 +161,7 @@ def table(families: Sequence[Family]) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class FamilyTrial:
     """A type that is tried in a process of its own, which sends its line."""
 
     model_type: str
@@ -170,7 +170,7 @@ class Attempt:
     receiver: Connection
 
     @classmethod
-    def begin(cls, model_type: str, architecture: type[PreTrainedModel]) -> Attempt:
+    def begin(cls, model_type: str, architecture: type[PreTrainedModel]) -> FamilyTrial:
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=report, args=(model_type, architecture, sender))
@@ -199,10 +199,10 @@ class Attempt:
 def attempts(model_types: Iterable[str]) -> Iterator[Family]:
     """The lines of those types of which transformers has a class for a task here, as they come."""
     waiting = ((model_type, cls) for model_type in model_types if (cls := class_of(model_type)) is not None)
-    running: dict[Connection, Attempt] = {}
+    running: dict[Connection, FamilyTrial] = {}
     while True:
         for model_type, cls in islice(waiting, AT_ONCE - len(running)):
-            attempt = Attempt.begin(model_type, cls)
+            attempt = FamilyTrial.begin(model_type, cls)
             running[attempt.receiver] = attempt
         if not running:
             return

@@ -26,7 +26,7 @@ from qbatch.core.errors import DatabaseUnreachable
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.batches import JobRows, NewJob, add_empty_batch, add_jobs
 from qbatch.models_db.database_clock import SLACK_S, db_now
-from qbatch.models_db.results import keep
+from qbatch.models_db.finished_results import keep
 from qbatch.models_db.session import NO_SYNC, Database, in_chunks
 from qbatch.models_db.tables import Arrival, Batch, Job, Result
 

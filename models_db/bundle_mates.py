@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState
+from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.tables import Job
 
 
 def running_workers(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> set[int]:
     """The workers that run jobs among these now."""
-    named = or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    named = is_named(batch_ids, job_ids)
     found = session.scalars(select(Job.worker_id).where(named, Job.state == JobState.RUNNING).distinct())
     return {worker_id for worker_id in found if worker_id is not None}
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.few_jobs import HAS_BASE
+from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.session import NO_SYNC, in_chunks, insert_into
 from qbatch.models_db.tables import Checkpoint, Job
 
@@ -114,7 +115,7 @@ def checkpoints_of(session: Session, batch_ids: Sequence[int], job_ids: Sequence
 
     Those that are gone are included, and so are the ones to which the jobs' adapters belong, each before its adapters.
     """
-    these = or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    these = is_named(batch_ids, job_ids)
     keys = union_all(
         select(Job.base_key.label("key"), Job.id, literal(0).label("place")).where(these, HAS_BASE),
         select(Job.checkpoint_key.label("key"), Job.id, literal(1).label("place")).where(these),

@@ -22,13 +22,10 @@ from qbatch.core.sources import Header, is_pickled, pickle_files, read_config, r
 from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.core.transformers_names import refuse_unknown_architecture
 from qbatch.core.vram_classes import floor_bytes
-from qbatch.models_db import file_digests, jobs, results, searches, skip_list_keys
+from qbatch.models_db import file_digests, finished_results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since, known_searches
 from qbatch.models_db.batches import spec_of
-from qbatch.models_db.results import Finished
-from qbatch.scheduler.loader_warnings import loader_warnings
-from qbatch.scheduler.unmeetable_bound import refuse_unmeetable_bound
-from qbatch.scheduler.vram_prediction import predicted_need
+from qbatch.models_db.finished_results import Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +124,7 @@ class SubmissionLookup:
         return LookedUp(
             bundles=bundles,
             finished=self._find_finished(session, [(one.spec.device, one.pair) for one in flat if one.pair]),
-            old=set(results.find_finished(session, legacy, device_names=None)),
+            old=set(finished_results.find_finished(session, legacy, device_names=None)),
         )
 
     def memory_warning(self, bundle: Sequence[RequestedJob]) -> str | None:
@@ -159,6 +156,10 @@ class SubmissionLookup:
         """End the jobs whose answers were recorded since the lookup began, and return how many there were. A search
         whose answer is stored goes on with the job of its first point."""
         if self.has_searches:
+            # Imported here, and below, because most submits find nothing, and the state machine is a tenth of their
+            # imports.
+            from qbatch.models_db import jobs, searches
+
             asked_for = {job: str(job.checkpoint_key) for job in known_searches(session, batch_id)}
             known = searches.newest(session, set(asked_for.values()))
             for job, key in asked_for.items():
@@ -171,10 +172,13 @@ class SubmissionLookup:
         }
         asked = [(DeviceKind(job.device), pair) for job, pair in waiting.items()]
         answers = self.answers(self._find_finished(session, asked))
-        kept = results.keep(session, set(answers.values()))
+        kept = finished_results.keep(session, set(answers.values()))
         answered = {job: answers[pair] for job, pair in waiting.items() if answers.get(pair) in kept}
-        for job, job_id in answered.items():
-            jobs.answer_unclaimed(session, job, job_id)
+        if answered:
+            from qbatch.models_db import jobs
+
+            for job, job_id in answered.items():
+                jobs.answer_unclaimed(session, job, job_id)
         return len(answered)
 
     def _find_finished(
@@ -186,7 +190,7 @@ class SubmissionLookup:
             pairs = {pair for device, pair in asked if device_kind_of(device, self.devices) is kind}
             # If no worker of this kind is live, results of any device of the kind are accepted.
             names = {name for device, name in self.devices if device is kind} or None
-            finished |= results.find_finished(session, pairs, device_names=names)
+            finished |= finished_results.find_finished(session, pairs, device_names=names)
         return finished
 
 
@@ -205,7 +209,10 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> Insp
         return None
     headers = read_headers(folder)
     check_contents(folder, config, headers)
-    refuse_unmeetable_bound(specs, headers, config)
+    if any(spec.search is not None for spec in specs):
+        from qbatch.scheduler.unmeetable_bound import refuse_unmeetable_bound
+
+        refuse_unmeetable_bound(specs, headers, config)
     return _described(folder, config, headers, specs, mounts)
 
 
@@ -224,6 +231,10 @@ def inspect_unchecked(source: SourceRef, specs: Sequence[JobSpec], mounts: Mount
 def _described(
     folder: Path, config: Mapping[str, Any], headers: tuple[Header, ...], specs: Sequence[JobSpec], mounts: Mounts
 ) -> InspectedFolder:
+    # Imported here, because a list of hub ids needs neither.
+    from qbatch.scheduler.loader_warnings import loader_warnings
+    from qbatch.scheduler.vram_prediction import predicted_need
+
     dtype = source_dtype(headers)
     return InspectedFolder(
         dtype=dtype,

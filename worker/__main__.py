@@ -28,7 +28,7 @@ def main() -> int:
         from qbatch.worker.serving.launch import main as run_launch
 
         return run_launch(options.gpus, options.cpu, options.drain)
-    from qbatch.worker.serving.celery_worker import main as run_serve
+    from qbatch.worker.serving.serve import main as run_serve
 
     return run_serve(options.uuid, drain=options.drain)
 

@@ -58,9 +58,10 @@ def _note(path: Path) -> None:
 def main() -> None:
     note, *arguments = sys.argv[1:]
     atexit.register(_note, Path(note))
-    from qbatch.cli import main as qbatch
+    sys.argv = ["qbatch", *arguments]
+    from qbatch.__main__ import main as qbatch
 
-    qbatch(arguments, prog_name="qbatch")
+    qbatch()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import and_, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import ENDED_STATES, JobState
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs.transitions import lock
+from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.window import NO_MESSAGE
@@ -22,11 +23,13 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
     With a search go the jobs that publish its mixtures, and with one of those the search.
     """
     named = [*job_ids, *_of_the_same_searches(session, job_ids)]
-    open_ = and_(_named(batch_ids, named), Job.state.not_in(ENDED_STATES))
+    open_ = and_(is_named(batch_ids, named), Job.state.not_in(ENDED_STATES))
     lock(session, open_)
+    # Only these have an attempt that is not over, and they are few: a batch may have a hundred thousand that wait.
+    running = select(Job.id).where(is_named(batch_ids, named), Job.state == JobState.RUNNING)
     session.execute(
         update(Attempt)
-        .where(Attempt.job_id.in_(select(Job.id).where(open_)), Attempt.ended_at.is_(None))
+        .where(Attempt.job_id.in_(running), Attempt.ended_at.is_(None))
         .values(ended_at=db_now(), outcome=JobState.CANCELLED),
         execution_options=NO_SYNC,
     )
@@ -51,7 +54,7 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[int] = ()) -> list[int]:
     """Queue failed and cancelled jobs again with no failures, and return their ids. Attempt numbers continue, and GPU
     memory that was too small stays recorded. What a search found answers it again, and it goes on from there."""
-    over = and_(_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
+    over = and_(is_named(batch_ids, job_ids), Job.state.in_((JobState.FAILED, JobState.CANCELLED)))
     lock(session, over)
     rows = session.execute(
         update(Job)
@@ -80,7 +83,3 @@ def _of_the_same_searches(session: Session, job_ids: Sequence[int]) -> set[int]:
     of_search = select(Job.id).where(Job.search_job_id.in_(job_ids))
     of_point = select(Job.search_job_id).where(Job.id.in_(job_ids), Job.search_job_id.is_not(None))
     return {found for query in (of_search, of_point) for found in session.scalars(query) if found is not None}
-
-
-def _named(batch_ids: Sequence[int], job_ids: Sequence[int]) -> ColumnElement[bool]:
-    return or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))

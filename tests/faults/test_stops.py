@@ -60,6 +60,7 @@ def test_repeated_sigterm_hands_a_job_back_once(fleet: Fleet, make_model: MakeMo
 _TOLD_EARLY = """
 import os, signal, sys
 import qbatch.worker.serving.celery_worker as serve
+from qbatch.worker.serving.serve import main
 
 def told(before):
     def first(*args):
@@ -71,7 +72,7 @@ if sys.argv[1] == "while it sweeps":
     serve.CeleryWorker._sweep = told(serve.CeleryWorker._sweep)
 else:
     serve.make_app = told(serve.make_app)
-raise SystemExit(serve.main(None, drain=True))
+raise SystemExit(main(None, drain=True))
 """
 
 

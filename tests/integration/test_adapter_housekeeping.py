@@ -17,11 +17,12 @@ from qbatch.core.adapter_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qbatch.core.domain import DeviceKind, DType, Method, Scheme
 from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.core.settings import Settings
-from qbatch.models_db import checkpoints, jobs, results
+from qbatch.models_db import checkpoints, finished_results, jobs
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.checkpoint_needs import why_needed
+from qbatch.models_db.finished_results import find_finished
 from qbatch.models_db.listing import list_jobs
-from qbatch.models_db.results import find_finished, find_results
+from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.views.scheme import show_scheme
 from qbatch.worker.checkpoints.publish import Origin, publish_adapter
@@ -218,12 +219,12 @@ def test_a_result_answers_only_while_both_are_there(database: Database, settings
     assert [part.path for part in found.parts] == [pair.base, pair.adapter]
     assert [part.versions for part in found.parts] == [{}, {}]
     with database.write() as session:
-        assert results.keep(session, {pair.adapted}) == {pair.adapted}
+        assert finished_results.keep(session, {pair.adapted}) == {pair.adapted}
         checkpoints.note_presence(session, gone=[pair.base], present=[])
     with database.write() as session:
         assert find_finished(session, asked, device_names=None) == {}
         assert [row.checkpoint_path for row in find_results(session)] == [None, None]
-        assert results.keep(session, {pair.adapted}) == set()
+        assert finished_results.keep(session, {pair.adapted}) == set()
 
 
 def test_verifying_a_job_reads_the_checkpoint_of_its_adapter_too(database: Database, settings: Settings) -> None:

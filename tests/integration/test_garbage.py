@@ -18,7 +18,7 @@ from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import StorageError, UsageError
 from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
-from qbatch.models_db import checkpoints, jobs, results
+from qbatch.models_db import checkpoints, finished_results, jobs
 from qbatch.models_db.job_record import job_records
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
@@ -468,7 +468,7 @@ def test_a_result_whose_checkpoint_was_just_removed_answers_nobody(database: Dat
     gone, there = a_measured_batch(database, settings, "org/a"), a_measured_batch(database, settings, "org/b")
     rm(database, settings, paths=gone.paths)
     with database.write() as session:
-        assert results.keep(session, {*gone.job_ids, *there.job_ids, 999}) == set(there.job_ids)
+        assert finished_results.keep(session, {*gone.job_ids, *there.job_ids, 999}) == set(there.job_ids)
 
 
 def test_who_is_about_to_answer_waits_for_the_removal(postgresql_database: Database, settings: Settings) -> None:
@@ -477,7 +477,7 @@ def test_who_is_about_to_answer_waits_for_the_removal(postgresql_database: Datab
 
     def answer() -> None:
         with postgresql_database.write() as session:
-            kept.append(results.keep(session, set(made.job_ids)))
+            kept.append(finished_results.keep(session, set(made.job_ids)))
 
     answering = threading.Thread(target=answer)
     with postgresql_database.write() as session:

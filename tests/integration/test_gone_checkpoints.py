@@ -13,7 +13,7 @@ from qbatch.cli import main
 from qbatch.core.domain import Method
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
-from qbatch.models_db.results import find_finished
+from qbatch.models_db.finished_results import find_finished
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Result as ResultOfJob
 from tests.rows import a_batch, a_worker, bundle, claim

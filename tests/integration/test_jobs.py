@@ -30,7 +30,7 @@ from qbatch.core.errors import (
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.core.retry_policy import RetryLimits
-from qbatch.models_db import jobs, listing, results, window, workers
+from qbatch.models_db import finished_results, jobs, listing, results, window, workers
 from qbatch.models_db.batches import NewJob, add_text, text_content
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_record import whole_jobs
@@ -509,7 +509,7 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     protocol_hash = PROTOCOL.for_device(DeviceKind.CPU).hash
     with database.read() as session:
         for names, found in ((None, ids[0]), (["a CPU"], ids[0]), (["a GPU"], None)):
-            answer = results.find_finished(session, {("k" * 64, protocol_hash)}, device_names=names)
+            answer = finished_results.find_finished(session, {("k" * 64, protocol_hash)}, device_names=names)
             assert [one.job_id for one in answer.values()] == ([] if found is None else [found])
     answered, _ = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64, reused_from=ids[0])])
     with database.read() as session:

@@ -19,7 +19,18 @@ from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.core.search.bound import Bound
 from qbatch.core.search.search_request import SearchRequest
-from qbatch.models_db import checkpoint_needs, jobs, listing, results, searches, window, workers
+from qbatch.models_db import (
+    checkpoint_needs,
+    checkpoints,
+    finished_results,
+    jobs,
+    listing,
+    results,
+    searches,
+    window,
+    workers,
+)
+from qbatch.models_db.bundle_mates import running_workers
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
@@ -43,7 +54,7 @@ _LEASE_S = 3600.0
 _SMALL = QueueRange(under=20 * GIB, largest=70 * GIB)
 _LARGE = QueueRange(over=20 * GIB, largest=70 * GIB)
 
-_LARGE_TABLES = r"(jobs|attempts|results|checkpoints)(_\d+)?\b"
+_LARGE_TABLES = r"(jobs|attempts|results)(_\d+)?\b"
 _READS_ALL = re.compile(rf"\bSCAN {_LARGE_TABLES}|Seq Scan on {_LARGE_TABLES}")
 
 Action = Callable[[Session], object]
@@ -109,7 +120,7 @@ def _succeeds(session: Session) -> object:
 def _finished(session: Session) -> object:
     keys = session.scalars(select(Job.checkpoint_key).where(Job.id <= 400))
     wanted = {(key, "p") for key in keys if key is not None}
-    return results.find_finished(session, wanted, device_names=["NVIDIA H100"])
+    return finished_results.find_finished(session, wanted, device_names=["NVIDIA H100"])
 
 
 def _shown(session: Session) -> object:
@@ -192,6 +203,9 @@ ACTIONS: dict[str, Action] = {
     "a look at all that is open": lambda session: Watcher([], lease_s=_LEASE_S).look(session),
     "how long jobs will take": lambda session: time_left(session, lease_s=_LEASE_S),
     "cancel": lambda session: jobs.cancel(session, job_ids=[_running(session)[0]]),
+    "cancel a batch and a job": lambda session: jobs.cancel(session, batch_ids=[1], job_ids=[_running(session)[0]]),
+    "whose jobs run": lambda session: running_workers(session, job_ids=[_running(session)[0]]),
+    "checkpoints of a job": lambda session: checkpoints.checkpoints_of(session, [], [_a_result(session)]),
     "retry": lambda session: jobs.retry(session, job_ids=[_running(session)[0]]),
     "what a search found": _search,
     "a point of a search ends": _point_ends,

@@ -21,8 +21,9 @@ from qbatch.models_db import checkpoints, file_digests, jobs
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.database_id import database_id
+from qbatch.models_db.finished_results import keep
 from qbatch.models_db.job_record import job_records
-from qbatch.models_db.results import find_results, keep
+from qbatch.models_db.results import find_results
 from qbatch.models_db.retention import delete_jobs, find_prunable
 from qbatch.models_db.schema import alembic_config, upgrade
 from qbatch.models_db.session import Database

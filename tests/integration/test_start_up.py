@@ -60,6 +60,15 @@ def test_a_short_command_imports_neither_the_stack_nor_another_database(
     assert "qbatch.models_db.tables" in modules
 
 
+def test_a_submit_of_hub_models_imports_what_it_stores_alone(database: Database, tmp_path: Path) -> None:
+    models = tmp_path / "list"
+    models.write_text("organization/model\n")
+    modules = imported(database, tmp_path / "home", "submit", "--models", str(models), "--bits", "4")
+    unused = {"qbatch.models_db.jobs", "qbatch.core.measured.measurement", "qbatch.core.loaders.known_loaders"}
+    assert modules & unused == set()
+    assert "qbatch.models_db.arrivals" in modules
+
+
 @pytest.mark.parametrize("command", ["status", "jobs", "workers"])
 def test_a_list_of_what_waits_imports_no_other_command(database: Database, tmp_path: Path, command: str) -> None:
     a_batch(database)

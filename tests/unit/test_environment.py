@@ -30,8 +30,8 @@ def test_a_runner_has_what_its_libraries_read_and_nothing_else() -> None:
 def test_a_password_that_runners_would_inherit_is_refused(database: str | None, code: int) -> None:
     script = (
         "import os, sys; from qbatch.core.errors import UsageError; from qbatch.core.settings import Settings;"
-        "from qbatch.worker.serving.celery_worker import _drop_secrets\n"
-        "try: _drop_secrets(Settings.from_env(os.environ))\n"
+        "from qbatch.worker.serving.serve import drop_secrets\n"
+        "try: drop_secrets(Settings.from_env(os.environ))\n"
         "except UsageError as error: sys.exit(2 if 'PGPASSWORD' in str(error) else 3)\n"
         "assert 'QBATCH_DATABASE_URL' not in os.environ and 'PGPASSWORD' not in os.environ"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import OPEN_STATES, format_batch_id, format_job_id
@@ -24,6 +24,7 @@ from qbatch.core.storage import base_path
 from qbatch.models_db.checkpoint_needs import CheckpointUser, users_of
 from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, forget_unused
 from qbatch.models_db.database_id import database_id
+from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.retention import answered_elsewhere, delete_empty, delete_named
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Checkpoint, Job
@@ -157,7 +158,7 @@ _JOB_COLUMNS = (Job.id, Job.batch_id, Job.bundle, Job.state, Job.checkpoint_key,
 
 def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) -> list[Any]:
     """Raises UsageError if one has not ended."""
-    named = or_(Job.batch_id.in_(batch_ids), Job.id.in_(job_ids))
+    named = is_named(batch_ids, job_ids)
     jobs = list(session.execute(select(*_JOB_COLUMNS).where(named).order_by(Job.id)))
     open_ = [job for job in jobs if job.state in OPEN_STATES]
     if open_:

@@ -13,8 +13,8 @@ from qbatch.core.domain import Claim
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.storage import CheckpointState, checkpoint_state
-from qbatch.models_db import checkpoints, jobs, results, searches, skip_list_keys
-from qbatch.models_db.results import Finished, FinishedPart
+from qbatch.models_db import checkpoints, finished_results, jobs, searches, skip_list_keys
+from qbatch.models_db.finished_results import Finished, FinishedPart
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
@@ -102,7 +102,7 @@ class Answers:
         }
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
-        finished = results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
+        finished = finished_results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
         return {n: finished[pair] for n, pair in pairs.items() if pair in finished}
 
     def _state(self, part: FinishedPart) -> CheckpointState:
@@ -117,7 +117,7 @@ class Answers:
         skip_list_keys.remember(
             session, {spelled: key for one in resolved.jobs.values() for spelled, key in one.spelled_keys.items()}
         )
-        kept = results.keep(session, {one.job_id for one in sound.values()})
+        kept = finished_results.keep(session, {one.job_id for one in sound.values()})
         answered = {
             n
             for n, one in sorted(sound.items())

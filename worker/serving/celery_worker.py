@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +21,7 @@ from qbatch.core.errors import (
     DatabaseRefused,
     DatabaseReplaced,
     DatabaseUnreachable,
-    QbatchError,
     StorageError,
-    UsageError,
     WrongDatabase,
 )
 from qbatch.core.settings import Settings
@@ -40,49 +37,19 @@ from qbatch.scheduler.queues import queues_of
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.machine.device_meter import read_load
-from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
-from qbatch.worker.serving.environment import has_database_password, without_secrets
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runner_forkserver import start_forkserver
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.supervisor import WorkerContext
-from qbatch.worker.serving.usable_folders import check_environment
 from qbatch.worker.serving.worker_description import describe_worker
 
 log = logging.getLogger("qbatch.worker")
 
 _DATABASE_RETRY_S = 2.0
-
-
-def main(uuid: str | None, *, drain: bool) -> int:
-    """Serve the GPU with that UUID, or the CPU, until told to stop. Returns the exit code."""
-    log_to_stderr()
-    try:
-        settings = Settings.from_env(os.environ)
-        check_environment(settings)
-        _drop_secrets(settings)
-        return CeleryWorker(settings, uuid, drain=drain).run()
-    except QbatchError as error:
-        print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-
-
-def _drop_secrets(settings: Settings) -> None:
-    """Remove secrets from the environment, which every forkserver inherits. From here on only ``settings`` has them.
-
-    Raises UsageError if the password of the database is one of them.
-    """
-    if has_database_password(os.environ) and not settings.sqlalchemy_url.startswith("sqlite"):
-        raise UsageError(
-            "PGPASSWORD is set, and runners would inherit it: unset it and put the password into QBATCH_DATABASE_URL"
-        )
-    kept = without_secrets(os.environ)
-    for name in os.environ.keys() - kept.keys():
-        del os.environ[name]
 
 
 def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
@@ -204,7 +171,7 @@ class CeleryWorker:
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
-        """Raise WrongDatabase before the imports of ``start_forkserver``, which take a while."""
+        """Raise WrongDatabase before the wait in ``start_forkserver``, which takes a while."""
         try:
             hold_share(self._database, self._settings)
             self._database.is_behind()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import ForkserverKilled, NoSuchDevice, UsageError
 from qbatch.core.settings import Settings
+from qbatch.worker.machine.pid_space import pid_space
 from qbatch.worker.serving.sockets import own_sockets
-from qbatch.worker.serving.worker_description import pid_space
 
 _ALWAYS = (
     "qbatch.worker.serving.ignore_sigterm",
@@ -27,17 +28,25 @@ PRELOADED = {
 _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
 
 
+def begin_imports(settings: Settings, kind: DeviceKind) -> ForkServerContext:
+    """Start the forkserver, unless it runs, and do not wait for it. It inherits the environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED[kind]))
+    with own_sockets(Path(f"{settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
+        forkserver.ensure_running()
+    return context
+
+
 def start_forkserver(settings: Settings, kind: DeviceKind) -> ForkServerContext:
-    """Start the forkserver, and wait for its imports, so that no claimed job waits for them while its lease runs.
+    """Start the forkserver, unless it runs, and wait for its imports, so that no claimed job waits for them while its
+    lease runs.
 
     Raises NoSuchDevice or UsageError if runners cannot work here, and ForkserverKilled.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED[kind]))
+    context = begin_imports(settings, kind)
     first = context.Process(target=_exit_as_a_runner, daemon=True)
     try:
-        with own_sockets(Path(f"{settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
-            first.start()
+        first.start()
     except (EOFError, ConnectionError) as error:
         raise ForkserverKilled("the process that starts runners ended before it started the first one") from error
     first.join()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import secrets
 import socket
-from pathlib import Path
 
 import psutil
 
@@ -14,6 +12,7 @@ from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import NoSuchDevice
 from qbatch.models_db.workers import WorkerInfo
 from qbatch.worker.machine.gpu import installed_gpus
+from qbatch.worker.machine.pid_space import pid_space
 from qbatch.worker.machine.processor import processor_name
 
 
@@ -43,15 +42,6 @@ def describe_worker(uuid: str | None) -> WorkerInfo:
         memory_bytes=gpu.memory_bytes,
         **common,  # type: ignore[arg-type]
     )
-
-
-def pid_space() -> str:
-    """Identifies where a pid is valid: one boot and one pid namespace. It differs between containers."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{platform.node()}:{psutil.boot_time():.0f}"
 
 
 def cpu_name() -> str:
