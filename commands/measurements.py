@@ -21,7 +21,7 @@ from qbatch.commands.result_options import (
 )
 from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
 from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
-from qbatch.core.domain import LARGEST_ID, job_number
+from qbatch.core.domain import LARGEST_ID, format_batch_id, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 from qbatch.core.storage import missing_checkpoints
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.job_record import JobRecord
     from qbatch.views.results_table import ResultsScreen
+
+# More fill several screens, each job having half of one.
+_FEW_JOBS = 4
 
 
 @click.command()
@@ -163,6 +166,9 @@ def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     data = [job.to_json() for job in whole]
     click.echo(show_jobs(whole, in_full=in_full) if format_ == "table" else render(data, (), format_))
+    if format_ == "table" and len(ids) > _FEW_JOBS:
+        batches = " ".join(map(format_batch_id, chosen.batch_ids))
+        click.echo(f"`qbatch results {batches}` shows these {len(ids)} jobs in one table", err=True)
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
