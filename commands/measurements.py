@@ -21,7 +21,7 @@ from qbatch.commands.result_options import (
 )
 from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
 from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
-from qbatch.core.domain import LARGEST_ID, job_number
+from qbatch.core.domain import LARGEST_ID, format_batch_id, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 from qbatch.core.storage import missing_checkpoints
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.job_record import JobRecord
     from qbatch.views.results_table import ResultsScreen
+
+# More fill several screens, each job having half of one.
+_FEW_JOBS = 4
 
 
 @click.command()
@@ -123,8 +126,8 @@ def compare(
 def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
-    Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
-    a difference counts if it is larger than the measured noise.
+    Each model and scheme of both is compared in what both measured, under the same protocol on the same kind of device.
+    A difference counts if it is larger than the measured noise.
     """
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
@@ -165,6 +168,9 @@ def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     data = [job.to_json() for job in whole]
     click.echo(show_jobs(whole, in_full=in_full) if format_ == "table" else render(data, (), format_))
+    if format_ == "table" and len(ids) > _FEW_JOBS:
+        batches = " ".join(map(format_batch_id, chosen.batch_ids))
+        click.echo(f"`qbatch results {batches}` shows these {len(ids)} jobs in one table", err=True)
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:

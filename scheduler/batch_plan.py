@@ -110,8 +110,11 @@ class BatchPlan:
         return sum(job.duration is None for job in self.open_jobs)
 
 
-def plan_batch(database: Database, settings: Settings, submission: Submission) -> BatchPlan:
-    """Look everything up that ``submit`` would, and store nothing.
+def plan_batch(
+    database: Database, settings: Settings, submission: Submission, *, here: DeviceKind | None = None
+) -> BatchPlan:
+    """Look everything up that ``submit`` would, and store nothing. ``here``: the kind of device of this machine's
+    workers, if they are expected where none is live.
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
@@ -127,7 +130,7 @@ def plan_batch(database: Database, settings: Settings, submission: Submission) -
             there = _published(session, settings, [one for bundle in looked_up.bundles for one in bundle])
             there |= _searched(session, [one for bundle in looked_up.bundles for one in bundle])
             for source, bundle in zip(chunk, looked_up.bundles, strict=True):
-                planned = _planned(bundle, lookup, runs)
+                planned = _planned(bundle, lookup, runs, here)
                 jobs += (_with_earlier(job, one, answers, there) for job, one in zip(planned, bundle, strict=True))
                 said = [*(source.folder.warnings if source.folder is not None else ()), lookup.memory_warning(bundle)]
                 for line in filter(None, said):
@@ -156,7 +159,9 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
         yield chunk
 
 
-def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun]) -> list[PlannedJob]:
+def _planned(
+    bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun], here: DeviceKind | None
+) -> list[PlannedJob]:
     """The jobs of one source, with the sizes that its headers tell."""
     source = bundle[0].spec.source
     headers: tuple[Header, ...] = ()
@@ -168,19 +173,19 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
     parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in FLOATS) or None
     is_searched = any(one.spec.search is not None for one in bundle)
     groups = count_groups(headers, config) if is_searched and headers else 0
-    # Where nothing is live, the next worker is expected to be like the last one.
-    last = runs[0].work.device_kind if runs else None
+    # Where nothing is live, the next worker is expected to be one of this machine, else like the last one.
+    next_one = here or (runs[0].work.device_kind if runs else None)
     jobs = []
     for one in bundle:
         spec = one.spec
         kind = device_kind_of(spec.device, lookup.devices)
-        expected = kind or last
+        expected = kind or next_one
         work = JobWork.of(spec, expected, parameters) if expected is not None else None
         duration = None if work is None else _duration(spec, work, runs, groups)
         job = PlannedJob(spec=spec, dtype=spec.dtype, duration=duration)
         if spec.search is not None and work is not None:
             job = replace(job, duration_once_searched=_of_one_point(spec, work, runs))
-        jobs.append(_with_sizes(job, headers, config, kind) if headers else job)
+        jobs.append(_with_sizes(job, headers, config, kind or here) if headers else job)
     return jobs
 
 

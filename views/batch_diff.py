@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.batch_pairs import PairedBatches, RowPair, pair_batches
 from qbatch.views.figure_changes import Change, FigureChange
@@ -37,7 +38,7 @@ def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: 
     width = terminal_width()
     lines = [line for change in _LISTED for line in _section(change, paired.pairs, width)]
     lines += _not_compared(paired, width)
-    footer = [text for text in (*_versions(paired.pairs), _sum(paired)) if text]
+    footer = [text for text in (*_parts_of_one(paired.pairs), *_versions(paired.pairs), _sum(paired)) if text]
     prose = [line for text in footer for line in wrap(printable(text), min(width, PROSE_WIDTH), indent=GAP)]
     return "\n".join([*lines, *([""] if lines else []), *prose])
 
@@ -77,6 +78,15 @@ def _not_compared(paired: PairedBatches, width: int) -> Iterable[str]:
             texts.append(f"only in the {which} ({len(rows)}): {name_jobs(names, _NAMED)}")
     for text in texts:
         yield from wrap(printable(text), width, indent=GAP)
+
+
+def _parts_of_one(pairs: Sequence[RowPair]) -> Iterable[str]:
+    """Yield which parts only one of the batches measured."""
+    parts = [(pair.before.protocol.parts, pair.after.protocol.parts) for pair in pairs if pair.why_not is None]
+    for part in (MeasuredPart.QUALITY, MeasuredPart.SPEED):
+        for which, alone in (("first", [a - b for a, b in parts]), ("second", [b - a for a, b in parts])):
+            if any(part in some for some in alone):
+                yield f"{part.value.capitalize()} was measured in the {which} alone, so it is not compared."
 
 
 def _versions(pairs: Sequence[RowPair]) -> Iterable[str]:

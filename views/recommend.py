@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart
@@ -57,9 +57,10 @@ class Recommendation:
 def recommend(group: Group, preference: Preference) -> Recommendation:
     """Recommend the configuration of ``group`` to ship. Where quality was not measured, none is recommended.
 
-    If the user gives neither a limit nor a preference, the bound of the group's search decides, where there is one.
+    If the user gives neither a preference nor a limit on quality or bytes, the bound of the group's search decides,
+    where there is one.
     """
-    bounds, is_asked = quality_bounds_for(group, preference), preference != Preference()
+    bounds, is_asked = quality_bounds_for(group, preference), preference.max_weights_bytes is not None
     preference = preference_within(group, preference)
     prefer = preference.prefer
     if (reason := _why_unknown(group)) is not None:
@@ -105,12 +106,13 @@ def _why_no_quality(row: ResultRow) -> str | None:
 
 
 def preference_within(group: Group, preference: Preference) -> Preference:
-    """What decides in ``group``: what the user gives, else the bound of its search, else the defaults."""
-    if group.search is None or preference != Preference():
+    """What decides in ``group``: what the user gives, else the bound of its search, else the defaults. A rate may be
+    asked for besides."""
+    if group.search is None or replace(preference, min_tokens_per_s=None) != Preference():
         return preference
     bound = dict(group.search.mixture.bound or {})
     # Who gives the bytes wants the best that fits into them.
-    return Preference(**bound, prefer="quality" if "max_weights_bytes" in bound else preference.prefer)
+    return replace(preference, **bound, prefer="quality" if "max_weights_bytes" in bound else preference.prefer)
 
 
 def quality_bounds_for(group: Group, preference: Preference) -> list[QualityBound]:

@@ -112,6 +112,15 @@ def test_pairs_that_were_not_compared_are_one_line_and_in_json_all() -> None:
     assert [pair["not_compared"] for pair in pairs[-2:]] == ["only in the first", "only in the second"]
 
 
+def test_what_only_one_batch_measured_hinders_no_comparison_of_the_rest() -> None:
+    quick = {"protocol": PROTOCOL | {"speed": False}, "protocol_hash": "q", "decode_tokens_per_s": None}
+    text = said([measured(1)], [measured(11, kl=0.06, **quick)])
+    assert "worse (1) j1 → j11 Meta-Llama-3.1-70B-Instruct bnb-nf4: KL 3.0e-02 → 6.0e-02 ×2.00" in text
+    assert "Speed was measured in the first alone, so it is not compared. 1 pair compared: 0 faster" in text
+    profiled = {"protocol": PROTOCOL | {"why": True}, "protocol_hash": "w"}
+    assert "measured in different ways: why (none, yes)" in said([measured(1)], [measured(11, rate=60.0, **profiled)])
+
+
 def test_searches_of_one_bound_are_paired_though_they_chose_other_layers() -> None:
     def search(number: int, layer: str, bound: float) -> Row:
         row = measured(number)

@@ -90,6 +90,12 @@ def test_what_the_user_says_now_goes_before_it() -> None:
     assert model["groups"][0]["recommendation"]["ship"] == "j2"
 
 
+def test_a_rate_is_asked_for_besides() -> None:
+    rows = [row | {"decode_tokens_per_s": 30.0 + number} for number, row in enumerate(searched({"max_kl": 1e-3}))]
+    (model,) = json.loads(comparison(rows, Preference(min_tokens_per_s=20.0), by="figure", format="json"))
+    assert model["groups"][0]["recommendation"]["ship"] == "j5"
+
+
 def test_compare_says_whose_bound_it_is() -> None:
     said = " ".join(comparison(searched({"max_kl": 1e-3}), Preference(), by="figure", format="table").split())
     assert "a mean KL of at most 0.001 nats (the bound of --scheme auto; --max-kl changes it)" in said
