@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,6 +261,34 @@ def test_widths_are_published_side_by_side(source: Path, monkeypatch: pytest.Mon
     ear = run(source)
     assert ear.measured() == {NF4, INT8}
     assert [m.job_ids for m in ear.heard if isinstance(m, Entered) and m.stage is Stage.PUBLISHING] == [(NF4, INT8)]
+
+
+def test_weights_are_read_back_once_while_written_and_once_after_their_use(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart from being loaded, which maps them: publishing has the checksums from the writing."""
+    read: Counter[str] = Counter()
+
+    def counting(name: str) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def counted(descriptor: int, *arguments: Any) -> Any:
+            found = original(descriptor, *arguments)
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            if path.name == "model.safetensors" and path.parent != source:
+                read["published" if "checkpoints" in path.parts else "staged"] += (
+                    found if isinstance(found, int) else len(found)
+                )
+            return found
+
+        return counted
+
+    for name in ("pread", "preadv"):
+        monkeypatch.setattr(os, name, counting(name))
+    ear = run(source)
+    weights_bytes = sum((folder / "model.safetensors").stat().st_size for folder in places(ear, source).values())
+    assert ear.measured() == {NF4, INT8}
+    assert read == {"staged": weights_bytes, "published": weights_bytes}
 
 
 def test_a_source_that_changed_by_then_fails_both(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,9 +80,11 @@ def _serve_and_exit(requests: int, answers: int) -> None:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Close what the runner has open: by the end of its pipe, its worker knows that it has ended."""
-    for name in list(Path("/dev/fd").iterdir()):
-        descriptor = int(name.name)
-        if descriptor not in (*_STREAMS, *kept):
-            with contextlib.suppress(OSError):  # the one by which they were listed
+    """Close what the runner has open: by the end of its pipe, its worker knows that it has ended. But no device: a
+    library may have opened it for good."""
+    for descriptor in [int(entry.name) for entry in Path("/dev/fd").iterdir()]:
+        if descriptor in (*_STREAMS, *kept):
+            continue
+        with contextlib.suppress(OSError):  # the one by which they were listed
+            if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
