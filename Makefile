@@ -47,11 +47,12 @@ test: install ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not loaders$(if $(CHROMIUM),, and not browser)" --numprocesses 3
 
 # LOADERS_PYTHON names an interpreter that has PEFT and sentence-transformers, instead of the one that is made here. An
-# engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried.
+# engine's own pins differ from ours: ENGINE_PYTHON names its interpreter, and without it no engine is tried. Each test
+# starts several processes that import torch, and an engine, which take minutes on a busy machine.
 LOADERS_STAMP := .venv-loaders/.installed
 
 loaders: install $(if $(LOADERS_PYTHON),,$(LOADERS_STAMP)) ## load checkpoints with PEFT, sentence-transformers and, if ENGINE_PYTHON names it, vLLM
-	LOADERS_PYTHON="$(or $(LOADERS_PYTHON),$(CURDIR)/.venv-loaders/bin/python)" $(BIN)/python -m pytest -m loaders tests/loaders
+	LOADERS_PYTHON="$(or $(LOADERS_PYTHON),$(CURDIR)/.venv-loaders/bin/python)" $(BIN)/python -m pytest -m loaders --timeout 1200 tests/loaders
 
 $(LOADERS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-loaders
