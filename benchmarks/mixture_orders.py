@@ -50,16 +50,10 @@ def by_derivative_at_each_mixture(search: OpenedSearch) -> Order:
 
 
 def _slopes(search: OpenedSearch, kept: Set[str]) -> dict[str, float]:
-    from qbatch.worker.searching.derivative_screen import window_slopes
+    from qbatch.worker.searching.group_slopes import group_slopes
 
     search.mixed.keep(kept)
-    sums = dict.fromkeys(search.groups, 0.0)
-    for number, probe in enumerate(search.probes):
-        found = window_slopes(search.mixed, probe, search.loaded.device, search.base.of(number)).slopes
-        for name, group in search.groups.items():
-            sums[name] -= math.fsum(found.get(module, 0.0) for module in group.modules)
-    search.passes += 3.75  # as a search counts it
-    return sums
+    return {name: math.fsum(sums) for name, sums in group_slopes(search, keep_outputs=False).gains.items()}
 
 
 def by_gain_alone(search: OpenedSearch) -> Order:

@@ -10,8 +10,8 @@ from qbatch.core.job_duration import Basis, JobWork, PastRun, TimeEstimate, esti
 from qbatch.core.recovery import STEP_WINDOWS, TEXT_WINDOW, Recovery
 from qbatch.core.search.search_protocol import SearchProtocol
 
-# What finding the mixtures takes for each group: seen with 16 and with 48 groups.
-_FRONTIER_PASSES = 1.0
+# What finding the mixtures takes for each group: half a pass to measure one, and a part of a backward pass.
+_FRONTIER_PASSES = 1.5
 # The model that teaches, the one that learns, and its backward pass, which takes as long as two.
 _TRAINING_PASSES = 4.0
 

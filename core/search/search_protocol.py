@@ -14,8 +14,9 @@ class SearchProtocol:
     """The search's own text, by its hash, is read in ``windows`` pieces of at most ``window`` tokens.
 
     ``passes_per_group``: measuring single groups may cost this many passes through the whole model for each group, what
-    the derivatives cost included; at least as many as ``least_passes`` are always allowed. ``most_tries``: how many
-    groups are measured at most before one is added to a mixture.
+    the derivatives cost included; at least as many as ``least_passes`` are always allowed. ``refined_each``: after how
+    many groups that were added the derivatives are found again. ``most_tries``: without derivatives, how many groups
+    are measured at most before one is added to a mixture.
     """
 
     text_sha256: str
@@ -24,9 +25,10 @@ class SearchProtocol:
     passes_per_group: float = 0.1
     least_passes: float = 5.5
     most_tries: int = 3
+    refined_each: int = 4
 
     def __post_init__(self) -> None:
-        for field in ("window", "windows", "most_tries"):
+        for field in ("window", "windows", "most_tries", "refined_each"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qbatch.worker.quantizing.planning.skeleton import build_skeleton, skip_list
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 from qbatch.worker.searching.chosen_scheme import with_skip_lists
 from qbatch.worker.searching.frontier_search import find_frontier, same_kl_as_earlier
+from qbatch.worker.searching.group_slopes import group_slopes
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
 from qbatch.worker.searching.search_probes import search_probes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
@@ -66,6 +68,30 @@ def test_each_point_is_what_measuring_its_mixture_gives(searched: tuple[OpenedSe
         assert point.gain == (None if before is None else alone.gain_over(before))
         assert set(point.modules) == {module for name in kept for module in search.groups[name].modules}
         before = alone
+
+
+def test_each_group_that_is_added_has_the_steepest_slope_per_byte(trained_source: Path) -> None:
+    _, search = opened(trained_source)
+    protocol = replace(PROTOCOL, refined_each=2)
+    frontier = find_frontier(search, measure_sensitivity(search, protocol), protocol)
+    kept: list[str] = []
+    order = [name for point in frontier.points for name in point.added]
+    while len(kept) < 6:
+        search.mixed.keep(set(kept))
+        gains = group_slopes(search, keep_outputs=False).gains
+        left = search.groups.keys() - set(kept)
+        steepest = sorted(left, key=lambda name: search.groups[name].per_byte(math.fsum(gains[name])), reverse=True)
+        assert order[len(kept) : len(kept) + 2] == steepest[:2]
+        kept += steepest[:2]
+
+
+def test_without_slopes_what_a_group_gains_decides(trained_source: Path) -> None:
+    _, search = opened(trained_source)
+    sensitivity = measure_sensitivity(search, PROTOCOL, memory_bytes=0)
+    frontier = find_frontier(search, sensitivity, PROTOCOL)
+    assert frontier.points[1].added == (sensitivity.groups[0].group.name,)
+    assert {name for point in frontier.points for name in point.added} == search.groups.keys()
+    assert frontier.forward_passes < 2 * len(search.groups)
 
 
 def test_no_mixture_is_looked_for_below_what_16_bit_arithmetic_causes(trained_source: Path) -> None:

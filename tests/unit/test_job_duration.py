@@ -101,8 +101,8 @@ def test_a_first_adapter_takes_at_least_what_its_checkpoint_does() -> None:
 
 
 def test_a_first_search_or_training_takes_as_long_as_prefills() -> None:
-    assert search_tokens(SearchProtocol(text_sha256=""), 48) == (5.5 + 48) * 16 * 256
-    assert search_tokens(SearchProtocol(text_sha256=""), 100) == (10 + 100) * 16 * 256
+    assert search_tokens(SearchProtocol(text_sha256=""), 48) == (5.5 + 72) * 16 * 256
+    assert search_tokens(SearchProtocol(text_sha256=""), 100) == (10 + 150) * 16 * 256
     assert training_tokens(Recovery.of(RecoveryKind.QLORA, 8, "", 10)) == 10 * 4 * 256 * 4
     assert training_tokens(Recovery.of(RecoveryKind.SVD, 8, "")) == 0
     search = JobWork.of_search("bnb-nf4", DeviceKind.CUDA, "org/new", 2 * _B)

@@ -1,18 +1,26 @@
-"""Mixtures found greedily: to each the group is added that gains most per byte beside those that are there already.
+"""Mixtures found greedily: to each the group is added that promises most per byte beside those that are there already,
+and the mixture is measured whole. So each point of the frontier is a measurement.
 
-A group's gain falls as others are kept at 16 bits, so what was measured earlier is measured again before it counts: the
-group that promised most is added to the mixture, which is measured whole, and it stays if that is still more per byte
-than any other promises (the lazy greedy algorithm of Minoux, 1978). So each point of the frontier is a measurement.
+A group promises the slope of the KL at the mixture, which is found again after every few groups. What it gains by
+itself is less by what its own error costs alone. Where errors add up to a KL as squares do, half the slope is its share
+of the whole, with half of what it has in common with each other group: the groups that go well together come first.
+
+Without slopes, a group promises what it gained when it was measured last. Before that counts it is measured again: it
+stays if it gains more per byte than any other promises (the lazy greedy algorithm of Minoux, 1978).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.errors import CudaOom, HostOom
 from qbatch.core.search.frontier import Frontier, FrontierPoint
 from qbatch.core.search.search_protocol import SearchProtocol
 from qbatch.core.search.sensitivity import STANDARD_ERRORS, Sensitivity
+from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.searching.group_slopes import group_slopes
 from qbatch.worker.searching.mixture_quality import MixtureQuality, estimate
 from qbatch.worker.searching.opened_search import OpenedSearch
 
@@ -30,11 +38,15 @@ def find_frontier(search: OpenedSearch, sensitivity: Sensitivity, protocol: Sear
     """The frontier of an opened search, from everything quantized to everything at 16 bits, or to the first mixture
     whose KL is no more than 16-bit arithmetic alone causes. ``sensitivity`` is what the groups promise at first."""
     begin = search.passes
-    promises = {each.group.name: sensitivity.gain_per_byte(each) for each in sensitivity.groups}
+    slopes = slopes_per_byte(sensitivity)
+    promises = slopes or {each.group.name: sensitivity.gain_per_byte(each) for each in sensitivity.groups}
     current = search.quantized or search.measure(frozenset(), keep_outputs=True)
     points, sums = [_point(search, current)], [current.kl_sums]
     while promises and current.kl.mean > (search.floor_kl or 0.0):
-        best = _best(search, current, promises, protocol.most_tries)
+        if slopes and len(points) > 1 and (len(points) - 1) % protocol.refined_each == 0:
+            promises = _refined(search, current, promises)
+        # By slopes the first is taken; what it gains is no promise of the same kind.
+        best = _best(search, current, promises, 1 if slopes else protocol.most_tries)
         del promises[best.group]
         sums.append(best.quality.kl_sums)
         same_as = same_kl_as_earlier(sums, current.rows, search.floor_kl)
@@ -49,6 +61,31 @@ def find_frontier(search: OpenedSearch, sensitivity: Sensitivity, protocol: Sear
         forward_passes=search.passes - begin,
         floor_kl=search.floor_kl,
     )
+
+
+def slopes_per_byte(sensitivity: Sensitivity) -> dict[str, float]:
+    """By group; empty where no backward pass was made."""
+    return {
+        each.group.name: each.group.per_byte(each.derivative.mean)
+        for each in sensitivity.groups
+        if each.derivative is not None
+    }
+
+
+def _refined(search: OpenedSearch, current: MixtureQuality, promises: Mapping[str, float]) -> dict[str, float]:
+    """The slopes per byte at ``current`` of the groups that are left; the former ones if they are not finite, or if the
+    memory is not as free as it was for the first ones."""
+    search.mixed.keep(current.at_16_bits)
+    try:
+        found = group_slopes(search, keep_outputs=False)
+    except Exception as error:
+        if device_fault(error) not in (CudaOom, HostOom):
+            raise
+        search.report("no memory for another backward pass, so the order stays as it was")
+        return dict(promises)
+    if not found.is_finite:
+        return dict(promises)
+    return {name: search.groups[name].per_byte(math.fsum(found.gains[name])) for name in promises}
 
 
 def same_kl_as_earlier(sums: Sequence[Sequence[float]], rows: Sequence[int], floor: float | None) -> int | None:

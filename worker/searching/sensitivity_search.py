@@ -14,18 +14,11 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.measuring.stats import rank_correlation
 from qbatch.worker.searching.backward_memory import backward_bytes, free_bytes
-from qbatch.worker.searching.derivative_screen import window_slopes
-from qbatch.worker.searching.layer_outputs import recorded
+from qbatch.worker.searching.group_slopes import Gains, group_slopes
 from qbatch.worker.searching.mixture_quality import MixtureQuality, estimate
 from qbatch.worker.searching.opened_search import OpenedSearch
 
-# A forward pass, a backward pass to the layers' outputs, the products with the weights' changes, which cost as much
-# each, and the rest: seen with 300 million parameters on a CPU.
-_SCREENING_PASSES = 3.75
 _LEAST_RANKED = 3
-
-Gains = Mapping[str, Sequence[float]]
-"""By group, by how much the sum of the KL of each window's rows is predicted to fall."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,22 +69,10 @@ def _why_no_backward_pass(search: OpenedSearch, free: int) -> str | None:
 
 def _slopes(search: OpenedSearch) -> ScreenedGroups:
     search.mixed.keep(frozenset())
-    blocks = search.layers.blocks
-    sums: dict[str, list[float]] = {name: [] for name in search.groups}
-    divergences, kept = [], []
-    for number, probe in enumerate(search.probes):
-        search.report(f"backward pass {number + 1} of {len(search.probes)}")
-        with recorded(search.loaded.model, blocks) as outputs:
-            window = window_slopes(search.mixed, probe, search.loaded.device, search.base.of(number))
-        divergences.append(window.divergence)
-        kept.append(outputs)
-        for name, group in search.groups.items():
-            sums[name].append(-math.fsum(window.slopes.get(module, 0.0) for module in group.modules))
-    search.passes += _SCREENING_PASSES
-    quantized = MixtureQuality(at_16_bits=frozenset(), windows=divergences, outputs=kept if blocks else [])
-    is_finite = all(math.isfinite(value) for values in sums.values() for value in values)
-    why_not = None if is_finite else "the gradients were not finite"
-    return ScreenedGroups(quantized=quantized, gains=sums if is_finite else None, why_not=why_not)
+    found = group_slopes(search, keep_outputs=True)
+    quantized = MixtureQuality(at_16_bits=frozenset(), windows=found.windows, outputs=found.outputs)
+    why_not = None if found.is_finite else "the gradients were not finite"
+    return ScreenedGroups(quantized=quantized, gains=found.gains if found.is_finite else None, why_not=why_not)
 
 
 def _open_groups(search: OpenedSearch, screened: ScreenedGroups) -> Set[str]:
