@@ -28,8 +28,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "plan": "planning_ahead",
         "inspect": "examining",
         "run": "submission",
-        "watch": "waiting",
-        "wait": "waiting",
+        "watch": "wait_and_watch",
+        "wait": "wait_and_watch",
         "status": "queue_state",
         "jobs": "queue_state",
         "workers": "queue_state",
@@ -65,7 +65,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 }
 """The module of each command, in the sections and the order in which help lists them."""
 
-# As shells call what SIGPIPE has ended.
+# The exit code that shells give to a process that SIGPIPE ended.
 _NOBODY_READS = 141
 
 

@@ -66,7 +66,7 @@ _NAMES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class MemorySample:
     """What one process holds at one moment. ``pss_kib`` counts a page that n processes share as an n-th."""
 
     jobs: int
@@ -80,7 +80,7 @@ class Sample:
 class Watched:
     """The samples of each process, by name, and the keys in Redis after as many jobs."""
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[MemorySample]] = field(default_factory=dict)
     redis_keys: list[int] = field(default_factory=list)
 
     def add(self, jobs: int, processes: Mapping[str, psutil.Process], keys: int) -> None:
@@ -104,15 +104,15 @@ class Watched:
         if self.redis_keys[-1] > self.redis_keys[middle]:
             yield f"Redis went from {self.redis_keys[middle]} to {self.redis_keys[-1]} keys"
 
-    def _second_half(self, name: str) -> Sequence[Sample]:
+    def _second_half(self, name: str) -> Sequence[MemorySample]:
         samples = self.samples[name]
         return samples[len(samples) // 2 :]
 
 
-def _sample(process: psutil.Process, jobs: int) -> Sample:
+def _sample(process: psutil.Process, jobs: int) -> MemorySample:
     rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB", rollup, re.MULTILINE)}
-    return Sample(
+    return MemorySample(
         jobs=jobs,
         rss_kib=kib["Rss"],
         pss_kib=kib["Pss"],

@@ -56,7 +56,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class QuantizeOutcome:
     """``seconds`` by scheme, or for all schemes together. ``host_growth_bytes`` is the growth of the process's memory
     after all imports."""
 
@@ -91,7 +91,7 @@ def _write_rate(folder: Path, nbytes: int, threads: int, files: int, tile: memor
     return pieces * len(tile) / elapsed_s
 
 
-def baseline(task: Task) -> Outcome:
+def baseline(task: Task) -> QuantizeOutcome:
     """from_pretrained + save_pretrained, once per scheme."""
     import torch
     from transformers import AutoConfig
@@ -114,10 +114,10 @@ def baseline(task: Task) -> Outcome:
             model.save_pretrained(task.folder / name)
             seconds[name] = time.perf_counter() - start
             del model
-    return Outcome(seconds=seconds, **peaks, written_bytes=_bytes_in(task.folder))
+    return QuantizeOutcome(seconds=seconds, **peaks, written_bytes=_bytes_in(task.folder))
 
 
-def streamed(task: Task) -> Outcome:
+def streamed(task: Task) -> QuantizeOutcome:
     """qbatch's writer, with all schemes in one pass."""
     from qbatch.worker.quantizing import Target, Written, write_checkpoints
 
@@ -137,7 +137,7 @@ def streamed(task: Task) -> Outcome:
         for digest in result.files if task.check else ():
             if digest != digest_file(result.target.folder / digest.name):
                 raise ValueError(f"{digest.name}: the checksums do not match the file")
-    return Outcome(seconds={"+".join(task.schemes): elapsed_s}, **peaks, written_bytes=_bytes_in(task.folder))
+    return QuantizeOutcome(seconds={"+".join(task.schemes): elapsed_s}, **peaks, written_bytes=_bytes_in(task.folder))
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
         for files in sorted({1, len(schemes)})
     }
     log(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_show_ceilings(ceilings)}")
-    runs: dict[str, list[Outcome]] = {"baseline": [], "all": [], **{name: [] for name in schemes}}
+    runs: dict[str, list[QuantizeOutcome]] = {"baseline": [], "all": [], **{name: [] for name in schemes}}
     identical = True
     for repeat in range(arguments.repeats):
         for label in runs:
@@ -242,7 +242,7 @@ def print_table(
     shape: str,
     device: str,
     schemes: tuple[str, ...],
-    runs: dict[str, list[Outcome]],
+    runs: dict[str, list[QuantizeOutcome]],
     ceilings: Mapping[int, float],
     identical: bool,
 ) -> None:

@@ -259,7 +259,9 @@ def _load(name: str, folder: Path, dtype: DType, device: str) -> Any:
 
 
 def _row(name: str, folder: Path, dtype: DType, loaded: Any, energy: bool) -> Any:
-    from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+    from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+    from qbatch.worker.measuring.row_benchmark import RowBenchmark
+    from qbatch.worker.measuring.subject import Subject
 
     def report(step: str) -> None:
         _log(f"{name}: {step}")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import placed
 from qbatch.commands.measurements import results as results_command
+from qbatch.commands.measurements import with_absolute_paths
 from qbatch.commands.parameter_types import Duration
 from qbatch.commands.request import read_submission
 from qbatch.commands.result_options import read_filter
@@ -27,7 +27,7 @@ from qbatch.core.measured.result_row import ResultRow
 if TYPE_CHECKING:
     import pandas
 
-# Of the command: where the models come from, how it prints, and what it does besides storing.
+# Options of the command only: where the models come from, how it prints, and what it does besides storing.
 _OF_THE_COMMAND_LINE = frozenset({"models", "format", "json", "q", "wait", "dry_run", "on_end"})
 _ROWS_SHOWN = 20
 _NO_FILTERS = frozenset({"batch", "sort", "limit", "columns", "wide", "legend", "format", "json", "q"})
@@ -122,7 +122,7 @@ def wait(*batches: Batch, timeout: float | str | None = None, progress: bool = F
     ``timeout`` is in seconds, or as on the command line: ``"2h"``. ``progress`` shows it on standard error. Raises
     WaitTimeout, StackNotRunning if jobs are open and the embedded stack does not run, and ServiceUnreachable.
     """
-    from qbatch.commands.waiting import wait_for_batches
+    from qbatch.commands.wait_and_watch import wait_for_batches
 
     settings = current_settings()
     if not batches:
@@ -160,7 +160,7 @@ def results(
     ids = find_batches(database, _words(batches))
     with database.read() as session:
         rows = find_results(session, batch_ids=ids, only=only, sort=sort, limit=limit)
-    return ResultRows(placed(settings, rows))
+    return ResultRows(with_absolute_paths(settings, rows))
 
 
 def _words(batches: Iterable[Batch]) -> list[str]:

@@ -188,11 +188,11 @@ def _judge(folders: Sequence[Path], loaders: str, format_: str, python: str | No
 
 def _try(folder: Path, names: Sequence[str], python: str) -> Mapping[str, LoaderJudgement]:
     from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
-    from qbatch.worker.models.code_vetting import vet_code
+    from qbatch.worker.models.forbidden_code import refuse_forbidden_code
 
     if not Path(python).is_file():
         raise UsageError(f"{python} is not an interpreter")
-    vet_code(folder, trusted=False)
+    refuse_forbidden_code(folder, trusted=False)
     return try_loaders(folder, names, python=python)
 
 

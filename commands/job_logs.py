@@ -15,7 +15,7 @@ from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import LARGEST_ID
 
 if TYPE_CHECKING:
-    from qbatch.scheduler.job_log_tail import Follower, Standing
+    from qbatch.scheduler.job_log_tail import Follower, JobStatus
 
 
 @click.command()
@@ -33,17 +33,17 @@ def logs(job: str, follow: bool, attempt: int | None) -> None:
     Works on every machine that sees the storage and the database. What other libraries print is in the runner's log,
     which the first line names.
     """
-    from qbatch.scheduler.job_log_tail import Follower, standing_of
+    from qbatch.scheduler.job_log_tail import Follower, status_of
 
     settings = current_settings()
     database = open_database(settings)
     job_id = find_job(database, job)
-    look = partial(standing_of, database, settings.logs_of, job_id)
-    standing = look()
-    if follow and not standing.has_ended:
+    look = partial(status_of, database, settings.logs_of, job_id)
+    status = look()
+    if follow and not status.has_ended:
         _follow(Follower(look=look, say=_say, number=attempt))
     else:
-        _show(standing, attempt)
+        _show(status, attempt)
 
 
 def _follow(follower: Follower) -> None:
@@ -54,14 +54,14 @@ def _follow(follower: Follower) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _show(standing: Standing, number: int | None) -> None:
+def _show(status: JobStatus, number: int | None) -> None:
     from qbatch.scheduler.job_log_tail import describe_end, read_log, require_attempt
 
-    attempt = require_attempt(standing, number)
-    for text in read_log(standing, attempt):
+    attempt = require_attempt(status, number)
+    for text in read_log(status, attempt):
         _print(text)
-    _say(describe_end(standing, attempt))
-    earlier = [str(one.attempt) for one in standing.attempts if one.attempt != attempt.attempt]
+    _say(describe_end(status, attempt))
+    earlier = [str(one.attempt) for one in status.attempts if one.attempt != attempt.attempt]
     if number is None and earlier:
         _say(f"other attempts: {', '.join(earlier)} (show one with --attempt)")
 

@@ -19,15 +19,9 @@ from qbatch.commands.result_options import (
     models_option,
     read_filter,
 )
-from qbatch.commands.shared_options import (
-    batch_arguments,
-    format_options,
-    limit_option,
-    page_limit,
-    target_arguments,
-)
-from qbatch.commands.targets import find_batches, find_targets
-from qbatch.core.domain import LARGEST_ID, job_number
+from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit, target_arguments
+from qbatch.commands.targets import NO_BATCH, find_batches, find_targets
+from qbatch.core.domain import LARGEST_ID, format_batch_id, job_number
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 from qbatch.core.storage import missing_checkpoints
@@ -36,6 +30,9 @@ if TYPE_CHECKING:
     from qbatch.core.measured.result_row import ResultRow
     from qbatch.models_db.job_record import JobRecord
     from qbatch.views.results_table import ResultsScreen
+
+# More fill several screens, each job having half of one.
+_FEW_JOBS = 4
 
 
 @click.command()
@@ -68,13 +65,17 @@ def results(batches: Sequence[str], sort: str | None, limit: int | None, format_
         rows, others = with_answers(session, rows, alike), with_answers(session, others, alike)
     if format_ == "table" and not rows and not only.hides_nothing:
         click.echo("the filters let no job through: `qbatch results` without them shows all", err=True)
+    elif format_ == "table" and not rows:
+        click.echo(NO_BATCH, err=True)
     layout = TableLayout(
         columns=joined(options["columns"]) or None,
         is_wide=options["is_wide"],
         has_legend=options["has_legend"],
         sort=sort,
     )
-    screen = ResultsScreen(rows=placed(settings, rows), others=others, preference=preference, layout=layout)
+    screen = ResultsScreen(
+        rows=with_absolute_paths(settings, rows), others=others, preference=preference, layout=layout
+    )
     print_results(screen, format_)
 
 
@@ -109,8 +110,10 @@ def compare(
     limit = page_limit(limit, format_)
     with database.read() as session:
         page = results_of_first_models(session, limit, batch_ids=ids, only=ResultFilter(models=models))
-        rows = placed(settings, with_answers(session, page.rows))
+        rows = with_absolute_paths(settings, with_answers(session, page.rows))
     chosen = Preference(**preference)
+    if format_ == "table" and not rows and not models:
+        click.echo(NO_BATCH, err=True)
     click.echo(comparison(rows, chosen, by=by, format=format_, in_full=bool(models), has_legend=has_legend))
     if page.has_more:
         click.echo(f"these are the first {limit} models; a larger --limit shows more", err=True)
@@ -123,8 +126,8 @@ def compare(
 def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
-    Each model and scheme of both is compared if it was measured under the same protocol on the same kind of device, and
-    a difference counts if it is larger than the measured noise.
+    Each model and scheme of both is compared in what both measured, under the same protocol on the same kind of device.
+    A difference counts if it is larger than the measured noise.
     """
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results
@@ -160,11 +163,14 @@ def show(targets: Sequence[str], in_full: bool, format_: str) -> None:
         ids = list(first_jobs(session, LARGEST_ID, batch_ids=chosen.batch_ids)) if chosen.batch_ids else []
         found = whole_jobs(session, list(dict.fromkeys([*ids, *chosen.job_ids])))
         folder = settings.logs_of(database_id(session))
-    rows = placed(settings, [job.row for job in found])
+    rows = with_absolute_paths(settings, [job.row for job in found])
     records = [_with_log(job.record, folder) for job in found]
     whole = [replace(job, row=row, record=record) for job, row, record in zip(found, rows, records, strict=True)]
     data = [job.to_json() for job in whole]
     click.echo(show_jobs(whole, in_full=in_full) if format_ == "table" else render(data, (), format_))
+    if format_ == "table" and len(ids) > _FEW_JOBS:
+        batches = " ".join(map(format_batch_id, chosen.batch_ids))
+        click.echo(f"`qbatch results {batches}` shows these {len(ids)} jobs in one table", err=True)
 
 
 def _with_log(record: JobRecord, folder: Path) -> JobRecord:
@@ -182,9 +188,11 @@ def print_results(screen: ResultsScreen, format_: str) -> None:
         click.echo(text)
 
 
-def placed(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """With the whole paths of checkpoints: they are stored relative to the storage, which may be mounted elsewhere on
-    each machine. Without those that somebody has removed, where this machine sees the storage."""
+def with_absolute_paths(settings: Settings, rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """``rows`` with the absolute paths of their checkpoints, as this machine sees the storage.
+
+    Paths are stored relative to the storage. A path is left out if somebody has removed the checkpoint.
+    """
     known = {row.checkpoint_path for row in rows if row.checkpoint_path is not None}
     there = known - missing_checkpoints(settings.storage, known)
     paths = [str(settings.storage / row.checkpoint_path) if row.checkpoint_path in there else None for row in rows]

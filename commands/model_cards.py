@@ -15,7 +15,7 @@ from qbatch.commands.targets import find_targets
 @click.argument("targets", nargs=-1, metavar="[BATCH|JOB]...", shell_complete=complete_target)
 @click.option("--overwrite", is_flag=True, help="Also replace cards that qbatch did not write.")
 def card(targets: Sequence[str], overwrite: bool) -> None:
-    """Write the model cards (README.md) of checkpoints from the database, without arguments of all of them.
+    """Write the model cards (README.md) of checkpoints from the database. Without arguments, those of all checkpoints.
 
     Workers do that after each measurement. A card is not part of what `verify` checks.
     """

@@ -108,7 +108,7 @@ class Schemes(click.ParamType[tuple[str, ...]]):
         try:
             return tuple(AUTO if name == AUTO else find_method(name) for name in names)
         except UsageError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(f"{error} and {AUTO}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
         return complete_list([*(method.value for method in Method), AUTO], incomplete)

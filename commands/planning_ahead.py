@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,12 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.request import read_request
-from qbatch.commands.shared_options import format_options, request_options
+from qbatch.commands.request_options import request_options
+from qbatch.commands.shared_options import format_options
 from qbatch.core.control_characters import escape_controls
+from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import ModelsRefused
+from qbatch.core.settings import Settings
 
 
 @click.command()
@@ -34,7 +38,7 @@ def show_plan(options: Mapping[str, Any], format_: str) -> None:
     screened = read_request(settings, options, quiet=format_ != "table")
     if screened.submission is None:
         raise ModelsRefused(list(map(str, screened.problems)), models=screened.models, is_plan=True)
-    planned = plan_batch(open_database(settings), settings, screened.submission)
+    planned = plan_batch(open_database(settings), settings, screened.submission, here=_kind_here(settings))
     warnings = [line if models == 1 else f"{models} models: {line}" for line, models in planned.warnings.items()]
     warnings += [text] if (text := short_of_disk(planned)) is not None else []
     if format_ == "json":
@@ -51,3 +55,12 @@ def show_plan(options: Mapping[str, Any], format_: str) -> None:
         raise ModelsRefused(list(map(str, screened.problems)), models=screened.models, is_plan=True)
     for problem in screened.problems:
         click.echo(escape_controls(f"left out: {problem}"), err=True)
+
+
+def _kind_here(settings: Settings) -> DeviceKind | None:
+    """On what the embedded stack would run jobs; None where services of other hosts may run them."""
+    from qbatch.worker.machine.gpu import installed_gpus, visible_gpus
+
+    if not settings.is_embedded:
+        return None
+    return DeviceKind.CUDA if visible_gpus(installed_gpus(), os.environ) else DeviceKind.CPU

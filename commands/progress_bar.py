@@ -14,7 +14,8 @@ _LONG_LIST = 500
 
 @contextmanager
 def progress_bar(label: str, sources: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """To be called with a number of models whenever so many more are done. Shown if standard error is a terminal."""
+    """A context that shows a bar if standard error is a terminal. It gives a function to call with the number of models
+    that were done since the last call."""
     if quiet or sources < _LONG_LIST or not sys.stderr.isatty():
         yield lambda _: None
         return

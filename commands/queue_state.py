@@ -9,7 +9,7 @@ import click
 
 from qbatch.commands.context import current_settings, open_database
 from qbatch.commands.shared_options import batch_arguments, format_options, limit_option, page_limit
-from qbatch.commands.targets import find_batches
+from qbatch.commands.targets import NO_BATCH, find_batches
 from qbatch.commands.unserved import why_nothing_runs
 from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.core.settings import Settings
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
     """Show all batches, or some batches and their jobs."""
     from qbatch.models_db.listing import count_batches, list_batches
-    from qbatch.models_db.pauses import standing
+    from qbatch.models_db.pauses import in_force
     from qbatch.models_db.time_left import time_left, with_time_left
     from qbatch.views.formats import render
     from qbatch.views.listings import BATCH_COLUMNS
@@ -41,10 +41,10 @@ def status(batches: Sequence[str], limit: int | None, format_: str) -> None:
         found = with_time_left(list_batches(session, ids, limit=limit), left)
         click.echo(render(found, BATCH_COLUMNS, format_), nl=bool(found) or format_ != "quiet")
         if not found:
-            click.echo("there is no batch yet: `qbatch submit MODEL` stores one", err=True)
+            click.echo(NO_BATCH, err=True)
         if limit is not None and not ids:
             _mention_rest("newest", len(found), count_batches(session), "batches")
-        for pause in standing(session):
+        for pause in in_force(session):
             click.echo(f"no jobs are sent to the workers until disk space is free: {pause.message}", err=True)
         if ids and format_ == "table":
             click.echo()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.measurements import placed
+from qbatch.commands.measurements import with_absolute_paths
 from qbatch.commands.result_options import models_option, preference_options
 from qbatch.commands.shared_options import batch_arguments
 from qbatch.commands.targets import find_batches
@@ -73,7 +73,7 @@ def _reported(settings: Settings, database: Database, batches: Sequence[str], mo
     with database.read() as session:
         found = list_batches(session, ids)
         jobs = reported_jobs(session, ids, models=models)
-    rows = placed(settings, [job.row for job in jobs])
+    rows = with_absolute_paths(settings, [job.row for job in jobs])
     return ReportedBatches(
         batches=found,
         jobs=[replace(job, row=row) for job, row in zip(jobs, rows, strict=True)],

@@ -12,7 +12,7 @@ import click
 
 from qbatch.commands.parameter_types import joined
 from qbatch.commands.progress_bar import progress_bar
-from qbatch.commands.shared_options import OF_A_SHAPE
+from qbatch.commands.request_options import OF_A_SHAPE
 from qbatch.core.control_characters import escape_controls, is_unicode
 from qbatch.core.domain import DeviceKind, DType, SourceRef
 from qbatch.core.errors import UsageError
@@ -23,6 +23,7 @@ from qbatch.core.search.bound import AUTO, Bound
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
+    from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.screening import Screened
     from qbatch.scheduler.submit import Submission
 
@@ -68,37 +69,14 @@ def read_request(settings: Settings, options: Mapping[str, Any], *, quiet: bool 
 
 def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[SourceRef, ...]], Submission]:
     """Makes the request for some models. Raises UsageError."""
-    from qbatch.core.methods.registry import every_option
-    from qbatch.scheduler.job_grid import Grid
     from qbatch.scheduler.lm_eval_files import read_tasks
     from qbatch.scheduler.screening import refuse_unknown_tasks
     from qbatch.scheduler.submit import Submission
 
     recovery_texts, recoveries = _recoveries(options)
     measure: Set[MeasuredPart] | None = frozenset(joined(options["measure"])) or None
-    schemes = joined(options["schemes"])
-    bound = _bound(options, is_asked=AUTO in schemes)
-    grid = Grid(
-        bits=joined(options["bits"]),
-        quant_types=_quant_types(options["quant_types"]),
-        methods=tuple(Method(name) for name in schemes if name != AUTO),
-        options={option.name: options[option.name] for option in every_option()},
-        compute_dtype=DType(options["compute_dtype"]),
-        dtype=DType(options["dtype"]),
-        device=DeviceKind(options["device"]),
-        baseline=options["baseline"],
-        force=options["force"],
-        skip_modules=joined(options["skip_modules"]),
-        max_shard_bytes=options["max_shard_size"],
-        allow_pickle=options["allow_pickle"],
-        batch_sizes=joined(options["batch_sizes"]),
-        prompt_tokens=joined(options["prompt_tokens"]),
-        new_tokens=joined(options["new_tokens"]),
-        **_parts(measure, why=options["why"], energy=options["energy"]),
-        share_speed=True if options["speed"] == OF_A_SHAPE else None,
-        recoveries=recoveries,
-        bound=bound,
-    )
+    bound = _bound(options, is_asked=AUTO in joined(options["schemes"]))
+    grid = _grid(options, measure, recoveries, bound)
     if options["eval_texts"] and measure == {MeasuredPart.SIZE}:
         raise UsageError("--eval-text is about quality, speed and energy, which --measure leaves out")
     tasks = read_tasks([item.strip() for value in options["tasks"] for item in value.split(",") if item.strip()])
@@ -126,10 +104,42 @@ def _asked(settings: Settings, options: Mapping[str, Any]) -> Callable[[tuple[So
     return asked
 
 
+def _grid(
+    options: Mapping[str, Any],
+    measure: Set[MeasuredPart] | None,
+    recoveries: tuple[Recovery, ...],
+    bound: Bound | None,
+) -> Grid:
+    """What to do to each model. Raises UsageError."""
+    from qbatch.core.methods.registry import every_option
+    from qbatch.scheduler.job_grid import Grid
+
+    return Grid(
+        bits=joined(options["bits"]),
+        quant_types=_quant_types(options["quant_types"]),
+        methods=tuple(Method(name) for name in joined(options["schemes"]) if name != AUTO),
+        options={option.name: options[option.name] for option in every_option()},
+        compute_dtype=DType(options["compute_dtype"]),
+        dtype=DType(options["dtype"]),
+        device=DeviceKind(options["device"]),
+        baseline=options["baseline"],
+        force=options["force"],
+        skip_modules=joined(options["skip_modules"]),
+        max_shard_bytes=options["max_shard_size"],
+        allow_pickle=options["allow_pickle"],
+        batch_sizes=joined(options["batch_sizes"]),
+        prompt_tokens=joined(options["prompt_tokens"]),
+        new_tokens=joined(options["new_tokens"]),
+        **_parts(measure, why=options["why"], energy=options["energy"]),
+        share_speed=True if options["speed"] == OF_A_SHAPE else None,
+        recoveries=recoveries,
+        bound=bound,
+    )
+
+
 def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Recovery, ...]]:
     """The texts that adapters are made with, and the adapters that were asked for, each once. Raises UsageError."""
     from qbatch.scheduler.submit import text_sha256
-    from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
     kinds = tuple(dict.fromkeys(joined(options["recover"])))
     ranks = joined(options["recover_rank"]) or (DEFAULT_RANK,)
@@ -147,7 +157,7 @@ def _recoveries(options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Reco
     texts: dict[str, str] = {}
     asked = []
     for kind in kinds:
-        text = _read_text(file if kind.is_trained else str(DEFAULT_SEARCH_TEXT), _EVAL_TEXT_LIMIT)
+        text = _read_text(file if kind.is_trained else str(_search_text()), _EVAL_TEXT_LIMIT)
         if kind.is_trained and not text.strip():
             raise UsageError(f"the recovery text {file} is empty")
         sha256 = text_sha256(text)
@@ -169,6 +179,7 @@ def _bound(options: Mapping[str, Any], *, is_asked: bool) -> Bound | None:
 
 
 def _search_text() -> Path:
+    """The text that comes with qbatch for searches and adapters."""
     from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
     return DEFAULT_SEARCH_TEXT

@@ -84,7 +84,7 @@ def flower(address: str, port: int) -> None:
 def healthcheck(service: str) -> None:
     """Check one service of this host, as a container's health check does. Exits with 3 if it does not work.
 
-    Of the schedulers one must lead, of this host's workers one must be live, and Flower must answer on port 5555.
+    One of the schedulers must lead; one of this host's workers must be live; Flower must answer on port 5555.
     """
     from qbatch.scheduler.service_health import SERVICES
 

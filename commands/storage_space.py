@@ -63,8 +63,8 @@ def du(batches: Sequence[str], by: str, format_: str) -> None:
     type=Duration(),
     default="7d",
     show_default=True,
-    help="How old must be what may still be of use: damaged and unreferenced checkpoints, baseline outputs, and the "
-    "logs of jobs that ended.",
+    help="Remove what may still be of use only if it is older than this: damaged and unreferenced checkpoints, "
+    "baseline outputs, and the logs of jobs that ended.",
 )
 @_yes
 @format_options("table", "json", "csv")
@@ -125,8 +125,8 @@ def rm(targets: Sequence[str], yes: bool, format_: str) -> None:
 def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **preference: Any) -> None:  # noqa: ARG001
     """Remove the checkpoints that compare does not recommend. Their results stay, without a path.
 
-    Of a model for which nothing is recommended, or the baseline, all are kept, and so is what was not measured, and
-    what batches that are not named have too.
+    All checkpoints of a model are kept if nothing is recommended for it, or its baseline is. Checkpoints that were not
+    measured are kept, and so are those that batches which are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
     from qbatch.models_db.question_answers import with_answers
@@ -200,7 +200,7 @@ def _stored_path(settings: Settings, word: str) -> str:
     storage = settings.storage.resolve()
     given = Path(word)
     for path in (given.absolute(), storage / given):
-        # Not its own links: only where it lies.
+        # The folder itself may be a link, which stays: only the folders above it are resolved.
         whole = path.parent.resolve() / path.name
         if whole.is_relative_to(storage / CHECKPOINTS) and len(whole.relative_to(storage).parts) == 3:
             return str(whole.relative_to(storage))

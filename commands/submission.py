@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qbatch.commands.context import INTERRUPTED, current_settings, open_database
-from qbatch.commands.measurements import placed, print_results
+from qbatch.commands.measurements import print_results, with_absolute_paths
 from qbatch.commands.on_end import on_end_option
 from qbatch.commands.planning_ahead import show_plan
 from qbatch.commands.progress_bar import progress_bar
 from qbatch.commands.request import read_submission
+from qbatch.commands.request_options import submit_options
 from qbatch.commands.sending import send
 from qbatch.commands.services import interrupt_on_signals, local_stack
-from qbatch.commands.shared_options import submit_options
-from qbatch.commands.waiting import leave_running, wait_for_batches, what_goes_on
+from qbatch.commands.wait_and_watch import leave_running, wait_for_batches, what_goes_on
 from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import DeviceKind, format_batch_id
 from qbatch.core.errors import StackNotRunning, UsageError
@@ -209,4 +209,4 @@ def _print_outcome(database: Database, settings: Settings, receipt: Receipt, for
     with database.read() as session:
         rows = find_results(session, batch_ids=[receipt.batch_id])
         rows = with_answers(session, rows, told_apart_by_answers(rows, Preference()) if format_ == "table" else ())
-    print_results(ResultsScreen(rows=placed(settings, rows)), format_)
+    print_results(ResultsScreen(rows=with_absolute_paths(settings, rows)), format_)

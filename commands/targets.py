@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qbatch.models_db.session import Database
 
 BATCH_WORDS = f"an id such as b12, the name of a batch, or {LATEST}"
+NO_BATCH = "there is no batch yet: `qbatch submit MODEL` stores one"
 _SHOWN = 60
 
 
@@ -71,7 +72,7 @@ def _find_batch(session: Session, word: str) -> int:
     if word == LATEST:
         newest = newest_batch(session)
         if newest is None:
-            raise UsageError("there is no batch yet")
+            raise UsageError(NO_BATCH)
         return newest
     named = batches_named(session, word)
     if not named:

@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ADAPTER_CONFIG = "adapter_config.json"
+from qbatch.core.adapter_names import ADAPTER_CONFIG
+
 MODULES_NAME = "modules.json"
 _MAX_BYTES = 2**20
-# Of a folder that may have millions.
+# How many entries of a folder are looked at, which may have millions.
 _MOST_ENTRIES = 1000
 _MOST_NAMED = 3
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")

@@ -16,7 +16,7 @@ from qbatch.core.methods.registry import Method, missing_library
 # Increase this when a change in this package changes the bytes of checkpoints.
 _WRITER = "1"
 # Increase this when a change in this package changes what a search measures, or how it is stored.
-_SEARCH_FORMAT = "1"
+_SEARCH_FORMAT = "2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def settle(
 
 
 def settle_base(settled: Settled) -> Settled:
-    """That of the checkpoint to which an adapter belongs; of any other it is the same."""
+    """The job that makes the checkpoint to which an adapter belongs. A job without an adapter is returned as it is."""
     if settled.base_key is None:
         return settled
     return replace(settled, scheme=settled.scheme.base, key=settled.base_key, base_key=None)

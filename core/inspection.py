@@ -22,11 +22,11 @@ from qbatch.core.sources import (
     SINGLE_NAME,
     Header,
     TensorInfo,
+    check_header,
     indexed_files,
     read_config,
     read_headers,
     read_object,
-    vet_header,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _hub_header(api: HfApi, repo: str, commit: str, sizes: Mapping[str, int], na
     data_start = sizes[name] - max((end for end in ends if isinstance(end, int)), default=0)
     if data_start < 8:
         raise SourceCorrupt(f"{name}: the file has {sizes[name]} bytes, too few for the tensors in its header")
-    return vet_header(Path(name), entries, data_start=data_start, size=sizes[name])
+    return check_header(Path(name), entries, data_start=data_start, size=sizes[name])
 
 
 @contextmanager

@@ -12,6 +12,8 @@ What is assumed:
   through the smallest and the largest, or in proportion where only one size was seen, and no further than
   ``_FARTHEST`` times the largest.
 - Every device of a kind is as fast as those before. Which one will get the job is not known.
+- An adapter takes what others of its kind took; a trained one in proportion to its steps, but for what its checkpoint
+  alone would take. Before there was any, it takes at least what the checkpoint alone does.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Self
 from qbatch.core.domain import JobSpec, Protocol
 from qbatch.core.kinds import DeviceKind
 from qbatch.core.measured.measured_part import MeasuredPart
+from qbatch.core.recovery import RecoveryKind
 from qbatch.core.search.bound import AUTO
 
 # How much larger than the largest model that was seen another may be.
@@ -34,7 +37,8 @@ _FARTHEST = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWork:
     """What decides how long a job takes. ``parameters`` is None where the model's size is not known: it is then taken
-    from earlier runs of the same ``location``. ``has_tasks`` says whether tasks of lm-evaluation-harness are asked."""
+    from earlier runs of the same ``location``. ``has_tasks`` says whether tasks of lm-evaluation-harness are asked.
+    ``recovery``: the kind of the adapter that is made, and ``steps`` those of its training."""
 
     method: str
     device_kind: DeviceKind
@@ -43,6 +47,8 @@ class JobWork:
     has_tasks: bool
     location: str
     parameters: int | None
+    recovery: RecoveryKind | None = None
+    steps: int | None = None
 
     @classmethod
     def of(cls, spec: JobSpec, device_kind: DeviceKind, parameters: int | None) -> Self:
@@ -50,6 +56,7 @@ class JobWork:
         if spec.search is not None:
             return cls.of_search(spec.scheme.method, device_kind, spec.source.location, parameters)
         protocol: Protocol = spec.protocol.for_device(device_kind)
+        recovery = spec.scheme.recovery
         return cls(
             method=spec.scheme.method,
             device_kind=device_kind,
@@ -58,6 +65,8 @@ class JobWork:
             has_tasks=bool(protocol.tasks),
             location=spec.source.location,
             parameters=parameters,
+            recovery=None if recovery is None else recovery.kind,
+            steps=None if recovery is None else recovery.steps,
         )
 
     @classmethod
@@ -78,10 +87,11 @@ class JobWork:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastRun:
     """A job that has ended with a result of its own. ``seconds`` is its share of its bundle's time; a search's are its
-    own."""
+    own. ``token_s``: of a baseline whose prefill was timed, the seconds that each token of it took."""
 
     work: JobWork
     seconds: float
+    token_s: float | None = None
 
 
 class Basis(StrEnum):
@@ -90,19 +100,23 @@ class Basis(StrEnum):
     SAME_MEASUREMENT = "the same method and measurement"
     SAME_METHOD = "the same method"
     ANY_METHOD = "other methods"
+    WITHOUT_ADAPTER = "the same without an adapter"
+    PREFILLS = "the time of prefills"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeEstimate:
-    """``runs`` earlier jobs say so. ``is_beyond``: all of them were of smaller models."""
+    """``runs`` earlier jobs say so. ``is_beyond``: all of them were of smaller models. ``is_least``: it takes at least
+    as long."""
 
     seconds: float
     runs: int
     basis: Basis
     is_beyond: bool = False
+    is_least: bool = False
 
     def followed_by(self, other: TimeEstimate | None) -> TimeEstimate | None:
-        """Both, one after the other; None if the other is not known."""
+        """The time of both jobs, one after the other; None if that of the other is not known."""
         if other is None:
             return None
         return replace(
@@ -110,28 +124,63 @@ class TimeEstimate:
             seconds=self.seconds + other.seconds,
             runs=min(self.runs, other.runs),
             is_beyond=self.is_beyond or other.is_beyond,
+            is_least=self.is_least or other.is_least,
         )
 
     @property
     def is_rough(self) -> bool:
         """Whether it may well be off by more than its runs differ among themselves."""
-        return self.is_beyond or self.runs < 3 or self.basis is Basis.ANY_METHOD
+        return self.is_beyond or self.runs < 3 or self.basis not in (Basis.SAME_MEASUREMENT, Basis.SAME_METHOD)
 
 
 def estimate_duration(work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
     """The seconds that ``work`` will keep one device busy; None if nothing comparable has run."""
-    parameters = work.parameters or _known_parameters(work.location, runs)
-    alike = [run for run in runs if _measures_the_same_parts(run.work, work) and run.work.parameters]
-    same_method = [run for run in alike if run.work.method == work.method]
-    same = [run for run in same_method if run.work.protocol_hash == work.protocol_hash]
+    parameters = known_parameters(work, runs)
     if parameters is None:
         return None
+    alike = [run for run in runs if _does_the_same(run.work, work) and run.work.parameters]
+    same_method = [run for run in alike if run.work.method == work.method]
+    same = [run for run in same_method if run.work.protocol_hash == work.protocol_hash]
+    if work.recovery is not None:
+        return _of_adapter(work, parameters, same_method, runs)
     for basis, chosen in ((Basis.SAME_MEASUREMENT, same), (Basis.SAME_METHOD, same_method), (Basis.ANY_METHOD, alike)):
-        points = _medians(chosen)
-        seconds = _at(parameters, points)
-        if seconds is not None:
-            return TimeEstimate(seconds=seconds, runs=len(chosen), basis=basis, is_beyond=parameters > points[-1][0])
+        if (estimate := estimate_at(parameters, chosen, basis)) is not None:
+            return estimate
     return None
+
+
+def estimate_at(parameters: int, runs: Sequence[PastRun], basis: Basis) -> TimeEstimate | None:
+    """From these ``runs`` alone, by the number of parameters; None where they are too far away."""
+    points = _medians(runs)
+    seconds = _at(parameters, points)
+    if seconds is None:
+        return None
+    return TimeEstimate(seconds=seconds, runs=len(runs), basis=basis, is_beyond=parameters > points[-1][0])
+
+
+def known_parameters(work: JobWork, runs: Iterable[PastRun]) -> int | None:
+    """Those of the model, if they are known or it was measured before."""
+    if work.parameters is not None:
+        return work.parameters
+    return next((run.work.parameters for run in runs if run.work.location == work.location), None)
+
+
+def _of_adapter(
+    work: JobWork, parameters: int, same_kind: Sequence[PastRun], runs: Sequence[PastRun]
+) -> TimeEstimate | None:
+    plain = estimate_duration(replace(work, recovery=None, steps=None), runs)
+    base_s = 0.0 if plain is None else plain.seconds
+    own = [replace(run, seconds=_with_steps(run, work.steps, base_s)) for run in same_kind]
+    found = estimate_at(parameters, own, Basis.SAME_METHOD)
+    if found is not None or plain is None:
+        return found
+    return replace(plain, basis=Basis.WITHOUT_ADAPTER, is_least=True)
+
+
+def _with_steps(run: PastRun, steps: int | None, base_s: float) -> float:
+    """The seconds that a run of another number of steps would have taken."""
+    ratio = 1.0 if steps is None or not run.work.steps else steps / run.work.steps
+    return base_s + (run.seconds - base_s) * ratio if run.seconds > base_s else run.seconds
 
 
 def share_of_bundle(held: Iterable[tuple[float, float]], jobs: int) -> float:
@@ -144,12 +193,10 @@ def share_of_bundle(held: Iterable[tuple[float, float]], jobs: int) -> float:
     return total / jobs
 
 
-def _known_parameters(location: str, runs: Iterable[PastRun]) -> int | None:
-    return next((run.work.parameters for run in runs if run.work.location == location), None)
-
-
-def _measures_the_same_parts(one: JobWork, other: JobWork) -> bool:
-    return (one.device_kind, one.parts, one.has_tasks) == (other.device_kind, other.parts, other.has_tasks)
+def _does_the_same(one: JobWork, other: JobWork) -> bool:
+    """Whether they measure the same parts on such a device, and make the same kind of adapter or none."""
+    mine = (one.device_kind, one.parts, one.has_tasks, one.recovery)
+    return mine == (other.device_kind, other.parts, other.has_tasks, other.recovery)
 
 
 def _medians(runs: Iterable[PastRun]) -> list[tuple[int, float]]:

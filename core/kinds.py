@@ -18,6 +18,10 @@ class DType(StrEnum):
     FLOAT32 = "float32"
 
 
+FLOAT_NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
+"""What safetensors headers call these types."""
+
+
 class DeviceKind(StrEnum):
     """What a job may run on; AUTO is whichever kind a live worker serves, CUDA first."""
 

@@ -12,7 +12,7 @@ from qbatch.core.digest import CHUNK_BYTES, FileDigest, root_sha256
 
 MANIFEST = "qbatch.json"
 
-# Of a checksum in a message.
+# How many digits of a checksum a message shows.
 _SHOWN_DIGITS = 16
 _FIELDS = {"key": str, "root_sha256": str, "files": list, "audit": dict, "quantize_s": float | int | None}
 _FILE_FIELDS = {"name": str, "size": int, "chunk_sha256": list}

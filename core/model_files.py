@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qbatch.core.folder_hint import ADAPTER_CONFIG, MODULES_NAME, module_names
+from qbatch.core.adapter_names import ADAPTER_CONFIG
+from qbatch.core.folder_hint import MODULES_NAME, module_names
 from qbatch.core.lfs_pointer import refuse_lfs_pointer
 from qbatch.core.manifest import MANIFEST
 from qbatch.core.sources import (

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbatch.core.domain import Scheme, stored_dtype
-from qbatch.core.kinds import FLOATS, DType
+from qbatch.core.kinds import FLOAT_NAMES, FLOATS, DType
 from qbatch.core.known_layers import KNOWN, KnownLayers
-from qbatch.core.safetensors_size import files_bytes
+from qbatch.core.safetensors_size import HEADER_ALIGNMENT, files_bytes
 from qbatch.core.sources import Header, TensorInfo, source_dtype
-
-_NAMES = {DType.FLOAT32: "F32", DType.FLOAT16: "F16", DType.BFLOAT16: "BF16"}
-# A header is padded to a multiple of this.
-_ALIGNMENT = 8
+from qbatch.core.vocabulary import vocabulary_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +45,7 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     exact = _exactly(tensors, config, scheme, dtype)
     stored = exact if exact is not None else list(_roughly(tensors, config, scheme, dtype))
     if scheme.recovery is not None:
-        factors = _factors(stored, scheme.recovery.rank, _NAMES[dtype])
+        factors = _factors(stored, scheme.recovery.rank, FLOAT_NAMES[dtype])
         return OutputSize(nbytes=files_bytes(factors, {}, None), off_by=None if exact is None else 0)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {}
     columns: dict[str, int | None] = {}
@@ -65,7 +62,7 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     is_exact = exact is not None and is_in_one_file and scheme.description.is_layout_known
     quantized = sum(count is not None for count in columns.values())
     varying = quantized * scheme.description.varying_bytes(scheme.options)
-    may_vary = varying + _ALIGNMENT if varying else 0
+    may_vary = varying + HEADER_ALIGNMENT if varying else 0
     return OutputSize(
         nbytes=files_bytes(parts, metadata, scheme.max_shard_bytes), off_by=may_vary if is_exact else None
     )
@@ -91,7 +88,7 @@ def _parts(tensor: _Tensor, scheme: Scheme, dtype: DType) -> Mapping[str, tuple[
 def _exactly(
     tensors: Sequence[TensorInfo], config: Mapping[str, Any], scheme: Scheme, dtype: DType
 ) -> list[_Tensor] | None:
-    """All that is stored; None where that is not certain."""
+    """Every tensor that is stored; None if that is not certain."""
     known = _known(config)
     if known is None or config.get("auto_map") or (known.is_transposed and not scheme.description.is_streamed):
         return None
@@ -156,10 +153,8 @@ def is_likely_quantized(tensor: TensorInfo, config: Mapping[str, Any], scheme: S
     if scheme.is_baseline or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
         return False
     left_alone = (".experts.", "embed", ".wte.", ".wpe.", *scheme.skip_modules)
-    vocabulary = config.get("vocab_size")
-    is_of_vocabulary = type(vocabulary) is int and vocabulary > 0 and vocabulary in tensor.shape
-    return not is_of_vocabulary and not any(part in tensor.name for part in left_alone)
+    return vocabulary_size(config) not in tensor.shape and not any(part in tensor.name for part in left_alone)
 
 
 def _cast(tensor: TensorInfo, dtype: DType) -> str:
-    return _NAMES[dtype] if tensor.dtype in FLOATS else tensor.dtype
+    return FLOAT_NAMES[dtype] if tensor.dtype in FLOATS else tensor.dtype

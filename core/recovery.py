@@ -15,10 +15,21 @@ EXTRA, LIBRARY = "recover", "peft"
 TEXT_WINDOW, TEXT_WINDOWS = 256, 32
 """How much of a text weights the factors: at most so many windows of so many tokens."""
 
+STEP_WINDOWS = 4
+"""Of a training, how many windows each step reads at most."""
+
 DEFAULT_RANK, LARGEST_RANK = 8, 4096
+
+ADAPTER_MARK = "+"
+"""In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
 
 # Rises when a change in this package changes the bytes of adapters.
 _WRITER = "1"
+
+
+def with_adapter_mark(name: str, adapter: str) -> str:
+    """What a scheme or checkpoint ``name`` is called with that adapter."""
+    return f"{name}{ADAPTER_MARK}{adapter}"
 
 
 class RecoveryKind(StrEnum):

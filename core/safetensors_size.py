@@ -11,7 +11,9 @@ from typing import Any
 from qbatch.core.methods.description import StoredParts
 from qbatch.core.sources import bits_of
 
-_PREFIX_BYTES, _ALIGNMENT = 8, 8
+HEADER_ALIGNMENT = 8
+"""A header is padded to a multiple of so many bytes."""
+_PREFIX_BYTES = 8
 # transformers' own.
 _LARGEST_FILE_BYTES = 50 * 10**9
 # The library writes tensors of the last of these first.
@@ -37,7 +39,7 @@ def _file_bytes(tensors: StoredParts, metadata: Mapping[str, str]) -> int:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return _PREFIX_BYTES + length + -length % _ALIGNMENT + position
+    return _PREFIX_BYTES + length + -length % HEADER_ALIGNMENT + position
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

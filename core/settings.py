@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 from qbatch.core.byte_units import GIB
 from qbatch.core.errors import UsageError
 from qbatch.core.private_folder import is_runtime_dir
+from qbatch.core.retry_policy import RetryLimits
 
 # A URL without a host means a socket or Redis' default host, localhost.
 _LOCAL_HOSTS = frozenset({None, "localhost", "127.0.0.1", "::1"})
@@ -109,6 +110,10 @@ class Settings:
     def lead_s(self) -> float:
         """How long a scheduler stays the active one without renewing its lease."""
         return 3 * self.scan_s
+
+    @property
+    def retry_limits(self) -> RetryLimits:
+        return RetryLimits(backoff_s=self.backoff_s, max_failures=self.max_failures)
 
     @property
     def is_embedded(self) -> bool:

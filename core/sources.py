@@ -16,6 +16,7 @@ from qbatch.core.control_characters import is_unicode
 from qbatch.core.domain import DType, SourceRef
 from qbatch.core.errors import SourceCorrupt, SourceNotFound, StorageError, UnsafeSource, UsageError
 from qbatch.core.folder_hint import where_the_model_is
+from qbatch.core.kinds import FLOAT_NAMES
 from qbatch.core.lfs_pointer import refuse_lfs_pointer
 
 # Longer headers are refused before they are read. This is enough for a quarter of a million tensors. Hostile JSON takes
@@ -42,7 +43,7 @@ _BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-_DTYPES = {"F32": DType.FLOAT32, "F16": DType.FLOAT16, "BF16": DType.BFLOAT16}
+_DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,249}")
 
@@ -163,7 +164,7 @@ def read_header(path: Path) -> Header:
         ) from error
     if not isinstance(entries, dict):
         raise SourceCorrupt(f"{path.name} is not a safetensors file: its header is not a JSON object")
-    return vet_header(path, entries, data_start=8 + length, size=size)
+    return check_header(path, entries, data_start=8 + length, size=size)
 
 
 def _why_too_long(length: int, first: bytes, size: int) -> str:
@@ -179,7 +180,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON, although Python accepts it")
 
 
-def vet_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
+def check_header(path: Path, entries: Mapping[str, Any], *, data_start: int, size: int) -> Header:
     """Check the parsed header ``entries`` of a file of ``size`` bytes whose tensors begin at byte ``data_start``.
 
     Raises SourceCorrupt.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
+from qbatch.core.recovery import ADAPTER_MARK
 from qbatch.core.sources import DOCUMENTS
 
 MODEL_CARD = "README.md"
@@ -19,8 +20,6 @@ BASE_OUTPUTS = "base-logits"
 
 
 CHECKPOINTS = "checkpoints"
-ADAPTER_MARK = "+"
-"""In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
 ADOPTED = ".adopted"
 """The folder of marks that databases leave for checkpoints that another database made and that they use."""
 
@@ -59,23 +58,23 @@ def checkpoint_state(storage: Path, path: str, versions: Mapping[str, str] | Non
 
 
 def missing_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
-    """Those of ``paths`` within the storage that have no folder. None where the storage is not to be seen from here."""
+    """The ``paths`` within the storage that have no folder. Empty if the storage cannot be seen from here."""
     return _looked_for(storage, paths)[1]
 
 
 def present_checkpoints(storage: Path, paths: Iterable[str]) -> set[str]:
-    """Those of ``paths`` within the storage that have a folder, as far as it is to be seen from here."""
+    """The ``paths`` within the storage that have a folder, as far as that can be seen from here."""
     return _looked_for(storage, paths)[0]
 
 
 def broken_link(folder: Path) -> str | None:
-    """Where the folder of a model's checkpoints lies if it is a link to what is not there, as to a disk that is not
-    mounted; else None. Raises OSError."""
+    """The target of ``folder`` if this is a link to something that does not exist, such as a disk that is not mounted;
+    else None. Raises OSError."""
     return str(folder.readlink()) if folder.is_symlink() and not folder.exists() else None
 
 
 def _looked_for(storage: Path, paths: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Those that are there, and those that are not. Of the others nothing is known.
+    """The paths that exist and the paths that do not. A path that is in neither cannot be seen from here.
 
     Folders are listed, one for each model, instead of asked for one by one.
     """
@@ -99,16 +98,11 @@ def _looked_for(storage: Path, paths: Iterable[str]) -> tuple[set[str], set[str]
 
 
 def _names(folder: Path) -> set[str] | None:
-    """None if what is in it lies elsewhere, and is not to be seen from here."""
+    """The names in ``folder``; None if the folder cannot be seen from here."""
     try:
         return {entry.name for entry in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return None if broken_link(folder) is not None else set()
-
-
-def with_adapter_mark(name: str, adapter: str) -> str:
-    """What a scheme or checkpoint ``name`` is called with that adapter."""
-    return f"{name}{ADAPTER_MARK}{adapter}"
 
 
 def base_path(path: str) -> str | None:

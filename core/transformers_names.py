@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, Unsupported
+from qbatch.core.model_heads import DEFAULT_MAPPINGS, MAPPINGS_OF_HEADS
 
 # An entry of a mapping: ("llama", "LlamaForCausalLM"), or "llama": "LlamaConfig". Of several classes the first.
 _ENTRY = re.compile(r'"([^"\n]+)"\s*[,:]\s*\(?\s*"([^"\n]+)"')
@@ -18,19 +19,8 @@ _MAPPING = r"^{name} = OrderedDict\(\n(.*?)^\)"
 # What configuration_auto.py puts before and after the entries of auto_mappings.py.
 _PUT_BEFORE = re.compile(r"^CONFIG_MAPPING_NAMES = OrderedDict\(\*\*(\{[^}]*\})", re.MULTILINE)
 _ADDED = re.compile(r"^CONFIG_MAPPING_NAMES\.update\((.*?)^\)", re.MULTILINE | re.DOTALL)
-# Its configs are several hundred. With fewer, its sources are not written as here, and tell nothing.
+# transformers has several hundred configs. If fewer are found, its sources are written differently and tell nothing.
 _FEWEST = 100
-# The end of a class's name, and the mappings that transformers' own class for the type is then looked up in.
-_HEADS = (
-    ("ForCausalLM", ("MODEL_FOR_CAUSAL_LM",)),
-    ("LMHeadModel", ("MODEL_FOR_CAUSAL_LM",)),
-    ("ForConditionalGeneration", ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_MULTIMODAL_LM")),
-    ("ForMaskedLM", ("MODEL_FOR_MASKED_LM",)),
-    ("ForSequenceClassification", ("MODEL_FOR_SEQUENCE_CLASSIFICATION",)),
-    ("ForTokenClassification", ("MODEL_FOR_TOKEN_CLASSIFICATION",)),
-    ("ForQuestionAnswering", ("MODEL_FOR_QUESTION_ANSWERING",)),
-)
-_DEFAULTS = ("MODEL_FOR_CAUSAL_LM", "MODEL")
 _SHOWN = 60
 
 
@@ -82,18 +72,18 @@ def _why_unknown(model_type: str, name: str | None) -> str | None:
 
 def _stand_in(types: Mapping[str, str], model_type: str, name: str) -> bool:
     """Whether transformers' own class for the type takes the place of the class ``name``."""
-    # It is looked up by the class of the config, under the last type that has it.
+    # transformers looks it up by the class of the config, under the last type that has this class.
     type_of_config = next(key for key, cls in reversed(list(types.items())) if cls == types[model_type])
-    for ending, mappings in _HEADS:
+    for ending, mappings in MAPPINGS_OF_HEADS:
         if name.endswith(ending):
             return any(type_of_config in _auto_mapping(mapping) for mapping in mappings)
-    classes = (_auto_mapping(mapping).get(type_of_config, "") for mapping in _DEFAULTS)
+    classes = (_auto_mapping(mapping).get(type_of_config, "") for mapping in DEFAULT_MAPPINGS)
     return any(cls.lower() == name.lower() for cls in classes)
 
 
 @cache
 def _auto_mapping(name: str) -> Mapping[str, str]:
-    return _mapping(_modeling_auto(), f"{name}_MAPPING_NAMES")
+    return _mapping(_modeling_auto(), f"{name}_NAMES")
 
 
 def _mapping(source: str, name: str) -> dict[str, str]:

@@ -31,5 +31,5 @@ def show_need(above_bytes: int) -> str:
 
 
 def no_larger(above_bytes: int) -> str:
-    """The same as ``show_need``, and that no live worker has such a GPU."""
+    """A message that a job needs such a GPU, and that no live worker has one."""
     return f"{show_need(above_bytes)}, and no live worker has one"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from qbatch.core.domain import ENDED_STATES, JobState
 from qbatch.core.job_progress import JobProgress
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.core.search.mixture_origin import MixtureOrigin
-from qbatch.core.storage import with_adapter_mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

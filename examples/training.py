@@ -76,13 +76,15 @@ def train_tokenizer(texts: Sequence[str], example: Example) -> PreTrainedTokeniz
     return wrapped
 
 
-def token_windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """The token ids of all texts, int64 [windows, WINDOW_TOKENS], in a fixed random order. Each text ends with EOS."""
+def token_windows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, window_tokens: int = WINDOW_TOKENS
+) -> torch.Tensor:
+    """The token ids of all texts, int64 [windows, window_tokens], in a fixed random order. Each text ends with EOS."""
     encoded = tokenizer.backend_tokenizer.encode_batch(list(texts))
     ids = torch.tensor([token for text in encoded for token in (*text.ids, EOS)])
-    count = len(ids) // WINDOW_TOKENS
+    count = len(ids) // window_tokens
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
-    return ids[: count * WINDOW_TOKENS].view(count, WINDOW_TOKENS)[order]
+    return ids[: count * window_tokens].view(count, window_tokens)[order]
 
 
 def untrained(example: Example) -> Any:
@@ -92,15 +94,22 @@ def untrained(example: Example) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def train(model: Any, windows: torch.Tensor, steps: int, report: Callable[[str], None]) -> None:
-    """Train for ``steps`` steps on next-token prediction. The learning rate rises during the first WARMUP_STEPS, then
-    falls linearly to zero."""
+def train(
+    model: Any,
+    windows: torch.Tensor,
+    steps: int,
+    report: Callable[[str], None],
+    *,
+    windows_per_step: int = WINDOWS_PER_STEP,
+) -> None:
+    """Train for ``steps`` steps on next-token prediction, on the model's device. The learning rate rises during the
+    first WARMUP_STEPS, then falls linearly to zero."""
     optimizers = _optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
     model.train()
     for step in range(steps):
-        first = step * WINDOWS_PER_STEP % (len(windows) - WINDOWS_PER_STEP)
-        batch = windows[first : first + WINDOWS_PER_STEP]
+        first = step * windows_per_step % (len(windows) - windows_per_step)
+        batch = windows[first : first + windows_per_step].to(model.device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,7 +139,8 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
 def held_out_loss(model: Any, windows: torch.Tensor) -> float:
     """Mean cross-entropy per token, in nats."""
     model.eval()
-    return float(model(input_ids=windows, labels=windows).loss)
+    ids = windows.to(model.device)
+    return float(model(input_ids=ids, labels=ids).loss)
 
 
 def make(
@@ -140,8 +150,11 @@ def make(
     report: Callable[[str], None],
     texts: Sequence[str] | None = None,
     steps: int = STEPS,
+    window_tokens: int = WINDOW_TOKENS,
+    windows_per_step: int = WINDOWS_PER_STEP,
+    device: str = "cpu",
 ) -> str:
-    """Train ``example``, and save it as ``into``/name atomically.
+    """Train ``example`` on ``device``, and save it as ``into``/name atomically.
 
     ``texts`` is by default ``corpus()``. ``report`` is called with a short description of each step. Returns a line
     that says how it went.
@@ -151,12 +164,12 @@ def make(
     report("training its tokenizer")
     texts = corpus() if texts is None else texts
     tokenizer = train_tokenizer(texts, example)
-    windows = token_windows(texts, tokenizer)
+    windows = token_windows(texts, tokenizer, window_tokens)
     held_out, seen = windows[:HELD_OUT_WINDOWS], windows[HELD_OUT_WINDOWS:]
 
-    model = untrained(example)
+    model = untrained(example).to(device)
     before = held_out_loss(model, held_out)
-    train(model, seen, steps, report)
+    train(model, seen, steps, report, windows_per_step=windows_per_step)
     after = held_out_loss(model, held_out)
     _publish(model.to(getattr(torch, example.dtype)), tokenizer, into / example.name)
     return (

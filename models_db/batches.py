@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import DeviceKind, DType, JobSpec, JobState, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.search.search_request import SearchRequest
 from qbatch.models_db.database_clock import db_now
+from qbatch.models_db.last_ids import next_ids
 from qbatch.models_db.session import SharedJson, insert_into
 from qbatch.models_db.tables import Base, Batch, Checkpoint, EvalText, Job
 
@@ -47,6 +48,8 @@ def text_content(session: Session, sha256: str) -> str:
 
 def add_empty_batch(session: Session, *, name: str | None, priority: int) -> int:
     batch = Batch(name=name, priority=priority)
+    if (ids := next_ids(session, Batch, 1)) is not None:
+        batch.id = ids[0]
     session.add(batch)
     session.flush()
     return batch.id
@@ -61,6 +64,8 @@ def add_jobs(session: Session, rows: Sequence[dict[str, Any]]) -> None:
         is_answered = row["reused_from"] is not None
         row["state"] = JobState.SUCCEEDED if is_answered else JobState.QUEUED
         row["finished_at"] = now if is_answered else None
+    for row, job_id in zip(rows, next_ids(session, Job, len(rows)) or (), strict=False):
+        row["id"] = job_id
     # The plain statement: the ORM would send one for each row, to learn an id that nobody needs.
     session.connection().execute(insert(Base.metadata.tables[Job.__tablename__]), rows)
 

@@ -57,7 +57,7 @@ def paths(session: Session, keys: Collection[str]) -> dict[str, str]:
 
 
 def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
-    """All that were ever recorded, those that are gone included."""
+    """All checkpoints that are on record, including those that are gone."""
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 
@@ -99,7 +99,7 @@ def forget_unused(session: Session, paths: Collection[str]) -> None:
 
     Only for what qbatch removed: what somebody moved away may come back, and is not to be taken for unknown then.
     """
-    # Also by a job of a batch that is still being stored.
+    # A job of a batch that is still being stored may refer to it too.
     has_job = or_(
         select(Job.id).where(Job.checkpoint_key == Checkpoint.key).exists(),
         select(Job.id).where(Job.base_key == Checkpoint.key, HAS_BASE).exists(),

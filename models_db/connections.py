@@ -55,7 +55,7 @@ def connect_patiently(connect: Callable[[], T], error_type: type[Exception]) -> 
 
 
 def count_connections(session: Session) -> ConnectionCount:
-    """Those of PostgreSQL."""
+    """The connections to a PostgreSQL server. SQLite has none."""
     return ConnectionCount(**session.execute(_COUNT).mappings().one())
 
 

@@ -21,5 +21,5 @@ def take_turns(session: Session) -> None:
 
 
 def find_database_id(connection: Connection) -> str | None:
-    """The same; None if somebody has deleted it."""
+    """The id of the database; None if somebody has deleted it."""
     return connection.execute(_ID).scalar()

@@ -43,7 +43,7 @@ IS_WAITING: ColumnElement[bool] = and_(IS_QUEUED, Job.dispatch_id.is_(None))
 """Queued, and not in Redis. Their index is in the order of priority, batch and id."""
 
 STILL_WAITS: ColumnElement[bool] = and_(IS_QUEUED, func.coalesce(Job.dispatch_id, "") == "")
-"""The same, for jobs that are found in another way: in this form it fits no index."""
+"""As ``IS_WAITING``, but in a form that fits no index, for jobs that are found in another way."""
 
 WAITS_AGAIN: ColumnElement[bool] = and_(IS_QUEUED, Job.attempt > literal(0, literal_execute=True))
 """Queued after an attempt. Only these can have run out of memory, or wait for a time or for space."""
@@ -52,4 +52,4 @@ HAS_FAILED: ColumnElement[bool] = _state_is(JobState.FAILED)
 """Failed. Their index is in the order of time."""
 
 HAS_BASE: ColumnElement[bool] = Job.base_key.is_not(None)
-"""With an adapter, which belongs to a checkpoint."""
+"""Has an adapter, which belongs to a checkpoint."""

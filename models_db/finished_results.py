@@ -61,7 +61,7 @@ def find_finished(
 
 
 def _finished_parts(row: Any) -> tuple[FinishedPart, ...] | None:
-    """None if the checkpoint that an adapter belongs to is not on record."""
+    """The checkpoints that a job was measured with; None if the one that its adapter belongs to is not on record."""
     if row.checkpoint_path is None:
         return ()
     own = FinishedPart(key=row.checkpoint_key, path=row.checkpoint_path, versions=row.file_versions)
@@ -135,7 +135,7 @@ def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
 
 
 def _recorded_bases(job_ids: Sequence[int]) -> Select[int, datetime | None]:
-    """The same of the checkpoints to which the jobs' adapters belong."""
+    """The jobs with an adapter whose checkpoint is on record, and since when that is gone."""
     return (
         select(Job.id, Checkpoint.gone_at)
         .join(Checkpoint, Checkpoint.key == Job.base_key)

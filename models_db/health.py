@@ -14,7 +14,7 @@ from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import HAS_FAILED
 from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.tables import Job, Lease, Worker
 
 _DAY_S = 86_400.0
@@ -69,7 +69,7 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
         workers=list_workers(session, lease_s),
         open_jobs={state: count for state, count in states},
         failed={str(kind): count for kind, count in failed},
-        pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in standing(session)],
+        pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in in_force(session)],
     )
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import LOST, OPEN_STATES, DeviceKind, JobState, WorkerState, format_batch_id, format_job_id
-from qbatch.core.storage import with_adapter_mark
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.core.vram_classes import show_need, vram_class
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
@@ -55,7 +55,10 @@ def _ends(session: Session, counts: Mapping[int, Mapping[str, int]]) -> dict[int
 
 
 def _ends_of_small(session: Session, batch_ids: Sequence[int]) -> dict[int, datetime | None]:
-    """In one statement: to make one for each batch takes longer than to read their jobs."""
+    """When the last job of each of these small batches ended.
+
+    One statement reads all of their jobs, which takes less time than a statement for each batch.
+    """
     if not batch_ids:
         return {}
     last = select(Job.batch_id, func.max(Job.finished_at)).where(Job.batch_id.in_(batch_ids)).group_by(Job.batch_id)
@@ -106,7 +109,7 @@ def list_jobs(
     return [_job(row, now, awaited.get(row.id)) for row in rows]
 
 
-# Not whole jobs: to decode what is not shown takes longer than the rest.
+# Only the columns that are shown: decoding the others would take longer than all the rest.
 _LISTED = (
     *(Job.id, Job.batch_id, Job.model, Job.revision, Job.method, Job.bits, Job.device, Job.state, Job.stage),
     Job.recovery,
@@ -157,7 +160,7 @@ def _elapsed_s(row: Any, now: datetime) -> float | None:
 
 
 def _seconds(begin: datetime, end: datetime | None) -> float | None:
-    # Not less than none, even if the database's clock was set back meanwhile.
+    # Never negative, even if the database's clock was set back meanwhile.
     return None if end is None else max(0.0, round((end - begin).total_seconds(), 1))
 
 
@@ -165,7 +168,7 @@ def _note(row: Any) -> str | None:
     """What a waiting job waits for, where not every device will do."""
     if row.state != JobState.QUEUED or row.above_memory_bytes is None:
         return None
-    # One that only might be too large for a GPU may run on a CPU as well.
+    # A job that is only predicted to be too large for a GPU may also run on a CPU.
     if row.device != DeviceKind.CUDA and row.need != NeedSource.SEEN:
         return None
     return show_need(row.above_memory_bytes)

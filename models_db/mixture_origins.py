@@ -20,7 +20,7 @@ _NONE = MixtureOrigin()
 
 
 def mixture_origin(job: Any) -> MixtureOrigin:
-    """That of a job, or of a row with ``MIXTURE_COLUMNS``."""
+    """What a job, or a row with ``MIXTURE_COLUMNS``, has to do with a search."""
     if job.search is None and job.point is None:
         return _NONE
     return MixtureOrigin(

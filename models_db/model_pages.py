@@ -57,8 +57,10 @@ def _in_order(
 def _rows(
     session: Session, places: dict[_Model, set[str]], batch_ids: Collection[int], only: ResultFilter
 ) -> list[ResultRow]:
-    """Also those of jobs that were submitted long after the first of their model. Found by their location, which has
-    an index; the name has none."""
+    """The rows of these models, also of jobs that were submitted long after the first of their model.
+
+    They are found by their location, because that has an index, and the name has none.
+    """
     batches, found = set(batch_ids), list[int]()
     for locations in in_chunks(sorted(set().union(*places.values()))):
         for job in session.execute(_NAMES.where(Job.location.in_(locations), *only.conditions())):

@@ -8,10 +8,11 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import JobState, Method
 from qbatch.core.job_duration import JobWork, PastRun, share_of_bundle
 from qbatch.core.kinds import DeviceKind
 from qbatch.core.measured.stored_protocol import StoredProtocol
+from qbatch.core.recovery import Recovery
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job, Result, SearchRow, Worker
 
@@ -23,8 +24,8 @@ _AT_ONCE = 40
 
 _ENDED = (
     select(
-        *(Result.job_id, Result.num_parameters, Result.protocol, Result.protocol_hash),
-        *(Job.method, Job.location, Job.bundle, Attempt.worker_id, Attempt.claimed_at, Attempt.ended_at),
+        *(Result.job_id, Result.num_parameters, Result.protocol, Result.protocol_hash, Result.prefill_s_p50),
+        *(Job.method, Job.scheme, Job.location, Job.bundle, Attempt.worker_id, Attempt.claimed_at, Attempt.ended_at),
         Worker.device_kind,
     )
     .join(Job, Job.id == Result.job_id)
@@ -45,7 +46,7 @@ def past_runs(session: Session, *, newest: int = _NEWEST) -> list[PastRun]:
     for row in rows:
         bundles.setdefault((row.bundle, row.worker_id), []).append(row)
     groups = list(bundles.values())
-    # Of the oldest bundle only a part was read, and its time would be shared among too few.
+    # Only a part of the oldest bundle was read, so its time would be shared among too few jobs.
     whole = groups[:-1] if len(ids) == newest and len(groups) > 1 else groups
     running = running_bundles(session)
     measured = [run for group in whole if group[0].bundle not in running for run in _runs(group)]
@@ -84,10 +85,17 @@ def _runs(bundle: Sequence[Row[Any]]) -> list[PastRun]:
         return []
     held = [(row.claimed_at.timestamp(), row.ended_at.timestamp()) for row in ended]
     seconds = share_of_bundle(held, len(ended))
-    return [PastRun(work=_work(row), seconds=seconds) for row in ended]
+    return [PastRun(work=_work(row), seconds=seconds, token_s=_token_s(row)) for row in ended]
+
+
+def _token_s(row: Row[Any]) -> float | None:
+    protocol = StoredProtocol.from_json(row.protocol)
+    tokens = (protocol.batch_size or 1) * (protocol.prompt_tokens or 0)
+    return row.prefill_s_p50 / tokens if row.method == Method.NONE and row.prefill_s_p50 and tokens else None
 
 
 def _work(row: Row[Any]) -> JobWork:
+    recovery = Recovery.find(row.scheme.get("recovery") or {})
     return JobWork(
         method=row.method,
         device_kind=DeviceKind(row.device_kind),
@@ -96,4 +104,6 @@ def _work(row: Row[Any]) -> JobWork:
         has_tasks=bool(row.protocol.get("tasks")),
         location=row.location,
         parameters=row.num_parameters,
+        recovery=None if recovery is None else recovery.kind,
+        steps=None if recovery is None else recovery.steps,
     )

@@ -16,7 +16,7 @@ STORAGE_FULL = "storage_full"
 
 def pause(session: Session, reason: str, message: str, *, needed_bytes: int | None, for_s: float) -> None:
     """Send nothing for ``for_s`` seconds, or until it is lifted. ``needed_bytes``: the room that would end it."""
-    # One that is over is no beginning of this one.
+    # A pause that is over must not count as the beginning of this one.
     session.execute(delete(Pause).where(Pause.until <= db_now()), execution_options=NO_SYNC)
     values = {"message": message, "needed_bytes": needed_bytes, "until": db_now(for_s)}
     session.execute(
@@ -26,12 +26,12 @@ def pause(session: Session, reason: str, message: str, *, needed_bytes: int | No
     )
 
 
-def standing(session: Session) -> Sequence[Pause]:
+def in_force(session: Session) -> Sequence[Pause]:
     """The pauses in force now."""
     return session.scalars(select(Pause).where(Pause.until > db_now()).order_by(Pause.reason)).all()
 
 
-def noted(session: Session) -> Sequence[Pause]:
+def on_record(session: Session) -> Sequence[Pause]:
     """All recorded pauses: those in force, and those that have expired since the last one began."""
     return session.scalars(select(Pause).order_by(Pause.reason)).all()
 

@@ -28,8 +28,10 @@ def store_answers(session: Session, job_id: int, answers: Mapping[str, TaskAnswe
 def with_answers(
     session: Session, rows: Iterable[ResultRow], job_ids: Collection[str] | None = None
 ) -> list[ResultRow]:
-    """The same rows with their answers, which are read only where they are compared: they are most of a database. Those
-    of ``job_ids`` alone, if given."""
+    """``rows`` with their answers to tasks; if ``job_ids`` are given, only these rows get theirs.
+
+    Answers are most of a database, so they are read only where they are compared.
+    """
     rows = list(rows)
     answered = {
         row.job_id: job_number(row.reused_from or row.job_id)

@@ -128,7 +128,7 @@ class ReadyBundles:
         return at_least if self.needs.under is None else [*at_least, need < self.needs.under]
 
     def _read(self, session: Session, names: Sequence[str]) -> list[ReadyBundle]:
-        """Those of the bundles that belong here, the first submitted first."""
+        """The bundles among ``names`` that belong in this queue, in the order of submission."""
         bundles = self._bundles(are_ready(names, self.needs)).order_by(func.min(Job.id))
         return [ReadyBundle(**row) for row in session.execute(bundles).mappings()] if names else []
 

@@ -182,7 +182,7 @@ def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], i
     columns = (Job.id, Job.batch_id, Job.location, Job.revision, Job.dtype, Job.protocol)
     query = select(*columns).where(Job.method == Method.NONE).order_by(Job.id)
     locations = {job.location for job in jobs}
-    # Of a few models, those of a whole batch are not read.
+    # If there are few models, read only their rows, not those of the whole batch.
     few = len(locations) <= VALUES_AT_ONCE
     which = Job.location.in_(locations) if few else Job.batch_id.in_({job.batch_id for job in jobs})
     return {_family(job): job.id for job in session.execute(query.where(which))}

@@ -16,7 +16,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import NO_SYNC, in_chunks
 from qbatch.models_db.tables import AnswersRow, Attempt, Batch, Checkpoint, Job, Result, SearchRow
 
-# Asked for by name: for what is not among some values, no index is of use.
+# The ended states by name, because no index helps to find rows whose state is not among some values.
 _Family = tuple[int, str, str | None]
 
 
@@ -148,7 +148,7 @@ def delete_named(session: Session, job_ids: Collection[int]) -> set[int]:
 
 
 def answered_elsewhere(session: Session, job_ids: Collection[int]) -> dict[int, int]:
-    """Those of these jobs whose results answer another job, with one that is not among them and that they answer."""
+    """The jobs among ``job_ids`` whose results answer a job outside of ``job_ids``, each with one such job."""
     found: dict[int, int] = {}
     for chunk in in_chunks(sorted(job_ids)):
         query = select(Job.reused_from, Job.id).where(Job.reused_from.in_(chunk)).order_by(Job.id.desc())

@@ -46,12 +46,12 @@ def forget_unused(session: Session, older_than_s: float) -> None:
 
 
 def find_frontier_of(session: Session, search_id: int) -> Frontier:
-    """Without the sensitivities, which are as long."""
+    """The frontier that a search found, without the sensitivities, which are as long."""
     return Frontier.from_json(session.execute(select(SearchRow.frontier).where(SearchRow.id == search_id)).scalar_one())
 
 
 def find_searches(session: Session, ids: Collection[int]) -> dict[int, FinishedSearch]:
-    """Those of these searches that exist, whole."""
+    """Everything that was stored of these searches, by id. A search that does not exist is left out."""
     rows = session.scalars(select(SearchRow).where(SearchRow.id.in_(ids))) if ids else ()
     return {row.id: _finished(row) for row in rows}
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0016"
+SCHEMA_HEAD = "0017"
 # PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
 # schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}
@@ -45,7 +45,7 @@ _SQL_LOGIC_ERROR = 1
 NO_SYNC = {"synchronize_session": False}
 """For statements that change rows which the session has not loaded, or that nobody reads from it any more."""
 VALUES_AT_ONCE = 500
-"""In one statement: fewer than SQLite takes parameters, and PostgreSQL plans well."""
+"""How many values one statement may have: SQLite takes more parameters, but PostgreSQL plans so many well."""
 
 _T = TypeVar("_T")
 
@@ -144,7 +144,7 @@ class Database:
             self.require_own(session)
 
     def require_own(self, session: Session) -> None:
-        """The same check within a transaction, at little cost.
+        """Check the schema as ``require_schema`` does, within a transaction and at little cost.
 
         Also raises DatabaseReplaced if this is not the database that was there at the first check.
         """
@@ -158,7 +158,7 @@ class Database:
             self.require_tolerable(state)
 
     def require_same(self, session: Session) -> None:
-        """The same check, but accepting any schema of a newer version.
+        """Check the database as ``require_own`` does, but accept the schema of any newer version.
 
         For renewing leases and returning running jobs: a changed schema may still permit that, but it must never
         happen on another database.

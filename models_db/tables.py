@@ -42,6 +42,15 @@ class Batch(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
+class LastId(Base):
+    """The highest id that a batch or a job ever had, on SQLite. See ``last_ids``."""
+
+    __tablename__ = "last_ids"
+
+    table_name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[int]
+
+
 class Arrival(Base):
     """A batch that is still being stored: no query sees it or its jobs. See ``arrivals``."""
 
@@ -88,16 +97,17 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=0)
     time_limit_s: Mapped[float | None]
     # Set when the source's fingerprint and the device kind are known: by submit or by the worker.
-    # Of a search: the key of what it finds, until a checkpoint has met its bound.
+    # For a search: the key of what it finds, until a checkpoint has met its bound.
     checkpoint_key: Mapped[str | None] = mapped_column(String(64))
-    # Where that is the key of an adapter: the key of the checkpoint that it belongs to.
+    # If that is the key of an adapter: the key of the checkpoint that it belongs to.
     base_key: Mapped[str | None] = mapped_column(String(64))
     # Which adapter that is, for lists, which do not read whole schemes.
     recovery: Mapped[str | None] = mapped_column(String(32))
-    # Of a search: ``SearchRequest.to_json``, and what it found. With the latter, a queued job waits for those below.
+    # For a search: ``SearchRequest.to_json``, and what it found. With the latter, a queued job waits for the jobs that
+    # publish it.
     search: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     search_id: Mapped[int | None]
-    # Of a job that publishes a mixture: the search that it is for, and the point of its frontier. Neither is a foreign
+    # For a job that publishes a mixture: the search that it is for, and the point of its frontier. Neither is a foreign
     # key, because SQLite adds none to a table that is there; ``retention`` keeps them true.
     search_job_id: Mapped[int | None]
     point: Mapped[int | None]

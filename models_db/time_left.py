@@ -20,7 +20,7 @@ from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Batch, Job, Worker
 from qbatch.models_db.workers import live
 
-# Of more batches nobody asks when each will end, and of more jobs of one, the mean does not change.
+# With more open batches, nobody asks when each will end; with more jobs of a batch, their mean does not change.
 _MOST_BATCHES = 20
 _SAMPLE = 200
 # Work that has taken longer than was expected will still take some of it, and the more the later it is: that it takes
@@ -104,8 +104,8 @@ class _Expected:
         self._session = session
         self._runs = runs
         self._kind = kind
-        # By what decides it: most jobs have it in common with others.
-        self._estimates: dict[tuple[DeviceKind, str, str, str, bool], float | None] = {}
+        # The estimates by what decides them, because most jobs have that in common with others.
+        self._estimates: dict[tuple[DeviceKind, str, str, str, str, bool], float | None] = {}
         self._means: dict[int, float | None] = {}
 
     def of(self, job: Job, kind: DeviceKind | None = None) -> float | None:
@@ -114,7 +114,8 @@ class _Expected:
         return estimate if estimate is not None else self._mean_of(job.batch_id)
 
     def _estimate(self, job: Job, kind: DeviceKind) -> float | None:
-        key = (kind, job.location, job.method, repr(job.protocol), job.search is not None)
+        recovery = repr(job.scheme.get("recovery"))
+        key = (kind, job.location, job.method, recovery, repr(job.protocol), job.search is not None)
         if key not in self._estimates:
             estimate = estimate_duration(JobWork.of(spec_of(job), kind, None), self._runs)
             self._estimates[key] = None if estimate is None else estimate.seconds
@@ -127,7 +128,7 @@ class _Expected:
 
 
 def _mean_seconds(session: Session, batch_id: int) -> float | None:
-    """Of the newest jobs of the batch that have succeeded."""
+    """The mean time of the newest jobs of the batch that succeeded, in seconds."""
     newest = (
         select(Job.id)
         .where(Job.batch_id == batch_id, Job.state == JobState.SUCCEEDED)
@@ -183,7 +184,7 @@ def _ended_of(session: Session, bundles: Collection[str]) -> dict[str, list[tupl
     query = (
         select(Job, Attempt.claimed_at, Attempt.worker_id)
         .join(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
-        # Not by their states: SQLite would read by these all that ever ended.
+        # Without a condition on the state, because SQLite would then read all jobs that ever ended.
         .where(Job.finished_at.is_not(None))
     )
     for some in in_chunks(sorted(bundles), 40):
@@ -219,7 +220,7 @@ def _bundle(
 
 def open_batches(session: Session) -> list[int]:
     """The batches with jobs that have not ended, the oldest first."""
-    # Asked for each state by itself, since both together would be read as the whole of an index.
+    # One query for each state, because a query for both would read the whole index.
     found: set[int] = set()
     for state in OPEN_STATES:
         found.update(session.scalars(select(Job.batch_id).where(Job.state == state).distinct()))
@@ -227,7 +228,7 @@ def open_batches(session: Session) -> list[int]:
 
 
 def _open_work(session: Session, running: Sequence[_RunningBundle], expected: _Expected) -> dict[int, OpenWork | None]:
-    """Of each open batch; None if something of it cannot be judged."""
+    """What is left of each open batch, by its id. None if the time of a part of it cannot be estimated."""
     found: dict[int, OpenWork | None] = {}
     for batch_id in open_batches(session)[:_MOST_BATCHES]:
         left = [one.seconds for one in running if one.batch_id == batch_id]

@@ -16,12 +16,12 @@ from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorke
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.listing import list_batches, list_workers
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.time_left import TimeLeft, open_batches, time_left
 
-# It reads hundreds of rows, and an estimate is not better for being made anew.
+# An estimate reads hundreds of rows, and a newer one is hardly better.
 _JUDGE_S = 5.0
 # A batch of thousands may be cancelled at once.
 _MOST_NEWS = 50
@@ -54,7 +54,7 @@ class Watcher:
         self._judges = judges
         self._clock = clock
         self._batch_ids: set[int] = set(batch_ids)
-        # Of the jobs that ran at the last look, their stage.
+        # The stages of the jobs that ran at the last look.
         self._running: dict[int, str | None] = {}
         self._reported: set[int] = set()
         self._ended = 0
@@ -81,7 +81,7 @@ class Watcher:
             more_news=more,
             workers=tuple(map(_worker, workers)),
             live_workers=sum(worker["state"] == WorkerState.READY for worker in workers),
-            pauses=tuple(pause.message for pause in standing(session)),
+            pauses=tuple(pause.message for pause in in_force(session)),
         )
 
     def _judge(self, session: Session) -> None:

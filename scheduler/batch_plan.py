@@ -13,9 +13,11 @@ from qbatch.core.domain import DeviceKind, JobSpec, format_job_id, stored_dtype
 from qbatch.core.errors import JobError
 from qbatch.core.file_stat import Mounts
 from qbatch.core.filesystem import disk_space
+from qbatch.core.header_groups import count_groups
 from qbatch.core.job_duration import JobWork, PastRun, TimeEstimate, estimate_duration
-from qbatch.core.kinds import DType
+from qbatch.core.kinds import FLOATS, DType
 from qbatch.core.output_size import OutputSize, output_size
+from qbatch.core.pass_duration import estimate_passes, search_tokens, training_tokens
 from qbatch.core.settings import Settings
 from qbatch.core.sources import Header, read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
@@ -28,13 +30,12 @@ from qbatch.scheduler.submission_lookup import (
     RequestedJob,
     SubmissionLookup,
     device_kind_of,
-    inspect_unvetted,
+    inspect_unchecked,
 )
 from qbatch.scheduler.submit import Submission, refuse_missing_libraries, start_lookup
 from qbatch.scheduler.vram_prediction import memory_bytes
 
 _AT_ONCE = 200
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Earlier(StrEnum):
@@ -109,8 +110,11 @@ class BatchPlan:
         return sum(job.duration is None for job in self.open_jobs)
 
 
-def plan_batch(database: Database, settings: Settings, submission: Submission) -> BatchPlan:
-    """Look everything up that ``submit`` would, and store nothing.
+def plan_batch(
+    database: Database, settings: Settings, submission: Submission, *, here: DeviceKind | None = None
+) -> BatchPlan:
+    """Look everything up that ``submit`` would, and store nothing. ``here``: the kind of device of this machine's
+    workers, if they are expected where none is live.
 
     Raises DatabaseUnreachable, and UsageError for a method that this host or the live workers lack.
     """
@@ -126,7 +130,7 @@ def plan_batch(database: Database, settings: Settings, submission: Submission) -
             there = _published(session, settings, [one for bundle in looked_up.bundles for one in bundle])
             there |= _searched(session, [one for bundle in looked_up.bundles for one in bundle])
             for source, bundle in zip(chunk, looked_up.bundles, strict=True):
-                planned = _planned(bundle, lookup, runs)
+                planned = _planned(bundle, lookup, runs, here)
                 jobs += (_with_earlier(job, one, answers, there) for job, one in zip(planned, bundle, strict=True))
                 said = [*(source.folder.warnings if source.folder is not None else ()), lookup.memory_warning(bundle)]
                 for line in filter(None, said):
@@ -146,7 +150,7 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
         is_known = ref in submission.screened
-        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        folder = submission.screened[ref] if is_known else inspect_unchecked(ref, bundle, mounts)
         chunk.append(InspectedSource(specs=bundle, folder=folder))
         if len(chunk) == _AT_ONCE:
             yield chunk
@@ -155,7 +159,9 @@ def _chunks(submission: Submission) -> Iterator[Sequence[InspectedSource]]:
         yield chunk
 
 
-def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun]) -> list[PlannedJob]:
+def _planned(
+    bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Sequence[PastRun], here: DeviceKind | None
+) -> list[PlannedJob]:
     """The jobs of one source, with the sizes that its headers tell."""
     source = bundle[0].spec.source
     headers: tuple[Header, ...] = ()
@@ -164,28 +170,38 @@ def _planned(bundle: Sequence[RequestedJob], lookup: SubmissionLookup, runs: Seq
             headers, config = read_headers(Path(source.location)), read_config(Path(source.location))
         except (JobError, OSError):  # pickles, or a folder that only the workers see: nothing is known of it here
             headers = ()
-    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in _FLOATS) or None
-    # Where nothing is live, the next worker is expected to be like the last one.
-    last = runs[0].work.device_kind if runs else None
+    parameters = sum(t.numel for header in headers for t in header.tensors if t.dtype in FLOATS) or None
+    is_searched = any(one.spec.search is not None for one in bundle)
+    groups = count_groups(headers, config) if is_searched and headers else 0
+    # Where nothing is live, the next worker is expected to be one of this machine, else like the last one.
+    next_one = here or (runs[0].work.device_kind if runs else None)
     jobs = []
     for one in bundle:
         spec = one.spec
         kind = device_kind_of(spec.device, lookup.devices)
-        expected = kind or last
+        expected = kind or next_one
         work = JobWork.of(spec, expected, parameters) if expected is not None else None
-        job = PlannedJob(spec=spec, dtype=spec.dtype, duration=None if work is None else _duration(spec, work, runs))
+        duration = None if work is None else _duration(spec, work, runs, groups)
+        job = PlannedJob(spec=spec, dtype=spec.dtype, duration=duration)
         if spec.search is not None and work is not None:
             job = replace(job, duration_once_searched=_of_one_point(spec, work, runs))
-        jobs.append(_with_sizes(job, headers, config, kind) if headers else job)
+        jobs.append(_with_sizes(job, headers, config, kind or here) if headers else job)
     return jobs
 
 
-def _duration(spec: JobSpec, work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
-    """Of a search with one job that publishes what it found, of which there may be three."""
+def _duration(spec: JobSpec, work: JobWork, runs: Sequence[PastRun], groups: int) -> TimeEstimate | None:
+    """The time of a job. That of a search includes one job that publishes what it found; there may be three.
+    ``groups``: of the model's layers; 0 where they are not known."""
     estimate = estimate_duration(work, runs)
-    if spec.search is None or estimate is None:
+    if spec.search is not None:
+        if estimate is None and groups:
+            estimate = estimate_passes(work, search_tokens(spec.search.protocol, groups), runs)
+        return None if estimate is None else estimate.followed_by(_of_one_point(spec, work, runs))
+    recovery = spec.scheme.recovery
+    if recovery is None or not recovery.kind.is_trained or estimate is None or not estimate.is_least:
         return estimate
-    return estimate.followed_by(_of_one_point(spec, work, runs))
+    training = estimate_passes(work, training_tokens(recovery), runs)
+    return estimate if training is None else replace(training.followed_by(estimate) or training, is_least=False)
 
 
 def _of_one_point(spec: JobSpec, work: JobWork, runs: Sequence[PastRun]) -> TimeEstimate | None:
@@ -243,7 +259,7 @@ def _with_earlier(
 
 
 def _free_bytes(storage: Path) -> int | None:
-    """Those of the file system that holds the storage, or will hold it."""
+    """The free bytes of the file system that holds the storage, or will hold it; None if they are not known."""
     try:
         folder = next(path for path in (storage, *storage.parents) if path.is_dir())
         space = disk_space(folder)

@@ -100,7 +100,7 @@ def _send(database: Database, broker: Broker, chosen: Sequence[Dispatch]) -> Non
 
 def _choose(session: Session, settings: Settings) -> list[Dispatch]:
     """Mark the next bundles to send, ``_AT_ONCE`` at most."""
-    if pauses.standing(session):
+    if pauses.in_force(session):
         return []
     present = workers.around(session, settings.lease_s)
     if present:

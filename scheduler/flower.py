@@ -47,7 +47,7 @@ def serve(settings: Settings, *, address: str, port: int) -> None:
 
 
 def set_options(credentials: str) -> None:
-    """Those of Flower in this process. Its own variables come later: FLOWER_MAX_TASKS may ask for more tasks."""
+    """Set Flower's options in this process. Its variables are read later, so FLOWER_MAX_TASKS still has an effect."""
     from flower.options import options
 
     # Set in Python, because FLOWER_BASIC_AUTH is a comma-separated list, in which the part of a password after a comma
@@ -73,8 +73,8 @@ def named_after_its_work(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_tasks_after_their_work() -> None:
-    """In the state that pages, sorting and search have in common. Metrics keep the one name: a label of theirs must not
-    have a value for each model."""
+    """Rename tasks in the state that pages, sorting and search share. Metrics keep the one name, because a label of a
+    metric must not have a value for each model."""
     from flower import events
 
     class NamedTasks(events.EventsState):  # type: ignore[misc]

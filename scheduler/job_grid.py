@@ -131,7 +131,7 @@ class Grid:
             yield from (replace(scheme, recovery=recovery) for recovery in self.recoveries)
 
     def every_scheme(self) -> tuple[Scheme, ...]:
-        """With those of which mixtures are looked for."""
+        """``schemes``, and those of which mixtures are looked for."""
         return (*self.schemes(), *self._searched())
 
     def _searched(self) -> tuple[Scheme, ...]:

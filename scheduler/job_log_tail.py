@@ -20,7 +20,7 @@ _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class JobStatus:
     """How a job stands: its state, its error, its attempts, the newest one last."""
 
     job_id: int
@@ -47,14 +47,14 @@ class Standing:
         return job_log(self.folder, self.job_id, attempt)
 
 
-def standing_of(database: Database, logs_of: Callable[[str], Path], job_id: int) -> Standing:
+def status_of(database: Database, logs_of: Callable[[str], Path], job_id: int) -> JobStatus:
     """How an existing job stands. ``logs_of`` is that of the settings. Raises DatabaseUnreachable."""
     with database.read() as session:
         database.require_own(session)
         (record,) = job_records(session, [job_id])
         (row,) = find_results(session, job_ids=[job_id])
         folder = logs_of(database_id(session))
-    return Standing(
+    return JobStatus(
         job_id=job_id,
         folder=folder,
         state=row.state,
@@ -64,20 +64,20 @@ def standing_of(database: Database, logs_of: Callable[[str], Path], job_id: int)
     )
 
 
-def require_attempt(standing: Standing, number: int | None) -> AttemptRecord:
+def require_attempt(status: JobStatus, number: int | None) -> AttemptRecord:
     """The attempt whose log is asked for. Raises UsageError, saying why there is none."""
-    attempt = standing.attempt(number)
+    attempt = status.attempt(number)
     if attempt is not None:
         return attempt
-    name = standing.name
-    if standing.attempts:
-        known = ", ".join(str(one.attempt) for one in standing.attempts)
+    name = status.name
+    if status.attempts:
+        known = ", ".join(str(one.attempt) for one in status.attempts)
         raise UsageError(f"{name} has no attempt {number}; its attempts are {known}")
-    if standing.reused_from is not None:
-        raise UsageError(f"{name} was answered by {standing.reused_from}: see `qbatch logs {standing.reused_from}`")
-    if standing.has_ended:
-        reason = f": {standing.error}" if standing.error else ""
-        raise UsageError(f"{name} has no log, because no worker had begun it when it {_ended(standing.state)}{reason}")
+    if status.reused_from is not None:
+        raise UsageError(f"{name} was answered by {status.reused_from}: see `qbatch logs {status.reused_from}`")
+    if status.has_ended:
+        reason = f": {status.error}" if status.error else ""
+        raise UsageError(f"{name} has no log, because no worker had begun it when it {_ended(status.state)}{reason}")
     raise UsageError(f"no worker has begun {name}, so it has no log yet: `qbatch logs -f {name}` waits for it")
 
 
@@ -112,9 +112,9 @@ class _File:
             yield text
 
 
-def read_log(standing: Standing, attempt: AttemptRecord) -> Iterator[bytes]:
+def read_log(status: JobStatus, attempt: AttemptRecord) -> Iterator[bytes]:
     """What is in the log now, in pieces. Raises StorageUnavailable if there is no log."""
-    path = standing.path(attempt.attempt)
+    path = status.path(attempt.attempt)
     file = _File(path)
     yield from file.read_all()
     if not file.offset:
@@ -131,56 +131,56 @@ class Follower:
     ``look`` returns how the job stands. ``say`` is told what is not in the log: which attempt begins, how one ended.
     """
 
-    look: Callable[[], Standing]
+    look: Callable[[], JobStatus]
     say: Callable[[str], None]
     number: int | None = None
     _shown: AttemptRecord | None = field(default=None, init=False)
 
     def follow(self) -> Iterator[bytes]:
-        standing = self.look()
+        status = self.look()
         while True:
-            attempt = self._next(standing)
+            attempt = self._next(status)
             if attempt is not None:
-                yield from self._follow(standing, attempt)
-            elif standing.has_ended or (self.number is not None and self._shown is not None):
+                yield from self._follow(status, attempt)
+            elif status.has_ended or (self.number is not None and self._shown is not None):
                 return
             time.sleep(_POLL_S)
-            standing = self._look_again(standing)
+            status = self._look_again(status)
 
-    def _next(self, standing: Standing) -> AttemptRecord | None:
+    def _next(self, status: JobStatus) -> AttemptRecord | None:
         """The attempt to show now: None while there is none that was not shown."""
-        attempt = standing.attempt(self.number)
+        attempt = status.attempt(self.number)
         if attempt is None or (self._shown is not None and attempt.attempt == self._shown.attempt):
             return None
         return attempt
 
-    def _follow(self, standing: Standing, attempt: AttemptRecord) -> Iterator[bytes]:
+    def _follow(self, status: JobStatus, attempt: AttemptRecord) -> Iterator[bytes]:
         self._shown = attempt
-        self.say(f"{standing.name}, attempt {attempt.attempt} on {attempt.worker}")
-        file = _File(standing.path(attempt.attempt))
+        self.say(f"{status.name}, attempt {attempt.attempt} on {attempt.worker}")
+        file = _File(status.path(attempt.attempt))
         while True:
             # Looked up before the file is read: what the attempt wrote before it ended is there by then.
-            standing = self._look_again(standing)
-            now = standing.attempt(attempt.attempt) or attempt
+            status = self._look_again(status)
+            now = status.attempt(attempt.attempt) or attempt
             yield from file.read_all()
             if now.ended_at is not None:
-                self.say(describe_end(standing, now))
+                self.say(describe_end(status, now))
                 return
             time.sleep(_POLL_S)
 
-    def _look_again(self, standing: Standing) -> Standing:
+    def _look_again(self, status: JobStatus) -> JobStatus:
         """How the job stands now, or stood when the database last answered."""
         try:
             return self.look()
         except (DatabaseRefused, WrongDatabase):
             raise
         except DatabaseUnreachable:
-            return standing
+            return status
 
 
-def describe_end(standing: Standing, attempt: AttemptRecord) -> str:
+def describe_end(status: JobStatus, attempt: AttemptRecord) -> str:
     """How an attempt ended, which the log does not say if its runner was killed."""
-    name = f"{standing.name}, attempt {attempt.attempt}"
+    name = f"{status.name}, attempt {attempt.attempt}"
     if attempt.outcome is None:
-        return f"{name} is running: `qbatch logs -f {standing.name}` follows it"
+        return f"{name} is running: `qbatch logs -f {status.name}` follows it"
     return f"{name} ended: {attempt.outcome}" + (f": {attempt.message}" if attempt.message else "")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 # How alike two names must be, by difflib's measure: one letter too few, too many or wrong in a name of four.
 _ALIKE = 0.75
-# The same for a word of a name: "lama" and "mien" are mistyped, "en" is no mistyped "de", and "cased" no "uncased".
+# How alike two words of a name must be: "lama" and "mien" are mistyped, "en" is not a mistyped "de", nor "cased" a
+# mistyped "uncased".
 _ALIKE_WORDS, _LETTERS_APART = 0.6, 1
 _NUMBER, _BETWEEN_WORDS = re.compile(r"[0-9]+"), re.compile(r"[-_.]")
 

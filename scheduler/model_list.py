@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from qbatch.core.domain import SourceRef
-from qbatch.core.errors import ModelsRefused, UnsafeSource, UsageError
+from qbatch.core.errors import UnsafeSource, UsageError
 from qbatch.core.folder_hint import not_a_folder, where_the_model_is
 from qbatch.core.roots import refuse_outside_roots
 from qbatch.core.sources import looks_like_path, parse_source
@@ -88,16 +88,6 @@ def read_models(
     return ModelList(sources=tuple(sources.values()), lines=at, problems=tuple(problems))
 
 
-def read_model_list(
-    lines: Iterable[str], *, named: Iterable[str] = (), check_folders: bool, roots: Sequence[Path] | None
-) -> list[SourceRef]:
-    """The models of ``read_models``. Raises ModelsRefused if there are problems."""
-    listed = read_models(lines, named=named, check_folders=check_folders, roots=roots)
-    if listed.problems:
-        raise ModelsRefused(list(map(str, listed.problems)), models=len(listed.sources) + len(listed.problems))
-    return list(listed.sources)
-
-
 def _meant(source: SourceRef, likely: LikelyFolders, take_folder: TakeFolder | None) -> SourceRef:
     """``source``, or the folder that was meant. Whoever writes a revision means the hub."""
     folder = None if source.is_folder or source.revision is not None else likely.near(source.name)
@@ -123,7 +113,7 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
 def _parse(text: str) -> SourceRef:
     if len(text) > _LONGEST:
         raise UsageError(f"the name of a model may have at most {_LONGEST} characters; this one has {len(text)}")
-    # As a path that workers elsewhere may see otherwise, it is judged later.
+    # It may be a path that workers elsewhere see differently, so it is judged later.
     if not looks_like_path(text) and _is_file(text):
         raise UsageError(not_a_folder(text))
     return parse_source(text)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qbatch.core.domain import format_batch_id, format_job_id
 from qbatch.core.filesystem import disk_space
-from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import arrivals, jobs, pauses, window, workers
 from qbatch.models_db.database_id import database_id
@@ -20,7 +19,7 @@ log = logging.getLogger("qbatch.scheduler")
 def expire_leases(database: Database, settings: Settings) -> None:
     """Take jobs back from workers that have not renewed their lease in time."""
     with database.write() as session:
-        lost = jobs.expire(session, backoff_s=settings.backoff_s, max_failures=settings.max_failures)
+        lost = jobs.expire(session, limits=settings.retry_limits)
     for job_id in lost:
         log.warning("%s was taken back: its worker did not renew the lease in time", format_job_id(job_id))
 
@@ -36,13 +35,11 @@ def shorten_future_times(database: Database, settings: Settings) -> None:
 
     They were recorded before the database's clock was set back. Everything is normal again within one lease.
     """
-    limits = RetryLimits(backoff_s=settings.backoff_s, max_failures=settings.max_failures)
+    limits = settings.retry_limits
     with database.write() as session:
         # Leases first, because the heartbeats tell which workers they belong to.
-        count = jobs.shorten_future_times(
-            session, lease_s=settings.lease_s, backoff_s=settings.backoff_s, max_failures=settings.max_failures
-        )
-        longest_pause_s = max(limits.wait_s(settings.max_failures), _renewed_pause_s(settings))
+        count = jobs.shorten_future_times(session, lease_s=settings.lease_s, limits=limits)
+        longest_pause_s = max(limits.wait_s(limits.max_failures), _renewed_pause_s(settings))
         count += workers.shorten_future_times(session) + arrivals.shorten_future_times(session)
         count += pauses.shorten_future_times(session, longest_pause_s)
     if count:
@@ -67,7 +64,7 @@ def watch_disk_space(database: Database, settings: Settings) -> None:
     If the storage is not visible from here, the pause expires by itself, and the waiting job tries again.
     """
     with database.read() as session:
-        needed = {pause.reason: pause.needed_bytes for pause in pauses.noted(session)}
+        needed = {pause.reason: pause.needed_bytes for pause in pauses.on_record(session)}
         is_awaited = bool(needed) and jobs.any_waits_for_space(session)
         # The folder in which workers write checkpoints. It is missing on a machine that has not mounted the storage.
         staging = settings.staging_of(database_id(session))
@@ -83,7 +80,7 @@ def watch_disk_space(database: Database, settings: Settings) -> None:
 
 
 def _renewed_pause_s(settings: Settings) -> float:
-    """It must outlast a slow tick, and also the time in which another scheduler takes the lead."""
+    """How long a renewed pause lasts. It must outlast a slow tick, and the time until another scheduler leads."""
     return max(settings.backoff_s, settings.lead_s)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import JobError, ModelsRefused, UsageError
@@ -12,6 +13,7 @@ from qbatch.core.file_stat import Mounts
 from qbatch.core.methods.registry import is_installed
 from qbatch.scheduler.lm_eval_files import TaskFiles
 from qbatch.scheduler.model_list import ListProblem, ModelList
+from qbatch.scheduler.shared_passages import SharedPassages
 from qbatch.scheduler.submission_lookup import InspectedFolder, inspect
 from qbatch.scheduler.submit import Submission
 from qbatch.scheduler.task_names import unknown_tasks
@@ -48,13 +50,19 @@ def screen(
     ``is_one_machine`` the workers may see other files than this process, so nothing is refused."""
     folders: dict[SourceRef, InspectedFolder | None] = {}
     found: dict[SourceRef, ListProblem] = {}
-    specs = asked(listed.sources).specs() if listed.sources else ()
+    submission = asked(listed.sources) if listed.sources else None
+    specs = submission.specs() if submission is not None else ()
+    passages = SharedPassages(
+        trained_on=submission.trained_texts if submission is not None else (),
+        judged_by=submission.eval_texts if submission is not None else (),
+    )
     mounts = Mounts()
     for source in listed.sources:
         if not source.is_folder:
             continue
         try:
             folders[source] = inspect(source, [replace(spec, source=source) for spec in specs], mounts)
+            passages.refuse(Path(source.location))
         except (JobError, OSError) as error:
             found[source] = ListProblem(line=listed.lines[source], text=_said(source, error))
         on_progress(1)

@@ -17,10 +17,10 @@ from qbatch.core.identity import Settled, settle, source_fingerprint
 from qbatch.core.legacy_identity import legacy_folder_fingerprint
 from qbatch.core.model_files import content_files, names_code
 from qbatch.core.settings import Settings
+from qbatch.core.source_checks import check_contents
 from qbatch.core.sources import Header, is_pickled, pickle_files, read_config, read_headers, source_dtype
 from qbatch.core.storage import CheckpointState, checkpoint_state
 from qbatch.core.transformers_names import refuse_unknown_architecture
-from qbatch.core.vet import vet_read
 from qbatch.core.vram_classes import floor_bytes
 from qbatch.models_db import file_digests, finished_results, skip_list_keys
 from qbatch.models_db.arrivals import answerable_since, known_searches
@@ -195,7 +195,7 @@ class SubmissionLookup:
 
 
 def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
-    """None for a hub id, and for a folder with pickles alone that may be converted: their contents are not known yet.
+    """What the files of a folder tell. None for a hub id, and for pickles that may be converted: nothing is known yet.
 
     Raises a JobError, or OSError, for a folder that no worker could use.
     """
@@ -208,13 +208,17 @@ def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> Insp
         pickle_files(folder)
         return None
     headers = read_headers(folder)
-    vet_read(folder, config, headers)
+    check_contents(folder, config, headers)
+    if any(spec.search is not None for spec in specs):
+        from qbatch.scheduler.unmeetable_bound import refuse_unmeetable_bound
+
+        refuse_unmeetable_bound(specs, headers, config)
     return _described(folder, config, headers, specs, mounts)
 
 
-def inspect_unvetted(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
-    """The same without the checks; None too for a folder that cannot be read here: if nor can a worker, its job fails
-    with the reason."""
+def inspect_unchecked(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:
+    """As ``inspect``, without the checks. None also for a folder that cannot be read here: if a worker cannot read it
+    either, the job fails with the reason."""
     if not source.is_folder:
         return None
     folder = Path(source.location)

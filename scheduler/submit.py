@@ -31,7 +31,7 @@ from qbatch.scheduler.submission_lookup import (
     RequestedJob,
     SubmissionLookup,
     device_kind_of,
-    inspect_unvetted,
+    inspect_unchecked,
 )
 
 # So many are inserted in a few hundredths of a second.
@@ -64,7 +64,7 @@ class Submission:
     screened: Mapping[SourceRef, InspectedFolder | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not all(text.strip() for text in (self.eval_text, *self.more_texts.values())):
+        if not all(text.strip() for text in self.eval_texts):
             raise UsageError("the evaluation text is empty")
         if self.more_texts and self.grid.quality is False:
             raise UsageError("quality is measured on further texts, and --measure leaves it out: give one --eval-text")
@@ -74,6 +74,16 @@ class Submission:
     @property
     def text_sha256(self) -> str:
         return text_sha256(self.eval_text)
+
+    @property
+    def eval_texts(self) -> tuple[str, ...]:
+        return (self.eval_text, *self.more_texts.values())
+
+    @property
+    def trained_texts(self) -> tuple[str, ...]:
+        """Those of ``recovery_texts`` that adapters are trained on."""
+        trained = {each.text_sha256 for each in self.grid.recoveries if each.kind.is_trained}
+        return tuple(text for text in self.recovery_texts if text_sha256(text) in trained)
 
     @property
     def text_refs(self) -> tuple[TextRef, ...] | None:
@@ -199,7 +209,7 @@ def _chunks(submission: Submission, settings: Settings) -> Iterator[Sequence[Ins
     for ref in submission.sources:
         bundle = [replace(spec, source=ref) for spec in specs]
         is_known = ref in submission.screened
-        folder = submission.screened[ref] if is_known else inspect_unvetted(ref, bundle, mounts)
+        folder = submission.screened[ref] if is_known else inspect_unchecked(ref, bundle, mounts)
         chunk.append(InspectedSource(specs=bundle, folder=folder))
         is_late = time.monotonic() - began >= settings.heartbeat_s / 2
         if is_late or len(chunk) * len(specs) >= _JOBS_AT_ONCE:

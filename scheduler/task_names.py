@@ -12,8 +12,8 @@ _TOKEN = re.compile(rb"[\w.+()-]+")
 
 
 def unknown_tasks(names: Collection[str]) -> list[str]:
-    """Those of ``names`` that no file of the harness mentions, so that it certainly has no such task. None of them if
-    the harness is not installed here."""
+    """The ``names`` that no file of the harness mentions, so that it certainly has no such task. Empty if the harness
+    is not installed here."""
     folder = _tasks_folder()
     left = {name.encode() for name in names}
     for path in _files(folder, names) if folder is not None and left else ():

@@ -47,7 +47,7 @@ def wait(
 
 
 def _look(database: Database, watcher: Watcher, on_silence: Callable[[str], None]) -> Snapshot | None:
-    """None while the database does not answer."""
+    """Look at the batches once. None if the database does not answer."""
     try:
         with database.read() as session:
             database.require_own(session)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from qbatch.core.domain import DType, Protocol, Scheme
 from qbatch.core.measured.measurement import Measurement
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.quality.reference import Reference
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.models.load import LoadedModel
 

@@ -90,8 +90,10 @@ def run_bundle(
     attempt: int = 1,
     protocol: ProtocolOptions | None = None,
     texts: Mapping[str, str] | None = None,
+    ear: Ear | None = None,
 ) -> Ear:
-    """Run a job for each of ``schemes``, by their ids, on a CPU. ``texts``: further ones, by their sha256."""
+    """Run a job for each of ``schemes``, by their ids, on a CPU. ``texts``: further ones, by their sha256. ``ear``: who
+    listens."""
     claims = tuple(
         Claim(
             job_id=job_id,
@@ -107,7 +109,7 @@ def run_bundle(
         for job_id, scheme in schemes.items()
     )
     order = an_order(source.parent, claims, texts=texts)
-    ear = Ear()
+    ear = ear or Ear()
     Bundle(order, ear, TimingPauses()).run()
     return ear
 

@@ -43,7 +43,7 @@ _ARGUMENTS: Mapping[str, Sequence[str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class CommandOutcome:
     """``lines`` are those on standard error; ``let_through`` is an exception that was not turned into one of them."""
 
     code: int
@@ -65,7 +65,7 @@ def run_every_command(
     but: Sequence[str] = (),
     before: Sequence[str] = (),
     preexec: Callable[[], None] | None = None,
-) -> list[dict[str, Outcome]]:
+) -> list[dict[str, CommandOutcome]]:
     """What became of each command but those in ``but``, by its name, with the settings of each of ``places``.
 
     ``before``: the program that starts it.
@@ -83,7 +83,7 @@ def run_every_command(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    return [{name: Outcome(**outcome) for name, outcome in of_place.items()} for of_place in found]
+    return [{name: CommandOutcome(**outcome) for name, outcome in of_place.items()} for of_place in found]
 
 
 def _is_late(_: int, frame: FrameType | None) -> None:

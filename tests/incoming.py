@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -167,12 +168,34 @@ def partitioned(folder: Path, name: str) -> Path:
     return folder
 
 
-def tekken_alone(folder: Path) -> Path:
-    """A Mistral whose only tokenizer is a file that transformers reads only with another library."""
-    make_causal(folder, "mistral", dtype="bfloat16")
-    for path in folder.glob("tokenizer*"):
+_TEKKEN = json.dumps({"config": {}, "vocab": [], "special_tokens": []})
+_TIKTOKEN = "".join(f"{base64.b64encode(bytes([rank])).decode()} {rank}\n" for rank in range(256))
+_TOKENIZER_CONFIG = {"tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})}
+_SEEN_ONLY = "its only tokenizer is {}, which qbatch cannot read"
+_EMPTY = "its tokenizer_config.json comes without a vocabulary"
+# What there is of a tokenizer that transformers reads only with another library, or not at all → why it is not read.
+UNREADABLE_TOKENIZERS: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "tekken": ({"tekken.json": _TEKKEN}, _SEEN_ONLY.format("tekken.json")),
+    "tiktoken": ({"tiktoken.model": _TIKTOKEN}, _SEEN_ONLY.format("tiktoken.model")),
+    "qwen": ({"qwen.tiktoken": _TIKTOKEN}, _SEEN_ONLY.format("qwen.tiktoken")),
+    "tiktoken, configured": (
+        {"tiktoken.model": _TIKTOKEN, **_TOKENIZER_CONFIG},
+        _SEEN_ONLY.format("tiktoken.model"),
+    ),
+    "tiktoken, named as SentencePiece": ({"tokenizer.model": _TIKTOKEN}, _SEEN_ONLY.format("tokenizer.model")),
+    "no vocabulary": (_TOKENIZER_CONFIG, _EMPTY),
+    "no vocabulary, empty": ({"tokenizer_config.json": json.dumps({"tokenizer_class": "LlamaTokenizer"})}, _EMPTY),
+    "nothing": ({}, "it has no tokenizer"),
+}
+
+
+def unreadable_tokenizer(folder: Path, kind: str) -> Path:
+    """A Llama with one of UNREADABLE_TOKENIZERS."""
+    make_causal(folder, dtype="bfloat16")
+    for path in folder.glob("*token*"):
         path.unlink()
-    (folder / "tekken.json").write_text(json.dumps({"config": {}, "vocab": [], "special_tokens": []}))
+    for name, content in UNREADABLE_TOKENIZERS[kind][0].items():
+        (folder / name).write_text(content)
     return folder
 
 

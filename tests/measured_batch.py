@@ -25,7 +25,7 @@ NO_TOKENIZER = "the model has no tokenizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelRates:
     """A model: its size, and the rates of its baseline. ``file_bytes``: of each parameter in the source's files."""
 
     name: str
@@ -37,14 +37,16 @@ class Shape:
 
 
 MODELS = (
-    Shape(name="meta-llama/Meta-Llama-3.1-8B-Instruct", parameters=8_030_261_248, decode=48.8),
-    Shape(name="mistralai/Mistral-Small-24B-Instruct-2501", parameters=23_572_403_200, decode=36.2, is_unsteady=True),
-    Shape(name="Qwen/Qwen2.5-1.5B-Instruct", parameters=1_543_714_304, decode=54.1),
-    Shape(name="bigscience/bloom-1b7", parameters=1_722_408_960, decode=61.0, file_bytes=4),
-    Shape(name="google/gemma-2-2b-it", parameters=2_614_341_888, decode=40.3, is_unsteady=True),
-    Shape(name="microsoft/Phi-3.5-mini-instruct", parameters=3_821_079_552, decode=45.0),
-    Shape(name="HuggingFaceTB/SmolLM2-360M-Instruct", parameters=361_821_120, decode=58.2, has_text=False),
-    Shape(name="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", parameters=14_770_033_664, decode=39.5),
+    ModelRates(name="meta-llama/Meta-Llama-3.1-8B-Instruct", parameters=8_030_261_248, decode=48.8),
+    ModelRates(
+        name="mistralai/Mistral-Small-24B-Instruct-2501", parameters=23_572_403_200, decode=36.2, is_unsteady=True
+    ),
+    ModelRates(name="Qwen/Qwen2.5-1.5B-Instruct", parameters=1_543_714_304, decode=54.1),
+    ModelRates(name="bigscience/bloom-1b7", parameters=1_722_408_960, decode=61.0, file_bytes=4),
+    ModelRates(name="google/gemma-2-2b-it", parameters=2_614_341_888, decode=40.3, is_unsteady=True),
+    ModelRates(name="microsoft/Phi-3.5-mini-instruct", parameters=3_821_079_552, decode=45.0),
+    ModelRates(name="HuggingFaceTB/SmolLM2-360M-Instruct", parameters=361_821_120, decode=58.2, has_text=False),
+    ModelRates(name="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", parameters=14_770_033_664, decode=39.5),
 )
 METHODS = (Method.NONE, Method.INT8, Method.NF4)
 _WEIGHTS = {Method.NONE: 1.0, Method.INT8: 0.56, Method.NF4: 0.37}
@@ -68,11 +70,13 @@ def measured_batch(database: Database, *, faster: float = 1.0, kl: float = 1.0) 
     return batch_id
 
 
-def _bundle(model: Shape) -> list[NewJob]:
+def _bundle(model: ModelRates) -> list[NewJob]:
     return bundle(model.name, *METHODS, device=DeviceKind.CUDA)
 
 
-def _succeed(database: Database, token: jobs.Token, model: Shape, method: Method, measurement: Measurement) -> None:
+def _succeed(
+    database: Database, token: jobs.Token, model: ModelRates, method: Method, measurement: Measurement
+) -> None:
     key = f"{token[0]:x}".rjust(16, "a")
     path = None if method is Method.NONE else checkpoint_path(model.name, spec(model.name, method).scheme, key)
     with database.write() as session:
@@ -82,7 +86,7 @@ def _succeed(database: Database, token: jobs.Token, model: Shape, method: Method
 
 
 def _measurement(
-    model: Shape, method: Method, token: jobs.Token, *, faster: float = 1.0, kl: float = 1.0
+    model: ModelRates, method: Method, token: jobs.Token, *, faster: float = 1.0, kl: float = 1.0
 ) -> Measurement:
     weights = round(model.parameters * 2 * _WEIGHTS[method])
     rate = model.decode * _RATE[method] * faster
@@ -115,7 +119,7 @@ def _measurement(
 
 
 def _details(
-    model: Shape, method: Method, rate: float, divergence: float | None, others: list[str]
+    model: ModelRates, method: Method, rate: float, divergence: float | None, others: list[str]
 ) -> Mapping[str, Any]:
     apart = 0.6 if model.is_unsteady else 0.004
     rounds = [1 / rate * (1 + apart * (n - 1)) for n in range(3)]

@@ -13,11 +13,12 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, Pro
 from qbatch.core.errors import CudaOom, JobError, SourceCorrupt, Unsupported
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import checkpoints, jobs
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from tests.rows import POLICY, a_worker, add_batch, claim
+from tests.rows import a_worker, add_batch, claim
 from tests.schemes import with_options
 
 H200 = "NVIDIA H200"
@@ -91,7 +92,7 @@ _ERRORS: tuple[JobError, ...] = (
 def _fail(database: Database, token: jobs.Token, error: JobError) -> None:
     with database.write() as session:
         # Not retried: it failed too often already.
-        assert jobs.fail(session, token, error, lease_s=60.0, **POLICY | {"max_failures": 1})
+        assert jobs.fail(session, token, error, lease_s=60.0, limits=RetryLimits(backoff_s=0.01, max_failures=1))
 
 
 def _succeed(database: Database, token: jobs.Token, measured: Measurement) -> None:

@@ -14,12 +14,13 @@ from qbatch.core.domain import BASELINE, DeviceKind, DType, JobSpec, Method, Pro
 from qbatch.core.errors import JobError
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import jobs, workers
 from qbatch.models_db.batches import JobRows, NewJob, add_empty_batch, add_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
 
-POLICY: dict[str, Any] = {"backoff_s": 0.01, "max_failures": 3}
+POLICY: dict[str, Any] = {"limits": RetryLimits(backoff_s=0.01, max_failures=3)}
 PROTOCOL = ProtocolOptions(eval_text_sha256="0" * 64)
 
 

@@ -65,7 +65,7 @@ class AnswerComparison:
         return "McNemar's exact test" if self.clusters is None and self.is_right_or_wrong else "sign-flip test"
 
     def as_mapping(self) -> dict[str, Any]:
-        """As JSON."""
+        """The comparison as a JSON object."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -88,7 +88,7 @@ class AnswerComparison:
 
 
 def baseline_pairs(group: Group) -> list[Pair]:
-    """Each quantized row of ``group`` that has a baseline, and that."""
+    """Each quantized row of ``group`` with its baseline, if it has one."""
     return [(row, base) for row in group.rows if (base := group.baselines.get(row.job_id)) is not None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qbatch.core.measured.checkpoint_audit import AdapterTraining, CheckpointAudit
+from qbatch.core.measured.checkpoint_audit import SKIPPED_ON_REQUEST, AdapterTraining, CheckpointAudit
 from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
@@ -32,9 +32,9 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
 
 
 def unmarked_warnings(row: ResultRow) -> Iterable[str]:
-    """The same without what tables mark at the figure itself."""
+    """The warnings of ``audit_warnings``, except those that tables show as a mark at the figure."""
     fraction = row.quantized_fraction
-    if not row.is_baseline and fraction is not None and fraction < 0.5:
+    if not row.is_baseline and fraction is not None and fraction + _skipped_on_request(row) < 0.5:
         yield (
             f"only {fraction * 100:.3g} % of its parameters are stored in {row.bits} bits: "
             f"the rest is {row.dtype} (`qbatch show --all JOB` says why)"
@@ -56,8 +56,15 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
     yield from fairness_remarks(row.details.why.energy.flags, during="while its energy was measured")
 
 
+def _skipped_on_request(row: ResultRow) -> float:
+    """The share of its parameters that a skip list, perhaps that of a mixture, leaves at 16 bits."""
+    kept = row.details.audit.kept or ()
+    skipped = sum(part.parameters or 0 for part in kept if part.reason == SKIPPED_ON_REQUEST)
+    return skipped / row.num_parameters if row.num_parameters else 0.0
+
+
 def speed_origin(row: ResultRow) -> str | None:
-    """Whose speed a row has; None if it was timed itself."""
+    """A sentence that says which job a row's speed is from; None if the row was timed itself."""
     if row.speed_from is None:
         return None
     return f"its speed and its peaks of memory are those of {row.speed_from}, a model of the same shape in its batch"

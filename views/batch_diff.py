@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qbatch.core.domain import JobState
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.batch_pairs import PairedBatches, RowPair, pair_batches
 from qbatch.views.figure_changes import Change, FigureChange
 from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width
+from qbatch.views.groups import source_name
 from qbatch.views.protocol import version_differences
 from qbatch.views.scheme import show_scheme
+from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import show_ratio
 from qbatch.views.wrapped_text import wrap
 
+_NAMED = 3
 # In this order; of the others, the sum says how many there are.
 _LISTED = (
     *(Change.FASTER, Change.SLOWER, Change.BETTER, Change.WORSE),
@@ -27,13 +30,15 @@ def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: 
     """Compare the rows of two batches as a table, JSON or CSV."""
     paired = pair_batches(before, after)
     if format == "json":
-        return render([_pair_as_mapping(pair) for pair in paired.pairs], (), "json")
+        alone = [_alone_as_mapping(row, "first") for row in paired.only_before]
+        alone += [_alone_as_mapping(row, "second") for row in paired.only_after]
+        return render([*map(_pair_as_mapping, paired.pairs), *alone], (), "json")
     if format == "csv":
         return render([line for pair in paired.pairs for line in _flat(pair)], (), "csv")
     width = terminal_width()
     lines = [line for change in _LISTED for line in _section(change, paired.pairs, width)]
     lines += _not_compared(paired, width)
-    footer = [text for text in (*_versions(paired.pairs), _sum(paired)) if text]
+    footer = [text for text in (*_parts_of_one(paired.pairs), *_versions(paired.pairs), _sum(paired)) if text]
     prose = [line for text in footer for line in wrap(printable(text), min(width, PROSE_WIDTH), indent=GAP)]
     return "\n".join([*lines, *([""] if lines else []), *prose])
 
@@ -48,12 +53,11 @@ def _section(change: Change, pairs: Sequence[RowPair], width: int) -> Iterable[s
 
 
 def _name(pair: RowPair) -> str:
-    name = _model(pair.after).rstrip("/").rpartition("/")[2]
-    return f"{pair.before.job_id} → {pair.after.job_id} {name} {show_scheme(pair.after)}"
+    return f"{pair.before.job_id} → {pair.after.job_id} {_short_name(pair.after)}"
 
 
-def _model(row: ResultRow) -> str:
-    return row.model + (f"@{row.revision}" if row.revision else "")
+def _short_name(row: ResultRow) -> str:
+    return f"{source_name(row).rstrip('/').rpartition('/')[2]} {show_scheme(row)}"
 
 
 def _figure(change: FigureChange) -> str:
@@ -62,21 +66,27 @@ def _figure(change: FigureChange) -> str:
 
 
 def _not_compared(paired: PairedBatches, width: int) -> Iterable[str]:
-    reasons = [(f"{_name(pair)}: {pair.why_not}") for pair in paired.pairs if pair.why_not is not None]
-    for title, texts in (
-        ("not compared", reasons),
-        ("only in the first", [_alone(row) for row in paired.only_before]),
-        ("only in the second", [_alone(row) for row in paired.only_after]),
-    ):
-        if texts:
-            yield f"{title} ({len(texts)})"
-        for text in texts:
-            yield from wrap(printable(text), width, first=GAP, indent=GAP * 3)
+    """Yield a line for each reason, and one for what each batch has alone, however many jobs that is."""
+    reasons: dict[str, list[str]] = {}
+    for pair in paired.pairs:
+        if pair.why_not is not None:
+            reasons.setdefault(pair.why_not, []).append(_name(pair))
+    texts = [f"not compared ({len(names)}), {why}: {name_jobs(names, _NAMED)}" for why, names in reasons.items()]
+    for which, rows in (("first", paired.only_before), ("second", paired.only_after)):
+        if rows:
+            names = [f"{row.job_id} {_short_name(row)}" for row in rows]
+            texts.append(f"only in the {which} ({len(rows)}): {name_jobs(names, _NAMED)}")
+    for text in texts:
+        yield from wrap(printable(text), width, indent=GAP)
 
 
-def _alone(row: ResultRow) -> str:
-    state = "" if row.state == JobState.SUCCEEDED else f": {row.state}"
-    return f"{row.job_id} {_model(row)} {show_scheme(row)}{state}"
+def _parts_of_one(pairs: Sequence[RowPair]) -> Iterable[str]:
+    """Yield which parts only one of the batches measured."""
+    parts = [(pair.before.protocol.parts, pair.after.protocol.parts) for pair in pairs if pair.why_not is None]
+    for part in (MeasuredPart.QUALITY, MeasuredPart.SPEED):
+        for which, alone in (("first", [a - b for a, b in parts]), ("second", [b - a for a, b in parts])):
+            if any(part in some for some in alone):
+                yield f"{part.value.capitalize()} was measured in the {which} alone, so it is not compared."
 
 
 def _versions(pairs: Sequence[RowPair]) -> Iterable[str]:
@@ -112,7 +122,7 @@ def _sum(paired: PairedBatches) -> str:
 
 def _pair_as_mapping(pair: RowPair) -> Mapping[str, Any]:
     return {
-        **_of_pair(pair),
+        **_of_rows(pair.before, pair.after),
         "not_compared": pair.why_not,
         "same_measurement": pair.is_one_measurement,
         "versions_differ_in": version_differences([pair.before, pair.after]) if pair.why_not is None else [],
@@ -120,19 +130,29 @@ def _pair_as_mapping(pair: RowPair) -> Mapping[str, Any]:
     }
 
 
-def _flat(pair: RowPair) -> Iterable[Mapping[str, Any]]:
-    yield from ({**_of_pair(pair), **_change_as_mapping(change)} for change in pair.changes)
-
-
-def _of_pair(pair: RowPair) -> dict[str, Any]:
+def _alone_as_mapping(row: ResultRow, which: str) -> Mapping[str, Any]:
+    """A row without a counterpart, as a pair that was not compared."""
     return {
-        "model": pair.after.model,
-        "revision": pair.after.revision,
-        "scheme": pair.after.scheme,
-        "label": show_scheme(pair.after),
-        "job_before": pair.before.job_id,
-        "job_after": pair.after.job_id,
+        **_of_row(row),
+        "job_before": row.job_id if which == "first" else None,
+        "job_after": row.job_id if which == "second" else None,
+        "not_compared": f"only in the {which}",
+        "same_measurement": False,
+        "versions_differ_in": [],
+        "changes": [],
     }
+
+
+def _flat(pair: RowPair) -> Iterable[Mapping[str, Any]]:
+    yield from ({**_of_rows(pair.before, pair.after), **_change_as_mapping(change)} for change in pair.changes)
+
+
+def _of_rows(before: ResultRow, after: ResultRow) -> dict[str, Any]:
+    return {**_of_row(after), "job_before": before.job_id, "job_after": after.job_id}
+
+
+def _of_row(row: ResultRow) -> dict[str, Any]:
+    return {"model": row.model, "revision": row.revision, "scheme": row.scheme, "label": show_scheme(row)}
 
 
 def _change_as_mapping(change: FigureChange) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.domain import JobState
+from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.figure_changes import Change, FigureChange, figure_changes
 from qbatch.views.groups import configuration, measuring_job
 from qbatch.views.protocol import differences
-from qbatch.views.ratios import may_compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,11 @@ def _key(row: ResultRow) -> Key:
 
 
 def _requested_key(row: ResultRow) -> Key:
-    """Without the dtypes, which are resolved only where a job was measured."""
-    return (row.model, row.revision, row.scheme, json.dumps(row.options, sort_keys=True))
+    """Without what is resolved only where a job was measured: the dtypes, and the layers that a search chose."""
+    options = dict(row.options)
+    if row.mixture.bound is not None:
+        options["skip_modules"] = [row.mixture.title, row.mixture.bound]
+    return (row.model, row.revision, row.scheme, json.dumps(options, sort_keys=True))
 
 
 def _exact_key(row: ResultRow) -> Key:
@@ -90,12 +93,25 @@ def _pair(before: ResultRow, after: ResultRow) -> RowPair:
 
 
 def _why_not(before: ResultRow, after: ResultRow) -> Iterable[str]:
-    for row in (before, after):
+    for which, row in (("first", before), ("second", after)):
         if row.state != JobState.SUCCEEDED:
-            yield f"{row.job_id} {row.state}" + (f" ({row.error_kind})" if row.error_kind else "")
+            yield f"{row.state} in the {which}" + (f" ({row.error_kind})" if row.error_kind else "")
     if before.state != JobState.SUCCEEDED or after.state != JobState.SUCCEEDED:
         return
     if before.details.fingerprint != after.details.fingerprint:
         yield "the model's files changed in between"
-    elif not may_compare(before, after, on_device=True):
+    elif not _is_one_protocol(before, after):
         yield f"measured in different ways: {', '.join(differences([before, after]))}"
+
+
+def _is_one_protocol(before: ResultRow, after: ResultRow) -> bool:
+    """Whether what both measured was measured alike on one kind of device. What only one of them measured changes
+    nothing in the rest, but a profile or the energy beside the times of only one may."""
+    parts, others = before.protocol.parts, after.protocol.parts
+    if MeasuredPart.SPEED in parts & others and (parts ^ others) & {MeasuredPart.WHY, MeasuredPart.ENERGY}:
+        return False
+    return before.device_name == after.device_name and _without_parts(before) == _without_parts(after)
+
+
+def _without_parts(row: ResultRow) -> dict[str, object]:
+    return {name: value for name, value in row.protocol.stored.items() if name not in set(MeasuredPart)}

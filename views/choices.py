@@ -39,7 +39,7 @@ def choices_of(rows: Sequence[ResultRow], preference: Preference) -> list[Choice
 
 
 def choose(model: str, group: Group, preference: Preference) -> Choice | None:
-    """None if the group has only baselines."""
+    """What to ship of a group; None if it has only baselines."""
     if all(row.is_baseline for row in group.rows):
         return None
     return Choice(model=model, group=group, recommendation=recommend(group, preference))
@@ -56,8 +56,8 @@ def told_apart_by_answers(rows: Sequence[ResultRow], preference: Preference) -> 
     return found
 
 
-def picked(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
-    """Those of ``rows`` that are of what is to be shipped: a checkpoint that answered several jobs is that of each."""
+def shipped_jobs(choices: Iterable[Choice], rows: Iterable[ResultRow]) -> set[str]:
+    """The ids of the ``rows`` with a checkpoint that is to be shipped. Several jobs may have the same checkpoint."""
     shipped = {key for choice in choices if choice.ship is not None for key in _same(choice.ship)}
     return {row.job_id for row in rows if row.state == JobState.SUCCEEDED and not shipped.isdisjoint(_same(row))}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
 from qbatch.views.audit_text import defects, unmarked_warnings
@@ -90,7 +91,7 @@ class _Screen:
         texts = [f"[{number}] {text}" for number, text in enumerate(notes.texts, start=1)]
         if not is_in_full:
             texts += [*self._apart(models), *self._of_all(choices)]
-        texts += [*_chosen(choices, self.preference), sum_up(rows, choices)]
+        texts += [*_chosen(choices), sum_up(rows, choices, has_reasons=True)]
         if not is_in_full:
             texts.append("`qbatch compare --model NAME`, of one model: all figures, and what limits its speed.")
         return [*lines, "", *(line for text in texts for line in wrap(printable(text), self.prose, indent=GAP))]
@@ -106,7 +107,7 @@ class _Screen:
         yield from emulation_remarks(measured)
 
     def model(self, model: ModelRows) -> list[str]:
-        """All figures of a model, and what is to be known about them."""
+        """All figures of a model, and the remarks about them."""
         parameters = next((row.num_parameters for group in model.groups for row in group.rows), None)
         heading = model.name + (f" · {show_count(parameters)} parameters" if parameters is not None else "")
         lines, said = [printable(heading)], set[str]()
@@ -175,18 +176,19 @@ def _without_result(rows: Sequence[ResultRow]) -> Iterable[str]:
 
 
 def _new(sentences: Iterable[str], said: set[str]) -> list[str]:
-    """Those that were not ``said`` yet, and from now on are."""
+    """The sentences that were not ``said`` yet. They are added to ``said``."""
     fresh = [sentence for sentence in dict.fromkeys(sentences) if sentence not in said]
     said.update(fresh)
     return fresh
 
 
-def _chosen(choices: Sequence[Choice], preference: Preference) -> Iterable[str]:
+def _chosen(choices: Sequence[Choice]) -> Iterable[str]:
     """Yield what was preferred, and within which limits."""
-    bounds = dict.fromkeys(" and ".join(choice.recommendation.bounds) for choice in choices if choice.ship is not None)
-    limits = "; or with ".join(filter(None, bounds))
-    if bounds:
-        yield f"Chosen: {_PREFERRED[preference.prefer]}{f', with {limits}' if limits else ''}."
+    shipped = [choice.recommendation for choice in choices if choice.ship is not None]
+    for prefer in dict.fromkeys(each.prefer for each in shipped):
+        bounds = dict.fromkeys(" and ".join(each.bounds) for each in shipped if each.prefer == prefer)
+        limits = "; or with ".join(filter(None, bounds))
+        yield f"Chosen: {_PREFERRED[prefer]}{f', with {limits}' if limits else ''}."
 
 
 def _why_apart(model: ModelRows) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS, BaselineComparison
+from qbatch.core.measured.metric import BaselineComparison
+from qbatch.core.measured.metrics import COMPARE_COLUMNS, COMPARE_CSV, COMPARED_METRICS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.stored_json import Stored
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers
@@ -57,15 +58,15 @@ def _group_as_mapping(group: Group, preference: Preference) -> dict[str, Any]:
         "superseded": dict(group.superseded),
         "versions_differ_in": version_differences(group.rows),
         "answers_compared": [each.as_mapping() for each in compare_answers(baseline_pairs(group))],
-        "recommendation": _recommendation_as_mapping(recommendation, preference),
+        "recommendation": _recommendation_as_mapping(recommendation),
     }
 
 
-def _recommendation_as_mapping(recommendation: Recommendation, preference: Preference) -> dict[str, Any]:
+def _recommendation_as_mapping(recommendation: Recommendation) -> dict[str, Any]:
     return {
         "ship": None if recommendation.ship is None else recommendation.ship.job_id,
         "sentence": recommendation.sentence,
-        "prefer": preference.prefer,
+        "prefer": recommendation.prefer,
         "bounds": list(recommendation.bounds),
         "rejected": {job_id: list(reasons) for job_id, reasons in recommendation.rejected.items()},
         "not_distinguishable_from": list(recommendation.alike),

@@ -229,7 +229,8 @@ def _workers(report: Health, has_work: bool) -> Iterable[Check]:
         yield check("workers", State.OK, f"{len(ready)} ready: {', '.join(worker['worker'] for worker in ready)}")
     else:
         state = State.WRONG if has_work else State.NOTE
-        yield check("workers", state, "no worker is ready" + (", and jobs are waiting" if has_work else ""))
+        waiting = ", and jobs are waiting; one that has just started needs up to a minute" if has_work else ""
+        yield check("workers", state, f"no worker is ready{waiting}")
     for worker in report.workers:
         if worker["state"] == WorkerState.QUARANTINED:
             yield check(worker["worker"], State.WRONG, f"quarantined: {worker['note'] or 'no reason is on record'}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from qbatch.core.measured.metric import Better, Metric, TimingNoise
 from qbatch.core.measured.metrics import (
     DECODE,
     DISK,
@@ -17,9 +18,6 @@ from qbatch.core.measured.metrics import (
     RANK_CORRELATION,
     THROUGHPUT,
     WEIGHTS,
-    Better,
-    Metric,
-    TimingNoise,
 )
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_metric

@@ -21,7 +21,7 @@ class Line:
     label: str
     baseline: ResultRow | None = None
     remark: str | None = None
-    # Of a long table, to judge what is noise takes most of the time, and each cell is asked for several times.
+    # Judging what is noise takes most of the time of a long table, and each cell is asked for several times.
     _cells: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def cell(self, column: ShownColumn) -> tuple[str, str]:
@@ -85,8 +85,8 @@ class FigureTable:
         return sum(len(GAP) + sized.width for sized in self.columns)
 
     def fitted(self, width: int) -> FigureTable:
-        """The same without the columns that do not fit ``width``, least important first. Those of rank 0 stay; if they
-        do not fit beside the labels, the longest labels get lines of their own."""
+        """The table without the columns that do not fit ``width``; the least important are left out first. Columns of
+        rank 0 stay. If they do not fit beside the labels, the longest labels get lines of their own."""
         columns = list(self.columns)
         while self.label_width + sum(len(GAP) + sized.width for sized in columns) > width:
             last = max(columns, key=lambda sized: sized.column.rank, default=None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import OPEN_STATES, JobState
 from qbatch.core.measured.result_row import ResultRow
 
 
@@ -17,15 +17,21 @@ class Group:
 
     ``baselines``: for each job id, the row that its figures are compared with, if the group has one.
     ``superseded``: for each job id left out, the id of the newer measurement of the same configuration.
+    ``search``: the newest job of the model, in whatever state, that asked for layers at 16 bits within a bound.
     """
 
     rows: Sequence[ResultRow]
     baselines: Mapping[str, ResultRow]
     superseded: Mapping[str, str]
+    search: ResultRow | None = None
 
     @property
     def device_name(self) -> str:
         return str(self.rows[0].device_name)
+
+    @property
+    def awaits_search(self) -> bool:
+        return self.search is not None and self.search.state in OPEN_STATES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +65,20 @@ def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
             groups.setdefault((row.protocol_hash, row.device_name, source), []).append(row)
     return ModelRows(
         name=name,
-        groups=[_group(members) for members in groups.values()],
+        groups=[_group(members, _newest_search(rows)) for members in groups.values()],
         unmeasured=[row for row in rows if row.state != JobState.SUCCEEDED],
     )
 
 
-def _group(rows: Sequence[ResultRow]) -> Group:
+def _newest_search(rows: Sequence[ResultRow]) -> ResultRow | None:
+    return max((row for row in rows if row.mixture.bound), key=lambda row: _number(row.job_id), default=None)
+
+
+def _group(rows: Sequence[ResultRow], search: ResultRow | None) -> Group:
     newest: dict[str, ResultRow] = {}
     superseded: dict[str, str] = {}
-    for row in sorted(rows, key=_age):
+    # Of rows with one measurement, that which was measured: it is called what it is, not after a search that found it.
+    for row in sorted(rows, key=lambda row: (_age(row), row.reused_from is None)):
         before = newest.get(configuration(row))
         newest[configuration(row)] = row
         if before is not None and measuring_job(before) != measuring_job(row):
@@ -75,7 +86,7 @@ def _group(rows: Sequence[ResultRow]) -> Group:
             superseded[before.job_id] = row.job_id
     kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, _number(row.job_id)))
     baselines = {row.job_id: base for row in kept if (base := _baseline(row, kept)) is not None}
-    return Group(rows=kept, baselines=baselines, superseded=superseded)
+    return Group(rows=kept, baselines=baselines, superseded=superseded, search=search)
 
 
 def measuring_job(row: ResultRow) -> str:

@@ -35,7 +35,7 @@ from qbatch.views.metric_text import column_title, show_column, show_metric
 from qbatch.views.protocol import show_field, show_protocol
 from qbatch.views.ratios import may_compare, show_relative
 from qbatch.views.scheme import show_bound, show_scheme
-from qbatch.views.search_figures import frontier_table, search_lines, sensitivity_table
+from qbatch.views.search_figures import frontier_table, search_lines, sensitivity_lines
 from qbatch.views.speed_explanation import explain_speed
 from qbatch.views.table_notes import show_state
 from qbatch.views.task_scores import task_lines
@@ -82,7 +82,7 @@ def _show_answer(job: WholeJob) -> str:
     parts = [*_heading(row, width), *_section("job", _job(row, record), width)]
     parts += _attempts(record) if len(record.attempts) > 1 or row.state == JobState.FAILED else []
     if job.search is not None:
-        parts += _search(job.search, job.points, width)
+        parts += _search(job.search, job.points, width, in_full=False)
     if row.state != JobState.SUCCEEDED:
         return "\n".join(parts)
     beside = f", beside {baseline.job_id}" if baseline is not None else ""
@@ -116,7 +116,7 @@ def _show_job(job: WholeJob) -> str:
     parts += _section("source", _source(row, record), width)
     parts += _section("scheme", _scheme(row, record), width)
     if job.search is not None:
-        parts += _search(job.search, job.points, width)
+        parts += _search(job.search, job.points, width, in_full=True)
     if row.state == JobState.SUCCEEDED:
         parts += _measured(row, baseline, width)
     return "\n".join(parts)
@@ -142,11 +142,13 @@ def _section(title: str, lines: Lines, width: int) -> list[str]:
     return shown
 
 
-def _search(found: FinishedSearch, points: Mapping[int, str], width: int) -> Iterable[str]:
+def _search(found: FinishedSearch, points: Mapping[int, str], width: int, *, in_full: bool) -> Iterable[str]:
     yield from _section("search", search_lines(found), width)
-    yield from ["", "mixtures, as measured on the search's own text", *frontier_table(found, points)]
-    yield from ["", "KL gained by a group of layers at 16 bits (~ by its derivative; the bar: per byte)"]
-    yield from sensitivity_table(found)
+    yield from ["", "mixtures, as measured on the search's own text"]
+    yield from frontier_table(found, points, in_full=in_full)
+    yield ""
+    yield from wrap("KL gained by a group of layers at 16 bits (~ by its derivative; the bar: per byte)", width)
+    yield from sensitivity_lines(found, width, in_full=in_full)
 
 
 def _table(title: str, table: str) -> list[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MOST_RUNNING_NAMED = 3
 NO_WORKER = "jobs are queued and no worker is live: start one with `qbatch up` or `qbatch worker`"
 STARTING = "the workers are starting, which takes longest the first time: they import torch and transformers"
-# As rich has it: on such a terminal nothing can be drawn again in place.
+# rich's rule: on such a terminal nothing can be drawn again in place.
 _DUMB = ("dumb", "unknown")
 _CLEAR_LINE, _CLEAR_BELOW = "\x1b[2K", "\x1b[0J"
 
@@ -52,7 +52,7 @@ class LiveProgress:
         self._screen: _Screen | None = None
         self._last: Snapshot | None = None
         self._noted: str | None = None
-        # Of each failure of a model, the job that was said to have it first.
+        # For each failure of a model, the first job that was reported with it.
         self._failed_first: dict[tuple[str, str | None], str] = {}
 
     def __enter__(self) -> Self:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qbatch.core.measured.decode_figures import PhaseEnergy
-from qbatch.core.measured.metrics import (
-    DECODE,
-    EMBEDDING_LINES,
-    MEMORY_METRICS,
-    PREDICTION_LINES,
-    THROUGHPUT,
-    ComparisonNoise,
-    Metric,
-    Unit,
-)
+from qbatch.core.measured.metric import ComparisonNoise, Metric, Unit
+from qbatch.core.measured.metrics import DECODE, EMBEDDING_LINES, MEMORY_METRICS, PREDICTION_LINES, THROUGHPUT
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase, PhaseTimes
 from qbatch.core.methods.registry import describe_row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
-from qbatch.core.measured.metrics import BaselineComparison, Metric, MetricColumn, Unit
+from qbatch.core.measured.metric import BaselineComparison, Metric, MetricColumn, Unit
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING
 from qbatch.views.units import (

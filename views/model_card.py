@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 from qbatch.core.domain import JobState
-from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS, MetricColumn
+from qbatch.core.measured.measured_part import MeasuredPart
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import BITS_PER_PARAM, LOAD, QUANTIZE, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
 from qbatch.core.recovery import LIBRARY
@@ -31,6 +34,8 @@ _AUTO_CLASSES = {
 }
 # The host's, not the checkpoint's.
 _LEFT_OUT = ((QUANTIZE,), (LOAD,))
+# Whoever has the checkpoint alone cannot ask for more.
+_WITH_DATABASE = re.compile(r" \(`qbatch [^)]*\)")
 _VERSIONS = ("qbatch", "torch", "transformers")
 
 
@@ -68,7 +73,7 @@ def _folder_name(model: str) -> str:
 
 
 def _public_name(checkpoint: MeasuredCheckpoint) -> str:
-    """Where a folder lies is nobody else's business."""
+    """The name of the model. Of a folder, without the folders above it, which are private."""
     return _folder_name(checkpoint.row.model) if checkpoint.is_folder else checkpoint.row.model
 
 
@@ -167,7 +172,11 @@ def _line(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> s
 
 def _remarks(row: ResultRow, baseline: ResultRow | None, lines: Sequence[str]) -> Iterable[str]:
     yield f"Measured with {_plain(show_protocol(row))}."
-    yield f"Speed and memory were measured on {_plain(str(row.device_name))}; other devices give other figures."
+    device = _plain(str(row.device_name))
+    if MeasuredPart.SPEED not in row.not_measured:
+        yield f"Speed and memory were measured on {device}; other devices give other figures."
+    else:
+        yield f"Measured on {device}, without its speed."
     versions = row.details.versions or {}
     names = (*_VERSIONS, *describe_row(row.scheme).libraries)
     if known := [f"{name} {versions[name]}" for name in dict.fromkeys(names) if versions.get(name)]:
@@ -184,7 +193,8 @@ def _remarks(row: ResultRow, baseline: ResultRow | None, lines: Sequence[str]) -
     if BITS_PER_PARAM.value(row) is not None:
         yield "bits/param is of all parameters, unquantized ones included."
     for text in (*audit_warnings(row), *fairness_remarks(row.details.flags), *emulation_remarks([row])):
-        yield f"{_plain(text[0].upper() + text[1:])}"
+        alone = _WITH_DATABASE.sub("", text)
+        yield f"{_plain(alone[0].upper() + alone[1:])}"
     if baseline is None:
         yield "The unquantized model has no result under the same protocol, so there are no ratios."
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from qbatch.core.measured.metrics import ComparisonNoise, FloorNoise, Metric, TimingNoise
+from qbatch.core.measured.metric import ComparisonNoise, FloorNoise, Metric, TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import NOTABLE_SPREAD
 from qbatch.views.speed_difference import speed_difference

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from qbatch.core.measured.metric import MetricColumn as Metrics
 from qbatch.core.measured.metrics import DECODE, GRAPH_DECODE, KL_MEAN, RANK_CORRELATION, THROUGHPUT, WEIGHTS
-from qbatch.core.measured.metrics import MetricColumn as Metrics
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.choices import Choice
@@ -18,7 +18,7 @@ from qbatch.views.formats import GAP, UNLIMITED, printable, text_width
 from qbatch.views.groups import ModelRows
 from qbatch.views.result_columns import ShownColumn, of_metrics
 from qbatch.views.scheme import show_scheme
-from qbatch.views.shortened import fit_names
+from qbatch.views.shortened import LEAST_OF_A_NAME, fit_names
 from qbatch.views.table_notes import Footnotes
 
 _COLUMNS: tuple[ShownColumn, ...] = tuple(
@@ -35,7 +35,6 @@ _COLUMNS: tuple[ShownColumn, ...] = tuple(
 )
 # Names are shortened before one of these leaves.
 _BESIDE_NAMES = _COLUMNS[:-1]
-_LEAST_OF_A_NAME = 16
 GONE = "its checkpoint is no longer on the storage; a new submit makes it again"
 """What is said of a scheme to ship whose checkpoint was removed."""
 
@@ -61,7 +60,7 @@ def pick_lines(
     answers = [answer for model in models for answer in _answers(model, by_model.get(model.name, ()), notes)]
     figures = FigureTable.of([answer.line for answer in answers], _BESIDE_NAMES).figures_width
     schemes = max(text_width(answer.scheme) for answer in answers)
-    room = max(width - figures - schemes - len(GAP), _LEAST_OF_A_NAME)
+    room = max(width - figures - schemes - len(GAP), LEAST_OF_A_NAME)
     names = fit_names([answer.model for answer in answers], room)
     name_width = max(map(text_width, names))
     labelled = [_labelled(answer, name, name_width, schemes) for answer, name in zip(answers, names, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qbatch.core.job_duration import TimeEstimate
+from qbatch.core.job_duration import Basis, TimeEstimate
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.output_size import OutputSize
 from qbatch.core.search.mixture_origin import MixtureOrigin
@@ -54,6 +54,7 @@ def _row(job: PlannedJob) -> dict[str, Any]:
         "estimated_from": None if estimate is None else estimate.basis.value,
         "estimated_from_jobs": None if estimate is None else estimate.runs,
         "is_rough": None if estimate is None else estimate.is_rough,
+        "is_at_least": None if estimate is None else estimate.is_least,
         "earlier": job.earlier.value,
         "answered_by": job.answered_by,
     }
@@ -138,7 +139,8 @@ def _memory(job: PlannedJob) -> str | None:
 
 
 def _estimate(estimate: TimeEstimate) -> str:
-    return f"{'about ' if estimate.is_rough else ''}{show_duration(estimate.seconds)}"
+    how = "over " if estimate.is_least else "about " if estimate.is_rough else ""
+    return f"{how}{show_duration(estimate.seconds)}"
 
 
 def _earlier(job: PlannedJob) -> str | None:
@@ -165,6 +167,18 @@ def _summary(plan: BatchPlan) -> Iterator[str]:
         yield f"whether earlier results answer {whom} is known once a worker has the files"
     yield _disk(plan, totals)
     yield _time(plan, totals)
+    yield from _first_of_their_kind(plan)
+
+
+def _first_of_their_kind(plan: BatchPlan) -> Iterator[str]:
+    """What is to be known of estimates that are not from earlier jobs of that kind."""
+    known = [(job.spec, job.duration) for job in plan.open_jobs]
+    if any(estimate is not None and estimate.basis is Basis.PREFILLS for _, estimate in known):
+        yield "no such search or training has ended yet: its passes are counted, and taken for as fast as prefills were"
+    if any(estimate is not None and estimate.is_least for _, estimate in known):
+        yield "no such adapter was made yet: how long that takes is not counted, only what its checkpoint alone takes"
+    if any(spec.search is not None and estimate is None for spec, estimate in known):
+        yield "how long a search takes here is known once one has ended, or a baseline's speed was measured"
 
 
 def _disk(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
@@ -178,9 +192,10 @@ def _disk(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
 def _time(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
     unknown = totals["jobs_without_estimate"]
     if unknown == len(plan.open_jobs):
-        return "time: not known, since nothing like it has run yet" if unknown else "time: none"
+        return "time: not known, since no job that measures the same has ended yet" if unknown else "time: none"
     estimates = [job.duration for job in plan.open_jobs if job.duration is not None]
     rough = "about " if any(estimate.is_rough for estimate in estimates) else ""
+    rough = "over " if any(estimate.is_least for estimate in estimates) else rough
     without = f"; {unknown} jobs like none before are not counted" if unknown else ""
     workers = f", of which {plan.live_workers} are live" if plan.live_workers > 1 else ""
     return f"time: {rough}{show_duration(plan.seconds)} of one worker{workers}, as earlier jobs took{without}"

@@ -108,6 +108,8 @@ def show_field(name: str, value: Any) -> str:
     """The value of a protocol field: tasks by their names, hashes by their first eight digits."""
     if name == "tasks":
         return " ".join(_task(task) for task in value or ()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if value is None:
         return "none"
     return str(value)[:8] if name.endswith("sha256") else str(value)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from qbatch.core.exponential import exponential
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION, Metric, Unit, Value
+from qbatch.core.measured.metric import Metric, Unit, Value
+from qbatch.core.measured.metrics import KL_MEAN, PERPLEXITY, RANK_CORRELATION
 from qbatch.core.measured.quality_figures import Quality
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.statistics.paired_difference import PairedDifference, difference_of_clusters
@@ -127,16 +128,20 @@ QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityBound:
-    """The highest acceptable value of a cost."""
+    """The highest acceptable value of a cost. ``origin``: where it comes from, if the user did not give it.
+
+    ``errors``: how many of a value's standard errors must be within it too.
+    """
 
     cost: QualityCost
     limit: float
-    is_default: bool
+    origin: str | None = None
+    errors: float = 0.0
 
     def __str__(self) -> str:
         changes = f"; {self.cost.option} changes it" if self.cost.option else ""
-        default = f" (the default{changes})" if self.is_default else ""
-        return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{default}"
+        origin = f" ({self.origin}{changes})" if self.origin else ""
+        return f"a {self.cost.name} of at most {self.limit:g}{self.cost.suffix}{origin}"
 
     def broken_by(self, row: ResultRow) -> str | None:
         """Why ``row`` is not within the bound on every text that it was measured on; None if it is."""
@@ -145,7 +150,9 @@ class QualityBound:
     def broken_on_first_text(self, row: ResultRow) -> str | None:
         details = row.details
         reason = details.quality.reason or row.not_measured.get(MeasuredPart.QUALITY) or details.perplexity.reason
-        return None if row.is_baseline else self._broken(self.cost.name, self.cost.value(row), reason)
+        if row.is_baseline:
+            return None
+        return self._broken(self.cost.name, self.cost.value(row), reason, self.cost.error(row))
 
     def broken_on_further_texts(self, row: ResultRow) -> Iterable[str]:
         """Yield why ``row`` is not within the bound on a further text, for each such text."""
@@ -160,12 +167,14 @@ class QualityBound:
         further = (self.cost.on_text(text.quality) for text in (row.details.more_texts or {}).values())
         return None in (self.cost.value(row), *further)
 
-    def _broken(self, what: str, value: float | None, reason: str | None) -> str | None:
+    def _broken(self, what: str, value: float | None, reason: str | None, error: float | None = None) -> str | None:
         if value is None:
             return f"its {what} was not measured" + (f" ({reason})" if reason else "")
-        if value <= self.limit:
-            return None
-        return f"its {what}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+        if value > self.limit:
+            return f"its {what}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+        if value + self.errors * (error or 0.0) > self.limit:
+            return f"its {what} may be over {self.limit:g}: {self.cost.show(value)} ± {error:.1e}{self.cost.suffix}"
+        return None
 
 
 def first_known_cost(row: ResultRow) -> QualityCost | None:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import printable, text_width
 from qbatch.views.scheme import brief_schemes
-from qbatch.views.shortened import pad, short_names, shorten
-
-_LEAST_OF_A_NAME = 16
+from qbatch.views.shortened import LEAST_OF_A_NAME, pad, short_names, shorten
 
 
 def ranked_labels(rows: Sequence[ResultRow], marks: Sequence[str], width: int) -> list[str]:
@@ -20,7 +18,7 @@ def ranked_labels(rows: Sequence[ResultRow], marks: Sequence[str], width: int) -
     names = short_names([printable(row.model + (f"@{row.revision}" if row.revision else "")) for row in rows])
     widths = [max(map(text_width, texts)) for texts in (places, jobs, schemes)]
     room = width - len(marks[0]) - sum(widths) - 4
-    names = [shorten(name, max(room, _LEAST_OF_A_NAME)) for name in names]
+    names = [shorten(name, max(room, LEAST_OF_A_NAME)) for name in names]
     name_width = max(map(text_width, names))
     return [
         f"{mark} {place.rjust(widths[0])} {job.ljust(widths[1])} {pad(name, name_width)} {scheme}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qbatch.core.measured.metrics import DISK, BaselineComparison, Metric, MetricColumn
+from qbatch.core.measured.metric import BaselineComparison, Metric, MetricColumn
+from qbatch.core.measured.metrics import DISK
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_relative_value
 from qbatch.views.noise import UNSTEADY_MARK, is_unsteady, noise_mark

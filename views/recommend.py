@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qbatch.core.measured.measured_part import MeasuredPart
-from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS, Metric
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import DECODE, THROUGHPUT, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.search.sensitivity import STANDARD_ERRORS
 from qbatch.views.answer_comparisons import compare_answers
 from qbatch.views.audit_text import audit_warnings, defects
 from qbatch.views.comparison import Preference
@@ -31,6 +34,7 @@ from qbatch.views.ratios import ratio_of
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_bytes, show_rate, show_ratio
 
+_OF_SEARCH = "the bound of --scheme auto"
 _RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 
 
@@ -38,38 +42,55 @@ _RATES = ((DECODE, "decodes"), (THROUGHPUT, "processes its input"))
 class Recommendation:
     """``ship`` is None if nothing qualifies.
 
-    ``rejected``: the reasons, by job id. ``alike``: the job ids that cannot be distinguished from ``ship`` in what the
-    user prefers.
+    ``prefer``: what was preferred. ``rejected``: the reasons, by job id. ``alike``: the job ids that cannot be
+    distinguished from ``ship`` in that.
     """
 
     ship: ResultRow | None
     sentence: str
+    prefer: str
     bounds: Sequence[str]
     rejected: Mapping[str, Sequence[str]]
     alike: Sequence[str] = ()
 
 
 def recommend(group: Group, preference: Preference) -> Recommendation:
-    """Recommend the configuration of ``group`` to ship. Where quality was not measured, none is recommended."""
+    """Recommend the configuration of ``group`` to ship. Where quality was not measured, none is recommended.
+
+    If the user gives neither a preference nor a limit on quality or bytes, the bound of the group's search decides,
+    where there is one.
+    """
+    bounds, is_asked = quality_bounds_for(group, preference), preference.max_weights_bytes is not None
+    preference = preference_within(group, preference)
+    prefer = preference.prefer
     if (reason := _why_unknown(group)) is not None:
         sentence = f"Nothing is recommended: the quality of the quantized models was not measured, since {reason}."
-        return Recommendation(ship=None, sentence=sentence, bounds=(), rejected={})
-    bounds = quality_bounds_for(group.rows, preference)
+        return Recommendation(ship=None, sentence=sentence, prefer=prefer, bounds=(), rejected={})
     bounds_text = [str(bound) for bound in bounds]
     if preference.max_weights_bytes is not None:
-        bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}")
+        origin = "" if is_asked else f" ({_OF_SEARCH}; --max-weights-bytes changes it)"
+        bounds_text.append(f"weights of at most {show_bytes(preference.max_weights_bytes)}{origin}")
     if preference.min_tokens_per_s is not None:
         bounds_text.append(f"a rate of at least {show_rate(preference.min_tokens_per_s, 'tok')}")
     rejected = {row.job_id: reasons for row in group.rows if (reasons := list(_reasons(row, bounds, preference)))}
     fit = [row for row in group.rows if row.job_id not in rejected]
     if not fit:
-        return Recommendation(ship=None, sentence=_nothing(group, rejected), bounds=bounds_text, rejected=rejected)
+        sentence = _nothing(group, rejected)
+        return Recommendation(ship=None, sentence=sentence, prefer=prefer, bounds=bounds_text, rejected=rejected)
     ship, alike = _choose(fit, preference)
+    if ship.is_baseline and group.awaits_search:
+        sentence = "Nothing is recommended yet: the search for the layers to keep at 16 bits has not ended."
+        return Recommendation(ship=None, sentence=sentence, prefer=prefer, bounds=bounds_text, rejected=rejected)
     if preference.prefer != "speed":
         ship, alike = _prefer_better_answers(ship, alike)
     sentence = _sentence(group, ship, alike, bounds, bounds_text, rejected, preference)
     return Recommendation(
-        ship=ship, sentence=sentence, bounds=bounds_text, rejected=rejected, alike=[row.job_id for row in alike]
+        ship=ship,
+        sentence=sentence,
+        prefer=prefer,
+        bounds=bounds_text,
+        rejected=rejected,
+        alike=[row.job_id for row in alike],
     )
 
 
@@ -80,21 +101,34 @@ def _why_unknown(group: Group) -> str | None:
 
 
 def _why_no_quality(row: ResultRow) -> str | None:
-    # Of a checkpoint with a defect enough is known: it is no good.
+    # A checkpoint with a defect needs no other reason.
     return None if any(True for _ in defects(row)) else why_no_quality(row)
 
 
-def quality_bounds_for(rows: Sequence[ResultRow], preference: Preference) -> list[QualityBound]:
-    """The bounds on quality that decide which of ``rows`` qualify: the user's, or a default one."""
+def preference_within(group: Group, preference: Preference) -> Preference:
+    """What decides in ``group``: what the user gives, else the bound of its search, else the defaults. A rate may be
+    asked for besides."""
+    if group.search is None or replace(preference, min_tokens_per_s=None) != Preference():
+        return preference
+    bound = dict(group.search.mixture.bound or {})
+    # Who gives the bytes wants the best that fits into them.
+    return replace(preference, **bound, prefer="quality" if "max_weights_bytes" in bound else preference.prefer)
+
+
+def quality_bounds_for(group: Group, preference: Preference) -> list[QualityBound]:
+    """The bounds on quality that decide which rows of ``group`` qualify: the user's, its search's, or a default one."""
+    decides = preference_within(group, preference)
+    # A search publishes what is within its bound with two standard errors, so nothing else is better within it.
+    of_search: dict[str, Any] = {} if decides == preference else {"origin": _OF_SEARCH, "errors": STANDARD_ERRORS}
     requested = [
-        QualityBound(cost=cost, limit=limit, is_default=False)
-        for cost, limit in ((KL_COST, preference.max_kl), (PERPLEXITY_COST, preference.max_ppl_ratio))
+        QualityBound(cost=cost, limit=limit, **of_search)
+        for cost, limit in ((KL_COST, decides.max_kl), (PERPLEXITY_COST, decides.max_ppl_ratio))
         if limit is not None
     ]
-    if requested or preference.prefer == "quality":
+    if requested or decides.prefer == "quality":
         return requested
-    cost = cost_to_bound(rows)
-    return [] if cost is None else [QualityBound(cost=cost, limit=cost.default, is_default=True)]
+    cost = cost_to_bound(group.rows)
+    return [] if cost is None else [QualityBound(cost=cost, limit=cost.default, origin="the default")]
 
 
 def _reasons(row: ResultRow, bounds: Sequence[QualityBound], preference: Preference) -> Iterable[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.quality_bounds import KL_COST, is_same_cost
@@ -12,15 +13,25 @@ from qbatch.views.units import show_bytes, show_percent
 
 def recovery_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
     """Sentences for the rows with an adapter among ``rows``, which may be compared with each other."""
+    without_mixture: dict[tuple[str, int], list[ResultRow]] = {}
     for row in rows:
-        if row.recovery is not None and row.kl_mean is not None and row.weights_bytes is not None:
-            yield from _beside_plain(row, rows)
-            yield from _better_buy(row, rows)
+        if row.recovery is None or row.kl_mean is None or row.weights_bytes is None:
+            continue
+        yield from _beside_plain(row, rows)
+        if (said := _better_buy(row, rows) or _beside_mixture(row, rows)) is not None:
+            yield said
+        else:
+            without_mixture.setdefault((row.model, row.weights_bytes), []).append(row)
+    for (model, size), adapters in without_mixture.items():
+        yield (
+            f"Whether layers at 16 bits are a better buy than {' and '.join(map(_name, adapters))} was not measured: "
+            f"`qbatch submit {model} --scheme auto --max-weights-bytes {size}` publishes the best mixture of no more "
+            "bytes."
+        )
 
 
 def _beside_plain(row: ResultRow, rows: Sequence[ResultRow]) -> Iterable[str]:
-    options = {name: value for name, value in row.options.items() if name != "recovery"}
-    plain = next((other for other in rows if other.scheme == row.scheme and other.options == options), None)
+    plain = next((other for other in rows if other.scheme == row.scheme and other.options == _options(row)), None)
     if plain is None or not plain.kl_mean or not plain.weights_bytes or row.weights_bytes is None:
         return
     more = row.weights_bytes - plain.weights_bytes
@@ -32,15 +43,43 @@ def _beside_plain(row: ResultRow, rows: Sequence[ResultRow]) -> Iterable[str]:
     yield f"{_name(row)} has {share} of the KL of {_name(plain)}, for {price}."
 
 
-def _better_buy(row: ResultRow, rows: Sequence[ResultRow]) -> Iterable[str]:
+def _better_buy(row: ResultRow, rows: Sequence[ResultRow]) -> str | None:
     """The nearest to the baseline of the rows that take no more memory than an adapter's, if it is nearer than that."""
     able = [other for other in rows if _costs_no_more(other, row)]
     best = min(able, key=lambda other: other.kl_mean or 0.0, default=None)
     if best is None or (best.kl_mean or 0.0) >= (row.kl_mean or 0.0) or is_same_cost(KL_COST, best, row):
-        return
-    yield (
-        f"{_name(best)} is a better buy than {_name(row)}: its KL is {_cost(best)} of weights, against {_cost(row)}."
+        return None
+    return _better(best, row)
+
+
+def _beside_mixture(row: ResultRow, rows: Sequence[ResultRow]) -> str | None:
+    """The adapter beside the largest mixture of the same scheme that takes no more memory, and is no better."""
+    mixtures = [other for other in rows if _costs_no_more(other, row) and _is_mixture_beside(other, row)]
+    mixture = max(mixtures, key=lambda other: other.weights_bytes or 0, default=None)
+    if mixture is None:
+        return None
+    if not is_same_cost(KL_COST, mixture, row):
+        return _better(row, mixture)
+    return (
+        f"{_name(row)} and {_name(mixture)} are not distinguishable: their KL is {_cost(row)} of weights, and "
+        f"{_cost(mixture)}."
     )
+
+
+def _better(one: ResultRow, other: ResultRow) -> str:
+    cost = f"its KL is {_cost(one)} of weights, against {_cost(other)}"
+    return f"{_name(one)} is a better buy than {_name(other)}: {cost}."
+
+
+def _options(row: ResultRow) -> dict[str, Any]:
+    """Those of the checkpoint that an adapter belongs to."""
+    return {name: value for name, value in row.options.items() if name != "recovery"}
+
+
+def _is_mixture_beside(other: ResultRow, row: ResultRow) -> bool:
+    plain = _options(row)
+    is_alike = all(other.options.get(name) == value for name, value in plain.items() if name != "skip_modules")
+    return other.scheme == row.scheme and is_alike and other.options.get("skip_modules") != plain.get("skip_modules")
 
 
 def _cost(row: ResultRow) -> str:

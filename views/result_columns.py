@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from qbatch.core.errors import UsageError
-from qbatch.core.measured.metrics import ALL_METRICS, RESULTS_COLUMNS, Metric, MetricColumn
+from qbatch.core.measured.metric import Metric, MetricColumn
+from qbatch.core.measured.metrics import ALL_METRICS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING, printable, show_plain
 from qbatch.views.metric_text import column_title, show_column

@@ -7,7 +7,7 @@ from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.choices import picked
+from qbatch.views.choices import shipped_jobs
 from qbatch.views.formats import markdown_table, render
 from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.result_columns import ShownColumn, chosen_columns, standard_columns
@@ -46,7 +46,7 @@ def _markdown(screen: ResultsScreen) -> str:
     if not screen.rows:
         return "no results"
     choices = screen.choices()
-    picks = picked(choices, screen.rows)
+    picks = shipped_jobs(choices, screen.rows)
     measured = [row for row in screen.rows if row.state == JobState.SUCCEEDED]
     names = screen.layout.columns
     found = standard_columns() if names is None else chosen_columns(names)

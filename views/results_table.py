@@ -8,7 +8,7 @@ from typing import Any
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.choices import Choice, choices_of, picked
+from qbatch.views.choices import Choice, choices_of, shipped_jobs
 from qbatch.views.comparison import Preference
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.figure_table import FigureTable, Line
@@ -104,11 +104,11 @@ def results_table(screen: ResultsScreen) -> str:
     notes, by_id = Footnotes(), screen.by_id
     shared = notes_of_all(screen.rows, by_id)
     states = shown_states(screen.rows)
-    described = _Described(by_id=by_id, picks=picked(choices, screen.rows), notes=notes, shared=shared, states=states)
+    maker = _LineMaker(by_id=by_id, picks=shipped_jobs(choices, screen.rows), notes=notes, shared=shared, states=states)
     if screen.layout.sort is None:
-        parts = [(part.heading, [described.line(row) for row in part.rows]) for part in _parts(screen.rows)]
+        parts = [(part.heading, [maker.line(row) for row in part.rows]) for part in _parts(screen.rows)]
     else:
-        parts = [([], described.ranked(screen.rows, columns, width))]
+        parts = [([], maker.ranked(screen.rows, columns, width))]
     lines = [line for _, members in parts for line in members]
     full_table = FigureTable.of(lines, columns)
     table = full_table.fitted(width)
@@ -127,7 +127,7 @@ def _ratios(line: Line, table: FigureTable) -> Iterable[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Described:
+class _LineMaker:
     """Makes lines of rows. ``shared``: remarks about all of them, which mark none. ``states``: of those without a
     result."""
 

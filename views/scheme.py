@@ -8,8 +8,8 @@ from typing import Any
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import describe_row
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.core.search.mixture_origin import MixtureOrigin
-from qbatch.core.storage import with_adapter_mark
 from qbatch.views.formats import printable
 from qbatch.views.units import show_bytes
 
@@ -34,7 +34,7 @@ def _mixture(row: ResultRow) -> str:
 
 
 def show_scheme_alone(row: ResultRow) -> str:
-    """The same for whoever has the checkpoint and no database: its search is not named."""
+    """The name of a row's scheme for people who have the checkpoint but not the database: its search is not named."""
     kept = row.options.get("skip_modules")
     if not row.mixture.is_known:
         return show_scheme(row)
@@ -52,7 +52,7 @@ def show_bound(bound: Mapping[str, Any]) -> str:
 
 
 def brief_schemes(rows: Sequence[ResultRow]) -> list[str]:
-    """The same for each of ``rows``, where space is scarce: without the dtype of baselines that all have the same."""
+    """The names of the schemes of ``rows``, where space is scarce. If all baselines have one dtype, it is left out."""
     is_same = len({row.dtype for row in rows if row.is_baseline}) < 2
     return ["baseline" if row.is_baseline and is_same else show_scheme(row) for row in rows]
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from qbatch.views.formats import text_width
 
+LEAST_OF_A_NAME = 16
+"""The fewest columns that a model's name gets, however narrow the terminal is."""
 _ELLIPSIS = "…"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qbatch.core.measured.metrics import TimingNoise
+from qbatch.core.measured.metric import TimingNoise
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.groups import timed_job
 

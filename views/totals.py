@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qbatch.core.domain import JobState
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.storage import with_adapter_mark
+from qbatch.core.recovery import with_adapter_mark
 from qbatch.views.audit_text import defects
 from qbatch.views.choices import Choice
 from qbatch.views.formats import printable
@@ -18,16 +18,17 @@ from qbatch.views.units import show_bytes, show_ratio
 _JOBS_NAMED = 4
 
 
-def sum_up(rows: Sequence[ResultRow], choices: Sequence[Choice]) -> str:
+def sum_up(rows: Sequence[ResultRow], choices: Sequence[Choice], *, has_reasons: bool = False) -> str:
     """``6 jobs of 2 models on NVIDIA H200: 5 succeeded, 1 failed (j6 cuda_oom). Ship … of 2 models: weights …``
 
-    ``rows`` are those that are shown, ``choices`` those of their models.
+    ``rows`` are those that are shown, ``choices`` those of their models. ``has_reasons``: why nothing is shipped of a
+    model stands beside it.
     """
     models = len({(row.model, row.revision) for row in rows})
     jobs = f"{_count(len(rows), 'job')} of {_count(models, 'model')}"
     devices = {row.device_name for row in rows if row.device_name}
     on = f" on {devices.pop()}" if len(devices) == 1 else ""
-    parts = [f"{jobs}{on}: {', '.join(_states(rows))}.", *_shipped(choices)]
+    parts = [f"{jobs}{on}: {', '.join(_states(rows))}.", *_shipped(choices, has_reasons=has_reasons)]
     return printable(" ".join(parts))
 
 
@@ -45,7 +46,8 @@ def _states(rows: Sequence[ResultRow]) -> Iterable[str]:
 def _remark(state: JobState, rows: Sequence[ResultRow]) -> str:
     if state is JobState.FAILED:
         return _why(rows)
-    answered = sum(row.reused_from is not None for row in rows)
+    # The job that answers a search was measured for it, or is counted itself.
+    answered = sum(row.reused_from is not None and row.mixture.bound is None for row in rows)
     unfit = [row for row in rows if state is JobState.SUCCEEDED and any(defects(row))]
     remarks = [f"{answered:,} by earlier results"] if answered else []
     remarks += (
@@ -63,8 +65,8 @@ def _why(failed: Sequence[ResultRow]) -> str:
     return f" ({', '.join(f'{count:,} {kind}' for kind, count in kinds)})"
 
 
-def _shipped(choices: Sequence[Choice]) -> Iterable[str]:
-    """Of each model once, though it may have been measured in several ways."""
+def _shipped(choices: Sequence[Choice], *, has_reasons: bool) -> Iterable[str]:
+    """What to ship of each model, in words. A model counts once, though it may have been measured in several ways."""
     first = _first_of_models(choices)
     shipped = [choice for choice in first if choice.ship is not None]
     if shipped:
@@ -73,7 +75,8 @@ def _shipped(choices: Sequence[Choice]) -> Iterable[str]:
         names = ", ".join([f"{best} of {_count(number, 'model')}", *(f"{name} of {count}" for name, count in others)])
         yield f"Ship {names}{_saved(shipped)}."
     if nothing := len(first) - len(shipped):
-        yield f"Nothing to ship of {_count(nothing, 'model')}: `qbatch compare` says why."
+        where = "" if has_reasons else ": `qbatch compare` says why"
+        yield f"Nothing to ship of {_count(nothing, 'model')}{where}."
 
 
 def _scheme(row: ResultRow) -> str:
@@ -83,7 +86,7 @@ def _scheme(row: ResultRow) -> str:
 
 
 def _first_of_models(choices: Sequence[Choice]) -> list[Choice]:
-    """Of each model the first choice."""
+    """The first choice of each model."""
     return list({choice.model: choice for choice in reversed(choices)}.values())
 
 
@@ -109,7 +112,7 @@ class WeightsSaved:
 
 
 def weights_saved(choices: Sequence[Choice]) -> WeightsSaved | None:
-    """Of each model once. None if nothing that is shipped can be compared with a baseline."""
+    """What is saved in memory, each model counted once. None if no model that is shipped has a baseline."""
     pairs = [(choice.baseline, choice.ship) for choice in _first_of_models(choices)]
     known = [
         (base.weights_bytes, ship.weights_bytes)

@@ -39,7 +39,7 @@ def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecomm
                 remarks.append(f"{model.name}: {_why_all(ship)}, so all of it is kept")
                 continue
             kept.add(ship.checkpoint_path)
-            bounds = quality_bounds_for(group.rows, preference)
+            bounds = quality_bounds_for(group, preference)
             kept |= {str(row.checkpoint_path) for row in made if lacks_a_figure(row, bounds, preference)}
             others |= quantized
             remarks.append(f"{model.name}: {show_scheme(ship)} ({ship.job_id}) is recommended")

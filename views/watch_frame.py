@@ -22,7 +22,7 @@ _MOST_WORKERS = 8
 _MOST_BATCHES = 4
 _LEAST_NAME = 12
 _LEAST_DOING = 16
-# Of what jobs do, most fits into that; so columns do not move with each step.
+# Most of what jobs do fits into this width, so that columns do not move with each step.
 _USUAL_DOING = 23
 _BAR = (10, 30)
 
@@ -48,7 +48,7 @@ Line = Sequence[Part]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScreenSize:
-    """That of a terminal, in characters."""
+    """The size of a terminal, in characters."""
 
     width: int
     height: int
@@ -97,7 +97,7 @@ def _counts(of: Snapshot | WatchedBatch) -> list[Part]:
 
 
 def _batches(batches: Sequence[WatchedBatch], width: int) -> list[Line]:
-    # Those that have ended make room for the others.
+    # If there are too many batches, those that have ended are left out first.
     open_ones = [batch for batch in batches if batch.is_open]
     kept = (open_ones or batches)[-_MOST_BATCHES:] if len(batches) > _MOST_BATCHES else batches
     lines = [line for batch in kept for line in _batch(batch, width)]
@@ -150,7 +150,7 @@ def _jobs(jobs: Sequence[WatchedJob], width: int, room: int) -> list[Line]:
         return []
     per_job = 1 if width >= _ONE_LINE else 2
     fitting = max(1, room // per_job)
-    # What is worked on comes first where not all can be shown.
+    # If not all can be shown, the jobs that are worked on come first.
     shown = jobs if len(jobs) <= fitting else sorted(jobs, key=lambda job: not job.is_active)[: max(1, fitting - 1)]
     lines = _table(shown, width) if per_job == 1 else [line for job in shown for line in _two_lines(job, width)]
     hidden = len(jobs) - len(shown)
@@ -211,7 +211,7 @@ def _style(job: WatchedJob) -> Style:
 def _workers(workers: Sequence[WatchedWorker], width: int, room: int) -> list[Line]:
     if not workers:
         return []
-    # Those that do something are worth more lines than others.
+    # If not all can be shown, the workers that have jobs come first.
     shown = sorted(workers, key=lambda worker: not worker.jobs)
     shown = shown if len(shown) <= room else shown[: max(1, room - 1)]
     several = len({worker.host for worker in workers}) > 1

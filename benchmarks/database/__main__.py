@@ -26,7 +26,7 @@ from sqlalchemy import text
 from benchmarks.database.command import least
 from benchmarks.database.history import Sizes, fill, first_result, large_batch
 from benchmarks.database.transactions import LEASE_S, time_transactions
-from benchmarks.submit import database_url
+from benchmarks.submit_many import database_url
 from qbatch.core.domain import format_batch_id, format_job_id
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database

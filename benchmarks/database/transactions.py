@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState
 from qbatch.core.errors import DeviceError
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, workers
 from qbatch.models_db.health import health
@@ -32,7 +33,7 @@ LEASE_S = 6 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
+class TimedTransaction:
     """One thing that was timed: the least of several runs, in seconds. ``cpu_s`` is that of this process alone."""
 
     name: str
@@ -47,7 +48,7 @@ class _Unsent:
         self.sent = list(dispatches)
 
 
-def time_transactions(database: Database, folder: Path, large: int, repeats: int) -> Iterator[Timed]:
+def time_transactions(database: Database, folder: Path, large: int, repeats: int) -> Iterator[TimedTransaction]:
     settings = Settings(home=folder, storage=folder, cache=folder, lease_s=LEASE_S)
     _nothing_under_way(database)
     broker: Any = _Unsent()
@@ -64,7 +65,7 @@ def time_transactions(database: Database, folder: Path, large: int, repeats: int
 
 def _questions(large: int) -> dict[str, Callable[[Session], object]]:
     return {
-        "expire": lambda session: jobs.expire(session, backoff_s=1.0, max_failures=3),
+        "expire": lambda session: jobs.expire(session, limits=RetryLimits(backoff_s=1.0, max_failures=3)),
         "give_up_too_large": lambda session: jobs.give_up_too_large(session, LEASE_S),
         "any_waits_for_space": jobs.any_waits_for_space,
         "list_batches, all": list_batches,
@@ -77,7 +78,9 @@ def _questions(large: int) -> dict[str, Callable[[Session], object]]:
     }
 
 
-def _timed(name: str, repeats: int, action: Callable[[], object], before: Callable[[], object] | None = None) -> Timed:
+def _timed(
+    name: str, repeats: int, action: Callable[[], object], before: Callable[[], object] | None = None
+) -> TimedTransaction:
     """What takes milliseconds is repeated more often, because the machine may be busy with other things."""
     wall_s: list[float] = []
     cpu_s: list[float] = []
@@ -88,7 +91,7 @@ def _timed(name: str, repeats: int, action: Callable[[], object], before: Callab
         action()
         wall_s.append(time.perf_counter() - began)
         cpu_s.append(time.process_time() - cpu_began)
-    return Timed(name=name, wall_s=min(wall_s), cpu_s=min(cpu_s))
+    return TimedTransaction(name=name, wall_s=min(wall_s), cpu_s=min(cpu_s))
 
 
 def _rolled_back(database: Database, ask: Callable[[Session], object]) -> None:
@@ -115,7 +118,7 @@ def _running_job(database: Database) -> Iterator[Callable[[], None]]:
 
     def fail(session: Session) -> None:
         error = DeviceError("the device reported an error")
-        jobs.fail(session, (job_id, attempt), error, backoff_s=1.0, max_failures=3, lease_s=LEASE_S)
+        jobs.fail(session, (job_id, attempt), error, limits=RetryLimits(backoff_s=1.0, max_failures=3), lease_s=LEASE_S)
 
     yield lambda: _rolled_back(database, fail)
 

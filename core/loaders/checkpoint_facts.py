@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qbatch.core.folder_hint import ADAPTER_CONFIG
+from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.kinds import FLOATS
 from qbatch.core.methods.registry import FAMILIES
 from qbatch.core.sources import TensorInfo, read_config, read_headers
+from qbatch.core.vocabulary import vocabulary_size
 
 SKIP_LIST = "llm_int8_skip_modules"
 """The key of ``quantization_config`` under which it lists the layers left unquantized, whatever the method."""
@@ -38,8 +39,8 @@ class CheckpointFacts:
         cls, config: Mapping[str, Any], tensors: Iterable[TensorInfo], *, has_adapter: bool = False
     ) -> CheckpointFacts:
         known = list(tensors)
-        vocabulary = _vocabulary(config)
-        packed = {module for tensor in known if (module := _packed_module(tensor.name)) is not None}
+        vocabulary = vocabulary_size(config)
+        packed = {module for tensor in known if (module := packed_module(tensor.name)) is not None}
         floats = {tensor.name.removesuffix(".weight") for tensor in known if _is_matrix(tensor, vocabulary)} - packed
         stacked = {tensor.name for tensor in known if len(tensor.shape) == 3 and _is_expert(tensor.name)}
         experts = {name for name in floats if _is_expert(name)} | stacked
@@ -96,7 +97,8 @@ class CheckpointFacts:
         return value if isinstance(value, str) else None
 
 
-def _packed_module(tensor: str) -> str | None:
+def packed_module(tensor: str) -> str | None:
+    """The quantized layer that a tensor is a part of; None if it is of none."""
     return next((tensor.removesuffix(part) for part in _PACKED_PARTS if tensor.endswith(part)), None)
 
 
@@ -112,11 +114,3 @@ def _is_matrix(tensor: TensorInfo, vocabulary: int | None) -> bool:
 
 def _is_expert(name: str) -> bool:
     return ".experts." in name
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        if type(size := part.get("vocab_size")) is int:
-            return size
-    return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-# Of an architecture that is not in the data: what most have.
+# What most architectures have, for one that is not in the data.
 _USUAL_GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # In vLLM's order, of those that its adapters replace by a causal model.
 _ADAPTED_HEADS = (

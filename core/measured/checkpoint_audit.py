@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from qbatch.core.measured.loader_judgement import LoaderJudgement
 from qbatch.core.stored_json import OMITTED_IF_UNKNOWN, Stored, omitted_if_unknown
 
+SKIPPED_ON_REQUEST = "skipped on request"
+"""The reason of a part that the scheme's skip list names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedPart(Stored):

@@ -10,7 +10,7 @@ from qbatch.core.measured.measured_part import MeasuredPart, why_not_requested
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Figures
 from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.measured.task_answers import TaskAnswers
-from qbatch.core.recovery import Recovery
+from qbatch.core.recovery import Recovery, with_adapter_mark
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.stored_json import OMITTED_IF_UNKNOWN
 
@@ -63,7 +63,8 @@ class ResultRow(Figures):
 
     def __repr__(self) -> str:
         """One line: all that was measured fills screens."""
-        return f"<ResultRow {self.job_id}: {self.model} {self.scheme}, {self.state}>"
+        adapted = self.scheme if self.recovery is None else with_adapter_mark(self.scheme, self.recovery.slug)
+        return f"<ResultRow {self.job_id}: {self.model} {adapted}{self.mixture.title}, {self.state}>"
 
     @classmethod
     def written_order(cls) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ class MethodDescription:
         return None
 
     def cpu_footnote(self, slow_layers: int) -> str | None:
-        """The same for a table's footnote; None if there is nothing to report."""
+        """The text of ``cpu_remark`` as a footnote of a table; None if there is nothing to report."""
         return None
 
 

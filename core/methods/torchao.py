@@ -92,20 +92,17 @@ class Torchao(MethodDescription):
     def stored_parts(self, name: str, rows: int, columns: int, options: Options, dtype: str) -> StoredParts | None:
         module, _, leaf = name.rpartition(".")
         prefix = f"{module}._{leaf}_"
-        if self.kind is not WeightKind.INT4:
-            return {
-                f"{prefix}qdata": ("I8", (rows, columns)),
-                f"{prefix}scale": ("F32", (rows, 1)),
-                f"{prefix}zero_point": ("I8", (rows, 1)),
-            }
-        group_size = GROUP_SIZE.of(options)
-        if columns % group_size:
-            return None
-        rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
-        return {
-            f"{prefix}qdata": ("I32", (rows // ROW_STEP, columns // 128, 32, 4)),
-            f"{prefix}scale_and_zero": ("BF16", (columns // group_size, rows, 2)),
-        }
+        match self.kind:
+            case WeightKind.INT8 | WeightKind.INT8_DYNAMIC:
+                return {
+                    f"{prefix}qdata": ("I8", (rows, columns)),
+                    f"{prefix}scale": ("F32", (rows, 1)),
+                    f"{prefix}zero_point": ("I8", (rows, 1)),
+                }
+            case WeightKind.INT4:
+                return _int4_parts(prefix, rows, columns, GROUP_SIZE.of(options))
+            case _:
+                assert_never(self.kind)
 
     def stored_metadata(self, columns: Mapping[str, int | None], dtype: str) -> Mapping[str, str]:
         each = {name: self._metadata(count, dtype) for name, count in columns.items()}
@@ -137,6 +134,16 @@ def _int4_bytes(rows: int, columns: int, group_size: int) -> float:
         return rows * columns * 2
     rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
     return rows * (columns / 2 + columns / group_size * _GROUP_BYTES)
+
+
+def _int4_parts(prefix: str, rows: int, columns: int, group_size: int) -> StoredParts | None:
+    if columns % group_size:
+        return None
+    rows, columns = _round_up(rows, ROW_STEP), _round_up(columns, COLUMN_STEP)
+    return {
+        f"{prefix}qdata": ("I32", (rows // ROW_STEP, columns // 128, 32, 4)),
+        f"{prefix}scale_and_zero": ("BF16", (columns // group_size, rows, 2)),
+    }
 
 
 def _round_up(size: int, step: int) -> int:

@@ -15,8 +15,9 @@ class FrontierPoint(Stored):
     ``added``: the groups that it keeps at 16 bits and the point before it does not; ``modules``: the layers of all its
     groups, by full name. ``weights_bytes``: what a result calls by that name. ``gain``: how much lower its KL is than
     that of the point before, paired window by window. ``ln_ppl_ratio``: None of a model whose text has no targets.
-    ``skip_list``: what a checkpoint of it publishes, which may name layers twice, as engines call them; None until that
-    was found out.
+    ``same_as``: the first point whose KL cannot be told from this one's, by their paired difference or because both are
+    at most the floor; None if it can be told from all before it. ``skip_list``: what a checkpoint of it publishes,
+    which may name layers twice, as engines call them; None until that was found out.
     """
 
     added: tuple[str, ...]
@@ -25,15 +26,21 @@ class FrontierPoint(Stored):
     kl: Estimate
     gain: Estimate | None = None
     ln_ppl_ratio: Estimate | None = None
+    same_as: int | None = omitted_if_unknown()
     skip_list: tuple[str, ...] | None = omitted_if_unknown()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontier(Stored):
-    """The points by ascending bytes, from everything quantized on. ``forward_passes``: what they cost to find."""
+    """The points by ascending bytes, from everything quantized on. ``forward_passes``: what they cost to find.
+
+    ``floor_kl``: the KL of the model at 16 bits against itself in float32. No mixture is looked for beyond the first
+    that is not above it. None if the search computed in float32, or had no memory for a copy in it.
+    """
 
     method: str
     windows: int
     rows: int
     points: tuple[FrontierPoint, ...]
     forward_passes: float
+    floor_kl: float | None = omitted_if_unknown()

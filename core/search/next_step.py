@@ -72,13 +72,16 @@ def _is_met(bound: Bound, row: TriedPoint) -> bool:
 
 def _candidate(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> int | None:
     """The next point to try. The first: the smallest that is predicted to be within the bound; of bytes, the one with
-    the lowest KL. After it, the next larger one that is still predicted to be, once the search's figures are corrected
-    by how much the evaluation text asked for so far; without any such, the next larger one with a lower KL."""
+    the lowest KL, or the smallest that cannot be told from it. After it, the next larger one that is still predicted to
+    be, once the search's figures are corrected by how much the evaluation text asked for so far; without any such, the
+    next larger one with a lower KL."""
     points = frontier.points
     if bound.max_weights_bytes is not None:
         untried = set(range(len(points))) - {row.index for row in tried}
         fitting = (index for index in untried if bound.is_predicted_by(points[index]))
-        return min(fitting, key=lambda index: (points[index].kl.mean, index), default=None)
+        best = min(fitting, key=lambda index: (points[index].kl.mean, index), default=None)
+        smaller = None if best is None else points[best].same_as
+        return smaller if smaller in untried else best
     if not tried:
         return next((index for index, point in enumerate(points) if bound.is_predicted_by(point)), None)
     last = max(row.index for row in tried)
@@ -131,7 +134,10 @@ def _best(frontier: Frontier, bound: Bound) -> str:
     if bound.max_weights_bytes is not None:
         return f"with every layer quantized the weights take {points[0].weights_bytes:,} bytes"
     best = min(points, key=lambda point: point.kl.mean)
-    return f"the lowest KL on the search text is {_with_error(best.kl)}, at {best.weights_bytes:,} bytes"
+    lowest = f"the lowest KL on the search text is {_with_error(best.kl)}, at {best.weights_bytes:,} bytes"
+    floor = frontier.floor_kl
+    is_at_floor = floor is not None and best.kl.mean <= floor
+    return f"{lowest}, and 16-bit arithmetic alone causes {floor:.4g}" if is_at_floor else lowest
 
 
 def _excess(bound: Bound, row: TriedPoint) -> float:

@@ -27,6 +27,7 @@ from qbatch.models_db.jobs.expiry import expire, give_up_too_large, shorten_futu
 from qbatch.models_db.jobs.holding import any_waits_for_space, heartbeat, held, keys_being_written, note
 from qbatch.models_db.jobs.outcomes import answer, answer_unclaimed, fail, hand_back, succeed
 from qbatch.models_db.jobs.searching import answer_search, answer_unclaimed_search, searched
+from qbatch.models_db.jobs.transitions import lock_with_searches
 from qbatch.models_db.jobs.user_requests import cancel, retry
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "heartbeat",
     "held",
     "keys_being_written",
+    "lock_with_searches",
     "note",
     "retry",
     "searched",

@@ -36,6 +36,7 @@ def end(
 def _search_of(session: Session, job: Job) -> Job | None:
     if job.search_job_id is None:
         return None
+    # It was locked before the job was: see ``lock_with_searches``.
     return session.scalars(
-        select(Job).where(Job.id == job.search_job_id).with_for_update(), execution_options={"populate_existing": True}
+        select(Job).where(Job.id == job.search_job_id), execution_options={"populate_existing": True}
     ).one_or_none()

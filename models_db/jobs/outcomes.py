@@ -14,7 +14,7 @@ from qbatch.core.vram_classes import no_larger
 from qbatch.models_db.jobs.carry_out import end_badly
 from qbatch.models_db.jobs.device_blame import clear_device
 from qbatch.models_db.jobs.ending import end
-from qbatch.models_db.jobs.transitions import locked, requeue
+from qbatch.models_db.jobs.transitions import lock_with_searches, locked, requeue
 from qbatch.models_db.memory_need import remember_too_small
 from qbatch.models_db.question_answers import store_answers
 from qbatch.models_db.tables import Job, Result, Worker
@@ -82,15 +82,12 @@ def _open_to_success(session: Session, token: Token) -> Job | None:
     return None if job is None or (given_up and job.error_kind not in MAY_STILL_SUCCEED) else job
 
 
-def fail(
-    session: Session, token: Token, error: JobError, *, backoff_s: float, max_failures: int, lease_s: float
-) -> bool:
+def fail(session: Session, token: Token, error: JobError, *, limits: RetryLimits, lease_s: float) -> bool:
     """Apply the retry policy to a running attempt: fail the job, or queue it again. Returns False if the attempt no
     longer holds the job."""
     job = locked(session, token, JobState.RUNNING)
     if job is None:
         return False
-    limits = RetryLimits(backoff_s=backoff_s, max_failures=max_failures)
     no_larger_gpu = _remember_too_small(session, job, lease_s) if isinstance(error, CudaOom) else None
     end_badly(session, job, error, limits, no_larger_gpu=no_larger_gpu)
     return True
@@ -108,7 +105,9 @@ def _remember_too_small(session: Session, job: Job, lease_s: float) -> str | Non
 def hand_back(session: Session, tokens: Iterable[Token], *, alone: bool = False) -> None:
     """Put the jobs of running attempts back into the queue, without counting a failure. With ``alone``, each job is
     sent in a message of its own from now on."""
-    for token in sorted(tokens):
+    given = sorted(tokens)
+    lock_with_searches(session, [job_id for job_id, _ in given])
+    for token in given:
         job = locked(session, token, JobState.RUNNING)
         if job is not None:
             requeue(session, job, outcome=HANDED_BACK, alone=alone)

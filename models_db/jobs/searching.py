@@ -47,7 +47,7 @@ def searched(session: Session, token: Token, key: str, found: FinishedSearch) ->
 
 
 def answer_search(session: Session, token: Token, key: str, search_id: int) -> bool:
-    """The same, with what an earlier search found."""
+    """Record for a search what an earlier one found. Returns whether it counts, as ``searched`` does."""
     job = _unrecorded(session, token)
     if job is None:
         return False
@@ -56,7 +56,7 @@ def answer_search(session: Session, token: Token, key: str, search_id: int) -> b
 
 
 def answer_unclaimed_search(session: Session, job: Job, key: str, search_id: int) -> None:
-    """The same of a search that nobody can have claimed yet."""
+    """Record what an earlier search found for one that nobody can have claimed yet."""
     _record(session, job, key, search_id)
 
 
@@ -163,8 +163,10 @@ def _point_row(session: Session, search: Job, point: FrontierPoint, index: int) 
 
 
 def _bundle(session: Session, search: Job) -> str:
-    """That of its baseline if that is still to be measured, because the job is compared with it: the parts of a bundle
-    are never run at the same time, and a baseline is run first."""
+    """The bundle of the job that publishes a point: that of the search's baseline if that is still to be measured.
+
+    The job is compared with the baseline, and a bundle is run by one worker, the baseline first.
+    """
     baseline = session.scalars(
         select(Job)
         .where(Job.location == search.location, Job.method == Method.NONE, Job.state.in_(OPEN_STATES))

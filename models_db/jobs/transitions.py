@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
@@ -19,6 +19,21 @@ from qbatch.models_db.window import NO_MESSAGE
 def lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[int]:
     """Lock the rows that match, and return their ids. Rows are always locked in the same order, to avoid deadlocks."""
     return session.scalars(select(Job.id).where(*conditions).order_by(Job.id).with_for_update()).all()
+
+
+def lock_with_searches(session: Session, job_ids: Collection[int], *, skip_locked: bool = False) -> set[int]:
+    """Lock these jobs and the searches that they publish mixtures for, since the end of such a job may end its search
+    too. Returns the ids of the jobs; with ``skip_locked`` without those that are, or whose search is, locked by others.
+
+    A transaction that changes several jobs must lock all of them at once, before it changes one.
+    """
+    if not job_ids:
+        return set()
+    query = select(Job.id, Job.search_job_id).where(Job.id.in_(job_ids))
+    needed = {job_id: {job_id, search or job_id} for job_id, search in session.execute(query)}
+    rows = select(Job.id).where(Job.id.in_({*job_ids}.union(*needed.values())))
+    held = set(session.scalars(rows.order_by(Job.id).with_for_update(skip_locked=skip_locked)))
+    return {job_id for job_id, both in needed.items() if both <= held}
 
 
 def locked(session: Session, token: Token, *states: JobState) -> Job | None:

@@ -19,8 +19,8 @@ from sqlalchemy import create_engine, make_url, text
 
 from qbatch.core.settings import Settings
 from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
-from tests.acceptance.test_security import make_own
-from tests.acceptance.test_services import PASSWORD, RedisServer
+from tests.acceptance.test_hostile_input import make_own
+from tests.acceptance.test_services import PASSWORD, LoopbackRedis
 from tests.hub import Hub, serving
 from tests.unprivileged import LOOKING_INTO_PROCESSES, without_rights
 from tests.waiting import until
@@ -159,16 +159,16 @@ def with_timeout(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+def redis_server(tmp_path: Path) -> Iterator[LoopbackRedis]:
     (tmp_path / "redis").mkdir()
-    server = RedisServer(tmp_path / "redis")
+    server = LoopbackRedis(tmp_path / "redis")
     server.start()
     yield server
     server.kill()
 
 
 @pytest.fixture
-def services(qbatch: Qbatch, redis_server: RedisServer, postgresql_url: str, tmp_path: Path) -> Qbatch:
+def services(qbatch: Qbatch, redis_server: LoopbackRedis, postgresql_url: str, tmp_path: Path) -> Qbatch:
     engine = create_engine(postgresql_url)
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
@@ -205,7 +205,7 @@ def running(services: Qbatch, output: Path) -> Iterator[None]:
 
 def test_the_services_passwords_reach_no_log_no_row_and_no_argument(
     services: Qbatch,
-    redis_server: RedisServer,
+    redis_server: LoopbackRedis,
     postgresql_url: str,
     models: Path,
     model_list: Callable[..., str],

@@ -23,7 +23,7 @@ PASSWORD = "a-canary-password"  # noqa: S105
 LONG = ("--new-tokens", "96")
 
 
-class RedisServer:
+class LoopbackRedis:
     """A Redis of the test's own on loopback, with a password, and AOF only if asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,15 +58,15 @@ class RedisServer:
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
+def redis_server(tmp_path: Path) -> Iterator[LoopbackRedis]:
+    server = LoopbackRedis(tmp_path)
     server.start()
     yield server
     server.kill()
 
 
 @pytest.fixture
-def services(qbatch: Qbatch, redis_server: RedisServer, postgresql_url: str) -> Qbatch:
+def services(qbatch: Qbatch, redis_server: LoopbackRedis, postgresql_url: str) -> Qbatch:
     engine = create_engine(postgresql_url)
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
@@ -85,7 +85,7 @@ def services(qbatch: Qbatch, redis_server: RedisServer, postgresql_url: str) -> 
 
 
 def test_a_batch_on_real_services_survives_the_loss_of_redis(
-    services: Qbatch, redis_server: RedisServer, models: Path, model_list: Callable[..., str]
+    services: Qbatch, redis_server: LoopbackRedis, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama", models / "bloom")
     assert "qbatch db upgrade" in services("submit", "--models", listed, "--bits", "4", code=3).stderr

@@ -15,14 +15,14 @@ from tests.acceptance.test_services import LONG
 from tests.waiting import until
 
 
-def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
+def test_sigterm_of_run_stops_everything_and_up_goes_on_with_the_batch(
     qbatch: Qbatch, models: Path, model_list: Callable[..., str]
 ) -> None:
     listed = model_list(models / "llama")
     qbatch.env["QBATCH_SCAN_S"] = "1"
     run = qbatch.start("run", "--models", listed, "--bits", "4,8", *LONG)
     until(lambda: "running" in qbatch.states(), "running job")
-    assert stop(run, signal.SIGINT) == 130
+    assert stop(run, signal.SIGTERM) == 130, "as after Ctrl-C"
     await_end_of(qbatch.home)
     assert "`qbatch up` continues it" in qbatch.home.with_suffix(".log").read_text()
     assert set(_states(qbatch)) <= {"queued", "succeeded"}
@@ -38,7 +38,7 @@ def test_ctrl_c_of_run_stops_everything_and_up_goes_on_with_the_batch(
         # Two models: it must not have ended before the second look.
         _prune_beside_the_worker(qbatch, model_list(models / "llama", models / "bloom"))
     finally:
-        assert stop(up, signal.SIGINT) == 0
+        assert stop(up, signal.SIGTERM) == 0
     assert set(_states(qbatch)) == {"succeeded"}
 
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.chaos.account import Account
-from tests.chaos.sources import Sources
-from tests.chaos.stack import ChaosStack, Outcome, Plan
+from tests.chaos.stack import ChaosPlan, ChaosStack, StackOutcome
+from tests.chaos.tiny_sources import Sources
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
+def run(options: argparse.Namespace, folder: Path) -> list[StackOutcome]:
     """Every stack at once, each in a folder of its own below ``folder``."""
     cores = len(os.sched_getaffinity(0))
     threads = max(cores // (options.workers * options.stacks), 1)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
         stacks = [
             ChaosStack(
                 folder / f"stack{number}",
-                Plan(
+                ChaosPlan(
                     seed=f"{options.seed}:{number}",
                     kills=kills,
                     jobs=options.jobs,
@@ -140,7 +140,7 @@ def _speaker(stack: int) -> Callable[[str], None]:
     return say
 
 
-def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> Account:
+def report(outcomes: Sequence[StackOutcome], options: argparse.Namespace) -> Account:
     """Print the figures of all stacks together, and every problem."""
     total = sum((outcome.account for outcome in outcomes), Account())
     faults: Counter[str] = sum((outcome.faults for outcome in outcomes), Counter())

@@ -21,7 +21,7 @@ from qbatch.models_db.tables import Attempt, Checkpoint, Job, Lease, Result
 from qbatch.scheduler.stack_lock import stack_is_running
 from qbatch.worker.checkpoints.verify import verify
 from tests.acceptance.conftest import processes_of
-from tests.chaos.sources import Sources
+from tests.chaos.tiny_sources import Sources
 
 # A killed runner is taken for one that ran out of host memory: the kernel kills with the same signal.
 CHARGED = ("host_oom", "worker_lost")
@@ -82,6 +82,7 @@ def account_of_work(
         _check_result(account, job, by_id, results)
         _check_place(account, job, results.get(job.id), checkpoints)
     _check_searches(account, jobs)
+    _check_adapters(account, jobs, checkpoints)
     _check_checkpoints(account, settings, list(checkpoints.values()), _paths(others), sources)
     _check_leftovers(account, settings)
     account.figures += Counter({"jobs": len(jobs), "results": len(results), "attempts": len(attempts)})
@@ -180,6 +181,17 @@ def _check_place(account: Account, job: Job, result: Result | None, checkpoints:
         result.checkpoint_path == expected and (expected is None) == (job.method == "none"),
         f"j{job.id}'s result lies at {result.checkpoint_path}, its checkpoint at {expected}",
     )
+
+
+def _check_adapters(account: Account, jobs: Sequence[Job], checkpoints: dict[str, Checkpoint]) -> None:
+    """Each adapter lies beside the checkpoint that it belongs to, which is on record too."""
+    for job in jobs:
+        if job.scheme.get("recovery") is None or job.state != JobState.SUCCEEDED:
+            continue
+        account.figures["adapters"] += 1
+        adapter, base = checkpoints.get(job.checkpoint_key or ""), checkpoints.get(job.base_key or "")
+        is_beside = adapter is not None and base is not None and adapter.path.startswith(f"{base.path}+")
+        account.expect(is_beside, f"j{job.id}'s adapter does not lie beside its checkpoint")
 
 
 def _check_searches(account: Account, jobs: Sequence[Job]) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 
 from qbatch.core.domain import ENDED_STATES, Method
 from qbatch.core.errors import BrokerUnreachable, ForeignSchema
+from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
@@ -30,13 +31,13 @@ from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Submission, send_now, submit
 from tests.acceptance.conftest import processes_of
 from tests.chaos.account import Account, account_of_end, account_of_work, leftovers
-from tests.chaos.faults import CHANGING_SOURCES, KINDS, Fleet, Kind
+from tests.chaos.faults import CHANGING_SOURCES, KINDS, ExposedFleet, Kind
 from tests.chaos.processes import kill
-from tests.chaos.sources import Sources, is_encoder
+from tests.chaos.tiny_sources import Sources, is_encoder
 
 _ROOT = Path(__file__).resolve().parents[2]
-# The share of batches beside which there is one with a search.
-_SEARCHES = 0.3
+# The share of batches beside which there is one with a search, and after how many there is one with an adapter.
+_SEARCHES, _ADAPTER_EACH = 0.3, 3
 _TEXT = "It was a quiet evening, and nobody had come. " * 8
 _START_S = 180.0
 _STOP_S = 90.0
@@ -47,7 +48,7 @@ _ACCOUNTS = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ChaosPlan:
     """What one stack goes through. ``gap_s`` is the mean time between faults; ``deadline`` (monotonic) ends the kills
     early. With fewer ``models``, four at least, more of the jobs are duplicates of others. ``storage`` None is the
     stack's own; ``changes_sources``: weights are rewritten while jobs read them."""
@@ -68,7 +69,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Outcome:
+class StackOutcome:
     """How a stack went."""
 
     account: Account
@@ -83,7 +84,7 @@ class ChaosStack:
     """``qbatch up``, a second scheduler, further launchers, and everything that happens to them. Use once."""
 
     def __init__(
-        self, folder: Path, plan: Plan, sources: Sources, together: threading.Barrier, say: Callable[[str], None]
+        self, folder: Path, plan: ChaosPlan, sources: Sources, together: threading.Barrier, say: Callable[[str], None]
     ) -> None:
         """``together`` is waited at before the account, by those whose files lie in one place."""
         self._plan = plan
@@ -101,10 +102,10 @@ class ChaosStack:
         self._settings.home.mkdir()
         self._database = Database(self._settings.sqlalchemy_url)
         upgrade(self._database)
-        self._fleet = Fleet(settings=self._settings, database=self._database, sources=sources, rng=self._rng)
+        self._fleet = ExposedFleet(settings=self._settings, database=self._database, sources=sources, rng=self._rng)
         self._kinds = (*KINDS, *(CHANGING_SOURCES if plan.changes_sources else ()))
         self._members: dict[str, subprocess.Popen[bytes]] = {}
-        self._outcome = Outcome(account=Account())
+        self._outcome = StackOutcome(account=Account())
         self._begun = time.monotonic()
         self._calm_kills = 0
         self._halted = threading.Event()
@@ -122,7 +123,7 @@ class ChaosStack:
     def database(self) -> Database:
         return self._database
 
-    def run(self, others: Sequence[Database] = ()) -> Outcome:
+    def run(self, others: Sequence[Database] = ()) -> StackOutcome:
         """Everything, to the end of its last process; what does not hold is in the account.
 
         ``others`` are the databases of those who share its storage.
@@ -243,6 +244,8 @@ class ChaosStack:
             priority=self._rng.choice((0, 0, 0, 5)),
         )
         self._store(submission)
+        if self._outcome.batches % _ADAPTER_EACH == 0:
+            self._recover()
         if self._rng.random() < _SEARCHES:
             self._search()
 
@@ -252,6 +255,15 @@ class ChaosStack:
         grid = Grid(bound=Bound(max_weights_bytes=10**9))
         source = parse_source(str(folder))
         self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT, search_text=_TEXT))
+
+    def _recover(self) -> None:
+        """A batch that makes an adapter of the newest model, and the checkpoint that it belongs to. Only sizes are
+        measured: PEFT takes seconds to import."""
+        recovery = Recovery.of(RecoveryKind.SVD, 2, "")
+        sizes = {"quality": False, "speed": False, "why": False, "energy": False}
+        grid = Grid(bits=(4,), baseline=False, recoveries=(recovery,), **sizes)
+        source = parse_source(str(self._made[-1]))
+        self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT))
 
     def _store(self, submission: Submission) -> None:
         receipt = submit(self._database, self._settings, submission)

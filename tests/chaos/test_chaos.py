@@ -19,3 +19,4 @@ def test_under_fire_every_job_ends_exactly_once_and_nothing_is_left(tmp_path: Pa
     assert sum(outcome.kills for outcome in outcomes) == 12
     assert total.figures["jobs"] >= 40
     assert total.figures["searches"] > 0
+    assert total.figures["adapters"] > 0

@@ -21,9 +21,9 @@ from qbatch.models_db.jobs import claim
 from qbatch.models_db.session import Database
 from qbatch.scheduler.child_process import FINAL, REFUSALS
 from qbatch.scheduler.stop import Stop
-from qbatch.worker.serving.celery_worker import CeleryWorker
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
+from qbatch.worker.serving.runner_forkserver import start_forkserver
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
@@ -75,9 +75,8 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
 def test_a_worker_whose_first_runner_is_killed_does_not_refuse_to_work(tmp_path: Path) -> None:
     _end()
     environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
-    worker = CeleryWorker(Settings.from_env(environ), None, drain=False)
     with ThreadPoolExecutor(1) as executor:
-        preloading = executor.submit(worker._preload)
+        preloading = executor.submit(start_forkserver, Settings.from_env(environ), DeviceKind.CPU)
         until(_forkservers, "start of the forkserver")
         _end()
         with pytest.raises(ForkserverKilled) as error:

@@ -15,7 +15,7 @@ from qbatch.models_db.session import Database
 from tests import tiny
 from tests.acceptance.conftest import Qbatch
 from tests.faults.fleet import PACE, Fleet
-from tests.faults.services import PASSWORD, Redis, Wire
+from tests.faults.fleet_services import PASSWORD, Redis, Wire
 
 MakeModel = Callable[..., Path]
 _LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import make_url, text
 
 from qbatch.models_db.session import Database
-from tests.every_command import Outcome, run_every_command
+from tests.every_command import CommandOutcome, run_every_command
 from tests.faults.test_disk import private_mounts
 from tests.rows import a_batch
 from tests.unprivileged import without_rights
@@ -22,7 +22,7 @@ _SERVICES = ("up", "worker", "scheduler", "run", "watch")
 _OF_NO_PLACE = "inspect"
 
 
-def refused(found: dict[str, Outcome]) -> dict[str, str]:
+def refused(found: dict[str, CommandOutcome]) -> dict[str, str]:
     """The line with which each command ended with exit code 3; all but doctor must have ended so."""
     assert len(found) > 20
     assert {name: outcome.let_through for name, outcome in found.items() if outcome.let_through} == {}
@@ -87,7 +87,7 @@ def test_a_full_disk_is_said(tmp_path: Path, sqlite_database: Database) -> None:
     assert "full" in found["submit"].lines[0]
 
 
-def assert_said(found: dict[str, Outcome]) -> None:
+def assert_said(found: dict[str, CommandOutcome]) -> None:
     assert {name: outcome.let_through for name, outcome in found.items() if outcome.let_through} == {}
     said = {name: (outcome.code, len(outcome.lines)) for name, outcome in found.items()}
     assert {name: found[name] for name, (code, lines) in said.items() if code == 3 and lines != 1} == {}

@@ -23,7 +23,7 @@ from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.loop import Scheduler
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
-from tests.faults.services import PASSWORD, Redis
+from tests.faults.fleet_services import PASSWORD, Redis
 from tests.postgres import Postgres
 from tests.rows import a_batch, a_worker, claim, states
 

@@ -18,8 +18,9 @@ import pytest
 
 from qbatch.core.domain import Method, Stage
 from qbatch.core.errors import DiskFull, JobError
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import jobs
-from qbatch.models_db.pauses import lift, standing
+from qbatch.models_db.pauses import in_force, lift
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Pause
 from qbatch.worker.checkpoints.published import problems
@@ -223,12 +224,12 @@ def test_a_full_storage_is_one_pause_and_a_full_cache_is_none(database: Database
 
 def _fail(database: Database, token: jobs.Token, error: JobError, *, backoff_s: float) -> None:
     with database.write() as session:
-        assert jobs.fail(session, token, error, backoff_s=backoff_s, max_failures=3, lease_s=60.0)
+        assert jobs.fail(session, token, error, limits=RetryLimits(backoff_s=backoff_s, max_failures=3), lease_s=60.0)
 
 
 def _pauses(database: Database) -> list[Pause]:
     with database.read() as session:
-        found = list(standing(session))
+        found = list(in_force(session))
         session.expunge_all()
         return found
 

@@ -15,7 +15,7 @@ import pytest
 from qbatch.core.domain import Stage
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, SCAN_S, Caught, Fleet
-from tests.faults.services import PASSWORD, Redis
+from tests.faults.fleet_services import PASSWORD, Redis
 from tests.hub import Hub, serving
 from tests.postgres import Postgres
 from tests.waiting import until

@@ -22,7 +22,7 @@ from qbatch.scheduler.loop import Scheduler
 from qbatch.scheduler.queues import queue_of, redis_priority
 from tests.faults.conftest import MakeModel
 from tests.faults.fleet import SCAN_S, Fleet
-from tests.faults.services import PASSWORD, Redis, Wire
+from tests.faults.fleet_services import PASSWORD, Redis, Wire
 from tests.rows import a_batch, a_job, a_worker, bundle
 
 CPU = queue_of(DeviceKind.CPU)

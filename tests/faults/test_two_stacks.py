@@ -9,7 +9,7 @@ from pathlib import Path
 from qbatch.core.domain import Stage
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S
-from tests.faults.services import PASSWORD, Redis
+from tests.faults.fleet_services import PASSWORD, Redis
 
 
 def test_a_stack_on_a_copied_database_costs_the_first_one_nothing(

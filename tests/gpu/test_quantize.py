@@ -11,7 +11,7 @@ import torch
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from tests.reference import contents, save_reference
+from tests.plain_reference import contents, save_reference
 from tests.tiny import CAUSAL_ARCHS, SEQ2SEQ_ARCHS, make_causal, make_encoder, make_seq2seq
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,9 @@ from qbatch.core.domain import DeviceKind, DType, Protocol, ProtocolOptions, Sch
 from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.noise import same_speed
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.runner import loaded_models
 from qbatch.worker.runner.bundle import Bundle
@@ -22,7 +24,7 @@ from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.unit.benchmark_models import TEXT
 from tests.unit.measured_rows import result
-from tests.unit.test_benchmark_rounds import SCHEMES, TEXT_HASH, Ear, in_three_rounds, order
+from tests.unit.test_benchmark_rounds import SCHEMES, TEXT_HASH, RoundsEar, in_three_rounds, order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -43,8 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *schemes: Scheme) -> Ear:
-    ear = Ear()
+def run(folder: Path, *schemes: Scheme) -> RoundsEar:
+    ear = RoundsEar()
     on_gpu = replace(
         order(folder, folder / "llama", schemes=schemes or SCHEMES),
         device_kind=DeviceKind.CUDA,
@@ -54,7 +56,7 @@ def run(folder: Path, *schemes: Scheme) -> Ear:
     return ear
 
 
-def peaks(ear: Ear) -> dict[int, int | None]:
+def peaks(ear: RoundsEar) -> dict[int, int | None]:
     return {job_id: done.measurement.max_allocated_bytes for job_id, done in ear.measured().items()}
 
 

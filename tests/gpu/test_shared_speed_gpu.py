@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qbatch.core.domain import DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme
 from qbatch.core.measured.measurement import Measurement
-from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL, Metric
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.noise import same_speed
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
@@ -97,7 +100,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
+class TimedRows:
     """Rows of one scheme by the name of their weights, timed in the same rounds."""
 
     rows: dict[str, ResultRow]
@@ -120,7 +123,7 @@ def stored(source: Path, scheme: Scheme | None, folder: Path) -> Path:
     return folder
 
 
-def timed(folders: dict[str, Path], asked: Protocol, *, why: bool) -> Timed:
+def timed(folders: dict[str, Path], asked: Protocol, *, why: bool) -> TimedRows:
     loaded = {name: load(folder, dtype=DType.BFLOAT16, device="cuda:0") for name, folder in folders.items()}
     benchmarks = {name: _row(folders[name], one, asked) for name, one in loaded.items()}
     for number in range(asked.rounds):
@@ -149,7 +152,7 @@ def timed(folders: dict[str, Path], asked: Protocol, *, why: bool) -> Timed:
         for name, one in benchmarks.items()
     }
     rows = {name: ResultRow.from_json(result(numbers[name]) | one.to_json()) for name, one in measured.items()}
-    return Timed(rows=rows, measurements=measured)
+    return TimedRows(rows=rows, measurements=measured)
 
 
 def _row(folder: Path, loaded: Any, asked: Protocol) -> RowBenchmark:
@@ -187,7 +190,7 @@ def test_weights_do_not_change_the_speed_of_a_shape(
     assert max(different.values()) <= REPETITIONS // 2
 
 
-def _differs(metric: Metric, once: Timed, name: str) -> bool:
+def _differs(metric: Metric, once: TimedRows, name: str) -> bool:
     first, second = once.rows["trained"], once.rows[name]
     one, other = metric.value(first), metric.value(second)
     assert one is not None
@@ -196,12 +199,12 @@ def _differs(metric: Metric, once: Timed, name: str) -> bool:
     return not same_speed(metric, first, second)
 
 
-def _check_memory(once: Timed) -> None:
+def _check_memory(once: TimedRows) -> None:
     peaks = {name: one.max_allocated_bytes for name, one in once.measurements.items()}
     assert len(set(peaks.values())) == 1 or max(map(_known, peaks.values())) < 1.02 * min(map(_known, peaks.values()))
 
 
-def _check_kernels(once: Timed) -> None:
+def _check_kernels(once: TimedRows) -> None:
     steps_s = {name: _known(row.details.why.kernels_alone.step_s) for name, row in once.rows.items()}
     print("kernels alone", steps_s)  # noqa: T201
     assert max(steps_s.values()) <= (1 + KERNELS_TOLERANCE) * min(steps_s.values())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,15 @@ from qbatch.worker.checkpoints.verify import verify
 from qbatch.worker.files.staging import KEPT_TRAININGS
 from qbatch.worker.recovering.distillation import recover_by_training
 from qbatch.worker.runner import adapter_publication
-from qbatch.worker.runner.messages import CheckpointReady, Failed, Measured, Resolved, Stepped
+from qbatch.worker.runner.messages import (
+    CheckpointReady,
+    Entered,
+    Failed,
+    Measured,
+    Resolved,
+    RunnerMessage,
+    Stepped,
+)
 from tests.bundles import TEXT_HASH, Ear, measure_quickly, run_bundle
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK, TEXT
@@ -221,3 +232,39 @@ def test_a_text_that_shares_a_passage_with_another_trains_nothing(source: Path) 
     assert ear.failed() == {QLORA: "unsupported"}
     assert "the recovery text shares 13 tokens in a row with an evaluation text" in failures(ear)[QLORA]
     assert not any("recovering" in m.step for m in ear.heard if isinstance(m, Stepped))
+
+
+class _Killing(Ear):
+    """A supervisor whose runner is killed once it has said that it enters a stage, or that something is published."""
+
+    def __init__(self, at: Stage | type[CheckpointReady], path: str) -> None:
+        super().__init__()
+        self._at, self._path = at, path
+
+    def send(self, message: RunnerMessage) -> None:
+        is_stage = isinstance(message, Entered) and message.stage is self._at and SVD in message.job_ids
+        is_ready = isinstance(message, CheckpointReady) and self._at is CheckpointReady
+        if is_stage or (is_ready and self._path in message.published.path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("at", [Stage.QUANTIZING, Stage.PUBLISHING, CheckpointReady, Stage.LOADING, Stage.BENCHMARKING])
+def test_a_kill_leaves_an_adapter_whole_or_not_there(
+    source: Path, monkeypatch: pytest.MonkeyPatch, at: Stage | type[CheckpointReady]
+) -> None:
+    schemes = {SVD: SCHEMES[SVD]}
+    child = multiprocessing.get_context("fork").Process(
+        target=run_bundle, args=(source, schemes), kwargs={"ear": _Killing(at, "+svd-")}
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    storage = source.parent / "storage"
+    before = {path.name: path.stat().st_ino for path in (storage / "checkpoints").glob("*/*+svd-*")}
+    assert len(before) == (at not in (Stage.QUANTIZING, Stage.PUBLISHING))
+    again = run(source, attempt=2, schemes=schemes)
+    assert again.measured() == {SVD}
+    (adapter,) = (storage / "checkpoints").glob("*/*+svd-*")
+    assert verify(adapter) == []
+    assert before in ({}, {adapter.name: adapter.stat().st_ino}), "what is published is not written again"
+    assert again.entered(Stage.QUANTIZING) == (set() if before else {SVD})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import Result as Done
 from sqlalchemy import select, update
 
 from qbatch.cli import main
-from qbatch.core.domain import DeviceKind, DType, SourceRef
+from qbatch.core.domain import DeviceKind, DType, ProtocolOptions, SourceRef
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source, weight_files
@@ -29,11 +30,12 @@ from qbatch.views.units import show_bytes
 from qbatch.worker.quantizing import Target, write_checkpoints
 from tests import tiny
 from tests.found import a_search, searching
-from tests.identity import fingerprint
 from tests.integration.test_submit import TEXT, hashed, measure, settled
 from tests.rows import a_batch, a_gpu, claim
+from tests.source_identity import fingerprint
 
 GRID = Grid(bits=(4, 8), device=DeviceKind.CPU)
+PROMPT_TOKENS = ProtocolOptions(eval_text_sha256="").for_device(DeviceKind.CPU).prompt_tokens
 
 
 @pytest.fixture
@@ -48,6 +50,11 @@ def model(tmp_path: Path) -> Path:
 
 def asked(*sources: SourceRef, grid: Grid = GRID) -> Submission:
     return Submission(sources=sources, grid=grid, eval_text="words")
+
+
+def _words(plan: BatchPlan) -> str:
+    """What is printed, on one line."""
+    return " ".join(render_plan(plan).split())
 
 
 def stored_batches(database: Database) -> int:
@@ -119,8 +126,11 @@ def test_the_gpu_that_is_needed_is_named(sqlite_database: Database, settings: Se
     plan = plan_batch(sqlite_database, settings, asked(parse_source(str(model)), grid=Grid(bits=(4,))))
     assert [job.vram_class_gib for job in plan.jobs] == [4, 4]
     assert all(job.memory_bytes is not None for job in plan.jobs)
+    on_cpu = plan_batch(sqlite_database, settings, asked(parse_source(str(model))), here=DeviceKind.CPU)
+    assert "GPU" not in render_plan(on_cpu)
     a_gpu(sqlite_database, 24)
-    plan = plan_batch(sqlite_database, settings, asked(parse_source(str(model)), grid=Grid(bits=(4,))))
+    submission = asked(parse_source(str(model)), grid=Grid(bits=(4,)))
+    plan = plan_batch(sqlite_database, settings, submission, here=DeviceKind.CPU)  # a live one counts for more
     assert plan.warnings == {}
     assert "(4 GiB GPU)" in render_plan(plan)
 
@@ -171,9 +181,11 @@ def test_plan_and_a_dry_run_print_the_same_and_store_nothing(home: Path, model: 
     arguments = (str(model), "org/m", "--bits", "4,8")
     planned, dry = qbatch("plan", *arguments), qbatch("submit", *arguments, "--dry-run")
     assert (planned.exit_code, dry.exit_code) == (0, 0)
-    assert planned.stdout == dry.stdout
+    # Others write to the disk meanwhile.
+    printed = [re.sub(r"\S+ GiB are free", "some are free", done.stdout) for done in (planned, dry)]
+    assert printed[0] == printed[1]
     assert "2 models, 6 jobs" in planned.stdout
-    assert "time: not known, since nothing like it has run yet" in planned.stdout
+    assert "time: not known, since no job that measures the same has ended yet" in planned.stdout
     assert json.loads(qbatch("status", "--json").stdout) == []
     assert qbatch("submit", *arguments, "--dry-run", "--wait").exit_code == 2
 
@@ -207,9 +219,18 @@ def test_a_search_takes_as_long_as_earlier_ones_until_it_is_stored(
         session.execute(update(Result).values(num_parameters=500_000))
         for attempt in session.scalars(select(Attempt)):
             attempt.ended_at = attempt.claimed_at + timedelta(seconds=60)
-    unknown = plan_batch(sqlite_database, settings, submission).jobs[-1]
+    before = plan_batch(sqlite_database, settings, submission)
+    unknown = before.jobs[-1]
     assert (unknown.earlier, unknown.duration) == (Earlier.NOTHING, None)
     assert unknown.output is not None
+    assert "how long a search takes here is known once one has ended, or a baseline's" in _words(before)
+    with sqlite_database.write() as session:
+        session.execute(update(Result).values(prefill_s_p50=PROMPT_TOKENS * 1e-3))
+    first = plan_batch(sqlite_database, settings, submission)
+    assert first.jobs[-1].duration is not None
+    # 8 groups: 13.5 passes over 16 windows of 256 tokens, a millisecond each, and the job that publishes.
+    assert round(first.jobs[-1].duration.seconds) == round(13.5 * 16 * 256 * 1e-3) + 20
+    assert "its passes are counted, and taken for as fast as prefills were" in _words(first)
     _, (search,) = a_batch(sqlite_database, searching(Bound(max_kl=0.1)))
     (token,) = claim(sqlite_database, [search], 1)
     with sqlite_database.write() as session:

@@ -16,11 +16,12 @@ from sqlalchemy import select, update
 
 from qbatch.core.domain import JobState, Stage
 from qbatch.core.errors import BrokerUnreachable, DiskFull, FetchError
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, leases
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Pause, Worker
 from qbatch.models_db.workers import live
@@ -95,7 +96,7 @@ def test_a_worker_that_lives_keeps_its_lease_however_long(database: Database) ->
     _, ids = a_batch(database)
     claim(database, ids, a_worker(database), lease_s=AHEAD_S)
     with database.write() as session:
-        assert jobs.shorten_future_times(session, lease_s=60.0, backoff_s=1.0, max_failures=3) == 0
+        assert jobs.shorten_future_times(session, lease_s=60.0, limits=RetryLimits(backoff_s=1.0, max_failures=3)) == 0
 
 
 def test_the_lease_of_a_gpu_runs_out(database: Database) -> None:
@@ -114,7 +115,9 @@ def test_a_backoff_is_no_longer_than_its_failures_make_it(database: Database, sc
     for token in claim(database, ids, a_worker(database)):
         with database.write() as session:
             jobs.note(session, token, work_started=True)
-            jobs.fail(session, token, FetchError("no answer"), backoff_s=0.2, max_failures=9, lease_s=1.0)
+            jobs.fail(
+                session, token, FetchError("no answer"), limits=RetryLimits(backoff_s=0.2, max_failures=9), lease_s=1.0
+            )
     with database.write() as session:
         session.execute(update(Job).values(not_before=db_now(AHEAD_S)))
         session.execute(update(Job).where(Job.id == ids[1]).values(failures=5))
@@ -137,12 +140,12 @@ def test_a_pause_ends(database: Database, scheduler: Scheduler) -> None:
     with database.write() as session:
         jobs.note(session, token, stage=Stage.QUANTIZING)
     with database.write() as session:
-        jobs.fail(session, token, DiskFull("no room"), backoff_s=0.2, max_failures=3, lease_s=1.0)
+        jobs.fail(session, token, DiskFull("no room"), limits=RetryLimits(backoff_s=0.2, max_failures=3), lease_s=1.0)
         session.execute(update(Pause).values(until=db_now(AHEAD_S)))
 
     def has_ended() -> bool:
         with database.read() as session:
-            return not standing(session)
+            return not in_force(session)
 
     tick_until(scheduler, has_ended)
 

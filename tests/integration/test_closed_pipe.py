@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qbatch.cli import main
-from qbatch.commands.waiting import what_goes_on
+from qbatch.commands.wait_and_watch import what_goes_on
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade

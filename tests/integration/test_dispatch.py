@@ -34,7 +34,7 @@ from tests.waiting import until
 CPU = queue_of(DeviceKind.CPU)
 
 
-class RedisServer:
+class SocketRedis:
     """A real one on a unix socket, that can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,10 +65,10 @@ class RedisServer:
 
 
 @pytest.fixture
-def server() -> Iterator[RedisServer]:
+def server() -> Iterator[SocketRedis]:
     # pytest's own folders are too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="qb-"))
-    server = RedisServer(folder)
+    server = SocketRedis(folder)
     server.start()
     yield server
     server.stop()
@@ -76,7 +76,7 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def settings(server: RedisServer, tmp_path: Path) -> Settings:
+def settings(server: SocketRedis, tmp_path: Path) -> Settings:
     url = f"redis+socket://{server.socket}?virtual_host=0"
     return Settings(home=tmp_path, storage=tmp_path, cache=tmp_path, broker_url=url, window=4)
 
@@ -134,7 +134,7 @@ def test_without_a_live_worker_nothing_is_sent(sqlite_database: Database, broker
 
 
 def test_after_redis_forgot_everything_it_is_sent_again_at_the_second_scan(
-    sqlite_database: Database, broker: Broker, settings: Settings, server: RedisServer
+    sqlite_database: Database, broker: Broker, settings: Settings, server: SocketRedis
 ) -> None:
     a_worker(sqlite_database)
     a_batch(sqlite_database, bundle("/models/a"), bundle("/models/b"))
@@ -193,7 +193,7 @@ def test_a_claimed_bundle_needs_no_message(sqlite_database: Database, broker: Br
 
 
 def test_what_somebody_else_put_into_redis_stops_nothing(
-    sqlite_database: Database, broker: Broker, settings: Settings, server: RedisServer
+    sqlite_database: Database, broker: Broker, settings: Settings, server: SocketRedis
 ) -> None:
     a_worker(sqlite_database)
     a_batch(sqlite_database)
@@ -227,7 +227,7 @@ def test_an_urgent_bundle_is_read_before_one_sent_earlier(
 
 
 def test_while_redis_is_away_nothing_stays_marked_and_then_it_is_sent(
-    sqlite_database: Database, broker: Broker, settings: Settings, server: RedisServer
+    sqlite_database: Database, broker: Broker, settings: Settings, server: SocketRedis
 ) -> None:
     a_worker(sqlite_database)
     a_batch(sqlite_database, bundle("/models/a"), bundle("/models/b"))
@@ -257,7 +257,7 @@ def test_a_broker_that_does_not_answer_is_named_without_its_password(tmp_path: P
 
 
 def test_what_redis_refuses_for_want_of_memory_is_taken_back(
-    sqlite_database: Database, broker: Broker, settings: Settings, server: RedisServer
+    sqlite_database: Database, broker: Broker, settings: Settings, server: SocketRedis
 ) -> None:
     a_worker(sqlite_database)
     a_batch(sqlite_database)

@@ -27,7 +27,7 @@ from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.sources.fetch import LocalSource, fetch_source
 from qbatch.worker.sources.source_policy import SourcePolicy
 from tests.hub import Hub, serving
-from tests.identity import fingerprint
+from tests.source_identity import fingerprint
 from tests.waiting import until
 
 _ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What comes in is judged once, in the same words for every row, and nothing beside the vetted files is read."""
+"""What comes in is judged once, in the same words for every row, and nothing beside the checked files is read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers.integrations.peft
-from transformers import DeepseekV3ForCausalLM, MobileBertForMaskedLM, UnlimitedOcrForConditionalGeneration
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
+from transformers import (
+    DeepseekV3ForCausalLM,
+    GraniteSpeech5ForCTC,
+    MistralLarge4ForConditionalGeneration,
+    MobileBertForMaskedLM,
+    PreTrainedModel,
+    Qwen4ExpForCausalLM,
+    UnlimitedOcrForConditionalGeneration,
+    WavLMForCTC,
+)
 
 from qbatch.core.domain import BASELINE, Method, ProtocolOptions, Scheme, Stage
 from qbatch.core.errors import SourceCorrupt
+from qbatch.worker.checkpoints.verify import verify
+from qbatch.worker.quantizing.building import whole_model
 from qbatch.worker.runner.messages import Failed, Measured
 from qbatch.worker.sources.pickles import read_tensors
 from tests import incoming
@@ -143,15 +158,21 @@ def test_weights_with_nan_are_not_published(tmp_path: Path) -> None:
     assert places(ear, source) == {}
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model"])
-def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(name: str, tmp_path: Path) -> None:
-    source = incoming.tekken_alone(tmp_path / "source")
-    (source / "tekken.json").rename(source / name)
+@pytest.mark.parametrize("kind", incoming.UNREADABLE_TOKENIZERS)
+def test_a_tokenizer_that_is_not_read_is_why_there_is_no_perplexity(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    source = incoming.unreadable_tokenizer(tmp_path / "source", kind)
     ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    files, why = incoming.UNREADABLE_TOKENIZERS[kind]
     reasons = {m.measurement.details.perplexity.reason for m in ear.heard if isinstance(m, Measured)}
-    assert reasons == {f"its only tokenizer is {name}, which qbatch cannot read"}
+    assert reasons == {why}
     (folder,) = places(ear, source).values()
-    assert (folder / name).is_file()
+    assert all((folder / name).is_file() for name in files)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.index(f"no text can be measured: {why}") < said.index("j2: quantizing")
 
 
 def test_a_broken_tokenizer_is_said_before_anything_is_quantized(tmp_path: Path) -> None:
@@ -201,6 +222,30 @@ def test_no_more_layers_than_needed_are_said_to_mend_it(tmp_path: Path) -> None:
     assert messages(ear)[NF4].endswith("; --skip-modules predictions.dense mends it")
 
 
+@pytest.mark.parametrize(
+    ("cls", "mends"),
+    [(WavLMForCTC, "k_proj,v_proj,q_proj,out_proj"), (GraniteSpeech5ForCTC, "input_linear")],
+    ids=["several at once", "a layer before the fault"],
+)
+def test_all_layers_that_mend_it_are_named(cls: type[PreTrainedModel], mends: str, tmp_path: Path) -> None:
+    """PyTorch's attention reads four weights itself. Granite's encoder gives its input the dtype of a weight."""
+    model = make(cls, shrunk_config(cls.config_class.model_type))
+    source = incoming.save(tmp_path / "source", model)
+    ear = run(source, schemes={NF4: ALL[NF4]})
+    assert messages(ear)[NF4].endswith(f"; --skip-modules {mends} mends it")
+    mended = run(source, attempt=2, schemes={NF4: replace(ALL[NF4], skip_modules=tuple(mends.split(",")))})
+    assert audits(mended) == {NF4: "ran"}
+
+
+def test_a_layer_whose_name_transformers_misreads_is_named(tmp_path: Path) -> None:
+    """It looks for the parts of a weight by the word, and takes the name of this layer for one."""
+    source = incoming.save(tmp_path / "source", make(Qwen4ExpForCausalLM, shrunk_config("qwen4_exp_text")))
+    ear = run(source, schemes={NF4: ALL[NF4]})
+    assert messages(ear)[NF4].endswith("; --skip-modules block_inject_weight may mend it")
+    mended = run(source, attempt=2, schemes={NF4: replace(ALL[NF4], skip_modules=("block_inject_weight",))})
+    assert audits(mended) == {NF4: "ran"}
+
+
 def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
     source = incoming.save(tmp_path / "source", make(DeepseekV3ForCausalLM, shrunk_config("deepseek_v3")))
     ear = run(source, schemes=ALL)
@@ -212,8 +257,26 @@ def test_int8_of_deepseek_on_a_cpu_says_what_mends_it(tmp_path: Path) -> None:
     assert audits(mended) == {INT8: "ran"}
 
 
-def test_what_transformers_cannot_read_again_is_not_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cls", [UnlimitedOcrForConditionalGeneration, MistralLarge4ForConditionalGeneration])
+def test_what_is_loaded_by_other_names_than_the_model_s_own_has_those(cls: type[Any], tmp_path: Path) -> None:
     """Weights of its vision tower are converted while it loads, and the names of all others are changed once more."""
+    model = make(cls, shrunk_config(cls.config_class.model_type)).to(torch.bfloat16)
+    source = incoming.save(tmp_path / "source", model)
+    ear = run(source, schemes=BOTH)
+    assert messages(ear) == {}
+    assert audits(ear)[NF4] == "ran"
+    (folder,) = places(ear, source).values()
+    assert verify(folder) == []
+    loaded = cls.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, exact in model.named_parameters():
+        weight = loaded.get_parameter(name)
+        if isinstance(weight, Params4bit):
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        assert (weight.float() - exact.float()).norm() <= 0.15 * exact.float().norm(), name
+
+
+def test_what_transformers_cannot_read_again_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_model, "loads_own_names", lambda _skeleton: True)
     config = shrunk_config("unlimited_ocr")
     source = incoming.save(tmp_path / "source", make(UnlimitedOcrForConditionalGeneration, config))
     ear = run(source, schemes=BOTH)

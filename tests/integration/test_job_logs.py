@@ -18,7 +18,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
-from qbatch.scheduler.job_log_tail import Follower, standing_of
+from qbatch.scheduler.job_log_tail import Follower, status_of
 from tests.rows import a_batch, a_worker, claim, fail, succeed
 from tests.waiting import until
 
@@ -104,7 +104,7 @@ def test_a_follower_goes_from_attempt_to_attempt(sqlite_database: Database, sett
     worker = a_worker(sqlite_database)
     seen: list[bytes] = []
     said: list[str] = []
-    look = partial(standing_of, sqlite_database, settings.logs_of, job)
+    look = partial(status_of, sqlite_database, settings.logs_of, job)
     follower = Follower(look=look, say=said.append)
     thread = threading.Thread(target=lambda: seen.extend(follower.follow()))
     thread.start()

@@ -29,6 +29,7 @@ from qbatch.core.errors import (
 )
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import finished_results, jobs, listing, results, window, workers
 from qbatch.models_db.batches import NewJob, add_text, text_content
 from qbatch.models_db.database_clock import db_now
@@ -385,7 +386,13 @@ def test_where_many_failures_are_allowed_no_wait_is_longer_than_an_hour(database
     claim(database, ids, worker)
     with database.write() as session:
         session.execute(update(Job).values(failures=40))
-        jobs.fail(session, (ids[0], 1), WorkerLost("gone"), lease_s=60.0, backoff_s=10.0, max_failures=1000)
+        jobs.fail(
+            session,
+            (ids[0], 1),
+            WorkerLost("gone"),
+            lease_s=60.0,
+            limits=RetryLimits(backoff_s=10.0, max_failures=1000),
+        )
     with database.read() as session:
         soon = select(Job.id).where(Job.not_before > db_now(3500.0), Job.not_before <= db_now(3600.0))
         assert session.scalars(soon).all() == ids

@@ -15,6 +15,7 @@ from sqlalchemy import select, update
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import ENDED_STATES, DeviceKind, JobState, Method, Stage
 from qbatch.core.errors import ERROR_KINDS, CudaOom, InternalError, WorkerLost, job_error
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import jobs, window, workers
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs import Token
@@ -28,7 +29,7 @@ MAX_FAILURES = 3
 # Of the workers' memory, in GiB.
 SIZES = (24.0, 80.0)
 # No waiting between attempts: the backoff's own test is elsewhere.
-POLICY: dict[str, Any] = {"backoff_s": 0.0, "max_failures": MAX_FAILURES}
+POLICY: dict[str, Any] = {"limits": RetryLimits(backoff_s=0.0, max_failures=MAX_FAILURES)}
 
 
 @cache

@@ -15,7 +15,8 @@ import pytest
 
 import qbatch
 from qbatch.cli import main
-from qbatch.worker.serving.runner_forkserver import PRELOAD_ON_CPU
+from qbatch.core.domain import DeviceKind
+from qbatch.worker.serving.runner_forkserver import PRELOADED
 
 ROOT = Path(qbatch.__file__).parents[2]
 PAGE = ("charts.jinja", "report.css", "report.jinja", "report.js", "tables.jinja")
@@ -133,12 +134,14 @@ def _path(strangers: Path) -> str:
 
 def test_every_name_that_is_preloaded_is_found() -> None:
     """A forkserver is silent about one that it does not find."""
+    preloaded = [*PRELOADED[DeviceKind.CPU], *PRELOADED[DeviceKind.CUDA]]
     program = f"""
 import multiprocessing
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload({PRELOAD_ON_CPU!r})
+context.set_forkserver_preload({preloaded!r})
+from qbatch.worker.machine.imports import COMPILER
 from qbatch.worker.serving.runner_imports import NAMES
-names = [*NAMES, *{PRELOAD_ON_CPU!r}]
+names = [*NAMES, *COMPILER, *{preloaded!r}]
 missing = f"import sys; print([name for name in {{names}} if name not in sys.modules])"
 child = context.Process(target=exec, args=(missing,))
 child.start()

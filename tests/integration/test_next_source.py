@@ -156,7 +156,7 @@ def test_it_stands_still_while_something_is_timed(
     fetching = process_of(next_source)
     pauses = TimingPauses()
     with pauses.timing():
-        pauses.meet(fetching.pid)
+        pauses.pause_while_timing(fetching.pid)
         until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")
     with pauses.timing():
         until(lambda: fetching.status() == psutil.STATUS_STOPPED, "its stop")

@@ -28,7 +28,7 @@ LEASE_S = 60.0
 _HEARTBEAT = ".heartbeat"
 
 
-class Stack:
+class LoneWorker:
     """One database and its only worker, on a storage that it shares."""
 
     def __init__(self, database: Database, storage: Path, name: str = "w1", renew_s: float = 0.02) -> None:
@@ -69,16 +69,16 @@ def database_in(folder: Path) -> Database:
 
 
 @pytest.fixture
-def first(tmp_path: Path) -> Iterator[Stack]:
-    stack = Stack(database_in(tmp_path / "first"), tmp_path)
+def first(tmp_path: Path) -> Iterator[LoneWorker]:
+    stack = LoneWorker(database_in(tmp_path / "first"), tmp_path)
     yield stack
     stack.staging.close()
     stack.database.dispose()
 
 
-def test_two_stacks_with_equal_database_urls_leave_each_other_alone(first: Stack, tmp_path: Path) -> None:
+def test_two_stacks_with_equal_database_urls_leave_each_other_alone(first: LoneWorker, tmp_path: Path) -> None:
     """Two containers: the paths in them are the same, and neither has a machine id."""
-    second = Stack(database_in(tmp_path / "second"), tmp_path)
+    second = LoneWorker(database_in(tmp_path / "second"), tmp_path)
     token, folder = first.begin()
     assert second.held([token]) == frozenset()
     first.die(ago_s=1e6)
@@ -88,12 +88,12 @@ def test_two_stacks_with_equal_database_urls_leave_each_other_alone(first: Stack
     second.database.dispose()
 
 
-def test_a_copied_database_leaves_alone_what_living_workers_stage(first: Stack, tmp_path: Path) -> None:
+def test_a_copied_database_leaves_alone_what_living_workers_stage(first: LoneWorker, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     first.database.dispose()  # with its last connection, all that it holds is in its one file
     shutil.copy(tmp_path / "first" / "qbatch.db", tmp_path / "copy" / "qbatch.db")
     token, folder = first.begin()
-    copy = Stack(Database(f"sqlite:///{tmp_path / 'copy' / 'qbatch.db'}"), tmp_path, "w2")
+    copy = LoneWorker(Database(f"sqlite:///{tmp_path / 'copy' / 'qbatch.db'}"), tmp_path, "w2")
     assert copy.staging.parent == first.staging.parent, "the copy brought the id along"
     assert copy.held([token]) == frozenset(), "and knows nothing of what was begun since"
     assert copy.sweep() == []
@@ -105,9 +105,9 @@ def test_a_copied_database_leaves_alone_what_living_workers_stage(first: Stack, 
     copy.database.dispose()
 
 
-def test_a_dead_workers_attempts_are_removed_unless_they_hold_their_jobs(first: Stack, tmp_path: Path) -> None:
+def test_a_dead_workers_attempts_are_removed_unless_they_hold_their_jobs(first: LoneWorker, tmp_path: Path) -> None:
     (token, running), (_, over) = first.begin(), first.begin()
-    second = Stack(first.database, tmp_path, "w2")
+    second = LoneWorker(first.database, tmp_path, "w2")
     with first.database.write() as session:
         jobs.hand_back(session, [(int(over.name.split("-")[0]), 1)])
     assert second.sweep() == [], "its worker may be about to clear it"
@@ -121,9 +121,9 @@ def test_a_dead_workers_attempts_are_removed_unless_they_hold_their_jobs(first: 
     second.staging.close()
 
 
-def test_a_worker_known_to_be_dead_is_not_waited_for(first: Stack, tmp_path: Path) -> None:
+def test_a_worker_known_to_be_dead_is_not_waited_for(first: LoneWorker, tmp_path: Path) -> None:
     token, folder = first.begin()
-    second = Stack(first.database, tmp_path, "w2")
+    second = LoneWorker(first.database, tmp_path, "w2")
     first.die(ago_s=0.0)
     with first.database.write() as session:
         jobs.hand_back(session, [token])
@@ -132,7 +132,7 @@ def test_a_worker_known_to_be_dead_is_not_waited_for(first: Stack, tmp_path: Pat
     second.staging.close()
 
 
-def test_a_worker_clears_what_its_own_killed_runners_left(first: Stack) -> None:
+def test_a_worker_clears_what_its_own_killed_runners_left(first: LoneWorker) -> None:
     token, folder = first.begin()
     assert first.sweep() == []
     with first.database.write() as session:
@@ -140,8 +140,8 @@ def test_a_worker_clears_what_its_own_killed_runners_left(first: Stack) -> None:
     assert first.sweep() == [folder.name]
 
 
-def test_a_heartbeat_is_valid_for_the_time_written_in_it(first: Stack, tmp_path: Path) -> None:
-    second = Stack(first.database, tmp_path, "w2")
+def test_a_heartbeat_is_valid_for_the_time_written_in_it(first: LoneWorker, tmp_path: Path) -> None:
+    second = LoneWorker(first.database, tmp_path, "w2")
     _, folder = first.begin()
     first.die(ago_s=100.0)
     heartbeat = first.staging.folder / _HEARTBEAT
@@ -156,7 +156,7 @@ def test_a_heartbeat_is_valid_for_the_time_written_in_it(first: Stack, tmp_path:
     second.staging.close()
 
 
-def test_a_staging_folder_that_was_removed_is_created_again(first: Stack) -> None:
+def test_a_staging_folder_that_was_removed_is_created_again(first: LoneWorker) -> None:
     shutil.rmtree(first.staging.folder)
     until((first.staging.folder / _HEARTBEAT).exists, "heartbeat")
 
@@ -180,7 +180,7 @@ def test_a_storage_that_takes_no_heartbeat_is_refused_in_one_line(tmp_path: Path
 
 
 def test_a_worker_starts_and_sweeps_on_a_storage_that_is_full(
-    first: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: LoneWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token, folder = first.begin()
     first.die(ago_s=3 * LEASE_S)

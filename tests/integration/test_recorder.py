@@ -14,6 +14,7 @@ from sqlalchemy import select, text
 
 from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.errors import DatabaseUnreachable, ForeignSchema, QuantizationError, SourceCorrupt, WorkerLost
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.schema import upgrade
@@ -172,7 +173,7 @@ def test_a_spooled_result_counts_where_the_job_was_lost_for_lack_of_it(
     with database.write() as session:
         jobs.note(session, token, work_started=True)
         if ending == "lost":
-            jobs.expire(session, backoff_s=0.01, max_failures=1, worker_id=worker)
+            jobs.expire(session, limits=RetryLimits(backoff_s=0.01, max_failures=1), worker_id=worker)
         elif ending == "failed":
             jobs.fail(session, token, SourceCorrupt("no"), lease_s=60.0, **POLICY)
         else:

@@ -258,3 +258,10 @@ def test_a_rate_may_be_asked_for(run: Run) -> None:
 def test_a_batch_beside_itself_has_one_measurement(run: Run) -> None:
     assert "23 of the same measurement; 1 not compared" in " ".join(run("diff", "b1", "latest", width=80).split())
     assert "no such batch" in run("diff", "b1", "b9", code=2)
+
+
+def test_who_is_shown_each_job_of_a_batch_is_told_of_the_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QBATCH_HOME", str(home))
+    hint = "`qbatch results b1` shows these 24 jobs in one table"
+    shown = [CliRunner().invoke(main, ["show", *words]).stderr for words in (["b1"], ["j1", "j2"], ["b1", "--json"])]
+    assert [hint in text for text in shown] == [True, False, False]

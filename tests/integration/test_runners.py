@@ -17,7 +17,7 @@ from qbatch.models_db.batches import add_text
 from qbatch.models_db.session import Database
 from qbatch.worker.runner.messages import Ended, Order
 from qbatch.worker.serving.celery_task import _run_bundle
-from qbatch.worker.serving.runner_forkserver import PRELOAD_ON_CPU
+from qbatch.worker.serving.runner_forkserver import PRELOADED
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import WorkerContext
 from qbatch.worker.sources.source_policy import SourcePolicy
@@ -30,7 +30,7 @@ from tests.worker_context import a_worker_context, settings_in
 def preloaded() -> Iterator[None]:
     """A forkserver of this file's own, which has imported what runners need: by themselves each would for seconds."""
     stop_forkserver()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD_ON_CPU)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED[DeviceKind.CPU]))
     yield
     stop_forkserver()
     multiprocessing.get_context("forkserver").set_forkserver_preload([])

@@ -12,10 +12,11 @@ from sqlalchemy import text
 
 from qbatch.core.domain import JobState, Stage
 from qbatch.core.errors import BrokerUnreachable, DiskFull
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs
 from qbatch.models_db.database_id import database_id
-from qbatch.models_db.pauses import standing
+from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import Database
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.loop import Scheduler
@@ -124,7 +125,13 @@ def waits_for_room(database: Database, needed_bytes: int | None) -> int:
     with database.write() as session:
         jobs.note(session, token, stage=Stage.QUANTIZING)
     with database.write() as session:
-        assert jobs.fail(session, token, DiskFull("no room", needed_bytes), backoff_s=0.0, max_failures=3, lease_s=60.0)
+        assert jobs.fail(
+            session,
+            token,
+            DiskFull("no room", needed_bytes),
+            limits=RetryLimits(backoff_s=0.0, max_failures=3),
+            lease_s=60.0,
+        )
     return job_id
 
 
@@ -137,7 +144,7 @@ def see_storage(database: Database, settings: Settings) -> None:
 def pauses_after_a_tick(database: Database, scheduler: Scheduler) -> int:
     tick(scheduler)
     with database.read() as session:
-        return len(standing(session))
+        return len(in_force(session))
 
 
 def test_a_pause_holds_while_a_job_waits_for_room_that_is_not_there(database: Database, settings: Settings) -> None:
@@ -158,7 +165,7 @@ def test_a_pause_outlasts_a_tick_that_is_later_than_the_backoff(database: Databa
     tick(Scheduler(database, Broker(settings), settings))
     time.sleep(0.1)
     with database.read() as session:
-        assert len(standing(session)) == 1
+        assert len(in_force(session)) == 1
 
 
 @pytest.mark.parametrize(("needed_bytes", "is_seen"), [(_NEVER_FREE, False), (None, True), (1, True)])

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qbatch.cli import main
+from qbatch.worker.measuring import EVAL_TEXTS
 from tests import tiny
 from tests.incoming import already_quantized, edit_config
 from tests.unprivileged import without_rights
@@ -94,6 +95,14 @@ def test_all_bad_lines_are_named_at_once_and_nothing_is_stored(home: Path, model
     assert batches() == []
 
 
+def test_a_bound_below_the_quantized_model_is_refused(model: Path) -> None:
+    asked = ("submit", str(model), "--scheme", "auto", "--measure", "size,quality", "--max-weights-bytes")
+    refused = qbatch(*asked, "100KB")
+    assert (refused.exit_code, batches()) == (2, [])
+    assert "--max-weights-bytes allows 0.1 MiB, and with every layer quantized it takes 0.4 MiB" in refused.stderr
+    assert qbatch(*asked, "500KB").exit_code == 0
+
+
 def test_with_keep_going_the_others_are_submitted(home: Path, model: Path) -> None:
     _garbage(tiny.make_causal(home / "bad", dtype="bfloat16"))
     done = qbatch("submit", str(model), "./bad", "--bits", "4", "--keep-going", "-q")
@@ -102,6 +111,27 @@ def test_with_keep_going_the_others_are_submitted(home: Path, model: Path) -> No
     assert [batch["jobs"] for batch in batches()] == [2]
     assert qbatch("submit", "./bad", "--bits", "4", "--keep-going").exit_code == 2
     assert len(batches()) == 1
+
+
+def test_a_text_to_train_on_that_repeats_another_is_refused(home: Path, model: Path) -> None:
+    passage = " ".join(EVAL_TEXTS["prose"].read_text(encoding="utf-8").split()[200:240])
+    own = " ".join(f"A word, number {number}." for number in range(400))
+    (home / "own.txt").write_text(own)
+    (home / "shared.txt").write_text(f"{own}\n{passage}\n{own}")
+    other = tiny.make_causal(home / "no-tokenizer", dtype="bfloat16")
+    (other / "tokenizer.json").unlink()
+    arguments = ["--bits", "4", "--recover", "qlora", "--recover-steps", "2", "--recover-text"]
+    for command in (["submit"], ["plan"], ["submit", "--dry-run"]):
+        done = qbatch(*command, str(model), "./no-tokenizer", *arguments, "shared.txt")
+        assert done.exit_code == 2
+        assert f"{model}: the recovery text shares 13 tokens in a row with an evaluation text ('" in done.stderr
+        assert "no-tokenizer:" not in done.stderr, "of which only a worker can say it"
+    assert batches() == []
+    assert qbatch("submit", str(model), *arguments, "own.txt").exit_code == 0
+    code = ["--eval-text", "code"]
+    assert qbatch("submit", str(model), *arguments, "shared.txt", *code).exit_code == 0
+    both = qbatch("submit", str(model), *arguments, "shared.txt", *code, "--eval-text", "prose")
+    assert both.exit_code == 2
 
 
 def test_pickles_are_accepted_where_they_are_converted(home: Path, model: Path) -> None:

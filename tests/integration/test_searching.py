@@ -6,20 +6,24 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import QuantizationError, StorageError, WorkerLost
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.search.bound import Bound
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, listing, searches, window
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs import searching as transitions
+from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, SearchRow
 from qbatch.worker.housekeeping.prune import prune
@@ -218,7 +222,7 @@ def test_a_late_success_of_a_point_revives_its_search(database: Database) -> Non
         (token,) = claim(database, [point], 1)
         with database.write() as session:
             jobs.note(session, token, work_started=True)
-            jobs.expire(session, worker_id=1, backoff_s=0.01, max_failures=3)
+            jobs.expire(session, worker_id=1, limits=RetryLimits(backoff_s=0.01, max_failures=3))
     assert a_job(database, search).error_kind == WorkerLost.kind
     with database.write() as session:
         protocol = PROTOCOL.for_device(DeviceKind.CPU)
@@ -388,7 +392,7 @@ def test_a_kill_leaves_a_search_unrecorded_or_its_job_there_once(
     run_killed(database, owner, name, lambda other: Recorder(other, settings).searched(token, KEY, a_search()))
     assert rows(database) == ((1, 1) if is_there else (0, 0))
     with database.write() as session:
-        jobs.expire(session, worker_id=worker, backoff_s=0.0, max_failures=3)
+        jobs.expire(session, worker_id=worker, limits=RetryLimits(backoff_s=0.0, max_failures=3))
     for again in claim(database, [search], worker):
         Recorder(database, settings).searched(again, KEY, a_search())
     assert rows(database) == (1, 1)
@@ -417,3 +421,39 @@ def test_a_kill_between_a_points_end_and_the_next_leaves_neither(database: Datab
     assert states(database) == {search: "queued", point: "running"}
     succeed(database)
     assert [(one.point, one.state) for one in points_of(database, search)] == [(2, "succeeded"), (3, "queued")]
+
+
+ENDINGS: dict[str, Callable[[Session, Sequence[jobs.Token]], object]] = {
+    "expired": lambda session, _: jobs.expire(session, worker_id=1, limits=RetryLimits(backoff_s=0.0, max_failures=1)),
+    "handed back": lambda session, tokens: jobs.hand_back(session, tokens),
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS.keys())
+def test_points_that_end_together_wait_in_no_circle(
+    postgresql_database: Database, end: Callable[[Session, Sequence[jobs.Token]], object]
+) -> None:
+    """Another transaction has locked the second search, and wants the first point next: no circle of waiting."""
+    database = postgresql_database
+    worker = a_worker(database)
+    _, searches_ = a_batch(database, [*searching(BOUND), *searching(BOUND)])
+    for token in claim(database, searches_, worker):
+        assert record(database, token)
+    first, second = (points_of(database, search)[0].id for search in searches_)
+    tokens = claim(database, [first, second], worker)
+    with database.write() as session:
+        for token in tokens:
+            jobs.note(session, token, work_started=True)
+
+    def act() -> None:
+        with database.write() as session:
+            end(session, tokens)
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            lock(session, Job.id == searches_[1])
+            ended = pool.submit(act)
+            wait([ended], timeout=1.0)
+            lock(session, Job.id == first)
+        ended.result()
+    assert states(database)[first] in ("queued", "failed")

@@ -36,7 +36,6 @@ from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.scheduler.local_stack import prepare_home
-from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.checkpoints.published import checkpoint_path
 from qbatch.worker.files.content import NoDigestCache
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
@@ -45,8 +44,9 @@ from qbatch.worker.sources.pickles import convert
 from qbatch.worker.sources.repository import Repository
 from qbatch.worker.sources.source_policy import SourcePolicy
 from tests import tiny
-from tests.identity import fingerprint
+from tests.model_lists import read_model_list
 from tests.rows import a_batch
+from tests.source_identity import fingerprint
 
 PLENTY = 2**40
 ALLOWED = SourcePolicy(roots=None, allow_pickle=True)

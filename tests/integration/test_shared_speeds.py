@@ -26,7 +26,8 @@ from qbatch.core.domain import (
     SourceRef,
     Stage,
 )
-from qbatch.core.measured.metrics import DECODE, TimingNoise
+from qbatch.core.measured.metric import TimingNoise
+from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.model_shape import shape_of
 from qbatch.models_db import jobs
@@ -79,7 +80,7 @@ def two_quick_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass(slots=True)
-class Worker:
+class ProcesslessWorker:
     """A supervisor without processes: it claims, answers and records by the real functions."""
 
     database: Database
@@ -125,12 +126,15 @@ class Worker:
 
 
 @pytest.fixture
-def worker(sqlite_database: Database, tmp_path: Path) -> Worker:
-    return Worker(database=sqlite_database, folder=tmp_path, worker_id=a_worker(sqlite_database))
+def worker(sqlite_database: Database, tmp_path: Path) -> ProcesslessWorker:
+    return ProcesslessWorker(database=sqlite_database, folder=tmp_path, worker_id=a_worker(sqlite_database))
 
 
 def submit(
-    worker: Worker, models: Sequence[Path], *schemes: Scheme, protocols: Sequence[ProtocolOptions] = (OPTIONS,)
+    worker: ProcesslessWorker,
+    models: Sequence[Path],
+    *schemes: Scheme,
+    protocols: Sequence[ProtocolOptions] = (OPTIONS,),
 ) -> list[list[int]]:
     """The ids of the jobs of a batch, by model."""
     bundles = [
@@ -158,13 +162,13 @@ def submit(
     return [ids[n : n + size] for n in range(0, len(ids), size)]
 
 
-def rows_of(worker: Worker, job_ids: Sequence[int]) -> list[ResultRow]:
+def rows_of(worker: ProcesslessWorker, job_ids: Sequence[int]) -> list[ResultRow]:
     with worker.database.read() as session:
         found = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
     return [found[f"j{job_id}"] for job_id in job_ids]
 
 
-def origins(worker: Worker, job_ids: Sequence[int]) -> list[str | None]:
+def origins(worker: ProcesslessWorker, job_ids: Sequence[int]) -> list[str | None]:
     return [row.speed_from for row in rows_of(worker, job_ids)]
 
 
@@ -172,7 +176,7 @@ def fine_tunes(folder: Path, count: int = 2) -> list[Path]:
     return [tiny.make_causal(folder / f"tune{seed}", dtype="bfloat16", seed=seed) for seed in range(count)]
 
 
-def test_a_fine_tune_has_the_speed_of_the_first_and_its_own_quality(worker: Worker, tmp_path: Path) -> None:
+def test_a_fine_tune_has_the_speed_of_the_first_and_its_own_quality(worker: ProcesslessWorker, tmp_path: Path) -> None:
     first, second, third = submit(worker, fine_tunes(tmp_path, 3), BASELINE, NF4, NO_OUTLIERS)
     for job_ids in (first, second, third):
         worker.work_on(job_ids)
@@ -192,7 +196,9 @@ def test_a_fine_tune_has_the_speed_of_the_first_and_its_own_quality(worker: Work
         assert timed.to_json()["speed_from"] is None
 
 
-def test_rows_with_a_known_speed_are_compared_by_the_rounds_that_it_is_of(worker: Worker, tmp_path: Path) -> None:
+def test_rows_with_a_known_speed_are_compared_by_the_rounds_that_it_is_of(
+    worker: ProcesslessWorker, tmp_path: Path
+) -> None:
     first, second = submit(worker, fine_tunes(tmp_path), BASELINE, NF4)
     worker.work_on(first)
     worker.work_on(second)
@@ -205,7 +211,7 @@ def test_rows_with_a_known_speed_are_compared_by_the_rounds_that_it_is_of(worker
     assert f"its speed and its peaks of memory are those of j{first[1]}, a model of the same shape in its batch" in text
 
 
-def test_outliers_are_timed_for_every_model(worker: Worker, tmp_path: Path) -> None:
+def test_outliers_are_timed_for_every_model(worker: ProcesslessWorker, tmp_path: Path) -> None:
     first, second = submit(worker, fine_tunes(tmp_path), BASELINE, INT8, NF4)
     worker.work_on(first)
     worker.work_on(second)
@@ -218,7 +224,7 @@ def test_outliers_are_timed_for_every_model(worker: Worker, tmp_path: Path) -> N
     assert [worker.loads(job_id) for job_id in (second[0], second[2])] == [1, 1]
 
 
-def test_a_speed_is_known_in_its_batch_and_on_its_gpu_only(worker: Worker, tmp_path: Path) -> None:
+def test_a_speed_is_known_in_its_batch_and_on_its_gpu_only(worker: ProcesslessWorker, tmp_path: Path) -> None:
     models = fine_tunes(tmp_path, 3)
     (earlier,) = submit(worker, models[:1], BASELINE, NF4)
     worker.work_on(earlier)
@@ -239,7 +245,7 @@ def test_a_speed_is_known_in_its_batch_and_on_its_gpu_only(worker: Worker, tmp_p
     ids=["--speed each", "energy", "a CPU"],
 )
 def test_every_model_is_timed(
-    protocol: ProtocolOptions, device_uuid: str | None, worker: Worker, tmp_path: Path
+    protocol: ProtocolOptions, device_uuid: str | None, worker: ProcesslessWorker, tmp_path: Path
 ) -> None:
     batch = submit(worker, fine_tunes(tmp_path), BASELINE, NF4, protocols=[protocol])
     for job_ids in batch:
@@ -247,7 +253,7 @@ def test_every_model_is_timed(
         assert origins(worker, job_ids) == [None, None]
 
 
-def test_another_shape_and_a_mixture_are_timed(worker: Worker, tmp_path: Path) -> None:
+def test_another_shape_and_a_mixture_are_timed(worker: ProcesslessWorker, tmp_path: Path) -> None:
     models = [
         *fine_tunes(tmp_path, 1),
         tiny.make_causal(tmp_path / "wider", dtype="bfloat16", intermediate_size=320),
@@ -259,7 +265,7 @@ def test_another_shape_and_a_mixture_are_timed(worker: Worker, tmp_path: Path) -
         assert origins(worker, job_ids) == [None, None]
 
 
-def test_each_shape_of_a_protocol_has_the_speed_of_its_own(worker: Worker, tmp_path: Path) -> None:
+def test_each_shape_of_a_protocol_has_the_speed_of_its_own(worker: ProcesslessWorker, tmp_path: Path) -> None:
     protocols = [replace(OPTIONS, batch_size=batch_size) for batch_size in (1, 2)]
     first, second = submit(worker, fine_tunes(tmp_path), BASELINE, NF4, protocols=protocols)
     worker.work_on(first)
@@ -268,7 +274,7 @@ def test_each_shape_of_a_protocol_has_the_speed_of_its_own(worker: Worker, tmp_p
     assert [row.details.shapes.batch_size for row in rows_of(worker, second)] == [1, 1, 2, 2]
 
 
-def test_equal_headers_with_another_number_of_parameters_are_timed(worker: Worker, tmp_path: Path) -> None:
+def test_equal_headers_with_another_number_of_parameters_are_timed(worker: ProcesslessWorker, tmp_path: Path) -> None:
     """transformers ties two stored tensors if their values are equal."""
     models = []
     for name, is_tied in (("tied", True), ("apart", False)):
@@ -286,7 +292,7 @@ def test_equal_headers_with_another_number_of_parameters_are_timed(worker: Worke
     assert len({row.num_parameters for row in rows_of(worker, [*first, *second])}) == 2
 
 
-def test_without_its_baseline_no_row_takes_a_speed(worker: Worker, tmp_path: Path) -> None:
+def test_without_its_baseline_no_row_takes_a_speed(worker: ProcesslessWorker, tmp_path: Path) -> None:
     """As after a retry of one job: its baseline's rounds are others."""
     first, second = submit(worker, fine_tunes(tmp_path), BASELINE, NF4)
     worker.work_on(first)
@@ -295,7 +301,7 @@ def test_without_its_baseline_no_row_takes_a_speed(worker: Worker, tmp_path: Pat
     assert origins(worker, second) == [None, None]
 
 
-def test_speed_alone_is_taken_by_a_model_that_was_loaded(worker: Worker, tmp_path: Path) -> None:
+def test_speed_alone_is_taken_by_a_model_that_was_loaded(worker: ProcesslessWorker, tmp_path: Path) -> None:
     protocol = replace(OPTIONS, quality=False)
     first, second = submit(worker, fine_tunes(tmp_path), BASELINE, NF4, protocols=[protocol])
     worker.work_on(first)

@@ -74,6 +74,6 @@ def test_a_list_of_what_waits_imports_no_other_command(database: Database, tmp_p
     a_batch(database)
     modules = imported(database, tmp_path / "home", command)
     commands = {name for name in modules if name.startswith("qbatch.commands.")}
-    shared = {"completion", "context", "lazy_commands", "parameter_types", "shared_options", "targets", "unserved"}
+    shared = {"completion", "context", "lazy_commands", "shared_options", "targets", "unserved"}
     assert {name.rpartition(".")[2] for name in commands} == {"queue_state", *shared}
     assert modules & {"qbatch.core.measured.measurement"} == set()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from qbatch.core.domain import JobState, Method, Stage
 from qbatch.core.errors import DeviceError, DiskFull, JobError, StorageError
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.models_db import jobs
 from qbatch.models_db.jobs import Token
 from qbatch.models_db.session import Database
-from tests.rows import POLICY, a_batch, a_job, a_worker, bundle, claim
+from tests.rows import a_batch, a_job, a_worker, bundle, claim
 
 FULL = DiskFull("No space left on device (tokenizer.json)")
 NO_ROOM = DiskFull("the checkpoint needs 11.2 MiB, and the storage has 4.0 MiB left", 11)
@@ -23,7 +24,7 @@ def begun(database: Database, job_id: int, stage: Stage = Stage.PUBLISHING) -> T
 
 def fail(database: Database, token: Token, error: JobError) -> None:
     with database.write() as session:
-        assert jobs.fail(session, token, error, lease_s=60.0, **POLICY | {"backoff_s": 0.0})
+        assert jobs.fail(session, token, error, lease_s=60.0, limits=RetryLimits(backoff_s=0.0, max_failures=3))
 
 
 def a_job_of(database: Database) -> int:

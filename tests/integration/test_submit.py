@@ -45,8 +45,8 @@ from qbatch.scheduler.submission_lookup import SubmissionLookup
 from qbatch.scheduler.submit import Submission, submit
 from qbatch.worker.runner.messages import JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
-from tests.identity import fingerprint
 from tests.rows import a_batch, a_job, a_worker, claim, measured
+from tests.source_identity import fingerprint
 from tests.tiny import make_causal
 
 TEXT = "an evaluation text"
@@ -184,7 +184,7 @@ class Point:
 
 
 POINTS = {
-    "before the first chunk": Point(owner=submit_module, name="inspect_unvetted", call=1),
+    "before the first chunk": Point(owner=submit_module, name="inspect_unchecked", call=1),
     "within the first chunk": Point(owner=arrivals, name="add_jobs", call=1),
     "within the third chunk": Point(owner=arrivals, name="add_jobs", call=3),
     "between two chunks": Point(owner=SubmissionLookup, name="look_up", call=4),
@@ -328,12 +328,16 @@ def answers(database: Database, batch_id: int) -> list[int]:
             {"options": {"quant_storage": "bfloat16"}},
             ["only if they are stored as uint8", "only if they are stored as uint8"],
         ),
+        ({"arch": "mixtral"}, ["cannot load int8 checkpoints of mixtures", "quantizes the experts"]),
+        ({"arch": "gpt2"}, []),
     ],
 )
 def test_what_engines_would_do_otherwise_is_warned_of(
-    sqlite_database: Database, settings: Settings, model: Path, options: dict[str, Any], warned: list[str]
+    sqlite_database: Database, settings: Settings, tmp_path: Path, options: dict[str, Any], warned: list[str]
 ) -> None:
-    grid = Grid(bits=(4, 8), device=DeviceKind.CPU, **options)
+    arch = options.get("arch", "llama")
+    model = make_causal(tmp_path / "model", arch, dtype="bfloat16")
+    grid = Grid(bits=(4, 8), device=DeviceKind.CPU, **{key: one for key, one in options.items() if key != "arch"})
     sources = (parse_source(str(model)), *submission().sources)
     receipt = submit(sqlite_database, settings, Submission(sources=sources, grid=grid, eval_text="text"))
     assert list(receipt.warnings.values()) == [1] * len(warned)

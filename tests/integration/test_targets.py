@@ -79,6 +79,8 @@ def test_what_means_no_batch_is_refused_in_one_line(command: str, word: str, say
 @pytest.mark.usefixtures("sqlite_database")
 def test_without_batches_none_is_the_latest() -> None:
     assert "there is no batch yet" in qbatch("wait", "latest", code=2).stderr
+    for command in ("status", "results", "compare"):
+        assert "there is no batch yet: `qbatch submit MODEL` stores one" in qbatch(command).stderr
 
 
 @pytest.mark.usefixtures("batches")

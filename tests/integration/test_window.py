@@ -14,7 +14,7 @@ from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
 from qbatch.models_db.window import Dispatch
-from qbatch.worker.serving.message_vet import problem_of_ids
+from qbatch.worker.serving.message_check import problem_of_ids
 from tests.rows import a_batch, a_worker, bundle, claim, states, succeed
 
 _SCHEMES = (Method.NONE, Method.INT8, Method.NF4, Method.FP4)

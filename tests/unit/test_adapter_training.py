@@ -105,7 +105,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(work: RecoveryWork, tmp_pat
     assert state.steps == 6
     heard: list[str] = []
     audit = trained(work, tmp_path / "killed", tmp_path / "other", heard.append)
-    assert "recovering, going on after step 6" in heard
+    assert heard[0] == "recovering, going on after step 6", "the first factors are not computed again"
     assert audit["training"] == without_kill["training"] | {"resumed_after_step": 6}
     whole, resumed = ((tmp_path / name / ADAPTER_WEIGHTS).read_bytes() for name in ("whole", "killed"))
     assert resumed == whole

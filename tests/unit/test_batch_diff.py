@@ -63,7 +63,7 @@ def test_each_kind_of_change_has_its_list_and_the_sum_counts_all() -> None:
     text = said(before, after)
     assert "faster (2) j2 → j12 Meta-Llama-3.1-70B-Instruct bnb-int8: decode 40.0 tok/s → 60.0 tok/s ×1.50" in text
     assert "worse (1) j3 → j13 Meta-Llama-3.1-70B-Instruct bnb-nf4: KL 3.0e-02 → 6.0e-02 ×2.00" in text
-    assert "only in the first (1) j4 " in text
+    assert "only in the first (1): j4 " in text
     assert text.endswith(
         "3 pairs compared: 2 faster, 0 slower, 0 better, 1 worse, 1 within the measured noise; 1 only in the first."
     )
@@ -87,12 +87,50 @@ def test_what_cannot_be_compared_says_why() -> None:
     ]
     text = said(before, after)
     for reason in (
-        "bnb-nf4: measured in different ways: device (NVIDIA H200, NVIDIA A100)",
-        "bnb-int8: measured in different ways: prompt_tokens (256, 512)",
-        "bnb-fp4: j13 failed (cuda_oom)",
+        "not compared (1), measured in different ways: device (NVIDIA H200, NVIDIA A100): j1 → j11 ",
+        "not compared (1), measured in different ways: prompt_tokens (256, 512): j2 → j12 ",
+        "not compared (1), failed in the second (cuda_oom): j3 → j13 ",
         "1 of the same measurement; 3 not compared",
     ):
         assert reason in text
+
+
+def test_pairs_that_were_not_compared_are_one_line_and_in_json_all() -> None:
+    before = [measured(n, "bnb-nf4", model=f"org/model-{n}") for n in range(1, 8)]
+    after = [row | {"job_id": f"j1{n}", "device_name": "NVIDIA A100"} for n, row in enumerate(before[:6], start=1)]
+    after.append(measured(21, "bnb-int8"))
+    table = batch_diff(read(before), read(after), "table")
+    assert [table.count(head) for head in ("not compared (", "not compared (6), ", "only in the ")] == [1, 1, 4]
+    assert "j1 → j11 model-1 bnb-nf4" in said(before, after)
+    assert "and 3 more" in said(before, after)
+    pairs = json.loads(batch_diff(read(before), read(after), "json"))
+    assert [(pair["job_before"], pair["job_after"]) for pair in pairs] == [
+        *((f"j{n}", f"j1{n}") for n in range(1, 7)),
+        ("j7", None),
+        (None, "j21"),
+    ]
+    assert [pair["not_compared"] for pair in pairs[-2:]] == ["only in the first", "only in the second"]
+
+
+def test_what_only_one_batch_measured_hinders_no_comparison_of_the_rest() -> None:
+    quick = {"protocol": PROTOCOL | {"speed": False}, "protocol_hash": "q", "decode_tokens_per_s": None}
+    text = said([measured(1)], [measured(11, kl=0.06, **quick)])
+    assert "worse (1) j1 → j11 Meta-Llama-3.1-70B-Instruct bnb-nf4: KL 3.0e-02 → 6.0e-02 ×2.00" in text
+    assert "Speed was measured in the first alone, so it is not compared. 1 pair compared: 0 faster" in text
+    profiled = {"protocol": PROTOCOL | {"why": True}, "protocol_hash": "w"}
+    assert "measured in different ways: why (none, yes)" in said([measured(1)], [measured(11, rate=60.0, **profiled)])
+
+
+def test_searches_of_one_bound_are_paired_though_they_chose_other_layers() -> None:
+    def search(number: int, layer: str, bound: float) -> Row:
+        row = measured(number)
+        asked = {"mixture": {"bound": {"max_kl": bound}}, "options": row["options"] | {"skip_modules": [layer]}}
+        return row | asked
+
+    pairs = json.loads(
+        batch_diff(read([search(1, "a", 0.01), search(2, "a", 0.1)]), read([search(11, "b", 0.1)]), "json")
+    )
+    assert [(pair["job_before"], pair["job_after"]) for pair in pairs] == [("j2", "j11"), ("j1", None)]
 
 
 def test_rows_of_the_same_protocol_are_paired_first() -> None:

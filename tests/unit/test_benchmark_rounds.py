@@ -29,8 +29,9 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, StorageError
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
@@ -60,7 +61,7 @@ SCHEMES = (BASELINE, Scheme(method=Method.INT8), Scheme(method=Method.NF4))
 
 
 @dataclass(slots=True)
-class Ear:
+class RoundsEar:
     """A supervisor that only listens."""
 
     heard: list[RunnerMessage] = field(default_factory=list)
@@ -127,11 +128,11 @@ def order(folder: Path, source: Path, *batch_sizes: int, schemes: tuple[Scheme, 
     return an_order(folder, claims)
 
 
-def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> Ear:
+def run(folder: Path, *batch_sizes: int, answered: frozenset[int] = frozenset(), **options: Any) -> RoundsEar:
     source = folder / "llama"
     if not source.exists():
         tiny.make_causal(source)
-    ear = Ear(answered=answered)
+    ear = RoundsEar(answered=answered)
     Bundle(order(folder, source, *batch_sizes, **options), ear, TimingPauses()).run()
     return ear
 
@@ -240,7 +241,7 @@ def test_in_a_runner_of_its_own_running_out_of_memory_charges_nobody(home: Path)
     runner.start()
     theirs.close()
     ours.send(the_order)
-    ear = Ear()
+    ear = RoundsEar()
     while not isinstance(message := ours.recv(), Ended):
         if isinstance(message, Question):
             ours.send(ear.ask(message))

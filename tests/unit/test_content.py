@@ -14,7 +14,7 @@ from qbatch.core.errors import SourceChanged, SourceNotFound
 from qbatch.core.file_stat import FINE_TICK_NS, TICK_NS, FileStat, Mount, Mounts, clock_ns, stat_file
 from qbatch.core.model_files import content_files
 from qbatch.worker.files.content import Content, NoDigestCache, hash_content, hash_files
-from tests.identity import fingerprint
+from tests.source_identity import fingerprint
 
 
 class Remembered:

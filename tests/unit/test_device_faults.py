@@ -8,8 +8,9 @@ from qbatch.core.errors import BenchmarkError, DeviceError, JobError, job_error
 from qbatch.core.retry_policy import RULES, Again
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.models.load import translated
-from qbatch.worker.runner.messages import Failed, Question, Reply, RunnerMessage
+from qbatch.worker.runner.messages import Failed
 from qbatch.worker.runner.reports import Reports
+from tests.bundles import Ear
 
 _BY_MODEL = (
     "CUDA error: device-side assert triggered",
@@ -21,17 +22,6 @@ _BY_DEVICE = (
     "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
     "CUDA error: uncorrectable ECC error encountered",
 )
-
-
-class Ear:
-    def __init__(self) -> None:
-        self.heard: list[RunnerMessage] = []
-
-    def send(self, message: RunnerMessage) -> None:
-        self.heard.append(message)
-
-    def ask(self, question: Question) -> Reply:
-        raise NotImplementedError
 
 
 def reported(text: str) -> tuple[list[JobError], tuple[int, ...]]:

@@ -23,7 +23,7 @@ def commands() -> Iterator[str]:
     """Those in blocks of code, each on a line of its own, and those between backticks that have more than a word."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        in_blocks = re.findall(r"^(?: {4}|export .*; )?(qbatch [a-z].*)$", text, flags=re.MULTILINE)
+        in_blocks = re.findall(r"^(?: {4}|\$ |export .*; )?(qbatch [a-z].*)$", text, flags=re.MULTILINE)
         between = re.findall(r"`(qbatch [a-z][^`\n]*)`", text)
         for line in (*in_blocks, *between):
             yield from (part.strip() for part in re.split(r"&&|\|", line.split("  #")[0]) if part.strip())

@@ -19,9 +19,9 @@ from examples import make_models, training
 from examples.make_models import EXAMPLES, Example
 from examples.muon import orthogonalized
 from qbatch.core.domain import DType
-from qbatch.scheduler.model_list import read_model_list
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import load
+from tests.model_lists import read_model_list
 
 ROOT = Path(__file__).parents[2]
 _STEPS = 30
@@ -76,7 +76,7 @@ def test_training_lowers_the_held_out_loss(made: tuple[Example, Path, str]) -> N
 def test_an_example_loads_as_a_causal_model_that_its_tokenizer_fits(made: tuple[Example, Path, str]) -> None:
     example, folder, _ = made
     loaded = load(folder, dtype=DType.FLOAT32, device="cpu")
-    assert loaded.task is ModelKind.CAUSAL_LM
+    assert loaded.kind is ModelKind.CAUSAL_LM
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size == training.VOCAB_SIZE
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == example.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ from qbatch.worker.measuring.unloaded_size import count_unloaded
 from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.quantizing.planning.skeleton import build_skeleton, skip_list_of_source
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
-from qbatch.worker.searching.chosen_scheme import scheme_of_point, with_skip_lists
-from qbatch.worker.searching.frontier_search import find_frontier
+from qbatch.worker.searching.chosen_scheme import with_skip_lists
+from qbatch.worker.searching.frontier_search import find_frontier, same_kl_as_earlier
 from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
 from qbatch.worker.searching.search_probes import search_probes
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
-from tests.reference import save_reference
+from tests.plain_reference import save_reference
 
 pytestmark = pytest.mark.slow
 
@@ -67,13 +68,26 @@ def test_each_point_is_what_measuring_its_mixture_gives(searched: tuple[OpenedSe
         before = alone
 
 
-def test_a_search_that_may_end_at_a_kl_ends_there(trained_source: Path) -> None:
+def test_no_mixture_is_looked_for_below_what_16_bit_arithmetic_causes(trained_source: Path) -> None:
     _, search = opened(trained_source)
+    assert search.floor_kl is None, "on a CPU a search computes in float32"
     sensitivity = measure_sensitivity(search, PROTOCOL)
-    enough = sensitivity.kl.mean / 2
-    frontier = find_frontier(search, sensitivity, PROTOCOL, enough_kl=enough)
+    search.floor_kl = sensitivity.kl.mean / 2
+    frontier = find_frontier(search, sensitivity, PROTOCOL)
     kl = [point.kl.mean for point in frontier.points]
-    assert kl[-1] <= enough < kl[-2]
+    assert kl[-1] <= search.floor_kl < kl[-2]
+    assert frontier.floor_kl == search.floor_kl
+
+
+def test_mixtures_that_their_windows_cannot_tell_apart_are_alike() -> None:
+    rows = [10, 10, 10, 10]
+    first, second = [4.0, 2.0, 3.0, 3.0], [3.0, 1.0, 2.0, 2.0]
+    about_second = [3.1, 0.8, 2.1, 1.9]
+    assert same_kl_as_earlier([first, second], rows, None) is None, "each window has 0.1 less"
+    assert same_kl_as_earlier([first, second, about_second], rows, None) == 1
+    assert same_kl_as_earlier([first, second], rows, 0.25) is None, "one is above the floor"
+    assert same_kl_as_earlier([first, second], rows, 0.3) == 0
+    assert same_kl_as_earlier([first, first], rows, None) == 0
 
 
 def test_a_frontier_read_from_json_is_the_same(searched: tuple[OpenedSearch, Frontier]) -> None:
@@ -108,8 +122,10 @@ def test_a_point_is_published_with_its_bytes_and_its_layers(tmp_path: Path, arch
     source = tiny.make_causal(tmp_path / "source", arch, dtype="bfloat16")
     loaded, search = opened(source)
     frontier = find_frontier(search, measure_sensitivity(search, PROTOCOL), PROTOCOL)
-    point = frontier.points[3]
-    chosen = scheme_of_point(type(loaded.model), loaded.model.config, NF4, point)
+    (point,) = with_skip_lists(
+        type(loaded.model), loaded.model.config, NF4, replace(frontier, points=frontier.points[3:4])
+    ).points
+    chosen = replace(NF4, skip_modules=point.skip_list)
     skips = list(chosen.skip_modules)
     folder = save_reference(source, tmp_path / "published", chosen, DType.BFLOAT16, skips=skips)
     assert count_unloaded(folder, DType.BFLOAT16).size.weights_bytes == point.weights_bytes
@@ -130,12 +146,12 @@ def test_what_is_published_has_something_quantized(tmp_path: Path) -> None:
     assert [point.added for point in listed.points] == [point.added for point in frontier.points[:-1]]
     assert listed.points[0].skip_list == ()
     for point in listed.points:
-        scheme = scheme_of_point(cls, config, NF4, point)
-        assert scheme.skip_modules == point.skip_list
+        scheme = replace(NF4, skip_modules=point.skip_list)
         # The names that engines give to fused layers are no mistakes of anybody.
         assert build_skeleton(source, scheme, DType.BFLOAT16, "cpu").idle_skips == ()
 
 
 def test_everything_quantized_is_the_plain_scheme(searched: tuple[OpenedSearch, Frontier]) -> None:
     model = searched[0].loaded.model
-    assert scheme_of_point(type(model), model.config, NF4, searched[1].points[0]) == NF4
+    first = with_skip_lists(type(model), model.config, NF4, searched[1]).points[0]
+    assert replace(NF4, skip_modules=first.skip_list) == NF4

@@ -9,6 +9,9 @@ import pytest
 from qbatch.core.job_duration import Basis, JobWork, PastRun, TimeEstimate, estimate_duration, share_of_bundle
 from qbatch.core.kinds import DeviceKind
 from qbatch.core.measured.measured_part import MeasuredPart
+from qbatch.core.pass_duration import estimate_passes, search_tokens, training_tokens
+from qbatch.core.recovery import Recovery, RecoveryKind
+from qbatch.core.search.search_protocol import SearchProtocol
 
 _B = 10**9
 WORK = JobWork(
@@ -81,3 +84,31 @@ def test_wider_runs_serve_where_closer_ones_are_of_far_smaller_models() -> None:
 def test_the_jobs_of_a_bundle_share_its_time_in_which_overlaps_count_once() -> None:
     assert share_of_bundle([(0, 60), (0, 50), (0, 55)], 3) == 20
     assert share_of_bundle([(0, 10), (20, 30)], 2) == 10
+
+
+TRAINED = replace(WORK, recovery=RecoveryKind.QLORA, steps=100)
+
+
+def test_a_first_adapter_takes_at_least_what_its_checkpoint_does() -> None:
+    runs = [_run(20), _run(22), _run(21)]
+    first = estimate_duration(TRAINED, runs)
+    assert first == TimeEstimate(seconds=21, runs=3, basis=Basis.WITHOUT_ADAPTER, is_least=True)
+    assert first.is_rough
+    runs.append(_run(121, recovery=RecoveryKind.QLORA, steps=200))
+    assert estimate_duration(TRAINED, runs) == TimeEstimate(seconds=71, runs=1, basis=Basis.SAME_METHOD)
+    assert _seconds(estimate_duration(WORK, runs)) == 21, "and is no measure of anything else"
+    assert _seconds(estimate_duration(replace(WORK, recovery=RecoveryKind.SVD), runs)) == 21
+
+
+def test_a_first_search_or_training_takes_as_long_as_prefills() -> None:
+    assert search_tokens(SearchProtocol(text_sha256=""), 48) == (5.5 + 48) * 16 * 256
+    assert search_tokens(SearchProtocol(text_sha256=""), 100) == (10 + 100) * 16 * 256
+    assert training_tokens(Recovery.of(RecoveryKind.QLORA, 8, "", 10)) == 10 * 4 * 256 * 4
+    assert training_tokens(Recovery.of(RecoveryKind.SVD, 8, "")) == 0
+    search = JobWork.of_search("bnb-nf4", DeviceKind.CUDA, "org/new", 2 * _B)
+    timed = replace(_run(20, method="none", parameters=_B), token_s=1e-4)
+    on_cpu = replace(timed, work=replace(timed.work, device_kind=DeviceKind.CPU), token_s=1.0)
+    assert estimate_passes(search, 1000, [_run(20), on_cpu]) is None
+    estimate = estimate_passes(search, 1000, [_run(20), on_cpu, timed])
+    assert estimate == TimeEstimate(seconds=pytest.approx(0.2), runs=1, basis=Basis.PREFILLS, is_beyond=True)
+    assert estimate.is_rough

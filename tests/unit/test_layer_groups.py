@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from qbatch.core.domain import DType, Method, Scheme
+from qbatch.core.header_groups import count_groups
+from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.unloaded_size import count_unloaded
@@ -19,7 +23,7 @@ from qbatch.worker.models.architecture import model_class
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.layer_groups import ModelLayers, model_layers
 from tests import tiny
-from tests.reference import save_reference
+from tests.plain_reference import save_reference
 from tests.schemes import with_options
 from tests.shrunk import make, shrunk_config
 
@@ -88,6 +92,14 @@ def test_each_block_has_the_groups_of_its_family(family: tuple[str, str], expect
     for block in layers.blocks:
         assert {group.name.removeprefix(f"{block}.") for group in layers.groups if group.layer == block} == expected
     assert len(layers.blocks) == 2
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name[0] in ("llama", "phi3", "gpt2", "bloom", "opt")])
+def test_the_headers_tell_how_many_groups_there_are(tmp_path: Path, family: tuple[str, str]) -> None:
+    model = small(*family)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [family[1]]}))
+    assert count_groups(read_headers(tmp_path), read_config(tmp_path)) == len(layers_of(model).groups)
 
 
 def test_a_block_of_a_decoder_has_two_attentions() -> None:

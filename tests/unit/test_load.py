@@ -36,30 +36,30 @@ def llama(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arch", "task"), [("llama", ModelKind.CAUSAL_LM), ("bloom", ModelKind.CAUSAL_LM), ("gpt2", ModelKind.CAUSAL_LM)]
+    ("arch", "kind"), [("llama", ModelKind.CAUSAL_LM), ("bloom", ModelKind.CAUSAL_LM), ("gpt2", ModelKind.CAUSAL_LM)]
 )
-def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, task: ModelKind) -> None:
+def test_a_source_loads_in_the_dtype_asked_for(tmp_path: Path, arch: str, kind: ModelKind) -> None:
     loaded = loaded_on_cpu(tiny.make_causal(tmp_path, arch), DType.BFLOAT16)
-    assert loaded.task is task
+    assert loaded.kind is kind
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert not loaded.model.training
     assert loaded.load_model_s > 0
 
 
 @pytest.mark.parametrize(
-    ("head", "task"),
+    ("head", "kind"),
     [
         (None, ModelKind.ENCODER),
         ("masked-lm", ModelKind.MASKED_LM),
         ("classification", ModelKind.SEQUENCE_CLASSIFICATION),
     ],
 )
-def test_an_encoder_loads_by_its_architecture(tmp_path: Path, head: str | None, task: ModelKind) -> None:
-    assert loaded_on_cpu(tiny.make_encoder(tmp_path, head)).task is task
+def test_an_encoder_loads_by_its_architecture(tmp_path: Path, head: str | None, kind: ModelKind) -> None:
+    assert loaded_on_cpu(tiny.make_encoder(tmp_path, head)).kind is kind
 
 
 def test_a_sequence_to_sequence_model_is_one(tmp_path: Path) -> None:
-    assert loaded_on_cpu(tiny.make_seq2seq(tmp_path, "bart")).task is ModelKind.SEQ2SEQ
+    assert loaded_on_cpu(tiny.make_seq2seq(tmp_path, "bart")).kind is ModelKind.SEQ2SEQ
 
 
 def test_a_published_checkpoint_loads_with_its_quantized_layers(llama: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_nothing_is_printed_or_logged(
 
 def test_weights_that_a_class_reads_beside_the_others_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaConfig, "extra_files", ("head.safetensors",))
-    assert loaded_on_cpu(llama).task is ModelKind.CAUSAL_LM
+    assert loaded_on_cpu(llama).kind is ModelKind.CAUSAL_LM
     (llama / "head.safetensors").write_bytes(b"")
     with pytest.raises(Unsupported, match=r"head\.safetensors holds weights beside those of the model"):
         loaded_on_cpu(llama)

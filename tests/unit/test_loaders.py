@@ -113,23 +113,24 @@ def set_config(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(
-    ("model", "scheme", "vllm", "sglang"),
-    [
-        ("llama", NF4, LOADS, LOADS),
-        ("llama", INT8, LOADS, LOADS),
-        ("qwen2", NF4, LOADS, LOADS),
-        ("mixtral", NF4, DIFFERS, REFUSES),
-        ("mixtral", INT8, REFUSES, REFUSES),
-        ("gpt2", NF4, REFUSES, REFUSES),
-        ("gpt_neox", NF4, UNKNOWN, REFUSES),
-        ("opt", NF4, LOADS, REFUSES),
-        ("t5", NF4, UNKNOWN, REFUSES),
-        ("bert", NF4, LOADS, REFUSES),
-        ("nomic", NF4, REFUSES, REFUSES),
-        ("qwen2_vl", NF4, LOADS, LOADS),
-    ],
-)
+ENGINES = [
+    ("llama", NF4, LOADS, LOADS),
+    ("llama", INT8, LOADS, LOADS),
+    ("qwen2", NF4, LOADS, LOADS),
+    ("mixtral", NF4, DIFFERS, REFUSES),
+    ("mixtral", INT8, REFUSES, REFUSES),
+    ("gpt2", NF4, REFUSES, REFUSES),
+    ("gpt_neox", NF4, UNKNOWN, REFUSES),
+    ("opt", NF4, LOADS, REFUSES),
+    ("t5", NF4, UNKNOWN, REFUSES),
+    ("bert", NF4, LOADS, REFUSES),
+    ("nomic", NF4, REFUSES, REFUSES),
+    ("qwen2_vl", NF4, LOADS, LOADS),
+]
+"""What vLLM and SGLang make of MODELS."""
+
+
+@pytest.mark.parametrize(("model", "scheme", "vllm", "sglang"), ENGINES)
 def test_serving_engines_over_ten_families(
     model: str, scheme: Scheme, vllm: LoaderVerdict, sglang: LoaderVerdict, checkpoint: Callable[..., Path]
 ) -> None:

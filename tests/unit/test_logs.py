@@ -54,3 +54,13 @@ def test_a_log_contains_no_control_characters() -> None:
     assert not set(done.stderr) & {"\x1b", "\x07", "\x9b"}
     assert done.stderr.count("\\x1b[2J\\x07\\x9b") >= 4
     assert "two\nlines" in done.stderr
+
+
+def test_celery_does_not_warn_of_root_since_messages_carry_no_code() -> None:
+    script = (
+        "import os; os.geteuid = os.getuid = lambda: 0;"
+        "from qbatch.worker.machine.logs import log_to_stderr; from celery.platforms import check_privileges;"
+        "log_to_stderr(); check_privileges(['json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

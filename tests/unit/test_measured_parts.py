@@ -12,12 +12,14 @@ import pytest
 from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme, Stage
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
-from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark, Subject
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
 from tests.unit.benchmark_models import QUICK, TEXT, loaded_on_cpu
-from tests.unit.test_benchmark_rounds import TEXT_HASH, Ear, order
+from tests.unit.test_benchmark_rounds import TEXT_HASH, RoundsEar, order
 
 SIZE, QUALITY, SPEED = MeasuredPart.SIZE, MeasuredPart.QUALITY, MeasuredPart.SPEED
 SCHEMES = (BASELINE, Scheme(method=Method.NF4))
@@ -30,14 +32,14 @@ def measured(
     monkeypatch: pytest.MonkeyPatch,
     parts: Set[MeasuredPart],
     schemes: tuple[Scheme, ...] = SCHEMES,
-) -> tuple[Ear, list[Measurement]]:
+) -> tuple[RoundsEar, list[Measurement]]:
     chosen = {part.value: part in parts for part in (QUALITY, SPEED)}
 
     def quick(_options: ProtocolOptions, _kind: DeviceKind) -> Protocol:
         return replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, **chosen)
 
     monkeypatch.setattr(ProtocolOptions, "for_device", quick)
-    ear = Ear()
+    ear = RoundsEar()
     Bundle(order(folder, source, schemes=schemes), ear, TimingPauses()).run()
     return ear, [done.measurement for _, done in sorted(ear.measured().items())]
 

@@ -78,7 +78,7 @@ def test_absent_is_none_and_an_empty_part_can_be_asked_on() -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part(Stored):
+class StoredPart(Stored):
     value: float | None = None
     error: float | None = omitted_unless("value")
     note: str | None = omitted_if_unknown()
@@ -89,10 +89,10 @@ class Part(Stored):
 
 
 def test_what_is_not_known_is_null_or_left_out_as_its_field_says() -> None:
-    assert Part().to_json() == {"value": None, "inner": None}
-    assert Part(value=0.0, note="").to_json() == {"value": 0.0, "error": None, "note": "", "inner": None}
-    assert Part(value=float("nan")).to_json() == {"value": None, "error": None, "inner": None}
-    assert Part(inner=QualityFloor(rows=3)).to_json()["inner"] == {"rows": 3}
+    assert StoredPart().to_json() == {"value": None, "inner": None}
+    assert StoredPart(value=0.0, note="").to_json() == {"value": 0.0, "error": None, "note": "", "inner": None}
+    assert StoredPart(value=float("nan")).to_json() == {"value": None, "error": None, "inner": None}
+    assert StoredPart(inner=QualityFloor(rows=3)).to_json()["inner"] == {"rows": 3}
 
 
 WRONG: list[Any] = ["text", True, [], {}, [{}], {"x": []}, None, 1.5, ["a"], -3]
@@ -101,7 +101,7 @@ WRONG: list[Any] = ["text", True, [], {}, [{}], {"x": []}, None, 1.5, ["a"], -3]
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_a_value_of_another_type_is_none_and_stays_in_the_json(wrong: Any) -> None:
     stored = dict.fromkeys(("value", "error", "note", "count", "flags", "times", "inner"), wrong)
-    part = Part.from_json(stored)
+    part = StoredPart.from_json(stored)
     assert part.to_json() == stored
     assert isinstance(part.value, float | int | None)
     assert not isinstance(part.value, bool)

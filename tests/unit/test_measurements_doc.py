@@ -14,7 +14,8 @@ from qbatch.core.domain import Protocol
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS
-from qbatch.core.measured.metrics import ALL_METRICS, ComparisonNoise, FloorNoise, Metric, Noise, TimingNoise
+from qbatch.core.measured.metric import ComparisonNoise, FloorNoise, Metric, Noise, TimingNoise
+from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.stored_json import Stored, field_names
 from qbatch.worker.measuring.quality.reference import prepare_reference
 from tests import tiny

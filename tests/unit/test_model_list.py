@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import ModelsRefused, UsageError
-from qbatch.scheduler.model_list import read_model_list, read_models
+from qbatch.scheduler.model_list import read_models
+from tests.model_lists import read_model_list
 
 
 def names(text: str) -> list[str]:

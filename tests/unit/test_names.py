@@ -10,18 +10,21 @@ from pathlib import Path
 import qbatch
 
 PACKAGE = Path(qbatch.__file__).parent
-_OF_EVERY_PACKAGE = {"__init__.py", "__main__.py"}
+ROOT = Path(__file__).parents[2]
+_OF_EVERY_PACKAGE = {"__init__.py", "__main__.py", "conftest.py"}
 
 
 def files() -> Iterator[Path]:
     for path in PACKAGE.iterdir():
         yield from path.rglob("*.py") if path.is_dir() else [path]
+    for name in ("tests", "benchmarks", "examples", "docs"):
+        yield from (ROOT / name).rglob("*.py")
 
 
 def repeated(names: Iterator[tuple[str, Path]]) -> dict[str, list[str]]:
     places: defaultdict[str, list[str]] = defaultdict(list)
     for name, path in names:
-        places[name].append(str(path.relative_to(PACKAGE)))
+        places[name].append(str(path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT)))
     return {name: where for name, where in places.items() if len(where) > 1}
 
 

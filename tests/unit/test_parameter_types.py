@@ -7,7 +7,7 @@ import math
 import click
 import pytest
 
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Duration, Name, Patterns, TimeLimit
+from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Duration, Name, Patterns, Schemes, TimeLimit
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,11 @@ def test_a_comma_within_brackets_is_the_pattern_s_own(typed: str, patterns: list
 def test_an_invalid_pattern_is_refused(typed: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a valid regular expression"):
         Patterns().convert(typed, None, None)
+
+
+def test_who_misspells_a_scheme_is_told_of_searches_too() -> None:
+    with pytest.raises(click.BadParameter, match=r"'nf5' is not a known scheme; .*, none and auto$"):
+        Schemes().convert("nf5", None, None)
 
 
 def test_nan_is_refused_by_every_bounded_option() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import Unsupported
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
-from tests.reference import load_quantized
+from tests.plain_reference import load_quantized
 from tests.schemes import with_options
 from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal, make_fused_qkv, make_seq2seq

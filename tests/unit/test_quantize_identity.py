@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import KyutaiSpeechToTextForConditionalGeneration
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from qbatch.worker.quantizing.planning.skeleton import skip_list_of_source
-from tests.reference import contents, save_reference
+from tests.plain_reference import contents, save_reference
 from tests.schemes import with_options
+from tests.shrunk import make, shrunk_config
 from tests.tiny import (
     CAUSAL_ARCHS,
     OVERWRITTEN_ARCHS,
@@ -68,6 +70,13 @@ def assert_identical(
         scheme = result.target.scheme
         reference = save_reference(source, folder / f"reference-{number}", scheme, dtype, skips=skips)
         assert contents(result.target.folder) == contents(reference), scheme
+
+
+def test_a_class_that_saves_in_a_way_of_its_own(tmp_path: Path) -> None:
+    """It writes its codec's fields into its generation config."""
+    model = make(KyutaiSpeechToTextForConditionalGeneration, shrunk_config("kyutai_speech_to_text"))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    assert_identical(tmp_path / "source", tmp_path, DType.BFLOAT16, [NF4], writer="whole")
 
 
 @pytest.mark.parametrize("arch", MAKERS)

@@ -19,7 +19,7 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import StorageError, Unsupported
 from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from qbatch.worker.quantizing.streaming.workspace_pool import WorkspacePool
-from tests.reference import load_quantized
+from tests.plain_reference import load_quantized
 from tests.tiny import make_causal, make_fused_qkv
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)

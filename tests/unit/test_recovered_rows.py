@@ -8,7 +8,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.views.comparison import Preference
 from qbatch.views.recovered_rows import recovery_remarks
-from tests.unit.measured_rows import OPTIONS, result
+from tests.unit.measured_rows import NAME, OPTIONS, result
 from tests.unit.printed import comparison
 
 MIB = 2**20
@@ -32,8 +32,15 @@ def remarks(*rows: dict[str, Any]) -> list[str]:
     return [*recovery_remarks([ResultRow.from_json(each) for each in rows])]
 
 
+NOT_MEASURED = (
+    f"Whether layers at 16 bits are a better buy than j3 bnb-nf4+svd-r8 was not measured: `qbatch submit {NAME} "
+    f"--scheme auto --max-weights-bytes {1050 * MIB}` publishes the best mixture of no more bytes."
+)
+
+
 def test_an_adapter_stands_beside_its_plain_checkpoint() -> None:
-    (line,) = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD))
+    line, hint = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD))
+    assert hint == NOT_MEASURED
     assert line == "j3 bnb-nf4+svd-r8 has 50.0 % of the KL of j2 bnb-nf4, for 50.0 MiB more weights (5.0 %)."
 
 
@@ -45,13 +52,27 @@ def test_a_mixture_that_is_nearer_for_no_more_bytes_is_the_better_buy() -> None:
         "of weights, against 1.0e-02 with 1.03 GiB."
     )
     larger = row(4, 0.004, 1060, skip_modules=["model.layers.0"])
-    assert len(remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), larger)) == 1
+    assert remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), larger)[1:] == [NOT_MEASURED]
+
+
+def test_an_adapter_nearer_than_the_mixture_of_its_bytes_is_a_better_buy() -> None:
+    smaller = row(5, 0.015, 1020, skip_modules=["model.layers.1"])
     worse = row(4, 0.012, 1040, skip_modules=["model.layers.0"])
-    assert len(remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), worse)) == 1
+    _, line = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), smaller, worse)
+    assert line == (
+        "j3 bnb-nf4+svd-r8 is a better buy than j4 bnb-nf4 without model.layers.0: its KL is 1.0e-02 with 1.03 GiB of "
+        "weights, against 1.2e-02 with 1.02 GiB."
+    )
+    as_near = row(4, 0.01, 1040, skip_modules=["model.layers.0"])
+    _, line = remarks(row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), as_near)
+    assert line == (
+        "j3 bnb-nf4+svd-r8 and j4 bnb-nf4 without model.layers.0 are not distinguishable: their KL is 1.0e-02 with "
+        "1.03 GiB of weights, and 1.0e-02 with 1.02 GiB."
+    )
 
 
 def test_what_cannot_be_told_apart_is_not_called_won() -> None:
-    (line,) = remarks(row(2, 0.01, 1000), row(3, 0.01, 1050, recovery=SVD))
+    line, _ = remarks(row(2, 0.01, 1000), row(3, 0.01, 1050, recovery=SVD))
     assert line == (
         "Whether j3 bnb-nf4+svd-r8 wins anything back is not distinguishable; it has 50.0 MiB more weights (5.0 %) "
         "than j2 bnb-nf4."
@@ -63,3 +84,12 @@ def test_compare_says_it() -> None:
     assert "j3 bnb-nf4+svd-r8 has 50.0 % of the KL of j2 bnb-nf4" in " ".join(
         comparison(rows, Preference(), by="figure", format="table").split()
     )
+
+
+def test_rows_in_python_are_told_apart_by_adapter_and_mixture() -> None:
+    mixture = {"mixture": {"job_id": "j7", "point": 3}}
+    shown = [repr(ResultRow.from_json(each)) for each in (row(2, 0.02, 9, recovery=SVD), row(3, 0.02, 9) | mixture)]
+    assert [text.partition("Instruct ")[2] for text in shown] == [
+        "bnb-nf4+svd-r8, succeeded>",
+        "bnb-nf4 mixture 3 of j7, succeeded>",
+    ]

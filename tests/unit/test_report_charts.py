@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qbatch.core.byte_units import GIB, KIB, MIB
-from qbatch.core.measured.metrics import Unit
+from qbatch.core.measured.metric import Unit
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
 from qbatch.views.report import scatter_layout as scatter

@@ -8,7 +8,7 @@ from qbatch.worker.runner.messages import Progressed, Stepped
 from qbatch.worker.serving.running_progress import RunningProgress
 
 
-class Clock:
+class SetClock:
     def __init__(self) -> None:
         self.now = 100.0
 
@@ -21,7 +21,7 @@ def moved(*job_ids: int, read: int, written: int = 0) -> Progressed:
 
 
 def test_of_many_reports_the_newest_is_recorded_once_a_second() -> None:
-    clock = Clock()
+    clock = SetClock()
     progress = RunningProgress(clock=clock)
     assert not progress.is_due()
     recorded = []
@@ -42,7 +42,7 @@ def test_of_many_reports_the_newest_is_recorded_once_a_second() -> None:
 
 
 def test_the_rate_is_the_mean_of_the_stage() -> None:
-    clock = Clock()
+    clock = SetClock()
     progress = RunningProgress(clock=clock)
     progress.entered([1], Stage.QUANTIZING)
     for seconds, read, written in ((0.0, 100, 0), (2.0, 200, 100), (4.0, 300, 200)):
@@ -52,7 +52,7 @@ def test_the_rate_is_the_mean_of_the_stage() -> None:
 
 
 def test_a_step_is_over_with_its_stage_and_bytes_stay_until_others_move() -> None:
-    progress = RunningProgress(clock=Clock())
+    progress = RunningProgress(clock=SetClock())
     progress.entered([1], Stage.FETCHING)
     progress.moved(moved(1, read=1000))
     progress.entered([1], Stage.QUANTIZING)

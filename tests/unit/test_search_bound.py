@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,22 @@ def test_of_a_number_of_bytes_the_best_that_fits_is_chosen() -> None:
     worse_at_the_end = frontier([0.1, 0.05, 0.02, 0.03])
     assert next_step(worse_at_the_end, Bound(max_weights_bytes=1300), ()) == PublishPoint(index=2)
     assert next_step(frontier(), Bound(max_weights_bytes=1300), [row(3, kl=1.0)]) == BoundMet(index=3)
+
+
+def test_of_mixtures_alike_within_a_number_of_bytes_the_smallest_is_taken() -> None:
+    whole = frontier()
+    alike = replace(whole, points=(*whole.points[:3], replace(whole.points[3], same_as=1), *whole.points[4:]))
+    assert next_step(alike, Bound(max_weights_bytes=1399), ()) == PublishPoint(index=1)
+    assert next_step(alike, Bound(max_weights_bytes=1299), ()) == PublishPoint(index=2)
+
+
+def test_a_bound_below_what_16_bit_arithmetic_causes_is_said() -> None:
+    missed = next_step(replace(frontier(KL[:3]), floor_kl=0.035), Bound(max_kl=0.001), ())
+    assert isinstance(missed, BoundMissed)
+    assert missed.reason == (
+        "no mixture was found with a KL of at most 0.001: the lowest KL on the search text is 0.03 ± 0.001, at 1,200 "
+        "bytes, and 16-bit arithmetic alone causes 0.035"
+    )
 
 
 def test_a_row_whose_error_is_not_known_meets_no_bound_on_kl() -> None:

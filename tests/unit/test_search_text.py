@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from qbatch.core.search.shared_run import shared_run
-from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
+from qbatch.worker.measuring import EVAL_TEXTS
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
 # A word is at least one token, mostly, so what shares no run of so few words shares none of 13 tokens.
@@ -16,8 +18,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def test_the_search_text_shares_no_passage_with_the_evaluation_text() -> None:
-    own, other = (words(file.read_text(encoding="utf-8")) for file in (DEFAULT_SEARCH_TEXT, DEFAULT_EVAL_TEXT))
+@pytest.mark.parametrize("name", EVAL_TEXTS)
+def test_the_search_text_shares_no_passage_with_an_evaluation_text(name: str) -> None:
+    own, other = (words(file.read_text(encoding="utf-8")) for file in (DEFAULT_SEARCH_TEXT, EVAL_TEXTS[name]))
     assert shared_run(own, other, SHORT_RUN) is None
     assert len(own) > 2500
 

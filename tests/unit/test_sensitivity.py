@@ -33,7 +33,7 @@ from qbatch.worker.searching.opened_search import OpenedSearch, opened_search
 from qbatch.worker.searching.rounded_weight import rounded_weight
 from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
-from tests.reference import load_quantized
+from tests.plain_reference import load_quantized
 from tests.schemes import with_options
 
 pytestmark = pytest.mark.slow

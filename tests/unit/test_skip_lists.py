@@ -34,7 +34,7 @@ NESTED = {"model.language_model.": "language_model.model.", "lm_head.": "languag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class EngineCase:
     """A class of transformers, and what vLLM 0.33 makes of its names."""
 
     cls: str
@@ -62,29 +62,29 @@ class Family:
 
 VISION = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
 FAMILIES = {
-    "llama": Family(cls="LlamaForCausalLM"),
-    "qwen2": Family(cls="Qwen2ForCausalLM"),
-    "gemma2": Family(cls="Gemma2ForCausalLM", config=SHAPE | {"head_dim": 16}),
-    "mixture": Family(
+    "llama": EngineCase(cls="LlamaForCausalLM"),
+    "qwen2": EngineCase(cls="Qwen2ForCausalLM"),
+    "gemma2": EngineCase(cls="Gemma2ForCausalLM", config=SHAPE | {"head_dim": 16}),
+    "mixture": EngineCase(
         cls="MixtralForCausalLM",
         config=SHAPE | {"num_local_experts": 2},
         fused=QKV,
         lists=("o_proj", ".*self_attn", "model.layers.1", "model.layers.(0|11)"),
     ),
-    "fused qkv": Family(cls="Phi3ForCausalLM", fused={}, lists=("qkv_proj", "gate_up_proj", ".*self_attn")),
-    "fused qkv in the file": Family(
+    "fused qkv": EngineCase(cls="Phi3ForCausalLM", fused={}, lists=("qkv_proj", "gate_up_proj", ".*self_attn")),
+    "fused qkv in the file": EngineCase(
         cls="NomicBertModel",
         config=SMALL | {"vocab_size": 128},
         lists=("mlp.down_proj", ".*attn", "layers.1", "layers.0.mlp.(gate|up)_proj"),
     ),
-    "opt": Family(
+    "opt": EngineCase(
         cls="OPTForCausalLM",
         config={"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
         | {"word_embed_proj_dim": 64, "pad_token_id": 0},
         fused=QKV,
         lists=("fc1", ".*self_attn", "model.decoder.layers.0", "layers.1.fc2"),
     ),
-    "vision and language": Family(
+    "vision and language": EngineCase(
         cls="Qwen2VLForConditionalGeneration",
         config={
             "text_config": SMALL
@@ -97,21 +97,21 @@ FAMILIES = {
         prefixes={"model.visual.": "visual."} | NESTED,
         lists=("down_proj", ".*self_attn", ".*visual", "model.language_model.layers.1.mlp", "merger.mlp.0"),
     ),
-    "renamed towers": Family(
+    "renamed towers": EngineCase(
         cls="Gemma3ForConditionalGeneration",
         config={"text_config": SMALL | {"vocab_size": 128, "head_dim": 16}, "vision_config": SMALL},
         prefixes={"model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector."}
         | NESTED,
         lists=("out_proj", ".*self_attn", ".*vision_tower", "model.language_model.layers.1"),
     ),
-    "encoder": Family(
+    "encoder": EngineCase(
         cls="BertModel",
         config=SMALL | {"vocab_size": 128},
         fused={"qkv_proj": ("query", "key", "value")},
         prefixes={"encoder.": "model.encoder."},
         lists=("encoder.layer.1", ".*attention", "intermediate.dense"),
     ),
-    "two stacks": Family(
+    "two stacks": EngineCase(
         cls="BartForConditionalGeneration",
         config={"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
         | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 128},

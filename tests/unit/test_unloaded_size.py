@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_loaded_model(name: str, tmp_path: Path) -> None
         folder = source if scheme is None else written(source, tmp_path / str(number), scheme)
         loaded, counted = loaded_on_cpu(folder), count_unloaded(folder, BF16)
         assert counted.size == measure_size(loaded.model), scheme
-        assert counted.task == loaded.task
+        assert counted.kind == loaded.kind
 
 
 @pytest.mark.parametrize("is_equal", [True, False])

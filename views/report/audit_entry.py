@@ -24,7 +24,7 @@ class AuditEntry:
 
 
 def audit_entries(groups: Iterable[JudgedGroup]) -> list[AuditEntry]:
-    """One for each quantized row."""
+    """An entry for each quantized row."""
     return [
         AuditEntry(
             label=RowLabel.of(judged, row),

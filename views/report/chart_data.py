@@ -108,7 +108,7 @@ def _point(cost: QualityCost, row: ResultRow, judged: JudgedGroup) -> ScatterPoi
 
 
 def speed_lines(groups: Iterable[JudgedGroup]) -> list[SpeedLine]:
-    """Those quantized rows of which any speed can be compared with the baseline's."""
+    """A line for each quantized row with a speed that can be compared with the baseline's."""
     lines = [
         SpeedLine(
             label=RowLabel.of(judged, row),

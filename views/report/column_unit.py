@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.byte_units import GIB, KIB, MIB
-from qbatch.core.measured.metrics import Unit
+from qbatch.core.measured.metric import Unit
 from qbatch.views.metric_text import show_value
 from qbatch.views.units import show_float, show_nats
 
@@ -51,7 +51,7 @@ def _byte_unit(sizes: Sequence[float]) -> tuple[int, str]:
 
 
 def _scaled(factor: float, label: str, sizes: Sequence[float]) -> ColumnUnit:
-    """With three significant figures for the smallest, and as many decimals for all others."""
+    """A unit that shows the smallest size with three significant figures, and all others with as many decimals."""
     least = min((size for size in sizes if size > 0), default=factor) / factor
     decimals = min(3, max(0, 2 - math.floor(math.log10(least))))
     return ColumnUnit(label=label, show=lambda value: f"{value / factor:,.{decimals}f}")

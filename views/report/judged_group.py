@@ -44,7 +44,7 @@ def judged_groups(models: Iterable[ModelRows], preference: Preference) -> list[J
             model=name,
             group=group,
             choice=choose(name, group, preference),
-            bounds=quality_bounds_for(group.rows, preference),
+            bounds=quality_bounds_for(group, preference),
             setting=_setting(group, protocols, devices),
         )
         for name, group in named

@@ -31,7 +31,7 @@ class LogAxis:
 
     @classmethod
     def around(cls, values: Iterable[float], *, start: float, end: float) -> LogAxis:
-        """One that holds all ``values``, which are positive and finite, and spans at least a factor of four."""
+        """An axis that holds all ``values``, which are positive and finite, and spans at least a factor of four."""
         known = list(values)
         low, high = min(known) / _MARGIN, max(known) * _MARGIN
         missing = math.sqrt(max(1.0, _LEAST_SPAN / (high / low)))

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import DECODE, KL_MEAN, RANK_CORRELATION, THROUGHPUT, TOP1, WEIGHTS, MetricColumn
+from qbatch.core.measured.metric import MetricColumn
+from qbatch.core.measured.metrics import DECODE, KL_MEAN, RANK_CORRELATION, THROUGHPUT, TOP1, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.groups import ModelRows
 from qbatch.views.metric_text import show_metric
@@ -71,7 +72,7 @@ def _figures(ship: ResultRow, judged: JudgedGroup) -> Iterable[AnswerFigure]:
 
 
 def unmeasured_answer(model: ModelRows) -> Answer:
-    """Of a model without any result."""
+    """The answer for a model without any result."""
     return Answer(
         model=model.name,
         parameters="",

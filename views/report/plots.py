@@ -69,7 +69,7 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 
 def _text(text: str) -> str:
-    """As it stands: matplotlib would read what is between two dollar signs as a formula."""
+    """``text`` for matplotlib, which would take what is between two dollar signs for a formula."""
     shown = printable(text).replace("$", r"\$")
     return shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…"
 

@@ -25,7 +25,7 @@ class MeasuredProtocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOrigin:
-    """Of one measured job."""
+    """Where the figures of one measured job come from."""
 
     label: RowLabel
     protocol: int

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import DECODE, FORWARD, PREFILL, THROUGHPUT, Better, MetricColumn
+from qbatch.core.measured.metric import Better, MetricColumn
+from qbatch.core.measured.metrics import DECODE, FORWARD, PREFILL, THROUGHPUT
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_metric
 from qbatch.views.noise import is_noise
@@ -25,7 +26,7 @@ class RelativeSpeed:
 
 
 def relative_speed(column: MetricColumn, row: ResultRow, baseline: ResultRow | None) -> RelativeSpeed | None:
-    """None if the two cannot be compared."""
+    """How much faster ``row`` is than its baseline in this column; None if the two cannot be compared."""
     metric = column.metric_of(row)
     if metric is None or baseline is None or not may_compare(row, baseline, on_device=metric.on_device):
         return None

@@ -71,7 +71,7 @@ def _notes(notes_of: Callable[[JudgedGroup], GroupNotes], groups: Sequence[Judge
 
 
 def _answers(models: Sequence[ModelRows], groups: Sequence[JudgedGroup]) -> list[Answer]:
-    """By model, in the order of submission."""
+    """The answers of all models, in the order of submission."""
     judged: dict[str, list[Answer]] = {}
     for group in groups:
         judged.setdefault(group.model, []).append(answer_of(group))

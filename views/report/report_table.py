@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.measured.metrics import Better, Metric, MetricColumn, Unit
+from qbatch.core.measured.metric import Better, Metric, MetricColumn, Unit
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.formats import NOTHING
 from qbatch.views.groups import source_name
@@ -110,7 +110,7 @@ def metric_table_column(column: MetricColumn, rows: Sequence[JudgedRow]) -> Tabl
 
 
 def _unit_of(metrics: Sequence[Metric], rows: Sequence[ResultRow]) -> ColumnUnit | None:
-    """None: the column has figures of several units, which say theirs one by one."""
+    """The unit of a column; None if its figures have several units, so that each shows its own."""
     units: set[Unit] = {metric.unit for metric in metrics}
     if len(units) != 1:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qbatch.core.measured.metric import Metric, MetricColumn
 from qbatch.core.measured.metrics import (
     BITS_PER_PARAM,
     COSINE_MEAN,
@@ -30,8 +31,6 @@ from qbatch.core.measured.metrics import (
     THROUGHPUT,
     TOP1,
     WEIGHTS,
-    Metric,
-    MetricColumn,
 )
 from qbatch.views.formats import NOTHING
 from qbatch.views.report.judged_group import JudgedGroup

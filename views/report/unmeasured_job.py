@@ -24,7 +24,7 @@ class UnmeasuredJob:
 
 
 def unmeasured_jobs(jobs: Iterable[WholeJob]) -> list[UnmeasuredJob]:
-    """Those that failed first."""
+    """The jobs without a result, the failed ones first."""
     found = [_unmeasured(job) for job in jobs if job.row.state != JobState.SUCCEEDED]
     return sorted(found, key=lambda job: not job.has_failed)
 

@@ -13,7 +13,8 @@ from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import Scheme
 from qbatch.core.filesystem import add_default_permissions
 from qbatch.core.kinds import DType
-from qbatch.core.storage import MODEL_CARD, with_adapter_mark
+from qbatch.core.recovery import with_adapter_mark
+from qbatch.core.storage import MODEL_CARD
 
 _MARK = "<!-- Written by qbatch, which writes it again after a measurement. Without this line it is left alone. -->"
 _FENCE = "---\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from qbatch.core.manifest import Manifest
 from qbatch.core.storage import ADOPTED
 
-# Where databases have folders of their own, by their ids.
+# The folders in which each database has a folder of its own, named by its id.
 _FOLDERS_OF_DATABASES = ("logs", ".staging", ADOPTED)
 
 

@@ -93,8 +93,10 @@ def publish_adapter(
     recover_s: float,
     confirm: Callable[[], None],
 ) -> Verified:
-    """The same for the adapter in ``folder`` that belongs to the checkpoint ``base``: it is published beside it, and
-    its manifest names it. ``confirm`` is called after the last use of the source and of ``base``."""
+    """Publish the adapter in ``folder`` beside the checkpoint ``base`` that it belongs to, and that its manifest names.
+
+    ``confirm`` is called after the last use of the source and of ``base``.
+    """
 
     def complete() -> None:
         _write_card(folder, origin)

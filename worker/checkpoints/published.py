@@ -15,8 +15,8 @@ from qbatch.core.domain import Scheme
 from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
-from qbatch.core.recovery import Recovery
-from qbatch.core.storage import broken_link, unpublished_files, with_adapter_mark
+from qbatch.core.recovery import Recovery, with_adapter_mark
+from qbatch.core.storage import broken_link, unpublished_files
 from qbatch.worker.checkpoints.ownership import mark_adopted
 from qbatch.worker.files.content import Content, HashedFile, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error

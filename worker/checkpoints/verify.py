@@ -11,11 +11,11 @@ from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, UnsafeSource
 from qbatch.core.manifest import MANIFEST
+from qbatch.core.source_checks import refuse_other_weights
 from qbatch.core.sources import INDEX_NAME, SINGLE_NAME, Header, TensorInfo, read_config, read_headers, read_object
-from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.checkpoints.adapter_check import adapter_problems
 from qbatch.worker.checkpoints.published import problems
-from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.forbidden_code import refuse_forbidden_code
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def _weight_problems(folder: Path) -> list[str]:
 
 def _needs_code(folder: Path) -> bool:
     try:
-        vet_code(folder, trusted=False)
+        refuse_forbidden_code(folder, trusted=False)
     except UnsafeSource:
         return True
     return False

@@ -37,7 +37,7 @@ class KeptState:
     folder: Path
 
     def read(self) -> TrainingState | None:
-        """None if there is none that can be read. Only tensors and plain values are read, never code."""
+        """The state; None if there is none that can be read. Only tensors and plain values are read, never code."""
         try:
             value = torch.load(self.folder / _FILE, map_location="cpu", weights_only=True)
             return TrainingState(**value)

@@ -172,7 +172,7 @@ def _staging(database: Database, folder: Path, storage: Path, *, dry_run: bool) 
 
 
 def _old_trainings(staging: Path, before_s: float) -> list[Path]:
-    """Those with which no attempt went on since then."""
+    """The folders of trainings that no attempt has continued since then."""
     kept = sorted((staging / KEPT_TRAININGS).glob("*"))
     return [folder for folder in kept if not any(file.stat().st_mtime >= before_s for file in folder.iterdir())]
 

@@ -89,7 +89,7 @@ def find_holdings(database: Database, settings: Settings) -> list[Holding]:
 
 
 def _kind(kind: HoldingKind, storage: Path, name: str, own: str) -> Iterator[Holding]:
-    """One for each database with a folder of its own; base outputs have none."""
+    """What there is of this kind: an entry for each database. Base outputs are not kept by database."""
     parts = [storage / name] if kind is HoldingKind.BASE_OUTPUTS else _entries(storage / name)
     for part in parts:
         if part.exists():
@@ -155,7 +155,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """Of what is there at this moment."""
+    """The bytes of a file, or of what is in a folder at this moment."""
     if path.is_symlink() or not path.is_dir():
         with suppress(FileNotFoundError):
             return path.lstat().st_size

@@ -199,7 +199,7 @@ def _stored(
 
 
 def _without_mates(session: Session, jobs: Sequence[Any]) -> set[int]:
-    """Those of these jobs of whose bundle no other job is left."""
+    """The ids of the ``jobs`` whose bundles have no other jobs."""
     ids, shared = {job.id for job in jobs}, set[str]()
     for chunk in chunks(sorted({job.bundle for job in jobs})):
         rows = session.execute(select(Job.id, Job.bundle).where(Job.bundle.in_(chunk)))

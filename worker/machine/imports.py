@@ -20,12 +20,11 @@ MODEL_LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "accelerate",
-    # What bitsandbytes imports of torch, which takes it 3 s.
-    "torch._inductor.compile_fx",
-    "torch._dynamo.repro.after_dynamo",
-    "torch._dynamo.backends.debugging",
 )
 """What every process that loads a model imports. Not bitsandbytes itself: importing it initialises CUDA in any case."""
+
+COMPILER = ("torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.debugging")
+"""What bitsandbytes imports of torch where there is a GPU, which takes it 3 s. Without one it does not."""
 
 # Their cached answers would say for good that there is no GPU.
 _ASK_ABOUT_THE_GPU = ("accelerate.utils.imports", "torch.utils._triton", "transformers.utils.import_utils")

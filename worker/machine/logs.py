@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import TextIO
 
 from qbatch.core.control_characters import escape_controls
@@ -11,6 +12,8 @@ from qbatch.core.control_characters import escape_controls
 _FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 # These log the URL of each request. The download links of a hub are signed, so anyone who reads one gets the file.
 _LOUD = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3")
+# Celery's, of ten lines. Its reason is that messages may carry code, and those of qbatch are JSON with ids.
+_OF_ROOT = "You're running the worker with superuser privileges"
 
 
 def log_to_stderr() -> None:
@@ -19,6 +22,7 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=_FORMAT, stream=sys.stderr)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=_OF_ROOT)
 
 
 def escape_control_characters(stream: TextIO) -> None:

@@ -63,11 +63,11 @@ def text_cut(loaded: LoadedModel, protocol: Protocol) -> Cut:
     """How the text of ``protocol`` is cut, with windows no longer than the model's maximum length."""
     limit, around = max_positions(loaded.model), affixes(loaded.tokenizer)
     window = protocol.eval_window if limit is None else min(protocol.eval_window, limit)
-    if loaded.task is ModelKind.CAUSAL_LM:
+    if loaded.kind is ModelKind.CAUSAL_LM:
         stride = min(protocol.eval_stride, window - len(around.before))
         return Cut(window=window, stride=stride, count=protocol.eval_max_windows)
     count = protocol.eval_max_windows
-    if loaded.task is not ModelKind.SEQ2SEQ:
+    if loaded.kind is not ModelKind.SEQ2SEQ:
         window, count = min(_PIECE_TOKENS, window), _MAX_PIECES
     return Cut(window=window, stride=max(1, window - len(around.before) - len(around.after)), count=count)
 

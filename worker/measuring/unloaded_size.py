@@ -18,7 +18,7 @@ from qbatch.core.sources import read_config, read_header, read_headers
 from qbatch.worker.measuring.speed.size import ModelSize
 from qbatch.worker.methods.implementations import weights_of_config
 from qbatch.worker.methods.packing import Packing
-from qbatch.worker.models.architecture import kind_of
+from qbatch.worker.models.architecture import ModelKind, kind_of
 from qbatch.worker.models.load import quiet_libraries, translated
 from qbatch.worker.quantizing.planning.expected_files import load_published
 from qbatch.worker.quantizing.planning.loading import NotStreamable, Weight, trace_unquantized_loading
@@ -30,9 +30,9 @@ _FACTOR_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadedModel:
-    """``task`` is the value of a ``ModelKind``. ``libraries`` are the packages that its method computes with."""
+    """``libraries`` are the packages that its method computes with."""
 
-    task: str
+    kind: ModelKind
     size: ModelSize
     libraries: tuple[str, ...]
 
@@ -55,8 +55,8 @@ def count_unloaded(folder: Path, dtype: DType, *, trusted: bool = False, adapter
             skeleton, packing, quantized = load_published(folder, dtype, trusted=trusted)
             size = _size(skeleton.model, dict(_distinct(folder, skeleton.model)), quantized, packing)
             size = size if adapter is None else _with_adapter(size, adapter)
-        task = kind_of(skeleton.model.config, trusted=folder if trusted else None)
-    return UnloadedModel(task=task.value, size=size, libraries=() if weights is None else weights.libraries)
+        kind = kind_of(skeleton.model.config, trusted=folder if trusted else None)
+    return UnloadedModel(kind=kind, size=size, libraries=() if weights is None else weights.libraries)
 
 
 def _with_adapter(size: ModelSize, adapter: Path) -> ModelSize:

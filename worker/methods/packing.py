@@ -16,7 +16,7 @@ PartShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 MakePart = Callable[[str, torch.dtype, tuple[int, ...]], torch.Tensor]
 """Called with a part's key, dtype and shape; returns the part as a tensor without data."""
 MakeNamedPart = Callable[[str, str, torch.dtype, tuple[int, ...]], torch.Tensor]
-"""The same, with the weight's name as the first argument."""
+"""As ``MakePart``, with the weight's name as the first argument."""
 
 # What the audit needs to know of a piece: the Frobenius norms of the error and of the values, which every method has,
 # and the counts of unusual row scales, which only some have.

@@ -1,4 +1,4 @@
-"""Determines transformers' config, class and tokenizer for a model, and the model's task, from its config."""
+"""Determines transformers' config and class for a model, and the kind of model, from its config."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.models.class_of_type import class_of_type
 from qbatch.worker.models.remote_code import REFUSAL
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-)
-# Read by transformers only with other packages, or not at all; what is installed must not change what is measured.
-_OTHER_TOKENIZERS = ("tekken.json", "*.tiktoken", "*.model", "*.spm", "*.vocab", "*.bpe")
 # Exceptions that transformers raises for a config with invalid values.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
@@ -40,7 +29,7 @@ class ModelKind(StrEnum):
 
 
 # The auto classes for which a config's auto_map may name a class of the model's own code.
-_OWN_TASKS = {
+_OWN_KINDS = {
     "AutoModelForCausalLM": ModelKind.CAUSAL_LM,
     "AutoModelForSeq2SeqLM": ModelKind.SEQ2SEQ,
     "AutoModelForMaskedLM": ModelKind.MASKED_LM,
@@ -90,29 +79,6 @@ def _drop_quantization(config: Any) -> None:
         for key in QUANTIZATION_KEYS:
             if hasattr(part, key):
                 delattr(part, key)
-
-
-def why_no_tokenizer(folder: Path) -> str | None:
-    """Why ``load_tokenizer`` finds none in ``folder``; None if it does."""
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    others = sorted(path.name for pattern in _OTHER_TOKENIZERS for path in folder.glob(pattern))
-    return f"its only tokenizer is {others[0]}, which qbatch cannot read" if others else "it has no tokenizer"
-
-
-def load_tokenizer(folder: Path, *, trusted: bool) -> Any:
-    """The tokenizer in ``folder``; None if there is none. Raises UnsafeSource if it needs code and is not trusted, and
-    whatever transformers raises."""
-    if why_no_tokenizer(folder) is not None:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise UnsafeSource(f"the tokenizer: {REFUSAL}") from error
-        raise
 
 
 def _architecture(config: Any) -> str | None:
@@ -172,13 +138,13 @@ def _own_class(config: Any) -> tuple[str, str] | None:
     auto_map = getattr(config, "auto_map", None)
     if not isinstance(auto_map, Mapping) or _is_in_library(_architecture(config)):
         return None
-    own = [(auto, auto_map[auto]) for auto in _OWN_TASKS if isinstance(auto_map.get(auto), str)]
+    own = [(auto, auto_map[auto]) for auto in _OWN_KINDS if isinstance(auto_map.get(auto), str)]
     name = _architecture(config)
     return next((pair for pair in own if pair[1].rpartition(".")[2] == name), own[0] if own else None)
 
 
 def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
-    """The task of ``model_class(config)``.
+    """The kind of ``model_class(config)``.
 
     Models with heads for multiple choice or question answering are measured as encoders, and so are encoder-decoders
     without a head, which cannot generate. A vision-language or audio-language model is measured as the causal LM that
@@ -188,10 +154,10 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
 
     cls = model_class(config, trusted=trusted)
     own = _own_class(config) if trusted is not None else None
-    if own is not None and (task := _OWN_TASKS[own[0]]) is not None:
-        return task
+    if own is not None and (kind := _OWN_KINDS[own[0]]) is not None:
+        return kind
     # A class may be in several mappings (BART's generates and fills masks). The first match wins.
-    for task, names in (
+    for kind, names in (
         (ModelKind.SEQ2SEQ, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
         (ModelKind.CAUSAL_LM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         (ModelKind.MASKED_LM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -199,6 +165,6 @@ def kind_of(config: Any, *, trusted: Path | None = None) -> ModelKind:
         (ModelKind.TOKEN_CLASSIFICATION, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         # transformers lists language models that hear under the first, though they have no encoder for text.
-        if cls.__name__ in names.values() and (task is not ModelKind.SEQ2SEQ or config.is_encoder_decoder):
-            return task
+        if cls.__name__ in names.values() and (kind is not ModelKind.SEQ2SEQ or config.is_encoder_decoder):
+            return kind
     return ModelKind.CAUSAL_LM if cls.can_generate() and not config.is_encoder_decoder else ModelKind.ENCODER

@@ -5,17 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-# The end of a class's name, and the auto mappings that hold such classes, by their names in transformers.
-_HEADS = (
-    ("ForCausalLM", ("MODEL_FOR_CAUSAL_LM_MAPPING",)),
-    ("LMHeadModel", ("MODEL_FOR_CAUSAL_LM_MAPPING",)),
-    ("ForConditionalGeneration", ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")),
-    ("ForMaskedLM", ("MODEL_FOR_MASKED_LM_MAPPING",)),
-    ("ForSequenceClassification", ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",)),
-    ("ForTokenClassification", ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",)),
-    ("ForQuestionAnswering", ("MODEL_FOR_QUESTION_ANSWERING_MAPPING",)),
-)
-_DEFAULTS = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_MAPPING")
+from qbatch.core.model_heads import DEFAULT_MAPPINGS, MAPPINGS_OF_HEADS
 
 
 def class_of_type(config_class: type, name: str | None) -> Any:
@@ -25,11 +15,11 @@ def class_of_type(config_class: type, name: str | None) -> Any:
     type, or else the base model. None if transformers has no such class.
     """
     if name is None:
-        return next(_classes(config_class, _DEFAULTS), None)
-    for ending, mappings in _HEADS:
+        return next(_classes(config_class, DEFAULT_MAPPINGS), None)
+    for ending, mappings in MAPPINGS_OF_HEADS:
         if name.endswith(ending):
             return next(_classes(config_class, mappings), None)
-    return next((cls for cls in _classes(config_class, _DEFAULTS) if cls.__name__.lower() == name.lower()), None)
+    return next((cls for cls in _classes(config_class, DEFAULT_MAPPINGS) if cls.__name__.lower() == name.lower()), None)
 
 
 def _classes(config_class: type, mappings: tuple[str, ...]) -> Iterator[Any]:

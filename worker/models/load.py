@@ -13,9 +13,10 @@ from typing import Any
 from qbatch.core.config_plausibility import refuse_implausible_config
 from qbatch.core.domain import DType
 from qbatch.core.errors import BenchmarkError, JobError, SourceCorrupt, Unsupported, one_line
+from qbatch.core.loaders.checkpoint_facts import packed_module
 from qbatch.core.prior_quantization import declares_quantization
+from qbatch.core.source_checks import refuse_other_weights
 from qbatch.core.sources import read_config, read_headers
-from qbatch.core.vet import refuse_other_weights
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
@@ -24,10 +25,9 @@ from qbatch.worker.models.architecture import (
     ModelKind,
     kind_of,
     load_config,
-    load_tokenizer,
     model_class,
-    why_no_tokenizer,
 )
+from qbatch.worker.models.tokenizer import load_tokenizer
 
 # A folder that no file can lie in, so that nothing is found there.
 _NO_FOLDER = os.devnull
@@ -43,7 +43,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    task: ModelKind
+    kind: ModelKind
     load_model_s: float
     device: str
     why_no_tokenizer: str | None = None
@@ -66,7 +66,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
         quantization = getattr(config, "quantization_config", None)
         quiet_libraries(weights_of_config(quantization))
         own_code = folder if trusted else None
-        cls, task = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
+        cls, kind = model_class(config, trusted=own_code), kind_of(config, trusted=own_code)
     corrupt: type[JobError] = SourceCorrupt if quantization is None else BenchmarkError
     with translated(corrupt, f"cannot load {folder.name}"):
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
@@ -77,14 +77,14 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
             _synchronize(device)
             load_model_s += time.perf_counter() - begin_s
     with translated(Unsupported, f"cannot load the tokenizer in {folder.name}"):
-        tokenizer = load_tokenizer(folder, trusted=trusted)
+        tokenizer, why_none = load_tokenizer(folder, trusted=trusted)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        task=task,
+        kind=kind,
         load_model_s=load_model_s,
         device=device,
-        why_no_tokenizer=why_no_tokenizer(folder),
+        why_no_tokenizer=why_none,
     )
 
 
@@ -143,7 +143,11 @@ def _load_model(
         raise corrupt(f"{folder.name} lacks {len(missing)} tensors of {cls.__name__}; the first is {missing[0]}")
     # A source may hold more than its model. A checkpoint's are scales that transformers has renamed, and not found.
     if corrupt is BenchmarkError and (unused := sorted(info["unexpected_keys"])):
-        raise corrupt(f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}")
+        layer = packed_module(unused[0])
+        mends = f"; --skip-modules {layer.rpartition('.')[2]} may mend it" if layer is not None else ""
+        raise corrupt(
+            f"transformers makes no use of {len(unused)} tensors of {folder.name}; the first is {unused[0]}{mends}"
+        )
     weights_of_model(model).prepare(model, device)
     return model.eval(), load_model_s
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from qbatch.core.domain import DType
 from qbatch.core.errors import JobError, one_line
 from qbatch.core.prior_quantization import stale_quantization
+from qbatch.core.source_checks import check_source
 from qbatch.core.sources import Header, read_config
-from qbatch.core.vet import vet_source
 from qbatch.worker.quantizing.faults import as_job_error, quiet
 from qbatch.worker.quantizing.meter import Meter
 from qbatch.worker.quantizing.target import Deferred, Outcome, Progress, Refused, Target, Written
@@ -31,7 +31,7 @@ def write_checkpoints(
     """
     meter = Meter(on_progress)
     try:
-        headers = vet_source(source)
+        headers = check_source(source)
         stale = stale_quantization(read_config(source), headers)
     except Exception as error:
         yield from (Refused(target=target, error=as_job_error(error)) for target in targets)

@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ import torch
 
 from qbatch.core.errors import BenchmarkError, Unsupported
 from qbatch.core.measured.checkpoint_audit import AdapterTraining
+from qbatch.core.recovery import STEP_WINDOWS
 from qbatch.worker.files.training_state import KeptState, TrainingState
 from qbatch.worker.measuring.tokens import text_ids
 from qbatch.worker.models.adapted_model import adapter_parameters, with_adapter
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, load
-from qbatch.worker.recovering.adapter_files import write_adapter
+from qbatch.worker.recovering.adapter_files import as_stored, write_adapter
 from qbatch.worker.recovering.low_rank_factors import LowRankFactors
 from qbatch.worker.recovering.svd_recovery import RecoveryWork, recover_by_factors
 
-# Of each step. The rate falls linearly to zero.
-_WINDOWS_AT_ONCE = 4
+# The rate falls linearly to zero.
 _RATE = 1e-4
 _LARGEST_NORM = 1.0
 _KEPT_EVERY_S = 30.0
@@ -48,17 +48,20 @@ def recover_by_training(
     """Write the trained adapter to the existing ``folder``, and return what its manifest says of it. ``kept`` is where
     the training is kept while it lasts. Raises JobErrors as ``load`` does, Unsupported for a model that predicts no
     text, and OSError."""
-    audit = recover_by_factors(work, folder, report)
+    state = kept.read()
+    if state is None:
+        recover_by_factors(work, folder, report)
     teacher = load(work.source, dtype=work.dtype, device=work.device, trusted=work.trusted)
     student = work.load()
-    if student.task is not ModelKind.CAUSAL_LM or student.tokenizer is None:
+    if student.kind is not ModelKind.CAUSAL_LM or student.tokenizer is None:
         raise Unsupported(
             f"{work.recovery.kind} trains on text that a model predicts, and {work.base.name} predicts none"
         )
-    trained = _Training(work, teacher, student, with_adapter(student.model, folder, is_trainable=True))
-    state = kept.read()
     if state is not None:
         report(f"recovering, going on after step {state.steps}")
+        _write(work, folder, student, state.factors)
+    trained = _Training(work, teacher, student, with_adapter(student.model, folder, is_trainable=True))
+    if state is not None:
         trained.go_on(state)
     begun, last_s = trained.steps, time.monotonic()
     while trained.steps < trained.wanted:
@@ -70,17 +73,9 @@ def recover_by_training(
         if time.monotonic() - last_s >= kept_every_s:
             kept.write(trained.state())
             last_s = time.monotonic()
-    write_adapter(
-        folder,
-        trained.factors(getattr(torch, work.dtype.value)),
-        model=student.model,
-        kind=student.task,
-        base=work.base.name,
-        rank=work.recovery.rank,
-    )
     # What was left before the training says nothing of what is left after it.
     return {
-        "recovered_layers": audit["recovered_layers"],
+        "recovered_layers": _write(work, folder, student, trained.factors),
         "training": AdapterTraining(
             steps=trained.wanted,
             resumed_after_step=begun or None,
@@ -113,7 +108,7 @@ class _Training:
         loss = sum(self._backward(window, 1 / len(windows)) for window in windows)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _LARGEST_NORM)
         with warnings.catch_warnings():
-            # Said in the manifest.
+            # The manifest says which optimizer it was.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -126,7 +121,7 @@ class _Training:
         """The windows of the next step. They depend on its number alone, so that a training can go on."""
         # Not for secrets.
         order = random.Random(f"{self._work.recovery.seed} {self.steps}")  # noqa: S311
-        return order.sample(self._windows, min(_WINDOWS_AT_ONCE, len(self._windows)))
+        return order.sample(self._windows, min(STEP_WINDOWS, len(self._windows)))
 
     def _backward(self, window: torch.Tensor, share: float) -> float:
         """Add the gradient of the window's mean KL, times ``share``, and return that product."""
@@ -138,13 +133,17 @@ class _Training:
         torch.autograd.backward(loss)
         return float(loss.detach())
 
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """A copy, by the names that they have in an adapter's file."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+
     def state(self) -> TrainingState:
-        factors = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
         return TrainingState(
             steps=self.steps,
             first_kl=self.first_loss,
             last_kl=self.last_loss,
-            factors=factors,
+            factors=self.factors,
             optimizer=self._optimizer.state_dict(),
         )
 
@@ -155,15 +154,21 @@ class _Training:
         self._optimizer.load_state_dict(state.optimizer)
         self.steps, self.first_loss, self.last_loss = state.steps, state.first_kl, state.last_kl
 
-    def factors(self, dtype: torch.dtype) -> dict[str, LowRankFactors]:
-        layers = sorted({name.rpartition(".lora_")[0] for name in self._parameters})
-        return {
-            layer.removeprefix("base_model.model."): LowRankFactors(
-                up=self._parameters[f"{layer}.lora_B.weight"].detach().to("cpu", dtype),
-                down=self._parameters[f"{layer}.lora_A.weight"].detach().to("cpu", dtype),
-            )
-            for layer in layers
-        }
+
+def _write(work: RecoveryWork, folder: Path, student: LoadedModel, factors: Mapping[str, torch.Tensor]) -> int:
+    """Write the adapter with ``factors``, which have the names of its file. Returns the number of layers."""
+    dtype = getattr(torch, work.dtype.value)
+    layers = sorted({name.rpartition(".lora_")[0] for name in factors})
+    by_layer = {
+        layer.removeprefix("base_model.model."): as_stored(
+            LowRankFactors(up=factors[f"{layer}.lora_B.weight"], down=factors[f"{layer}.lora_A.weight"]), dtype
+        )
+        for layer in layers
+    }
+    write_adapter(
+        folder, by_layer, model=student.model, kind=student.kind, base=work.base.name, rank=work.recovery.rank
+    )
+    return len(by_layer)
 
 
 def _windows(loaded: LoadedModel, text: str, window: int) -> list[torch.Tensor]:

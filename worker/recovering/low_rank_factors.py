@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Of the mean of the moments' diagonal: makes them positive definite where inputs have fewer directions than entries.
+# This share of the mean of the moments' diagonal is added to it, which makes the moments positive definite if the
+# inputs have fewer directions than entries.
 _DAMPING = 1e-8
 
 

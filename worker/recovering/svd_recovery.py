@@ -23,7 +23,7 @@ from qbatch.worker.recovering.weight_differences import WeightDifferences
 from qbatch.worker.searching.backward_memory import free_bytes
 from qbatch.worker.searching.search_probes import search_probes
 
-# Of the free memory, what the moments may take at a time: their sums, and as much again for one product.
+# The share of the free memory that the moments may take at a time: their sums, and as much again for one product.
 _MOMENTS_SHARE = 4
 _LAYERS_BETWEEN_REPORTS = 10
 
@@ -84,7 +84,7 @@ def recover_by_factors(work: RecoveryWork, folder: Path, report: Callable[[str],
             if of_layer is not None:
                 weighted.add(_output_squares(error, of_layer), _output_squares(left, of_layer))
     write_adapter(
-        folder, factors, model=quantized.model, kind=quantized.task, base=work.base.name, rank=work.recovery.rank
+        folder, factors, model=quantized.model, kind=quantized.kind, base=work.base.name, rank=work.recovery.rank
     )
     return {
         "recovered_layers": len(factors),

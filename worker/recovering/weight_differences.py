@@ -13,7 +13,7 @@ from qbatch.worker.methods.method_weights import MethodWeights
 
 
 class WeightDifferences:
-    """Of a ``source`` and its ``quantized`` model, both loaded, with the same layers.
+    """The differences between a ``source`` and its ``quantized`` model, both loaded, with the same layers.
 
     The quantized model must not have run yet: on some processors the first pass lays out its codes anew.
     """

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import Stage
 from qbatch.core.errors import BenchmarkError, Unsupported
 from qbatch.core.methods.registry import is_installed
 from qbatch.core.recovery import EXTRA, LIBRARY, Recovery
-from qbatch.core.search.shared_run import SHARED_TOKENS, shared_run
+from qbatch.core.search.shared_run import shared_passage_text, shared_run
 from qbatch.worker.checkpoints.publish import publish_adapter
 from qbatch.worker.checkpoints.published import Verified, adapter_path, find_published
 from qbatch.worker.files.staging import KEPT_TRAININGS, stage, storage_error, unstage
-from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import load_tokenizer
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.checkpoint_origin import origin_of
 from qbatch.worker.runner.loaded_models import free_device_memory
@@ -64,9 +63,11 @@ class AdapterPublication:
     def _refuse_shared_text(self, plans: Sequence[Plan]) -> None:
         """Raise Unsupported if an adapter is trained on a passage that it is then judged by."""
         recovery = _recovery(plans[0])
-        if not recovery.kind.is_trained or why_no_tokenizer(self._source.folder) is not None:
+        if not recovery.kind.is_trained:
             return
-        tokenizer = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        tokenizer, _ = load_tokenizer(self._source.folder, trusted=self._source.runs_code)
+        if tokenizer is None:
+            return
 
         def ids(sha256: str) -> Sequence[int]:
             found: Sequence[int] = tokenizer(self._order.texts[sha256], add_special_tokens=False)["input_ids"]
@@ -76,11 +77,7 @@ class AdapterPublication:
         protocol = plans[0].settled.protocol
         for sha256 in (protocol.eval_text_sha256, *(text.sha256 for text in protocol.more_texts)):
             if (run := shared_run(own, ids(sha256))) is not None:
-                passage = escape_controls(tokenizer.decode(list(run)))
-                raise Unsupported(
-                    f"the recovery text shares {SHARED_TOKENS} tokens in a row with an evaluation text ({passage!r}), "
-                    "so figures on that would say nothing; give another --recover-text or --eval-text"
-                )
+                raise Unsupported(shared_passage_text(tokenizer.decode(list(run))))
 
     def _existing(self, plan: Plan, base: Verified, path: str | None) -> Verified | None:
         beside = adapter_path(base.published.path, _recovery(plan), plan.settled.key)
@@ -143,8 +140,8 @@ class AdapterPublication:
             raise storage_error(error, "cannot write an adapter") from error
 
     def _kept(self, plan: Plan) -> KeptState:
-        """Where a training is kept for another attempt, of whichever worker. It is of this source and checkpoint, since
-        the key is."""
+        """Where a training is kept, so that another attempt on any worker can continue it. The folder has the
+        adapter's key, so it is for this source and checkpoint."""
         from qbatch.worker.files.training_state import KeptState
 
         return KeptState(folder=self._order.staging.parent / KEPT_TRAININGS / plan.settled.key)

@@ -17,8 +17,8 @@ from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.measure import Subject
     from qbatch.worker.measuring.quality.reference import Reference
+    from qbatch.worker.measuring.subject import Subject
     from qbatch.worker.models.load import LoadedModel
 
 log = logging.getLogger("qbatch.runner")

@@ -12,12 +12,13 @@ from qbatch.core.domain import Claim, DeviceKind, DType, Stage
 from qbatch.core.errors import SourceChanged, StorageError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.prior_quantization import stale_quantization
+from qbatch.core.source_checks import check_source
 from qbatch.core.sources import read_config, source_dtype
-from qbatch.core.vet import vet_source
+from qbatch.core.vocabulary import vocabulary_size
 from qbatch.worker.checkpoints.published import Verified, find_published
-from qbatch.worker.models.architecture import load_tokenizer, why_no_tokenizer
-from qbatch.worker.models.code_vetting import vet_code
+from qbatch.worker.models.forbidden_code import refuse_forbidden_code
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import load_tokenizer
 from qbatch.worker.runner.adapter_publication import AdapterPublication
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan, by_key, plan_job
 from qbatch.worker.runner.finished_rows import FinishedRows
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qbatch.runner")
 
-_VETTED_CHARACTERS = 4096
+_CHECKED_CHARACTERS = 4096
 
 
 class Bundle:
@@ -84,10 +85,10 @@ class Bundle:
 
     def _work(self, source: LocalSource) -> None:
         # Judged once for all rows: what is no source of a checkpoint is no baseline either.
-        headers = vet_source(source.folder)
+        headers = check_source(source.folder)
         if (stale := stale_quantization(read_config(source.folder), headers)) is not None:
             log.warning("the quantization in config.json is ignored: %s", stale)
-        vet_code(source.folder, trusted=source.runs_code)
+        refuse_forbidden_code(source.folder, trusted=source.runs_code)
         dtype = source_dtype(headers)
         skip_lists = SkipLists(source, dtype)
         settled = [plan for claim in self._order.claims for plan in self._plan(claim, source, dtype, skip_lists)]
@@ -96,7 +97,7 @@ class Bundle:
         if not plans:
             return
         answered = self._ask(plans)
-        self._vet_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
+        self._check_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if not plan.searches and self._reports.open([plan.job_id]))
         published = self._publish(source, models, answered.paths)
         self._measure(
@@ -126,20 +127,20 @@ class Bundle:
             self._loaded.unload()
         return published | AdapterPublication(*place).publish_all(adapted, published, paths)
 
-    def _vet_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
+    def _check_tokenizer(self, source: LocalSource, plans: Sequence[Plan]) -> None:
         """Read the tokenizer before anything is quantized: a fault in it would end the jobs that run a model later."""
-        if (reason := why_no_tokenizer(source.folder)) is not None:
-            log.warning("no text can be measured: %s", reason)
-            return
         readers = [plan.job_id for plan in plans if plan.searches or plan.settled.protocol.runs_model]
         unreadable = translated(Unsupported, f"cannot load the tokenizer in {source.folder.name}")
         with self._reports.failing(readers), unreadable:
-            tokenizer = load_tokenizer(source.folder, trusted=source.runs_code)
-            rows = read_config(source.folder).get("vocab_size")
-            if readers and isinstance(rows, int) and len(tokenizer) > rows:
-                self._vet_ids(tokenizer, rows)
+            tokenizer, why_none = load_tokenizer(source.folder, trusted=source.runs_code)
+            if why_none is not None:
+                log.warning("no text can be measured: %s", why_none)
+                return
+            rows = vocabulary_size(read_config(source.folder))
+            if readers and rows is not None and len(tokenizer) > rows:
+                self._warn_of_foreign_tokenizer(tokenizer, rows)
 
-    def _vet_ids(self, tokenizer: Any, rows: int) -> None:
+    def _warn_of_foreign_tokenizer(self, tokenizer: Any, rows: int) -> None:
         """Warn of a tokenizer of another model, which is larger than its model and uses what it has too much."""
         largest = max((max(tokenizer(text)["input_ids"], default=0) for text in self._texts()), default=0)
         if largest >= rows:
@@ -150,7 +151,7 @@ class Bundle:
     def _texts(self) -> list[str]:
         """The beginnings of the evaluation texts, which are measured in any case."""
         hashes = {claim.spec.protocol.eval_text_sha256 for claim in self._order.claims}
-        return [self._order.texts[one][:_VETTED_CHARACTERS] for one in sorted(hashes & self._order.texts.keys())]
+        return [self._order.texts[one][:_CHECKED_CHARACTERS] for one in sorted(hashes & self._order.texts.keys())]
 
     def _measure(self, source: LocalSource, speeds: Mapping[int, KnownSpeed], models: Sequence[MeasuredModel]) -> None:
         """Models of which only the size was asked for are counted; the others are loaded."""

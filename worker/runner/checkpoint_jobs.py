@@ -45,12 +45,12 @@ class Plan:
 
     @property
     def base(self) -> Plan:
-        """That of the checkpoint to which its adapter belongs; its own if it has none."""
+        """The plan of the checkpoint to which its adapter belongs; the plan itself if it has no adapter."""
         return replace(self, settled=settle_base(self.settled))
 
     @property
     def path(self) -> str:
-        """Where its checkpoint is published; if it has an adapter, the one that this belongs to."""
+        """The path of its published checkpoint. With an adapter, that of the checkpoint that the adapter is for."""
         base = settle_base(self.settled)
         return checkpoint_path(self.claim.spec.source.name, base.scheme, base.key)
 

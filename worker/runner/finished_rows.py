@@ -20,7 +20,7 @@ from qbatch.worker.runner.shared_speeds import may_be_shared
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.measure import Subject
+    from qbatch.worker.measuring.subject import Subject
 
 log = logging.getLogger("qbatch.runner")
 
@@ -34,7 +34,7 @@ class FinishedRows:
         self._source = source
 
     def subject(self, model: MeasuredModel) -> Subject:
-        from qbatch.worker.measuring.measure import Subject
+        from qbatch.worker.measuring.subject import Subject
 
         settled = model.plans[0].settled
         return Subject(
@@ -50,19 +50,20 @@ class FinishedRows:
 
     def send_counted(self, model: MeasuredModel) -> None:
         """Send the rows of a model of which only the size was asked for: it is not loaded."""
-        from qbatch.worker.measuring.measure import counted
+        from qbatch.worker.measuring.size_only import measure_size_only
 
         self._reports.enter(model.ids, Stage.BENCHMARKING)
-        measurement = counted(self.subject(model), trusted=self._source.runs_code)
+        measurement = measure_size_only(self.subject(model), trusted=self._source.runs_code)
         self.confirm(model)
         for job_id in self._reports.open(model.ids):
             self.send(model, job_id, measurement)
 
     def send_unmeasured(self, model: MeasuredModel, reason: str) -> None:
         """Send the rows of a published model that cannot be measured: with its size, and why there is no more."""
-        from qbatch.worker.measuring.measure import counted, under_protocol, without_parts
+        from qbatch.worker.measuring.measurement_details import under_protocol, without_parts
+        from qbatch.worker.measuring.size_only import measure_size_only
 
-        measurement = counted(self.subject(model), trusted=self._source.runs_code)
+        measurement = measure_size_only(self.subject(model), trusted=self._source.runs_code)
         self.confirm(model)
         for plan in model.plans:
             if self._reports.open([plan.job_id]):
@@ -129,8 +130,8 @@ class FinishedRows:
 
 
 def _audit(model: MeasuredModel) -> Mapping[str, Any] | None:
-    """Of an adapter, what is known of the checkpoint that it belongs to, and of itself; but not where that loads, since
-    an adapter is for PEFT."""
+    """What is known of the checkpoint. With an adapter, also what is known of that; but not which loaders load it,
+    since an adapter is for PEFT."""
     if model.verified is None:
         return None
     if model.base is None:

@@ -28,7 +28,8 @@ from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
-    from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+    from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+    from qbatch.worker.measuring.row_benchmark import RowBenchmark
     from qbatch.worker.measuring.why.capture import Captures
     from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
     from qbatch.worker.measuring.why.kernels_server import KernelsServer
@@ -128,7 +129,8 @@ class Rounds:
         return turns if number % 2 else turns[::-1]
 
     def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed]) -> _Turn:
-        from qbatch.worker.measuring.measure import ModelBenchmark, RowBenchmark
+        from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+        from qbatch.worker.measuring.row_benchmark import RowBenchmark
 
         benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {

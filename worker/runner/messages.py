@@ -93,7 +93,7 @@ class JobIdentity:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those of all checkpoints that the job needs."""
+        """The keys of all checkpoints that the job needs."""
         return (self.key,) if self.base_key is None else (self.base_key, self.key)
 
 

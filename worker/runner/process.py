@@ -94,7 +94,7 @@ class SupervisorLink:
             if isinstance(message, Reply):
                 self._replies.put(message)
             elif isinstance(message, FetchingAhead):
-                self._pauses.meet(message.pid)
+                self._pauses.pause_while_timing(message.pid)
             elif not isinstance(message, Pulse):
                 _leave(f"the worker sent an unknown message, {message!r}")
 

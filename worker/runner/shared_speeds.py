@@ -80,7 +80,8 @@ def may_be_shared(details: Details, device_kind: DeviceKind) -> bool:
 
 
 def agreeing(speeds: Mapping[int, KnownSpeed], models: Sequence[MeasuredModel]) -> dict[int, KnownSpeed]:
-    """Those of ``speeds`` (by job id) whose models have as many parameters. If one of a set has not, none of it does.
+    """The ``speeds`` (by job id) whose models have the same number of parameters. If one of a set differs, the whole
+    set is dropped.
 
     What is counted is in the audits of checkpoints, so a set without a checkpoint is dropped too.
     """

@@ -8,7 +8,7 @@ from qbatch.worker.sources.fetch import LocalSource
 
 
 class SkipLists:
-    """The skip lists of one source, which has been vetted, and whose own dtype is ``dtype``."""
+    """The skip lists of one source, which was checked, and whose own dtype is ``dtype``."""
 
     def __init__(self, source: LocalSource, dtype: DType) -> None:
         self._source, self._dtype = source, dtype

@@ -17,7 +17,7 @@ class TimingPauses:
         self._process: psutil.Process | None = None
         self._is_timing = False
 
-    def meet(self, pid: int) -> None:
+    def pause_while_timing(self, pid: int) -> None:
         """From now on stop the process ``pid``, at once if something is timed just now."""
         with self._lock, contextlib.suppress(psutil.NoSuchProcess):
             # It knows when the process began, and sends nothing to another one that has got its pid.

@@ -87,7 +87,7 @@ class Trial:
             if not self.models.holds_any:
                 raise
             log.warning("memory ran out while a checkpoint was tried (%s); nothing is held beside it now", error)
-        # Here, since the error refers to what the work had allocated.
+        # After the except clause, because the error refers to what the work had allocated.
         self.models.unload()
         return self._runs(folder)
 

@@ -15,7 +15,7 @@ from qbatch.worker.searching.mixed_model import MixedModel
 
 # Two short passes are watched, of an eighth and a quarter of the tokens, but of no less than this.
 _LEAST_TOKENS = 8
-# Of the logits: themselves, those of the base, and in float32 both models' probabilities and the gradient.
+# What a pass needs for each logit: itself, that of the base, and in float32 both probabilities and the gradient.
 _FLOAT32_LOGITS = 3
 _CONTRACTED_WEIGHTS = 3
 _MARGIN = 1.25

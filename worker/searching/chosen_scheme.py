@@ -1,4 +1,4 @@
-"""From a mixture to the scheme that publishes it."""
+"""What the checkpoints that publish mixtures say of the layers that they leave unquantized."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from typing import Any
 from qbatch.core.domain import Scheme
 from qbatch.core.search.frontier import Frontier, FrontierPoint
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears, skip_lists_keeping
-
-
-def scheme_of_point(cls: Any, config: Any, scheme: Scheme, point: FrontierPoint) -> Scheme:
-    """``scheme`` with the skip list, as it is published, that keeps the layers of ``point`` at 16 bits besides those
-    that the scheme keeps already. ``cls`` and ``config`` are those of the model."""
-    (listed,) = _skip_lists(cls, config, scheme, [point])
-    return replace(scheme, skip_modules=listed)
 
 
 def with_skip_lists(cls: Any, config: Any, scheme: Scheme, frontier: Frontier) -> Frontier:

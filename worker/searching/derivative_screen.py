@@ -25,7 +25,7 @@ from qbatch.worker.searching.mixed_model import MixedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowSlopes:
-    """Of one window: the slope of the sum of its rows' KL by layer, and what the model differed from its base there."""
+    """The slope of the sum of one window's KL for each layer, and how far the model was from its base there."""
 
     slopes: dict[str, float]
     divergence: Divergence

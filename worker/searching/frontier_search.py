@@ -7,12 +7,13 @@ than any other promises (the lazy greedy algorithm of Minoux, 1978). So each poi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qbatch.core.search.frontier import Frontier, FrontierPoint
 from qbatch.core.search.search_protocol import SearchProtocol
-from qbatch.core.search.sensitivity import Sensitivity
-from qbatch.worker.searching.mixture_quality import MixtureQuality
+from qbatch.core.search.sensitivity import STANDARD_ERRORS, Sensitivity
+from qbatch.worker.searching.mixture_quality import MixtureQuality, estimate
 from qbatch.worker.searching.opened_search import OpenedSearch
 
 
@@ -25,19 +26,19 @@ class _Candidate:
     per_byte: float
 
 
-def find_frontier(
-    search: OpenedSearch, sensitivity: Sensitivity, protocol: SearchProtocol, *, enough_kl: float = 0.0
-) -> Frontier:
+def find_frontier(search: OpenedSearch, sensitivity: Sensitivity, protocol: SearchProtocol) -> Frontier:
     """The frontier of an opened search, from everything quantized to everything at 16 bits, or to the first mixture
-    whose KL is at most ``enough_kl``. ``sensitivity`` is what the groups promise at first."""
+    whose KL is no more than 16-bit arithmetic alone causes. ``sensitivity`` is what the groups promise at first."""
     begin = search.passes
     promises = {each.group.name: sensitivity.gain_per_byte(each) for each in sensitivity.groups}
     current = search.quantized or search.measure(frozenset(), keep_outputs=True)
-    points = [_point(search, current)]
-    while promises and current.kl.mean > enough_kl:
+    points, sums = [_point(search, current)], [current.kl_sums]
+    while promises and current.kl.mean > (search.floor_kl or 0.0):
         best = _best(search, current, promises, protocol.most_tries)
         del promises[best.group]
-        points.append(_point(search, best.quality, before=current, added=best.group))
+        sums.append(best.quality.kl_sums)
+        same_as = same_kl_as_earlier(sums, current.rows, search.floor_kl)
+        points.append(_point(search, best.quality, before=current, added=best.group, same_as=same_as))
         search.report(f"{len(best.quality.at_16_bits)} of {len(search.groups)} groups at 16 bits: {best.group}")
         current = best.quality
     return Frontier(
@@ -46,7 +47,23 @@ def find_frontier(
         rows=sum(current.rows),
         points=tuple(points),
         forward_passes=search.passes - begin,
+        floor_kl=search.floor_kl,
     )
+
+
+def same_kl_as_earlier(sums: Sequence[Sequence[float]], rows: Sequence[int], floor: float | None) -> int | None:
+    """The index of the first mixture that the last one cannot be told from, None if it can from all: on the same
+    windows they differ by less than two errors, or both are at most at the ``floor``. ``sums``: of each mixture, the KL
+    of each window's ``rows`` together."""
+    *earlier, last = sums
+    for index, other in enumerate(earlier):
+        if floor is not None and max(sum(other), sum(last)) <= floor * sum(rows):
+            return index
+        difference = estimate([one - two for one, two in zip(other, last, strict=True)], rows)
+        error = difference.standard_error
+        if difference.mean == 0 or (error is not None and abs(difference.mean) < STANDARD_ERRORS * error):
+            return index
+    return None
 
 
 def _best(search: OpenedSearch, current: MixtureQuality, promises: dict[str, float], most_tries: int) -> _Candidate:
@@ -74,7 +91,12 @@ def _tried(search: OpenedSearch, current: MixtureQuality, name: str) -> _Candida
 
 
 def _point(
-    search: OpenedSearch, quality: MixtureQuality, *, before: MixtureQuality | None = None, added: str | None = None
+    search: OpenedSearch,
+    quality: MixtureQuality,
+    *,
+    before: MixtureQuality | None = None,
+    added: str | None = None,
+    same_as: int | None = None,
 ) -> FrontierPoint:
     kept = [group for group in search.layers.groups if group.name in quality.at_16_bits]
     return FrontierPoint(
@@ -84,4 +106,5 @@ def _point(
         kl=quality.kl,
         gain=None if before is None else quality.gain_over(before),
         ln_ppl_ratio=quality.ln_ppl_ratio,
+        same_as=same_as,
     )

@@ -27,7 +27,7 @@ class MixedModel:
         self._exact = {name: module.weight.data.to(copies) for name, module in self._modules.items()}
         self._rounded: dict[str, torch.Tensor] = {}
         self.errors: dict[str, WeightErrors] = {}
-        """By group."""
+        """What is known of the weights of each group, by its name."""
         for group in groups:
             self.errors[group.name] = weight_errors([self._round(name, packing, copies) for name in group.modules])
 

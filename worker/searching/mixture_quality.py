@@ -38,7 +38,7 @@ class MixtureQuality:
 
     @property
     def ln_ppl_ratio(self) -> Estimate | None:
-        """None if the rows have no correct token."""
+        """The logarithm of the ratio of perplexities; None if the rows have no correct token."""
         if not all(len(window.nll) for window in self.windows):
             return None
         return estimate([float(torch.sum(each.nll - each.base_nll)) for each in self.windows], self.rows)

@@ -12,6 +12,7 @@ from qbatch.core.domain import Scheme
 from qbatch.core.errors import Unsupported
 from qbatch.core.search.sensitivity import LayerGroup
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence
+from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.quality.replay import logits_of
 from qbatch.worker.measuring.speed.size import measure_size
@@ -40,7 +41,8 @@ Progress = Callable[[str], None]
 @dataclass(slots=True, kw_only=True)
 class OpenedSearch:
     """``passes`` counts what was done so far, in passes through the whole model over all windows. ``quantized``: the
-    mixture without any group at 16 bits, once it was measured."""
+    mixture without any group at 16 bits, once it was measured. ``floor_kl``: that of 16-bit arithmetic alone, None in
+    float32."""
 
     loaded: LoadedModel
     scheme: Scheme
@@ -52,6 +54,7 @@ class OpenedSearch:
     report: Progress
     passes: float = _READY_PASSES
     quantized: MixtureQuality | None = None
+    floor_kl: float | None = None
 
     @property
     def groups(self) -> Mapping[str, LayerGroup]:
@@ -116,6 +119,7 @@ def opened_search(
     if device == "cpu":
         model.float()
     report("the model at 16 bits")
+    floor = arithmetic_floor(loaded, probes)
     with recorded(model, layers.blocks) as outputs:
         base = BaseLogits(model, probes, device, most_bytes=free_bytes(device) // _LOGITS_SHARE)
     layers = _restartable(layers, len(probes) * sum(map(nbytes, outputs.values())), device)
@@ -132,13 +136,14 @@ def opened_search(
             base=base,
             bytes_at_16_bits=bytes_at_16_bits,
             report=report,
+            floor_kl=None if floor is None else floor.kl_mean,
         )
     finally:
         mixed.keep(mixed.all_groups)
 
 
 def _packing(loaded: LoadedModel, scheme: Scheme, probes: Sequence[Probe]) -> Packing:
-    if loaded.task is ModelKind.ENCODER:
+    if loaded.kind is ModelKind.ENCODER:
         raise Unsupported(f"{type(loaded.model).__name__} predicts nothing, so no KL divergence can rank its layers")
     if not probes:
         raise Unsupported(f"{type(loaded.model).__name__} has no text to be compared on: {loaded.why_no_tokenizer}")

@@ -57,7 +57,7 @@ def rounded_weight(weight: torch.Tensor, packing: Packing) -> RoundedWeight:
 
 
 def weight_errors(weights: Iterable[SquaredErrors]) -> WeightErrors:
-    """Those of several weights together."""
+    """The errors of several weights taken together."""
     each = list(weights)
     norm = math.sqrt(math.fsum(one.values for one in each)) or 1.0
     return WeightErrors(

@@ -111,6 +111,7 @@ class Answers:
         return checkpoint_state(self._storage, part.path, part.versions)
 
     def _record(self, session: Session, resolved: Resolved, sound: Mapping[int, Finished]) -> Answered:
+        jobs.lock_with_searches(session, resolved.jobs)
         for job_id, identity in sorted(resolved.jobs.items()):
             jobs.note(session, self._token(job_id), checkpoint_key=identity.key, base_key=identity.base_key)
         skip_list_keys.remember(

@@ -16,7 +16,7 @@ from qbatch.models_db.measured_checkpoints import MeasuredCheckpoint, measured_c
 from qbatch.models_db.session import Database, in_chunks
 from qbatch.views.model_card import card_text
 from qbatch.worker.checkpoints.card_file import is_own, quantized_metadata, read_metadata, write_card
-from qbatch.worker.models.architecture import why_no_tokenizer
+from qbatch.worker.models.tokenizer import why_no_tokenizer
 
 log = logging.getLogger("qbatch.worker")
 

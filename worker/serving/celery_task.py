@@ -16,13 +16,13 @@ from qbatch.models_db.batches import are_of_one_model
 from qbatch.models_db.schema_fit import explain
 from qbatch.scheduler.queues import RUN_BUNDLE
 from qbatch.worker.serving.cards import write_cards
-from qbatch.worker.serving.message_vet import Commands
+from qbatch.worker.serving.message_check import Commands
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 
 log = logging.getLogger("qbatch.worker")
 
 _DATABASE_WAIT_S = 3.0
-_CONSUMER = "qbatch.worker.serving.message_vet:Consumer"
+_CONSUMER = "qbatch.worker.serving.message_check:Consumer"
 
 
 class BundleFailed(Exception):

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -20,15 +16,12 @@ from celery.platforms import EX_OK
 from celery.worker import state as celery_state
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import DeviceKind, WorkerState
+from qbatch.core.domain import WorkerState
 from qbatch.core.errors import (
     DatabaseRefused,
     DatabaseReplaced,
     DatabaseUnreachable,
-    ForkserverKilled,
-    NoSuchDevice,
     StorageError,
-    UsageError,
     WrongDatabase,
 )
 from qbatch.core.settings import Settings
@@ -38,63 +31,25 @@ from qbatch.models_db.network_share import share_of
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Worker as WorkerRow
-from qbatch.models_db.workers import WorkerInfo
 from qbatch.scheduler.__main__ import hold_share, wait_for_schema
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import queues_of
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.machine.device_meter import read_load
-from qbatch.worker.machine.gpu import installed_gpus
-from qbatch.worker.machine.pid_space import pid_space
-from qbatch.worker.machine.processor import processor_name
 from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
-from qbatch.worker.serving.runner_forkserver import begin_imports
+from qbatch.worker.serving.runner_forkserver import start_forkserver
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.supervisor import WorkerContext
+from qbatch.worker.serving.worker_description import describe_worker
 
 log = logging.getLogger("qbatch.worker")
 
 _DATABASE_RETRY_S = 2.0
-_NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
-
-
-def describe_worker(uuid: str | None) -> WorkerInfo:
-    """Describe this worker for its row in the database. Raises NoSuchDevice if there is no such GPU."""
-    host = socket.gethostname()
-    # Containers that share a host name may have equal pids, and the name must be unique: it holds the lease of the GPU.
-    suffix = secrets.token_hex(2)
-    common = {"host": host, "pid": os.getpid(), "pid_space": pid_space()}
-    if uuid is None:
-        return WorkerInfo(
-            name=f"cpu-{os.getpid()}-{suffix}@{host}",
-            device_kind=DeviceKind.CPU,
-            device_name=cpu_name(),
-            device_uuid=None,
-            memory_bytes=psutil.virtual_memory().total,
-            **common,  # type: ignore[arg-type]
-        )
-    gpu = next((gpu for gpu in installed_gpus() if gpu.uuid == uuid), None)
-    if gpu is None:
-        raise NoSuchDevice(f"this machine has no GPU with the UUID {uuid}")
-    return WorkerInfo(
-        name=f"gpu{gpu.index}-{os.getpid()}-{suffix}@{host}",
-        device_kind=DeviceKind.CUDA,
-        device_name=gpu.name,
-        device_uuid=gpu.uuid,
-        memory_bytes=gpu.memory_bytes,
-        **common,  # type: ignore[arg-type]
-    )
-
-
-def cpu_name() -> str:
-    """The name of the processor and the number of usable cores, both of which decide its speed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor_name()} ({cores} cores)"
 
 
 def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
@@ -103,13 +58,6 @@ def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
     for queue in queues:
         if tasks_of is not None and tasks_of.consuming_from(queue):
             consumer.call_soon(consumer.cancel_task_queue, queue)
-
-
-def _as_a_runner() -> None:
-    """Exits as a runner would find things. A fork of a process that has initialised CUDA cannot use it."""
-    if "qbatch.worker.serving.runner_imports" not in sys.modules:
-        sys.exit(_NOT_IMPORTED)
-    sys.exit(_CUDA_INITIALISED if sys.modules["torch"].cuda._is_in_bad_fork() else 0)
 
 
 class CeleryWorker:
@@ -138,7 +86,7 @@ class CeleryWorker:
         self._check_database_early()
         # It takes from five seconds to half a minute, in which a log that says nothing looks like one that hangs.
         log.info("%s on %s: importing what runners need", self._info.name, self._info.device_name)
-        forkserver = self._preload()
+        forkserver = start_forkserver(self._settings, self._info.device_kind)
         # Celery handles signals once it runs; until then a signal must end the waiting below.
         self._stopping.set_on_signals()
         wait_for_schema(self._database, self._stopping)
@@ -150,8 +98,11 @@ class CeleryWorker:
         if self._stopping.is_set():
             self._leave(worker_id)
             return 0
+        return self._serve(worker_id, Runners(forkserver, self._info.device_kind))
+
+    def _serve(self, worker_id: int, runners: Runners) -> int:
+        """Take bundles until told to stop, and return Celery's exit code."""
         app = make_app(self._settings)
-        runners = Runners(forkserver, self._info.device_kind)
         queues = queues_of(self._info.device_kind, self._info.memory_bytes)
         next_source = NextSource(
             database=self._database,
@@ -160,33 +111,8 @@ class CeleryWorker:
             worker_id=worker_id,
             queues=tuple(queues),
         )
-        context = WorkerContext(
-            database=self._database,
-            settings=self._settings,
-            recorder=self._recorder,
-            worker_id=worker_id,
-            device_kind=self._info.device_kind,
-            device_name=self._info.device_name,
-            staging=self._own_staging().folder,
-            runners=runners,
-            next_source=next_source,
-            stopping=self._stopping,
-            shutdown=self._shutdown,
-            device_uuid=self._info.device_uuid,
-        )
-        tasks.register(app, context)
-        celery_worker = app.Worker(
-            pool="threads",
-            concurrency=1,
-            queues=queues,
-            hostname=self._info.name,
-            loglevel="INFO",
-            task_events=True,
-            without_gossip=True,
-            without_mingle=True,
-            quiet=True,
-        )
-        signals.worker_ready.connect(self._on_ready, weak=False)
+        tasks.register(app, self._context(worker_id, runners, next_source))
+        celery_worker = self._celery_worker(app, queues)
         beats = threading.Thread(
             target=self._beat,
             args=(worker_id, lambda: _stop_consuming(celery_worker.consumer, queues)),
@@ -209,12 +135,43 @@ class CeleryWorker:
             raise self._shutdown.reason
         return int(celery_worker.exitcode or 0)
 
+    def _context(self, worker_id: int, runners: Runners, next_source: NextSource) -> WorkerContext:
+        return WorkerContext(
+            database=self._database,
+            settings=self._settings,
+            recorder=self._recorder,
+            worker_id=worker_id,
+            device_kind=self._info.device_kind,
+            device_name=self._info.device_name,
+            staging=self._own_staging().folder,
+            runners=runners,
+            next_source=next_source,
+            stopping=self._stopping,
+            shutdown=self._shutdown,
+            device_uuid=self._info.device_uuid,
+        )
+
+    def _celery_worker(self, app: Any, queues: Sequence[str]) -> Any:
+        """Celery's own worker, which does not run yet."""
+        signals.worker_ready.connect(self._on_ready, weak=False)
+        return app.Worker(
+            pool="threads",
+            concurrency=1,
+            queues=queues,
+            hostname=self._info.name,
+            loglevel="INFO",
+            task_events=True,
+            without_gossip=True,
+            without_mingle=True,
+            quiet=True,
+        )
+
     def _pause(self, seconds: float) -> bool:
         """Wait for that time. Returns whether it is time to leave."""
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
-        """Raise WrongDatabase before the wait in ``_preload``, which takes a while."""
+        """Raise WrongDatabase before the wait in ``start_forkserver``, which takes a while."""
         try:
             hold_share(self._database, self._settings)
             self._database.is_behind()
@@ -233,25 +190,6 @@ class CeleryWorker:
             self._stopping.wait(_DATABASE_RETRY_S)
         for job_id in self._recorder.lost():
             log.error("the outcome of j%s is lost: neither the database nor the disk accepted it", job_id)
-
-    def _preload(self) -> ForkServerContext:
-        """Wait for the imports of the forkserver, which may run already, and look whether runners can work."""
-        context = begin_imports(self._settings, on_cpu=self._info.device_kind is DeviceKind.CPU)
-        # Waited for, so that no claimed job waits for the imports while its lease runs.
-        first = context.Process(target=_as_a_runner, daemon=True)
-        try:
-            first.start()
-        except (EOFError, ConnectionError) as error:
-            raise ForkserverKilled("the process that starts runners ended before it started the first one") from error
-        first.join()
-        if first.exitcode == _CUDA_INITIALISED:
-            raise NoSuchDevice("runners could not use the GPU: something that they import initialises CUDA too early")
-        if first.exitcode == _NOT_IMPORTED:
-            raise UsageError("runners cannot import what they need: `qbatch doctor` says what is missing")
-        # Not a refusal: whoever killed it, perhaps the kernel for lack of memory, need not do so again.
-        if first.exitcode:
-            raise ForkserverKilled(f"the first runner was killed while it started (exit code {first.exitcode})")
-        return context
 
     def _register(self) -> int | None:
         """Register this worker and acquire the lease of its GPU. Returns None if told to stop while waiting for it."""
@@ -304,12 +242,7 @@ class CeleryWorker:
 
     def _release_jobs_of(self, session: Session, predecessor: WorkerRow) -> None:
         """Take back the jobs of a worker of this machine whose process no longer exists, before their leases end."""
-        jobs.expire(
-            session,
-            backoff_s=self._settings.backoff_s,
-            max_failures=self._settings.max_failures,
-            worker_id=predecessor.id,
-        )
+        jobs.expire(session, limits=self._settings.retry_limits, worker_id=predecessor.id)
         if predecessor.device_uuid is not None:
             leases.release(session, leases.of_gpu(predecessor.device_uuid), predecessor.name)
         workers.leave(session, predecessor.id, WorkerState.STOPPED)

@@ -9,5 +9,5 @@ try:
     with no_garbage_collection():
         import_usual_library()
 except Exception:
-    # It is each job's to meet this again, and to say so. Here it would end the forkserver, and with it the worker.
+    # Each job meets this error again and reports it. Here it would end the forkserver, and with it the worker.
     logging.getLogger("qbatch.worker").exception("importing bitsandbytes")

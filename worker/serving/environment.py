@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qbatch.core.methods.registry import every_environment_prefix
 
-# Where things are, how to speak, how to reach the hub. By QBATCH_HOME one tells whose a process is.
+# Paths, locale and proxies. QBATCH_HOME tells which stack a process belongs to.
 _NAMES = frozenset(
     {
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "COLUMNS", "NO_COLOR"),

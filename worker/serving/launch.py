@@ -108,7 +108,7 @@ def main(gpus: str | None, cpu: bool, drain: bool) -> int:
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    # Said before the workers import what they need, which takes a while.
+    # Reported before the workers import what they need, which takes a while.
     if (reason := why_no_broker(settings)) is not None:
         log.warning("%s; the workers wait for it", reason)
     return launch(devices, drain=drain, environ=os.environ)

@@ -12,7 +12,7 @@ _FORKSERVER = os.getpid()
 
 
 def _end() -> None:
-    # Its forks have exit codes that somebody waits for.
+    # Only in the forkserver itself: its forks must end with their own exit codes.
     if os.getpid() == _FORKSERVER:
         sys.stdout.flush()
         sys.stderr.flush()

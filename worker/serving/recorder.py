@@ -253,15 +253,7 @@ class Recorder:
         return True
 
     def _fail(self, session: Session, token: Token, error: JobError) -> None:
-        settings = self._settings
-        jobs.fail(
-            session,
-            token,
-            error,
-            backoff_s=settings.backoff_s,
-            max_failures=settings.max_failures,
-            lease_s=settings.lease_s,
-        )
+        jobs.fail(session, token, error, limits=self._settings.retry_limits, lease_s=self._settings.lease_s)
 
     def _write(self, spooled: Spooled) -> None:
         """Write an outcome to the database. Raises DatabaseUnreachable, or anything if the outcome is malformed."""

@@ -11,7 +11,7 @@ NAMES = (
     "transformers.modeling_layers",
     "transformers.generation.utils",
     "qbatch.worker.quantizing.streaming.stream",
-    "qbatch.worker.measuring.measure",
+    "qbatch.worker.measuring.row_benchmark",
     "qbatch.worker.runner.measured_rounds",
     "qbatch.worker.runner.process",
     "qbatch.worker.runner.fetch_ahead",

@@ -1,19 +1,17 @@
-"""The worker of one device, from its start: its forkserver imports what runners need, and it what it needs itself."""
+"""Start the worker of one device: while its forkserver imports what runners need, it imports Celery."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
+from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import QbatchError, UsageError
 from qbatch.core.settings import Settings
 from qbatch.worker.machine.logs import log_to_stderr
 from qbatch.worker.serving.environment import has_database_password, without_secrets
 from qbatch.worker.serving.runner_forkserver import begin_imports
 from qbatch.worker.serving.usable_folders import check_environment
-
-log = logging.getLogger("qbatch.worker")
 
 
 def main(uuid: str | None, *, drain: bool) -> int:
@@ -23,8 +21,8 @@ def main(uuid: str | None, *, drain: bool) -> int:
         settings = Settings.from_env(os.environ)
         check_environment(settings)
         drop_secrets(settings)
-        begin_imports(settings, on_cpu=uuid is None)
-        # Celery's import takes a second, and the forkserver's are longer.
+        begin_imports(settings, DeviceKind.CPU if uuid is None else DeviceKind.CUDA)
+        # This import takes a second, and the forkserver's take longer.
         from qbatch.worker.serving.celery_worker import CeleryWorker
 
         return CeleryWorker(settings, uuid, drain=drain).run()

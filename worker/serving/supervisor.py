@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +54,6 @@ from qbatch.worker.runner.messages import (
     NothingTimed,
     Order,
     Progressed,
-    Pulse,
-    Reply,
     Resolved,
     RunnerMessage,
     Searched,
@@ -65,6 +62,7 @@ from qbatch.worker.runner.messages import (
 from qbatch.worker.serving.answers import Answers
 from qbatch.worker.serving.known_files import KnownFiles
 from qbatch.worker.serving.next_source import NextSource
+from qbatch.worker.serving.pulsing_pipe import PulsingPipe
 from qbatch.worker.serving.recorder import Recorder
 from qbatch.worker.serving.runners import NoRunner, Runners
 from qbatch.worker.serving.running_progress import RunningProgress
@@ -74,7 +72,6 @@ from qbatch.worker.sources.source_policy import SourcePolicy
 log = logging.getLogger("qbatch.worker")
 
 _POLL_S = 0.2
-_PULSE_S = 1.0
 _CHECK_S = 1.5
 
 
@@ -94,37 +91,6 @@ class WorkerContext:
     stopping: Stop
     shutdown: Shutdown = field(default_factory=Shutdown)
     device_uuid: str | None = None
-
-
-class _Pulsing:
-    """The supervisor's end of the pipe, on which a separate thread sends a pulse every second.
-
-    The pulse shows the runner that its worker is alive, even while the database blocks the supervisor.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse")
-        self._thread.start()
-
-    def send(self, message: Reply | FetchingAhead | Pulse) -> bool:
-        """Send a message. False if the runner no longer reads; its last messages may still be unread here."""
-        try:
-            with self._lock:
-                self.connection.send(message)
-        except OSError:
-            return False
-        return True
-
-    def end(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(_PULSE_S) and self.send(Pulse()):
-            pass
 
 
 class Supervisor:
@@ -147,7 +113,7 @@ class Supervisor:
         """Run the bundle until every claimed job has a recorded outcome or is returned to the queue."""
         try:
             process, connection = self._start()
-            pulse = _Pulsing(connection)
+            pulse = PulsingPipe(connection)
             try:
                 self._context.next_source.look()
                 self._tell_of_fetch(pulse)
@@ -223,7 +189,7 @@ class Supervisor:
             database=database,
         )
 
-    def _watch(self, process: BaseProcess, pulse: _Pulsing) -> None:
+    def _watch(self, process: BaseProcess, pulse: PulsingPipe) -> None:
         settings = self._context.settings
         beat_at = check_at = last = time.monotonic()
         while True:
@@ -258,7 +224,7 @@ class Supervisor:
                 if not self._still_ours(renew=beats):
                     return
 
-    def _handle(self, message: RunnerMessage, pulse: _Pulsing) -> bool:
+    def _handle(self, message: RunnerMessage, pulse: PulsingPipe) -> bool:
         """Act on a message from the runner. Returns True if it has ended."""
         match message:
             case Resolved():
@@ -301,7 +267,7 @@ class Supervisor:
                 return True
         return False
 
-    def _tell_of_fetch(self, pulse: _Pulsing) -> None:
+    def _tell_of_fetch(self, pulse: PulsingPipe) -> None:
         if (pid := self._context.next_source.pid) is not None:
             pulse.send(FetchingAhead(pid=pid))
 

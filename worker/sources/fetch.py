@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.domain import SourceRef
 from qbatch.core.errors import (
     OUR_DEFECTS,
@@ -35,7 +36,7 @@ from qbatch.core.errors import (
     UnsafeSource,
 )
 from qbatch.core.filesystem import NO_SPACE_ERRNOS
-from qbatch.core.folder_hint import ADAPTER_CONFIG, where_the_model_is
+from qbatch.core.folder_hint import where_the_model_is
 from qbatch.core.identity import fingerprint_of
 from qbatch.core.legacy_identity import legacy_hub_fingerprint
 from qbatch.core.model_files import content_files, names_code

@@ -128,7 +128,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     state = _load(path)
     if not isinstance(state, dict) or not state:
         raise SourceCorrupt(f"{path.name} does not contain a state dict")
-    tensors = {name: _vetted(path, name, value) for name, value in state.items()}
+    tensors = {name: _checked(path, name, value) for name, value in state.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_COPIES * path.stat().st_size:
         raise SourceCorrupt(f"{path.name} claims tensors that are much larger than the file")
     return tensors
@@ -176,7 +176,7 @@ def _refuse_compression(path: Path) -> None:
         raise SourceCorrupt(f"{path.name} is compressed, so torch did not write it")
 
 
-def _vetted(path: Path, name: Any, value: Any) -> torch.Tensor:
+def _checked(path: Path, name: Any, value: Any) -> torch.Tensor:
     if not isinstance(name, str) or name == "__metadata__" or not name.isprintable():
         raise SourceCorrupt(f"{path.name} has an entry whose name is not valid for a tensor")
     if not isinstance(value, torch.Tensor):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qbatch.core.adapter_names import ADAPTER_CONFIG
 from qbatch.core.errors import SourceCorrupt, SourceNotFound, UnsafeSource
-from qbatch.core.folder_hint import ADAPTER_CONFIG, MODULES_NAME
+from qbatch.core.folder_hint import MODULES_NAME
 from qbatch.core.sources import (
     DOCUMENTS,
     INDEX_NAME,

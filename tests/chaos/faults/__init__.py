@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from tests.chaos.faults import clock, freezes, kills, messages, schema, sockets, weights
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults import clock, freezes, kills, message_faults, schema_upgrades, socket_faults, weights
+from tests.chaos.faults.base import ExposedFleet, Kind
 
 KINDS: tuple[Kind, ...] = (
     *kills.KINDS,
-    *messages.KINDS,
+    *message_faults.KINDS,
     *freezes.KINDS,
-    *sockets.KINDS,
-    *schema.KINDS,
+    *socket_faults.KINDS,
+    *schema_upgrades.KINDS,
     *clock.KINDS,
 )
 CHANGING_SOURCES: tuple[Kind, ...] = weights.KINDS
 """Only where the account knows of it: a job of a model that changed may fail."""
 
-__all__ = ["CHANGING_SOURCES", "KINDS", "Fleet", "Kind"]
+__all__ = ["CHANGING_SOURCES", "KINDS", "ExposedFleet", "Kind"]

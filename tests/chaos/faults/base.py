@@ -19,7 +19,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job, Worker
 from tests.chaos.processes import Role, children_of, family_of, kill
-from tests.chaos.sources import Sources
+from tests.chaos.tiny_sources import Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Running:
 
 
 @dataclass(slots=True)
-class Fleet:
+class ExposedFleet:
     """What can be hurt. ``frozen`` are the processes that are stopped, and until when (monotonic); ``migrations`` those
     of later versions that its database stands at: (oldest code, body) each."""
 
@@ -130,4 +130,4 @@ class Kind:
     name: str
     weight: int
     is_kill: bool
-    deal: Callable[[Fleet], str | None]
+    deal: Callable[[ExposedFleet], str | None]

@@ -15,7 +15,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from qbatch.models_db.tables import Job, Lease, Pause, Worker
 from tests.acceptance.conftest import processes_of
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 from tests.chaos.processes import kill
 
 # Longer than anything here is waited for: a fleet that waits it out is found out.
@@ -29,16 +29,16 @@ _DATED: tuple[InstrumentedAttribute[Any], ...] = (
 )
 
 
-def _back_while_all_are_down(fleet: Fleet) -> str | None:
+def _back_while_all_are_down(fleet: ExposedFleet) -> str | None:
     """A machine that comes up with an older time: whoever led, worked or waited did so in what is now the future."""
     return _while_all_are_down(fleet, _SHIFT)
 
 
-def _forth_while_all_are_down(fleet: Fleet) -> str | None:
+def _forth_while_all_are_down(fleet: ExposedFleet) -> str | None:
     return _while_all_are_down(fleet, -_SHIFT)
 
 
-def _while_all_are_down(fleet: Fleet, shift: timedelta) -> str | None:
+def _while_all_are_down(fleet: ExposedFleet, shift: timedelta) -> str | None:
     count = 0
     # What was being started just then is there only at the next look.
     while processes := processes_of(fleet.settings.home):
@@ -47,17 +47,17 @@ def _while_all_are_down(fleet: Fleet, shift: timedelta) -> str | None:
     return f"{count} processes, {_move(fleet, shift)}" if count else None
 
 
-def _back(fleet: Fleet) -> str | None:
+def _back(fleet: ExposedFleet) -> str | None:
     """Under a fleet that lives: who lives dates anew what it holds, who dies before that leaves it in the future."""
     return _move(fleet, _SHIFT)
 
 
-def _move(fleet: Fleet, shift: timedelta) -> str:
+def _move(fleet: ExposedFleet, shift: timedelta) -> str:
     moved = [f"{_move_column(fleet, column, shift)} {column}" for column in _DATED]
     return ", ".join(text for text in moved if not text.startswith("0 "))
 
 
-def _move_column(fleet: Fleet, column: InstrumentedAttribute[Any], shift: timedelta) -> int:
+def _move_column(fleet: ExposedFleet, column: InstrumentedAttribute[Any], shift: timedelta) -> int:
     """In a transaction of its own and in the order of the keys, as everyone locks rows."""
     table = column.class_
     with fleet.database.write() as session:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 from tests.chaos.processes import Role, children_of, kill
 
 
-def _worker(fleet: Fleet) -> str | None:
+def _worker(fleet: ExposedFleet) -> str | None:
     victims = [process for process in fleet.living(Role.WORKER) if process not in fleet.frozen]
     if not victims:
         return None
@@ -14,7 +14,7 @@ def _worker(fleet: Fleet) -> str | None:
     return f"pid {victim.pid} for {fleet.freeze([victim]):.1f} s"
 
 
-def _schedulers_while_workers_die(fleet: Fleet) -> str | None:
+def _schedulers_while_workers_die(fleet: ExposedFleet) -> str | None:
     """Nobody ends a lease or sends a message again; when they go on, everything has changed."""
     schedulers = [process for process in fleet.living(Role.SCHEDULER) if process not in fleet.frozen]
     workers = fleet.living(Role.WORKER)

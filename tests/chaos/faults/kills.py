@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 
 from qbatch.core.domain import Stage
-from tests.chaos.faults.base import Fleet, Kind, Running
+from tests.chaos.faults.base import ExposedFleet, Kind, Running
 from tests.chaos.processes import Role, children_of, kill, runner_of
 
 _AIM_S = 3.0
 _POLL_S = 0.005
 
 
-def _runner(fleet: Fleet) -> str | None:
+def _runner(fleet: ExposedFleet) -> str | None:
     """A runner, in a stage chosen beforehand if one enters it soon."""
     found = _await_stage(fleet, fleet.rng.choice(list(Stage)))
     if found is None:
@@ -24,7 +24,7 @@ def _runner(fleet: Fleet) -> str | None:
     return f"pid {runner.pid}, j{found.job_id} {found.stage}"
 
 
-def _await_stage(fleet: Fleet, stage: Stage) -> Running | None:
+def _await_stage(fleet: ExposedFleet, stage: Stage) -> Running | None:
     """A running job that is at ``stage`` within a while, else any."""
     deadline = time.monotonic() + _AIM_S
     while True:
@@ -37,7 +37,7 @@ def _await_stage(fleet: Fleet, stage: Stage) -> Running | None:
         time.sleep(_POLL_S)
 
 
-def _redis_and_workers(fleet: Fleet) -> str | None:
+def _redis_and_workers(fleet: ExposedFleet) -> str | None:
     """Messages that stood in Redis, that were being popped, and those who had them, all at once."""
     workers = fleet.living(Role.WORKER)
     servers = fleet.living(Role.REDIS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 
 
-def _rewrite(fleet: Fleet) -> str | None:
+def _rewrite(fleet: ExposedFleet) -> str | None:
     """Other weights in the very files of a model that a job is at: same names, sizes and headers."""
     running = [found for found in fleet.running() if found.source in fleet.sources]
     if not running:

@@ -11,12 +11,12 @@ from qbatch.worker.checkpoints.trying.probe import top_logprobs
 
 TOP = 20
 """So many tokens are compared one by one, and the others together."""
-# Of the mean of some hundred positions: a distance beyond the floor by fewer of its standard errors is chance.
+# A mean distance that is beyond the floor by fewer standard errors than this is chance.
 _STANDARD_ERRORS = 3.0
 # A router of a mixture that chooses another expert changes one position by far more than the floor's largest distance.
 _STRAY = 2.0
 _SHARE_OF_STRAYS = 0.02
-# Where both dtypes are one.
+# A distance of at most this counts as none. The floor itself is 0 if both dtypes are the same.
 _LEAST_KL = 1e-6
 _LEAST_DISTANCE = 1e-5
 _TINY = 1e-12

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,18 @@ LOADERS = {
 }
 
 
+def version_of(package: str) -> str:
+    """Raises ImportError. vLLM's build for CPUs is another distribution of the same package."""
+    for distribution in (package, f"{package}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    raise ImportError(f"{package} is not installed")
+
+
 def main(loader: str, folder: str, answer: str) -> int:
     probe, packages = LOADERS[loader]
     try:
-        versions = {package: version(package) for package in packages}
+        versions = {package: version_of(package) for package in packages}
         predicted = probe(folder, json.load(sys.stdin))
     except ImportError as error:
         sys.stderr.write(f"{error}\n")

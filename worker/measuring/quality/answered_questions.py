@@ -11,12 +11,12 @@ from typing import Any
 
 from qbatch.core.measured.task_answers import HASH_DIGITS, TaskAnswers
 
-# Of what the harness hashed itself: the document, the prompt and the target.
+# The keys of the hashes that the harness makes itself: of the document, the prompt and the target.
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 # A text of at least so many characters that several documents have is a passage that they are about.
 _PASSAGE_CHARACTERS = 100
 _ROUNDING = 1e-9
-# Of clusters. The signs of fewer are alike by chance more often than in one case of 20, so they show no difference.
+# With fewer clusters, the signs of all are alike by chance in more than one case of 20, so they show no difference.
 _FEWEST_TASKS = 6
 
 Sample = Mapping[str, Any]

@@ -34,10 +34,10 @@ def arithmetic_floor(loaded: LoadedModel, probes: Sequence[Probe]) -> QualityFlo
     """
     if all(parameter.dtype == torch.float32 for parameter in loaded.model.parameters()) or not _fits_in_float32(loaded):
         return None
-    compare = _similarity if loaded.task is ModelKind.ENCODER else _divergence
+    compare = _similarity if loaded.kind is ModelKind.ENCODER else _divergence
     try:
         return _floor_of(
-            compare(loaded, probes[: _WINDOWS if loaded.task in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) else _PIECES])
+            compare(loaded, probes[: _WINDOWS if loaded.kind in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) else _PIECES])
         )
     except Exception as error:
         if device_fault(error) not in (CudaOom, HostOom):

@@ -65,7 +65,7 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
     if importlib.util.find_spec("lm_eval") is None:
         raise Unsupported("--tasks needs lm-evaluation-harness on the worker: pip install 'qbatch[eval]'")
     hashes = {ref.name: ref.sha256 for ref in protocol.tasks if ref.sha256 is not None}
-    if loaded.task not in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) or loaded.tokenizer is None:
+    if loaded.kind not in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) or loaded.tokenizer is None:
         return LoadedTasks(hashes=hashes, reason="tasks need a model that generates text and has a tokenizer")
     with _quiet_single_process(), tempfile.TemporaryDirectory() as folder:
         specs = [_spec(ref, texts, Path(folder)) for ref in protocol.tasks]
@@ -219,7 +219,7 @@ def _language_model(loaded: LoadedModel) -> Any:
             pretrained=model,
             # A copy, because HFLM adds a padding token.
             tokenizer=copy.deepcopy(loaded.tokenizer),
-            backend="seq2seq" if loaded.task is ModelKind.SEQ2SEQ else "causal",
+            backend="seq2seq" if loaded.kind is ModelKind.SEQ2SEQ else "causal",
             batch_size=_BATCH_SIZE,
             softmax_dtype="float32",
         )

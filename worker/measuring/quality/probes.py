@@ -1,4 +1,4 @@
-"""The fixed inputs on which a quantized model is compared with its base, by task."""
+"""The fixed inputs on which a quantized model is compared with its base, by the kind of model."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Probe:
 
 
 def probes_of(loaded: LoadedModel, protocol: Protocol, text: str) -> list[Probe]:
-    """The probes of ``text`` for the task of ``loaded``. Empty without a tokenizer or, if needed, a mask token."""
+    """The probes of ``text`` for the kind of ``loaded``. Empty without a tokenizer or, if needed, a mask token."""
     if loaded.tokenizer is None:
         return []
-    if loaded.task is ModelKind.CAUSAL_LM:
+    if loaded.kind is ModelKind.CAUSAL_LM:
         return [_causal(window.ids, window.scored) for window in text_windows(loaded, protocol, text)]
     pieces = _pieces(loaded, protocol, text)
-    if loaded.task is ModelKind.SEQ2SEQ:
+    if loaded.kind is ModelKind.SEQ2SEQ:
         return [_halves(loaded, piece) for piece in pieces if len(piece) >= 2]
-    if loaded.task is ModelKind.MASKED_LM:
+    if loaded.kind is ModelKind.MASKED_LM:
         mask = loaded.tokenizer.mask_token_id
         return [] if mask is None else [_masked(loaded, piece, mask) for piece in pieces]
-    if loaded.task is ModelKind.TOKEN_CLASSIFICATION:
+    if loaded.kind is ModelKind.TOKEN_CLASSIFICATION:
         # Labels of special tokens are never used.
         first = len(affixes(loaded.tokenizer).before)
         return [Probe(ids=_wrapped(loaded, piece), rows=tuple(range(first, first + len(piece)))) for piece in pieces]

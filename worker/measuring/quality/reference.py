@@ -222,7 +222,7 @@ def _compare_logits(
             raise BenchmarkError("the model outputs a single number, which is not a distribution that can be compared")
         found = divergence(base, logits_of(loaded.model, probe, loaded.device), probe.targets)
         if found.kl.isnan().any():
-            # Of NaN the first is the largest, so the two models would always agree.
+            # argmax takes the first NaN for the largest value, so the two models would always agree.
             raise _not_finite(base.isfinite().all())
         divergences.append(found)
     return summarize_divergence(divergences)
@@ -296,7 +296,7 @@ def _write(
 
 def _write_probes(loaded: LoadedModel, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
     """(form, number of probes written). If a hidden state does not give its logits again, logits are stored for all."""
-    if loaded.task is ModelKind.ENCODER:
+    if loaded.kind is ModelKind.ENCODER:
         embeddings = (embedding_of(loaded.model, probe, loaded.device) for probe in probes)
         return "embedding", _write_all(embeddings, staging, max_bytes)
     hidden = (hidden_and_logits(loaded.model, probe, loaded.device)[0] for probe in probes)

@@ -16,8 +16,8 @@ def reads_text(model: Any) -> bool:
 
 
 def _compares_with_text(model: Any) -> bool:
-    """Whether ``model`` embeds text and something else, as CLIP and CLAP do."""
-    scales = (getattr(model, name, None) for name in ("logit_scale", "logit_scale_a"))
+    """Whether ``model`` embeds text and something else, as CLIP, CLAP and ALIGN do."""
+    scales = (getattr(model, name, None) for name in ("logit_scale", "logit_scale_a", "temperature"))
     # Cohere's language models have a plain number of that name.
     return any(isinstance(scale, torch.nn.Parameter) for scale in scales)
 

@@ -1,4 +1,4 @@
-"""Time the phases of a model's task at a shape that fits the model: prefill and decode, or forward passes."""
+"""Time the phases of a model at a shape that fits it: prefill and decode, or forward passes."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Round:
 def time_round(
     loaded: LoadedModel, protocol: Protocol, eval_text: str, during_warmup: AbstractContextManager[object]
 ) -> Round:
-    """Time one round of the phases of the model's task."""
+    """Time one round of the model's phases."""
     noise = None if reads_text(loaded.model) else noise_inputs(loaded.model, protocol.batch_size)
-    time_phases = _generation if loaded.task in _GENERATIVE else _forward
+    time_phases = _generation if loaded.kind in _GENERATIVE else _forward
     with fairness_monitor(loaded.device) as fairness:
         options = {
             "clock": clock_of(loaded.device),

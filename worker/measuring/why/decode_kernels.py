@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from qbatch.scheduler.child_process import ORPHANED, end_with_parent
-from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.imports import COMPILER, MODEL_LIBRARIES, import_without_gpu
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
-_PRELOAD = (*MODEL_LIBRARIES, "qbatch.worker.models.load")
+_PRELOAD = (*MODEL_LIBRARIES, *COMPILER, "qbatch.worker.models.load")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +200,7 @@ class _Models:
             return self._loaded[request], None
         reason = self._load(request)
         if reason is not None and self._loaded:
-            # Perhaps for want of memory.
+            # It may have failed because the others take too much memory.
             self._loaded.clear()
             _free_memory()
             reason = self._load(request)

@@ -28,6 +28,7 @@ from qbatch.worker.quantizing.building.metadata_order import sort_metadata
 from qbatch.worker.quantizing.faults import as_job_error
 from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
+from qbatch.worker.quantizing.planning.loaded_names import loads_own_names, without_converters_of
 from qbatch.worker.quantizing.planning.loading import load_source, refuse_mismatched, refuse_missing, unused
 from qbatch.worker.quantizing.planning.saving import read_generation_config
 from qbatch.worker.quantizing.planning.skeleton import build_skeleton, linear_shape
@@ -188,7 +189,7 @@ class WholeModel:
         limit = self._target.scheme.max_shard_bytes
         model.save_pretrained(
             self._target.folder,
-            save_original_format=not self._converted_weights_may_be_quantized(),
+            save_original_format=self._takes_names_of_source(model),
             **({} if limit is None else {"max_shard_size": limit}),
         )
         for path in self._weights.files_with_unsorted_metadata(self._target.folder):
@@ -196,9 +197,20 @@ class WholeModel:
         for path in self._target.folder.iterdir():
             add_default_permissions(path)
 
+    def _takes_names_of_source(self, model: Any) -> bool:
+        """Whether the checkpoint has the source's layout. Converting quantized codes back to it fails, or gives a
+        checkpoint that cannot be loaded; then it has the model's own. Where transformers cannot load that either, it
+        has the source's names, and what was converted and quantized stays as it is."""
+        if not self._converted_weights_may_be_quantized():
+            return True
+        if loads_own_names(self._skeleton):
+            return False
+        model._weight_conversions = without_converters_of(
+            model._weight_conversions, self._to_quantize, self._skeleton.model.state_dict()
+        )
+        return True
+
     def _converted_weights_may_be_quantized(self) -> bool:
-        """Whether the checkpoint must keep the model's own layout. Converting quantized codes back to the source's
-        layout fails, or gives a checkpoint that cannot be loaded."""
         if self._why_untraced is not None:
             return True
         return not all(is_elementwise(origin) for origin, _ in self._origins.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qbatch.core.measured.checkpoint_audit import SKIPPED_ON_REQUEST
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import FIGURES, Packing
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
@@ -114,4 +115,4 @@ def _reason(skeleton: Skeleton, packing: Packing, model: Any, name: str) -> str:
         return "output layer or tied"
     if any(part in path for part in model._keep_in_fp32_modules or ()):
         return "kept in a higher precision by the model"
-    return packing.why_skipped(*model.get_parameter(name).shape) or "skipped on request"
+    return packing.why_skipped(*model.get_parameter(name).shape) or SKIPPED_ON_REQUEST

@@ -14,6 +14,7 @@ from qbatch.core.domain import DType
 from qbatch.core.errors import SourceCorrupt
 from qbatch.worker.methods.implementations import weights_of_config
 from qbatch.worker.methods.packing import Packing, StreamedPacking
+from qbatch.worker.quantizing.planning.loaded_names import conversions_of, loaded_name
 from qbatch.worker.quantizing.planning.loading import Weight, load_traced
 from qbatch.worker.quantizing.planning.saving import as_saved, quantized_state
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, published_skeleton
@@ -93,27 +94,12 @@ def _as_in_source(skeleton: Skeleton, packing: Packing, name: str, tensor: torch
 def _conversions_used(skeleton: Skeleton, names: Iterable[str], state: dict[str, Any]) -> list[Any]:
     """The transformers conversions that map ``names`` to keys of ``state``. Names that map to no key are not tensors of
     the model, and are ignored."""
-    mapping = _mapping(skeleton)
-    known = [name for name in names if _renamed(skeleton, name, mapping, state) in state]
-    mapping = _mapping(skeleton)
+    conversions = conversions_of(skeleton)
+    known = [name for name in names if loaded_name(skeleton, name, conversions, state) in state]
+    conversions = conversions_of(skeleton)
     for name in known:
-        _renamed(skeleton, name, mapping, state)
-    return [conversion for conversion in mapping if conversion.was_used()]
-
-
-def _mapping(skeleton: Skeleton) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return list(get_model_conversion_mapping(skeleton.model, None, skeleton.quantizer))
-
-
-def _renamed(skeleton: Skeleton, name: str, mapping: list[Any], state: dict[str, Any]) -> str:
-    """The parameter that the tensor ``name`` is loaded into. Marks the conversions used in ``mapping`` as used."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
-    return str(rename_source_key(name, renamings, converters, skeleton.model.base_model_prefix, state)[0])
+        loaded_name(skeleton, name, conversions, state)
+    return [conversion for conversion in conversions if conversion.was_used()]
 
 
 def _ties(model: Any) -> dict[str, str]:

@@ -11,11 +11,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from qbatch.core.safetensors_size import HEADER_ALIGNMENT
 from qbatch.worker.quantizing.planning.saving import Output
 
 # The metadata that save_pretrained writes; transformers refuses files without it.
 _METADATA = {"format": "pt"}
-_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def lay_out(file_name: str, outputs: Sequence[Output]) -> FileLayout:
         header[name] = {"dtype": dtype, "shape": list(output.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
     head = struct.pack("<Q", len(text)) + text
     starts = {name: len(head) + entry["data_offsets"][0] for name, entry in header.items() if name in by_name}
     return FileLayout(name=file_name, head=head, outputs=tuple(outputs), starts=starts, size=len(head) + position)

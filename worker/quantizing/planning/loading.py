@@ -69,6 +69,7 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     """
     skeleton = build_skeleton(source, target.scheme, dtype, device, trusted=target.trusted)
     model = skeleton.model
+    _refuse_own_ways(skeleton.cls)
     packing = weights_of(target.scheme.description).streamed_packing(target.scheme)
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
@@ -84,6 +85,15 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     if overwritten is not None:
         raise NotStreamable(overwritten)
     return TracedModel(target=target, packing=packing, skeleton=skeleton, weights=recorder.weights, dropped=dropped)
+
+
+def _refuse_own_ways(cls: Any) -> None:
+    """Raise NotStreamable for a class that loads and saves what the others do not, as in its generation config."""
+    from transformers import PreTrainedModel
+
+    own = {name for base in cls.__mro__[: cls.__mro__.index(PreTrainedModel)] for name in vars(base)}
+    if own >= {"from_pretrained", "save_pretrained"}:
+        raise NotStreamable(f"{cls.__name__} loads and saves in ways of its own")
 
 
 def trace_unquantized_loading(reader: SourceReader, skeleton: Skeleton, dtype: DType) -> None:

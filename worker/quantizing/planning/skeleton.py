@@ -123,7 +123,7 @@ def skip_list_keeping(cls: Any, config: Any, asked: tuple[str, ...], modules: Se
 def skip_lists_keeping(
     cls: Any, config: Any, asked: tuple[str, ...], several: Iterable[Set[str]]
 ) -> list[tuple[str, ...]]:
-    """The same for several sets of layers. The model is built once."""
+    """``skip_list_keeping`` for several sets of layers. The model is built once."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     model = _meta_model(cls, config, None, "meta")

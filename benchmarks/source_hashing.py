@@ -1,7 +1,7 @@
 """The cost of identifying sources by content: hashing a source, compared with quantizing it.
 
-    python -m benchmarks.identity
-    python -m benchmarks.identity --shape llama-8b --device cuda
+    python -m benchmarks.source_hashing
+    python -m benchmarks.source_hashing --shape llama-8b --device cuda
 
 Builds a source with random weights. Then it times in turn, each in a process of its own: hashing the source with and
 without its files in the page cache; looking up digests that are known, and confirming them after use; and the pass that
@@ -33,7 +33,10 @@ from qbatch.worker.machine.gpu import installed_gpus
 
 # OpenSSL's mask that disables SHA-NI, and also AVX2, AVX-512 and BMI2, which its second fastest code uses.
 _NO_SHA = "~0x0:~0x20000000"
-_HASH = "import sys; from pathlib import Path; from benchmarks.identity import hash_s; print(hash_s(Path(sys.argv[1])))"
+_HASH = (
+    "import sys; from pathlib import Path; from benchmarks.source_hashing import hash_s; "
+    "print(hash_s(Path(sys.argv[1])))"
+)
 
 
 class _MemoryDigestCache:

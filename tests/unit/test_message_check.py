@@ -17,7 +17,7 @@ from kombu import Message
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import RUN_BUNDLE
-from qbatch.worker.serving.message_vet import problem_of
+from qbatch.worker.serving.message_check import problem_of
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -37,8 +37,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Celery]:
 def sent(app: Celery, **options: Any) -> Message:
     """As a worker gets it."""
     options = {"task_id": str(uuid.uuid4()), "args": [[1, 2]]} | options
-    app.send_task(RUN_BUNDLE, queue="vetted", **options)
-    with app.connection_for_read() as connection, connection.SimpleQueue("vetted") as queue:
+    app.send_task(RUN_BUNDLE, queue="checked", **options)
+    with app.connection_for_read() as connection, connection.SimpleQueue("checked") as queue:
         message = queue.get(timeout=10)
         message.ack()
         return message

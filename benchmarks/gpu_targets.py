@@ -1,12 +1,12 @@
-"""Compares batches with a plain script in steps, as many as fit into one visit to a GPU.
+"""Compares batches with a plain script in steps, as many as fit into the time.
 
-    python -m benchmarks.gpu_visit                      (for 9 minutes; again for the steps that are left)
-    python -m benchmarks.gpu_visit --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
+    python -m benchmarks.gpu_targets                      (for 9 minutes; again for the steps that are left)
+    python -m benchmarks.gpu_targets --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
 
 The steps: the plain script on all shapes; qbatch on the same; qbatch without what limits decoding; fine-tunes of one
 shape at 4 bits, and at 8 and 4; and how often two rows of one model appear different. Of the fine-tunes the plain
 script's time is computed: its imports, and its time for one model of the shape as often as there are fine-tunes. What a
-step found stays in ``--folder``, so a visit that was cut short goes on where it was. Prints the table of what is known.
+step found stays in ``--folder``, so a run that was cut short goes on where it was. Prints the table of what is known.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qbatch.worker.machine.gpu import installed_gpus
 _ALIKE = "tests/gpu/test_rounds.py::test_of_two_rows_of_one_model_hardly_any_appears_faster"
 _COUNTS = re.compile(r"^\{.*\}", re.MULTILINE)
 _CHANGED_BYTES = 1 << 20
-_FOLDER = Path(tempfile.gettempdir()) / "qbatch-visit"
+_FOLDER = Path(tempfile.gettempdir()) / "qbatch-gpu-targets"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Aim:
     """What a step of qbatch is compared with. ``widths`` of each fine-tune; None for the plain script's whole run."""
 
     step: str
@@ -57,7 +57,7 @@ class Target:
     at_most: float
 
 
-class Visit:
+class Progress:
     """Steps whose outcomes are files in a folder."""
 
     def __init__(self, arguments: Namespace) -> None:
@@ -171,25 +171,25 @@ def plain_s(plain: Side, fine_tuned: str, copies: int, widths: Sequence[int]) ->
     return plain.stages_s["imports"] + copies * one_s
 
 
-def table(visit: Visit, arguments: Namespace) -> Iterator[str]:
+def table(progress: Progress, arguments: Namespace) -> Iterator[str]:
     shapes = ", ".join(arguments.shapes)
     tuned = f"{arguments.fine_tunes} fine-tunes of {arguments.fine_tuned}"
     targets = (
-        Target(step="whole", what=f"{shapes} at 16, 8 and 4 bits", widths=None, at_most=0.6),
-        Target(step="no-why", what="the same, --no-why", widths=None, at_most=0.45),
-        Target(step="fine-tunes-4", what=f"{tuned} at 16 and 4 bits", widths=(16, 4), at_most=0.25),
-        Target(step="fine-tunes-84", what="the same at 16, 8 and 4 bits", widths=(16, 8, 4), at_most=0.4),
+        Aim(step="whole", what=f"{shapes} at 16, 8 and 4 bits", widths=None, at_most=0.6),
+        Aim(step="no-why", what="the same, --no-why", widths=None, at_most=0.45),
+        Aim(step="fine-tunes-4", what=f"{tuned} at 16 and 4 bits", widths=(16, 4), at_most=0.25),
+        Aim(step="fine-tunes-84", what="the same at 16, 8 and 4 bits", widths=(16, 8, 4), at_most=0.4),
     )
-    plain = visit.side("plain")
+    plain = progress.side("plain")
     yield "| batch | plain script | qbatch | share | target |"
     yield "|---|---|---|---|---|"
     for target in targets:
-        yield _line(target, plain, visit.side(target.step), arguments)
-    alike = visit.outcome("alike")
+        yield _line(target, plain, progress.side(target.step), arguments)
+    alike = progress.outcome("alike")
     yield f"rows of one model that appear different: {'not asked yet' if alike is None else alike['said']}"
 
 
-def _line(target: Target, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
+def _line(target: Aim, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
     theirs_s = None
     if plain is not None and target.widths is None:
         theirs_s = plain.total_s
@@ -203,17 +203,17 @@ def _line(target: Target, plain: Side | None, ours: Side | None, arguments: Name
     )
 
 
-def _details(visit: Visit) -> Iterator[str]:
+def _details(progress: Progress) -> Iterator[str]:
     """Stage by stage, and the figures of both sides beside each other."""
-    plain = visit.side("plain")
+    plain = progress.side("plain")
     for name in ("whole", "no-why"):
-        ours = visit.side(name)
+        ours = progress.side(name)
         if plain is not None and ours is not None:
             yield f"-- {name}"
             yield from stage_table([plain], [ours])
             yield from figure_table([plain], [ours])[0]
     for name in ("fine-tunes-4", "fine-tunes-84"):
-        if (ours := visit.side(name)) is not None:
+        if (ours := progress.side(name)) is not None:
             yield f"-- {name}: {ours.total_s:.1f} s"
             yield from (f"  {seconds:8.1f}  {stage}" for stage, seconds in ours.stages_s.items())
 
@@ -223,15 +223,15 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, action="append", dest="shapes", help="repeat it for several")
     parser.add_argument("--fine-tuned", choices=SHAPES, default="llama-1b")
     parser.add_argument("--fine-tunes", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=540.0, help="how long the visit is (default: 540)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="how long to go on (default: 540)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
     parser.add_argument("--folder", type=Path, default=_FOLDER, help="60 GB for the usual shapes")
     arguments = parser.parse_args()
     arguments.shapes = arguments.shapes or ["llama-1b", "llama-3b", "llama-8b"]
     os.environ["HF_HUB_OFFLINE"] = "1"
-    visit = Visit(arguments)
-    visit.go_on()
-    print("\n".join([*_details(visit), *table(visit, arguments)]))
+    progress = Progress(arguments)
+    progress.go_on()
+    print("\n".join([*_details(progress), *table(progress, arguments)]))
     return 0
 
 

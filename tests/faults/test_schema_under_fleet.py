@@ -12,7 +12,7 @@ from qbatch.models_db.session import SCHEMA_HEAD
 from qbatch.models_db.tables import Worker
 from tests.faults.conftest import MakeModel, fleet_of
 from tests.faults.fleet import LEASE_S, Fleet
-from tests.faults.services import PASSWORD, Redis
+from tests.faults.fleet_services import PASSWORD, Redis
 from tests.migrating import AFTER_NEXT, INDEX, NOT_NULL, fill_the_new_column, migrate
 from tests.postgres import Postgres
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from qbatch.core.errors import SourceCorrupt, UnsafeSource, Unsupported
 from qbatch.core.model_files import auto_map, names_code
-from qbatch.worker.models.architecture import load_config, load_tokenizer, model_class
+from qbatch.worker.models.architecture import load_config, model_class
 from qbatch.worker.models.load import translated
+from qbatch.worker.models.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
-
-def vet_code(folder: Path, *, trusted: bool) -> None:
+def refuse_forbidden_code(folder: Path, *, trusted: bool) -> None:
     """Raise UnsafeSource if the model needs code that is not allowed to run: its own code unless ``trusted``, or code
     of another repository in any case.
 
@@ -32,7 +31,7 @@ def vet_code(folder: Path, *, trusted: bool) -> None:
 
 
 def _refuse_foreign_code(folder: Path) -> None:
-    for path in (folder / "config.json", folder / _TOKENIZER_CONFIG):
+    for path in (folder / "config.json", folder / TOKENIZER_CONFIG):
         for reference in _references(auto_map(path)):
             if "--" in reference:
                 raise UnsafeSource(f"{path.name} refers to code of another repository, which is never run")

@@ -1,7 +1,7 @@
 """Measures how long the workers of a large fleet wait for the database, at the cadence of real ones.
 
-    python -m benchmarks.fleet                                   (200 workers for a minute on each database)
-    python -m benchmarks.fleet --workers 50 --seconds 30 --databases sqlite
+    python -m benchmarks.large_fleet                                   (200 workers for a minute on each database)
+    python -m benchmarks.large_fleet --workers 50 --seconds 30 --databases sqlite
 
 The workers do no work: they claim bundles, renew heartbeats and leases, look whether their jobs are still theirs, note
 stages and record results, through the functions that real workers use and as often as those do. They are threads of a
@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-from benchmarks.submit import database_url
+from benchmarks.submit_many import database_url
 from qbatch.core.domain import Claim, DeviceKind, JobSpec, Method, Scheme, SourceRef, Stage, Token
 from qbatch.core.errors import DatabaseUnreachable
 from qbatch.core.settings import Settings

@@ -45,8 +45,8 @@ def wait(batches: Sequence[str], timeout: float | None, on_end: str | None) -> N
 @click.command()
 @batch_arguments()
 def watch(batches: Sequence[str]) -> None:
-    """Show what runs, until every job of the batches has finished; by default of all that are open, and of those that
-    come meanwhile.
+    """Show what runs until every job of the batches has finished. Without BATCH: of all open batches, also those that
+    are submitted meanwhile.
 
     On a terminal: a line for each running job, the GPUs, and the failures as they happen. Elsewhere plain lines. Ctrl-C
     ends only the watching.

@@ -7,14 +7,14 @@ import threading
 from sqlalchemy import text
 
 from qbatch.models_db.session import SCHEMA_HEAD
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 from tests.migrating import NOT_NULL, migrate
 
 # Alembic keeps what it is at in module globals, and stacks are threads.
 _ALEMBIC = threading.Lock()
 
 
-def _grow(fleet: Fleet) -> str | None:
+def _grow(fleet: ExposedFleet) -> str | None:
     """A nullable column or an index more, whose migration says that today's code works with it. It stays."""
     if fleet.is_foreign:
         return None
@@ -29,7 +29,7 @@ def _grow(fleet: Fleet) -> str | None:
     return f"{version}, {added}"
 
 
-def _change(fleet: Fleet) -> str | None:
+def _change(fleet: ExposedFleet) -> str | None:
     """A column that today's code does not fill, until the operator rolls back: everyone leaves, and comes back."""
     if fleet.is_foreign:
         return None
@@ -48,11 +48,11 @@ def _change(fleet: Fleet) -> str | None:
     return f"{version} for {seconds:.1f} s"
 
 
-def _next(fleet: Fleet) -> str:
+def _next(fleet: ExposedFleet) -> str:
     return f"{int(SCHEMA_HEAD) + len(fleet.migrations) + 1:04}"
 
 
-def _migrate(fleet: Fleet, oldest_code: str, body: str) -> None:
+def _migrate(fleet: ExposedFleet, oldest_code: str, body: str) -> None:
     fleet.migrations.append((oldest_code, body))
     with _ALEMBIC:
         migrate(fleet.database, fleet.settings.home.parent / "tomorrow", *fleet.migrations)

@@ -48,7 +48,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         handle: Callable[[Any], Any] = super().create_task_handler(*args, **options)
 
-        def vet(message: Any) -> Any:
+        def check(message: Any) -> Any:
             problem = problem_of(message)
             if problem is None:
                 return handle(message)
@@ -56,7 +56,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             message.reject_log_error(log, self.connection_errors)
             return None
 
-        return vet
+        return check
 
 
 class Commands(dict[str, Callable[..., Any]]):

@@ -1,7 +1,7 @@
 """Measures how long the bundles of a warm CPU worker take, from claim to end and from claim to published.
 
-    python -m benchmarks.bundles                                     (one job, and three rows of a tiny model)
-    python -m benchmarks.bundles --shape 300m --bits 8,4 --repeats 2
+    python -m benchmarks.warm_worker                                     (one job, and three rows of a tiny model)
+    python -m benchmarks.warm_worker --shape 300m --bits 8,4 --repeats 2
 
 Each bundle has a model of its own, with random weights, so that nothing is answered by an earlier result. The first of
 each kind only warms up. Times are those of the database, the kernel's for the folder that a checkpoint is published in.
@@ -43,7 +43,7 @@ _READY_FILE = "workers.log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class BundleTimes:
     """Of one bundle, in seconds. ``pass_s``: the pass that quantized; ``published_s``: from claim to the last width."""
 
     wall_s: float
@@ -52,7 +52,7 @@ class Figures:
     published_s: float | None
 
 
-class Stack:
+class WarmStack:
     """A running stack with one worker on the CPU."""
 
     def __init__(self, settings: Settings) -> None:
@@ -64,7 +64,7 @@ class Stack:
         path = self._settings.home / "logs" / _READY_FILE
         _wait_until(lambda: path.exists() and " ready." in path.read_text(), "worker")
 
-    def run(self, source: Path, *, bits: Sequence[int], baseline: bool) -> Figures:
+    def run(self, source: Path, *, bits: Sequence[int], baseline: bool) -> BundleTimes:
         """Submit one model and wait for its end. Raises RuntimeError if a job does not succeed."""
         before_s = self._runners_cpu_s()
         submission = Submission(
@@ -88,7 +88,7 @@ class Stack:
                 select(Job.id).where(Job.batch_id == batch_id, Job.finished_at.is_(None)).limit(1)
             ).first()
 
-    def _figures(self, batch_id: int, cpu_s: float) -> Figures:
+    def _figures(self, batch_id: int, cpu_s: float) -> BundleTimes:
         with self._database.read() as session:
             jobs = session.scalars(select(Job).where(Job.batch_id == batch_id)).all()
             for job in jobs:
@@ -103,7 +103,7 @@ class Stack:
         # When a folder was last renamed into the model's, which each bundle has of its own. The checkpoint's own times
         # are those of its card, which is written after the measurement.
         published = [(self._settings.storage / path).parent.stat().st_mtime for path in paths]
-        return Figures(
+        return BundleTimes(
             wall_s=(ended - claimed).total_seconds(),
             cpu_s=cpu_s,
             pass_s=max(passes, default=None),
@@ -128,11 +128,11 @@ def _wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def running_stack(home: Path) -> Iterator[Stack]:
+def running_stack(home: Path) -> Iterator[WarmStack]:
     environ = os.environ | {"QBATCH_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     settings = Settings.from_env(environ)
     with LocalStack(settings, worker_args=["--cpu"], environ=environ):
-        stack = Stack(settings)
+        stack = WarmStack(settings)
         try:
             stack.wait_for_worker()
             yield stack

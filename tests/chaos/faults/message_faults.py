@@ -6,10 +6,10 @@ import redis
 
 from qbatch.core.domain import DeviceKind
 from qbatch.scheduler.queues import queue_of
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 
 
-def _flush(fleet: Fleet) -> str | None:
+def _flush(fleet: ExposedFleet) -> str | None:
     with fleet.redis() as client:
         lost = sum(client.llen(key) for key in _lists(client))
         client.flushall()
@@ -17,7 +17,7 @@ def _flush(fleet: Fleet) -> str | None:
     return None
 
 
-def _lose(fleet: Fleet) -> str | None:
+def _lose(fleet: ExposedFleet) -> str | None:
     with fleet.redis() as client:
         for key in _lists(client):
             if client.rpop(key) is not None:
@@ -25,7 +25,7 @@ def _lose(fleet: Fleet) -> str | None:
     return None
 
 
-def _repeat(fleet: Fleet) -> str | None:
+def _repeat(fleet: ExposedFleet) -> str | None:
     """A second copy of a message beside the first: two workers get it at once."""
     with fleet.redis() as client:
         for key in _lists(client):

@@ -1,7 +1,7 @@
 """What it costs to find how sensitive each group of layers is, beside one forward pass for each group.
 
-    python -m benchmarks.sensitivity --shape 300m --device cpu
-    python -m benchmarks.sensitivity --shape llama-8b --device cuda:0
+    python -m benchmarks.group_sensitivity --shape 300m --device cpu
+    python -m benchmarks.group_sensitivity --shape llama-8b --device cuda:0
 
 The model has random weights. Both sides use the same windows and the same resident model. The passes of the plain side
 are timed before, between and after, and multiplied by the number of groups: on a CPU all of them would take an hour. On
@@ -32,7 +32,7 @@ class Took:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class SensitivityRow:
     """``open_groups``: those whose place the derivatives left open, of which ``measured`` were measured. ``ready``: to
     load nothing but make the model ready; ``search``: the sensitivities; ``one_pass``: a forward pass over all windows
     with everything quantized, the fastest of several; ``share_*``: (ready + search) / (one_pass · groups)."""
@@ -69,7 +69,7 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(shape: str, device: str, window: int, windows: int) -> Row:
+def measure(shape: str, device: str, window: int, windows: int) -> SensitivityRow:
     import torch
 
     from qbatch.core.domain import DType, Method, Scheme
@@ -108,7 +108,7 @@ def measure(shape: str, device: str, window: int, windows: int) -> Row:
     context.__exit__(None, None, None)
     best = Took(wall_s=min(each.wall_s for each in passes), cpu_s=min(each.cpu_s for each in passes))
     count = len(sensitivity.groups)
-    return Row(
+    return SensitivityRow(
         shape=shape,
         device=device,
         windows=len(probes),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-from tests.chaos.faults.base import Fleet, Kind
+from tests.chaos.faults.base import ExposedFleet, Kind
 
 
-def _folder(fleet: Fleet) -> str | None:
+def _folder(fleet: ExposedFleet) -> str | None:
     """That of the embedded Redis, or that of a worker's forkserver."""
     place = fleet.settings.socket_dir
     folders = sorted(place.parent.glob(f"{place.name}*"))

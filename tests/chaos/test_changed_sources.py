@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qbatch.core.storage import MANIFEST
-from tests.chaos.sources import Sources, fingerprint_of_folder
+from tests.chaos.tiny_sources import Sources, fingerprint_of_folder
 
 
 @pytest.mark.parametrize("number", [0, 2, 3])

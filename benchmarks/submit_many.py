@@ -1,7 +1,7 @@
 """Measures ``qbatch submit`` of many jobs, and what another writer of the database meanwhile notices of it.
 
-    python -m benchmarks.submit                                     (100,000 jobs on SQLite and on PostgreSQL)
-    python -m benchmarks.submit --jobs 10000 --databases sqlite
+    python -m benchmarks.submit_many                                     (100,000 jobs on SQLite and on PostgreSQL)
+    python -m benchmarks.submit_many --jobs 10000 --databases sqlite
 
 The real command reads a list of made-up hub models and stores three jobs for each of them: its CPU time, wall time,
 peak memory, and what a job takes up in the database. Meanwhile this process is a worker: it renews its heartbeat ten
@@ -36,7 +36,7 @@ _MOST_S, _MOST_MIB, _LONGEST_WAIT_S = 10.0, 200.0, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class SubmitFigures:
     """One submit; its command's imports are part of it."""
 
     database: str
@@ -103,7 +103,7 @@ def _a_worker() -> workers.WorkerInfo:
     )
 
 
-def measure(name: str, url: str, folder: Path, jobs: int) -> Figures:
+def measure(name: str, url: str, folder: Path, jobs: int) -> SubmitFigures:
     models = folder / f"{name}.txt"
     models.write_text("".join(f"organisation-{n % 97}/some-model-{n}-7b-instruct\n" for n in range(-(-jobs // 3))))
     submit = [sys.executable, "-m", "qbatch", "submit", "--models", str(models), "--bits", "4,8", "--format", "quiet"]
@@ -118,7 +118,7 @@ def measure(name: str, url: str, folder: Path, jobs: int) -> Figures:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(submit)} ended with {process.returncode}")
-    return Figures(
+    return SubmitFigures(
         database=name,
         jobs=_JOBS_OF_A_MODEL * -(-jobs // _JOBS_OF_A_MODEL),
         cpu_s=usage.ru_utime + usage.ru_stime,
@@ -163,7 +163,7 @@ def database_url(name: str, folder: Path, *, connections: int | None = None) -> 
         server.close()
 
 
-def show(figures: Sequence[Figures]) -> None:
+def show(figures: Sequence[SubmitFigures]) -> None:
     print("| database | jobs | CPU s | wall s | peak MiB | bytes a job | longest wait of a heartbeat | refused |")
     print("|---|---|---|---|---|---|---|---|")
     for one in figures:

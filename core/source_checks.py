@@ -16,32 +16,32 @@ from qbatch.core.sources import Header, read_config, read_headers, storage_error
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
-def vet_source(source: Path) -> tuple[Header, ...]:
+def check_source(source: Path) -> tuple[Header, ...]:
     """Check an unquantized safetensors model, and return its headers.
 
     Raises SourceCorrupt, SourceNotFound, UnsafeSource (if it has only pickled weights), or Unsupported if the source is
     already quantized, or its config names other weight files or replaces modules.
     """
     config = read_config(source)
-    _vet_folder(source, config)
+    _check_folder(source, config)
     headers = read_headers(source)
-    _vet_contents(config, headers)
+    _check_headers(config, headers)
     return headers
 
 
-def vet_read(source: Path, config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
-    """``vet_source`` of a folder whose config and headers were read already."""
-    _vet_folder(source, config)
-    _vet_contents(config, headers)
+def check_contents(source: Path, config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
+    """``check_source`` of a folder whose config and headers were read already."""
+    _check_folder(source, config)
+    _check_headers(config, headers)
 
 
-def _vet_folder(source: Path, config: Mapping[str, Any]) -> None:
+def _check_folder(source: Path, config: Mapping[str, Any]) -> None:
     refuse_other_weights(config)
     _refuse_fusions(config)
     _refuse_distributed(source)
 
 
-def _vet_contents(config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
+def _check_headers(config: Mapping[str, Any], headers: tuple[Header, ...]) -> None:
     refuse_quantized(config, headers)
     refuse_implausible_config(config, headers)
     _refuse_duplicates(headers)

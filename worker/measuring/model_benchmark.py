@@ -1,0 +1,232 @@
+"""Measures what does not depend on the shape of a run, once for a model: its size and its quality.
+
+The size comes first, since a forward pass may repack weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from qbatch.core.domain import Protocol
+from qbatch.core.errors import BenchmarkError
+from qbatch.core.measured.checkpoint_audit import MeasuringAudit
+from qbatch.core.measured.details import Details
+from qbatch.core.measured.measurement import Measurement
+from qbatch.core.measured.quality_figures import FurtherText, Quality, TextPerplexity
+from qbatch.core.measured.speed_figures import PhaseTimes, RunShape
+from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
+from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
+from qbatch.worker.measuring.quality.perplexity import TextScore, score_text, text_windows
+from qbatch.worker.measuring.quality.reference import Reference, compare
+from qbatch.worker.measuring.speed.model_inputs import reads_text
+from qbatch.worker.measuring.speed.size import measure_size
+from qbatch.worker.measuring.stats import summarize
+from qbatch.worker.measuring.subject import Subject, stored_size, with_size
+from qbatch.worker.measuring.tokens import text_cut
+from qbatch.worker.measuring.versions import device_name, versions
+from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
+from qbatch.worker.methods.implementations import weights_of_model
+from qbatch.worker.models.architecture import ModelKind
+from qbatch.worker.models.load import LoadedModel, translated
+
+
+class ModelBenchmark:
+    """Measures what does not depend on the shape, once for a model.
+
+    Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after its first round. Both raise
+    BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError or StorageError.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.is_explainable = False
+        # Why the quality of the model cannot be measured; None if it can.
+        self.why_no_quality: str | None = None
+        self._not_captured: str | None = None
+        # All figures except those of a single row.
+        self._measured: Measurement | None = None
+        self._loads_s: list[float] = []
+        self._tasks = LoadedTasks(hashes={})
+
+    @property
+    def measured(self) -> Measurement:
+        """The figures known so far. Raises BenchmarkError before ``prepare``."""
+        if self._measured is None:
+            raise BenchmarkError(f"{self.subject.folder.name} must be counted before it is measured")
+        return self._measured
+
+    def note_not_compared(self, reason: str, *, text: str | None = None) -> None:
+        """Record why the model is not compared with its base, on the further ``text`` of that name or on the first."""
+        details = self.measured.details
+        if text is None:
+            details = replace(details, quality=Quality(reason=reason))
+        else:
+            further = replace((details.more_texts or {}).get(text, FurtherText()), quality=Quality(reason=reason))
+            details = replace(details, more_texts={**(details.more_texts or {}), text: further})
+        self._measured = replace(self.measured, details=details)
+
+    def give_up_quality(self, reason: str) -> None:
+        self.why_no_quality = reason
+
+    def prepare(self, loaded: LoadedModel) -> None:
+        """Count the model, and load its tasks, so that every row includes their memory."""
+        with self.subject.errors():
+            self._prepare(loaded)
+            self.note_load_time(loaded)
+
+    def measure_quality(
+        self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference] = MappingProxyType({})
+    ) -> None:
+        """Measure quality, compared with ``reference`` if there is one. ``more``: those of further texts, by name."""
+        with self.subject.errors():
+            self._measure_quality(loaded, reference, more)
+
+    def kernels_request(self, shapes: Sequence[Shape], *, device: str, trusted: bool = False) -> KernelsRequest:
+        """The request for the kernels of a decode step at ``shapes``."""
+        return KernelsRequest(
+            folder=str(self.subject.folder),
+            adapter=None if self.subject.adapter is None else str(self.subject.adapter),
+            dtype=self.subject.dtype.value,
+            device=device,
+            trusted=trusted,
+            shapes=tuple(shapes),
+            not_captured=self._not_captured,
+        )
+
+    def note_load_time(self, loaded: LoadedModel) -> None:
+        """Record how long the model took to load, once for each time that it is loaded."""
+        if self._loads_s[-1:] != [loaded.load_model_s]:
+            self._loads_s.append(loaded.load_model_s)
+
+    @property
+    def load_times(self) -> PhaseTimes:
+        return summarize(self._loads_s).as_times()
+
+    def _prepare(self, loaded: LoadedModel) -> None:
+        if not reads_text(loaded.model):
+            takes = loaded.model.main_input_name
+            what = (
+                f"takes {takes}, not text" if takes != "input_ids" else "takes text only together with something else"
+            )
+            self.why_no_quality = f"{type(loaded.model).__name__} {what}"
+        subject = self.subject
+        self._tasks = load_tasks(loaded, subject.protocol, subject.texts)
+        is_language_model = loaded.kind is ModelKind.CAUSAL_LM and self.why_no_quality is None
+        self.is_explainable = is_language_model and loaded.device.startswith("cuda")
+        weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
+        self._not_captured = weights.why_not_captured(loaded.model)
+        details = Details(
+            task=loaded.kind.value,
+            versions=versions(*weights.libraries),
+            size=stored_size(size),
+            arithmetic_slowdown=arithmetic_slowdowns(loaded.device, (subject.dtype, subject.compute_dtype)),
+            shapes=self._text_shape(loaded),
+            audits=MeasuringAudit(cpu_layers_on_generic_kernel=weights.prepare(loaded.model, loaded.device)),
+        )
+        sized = with_size(subject, size, device_name=device_name(loaded.device), details=details)
+        self._measured = replace(sized, load_model_s=loaded.load_model_s)
+
+    def _text_shape(self, loaded: LoadedModel) -> RunShape:
+        if loaded.tokenizer is None:
+            return RunShape()
+        cut = text_cut(loaded, self.subject.protocol)
+        return RunShape(eval_window=cut.window, eval_stride=cut.stride, eval_max_windows=cut.count)
+
+    def _measure_quality(self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference]) -> None:
+        subject = self.subject
+        score, quality = self._compare_and_score(loaded, reference, subject.protocol, subject.eval_text)
+        more_texts = {
+            text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), text.sha256)
+            for text in subject.protocol.more_texts
+        }
+        if self._tasks.tasks is not None:
+            self.subject.on_step("tasks")
+        answered = run_tasks(self._tasks, loaded, self.subject.protocol, self.subject.on_step)
+        perplexity = None if score is None else score.perplexity
+        measured = self.measured
+        self._measured = replace(
+            measured,
+            perplexity=_finite(perplexity),
+            kl_mean=_finite(quality.kl_mean),
+            top1_agreement=_finite(quality.top1_agreement),
+            answers=None if answered is None else answered.answers,
+            details=replace(
+                measured.details,
+                perplexity=_stored_score(score, loaded),
+                quality=quality,
+                more_texts=more_texts or None,
+                tasks=None if answered is None else answered.scores,
+                tasks_reason=self._tasks.reason,
+                audits=replace(
+                    measured.details.audits,
+                    perplexity_not_finite=perplexity is not None and not math.isfinite(perplexity),
+                ),
+            ),
+        )
+        self._tasks = LoadedTasks(hashes={})
+
+    def _further(
+        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, sha256: str
+    ) -> FurtherText:
+        score, quality = self._compare_and_score(loaded, reference, protocol, self.subject.texts[sha256])
+        return FurtherText(quality=quality, perplexity=_stored_score(score, loaded))
+
+    def _compare_and_score(
+        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, text: str
+    ) -> tuple[TextScore | None, Quality]:
+        """(the score of ``text``, for causal LMs only; the comparison with the base)."""
+        on_step = self.subject.on_step
+        against_base = Quality()
+        if reference is not None:
+            on_step("quality")
+            against_base = _compare(
+                loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}")
+            )
+        # Perplexity is meaningless for other tasks, and for random ids instead of a text.
+        if loaded.kind is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
+            return None, against_base
+        cut = text_windows(loaded, protocol, text)
+        nll, tokens = against_base.window_nll, against_base.window_tokens
+        if nll is not None and tokens is not None and len(nll) == len(cut):
+            # The comparison has already scored the same windows.
+            return TextScore(window_nll=nll, window_tokens=tokens), against_base
+        return score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), against_base
+
+
+def _compare(
+    loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str, on_probe: Callable[[int, int], None]
+) -> Quality:
+    """Compare with the base. If that fails, the result has only the reason, and the other figures are kept."""
+    try:
+        with translated(BenchmarkError, "cannot compare with the base"):
+            return compare(loaded, reference, protocol, text, on_probe)
+    except BenchmarkError as error:
+        return Quality(reason=str(error))
+
+
+def _why_no_score(loaded: LoadedModel) -> str | None:
+    """Why a causal language model has no perplexity; None for models that never have one."""
+    if loaded.kind is not ModelKind.CAUSAL_LM:
+        return None
+    return loaded.why_no_tokenizer or "the evaluation text is too short: it has no token that can be scored"
+
+
+def _stored_score(score: TextScore | None, loaded: LoadedModel) -> TextPerplexity:
+    if score is None:
+        return TextPerplexity(reason=_why_no_score(loaded))
+    return TextPerplexity(
+        mean_nll=score.mean_nll,
+        perplexity_se=score.perplexity_se,
+        tokens=score.tokens,
+        windows=len(score.window_nll),
+        window_nll=score.window_nll,
+        window_tokens=score.window_tokens,
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    """``value``, or None if it is infinite or NaN, since columns store neither."""
+    return value if value is not None and math.isfinite(value) else None
