@@ -281,7 +281,9 @@ def _write(
         fields = asdict(reference) | {"floor": None if reference.floor is None else reference.floor.to_json()}
         del fields["folder"]
         (staging / DESCRIPTION).write_text(json.dumps(fields), encoding="utf-8")
-        sync(*staging.iterdir(), staging)
+        with ThreadPoolExecutor() as pool:  # each waits for the disk
+            list(pool.map(sync, staging.iterdir()))
+        sync(staging)
         confirm()
         move(staging, folder)
         sync(folder.parent)
