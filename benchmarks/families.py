@@ -1,7 +1,8 @@
 """Write docs/coverage.md: every family of transformers, made tiny, quantized to NF4 on a CPU and measured.
 
-``python -m benchmarks.families`` takes about ten minutes of a processor, and tries several types at a time. With names of model types, only those are tried, and their
-lines of the page are written anew, unless other versions wrote the others.
+``python -m benchmarks.families`` takes about ten minutes of a processor, and tries several types at a time. With names
+of model types, only those are tried, and their lines of the page are written anew, unless other versions wrote the
+others.
 """
 
 from __future__ import annotations
