@@ -81,6 +81,19 @@ def test_a_router_may_choose_otherwise_at_a_position_and_no_more(count: int, is_
     assert comparison.is_same == is_same
 
 
+def test_a_model_that_hardly_prefers_any_token_is_told_from_a_coarser_one() -> None:
+    """As one with random weights, whose floor is far below that of others."""
+    torch.manual_seed(0)
+    exact = tuple(0.5 * torch.randn(50, VOCABULARY) for _ in PROMPTS)
+    rounded = tuple(one + 0.0008 * torch.randn_like(one) for one in exact)
+    own = PredictionReference(tokens=((1,),) * 3, exact=exact, roundings=(rounded,), is_logits=True)
+    near = compare(own, answer(tuple(one + 0.0008 * torch.randn_like(one) for one in exact)))
+    coarser = compare(own, answer(tuple(one + 0.0012 * torch.randn_like(one) for one in exact)))
+    assert 1e-7 < near.floor < coarser.distance < 1e-6
+    assert near.is_same
+    assert not coarser.is_same
+
+
 def test_kernels_that_round_more_are_part_of_the_floor() -> None:
     """As a kernel that restores each weight in 16 bits, beside one that multiplies with the codes."""
     base = reference()
