@@ -23,7 +23,7 @@ from qbatch.scheduler.child_process import FINAL, REFUSALS
 from qbatch.scheduler.stop import Stop
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
-from qbatch.worker.serving.runner_forkserver import start_forkserver
+from qbatch.worker.serving.runner_forkserver import await_imports, begin_imports
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.supervisor import Supervisor, WorkerContext
 from tests.rows import PROTOCOL, a_batch, a_job, a_worker, bundle
@@ -76,7 +76,8 @@ def test_a_worker_whose_first_runner_is_killed_does_not_refuse_to_work(tmp_path:
     _end()
     environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
     with ThreadPoolExecutor(1) as executor:
-        preloading = executor.submit(start_forkserver, Settings.from_env(environ), DeviceKind.CPU)
+        context = begin_imports(Settings.from_env(environ), DeviceKind.CPU)
+        preloading = executor.submit(await_imports, context)
         until(_forkservers, "start of the forkserver")
         _end()
         with pytest.raises(ForkserverKilled) as error:

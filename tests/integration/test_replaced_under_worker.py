@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from datetime import datetime
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def test_no_checksums_are_taken_from_there_or_kept_there(context: WorkerContext,
 
 @pytest.fixture
 def worker(database: Database, settings: Settings) -> CeleryWorker:
-    found = CeleryWorker(settings, None, drain=False)
+    found = CeleryWorker(settings, None, multiprocessing.get_context("forkserver"), drain=False)
     found._database.dispose()
     found._database = database
     return found

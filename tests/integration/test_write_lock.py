@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def test_a_worker_writes_its_heartbeat_no_more_often_than_asked(tmp_path: Path, 
         home=tmp_path, storage=tmp_path, cache=tmp_path, database_url=f"sqlite:///{sqlite_database.file}",
         heartbeat_s=0.6, lease_s=2.0,
     )  # fmt: skip
-    worker = CeleryWorker(settings, None, drain=False)
+    worker = CeleryWorker(settings, None, multiprocessing.get_context("forkserver"), drain=False)
     worker_id = a_worker(sqlite_database)
     seen: list[str] = []
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -41,7 +42,7 @@ from qbatch.worker.serving import celery_task as tasks
 from qbatch.worker.serving.broker_wait import await_broker
 from qbatch.worker.serving.next_source import NextSource
 from qbatch.worker.serving.recorder import Recorder
-from qbatch.worker.serving.runner_forkserver import start_forkserver
+from qbatch.worker.serving.runner_forkserver import await_imports
 from qbatch.worker.serving.runners import Runners
 from qbatch.worker.serving.shutdown import Shutdown
 from qbatch.worker.serving.supervisor import WorkerContext
@@ -63,8 +64,9 @@ def _stop_consuming(consumer: Any, queues: Sequence[str]) -> None:
 class CeleryWorker:
     """A registered Celery worker. Call ``run`` once."""
 
-    def __init__(self, settings: Settings, uuid: str | None, *, drain: bool) -> None:
+    def __init__(self, settings: Settings, uuid: str | None, forkserver: ForkServerContext, *, drain: bool) -> None:
         self._settings = settings
+        self._forkserver = forkserver
         self._info = describe_worker(uuid)
         self._drain = drain
         # If this process freezes or its host fails, its locks on the database must be released.
@@ -86,7 +88,7 @@ class CeleryWorker:
         self._check_database_early()
         # It takes from five seconds to half a minute, in which a log that says nothing looks like one that hangs.
         log.info("%s on %s: importing what runners need", self._info.name, self._info.device_name)
-        forkserver = start_forkserver(self._settings, self._info.device_kind)
+        await_imports(self._forkserver)
         # Celery handles signals once it runs; until then a signal must end the waiting below.
         self._stopping.set_on_signals()
         wait_for_schema(self._database, self._stopping)
@@ -98,7 +100,7 @@ class CeleryWorker:
         if self._stopping.is_set():
             self._leave(worker_id)
             return 0
-        return self._serve(worker_id, Runners(forkserver, self._info.device_kind))
+        return self._serve(worker_id, Runners(self._forkserver, self._info.device_kind))
 
     def _serve(self, worker_id: int, runners: Runners) -> int:
         """Take bundles until told to stop, and return Celery's exit code."""
@@ -171,7 +173,7 @@ class CeleryWorker:
         return self._stopping.wait(seconds) or self._shutdown.reason is not None
 
     def _check_database_early(self) -> None:
-        """Raise WrongDatabase before the wait in ``start_forkserver``, which takes a while."""
+        """Raise WrongDatabase before the wait in ``await_imports``, which takes a while."""
         try:
             hold_share(self._database, self._settings)
             self._database.is_behind()

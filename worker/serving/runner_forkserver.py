@@ -29,7 +29,7 @@ _NOT_IMPORTED, _CUDA_INITIALISED = 1, 2
 
 
 def begin_imports(settings: Settings, kind: DeviceKind) -> ForkServerContext:
-    """Start the forkserver, unless it runs, and do not wait for it. It inherits the environment."""
+    """Start the forkserver, and do not wait for it. It inherits the environment. Call it once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED[kind]))
     with own_sockets(Path(f"{settings.socket_dir}-{pid_space().rpartition(':')[2]}")):
@@ -37,13 +37,11 @@ def begin_imports(settings: Settings, kind: DeviceKind) -> ForkServerContext:
     return context
 
 
-def start_forkserver(settings: Settings, kind: DeviceKind) -> ForkServerContext:
-    """Start the forkserver, unless it runs, and wait for its imports, so that no claimed job waits for them while its
-    lease runs.
+def await_imports(context: ForkServerContext) -> None:
+    """Wait for the forkserver's imports, so that no claimed job waits for them while its lease runs.
 
     Raises NoSuchDevice or UsageError if runners cannot work here, and ForkserverKilled.
     """
-    context = begin_imports(settings, kind)
     first = context.Process(target=_exit_as_a_runner, daemon=True)
     try:
         first.start()
@@ -57,7 +55,6 @@ def start_forkserver(settings: Settings, kind: DeviceKind) -> ForkServerContext:
     # Not a refusal: whoever killed it, perhaps the kernel for lack of memory, need not do so again.
     if first.exitcode:
         raise ForkserverKilled(f"the first runner was killed while it started (exit code {first.exitcode})")
-    return context
 
 
 def _exit_as_a_runner() -> None:

@@ -21,11 +21,11 @@ def main(uuid: str | None, *, drain: bool) -> int:
         settings = Settings.from_env(os.environ)
         check_environment(settings)
         drop_secrets(settings)
-        begin_imports(settings, DeviceKind.CPU if uuid is None else DeviceKind.CUDA)
+        forkserver = begin_imports(settings, DeviceKind.CPU if uuid is None else DeviceKind.CUDA)
         # This import takes a second, and the forkserver's take longer.
         from qbatch.worker.serving.celery_worker import CeleryWorker
 
-        return CeleryWorker(settings, uuid, drain=drain).run()
+        return CeleryWorker(settings, uuid, forkserver, drain=drain).run()
     except QbatchError as error:
         print(f"qbatch worker: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
