@@ -293,23 +293,24 @@ class Fleet:
                     return Caught(attempt=job.attempt, worker=worker, forkserver=forkserver, runner=runners[0])
         return None
 
-    def catch(self, job_id: int, stage: Stage, *, after: int = 0) -> Caught:
-        """Suspend the job's runner in ``stage``. An attempt that slips through is killed, and the next one watched."""
+    def catch(self, job_id: int, stage: Stage, *, after: int = 0, once: Callable[[], object] = lambda: True) -> Caught:
+        """Suspend the job's runner in ``stage``, ``once`` that holds. An attempt that slips through is killed, and the
+        next one watched."""
         for _ in range(8):
             caught = self.wait_for_runner(job_id, after=after)
-            if self._suspend_in(stage, job_id, caught):
+            if self._suspend_in(stage, job_id, caught, once):
                 return caught
             after = caught.attempt
         raise AssertionError(f"j{job_id} was never caught {stage}\n{self._account()}")
 
-    def _suspend_in(self, stage: Stage, job_id: int, caught: Caught) -> bool:
+    def _suspend_in(self, stage: Stage, job_id: int, caught: Caught, once: Callable[[], object]) -> bool:
         order = list(Stage)
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             seen = self._stage(job_id, caught.attempt)
             if seen is None or order.index(seen) > order.index(stage):
                 break
-            if seen is stage:
+            if seen is stage and once():
                 caught.runner.suspend()
                 # What it had said by then is still on its way.
                 time.sleep(_SETTLE_S)

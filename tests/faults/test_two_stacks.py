@@ -35,7 +35,7 @@ def test_a_stack_on_a_copied_database_costs_the_first_one_nothing(
         first.start("scheduler", "scheduler")
         first.wait_for_workers(1)
         (job,) = first.submit(make_model(large=True))
-        caught = first.catch(job, Stage.QUANTIZING)
+        caught = first.catch(job, Stage.QUANTIZING, once=first.staged)
         staged = first.staged()
         assert len(staged) == 1
         copy.start("w1", "worker", "--cpu")
