@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import redis
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState
 from qbatch.core.settings import Settings
@@ -87,6 +88,13 @@ class ExposedFleet:
                 process.suspend()
                 self.frozen[process] = time.monotonic() + seconds
         return seconds
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction. SQLite has one lock, and nobody else would wake who was stopped with it while this waits."""
+        self.wake(all_=True)
+        with self.database.write() as session:
+            yield session
 
     def wake(self, *, all_: bool = False) -> None:
         """SIGCONT to those whose time has come."""

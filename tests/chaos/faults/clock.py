@@ -60,7 +60,7 @@ def _move(fleet: ExposedFleet, shift: timedelta) -> str:
 def _move_column(fleet: ExposedFleet, column: InstrumentedAttribute[Any], shift: timedelta) -> int:
     """In a transaction of its own and in the order of the keys, as everyone locks rows."""
     table = column.class_
-    with fleet.database.write() as session:
+    with fleet.write() as session:
         query = select(table).where(column.is_not(None)).order_by(*table.__table__.primary_key).with_for_update()
         rows = session.scalars(query).all()
         for row in rows:

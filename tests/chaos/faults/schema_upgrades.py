@@ -38,7 +38,7 @@ def _change(fleet: ExposedFleet) -> str | None:
     _migrate(fleet, version, NOT_NULL)
 
     def roll_back() -> None:
-        with fleet.database.write() as session:
+        with fleet.write() as session:
             session.execute(text("ALTER TABLE results DROP COLUMN of_tomorrow"))
             session.execute(text("DELETE FROM schema_versions WHERE version = :version"), {"version": version})
             session.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
