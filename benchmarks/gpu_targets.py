@@ -174,7 +174,7 @@ def plain_s(plain: Side, fine_tuned: str, copies: int, widths: Sequence[int]) ->
 def table(progress: Progress, arguments: Namespace) -> Iterator[str]:
     shapes = ", ".join(arguments.shapes)
     tuned = f"{arguments.fine_tunes} fine-tunes of {arguments.fine_tuned}"
-    targets = (
+    aims = (
         Aim(step="whole", what=f"{shapes} at 16, 8 and 4 bits", widths=None, at_most=0.6),
         Aim(step="no-why", what="the same, --no-why", widths=None, at_most=0.45),
         Aim(step="fine-tunes-4", what=f"{tuned} at 16 and 4 bits", widths=(16, 4), at_most=0.25),
@@ -183,23 +183,23 @@ def table(progress: Progress, arguments: Namespace) -> Iterator[str]:
     plain = progress.side("plain")
     yield "| batch | plain script | qbatch | share | target |"
     yield "|---|---|---|---|---|"
-    for target in targets:
-        yield _line(target, plain, progress.side(target.step), arguments)
+    for aim in aims:
+        yield _line(aim, plain, progress.side(aim.step), arguments)
     alike = progress.outcome("alike")
     yield f"rows of one model that appear different: {'not asked yet' if alike is None else alike['said']}"
 
 
-def _line(target: Aim, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
+def _line(aim: Aim, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
     theirs_s = None
-    if plain is not None and target.widths is None:
+    if plain is not None and aim.widths is None:
         theirs_s = plain.total_s
-    elif plain is not None and target.widths is not None and arguments.fine_tuned in arguments.shapes:
-        theirs_s = plain_s(plain, arguments.fine_tuned, arguments.fine_tunes, target.widths)
-    computed = " (computed)" if theirs_s is not None and target.widths is not None else ""
+    elif plain is not None and aim.widths is not None and arguments.fine_tuned in arguments.shapes:
+        theirs_s = plain_s(plain, arguments.fine_tuned, arguments.fine_tunes, aim.widths)
+    computed = " (computed)" if theirs_s is not None and aim.widths is not None else ""
     share = "–" if theirs_s is None or ours is None else f"{ours.total_s / theirs_s:.2f}"
     return (
-        f"| {target.what} | {'–' if theirs_s is None else f'{theirs_s:.1f} s'}{computed} "
-        f"| {'–' if ours is None else f'{ours.total_s:.1f} s'} | {share} | {target.at_most} |"
+        f"| {aim.what} | {'–' if theirs_s is None else f'{theirs_s:.1f} s'}{computed} "
+        f"| {'–' if ours is None else f'{ours.total_s:.1f} s'} | {share} | {aim.at_most} |"
     )
 
 

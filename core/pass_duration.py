@@ -23,7 +23,7 @@ def search_tokens(protocol: SearchProtocol, groups: int) -> float:
 
 
 def training_tokens(recovery: Recovery) -> float:
-    """The same of the training of an adapter; 0 for one that is not trained."""
+    """How many tokens the training of an adapter reads, each as often as it is read; 0 for one that is not trained."""
     return (recovery.steps or 0) * STEP_WINDOWS * (recovery.window or TEXT_WINDOW) * _TRAINING_PASSES
 
 

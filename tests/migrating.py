@@ -1,11 +1,13 @@
-"""What a later version's migrations do to a database: run as that version will run them."""
+"""A database at the schema of another version: of an earlier one, or of a later one whose migrations run as it will."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from alembic import command
+from alembic.config import Config
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -42,9 +44,21 @@ def migrate(database: Database, folder: Path, *migrations: tuple[str, str]) -> N
         before = revision
     config = alembic_config()
     config.set_main_option("script_location", str(scripts))
+    _move(database, command.upgrade, "head", config)
+
+
+def upgrade_to(database: Database, revision: str) -> None:
+    _move(database, command.upgrade, revision, alembic_config())
+
+
+def downgrade_to(database: Database, revision: str) -> None:
+    _move(database, command.downgrade, revision, alembic_config())
+
+
+def _move(database: Database, move: Callable[[Config, str], None], revision: str, config: Config) -> None:
     with database.write() as session:
         config.attributes["connection"] = session.connection()
-        command.upgrade(config, "head")
+        move(config, revision)
 
 
 def fill_the_new_column(session: Session) -> None:

@@ -139,8 +139,13 @@ def _memory(job: PlannedJob) -> str | None:
 
 
 def _estimate(estimate: TimeEstimate) -> str:
-    how = "over " if estimate.is_least else "about " if estimate.is_rough else ""
-    return f"{how}{show_duration(estimate.seconds)}"
+    return f"{_how_well_known([estimate])}{show_duration(estimate.seconds)}"
+
+
+def _how_well_known(estimates: Sequence[TimeEstimate]) -> str:
+    if any(estimate.is_least for estimate in estimates):
+        return "over "
+    return "about " if any(estimate.is_rough for estimate in estimates) else ""
 
 
 def _earlier(job: PlannedJob) -> str | None:
@@ -194,11 +199,10 @@ def _time(plan: BatchPlan, totals: Mapping[str, Any]) -> str:
     if unknown == len(plan.open_jobs):
         return "time: not known, since no job that measures the same has ended yet" if unknown else "time: none"
     estimates = [job.duration for job in plan.open_jobs if job.duration is not None]
-    rough = "about " if any(estimate.is_rough for estimate in estimates) else ""
-    rough = "over " if any(estimate.is_least for estimate in estimates) else rough
     without = f"; {unknown} jobs like none before are not counted" if unknown else ""
     workers = f", of which {plan.live_workers} are live" if plan.live_workers > 1 else ""
-    return f"time: {rough}{show_duration(plan.seconds)} of one worker{workers}, as earlier jobs took{without}"
+    took = f"{_how_well_known(estimates)}{show_duration(plan.seconds)}"
+    return f"time: {took} of one worker{workers}, as earlier jobs took{without}"
 
 
 def short_of_disk(plan: BatchPlan) -> str | None:

@@ -72,7 +72,7 @@ def _better(one: ResultRow, other: ResultRow) -> str:
 
 
 def _options(row: ResultRow) -> dict[str, Any]:
-    """Those of the checkpoint that an adapter belongs to."""
+    """The options of the checkpoint that an adapter belongs to."""
     return {name: value for name, value in row.options.items() if name != "recovery"}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from alembic import command
 from sqlalchemy import text
 
 from qbatch.core.errors import SourceCorrupt
 from qbatch.models_db import retention
-from qbatch.models_db.schema import alembic_config, upgrade
+from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
+from tests.migrating import downgrade_to
 from tests.rows import a_batch, a_worker, bundle, claim, fail
 
 
@@ -33,10 +33,7 @@ def test_a_removed_newest_batch_and_its_jobs_keep_their_ids_to_themselves(databa
 
 def test_an_upgraded_database_knows_the_ids_that_it_had(sqlite_database: Database) -> None:
     removed, jobs = a_batch(sqlite_database)
-    with sqlite_database.write() as session:
-        config = alembic_config()
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "0016")
+    downgrade_to(sqlite_database, "0016")
     upgrade(sqlite_database)
     remove(sqlite_database, removed, jobs)
     batch_id, ids = a_batch(sqlite_database)

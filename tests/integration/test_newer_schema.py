@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from sqlalchemy import inspect, text
 
 from qbatch.core.errors import DatabaseRefused, ForeignSchema
 from qbatch.models_db import jobs
 from qbatch.models_db.migrations import versions
-from qbatch.models_db.schema import alembic_config, ensure, upgrade
+from qbatch.models_db.schema import ensure, upgrade
 from qbatch.models_db.schema_fit import explain
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 from tests.acceptance.conftest import Qbatch
-from tests.migrating import AFTER_NEXT, INDEX, NEXT, NOT_NULL, NULLABLE, migrate
+from tests.migrating import AFTER_NEXT, INDEX, NEXT, NOT_NULL, NULLABLE, downgrade_to, migrate, upgrade_to
 from tests.rows import a_batch, a_worker, claim, states, succeed
 
 MIGRATIONS = sorted(module.name for module in pkgutil.iter_modules(versions.__path__))
@@ -163,11 +162,7 @@ def test_one_that_says_that_older_code_works_only_adds(database: Database, name:
 
 
 def _to(database: Database, revision: str) -> None:
-    with database.write() as session:
-        config = alembic_config()
-        config.attributes["connection"] = session.connection()
-        moves = command.downgrade if revision == "base" else command.upgrade
-        moves(config, revision)
+    (downgrade_to if revision == "base" else upgrade_to)(database, revision)
 
 
 def _shape(database: Database) -> dict[str, Mapping[str, str]]:

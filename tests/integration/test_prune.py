@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from sqlalchemy import event, func, select, update
 
 from qbatch.core.digest import Checksums
@@ -25,12 +24,13 @@ from qbatch.models_db.finished_results import keep
 from qbatch.models_db.job_record import job_records
 from qbatch.models_db.results import find_results
 from qbatch.models_db.retention import delete_jobs, find_prunable
-from qbatch.models_db.schema import alembic_config, upgrade
+from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Batch, Checkpoint, FileDigestRow, Job, Result
 from qbatch.worker.checkpoints.published import Published
 from qbatch.worker.housekeeping.prune import prune
 from qbatch.worker.serving.recorder import Recorder
+from tests.migrating import downgrade_to
 from tests.rows import PROTOCOL, a_batch, a_worker, add_batch, bundle, claim, measured, spec, states, succeed
 from tests.waiting import until
 
@@ -419,10 +419,7 @@ def test_jobs_retried_meanwhile_are_not_deleted(database: Database) -> None:
 
 def test_checkpoints_of_an_earlier_schema_are_kept(database: Database) -> None:
     _, ids = ended(database)
-    with database.write() as session:
-        config = alembic_config()
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "0002")
+    downgrade_to(database, "0002")
     upgrade(database)
     with database.read() as session:
         assert [row.job_id for row in checkpoints.all_checkpoints(session)] == ids

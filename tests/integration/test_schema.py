@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -17,14 +16,8 @@ from qbatch.core.errors import DatabaseUnreachable, UsageError
 from qbatch.models_db.schema import alembic_config, ensure, upgrade
 from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.models_db.tables import Base
+from tests.migrating import downgrade_to
 from tests.rows import a_batch, bundle, states
-
-
-def downgrade(database: Database) -> None:
-    with database.write() as session:
-        config = alembic_config()
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "base")
 
 
 def tables(database: Database) -> set[str]:
@@ -57,7 +50,7 @@ def test_an_index_refuses_no_path(database: Database) -> None:
 
 
 def test_down_to_nothing_and_up_again(database: Database) -> None:
-    downgrade(database)
+    downgrade_to(database, "base")
     assert tables(database) == {"alembic_version"}
     assert database.schema_version() is None
     upgrade(database)
@@ -65,7 +58,7 @@ def test_down_to_nothing_and_up_again(database: Database) -> None:
 
 
 def test_two_upgrades_at_once_both_end_well(database: Database) -> None:
-    downgrade(database)
+    downgrade_to(database, "base")
     failures: list[BaseException] = []
     start = threading.Barrier(2)
 
@@ -107,7 +100,7 @@ def test_ensure_makes_a_sqlite_database_and_its_folder(tmp_path: Path) -> None:
 
 
 def test_ensure_leaves_an_empty_postgresql_to_its_owner(postgresql_database: Database) -> None:
-    downgrade(postgresql_database)
+    downgrade_to(postgresql_database, "base")
     with pytest.raises(DatabaseUnreachable, match="has schema none"):
         ensure(postgresql_database)
     assert tables(postgresql_database) == {"alembic_version"}

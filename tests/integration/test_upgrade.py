@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from alembic import command
 
 from qbatch.core.domain import BASELINE, Claim, DeviceKind, DType, JobSpec, Method, ProtocolOptions, Scheme, SourceRef
 from qbatch.core.identity import settle
@@ -16,13 +15,14 @@ from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
 from qbatch.models_db import checkpoints, jobs, results
 from qbatch.models_db.batches import NewJob
-from qbatch.models_db.schema import alembic_config, upgrade
+from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.scheduler.job_grid import Grid
 from qbatch.scheduler.submit import Receipt, Submission, submit
 from qbatch.worker.checkpoints.published import find_published, problems
 from qbatch.worker.runner.messages import Answered, CheckpointVerified, JobIdentity, Resolved
 from qbatch.worker.serving.answers import Answers
+from tests.migrating import downgrade_to
 from tests.rows import a_batch, a_job, a_worker, claim, measured
 from tests.schemes import with_options
 from tests.tiny import make_causal
@@ -89,9 +89,7 @@ def fill(database: Database, storage: Path, source: SourceRef, fingerprint: str,
             session, key=keys[Method.NF4], path=published.path, root_sha256=published.root_sha256,
             disk_bytes=published.disk_bytes, job_id=ids[1],
         )  # fmt: skip
-        config = alembic_config()
-        config.attributes["connection"] = session.connection()
-        command.downgrade(config, "0002")
+    downgrade_to(database, "0002")
     return Old(baseline=ids[0], quantized=ids[1], place=storage / published.path)
 
 

@@ -33,7 +33,7 @@ class GroupSlopes:
 
 
 def group_slopes(search: OpenedSearch, *, keep_outputs: bool) -> GroupSlopes:
-    """Of all groups, those included that are at 16 bits already, of which it means nothing."""
+    """The slopes of all groups. Those of groups that are at 16 bits already mean nothing."""
     blocks = search.layers.blocks if keep_outputs else ()
     gains: dict[str, list[float]] = {name: [] for name in search.groups}
     windows, kept = [], []
