@@ -34,6 +34,7 @@ import benchmarks.plain_batch
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log, show
+from qbatch.commands.request_options import EACH, OF_A_SHAPE
 from qbatch.core.domain import DeviceKind, ProtocolOptions
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
@@ -75,7 +76,8 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
     listed = work / "models.txt"
     listed.write_text("".join(f"{model}\n" for model in models))
     argv = [sys.executable, "-m", "qbatch", "run", "--models", str(listed), "--bits", arguments.bits]
-    argv += ["--device", arguments.device, "--format", "json", *([] if arguments.why else ["--no-why"])]
+    argv += ["--device", arguments.device, "--format", "json", "--speed", arguments.speed]
+    argv += [] if arguments.why else ["--no-why"]
     begin_s = time.perf_counter()
     with (work / "qbatch.log").open("ab") as log:
         done = subprocess.run(
@@ -191,6 +193,7 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=1, help="models of each shape, with different weights")
     parser.add_argument("--bits", default="8,4")
     parser.add_argument("--no-why", dest="why", action="store_false", help="leave out what limits decoding")
+    parser.add_argument("--speed", choices=[EACH, OF_A_SHAPE], default=EACH, help="as of `qbatch run`")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary directory)")

@@ -4,9 +4,10 @@
     python -m benchmarks.gpu_targets --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
 
 The steps: the plain script on all shapes; qbatch on the same; qbatch without what limits decoding; fine-tunes of one
-shape at 4 bits, and at 8 and 4; and how often two rows of one model appear different. Of the fine-tunes the plain
-script's time is computed: its imports, and its time for one model of the shape as often as there are fine-tunes. What a
-step found stays in ``--folder``, so a run that was cut short goes on where it was. Prints the table of what is known.
+shape at 4 bits, and at 8 and 4, one of which is timed for all (``--speed shape``); and how often two rows of one model
+appear different. Of the fine-tunes the plain script's time is computed: its imports, and its time for one model of the
+shape as often as there are fine-tunes. What a step found stays in ``--folder``, so a run that was cut short goes on
+where it was. Prints the table of what is known.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.batch import Side, figure_table, run_plain, run_qbatch, stage_ta
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log
+from qbatch.commands.request_options import EACH, OF_A_SHAPE
 from qbatch.worker.machine.gpu import installed_gpus
 
 _ALIKE = "tests/gpu/test_rounds.py::test_of_two_rows_of_one_model_hardly_any_appears_faster"
@@ -68,13 +70,14 @@ class Progress:
             Step(name="plain", expected_s=430, run=lambda: self._side(run_plain, self._shapes(), "8,4")),
             Step(name="whole", expected_s=270, run=lambda: self._side(run_qbatch, self._shapes(), "8,4")),
             Step(name="no-why", expected_s=200, run=lambda: self._side(run_qbatch, self._shapes(), "8,4", why=False)),
-            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._side(run_qbatch, self._fine_tunes(), "4")),
-            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._side(run_qbatch, self._fine_tunes(), "8,4")),
+            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._tuned("4")),
+            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._tuned("8,4")),
             Step(name="alike", expected_s=60, run=self._alike),
         )
 
     def go_on(self) -> None:
-        """Do the steps that are left, in order, but for those that would take too long."""
+        """Do the steps that are left, in order, up to one that would take too long. None is done before its turn: the
+        disk holds the fine-tunes only once the other shapes are no longer needed."""
         ends = time.monotonic() + self._arguments.seconds
         for step in self.steps:
             left_s = ends - time.monotonic()
@@ -82,7 +85,7 @@ class Progress:
                 continue
             if step.expected_s > left_s:
                 log(f"{step.name}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
-                continue
+                return
             log(f"{step.name}: about {step.expected_s:g} s")
             outcome = step.run()
             self._file(step.name).write_text(json.dumps(outcome))
@@ -103,15 +106,18 @@ class Progress:
         return self._folder / f"{name}.json"
 
     def _side(
-        self, run: Callable[..., Side], models: Sequence[Path], bits: str, *, why: bool = True
+        self, run: Callable[..., Side], models: Sequence[Path], bits: str, *, why: bool = True, speed: str = EACH
     ) -> Mapping[str, Any]:
         work = self._folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        side = run(models, work, Namespace(bits=bits, why=why, device=self._arguments.device))
+        side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
+
+    def _tuned(self, bits: str) -> Mapping[str, Any]:
+        return self._side(run_qbatch, self._fine_tunes(), bits, speed=OF_A_SHAPE)
 
     def _shapes(self) -> list[Path]:
         return [self._model(shape) for shape in self._arguments.shapes]
@@ -129,9 +135,8 @@ class Progress:
     def _fine_tunes(self) -> list[Path]:
         """As many models of one shape. A megabyte of the weights of each is its own."""
         first = self._model(self._arguments.fine_tuned)
-        if all(self.outcome(name) is not None for name in ("plain", "whole", "no-why")):
-            for shape in set(self._arguments.shapes) - {self._arguments.fine_tuned}:
-                shutil.rmtree(first.with_name(shape), ignore_errors=True)
+        for shape in set(self._arguments.shapes) - {self._arguments.fine_tuned}:
+            shutil.rmtree(first.with_name(shape), ignore_errors=True)
         made = [first.with_name(f"fine-tune-{number}") for number in range(self._arguments.fine_tunes)]
         for number, folder in enumerate(made):
             if not folder.exists():
