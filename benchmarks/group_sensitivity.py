@@ -75,6 +75,7 @@ def measure(shape: str, device: str, window: int, windows: int) -> SensitivityRo
     from qbatch.core.domain import DType, Method, Scheme
     from qbatch.core.search.search_protocol import SearchProtocol
     from qbatch.worker.measuring.quality.replay import logits_of
+    from qbatch.worker.methods.implementations import import_usual_library
     from qbatch.worker.models.load import load
     from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
     from qbatch.worker.searching.opened_search import opened_search
@@ -96,6 +97,8 @@ def measure(shape: str, device: str, window: int, windows: int) -> SensitivityRo
         log(f"one pass: {took.wall_s:.1f} s, {took.cpu_s:.1f} CPU s")
         return took
 
+    # A runner's forkserver has imported it, or the compiler that its import takes most of its time for.
+    import_usual_library()
     scheme = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
     context = opened_search(loaded, probes, scheme, log)
     search, ready = timed(device, context.__enter__)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
+
+_BEGAN_S = time.monotonic()
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Print ``text`` with the seconds since the benchmark began."""
+    print(f"{time.monotonic() - _BEGAN_S:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def show(value: float | None, form: str) -> str:
