@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from sqlalchemy import ColumnElement, func, select
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import build_source, build_tokenizer
 from benchmarks.report import log
+from benchmarks.waiting import wait_until
 from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
@@ -48,7 +49,6 @@ _BITS = (8, 4)
 _MOST_KIB_A_JOB = {"Flower": 8.0}
 _MOST_KIB_A_JOB_OF_OTHERS = 2.0
 _POLL_S = 0.2
-_PATIENCE_S = 900.0
 # A runner that has reported everything still has to end, and the next one to stand by.
 _SETTLE_S = 3.0
 _READY_FILE = "workers.log"
@@ -139,9 +139,9 @@ class Services:
         """Returns once the worker takes jobs."""
         self._start("up", "--cpu")
         path = self.settings.home / "logs" / _READY_FILE
-        _wait_until(lambda: path.exists() and " ready." in path.read_text(), "worker")
+        wait_until(lambda: path.exists() and " ready." in path.read_text(), "worker", poll_s=_POLL_S)
         self._start("flower", "--port", str(self._port))
-        _wait_until(self._flower_listens, "Flower")
+        wait_until(self._flower_listens, "Flower", poll_s=_POLL_S)
 
     def stop(self) -> None:
         for process in reversed(self._processes):
@@ -158,7 +158,7 @@ class Services:
         )
         batch_id = submit(self.database, self.settings, submission).batch_id
         send_now(self.database, self.settings)
-        _wait_until(lambda: self._count(batch_id, Job.finished_at.is_(None)) == 0, "end of a batch")
+        wait_until(lambda: self._count(batch_id, Job.finished_at.is_(None)) == 0, "end of a batch", poll_s=_POLL_S)
         if failed := self._count(batch_id, Job.state != JobState.SUCCEEDED):
             raise RuntimeError(f"{failed} jobs did not succeed")
         time.sleep(_SETTLE_S)
@@ -206,14 +206,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no {what} within {_PATIENCE_S:g} s")
-        time.sleep(_POLL_S)
 
 
 def build_models(folder: Path, count: int) -> Sequence[Path]:

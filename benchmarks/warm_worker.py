@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqlalchemy import select
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log, show
+from benchmarks.waiting import wait_until
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
 from qbatch.models_db.session import Database
@@ -38,7 +39,6 @@ from qbatch.scheduler.submit import Submission, send_now, submit
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 
 _POLL_S = 0.05
-_PATIENCE_S = 600.0
 _READY_FILE = "workers.log"
 
 
@@ -62,7 +62,7 @@ class WarmStack:
 
     def wait_for_worker(self) -> None:
         path = self._settings.home / "logs" / _READY_FILE
-        _wait_until(lambda: path.exists() and " ready." in path.read_text(), "worker")
+        wait_until(lambda: path.exists() and " ready." in path.read_text(), "worker", poll_s=_POLL_S)
 
     def run(self, source: Path, *, bits: Sequence[int], baseline: bool) -> BundleTimes:
         """Submit one model and wait for its end. Raises RuntimeError if a job does not succeed."""
@@ -74,7 +74,7 @@ class WarmStack:
         )
         batch_id = submit(self._database, self._settings, submission).batch_id
         send_now(self._database, self._settings)
-        _wait_until(lambda: self._has_ended(batch_id), f"end of {source.name}")
+        wait_until(lambda: self._has_ended(batch_id), f"end of {source.name}", poll_s=_POLL_S)
         # A runner that has reported everything still has to exit and to be waited for.
         time.sleep(2 * _POLL_S + 0.2)
         return self._figures(batch_id, self._runners_cpu_s() - before_s)
@@ -117,14 +117,6 @@ class WarmStack:
         # A runner looks like its forkserver, and has no children.
         times = [one.cpu_times() for one in forkservers]
         return sum(one.children_user + one.children_system for one in times)
-
-
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no {what} within {_PATIENCE_S:g} s")
-        time.sleep(_POLL_S)
 
 
 @contextmanager

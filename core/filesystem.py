@@ -142,6 +142,13 @@ def move(source: Path, target: Path) -> None:
             raise
 
 
+def why_unusable(error: OSError) -> str:
+    """The place and the reason, for an error that came of making or using a folder."""
+    # Where a folder is to be made, the system says of a file no more than that it exists.
+    is_file = isinstance(error, FileExistsError) and Path(error.filename).is_file()
+    return f"{error.filename}: {'it is a file, not a folder' if is_file else error.strerror}"
+
+
 def probe(folder: Path) -> frozenset[Refusal]:
     """Try in ``folder`` every operation that publishing a checkpoint uses, and leave nothing behind.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from qbatch.core.errors import StorageUnavailable
+from qbatch.core.filesystem import why_unusable
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_state import SchemaState
 from qbatch.models_db.session import SCHEMA_HEAD, Database
@@ -48,14 +49,14 @@ def _make_folder(database: Database, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_create(database, Path(error.filename), str(error.strerror)) from error
+        raise _cannot_create(database, why_unusable(error)) from error
     # SQLite would say no more than that it cannot open the file.
     if not os.access(folder, os.W_OK | os.X_OK) and not os.path.lexists(database.file or folder):
-        raise _cannot_create(database, folder, os.strerror(errno.EACCES))
+        raise _cannot_create(database, f"{folder}: {os.strerror(errno.EACCES)}")
 
 
-def _cannot_create(database: Database, place: Path, why: str) -> StorageUnavailable:
-    return StorageUnavailable(f"the database {database.place} cannot be created: {place}: {why}")
+def _cannot_create(database: Database, why: str) -> StorageUnavailable:
+    return StorageUnavailable(f"the database {database.place} cannot be created: {why}")
 
 
 def alembic_config() -> Config:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from qbatch.core.errors import DatabaseUnreachable, StackNotRunning, StorageUnavailable, WrongDatabase
-from qbatch.core.filesystem import no_locks
+from qbatch.core.filesystem import no_locks, why_unusable
 from qbatch.core.private_folder import make_private
 from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
@@ -127,7 +127,7 @@ def prepare_home(settings: Settings) -> None:
                 raise StorageUnavailable(f"the {name} {folder} is not writable")
         make_private(settings.socket_dir)
     except OSError as error:
-        raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+        raise StorageUnavailable(why_unusable(error)) from error
 
 
 def _refuse_wrong_database(settings: Settings) -> None:

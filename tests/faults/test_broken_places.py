@@ -48,6 +48,8 @@ def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         of_homes, (tmp_path / "text", tmp_path / "text", "/proc/no", tmp_path / "text"), strict=True
     ):
         assert {name: line for name, line in found.items() if str(place) not in line} == {}
+    for command in ("status", "submit", "up"):
+        assert of_homes[0][command].endswith("it is a file, not a folder")
     assert "file is not a database" in of_homes[3]["status"]
     assert (tmp_path / "text").read_text() == "neither a folder nor a database"
 

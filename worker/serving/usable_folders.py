@@ -6,7 +6,7 @@ import logging
 import os
 
 from qbatch.core.errors import StorageUnavailable, UsageError
-from qbatch.core.filesystem import probe, require_locks
+from qbatch.core.filesystem import probe, require_locks, why_unusable
 from qbatch.core.settings import Settings
 
 log = logging.getLogger("qbatch.worker")
@@ -26,7 +26,7 @@ def check_environment(settings: Settings) -> None:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise StorageUnavailable(f"{folder} is not writable")
     except OSError as error:
-        raise StorageUnavailable(f"{error.filename}: {error.strerror}") from error
+        raise StorageUnavailable(why_unusable(error)) from error
     for refusal in sorted(probe(settings.staging)):
         log.info("the file system of the storage does not support %s; continuing without it", refusal)
     require_locks(settings.cache, "the cache of sources", "QBATCH_CACHE")
