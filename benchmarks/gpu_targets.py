@@ -111,6 +111,10 @@ class Progress:
         work = self._folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
+        # Checkpoints at 8 and 4 bits take about as much as their model, and qbatch waits where there is no room.
+        needed = sum(file.stat().st_size for model in models for file in model.iterdir())
+        if (free := shutil.disk_usage(work).free) < needed:
+            raise RuntimeError(f"{needed / 1e9:.0f} GB are needed in {work}, and {free / 1e9:.0f} are free")
         side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
