@@ -31,10 +31,10 @@ import psutil
 import redis
 from sqlalchemy import ColumnElement, func, select
 
+from benchmarks.polling import wait_until
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import build_source, build_tokenizer
 from benchmarks.report import log
-from benchmarks.waiting import wait_until
 from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source

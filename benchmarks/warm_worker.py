@@ -25,10 +25,10 @@ from pathlib import Path
 import psutil
 from sqlalchemy import select
 
+from benchmarks.polling import wait_until
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log, show
-from benchmarks.waiting import wait_until
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
 from qbatch.models_db.session import Database
