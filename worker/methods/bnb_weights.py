@@ -138,6 +138,10 @@ class BnbWeights(MethodWeights):
 
     def use_generic_kernels(self, model: Any) -> None:
         use_generic_kernel(model)
+        # vLLM's plugin reads the mean of double-quantized scales while torch's default dtype is the model's.
+        for state in _four_bit_states(model):
+            if state.nested:
+                state.offset = state.offset.to(model.dtype).float()
 
     def quiet_import(self) -> None:
         """On a CPU with AVX512-BF16, importing bitsandbytes would download a kernel from the hub, so the ``kernels``
@@ -152,6 +156,11 @@ def _bnb_description(scheme: Scheme) -> bnb_methods.BnbFourBit | bnb_methods.Bnb
     if not isinstance(scheme.description, bnb_methods.BnbFourBit | bnb_methods.BnbInt8):
         raise TypeError(f"{scheme.method} is not a method of bitsandbytes")
     return scheme.description
+
+
+def _four_bit_states(model: Any) -> Iterator[Any]:
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return (state for state in states if state is not None)
 
 
 def _is_int8(parameter: Any) -> bool:

@@ -53,7 +53,8 @@ class PlainWeights:
 
     def use_generic_kernels(self, model: Any) -> None:
         """Restore each weight in the model's dtype before it is multiplied, as other engines do, and round once more
-        than a kernel does that multiplies with the codes. To be called before the first pass."""
+        than a kernel does that multiplies with the codes. Round to that dtype what an engine may hold in it. To be
+        called before the first pass."""
 
 
 class MethodWeights(PlainWeights, ABC):
