@@ -56,6 +56,11 @@ class PlainWeights:
         than a kernel does that multiplies with the codes. Round to that dtype what an engine may hold in it. To be
         called before the first pass."""
 
+    def quantize_rest(self, model: Any) -> tuple[str, ...]:
+        """Replace each 16-bit layer by what an engine makes of it that quantizes everything while loading. Returns the
+        layers' last names, none if no engine is known to do that."""
+        return ()
+
 
 class MethodWeights(PlainWeights, ABC):
     """The methods of one library: how a checkpoint is written, and how a loaded checkpoint is counted.
