@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
 from qbatch.worker.checkpoints.trying.tried_loaders import try_loaders
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from tests.tiny import make_causal, make_encoder, make_tokenizer
+from tests.tiny import make_causal, make_encoder
 
 SCHEMES = (
     Scheme(method=Method.NF4),
@@ -29,7 +30,8 @@ def tried(source: Path, folder: Path, scheme: Scheme, *names: str, python: str =
     target = Target(scheme=scheme.resolved(DType.BFLOAT16), folder=folder)
     (outcome,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
     assert isinstance(outcome, Written)
-    make_tokenizer(folder)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
     return try_loaders(folder, names, python=python)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+import transformers
 
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.core.errors import Unsupported
@@ -123,9 +126,9 @@ def test_vectors_are_compared_by_their_distance() -> None:
     assert not compare(vectors, {"hidden": [one[1:].tolist() for one in base.exact]}).is_same
 
 
-def write(source: Path, folder: Path, method: Method = Method.NF4) -> Path:
+def write(source: Path, folder: Path, method: Method = Method.NF4, **options: Any) -> Path:
     folder.mkdir()
-    target = Target(scheme=Scheme(method=method, compute_dtype=DType.BFLOAT16), folder=folder)
+    target = Target(scheme=Scheme.of(method, **options).resolved(DType.BFLOAT16), folder=folder)
     (outcome,) = write_checkpoints(source, [target], dtype=DType.BFLOAT16, device="cpu", on_progress=lambda *_: None)
     assert isinstance(outcome, Written)
     make_tokenizer(folder)
@@ -141,6 +144,22 @@ def test_rounding_to_16_bits_is_measured(method: Method, tmp_path: Path) -> None
         for exact, rounded in zip(found.exact, rounded_prompts, strict=True):
             assert exact.shape == rounded.shape
             assert 0 < float((exact - rounded).abs().max()) < 0.2
+
+
+def test_an_engine_may_hold_the_mean_of_double_quantized_scales_in_16_bits(tmp_path: Path) -> None:
+    """As vLLM does, which reads the mean while torch's default dtype is the model's."""
+    folder = write(make_causal(tmp_path / "source", dtype="bfloat16"), tmp_path / "out", double_quant=True)
+    own = make_reference(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for module in [each for each in model.modules() if hasattr(getattr(each, "weight", None), "quant_state")]:
+        state = module.weight.quant_state
+        state.offset = state.offset.bfloat16()
+        weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+        module.forward = partial(torch.nn.functional.linear, weight=weight)
+    with torch.inference_mode():
+        logits = tuple(model(torch.tensor([tokens])).logits[0, :-1].float() for tokens in own.tokens)
+    comparison = compare(own, answer(logits))
+    assert comparison.is_same, comparison
 
 
 def test_an_encoder_has_vectors(tmp_path: Path) -> None:

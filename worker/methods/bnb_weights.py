@@ -138,6 +138,23 @@ class BnbWeights(MethodWeights):
 
     def use_generic_kernels(self, model: Any) -> None:
         use_generic_kernel(model)
+        # vLLM's plugin reads the mean of double-quantized scales while torch's default dtype is the model's.
+        for state in _four_bit_states(model):
+            if state.nested:
+                state.offset = state.offset.to(model.dtype).float()
+
+    def quantize_rest(self, model: Any) -> tuple[str, ...]:
+        """As vLLM's plugin does with a 4-bit checkpoint: to NF4 with double quantization, whatever the rest has."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        if not any(_four_bit_states(model)):
+            return ()
+        names = set()
+        for name, weight in _sixteen_bit_layers(model):
+            codes, state = quantize_4bit(weight.data.contiguous(), compress_statistics=True, quant_type="nf4")
+            weight.data = dequantize_4bit(codes, state)
+            names.add(name.rpartition(".")[2])
+        return tuple(sorted(names))
 
     def quiet_import(self) -> None:
         """On a CPU with AVX512-BF16, importing bitsandbytes would download a kernel from the hub, so the ``kernels``
@@ -152,6 +169,24 @@ def _bnb_description(scheme: Scheme) -> bnb_methods.BnbFourBit | bnb_methods.Bnb
     if not isinstance(scheme.description, bnb_methods.BnbFourBit | bnb_methods.BnbInt8):
         raise TypeError(f"{scheme.method} is not a method of bitsandbytes")
     return scheme.description
+
+
+def _four_bit_states(model: Any) -> Iterator[Any]:
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return (state for state in states if state is not None)
+
+
+def _sixteen_bit_layers(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The names and weights of linear layers, and of experts that are one tensor [experts, rows, columns], without the
+    head."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear) and module is not head
+        for own, parameter in module.named_parameters(recurse=False):
+            if is_linear and own == "weight" and getattr(parameter, "quant_state", None) is None:
+                yield name, parameter
+            elif parameter.ndim == 3 and "experts" in name.split("."):
+                yield f"{name}.{own}", parameter
 
 
 def _is_int8(parameter: Any) -> bool:

@@ -53,7 +53,13 @@ class PlainWeights:
 
     def use_generic_kernels(self, model: Any) -> None:
         """Restore each weight in the model's dtype before it is multiplied, as other engines do, and round once more
-        than a kernel does that multiplies with the codes. To be called before the first pass."""
+        than a kernel does that multiplies with the codes. Round to that dtype what an engine may hold in it. To be
+        called before the first pass."""
+
+    def quantize_rest(self, model: Any) -> tuple[str, ...]:
+        """Replace each 16-bit layer by what an engine makes of it that quantizes everything while loading. Returns the
+        layers' last names, none if no engine is known to do that."""
+        return ()
 
 
 class MethodWeights(PlainWeights, ABC):

@@ -11,13 +11,13 @@ from qbatch.worker.checkpoints.trying.probe import top_logprobs
 
 TOP = 20
 """So many tokens are compared one by one, and the others together."""
-# A mean distance that is beyond the floor by fewer standard errors than this is chance.
-_STANDARD_ERRORS = 3.0
+STANDARD_ERRORS = 3.0
+"""What differs by fewer is chance."""
 # A router of a mixture that chooses another expert changes one position by far more than the floor's largest distance.
 _STRAY = 2.0
 _SHARE_OF_STRAYS = 0.02
 # A distance of at most this counts as none. The floor itself is 0 if both dtypes are the same, and logarithms come in
-# float32. In a model with random weights, one projection of each layer quantized otherwise gives 4e-7.
+# float32. In a model with random weights, rounding gives 2e-7 to 4e-7.
 _LEAST_KL = 1e-7
 _LEAST_DISTANCE = 1e-5
 _TINY = 1e-12
@@ -49,7 +49,7 @@ class FloorComparison:
 
     @property
     def is_same(self) -> bool:
-        is_near = self.distance <= max(self.floor + _STANDARD_ERRORS * self.error, self.least)
+        is_near = self.distance <= max(self.floor + STANDARD_ERRORS * self.error, self.least)
         return is_near and self.strays <= _SHARE_OF_STRAYS * self.positions and not self.flipped
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 In its own dtype twice: as qbatch measures it, and with the kernels that round most often, which are those of other
 engines. The packed kernel of some CPUs and fused attention round less.
+
+And in float32 once more as if nothing had been left at 16 bits, since vLLM quantizes such layers in silence.
 """
 
 from __future__ import annotations
@@ -31,12 +33,18 @@ _MOST_TOKENS = 128
 class PredictionReference:
     """``exact`` and each of ``roundings`` are the model's outputs for each prompt, float32 [positions, width]: computed
     in float32, and in the checkpoint's dtype with one kind of kernels or another. They are logits over the vocabulary
-    if ``is_logits``, else the vectors of the tokens."""
+    if ``is_logits``, else the vectors of the tokens.
+
+    ``further`` are those in float32 if the layers left at 16 bits were quantized too, of which ``left`` are the last
+    names; both are empty if there are none, or no logits.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     exact: tuple[Any, ...]
     roundings: tuple[tuple[Any, ...], ...]
     is_logits: bool
+    further: tuple[Any, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def make_reference(folder: Path, *, hidden: bool = False) -> PredictionReference:
@@ -56,8 +64,14 @@ def make_reference(folder: Path, *, hidden: bool = False) -> PredictionReference
     exact = _load(folder, dtype)
     _compute_in_float32(exact.model)
     in_float32 = _outputs(exact, tokens, is_logits=is_logits)
+    left = weights_of_model(exact.model).quantize_rest(exact.model) if is_logits else ()
     return PredictionReference(
-        tokens=tokens, exact=in_float32, roundings=(as_measured, step_by_step), is_logits=is_logits
+        tokens=tokens,
+        exact=in_float32,
+        roundings=(as_measured, step_by_step),
+        is_logits=is_logits,
+        further=_outputs(exact, tokens, is_logits=is_logits) if left else (),
+        left=left,
     )
 
 

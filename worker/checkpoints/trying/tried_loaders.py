@@ -17,8 +17,11 @@ from qbatch.core.measured.loader_judgement import LoaderJudgement, LoaderVerdict
 from qbatch.worker.checkpoints.trying import probe
 from qbatch.worker.checkpoints.trying.comparison_with_floor import TOP, compare
 from qbatch.worker.checkpoints.trying.prediction_reference import PredictionReference, make_reference, request
+from qbatch.worker.checkpoints.trying.quantized_rest import quantized_rest
 
 TRIABLE = tuple(probe.LOADERS)
+# They quantize layers that a checkpoint leaves at 16 bits, unless they take its list of them as it is meant.
+_QUANTIZES_REST = ("vllm",)
 _LONGEST_LINE = 300
 
 
@@ -52,13 +55,13 @@ def _tried(folder: Path, name: str, reference: PredictionReference, python: str)
         )
         predicted = json.loads(answer.read_text()) if done.returncode == 0 else None
     if predicted is not None:
-        return _compared(reference, predicted)
+        return _compared(name, reference, predicted)
     said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")[
         :_LONGEST_LINE
     ]
     if done.returncode == probe.NOT_INSTALLED:
-        return _judgement(LoaderVerdict.UNKNOWN, f"{python} cannot try it: {said}", {}, f"install {name} there")
-    return _judgement(LoaderVerdict.REFUSES, f"tried: {said}", {})
+        return _judgement(LoaderVerdict.UNKNOWN, (f"{python} cannot try it: {said}",), {}, f"install {name} there")
+    return _judgement(LoaderVerdict.REFUSES, (f"tried: {said}",), {})
 
 
 def _environment() -> dict[str, str]:
@@ -67,22 +70,29 @@ def _environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1"}
 
 
-def _compared(reference: PredictionReference, predicted: Mapping[str, Any]) -> LoaderJudgement:
+def _compared(name: str, reference: PredictionReference, predicted: Mapping[str, Any]) -> LoaderJudgement:
+    versions = predicted["versions"]
     try:
         comparison = compare(reference, predicted)
+        rest = quantized_rest(reference, predicted) if name in _QUANTIZES_REST else None
     except (KeyError, ValueError) as error:
-        return _judgement(LoaderVerdict.DIFFERS, f"tried: other outputs ({one_line(error)})", predicted["versions"])
-    verdict = LoaderVerdict.LOADS if comparison.is_same else LoaderVerdict.DIFFERS
-    return _judgement(verdict, f"tried: {comparison}", predicted["versions"])
+        return _judgement(LoaderVerdict.DIFFERS, (f"tried: other outputs ({one_line(error)})",), versions)
+    reasons = (f"tried: {comparison}", *(() if rest is None else (str(rest),)))
+    if not comparison.is_same or (rest is not None and rest.is_quantized):
+        return _judgement(LoaderVerdict.DIFFERS, reasons, versions)
+    if rest is not None and not rest.is_told:
+        advice = f"ask verify --for {name} without --try, which judges by the layers' names"
+        return _judgement(LoaderVerdict.UNKNOWN, reasons, versions, advice)
+    return _judgement(LoaderVerdict.LOADS, reasons, versions)
 
 
 def _judgement(
-    verdict: LoaderVerdict, reason: str, versions: Mapping[str, str], advice: str | None = None
+    verdict: LoaderVerdict, reasons: tuple[str, ...], versions: Mapping[str, str], advice: str | None = None
 ) -> LoaderJudgement:
     return LoaderJudgement(
         verdict=verdict,
         version=", ".join(f"{package} {version}" for package, version in versions.items()) or "not loaded",
         read_on=str(datetime.now(UTC).date()),
-        reasons=(reason,),
+        reasons=reasons,
         advice=(advice,) if advice is not None else (),
     )
