@@ -38,6 +38,7 @@ from qbatch.commands.request_options import EACH, OF_A_SHAPE
 from qbatch.core.domain import DeviceKind, ProtocolOptions
 from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
+from qbatch.worker.serving.runner_forkserver import PRELOADED
 
 _RATE_TOLERANCE, _PERPLEXITY_TOLERANCE, _KL_TOLERANCE = 0.03, 0.005, 0.05
 # A line of a runner's log: its time, and what the jobs do from then on.
@@ -89,6 +90,15 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
     shutil.rmtree(home)
     stages["start, end and waiting"] = total_s - sum(stages.values())
     return Side(total_s=total_s, stages_s=stages, rows=rows)
+
+
+def compile_imports(folder: Path) -> None:
+    """Have all processes from now on read compiled modules, as an installation that pip has made has them: without
+    them each process compiles thousands, and qbatch has more processes than the plain script."""
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    names = ("benchmarks.plain_batch", "bitsandbytes", "qbatch.cli", *PRELOADED[DeviceKind.CPU])
+    subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], check=True, stderr=subprocess.DEVNULL)
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +224,7 @@ def _compare(arguments: argparse.Namespace, work: Path) -> int:
     for number, model in enumerate(models):
         in_fresh_process(build_source, arguments.shapes[number // arguments.copies], model, number)
         build_tokenizer(model)
+    compile_imports(work / "bytecode")
     plain, qbatch = [], []
     for repeat in range(arguments.repeats):
         for name, run, sides in (("plain script", run_plain, plain), ("qbatch", run_qbatch, qbatch)):

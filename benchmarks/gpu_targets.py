@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch import Side, figure_table, run_plain, run_qbatch, stage_table
+from benchmarks.batch import Side, compile_imports, figure_table, run_plain, run_qbatch, stage_table
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log
@@ -79,6 +79,7 @@ class Progress:
         """Do the steps that are left, in order, up to one that would take too long. None is done before its turn: the
         disk holds the fine-tunes only once the other shapes are no longer needed."""
         ends = time.monotonic() + self._arguments.seconds
+        compile_imports(self._folder / "bytecode")
         for step in self.steps:
             left_s = ends - time.monotonic()
             if self.outcome(step.name) is not None:
