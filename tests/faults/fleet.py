@@ -293,14 +293,23 @@ class Fleet:
                     return Caught(attempt=job.attempt, worker=worker, forkserver=forkserver, runner=runners[0])
         return None
 
-    def catch(self, job_id: int, stage: Stage, *, after: int = 0, once: Callable[[], object] = lambda: True) -> Caught:
+    def catch(
+        self,
+        job_id: int,
+        stage: Stage,
+        *,
+        after: int = 0,
+        once: Callable[[], object] = lambda: True,
+        slipped: Callable[[], object] = lambda: None,
+    ) -> Caught:
         """Suspend the job's runner in ``stage``, ``once`` that holds. An attempt that slips through is killed, and the
-        next one watched."""
+        next one watched after ``slipped`` was called."""
         for _ in range(8):
             caught = self.wait_for_runner(job_id, after=after)
             if self._suspend_in(stage, job_id, caught, once):
                 return caught
             after = caught.attempt
+            slipped()
         raise AssertionError(f"j{job_id} was never caught {stage}\n{self._account()}")
 
     def _suspend_in(self, stage: Stage, job_id: int, caught: Caught, once: Callable[[], object]) -> bool:

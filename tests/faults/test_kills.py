@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -86,7 +88,9 @@ def _kill_in_every_stage(fleet: Fleet, hub: Hub, victims: str, fetched: threadin
     after = 0
     published: tuple[Path, int] | None = None
     for stage in _STAGES:
-        caught = fleet.catch(job, stage, after=after)
+        # What is published is not written again: an attempt that was too quick would leave nothing to be caught at.
+        unpublish = partial(_unpublish, fleet, job) if published is None else lambda: None
+        caught = fleet.catch(job, stage, after=after, slipped=unpublish)
         killed_at = time.monotonic()
         _kill(caught, victims)
         _check_gone(caught, victims, killed_at)
@@ -126,6 +130,11 @@ def _published(fleet: Fleet, job: int) -> tuple[Path, int] | None:
     """The checkpoint and its inode, where it is published."""
     folder = fleet.checkpoint_of(job)
     return (folder, folder.stat().st_ino) if folder is not None else None
+
+
+def _unpublish(fleet: Fleet, job: int) -> None:
+    if (found := _published(fleet, job)) is not None:
+        shutil.rmtree(found[0])
 
 
 @pytest.mark.parametrize("suspended", ["worker", "worker and runner"])
