@@ -142,8 +142,8 @@ def test_a_row_over_the_bound_asks_for_the_next_point(database: Database) -> Non
     ended = a_job(database, search)
     assert (ended.state, ended.error_kind) == ("failed", "bound_not_kept")
     assert ended.error_message == (
-        "3 mixtures were published and none has a KL of at most 0.04; the nearest keeps 2 layers at 16 bits: KL 0.0381 "
-        "± 0.001"
+        "3 mixtures were published and none has a KL of at most 0.04, two errors included; the nearest, mixture 2, "
+        "keeps 2 layers at 16 bits: KL 0.0381 ± 0.001"
     )
     assert {states(database)[point.id] for point in points_of(database, search)} == {"succeeded"}
 
