@@ -16,8 +16,8 @@ MOST_TRIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriedPoint:
-    """A published point as its own row has it, on the evaluation text. ``index``: which of the frontier's points.
-    ``why_not_compared``: why the row has no KL."""
+    """A published point as its own row has it, on the one of its evaluation texts where it is farthest from the base.
+    ``index``: which of the frontier's points. ``why_not_compared``: why the row has no KL."""
 
     index: int
     weights_bytes: int
