@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qbatch.core.expert_names import experts_of
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
 from qbatch.core.sources import Header
 
@@ -24,8 +25,8 @@ def count_groups(headers: Sequence[Header], config: Mapping[str, object]) -> int
 
 
 def _group(module: str, architecture: EngineArchitecture) -> str:
-    parts = module.split(".")
-    first = next((index for index, part in enumerate(parts) if "expert" in part), len(parts))
-    shared = ".".join([*parts[:first], *("*" if part.isdigit() else part for part in parts[first:])])
-    fused = architecture.group_of(shared)
-    return shared if fused is None else fused.name
+    experts = experts_of(module)
+    if experts is not None:
+        return experts
+    fused = architecture.group_of(module)
+    return module if fused is None else fused.name

@@ -16,7 +16,7 @@ from qbatch.core.methods.registry import Method, missing_library
 # Increase this when a change in this package changes the bytes of checkpoints.
 _WRITER = "1"
 # Increase this when a change in this package changes what a search measures, or how it is stored.
-_SEARCH_FORMAT = "3"
+_SEARCH_FORMAT = "4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ ADAPTER_MARK = "+"
 """In the name of an adapter's folder, what follows the name of the checkpoint that it belongs to."""
 
 # Rises when a change in this package changes the bytes of adapters.
-_WRITER = "1"
+_WRITER = "2"
 
 
 def with_adapter_mark(name: str, adapter: str) -> str:

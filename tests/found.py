@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qbatch.core.domain import JobSpec, Method
 from qbatch.core.measured.details import Details
@@ -92,8 +93,18 @@ def searching(bound: Bound, *, with_baseline: bool = False, force: bool = False)
     return [*baseline, NewJob(spec=replace(search_spec(bound), force=force), bits=4)]
 
 
-def measured_with(kl: float | None, weights_bytes: int, *, key: str = "c" * 64, error: float = 0.001) -> Measurement:
-    """The row of a published mixture."""
+def measured_with(
+    kl: float | None,
+    weights_bytes: int,
+    *,
+    key: str = "c" * 64,
+    error: float = 0.001,
+    more_texts: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """The row of a published mixture. ``more_texts``: what was compared on further texts, by their names."""
     quality = {"reason": "its baseline failed"} if kl is None else {"kl_mean": kl, "kl_mean_se": error}
-    details = Details.from_json({"task": "causal-lm", "quality": quality, "checkpoint_key": key})
+    further = {name: {"quality": compared} for name, compared in (more_texts or {}).items()}
+    details = Details.from_json(
+        {"task": "causal-lm", "quality": quality, "checkpoint_key": key, "more_texts": further or None}
+    )
     return replace(measured(), weights_bytes=weights_bytes, kl_mean=kl, details=details)

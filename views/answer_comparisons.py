@@ -160,6 +160,17 @@ def _higher_is_better(row: ResultRow, task: str, metric: str) -> bool:
     return directions.get(metric.partition(",")[0]) is not False
 
 
+def why_not_compared(group: Group) -> str | None:
+    """Which rows were asked tasks before each answer was stored, so that their scores alone are known."""
+    old = [row.job_id for row in group.rows if row.details.tasks and not row.protocol.has_answers]
+    if not old:
+        return None
+    return (
+        f"How each question of the tasks was answered was not stored with {', '.join(old)}, so no test compares their "
+        "answers; measured anew, they are."
+    )
+
+
 def say(comparison: AnswerComparison) -> str:
     """The comparison in words, which never call two models equal."""
     c = comparison

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qbatch.core.measured.metric import MetricColumn
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say, why_not_compared
 from qbatch.views.audit_text import defects, unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
@@ -148,6 +148,7 @@ class _Screen:
             yield from self._wrapped(" ".join(_new(sentences, said)))
         for each in compare_answers(baseline_pairs(group)):
             yield from self._wrapped(say(each))
+        yield from self._wrapped(why_not_compared(group) or "")
         for remark in _new(_remarks(group, recommendation.ship), said):
             yield from self._wrapped(remark)
 

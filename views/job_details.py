@@ -22,6 +22,7 @@ from qbatch.views.audit_text import (
 )
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.formats import GAP, NOTHING, PROSE_WIDTH, Column, printable, render, terminal_width, text_width
+from qbatch.views.group_errors import group_lines
 from qbatch.views.listings import show_progress
 from qbatch.views.measured_figures import (
     energy_lines,
@@ -149,6 +150,9 @@ def _search(found: FinishedSearch, points: Mapping[int, str], width: int, *, in_
     yield ""
     yield from wrap("KL gained by a group of layers at 16 bits (~ by its derivative; the bar: per byte)", width)
     yield from sensitivity_lines(found, width, in_full=in_full)
+    if in_full:
+        yield ""
+        yield from group_lines(found, width)
 
 
 def _table(title: str, table: str) -> list[str]:

@@ -24,8 +24,9 @@ class QualityCost:
     """A measure of lost quality: lower is better, and ``none`` is the baseline's own value.
 
     ``metric`` decides what is noise. ``default`` is the bound unless the user sets another with ``option``.
-    ``on_text``: its value on a further text. ``by_window``: the sums over the rows of each window, and the numbers of
-    rows, of which this is the mean or a monotonic function; None where they are not known.
+    ``on_text`` and ``error_on_text``: its value on a further text, and the error of that. ``by_window``: the sums over
+    the rows of each window, and the numbers of rows, of which this is the mean or a monotonic function; None where they
+    are not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class QualityCost:
     option: str | None
     unit: Unit
     on_text: Callable[[Quality], float | None]
+    error_on_text: Callable[[Quality], float | None]
     by_window: Callable[[ResultRow], WindowSums | None]
 
     def show(self, value: float) -> str:
@@ -48,9 +50,11 @@ class QualityCost:
 
     def show_with_error(self, row: ResultRow) -> str:
         """``2.6e-03 ± 4.9e-05 nats``. ``row`` must have a value."""
-        value, error = self.value(row), self.error(row)
-        shown = "" if value is None else self.show(value)
-        return shown + (f" ± {error:.1e}" if error is not None else "") + self.suffix
+        value = self.value(row)
+        return "" if value is None else self.show_with(value, self.error(row))
+
+    def show_with(self, value: float, error: float | None) -> str:
+        return self.show(value) + (f" ± {error:.1e}" if error is not None else "") + self.suffix
 
 
 def _perplexity_ratio(row: ResultRow) -> float | None:
@@ -61,8 +65,8 @@ def _exp(logarithm: float | None) -> float | None:
     return None if logarithm is None else exponential(logarithm)
 
 
-def _perplexity_ratio_error(row: ResultRow) -> float | None:
-    ratio, error = _perplexity_ratio(row), row.details.quality.ln_ppl_ratio_se
+def _ratio_error(quality: Quality) -> float | None:
+    ratio, error = _exp(quality.ln_ppl_ratio), quality.ln_ppl_ratio_se
     return None if ratio is None or error is None else ratio * error
 
 
@@ -97,18 +101,20 @@ KL_COST = QualityCost(
     option="--max-kl",
     unit=Unit.NATS,
     on_text=lambda quality: quality.kl_mean,
+    error_on_text=lambda quality: quality.kl_mean_se,
     by_window=_kl_by_window,
 )
 PERPLEXITY_COST = QualityCost(
     name="perplexity ratio to the baseline",
     metric=PERPLEXITY,
     value=_perplexity_ratio,
-    error=_perplexity_ratio_error,
+    error=lambda row: _ratio_error(row.details.quality),
     none=1.0,
     default=1.02,
     option="--max-ppl-ratio",
     unit=Unit.CORRELATION,
     on_text=lambda quality: _exp(quality.ln_ppl_ratio),
+    error_on_text=_ratio_error,
     by_window=_nll_by_window,
 )
 RANK_COST = QualityCost(
@@ -121,6 +127,7 @@ RANK_COST = QualityCost(
     option=None,
     unit=Unit.CORRELATION,
     on_text=lambda quality: _lost(quality.rank_correlation),
+    error_on_text=lambda _: None,
     by_window=lambda _: None,
 )
 QUALITY_COSTS = (KL_COST, PERPLEXITY_COST, RANK_COST)
@@ -158,7 +165,7 @@ class QualityBound:
         """Yield why ``row`` is not within the bound on a further text, for each such text."""
         for name, text in (row.details.more_texts or {}).items() if not row.is_baseline else ():
             what, value = f"{self.cost.name} on {name}", self.cost.on_text(text.quality)
-            broken = self._broken(what, value, text.quality.reason)
+            broken = self._broken(what, value, text.quality.reason, self.cost.error_on_text(text.quality))
             if broken is not None:
                 yield broken
 

@@ -323,7 +323,7 @@ def _quality(ship: ResultRow, bounds: Sequence[QualityBound]) -> Iterable[str]:
     for name, text in (ship.details.more_texts or {}).items():
         value = cost.on_text(text.quality)
         if value is not None:
-            yield f"On {name} it is {cost.show(value)}{cost.suffix}"
+            yield f"On {name} it is {cost.show_with(value, cost.error_on_text(text.quality))}"
     for bound in bounds:
         value, error = bound.cost.value(ship), bound.cost.error(ship)
         if value is not None and error is not None and bound.limit - value < error:

@@ -26,7 +26,7 @@ def recovery_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
         yield (
             f"Whether layers at 16 bits are a better buy than {' and '.join(map(_name, adapters))} was not measured: "
             f"`qbatch submit {model} --scheme auto --max-weights-bytes {size}` publishes the best mixture of no more "
-            "bytes."
+            "bytes; it can be compared with these if it is given the same --eval-text."
         )
 
 

@@ -25,7 +25,11 @@ def text_table(group: Group) -> Iterable[tuple[str, list[str]]]:
 def text_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
     """Yield the figures of each further text of ``row`` as (title, text)."""
     for name, text in _texts(row).items():
-        known = [f"{cost.name} {cell}" for cost in QUALITY_COSTS if (cell := _cell(text, cost)) != NOTHING]
+        known = [
+            f"{cost.name} {cost.show_with(value, cost.error_on_text(text.quality))}"
+            for cost in QUALITY_COSTS
+            if (value := cost.on_text(text.quality)) is not None
+        ]
         if text.perplexity.mean_nll is not None:
             known.append(f"perplexity {exponential(text.perplexity.mean_nll):.2f}")
         yield f"on {name}", ", ".join(known) or text.quality.reason or NOTHING

@@ -26,6 +26,11 @@ class StoredProtocol(Stored):
     energy: bool | None = omitted_if_unknown()
 
     @property
+    def has_answers(self) -> bool:
+        """Whether the answer to each question of the tasks is stored with the result. 0.1.0 kept the scores alone."""
+        return int(self.stored.get("tasks_version", 1)) > 1
+
+    @property
     def parts(self) -> frozenset[MeasuredPart]:
         """What was asked for."""
         chosen = {

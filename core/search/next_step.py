@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qbatch.core.exponential import exponential
 from qbatch.core.search.bound import Bound
 from qbatch.core.search.frontier import Frontier, FrontierPoint
 from qbatch.core.search.sensitivity import Estimate
@@ -15,8 +16,8 @@ MOST_TRIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriedPoint:
-    """A published point as its own row has it, on the evaluation text. ``index``: which of the frontier's points.
-    ``why_not_compared``: why the row has no KL."""
+    """A published point as its own row has it, on the one of its evaluation texts where it is farthest from the base.
+    ``index``: which of the frontier's points. ``why_not_compared``: why the row has no KL."""
 
     index: int
     weights_bytes: int
@@ -41,7 +42,8 @@ class BoundMet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundMissed:
-    """No point is left to try. ``nearest``: the index of the tried one that misses by least, None if none was tried."""
+    """No point is left to try. ``nearest``: the index of the tried one that misses by least, two errors included; None
+    if none was tried."""
 
     nearest: int | None
     reason: str
@@ -55,7 +57,8 @@ def next_step(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> 
     met = next((row for row in tried if _is_met(bound, row)), None)
     if met is not None:
         return BoundMet(index=met.index)
-    if (unknown := next((row for row in tried if _excess(bound, row) == math.inf), None)) is not None:
+    incomparable = (row for row in tried if bound.is_about_quality and _bounded(bound, row) is None)
+    if (unknown := next(incomparable, None)) is not None:
         return BoundMissed(
             nearest=unknown.index,
             reason=f"a mixture was published, but nobody can say whether it has {bound}: {_shown(bound, unknown)}",
@@ -119,44 +122,65 @@ def _scaled(figure: Estimate, factor: float) -> Estimate:
 
 def _missed(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> BoundMissed:
     if not tried:
-        return BoundMissed(nearest=None, reason=f"no mixture was found with {bound}: {_best(frontier, bound)}")
-    nearest = min(tried, key=lambda row: _excess(bound, row))
+        return BoundMissed(nearest=None, reason=f"no mixture was found with {_rule(bound)}: {_best(frontier, bound)}")
+    nearest = min(tried, key=lambda row: _distance(bound, row))
     tries = "1 mixture was" if len(tried) == 1 else f"{len(tried)} mixtures were"
     return BoundMissed(
         nearest=nearest.index,
-        reason=f"{tries} published and none has {bound}; the nearest keeps "
+        reason=f"{tries} published and none has {_rule(bound)}; the nearest, mixture {nearest.index}, keeps "
         f"{len(frontier.points[nearest.index].modules)} layers at 16 bits: {_shown(bound, nearest)}",
     )
+
+
+def _rule(bound: Bound) -> str:
+    """The bound as it is judged: a figure may be below it, and with its errors not."""
+    return f"{bound}, two errors included" if bound.is_about_quality else str(bound)
 
 
 def _best(frontier: Frontier, bound: Bound) -> str:
     points = frontier.points
     if bound.max_weights_bytes is not None:
         return f"with every layer quantized the weights take {points[0].weights_bytes:,} bytes"
-    best = min(points, key=lambda point: point.kl.mean)
-    lowest = f"the lowest KL on the search text is {_with_error(best.kl)}, at {best.weights_bytes:,} bytes"
+    if bound.max_ppl_ratio is not None:
+        ratios = [point.ln_ppl_ratio for point in points if point.ln_ppl_ratio is not None]
+        lowest = min(ratios, key=lambda ratio: (ratio.upper, ratio.mean), default=None)
+        if lowest is None:
+            return "the search text gives this model no perplexity"
+        return f"the lowest ratio on the search text is {_as_ratio(lowest)}"
+    best = min(points, key=lambda point: (point.kl.upper, point.kl.mean))
+    lowest_kl = f"the lowest KL on the search text is {_with_error(best.kl)}, at {best.weights_bytes:,} bytes"
     floor = frontier.floor_kl
     is_at_floor = floor is not None and best.kl.mean <= floor
-    return f"{lowest}, and 16-bit arithmetic alone causes {floor:.4g}" if is_at_floor else lowest
+    return f"{lowest_kl}, and 16-bit arithmetic alone causes {floor:.4g}" if is_at_floor else lowest_kl
 
 
-def _excess(bound: Bound, row: TriedPoint) -> float:
+def _distance(bound: Bound, row: TriedPoint) -> tuple[float, float]:
+    """What is least for the row that comes nearest to the bound."""
     if bound.max_weights_bytes is not None:
-        return float(row.weights_bytes)
-    figure = row.ln_ppl_ratio if bound.max_ppl_ratio is not None else row.kl
-    return math.inf if figure is None else figure.mean
+        return float(row.weights_bytes), 0.0
+    figure = _bounded(bound, row)
+    return (math.inf, math.inf) if figure is None else (figure.upper, figure.mean)
+
+
+def _bounded(bound: Bound, row: TriedPoint) -> Estimate | None:
+    return row.ln_ppl_ratio if bound.max_ppl_ratio is not None else row.kl
 
 
 def _shown(bound: Bound, row: TriedPoint) -> str:
     if bound.max_weights_bytes is not None:
         return f"{row.weights_bytes:,} bytes"
     if bound.max_ppl_ratio is not None:
-        return _unknown(row) if row.ln_ppl_ratio is None else f"ln of the ratio {_with_error(row.ln_ppl_ratio)}"
+        return _unknown(row) if row.ln_ppl_ratio is None else f"ratio {_as_ratio(row.ln_ppl_ratio)}"
     return _unknown(row) if row.kl is None else f"KL {_with_error(row.kl)}"
 
 
 def _unknown(row: TriedPoint) -> str:
     return f"it was not compared with its baseline ({row.why_not_compared or 'its quality was not measured'})"
+
+
+def _as_ratio(logarithm: Estimate) -> str:
+    ratio, error = exponential(logarithm.mean), logarithm.standard_error
+    return f"{ratio:.5g} (error unknown, one window)" if error is None else f"{ratio:.5g} ± {ratio * error:.2g}"
 
 
 def _with_error(figure: Estimate) -> str:

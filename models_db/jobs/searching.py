@@ -127,14 +127,21 @@ def _tried(session: Session, points: Sequence[Job]) -> Mapping[int, TriedPoint]:
 
 
 def _as_tried(point: Job, result: Result) -> TriedPoint:
-    quality = Details.from_json(result.details).quality
+    details = Details.from_json(result.details)
+    texts = [details.quality, *(text.quality for text in (details.more_texts or {}).values())]
     return TriedPoint(
         index=point.point or 0,
         weights_bytes=result.weights_bytes,
-        kl=_estimate(quality.kl_mean, quality.kl_mean_se),
-        ln_ppl_ratio=_estimate(quality.ln_ppl_ratio, quality.ln_ppl_ratio_se),
-        why_not_compared=quality.reason,
+        kl=_worst([_estimate(text.kl_mean, text.kl_mean_se) for text in texts]),
+        ln_ppl_ratio=_worst([_estimate(text.ln_ppl_ratio, text.ln_ppl_ratio_se) for text in texts]),
+        why_not_compared=next((text.reason for text in texts if text.reason is not None), None),
     )
+
+
+def _worst(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """The largest with its errors; None if one is not known, since nobody can say then whether it is the largest."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    return max(known, key=lambda estimate: (estimate.upper, estimate.mean)) if len(known) == len(estimates) else None
 
 
 def _estimate(mean: float | None, error: float | None) -> Estimate | None:

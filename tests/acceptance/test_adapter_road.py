@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qbatch.core.recovery import Recovery, RecoveryKind
 from tests.acceptance.conftest import Qbatch
 
 
@@ -18,7 +19,7 @@ def test_an_adapter_is_measured_answered_verified_and_removed(qbatch: Qbatch, mo
     assert [row["state"] for row in (*first, *second)] == ["succeeded"] * 6
     assert [row["reused_from"] for row in second] == ["j1", "j2", "j3"]
     plain, adapted = first[1:]
-    assert adapted["options"]["recovery"] == {"kind": "svd", "rank": 2, "writer": "1"}
+    assert adapted["options"]["recovery"] == Recovery(kind=RecoveryKind.SVD, rank=2).to_json()
     assert adapted["weights_bytes"] > plain["weights_bytes"]
     assert adapted["checkpoint_path"].startswith(f"{plain['checkpoint_path']}+svd-r2-")
     assert "bnb-nf4+svd-r2" in qbatch("jobs", "b1").stdout

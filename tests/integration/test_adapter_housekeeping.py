@@ -140,7 +140,7 @@ def test_rows_and_lists_name_the_adapter(database: Database, settings: Settings)
     assert [show_scheme(row) for row in rows] == ["bnb-nf4", "bnb-nf4+svd-r8"]
     assert [row.checkpoint_path for row in rows] == [pair.base, pair.adapter]
     assert rows[1].recovery == RECOVERY
-    assert rows[1].to_json()["options"]["recovery"] == {"kind": "svd", "rank": 8, "writer": "1"}
+    assert rows[1].to_json()["options"]["recovery"] == {"kind": "svd", "rank": 8, "writer": RECOVERY.writer}
     assert "recovery" not in rows[0].to_json()["options"]
     assert sorted(row["scheme"] for row in listed) == ["bnb-nf4", "bnb-nf4+svd-r8"]
 

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,17 @@ def points_of(database: Database, search: int) -> list[Job]:
     return [a_job(database, job_id) for job_id in ids]
 
 
-def publish(database: Database, point: int, kl: float | None, weights_bytes: int = 1200, worker: int = 1) -> None:
+def publish(
+    database: Database,
+    point: int,
+    kl: float | None,
+    weights_bytes: int = 1200,
+    worker: int = 1,
+    more_texts: Mapping[str, Any] | None = None,
+) -> None:
     (token,) = claim(database, [point], worker)
     with database.write() as session:
-        row = measured_with(kl, weights_bytes, key=f"{point:064}")
+        row = measured_with(kl, weights_bytes, key=f"{point:064}", more_texts=more_texts)
         protocol = PROTOCOL.for_device(DeviceKind.CPU)
         assert jobs.succeed(session, token, row, protocol=protocol, checkpoint_path=f"checkpoints/{point}")
 
@@ -142,10 +149,25 @@ def test_a_row_over_the_bound_asks_for_the_next_point(database: Database) -> Non
     ended = a_job(database, search)
     assert (ended.state, ended.error_kind) == ("failed", "bound_not_kept")
     assert ended.error_message == (
-        "3 mixtures were published and none has a KL of at most 0.04; the nearest keeps 2 layers at 16 bits: KL 0.0381 "
-        "± 0.001"
+        "3 mixtures were published and none has a KL of at most 0.04, two errors included; the nearest, mixture 2, "
+        "keeps 2 layers at 16 bits: KL 0.0381 ± 0.001"
     )
     assert {states(database)[point.id] for point in points_of(database, search)} == {"succeeded"}
+
+
+def test_a_bound_holds_on_every_text_that_was_asked_for(database: Database) -> None:
+    search, first = a_recorded_search(database)
+    publish(database, first, kl=0.03, more_texts={"code": {"kl_mean": 0.0381, "kl_mean_se": 0.001}})
+    second = points_of(database, search)[-1]
+    assert (second.point, states(database)[search]) == (3, "queued")
+    publish(database, second.id, kl=0.03, more_texts={"code": {"kl_mean": 0.037, "kl_mean_se": 0.001}})
+    assert states(database)[search] == "succeeded"
+
+
+def test_a_text_that_was_not_compared_ends_the_search(database: Database) -> None:
+    search, point = a_recorded_search(database)
+    publish(database, point, kl=0.01, more_texts={"code": {"reason": "the disk was full"}})
+    assert "it was not compared with its baseline (the disk was full)" in str(a_job(database, search).error_message)
 
 
 def test_a_row_that_was_not_compared_ends_the_search(database: Database) -> None:

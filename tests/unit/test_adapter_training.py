@@ -141,7 +141,7 @@ def test_a_state_that_would_run_code_is_begun_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_predicts_no_text_is_not_trained(tmp_path: Path) -> None:
+def test_what_does_not_continue_a_text_is_not_trained(tmp_path: Path) -> None:
     source = tiny.make_seq2seq(tmp_path / "t5")
     work = RecoveryWork(
         source=source,
@@ -151,7 +151,7 @@ def test_what_predicts_no_text_is_not_trained(tmp_path: Path) -> None:
         device="cpu",
         text=TEXT,
     )
-    with pytest.raises(Unsupported, match="qlora trains on text that a model predicts, and base predicts none"):
+    with pytest.raises(Unsupported, match="continue a text, which T5ForConditionalGeneration does not"):
         trained(work, tmp_path / "adapter", tmp_path / "kept")
 
 

@@ -189,7 +189,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
     base = quantized(source, tmp_path / "base")
     recovered(source, base, tmp_path / "adapter", SVD)
     other = quantized(tiny.make_causal(tmp_path / "deeper", num_hidden_layers=3), tmp_path / "other")
-    with pytest.raises(BenchmarkError, match="PEFT finds other layers for adapter than it has"):
+    with pytest.raises(BenchmarkError, match="PEFT finds other layers of LlamaForCausalLM for adapter than it has"):
         load(other, dtype=DType.FLOAT32, device="cpu", adapter=tmp_path / "adapter")
 
 

@@ -139,6 +139,23 @@ def test_compare_says_it_and_writes_it_as_json(monkeypatch: pytest.MonkeyPatch) 
     assert written["adjusted_p_value"] == found.adjusted_p
 
 
+def test_of_rows_that_stored_no_answers_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1.0 kept the scores alone, and its protocol says so."""
+    on_terminal(monkeypatch, 400)
+    scored = {"tasks": {"quiz": {"acc": 0.5}}}
+
+    def said(version: dict[str, int]) -> str:
+        asked = [row | {"details": row["details"] | scored} for row in (BASELINE, NF4)]
+        rows = [row | {"protocol": row["protocol"] | version} for row in asked]
+        return " ".join(comparison(rows, Preference(), by="figure", format="table").split())
+
+    sentence = (
+        "How each question of the tasks was answered was not stored with j1, j3, so no test compares their answers"
+    )
+    assert sentence in said({})
+    assert "was not stored" not in said({"tasks_version": 2})
+
+
 NEAR = by_window(NF4, 10.0, 20.0, 30.0, 40.0)
 AS_NEAR = by_window(FP4, 10.9, 19.5, 29.4, 40.4)
 

@@ -147,8 +147,10 @@ def test_a_margin_below_its_standard_error_is_mentioned() -> None:
     assert "standard error" not in recommended([BASELINE, NF4], max_kl=0.04).sentence
 
 
-def on_code(row: dict[str, Any], kl: float | None, reason: str | None = None) -> dict[str, Any]:
-    quality = {"kl_mean": kl, "ln_ppl_ratio": None if kl is None else kl / 2, "reason": reason}
+def on_code(
+    row: dict[str, Any], kl: float | None, reason: str | None = None, error: float | None = None
+) -> dict[str, Any]:
+    quality = {"kl_mean": kl, "kl_mean_se": error, "ln_ppl_ratio": None if kl is None else kl / 2, "reason": reason}
     return row | {"details": row["details"] | {"more_texts": {"code": {"quality": quality}}}}
 
 
@@ -170,6 +172,11 @@ def test_a_bound_on_perplexity_holds_on_every_text() -> None:
     details = NF4["details"] | {"quality": NF4["details"]["quality"] | {"ln_ppl_ratio": 0.01}}
     found = recommended([BASELINE, on_code(NF4 | {"details": details}, 0.3)], max_ppl_ratio=1.1)
     assert found.rejected["j3"] == ["its perplexity ratio to the baseline on code, 1.1618, is over 1.1"]
+
+
+def test_the_error_on_a_further_text_is_shown() -> None:
+    said = recommended([BASELINE, on_code(INT8, 0.004, error=0.0003)]).sentence
+    assert "On code it is 4.0e-03 ± 3.0e-04 nats." in said
 
 
 def test_a_text_that_was_not_compared_does_not_qualify() -> None:

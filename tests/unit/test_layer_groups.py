@@ -172,10 +172,16 @@ def test_experts_are_kept_together_even_those_that_no_token_reaches() -> None:
         layer.mlp = _Experts()
     layers = layers_of(model, names={name for name, _ in model.named_modules() if name.endswith(LINEARS_OF_EXPERTS)})
     experts = [group for group in layers.groups if "expert" in group.name]
-    assert [group.name for group in experts] == [
-        f"model.layers.{layer}.mlp.experts.*.{leaf}" for layer in (0, 1) for leaf in ("w1+w3", "w2")
-    ]
-    assert [len(group.modules) for group in experts] == [128, 64, 128, 64]
+    assert [group.name for group in experts] == [f"model.layers.{layer}.mlp.experts.*.w1+w3+w2" for layer in (0, 1)]
+    assert [len(group.modules) for group in experts] == [192, 192]
+
+
+def test_experts_that_are_numbered_otherwise_are_kept_together_too() -> None:
+    layers = layers_of(small("switch_transformers", "SwitchTransformersForConditionalGeneration"))
+    sparse = [group for group in layers.groups if "experts" in group.name]
+    assert {group.name.partition(".mlp.")[2] for group in sparse} == {"experts.*.wi+wo"}
+    assert all(len(group.modules) == 2 * 4 for group in sparse)
+    assert not layers.unreached
 
 
 def test_layers_that_no_text_reaches_are_no_groups_to_choose_from() -> None:

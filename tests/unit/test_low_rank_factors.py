@@ -74,6 +74,20 @@ def test_inputs_in_few_directions_are_recovered_exactly(shape: tuple[int, int]) 
     assert np.trace(left @ np.asarray(moments) @ left.T) < 1e-6 * whole
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [4, 20, 400])
+def test_float32_finds_the_factors_of_a_short_text_and_of_unlike_inputs(shape: tuple[int, int], rows: int) -> None:
+    """As on a GPU. A text of fewer tokens than a layer has inputs ended the job there."""
+    error, moments = error_of(shape), moments_of(shape[1], rows)
+
+    def output_error(dtype: torch.dtype) -> float:
+        left = np.asarray(error) - product(low_rank_factors(error.to(dtype), 5, moments.to(dtype))).astype(np.float64)
+        return float(np.trace(left @ np.asarray(moments) @ left.T))
+
+    whole = float(np.trace(np.asarray(error) @ np.asarray(moments) @ np.asarray(error).T))
+    assert output_error(torch.float32) == pytest.approx(output_error(torch.float64), rel=1e-2, abs=1e-5 * whole)
+
+
 def test_without_any_input_weighted_factors_are_finite() -> None:
     for shape in SHAPES:
         factors = low_rank_factors(error_of(shape), 5, torch.zeros(shape[1], shape[1], dtype=torch.float64))

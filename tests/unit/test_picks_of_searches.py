@@ -45,6 +45,12 @@ def picks(rows: list[Row]) -> list[str]:
     return [line.split()[1] for line in results_table(rows).splitlines() if line.startswith("✓ j")]
 
 
+def test_two_errors_count_on_every_text() -> None:
+    rows = searched({"max_kl": 1.1e-3})
+    rows[3]["details"] |= {"more_texts": {"code": {"quality": {"kl_mean": 1.09e-3, "kl_mean_se": 1e-5}}}}
+    assert picks(rows) == ["j5", "j6"]
+
+
 def test_without_a_search_the_default_bound_decides() -> None:
     assert picks(searched({"max_kl": 1e-3})[:5]) == ["j2"]
 

@@ -9,9 +9,11 @@ import pytest
 
 from qbatch.commands.request import read_submission
 from qbatch.commands.submission import submit
-from qbatch.core.errors import UsageError
+from qbatch.core.errors import Unsupported, UsageError
 from qbatch.core.settings import Settings
+from qbatch.scheduler import submit as submitting
 from qbatch.scheduler.submit import Submission
+from qbatch.worker.models import adapted_model
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
 
 SEARCH_TEXT = DEFAULT_SEARCH_TEXT.read_text(encoding="utf-8")
@@ -90,3 +92,14 @@ def test_an_empty_text_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
         submission(tmp_path, "--recover", "qlora", "--recover-steps", "4", "--recover-text", str(empty))
     with pytest.raises(click.BadParameter, match="is not a kind of adapter"):
         submission(tmp_path, "--recover", "svd,magic")
+
+
+def test_without_peft_it_is_said_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (submitting, adapted_model):
+        monkeypatch.setattr(module, "is_installed", lambda library: library != "peft")
+    line = r"peft, which is not installed here: pip install 'qbatch\[recover\]'"
+    with pytest.raises(UsageError, match=f"--recover needs {line}"):
+        submitting.refuse_missing_libraries(submission(tmp_path, "--recover", "svd").grid)
+    submitting.refuse_missing_libraries(submission(tmp_path).grid)
+    with pytest.raises(Unsupported, match=f"(?i)an adapter is loaded with {line}"):
+        adapted_model.with_adapter(None, tmp_path)

@@ -34,7 +34,8 @@ def remarks(*rows: dict[str, Any]) -> list[str]:
 
 NOT_MEASURED = (
     f"Whether layers at 16 bits are a better buy than j3 bnb-nf4+svd-r8 was not measured: `qbatch submit {NAME} "
-    f"--scheme auto --max-weights-bytes {1050 * MIB}` publishes the best mixture of no more bytes."
+    f"--scheme auto --max-weights-bytes {1050 * MIB}` publishes the best mixture of no more bytes; it can be compared "
+    "with these if it is given the same --eval-text."
 )
 
 

@@ -69,8 +69,8 @@ def test_a_bound_below_what_16_bit_arithmetic_causes_is_said() -> None:
     missed = next_step(replace(frontier(KL[:3]), floor_kl=0.035), Bound(max_kl=0.001), ())
     assert isinstance(missed, BoundMissed)
     assert missed.reason == (
-        "no mixture was found with a KL of at most 0.001: the lowest KL on the search text is 0.03 ± 0.001, at 1,200 "
-        "bytes, and 16-bit arithmetic alone causes 0.035"
+        "no mixture was found with a KL of at most 0.001, two errors included: the lowest KL on the search text is "
+        "0.03 ± 0.001, at 1,200 bytes, and 16-bit arithmetic alone causes 0.035"
     )
 
 
@@ -98,9 +98,33 @@ def test_after_three_tries_the_nearest_is_named() -> None:
     assert isinstance(missed, BoundMissed)
     assert missed.nearest == 3
     assert missed.reason == (
-        "3 mixtures were published and none has a KL of at most 0.032; the nearest keeps 3 layers at 16 bits: KL 0.04 "
-        "± 0.001"
+        "3 mixtures were published and none has a KL of at most 0.032, two errors included; the nearest, mixture 3, "
+        "keeps 3 layers at 16 bits: KL 0.04 ± 0.001"
     )
+
+
+def test_the_nearest_is_so_with_its_errors() -> None:
+    rows = [row(2, 0.031, error=0.01), row(3, 0.033), row(4, 0.04)]
+    missed = next_step(frontier(), Bound(max_kl=0.032), rows)
+    assert isinstance(missed, BoundMissed)
+    assert missed.nearest == 3
+
+
+def test_a_ratio_that_is_missed_is_shown_as_one() -> None:
+    missed = next_step(frontier(), Bound(max_ppl_ratio=1.001), [row(each, 0.1, ratio=0.02) for each in (4, 5, 6)])
+    assert isinstance(missed, BoundMissed)
+    assert missed.reason.endswith("mixture 4, keeps 4 layers at 16 bits: ratio 1.0202 ± 0.001")
+    missed = next_step(frontier(KL[:2]), Bound(max_ppl_ratio=1.001), ())
+    assert isinstance(missed, BoundMissed)
+    assert missed.reason == (
+        "no mixture was found with a perplexity ratio of at most 1.001, two errors included: the lowest ratio on the "
+        "search text is 1.0253 ± 0.001"
+    )
+    whole = frontier()
+    without = replace(whole, points=tuple(replace(point, ln_ppl_ratio=None) for point in whole.points))
+    missed = next_step(without, Bound(max_ppl_ratio=1.001), ())
+    assert isinstance(missed, BoundMissed)
+    assert missed.reason.endswith("the search text gives this model no perplexity")
 
 
 def test_the_third_try_counts_if_it_is_within_the_bound() -> None:
@@ -111,8 +135,8 @@ def test_where_the_frontier_ends_no_other_point_is_tried() -> None:
     missed = next_step(frontier(), Bound(max_kl=0.001), [row(6, 0.02)])
     assert missed == BoundMissed(
         nearest=6,
-        reason="1 mixture was published and none has a KL of at most 0.001; the nearest keeps 6 layers at 16 bits: KL "
-        "0.02 ± 0.001",
+        reason="1 mixture was published and none has a KL of at most 0.001, two errors included; the nearest, mixture "
+        "6, keeps 6 layers at 16 bits: KL 0.02 ± 0.001",
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qbatch.views import formats
+from qbatch.views.group_errors import group_lines
 from qbatch.views.search_figures import frontier_table, sensitivity_lines
 from tests.found import a_search
 
@@ -38,6 +39,19 @@ def test_of_many_layers_the_most_sensitive_are_shown() -> None:
     assert (len(lines), lines[-1]) == (11, "and 91 more groups (--all)")
     assert lines[2].split()[0] == "model.layers.0.a"
     assert len(sensitivity_lines(MANY, WIDTH, in_full=True)) == 101
+
+
+def test_a_group_is_listed_with_its_errors_and_those_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(map(len, group_lines(a_search(), WIDTH))) <= WIDTH
+    monkeypatch.setattr(formats, "terminal_width", lambda: 120)
+    lines = list(group_lines(a_search(), 120))
+    head = next(number for number, line in enumerate(lines) if line.startswith("group "))
+    assert " ".join(lines[:head]).endswith("That says nothing of the output.")
+    titles = ["group", "by", "derivative", "measured", "error", "16", "levels", "256", "levels"]
+    assert lines[head].split() == titles
+    first, last = " ".join(lines[head + 2].split()), " ".join(lines[-1].split())
+    assert first.endswith("5.0e-02 ± 1.0e-03 2.5e-02 ± 1.0e-03 10.0 % 20.0 % 1.0 %")
+    assert last.endswith("1.0e-02 ± 1.0e-03 – 10.0 % 20.0 % 1.0 %")
 
 
 def test_a_wide_table_of_layers_is_split() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from qbatch.core.domain import DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme
 from qbatch.core.errors import Unsupported
@@ -22,6 +23,7 @@ from qbatch.worker.measuring.quality.probes import Probe, probes_of
 from qbatch.worker.measuring.quality.replay import logits_of
 from qbatch.worker.measuring.stats import rank_correlation
 from qbatch.worker.methods.bnb_weights import WEIGHTS
+from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching import DEFAULT_SEARCH_TEXT
@@ -35,12 +37,21 @@ from qbatch.worker.searching.sensitivity_search import measure_sensitivity
 from tests import tiny
 from tests.plain_reference import load_quantized
 from tests.schemes import with_options
+from tests.shrunk import make, shrunk_config
 
 pytestmark = pytest.mark.slow
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.FLOAT32)
 TEXT = DEFAULT_SEARCH_TEXT.read_text(encoding="utf-8")
 EVERYTHING = SearchProtocol(text_sha256="0" * 64, least_passes=1e6)
+
+
+SHORT = [Probe(ids=tuple(range(start, start + 24))) for start in (10, 40)]
+
+
+def shrunk(model_type: str, cls: str, **fields: Any) -> LoadedModel:
+    model = make(getattr(transformers, cls), shrunk_config(model_type, dtype="float32", **fields)).eval()
+    return LoadedModel(model=model, tokenizer=None, kind=ModelKind.CAUSAL_LM, load_model_s=0.0, device="cpu")
 
 
 def windows(count: int, tokens: int) -> Protocol:
@@ -229,6 +240,45 @@ def test_a_pass_that_skips_the_blocks_before_a_group_gives_the_same(tmp_path: Pa
         first = next(iter(search.groups))
         both = search.measure({name, first}, beside=beside, changed=first, keep_outputs=False)
         assert both.kl_sums == search.measure({name, first}, keep_outputs=False).kl_sums
+
+
+def test_blocks_that_hand_on_more_than_their_output_run_in_every_pass() -> None:
+    """The last two of these read the keys of an earlier one, which raised a KeyError where that was skipped."""
+    sizes = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [256] * 4}
+    kinds = {"layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    model = shrunk("gemma3n_text", "Gemma3nForCausalLM", **sizes, **kinds)
+    with opened_search(model, SHORT, NF4) as search:
+        name = max(search.groups, key=lambda group: list(search.groups).index(group))
+        assert search.cost(name) == 1
+        quantized = search.measure(frozenset(), keep_outputs=True)
+        beside = search.measure({name}, beside=quantized, changed=name, keep_outputs=True)
+        assert beside.kl_sums == search.measure({name}, keep_outputs=False).kl_sums
+
+
+def test_a_state_that_a_block_leaves_in_the_model_is_noticed() -> None:
+    model = shrunk("llama", "LlamaForCausalLM")
+    first, last = model.model.model.layers
+
+    def remember(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        model.model.kept_state = output.mean()
+
+    first.mlp.register_forward_hook(remember)
+    last.register_forward_hook(lambda _module, _args, output: output + model.model.kept_state)
+    with opened_search(model, SHORT, NF4) as search:
+        assert search.layers.blocks == ()
+
+
+def test_layers_that_run_without_gradients_have_no_slope() -> None:
+    """Those that choose which keys are attended to, in DeepSeek V3.2; a hook on what they give ended the search."""
+    model = shrunk("deepseek_v32", "DeepseekV32ForCausalLM")
+    with opened_search(model, SHORT, NF4) as search:
+        sensitivity = measure_sensitivity(search, EVERYTHING)
+    indexers = [each for each in sensitivity.groups if "indexer" in each.group.name]
+    assert indexers
+    assert sensitivity.why_no_derivative is None
+    for each in indexers:
+        assert mean(each.derivative) == 0
+        assert each.measured is not None
 
 
 def test_the_model_has_its_own_weights_again_after_a_search(tmp_path: Path) -> None:

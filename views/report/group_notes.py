@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say
+from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say, why_not_compared
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.groups import timed_apart
 from qbatch.views.missing_parts import missing_part_remarks
@@ -36,7 +36,8 @@ def answers_of(judged: JudgedGroup) -> GroupNotes:
     """How each quantized row answered the questions of tasks, beside its baseline."""
     group = judged.group
     texts = [say(each) for each in compare_answers(baseline_pairs(group))]
-    return GroupNotes(model=judged.model, setting=judged.setting, texts=texts)
+    unknown = why_not_compared(group)
+    return GroupNotes(model=judged.model, setting=judged.setting, texts=texts + ([unknown] if unknown else []))
 
 
 def _reasons(judged: JudgedGroup) -> Iterable[str]:

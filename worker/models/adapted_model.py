@@ -49,4 +49,7 @@ def _refuse_other_names(model: Any, folder: Path) -> None:
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         stored = set(file.keys())
     if different := sorted(stored ^ adapter_parameters(model).keys()):
-        raise BenchmarkError(f"PEFT finds other layers for {folder.name} than it has, the first is {different[0]}")
+        raise BenchmarkError(
+            f"PEFT finds other layers of {type(model).__name__} for {folder.name} than it has, "
+            f"the first is {different[0]}"
+        )

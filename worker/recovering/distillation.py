@@ -46,16 +46,16 @@ def recover_by_training(
     kept_every_s: float = _KEPT_EVERY_S,
 ) -> dict[str, Any]:
     """Write the trained adapter to the existing ``folder``, and return what its manifest says of it. ``kept`` is where
-    the training is kept while it lasts. Raises JobErrors as ``load`` does, Unsupported for a model that predicts no
-    text, and OSError."""
+    the training is kept while it lasts. Raises JobErrors as ``load`` does, Unsupported for a model that does not
+    continue a text, and OSError."""
     state = kept.read()
     if state is None:
         recover_by_factors(work, folder, report)
     teacher = load(work.source, dtype=work.dtype, device=work.device, trusted=work.trusted)
     student = work.load()
-    if student.kind is not ModelKind.CAUSAL_LM or student.tokenizer is None:
+    if student.kind is not ModelKind.CAUSAL_LM:
         raise Unsupported(
-            f"{work.recovery.kind} trains on text that a model predicts, and {work.base.name} predicts none"
+            f"{work.recovery.kind} trains models that continue a text, which {type(student.model).__name__} does not"
         )
     if state is not None:
         report(f"recovering, going on after step {state.steps}")

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-# This share of the mean of the moments' diagonal is added to it, which makes the moments positive definite if the
-# inputs have fewer directions than entries.
-_DAMPING = 1e-8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankFactors:
@@ -58,10 +54,11 @@ def _first_eigenvectors(symmetric: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _root(moments: torch.Tensor) -> torch.Tensor:
-    """L with L·Lᵀ = ``moments``."""
-    damped = moments.clone()
-    mean = damped.diagonal().mean()
-    # Without any input, every direction counts as much.
-    damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    root: torch.Tensor = torch.linalg.cholesky(damped)
+    """L with L·Lᵀ = ``moments``.
+
+    Inputs have fewer directions than entries if a text is short, and some directions are far weaker than others. A
+    Cholesky decomposition would fail at those, in float32 above all.
+    """
+    values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
+    root: torch.Tensor = vectors * values.clamp(min=0).sqrt()
     return root

@@ -33,7 +33,8 @@ class WindowSlopes:
 
 def window_slopes(mixed: MixedModel, probe: Probe, device: str, base_logits: torch.Tensor) -> WindowSlopes:
     """One forward and one backward pass at the mixture that ``mixed`` is now, towards each quantized layer's 16 bits.
-    A layer that the window does not reach has no slope."""
+    A layer that the window does not reach has no slope, nor has one that runs where the model turns gradients off (of
+    what chooses keys, an index comes out)."""
     slopes: defaultdict[str, Any] = defaultdict(float)
     with torch.enable_grad(), frozen(mixed.model), _contracting(mixed, slopes):
         logits = forward_logits(mixed.model, probe, device)
@@ -76,6 +77,8 @@ def _watch_output(
     args: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return output
     watched = with_graph(output)
     contract = partial(_contract, mixed, slopes, name, args[0].detach())
     watched.register_hook(contract)  # type: ignore[no-untyped-call]

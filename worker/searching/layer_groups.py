@@ -1,7 +1,8 @@
 """The groups of linear layers that are quantized together, found from the model's own modules.
 
 Two layers belong together if they have one parent and read one input (query, key and value; gate and up), in any of the
-model's blocks, or if a serving engine fuses them. The experts of a layer belong together.
+model's blocks, or if a serving engine fuses them. All layers of all experts of a layer belong together: engines compute
+them as one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qbatch.core.expert_names import experts_of, without_expert_number
 from qbatch.core.loaders.engine_names import EngineArchitecture, engine
 from qbatch.core.search.sensitivity import LayerGroup
 from qbatch.worker.measuring.quality.probes import Probe
@@ -66,10 +68,13 @@ def _members(
 ) -> Iterable[Sequence[str]]:
     """The names of each group's layers. What is joined in one block is joined in all: not every expert is called."""
     together = [{_role(name) for name in readers} for readers in trace.readers]
+    experts: defaultdict[str, set[str]] = defaultdict(set)
     for name in linears:
+        if (whole := experts_of(name)) is not None:
+            experts[whole].add(_role(name))
         fused = architecture.group_of(name)
         together.append({_role(member) for member in (name, *(fused.members if fused else ())) if member in linears})
-    root = _roots(together)
+    root = _roots([*together, *experts.values()])
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in linears:
         groups[_numbers(name), root[_role(name)]].append(name)
@@ -123,7 +128,7 @@ def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 def _group_name(names: Sequence[str]) -> str:
     """``model.layers.0.mlp.gate_proj+up_proj``"""
-    paths = list(dict.fromkeys(tuple(_without_expert_number(name)) for name in names))
+    paths = list(dict.fromkeys(tuple(without_expert_number(name)) for name in names))
     if len(paths) == 1:
         return ".".join(paths[0])
     shared = 0
@@ -133,23 +138,17 @@ def _group_name(names: Sequence[str]) -> str:
 
 
 def _role(name: str) -> str:
-    return ".".join(_ANY if part.isdigit() else part for part in name.split("."))
+    return ".".join(_ANY if part.isdigit() else part for part in without_expert_number(name))
 
 
 def _numbers(name: str) -> tuple[str, ...]:
-    return tuple(part for part in _without_expert_number(name) if part.isdigit())
-
-
-def _without_expert_number(name: str) -> list[str]:
-    parts = name.split(".")
-    first = next((index for index, part in enumerate(parts) if "expert" in part), len(parts))
-    return parts[:first] + [_ANY if part.isdigit() else part for part in parts[first:]]
+    return tuple(part for part in without_expert_number(name) if part.isdigit())
 
 
 def _block(name: str, modules: Mapping[str, Any]) -> str | None:
     """The innermost numbered module above the layer whose siblings are all of its own class; if there is none, the
     outermost numbered one. An expert is none."""
-    parts = _without_expert_number(name)
+    parts = without_expert_number(name)
     numbered = [".".join(parts[: index + 1]) for index, part in enumerate(parts[:-1]) if part.isdigit()]
     alike = [path for path in numbered if len(set(map(type, modules[path.rpartition(".")[0]].children()))) == 1]
     return alike[-1] if alike else next(iter(numbered), None)

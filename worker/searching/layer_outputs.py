@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+
+from qbatch.worker.machine.device_faults import device_fault
+from qbatch.worker.measuring.quality.probes import Probe
+from qbatch.worker.measuring.quality.replay import logits_of
+from qbatch.worker.searching.input_trace import shortened
+
+_TOKENS = 16
 
 WindowOutputs = Mapping[str, Any]
 """The output of each block on one window, by the block's name."""
@@ -36,6 +43,32 @@ def replayed(model: Any, outputs: WindowOutputs, blocks: Sequence[str]) -> Itera
     finally:
         for module, _ in modules:
             del module.forward
+
+
+def is_replayable(model: Any, blocks: Sequence[str], counts: Iterable[int], probe: Probe, device: str) -> bool:
+    """Whether passes that skip the first of ``blocks``, as many as each of ``counts`` says, give the same to the bit.
+
+    They do not if a block hands on more than its output: the last layers of Gemma 3n attend to keys of earlier ones.
+    """
+    short = shortened(probe, _TOKENS)
+    with recorded(model, blocks) as outputs:
+        whole = logits_of(model, short, device)
+    # Now what a block may have left in the model is of another text.
+    logits_of(model, Probe(ids=short.ids[::-1], labels=short.labels[::-1]), device)
+    return all(_gives(whole, model, outputs, blocks[:count], short, device) for count in sorted({*counts}) if count)
+
+
+def _gives(
+    expected: torch.Tensor, model: Any, outputs: WindowOutputs, skipped: Sequence[str], probe: Probe, device: str
+) -> bool:
+    try:
+        with replayed(model, outputs, skipped):
+            return torch.equal(logits_of(model, probe, device), expected)
+    except Exception as error:
+        # A model's code may raise anything where it lacks what an earlier block would have left.
+        if device_fault(error) is not None:
+            raise
+        return False
 
 
 def nbytes(value: Any) -> int:

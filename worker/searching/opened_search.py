@@ -24,7 +24,7 @@ from qbatch.worker.quantizing.planning.skeleton import quantized_linears
 from qbatch.worker.searching.backward_memory import free_bytes
 from qbatch.worker.searching.base_logits import BaseLogits
 from qbatch.worker.searching.layer_groups import ModelLayers, model_layers
-from qbatch.worker.searching.layer_outputs import WindowOutputs, nbytes, recorded, replayed
+from qbatch.worker.searching.layer_outputs import WindowOutputs, is_replayable, nbytes, recorded, replayed
 from qbatch.worker.searching.mixed_model import MixedModel
 from qbatch.worker.searching.mixture_quality import MixtureQuality
 
@@ -118,6 +118,9 @@ def opened_search(
     bytes_at_16_bits = measure_size(model).weights_bytes
     if device == "cpu":
         model.float()
+    if layers.blocks and not is_replayable(model, layers.blocks, layers.start.values(), probes[0], device):
+        report("its blocks hand on more than their outputs, so every mixture runs whole")
+        layers = _without_blocks(layers)
     report("the model at 16 bits")
     floor = arithmetic_floor(loaded, probes)
     with recorded(model, layers.blocks) as outputs:
@@ -163,4 +166,8 @@ def _copies_on(layers: ModelLayers, device: str) -> str:
 def _restartable(layers: ModelLayers, outputs_bytes: int, device: str) -> ModelLayers:
     """``layers`` without its blocks if their outputs on all windows would take too much memory."""
     fits = outputs_bytes * _OUTPUTS_SHARE < free_bytes(device)
-    return layers if fits else replace(layers, blocks=(), start=dict.fromkeys(layers.start, 0))
+    return layers if fits else _without_blocks(layers)
+
+
+def _without_blocks(layers: ModelLayers) -> ModelLayers:
+    return replace(layers, blocks=(), start=dict.fromkeys(layers.start, 0))

@@ -76,12 +76,13 @@ def _slopes(search: OpenedSearch) -> ScreenedGroups:
 
 
 def _open_groups(search: OpenedSearch, screened: ScreenedGroups) -> Set[str]:
-    """The groups whose gain per byte is within two errors of that of the next one in the order, paired by window."""
+    """The groups whose gain per byte is within two errors of that of the next one in the order, paired by window, and
+    those without a slope, whose place nobody knows."""
     if screened.gains is None:
         return search.groups.keys()
     per_byte = {name: [*map(search.groups[name].per_byte, sums)] for name, sums in screened.gains.items()}
     order = sorted(per_byte, key=lambda name: math.fsum(per_byte[name]), reverse=True)
-    unclear: set[str] = set()
+    unclear = {name for name, sums in per_byte.items() if not any(sums)}
     for better, worse in pairwise(order):
         pairs = zip(per_byte[better], per_byte[worse], strict=True)
         difference = estimate([first - second for first, second in pairs], screened.quantized.rows)
