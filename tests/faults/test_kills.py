@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -133,8 +133,9 @@ def _published(fleet: Fleet, job: int) -> tuple[Path, int] | None:
 
 
 def _unpublish(fleet: Fleet, job: int) -> None:
+    """Move the checkpoint away at once: its worker may be about to write its card."""
     if (found := _published(fleet, job)) is not None:
-        shutil.rmtree(found[0])
+        found[0].rename(fleet.settings.home / f"unpublished-{uuid.uuid4().hex}")
 
 
 @pytest.mark.parametrize("suspended", ["worker", "worker and runner"])
