@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qbatch.core.search.finished_search import FinishedSearch
-from qbatch.core.search.sensitivity import Estimate, GroupSensitivity
+from qbatch.core.search.sensitivity import GroupSensitivity
 from qbatch.views.formats import Column, render
 from qbatch.views.search_figures import show_estimate
 from qbatch.views.units import show_percent
@@ -19,8 +19,8 @@ _TITLE = (
 )
 _COLUMNS: tuple[Column, ...] = (
     Column(key="group", title="group", wraps=True),
-    Column(key="derivative", title="by derivative"),
-    Column(key="measured", title="measured"),
+    Column(key="derivative", title="by derivative", show=show_estimate),
+    Column(key="measured", title="measured", show=show_estimate),
     Column(key="quantized", title="error", show=show_percent),
     Column(key="four", title="16 levels", show=show_percent, spare=True),
     Column(key="eight", title="256 levels", show=show_percent, spare=True),
@@ -37,13 +37,9 @@ def _row(each: GroupSensitivity) -> dict[str, Any]:
     errors = each.weight_errors
     return {
         "group": each.group.name,
-        "derivative": _shown(each.derivative),
-        "measured": _shown(each.measured),
+        "derivative": each.derivative,
+        "measured": each.measured,
         "quantized": errors.quantized,
         "four": errors.min_max_4_bits,
         "eight": errors.min_max_8_bits,
     }
-
-
-def _shown(figure: Estimate | None) -> str | None:
-    return None if figure is None else show_estimate(figure)

@@ -180,9 +180,9 @@ def _unknown(row: TriedPoint) -> str:
 
 def _as_ratio(logarithm: Estimate) -> str:
     ratio, error = exponential(logarithm.mean), logarithm.standard_error
-    return f"{ratio:.5g} (error unknown, one window)" if error is None else f"{ratio:.5g} ± {ratio * error:.2g}"
+    return _with_error(Estimate(mean=ratio, standard_error=None if error is None else ratio * error), digits=5)
 
 
-def _with_error(figure: Estimate) -> str:
-    error = "error unknown, one window" if figure.standard_error is None else f"± {figure.standard_error:.2g}"
-    return f"{figure.mean:.4g} ({error})" if figure.standard_error is None else f"{figure.mean:.4g} {error}"
+def _with_error(figure: Estimate, *, digits: int = 4) -> str:
+    error = figure.standard_error
+    return f"{figure.mean:.{digits}g} " + ("(error unknown, one window)" if error is None else f"± {error:.2g}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import transformers
 
 from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.machine.gpu import installed_gpus
-from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.acceptance.conftest import Qbatch
 from tests.waiting import until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
@@ -54,13 +53,6 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     gc.collect()
     torch.cuda.empty_cache()
     return folder
-
-
-@pytest.fixture
-def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
-    home = tmp_path / "home"
-    yield Qbatch(home)
-    await_end_of(home)
 
 
 def logits(folder: Path, dtype: str, quantization: transformers.BitsAndBytesConfig | None = None) -> torch.Tensor:

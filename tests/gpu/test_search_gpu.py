@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.acceptance.conftest import Qbatch
 from tests.trained import make_trained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
@@ -25,13 +24,6 @@ _TEXT = "The interpreter calls the method of the class, and returns what the gen
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_trained(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
-    home = tmp_path / "home"
-    yield Qbatch(home)
-    await_end_of(home)
 
 
 def _rows(qbatch: Qbatch, *asked: str) -> list[dict[str, Any]]:

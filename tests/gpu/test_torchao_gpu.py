@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from qbatch.worker.checkpoints.published import problems
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.models.load import load
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
-from tests.acceptance.conftest import Qbatch, await_end_of
+from tests.acceptance.conftest import Qbatch
 from tests.tiny import make_tokenizer
 from tests.torchao_reference import contents, reference
 
@@ -59,13 +58,6 @@ def make(folder: Path, **config: Any) -> Path:
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("source") / "llama", tie_word_embeddings=request.param)
-
-
-@pytest.fixture
-def qbatch(tmp_path: Path) -> Iterator[Qbatch]:
-    home = tmp_path / "home"
-    yield Qbatch(home)
-    await_end_of(home)
 
 
 def logits(folder: Path) -> torch.Tensor:
