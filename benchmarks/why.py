@@ -201,6 +201,7 @@ def protocol(name: str, device: str, *, energy: bool) -> Protocol:
         new_tokens=_new_tokens(device),
         warmup_iterations=1,
         warmup_tokens=min(5, _new_tokens(device)),
+        full_first_warmup=on_gpu,
         prefill_iterations=4,
         min_iterations=_ROUNDS,
         min_duration_s=0.0,

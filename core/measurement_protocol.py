@@ -46,7 +46,8 @@ class Protocol:
     default; ``task_limit`` is the number of questions asked per task. Speed is measured in ``rounds``, alternating
     with the other models of the bundle. ``min_iterations`` and ``min_duration_s`` apply to all rounds together,
     ``warmup_iterations`` and ``prefill_iterations`` to each round. A warm-up generates ``warmup_tokens`` tokens, or
-    ``new_tokens`` if that is None. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
+    ``new_tokens`` if that is None; with ``full_first_warmup``, the first of a shape in a process generates all
+    ``new_tokens``. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
     ``tasks_version`` 2 stores how each question was answered, 1 did not.
@@ -76,6 +77,7 @@ class Protocol:
     share_speed: bool = False
     tasks_version: int = 1
     more_texts: tuple[TextRef, ...] = ()
+    full_first_warmup: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_tokens", "min_iterations", "eval_window", "eval_stride", "rounds"):
@@ -147,6 +149,7 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "new_tokens": 64,
         "warmup_iterations": 1,
         "warmup_tokens": 5,
+        "full_first_warmup": True,
         "prefill_iterations": 4,
         "min_iterations": 3,
         "min_duration_s": 0.0,

@@ -20,7 +20,7 @@ from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.quality.reference import compare, prepare_reference
 from qbatch.worker.measuring.quality.replay import head_sha256
 from qbatch.worker.measuring.speed.device_clock import CudaClock
-from qbatch.worker.measuring.speed.generation import time_generation
+from qbatch.worker.measuring.speed.generation import WarmedShapes, time_generation
 from qbatch.worker.measuring.stats import summarize
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
@@ -105,7 +105,9 @@ def test_injected_device_delays_are_found_within_five_per_cent(batch_size: int, 
     protocol = replace(PROTOCOL, batch_size=batch_size, min_iterations=3)
     prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long, device=DEVICE)
     model = SleepyModel(SleepyConfig(), slow_calls=3, cycles_per_s=cycles_per_s).eval().to(DEVICE)
-    times = time_generation(model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=CudaClock(DEVICE))
+    times = time_generation(
+        model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=CudaClock(DEVICE), warmed=WarmedShapes()
+    )
     prefill, decode, per_token = summarize(times.prefill_s), summarize(times.decode_s), summarize(times.per_token_s)
     mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
     assert per_token.count == 3 * (NEW_TOKENS - 1)
@@ -120,7 +122,9 @@ def test_a_round_of_one_generation_finds_injected_device_delays(cycles_per_s: fl
     protocol = replace(PROTOCOL, warmup_tokens=5, prefill_iterations=4, min_iterations=3, rounds=3)
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long, device=DEVICE)
     model = SleepyModel(SleepyConfig(), slow_calls=3, cycles_per_s=cycles_per_s).eval().to(DEVICE)
-    times = time_generation(model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=CudaClock(DEVICE))
+    times = time_generation(
+        model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=CudaClock(DEVICE), warmed=WarmedShapes()
+    )
     assert [len(times.prefill_s), len(times.decode_s), len(times.per_token_s)] == [5, 1, NEW_TOKENS - 1]
     assert times.prefill_s == pytest.approx([PREFILL_S] * 5, rel=0.05)
     assert summarize(times.per_token_s).p50 == pytest.approx(STEP_S, rel=0.05)

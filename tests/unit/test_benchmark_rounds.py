@@ -32,6 +32,7 @@ from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Jo
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.speed import generation as timed_generation
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
@@ -154,6 +155,24 @@ def test_each_model_has_its_turn_in_every_round(home: Path, monkeypatch: pytest.
         assert details["rounds"]["interleaved_with"] == [f"j{other}" for other in (1, 2, 3) if other != job_id]
         assert len(details["rounds"]["phases"]["per_token"]["p50"]) == 3
         assert details["flags"] is None, "there is no GPU to be shared"
+
+
+@pytest.mark.slow
+def test_the_first_generation_of_a_bundle_warms_up_every_length_for_all_its_models(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed = {"warmup_iterations": 1, "warmup_tokens": 2, "full_first_warmup": True, "rounds": 2}
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), **warmed))
+    generated, generate = list[tuple[int, int]](), timed_generation._steps_s
+
+    def noted(model: Any, prompts: Any, new_tokens: int, clock: Any) -> Any:
+        generated.append((len(prompts), new_tokens))
+        return generate(model, prompts, new_tokens, clock)
+
+    monkeypatch.setattr(timed_generation, "_steps_s", noted)
+    assert run(home, 1, 2, schemes=SCHEMES[:2]).failed() == {}
+    turn = [(1, 2), (1, 4), (2, 2), (2, 4)]
+    assert generated == [(1, 4), (1, 4), (2, 4), (2, 4), *turn, *turn, *turn]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qbatch.core.errors import BenchmarkError
 from qbatch.worker.measuring.speed.device_clock import HostClock, repeat
-from qbatch.worker.measuring.speed.generation import time_forward, time_generation
+from qbatch.worker.measuring.speed.generation import WarmedShapes, time_forward, time_generation
 from qbatch.worker.measuring.stats import percentile, summarize
 from tests.unit.benchmark_models import QUICK
 
@@ -78,7 +78,9 @@ def test_injected_delays_are_found_within_five_per_cent(batch_size: int) -> None
     protocol = replace(QUICK, batch_size=batch_size, new_tokens=NEW_TOKENS, warmup_iterations=1, min_iterations=3)
     prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long)
     model = SlowModel(SlowConfig(), slow_calls=3).eval()
-    times = time_generation(model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=HostClock())
+    times = time_generation(
+        model, prompts, new_tokens=NEW_TOKENS, protocol=protocol, clock=HostClock(), warmed=WarmedShapes()
+    )
     prefill, decode, per_token = summarize(times.prefill_s), summarize(times.decode_s), summarize(times.per_token_s)
 
     mean_step_s = (STEP_S * (SLOW_EVERY - 1) + SLOW_STEP_S) / SLOW_EVERY
@@ -96,7 +98,7 @@ def test_the_prefill_s_percentiles_are_found_within_five_per_cent(batch_size: in
     protocol = replace(QUICK, batch_size=batch_size, new_tokens=2, warmup_iterations=2, min_iterations=40)
     prompts = torch.ones(batch_size, PROMPT_TOKENS, dtype=torch.long)
     model = SlowModel(SlowConfig(), slow_calls=3).eval()
-    times = time_generation(model, prompts, new_tokens=2, protocol=protocol, clock=HostClock())
+    times = time_generation(model, prompts, new_tokens=2, protocol=protocol, clock=HostClock(), warmed=WarmedShapes())
     prefill = summarize(times.prefill_s)
     injected_s = model.prefills_s[-prefill.count :]
     assert prefill.count == 40
@@ -114,7 +116,15 @@ def test_a_round_has_its_share_of_iterations_and_is_not_disturbed() -> None:
         time.sleep(SLOW_STEP_S)
 
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
-    times = time_generation(model, prompts, new_tokens=3, protocol=protocol, clock=HostClock(), between_iterations=look)
+    times = time_generation(
+        model,
+        prompts,
+        new_tokens=3,
+        protocol=protocol,
+        clock=HostClock(),
+        warmed=WarmedShapes(),
+        between_iterations=look,
+    )
     assert len(times.prefill_s) == 3, "half of five, rounded up"
     assert looks == [2, 2, 2, 2], "after the warm-up and after each iteration, when its last step is done"
     assert min(times.prefill_s) < PREFILL_S + SLOW_STEP_S
@@ -126,7 +136,7 @@ def test_a_short_warm_up_and_prefills_by_themselves_precede_one_generation() -> 
     model, steps = SlowModel(SlowConfig(), slow_calls=3).eval(), list[int]()
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
     times = time_generation(
-        model, prompts, new_tokens=6, protocol=protocol, clock=HostClock(),
+        model, prompts, new_tokens=6, protocol=protocol, clock=HostClock(), warmed=WarmedShapes(),
         between_iterations=lambda: steps.append(model.steps),
     )  # fmt: skip
     assert [len(times.prefill_s), len(times.decode_s), len(times.per_token_s)] == [3, 1, 5]
@@ -134,6 +144,57 @@ def test_a_short_warm_up_and_prefills_by_themselves_precede_one_generation() -> 
     assert times.prefill_s == pytest.approx(model.prefills_s[1:], rel=0.05)
     assert steps == [2, 5], "after the warm-up and after the generation"
     assert sum(times.per_token_s) == pytest.approx(5 * STEP_S, rel=0.2)
+
+
+class PreparingModel(SlowModel):
+    """Takes longer the first time that any such model meets a length of the cache, as where a library then prepares
+    kernels for it."""
+
+    def __init__(self, known_lengths: set[int]) -> None:
+        super().__init__(SlowConfig(), slow_calls=0)
+        self.known_lengths = known_lengths
+
+    def _delay_s(self, is_prefill: bool) -> float:
+        delay_s = super()._delay_s(is_prefill)
+        is_new = self.steps not in self.known_lengths
+        self.known_lengths.add(self.steps)
+        return delay_s + is_new * SLOW_STEP_S
+
+
+def _timed(model: SlowModel, warmed: WarmedShapes, *, full_first_warmup: bool) -> tuple[float, int]:
+    """(the seconds of five decode steps of a round, the steps of its warm-up)."""
+    protocol = replace(
+        QUICK, warmup_iterations=1, warmup_tokens=2, min_iterations=1, full_first_warmup=full_first_warmup
+    )
+    steps = list[int]()
+    times = time_generation(
+        model.eval(), torch.ones(1, PROMPT_TOKENS, dtype=torch.long), new_tokens=6, protocol=protocol,
+        clock=HostClock(), warmed=warmed, between_iterations=lambda: steps.append(model.steps),
+    )  # fmt: skip
+    return sum(times.per_token_s), steps[0]
+
+
+def test_what_a_length_costs_the_first_time_is_no_part_of_a_time() -> None:
+    known, warmed = set[int](), WarmedShapes()
+    decode_s, warmup_steps = _timed(PreparingModel(known), warmed, full_first_warmup=True)
+    assert decode_s == pytest.approx(5 * STEP_S, rel=0.2)
+    assert warmup_steps == 5
+    decode_s, warmup_steps = _timed(PreparingModel(known), warmed, full_first_warmup=True)
+    assert decode_s == pytest.approx(5 * STEP_S, rel=0.2), "what the first model had prepared serves the second"
+    assert warmup_steps == 1
+
+
+def test_a_short_warm_up_alone_leaves_that_cost_in_the_times() -> None:
+    decode_s, warmup_steps = _timed(PreparingModel(set()), WarmedShapes(), full_first_warmup=False)
+    assert decode_s > 5 * STEP_S + 3 * SLOW_STEP_S
+    assert warmup_steps == 1
+
+
+def test_each_shape_is_warmed_up_by_itself() -> None:
+    protocol, warmed = replace(QUICK, warmup_tokens=2, full_first_warmup=True), WarmedShapes()
+    warmed.add((1, 8, 6))
+    others = {(1, 8, 6): 2, (2, 8, 6): 6, (1, 9, 6): 6, (1, 8, 7): 7}
+    assert {shape: warmed.tokens_of_warmup(protocol, shape) for shape in others} == others
 
 
 def test_an_encoder_s_round_has_its_passes_too() -> None:
@@ -156,7 +217,7 @@ def test_a_model_that_stops_early_is_not_timed_as_if_it_had_not() -> None:
     model = StubbornModel(SlowConfig(), slow_calls=0).eval()
     prompts = torch.ones(1, PROMPT_TOKENS, dtype=torch.long)
     with pytest.raises(BenchmarkError, match="after 3 of 4 tokens"):
-        time_generation(model, prompts, new_tokens=4, protocol=QUICK, clock=HostClock())
+        time_generation(model, prompts, new_tokens=4, protocol=QUICK, clock=HostClock(), warmed=WarmedShapes())
 
 
 def test_a_forward_s_injected_delay_is_found_within_five_per_cent() -> None:

@@ -16,6 +16,7 @@ from qbatch.core.measured.speed_figures import Memory, Phase, RunShape, TimedRou
 from qbatch.worker.measuring.measurement_details import on_noise, under_protocol, without_parts
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import Speed, pool
+from qbatch.worker.measuring.speed.generation import WarmedShapes
 from qbatch.worker.measuring.speed.memory import (
     AllocatorPeaks,
     MemoryPeaks,
@@ -30,7 +31,10 @@ from qbatch.worker.models.load import LoadedModel
 
 
 class RowBenchmark:
-    """Measures a model at one protocol's shape, in rounds. If its speed is ``known``, it is not timed."""
+    """Measures a model at one protocol's shape, in rounds. If its speed is ``known``, it is not timed.
+
+    ``warmed``: the shapes at which other models of the same architecture have generated in this process.
+    """
 
     def __init__(
         self,
@@ -39,8 +43,10 @@ class RowBenchmark:
         on_step: Callable[[str], None],
         *,
         known: KnownSpeed | None = None,
+        warmed: WarmedShapes | None = None,
     ) -> None:
         self.model = model
+        self._warmed = warmed or WarmedShapes()
         self._known = known
         self._protocol = protocol
         self._on_step = on_step
@@ -179,7 +185,7 @@ class RowBenchmark:
         return under_protocol(replace(measured, details=details), self._protocol)
 
     def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
-        return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup)
+        return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup, self._warmed)
 
     def _explained(self, speed: Speed, kernels: StepKernels | None) -> DecodeReasons:
         """The explanation. Empty if none was requested, and without a GPU or decoding."""

@@ -30,6 +30,7 @@ from qbatch.worker.sources.fetch import LocalSource
 if TYPE_CHECKING:
     from qbatch.worker.measuring.model_benchmark import ModelBenchmark
     from qbatch.worker.measuring.row_benchmark import RowBenchmark
+    from qbatch.worker.measuring.speed.generation import WarmedShapes
     from qbatch.worker.measuring.why.capture import Captures
     from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
     from qbatch.worker.measuring.why.kernels_server import KernelsServer
@@ -106,11 +107,13 @@ class Rounds:
 
         The jobs in ``speeds`` have a speed that is known, and are not timed.
         """
+        from qbatch.worker.measuring.speed.generation import WarmedShapes
         from qbatch.worker.measuring.why.capture import Captures
 
+        warmed = WarmedShapes()
         # One that is loaded, since it was tried, is the first.
         ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
-        self._turns = self._unmeasured = [self._turn(model, speeds) for model in ordered]
+        self._turns = self._unmeasured = [self._turn(model, speeds, warmed) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
         with Captures(self._kernels_server, log_path=self._order.log_path) as captures:
             for number in range(1, last + 1):
@@ -128,14 +131,18 @@ class Rounds:
         turns = [turn for turn in self._turns if number <= turn.rounds]
         return turns if number % 2 else turns[::-1]
 
-    def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed]) -> _Turn:
+    def _turn(self, model: MeasuredModel, speeds: Mapping[int, KnownSpeed], warmed: WarmedShapes) -> _Turn:
         from qbatch.worker.measuring.model_benchmark import ModelBenchmark
         from qbatch.worker.measuring.row_benchmark import RowBenchmark
 
         benchmark = ModelBenchmark(self._rows.subject(model))
         rows = {
             plan.job_id: RowBenchmark(
-                benchmark, plan.settled.protocol, self._step_reporter(plan), known=speeds.get(plan.job_id)
+                benchmark,
+                plan.settled.protocol,
+                self._step_reporter(plan),
+                known=speeds.get(plan.job_id),
+                warmed=warmed,
             )
             for plan in model.plans
         }

@@ -30,6 +30,27 @@ class GenerationTimes:
     per_token_s: list[float] = field(default_factory=list)
 
 
+class WarmedShapes:
+    """The shapes (batch, prompt tokens, new tokens) at which this process has generated before.
+
+    On an H200 the first generation of a process lost 3 s, whatever the model's size: more than its 63 steps took.
+    Probably libraries prepare for each length of the cache when they first meet it.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: set[tuple[int, int, int]] = set()
+
+    def tokens_of_warmup(self, protocol: Protocol, shape: tuple[int, int, int]) -> int:
+        """How many tokens the next warm-up at ``shape`` generates."""
+        new_tokens = shape[-1]
+        if protocol.full_first_warmup and shape not in self._shapes:
+            return new_tokens
+        return min(new_tokens, protocol.warmup_tokens or new_tokens)
+
+    def add(self, shape: tuple[int, int, int]) -> None:
+        self._shapes.add(shape)
+
+
 class _TokenMarks:
     """A logits processor that changes nothing and marks the moment at which each token's logits are computed."""
 
@@ -49,15 +70,16 @@ def time_generation(
     new_tokens: int,
     protocol: Protocol,
     clock: Clock,
+    warmed: WarmedShapes,
     during_warmup: AbstractContextManager[object] = _NOTHING,
     between_iterations: Callable[[], None] = lambda: None,
 ) -> GenerationTimes:
     """Time one round of greedy generation of exactly ``new_tokens`` tokens for ``prompts`` [batch, length].
 
     ``generate`` itself is timed, since it is what users run. For an encoder-decoder, the prefill is the encoder and the
-    first token. For the number of iterations see ``Protocol``. ``during_warmup``: a context that is entered for
-    the warm-up. ``between_iterations`` is called before, between and after the timed iterations. Raises BenchmarkError
-    if the model stops early.
+    first token. For the number of iterations see ``Protocol``. ``warmed``: the shapes at which this process has
+    generated; this one is added. ``during_warmup``: a context that is entered for the warm-up. ``between_iterations``
+    is called before, between and after the timed iterations. Raises BenchmarkError if the model stops early.
     """
     times = GenerationTimes()
 
@@ -67,9 +89,11 @@ def time_generation(
         times.decode_s.append(sum(steps_s[1:]))
         times.per_token_s.extend(steps_s[1:])
 
-    warmup_tokens = min(new_tokens, protocol.warmup_tokens or new_tokens)
+    shape = (*prompts.shape, new_tokens)
+    warmup_tokens = warmed.tokens_of_warmup(protocol, shape)
     with torch.inference_mode():
         _warm_up(lambda: _steps_s(model, prompts, warmup_tokens, clock), protocol, during_warmup)
+        warmed.add(shape)
         between_iterations()
         for _ in range(protocol.prefill_iterations):
             times.prefill_s.extend(_steps_s(model, prompts, 1, clock))

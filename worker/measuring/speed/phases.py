@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qbatch.core.domain import Protocol
 from qbatch.core.measured.speed_figures import Phase
 from qbatch.worker.measuring.speed.device_clock import clock_of
 from qbatch.worker.measuring.speed.fairness import GpuConditions, fairness_monitor
-from qbatch.worker.measuring.speed.generation import time_forward, time_generation
+from qbatch.worker.measuring.speed.generation import WarmedShapes, time_forward, time_generation
 from qbatch.worker.measuring.speed.model_inputs import describe_inputs, noise_inputs, reads_text, text_inputs
 from qbatch.worker.measuring.speed.noise_forms import Inputs
 from qbatch.worker.measuring.tokens import max_positions, prompts
@@ -53,11 +54,15 @@ class Round:
 
 
 def time_round(
-    loaded: LoadedModel, protocol: Protocol, eval_text: str, during_warmup: AbstractContextManager[object]
+    loaded: LoadedModel,
+    protocol: Protocol,
+    eval_text: str,
+    during_warmup: AbstractContextManager[object],
+    warmed: WarmedShapes,
 ) -> Round:
-    """Time one round of the model's phases."""
+    """Time one round of the model's phases. ``warmed``: as for ``time_generation``."""
     noise = None if reads_text(loaded.model) else noise_inputs(loaded.model, protocol.batch_size)
-    time_phases = _generation if loaded.kind in _GENERATIVE else _forward
+    time_phases = partial(_generation, warmed=warmed) if loaded.kind in _GENERATIVE else _forward
     with fairness_monitor(loaded.device) as fairness:
         options = {
             "clock": clock_of(loaded.device),
@@ -97,9 +102,13 @@ def untimed_round(loaded: LoadedModel, protocol: Protocol, eval_text: str) -> Ro
 _Timed = tuple[Mapping[Phase, list[float]], torch.Tensor, int]
 
 
-def _generation(loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any]) -> _Timed:
+def _generation(
+    loaded: LoadedModel, protocol: Protocol, eval_text: str, options: Mapping[str, Any], *, warmed: WarmedShapes
+) -> _Timed:
     shape = untimed_round(loaded, protocol, eval_text)
-    times = time_generation(loaded.model, shape.prompts, new_tokens=shape.new_tokens, protocol=protocol, **options)
+    times = time_generation(
+        loaded.model, shape.prompts, new_tokens=shape.new_tokens, protocol=protocol, warmed=warmed, **options
+    )
     phases = {Phase.PREFILL: times.prefill_s, Phase.DECODE: times.decode_s, Phase.PER_TOKEN: times.per_token_s}
     return phases, shape.prompts, shape.new_tokens
 
