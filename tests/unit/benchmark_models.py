@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM
 
 from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme
 from qbatch.core.measured.measurement import Measurement
@@ -16,6 +16,7 @@ from qbatch.worker.measuring.quality.reference import Reference
 from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.models.architecture import model_class
 from qbatch.worker.models.load import LoadedModel, load, quiet_libraries
+from tests import tiny
 from tests.benchmarking import benchmark
 
 TEXT = DEFAULT_EVAL_TEXT.read_text(encoding="utf-8")
@@ -36,6 +37,23 @@ QUICK = replace(
     eval_max_windows=3,
     rounds=1,
 )
+
+
+def make_capped(folder: Path) -> Path:
+    """A Gemma 2, which caps its logits: its head alone does not give them."""
+    tiny.make_tokenizer(folder)
+    config = Gemma2Config(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        final_logit_softcapping=3.0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def quantized(source: Path, folder: Path, scheme: Scheme) -> Path:

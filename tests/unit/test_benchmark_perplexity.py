@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qbatch.core.domain import DType
-from qbatch.worker.measuring.quality.perplexity import score_text, text_windows, token_nll, windows
+from qbatch.worker.measuring.quality.perplexity import (
+    WindowScores,
+    score_text,
+    text_windows,
+    token_nll,
+    windows,
+)
+from qbatch.worker.measuring.quality.reference import prepare_reference
+from qbatch.worker.models.load import LoadedModel
 from tests import tiny
-from tests.unit.benchmark_models import QUICK, TEXT, loaded_on_cpu
+from tests.unit.benchmark_models import QUICK, TEXT, loaded_on_cpu, make_capped
 
 
 def numpy_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -93,3 +103,28 @@ def test_no_token_is_scored_twice_and_with_bos_none_is_left_out(
 
 def test_as_many_windows_as_asked_for_and_no_more() -> None:
     assert len(list(windows(range(1000), (), window=10, stride=10, max_windows=7))) == 7
+
+
+def scores_on_the_way(base: LoadedModel, folder: Path, **options: Any) -> WindowScores:
+    scores = WindowScores()
+    prepare_reference(
+        base, QUICK, TEXT, folder, on_window=lambda n, probe, logits: scores.add(n, logits, probe.targets), **options
+    )
+    return scores
+
+
+# Where the head does not give the logits again, all windows are computed a second time, for their logits.
+@pytest.mark.parametrize("make", [tiny.make_causal, make_capped], ids=["hidden states", "logits"])
+def test_what_is_stored_of_a_base_scores_its_text_too(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    base = loaded_on_cpu(make(tmp_path / "base"))
+    scores = scores_on_the_way(base, tmp_path / "reference")
+    alone = score_text(base, text_windows(base, QUICK, TEXT), lambda _: None)
+    assert alone is not None
+    assert scores.whole(len(alone.window_nll)) == alone
+
+
+def test_a_text_of_which_only_a_part_is_stored_is_not_scored_by_it(tmp_path: Path) -> None:
+    base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    scores = scores_on_the_way(base, tmp_path / "reference", max_bytes=20_000)
+    assert scores.whole(QUICK.eval_max_windows) is None
+    assert scores_on_the_way(base, tmp_path / "reference").whole(1) is None, "it is there already"

@@ -41,7 +41,7 @@ from qbatch.worker.measuring.versions import versions
 from qbatch.worker.models.load import LoadedModel
 from tests import tiny
 from tests.benchmarking import benchmark
-from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, measured, quantized
+from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, make_capped, measured, quantized
 
 HEADS = [None, "masked-lm", "classification"]
 
@@ -193,19 +193,7 @@ def test_hidden_states_replay_to_the_base_s_very_bits(tmp_path: Path, arch: str)
 
 
 def test_a_model_that_caps_its_logits_has_them_stored_instead(tmp_path: Path) -> None:
-    tiny.make_tokenizer(tmp_path / "gemma2")
-    config = transformers.Gemma2Config(
-        vocab_size=tiny.VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        final_logit_softcapping=3.0,
-    )
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
-    base = loaded_on_cpu(tmp_path / "gemma2")
+    base = loaded_on_cpu(make_capped(tmp_path / "gemma2"))
     reference = prepare_reference(base, QUICK, TEXT, tmp_path / "reference")
     assert reference is not None
     assert reference.form == "logits"

@@ -29,6 +29,7 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, StorageError
+from qbatch.worker.measuring import model_benchmark
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
@@ -173,6 +174,15 @@ def test_the_first_generation_of_a_bundle_warms_up_every_length_for_all_its_mode
     assert run(home, 1, 2, schemes=SCHEMES[:2]).failed() == {}
     turn = [(1, 2), (1, 4), (2, 2), (2, 4)]
     assert generated == [(1, 4), (1, 4), (2, 4), (2, 4), *turn, *turn, *turn]
+
+
+@pytest.mark.slow
+def test_a_baseline_reads_the_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its perplexity is that of the outputs with which the others are compared."""
+    monkeypatch.setattr(model_benchmark, "score_text", lambda *_: pytest.fail("the text was read again"))
+    done = run(tmp_path, schemes=SCHEMES[:2]).measured()
+    quality = done[2].measurement.details.to_json()["quality"]
+    assert done[1].measurement.perplexity == pytest.approx(quality["base_perplexity"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from qbatch.core.measured.quality_figures import FurtherText, Quality, TextPerpl
 from qbatch.core.measured.speed_figures import PhaseTimes, RunShape
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
 from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
-from qbatch.worker.measuring.quality.perplexity import TextScore, score_text, text_windows
+from qbatch.worker.measuring.quality.perplexity import TextScore, WindowScores, score_text, text_windows
 from qbatch.worker.measuring.quality.reference import Reference, compare
 from qbatch.worker.measuring.speed.model_inputs import reads_text
 from qbatch.worker.measuring.speed.size import measure_size
@@ -78,11 +78,17 @@ class ModelBenchmark:
             self.note_load_time(loaded)
 
     def measure_quality(
-        self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference] = MappingProxyType({})
+        self,
+        loaded: LoadedModel,
+        reference: Reference | None,
+        more: Mapping[str, Reference] = MappingProxyType({}),
+        *,
+        scores: Mapping[str, WindowScores] = MappingProxyType({}),
     ) -> None:
-        """Measure quality, compared with ``reference`` if there is one. ``more``: those of further texts, by name."""
+        """Measure quality, compared with ``reference`` if there is one. ``more``: those of further texts, by name.
+        ``scores``: the windows that are scored already, by the sha256 of their text."""
         with self.subject.errors():
-            self._measure_quality(loaded, reference, more)
+            self._measure_quality(loaded, reference, more, scores)
 
     def kernels_request(self, shapes: Sequence[Shape], *, device: str, trusted: bool = False) -> KernelsRequest:
         """The request for the kernels of a decode step at ``shapes``."""
@@ -135,11 +141,17 @@ class ModelBenchmark:
         cut = text_cut(loaded, self.subject.protocol)
         return RunShape(eval_window=cut.window, eval_stride=cut.stride, eval_max_windows=cut.count)
 
-    def _measure_quality(self, loaded: LoadedModel, reference: Reference | None, more: Mapping[str, Reference]) -> None:
+    def _measure_quality(
+        self,
+        loaded: LoadedModel,
+        reference: Reference | None,
+        more: Mapping[str, Reference],
+        scores: Mapping[str, WindowScores],
+    ) -> None:
         subject = self.subject
-        score, quality = self._compare_and_score(loaded, reference, subject.protocol, subject.eval_text)
+        score, quality = self._compare_and_score(loaded, reference, subject.protocol, subject.eval_text, scores)
         more_texts = {
-            text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), text.sha256)
+            text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), scores)
             for text in subject.protocol.more_texts
         }
         if self._tasks.tasks is not None:
@@ -169,13 +181,23 @@ class ModelBenchmark:
         self._tasks = LoadedTasks(hashes={})
 
     def _further(
-        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, sha256: str
+        self,
+        loaded: LoadedModel,
+        reference: Reference | None,
+        protocol: Protocol,
+        scores: Mapping[str, WindowScores],
     ) -> FurtherText:
-        score, quality = self._compare_and_score(loaded, reference, protocol, self.subject.texts[sha256])
+        text = self.subject.texts[protocol.eval_text_sha256]
+        score, quality = self._compare_and_score(loaded, reference, protocol, text, scores)
         return FurtherText(quality=quality, perplexity=_stored_score(score, loaded))
 
     def _compare_and_score(
-        self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, text: str
+        self,
+        loaded: LoadedModel,
+        reference: Reference | None,
+        protocol: Protocol,
+        text: str,
+        scores: Mapping[str, WindowScores],
     ) -> tuple[TextScore | None, Quality]:
         """(the score of ``text``, for causal LMs only; the comparison with the base)."""
         on_step = self.subject.on_step
@@ -189,6 +211,9 @@ class ModelBenchmark:
         if loaded.kind is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
             return None, against_base
         cut = text_windows(loaded, protocol, text)
+        known = scores.get(protocol.eval_text_sha256)
+        if known is not None and (scored := known.whole(len(cut))) is not None:
+            return scored, against_base
         nll, tokens = against_base.window_nll, against_base.window_tokens
         if nll is not None and tokens is not None and len(nll) == len(cut):
             # The comparison has already scored the same windows.

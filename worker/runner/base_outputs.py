@@ -10,6 +10,7 @@ from qbatch.core.domain import Protocol, TextRef
 from qbatch.core.errors import DeviceError, JobError, SourceChanged
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
+from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.runner.checkpoint_jobs import Plan
 from qbatch.worker.runner.loaded_models import free_device_memory
 from qbatch.worker.runner.messages import Order
@@ -17,6 +18,10 @@ from qbatch.worker.runner.reports import Reports
 from qbatch.worker.sources.fetch import LocalSource
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qbatch.worker.measuring.quality.perplexity import WindowScores
+    from qbatch.worker.measuring.quality.probes import Probe
     from qbatch.worker.measuring.quality.reference import Reference
     from qbatch.worker.measuring.subject import Subject
     from qbatch.worker.models.load import LoadedModel
@@ -49,19 +54,32 @@ class BaseOutputs:
     def why_missing(self, plan: Plan, text: TextRef | None = None) -> str:
         return self._not_kept.get(self._folder(_protocol(plan, text), plan), _NO_REFERENCE)
 
-    def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel) -> None:
-        """Store the outputs of the ``loaded`` baseline on each text.
+    def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel) -> dict[str, WindowScores]:
+        """Store the outputs of the ``loaded`` baseline on each text. Returns the windows that were scored on the way,
+        by the sha256 of their text: none of a text whose outputs are there already.
 
         If that fails, only the comparisons are missing, unless the device has become unusable.
         """
-        subject.on_step("outputs for comparison")
-        self._keep(plan, subject.protocol, subject.eval_text, loaded)
-        for text in subject.protocol.more_texts:
-            self._keep(plan, _protocol(plan, text), subject.texts[text.sha256], loaded)
+        texts = {subject.protocol.eval_text_sha256: (subject.protocol, subject.eval_text)}
+        texts |= {
+            text.sha256: (_protocol(plan, text), subject.texts[text.sha256]) for text in subject.protocol.more_texts
+        }
+        return {sha256: self._keep(plan, *text, subject, loaded) for sha256, text in texts.items()}
 
-    def _keep(self, plan: Plan, protocol: Protocol, eval_text: str, loaded: LoadedModel) -> None:
+    def _keep(
+        self, plan: Plan, protocol: Protocol, eval_text: str, subject: Subject, loaded: LoadedModel
+    ) -> WindowScores:
+        from qbatch.worker.measuring.quality.perplexity import WindowScores
         from qbatch.worker.measuring.quality.reference import prepare_reference
 
+        scores = WindowScores()
+
+        def score(number: int, probe: Probe, logits: Tensor) -> None:
+            subject.on_step(f"outputs for comparison, window {number + 1}")
+            if loaded.kind is ModelKind.CAUSAL_LM:
+                scores.add(number, logits, probe.targets)
+
+        subject.on_step("outputs for comparison")
         folder = self._folder(protocol, plan)
         try:
             kept = prepare_reference(
@@ -72,16 +90,18 @@ class BaseOutputs:
                 # A baseline stages nothing else. If this runner is killed, its staging folder is removed.
                 staging=folder_of(self._order.staging, plan.job_id, plan.claim.attempt),
                 confirm=lambda: self._reports.confirm(self._source),
+                on_window=score,
             )
             if kept is None:
                 self._not_kept[folder] = _NOTHING_TO_COMPARE
-            return
+            return scores
         except (DeviceError, SourceChanged):
             raise
         except JobError as error:
             log.warning("j%s: %s; quality will not be compared with the baseline", plan.job_id, error)
             self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
         free_device_memory()
+        return scores
 
     def _folder(self, protocol: Protocol, plan: Plan) -> Path:
         from qbatch.worker.measuring.quality.reference import reference_name

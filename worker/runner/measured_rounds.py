@@ -251,8 +251,8 @@ class Rounds:
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         if is_baseline:
-            turn.benchmark.measure_quality(loaded, None)
-            self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
+            scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
+            turn.benchmark.measure_quality(loaded, None, scores=scores)
             return
         reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts
         more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}

@@ -53,6 +53,24 @@ class TextScore:
         return None if error is None else self.perplexity * error
 
 
+class WindowScores:
+    """Scores the windows of a text from logits that are computed for something else."""
+
+    def __init__(self) -> None:
+        self._windows: dict[int, tuple[float, int]] = {}
+
+    def add(self, number: int, logits: torch.Tensor, targets: Sequence[int]) -> None:
+        """Score the window of that ``number``, from 0, by its logits [rows, vocabulary] and the token of each row."""
+        self._windows[number] = (_sum_nll(logits, torch.tensor(targets, device=logits.device)), len(targets))
+
+    def whole(self, count: int) -> TextScore | None:
+        """The score of the text, if all of its ``count`` windows were added."""
+        if not count or self._windows.keys() != set(range(count)):
+            return None
+        nll, tokens = zip(*(self._windows[number] for number in range(count)), strict=True)
+        return TextScore(window_nll=nll, window_tokens=tokens)
+
+
 def windows(
     ids: Sequence[int], before: Sequence[int], *, window: int, stride: int, max_windows: int
 ) -> Iterator[Window]:
@@ -100,7 +118,11 @@ def _window_nll(loaded: LoadedModel, window: Window, on_window: Callable[[int], 
     on_window(number)
     ids = torch.tensor([window.ids], device=loaded.device)
     logits = window_logits(loaded.model, ids, window.scored)
-    return float(token_nll(logits, ids[0, -window.scored :]).sum(dtype=torch.float64))
+    return _sum_nll(logits, ids[0, -window.scored :])
+
+
+def _sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return float(token_nll(logits, targets).sum(dtype=torch.float64))
 
 
 def window_logits(model: Any, ids: torch.Tensor, scored: int) -> torch.Tensor:

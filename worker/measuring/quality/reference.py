@@ -57,6 +57,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
+OnWindow = Callable[[int, Probe, torch.Tensor], None]
 _FORMAT = 3
 _PROBE = "base"
 
@@ -159,6 +160,7 @@ def prepare_reference(
     staging: Path | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     confirm: Callable[[], None] = lambda: None,
+    on_window: OnWindow = lambda number, probe, logits: None,  # noqa: ARG005
 ) -> Reference | None:
     """Store the outputs of the base in ``loaded`` on the protocol's probes in ``folder``, unless already there.
 
@@ -166,8 +168,10 @@ def prepare_reference(
     least recently used ones are removed, and a reference that is too large by itself holds fewer probes, but at least
     one. ``staging``: where to write it first, a path on the same file system that does not exist yet; a process that
     may be killed should pass one that is cleaned up later. ``confirm`` is called before the folder is renamed into
-    place; if it raises, nothing is stored. Returns None if the model has nothing to compare (no tokenizer). Raises
-    StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or DeviceError.
+    place; if it raises, nothing is stored. ``on_window`` is called with what is computed of a model that predicts
+    tokens: the number of each probe, from 0, the probe, and its logits [rows, vocabulary]. Returns None if the model
+    has nothing to compare (no tokenizer). Raises StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or
+    DeviceError.
     """
     existing = open_reference(folder)
     if existing is not None:
@@ -176,7 +180,7 @@ def prepare_reference(
         probes = probes_of(loaded, protocol, eval_text)
         if not probes:
             return None
-        _write(loaded, probes, folder, staging or temporary_name(folder), max_bytes, confirm)
+        _write(loaded, probes, folder, staging or temporary_name(folder), max_bytes, confirm, on_window)
         _evict(folder.parent, keep=folder, max_bytes=max_bytes)
     return open_reference(folder)
 
@@ -261,12 +265,18 @@ def _probe(folder: Path, number: int) -> Path:
 
 
 def _write(
-    loaded: LoadedModel, probes: list[Probe], folder: Path, staging: Path, max_bytes: int, confirm: Callable[[], None]
+    loaded: LoadedModel,
+    probes: list[Probe],
+    folder: Path,
+    staging: Path,
+    max_bytes: int,
+    confirm: Callable[[], None],
+    on_window: OnWindow,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging.mkdir(parents=True)
     try:
-        form, count = _write_probes(loaded, probes, staging, max_bytes)
+        form, count = _write_probes(loaded, probes, staging, max_bytes, on_window)
         reference = Reference(
             folder=folder,
             form=form,
@@ -294,17 +304,31 @@ def _write(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_probes(loaded: LoadedModel, probes: list[Probe], staging: Path, max_bytes: int) -> tuple[str, int]:
+def _write_probes(
+    loaded: LoadedModel, probes: list[Probe], staging: Path, max_bytes: int, on_window: OnWindow
+) -> tuple[str, int]:
     """(form, number of probes written). If a hidden state does not give its logits again, logits are stored for all."""
     if loaded.kind is ModelKind.ENCODER:
         embeddings = (embedding_of(loaded.model, probe, loaded.device) for probe in probes)
         return "embedding", _write_all(embeddings, staging, max_bytes)
-    hidden = (hidden_and_logits(loaded.model, probe, loaded.device)[0] for probe in probes)
     try:
-        return "hidden", _write_all(hidden, staging, max_bytes)
+        return "hidden", _write_all(_hidden(loaded, probes, on_window), staging, max_bytes)
     except _NotReplayable:
-        logits = (logits_of(loaded.model, probe, loaded.device) for probe in probes)
-        return "logits", _write_all(logits, staging, max_bytes)
+        return "logits", _write_all(_logits(loaded, probes, on_window), staging, max_bytes)
+
+
+def _hidden(loaded: LoadedModel, probes: list[Probe], on_window: OnWindow) -> Iterator[torch.Tensor | None]:
+    for number, probe in enumerate(probes):
+        hidden, logits = hidden_and_logits(loaded.model, probe, loaded.device)
+        on_window(number, probe, logits)
+        yield hidden
+
+
+def _logits(loaded: LoadedModel, probes: list[Probe], on_window: OnWindow) -> Iterator[torch.Tensor]:
+    for number, probe in enumerate(probes):
+        logits = logits_of(loaded.model, probe, loaded.device)
+        on_window(number, probe, logits)
+        yield logits
 
 
 class _NotReplayable(Exception):
