@@ -223,7 +223,9 @@ def test_a_graph_is_captured_where_nothing_synchronises(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_server_that_its_runner_forked_before_it_used_the_gpu_captures(tmp_path: Path) -> None:
     (request,) = steps_of(tmp_path, NF4)
+    log = tmp_path / "log"
     program = f"""
+from pathlib import Path
 from qbatch.worker.serving import runner_imports
 from qbatch.worker.measuring.why.kernels_server import fork_server
 server = fork_server()
@@ -231,12 +233,14 @@ import torch
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
 torch.zeros(1, device="cuda")
-with Captures(server) as captures:
+with Captures(server, log_path=Path({str(log)!r})) as captures:
     for found in captures.kernels([{request!r}])[0]:
         print(found.alone.step_s > 0, found.profile.device_busy_s > 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "True True\n" * 2, done.stderr
+    said = [line.split(" INFO ")[1] for line in log.read_text().splitlines() if "qbatch.kernels" in line]
+    assert said == [f"{what} {request.folder}" for what in ("loading", "capturing", "profiling")]
 
 
 @pytest.mark.timeout(600)

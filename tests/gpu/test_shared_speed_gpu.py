@@ -108,7 +108,7 @@ class TimedRows:
 
 
 def protocol() -> Protocol:
-    options = ProtocolOptions(eval_text_sha256=TEXT_HASH, prompt_tokens=128, new_tokens=64)
+    options = ProtocolOptions(eval_text_sha256=TEXT_HASH, prompt_tokens=128, new_tokens=24)
     return replace(options.for_device(DeviceKind.CUDA), eval_max_windows=1)
 
 

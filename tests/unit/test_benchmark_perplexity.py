@@ -114,7 +114,7 @@ def scores_on_the_way(base: LoadedModel, folder: Path, **options: Any) -> Window
 
 
 # Where the head does not give the logits again, all windows are computed a second time, for their logits.
-@pytest.mark.parametrize("make", [tiny.make_causal, make_capped], ids=["hidden states", "logits"])
+@pytest.mark.parametrize("make", [tiny.make_causal, make_capped], ids=["hidden", "logits"])
 def test_what_is_stored_of_a_base_scores_its_text_too(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     base = loaded_on_cpu(make(tmp_path / "base"))
     scores = scores_on_the_way(base, tmp_path / "reference")

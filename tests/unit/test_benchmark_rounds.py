@@ -159,7 +159,7 @@ def test_each_model_has_its_turn_in_every_round(home: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_the_first_generation_of_a_bundle_warms_up_every_length_for_all_its_models(
+def test_the_first_generation_of_a_bundle_warms_up_for_all_its_models(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed = {"warmup_iterations": 1, "warmup_tokens": 2, "full_first_warmup": True, "rounds": 2}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import select
 import sys
@@ -23,9 +24,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from qbatch.scheduler.child_process import ORPHANED, end_with_parent
 from qbatch.worker.machine.imports import COMPILER, MODEL_LIBRARIES, import_without_gpu
+from qbatch.worker.machine.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from qbatch.worker.measuring.why.profile import StepProfile
+
+log = logging.getLogger("qbatch.kernels")
 
 _WARMUP_STEPS = 3
 _REPLAYS = 20
@@ -129,6 +133,7 @@ def _handle_and_exit(line: str, requests: int, answer_to: int) -> None:
         request = json.loads(line)
         if request["log_path"] is not None:
             _print_into(request["log_path"])
+        log_to_stderr()
         with os.fdopen(answer_to, "w") as pipe:
             for done in measure_all([_task(**fields) for fields in request["tasks"]]):
                 print(json.dumps(asdict(done)), file=pipe, flush=True)
@@ -175,6 +180,7 @@ def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:
         if model is None:
             yield Done(number=number, alones=[KernelsAlone(reason=reason)] * len(task.request.shapes))
             continue
+        log.info("capturing %s", task.request.folder)
         alones = _capture_each(model, task.request)
         yield Done(number=number, alones=alones)
         if any(alone.step_s is None for alone in alones):
@@ -182,6 +188,7 @@ def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:
     for number, task in enumerate(tasks):
         if task.profile:
             model, reason = models.get(task.request)
+            log.info("profiling %s", task.request.folder)
             profiles = [StepKernels(reason=reason)] * len(task.request.shapes)
             yield Done(number=number, profiles=profiles if model is None else _profile_each(model, task.request))
 
@@ -207,6 +214,7 @@ class _Models:
         return self._loaded.get(request), reason
 
     def _load(self, request: KernelsRequest) -> str | None:
+        log.info("loading %s", request.folder)
         try:
             self._loaded[request] = _load(request)
         except Exception as error:
