@@ -35,6 +35,7 @@ from qbatch.worker.runner.messages import (
     Resolved,
     Stepped,
 )
+from qbatch.worker.runner.trial import Trial
 from tests.bundles import Ear, measure_quickly, run_bundle
 from tests.tiny import make_causal, make_encoder
 from tests.unit.benchmark_models import QUICK
@@ -260,7 +261,34 @@ def test_widths_are_published_side_by_side(source: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(publishing, "sync", sync_together)
     ear = run(source)
     assert ear.measured() == {NF4, INT8}
-    assert [m.job_ids for m in ear.heard if isinstance(m, Entered) and m.stage is Stage.PUBLISHING] == [(NF4, INT8)]
+    assert works(ear)[-1] == (Stage.PUBLISHING, (NF4, INT8))
+
+
+def works(ear: Ear) -> list[tuple[Stage, tuple[int, ...]]]:
+    """What the runner did before anything was measured, and which jobs would have been at fault if it had died."""
+    stages = (Stage.QUANTIZING, Stage.PUBLISHING)
+    return [(m.stage, m.job_ids) for m in ear.heard if isinstance(m, Entered) and m.stage in stages]
+
+
+def test_a_width_is_tried_at_its_own_risk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[Stage, tuple[int, ...]]] = []
+    ear, try_checkpoint = Ear(), Trial.try_checkpoint
+
+    def noted(trial: Trial, *arguments: Any) -> str:
+        tried.append(works(ear)[-1])
+        return try_checkpoint(trial, *arguments)
+
+    monkeypatch.setattr(Trial, "try_checkpoint", noted)
+    run_bundle(source, SCHEMES, ear=ear)
+    assert ear.measured() == {NF4, INT8}
+    assert tried == [(Stage.PUBLISHING, (NF4,)), (Stage.PUBLISHING, (INT8,))]
+    assert works(ear) == [
+        (Stage.QUANTIZING, (NF4, INT8)),
+        tried[0],
+        (Stage.QUANTIZING, (INT8,)),
+        tried[1],
+        (Stage.PUBLISHING, (NF4, INT8)),
+    ]
 
 
 def test_weights_are_read_back_once_while_written_and_once_after_their_use(

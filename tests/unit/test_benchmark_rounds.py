@@ -330,7 +330,7 @@ def test_shapes_share_a_checkpoint_its_loading_and_its_quality(tmp_path: Path) -
     ear = run(tmp_path, 1, 3)
     assert ear.entered(Stage.LOADING) == [(1, 2), (3, 4), (5, 6), (3, 4), (1, 2)]
     assert ear.entered(Stage.QUANTIZING)[0] == (3, 4, 5, 6)
-    assert ear.entered(Stage.PUBLISHING) == [(3, 4, 5, 6)], "side by side"
+    assert ear.entered(Stage.PUBLISHING) == [(3, 4), (5, 6), (3, 4, 5, 6)], "each tried alone, then side by side"
     ready = [m for m in ear.heard if isinstance(m, CheckpointReady)]
     assert [m.job_id for m in ready] == [3, 4, 5, 6, 5, 6, 3, 4], "published, and confirmed once it was measured"
     assert all(all(m.published.versions.values()) for m in ready[4:]), "by then its files' times can be trusted"

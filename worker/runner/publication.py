@@ -141,6 +141,8 @@ class Publication:
                 plans = by_folder[outcome.target.folder]
                 own_ids = tuple(plan.job_id for plan in plans)
                 unwritten.difference_update(own_ids)
+                # From here on it is tried, and a fault that ends the runner is its own.
+                self._reports.enter(own_ids, Stage.PUBLISHING)
                 if isinstance(outcome, Refused):
                     self._reports.failed(own_ids, outcome.error)
                 else:
@@ -150,8 +152,8 @@ class Publication:
                         is_measured = all(plan.claim.spec.scheme.recovery is None for plan in plans)
                         audit = self._audit(outcome, plans, own_ids if is_alone and is_measured else None)
                         futures.append((outcome, plans, pool.submit(self._publish, outcome, audit, plans[0], confirm)))
-                if not unwritten:
-                    self._reports.enter((plan.job_id for _, plans, _ in futures for plan in plans), Stage.PUBLISHING)
+                self._reports.enter(unwritten, Stage.QUANTIZING)
+            self._reports.enter((plan.job_id for _, plans, _ in futures for plan in plans), Stage.PUBLISHING)
         published: dict[str, Verified] = {}
         for written, plans, future in futures:
             with self._reports.failing(plan.job_id for plan in plans), self._reports.failing_all_if_changed():
