@@ -40,6 +40,8 @@ from qbatch.worker.machine.gpu import installed_gpus
 from qbatch.worker.measuring import DEFAULT_EVAL_TEXT
 from qbatch.worker.serving.runner_forkserver import PRELOADED
 
+LOGS = "logs"
+"""The folder in ``work`` where the runners' logs of the last run of qbatch are."""
 _RATE_TOLERANCE, _PERPLEXITY_TOLERANCE, _KL_TOLERANCE = 0.03, 0.005, 0.05
 # A line of a runner's log: its time, and what the jobs do from then on.
 _STEP = re.compile(r"^(\S+ \S+) qbatch\.runner INFO (?:j\d+(?:, )?)+: (?!attempt \d)(.+)$", re.MULTILINE)
@@ -86,7 +88,10 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
         )
     total_s = time.perf_counter() - begin_s
     rows = {(Path(row["model"]).name, row["bits"]): _figures(row) for row in json.loads(done.stdout)}
-    stages = _stages(home / "storage" / "logs")
+    logs = work / LOGS
+    shutil.rmtree(logs, ignore_errors=True)
+    shutil.move(home / "storage" / "logs", logs)
+    stages = _stages(logs)
     shutil.rmtree(home)
     stages["start, end and waiting"] = total_s - sum(stages.values())
     return Side(total_s=total_s, stages_s=stages, rows=rows)

@@ -1,13 +1,14 @@
 """Compares batches with a plain script in steps, as many as fit into the time.
 
     python -m benchmarks.gpu_targets                      (for 9 minutes; again for the steps that are left)
+    python -m benchmarks.gpu_targets --step alike         (that step alone)
     python -m benchmarks.gpu_targets --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
 
 The steps: the plain script on all shapes; qbatch on the same; qbatch without what limits decoding; fine-tunes of one
 shape at 4 bits, and at 8 and 4, one of which is timed for all (``--speed shape``); and how often two rows of one model
 appear different. Of the fine-tunes the plain script's time is computed: its imports, and its time for one model of the
-shape as often as there are fine-tunes. What a step found stays in ``--folder``, so a run that was cut short goes on
-where it was. Prints the table of what is known.
+shape as often as there are fine-tunes. What a step found stays in ``--folder``, with the logs of its runners, so a run
+that was cut short goes on where it was. Prints the table of what is known.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch import Side, compile_imports, figure_table, run_plain, run_qbatch, stage_table
+from benchmarks.batch import LOGS, Side, compile_imports, figure_table, run_plain, run_qbatch, stage_table
 from benchmarks.quantize import in_fresh_process
 from benchmarks.random_source import SHAPES, build_source, build_tokenizer
 from benchmarks.report import log
@@ -67,11 +68,13 @@ class Progress:
         self._folder: Path = arguments.folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self.steps = (
-            Step(name="plain", expected_s=430, run=lambda: self._side(run_plain, self._shapes(), "8,4")),
-            Step(name="whole", expected_s=270, run=lambda: self._side(run_qbatch, self._shapes(), "8,4")),
-            Step(name="no-why", expected_s=200, run=lambda: self._side(run_qbatch, self._shapes(), "8,4", why=False)),
-            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._tuned("4")),
-            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._tuned("8,4")),
+            Step(name="plain", expected_s=430, run=lambda: self._side("plain", run_plain, self._shapes())),
+            Step(name="whole", expected_s=270, run=lambda: self._side("whole", run_qbatch, self._shapes())),
+            Step(
+                name="no-why", expected_s=200, run=lambda: self._side("no-why", run_qbatch, self._shapes(), why=False)
+            ),
+            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._tuned("fine-tunes-4", "4")),
+            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._tuned("fine-tunes-84", "8,4")),
             Step(name="alike", expected_s=60, run=self._alike),
         )
 
@@ -82,7 +85,7 @@ class Progress:
         compile_imports(self._folder / "bytecode")
         for step in self.steps:
             left_s = ends - time.monotonic()
-            if self.outcome(step.name) is not None:
+            if self.outcome(step.name) is not None or step.name not in (self._arguments.steps or [step.name]):
                 continue
             if step.expected_s > left_s:
                 log(f"{step.name}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
@@ -107,7 +110,14 @@ class Progress:
         return self._folder / f"{name}.json"
 
     def _side(
-        self, run: Callable[..., Side], models: Sequence[Path], bits: str, *, why: bool = True, speed: str = EACH
+        self,
+        name: str,
+        run: Callable[..., Side],
+        models: Sequence[Path],
+        bits: str = "8,4",
+        *,
+        why: bool = True,
+        speed: str = EACH,
     ) -> Mapping[str, Any]:
         work = self._folder / "work"
         shutil.rmtree(work, ignore_errors=True)
@@ -117,12 +127,14 @@ class Progress:
         if (free := shutil.disk_usage(work).free) < needed:
             raise RuntimeError(f"{needed / 1e9:.0f} GB are needed in {work}, and {free / 1e9:.0f} are free")
         side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
+        if (work / LOGS).exists():
+            shutil.copytree(work / LOGS, self._folder / LOGS / name, dirs_exist_ok=True)
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
 
-    def _tuned(self, bits: str) -> Mapping[str, Any]:
-        return self._side(run_qbatch, self._fine_tunes(), bits, speed=OF_A_SHAPE)
+    def _tuned(self, name: str, bits: str) -> Mapping[str, Any]:
+        return self._side(name, run_qbatch, self._fine_tunes(), bits, speed=OF_A_SHAPE)
 
     def _shapes(self) -> list[Path]:
         return [self._model(shape) for shape in self._arguments.shapes]
@@ -153,7 +165,8 @@ class Progress:
         if self._arguments.device != "cuda":
             return {"said": "needs a GPU"}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", _ALIKE],
+            # Of what libraries warn when they are compiled, the test says nothing.
+            [sys.executable, "-P", "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-W", "default", _ALIKE],
             capture_output=True,
             text=True,
             check=False,
@@ -233,6 +246,9 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, action="append", dest="shapes", help="repeat it for several")
     parser.add_argument("--fine-tuned", choices=SHAPES, default="llama-1b")
     parser.add_argument("--fine-tunes", type=int, default=10)
+    parser.add_argument(
+        "--step", action="append", dest="steps", help="only this one, if it is left; repeat it for several"
+    )
     parser.add_argument("--seconds", type=float, default=540.0, help="how long to go on (default: 540)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
     parser.add_argument("--folder", type=Path, default=_FOLDER, help="60 GB for the usual shapes")

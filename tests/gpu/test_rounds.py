@@ -15,6 +15,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.noise import same_speed
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.speed.generation import WarmedShapes
 from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.models.load import LoadedModel, load
 from qbatch.worker.runner import loaded_models
@@ -128,16 +129,19 @@ def test_of_two_rows_of_one_model_hardly_any_appears_faster(folder: Path) -> Non
     )
     loaded = [load(folder / "llama", dtype=DType.BFLOAT16, device="cuda:0") for _ in range(2)]
     different = {metric.key: 0 for metric in (DECODE, PER_TOKEN_P50, PREFILL)}
+    warmed = WarmedShapes()
     for _ in range(REPETITIONS):
-        rows = timed_in_turns(loaded, folder / "llama", protocol)
+        rows = timed_in_turns(loaded, folder / "llama", protocol, warmed)
         for metric in (DECODE, PER_TOKEN_P50, PREFILL):
             different[metric.key] += not same_speed(metric, *rows)
     print(different)  # noqa: T201
     assert max(different.values()) <= 5
 
 
-def timed_in_turns(loaded: list[LoadedModel], folder: Path, protocol: Protocol) -> list[ResultRow]:
-    benchmarks = [row_benchmark(one, folder, protocol) for one in loaded]
+def timed_in_turns(
+    loaded: list[LoadedModel], folder: Path, protocol: Protocol, warmed: WarmedShapes
+) -> list[ResultRow]:
+    benchmarks = [row_benchmark(one, folder, protocol, warmed) for one in loaded]
     for _ in range(protocol.rounds):
         for one, benchmark in zip(loaded, benchmarks, strict=True):
             benchmark.time(one)
@@ -148,7 +152,7 @@ def timed_in_turns(loaded: list[LoadedModel], folder: Path, protocol: Protocol) 
     return [ResultRow.from_json(result(number) | one.to_json()) for number, one in enumerate(measured, start=1)]
 
 
-def row_benchmark(loaded: LoadedModel, folder: Path, protocol: Protocol) -> RowBenchmark:
+def row_benchmark(loaded: LoadedModel, folder: Path, protocol: Protocol, warmed: WarmedShapes) -> RowBenchmark:
     model = ModelBenchmark(
         Subject(
             folder=folder,
@@ -161,4 +165,4 @@ def row_benchmark(loaded: LoadedModel, folder: Path, protocol: Protocol) -> RowB
         )
     )
     model.prepare(loaded)
-    return RowBenchmark(model, protocol, lambda _step: None)
+    return RowBenchmark(model, protocol, lambda _step: None, warmed=warmed)

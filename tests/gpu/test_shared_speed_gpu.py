@@ -24,6 +24,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.noise import same_speed
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
+from qbatch.worker.measuring.speed.generation import WarmedShapes
 from qbatch.worker.measuring.subject import Subject
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.models.load import load
@@ -123,9 +124,9 @@ def stored(source: Path, scheme: Scheme | None, folder: Path) -> Path:
     return folder
 
 
-def timed(folders: dict[str, Path], asked: Protocol, *, why: bool) -> TimedRows:
+def timed(folders: dict[str, Path], asked: Protocol, *, why: bool, warmed: WarmedShapes) -> TimedRows:
     loaded = {name: load(folder, dtype=DType.BFLOAT16, device="cuda:0") for name, folder in folders.items()}
-    benchmarks = {name: _row(folders[name], one, asked) for name, one in loaded.items()}
+    benchmarks = {name: _row(folders[name], one, asked, warmed) for name, one in loaded.items()}
     for number in range(asked.rounds):
         for name in list(benchmarks)[:: 1 if number % 2 else -1]:
             benchmarks[name].time(loaded[name])
@@ -155,7 +156,7 @@ def timed(folders: dict[str, Path], asked: Protocol, *, why: bool) -> TimedRows:
     return TimedRows(rows=rows, measurements=measured)
 
 
-def _row(folder: Path, loaded: Any, asked: Protocol) -> RowBenchmark:
+def _row(folder: Path, loaded: Any, asked: Protocol, warmed: WarmedShapes) -> RowBenchmark:
     subject = Subject(
         folder=folder,
         dtype=DType.BFLOAT16,
@@ -167,7 +168,7 @@ def _row(folder: Path, loaded: Any, asked: Protocol) -> RowBenchmark:
     )
     model = ModelBenchmark(subject)
     model.prepare(loaded)
-    return RowBenchmark(model, asked, lambda _step: None)
+    return RowBenchmark(model, asked, lambda _step: None, warmed=warmed)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["bfloat16", "nf4", "int8 without outliers"])
@@ -178,8 +179,9 @@ def test_weights_do_not_change_the_speed_of_a_shape(
     differ in one of 1,000 runs; a real difference shows in most of them."""
     folders = {name: stored(source, scheme, tmp_path / name) for name, source in sources.items()}
     different: dict[str, int] = {metric.key: 0 for metric in METRICS}
+    warmed = WarmedShapes()
     for number in range(REPETITIONS):
-        once = timed(folders, protocol(), why=number == 0)
+        once = timed(folders, protocol(), why=number == 0, warmed=warmed)
         assert all(may_be_shared(one.details, DeviceKind.CUDA) for one in once.measurements.values()), "a capped clock"
         for metric in METRICS:
             different[metric.key] += sum(_differs(metric, once, name) for name in ("zeros", "heavy"))
@@ -223,7 +225,7 @@ def test_outliers_are_why_int8_is_timed_for_every_model(sources: dict[str, Path]
     scheme = Scheme(method=Method.INT8)
     assert scheme.description.speed_depends_on_values(scheme.options)
     folders = {name: stored(source, scheme, tmp_path / name) for name, source in sources.items()}
-    once = timed(folders, protocol(), why=False)
+    once = timed(folders, protocol(), why=False, warmed=WarmedShapes())
     for name in ("zeros", "heavy"):
         _differs(DECODE, once, name)
 

@@ -108,7 +108,7 @@ def test_as_many_windows_as_asked_for_and_no_more() -> None:
 def scores_on_the_way(base: LoadedModel, folder: Path, **options: Any) -> WindowScores:
     scores = WindowScores()
     prepare_reference(
-        base, QUICK, TEXT, folder, on_window=lambda n, probe, logits: scores.add(n, logits, probe.targets), **options
+        base, QUICK, TEXT, folder, on_window=lambda n, _, probe, logits: scores.add(n, logits, probe.targets), **options
     )
     return scores
 

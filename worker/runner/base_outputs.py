@@ -74,8 +74,8 @@ class BaseOutputs:
 
         scores = WindowScores()
 
-        def score(number: int, probe: Probe, logits: Tensor) -> None:
-            subject.on_step(f"outputs for comparison, window {number + 1}")
+        def score(number: int, count: int, probe: Probe, logits: Tensor) -> None:
+            subject.on_step(f"outputs for comparison {number + 1}/{count}")
             if loaded.kind is ModelKind.CAUSAL_LM:
                 scores.add(number, logits, probe.targets)
 

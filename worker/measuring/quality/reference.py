@@ -57,7 +57,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 log = logging.getLogger("qbatch.runner")
 
 DEFAULT_MAX_BYTES = 8 << 30
-OnWindow = Callable[[int, Probe, torch.Tensor], None]
+OnWindow = Callable[[int, int, Probe, torch.Tensor], None]
 _FORMAT = 3
 _PROBE = "base"
 
@@ -160,7 +160,7 @@ def prepare_reference(
     staging: Path | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     confirm: Callable[[], None] = lambda: None,
-    on_window: OnWindow = lambda number, probe, logits: None,  # noqa: ARG005
+    on_window: OnWindow = lambda number, count, probe, logits: None,  # noqa: ARG005
 ) -> Reference | None:
     """Store the outputs of the base in ``loaded`` on the protocol's probes in ``folder``, unless already there.
 
@@ -169,9 +169,9 @@ def prepare_reference(
     one. ``staging``: where to write it first, a path on the same file system that does not exist yet; a process that
     may be killed should pass one that is cleaned up later. ``confirm`` is called before the folder is renamed into
     place; if it raises, nothing is stored. ``on_window`` is called with what is computed of a model that predicts
-    tokens: the number of each probe, from 0, the probe, and its logits [rows, vocabulary]. Returns None if the model
-    has nothing to compare (no tokenizer). Raises StorageError, DiskFull, BenchmarkError, CudaOom, HostOom or
-    DeviceError.
+    tokens: the number of each probe, from 0, how many there are, the probe, and its logits [rows, vocabulary]. Returns
+    None if the model has nothing to compare (no tokenizer). Raises StorageError, DiskFull, BenchmarkError, CudaOom,
+    HostOom or DeviceError.
     """
     existing = open_reference(folder)
     if existing is not None:
@@ -320,14 +320,14 @@ def _write_probes(
 def _hidden(loaded: LoadedModel, probes: list[Probe], on_window: OnWindow) -> Iterator[torch.Tensor | None]:
     for number, probe in enumerate(probes):
         hidden, logits = hidden_and_logits(loaded.model, probe, loaded.device)
-        on_window(number, probe, logits)
+        on_window(number, len(probes), probe, logits)
         yield hidden
 
 
 def _logits(loaded: LoadedModel, probes: list[Probe], on_window: OnWindow) -> Iterator[torch.Tensor]:
     for number, probe in enumerate(probes):
         logits = logits_of(loaded.model, probe, loaded.device)
-        on_window(number, probe, logits)
+        on_window(number, len(probes), probe, logits)
         yield logits
 
 
