@@ -79,8 +79,8 @@ class Progress:
         )
 
     def go_on(self) -> None:
-        """Do the steps that are left, in order, up to one that would take too long. None is done before its turn: the
-        disk holds the fine-tunes only once the other shapes are no longer needed."""
+        """Do the steps that are left, in order, up to one that would take too long. Unless steps are chosen, none is
+        done before its turn: the disk may hold the fine-tunes only once the other shapes are no longer needed."""
         ends = time.monotonic() + self._arguments.seconds
         compile_imports(self._folder / "bytecode")
         for step in self.steps:
@@ -128,7 +128,8 @@ class Progress:
             raise RuntimeError(f"{needed / 1e9:.0f} GB are needed in {work}, and {free / 1e9:.0f} are free")
         side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
         if (work / LOGS).exists():
-            shutil.copytree(work / LOGS, self._folder / LOGS / name, dirs_exist_ok=True)
+            shutil.rmtree(self._folder / LOGS / name, ignore_errors=True)
+            shutil.copytree(work / LOGS, self._folder / LOGS / name)
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
@@ -152,8 +153,11 @@ class Progress:
     def _fine_tunes(self) -> list[Path]:
         """As many models of one shape. A megabyte of the weights of each is its own."""
         first = self._model(self._arguments.fine_tuned)
-        for shape in set(self._arguments.shapes) - {self._arguments.fine_tuned}:
-            shutil.rmtree(first.with_name(shape), ignore_errors=True)
+        # Checkpoints take as much again.
+        needed = 2 * self._arguments.fine_tunes * sum(file.stat().st_size for file in first.iterdir())
+        if shutil.disk_usage(first).free < needed:
+            for shape in set(self._arguments.shapes) - {self._arguments.fine_tuned}:
+                shutil.rmtree(first.with_name(shape), ignore_errors=True)
         made = [first.with_name(f"fine-tune-{number}") for number in range(self._arguments.fine_tunes)]
         for number, folder in enumerate(made):
             if not folder.exists():

@@ -38,6 +38,7 @@ def with_speed_of(measurement: Measurement, known: KnownSpeed) -> Measurement:
         rounds=other.rounds,
         flags=other.flags,
         why=other.why,
+        noise_inputs=other.noise_inputs,
         audits=replace(own.audits, spread_between_rounds=other.audits.spread_between_rounds),
         speed_from=known.job_id,
     )

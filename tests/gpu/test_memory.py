@@ -16,6 +16,7 @@ import transformers
 
 from qbatch.core.byte_units import GIB
 from qbatch.core.vram_classes import vram_class
+from qbatch.worker.runner.loaded_models import free_device_memory
 from tests.acceptance.conftest import Qbatch, await_end_of
 from tests.waiting import until
 
@@ -146,3 +147,12 @@ def submit(qbatch: Qbatch, listed: Path, *options: str, code: int) -> list[dict[
         "submit", "--models", str(listed), "--device", "cuda", "--no-why", "--wait", *options, code=code
     )
     return rows
+
+
+def test_what_a_backward_pass_leaves_does_not_count_as_the_next_model_s() -> None:
+    """A thread of autograd has a workspace of its own for products."""
+    weight = torch.randn(64, 64, device="cuda", requires_grad=True)
+    (weight @ weight).sum().backward()  # type: ignore[no-untyped-call]
+    del weight
+    free_device_memory()
+    assert torch.cuda.memory_allocated() == 0

@@ -52,7 +52,7 @@ from qbatch.worker.runner.messages import (
 )
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from qbatch.worker.serving.answers import Answers
-from tests import tiny
+from tests import incoming, tiny
 from tests.bundles import TEXT_HASH, an_order
 from tests.rows import a_worker, add_batch
 from tests.unit.benchmark_models import QUICK
@@ -194,6 +194,21 @@ def test_a_fine_tune_has_the_speed_of_the_first_and_its_own_quality(worker: Proc
         assert taken.details.fingerprint != timed.details.fingerprint
         assert taken.to_json()["speed_from"] == timed.job_id
         assert timed.to_json()["speed_from"] is None
+
+
+def test_what_was_timed_on_noise_says_so_in_every_row(worker: ProcesslessWorker, tmp_path: Path) -> None:
+    """And why there is no quality of a model that reads no text."""
+    models = [incoming.sees_or_hears(tmp_path / name, "vit") for name in ("first", "second")]
+    weights = load_file(models[1] / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, models[1] / "model.safetensors", {"format": "pt"})
+    first, second = submit(worker, models, BASELINE, NF4)
+    worker.work_on(first)
+    worker.work_on(second)
+    (_, timed), (_, taken) = rows_of(worker, first), rows_of(worker, second)
+    assert taken.speed_from == timed.job_id
+    assert taken.details.noise_inputs == timed.details.noise_inputs == "pixel_values [1, 3, 224, 224]"
+    assert taken.details.not_measured == timed.details.not_measured
+    assert "pixel_values" in taken.details.not_measured["quality"]
 
 
 def test_rows_with_a_known_speed_are_compared_by_the_rounds_that_it_is_of(

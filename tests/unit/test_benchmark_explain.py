@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from qbatch.core.domain import DType
+from qbatch.core.measured.decode_figures import MeasuredEnergy
 from qbatch.worker.measuring.pooled_rounds import pool
 from qbatch.worker.measuring.speed import energy
 from qbatch.worker.measuring.speed.energy import (
@@ -32,6 +34,7 @@ from qbatch.worker.measuring.why.decode_kernels import (
     KernelsAlone,
     Shape,
     StepKernels,
+    as_generate_decodes,
     decode_step,
 )
 from qbatch.worker.measuring.why.explain import Explanation
@@ -426,6 +429,50 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     assert (why["verdict"], why["profile"], why["reason"]) == (None, None, "cannot profile a step: no")
     assert why["energy"].keys() == {"reason"}
     assert why["kernels_alone"] == {"step_s": None, "reason": "not captured"}
+
+
+def test_energy_is_measured_of_a_model_that_has_generated_as_many_tokens_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first loop would hold what is loaded and prepared once, where no speed was measured."""
+    loaded = loaded_on_cpu(tiny.make_causal(tmp_path))
+    passes = list[int]()
+    loaded.model.register_forward_hook(lambda _model, _args, output: passes.append(output.logits.shape[1]))
+    before = list[int]()
+
+    def measure(*_: Any, **__: Any) -> MeasuredEnergy:
+        before.extend(passes)
+        return MeasuredEnergy(idle_w=50.0)
+
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain.nvml_handle", lambda _: nullcontext(object()))
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain.measure_energy", measure)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    explanation = Explanation(replace(QUICK, energy=True), lambda _step: None)
+    shape = Round(times_s={}, prompts=torch.ones(1, 8, dtype=torch.long), new_tokens=4, conditions=None)
+    explanation.observe(loaded, shape)
+    assert explanation.energy.idle_w == 50.0
+    assert len(before) == 4, "a prefill and three steps"
+
+
+def test_a_mixture_is_captured_with_the_kernels_that_generate_decodes_with(tmp_path: Path) -> None:
+    """On any device but a CPU: here one without data, where its prefill has others."""
+    model = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral")).model.to("meta")
+    model.set_experts_implementation("grouped_mm")
+    with as_generate_decodes(model):
+        assert set(model.get_experts_implementation().values()) == {"batched_mm"}
+    assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
+
+
+def test_roofs_are_measured_once_and_before_the_end_of_all_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain.measure_roofs", lambda *_: ROOFS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(L2_cache_size=0))
+    steps = list[str]()
+    explanation = Explanation(replace(QUICK, why=True), steps.append)
+    explanation.measure_roofs("cuda:0", DType.BFLOAT16)
+    assert steps == ["roofs"]
+    why = concluded(explanation, StepKernels(profile=PROFILE))
+    assert steps == ["roofs"]
+    assert why["roofs"]["copy_bytes_per_s"] == ROOFS.copy_bytes_per_s
 
 
 def test_after_a_fault_of_the_device_nothing_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -48,3 +52,37 @@ def test_the_form_of_its_noise_is_found(model_type: str) -> None:
         .eval()
     )
     assert describe_inputs(noise_inputs(model, 2)) == form
+
+
+class Picky(torch.nn.Module):
+    """Takes a text beside an image only, and computes something before it says so."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = shrunk_config("blip")
+        self.computed: list[weakref.ref[torch.Tensor]] = []
+        self.held: list[int] = []
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **_: Any) -> None:
+        self.held.append(sum(ref() is not None for ref in self.computed))
+        activations = pixel_values + 1
+        self.computed.append(weakref.ref(activations))
+        if input_ids is None:
+            raise ValueError("where is the text?")
+
+
+def test_what_a_form_that_does_not_run_has_computed_is_gone_before_the_next() -> None:
+    """Else it would count as memory of the model. Without a collection of garbage, which comes at any time."""
+    model = Picky()
+    gc.disable()
+    try:
+        assert "input_ids" in noise_inputs(model, 2)
+        assert len(model.held) > 1
+        assert set(model.held) == {0}
+        assert sum(ref() is not None for ref in model.computed) == 0
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -102,4 +103,8 @@ def test_without_peft_it_is_said_how_to_install_it(tmp_path: Path, monkeypatch: 
         submitting.refuse_missing_libraries(submission(tmp_path, "--recover", "svd").grid)
     submitting.refuse_missing_libraries(submission(tmp_path).grid)
     with pytest.raises(Unsupported, match=f"(?i)an adapter is loaded with {line}"):
+        adapted_model.with_adapter(None, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(Unsupported, match=r"cannot be imported \(.*\): pip install 'qbatch\[recover\]'"):
         adapted_model.with_adapter(None, tmp_path)

@@ -24,7 +24,8 @@ from qbatch.worker.measuring.speed.memory import (
     memory_monitor,
     reset_allocator_peaks,
 )
-from qbatch.worker.measuring.speed.phases import Round, time_round, untimed_round
+from qbatch.worker.measuring.speed.noise_forms import Inputs
+from qbatch.worker.measuring.speed.phases import Round, noise_for, time_round, untimed_round
 from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
 from qbatch.worker.models.load import LoadedModel
@@ -95,12 +96,13 @@ class RowBenchmark:
                 self.give_up_speed(str(error))
 
     def _time(self, loaded: LoadedModel) -> None:
+        noise = noise_for(loaded, self._protocol)
         if self._rounds:
-            self._rounds.append(self._round(loaded, nullcontext()))
+            self._rounds.append(self._round(loaded, nullcontext(), noise))
             return
         reset_allocator_peaks(loaded.device)
         with memory_monitor(loaded.device) as monitor:
-            self._rounds.append(self._round(loaded, monitor))
+            self._rounds.append(self._round(loaded, monitor, noise))
         self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
 
     def observe(self, loaded: LoadedModel) -> None:
@@ -129,6 +131,11 @@ class RowBenchmark:
         shape = self._rounds[0].shape
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
 
+    def measure_roofs(self, kernels: StepKernels) -> None:
+        """Measure what the device can do at best, if the ``kernels`` are to be compared with it."""
+        if self._why is not None and kernels.profile is not None:
+            self._why.measure_roofs(self._device, self.model.subject.compute_dtype)
+
     def measurement(self, *, kernels: StepKernels | None, interleaved_with: Sequence[str]) -> Measurement:
         """All figures of the row.
 
@@ -136,7 +143,7 @@ class RowBenchmark:
         that were timed between this row's rounds.
         """
         if self._known is not None:
-            return with_speed_of(self._untimed(), self._known)
+            return self._with_reasons(with_speed_of(self._untimed(), self._known))
         if not self._rounds:
             return self._with_reasons(self._untimed())
         speed = pool(self._rounds)
@@ -184,8 +191,9 @@ class RowBenchmark:
         )
         return under_protocol(replace(measured, details=details), self._protocol)
 
-    def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object]) -> Round:
-        return time_round(loaded, self._protocol, self.model.subject.eval_text, during_warmup, self._warmed)
+    def _round(self, loaded: LoadedModel, during_warmup: AbstractContextManager[object], noise: Inputs | None) -> Round:
+        text = self.model.subject.eval_text
+        return time_round(loaded, self._protocol, text, during_warmup, self._warmed, noise)
 
     def _explained(self, speed: Speed, kernels: StepKernels | None) -> DecodeReasons:
         """The explanation. Empty if none was requested, and without a GPU or decoding."""

@@ -15,14 +15,24 @@ from qbatch.core.recovery import EXTRA, LIBRARY
 _NAME = "default"
 
 
+def import_peft() -> None:
+    """Raises Unsupported without it, or if it cannot be imported."""
+    how = f"pip install 'qbatch[{EXTRA}]'"
+    if not is_installed(LIBRARY):
+        raise Unsupported(f"an adapter is loaded with PEFT, which is not installed here: {how}")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise Unsupported(f"an adapter is loaded with PEFT, which cannot be imported ({error}): {how}") from error
+
+
 def with_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Any:
     """``model`` with the adapter in ``folder``. It stays of its own class, and its layers compute with the adapter,
     whose factors alone get gradients if it ``is_trainable``.
 
     Raises Unsupported without PEFT, and BenchmarkError if the adapter is not one of these layers alone.
     """
-    if not is_installed(LIBRARY):
-        raise Unsupported(f"an adapter is loaded with PEFT, which is not installed here: pip install 'qbatch[{EXTRA}]'")
+    import_peft()
     from peft import PeftModel
 
     with warnings.catch_warnings():

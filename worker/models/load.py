@@ -20,7 +20,7 @@ from qbatch.core.sources import read_config, read_headers
 from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.methods.implementations import weights_of_config, weights_of_model
 from qbatch.worker.methods.method_weights import MethodWeights
-from qbatch.worker.models.adapted_model import with_adapter
+from qbatch.worker.models.adapted_model import import_peft, with_adapter
 from qbatch.worker.models.architecture import (
     ModelKind,
     kind_of,
@@ -72,6 +72,7 @@ def load(folder: Path, *, dtype: DType, device: str, trusted: bool = False, adap
         model, load_model_s = _load_model(cls, config, folder, dtype, device, corrupt)
     if adapter is not None:
         with translated(BenchmarkError, f"cannot load the adapter {adapter.name}"):
+            import_peft()  # only the first adapter of a process would wait for that
             begin_s = time.perf_counter()
             model = with_adapter(model, adapter)
             _synchronize(device)

@@ -158,4 +158,8 @@ def free_device_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
+        # Each thread that has multiplied keeps a workspace of cuBLAS, autograd's too, which would count as the next
+        # model's. torch has no public function for that.
+        if clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None):
+            clear()
         torch.cuda.empty_cache()

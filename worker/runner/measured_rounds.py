@@ -317,11 +317,12 @@ class Rounds:
         ]
         with self._pauses.timing():
             answers = captures.kernels(requests)
-        return {
-            job_id: kernels
-            for (_, of_turn), answer in zip(shapes, answers, strict=True)
-            for job_id, kernels in zip(of_turn, answer, strict=True)
-        }
+            found = {}
+            for (turn, of_turn), answer in zip(shapes, answers, strict=True):
+                for job_id, kernels in zip(of_turn, answer, strict=True):
+                    turn.rows[job_id].measure_roofs(kernels)
+                    found[job_id] = kernels
+        return found
 
     def _captured_shapes(self, turn: _Turn) -> dict[int, Shape]:
         ids = self._reports.open(turn.jobs)

@@ -59,9 +59,10 @@ def time_round(
     eval_text: str,
     during_warmup: AbstractContextManager[object],
     warmed: WarmedShapes,
+    noise: Inputs | None,
 ) -> Round:
-    """Time one round of the model's phases. ``warmed``: as for ``time_generation``."""
-    noise = None if reads_text(loaded.model) else noise_inputs(loaded.model, protocol.batch_size)
+    """Time one round of the model's phases. ``warmed``: as for ``time_generation``. ``noise``: the inputs of a model
+    that does not read text alone (``noise_for``)."""
     time_phases = partial(_generation, warmed=warmed) if loaded.kind in _GENERATIVE else _forward
     with fairness_monitor(loaded.device) as fairness:
         options = {
@@ -73,6 +74,12 @@ def time_round(
             return _noise_round(loaded, protocol, noise, options, fairness.conditions)
         times_s, ids, new_tokens = time_phases(loaded, protocol, eval_text, options)
         return Round(times_s=times_s, prompts=ids, new_tokens=new_tokens, conditions=fairness.conditions())
+
+
+def noise_for(loaded: LoadedModel, protocol: Protocol) -> Inputs | None:
+    """Inputs for a model that does not read text alone, else None. Finding them takes passes that use memory. Raises
+    Unsupported if none are known."""
+    return None if reads_text(loaded.model) else noise_inputs(loaded.model, protocol.batch_size)
 
 
 def _noise_round(

@@ -10,6 +10,7 @@ forks this process (``kernels_server``); ``python -P -m qbatch.worker.measuring.
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -285,15 +287,16 @@ def _replayed_s(model: Any, shape: Shape, device: str) -> float:
         step, rewind = decode_step(model, shape, device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP_STEPS):
-                rewind()
+        with as_generate_decodes(model):
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP_STEPS):
+                    rewind()
+                    step()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            rewind()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        rewind()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
         clock = CudaClock(device)
         times_s: list[float] = []
         for _ in range(_REPLAYS):
@@ -305,6 +308,12 @@ def _replayed_s(model: Any, shape: Shape, device: str) -> float:
     return percentile(sorted(times_s), 50)
 
 
+def as_generate_decodes(model: Any) -> AbstractContextManager[object]:
+    """The context in which ``generate`` decodes: on a GPU the experts of a mixture have other kernels in it."""
+    optimized: AbstractContextManager[object] = getattr(model, "_optimize_model_for_decode", nullcontext)()
+    return optimized
+
+
 def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any], Callable[[], None]]:
     """(a function that runs one step after the prompt and returns its logits, one that resets the cache)."""
     import torch
@@ -313,7 +322,7 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
     ids = _ids(model, shape, device)
     prompt, token = ids[:, :-1].contiguous(), ids[:, -1:].contiguous()
     cache = StaticCache(config=model.config, max_cache_len=shape.prompt_tokens + shape.new_tokens)
-    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True, **last_logits_only(model))
     position = torch.full_like(token, shape.prompt_tokens)
 
     def step() -> Any:
@@ -327,6 +336,12 @@ def decode_step(model: Any, shape: Shape, device: str) -> tuple[Callable[[], Any
                 layer.cumulative_length_int = shape.prompt_tokens
 
     return step, rewind
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """The argument by which a prefill computes the logits of the last token alone, as in ``generate``: all of them may
+    take gigabytes."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _ids(model: Any, shape: Shape, device: str) -> Any:

@@ -22,7 +22,7 @@ from qbatch.worker.measuring.speed.energy import NoEnergyCounter, measure_energy
 from qbatch.worker.measuring.speed.generation import greedy
 from qbatch.worker.measuring.speed.memory import nvml_handle
 from qbatch.worker.measuring.speed.phases import Round
-from qbatch.worker.measuring.why.decode_kernels import StepKernels
+from qbatch.worker.measuring.why.decode_kernels import StepKernels, last_logits_only
 from qbatch.worker.measuring.why.profile import StepProfile
 from qbatch.worker.measuring.why.roofs import Roofs, measure_roofs
 from qbatch.worker.measuring.why.traffic import StepWork, step_work
@@ -44,6 +44,8 @@ class Explanation:
         self._on_step = on_step
         self._work: StepWork | None = None
         self._energy = MeasuredEnergy()
+        self._roofs: Roofs | None = None
+        self._are_roofs_tried = False
         self._reason = None if protocol.why else "the protocol does not ask for an explanation"
         # The device is unusable for this process from then on. Earlier measurements remain valid.
         self.fault: DeviceError | None = None
@@ -61,35 +63,38 @@ class Explanation:
             energy, reason = self._attempt("measure energy", lambda: _energy(loaded, shape.prompts, shape.new_tokens))
             self._energy = MeasuredEnergy(reason=reason) if energy is None else energy
 
+    def measure_roofs(self, device: str, compute_dtype: DType) -> None:
+        """Measure what the device can do at best, if that was not tried. The memory of all models must be free."""
+        if self._are_roofs_tried:
+            return
+        self._are_roofs_tried = True
+        self._on_step("roofs")
+        dtype = getattr(torch, compute_dtype.value)
+        self._roofs, reason = self._attempt("measure the device's roofs", lambda: measure_roofs(device, dtype))
+        self._reason = self._reason or reason
+
     def conclude(
         self, *, device: str, compute_dtype: DType, step_wall_s: float, kernels: StepKernels | None
     ) -> DecodeReasons:
         """The verdict on an eager step of ``step_wall_s`` seconds, with its evidence; ``kernels``: the step's."""
         profile = None if kernels is None else kernels.profile
         alone = None if kernels is None else kernels.alone
-        roofs: Roofs | None = None
         if profile is not None:
-            self._on_step("roofs")
-            roofs, reason = self._attempt(
-                "measure the device's roofs", lambda: measure_roofs(device, getattr(torch, compute_dtype.value))
-            )
-            self._reason = self._reason or reason
+            self.measure_roofs(device, compute_dtype)
         elif kernels is not None:
             self._reason = kernels.reason
         elif self.fault is not None:
             self._reason = str(self.fault)
         return replace(
-            self._judged(device, step_wall_s, profile, roofs),
+            self._judged(device, step_wall_s, profile),
             step_wall_s=step_wall_s,
-            roofs=_stored_roofs(roofs),
+            roofs=_stored_roofs(self._roofs),
             kernels_alone=StepAlone() if alone is None else StepAlone(step_s=alone.step_s, reason=alone.reason),
             energy=self._energy,
         )
 
-    def _judged(
-        self, device: str, step_wall_s: float, profile: StepProfile | None, roofs: Roofs | None
-    ) -> DecodeReasons:
-        work = self._work
+    def _judged(self, device: str, step_wall_s: float, profile: StepProfile | None) -> DecodeReasons:
+        work, roofs = self._work, self._roofs
         if profile is None:
             return DecodeReasons(reason=self._reason)
         cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -143,7 +148,8 @@ def _stored_work(work: StepWork | None) -> ReadByStep:
 @torch.inference_mode()
 def _work(loaded: LoadedModel, prompts: torch.Tensor) -> StepWork:
     """The work of a step with the cache as it is after the prefill; decoding adds little to it."""
-    cache = getattr(loaded.model(input_ids=prompts, use_cache=True), "past_key_values", None)
+    output = loaded.model(input_ids=prompts, use_cache=True, **last_logits_only(loaded.model))
+    cache = getattr(output, "past_key_values", None)
     return step_work(loaded.model, cache, batch_size=len(prompts))
 
 
@@ -151,6 +157,8 @@ def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> Meas
     with nvml_handle(loaded.device) as handle:
         if handle is None:
             return MeasuredEnergy(reason="NVML does not list this GPU")
+        # Where no speed is measured, nothing has generated yet, and what is loaded then takes seconds at some power.
+        _generate(loaded, prompts, new_tokens)
         try:
             return measure_energy(
                 handle,
