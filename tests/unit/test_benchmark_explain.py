@@ -431,7 +431,7 @@ def test_what_goes_wrong_while_explaining_is_a_reason(tmp_path: Path) -> None:
     assert why["kernels_alone"] == {"step_s": None, "reason": "not captured"}
 
 
-def test_energy_is_measured_of_a_model_that_has_generated_as_many_tokens_before(
+def test_energy_is_measured_of_a_model_that_has_generated_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the first loop would hold what is loaded and prepared once, where no speed was measured."""

@@ -75,7 +75,7 @@ class Picky(torch.nn.Module):
             raise ValueError("where is the text?")
 
 
-def test_what_a_form_that_does_not_run_has_computed_is_gone_before_the_next() -> None:
+def test_what_a_form_that_does_not_run_has_computed_is_gone() -> None:
     """Else it would count as memory of the model. Without a collection of garbage, which comes at any time."""
     model = Picky()
     gc.disable()
