@@ -11,7 +11,14 @@ from qbatch.core.measured.quality_figures import TaskScores
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.core.statistics.clusters import cluster_sums
-from qbatch.core.statistics.no_difference import holm, mcnemar, sign_flip
+from qbatch.core.statistics.detectable import detectable_mean, detectable_proportion
+from qbatch.core.statistics.no_difference import (
+    holm,
+    mcnemar,
+    sign_flip,
+    smallest_mcnemar_p,
+    smallest_sign_flip_p,
+)
 from qbatch.core.statistics.paired_difference import (
     PairedDifference,
     difference_of_clusters,
@@ -33,7 +40,9 @@ class AnswerComparison:
     ``metric``: the first of the task's metrics that is a mean over its questions. ``worse`` and ``better`` are the
     numbers of questions whose score is not the reference's. ``difference`` is the row's mean score less the
     reference's. ``clusters``: how many independent groups the questions form; None if each stands for itself.
-    ``adjusted_p`` is ``p_value`` corrected by Holm for all comparisons that were made together.
+    ``adjusted_p`` is ``p_value`` corrected by Holm for all comparisons that were made together. ``detectable``: the
+    smallest true difference that would have been shown four times in five, even if it was the only one among them; None
+    if that is not known, or ``could_show`` is false: then there were too few questions or clusters to show any.
     """
 
     row: ResultRow
@@ -50,6 +59,8 @@ class AnswerComparison:
     difference: PairedDifference
     p_value: float
     adjusted_p: float = math.nan
+    detectable: float | None = None
+    could_show: bool = True
 
     @property
     def is_shown(self) -> bool:
@@ -61,8 +72,12 @@ class AnswerComparison:
         return self.is_shown and (self.difference.mean < 0) == self.higher_is_better
 
     @property
+    def is_mcnemar(self) -> bool:
+        return self.clusters is None and self.is_right_or_wrong
+
+    @property
     def test(self) -> str:
-        return "McNemar's exact test" if self.clusters is None and self.is_right_or_wrong else "sign-flip test"
+        return "McNemar's exact test" if self.is_mcnemar else "sign-flip test"
 
     def as_mapping(self) -> dict[str, Any]:
         """The comparison as a JSON object."""
@@ -79,7 +94,7 @@ class AnswerComparison:
             "difference": self.difference.mean,
             "difference_low": self.difference.low,
             "difference_high": self.difference.high,
-            "detectable_difference": self.difference.detectable,
+            "detectable_difference": self.detectable,
             "test": self.test,
             "p_value": self.p_value,
             "adjusted_p_value": self.adjusted_p,
@@ -102,7 +117,27 @@ def compare_answers(pairs: Iterable[Pair]) -> list[AnswerComparison]:
         and (comparison := _comparison(row, reference, task, answered, other)) is not None
     ]
     adjusted = holm([each.p_value for each in found])
-    return [replace(each, adjusted_p=p) for each, p in zip(found, adjusted, strict=True)]
+    # Holm's first threshold: the smallest p-value of them all must be below it.
+    significance = SIGNIFICANCE / max(1, len(found))
+    return [
+        replace(
+            each,
+            adjusted_p=p,
+            detectable=_detectable(each, significance),
+            could_show=_smallest_p(each) <= significance,
+        )
+        for each, p in zip(found, adjusted, strict=True)
+    ]
+
+
+def _detectable(c: AnswerComparison, significance: float) -> float | None:
+    if c.is_mcnemar:
+        return detectable_proportion(c.worse, c.better, c.questions, significance=significance)
+    return detectable_mean(c.difference.error, c.difference.clusters, significance=significance)
+
+
+def _smallest_p(c: AnswerComparison) -> float:
+    return smallest_mcnemar_p(c.questions) if c.is_mcnemar else smallest_sign_flip_p(c.difference.clusters)
 
 
 def _comparison(
@@ -191,7 +226,8 @@ def _interval(c: AnswerComparison) -> str:
 
 
 def _power(c: AnswerComparison) -> str:
-    detectable = c.difference.detectable
-    if c.is_shown or detectable is None:
+    if c.is_shown:
         return ""
-    return f", where one of {detectable:.2g} would have been found four times in five"
+    if not c.could_show:
+        return f", and so few {'questions' if c.clusters is None else 'clusters'} could have shown none"
+    return "" if c.detectable is None else f", where one of {c.detectable:.2g} would have been found four times in five"

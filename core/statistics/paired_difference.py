@@ -10,17 +10,15 @@ from statistics import NormalDist
 from qbatch.core.statistics.clusters import clustered_error
 
 CONFIDENCE = 0.95
-POWER = 0.8
-_Z, _Z_OF_POWER = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), NormalDist().inv_cdf(POWER)
+# A difference that is the same everywhere scatters by rounding.
+_ROUNDING = 1e-12
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedDifference:
-    """The mean difference over ``units``, its standard error, and its interval of 95 %: ``low`` to ``high``.
-
-    ``detectable`` is the smallest true difference that such a comparison would have told from 0 at 5 %, with a
-    probability of 80 %. Where the error cannot be estimated, they are None.
-    """
+    """The mean difference over ``units``, its standard error, and its interval of 95 %: ``low`` to ``high``. Where the
+    error cannot be estimated, they are None: from one cluster, or from several that all have the same mean."""
 
     mean: float
     units: int
@@ -28,7 +26,6 @@ class PairedDifference:
     error: float | None = None
     low: float | None = None
     high: float | None = None
-    detectable: float | None = None
 
 
 def difference_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> PairedDifference:
@@ -38,7 +35,8 @@ def difference_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> Pair
     """
     units = sum(counts)
     mean, error = math.fsum(sums) / units, clustered_error(sums, counts)
-    if error is None:
+    # Without any scatter, nothing is known of how much there would be in other clusters.
+    if error is None or error <= _ROUNDING * abs(mean):
         return PairedDifference(mean=mean, units=units, clusters=len(sums))
     quantile = student_quantile((1 + CONFIDENCE) / 2, len(sums) - 1)
     return PairedDifference(
@@ -48,7 +46,6 @@ def difference_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> Pair
         error=error,
         low=mean - quantile * error,
         high=mean + quantile * error,
-        detectable=(quantile + _Z_OF_POWER) * error,
     )
 
 
@@ -69,7 +66,6 @@ def difference_of_proportions(lost: int, gained: int, units: int) -> PairedDiffe
         error=error,
         low=max(-1.0, centre - _Z * error),
         high=min(1.0, centre + _Z * error),
-        detectable=(_Z + _Z_OF_POWER) * error,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qbatch.core.measured.task_answers import TaskAnswers
+from qbatch.core.statistics.detectable import detectable_proportion
 from qbatch.views.answer_comparisons import AnswerComparison, baseline_pairs, compare_answers, say
 from qbatch.views.choices import told_apart_by_answers
 from qbatch.views.comparison import Preference
@@ -116,6 +117,32 @@ def test_what_is_not_shown_is_never_called_equal() -> None:
         assert "would have been found four times in five" in said
         assert "equal" not in said
         assert "same" not in said
+
+
+def test_too_few_questions_are_said_to_show_nothing() -> None:
+    found = compared(*right(lost=1, gained=0, same=4))
+    assert (found.could_show, found.detectable) == (False, None)
+    assert say(found).endswith("Holm): no difference shown, and so few questions could have shown none.")
+    clusters = [number // 6 for number in range(24)]
+    found = compared(answers([1.0] * 24, clusters=clusters), answers([0.0] * 2 + [1.0] * 22, clusters=clusters))
+    assert say(found).endswith("no difference shown, and so few clusters could have shown none.")
+
+
+def test_clusters_of_which_none_changed_prove_nothing() -> None:
+    clusters = [number // 5 for number in range(50)]
+    found = compared(answers([1.0] * 50, clusters=clusters), answers([1.0] * 50, clusters=clusters))
+    assert (found.difference.low, found.detectable, found.could_show) == (None, None, True)
+    assert "+0.0000 (its error is not known), p = 1 (sign-flip test, Holm): no difference shown." in say(found)
+
+
+def test_with_more_comparisons_only_a_larger_difference_would_have_been_shown() -> None:
+    base, other = right(lost=1, gained=1, same=98)
+    (alone,) = compare_answers(baseline_pairs(group_of({"j1": base, "j3": other}, BASELINE, NF4)))
+    several = group_of({"j1": base, "j2": other, "j3": other}, BASELINE, INT8, NF4)
+    beside, _ = compare_answers(baseline_pairs(several))
+    assert alone.detectable == detectable_proportion(1, 1, 100, significance=0.05)
+    assert beside.detectable == detectable_proportion(1, 1, 100, significance=0.025)
+    assert (beside.detectable or 0.0) > (alone.detectable or 0.0) > 0.05
 
 
 def test_what_is_shown_is_said_with_its_interval() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 
 from qbatch.core.statistics.clusters import cluster_sums
-from qbatch.core.statistics.no_difference import holm, mcnemar, sign_flip
+from qbatch.core.statistics.detectable import detectable_mean, detectable_proportion
+from qbatch.core.statistics.no_difference import (
+    holm,
+    mcnemar,
+    sign_flip,
+    smallest_mcnemar_p,
+    smallest_sign_flip_p,
+)
 from qbatch.core.statistics.paired_difference import (
     difference_of_clusters,
     difference_of_proportions,
@@ -96,13 +104,58 @@ def test_the_interval_of_clusters_covers_what_it_says() -> None:
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 
-def test_a_difference_as_large_as_detectable_is_found_four_times_in_five() -> None:
+def test_a_mean_difference_as_large_as_detectable_is_found_four_times_in_five() -> None:
     generator = np.random.default_rng(4)
     pilot = difference_of_clusters(generator.normal(size=400).tolist(), [1] * 400)
-    assert pilot.detectable is not None
-    found = [difference_of_clusters((pilot.detectable + generator.normal(size=400)).tolist(), [1] * 400)
-             for _ in range(500)]  # fmt: skip
+    detectable = detectable_mean(pilot.error, 400, significance=0.05)
+    assert detectable is not None
+    found = [difference_of_clusters((detectable + generator.normal(size=400)).tolist(), [1] * 400) for _ in range(500)]
     assert np.mean([each.low is not None and each.low > 0 for each in found]) == pytest.approx(0.8, abs=0.06)
+
+
+def _power(p_lost: float, p_gained: float, units: int, significance: float) -> float:
+    """The probability that McNemar's test shows the loss, over every outcome."""
+    power = 0.0
+    for lost in range(units + 1):
+        for gained in range(min(lost, units - lost + 1)):
+            if mcnemar(lost, gained) <= significance:
+                same = units - lost - gained
+                ways = math.factorial(units) // math.prod(map(math.factorial, (lost, gained, same)))
+                power += ways * p_lost**lost * p_gained**gained * (1 - p_lost - p_gained) ** same
+    return power
+
+
+@pytest.mark.parametrize("significance", [0.05, 0.05 / 6])
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 1), (7, 3)])
+def test_a_change_as_large_as_detectable_is_shown_four_times_in_five(
+    lost: int, gained: int, significance: float
+) -> None:
+    units, against = 60, min(lost, gained) / 60
+    found = detectable_proportion(lost, gained, units, significance=significance)
+    assert found is not None
+    assert _power(found + against, against, units, significance) == pytest.approx(0.8, abs=1e-4)
+    assert detectable_proportion(gained, lost, units, significance=significance) == found
+
+
+@pytest.mark.parametrize(("units", "lost", "gained"), [(1200, 80, 70), (4000, 130, 110)])
+def test_where_many_answers_change_draws_show_the_same(units: int, lost: int, gained: int) -> None:
+    found = detectable_proportion(lost, gained, units, significance=0.05)
+    assert found is not None
+    against = gained / units
+    drawn = np.random.default_rng(5).multinomial(units, [found + against, against, 1 - found - 2 * against], size=4000)
+    p_value = functools.cache(mcnemar)
+    assert np.mean([p_value(int(more), int(less)) <= 0.05 for more, less, _ in drawn]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_too_few_questions_or_clusters_can_show_nothing() -> None:
+    assert smallest_mcnemar_p(5) == mcnemar(5, 0) > 0.05
+    assert detectable_proportion(0, 0, 5, significance=0.05) is None
+    assert detectable_proportion(0, 0, 6, significance=0.05) == pytest.approx(0.8 ** (1 / 6), rel=1e-4)
+    assert smallest_sign_flip_p(4) == sign_flip([1.0] * 4) == 0.125
+    assert smallest_sign_flip_p(40) == sign_flip([1.0] * 40)
+    assert detectable_mean(0.01, 5, significance=0.05) is None
+    assert detectable_mean(0.01, 6, significance=0.05) == pytest.approx((2.5705818 + 0.8416212) * 0.01)
+    assert detectable_mean(None, 6, significance=0.05) is None
 
 
 def test_the_interval_of_proportions_covers_what_it_says() -> None:
@@ -126,12 +179,19 @@ def test_where_no_answer_changed_the_difference_is_still_uncertain() -> None:
     found = difference_of_proportions(0, 0, 100)
     assert (found.mean, found.units) == (0.0, 100)
     assert found.high == pytest.approx(-(found.low or 0.0))
-    assert 0.01 < (found.detectable or 0.0) < 0.06
 
 
 def test_of_one_cluster_no_error_is_known() -> None:
     found = difference_of_clusters([3.0], [6])
-    assert (found.mean, found.error, found.low, found.detectable) == (0.5, None, None, None)
+    assert (found.mean, found.error, found.low) == (0.5, None, None)
+
+
+@pytest.mark.parametrize("sums", [[0.0] * 10, [0.3] * 10])
+def test_of_clusters_without_scatter_no_error_is_known(sums: list[float]) -> None:
+    """That none of them changed does not show that none would."""
+    found = difference_of_clusters(sums, [3] * 10)
+    assert found.mean == pytest.approx(sums[0] / 3)
+    assert (found.error, found.low, found.high) == (None, None, None)
 
 
 def test_values_are_summed_by_cluster() -> None:
