@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qbatch.core.byte_units import mib
 from qbatch.core.domain import JobSpec
 from qbatch.core.errors import BoundNotKept
 from qbatch.core.output_size import output_size
@@ -25,5 +24,5 @@ def refuse_unmeetable_bound(specs: Sequence[JobSpec], headers: Sequence[Header],
         least = output_size(headers, config, spec.scheme, spec.dtype)
         if least.off_by is not None and least.nbytes * _CERTAINLY_WEIGHTS - least.off_by > most:
             raise BoundNotKept(
-                f"--max-weights-bytes allows {mib(most)}, and with every layer quantized it takes {mib(least.nbytes)}"
+                f"--max-weights-bytes allows {most:,} bytes, and with every layer quantized it takes {least.nbytes:,}"
             )

@@ -202,7 +202,7 @@ def _remarks(group: Group, ship: ResultRow | None) -> Iterable[str]:
         # The recommendation already includes the warnings of its own row.
         for warning in unmarked_warnings(row) if row is not ship else ():
             yield f"{_name(row)}: {warning}."
-    yield from recovery_remarks(group.rows)
+    yield from recovery_remarks(group.rows, group.search)
     if ship is not None and is_gone(ship):
         yield f"{_name(ship)}: {GONE}."
     for old, new in group.superseded.items():

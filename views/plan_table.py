@@ -183,7 +183,10 @@ def _first_of_their_kind(plan: BatchPlan) -> Iterator[str]:
     if any(estimate is not None and estimate.is_least for _, estimate in known):
         yield "no such adapter was made yet: how long that takes is not counted, only what its checkpoint alone takes"
     if any(spec.search is not None and estimate is None for spec, estimate in known):
-        yield "how long a search takes here is known once one has ended, or a baseline's speed was measured"
+        yield (
+            "how long a search takes here is known once one that measures the same has ended, or a baseline's speed "
+            "was measured"
+        )
 
 
 def _disk(plan: BatchPlan, totals: Mapping[str, Any]) -> str:

@@ -105,8 +105,8 @@ def _distinct_versions(library: str, rows: Sequence[ResultRow]) -> list[str | No
 
 
 def show_field(name: str, value: Any) -> str:
-    """The value of a protocol field: tasks by their names, hashes by their first eight digits."""
-    if name == "tasks":
+    """The value of a protocol field: tasks and texts by their names, hashes by their first eight digits."""
+    if name in ("tasks", "more_texts"):
         return " ".join(_task(task) for task in value or ()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -179,6 +179,8 @@ class QualityBound:
             return f"its {what} was not measured" + (f" ({reason})" if reason else "")
         if value > self.limit:
             return f"its {what}, {self.cost.show(value)}{self.cost.suffix}, is over {self.limit:g}"
+        if self.errors and error is None:
+            return f"whether its {what} keeps to {self.limit:g} is not known, since its error is not"
         if value + self.errors * (error or 0.0) > self.limit:
             return f"its {what} may be over {self.limit:g}: {self.cost.show(value)} ± {error:.1e}{self.cost.suffix}"
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qbatch.core.measured.quality_figures import FurtherText
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.methods.registry import quant_types
 from qbatch.views.quality_bounds import KL_COST, is_same_cost
@@ -39,9 +40,8 @@ def _search_command(row: ResultRow) -> str:
     """The command that looks for the mixture of the same method and options, of no more bytes."""
     model = row.model if row.revision is None else f"{row.model}@{row.revision}"
     words = ["qbatch submit", model, "--scheme auto", f"--max-weights-bytes {row.weights_bytes}"]
-    quant_type = row.scheme.removeprefix("bnb-")
-    if quant_type != next(iter(quant_types())):
-        words.append(f"--quant-type {quant_type}")
+    _usual, *others = quant_types()
+    words += [f"--quant-type {name}" for name in others if quant_types()[name] == row.scheme]
     if row.options.get("double_quant"):
         words.append("--double-quant")
     if skipped := row.options.get("skip_modules"):
@@ -104,8 +104,20 @@ def _is_of_its_bytes(mixture: ResultRow, row: ResultRow, plain: ResultRow | None
 
 
 def _better(one: ResultRow, other: ResultRow) -> str:
+    """Which of them is, by the first text; of further ones, whether it is on them too."""
+    on_others = {
+        name: (mine, its)
+        for name, text in (one.details.more_texts or {}).items()
+        if (mine := text.quality.kl_mean) is not None
+        and (its := (other.details.more_texts or {}).get(name, FurtherText()).quality.kl_mean) is not None
+    }
+    against = [name for name, (mine, its) in on_others.items() if mine > its]
+    where = f" on the first text, and not on {' and '.join(against)}" if against else ""
+    figures = "".join(
+        f"; on {name} {KL_COST.show(mine)} against {KL_COST.show(its)}" for name, (mine, its) in on_others.items()
+    )
     cost = f"its KL is {_cost(one)} of weights, against {_cost(other)}"
-    return f"{_name(one)} is a better buy than {_name(other)}: {cost}."
+    return f"{_name(one)} is a better buy than {_name(other)}{where}: {cost}{figures}."
 
 
 def _options(row: ResultRow) -> dict[str, Any]:

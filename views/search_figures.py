@@ -167,7 +167,10 @@ def search_lines(found: FinishedSearch) -> list[tuple[str, str]]:
         ("took", f"{show_duration(found.seconds)} on {found.device_name}, {passes:.1f} passes through the model"),
     ]
     if frontier.floor_kl is not None:
-        floor = f"KL {show_nats(frontier.floor_kl)}; mixtures that are not above it are alike, and no more are sought"
+        floor = (
+            f"KL {show_nats(frontier.floor_kl)}; mixtures that are not above it cannot be told apart, and no more are "
+            "sought"
+        )
         lines.append(("16-bit rounding", floor))
     if any(point.same_as is not None for point in frontier.points):
         alike = f"{NOISE_MARK} n: its KL cannot be told from that of mixture n, so the smaller one is preferred"
@@ -177,6 +180,9 @@ def search_lines(found: FinishedSearch) -> list[tuple[str, str]]:
             f"{sensitivity.rank_correlation:.2f} between derivatives and {sensitivity.compared_groups} measured gains"
         )
         lines.append(("rank correlation", ranks))
+    elif sensitivity.why_no_derivative is None:
+        few = f"unknown: {sensitivity.compared_groups} gains were measured, too few to rank"
+        lines.append(("rank correlation", few))
     if sensitivity.why_no_derivative is not None:
         lines.append(("no derivatives", sensitivity.why_no_derivative))
     if sensitivity.unreached:

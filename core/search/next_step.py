@@ -57,12 +57,11 @@ def next_step(frontier: Frontier, bound: Bound, tried: Sequence[TriedPoint]) -> 
     met = next((row for row in tried if _is_met(bound, row)), None)
     if met is not None:
         return BoundMet(index=met.index)
-    incomparable = (row for row in tried if bound.is_about_quality and _bounded(bound, row) is None)
+    incomparable = (row for row in tried if bound.is_about_quality and not _is_judged(bound, row))
     if (unknown := next(incomparable, None)) is not None:
-        return BoundMissed(
-            nearest=unknown.index,
-            reason=f"a mixture was published, but nobody can say whether it has {bound}: {_shown(bound, unknown)}",
-        )
+        reason = f"a mixture was published, but nobody can say whether it has {bound}: {_shown(bound, unknown)}"
+        advice = "" if _bounded(bound, unknown) is None else "; a longer evaluation text has several windows"
+        return BoundMissed(nearest=unknown.index, reason=reason + advice)
     candidate = _candidate(frontier, bound, tried)
     if candidate is not None and len(tried) < MOST_TRIES:
         return PublishPoint(index=candidate)
@@ -164,6 +163,12 @@ def _distance(bound: Bound, row: TriedPoint) -> tuple[float, float]:
 
 def _bounded(bound: Bound, row: TriedPoint) -> Estimate | None:
     return row.ln_ppl_ratio if bound.max_ppl_ratio is not None else row.kl
+
+
+def _is_judged(bound: Bound, row: TriedPoint) -> bool:
+    """Whether the row's figure and its error are known. Of one window no error is."""
+    figure = _bounded(bound, row)
+    return figure is not None and figure.standard_error is not None
 
 
 def _shown(bound: Bound, row: TriedPoint) -> str:

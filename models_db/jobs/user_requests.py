@@ -71,6 +71,8 @@ def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[
             avoid_worker_id=None,
             progress=None,
             search_id=None,
+            # A search that was forced and has found something is not made again: its points are of what it found.
+            force=and_(Job.force, Job.search_id.is_(None)),
             **NO_MESSAGE,
         )
         .returning(Job.id),

@@ -222,6 +222,18 @@ def test_a_retried_search_goes_on_from_what_it_found(database: Database) -> None
     assert len(points_of(database, search)) == 1
 
 
+def test_a_forced_search_is_made_once_though_it_is_retried(database: Database) -> None:
+    """Else its point's number would be one of a frontier that it is not of."""
+    worker = a_worker(database)
+    _, (search, unfound) = a_batch(database, searching(BOUND, force=True), searching(Bound(max_kl=0.02), force=True))
+    (token,) = claim(database, [search], worker)
+    assert record(database, token)
+    with database.write() as session:
+        jobs.cancel(session, job_ids=[search, unfound, points_of(database, search)[0].id])
+        assert jobs.retry(session, job_ids=[search, unfound]) == [search, unfound]
+    assert (a_job(database, search).force, a_job(database, unfound).force) == (False, True)
+
+
 def test_a_point_retried_with_its_search_is_waited_for(database: Database) -> None:
     search, point = a_recorded_search(database)
     (token,) = claim(database, [point], 1)

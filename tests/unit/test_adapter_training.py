@@ -84,6 +84,14 @@ def test_training_leaves_less_than_the_factors_that_it_begins_with(work: Recover
     assert any(step.startswith("recovering, step 12 of 12, KL ") for step in steps)
 
 
+def test_the_first_step_is_reported_and_then_one_in_twenty(work: RecoveryWork, tmp_path: Path) -> None:
+    steps: list[str] = []
+    long = replace(work, recovery=replace(work.recovery, steps=41))
+    trained(long, tmp_path / "trained", tmp_path / "kept", steps.append)
+    told = [int(step.split()[2]) for step in steps if step.startswith("recovering, step")]
+    assert told == [1, *range(2, 42, 2)]
+
+
 def _trained_until_killed(work: RecoveryWork, folder: Path, kept: Path) -> None:
     def die(step: str) -> None:
         if step.startswith("recovering, step 7 "):

@@ -135,7 +135,7 @@ def test_clusters_of_which_none_changed_prove_nothing() -> None:
     assert "+0.0000 (its error is not known), p = 1 (sign-flip test, Holm): no difference shown." in say(found)
 
 
-def test_with_more_comparisons_only_a_larger_difference_would_have_been_shown() -> None:
+def test_more_comparisons_leave_only_larger_differences_to_be_shown() -> None:
     base, other = right(lost=1, gained=1, same=98)
     (alone,) = compare_answers(baseline_pairs(group_of({"j1": base, "j3": other}, BASELINE, NF4)))
     several = group_of({"j1": base, "j2": other, "j3": other}, BASELINE, INT8, NF4)

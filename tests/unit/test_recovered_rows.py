@@ -34,8 +34,8 @@ def remarks(*rows: dict[str, Any]) -> list[str]:
 
 NOT_MEASURED = (
     f"Whether layers at 16 bits are a better buy than j3 bnb-nf4+svd-r8 was not measured: `qbatch submit {NAME} "
-    f"--scheme auto --max-weights-bytes {1050 * MIB}` publishes the best mixture of no more bytes; it can be compared "
-    "with these if it is given the same --eval-text."
+    f"--scheme auto --max-weights-bytes {1050 * MIB}` publishes the best mixture of no more bytes; with the same "
+    "--measure, --eval-text, --tasks and sizes it can be compared with these."
 )
 
 
@@ -69,6 +69,47 @@ def test_an_adapter_nearer_than_the_mixture_of_its_bytes_is_a_better_buy() -> No
     assert line == (
         "j3 bnb-nf4+svd-r8 and j4 bnb-nf4 without model.layers.0 are not distinguishable: their KL is 1.0e-02 with "
         "1.03 GiB of weights, and 1.0e-02 with 1.02 GiB."
+    )
+
+
+def test_a_mixture_of_far_fewer_bytes_says_nothing_of_one_of_as_many() -> None:
+    """Between the two another one may be better than both."""
+    small = row(4, 0.012, 1010, skip_modules=["model.layers.0"]) | {"mixture": {"job_id": "j7", "point": 2}}
+    rows = (row(2, 0.02, 1000), row(3, 0.01, 1050, recovery=SVD), small)
+    assert remarks(*rows)[1:] == [NOT_MEASURED]
+    # The best of as many bytes, as a search says that was asked for it.
+    for most, is_answer in ((1050, True), (1020, False)):
+        asked = row(7, 0.012, 1010) | {"mixture": {"bound": {"max_weights_bytes": most * MIB}}, "reused_from": "j4"}
+        said = [*recovery_remarks([ResultRow.from_json(each) for each in rows], ResultRow.from_json(asked))]
+        assert said[1].startswith("j3 bnb-nf4+svd-r8 is a better buy than j4") == is_answer
+        assert (said[1] == NOT_MEASURED) == (not is_answer)
+
+
+def test_the_search_to_ask_for_is_of_the_same_method_and_options() -> None:
+    options = {"skip_modules": ["lm_head", ".*o_proj"], "double_quant": True}
+    given = {"revision": "abc", "double_quant": True}
+    rows = [
+        row(2, 0.02, 1000, scheme="bnb-fp4", **options) | given,
+        row(3, 0.01, 1050, scheme="bnb-fp4", recovery=SVD, **options) | given,
+    ]
+    assert (
+        f"`qbatch submit {NAME}@abc --scheme auto --max-weights-bytes {1050 * MIB} --quant-type fp4 --double-quant "
+        "--skip-modules lm_head,.*o_proj`"
+    ) in remarks(*rows)[-1]
+
+
+def test_a_better_buy_on_the_first_text_is_not_called_one_on_all() -> None:
+    mixed = row(4, 0.004, 1040, skip_modules=["model.layers.0"])
+    adapter = row(3, 0.01, 1050, recovery=SVD)
+    for each, code, prose in ((mixed, 0.02, 0.003), (adapter, 0.01, 0.009)):
+        each["details"]["more_texts"] = {
+            name: {"quality": {"kl_mean": kl, "kl_mean_se": kl / 50}} for name, kl in (("code", code), ("prose", prose))
+        }
+    _, line = remarks(row(2, 0.02, 1000), adapter, mixed)
+    assert line == (
+        "j4 bnb-nf4 without model.layers.0 is a better buy than j3 bnb-nf4+svd-r8 on the first text, and not on code: "
+        "its KL is 4.0e-03 with 1.02 GiB of weights, against 1.0e-02 with 1.03 GiB; on code 2.0e-02 against 1.0e-02; "
+        "on prose 3.0e-03 against 9.0e-03."
     )
 
 

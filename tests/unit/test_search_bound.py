@@ -75,7 +75,12 @@ def test_a_bound_below_what_16_bit_arithmetic_causes_is_said() -> None:
 
 
 def test_a_row_whose_error_is_not_known_meets_no_bound_on_kl() -> None:
-    assert next_step(frontier(), Bound(max_kl=0.5), [row(0, kl=0.0, error=None)]) == PublishPoint(index=1)
+    published = next_step(frontier(), Bound(max_kl=0.5), [row(1, kl=0.001, error=None)])
+    assert published == BoundMissed(
+        nearest=1,
+        reason="a mixture was published, but nobody can say whether it has a KL of at most 0.5: KL 0.001 (error "
+        "unknown, one window); a longer evaluation text has several windows",
+    )
     missed = next_step(frontier(error=None), Bound(max_kl=0.5), ())
     assert isinstance(missed, BoundMissed)
     assert "error unknown, one window" in missed.reason

@@ -104,7 +104,7 @@ def test_the_interval_of_clusters_covers_what_it_says() -> None:
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 
-def test_a_mean_difference_as_large_as_detectable_is_found_four_times_in_five() -> None:
+def test_a_mean_as_large_as_detectable_is_found_four_times_in_five() -> None:
     generator = np.random.default_rng(4)
     pilot = difference_of_clusters(generator.normal(size=400).tolist(), [1] * 400)
     detectable = detectable_mean(pilot.error, 400, significance=0.05)

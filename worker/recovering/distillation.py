@@ -68,7 +68,7 @@ def recover_by_training(
         loss = trained.step()
         if not math.isfinite(loss):
             raise BenchmarkError(f"the training of the adapter diverged at step {trained.steps}")
-        if trained.steps % max(1, trained.wanted // 20) == 0:
+        if trained.steps == begun + 1 or trained.steps % max(1, trained.wanted // 20) == 0:
             report(f"recovering, step {trained.steps} of {trained.wanted}, KL {loss:.2e}")
         if time.monotonic() - last_s >= kept_every_s:
             kept.write(trained.state())
