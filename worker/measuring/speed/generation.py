@@ -34,7 +34,7 @@ class WarmedShapes:
     """The shapes (batch, prompt tokens, new tokens) at which this process has generated before.
 
     On an H200 the first generation of a process lost 3 s, whatever the model's size: more than its 63 steps took.
-    Probably libraries prepare for each length of the cache when they first meet it.
+    Probably cuDNN's attention builds a plan for each length of the cache when a thread of a process first meets it.
     """
 
     def __init__(self) -> None:
