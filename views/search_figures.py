@@ -181,8 +181,8 @@ def search_lines(found: FinishedSearch) -> list[tuple[str, str]]:
         )
         lines.append(("rank correlation", ranks))
     elif sensitivity.why_no_derivative is None:
-        few = f"unknown: {sensitivity.compared_groups} gains were measured, too few to rank"
-        lines.append(("rank correlation", few))
+        some, every = sensitivity.compared_groups, len(sensitivity.groups)
+        lines.append(("rank correlation", f"unknown: gains were measured of {some} of {every} groups, too few to rank"))
     if sensitivity.why_no_derivative is not None:
         lines.append(("no derivatives", sensitivity.why_no_derivative))
     if sensitivity.unreached:

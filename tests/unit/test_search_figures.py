@@ -8,7 +8,7 @@ import pytest
 
 from qbatch.views import formats
 from qbatch.views.group_errors import group_lines
-from qbatch.views.search_figures import frontier_table, sensitivity_lines
+from qbatch.views.search_figures import frontier_table, search_lines, sensitivity_lines
 from tests.found import a_search
 
 WIDTH = 80
@@ -52,6 +52,17 @@ def test_a_group_is_listed_with_its_errors_and_those_of_its_weights(monkeypatch:
     first, last = " ".join(lines[head + 2].split()), " ".join(lines[-1].split())
     assert first.endswith("5.0e-02 ± 1.0e-03 2.5e-02 ± 1.0e-03 10.0 % 20.0 % 1.0 %")
     assert last.endswith("1.0e-02 ± 1.0e-03 – 10.0 % 20.0 % 1.0 %")
+
+
+def test_why_two_orders_are_not_compared_is_said() -> None:
+    found = a_search()
+    few = replace(found.sensitivity, rank_correlation=None, compared_groups=2)
+    said = dict(search_lines(replace(found, sensitivity=few)))
+    assert said["rank correlation"] == "unknown: gains were measured of 2 of 4 groups, too few to rank"
+    known = replace(found.sensitivity, rank_correlation=0.987, compared_groups=3)
+    assert "0.99 between" in dict(search_lines(replace(found, sensitivity=known)))["rank correlation"]
+    none = replace(few, why_no_derivative="no memory")
+    assert "rank correlation" not in dict(search_lines(replace(found, sensitivity=none)))
 
 
 def test_a_wide_table_of_layers_is_split() -> None:
