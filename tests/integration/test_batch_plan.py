@@ -223,7 +223,9 @@ def test_a_search_takes_as_long_as_earlier_ones_until_it_is_stored(
     unknown = before.jobs[-1]
     assert (unknown.earlier, unknown.duration) == (Earlier.NOTHING, None)
     assert unknown.output is not None
-    assert "how long a search takes here is known once one has ended, or a baseline's" in _words(before)
+    assert "how long a search takes here is known once one that measures the same has ended, or a baseline's" in _words(
+        before
+    )
     with sqlite_database.write() as session:
         session.execute(update(Result).values(prefill_s_p50=PROMPT_TOKENS * 1e-3))
     first = plan_batch(sqlite_database, settings, submission)

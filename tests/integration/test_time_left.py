@@ -119,7 +119,9 @@ def test_lists_say_how_long_it_took_and_will_take(database: Database) -> None:
     with database.read() as session:
         jobs = with_time_left(list_jobs(session), found)
         (listed,) = with_time_left(list_batches(session), found)
-    assert [row["elapsed_s"] is not None and round(row["elapsed_s"]) for row in jobs] == [60, 60, 20, False]
+    first, second, running, waiting = (row["elapsed_s"] for row in jobs)
+    assert (first, second, waiting) == (pytest.approx(60, abs=0.5), pytest.approx(60, abs=0.5), None)
+    assert 20 <= running < 30
     assert [row["left_s"] is not None for row in jobs] == [False, False, True, False]
     assert listed["left_s"] == round(found.batches[batch], 1)
     assert listed["elapsed_s"] < 30, "since it was submitted"

@@ -304,6 +304,9 @@ def test_a_capture_does_not_outlive_its_runner(tmp_path: Path) -> None:
         while len(found := children(runner.pid)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        while found[-1].num_threads() < 2:  # before that it does not know yet with whom it ends
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         found[-1].suspend()  # so that it does not end by itself
     finally:
         runner.kill()

@@ -67,6 +67,23 @@ def test_a_step_is_over_with_its_stage_and_bytes_stay_until_others_move() -> Non
     assert progress.take()[1].step is None
 
 
+def test_a_width_that_is_tried_alone_leaves_what_was_read_for_the_others() -> None:
+    """Two are quantized in one pass, and then each is tried and published."""
+    progress = RunningProgress(clock=SetClock())
+    progress.entered([1, 2], Stage.QUANTIZING)
+    for job_id in (1, 2):
+        progress.moved(moved(job_id, read=400, written=600))
+    for job_ids, stage in (
+        ([1], Stage.PUBLISHING),
+        ([2], Stage.QUANTIZING),
+        ([2], Stage.PUBLISHING),
+        ([1, 2], Stage.PUBLISHING),
+    ):
+        progress.entered(job_ids, stage)
+    whole = JobProgress(bytes_read=400, bytes_written=600, bytes_total=1000)
+    assert progress.take() == {1: whole, 2: whole}
+
+
 def test_progress_is_stored_and_read_back_whatever_other_versions_store() -> None:
     whole = JobProgress(bytes_read=1, bytes_written=0, bytes_total=3, bytes_per_s=2.5, step="kernels")
     assert JobProgress.from_json(whole.to_json()) == whole

@@ -30,13 +30,17 @@ class RunningProgress:
 
     clock: Callable[[], float] = time.monotonic
     _known: dict[int, JobProgress] = field(default_factory=dict)
+    _stages: dict[int, Stage] = field(default_factory=dict)
     _moving: dict[int, _Moving] = field(default_factory=dict)
     _unrecorded: set[int] = field(default_factory=set)
     _due_at: float = 0.0
 
     def entered(self, job_ids: Iterable[int], stage: Stage) -> None:
-        """A stage has begun: what was said of the one before is over."""
+        """A stage has begun: what was said of the one before is over. One that is entered again goes on."""
         for job_id in job_ids:
+            if self._stages.get(job_id) is stage and stage in _MOVES_BYTES:
+                continue
+            self._stages[job_id] = stage
             before = self._known.get(job_id, JobProgress())
             self._moving.pop(job_id, None)
             self._change(job_id, JobProgress() if stage in _MOVES_BYTES else replace(before, step=None))
