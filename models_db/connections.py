@@ -59,9 +59,10 @@ def count_connections(session: Session) -> ConnectionCount:
     return ConnectionCount(**session.execute(_COUNT).mappings().one())
 
 
+# Of other roles' sessions pg_stat_activity tells an ordinary role nothing, not even what kind they are.
 _COUNT = text(
     """
-    SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used,
+    SELECT (SELECT sum(numbackends)::int FROM pg_stat_database) AS used,
            current_setting('max_connections')::int - sum(setting::int) AS "limit"
     FROM pg_settings WHERE name IN ('superuser_reserved_connections', 'reserved_connections')
     """

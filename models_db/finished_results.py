@@ -107,7 +107,8 @@ def keep(session: Session, job_ids: Collection[int]) -> set[int]:
     """Lock the existing jobs among ``job_ids`` and their checkpoints against removal until the transaction ends, and
     return the ids of the jobs, without those whose checkpoint is gone.
 
-    Call it before recording that one of them answers another job.
+    Call it before recording that one of them answers another job. Whoever removes a checkpoint locks it for an update
+    first, and waits; a worker that records it anew or has verified it does not wait, however long this transaction is.
     """
     kept: set[int] = set()
     for chunk in in_chunks(sorted(job_ids)):
@@ -130,7 +131,7 @@ def _recorded(job_ids: Sequence[int]) -> Select[int, datetime | None]:
         .join(Checkpoint, and_(Checkpoint.key == Job.checkpoint_key, Checkpoint.path == Result.checkpoint_path))
         .where(Job.id.in_(job_ids))
         .order_by(Checkpoint.path)
-        .with_for_update(read=True, of=Checkpoint)
+        .with_for_update(read=True, key_share=True, of=Checkpoint)
     )
 
 
@@ -141,5 +142,5 @@ def _recorded_bases(job_ids: Sequence[int]) -> Select[int, datetime | None]:
         .join(Checkpoint, Checkpoint.key == Job.base_key)
         .where(Job.id.in_(job_ids))
         .order_by(Checkpoint.path)
-        .with_for_update(read=True, of=Checkpoint)
+        .with_for_update(read=True, key_share=True, of=Checkpoint)
     )

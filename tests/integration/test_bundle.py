@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from qbatch.core import filesystem, identity
 from qbatch.core.domain import (
     Method,
+    ProtocolOptions,
     Scheme,
     Stage,
 )
@@ -31,12 +33,13 @@ from qbatch.worker.runner.messages import (
     Failed,
     Measured,
     MeasurementsOver,
+    NothingTimed,
     Progressed,
     Resolved,
     Stepped,
 )
 from qbatch.worker.runner.trial import Trial
-from tests.bundles import Ear, measure_quickly, run_bundle
+from tests.bundles import TEXT_HASH, Ear, measure_quickly, run_bundle
 from tests.tiny import make_causal, make_encoder
 from tests.unit.benchmark_models import QUICK
 
@@ -83,6 +86,16 @@ def test_the_end_of_all_measurements_is_reported_before_the_last_row(source: Pat
     assert heard.count(MeasurementsOver) == 1
     over = heard.index(MeasurementsOver)
     assert heard.index(Measured) < over < len(heard) - 1 - heard[::-1].index(Measured)
+
+
+def test_where_no_model_is_run_the_next_bundle_is_prepared(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source is fetched and its runner started as soon as the checkpoints are published."""
+    size = replace(QUICK, eval_text_sha256=TEXT_HASH, quality=False, speed=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *_: size)
+    heard = [type(message) for message in run(source).heard]
+    assert heard.count(NothingTimed) == heard.count(MeasurementsOver) == 1
+    moments = [heard.index(message) for message in (CheckpointReady, NothingTimed, MeasurementsOver, Measured)]
+    assert moments == sorted(moments)
 
 
 @pytest.mark.parametrize("make", [make_causal, make_encoder])

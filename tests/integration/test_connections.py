@@ -101,6 +101,20 @@ def test_workers_of_two_threads_each_keep_one_connection(server_url: str, small:
         database.dispose()
 
 
+def test_connections_of_other_roles_are_counted_too(server_url: str) -> None:
+    """An ordinary role is not told what they are."""
+    with psycopg.connect(plain(server_url), autocommit=True) as others:
+        others.execute("CREATE ROLE ordinary LOGIN")
+        name = others.info.dbname
+        ordinary = Database(f"postgresql+psycopg://ordinary@/{name}?host={others.info.host}&port={others.info.port}")
+        try:
+            with ordinary.read() as session:
+                assert count_connections(session).used == 2
+        finally:
+            ordinary.dispose()
+            others.execute("DROP ROLE ordinary")
+
+
 def test_who_is_refused_comes_again(small: Database, all_taken: list[psycopg.Connection]) -> None:
     timer = let_go(all_taken, 0.5)
     began = time.monotonic()

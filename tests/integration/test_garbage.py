@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import StorageError, UsageError
@@ -469,6 +469,20 @@ def test_a_result_whose_checkpoint_was_just_removed_answers_nobody(database: Dat
     rm(database, settings, paths=gone.paths)
     with database.write() as session:
         assert finished_results.keep(session, {*gone.job_ids, *there.job_ids, 999}) == set(there.job_ids)
+
+
+def test_a_worker_does_not_wait_for_who_is_about_to_answer(postgresql_database: Database, settings: Settings) -> None:
+    """A submit answers in one transaction as long as it takes, and meanwhile no lease is renewed by one that waits."""
+    made = a_measured_batch(postgresql_database, settings, "org/a")
+    (path,) = made.paths
+    with postgresql_database.read() as session:
+        key = checkpoints.checkpoints_at(session, [path])[0].key
+    with postgresql_database.write() as answering:
+        assert finished_results.keep(answering, set(made.job_ids)) == set(made.job_ids)
+        with postgresql_database.write() as session:
+            session.execute(text("SET LOCAL lock_timeout = '1s'"))
+            checkpoints.verified_again(session, path, {"model.safetensors": "seen"})
+            checkpoints.record(session, key=key, path=path, root_sha256="0" * 64, disk_bytes=1, job_id=made.job_ids[0])
 
 
 def test_who_is_about_to_answer_waits_for_the_removal(postgresql_database: Database, settings: Settings) -> None:

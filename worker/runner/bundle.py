@@ -28,6 +28,8 @@ from qbatch.worker.runner.measured_rounds import Rounds
 from qbatch.worker.runner.messages import (
     Answered,
     CheckpointVerified,
+    MeasurementsOver,
+    NothingTimed,
     Order,
     Progressed,
     Resolved,
@@ -100,16 +102,17 @@ class Bundle:
         self._check_tokenizer(source, [plan for plan in plans if self._reports.open([plan.job_id])])
         models = by_key(plan for plan in plans if not plan.searches and self._reports.open([plan.job_id]))
         published = self._publish(source, models, answered.paths)
-        self._measure(
-            source,
-            answered.speeds,
-            [
-                self._model(source, members, published)
-                for key, members in models.items()
-                if key in published or members[0].settled.scheme.is_baseline
-            ],
-        )
-        if searches := [plan for plan in plans if plan.searches]:
+        measured = [
+            self._model(source, members, published)
+            for key, members in models.items()
+            if key in published or members[0].settled.scheme.is_baseline
+        ]
+        searches = [plan for plan in plans if plan.searches]
+        if not searches and not any(model.runs for model in measured):
+            self._reports.send(NothingTimed())
+            self._reports.send(MeasurementsOver())
+        self._measure(source, answered.speeds, measured)
+        if searches:
             self._loaded.unload()  # the model that was measured last
             LayerSearches(self._order, self._reports, source, self._device).run(searches)
 
