@@ -78,14 +78,9 @@ seed-table: install ## the recipe's table for bloom-1b7's architecture (random w
 	$(BIN)/python benchmarks/seed_table.py
 
 bench: install ## compare with doing the same without qbatch
-	$(BIN)/python -m benchmarks.quantize
-	$(BIN)/python -m benchmarks.why
-	$(BIN)/python -m benchmarks.batch
-	$(BIN)/python -m benchmarks.warm_worker
-	$(BIN)/python -m benchmarks.database
-	$(BIN)/python -m benchmarks.submit_many
-	$(BIN)/python -m benchmarks.large_fleet
-	$(BIN)/python -m benchmarks.long_lived
+	@failed=; for name in quantize why batch warm_worker database submit_many large_fleet long_lived; do \
+		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "these did not meet what they compare with:$$failed"; exit 1; }
 
 clean: ## remove generated files, but not .venv/
 	rm -rf .qbatch build dist examples/models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -298,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             found = simulate(load)
             show(name, found, load)
+            if not found.get("heartbeat"):
+                raise SystemExit(f"no beat was due in {options.seconds:g} s: give --seconds more")
             missed = missed or _p99(found["heartbeat"]) > load.settings.lease_s / 3
     return 1 if missed else 0
 

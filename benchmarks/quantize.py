@@ -213,7 +213,8 @@ def measure(arguments: argparse.Namespace, shape: str, work: Path) -> bool:
     source = work / "source"
     source_bytes = in_fresh_process(build_source, shape, source)
     ceilings = {
-        files: in_fresh_process(write_ceiling, work, min(source_bytes, 4 * GIB), files)
+        # A rate needs several pieces, of however small a model.
+        files: in_fresh_process(write_ceiling, work, min(max(source_bytes, GIB // 2), 4 * GIB), files)
         for files in sorted({1, len(schemes)})
     }
     log(f"{shape}: source {source_bytes / GIB:.2f} GiB; {_show_ceilings(ceilings)}")

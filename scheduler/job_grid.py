@@ -77,6 +77,12 @@ class Grid:
             )
         if self.speed is False and self.share_speed:
             raise UsageError("--speed shape is about speed, which --measure leaves out")
+        if self.energy and self.share_speed:
+            raise UsageError("--speed shape would time each model all the same: energy is measured of each")
+        on_gpus = {"what limits the speed": self.why, "energy": self.energy, "--speed shape": self.share_speed}
+        for what, is_asked in on_gpus.items() if self.device is DeviceKind.CPU else ():
+            if is_asked:
+                raise UsageError(f"{what} is about GPUs, and --device cpu was asked for")
 
     def _refuse_misplaced_options(self) -> None:
         """An option that nothing asked for takes would be ignored, while whoever gave it expects an effect."""

@@ -11,7 +11,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.batch_pairs import PairedBatches, RowPair, pair_batches
 from qbatch.views.figure_changes import Change, FigureChange
 from qbatch.views.formats import GAP, PROSE_WIDTH, printable, render, terminal_width
-from qbatch.views.groups import source_name
+from qbatch.views.groups import source_name, timed_job
 from qbatch.views.protocol import version_differences
 from qbatch.views.scheme import show_scheme
 from qbatch.views.shared_failures import name_jobs
@@ -24,6 +24,8 @@ _LISTED = (
     *(Change.FASTER, Change.SLOWER, Change.BETTER, Change.WORSE),
     *(Change.SMALLER, Change.LARGER, Change.UNKNOWN),
 )
+
+_OF_SPEED = (Change.FASTER, Change.SLOWER)
 
 
 def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: str) -> str:  # noqa: A002
@@ -38,7 +40,7 @@ def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: 
     width = terminal_width()
     lines = [line for change in _LISTED for line in _section(change, paired.pairs, width)]
     lines += _not_compared(paired, width)
-    footer = [text for text in (*_parts_of_one(paired.pairs), *_versions(paired.pairs), _sum(paired)) if text]
+    footer = [*_parts_of_one(paired.pairs), *_shared_speeds(paired.pairs), *_versions(paired.pairs), _sum(paired)]
     prose = [line for text in footer for line in wrap(printable(text), min(width, PROSE_WIDTH), indent=GAP)]
     return "\n".join([*lines, *([""] if lines else []), *prose])
 
@@ -89,6 +91,21 @@ def _parts_of_one(pairs: Sequence[RowPair]) -> Iterable[str]:
                 yield f"{part.value.capitalize()} was measured in the {which} alone, so it is not compared."
 
 
+def _shared_speeds(pairs: Sequence[RowPair]) -> Iterable[str]:
+    """Yield how many pairs have speeds that were measured with other models: they are no further measurements."""
+    shared = [pair for pair in pairs if pair.kinds and (pair.before.speed_from or pair.after.speed_from)]
+    if shared:
+        timed = len({_timed(pair) for pair in shared})
+        yield (
+            f"The speeds of {len(shared)} pairs are those of other models of the same shape, and are {timed} "
+            f"measurement{'' if timed == 1 else 's'}: so often they are counted below."
+        )
+
+
+def _timed(pair: RowPair) -> tuple[str, str]:
+    return timed_job(pair.before), timed_job(pair.after)
+
+
 def _versions(pairs: Sequence[RowPair]) -> Iterable[str]:
     """Yield what else may explain a difference: the two batches were not timed in turns."""
     compared = [pair for pair in pairs if pair.why_not is None]
@@ -102,7 +119,11 @@ def _versions(pairs: Sequence[RowPair]) -> Iterable[str]:
 def _sum(paired: PairedBatches) -> str:
     """``24 pairs: 8 faster, 0 slower, 7 better, 0 worse, 9 within noise; 1 not compared.``"""
     compared = [pair for pair in paired.pairs if pair.why_not is None and not pair.is_one_measurement]
-    counts = Counter(kind for pair in compared for kind in pair.kinds)
+    # One speed of several models is one measurement.
+    found = {
+        (kind, _timed(pair) if kind in _OF_SPEED else pair.after.job_id) for pair in compared for kind in pair.kinds
+    }
+    counts = Counter(kind for kind, _ in found)
     always = (Change.FASTER, Change.SLOWER, Change.BETTER, Change.WORSE)
     kinds = [f"{counts[kind]} {kind}" for kind in _LISTED if kind in always or counts[kind]]
     alike = sum(pair.kinds <= {Change.NOISE} for pair in compared)
@@ -136,6 +157,8 @@ def _alone_as_mapping(row: ResultRow, which: str) -> Mapping[str, Any]:
         **_of_row(row),
         "job_before": row.job_id if which == "first" else None,
         "job_after": row.job_id if which == "second" else None,
+        "speed_from_before": row.speed_from if which == "first" else None,
+        "speed_from_after": row.speed_from if which == "second" else None,
         "not_compared": f"only in the {which}",
         "same_measurement": False,
         "versions_differ_in": [],
@@ -148,7 +171,13 @@ def _flat(pair: RowPair) -> Iterable[Mapping[str, Any]]:
 
 
 def _of_rows(before: ResultRow, after: ResultRow) -> dict[str, Any]:
-    return {**_of_row(after), "job_before": before.job_id, "job_after": after.job_id}
+    return {
+        **_of_row(after),
+        "job_before": before.job_id,
+        "job_after": after.job_id,
+        "speed_from_before": before.speed_from,
+        "speed_from_after": after.speed_from,
+    }
 
 
 def _of_row(row: ResultRow) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from qbatch.core.measured.metric import MetricColumn
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say, why_not_compared
-from qbatch.views.audit_text import defects, unmarked_warnings
+from qbatch.views.audit_text import defects, speed_origin, unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
@@ -127,7 +127,8 @@ class _Screen:
                 yield from self._wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}")
             yield from _side_by_side(group, self.by, self.width, brief=True)
             for row in group.rows:
-                yield from (line for defect in defects(row) for line in self._wrapped(f"{_name(row)}: {defect}."))
+                said = [*defects(row), *filter(None, [speed_origin(row)])]
+                yield from (line for each in said for line in self._wrapped(f"{_name(row)}: {each}."))
                 reason = explain_speed_briefly(row, group.baselines.get(row.job_id))
                 yield from self._wrapped(f"{_name(row)} {reason}." if reason else "")
             for each in compare_answers(baseline_pairs(group)):

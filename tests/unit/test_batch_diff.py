@@ -57,6 +57,25 @@ def test_sizes_are_exact() -> None:
     assert changes(measured(1), measured(11, weights_bytes=2**30 - 1))["weights_bytes"] == "smaller"
 
 
+def test_one_speed_of_several_models_is_one_measurement() -> None:
+    names = ("first", "second", "third")
+    before = [measured(number, rate=40.0, model=name) for number, name in enumerate(names, start=1)]
+    after = [measured(number, rate=60.0, model=name) for number, name in enumerate(names, start=11)]
+    assert "3 pairs compared: 3 faster" in said(before, after)
+    for rows, timed in ((before, "j1"), (after, "j11")):
+        for row in rows[1:]:
+            row["details"] = row["details"] | {"speed_from": timed}
+    text = said(before, after)
+    assert "The speeds of 2 pairs are those of other models of the same shape, and are 1 measurement" in text
+    assert "3 pairs compared: 1 faster" in text
+    pairs = json.loads(batch_diff(read(before), read(after), "json"))
+    assert [(pair["speed_from_before"], pair["speed_from_after"]) for pair in pairs] == [
+        (None, None),
+        ("j1", "j11"),
+        ("j1", "j11"),
+    ]
+
+
 def test_each_kind_of_change_has_its_list_and_the_sum_counts_all() -> None:
     before = [measured(1, "none"), measured(2, "bnb-int8"), measured(3), measured(4, "bnb-fp4")]
     after = [measured(11, "none"), measured(12, "bnb-int8", rate=60.0), measured(13, rate=60.0, kl=0.06)]

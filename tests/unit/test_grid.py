@@ -123,6 +123,27 @@ def test_why_is_asked_on_a_gpu_and_energy_only_on_request() -> None:
     assert silent.for_device(cpu) == eager.for_device(cpu) == refusing.for_device(cpu)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"share_speed": True, "energy": True}, "--speed shape would time each model all the same"),
+        (
+            {"share_speed": True, "device": DeviceKind.CPU},
+            "--speed shape is about GPUs, and --device cpu was asked for",
+        ),
+        ({"energy": True, "device": DeviceKind.CPU}, "energy is about GPUs, and --device cpu was asked for"),
+        (
+            {"why": True, "device": DeviceKind.CPU},
+            "what limits the speed is about GPUs, and --device cpu was asked for",
+        ),
+    ],
+)
+def test_what_could_have_no_effect_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Grid(bits=(4,), **asked)
+    Grid(bits=(4,), **{**asked, "energy": False, "device": DeviceKind.AUTO})
+
+
 def test_what_was_stored_before_rounds_is_one_round_not_asked_why() -> None:
     asked = {"eval_text_sha256": "0" * 64, "batch_size": 2, "prompt_tokens": None, "new_tokens": None}
     assert ProtocolOptions.from_json(asked) == ProtocolOptions(eval_text_sha256="0" * 64, batch_size=2)

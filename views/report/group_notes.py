@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say, why_not_compared
+from qbatch.views.audit_text import speed_origin
 from qbatch.views.emulation import emulation_remarks
 from qbatch.views.groups import timed_apart
 from qbatch.views.missing_parts import missing_part_remarks
@@ -61,6 +62,8 @@ def _remarks(judged: JudgedGroup) -> Iterable[str]:
             )
         if row.reused_from is not None:
             yield f"{row.job_id} was not measured again: its figures are those of {row.reused_from}."
+        if (origin := speed_origin(row)) is not None:
+            yield f"{row.job_id}: {origin}."
     for old, new in group.superseded.items():
         yield f"{old} is not shown: {new} measured the same later."
     yield from missing_part_remarks(group.rows)
