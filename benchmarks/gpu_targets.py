@@ -47,7 +47,7 @@ class Step:
 
     name: str
     expected_s: float
-    run: Callable[[], Mapping[str, Any]]
+    run: Callable[[str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +68,14 @@ class Progress:
         self._folder: Path = arguments.folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self.steps = (
-            Step(name="plain", expected_s=430, run=lambda: self._side("plain", run_plain, self._shapes())),
-            Step(name="whole", expected_s=270, run=lambda: self._side("whole", run_qbatch, self._shapes())),
+            Step(name="plain", expected_s=430, run=lambda name: self._side(name, run_plain, self._shapes())),
+            Step(name="whole", expected_s=270, run=lambda name: self._side(name, run_qbatch, self._shapes())),
             Step(
-                name="no-why", expected_s=200, run=lambda: self._side("no-why", run_qbatch, self._shapes(), why=False)
+                name="no-why", expected_s=200, run=lambda name: self._side(name, run_qbatch, self._shapes(), why=False)
             ),
-            Step(name="fine-tunes-4", expected_s=90, run=lambda: self._tuned("fine-tunes-4", "4")),
-            Step(name="fine-tunes-84", expected_s=180, run=lambda: self._tuned("fine-tunes-84", "8,4")),
-            Step(name="alike", expected_s=60, run=self._alike),
+            Step(name="fine-tunes-4", expected_s=90, run=lambda name: self._tuned(name, "4")),
+            Step(name="fine-tunes-84", expected_s=180, run=lambda name: self._tuned(name, "8,4")),
+            Step(name="alike", expected_s=60, run=lambda _: self._alike()),
         )
 
     def go_on(self) -> None:
@@ -91,7 +91,7 @@ class Progress:
                 log(f"{step.name}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
                 return
             log(f"{step.name}: about {step.expected_s:g} s")
-            outcome = step.run()
+            outcome = step.run(step.name)
             self._file(step.name).write_text(json.dumps(outcome))
 
     def outcome(self, name: str) -> dict[str, Any] | None:
@@ -129,7 +129,8 @@ class Progress:
         side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
         if (work / LOGS).exists():
             shutil.rmtree(self._folder / LOGS / name, ignore_errors=True)
-            shutil.copytree(work / LOGS, self._folder / LOGS / name)
+            (self._folder / LOGS).mkdir(exist_ok=True)
+            shutil.move(work / LOGS, self._folder / LOGS / name)
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}

@@ -79,8 +79,12 @@ class Grid:
             raise UsageError("--speed shape is about speed, which --measure leaves out")
         if self.energy and self.share_speed:
             raise UsageError("--speed shape would time each model all the same: energy is measured of each")
-        on_gpus = {"what limits the speed": self.why, "energy": self.energy, "--speed shape": self.share_speed}
-        for what, is_asked in on_gpus.items() if self.device is DeviceKind.CPU else ():
+        if self.device is DeviceKind.CPU:
+            self._refuse_what_only_gpus_have()
+
+    def _refuse_what_only_gpus_have(self) -> None:
+        asked = {"what limits the speed": self.why, "energy": self.energy, "--speed shape": self.share_speed}
+        for what, is_asked in asked.items():
             if is_asked:
                 raise UsageError(f"{what} is about GPUs, and --device cpu was asked for")
 

@@ -12,13 +12,7 @@ from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.core.statistics.clusters import cluster_sums
 from qbatch.core.statistics.detectable import detectable_mean, detectable_proportion
-from qbatch.core.statistics.no_difference import (
-    holm,
-    mcnemar,
-    sign_flip,
-    smallest_mcnemar_p,
-    smallest_sign_flip_p,
-)
+from qbatch.core.statistics.no_difference import holm, mcnemar, sign_flip, smallest_sign_flip_p
 from qbatch.core.statistics.paired_difference import (
     PairedDifference,
     difference_of_clusters,
@@ -40,9 +34,8 @@ class AnswerComparison:
     ``metric``: the first of the task's metrics that is a mean over its questions. ``worse`` and ``better`` are the
     numbers of questions whose score is not the reference's. ``difference`` is the row's mean score less the
     reference's. ``clusters``: how many independent groups the questions form; None if each stands for itself.
-    ``adjusted_p`` is ``p_value`` corrected by Holm for all comparisons that were made together. ``detectable``: the
-    smallest true difference that would have been shown four times in five, even if it was the only one among them; None
-    if that is not known, or ``could_show`` is false: then there were too few questions or clusters to show any.
+    ``adjusted_p`` is ``p_value`` corrected by Holm for all comparisons that were made together, and ``significance``
+    the level that this leaves to the smallest p-value of them all.
     """
 
     row: ResultRow
@@ -59,8 +52,7 @@ class AnswerComparison:
     difference: PairedDifference
     p_value: float
     adjusted_p: float = math.nan
-    detectable: float | None = None
-    could_show: bool = True
+    significance: float = SIGNIFICANCE
 
     @property
     def is_shown(self) -> bool:
@@ -74,6 +66,20 @@ class AnswerComparison:
     @property
     def is_mcnemar(self) -> bool:
         return self.clusters is None and self.is_right_or_wrong
+
+    @property
+    def could_show(self) -> bool:
+        """Whether there were enough questions or clusters to show any difference."""
+        least = mcnemar(self.questions, 0) if self.is_mcnemar else smallest_sign_flip_p(self.difference.clusters)
+        return least <= self.significance
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that would have been shown four times in five, even if it was the only one of
+        all comparisons; None if that is not known, or none would have been."""
+        if self.is_mcnemar:
+            return detectable_proportion(self.worse, self.better, self.questions, significance=self.significance)
+        return detectable_mean(self.difference.error, self.difference.clusters, significance=self.significance)
 
     @property
     def test(self) -> str:
@@ -117,27 +123,8 @@ def compare_answers(pairs: Iterable[Pair]) -> list[AnswerComparison]:
         and (comparison := _comparison(row, reference, task, answered, other)) is not None
     ]
     adjusted = holm([each.p_value for each in found])
-    # Holm's first threshold: the smallest p-value of them all must be below it.
     significance = SIGNIFICANCE / max(1, len(found))
-    return [
-        replace(
-            each,
-            adjusted_p=p,
-            detectable=_detectable(each, significance),
-            could_show=_smallest_p(each) <= significance,
-        )
-        for each, p in zip(found, adjusted, strict=True)
-    ]
-
-
-def _detectable(c: AnswerComparison, significance: float) -> float | None:
-    if c.is_mcnemar:
-        return detectable_proportion(c.worse, c.better, c.questions, significance=significance)
-    return detectable_mean(c.difference.error, c.difference.clusters, significance=significance)
-
-
-def _smallest_p(c: AnswerComparison) -> float:
-    return smallest_mcnemar_p(c.questions) if c.is_mcnemar else smallest_sign_flip_p(c.difference.clusters)
+    return [replace(each, adjusted_p=p, significance=significance) for each, p in zip(found, adjusted, strict=True)]
 
 
 def _comparison(
@@ -230,4 +217,5 @@ def _power(c: AnswerComparison) -> str:
         return ""
     if not c.could_show:
         return f", and so few {'questions' if c.clusters is None else 'clusters'} could have shown none"
-    return "" if c.detectable is None else f", where one of {c.detectable:.2g} would have been found four times in five"
+    detectable = c.detectable
+    return "" if detectable is None else f", where one of {detectable:.2g} would have been found four times in five"

@@ -7,7 +7,7 @@ from typing import Any
 
 from qbatch.core.measured.quality_figures import FurtherText
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.core.methods.registry import quant_types
+from qbatch.core.methods.registry import describe_row, quant_types
 from qbatch.views.quality_bounds import KL_COST, is_same_cost
 from qbatch.views.scheme import show_scheme
 from qbatch.views.units import show_bytes, show_percent
@@ -40,8 +40,9 @@ def _search_command(row: ResultRow) -> str:
     """The command that looks for the mixture of the same method and options, of no more bytes."""
     model = row.model if row.revision is None else f"{row.model}@{row.revision}"
     words = ["qbatch submit", model, "--scheme auto", f"--max-weights-bytes {row.weights_bytes}"]
-    _usual, *others = quant_types()
-    words += [f"--quant-type {name}" for name in others if quant_types()[name] == row.scheme]
+    quant_type = describe_row(row.scheme).quant_type
+    if quant_type != next(iter(quant_types())):
+        words.append(f"--quant-type {quant_type}")
     if row.options.get("double_quant"):
         words.append("--double-quant")
     if skipped := row.options.get("skip_modules"):

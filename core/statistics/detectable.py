@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from statistics import NormalDist
 
-from qbatch.core.statistics.no_difference import smallest_sign_flip_p
+from qbatch.core.statistics.no_difference import mcnemar, smallest_sign_flip_p
 from qbatch.core.statistics.paired_difference import student_quantile
 
 POWER = 0.8
@@ -80,13 +81,9 @@ def _shown(count: int, share: float, significance: float) -> float:
 @functools.lru_cache(maxsize=4096)
 def _critical(count: int, significance: float) -> int | None:
     """Of ``count`` units that change, how many in one direction are significant; None if not even all are."""
-    tail, total, least = 0, 1 << count, None
-    for each in range(count, count // 2, -1):
-        tail += math.comb(count, each)
-        if 2 * tail > significance * total:
-            break
-        least = each
-    return least
+    more_than_half = range(count // 2 + 1, count + 1)
+    place = bisect_left(more_than_half, True, key=lambda each: mcnemar(each, count - each) <= significance)
+    return more_than_half[place] if place < len(more_than_half) else None
 
 
 def _binomial(successes: int, trials: int, probability: float) -> float:

@@ -48,11 +48,6 @@ def smallest_sign_flip_p(clusters: int) -> float:
     return 2.0 ** (1 - clusters) if clusters <= _ENUMERATED else 1 / (1 + _DRAWS)
 
 
-def smallest_mcnemar_p(units: int) -> float:
-    """The smallest p-value that ``mcnemar`` can give for so many questions."""
-    return 2.0 ** (1 - units)
-
-
 def _signed_sums(values: Sequence[float]) -> list[float]:
     """The sum of ``values`` under each of the 2**n assignments of signs."""
     sums = [0.0]

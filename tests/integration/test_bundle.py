@@ -8,7 +8,7 @@ import resource
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,10 +23,12 @@ from qbatch.core.domain import (
     Scheme,
     Stage,
 )
-from qbatch.core.errors import DiskFull, SourceChanged, StorageError, Unsupported
+from qbatch.core.errors import DiskFull, QuantizationError, SourceChanged, StorageError, Unsupported
 from qbatch.core.filesystem import Refusal
+from qbatch.worker import quantizing
 from qbatch.worker.checkpoints import publish as publishing
 from qbatch.worker.checkpoints.sidecars import copy_sidecars
+from qbatch.worker.quantizing import Refused, Target
 from qbatch.worker.runner.messages import (
     CheckpointReady,
     Entered,
@@ -281,6 +283,16 @@ def works(ear: Ear) -> list[tuple[Stage, tuple[int, ...]]]:
     """What the runner did before anything was measured, and which jobs would have been at fault if it had died."""
     stages = (Stage.QUANTIZING, Stage.PUBLISHING)
     return [(m.stage, m.job_ids) for m in ear.heard if isinstance(m, Entered) and m.stage in stages]
+
+
+def test_a_width_that_is_refused_was_never_published(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(_source: Path, targets: Sequence[Target], **_: Any) -> list[Refused]:
+        return [Refused(target=target, error=QuantizationError("no such kernel")) for target in targets]
+
+    monkeypatch.setattr(quantizing, "write_checkpoints", refusing)
+    ear = run(source)
+    assert ear.failed() == dict.fromkeys((NF4, INT8), QuantizationError.kind)
+    assert works(ear) == [(Stage.QUANTIZING, (NF4, INT8)), (Stage.QUANTIZING, (INT8,))]
 
 
 def test_a_width_is_tried_at_its_own_risk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,11 +60,12 @@ class BaseOutputs:
 
         If that fails, only the comparisons are missing, unless the device has become unusable.
         """
-        texts = {subject.protocol.eval_text_sha256: (subject.protocol, subject.eval_text)}
-        texts |= {
-            text.sha256: (_protocol(plan, text), subject.texts[text.sha256]) for text in subject.protocol.more_texts
-        }
-        return {sha256: self._keep(plan, *text, subject, loaded) for sha256, text in texts.items()}
+        protocol = subject.protocol
+        scores = {protocol.eval_text_sha256: self._keep(plan, protocol, subject.eval_text, subject, loaded)}
+        for text in protocol.more_texts:
+            own = subject.texts[text.sha256]
+            scores[text.sha256] = self._keep(plan, _protocol(plan, text), own, subject, loaded)
+        return scores
 
     def _keep(
         self, plan: Plan, protocol: Protocol, eval_text: str, subject: Subject, loaded: LoadedModel

@@ -141,11 +141,11 @@ class Publication:
                 plans = by_folder[outcome.target.folder]
                 own_ids = tuple(plan.job_id for plan in plans)
                 unwritten.difference_update(own_ids)
-                # From here on it is tried, and a fault that ends the runner is its own.
-                self._reports.enter(own_ids, Stage.PUBLISHING)
                 if isinstance(outcome, Refused):
                     self._reports.failed(own_ids, outcome.error)
                 else:
+                    # From here on it is tried, and a fault that ends the runner is its own.
+                    self._reports.enter(own_ids, Stage.PUBLISHING)
                     with self._reports.failing(own_ids):
                         is_alone = all(future.done() for *_, future in futures)
                         # With an adapter, what is measured is not what was tried.
