@@ -136,7 +136,8 @@ class Progress:
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
 
     def _tuned(self, name: str, bits: str) -> Mapping[str, Any]:
-        return self._side(name, run_qbatch, self._fine_tunes(), bits, speed=OF_A_SHAPE)
+        speed = OF_A_SHAPE if self._arguments.device == "cuda" else EACH  # a CPU's speed is not shared
+        return self._side(name, run_qbatch, self._fine_tunes(), bits, speed=speed)
 
     def _shapes(self) -> list[Path]:
         return [self._model(shape) for shape in self._arguments.shapes]
