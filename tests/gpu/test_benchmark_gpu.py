@@ -234,13 +234,14 @@ from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape
 torch.zeros(1, device="cuda")
 with Captures(server, log_path=Path({str(log)!r})) as captures:
+    captures.prepare([{request!r}])
     for found in captures.kernels([{request!r}])[0]:
         print(found.alone.step_s > 0, found.profile.device_busy_s > 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "True True\n" * 2, done.stderr
     said = [line.split(" INFO ")[1] for line in log.read_text().splitlines() if "qbatch.kernels" in line]
-    assert said == [f"{what} {request.folder}" for what in ("loading", "capturing", "profiling")]
+    assert said == [f"{what} {request.folder}" for what in ("loading", "capturing", "profiling")], "loaded once"
 
 
 @pytest.mark.timeout(600)

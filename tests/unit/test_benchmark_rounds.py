@@ -32,6 +32,7 @@ from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Jo
 from qbatch.worker.measuring import model_benchmark
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
+from qbatch.worker.measuring.quality import reference
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
 from qbatch.worker.measuring.speed import generation as timed_generation
 from qbatch.worker.measuring.speed.phases import Round
@@ -452,6 +453,14 @@ class HeardCaptures(Captures):
 
     heard: ClassVar[list[tuple[int, int]]] = []
 
+    prepared: ClassVar[list[list[str]]] = []
+
+    def prepare(self, requests: Sequence[KernelsRequest]) -> None:
+        self.prepared.append([Path(request.folder).name for request in requests])
+
+    def release(self) -> None:
+        self.prepared.append([])
+
     def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
         self.heard.append((len(requests), llamas()))
         return [[StepKernels(reason="no GPU")] * len(request.shapes) for request in requests]
@@ -472,6 +481,16 @@ def test_kernels_are_measured_when_no_model_is_loaded_here(
 ) -> None:
     """All in one process if the models fit together."""
     before = llamas()
+    asking_why(monkeypatch)
+    if usable is not None:
+        monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: usable)
+    ear = run(home)
+    assert ear.measured().keys() == {1, 2, 3}
+    assert [(count, held - before) for count, held in HeardCaptures.heard] == asked
+
+
+def asking_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but that nothing is captured."""
     shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
     monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
     monkeypatch.setattr(RowBenchmark, "captured_shape", property(lambda row: shape if row.rounds == 2 else None))
@@ -479,12 +498,89 @@ def test_kernels_are_measured_when_no_model_is_loaded_here(
     monkeypatch.setattr(ModelBenchmark, "is_explainable", always, raising=False)
     monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=True))
     monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded: None)
-    if usable is not None:
-        monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: usable)
     HeardCaptures.heard.clear()
+    HeardCaptures.prepared.clear()
+
+
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Whenever the quality of a model is measured: how many rows were timed by then, and how many models are loaded."""
+    found: list[tuple[int, int]] = []
+    timed, measure = fail_once(monkeypatch, BenchmarkError(""), at=-1), ModelBenchmark.measure_quality
+    before = llamas()
+
+    def measure_quality(*arguments: Any, **options: Any) -> None:
+        found.append((timed(), llamas() - before))
+        measure(*arguments, **options)
+
+    monkeypatch.setattr(ModelBenchmark, "measure_quality", measure_quality)
+    return found
+
+
+@pytest.mark.slow
+def test_where_two_of_each_model_fit_quality_is_measured_while_others_load(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last round: what another process takes must not count in the memory of models that are timed alone."""
+    asking_why(monkeypatch)
+    found = judged(monkeypatch)
     ear = run(home)
-    assert ear.measured().keys() == {1, 2, 3}
-    assert [(count, held - before) for count, held in HeardCaptures.heard] == asked
+    assert found == [(6, 3)] * 3
+    assert [len(folders) for folders in HeardCaptures.prepared] == [3, 0], "and released at the end"
+    assert HeardCaptures.prepared[0][0] == "llama"
+    assert [done.measurement.kl_mean is None for done in ear.measured().values()] == [True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spare", "expected"), [(0, [(6, 3)] * 3), (-1, [(6, 1)] * 3)], ids=["none for copies", "none for the quality"]
+)
+def test_without_memory_for_copies_nothing_is_loaded_ahead(
+    home: Path, monkeypatch: pytest.MonkeyPatch, spare: int, expected: list[tuple[int, int]]
+) -> None:
+    asking_why(monkeypatch)
+    monkeypatch.setattr(LoadedModels, "spare_bytes", lambda _models: spare)
+    found = judged(monkeypatch)
+    assert run(home).measured().keys() == {1, 2, 3}
+    assert found == expected
+    assert HeardCaptures.prepared == [[]]
+
+
+@pytest.mark.slow
+def test_models_that_were_expected_together_and_are_not_have_their_quality(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking_why(monkeypatch)
+    monkeypatch.setattr(loaded_models, "fit_together", lambda *_: False)
+    found = judged(monkeypatch)
+    rows = run(home).measured()
+    assert found == [(6, 1)] * 3
+    assert all(rows[job_id].measurement.kl_mean is not None for job_id in (2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["the outputs of the base", "a comparison"])
+def test_memory_that_runs_out_during_quality_is_freed_and_charges_nobody(
+    home: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Nor does it cost the comparison that would have been made with the memory."""
+    asking_why(monkeypatch)
+    name = "prepare_reference" if where == "the outputs of the base" else "compare"
+    module = reference if name == "prepare_reference" else model_benchmark
+    original, held, before = getattr(module, name), list[int](), llamas()
+
+    def short_of_memory(*arguments: Any, **options: Any) -> Any:
+        held.append(llamas() - before)
+        if len(held) == 1:
+            raise CudaOom("out of memory")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, short_of_memory)
+    ear = run(home)
+    assert ear.failed() == {}
+    assert held[:2] == [3, 1]
+    assert [len(folders) for folders in HeardCaptures.prepared[:2]] == [3, 0]
+    rows = ear.measured()
+    assert all(rows[job_id].measurement.kl_mean is not None for job_id in (2, 3))
 
 
 def a_round(**times_s: list[float]) -> Round:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +61,42 @@ def test_captures_share_their_imports_and_every_shape_has_its_answer(tmp_path: P
     assert not psutil.pid_exists(server.pid)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_process_that_loaded_the_models_ahead_is_the_one_that_answers(tmp_path: Path) -> None:
+    """It ends when it is not needed, and one that died is replaced."""
+    request = replace(REQUEST, device="cpu", folder=str(tiny.make_causal(tmp_path / "llama")))
+    log = tmp_path / "log"
+
+    def prepared() -> psutil.Process:
+        log.unlink(missing_ok=True)
+        captures.prepare([request])
+        until(lambda: log.exists() and f"loading {request.folder}" in log.read_text())
+        (process,) = children(captures.server.process.pid)
+        return process
+
+    with Captures(log_path=log) as captures:
+        first = prepared()
+        assert reasons(captures.kernels([request])[0]) == [(NO_GPU,) * 2] * 2
+        assert not psutil.pid_exists(first.pid)
+        captures.release()
+        second = prepared()
+        captures.release()
+        assert not psutil.pid_exists(second.pid)
+        third = prepared()
+        third.kill()
+        assert reasons(captures.kernels([request])[0]) == [(NO_GPU,) * 2] * 2
+        last = prepared()
+    assert psutil.wait_procs([last], timeout=10)[1] == []
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 FORKING_RUNNER = """
 import os, select, time
 from dataclasses import replace
@@ -78,7 +114,7 @@ took_s = time.perf_counter() - begin_s
 os.close(of_worker)
 has_ended = select.select([ours], [], [], 10)[0] == [ours]
 print(server.process.pid, has_ended, server.process.num_threads(), took_s, answer[0][1])
-decode_kernels.measure_all = lambda tasks: 1 / 0
+decode_kernels.measure_all = lambda tasks, models: 1 / 0
 with Captures(fork_server(), log_path=Path("log")) as failing:
     print(reasons(failing.kernels([replace(REQUEST, device="cpu")])[0])[0][1], flush=True)
 time.sleep(600)
@@ -229,7 +265,7 @@ def test_a_capture_that_fails_is_the_last_thing_that_its_process_does(
     """It is spoilt. Without a GPU every capture fails."""
     model = loaded_on_cpu(tiny.make_causal(tmp_path)).model
     monkeypatch.setattr(graph, "_load", lambda _request: model)
-    (captured,) = graph.measure_all([task("a"), task("b")])
+    (captured,) = graph.measure_all([task("a"), task("b")], graph.Models())
     assert captured.number == 0
     assert captured.profiles is None
     assert [str(alone.reason)[:16] for alone in captured.alones or ()] == ["not capturable: "]
@@ -241,12 +277,44 @@ def test_profiles_come_after_the_last_capture(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(graph, "_load", lambda request: loads.append(request.folder) or request.folder)
     monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
     monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
-    done = list(graph.measure_all([task("a"), task("b", capture=False), task("c")]))
+    done = list(graph.measure_all([task("a"), task("b", capture=False), task("c")], graph.Models()))
     assert [(one.number, one.alones is not None) for one in done] == [
         *((0, True), (2, True)),
         *((0, False), (1, False), (2, False)),
     ]
     assert loads == ["a", "c", "b"]
+
+
+def test_a_model_that_was_loaded_ahead_is_not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shapes are that are asked for in the end."""
+    loads: list[str] = []
+    monkeypatch.setattr(graph, "_load", lambda request: loads.append(request.folder) or request.folder)
+    monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
+    monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
+    models = graph.Models()
+    models.prepare([task(folder).request for folder in "ab"])
+    assert loads == ["a", "b"]
+    again = replace(REQUEST, folder="a", not_captured="known")
+    list(graph.measure_all([KernelsTask(request=again, capture=False, profile=True), task("c")], models))
+    assert loads == ["a", "b", "c"]
+
+
+def test_where_one_model_cannot_be_loaded_ahead_none_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner may be short of it."""
+    asked: list[str] = []
+
+    def load(request: KernelsRequest) -> str:
+        asked.append(request.folder)
+        if request.folder == "b":
+            raise torch.OutOfMemoryError("out of memory")
+        return request.folder
+
+    monkeypatch.setattr(graph, "_load", load)
+    models = graph.Models()
+    models.prepare([task(folder).request for folder in "abc"])
+    assert asked == ["a", "b"]
+    assert models.get(task("a").request) == ("a", None)
+    assert asked == ["a", "b", "a"]
 
 
 def test_a_model_for_which_no_memory_is_left_is_loaded_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +329,7 @@ def test_a_model_for_which_no_memory_is_left_is_loaded_without_the_others(monkey
     monkeypatch.setattr(graph, "_load", load)
     monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
     monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
-    done = list(graph.measure_all([task("a"), task("b")]))
+    done = list(graph.measure_all([task("a"), task("b")], graph.Models()))
     assert [(one.number, one.alones) for one in done[:2]] == [(0, [ALONE]), (1, [ALONE])]
     assert [one.profiles for one in done[2:]] == [[PROFILED]] * 2
     assert loads == ["a", "b", "b", "a"]

@@ -1,8 +1,10 @@
 """Measure the models of a bundle in rounds: in each round every model has a turn, in the first the baseline first.
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
-In the first round each model is alone on the device: its memory is measured then, and its quality. In later rounds the
-models stay loaded together if they fit. Without a baseline, the first is the one that is still loaded from its trial.
+In the first round each model is alone on the device, and its memory is measured. In later rounds the models stay loaded
+together if they fit. Quality is measured in the first round, or after the last if another process can meanwhile load
+the models that it is to capture: not earlier, since it would count in the memory of those that are measured alone.
+Without a baseline, the first is the one that is still loaded from its trial.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from qbatch.worker.measuring.row_benchmark import RowBenchmark
     from qbatch.worker.measuring.speed.generation import WarmedShapes
     from qbatch.worker.measuring.why.capture import Captures
-    from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
+    from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
     from qbatch.worker.measuring.why.kernels_server import KernelsServer
     from qbatch.worker.models.load import LoadedModel
 
@@ -98,6 +100,7 @@ class Rounds:
         self._models = loaded
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
+        self._quality_comes_last = False
         self._base_outputs = BaseOutputs(order, reports, source)
         self._rows = rows
         self._kernels_server = kernels
@@ -115,6 +118,7 @@ class Rounds:
         ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
         self._turns = self._unmeasured = [self._turn(model, speeds, warmed) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
+        self._quality_comes_last = self._may_quality_come_last()
         with Captures(self._kernels_server, log_path=self._order.log_path) as captures:
             for number in range(1, last + 1):
                 if number == 2:
@@ -123,7 +127,34 @@ class Rounds:
                     )
                 for turn in self._turns_in(number):
                     self._take(turn, is_first=number == 1, is_last=number == turn.rounds, captures=captures)
-            self._finish([turn for turn in self._waiting if self._reports.open(turn.jobs)], captures)
+            waiting = [turn for turn in self._turns if turn in self._waiting and self._reports.open(turn.jobs)]
+            if self._quality_comes_last:
+                self._measure_quality_last(waiting, captures)
+            self._finish(waiting, captures)
+
+    def _may_quality_come_last(self) -> bool:
+        """Whether it is worth it, and all models are expected to be loaded then, the baseline too, since the others are
+        compared with it."""
+        turns = self._turns
+        if len(turns) < 2 or not all(turn.rounds > 1 and turn.protocol.quality and turn.protocol.why for turn in turns):
+            return False
+        return self._models.may_fit_together([turn.model.files_bytes for turn in turns])
+
+    def _measure_quality_last(self, turns: Sequence[_Turn], captures: Captures) -> None:
+        """Measure the quality of models whose rounds are over, while the process that will capture them loads them."""
+        if not turns:
+            return
+        self._reports.send(NothingTimed())
+        if self._models.are_together:
+            spare_bytes = self._models.spare_bytes()
+            if spare_bytes < 0:
+                self._models.separate()
+            elif spare_bytes >= self._models.copies_bytes():
+                captures.prepare([request for _, _, request in self._captured(turns)])
+        for turn in turns:
+            if turn.benchmark.why_no_quality is None:
+                with self._reports.failing(turn.jobs), self._if_published(turn, turn.benchmark.give_up_quality):
+                    self._or_alone(partial(self._measure_quality, turn), captures.release)
 
     def _turns_in(self, number: int) -> Sequence[_Turn]:
         """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
@@ -159,7 +190,7 @@ class Rounds:
             self._measure(turn, is_first=is_first, is_last=is_last)
         if not is_last:
             return
-        if self._models.are_together and turn.is_captured:
+        if self._quality_comes_last or (self._models.are_together and turn.is_captured):
             self._waiting.append(turn)
         else:
             self._finish([turn], captures)
@@ -176,10 +207,11 @@ class Rounds:
             return
         if is_first:
             self._note_peak(turn)
+        if is_first and not self._quality_comes_last:
             self._reports.send(NothingTimed())
-        if is_first and turn.protocol.quality and turn.benchmark.why_no_quality is None:
-            with self._if_published(turn, turn.benchmark.give_up_quality):
-                self._measure_quality(turn, self._load(turn))
+            if turn.protocol.quality and turn.benchmark.why_no_quality is None:
+                with self._if_published(turn, turn.benchmark.give_up_quality):
+                    self._measure_quality(turn)
         if is_last:
             with self._pauses.timing():
                 self._observe(turn, self._load(turn))
@@ -209,17 +241,19 @@ class Rounds:
         self._reports.enter([job_id], Stage.BENCHMARKING)
         turn.rows[job_id].time(loaded)
 
-    def _or_alone(self, work: Callable[[], T]) -> T:
-        """Do ``work``. If memory runs out while several models are loaded, no job is at fault: do it again with only
-        its own model loaded."""
+    def _or_alone(self, work: Callable[[], T], free: Callable[[], None] = lambda: None) -> T:
+        """Do ``work``. If memory runs out while several models are loaded, no job is at fault: ``free`` what else takes
+        memory, and do it again with only its own model loaded."""
         try:
             return work()
         except (CudaOom, HostOom) as error:
             if not self._models.are_together:
                 raise
-            log.warning("memory ran out with several models loaded (%s); from now on they are loaded in turns", error)
-        # Here, since the error refers to what the work had allocated.
+            said = str(error)
+            log.warning("memory ran out with several models loaded (%s); from now on they are loaded in turns", said)
+        # Here, since the error refers to what the work had allocated. A log record would, too, if it had the error.
         self._models.separate()
+        free()
         return work()
 
     def _load(self, turn: _Turn) -> LoadedModel:
@@ -244,14 +278,16 @@ class Rounds:
         weights_bytes = turn.benchmark.measured.weights_bytes
         self._models.note_peak(turn.jobs, weights_bytes=weights_bytes, peak_bytes=max(peaks, default=0))
 
-    def _measure_quality(self, turn: _Turn, loaded: LoadedModel) -> None:
+    def _measure_quality(self, turn: _Turn) -> None:
         """Measure quality once for all jobs of the model, because it does not depend on the shape."""
         if not self._reports.open(turn.jobs):
             return
+        loaded = self._load(turn)
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         if is_baseline:
-            scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
+            is_alone = not self._models.are_together
+            scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded, is_alone=is_alone)
             turn.benchmark.measure_quality(loaded, None, scores=scores)
             return
         reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts
@@ -303,25 +339,31 @@ class Rounds:
     def _kernels(self, turns: Sequence[_Turn], captures: Captures) -> dict[int, StepKernels]:
         """Kernel timings by job id, for jobs whose protocol asks for them. One process measures all models and shapes;
         it needs the memory of those that are loaded here."""
-        shapes = [(turn, shapes) for turn in turns if (shapes := self._captured_shapes(turn))]
-        if not shapes:
+        captured = self._captured(turns)
+        if not captured:
             return {}
         self._models.unload()
-        ids = tuple(job_id for _, of_turn in shapes for job_id in of_turn)
-        self._reports.enter(ids, Stage.BENCHMARKING)
-        self._reports.step(ids, "kernels")
-        trusted = self._source.runs_code
-        requests = [
-            turn.benchmark.kernels_request(tuple(of_turn.values()), device=self._device, trusted=trusted)
-            for turn, of_turn in shapes
-        ]
+        all_ids = tuple(job_id for _, ids, _ in captured for job_id in ids)
+        self._reports.enter(all_ids, Stage.BENCHMARKING)
+        self._reports.step(all_ids, "kernels")
         with self._pauses.timing():
-            answers = captures.kernels(requests)
+            answers = captures.kernels([request for _, _, request in captured])
             found = {}
-            for (turn, of_turn), answer in zip(shapes, answers, strict=True):
-                for job_id, kernels in zip(of_turn, answer, strict=True):
+            for (turn, ids, _), answer in zip(captured, answers, strict=True):
+                for job_id, kernels in zip(ids, answer, strict=True):
                     turn.rows[job_id].measure_roofs(kernels)
                     found[job_id] = kernels
+        return found
+
+    def _captured(self, turns: Sequence[_Turn]) -> list[tuple[_Turn, list[int], KernelsRequest]]:
+        """The models whose kernels are to be measured, each with the jobs that its answer has a part for."""
+        found = []
+        for turn in turns:
+            if shapes := self._captured_shapes(turn):
+                request = turn.benchmark.kernels_request(
+                    tuple(shapes.values()), device=self._device, trusted=self._source.runs_code
+                )
+                found.append((turn, list(shapes), request))
         return found
 
     def _captured_shapes(self, turn: _Turn) -> dict[int, Shape]:

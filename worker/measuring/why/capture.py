@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import select
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from qbatch.worker.measuring.why.kernels_server import KernelsServer, start_serv
 from qbatch.worker.measuring.why.profile import StepProfile
 
 _TIME_LIMIT_S = 300.0
+_RELEASE_LIMIT_S = 30.0
 _DIED = "the capturing process died; the job's log may say why"
 
 
@@ -68,6 +69,7 @@ class Captures:
         self._server = server
         self._log_path = log_path
         self._time_limit_s = time_limit_s
+        self._is_prepared = False
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +77,7 @@ class Captures:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.release()
         self._end()
 
     @property
@@ -83,12 +86,26 @@ class Captures:
             self._server = start_server()
         return self._server
 
+    def prepare(self, requests: Sequence[KernelsRequest]) -> None:
+        """Let the process load the models of ``requests``, which ``kernels`` will be asked about. Returns at once."""
+        self._send({"prepare": [asdict(request) for request in requests]})
+        self._is_prepared = True
+
+    def release(self) -> None:
+        """Free the memory of models that were prepared, if they were not asked about."""
+        if not self._is_prepared:
+            return
+        self._is_prepared = False
+        self._send({"release": True})
+        if not self._is_answered(_RELEASE_LIMIT_S) or not self.server.answers.readline():
+            self._end()
+
     def kernels(self, requests: Sequence[KernelsRequest]) -> list[list[StepKernels]]:
         """Capture and profile a decode step of each model, at each shape of its request. Failures become reasons and
         never raise.
 
-        One process does all of it, and loads each model once more, so a GPU without enough memory for that is one such
-        reason. After a failed capture, another process does what is left.
+        One process does all of it, and loads each model once more, unless it was prepared, so a GPU without enough
+        memory for that is one such reason. After a failed capture, another process does what is left.
         """
         found = [_Progress(request) for request in requests]
         for one in found:
@@ -106,21 +123,28 @@ class Captures:
     def _ask(self, tasks: Sequence[KernelsTask]) -> list[Done]:
         """The parts of the answer, as many as were made before the process ended. Raises TimeoutError. A late or dead
         server is not used again."""
-        server = self.server
-        log_path = None if self._log_path is None else str(self._log_path)
-        # A dead server also gives no answer, which is noticed below.
-        with contextlib.suppress(BrokenPipeError):
-            server.requests.write(json.dumps({"log_path": log_path, "tasks": [asdict(task) for task in tasks]}) + "\n")
-            server.requests.flush()
+        self._send({"tasks": [asdict(task) for task in tasks]})
+        self._is_prepared = False
         limit_s = self._time_limit_s * len(tasks)
-        if not select.select([server.answers], [], [], limit_s)[0]:
+        if not self._is_answered(limit_s):
             self._end()
             raise TimeoutError(f"capturing took longer than {limit_s:g} s")
-        answer = server.answers.readline()
+        answer = self.server.answers.readline()
         if not answer:
             self._end()
             return []
         return [_done(**part) for part in json.loads(answer)]
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        server = self.server
+        log_path = None if self._log_path is None else str(self._log_path)
+        # A dead server gives no answer, which is noticed then.
+        with contextlib.suppress(BrokenPipeError):
+            server.requests.write(json.dumps({"log_path": log_path, **request}) + "\n")
+            server.requests.flush()
+
+    def _is_answered(self, limit_s: float) -> bool:
+        return bool(select.select([self.server.answers], [], [], limit_s)[0])
 
     def _end(self) -> None:
         server, self._server = self._server, None

@@ -2,25 +2,28 @@
 
 The process is separate because a failed capture leaves CUDA unusable, and a profiler leaves its process slower. It has
 made its imports and never uses the GPU itself: for the models of a bundle it forks, since a forked process can still
-initialise the GPU. That process first captures a step of each model, until a capture fails, and profiles them after the
-last capture. Requests and answers are lines of JSON; the client is ``qbatch.worker.measuring.why.capture``. The runner
-forks this process (``kernels_server``); ``python -P -m qbatch.worker.measuring.why.decode_kernels`` is one by itself.
+initialise the GPU. That process may load them before it has anything to measure. It first captures a step of each
+model, until a capture fails, and profiles them after the last capture. Requests and answers are lines of JSON; the
+client is ``qbatch.worker.measuring.why.capture``. The runner forks this process (``kernels_server``);
+``python -P -m qbatch.worker.measuring.why.decode_kernels`` is one by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import json
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,6 +39,7 @@ log = logging.getLogger("qbatch.kernels")
 _WARMUP_STEPS = 3
 _REPLAYS = 20
 _SEED = 0
+_BEGUN = "begun"
 _PRELOAD = (*MODEL_LIBRARIES, *COMPILER, "qbatch.worker.models.load")
 
 
@@ -60,6 +64,11 @@ class KernelsRequest:
     shapes: tuple[Shape, ...]
     not_captured: str | None = None
     adapter: str | None = None
+
+    @property
+    def model(self) -> KernelsRequest:
+        """What of it decides what is loaded."""
+        return replace(self, shapes=(), not_captured=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,42 +117,101 @@ def main() -> None:
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Answer requests until there are no more. The process must have a single thread."""
+    """Handle requests until there are no more. The process must have a single thread.
+
+    A request has one of these: ``prepare``, a list of KernelsRequest, whose models are loaded, and which has no answer;
+    ``tasks``, a list of KernelsTask, whose answer is a list of Done; ``release``, whose answer is an empty list once
+    the memory of what was prepared is free.
+    """
+    forked: _ForkedProcess | None = None
     while line := requests.readline():
-        print(json.dumps(_answer(line, requests.fileno())), file=answers, flush=True)
+        request = json.loads(line)
+        if "release" in request:
+            if forked is not None:
+                forked.end()
+            forked = None
+            print("[]", file=answers, flush=True)
+            continue
+        forked = forked or _ForkedProcess(requests.fileno())
+        forked.send(line)
+        if "tasks" in request:
+            answer = forked.answer()
+            if answer is None:  # it died while it prepared itself
+                forked = _ForkedProcess(requests.fileno())
+                forked.send(line)
+                answer = forked.answer()
+            forked = None
+            print(json.dumps(answer or []), file=answers, flush=True)
 
 
-def _answer(line: str, requests: int) -> list[Any]:
-    """Handle a request in a forked process. Returns the parts of its answer, as many as it sent before it ended."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _handle_and_exit(line, requests, write_end)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        parts = pipe.read()
-    os.waitpid(child, 0)
-    # What follows the last newline was not written to its end.
-    return [json.loads(part) for part in parts.split("\n")[:-1]]
+class _ForkedProcess:
+    """A fork of this process, which uses the GPU. It takes requests up to the first with tasks, with which it ends."""
+
+    def __init__(self, requests: int) -> None:
+        """``requests``: what ends with the runner."""
+        for_orders, orders = os.pipe()
+        answer, for_answer = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(orders)
+            _handle_and_exit(for_orders, requests, for_answer)
+        os.close(for_orders)
+        os.close(for_answer)
+        self._orders, self._answer = os.fdopen(orders, "w"), os.fdopen(answer)
+
+    def send(self, line: str) -> None:
+        # One that has died does not begin with the tasks.
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.write(line)
+            self._orders.flush()
+
+    def answer(self) -> list[Any] | None:
+        """The parts of its answer to the tasks, as many as it sent before it ended; None if it had not begun."""
+        parts = self._answer.read()
+        self._close()
+        # What follows the last newline was not written to its end.
+        lines = [json.loads(part) for part in parts.split("\n")[:-1]]
+        return lines[1:] if lines else None
+
+    def end(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        self._close()
+
+    def _close(self) -> None:
+        os.waitpid(self._pid, 0)
+        self._answer.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.close()
 
 
-def _handle_and_exit(line: str, requests: int, answer_to: int) -> None:
-    """Handle a request in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
+def _handle_and_exit(orders: int, requests: int, answer_to: int) -> None:
+    """Handle requests in the forked process and exit, without interpreter shutdown, which broken CUDA may hang."""
     end_with_parent()
     threading.Thread(target=_exit_with_the_runner, args=(requests,), daemon=True).start()
     try:
-        request = json.loads(line)
-        if request["log_path"] is not None:
-            _print_into(request["log_path"])
-        log_to_stderr()
+        models = Models()
+        with os.fdopen(orders) as lines:
+            request = _next_request(lines)
+            while "prepare" in request:
+                models.prepare([_request(**fields) for fields in request["prepare"]])
+                request = _next_request(lines)
         with os.fdopen(answer_to, "w") as pipe:
-            for done in measure_all([_task(**fields) for fields in request["tasks"]]):
+            print(json.dumps(_BEGUN), file=pipe, flush=True)
+            for done in measure_all([_task(**fields) for fields in request["tasks"]], models):
                 print(json.dumps(asdict(done)), file=pipe, flush=True)
     except Exception:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(0)
+
+
+def _next_request(lines: IO[str]) -> Any:
+    request = json.loads(lines.readline())
+    if request["log_path"] is not None:
+        _print_into(request["log_path"])
+    log_to_stderr()
+    return request
 
 
 def _print_into(log_path: str) -> None:
@@ -159,8 +227,11 @@ def _print_into(log_path: str) -> None:
 
 
 def _task(*, request: Any, capture: bool, profile: bool) -> KernelsTask:
-    shapes = tuple(Shape(**shape) for shape in request["shapes"])
-    return KernelsTask(request=KernelsRequest(**request | {"shapes": shapes}), capture=capture, profile=profile)
+    return KernelsTask(request=_request(**request), capture=capture, profile=profile)
+
+
+def _request(*, shapes: Any, **fields: Any) -> KernelsRequest:
+    return KernelsRequest(shapes=tuple(Shape(**shape) for shape in shapes), **fields)
 
 
 def _exit_with_the_runner(requests: int) -> None:
@@ -171,10 +242,9 @@ def _exit_with_the_runner(requests: int) -> None:
     os._exit(ORPHANED)
 
 
-def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:
+def measure_all(tasks: Sequence[KernelsTask], models: Models) -> Iterator[Done]:
     """Capture the steps of each task that asks for it, then profile them. Failures become reasons. A failed capture is
     the last part, because it spoils the process."""
-    models = _Models()
     for number, task in enumerate(tasks):
         if not task.capture:
             continue
@@ -195,7 +265,7 @@ def measure_all(tasks: Sequence[KernelsTask]) -> Iterator[Done]:
             yield Done(number=number, profiles=profiles if model is None else _profile_each(model, task.request))
 
 
-class _Models:
+class Models:
     """The models of the tasks. They stay loaded if the device holds them together."""
 
     def __init__(self) -> None:
@@ -205,30 +275,38 @@ class _Models:
         """(the model, None), or (None, why it cannot be loaded)."""
         if not request.device.startswith("cuda"):
             return None, "a CPU has neither CUDA graphs nor kernels to profile"
-        if request in self._loaded:
-            return self._loaded[request], None
+        if request.model in self._loaded:
+            return self._loaded[request.model], None
         reason = self._load(request)
         if reason is not None and self._loaded:
             # It may have failed because the others take too much memory.
-            self._loaded.clear()
-            _free_memory()
+            self._unload()
             reason = self._load(request)
-        return self._loaded.get(request), reason
+        return self._loaded.get(request.model), reason
+
+    def prepare(self, requests: Sequence[KernelsRequest]) -> None:
+        """Load the models of ``requests`` before they are asked for. If one cannot be loaded, none stays: the runner
+        may need the memory."""
+        for request in requests:
+            if (reason := self._load(request)) is not None:
+                log.info("%s; it is loaded when it is needed", reason)
+                self._unload()
+                return
 
     def _load(self, request: KernelsRequest) -> str | None:
         log.info("loading %s", request.folder)
         try:
-            self._loaded[request] = _load(request)
+            self._loaded[request.model] = _load(request)
         except Exception as error:
             return _reason("cannot load the model", error)
         return None
 
+    def _unload(self) -> None:
+        import torch
 
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
+        self._loaded.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _reason(failure: str, error: Exception) -> str:

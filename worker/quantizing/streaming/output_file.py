@@ -1,4 +1,5 @@
-"""A weight file that threads write in any order, and whose chunks are hashed as soon as they are complete."""
+"""A weight file that threads write in any order, and whose chunks are hashed, and on their way to the disk, as soon as
+they are complete."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from qbatch.core.digest import CHUNK_BYTES, FileDigest
 from qbatch.worker.quantizing.planning.layout import FileLayout
 from qbatch.worker.quantizing.streaming.preallocate import preallocate
+from qbatch.worker.quantizing.streaming.writeback import start_writeback
 
 _HASH_READ_BYTES = 2**22
 
@@ -47,6 +49,7 @@ class OutputFile:
                 left, position = left[written:], position + written
         for chunk in self._completed(start, position):
             self._hashes[chunk] = self._sha256(chunk)
+            start_writeback(self._descriptor, chunk * CHUNK_BYTES, CHUNK_BYTES)
 
     def _completed(self, start: int, end: int) -> list[int]:
         completed = []
