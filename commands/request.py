@@ -131,7 +131,7 @@ def _grid(
         prompt_tokens=joined(options["prompt_tokens"]),
         new_tokens=joined(options["new_tokens"]),
         **_parts(measure, why=options["why"], energy=options["energy"]),
-        share_speed=True if options["speed"] == OF_A_SHAPE else None,
+        share_speed=None if options["speed"] is None else options["speed"] == OF_A_SHAPE,
         recoveries=recoveries,
         bound=bound,
     )

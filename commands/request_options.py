@@ -275,10 +275,10 @@ _PARTS: tuple[Option, ...] = (
     click.option(
         "--speed",
         type=click.Choice([EACH, OF_A_SHAPE]),
-        default=EACH,
-        show_default=True,
-        help=f"{EACH}: time every model. {OF_A_SHAPE}: if models of a batch have the same shape, as fine-tunes do, "
-        "time one of them on each GPU; the rows of the others say whose speed they have.",
+        default=None,
+        help=f"{OF_A_SHAPE}: if models of a batch have the same shape, as fine-tunes do, time one of them on each GPU; "
+        f"the rows of the others say whose speed they have. {EACH}: time every model.  [default: {OF_A_SHAPE}, on a "
+        f"CPU {EACH}]",
     ),
 )
 """Which parts are measured."""

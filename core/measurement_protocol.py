@@ -155,6 +155,7 @@ _SPEED_DEFAULTS: dict[DeviceKind, dict[str, Any]] = {
         "min_duration_s": 0.0,
         "rounds": 3,
         "why": True,
+        "share_speed": True,
         "eval_window": 1024,
         "eval_stride": 1024,
         "eval_max_windows": 32,
@@ -213,7 +214,10 @@ class ProtocolOptions:
             values |= {"why": False, "energy": False, "share_speed": False}
         if self.tasks:
             values["tasks_version"] = _TASKS_VERSION
-        return Protocol(**_SPEED_DEFAULTS[kind] | {name: value for name, value in values.items() if value is not None})
+        chosen = {name: value for name, value in values.items() if value is not None}
+        protocol = Protocol(**_SPEED_DEFAULTS[kind] | chosen)
+        # Energy is measured of each model, together with its speed.
+        return replace(protocol, share_speed=protocol.share_speed and protocol.speed and not protocol.energy)
 
     def to_json(self) -> dict[str, Any]:
         """Omits what newer options choose where they were not given: 0.1.0 does not know them."""

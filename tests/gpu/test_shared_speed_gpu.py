@@ -239,7 +239,7 @@ def test_of_fine_tunes_on_one_gpu_the_first_is_timed(tmp_path: Path) -> None:
     asked = ["run", "--models", str(listed), "--bits", "4", "--device", "cuda", "--format", "json"]
     try:
         rows = json.loads(qbatch(*asked, "--speed", "shape", timeout_s=400).stdout)
-        each = json.loads(qbatch(*asked, timeout_s=400).stdout)
+        each = json.loads(qbatch(*asked, "--speed", "each", timeout_s=400).stdout)
     finally:
         await_end_of(qbatch.home)
     by_id = {row["job_id"]: row for row in rows}

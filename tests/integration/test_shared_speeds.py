@@ -253,7 +253,7 @@ def test_a_speed_is_known_in_its_batch_and_on_its_gpu_only(worker: ProcesslessWo
 @pytest.mark.parametrize(
     ("protocol", "device_uuid"),
     [
-        (replace(OPTIONS, share_speed=None), GPU),
+        (replace(OPTIONS, share_speed=False), GPU),
         (replace(OPTIONS, energy=True), GPU),
         (OPTIONS, None),
     ],

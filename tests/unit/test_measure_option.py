@@ -96,11 +96,19 @@ def test_what_contradicts_it_is_refused(arguments: list[str], message: str, tmp_
 
 
 def test_sharing_speeds_is_another_protocol_where_they_can_be_shared(tmp_path: Path) -> None:
-    shape = ("--speed", "shape")
-    assert protocol(tmp_path, CUDA, *shape).share_speed
-    assert protocol(tmp_path, CUDA, *shape).hash != protocol(tmp_path, CUDA).hash
-    assert protocol(tmp_path, CPU, *shape).hash == protocol(tmp_path, CPU).hash, "there every model is timed"
-    assert protocol(tmp_path, CUDA, "--speed", "each").hash == protocol(tmp_path, CUDA).hash
+    shape, each = ("--speed", "shape"), ("--speed", "each")
+    assert protocol(tmp_path, CUDA).share_speed
+    assert not protocol(tmp_path, CUDA, *each).share_speed
+    assert protocol(tmp_path, CUDA, *shape).hash == protocol(tmp_path, CUDA).hash
+    assert protocol(tmp_path, CPU).hash == protocol(tmp_path, CPU, *shape).hash == protocol(tmp_path, CPU, *each).hash
+
+
+@pytest.mark.parametrize("asked", [("--energy",), ("--measure", "size,quality"), ("--measure", "energy")])
+def test_where_each_model_is_measured_or_none_is_timed_no_speed_is_shared(
+    asked: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert not protocol(tmp_path, CUDA, *asked).share_speed
+    assert protocol(tmp_path, CUDA, *asked).hash == protocol(tmp_path, CUDA, *asked, "--speed", "each").hash
 
 
 def test_one_text_is_the_protocol_that_it_always_was(tmp_path: Path) -> None:
