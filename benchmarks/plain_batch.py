@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -107,6 +108,8 @@ def batch(arguments: argparse.Namespace) -> dict[str, Any]:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        # It says in each layer of each step to what it casts its input, which costs the host a part of the step.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device = arguments.device
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     configs = {
