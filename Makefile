@@ -78,7 +78,7 @@ seed-table: install ## the recipe's table for bloom-1b7's architecture (random w
 	$(BIN)/python benchmarks/seed_table.py
 
 bench: install ## compare with doing the same without qbatch
-	@failed=; for name in quantize why batch warm_worker database submit_many large_fleet long_lived; do \
+	@failed=; for name in quantize why batch warm_worker database submit_many starting large_fleet long_lived; do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "these did not meet what they compare with:$$failed"; exit 1; }
 
