@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text, update
+from sqlalchemy import event, func, select, text, update
 from sqlalchemy.orm import Session
 
 from benchmarks.database.history import Sizes, fill
@@ -19,6 +20,7 @@ from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.core.search.bound import Bound
 from qbatch.core.search.search_request import SearchRequest
+from qbatch.core.settings import Settings
 from qbatch.models_db import (
     checkpoint_needs,
     checkpoints,
@@ -30,12 +32,17 @@ from qbatch.models_db import (
     window,
     workers,
 )
+from qbatch.models_db.arrivals import Arriving
+from qbatch.models_db.batches import JobRows, NewJob, add_empty_batch, jobs_with_checkpoints
 from qbatch.models_db.bundle_mates import running_workers
+from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.measured_checkpoints import measured_checkpoints
 from qbatch.models_db.mixture_origins import awaited_jobs
 from qbatch.models_db.model_pages import results_of_first_models
+from qbatch.models_db.next_bundle import find_next_bundle, is_worth_fetching
 from qbatch.models_db.past_runs import past_runs
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
@@ -43,11 +50,13 @@ from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import Database
 from qbatch.models_db.speed_lookup import find_known_speeds
-from qbatch.models_db.tables import Job
+from qbatch.models_db.tables import Arrival, Job
 from qbatch.models_db.time_left import time_left
 from qbatch.models_db.watching import Watcher
+from qbatch.scheduler.submission_lookup import SubmissionLookup
+from qbatch.worker.housekeeping.removed_targets import carry_out, plan_removal
 from tests.found import KEY, SEARCH_PROTOCOL, a_search, measured_with
-from tests.rows import POLICY, PROTOCOL, measured
+from tests.rows import POLICY, PROTOCOL, measured, spec
 
 _SIZES = Sizes(jobs=30_000, large=3_000, queued=9_000)
 _LEASE_S = 3600.0
@@ -161,6 +170,67 @@ def _adapter_succeeds(session: Session) -> object:
     return jobs.succeed(session, _running(session), row, protocol=protocol, checkpoint_path="checkpoints/x")
 
 
+def _publishes(session: Session) -> object:
+    """The last transaction of a submit: a job was answered since it was added, and a search is known."""
+    batch_id = add_empty_batch(session, name=None, priority=0)
+    session.add(Arrival(batch_id=batch_id))
+    session.flush()
+    last = session.get_one(Job, session.execute(select(func.max(Job.id))).scalar_one())
+    asked = spec(device=DeviceKind.CUDA)
+    row = replace(measured(), details=replace(measured().details, checkpoint_key="b" * 64))
+    protocol = PROTOCOL.for_device(DeviceKind.CUDA)
+    jobs.succeed(session, (last.id, last.attempt), row, protocol=protocol, checkpoint_path="checkpoints/x")
+    searches.add(session, KEY, last.id, a_search(), again=False)
+    search = SearchRequest(bound=Bound(max_kl=0.04), protocol=SEARCH_PROTOCOL)
+    lookup = SubmissionLookup(
+        settings=_settings(Path("/nowhere")),
+        devices=[(DeviceKind.CUDA, row.device_name)],
+        began_at=session.execute(select(db_now(-600.0))).scalar_one(),
+        has_searches=True,
+    )
+    batch = Arriving(batch_id, JobRows(batch_id, priority=0, time_limit_s=None), lambda: nullcontext(session))
+    batch.add(
+        [
+            [NewJob(spec=asked, bits=4, checkpoint_key="b" * 64)],
+            [NewJob(spec=replace(asked, search=search), bits=4, checkpoint_key=KEY)],
+            [NewJob(spec=asked, bits=4, checkpoint_key="c" * 64, reused_from=last.id)],
+        ]
+    )
+    assert batch.publish(lookup.look_again) == 2
+    return batch
+
+
+def _settings(folder: Path) -> Settings:
+    return Settings(home=folder, storage=folder, cache=folder)
+
+
+def _fetched_ahead(session: Session) -> object:
+    worker_id = workers.live(session, _LEASE_S)[0].id
+    found = find_next_bundle(session, [f"q{_LARGE.over}", f"q{_SMALL.over}"], worker_id=worker_id, lease_s=_LEASE_S)
+    assert found is not None
+    return is_worth_fetching(session, found.job_id, worker_id=worker_id)
+
+
+def _cards(session: Session) -> object:
+    """Of as many models as are written at once."""
+    found = measured_checkpoints(session, range(1, 300, 3))
+    assert len(found) > 100
+    return found
+
+
+def _takes_out(session: Session) -> object:
+    path = session.execute(text("SELECT path FROM checkpoints LIMIT 1")).scalar_one()
+    checkpoints.checkpoints_at(session, [path], lock=True)
+    return checkpoints.take_out(session, path)
+
+
+_FILTERS = {
+    "a scheme": ResultFilter(schemes=[Method.NF4]),
+    "models": ResultFilter(models=["organization-7/*"]),
+    "a device": ResultFilter(devices=["H100"]),
+    "all of them": ResultFilter(schemes=[Method.NF4], models=["organization-7/*"], devices=["H100"]),
+}
+
 ACTIONS: dict[str, Action] = {
     "a tick, the window full": choose,
     "a tick, one slot free": lambda session: choose(session, slots=9),
@@ -215,6 +285,15 @@ ACTIONS: dict[str, Action] = {
     "an earlier search answers": lambda session: searches.newest(session, [KEY]),
     "an adapter is recorded": _adapter_succeeds,
     "who has an adapter's checkpoint": lambda session: checkpoint_needs.users_of(session, ["b" * 64]),
+    "a submit ends": _publishes,
+    "what to fetch ahead": _fetched_ahead,
+    "a model card": lambda session: measured_checkpoints(session, [_a_result(session)]),
+    "model cards": _cards,
+    "whose cards a batch has": lambda session: jobs_with_checkpoints(session, [1]),
+    "a checkpoint is taken out": _takes_out,
+    "the best results of a batch that a filter lets through": lambda session: results.find_results(
+        session, batch_ids=[1], only=_FILTERS["all of them"], sort="kl_mean", limit=50
+    ),
 }
 
 
@@ -225,7 +304,7 @@ def plans(database: Database, action: Action) -> dict[str, str]:
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         sent.append((statement, parameters))
 
-    with Session(database.engine) as session, session.begin() as transaction:
+    with database.write() as session:
         event.listen(database.engine, "before_cursor_execute", note)
         try:
             action(session)
@@ -238,7 +317,7 @@ def plans(database: Database, action: Action) -> dict[str, str]:
             for statement, parameters in sent
             if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE"))
         }
-        transaction.rollback()
+        session.rollback()
     assert found
     return found
 
@@ -249,13 +328,29 @@ def test_what_is_asked_often_reads_no_large_table_as_a_whole(filled: Database, n
         assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
 
 
+def test_keep_reads_no_large_table_as_a_whole(filled: Database, tmp_path: Path) -> None:
+    """It asks in transactions of its own."""
+
+    def keep(session: Session) -> None:
+        rows = results.find_results(session, batch_ids=[1])
+        paths = [row.checkpoint_path for row in rows if row.checkpoint_path is not None][:2]
+        for path in paths:
+            (tmp_path / path).mkdir(parents=True)
+        removal = plan_removal(filled, _settings(tmp_path), paths=paths, within=[1])
+        removed = carry_out(filled, _settings(tmp_path), removal, dry_run=True)
+        assert [kind.number for kind in removed if kind.what == "checkpoints"] == [2]
+
+    for statement, plan in plans(filled, keep).items():
+        assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
+
+
 _READS_THE_BACKLOG = re.compile(
     r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting|state)"
 )
 
 
 @pytest.mark.parametrize(
-    "name", ["a tick, the window full", "a tick, one slot free", "a scan for lost messages", "claim"]
+    "name", ["a tick, the window full", "a tick, one slot free", "a scan for lost messages", "claim", "a submit ends"]
 )
 def test_what_is_sent_and_claimed_is_not_found_among_all_that_waits(filled: Database, name: str) -> None:
     """On SQLite, the next test counts its steps."""
@@ -263,10 +358,10 @@ def test_what_is_sent_and_claimed_is_not_found_among_all_that_waits(filled: Data
         assert not _READS_THE_BACKLOG.search(plan), f"{statement}\n{plan}"
 
 
-@pytest.mark.parametrize("name", ["a tick, the window full", "a tick, one slot free", "jobs that no GPU holds"])
-def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
-    sqlite_database: Database, tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize(
+    "name", ["a tick, the window full", "a tick, one slot free", "jobs that no GPU holds", "a submit ends"]
+)
+def test_these_take_no_more_with_a_longer_backlog(sqlite_database: Database, tmp_path: Path, name: str) -> None:
     steps = []
     for queued in (600, 6000):
         file = tmp_path / f"{queued}.db"
@@ -280,10 +375,24 @@ def test_what_the_scheduler_does_is_no_more_with_a_longer_backlog(
     assert steps[1] < 1.5 * steps[0]
 
 
-@pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open"])
-def test_a_look_at_what_is_open_is_no_more_with_a_longer_history(
+@pytest.mark.parametrize("name", _FILTERS)
+def test_first_rows_of_a_filter_are_no_more_with_a_longer_history(
     sqlite_database: Database, tmp_path: Path, name: str
 ) -> None:
+    """SQLite says that it scans the jobs, and ends with the last row that is shown. PostgreSQL walks an index."""
+    steps = []
+    for ended in (1200, 6000):
+        file = tmp_path / f"{ended}.db"
+        shutil.copy(tmp_path / "qbatch.db", file)
+        database = Database(f"sqlite:///{file}")
+        fill(database, Sizes(jobs=ended + 600, large=100, queued=600))
+        steps.append(_steps(database, lambda session: results.find_results(session, only=_FILTERS[name], limit=5)))
+        database.dispose()
+    assert steps[1] < 1.5 * steps[0]
+
+
+@pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open", "a submit ends"])
+def test_these_take_no_more_with_a_longer_history(sqlite_database: Database, tmp_path: Path, name: str) -> None:
     steps = []
     for ended in (900, 6000):
         file = tmp_path / f"{ended}.db"

@@ -158,6 +158,8 @@ _JOB_COLUMNS = (Job.id, Job.batch_id, Job.bundle, Job.state, Job.checkpoint_key,
 
 def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) -> list[Any]:
     """Raises UsageError if one has not ended."""
+    if not batch_ids and not job_ids:
+        return []
     named = is_named(batch_ids, job_ids)
     jobs = list(session.execute(select(*_JOB_COLUMNS).where(named).order_by(Job.id)))
     open_ = [job for job in jobs if job.state in OPEN_STATES]
