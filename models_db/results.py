@@ -70,7 +70,7 @@ def find_results(
         return _rows_of(session, _first_ids(session, order, batch_ids, conditions, limit, only.is_of_results))
     if batch_ids:
         conditions.append(Job.batch_id.in_(batch_ids))
-    return _shown(session, session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms, Job.id)).all())
+    return _shown(session, session.execute(_JOBS_WITH_RESULTS.where(*conditions).order_by(*order.terms)).all())
 
 
 _RESULT_OF_JOB: ColumnElement[bool] = Result.job_id == func.coalesce(Job.reused_from, Job.id)
@@ -117,8 +117,9 @@ class _Order:
     @property
     def terms(self) -> list[ColumnElement[Any]]:
         if self.column is None:
-            return []
-        return [(self.column.desc() if self.downwards else self.column.asc()).nulls_last()]
+            return [Job.id.expression]
+        # The id as it is would lead SQLite to look up each row by an index that does not help.
+        return [(self.column.desc() if self.downwards else self.column.asc()).nulls_last(), Job.id + 0]
 
 
 def _first_ids(
@@ -134,7 +135,7 @@ def _first_ids(
         return first_jobs(session, limit, batch_ids=batch_ids, conditions=conditions)
     if order.column is not None and order.is_of_results and not batch_ids and not conditions:
         return _first_of_all(session, order.column, order.downwards, limit)
-    query = select(Job.id).where(*conditions).order_by(*order.terms, Job.id).limit(limit)
+    query = select(Job.id).where(*conditions).order_by(*order.terms).limit(limit)
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
     if order.is_of_results or is_of_results:

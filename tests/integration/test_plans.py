@@ -344,6 +344,21 @@ def test_keep_reads_no_large_table_as_a_whole(filled: Database, tmp_path: Path) 
         assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
 
 
+# SQLite reads a table as a whole, row by row in the order of an index that does not have what is asked for.
+_LOOKS_UP_EACH = re.compile(r"\bSCAN \w+ USING INDEX (?!ix_checkpoints_gone)")
+
+
+@pytest.mark.parametrize("name", _FILTERS)
+def test_a_filter_by_kl_reads_all_jobs_once_and_only_ids(filled: Database, name: str) -> None:
+    """No index has what a filter asks for in the order of a figure."""
+    explained = plans(
+        filled, lambda session: results.find_results(session, only=_FILTERS[name], sort="kl_mean", limit=50)
+    )
+    ((statement, plan),) = [one for one in explained.items() if _READS_ALL.search(one[1])]
+    assert statement.split()[:3] == ["SELECT", "jobs.id", "FROM"]
+    assert not _LOOKS_UP_EACH.search(plan), f"{statement}\n{plan}"
+
+
 _READS_THE_BACKLOG = re.compile(
     r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting|state)"
 )
