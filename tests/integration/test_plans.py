@@ -359,6 +359,12 @@ def test_a_filter_by_kl_reads_all_jobs_once_and_only_ids(filled: Database, name:
     assert not _LOOKS_UP_EACH.search(plan), f"{statement}\n{plan}"
 
 
+def test_a_checkpoint_is_not_looked_for_in_the_order_of_keys(filled: Database) -> None:
+    """Paths have no index, so each row is read; each by an index would take ten times as long."""
+    for statement, plan in plans(filled, _takes_out).items():
+        assert not _LOOKS_UP_EACH.search(plan), f"{statement}\n{plan}"
+
+
 _READS_THE_BACKLOG = re.compile(
     r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting|state)"
 )
