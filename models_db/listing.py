@@ -16,6 +16,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.memory_need import NeedSource, need_source
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, awaited_jobs, mixture_origin
+from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Batch, Job, Worker
 from qbatch.models_db.workers import is_live
 
@@ -32,9 +33,10 @@ def list_batches(session: Session, batch_ids: Sequence[int] = (), *, limit: int 
     batches = session.scalars(query).all()[::-1]
     counts: dict[int, dict[str, int]] = {}
     counted = select(Job.batch_id, Job.state, func.count()).group_by(Job.batch_id, Job.state)
+    queries = [counted]
     if batch_ids or limit is not None:
-        counted = counted.where(Job.batch_id.in_([batch.id for batch in batches]))
-    for batch_id, state, count in session.execute(counted):
+        queries = [counted.where(Job.batch_id.in_(ids)) for ids in in_chunks([batch.id for batch in batches])]
+    for batch_id, state, count in (row for query in queries for row in session.execute(query)):
         counts.setdefault(batch_id, {})[state] = count
     now = session.execute(select(db_now())).scalar_one()
     ends = _ends(session, {batch.id: counts.get(batch.id, {}) for batch in batches[-_MOST_ENDS:]})
@@ -96,14 +98,16 @@ def list_jobs(
     query = select(*_LISTED, Worker.name.label("worker"), need_source().label("need"), Attempt.claimed_at)
     query = query.outerjoin(Worker, Worker.id == Job.worker_id).order_by(Job.id)
     query = query.outerjoin(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
-    if limit is not None:
-        query = query.where(Job.id.in_(first_jobs(session, limit, batch_ids=batch_ids, states=states)))
     if batch_ids:
         query = query.where(Job.batch_id.in_(batch_ids))
     if states:
         query = query.where(Job.state.in_(states))
+    queries = [query]
+    if limit is not None:
+        first = first_jobs(session, limit, batch_ids=batch_ids, states=states)
+        queries = [query.where(Job.id.in_(ids)) for ids in in_chunks(first)]
     now = session.execute(select(db_now())).scalar_one()
-    rows = session.execute(query).all()
+    rows = [row for one in queries for row in session.execute(one)]
     waiting = [row.id for row in rows if row.state == JobState.QUEUED and row.search_id is not None]
     awaited = awaited_jobs(session, waiting)
     return [_job(row, now, awaited.get(row.id)) for row in rows]

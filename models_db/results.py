@@ -149,8 +149,10 @@ def _first_of_all(session: Session, column: ColumnElement[Any], downwards: bool,
     results = session.execute(best.order_by(column.desc() if downwards else column.asc(), Result.job_id)).all()
     values = {job_id: value for job_id, value in results}
     place = {value: number for number, value in enumerate(dict.fromkeys(values.values()))}
-    reusing = select(Job.id, Job.reused_from).where(Job.reused_from.in_(values))
-    jobs = [*values.items(), *((job_id, values[source]) for job_id, source in session.execute(reusing))]
+    jobs = [*values.items()]
+    for ids in in_chunks([*values]):
+        reusing = session.execute(select(Job.id, Job.reused_from).where(Job.reused_from.in_(ids)))
+        jobs += ((job_id, values[source]) for job_id, source in reusing)
     first = [job_id for _, job_id in sorted((place[value], job_id) for job_id, value in jobs)][:limit]
     if len(first) == limit:
         return first
@@ -185,8 +187,10 @@ def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], i
     locations = {job.location for job in jobs}
     # If there are few models, read only their rows, not those of the whole batch.
     few = len(locations) <= VALUES_AT_ONCE
-    which = Job.location.in_(locations) if few else Job.batch_id.in_({job.batch_id for job in jobs})
-    return {_family(job): job.id for job in session.execute(query.where(which))}
+    column, values = (Job.location, locations) if few else (Job.batch_id, {job.batch_id for job in jobs})
+    # Of two of a family, the later one counts, whatever the chunks are.
+    found = (job for some in in_chunks(sorted(values)) for job in session.execute(query.where(column.in_(some))))
+    return {_family(job): job.id for job in sorted(found, key=lambda job: job.id)}
 
 
 def _family(job: Any) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.schema import upgrade
-from qbatch.models_db.session import Database
+from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.speed_lookup import find_known_speeds
 from qbatch.models_db.tables import Arrival, Job
 from qbatch.models_db.time_left import time_left
@@ -357,6 +357,38 @@ def test_a_filter_by_kl_reads_all_jobs_once_and_only_ids(filled: Database, name:
     ((statement, plan),) = [one for one in explained.items() if _READS_ALL.search(one[1])]
     assert statement.split()[:3] == ["SELECT", "jobs.id", "FROM"]
     assert not _LOOKS_UP_EACH.search(plan), f"{statement}\n{plan}"
+
+
+_MANY = 3 * VALUES_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda session: results.find_results(session, sort="-kl_mean", limit=_MANY),
+        lambda session: results.find_results(session, limit=_MANY),
+        lambda session: results.find_others(session, results.find_results(session, limit=2 * _MANY)[::3]),
+        lambda session: results_of_first_models(session, _MANY, only=ResultFilter()).rows,
+        lambda session: listing.list_batches(session, limit=_MANY),
+        lambda session: listing.list_jobs(session, limit=_MANY),
+    ],
+    ids=["results by KL", "results", "others of the same models", "first models", "batches", "jobs"],
+)
+def test_no_statement_has_a_value_for_each_row_that_is_asked_for(filled: Database, action: Action) -> None:
+    """PostgreSQL takes 65,535 in one."""
+    most = 0
+
+    def look(_connection: Any, _cursor: Any, _statement: str, values: Any, *_: Any) -> None:
+        nonlocal most
+        most = max(most, len(values))
+
+    event.listen(filled.engine, "before_cursor_execute", look)
+    try:
+        with filled.read() as session:
+            assert action(session)
+    finally:
+        event.remove(filled.engine, "before_cursor_execute", look)
+    assert most <= VALUES_AT_ONCE + 20
 
 
 def test_a_checkpoint_is_not_looked_for_in_the_order_of_keys(filled: Database) -> None:
