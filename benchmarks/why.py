@@ -81,13 +81,14 @@ def _generate_s(model: Any, prompt: Any, new_tokens: int) -> float:
 
     torch.cuda.synchronize()
     begin_s = time.perf_counter()
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-    )
+    with torch.inference_mode():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
     torch.cuda.synchronize()
     return time.perf_counter() - begin_s
 

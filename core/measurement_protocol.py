@@ -50,8 +50,7 @@ class Protocol:
     ``new_tokens``. ``prefill_iterations`` are prefills (of an encoder: passes) timed by themselves, in
     addition to the timed iterations. ``quality``, ``speed``, ``why`` and ``energy`` are the parts that are measured,
     the last two on a GPU by an analysis of decode steps; ``why`` explains ``speed``. Without any, nothing runs.
-    ``tasks_version`` 2 stores how each question was answered, 1 did not. ``timing_version`` 2 times ``generate`` as its
-    users call it, 1 did so in torch's inference mode, which takes the host less time.
+    ``tasks_version`` 2 stores how each question was answered, 1 did not.
     With ``share_speed``, a row may have the speed of another model of the same shape instead of being timed.
     """
 
@@ -77,7 +76,6 @@ class Protocol:
     speed: bool = True
     share_speed: bool = False
     tasks_version: int = 1
-    timing_version: int = 1
     more_texts: tuple[TextRef, ...] = ()
     full_first_warmup: bool = False
 
@@ -218,12 +216,8 @@ class ProtocolOptions:
             values["tasks_version"] = _TASKS_VERSION
         chosen = {name: value for name, value in values.items() if value is not None}
         protocol = Protocol(**_SPEED_DEFAULTS[kind] | chosen)
-        return replace(
-            protocol,
-            # Energy is measured of each model, together with its speed.
-            share_speed=protocol.share_speed and protocol.speed and not protocol.energy,
-            timing_version=_TIMING_VERSION if protocol.speed or protocol.energy else 1,
-        )
+        # Energy is measured of each model, together with its speed.
+        return replace(protocol, share_speed=protocol.share_speed and protocol.speed and not protocol.energy)
 
     def to_json(self) -> dict[str, Any]:
         """Omits what newer options choose where they were not given: 0.1.0 does not know them."""
@@ -237,6 +231,4 @@ class ProtocolOptions:
 
 # Rises whenever more, or something else, is stored of a task, so that an older result does not answer a new job.
 _TASKS_VERSION = 2
-# Rises whenever something else is timed, so that older figures are not ranked with new ones.
-_TIMING_VERSION = 2
 _NEW_OPTIONS = ("quality", "speed", "share_speed", "more_texts")

@@ -103,15 +103,6 @@ def test_sharing_speeds_is_another_protocol_where_they_can_be_shared(tmp_path: P
     assert protocol(tmp_path, CPU).hash == protocol(tmp_path, CPU, *shape).hash == protocol(tmp_path, CPU, *each).hash
 
 
-def test_a_way_of_timing_belongs_to_the_protocols_that_time(tmp_path: Path) -> None:
-    """An earlier result without speed still answers."""
-    versions = {
-        parts: protocol(tmp_path, CPU if parts == "speed" else CUDA, "--measure", parts).timing_version
-        for parts in ("speed", "energy", "quality", "size")
-    }
-    assert versions == {"speed": 2, "energy": 2, "quality": 1, "size": 1}
-
-
 @pytest.mark.parametrize("asked", [("--energy",), ("--measure", "size,quality"), ("--measure", "energy")])
 def test_where_each_model_is_measured_or_none_is_timed_no_speed_is_shared(
     asked: tuple[str, ...], tmp_path: Path

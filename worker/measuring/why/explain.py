@@ -173,6 +173,6 @@ def _energy(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> Meas
 
 def _generate(loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> None:
     model = loaded.model
-    with torch.no_grad(), greedy(model, new_tokens):
+    with torch.inference_mode(), greedy(model, new_tokens):
         model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=model.generation_config)
     torch.cuda.synchronize(loaded.device)

@@ -83,7 +83,7 @@ def profile_decode(model: Any, prompts: torch.Tensor, *, new_tokens: int, device
     needed = _TOKENS_BEFORE + _STEPS
     prompts = prompts[:, : max(1, prompts.shape[1] - max(0, needed - new_tokens))]
     profiler = _Profiler(device)
-    with torch.no_grad(), greedy(model, needed):
+    with torch.inference_mode(), greedy(model, needed):
         model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
