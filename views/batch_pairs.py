@@ -110,8 +110,13 @@ def _is_one_protocol(before: ResultRow, after: ResultRow) -> bool:
     parts, others = before.protocol.parts, after.protocol.parts
     if MeasuredPart.SPEED in parts & others and (parts ^ others) & {MeasuredPart.WHY, MeasuredPart.ENERGY}:
         return False
-    return before.device_name == after.device_name and _without_parts(before) == _without_parts(after)
+    return before.device_name == after.device_name and _way(before) == _way(after)
 
 
-def _without_parts(row: ResultRow) -> dict[str, object]:
-    return {name: value for name, value in row.protocol.stored.items() if name not in set(MeasuredPart)}
+# That a row may have the speed of another one changes nothing in how that was timed, and ``speed_from`` says if it has.
+_NO_PART_OF_THE_WAY = {*MeasuredPart, "share_speed"}
+
+
+def _way(row: ResultRow) -> dict[str, object]:
+    """How a row's figures were measured, whichever they are."""
+    return {name: value for name, value in row.protocol.stored.items() if name not in _NO_PART_OF_THE_WAY}

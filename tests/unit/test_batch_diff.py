@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from qbatch.core.domain import DeviceKind, ProtocolOptions
 from qbatch.views.batch_diff import batch_diff
 from tests.unit.measured_rows import PROTOCOL, result
 from tests.unit.printed import read
@@ -138,6 +140,18 @@ def test_what_only_one_batch_measured_hinders_no_comparison_of_the_rest() -> Non
     assert "Speed was measured in the first alone, so it is not compared. 1 pair compared: 0 faster" in text
     profiled = {"protocol": PROTOCOL | {"why": True}, "protocol_hash": "w"}
     assert "measured in different ways: why (none, yes)" in said([measured(1)], [measured(11, rate=60.0, **profiled)])
+
+
+@pytest.mark.parametrize("options", [{"share_speed": False}, {"speed": False, "why": False}], ids=["each", "no speed"])
+@pytest.mark.parametrize("kind", [DeviceKind.CUDA, DeviceKind.CPU])
+def test_the_protocols_of_submits_that_differ_in_the_parts_alone_are_compared(
+    kind: DeviceKind, options: dict[str, bool]
+) -> None:
+    """As they are, defaults included: a part must not bring anything else into the protocol."""
+    asked = ProtocolOptions(eval_text_sha256="a" * 64, why=False)
+    one, other = (replace(asked, **more).for_device(kind) for more in ({}, options))
+    before, after = (measured(number) | {"protocol": of.to_json()} for number, of in ((1, one), (11, other)))
+    assert "1 pair compared" in said([before], [after | {"decode_tokens_per_s": None}])
 
 
 def test_searches_of_one_bound_are_paired_though_they_chose_other_layers() -> None:

@@ -32,7 +32,6 @@ from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Jo
 from qbatch.worker.measuring import model_benchmark
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
 from qbatch.worker.measuring.pooled_rounds import pool
-from qbatch.worker.measuring.quality import reference
 from qbatch.worker.measuring.row_benchmark import RowBenchmark
 from qbatch.worker.measuring.speed import generation as timed_generation
 from qbatch.worker.measuring.speed.phases import Round
@@ -440,8 +439,12 @@ def test_after_a_shape_that_the_memory_cannot_hold_no_other_is_timed(
     assert timed() == at
 
 
-def test_a_fault_while_explaining_costs_the_explanation_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", [False, True], ids=["quality first", "quality last"])
+def test_a_fault_while_explaining_costs_the_explanation_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch, why: bool
+) -> None:
     """The row is sent, and the rest of the bundle goes to another runner."""
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=why))
     monkeypatch.setattr(RowBenchmark, "fault", property(lambda row: DeviceError("gone") if row.rounds == 2 else None))
     ear = run(home)
     assert ear.measured().keys() == {3}, "the first whose last round was over"
@@ -522,51 +525,73 @@ def test_where_two_of_each_model_fit_quality_is_measured_while_others_load(
 ) -> None:
     """After the last round: what another process takes must not count in the memory of models that are timed alone."""
     asking_why(monkeypatch)
+    monkeypatch.setattr(LoadedModels, "have_room_for_copies", lambda _models: True)
     found = judged(monkeypatch)
     ear = run(home)
-    assert found == [(6, 3)] * 3
+    assert found == [(1, 1), (6, 3), (6, 3)], "the baseline's outputs are kept at once"
     assert [len(folders) for folders in HeardCaptures.prepared] == [3, 0], "and released at the end"
     assert HeardCaptures.prepared[0][0] == "llama"
     assert [done.measurement.kl_mean is None for done in ear.measured().values()] == [True, False, False]
 
 
+def no_room(_models: LoadedModels) -> bool:
+    return False
+
+
+def unusable(_models: LoadedModels) -> bool:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spare", "expected"), [(0, [(6, 3)] * 3), (-1, [(6, 1)] * 3)], ids=["none for copies", "none for the quality"]
-)
+@pytest.mark.parametrize("room", [no_room, unusable])
 def test_without_memory_for_copies_nothing_is_loaded_ahead(
-    home: Path, monkeypatch: pytest.MonkeyPatch, spare: int, expected: list[tuple[int, int]]
+    home: Path, monkeypatch: pytest.MonkeyPatch, room: Callable[[LoadedModels], bool]
 ) -> None:
     asking_why(monkeypatch)
-    monkeypatch.setattr(LoadedModels, "spare_bytes", lambda _models: spare)
+    monkeypatch.setattr(LoadedModels, "have_room_for_copies", room)
     found = judged(monkeypatch)
     assert run(home).measured().keys() == {1, 2, 3}
-    assert found == expected
+    assert found == [(1, 1), (6, 3), (6, 3)]
     assert HeardCaptures.prepared == [[]]
 
 
 @pytest.mark.slow
-def test_models_that_were_expected_together_and_are_not_have_their_quality(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_are_loaded_in_turns_are_judged_in_their_last(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none is loaded once more for that."""
     asking_why(monkeypatch)
-    monkeypatch.setattr(loaded_models, "fit_together", lambda *_: False)
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
     found = judged(monkeypatch)
-    rows = run(home).measured()
-    assert found == [(6, 1)] * 3
-    assert all(rows[job_id].measurement.kl_mean is not None for job_id in (2, 3))
+    ear = run(home)
+    assert found == [(1, 1), (4, 1), (5, 1)]
+    assert ear.entered(Stage.LOADING) == [(1,), (2,), (3,), (2,), (1,)]
+    assert all(ear.measured()[job_id].measurement.kl_mean is not None for job_id in (2, 3))
+
+
+@pytest.mark.parametrize(("free", "fits"), [(50, True), (49, False)])
+def test_there_is_room_for_copies_beside_what_measuring_takes(
+    monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    """16 and 9 held by each process, 6 to work, and 19 for the other process itself."""
+    used = iter([100, 116, 100, 109])
+    monkeypatch.setattr(loaded_models, "used_bytes", lambda _device: next(used))
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: free)
+    monkeypatch.setattr(loaded_models, "_PROCESS_BYTES", 19)
+    models = LoadedModels("cpu")
+    for jobs, peak_bytes in (((1,), 120), ((2,), 115)):
+        models.are_together = True
+        models.add(jobs, lambda: None)  # type: ignore[arg-type, return-value]
+        models.note_peak(jobs, weights_bytes=0, peak_bytes=peak_bytes)
+    assert models.have_room_for_copies() is fits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["the outputs of the base", "a comparison"])
 def test_memory_that_runs_out_during_quality_is_freed_and_charges_nobody(
-    home: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it cost the comparison that would have been made with the memory."""
     asking_why(monkeypatch)
-    name = "prepare_reference" if where == "the outputs of the base" else "compare"
-    module = reference if name == "prepare_reference" else model_benchmark
-    original, held, before = getattr(module, name), list[int](), llamas()
+    monkeypatch.setattr(LoadedModels, "have_room_for_copies", lambda _models: True)
+    original, held, before = model_benchmark.compare, list[int](), llamas()
 
     def short_of_memory(*arguments: Any, **options: Any) -> Any:
         held.append(llamas() - before)
@@ -574,13 +599,12 @@ def test_memory_that_runs_out_during_quality_is_freed_and_charges_nobody(
             raise CudaOom("out of memory")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, name, short_of_memory)
+    monkeypatch.setattr(model_benchmark, "compare", short_of_memory)
     ear = run(home)
     assert ear.failed() == {}
-    assert held[:2] == [3, 1]
+    assert held == [3, 1, 1]
     assert [len(folders) for folders in HeardCaptures.prepared[:2]] == [3, 0]
-    rows = ear.measured()
-    assert all(rows[job_id].measurement.kl_mean is not None for job_id in (2, 3))
+    assert all(ear.measured()[job_id].measurement.kl_mean is not None for job_id in (2, 3))
 
 
 def a_round(**times_s: list[float]) -> Round:

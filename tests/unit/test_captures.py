@@ -86,6 +86,10 @@ def test_the_process_that_loaded_the_models_ahead_is_the_one_that_answers(tmp_pa
         third = prepared()
         third.kill()
         assert reasons(captures.kernels([request])[0]) == [(NO_GPU,) * 2] * 2
+        nowhere = replace(request, folder=str(tmp_path / "nowhere"))
+        captures.prepare([nowhere])
+        until(lambda: log.exists() and "a later process tries that again" in log.read_text())
+        assert reasons(captures.kernels([request])[0]) == [(NO_GPU,) * 2] * 2
         last = prepared()
     assert psutil.wait_procs([last], timeout=10)[1] == []
 
@@ -292,7 +296,7 @@ def test_a_model_that_was_loaded_ahead_is_not_loaded_again(monkeypatch: pytest.M
     monkeypatch.setattr(graph, "_capture_each", lambda _model, request: [ALONE] * len(request.shapes))
     monkeypatch.setattr(graph, "_profile_each", lambda _model, request: [PROFILED] * len(request.shapes))
     models = graph.Models()
-    models.prepare([task(folder).request for folder in "ab"])
+    assert models.prepare([task(folder).request for folder in "ab"])
     assert loads == ["a", "b"]
     again = replace(REQUEST, folder="a", not_captured="known")
     list(graph.measure_all([KernelsTask(request=again, capture=False, profile=True), task("c")], models))
@@ -300,7 +304,7 @@ def test_a_model_that_was_loaded_ahead_is_not_loaded_again(monkeypatch: pytest.M
 
 
 def test_where_one_model_cannot_be_loaded_ahead_none_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner may be short of it."""
+    """The runner may be short of it, and the fault may be one of the device: another process takes the tasks."""
     asked: list[str] = []
 
     def load(request: KernelsRequest) -> str:
@@ -311,10 +315,8 @@ def test_where_one_model_cannot_be_loaded_ahead_none_takes_memory(monkeypatch: p
 
     monkeypatch.setattr(graph, "_load", load)
     models = graph.Models()
-    models.prepare([task(folder).request for folder in "abc"])
+    assert not models.prepare([task(folder).request for folder in "abc"])
     assert asked == ["a", "b"]
-    assert models.get(task("a").request) == ("a", None)
-    assert asked == ["a", "b", "a"]
 
 
 def test_a_model_for_which_no_memory_is_left_is_loaded_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from qbatch.worker.models.load import LoadedModel, translated
 class ModelBenchmark:
     """Measures what does not depend on the shape, once for a model.
 
-    Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after its first round. Both raise
+    Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after a round. Both raise
     BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError or StorageError.
     """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbatch.core.domain import Protocol, TextRef
-from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError, SourceChanged
+from qbatch.core.errors import DeviceError, JobError, SourceChanged
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
 from qbatch.worker.models.architecture import ModelKind
@@ -54,29 +54,21 @@ class BaseOutputs:
     def why_missing(self, plan: Plan, text: TextRef | None = None) -> str:
         return self._not_kept.get(self._folder(_protocol(plan, text), plan), _NO_REFERENCE)
 
-    def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel, *, is_alone: bool) -> dict[str, WindowScores]:
+    def keep(self, plan: Plan, subject: Subject, loaded: LoadedModel) -> dict[str, WindowScores]:
         """Store the outputs of the ``loaded`` baseline on each text. Returns the windows that were scored on the way,
         by the sha256 of their text: none of a text whose outputs are there already.
 
-        If that fails, only the comparisons are missing, unless the device has become unusable, or memory runs out and
-        this model is not alone on the device.
+        If that fails, only the comparisons are missing, unless the device has become unusable.
         """
-        raised = (DeviceError, SourceChanged) if is_alone else (DeviceError, SourceChanged, CudaOom, HostOom)
         protocol = subject.protocol
-        scores = {protocol.eval_text_sha256: self._keep(plan, protocol, subject.eval_text, subject, loaded, raised)}
+        scores = {protocol.eval_text_sha256: self._keep(plan, protocol, subject.eval_text, subject, loaded)}
         for text in protocol.more_texts:
             own = subject.texts[text.sha256]
-            scores[text.sha256] = self._keep(plan, _protocol(plan, text), own, subject, loaded, raised)
+            scores[text.sha256] = self._keep(plan, _protocol(plan, text), own, subject, loaded)
         return scores
 
     def _keep(
-        self,
-        plan: Plan,
-        protocol: Protocol,
-        eval_text: str,
-        subject: Subject,
-        loaded: LoadedModel,
-        raised: tuple[type[JobError], ...],
+        self, plan: Plan, protocol: Protocol, eval_text: str, subject: Subject, loaded: LoadedModel
     ) -> WindowScores:
         from qbatch.worker.measuring.quality.perplexity import WindowScores
         from qbatch.worker.measuring.quality.reference import prepare_reference
@@ -104,7 +96,7 @@ class BaseOutputs:
             if kept is None:
                 self._not_kept[folder] = _NOTHING_TO_COMPARE
             return scores
-        except raised:
+        except (DeviceError, SourceChanged):
             raise
         except JobError as error:
             log.warning("j%s: %s; quality will not be compared with the baseline", plan.job_id, error)

@@ -79,12 +79,6 @@ class MeasuredModel:
         return self.plans[0].settled.protocol.runs_model
 
     @property
-    def files_bytes(self) -> int:
-        """The size of its files of weights, an adapter's among them."""
-        folders = [self.folder] if self.adapter is None else [self.folder, self.adapter]
-        return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-
-    @property
     def ids(self) -> tuple[int, ...]:
         return tuple(plan.job_id for plan in self.plans)
 

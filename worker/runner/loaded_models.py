@@ -96,21 +96,12 @@ class LoadedModels:
         working_bytes = max(0, peak_bytes - held.before_bytes - held_bytes)
         self._footprints[jobs] = Footprint(held_bytes=held_bytes, working_bytes=working_bytes)
 
-    def may_fit_together(self, sizes: Collection[int]) -> bool:
-        """Whether models of which the files have such ``sizes``, in bytes, are expected to fit together, with room for
-        the largest once more. What they really take is known when each was measured alone."""
-        return sum(sizes) + max(sizes) <= usable_bytes(self._device)
-
-    def spare_bytes(self) -> int:
-        """What nobody needs while the quality of any loaded model is measured: for its floor, a baseline is converted
-        to float32, which takes as much again. Less than 0 if there may be too little for that."""
+    def have_room_for_copies(self) -> bool:
+        """Whether another process can load the same models while any of them is measured here."""
+        free_device_memory()  # what this process's allocator keeps is of no use to another one
         held = [self._footprints[jobs] for jobs in self._loaded]
-        needed = max(one.held_bytes for one in held) + max(one.working_bytes for one in held)
-        return usable_bytes(self._device) - needed
-
-    def copies_bytes(self) -> int:
-        """What another process would take that has loaded the same models."""
-        return sum(self._footprints[jobs].held_bytes for jobs in self._loaded) + _PROCESS_BYTES
+        copies_bytes = sum(one.held_bytes for one in held) + _PROCESS_BYTES
+        return copies_bytes + max(one.working_bytes for one in held) <= usable_bytes(self._device)
 
     def keep_together(self, models: Collection[Jobs]) -> None:
         """From now on keep the loaded models, if all of ``models`` are predicted to fit together."""

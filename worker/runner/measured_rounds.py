@@ -2,9 +2,9 @@
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device, and its memory is measured. In later rounds the models stay loaded
-together if they fit. Quality is measured in the first round, or after the last if another process can meanwhile load
-the models that it is to capture: not earlier, since it would count in the memory of those that are measured alone.
-Without a baseline, the first is the one that is still loaded from its trial.
+together if they fit. A baseline's quality is measured in the first round. That of the others comes after the last if
+another process is to capture them: it can load them meanwhile, and earlier it would count in the memory of those that
+are measured alone. Without a baseline, the first is the one that is still loaded from its trial.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class _Turn:
         return any(row.captured_shape is not None for row in self.rows.values())
 
     @property
+    def quality_comes_last(self) -> bool:
+        """Whether its quality is measured after its rounds."""
+        asked = self.protocol.quality and self.protocol.why
+        return asked and self.rounds > 1 and self.model.published is not None
+
+    @property
     def fault(self) -> DeviceError | None:
         """A device fault during the analysis of a row. The rows are complete, but the device is unusable here."""
         return next((row.fault for row in self.rows.values() if row.fault is not None), None)
@@ -100,7 +106,6 @@ class Rounds:
         self._models = loaded
         # Turns whose rounds are over, and whose kernels can be measured once the models of the others are unloaded.
         self._waiting: list[_Turn] = []
-        self._quality_comes_last = False
         self._base_outputs = BaseOutputs(order, reports, source)
         self._rows = rows
         self._kernels_server = kernels
@@ -118,7 +123,6 @@ class Rounds:
         ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
         self._turns = self._unmeasured = [self._turn(model, speeds, warmed) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
-        self._quality_comes_last = self._may_quality_come_last()
         with Captures(self._kernels_server, log_path=self._order.log_path) as captures:
             for number in range(1, last + 1):
                 if number == 2:
@@ -128,33 +132,29 @@ class Rounds:
                 for turn in self._turns_in(number):
                     self._take(turn, is_first=number == 1, is_last=number == turn.rounds, captures=captures)
             waiting = [turn for turn in self._turns if turn in self._waiting and self._reports.open(turn.jobs)]
-            if self._quality_comes_last:
-                self._measure_quality_last(waiting, captures)
+            self._measure_quality_last(waiting, captures)
             self._finish(waiting, captures)
 
-    def _may_quality_come_last(self) -> bool:
-        """Whether it is worth it, and all models are expected to be loaded then, the baseline too, since the others are
-        compared with it."""
-        turns = self._turns
-        if len(turns) < 2 or not all(turn.rounds > 1 and turn.protocol.quality and turn.protocol.why for turn in turns):
-            return False
-        return self._models.may_fit_together([turn.model.files_bytes for turn in turns])
-
     def _measure_quality_last(self, turns: Sequence[_Turn], captures: Captures) -> None:
-        """Measure the quality of models whose rounds are over, while the process that will capture them loads them."""
-        if not turns:
+        """Measure what is left of the quality of these models, whose rounds are over. Where there is room, the process
+        that will capture them loads them meanwhile."""
+        left = [turn for turn in turns if turn.quality_comes_last and turn.benchmark.why_no_quality is None]
+        if not left:
             return
         self._reports.send(NothingTimed())
-        if self._models.are_together:
-            spare_bytes = self._models.spare_bytes()
-            if spare_bytes < 0:
-                self._models.separate()
-            elif spare_bytes >= self._models.copies_bytes():
-                captures.prepare([request for _, _, request in self._captured(turns)])
-        for turn in turns:
-            if turn.benchmark.why_no_quality is None:
-                with self._reports.failing(turn.jobs), self._if_published(turn, turn.benchmark.give_up_quality):
-                    self._or_alone(partial(self._measure_quality, turn), captures.release)
+        captured = self._captured(turns)
+        if captured and self._models.are_together and self._is_room_for_copies():
+            captures.prepare([request for _, _, request in captured])
+        for turn in left:
+            with self._reports.failing(turn.jobs), self._if_published(turn, turn.benchmark.give_up_quality):
+                self._or_alone(partial(self._measure_quality, turn), captures.release)
+
+    def _is_room_for_copies(self) -> bool:
+        try:
+            return self._models.have_room_for_copies()
+        except RuntimeError as error:  # a fault of the device, with which the next to use it is charged
+            log.warning("no model is loaded ahead for its capture: %s", error)
+            return False
 
     def _turns_in(self, number: int) -> Sequence[_Turn]:
         """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that
@@ -190,10 +190,15 @@ class Rounds:
             self._measure(turn, is_first=is_first, is_last=is_last)
         if not is_last:
             return
-        if self._quality_comes_last or (self._models.are_together and turn.is_captured):
+        if turn.fault is not None:
+            # Nothing else can be measured on this device, and nobody else is charged with it.
+            turn.benchmark.give_up_quality(str(turn.fault))
+        elif self._models.are_together and (turn.is_captured or turn.quality_comes_last):
             self._waiting.append(turn)
+            return
         else:
-            self._finish([turn], captures)
+            self._measure_quality_last([turn], captures)
+        self._finish([turn], captures)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool) -> None:
         with self._pauses.timing():
@@ -207,7 +212,7 @@ class Rounds:
             return
         if is_first:
             self._note_peak(turn)
-        if is_first and not self._quality_comes_last:
+        if is_first and not turn.quality_comes_last:
             self._reports.send(NothingTimed())
             if turn.protocol.quality and turn.benchmark.why_no_quality is None:
                 with self._if_published(turn, turn.benchmark.give_up_quality):
@@ -286,8 +291,7 @@ class Rounds:
         self._reports.enter(turn.jobs, Stage.BENCHMARKING)
         plan, is_baseline = turn.model.plans[0], turn.model.published is None
         if is_baseline:
-            is_alone = not self._models.are_together
-            scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded, is_alone=is_alone)
+            scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
             turn.benchmark.measure_quality(loaded, None, scores=scores)
             return
         reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts

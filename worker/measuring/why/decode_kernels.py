@@ -136,7 +136,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         forked.send(line)
         if "tasks" in request:
             answer = forked.answer()
-            if answer is None:  # it died while it prepared itself
+            if answer is None:  # it ended while it prepared itself
                 forked = _ForkedProcess(requests.fileno())
                 forked.send(line)
                 answer = forked.answer()
@@ -145,7 +145,8 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 class _ForkedProcess:
-    """A fork of this process, which uses the GPU. It takes requests up to the first with tasks, with which it ends."""
+    """A fork of this process, which uses the GPU. It takes requests up to the first with tasks, with which it ends. It
+    ends earlier if it cannot load what it is to prepare."""
 
     def __init__(self, requests: int) -> None:
         """``requests``: what ends with the runner."""
@@ -193,7 +194,8 @@ def _handle_and_exit(orders: int, requests: int, answer_to: int) -> None:
         with os.fdopen(orders) as lines:
             request = _next_request(lines)
             while "prepare" in request:
-                models.prepare([_request(**fields) for fields in request["prepare"]])
+                if not models.prepare([_request(**fields) for fields in request["prepare"]]):
+                    return
                 request = _next_request(lines)
         with os.fdopen(answer_to, "w") as pipe:
             print(json.dumps(_BEGUN), file=pipe, flush=True)
@@ -284,14 +286,14 @@ class Models:
             reason = self._load(request)
         return self._loaded.get(request.model), reason
 
-    def prepare(self, requests: Sequence[KernelsRequest]) -> None:
-        """Load the models of ``requests`` before they are asked for. If one cannot be loaded, none stays: the runner
-        may need the memory."""
+    def prepare(self, requests: Sequence[KernelsRequest]) -> bool:
+        """Load the models of ``requests`` before they are asked for. False if one cannot be loaded: then this process
+        should end, since the runner may need the memory, and the fault may be one of the device."""
         for request in requests:
             if (reason := self._load(request)) is not None:
-                log.info("%s; it is loaded when it is needed", reason)
-                self._unload()
-                return
+                log.info("%s; a later process tries that again", reason)
+                return False
+        return True
 
     def _load(self, request: KernelsRequest) -> str | None:
         log.info("loading %s", request.folder)
