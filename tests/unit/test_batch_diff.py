@@ -144,9 +144,7 @@ def test_what_only_one_batch_measured_hinders_no_comparison_of_the_rest() -> Non
 
 @pytest.mark.parametrize("options", [{"share_speed": False}, {"speed": False, "why": False}], ids=["each", "no speed"])
 @pytest.mark.parametrize("kind", [DeviceKind.CUDA, DeviceKind.CPU])
-def test_the_protocols_of_submits_that_differ_in_the_parts_alone_are_compared(
-    kind: DeviceKind, options: dict[str, bool]
-) -> None:
+def test_protocols_that_differ_in_their_parts_alone_are_compared(kind: DeviceKind, options: dict[str, bool]) -> None:
     """As they are, defaults included: a part must not bring anything else into the protocol."""
     asked = ProtocolOptions(eval_text_sha256="a" * 64, why=False)
     one, other = (replace(asked, **more).for_device(kind) for more in ({}, options))
