@@ -129,8 +129,8 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     measured are kept, and so are those that batches which are not named have too.
     """
     from qbatch.models_db.checkpoints import checkpoints_at
+    from qbatch.models_db.model_pages import results_by_model
     from qbatch.models_db.question_answers import with_answers
-    from qbatch.models_db.results import find_results
     from qbatch.views.comparison import Preference
     from qbatch.views.unrecommended import unrecommended
     from qbatch.worker.housekeeping.removed_targets import carry_out, plan_removal
@@ -140,7 +140,8 @@ def keep(batches: Sequence[str], recommended: bool, yes: bool, format_: str, **p
     ids = find_batches(database, batches)
     _require_storage(settings)
     with database.read() as session:
-        found = unrecommended(with_answers(session, find_results(session, batch_ids=ids)), Preference(**preference))
+        parts = (with_answers(session, rows) for rows in results_by_model(session, batch_ids=ids))
+        found = unrecommended(parts, Preference(**preference))
         paths = frozenset(one.path for one in checkpoints_at(session, found.paths))
     for remark in found.remarks:
         click.echo(escape_controls(remark), err=True)

@@ -1,4 +1,4 @@
-"""The results of the first models of many, so that those of the others are not read."""
+"""The results of the first models of many, so that those of the others are not read, or of all, a few at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qbatch.models_db.tables import Job
 
 _Model = tuple[str, str | None]
 """Its name and its revision."""
+_MODELS_AT_ONCE = 100
 _NAMES = select(Job.id, Job.batch_id, Job.location, Job.model, Job.revision)
 
 
@@ -41,6 +42,16 @@ def results_of_first_models(
             return ModelPage(rows=_rows(session, places, batch_ids, only), has_more=True)
         places.setdefault(model, set()).add(job.location)
     return ModelPage(rows=_rows(session, places, batch_ids, only), has_more=False)
+
+
+def results_by_model(session: Session, *, batch_ids: Sequence[int] = ()) -> Iterator[Sequence[ResultRow]]:
+    """All rows of these batches, none means all, those of a few models at a time: of many, not all fit in memory."""
+    everything = ResultFilter()
+    places: dict[_Model, set[str]] = {}
+    for job in _in_order(session, batch_ids, everything):
+        places.setdefault((job.model, job.revision), set()).add(job.location)
+    for some in in_chunks([*places.items()], _MODELS_AT_ONCE):
+        yield _rows(session, dict(some), batch_ids, everything)
 
 
 def _in_order(

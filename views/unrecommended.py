@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qbatch.core.measured.result_row import ResultRow
@@ -20,16 +20,17 @@ class Unrecommended:
     remarks: tuple[str, ...]
 
 
-def unrecommended(rows: Sequence[ResultRow], preference: Preference) -> Unrecommended:
-    """The checkpoints of rows that were measured beside a recommended one, and are recommended nowhere among ``rows``.
+def unrecommended(parts: Iterable[Sequence[ResultRow]], preference: Preference) -> Unrecommended:
+    """The checkpoints of rows that were measured beside a recommended one, and are recommended nowhere among them all.
 
-    Of rows among which none is recommended, all are kept, and so is what was not measured. Where the baseline is
-    recommended, or a checkpoint that is gone, all are kept too: without them nothing of the model would be left.
+    ``parts``: each has all rows of its models. Of rows among which none is recommended, all are kept, and so is what
+    was not measured. Where the baseline is recommended, or a checkpoint that is gone, all are kept too: without them
+    nothing of the model would be left.
     """
     kept: set[str] = set()
     others: set[str] = set()
     remarks: list[str] = []
-    for model in models_of(rows):
+    for model in (model for rows in parts for model in models_of(rows)):
         for group in model.groups:
             made = [row for row in group.rows if row.checkpoint_path is not None]
             quantized = {str(row.checkpoint_path) for row in made}

@@ -18,10 +18,10 @@ from sqlalchemy import select, update
 
 from qbatch.core.domain import JobState, Method
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.models_db import jobs, results
+from qbatch.models_db import jobs, model_pages, results
 from qbatch.models_db.job_pages import count_jobs, first_jobs
 from qbatch.models_db.listing import list_batches, list_jobs
-from qbatch.models_db.model_pages import results_of_first_models
+from qbatch.models_db.model_pages import results_by_model, results_of_first_models
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.tables import Job, Result
@@ -48,6 +48,20 @@ def measured(database: Database) -> list[int]:
             session.execute(update(Result).where(Result.job_id == job_id).values(**figures))
         assert jobs.answer(session, token, ids[0])
     return [*ids, *later]
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("batch_ids", [[], [1], [2, 1]])
+def test_each_model_has_all_of_its_rows_in_one_part(
+    database: Database, monkeypatch: pytest.MonkeyPatch, batch_ids: list[int]
+) -> None:
+    monkeypatch.setattr(model_pages, "_MODELS_AT_ONCE", 3)
+    with database.read() as session:
+        parts = list(results_by_model(session, batch_ids=batch_ids))
+        every = results.find_results(session, batch_ids=batch_ids)
+    assert [len({row.model for row in rows}) for rows in parts] == [3, 1]
+    assert {row.model for row in parts[0]}.isdisjoint(row.model for row in parts[1])
+    assert sorted(names([row for rows in parts for row in rows])) == sorted(names(every))
 
 
 @pytest.mark.usefixtures("measured")

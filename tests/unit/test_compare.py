@@ -205,7 +205,7 @@ def test_where_no_quality_was_measured_all_is_kept(part: str) -> None:
     found = recommended([BASELINE, unknown])
     assert found.ship is None
     assert "was not measured, since it has no tokenizer" in found.sentence
-    assert unrecommended(read([BASELINE, unknown]), Preference()).paths == ()
+    assert unrecommended([read([BASELINE, unknown])], Preference()).paths == ()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_compare_says_whose_bound_it_is() -> None:
 
 def test_keep_removes_no_mixture_that_a_search_was_asked_for() -> None:
     rows = [row | {"checkpoint_path": f"checkpoints/{row['kl_mean']}"} for row in searched({"max_kl": 1e-3})[1:]]
-    found = unrecommended(read([searched({"max_kl": 1e-3})[0], *rows]), Preference())
+    found = unrecommended([read([searched({"max_kl": 1e-3})[0], *rows])], Preference())
     assert found.paths == ("checkpoints/0.00099", "checkpoints/0.0012", "checkpoints/0.002")
 
 

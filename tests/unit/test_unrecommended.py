@@ -27,10 +27,10 @@ def row(number: int, scheme: str, kl: float | None, **fields: Any) -> dict[str, 
 @pytest.mark.parametrize("prefer", ["size", "quality", "speed"])
 def test_what_was_not_measured_is_kept(prefer: str) -> None:
     small, unknown = row(1, "bnb-nf4", 0.01), row(2, "bnb-int8", None)
-    found = unrecommended(read([small, unknown]), Preference(prefer=prefer))
+    found = unrecommended([read([small, unknown])], Preference(prefer=prefer))
     assert found.paths == ()
     worse = row(3, "bnb-fp4", 0.02)
-    found = unrecommended(read([small, unknown, worse]), Preference(prefer=prefer))
+    found = unrecommended([read([small, unknown, worse])], Preference(prefer=prefer))
     assert found.paths == ("checkpoints/m/bnb-fp4-3",)
 
 
@@ -40,28 +40,28 @@ def test_what_lacks_a_further_text_is_kept() -> None:
     second = row(2, "bnb-int8", 0.002)
     second["details"] |= {"more_texts": texts}
     rows = [row(1, "bnb-nf4", 0.01), second]
-    assert unrecommended(read(rows), Preference()).paths == ()
+    assert unrecommended([read(rows)], Preference()).paths == ()
 
 
 def test_without_a_rate_nothing_is_said_of_the_fastest() -> None:
     rows = [row(1, "bnb-nf4", 0.01), row(2, "bnb-int8", 0.002, decode_tokens_per_s=None)]
-    assert unrecommended(read(rows), Preference(prefer="speed")).paths == ()
-    assert unrecommended(read(rows), Preference(min_tokens_per_s=1.0)).paths == ()
-    assert unrecommended(read(rows), Preference()).paths == ("checkpoints/m/bnb-int8-2",)
+    assert unrecommended([read(rows)], Preference(prefer="speed")).paths == ()
+    assert unrecommended([read(rows)], Preference(min_tokens_per_s=1.0)).paths == ()
+    assert unrecommended([read(rows)], Preference()).paths == ("checkpoints/m/bnb-int8-2",)
 
 
 @pytest.mark.parametrize("preference", [Preference(max_kl=0.001), Preference(prefer="speed")])
 def test_where_the_baseline_is_recommended_nothing_is_removed(preference: Preference) -> None:
     baseline = result(4, checkpoint_path=None, weights_bytes=100, decode_tokens_per_s=50.0)
     rows = [baseline, row(1, "bnb-nf4", 0.01), row(2, "bnb-int8", 0.002)]
-    found = unrecommended(read(rows), preference)
+    found = unrecommended([read(rows)], preference)
     assert found.paths == ()
     assert "the baseline (j4) is recommended" in found.remarks[0]
-    assert unrecommended(read(rows), Preference()).paths == ("checkpoints/m/bnb-int8-2",)
+    assert unrecommended([read(rows)], Preference()).paths == ("checkpoints/m/bnb-int8-2",)
 
 
 def test_where_the_recommended_checkpoint_is_gone_nothing_is_removed() -> None:
     rows = [row(1, "bnb-nf4", 0.01, checkpoint_path=None), row(2, "bnb-int8", 0.002)]
-    found = unrecommended(read(rows), Preference())
+    found = unrecommended([read(rows)], Preference())
     assert found.paths == ()
     assert "its checkpoint is gone" in found.remarks[0]
