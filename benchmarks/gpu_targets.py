@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_targets                      (for 9 minutes; again for the steps that are left)
     python -m benchmarks.gpu_targets --step alike         (that step alone)
+    python -m benchmarks.gpu_targets --step plain --step whole --repeats 3      (in turns, three times)
     python -m benchmarks.gpu_targets --device cpu --shape tiny --fine-tuned tiny --fine-tunes 2
 
 The steps: the plain script on all shapes; qbatch on the same; qbatch without what limits decoding; fine-tunes of one
@@ -14,17 +15,19 @@ that was cut short goes on where it was. Prints the table of what is known.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +46,17 @@ _FOLDER = Path(tempfile.gettempdir()) / "qbatch-gpu-targets"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """``expected_s`` is for three shapes and ten fine-tunes on an H200, its models included."""
+    """``expected_s`` is for three shapes and ten fine-tunes on an H200, its models included. ``number``: which of its
+    repetitions it is."""
 
     name: str
     expected_s: float
     run: Callable[[str], Mapping[str, Any]]
+    number: int = 1
+
+    @property
+    def outcome(self) -> str:
+        return _outcome(self.name, self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +76,15 @@ class Progress:
         self._arguments = arguments
         self._folder: Path = arguments.folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.steps = (
+        compared = (
             Step(name="plain", expected_s=430, run=lambda name: self._side(name, run_plain, self._shapes())),
             Step(name="whole", expected_s=270, run=lambda name: self._side(name, run_qbatch, self._shapes())),
             Step(
                 name="no-why", expected_s=200, run=lambda name: self._side(name, run_qbatch, self._shapes(), why=False)
             ),
+        )
+        self.steps = (
+            *(replace(step, number=number) for number in range(1, arguments.repeats + 1) for step in compared),
             Step(name="fine-tunes-4", expected_s=90, run=lambda name: self._tuned(name, "4")),
             Step(name="fine-tunes-84", expected_s=180, run=lambda name: self._tuned(name, "8,4")),
             Step(name="alike", expected_s=60, run=lambda _: self._alike()),
@@ -85,26 +97,37 @@ class Progress:
         compile_imports(self._folder / "bytecode")
         for step in self.steps:
             left_s = ends - time.monotonic()
-            if self.outcome(step.name) is not None or step.name not in (self._arguments.steps or [step.name]):
+            if self.outcome(step.outcome) is not None or step.name not in (self._arguments.steps or [step.name]):
                 continue
             if step.expected_s > left_s:
-                log(f"{step.name}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
+                log(f"{step.outcome}: takes about {step.expected_s:g} s, and {left_s:.0f} s are left")
                 return
-            log(f"{step.name}: about {step.expected_s:g} s")
-            outcome = step.run(step.name)
-            self._file(step.name).write_text(json.dumps(outcome))
+            log(f"{step.outcome}: about {step.expected_s:g} s")
+            outcome = step.run(step.outcome)
+            self._file(step.outcome).write_text(json.dumps(outcome))
 
     def outcome(self, name: str) -> dict[str, Any] | None:
         file = self._file(name)
         found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return found
 
-    def side(self, name: str) -> Side | None:
-        found = self.outcome(name)
+    def pairs(self, name: str) -> list[tuple[Side, Side]]:
+        """What the plain script and this step took, of each repetition that has both."""
+        sides = [[self.side(one, number) for one in ("plain", name)] for number in self._numbers()]
+        return [(plain, ours) for plain, ours in sides if plain is not None and ours is not None]
+
+    def side(self, name: str, number: int = 1) -> Side | None:
+        found = self.outcome(_outcome(name, number))
         if found is None:
             return None
         rows = {(model, bits): figures for model, bits, figures in found["rows"]}
         return Side(total_s=found["total_s"], stages_s=found["stages_s"], rows=rows)
+
+    def _numbers(self) -> Iterator[int]:
+        """Of the repetitions that were begun, whatever number was asked for now."""
+        return itertools.takewhile(
+            lambda number: self.outcome(_outcome("plain", number)) is not None, itertools.count(1)
+        )
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -181,6 +204,10 @@ class Progress:
         return {"said": f"{counts[0]} of 30 repetitions" if counts else done.stdout[-2000:]}
 
 
+def _outcome(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
 def _tune(weights: Path, number: int) -> None:
     """Change bits of the last values that hardly change these."""
     size = weights.stat().st_size
@@ -209,42 +236,48 @@ def table(progress: Progress, arguments: Namespace) -> Iterator[str]:
         Aim(step="fine-tunes-4", what=f"{tuned} at 16 and 4 bits", widths=(16, 4), at_most=0.25),
         Aim(step="fine-tunes-84", what="the same at 16, 8 and 4 bits", widths=(16, 8, 4), at_most=0.4),
     )
-    plain = progress.side("plain")
     yield "| batch | plain script | qbatch | share | target |"
     yield "|---|---|---|---|---|"
     for aim in aims:
-        yield _line(aim, plain, progress.side(aim.step), arguments)
+        yield _line(aim, progress, arguments)
     alike = progress.outcome("alike")
     yield f"rows of one model that appear different: {'not asked yet' if alike is None else alike['said']}"
 
 
-def _line(aim: Aim, plain: Side | None, ours: Side | None, arguments: Namespace) -> str:
-    theirs_s = None
-    if plain is not None and aim.widths is None:
-        theirs_s = plain.total_s
-    elif plain is not None and aim.widths is not None and arguments.fine_tuned in arguments.shapes:
-        theirs_s = plain_s(plain, arguments.fine_tuned, arguments.fine_tunes, aim.widths)
-    computed = " (computed)" if theirs_s is not None and aim.widths is not None else ""
-    share = "–" if theirs_s is None or ours is None else f"{ours.total_s / theirs_s:.2f}"
+def _line(aim: Aim, progress: Progress, arguments: Namespace) -> str:
+    """Medians, and the share of each repetition."""
+    computed = ""
+    if aim.widths is None:
+        times_s = [(plain.total_s, ours.total_s) for plain, ours in progress.pairs(aim.step)]
+    else:
+        plain, ours = progress.side("plain"), progress.side(aim.step)
+        times_s = []
+        if plain is not None and ours is not None and arguments.fine_tuned in arguments.shapes:
+            times_s = [(plain_s(plain, arguments.fine_tuned, arguments.fine_tunes, aim.widths), ours.total_s)]
+            computed = " (computed)"
+    if not times_s:
+        return f"| {aim.what} | – | – | – | {aim.at_most} |"
+    theirs_s, ours_s = (statistics.median(side) for side in zip(*times_s, strict=True))
+    shares = [ours_s / theirs_s for theirs_s, ours_s in times_s]
+    each = f" ({', '.join(f'{share:.2f}' for share in shares)})" if len(shares) > 1 else ""
     return (
-        f"| {aim.what} | {'–' if theirs_s is None else f'{theirs_s:.1f} s'}{computed} "
-        f"| {'–' if ours is None else f'{ours.total_s:.1f} s'} | {share} | {aim.at_most} |"
+        f"| {aim.what} | {theirs_s:.1f} s{computed} | {ours_s:.1f} s "
+        f"| {statistics.median(shares):.2f}{each} | {aim.at_most} |"
     )
 
 
 def _details(progress: Progress) -> Iterator[str]:
     """Stage by stage, and the figures of both sides beside each other."""
-    plain = progress.side("plain")
     for name in ("whole", "no-why"):
-        ours = progress.side(name)
-        if plain is not None and ours is not None:
+        if pairs := progress.pairs(name):
+            plain, ours = ([pair[which] for pair in pairs] for which in (0, 1))
             yield f"-- {name}"
-            yield from stage_table([plain], [ours])
-            yield from figure_table([plain], [ours])[0]
+            yield from stage_table(plain, ours)
+            yield from figure_table(plain, ours)[0]
     for name in ("fine-tunes-4", "fine-tunes-84"):
-        if (ours := progress.side(name)) is not None:
-            yield f"-- {name}: {ours.total_s:.1f} s"
-            yield from (f"  {seconds:8.1f}  {stage}" for stage, seconds in ours.stages_s.items())
+        if (tuned := progress.side(name)) is not None:
+            yield f"-- {name}: {tuned.total_s:.1f} s"
+            yield from (f"  {seconds:8.1f}  {stage}" for stage, seconds in tuned.stages_s.items())
 
 
 def main() -> int:
@@ -255,6 +288,7 @@ def main() -> int:
     parser.add_argument(
         "--step", action="append", dest="steps", help="only this one, if it is left; repeat it for several"
     )
+    parser.add_argument("--repeats", type=int, default=1, help="of the plain script and what is compared with it")
     parser.add_argument("--seconds", type=float, default=540.0, help="how long to go on (default: 540)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if installed_gpus() else "cpu")
     parser.add_argument("--folder", type=Path, default=_FOLDER, help="60 GB for the usual shapes")
