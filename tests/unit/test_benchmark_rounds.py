@@ -451,6 +451,23 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(
     assert ear.failed() == {}
 
 
+@pytest.mark.parametrize("why", [False, True], ids=["quality first", "quality last"])
+def test_a_fault_after_the_quality_was_measured_leaves_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, why: bool
+) -> None:
+    def fault(row: RowBenchmark) -> DeviceError | None:
+        is_baseline = row.model.subject.folder.name == "llama"
+        return DeviceError("gone") if is_baseline and row.rounds == 2 else None
+
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=why))
+    monkeypatch.setattr(RowBenchmark, "fault", property(fault))
+    ear = run(home)
+    assert ear.failed() == {}
+    baseline = ear.measured()[1].measurement
+    assert baseline.perplexity is not None
+    assert "quality" not in (baseline.details.not_measured or {})
+
+
 class HeardCaptures(Captures):
     """Captures that tell what is asked of them, and whether any model was loaded then. Without a GPU none is made."""
 

@@ -192,7 +192,8 @@ class Rounds:
             return
         if turn.fault is not None:
             # Nothing else can be measured on this device, and nobody else is charged with it.
-            turn.benchmark.give_up_quality(str(turn.fault))
+            if turn.quality_comes_last:
+                turn.benchmark.give_up_quality(str(turn.fault))
         elif self._models.are_together and (turn.is_captured or turn.quality_comes_last):
             self._waiting.append(turn)
             return
