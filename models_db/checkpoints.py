@@ -68,9 +68,7 @@ def checkpoints_at(session: Session, paths: Collection[str], *, lock: bool = Fal
     """
     found: list[Checkpoint] = []
     for chunk in in_chunks(sorted(paths)):
-        # The key as it is would lead SQLite to look up each row by the index of keys.
-        order = (Checkpoint.path, Checkpoint.key.concat(""))
-        query = select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(*order)
+        query = select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(Checkpoint.path, Checkpoint.key)
         found += session.scalars(query.with_for_update() if lock else query)
     return found
 

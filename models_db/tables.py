@@ -193,7 +193,7 @@ class Checkpoint(Base):
     __tablename__ = "checkpoints"
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
-    path: Mapped[str] = mapped_column(Text)
+    path: Mapped[str] = mapped_column(Text, index=True)
     root_sha256: Mapped[str] = mapped_column(String(64))
     disk_bytes: Mapped[int] = mapped_column(BigInteger)
     # The job that wrote it; null after that job was pruned.

@@ -50,7 +50,7 @@ from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.schema import upgrade
 from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.speed_lookup import find_known_speeds
-from qbatch.models_db.tables import Arrival, Job
+from qbatch.models_db.tables import Arrival, Job, Result
 from qbatch.models_db.time_left import time_left
 from qbatch.models_db.watching import Watcher
 from qbatch.scheduler.submission_lookup import SubmissionLookup
@@ -219,7 +219,8 @@ def _cards(session: Session) -> object:
 
 
 def _takes_out(session: Session) -> object:
-    path = session.execute(text("SELECT path FROM checkpoints LIMIT 1")).scalar_one()
+    path = session.execute(select(Result.checkpoint_path).where(Result.job_id == _a_result(session))).scalar_one()
+    assert path is not None
     checkpoints.checkpoints_at(session, [path], lock=True)
     return checkpoints.take_out(session, path)
 
@@ -391,10 +392,11 @@ def test_no_statement_has_a_value_for_each_row_that_is_asked_for(filled: Databas
     assert most <= VALUES_AT_ONCE + 20
 
 
-def test_a_checkpoint_is_not_looked_for_in_the_order_of_keys(filled: Database) -> None:
-    """Paths have no index, so each row is read; each by an index would take ten times as long."""
-    for statement, plan in plans(filled, _takes_out).items():
-        assert not _LOOKS_UP_EACH.search(plan), f"{statement}\n{plan}"
+def test_what_removes_a_checkpoint_finds_it_by_its_path(filled: Database) -> None:
+    found = plans(filled, _takes_out)
+    assert any("ix_checkpoints_path" in plan for plan in found.values())
+    for statement, plan in found.items():
+        assert not re.search(r"(SCAN|Seq Scan on) checkpoints", plan), f"{statement}\n{plan}"
 
 
 _READS_THE_BACKLOG = re.compile(
