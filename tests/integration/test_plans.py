@@ -418,15 +418,10 @@ def test_what_is_sent_and_claimed_is_not_found_among_all_that_waits(filled: Data
 )
 def test_these_take_no_more_with_a_longer_backlog(sqlite_database: Database, tmp_path: Path, name: str) -> None:
     steps = []
-    for queued in (600, 6000):
-        file = tmp_path / f"{queued}.db"
-        shutil.copy(tmp_path / "qbatch.db", file)
-        database = Database(f"sqlite:///{file}")
-        fill(database, Sizes(jobs=queued + 600, large=100, queued=queued))
+    for database in _copies(tmp_path, *(Sizes(jobs=queued + 600, large=100, queued=queued) for queued in (600, 6000))):
         with database.write() as session:
             choose(session)
         steps.append(_steps(database, ACTIONS[name]))
-        database.dispose()
     assert steps[1] < 1.5 * steps[0]
 
 
@@ -435,32 +430,34 @@ def test_first_rows_of_a_filter_are_no_more_with_a_longer_history(
     sqlite_database: Database, tmp_path: Path, name: str
 ) -> None:
     """SQLite says that it scans the jobs, and ends with the last row that is shown. PostgreSQL walks an index."""
-    steps = []
-    for ended in (1200, 6000):
-        file = tmp_path / f"{ended}.db"
-        shutil.copy(tmp_path / "qbatch.db", file)
-        database = Database(f"sqlite:///{file}")
-        fill(database, Sizes(jobs=ended + 600, large=100, queued=600))
-        steps.append(_steps(database, lambda session: results.find_results(session, only=_FILTERS[name], limit=5)))
-        database.dispose()
+    steps = [
+        _steps(database, lambda session: results.find_results(session, only=_FILTERS[name], limit=5))
+        for database in _copies(tmp_path, *(Sizes(jobs=ended + 600, large=100, queued=600) for ended in (1200, 6000)))
+    ]
     assert steps[1] < 1.5 * steps[0]
 
 
 @pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open", "a submit ends"])
 def test_these_take_no_more_with_a_longer_history(sqlite_database: Database, tmp_path: Path, name: str) -> None:
     steps = []
-    for ended in (900, 6000):
-        file = tmp_path / f"{ended}.db"
-        shutil.copy(tmp_path / "qbatch.db", file)
-        database = Database(f"sqlite:///{file}")
-        fill(database, Sizes(jobs=ended + 600, large=100, queued=600))
+    for database in _copies(tmp_path, *(Sizes(jobs=ended + 600, large=100, queued=600) for ended in (900, 6000))):
         with database.write() as session:
             choose(session)
             sent = session.scalars(select(Job.id).where(Job.dispatch_id > "")).all()
             jobs.claim(session, sent, workers.live(session, _LEASE_S)[-1].id, _LEASE_S)
         steps.append(_steps(database, ACTIONS[name]))
-        database.dispose()
     assert steps[1] < 1.5 * steps[0]
+
+
+def _copies(folder: Path, *sizes: Sizes) -> Iterator[Database]:
+    """Copies of the empty database of ``sqlite_database``, filled."""
+    for number, size in enumerate(sizes):
+        file = folder / f"{number}.db"
+        shutil.copy(folder / "qbatch.db", file)
+        database = Database(f"sqlite:///{file}")
+        fill(database, size)
+        yield database
+        database.dispose()
 
 
 def _steps(database: Database, action: Action) -> int:

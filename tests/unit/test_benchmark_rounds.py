@@ -509,8 +509,12 @@ def test_kernels_are_measured_when_no_model_is_loaded_here(
     assert [(count, held - before) for count, held in HeardCaptures.heard] == asked
 
 
-def asking_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but that nothing is captured."""
+def plenty(_models: LoadedModels) -> bool:
+    return True
+
+
+def asking_why(monkeypatch: pytest.MonkeyPatch, room: Callable[[LoadedModels], bool] = plenty) -> None:
+    """As on a GPU, but that nothing is captured. ``room``: whether another process can load the same models."""
     shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
     monkeypatch.setattr("qbatch.worker.measuring.why.capture.Captures", HeardCaptures)
     monkeypatch.setattr(RowBenchmark, "captured_shape", property(lambda row: shape if row.rounds == 2 else None))
@@ -518,6 +522,7 @@ def asking_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelBenchmark, "is_explainable", always, raising=False)
     monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=True))
     monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded: None)
+    monkeypatch.setattr(LoadedModels, "have_room_for_copies", room)
     HeardCaptures.heard.clear()
     HeardCaptures.prepared.clear()
 
@@ -542,7 +547,6 @@ def test_where_two_of_each_model_fit_quality_is_measured_while_others_load(
 ) -> None:
     """After the last round: what another process takes must not count in the memory of models that are timed alone."""
     asking_why(monkeypatch)
-    monkeypatch.setattr(LoadedModels, "have_room_for_copies", lambda _models: True)
     found = judged(monkeypatch)
     ear = run(home)
     assert found == [(1, 1), (6, 3), (6, 3)], "the baseline's outputs are kept at once"
@@ -564,8 +568,7 @@ def unusable(_models: LoadedModels) -> bool:
 def test_without_memory_for_copies_nothing_is_loaded_ahead(
     home: Path, monkeypatch: pytest.MonkeyPatch, room: Callable[[LoadedModels], bool]
 ) -> None:
-    asking_why(monkeypatch)
-    monkeypatch.setattr(LoadedModels, "have_room_for_copies", room)
+    asking_why(monkeypatch, room)
     found = judged(monkeypatch)
     assert run(home).measured().keys() == {1, 2, 3}
     assert found == [(1, 1), (6, 3), (6, 3)]
@@ -607,7 +610,6 @@ def test_memory_that_runs_out_during_quality_is_freed_and_charges_nobody(
 ) -> None:
     """Nor does it cost the comparison that would have been made with the memory."""
     asking_why(monkeypatch)
-    monkeypatch.setattr(LoadedModels, "have_room_for_copies", lambda _models: True)
     original, held, before = model_benchmark.compare, list[int](), llamas()
 
     def short_of_memory(*arguments: Any, **options: Any) -> Any:

@@ -105,7 +105,7 @@ FORKING_RUNNER = """
 import os, select, time
 from dataclasses import replace
 from pathlib import Path
-from qbatch.worker.measuring.why import decode_kernels
+from qbatch.worker.measuring.why import kernels_process
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.kernels_server import fork_server
 from tests.unit.test_captures import REQUEST, reasons
@@ -118,7 +118,7 @@ took_s = time.perf_counter() - begin_s
 os.close(of_worker)
 has_ended = select.select([ours], [], [], 10)[0] == [ours]
 print(server.process.pid, has_ended, server.process.num_threads(), took_s, answer[0][1])
-decode_kernels.measure_all = lambda tasks, models: 1 / 0
+kernels_process.measure_all = lambda tasks, models: 1 / 0
 with Captures(fork_server(), log_path=Path("log")) as failing:
     print(reasons(failing.kernels([replace(REQUEST, device="cpu")])[0])[0][1], flush=True)
 time.sleep(600)

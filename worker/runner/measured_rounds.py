@@ -142,9 +142,9 @@ class Rounds:
         if not left:
             return
         self._reports.send(NothingTimed())
-        captured = self._captured(turns)
-        if captured and self._models.are_together and self._is_room_for_copies():
-            captures.prepare([request for _, _, request in captured])
+        requests = [request for _, _, request in self._captured(turns)] if self._models.are_together else []
+        if requests and self._is_room_for_copies():
+            captures.prepare(requests)
         for turn in left:
             with self._reports.failing(turn.jobs), self._if_published(turn, turn.benchmark.give_up_quality):
                 self._or_alone(partial(self._measure_quality, turn), captures.release)

@@ -1,4 +1,4 @@
-"""Request the kernels of decode steps: the client of ``qbatch.worker.measuring.why.decode_kernels``."""
+"""Request the kernels of decode steps: the client of ``qbatch.worker.measuring.why.kernels_process``."""
 
 from __future__ import annotations
 

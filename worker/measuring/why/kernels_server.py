@@ -19,7 +19,7 @@ from typing import IO
 import psutil
 
 from qbatch.scheduler.child_process import end_with_parent
-from qbatch.worker.measuring.why.decode_kernels import serve
+from qbatch.worker.measuring.why.kernels_process import serve
 
 _STREAMS = (0, 1, 2)
 _END_S = 5.0
@@ -59,7 +59,7 @@ def fork_server() -> KernelsServer:
 def start_server() -> KernelsServer:
     """Start a process anew: its first answer waits for its imports."""
     process = psutil.Popen(
-        [sys.executable, "-P", "-m", "qbatch.worker.measuring.why.decode_kernels"],
+        [sys.executable, "-P", "-m", "qbatch.worker.measuring.why.kernels_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
