@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from qbatch.core.digest import CHUNK_BYTES, digest_file
+from qbatch.worker.files.writeback import start_writeback
 from qbatch.worker.quantizing.planning.layout import FileLayout
 from qbatch.worker.quantizing.streaming import output_file
 from qbatch.worker.quantizing.streaming.output_file import OutputFile
-from qbatch.worker.quantizing.streaming.writeback import start_writeback
 
 HEAD = bytes(8)
 LAYOUT = FileLayout(name="weights", head=HEAD, outputs=(), starts={}, size=len(HEAD) + 2 * CHUNK_BYTES)

@@ -39,6 +39,7 @@ from qbatch.worker.files.reference_folders import (
     stored_references,
     temporary_name,
 )
+from qbatch.worker.files.writeback import start_writeback
 from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
 from qbatch.worker.measuring.quality.floor import arithmetic_floor
 from qbatch.worker.measuring.quality.probes import Probe, probes_hash, probes_of
@@ -345,7 +346,10 @@ def _write_all(tensors: Iterator[torch.Tensor | None], staging: Path, max_bytes:
         written += len(content)
         if number and written > max_bytes:
             return number
-        _probe(staging, number).write_bytes(content)
+        with _probe(staging, number).open("wb") as file:
+            file.write(content)
+            file.flush()
+            start_writeback(file.fileno(), 0, len(content))
     return number + 1
 
 

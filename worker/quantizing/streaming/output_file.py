@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 from qbatch.core.digest import CHUNK_BYTES, FileDigest
+from qbatch.worker.files.writeback import start_writeback
 from qbatch.worker.quantizing.planning.layout import FileLayout
 from qbatch.worker.quantizing.streaming.preallocate import preallocate
-from qbatch.worker.quantizing.streaming.writeback import start_writeback
 
 _HASH_READ_BYTES = 2**22
 
