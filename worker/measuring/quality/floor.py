@@ -12,7 +12,7 @@ from qbatch.core.errors import CudaOom, HostOom
 from qbatch.core.measured.quality_figures import Quality, QualityFloor
 from qbatch.worker.machine.device_faults import device_fault
 from qbatch.worker.machine.host_memory import available_memory
-from qbatch.worker.measuring.quality.divergence import Divergence, divergence, summarize_divergence
+from qbatch.worker.measuring.quality.divergence import divergence, summarize_divergence
 from qbatch.worker.measuring.quality.probes import Probe
 from qbatch.worker.measuring.quality.replay import embedding_of, logits_of
 from qbatch.worker.measuring.quality.similarity import compare_embeddings
@@ -67,9 +67,12 @@ def _floor_of(quality: Quality) -> QualityFloor:
 
 
 def _divergence(loaded: LoadedModel, probes: Sequence[Probe]) -> Quality:
-    rounded = [logits_of(loaded.model, probe, loaded.device).cpu() for probe in probes]
+    rounded = [logits_of(loaded.model, probe, loaded.device) for probe in probes]
     with _in_float32(loaded.model):
-        divergences = [_from_float32(loaded, probe, logits) for probe, logits in zip(probes, rounded, strict=True)]
+        divergences = [
+            divergence(logits_of(loaded.model, probe, loaded.device), logits, probe.targets)
+            for probe, logits in zip(probes, rounded, strict=True)
+        ]
     return summarize_divergence(divergences)
 
 
@@ -98,11 +101,6 @@ def _fits_in_float32(loaded: LoadedModel) -> bool:
 
 def _floats(model: Any) -> list[torch.Tensor]:
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-
-
-def _from_float32(loaded: LoadedModel, probe: Probe, rounded: torch.Tensor) -> Divergence:
-    exact = logits_of(loaded.model, probe, loaded.device)
-    return divergence(exact, rounded.to(loaded.device), probe.targets)
 
 
 @contextmanager
