@@ -84,13 +84,14 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
     begin_s = time.perf_counter()
     with (work / "qbatch.log").open("ab") as log:
         done = subprocess.run(
-            argv, stdout=subprocess.PIPE, stderr=log, check=True, env=os.environ | {"QBATCH_HOME": str(home)}
+            argv, stdout=subprocess.PIPE, stderr=log, check=False, env=os.environ | {"QBATCH_HOME": str(home)}
         )
     total_s = time.perf_counter() - begin_s
-    rows = {(Path(row["model"]).name, row["bits"]): _figures(row) for row in json.loads(done.stdout)}
     logs = work / LOGS
     shutil.rmtree(logs, ignore_errors=True)
     shutil.move(home / "storage" / "logs", logs)
+    done.check_returncode()
+    rows = {(Path(row["model"]).name, row["bits"]): _figures(row) for row in json.loads(done.stdout)}
     stages = _stages(logs)
     shutil.rmtree(home)
     stages["start, end and waiting"] = total_s - sum(stages.values())

@@ -77,16 +77,16 @@ class Progress:
         self._folder: Path = arguments.folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         compared = (
-            Step(name="plain", expected_s=430, run=lambda name: self._side(name, run_plain, self._shapes())),
-            Step(name="whole", expected_s=270, run=lambda name: self._side(name, run_qbatch, self._shapes())),
+            Step(name="plain", expected_s=240, run=lambda name: self._side(name, run_plain, self._shapes())),
+            Step(name="whole", expected_s=170, run=lambda name: self._side(name, run_qbatch, self._shapes())),
             Step(
-                name="no-why", expected_s=200, run=lambda name: self._side(name, run_qbatch, self._shapes(), why=False)
+                name="no-why", expected_s=155, run=lambda name: self._side(name, run_qbatch, self._shapes(), why=False)
             ),
         )
         self.steps = (
             *(replace(step, number=number) for number in range(1, arguments.repeats + 1) for step in compared),
-            Step(name="fine-tunes-4", expected_s=90, run=lambda name: self._tuned(name, "4")),
-            Step(name="fine-tunes-84", expected_s=180, run=lambda name: self._tuned(name, "8,4")),
+            Step(name="fine-tunes-4", expected_s=85, run=lambda name: self._tuned(name, "4")),
+            Step(name="fine-tunes-84", expected_s=290, run=lambda name: self._tuned(name, "8,4")),
             Step(name="alike", expected_s=60, run=lambda _: self._alike()),
         )
 
@@ -149,14 +149,20 @@ class Progress:
         needed = sum(file.stat().st_size for model in models for file in model.iterdir())
         if (free := shutil.disk_usage(work).free) < needed:
             raise RuntimeError(f"{needed / 1e9:.0f} GB are needed in {work}, and {free / 1e9:.0f} are free")
-        side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
-        if (work / LOGS).exists():
-            shutil.rmtree(self._folder / LOGS / name, ignore_errors=True)
-            (self._folder / LOGS).mkdir(exist_ok=True)
-            shutil.move(work / LOGS, self._folder / LOGS / name)
+        try:
+            side = run(models, work, Namespace(bits=bits, why=why, speed=speed, device=self._arguments.device))
+        finally:
+            self._keep_logs(work / LOGS, name)
         shutil.rmtree(work)
         rows = [[model, width, figures] for (model, width), figures in side.rows.items()]
         return {"total_s": side.total_s, "stages_s": side.stages_s, "rows": rows}
+
+    def _keep_logs(self, logs: Path, name: str) -> None:
+        if logs.exists():
+            kept = self._folder / LOGS / name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            shutil.move(logs, kept)
 
     def _tuned(self, name: str, bits: str) -> Mapping[str, Any]:
         speed = OF_A_SHAPE if self._arguments.device == "cuda" else EACH  # a CPU's speed is not shared

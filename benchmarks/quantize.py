@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from benchmarks.report import log
 from qbatch.core.digest import digest_file, root_sha256
 from qbatch.core.domain import DType, Method, Scheme
 from qbatch.worker.machine.gpu import installed_gpus
+from qbatch.worker.machine.imports import MODEL_LIBRARIES, import_without_gpu
 
 GIB = 2**30
 _SCHEMES = {
@@ -174,6 +175,17 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def import_for_forks(shapes: Sequence[str]) -> None:
+    """Import what every fork starts with: torch, transformers, and the models of ``shapes``. CUDA is left to the forks:
+    transformers imports torchao where it is installed, which would start CUDA here."""
+    import_without_gpu(MODEL_LIBRARIES)
+    import transformers
+
+    for shape in shapes:
+        # transformers imports a model's module when one of its attributes is first accessed.
+        getattr(transformers, SHAPES[shape][0])
+
+
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function`` in a fork of this process, which has imported torch and transformers, but not started CUDA."""
     with multiprocessing.get_context("fork").Pool(1, initializer=_finish_imports) as pool:
@@ -284,13 +296,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary directory)")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import accelerate  # noqa: F401 - what every fork starts with
-    import transformers
-
     shapes = arguments.shapes or (["llama-8b", "bloom-1b7"] if arguments.device == "cuda" else ["300m"])
-    for shape in shapes:
-        # transformers imports a model's module when one of its attributes is first accessed.
-        getattr(transformers, SHAPES[shape][0])
+    import_for_forks(shapes)
     identical = [_measure_in_folder(arguments, shape) for shape in shapes]
     return 0 if all(identical) else 1
 

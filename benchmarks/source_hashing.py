@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.quantize import GIB, Task, in_fresh_process, streamed
+from benchmarks.quantize import GIB, Task, import_for_forks, in_fresh_process, streamed
 from benchmarks.random_source import SHAPES, build_source
 from qbatch.core.digest import Checksums
 from qbatch.core.domain import DType
@@ -142,10 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ("llama-8b" if arguments.device == "cuda" else "300m")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import accelerate  # noqa: F401 - what every fork starts with
-    import transformers
-
-    getattr(transformers, SHAPES[arguments.shape][0])
+    import_for_forks([arguments.shape])
     work = Path(tempfile.mkdtemp(prefix="qbatch-bench-", dir=arguments.folder))
     try:
         nbytes = in_fresh_process(build_source, arguments.shape, work / "source")

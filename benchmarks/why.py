@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantize import in_fresh_process
+from benchmarks.quantize import import_for_forks, in_fresh_process
 from benchmarks.random_source import SHAPES, build_source
 from benchmarks.report import show
 from qbatch.core.domain import BASELINE, DType, Method, Protocol, Scheme
@@ -412,11 +412,7 @@ def main() -> int:
         print("this machine has no NVIDIA GPU, so there is nothing to analyze")
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import accelerate  # noqa: F401 - what every fork starts with
-    import transformers
-
-    # transformers imports a model's module when one of its attributes is first accessed.
-    getattr(transformers, SHAPES[arguments.shape][0])
+    import_for_forks([arguments.shape])
     work = Path(tempfile.mkdtemp(prefix="qbatch-why-", dir=arguments.folder))
     try:
         lines, agree = _in_folder(arguments, work)

@@ -122,12 +122,6 @@ class Protocol:
         return self.rounds if self.speed else 0
 
     @property
-    def quality_comes_last(self) -> bool:
-        """Whether a checkpoint's quality is measured after its rounds: so the process that explains its speed can load
-        it meanwhile, which earlier would count in the memory of the models that are measured alone."""
-        return self.quality and self.why and self.speed_rounds > 1
-
-    @property
     def hash(self) -> str:
         return content_hash(self.to_json())
 

@@ -25,7 +25,6 @@ from qbatch.core.domain import (
     Stage,
 )
 from qbatch.core.errors import CudaOom
-from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.core.measured.speed_figures import PhaseTimes
 from qbatch.core.search.bound import Bound
 from qbatch.worker.models import load as loading
@@ -102,42 +101,6 @@ def test_beside_a_baseline_what_was_tried_is_loaded_again(source: Path, loads: l
     assert ear.failed() == {}
     assert loaded_for_turns(ear)[:2] == [(1,), (2,)]
     assert len(loads) == 4
-
-
-def asking_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    protocol = replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, why=True)
-    monkeypatch.setattr(ProtocolOptions, "for_device", lambda _options, _kind: protocol)
-
-
-def test_what_is_compared_after_its_rounds_is_the_first_even_beside_a_baseline(
-    source: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asking_why(monkeypatch)
-    ear = run_bundle(source, {1: BASELINE, 2: INT8})
-    assert ear.failed() == {}
-    assert loaded_for_turns(ear) == [(1,), (2,)]
-    assert loads[:2] == ["2-1", source.name]
-    assert len(loads) == 3
-    assert ear.measurements()[2].kl_mean is not None
-
-
-def test_a_model_whose_speed_is_known_waits_for_the_outputs_of_its_baseline(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has one turn, in which it is compared."""
-    asking_why(monkeypatch)
-    timed = run_bundle(source, {1: BASELINE, 2: INT8}).measurements()
-    other = tmp_path / "other"
-    tiny.make_causal(other / "llama", seed=1)
-    known = {number + 2: KnownSpeed(job_id=f"j{number}", figures=figures) for number, figures in timed.items()}
-    monkeypatch.setattr("qbatch.worker.runner.bundle.agreeing", lambda _speeds, _models: known)
-    ear = run_bundle(other / "llama", {3: BASELINE, 4: INT8})
-    assert ear.failed() == {}
-    assert loaded_for_turns(ear) == [(3,), (4,)]
-    row = ear.measurements()[4]
-    assert row.details.speed_from == "j2"
-    assert row.kl_mean is not None
 
 
 def test_of_several_the_first_that_was_tried_is_held(source: Path, loads: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""Measure the models of a bundle in rounds, in each of which every model has a turn.
+"""Measure the models of a bundle in rounds: in each round every model has a turn, in the first the baseline first.
 
 The speed of a host varies from minute to minute. Taking turns makes a slow minute affect all models that are compared.
 In the first round each model is alone on the device, and its memory is measured. In later rounds the models stay loaded
 together if they fit. A baseline's quality is measured in the first round. That of the others comes after the last if
-another process is to capture them. The first model is the one that is still loaded from its trial, or the baseline.
+another process is to capture them: it can load them meanwhile, and earlier it would count in the memory of those that
+are measured alone. Without a baseline, the first is the one that is still loaded from its trial.
 """
 
 from __future__ import annotations
@@ -70,14 +71,10 @@ class _Turn:
         return any(row.captured_shape is not None for row in self.rows.values())
 
     @property
-    def is_compared(self) -> bool:
-        """Whether its quality is measured, and compared with that of a baseline if there is one."""
-        return self.protocol.quality and self.model.published is not None
-
-    @property
     def quality_comes_last(self) -> bool:
-        """Whether its quality is measured after its rounds. A model whose speed is known has none."""
-        return self.is_compared and self.protocol.quality_comes_last and self.rounds > 1
+        """Whether its quality is measured after its rounds."""
+        asked = self.protocol.quality and self.protocol.why
+        return asked and self.rounds > 1 and self.model.published is not None
 
     @property
     def fault(self) -> DeviceError | None:
@@ -122,7 +119,9 @@ class Rounds:
         from qbatch.worker.measuring.why.capture import Captures
 
         warmed = WarmedShapes()
-        self._turns = self._unmeasured = self._ordered([self._turn(model, speeds, warmed) for model in models])
+        # One that is loaded, since it was tried, is the first.
+        ordered = sorted(models, key=lambda model: self._models.get(model.ids) is None)
+        self._turns = self._unmeasured = [self._turn(model, speeds, warmed) for model in ordered]
         last = max((turn.rounds for turn in self._turns), default=0)
         with Captures(self._kernels_server, log_path=self._order.log_path) as captures:
             for number in range(1, last + 1):
@@ -156,17 +155,6 @@ class Rounds:
         except RuntimeError as error:  # a fault of the device, with which the next to use it is charged
             log.warning("no model is loaded ahead for its capture: %s", error)
             return False
-
-    def _ordered(self, turns: Sequence[_Turn]) -> list[_Turn]:
-        """The turns in the order of the first round: first the model that is loaded, since it was tried, unless it is
-        compared in this round with a baseline."""
-        has_baseline = any(turn.model.published is None for turn in turns)
-
-        def follows(turn: _Turn) -> bool:
-            is_compared_at_once = has_baseline and turn.is_compared and not turn.quality_comes_last
-            return is_compared_at_once or self._models.get(turn.jobs) is None
-
-        return sorted(turns, key=follows)
 
     def _turns_in(self, number: int) -> Sequence[_Turn]:
         """The turns of a round: there and back, so that a host that slows steadily favours no model, and the model that

@@ -51,14 +51,15 @@ class Publication:
         self._device = device
         self._loaded = loaded
         self._pauses = pauses
-        self._has_baseline = False
+        # Whether the bundle measures a baseline, with which the others are compared, before anything else.
+        self._begins_with_baseline = False
 
     def publish_all(self, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]) -> dict[str, Verified]:
         """The checkpoint of every quantized model, by its key.
 
         A published one that verifies is reused; otherwise it is written now, once for all jobs that need it.
         """
-        self._has_baseline = any(plans[0].settled.scheme.is_baseline for plans in models.values())
+        self._begins_with_baseline = any(plans[0].settled.scheme.is_baseline for plans in models.values())
         published: dict[str, Verified] = {}
         missing: list[tuple[Plan, ...]] = []
         for key, plans in models.items():
@@ -190,9 +191,7 @@ class Publication:
         if not any(plan.settled.protocol.runs_model for plan in plans):
             return NOT_ASKED_FOR
         settled = plans[0].settled
-        protocol = settled.protocol
-        begins_with_baseline = self._has_baseline and protocol.quality and not protocol.quality_comes_last
-        if self._loaded.holds_any or begins_with_baseline:
+        if self._loaded.holds_any or (self._begins_with_baseline and settled.protocol.quality):
             next_jobs = None
         if next_jobs is not None:
             self._complete(written.target.folder)
