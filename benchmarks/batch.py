@@ -89,7 +89,8 @@ def run_qbatch(models: Sequence[Path], work: Path, arguments: argparse.Namespace
     total_s = time.perf_counter() - begin_s
     logs = work / LOGS
     shutil.rmtree(logs, ignore_errors=True)
-    shutil.move(home / "storage" / "logs", logs)
+    if (of_runners := home / "storage" / "logs").exists():
+        shutil.move(of_runners, logs)
     done.check_returncode()
     rows = {(Path(row["model"]).name, row["bits"]): _figures(row) for row in json.loads(done.stdout)}
     stages = _stages(logs)
