@@ -403,6 +403,25 @@ def test_a_prepared_reference_is_adopted_and_never_written_twice(tmp_path: Path)
     assert [path.name for path in (tmp_path / "references").iterdir()] == ["a"]
 
 
+def test_all_of_each_stored_output_is_on_its_way_to_the_disk_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that little is left for the sync to wait for."""
+    sent: list[int] = []
+
+    def start(descriptor: int, start: int, nbytes: int) -> None:
+        assert (start, nbytes) == (0, os.fstat(descriptor).st_size)
+        sent.append(nbytes)
+
+    monkeypatch.setattr("qbatch.worker.measuring.quality.reference.start_writeback", start)
+    reference = prepare_reference(
+        loaded_on_cpu(tiny.make_causal(tmp_path / "llama")), QUICK, TEXT, tmp_path / "reference"
+    )
+    assert reference is not None
+    assert len(sent) == reference.probes
+    assert min(sent) > 0
+
+
 def test_the_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     base = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
     before = os.umask(0o022)

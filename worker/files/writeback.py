@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# Linux has it, and other systems do not.
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -15,6 +16,7 @@ def start_writeback(descriptor: int, start: int, nbytes: int) -> None:
     published would wait for all of it. This is only a hint: a file system that has no such thing is none the worse for
     it, and an error of the disk is reported by that sync.
     """
-    _libc.sync_file_range(
-        descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
-    )
+    if _sync_file_range is not None:
+        _sync_file_range(
+            descriptor, ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+        )
