@@ -101,8 +101,10 @@ def timed_job(row: ResultRow) -> str:
 
 def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
     """Whether the two are known not to have been timed in turns, so that the host's speed may have differed."""
-    interleaved_with = row.details.rounds.interleaved_with
-    return interleaved_with is not None and timed_job(baseline) not in interleaved_with
+    pairs = ((row, baseline), (baseline, row))
+    # One that ended with an error is named by those that were timed beside it, and is timed again by itself.
+    named = [(one.details.rounds.interleaved_with, timed_job(other)) for one, other in pairs]
+    return any(others is not None and job not in others for others, job in named)
 
 
 def _age(row: ResultRow) -> int:

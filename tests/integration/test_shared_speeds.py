@@ -236,6 +236,7 @@ def test_outliers_are_timed_for_every_model(worker: ProcesslessWorker, tmp_path:
     assert int8.details.rounds.interleaved_with == ()
     assert timed_apart(int8, base), "and a reader is told"
     assert not timed_apart(nf4, base)
+    assert timed_apart(base, int8), "from either side"
     assert [worker.loads(job_id) for job_id in (second[0], second[2])] == [1, 1]
 
 

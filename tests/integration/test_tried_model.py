@@ -28,6 +28,7 @@ from qbatch.core.errors import CudaOom
 from qbatch.core.measured.speed_figures import PhaseTimes
 from qbatch.core.search.bound import Bound
 from qbatch.worker.models import load as loading
+from qbatch.worker.quantizing.building.whole_model import WholeModel
 from qbatch.worker.runner import loaded_models, publication, trial
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.layer_searches import LayerSearches
@@ -101,6 +102,37 @@ def test_beside_a_baseline_what_was_tried_is_loaded_again(source: Path, loads: l
     assert ear.failed() == {}
     assert loaded_for_turns(ear)[:2] == [(1,), (2,)]
     assert len(loads) == 4
+
+
+def test_a_baseline_is_the_first_even_if_nothing_is_compared(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first generation of a process is a long one, and shortest with it."""
+    protocol = replace(QUICK, eval_text_sha256=TEXT_HASH, rounds=2, quality=False)
+    monkeypatch.setattr(ProtocolOptions, "for_device", lambda _options, _kind: protocol)
+    assert loaded_for_turns(run_bundle(source, {1: BASELINE, 2: INT8})) == [(1,), (2,), (1,)]
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_built_with_nothing_held_beside_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    write = WholeModel.write
+
+    def count(model: WholeModel, meter: Any) -> Any:
+        gc.collect()
+        held.append(sum(isinstance(one, LlamaForCausalLM) and one.device.type != "meta" for one in gc.get_objects()))
+        return write(model, meter)
+
+    monkeypatch.setattr(WholeModel, "write", count)
+    ear = run_bundle(source, {1: INT8, 2: Scheme(method=Method.TORCHAO_INT8)})
+    assert ear.failed() == {}
+    assert held == [0]
+
+
+def test_from_the_tried_models_first_step_on_a_fault_is_its_own(source: Path) -> None:
+    ear = run_bundle(source, {1: INT8, 2: OTHER_INT8})
+    entered = [m for m in ear.heard if isinstance(m, Entered)]
+    after = next(number for number, m in enumerate(entered) if m.stage is Stage.BENCHMARKING)
+    assert entered[after].job_ids == (1,)
+    assert entered[after - 1].stage is Stage.PUBLISHING
 
 
 def test_of_several_the_first_that_was_tried_is_held(source: Path, loads: list[str]) -> None:

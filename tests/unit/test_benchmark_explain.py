@@ -165,6 +165,15 @@ def test_of_a_mixture_only_the_experts_that_a_batch_can_choose(tmp_path: Path) -
     assert step_work(model, None, batch_size=8).weight_bytes == everything
 
 
+def test_each_sequence_computes_with_its_own_experts_alone(tmp_path: Path) -> None:
+    """However many are read for all of them."""
+    model = loaded_on_cpu(tiny.make_causal(tmp_path, "mixtral")).model
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    others = measure_size(model).num_parameters - EMBEDDING_BYTES // 2 - experts
+    for batch_size in (1, 2, 8):
+        assert step_work(model, None, batch_size=batch_size).flops == 2 * batch_size * (others + experts // 2)
+
+
 def test_experts_without_a_name_are_told_by_how_many_a_weight_stacks() -> None:
     shape = {**TEXT_SHAPE, "num_attention_heads": 8, "num_key_value_heads": 4, "kv_channels": 16}
     config = transformers.JetMoeConfig(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True, **shape)

@@ -37,6 +37,8 @@ from qbatch.worker.measuring.speed import generation as timed_generation
 from qbatch.worker.measuring.speed.phases import Round
 from qbatch.worker.measuring.why.capture import Captures
 from qbatch.worker.measuring.why.decode_kernels import KernelsRequest, Shape, StepKernels
+from qbatch.worker.measuring.why.explain import Explanation
+from qbatch.worker.models import load as loading
 from qbatch.worker.runner import loaded_models, process
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.loaded_models import Footprint, LoadedModels, fit_together
@@ -449,6 +451,51 @@ def test_a_fault_while_explaining_costs_the_explanation_alone(
     ear = run(home)
     assert ear.measured().keys() == {3}, "the first whose last round was over"
     assert ear.failed() == {}
+
+
+def test_a_fault_while_explaining_a_second_shape_charges_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is complete, and must not be captured on a device that is unusable: not even memory can be freed."""
+    asking_why(monkeypatch)
+    broken: list[int] = []
+
+    def observe(row: RowBenchmark, _loaded: Any) -> None:
+        row._why = Explanation(row._protocol, lambda _step: None)
+        if row._protocol.batch_size == 2:
+            row._why.fault = DeviceError("gone")
+            broken.append(row._protocol.batch_size)
+
+    def free() -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    shape = Shape(batch_size=1, prompt_tokens=16, new_tokens=4)
+    captured = property(lambda row: shape if row.rounds == 2 and row.fault is None else None)
+    monkeypatch.setattr(RowBenchmark, "observe", observe)
+    monkeypatch.setattr(RowBenchmark, "captured_shape", captured)
+    monkeypatch.setattr(loaded_models, "free_device_memory", free)
+    ear = run(home, 1, 2, schemes=(BASELINE,))
+    assert ear.failed() == {}
+    assert ear.measured().keys() == {1, 2}
+    assert [done.measurement.details.why.reason for done in ear.measured().values()] == ["gone", "gone"]
+
+
+def test_what_was_measured_before_a_load_failed_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded_models, "usable_bytes", lambda _device: 0)
+    loads, original = list[str](), loading.load
+
+    def load(folder: Path, **options: Any) -> Any:
+        loads.append(folder.name)
+        if loads.count(folder.name) == 2 and folder.name.startswith("bnb-int8"):
+            raise BenchmarkError("cannot load it: stale file handle")
+        return original(folder, **options)
+
+    monkeypatch.setattr(loading, "load", load)
+    ear = run(home)
+    assert ear.failed() == {}
+    int8 = ear.measured()[2].measurement
+    assert int8.details.not_measured == {"speed": "cannot load it: stale file handle"}
+    assert int8.kl_mean is not None
+    assert int8.decode_tokens_per_s is None
 
 
 @pytest.mark.parametrize("why", [False, True], ids=["quality first", "quality last"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from qbatch.core.errors import CudaOom, DeviceError, HostOom, JobError
 from qbatch.worker.measuring.speed.model_inputs import describe_inputs, noise_inputs
 from tests.shrunk import make, shrunk_config
 
@@ -41,6 +42,26 @@ FORMS = {
 }
 
 FIELDS = {"videoprism_vision_model": {"image_size": 36}}  # the usual size takes seconds
+
+
+FAULTS = {
+    "CUDA error: an illegal memory access was encountered": DeviceError,
+    "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": CudaOom,
+    "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory": HostOom,
+}
+
+
+@pytest.mark.parametrize(("said", "kind"), FAULTS.items(), ids=["device", "its memory", "the host's memory"])
+def test_a_fault_of_the_device_is_no_form_that_does_not_fit(said: str, kind: type[JobError]) -> None:
+    name, _ = FORMS["granite_speech5_ctc"]
+    model = make(getattr(transformers, name), shrunk_config("granite_speech5_ctc"))
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError(said)
+
+    model.register_forward_pre_hook(breaks)
+    with pytest.raises(kind):
+        noise_inputs(model, 2)
 
 
 @pytest.mark.parametrize("model_type", FORMS)

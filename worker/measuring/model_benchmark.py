@@ -154,9 +154,6 @@ class ModelBenchmark:
             text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), scores)
             for text in subject.protocol.more_texts
         }
-        if self._tasks.tasks is not None:
-            self.subject.on_step("tasks")
-        answered = run_tasks(self._tasks, loaded, self.subject.protocol, self.subject.on_step)
         perplexity = None if score is None else score.perplexity
         measured = self.measured
         self._measured = replace(
@@ -164,21 +161,37 @@ class ModelBenchmark:
             perplexity=_finite(perplexity),
             kl_mean=_finite(quality.kl_mean),
             top1_agreement=_finite(quality.top1_agreement),
-            answers=None if answered is None else answered.answers,
             details=replace(
                 measured.details,
                 perplexity=_stored_score(score, loaded),
                 quality=quality,
                 more_texts=more_texts or None,
-                tasks=None if answered is None else answered.scores,
-                tasks_reason=self._tasks.reason,
                 audits=replace(
                     measured.details.audits,
                     perplexity_not_finite=perplexity is not None and not math.isfinite(perplexity),
                 ),
             ),
         )
-        self._tasks = LoadedTasks(hashes={})
+        self._measure_tasks(loaded)
+
+    def _measure_tasks(self, loaded: LoadedModel) -> None:
+        """After what was measured before is kept: if the tasks fail, it stays."""
+        tasks, self._tasks = self._tasks, LoadedTasks(hashes={})
+        if tasks.tasks is not None:
+            self.subject.on_step("tasks")
+        answered, reason = None, tasks.reason
+        try:
+            answered = run_tasks(tasks, loaded, self.subject.protocol, self.subject.on_step)
+        except BenchmarkError as error:
+            reason = str(error)
+            raise
+        finally:
+            details = replace(
+                self.measured.details, tasks=None if answered is None else answered.scores, tasks_reason=reason
+            )
+            self._measured = replace(
+                self.measured, answers=None if answered is None else answered.answers, details=details
+            )
 
     def _further(
         self,

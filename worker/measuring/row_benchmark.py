@@ -30,6 +30,8 @@ from qbatch.worker.measuring.why.decode_kernels import Shape, StepKernels
 from qbatch.worker.measuring.why.explain import Explanation
 from qbatch.worker.models.load import LoadedModel
 
+_NOT_ANALYZED = "only the decoding of causal language models is analyzed"
+
 
 class RowBenchmark:
     """Measures a model at one protocol's shape, in rounds. If its speed is ``known``, it is not timed.
@@ -123,6 +125,11 @@ class RowBenchmark:
     def fault(self) -> DeviceError | None:
         return None if self._why is None else self._why.fault
 
+    def give_up_why(self, fault: DeviceError) -> None:
+        """Analyze nothing more of this row: the device became unusable, maybe with another row."""
+        if self._why is not None:
+            self._why.fault = self._why.fault or fault
+
     @property
     def captured_shape(self) -> Shape | None:
         """The shape at which the kernels of a decode step should be measured; None if they should not be."""
@@ -176,7 +183,13 @@ class RowBenchmark:
 
     def _with_reasons(self, row: Measurement) -> Measurement:
         """``row`` with why a part that was asked for is missing."""
-        reasons = {MeasuredPart.SPEED: self._why_no_speed, MeasuredPart.QUALITY: self.model.why_no_quality}
+        not_analyzed = self._why_no_speed if self.model.is_explainable else _NOT_ANALYZED
+        reasons = {
+            MeasuredPart.SPEED: self._why_no_speed,
+            MeasuredPart.QUALITY: self.model.why_no_quality,
+            MeasuredPart.WHY: not_analyzed,
+            MeasuredPart.ENERGY: not_analyzed,
+        }
         known = {part: reason for part, reason in reasons.items() if reason is not None}
         return without_parts(row, {part: reason for part, reason in known.items() if part in self._protocol.parts})
 

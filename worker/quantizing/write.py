@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
 
 
 def write_checkpoints(
-    source: Path, targets: Sequence[Target], *, dtype: DType, device: str, on_progress: Progress
+    source: Path,
+    targets: Sequence[Target],
+    *,
+    dtype: DType,
+    device: str,
+    on_progress: Progress,
+    before_whole: Callable[[], None] = lambda: None,
 ) -> Iterator[Written | Refused]:
     """Quantize ``source`` (a local safetensors folder), reading it once for all targets.
 
     ``dtype`` is the dtype of tensors that stay unquantized; ``device`` is "cpu" or "cuda:0". Targets that cannot be
-    streamed are written last, each by building its whole model. If the source is unusable, every target is refused
-    with the same error; if one target fails, the others continue. Raises only what ``on_progress`` raises.
+    streamed are written last, each by building its whole model; ``before_whole`` is called before each, to make room
+    for it. If the source is unusable, every target is refused with the same error; if one target fails, the others
+    continue. Raises only what ``on_progress`` and ``before_whole`` raise.
     """
     meter = Meter(on_progress)
     try:
@@ -41,7 +48,7 @@ def write_checkpoints(
     yield from (_with_note(outcome, stale) for outcome in outcomes if not isinstance(outcome, Deferred))
     deferred = [outcome for outcome in outcomes if isinstance(outcome, Deferred)]
     if deferred:
-        written = _write_whole(headers, source, deferred, dtype, device, meter)
+        written = _write_whole(headers, source, deferred, dtype, device, meter, before_whole)
         yield from (_with_note(outcome, stale) for outcome in written)
 
 
@@ -98,7 +105,13 @@ def _stream_from(
 
 
 def _write_whole(
-    headers: tuple[Header, ...], source: Path, deferred: list[Deferred], dtype: DType, device: str, meter: Meter
+    headers: tuple[Header, ...],
+    source: Path,
+    deferred: list[Deferred],
+    dtype: DType,
+    device: str,
+    meter: Meter,
+    before_each: Callable[[], None],
 ) -> Iterator[Written | Refused]:
     """Write the deferred targets one at a time, since each needs memory for the whole model. All are planned first."""
     from qbatch.worker.quantizing.building.whole_model import WholeModel
@@ -113,6 +126,7 @@ def _write_whole(
     remaining_bytes = sum(model.planned_bytes() for model in models)
     meter.plan(remaining_bytes)
     for model in models:
+        before_each()
         with quiet():
             outcome = model.write(meter)
         remaining_bytes -= model.planned_bytes()

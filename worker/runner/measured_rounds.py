@@ -185,13 +185,15 @@ class Rounds:
     def _take(self, turn: _Turn, *, is_first: bool, is_last: bool, captures: Captures) -> None:
         if not self._reports.open(turn.jobs):
             return
-        unmeasured = partial(self._rows.send_unmeasured, turn.model)
-        with self._reports.failing(turn.jobs), self._if_published(turn, unmeasured):
+        note = partial(self._rows.send_unmeasured, turn.model) if is_first else partial(self._give_up_rest, turn)
+        with self._reports.failing(turn.jobs), self._if_published(turn, note):
             self._measure(turn, is_first=is_first, is_last=is_last)
         if not is_last:
             return
         if turn.fault is not None:
             # Nothing else can be measured on this device, and nobody else is charged with it.
+            for row in turn.rows.values():
+                row.give_up_why(turn.fault)
             if turn.quality_comes_last:
                 turn.benchmark.give_up_quality(str(turn.fault))
         elif self._models.are_together and (turn.is_captured or turn.quality_comes_last):
@@ -201,7 +203,17 @@ class Rounds:
             self._measure_quality_last([turn], captures)
         self._finish([turn], captures)
 
+    def _give_up_rest(self, turn: _Turn, reason: str) -> None:
+        """Leave out what the turns of the model have not measured to the end, and keep the rest."""
+        for row in turn.rows.values():
+            row.give_up_speed(reason)
+        if turn.quality_comes_last:
+            turn.benchmark.give_up_quality(reason)
+
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool) -> None:
+        if is_first and self._models.get(turn.jobs) is not None:
+            # It was loaded for its trial. From here on a fault that ends the runner is its own.
+            self._reports.enter(turn.jobs, Stage.BENCHMARKING)
         with self._pauses.timing():
             self._or_alone(lambda: self._load(turn))
         if is_first:
@@ -299,7 +311,8 @@ class Rounds:
         more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}
         turn.benchmark.measure_quality(loaded, reference, more)
         if loaded.tokenizer is None:
-            turn.benchmark.note_not_compared(loaded.why_no_tokenizer or "it has no tokenizer")
+            for name in (None, *(text.name for text in texts)):
+                turn.benchmark.note_not_compared(loaded.why_no_tokenizer or "it has no tokenizer", text=name)
             return
         if reference is None:
             turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan))

@@ -51,7 +51,8 @@ class Publication:
         self._device = device
         self._loaded = loaded
         self._pauses = pauses
-        # Whether the bundle measures a baseline, with which the others are compared, before anything else.
+        # Whether the bundle measures a baseline, which comes before anything else: the others are compared with it, and
+        # it loses the least time with the first generation of a process, which is a long one.
         self._begins_with_baseline = False
 
     def publish_all(self, models: Mapping[str, tuple[Plan, ...]], paths: Mapping[str, str]) -> dict[str, Verified]:
@@ -114,6 +115,7 @@ class Publication:
                     dtype=models[0][0].settled.dtype,
                     device=self._device,
                     on_progress=progress,
+                    before_whole=self._loaded.unload,
                 )
                 published = self._publish_each(outcomes, by_folder)
             finally:
@@ -191,7 +193,7 @@ class Publication:
         if not any(plan.settled.protocol.runs_model for plan in plans):
             return NOT_ASKED_FOR
         settled = plans[0].settled
-        if self._loaded.holds_any or (self._begins_with_baseline and settled.protocol.quality):
+        if self._loaded.holds_any or self._begins_with_baseline:
             next_jobs = None
         if next_jobs is not None:
             self._complete(written.target.folder)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qbatch.core.errors import Unsupported
+from qbatch.core.errors import Unsupported, one_line
+from qbatch.worker.machine.device_faults import find_fault
 from qbatch.worker.measuring.speed.noise_forms import Inputs, hears_along, noise_forms
 
 
@@ -40,16 +41,17 @@ def one_token(model: Any) -> Inputs:
 def noise_inputs(model: Any, batch_size: int) -> Inputs:
     """Noise, for a model that does not read text alone: the first of the usual forms with which a forward pass runs.
 
-    Raises Unsupported if none does.
+    Raises Unsupported if none does, and CudaOom, HostOom or DeviceError for faults of the device.
     """
     said = None
     for inputs in noise_forms(model, batch_size, compares_with_text=_compares_with_text(model)):
         try:
             with torch.inference_mode():
                 model(**inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # another form may be the right one
+        except Exception as error:
+            if (fault := find_fault(error)) is not None:
+                raise fault.kind(one_line(fault.error)) from error
+            # Another form may be the right one.
             # Its frames hold what was computed, which would count as memory of the form that runs.
             said = said or error.with_traceback(None)
             continue

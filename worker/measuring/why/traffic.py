@@ -40,16 +40,18 @@ def step_work(model: Any, cache: Any, *, batch_size: int) -> StepWork:
 
     Raises BenchmarkError for a mixture of experts whose config does not say how many experts each token uses.
     """
-    share = active_expert_share(model.config.get_text_config(), batch_size)
+    config = model.config.get_text_config()
+    # Experts that any of the sequences can choose are read, and each sequence computes with its own.
+    read, used = active_expert_share(config, batch_size), active_expert_share(config, 1)
     weights = weights_of_model(model)
     weight_bytes, elements = 0.0, 0.0
     for module, parameters, is_expert in _weights_read(model):
-        if is_expert and share is None:
+        part_read, part_used = (read, used) if is_expert else (1.0, 1.0)
+        if part_read is None or part_used is None:
             raise BenchmarkError("the config does not say how many of its experts each token uses")
-        part = share if is_expert and share is not None else 1.0
         held = sum(tensor.nbytes for p in parameters for tensor in weights.held(p))
-        weight_bytes += part * (held + held_bytes(weights.state(module)))
-        elements += part * sum(weights.logical_elements(p) for p in parameters)
+        weight_bytes += part_read * (held + held_bytes(weights.state(module)))
+        elements += part_used * sum(weights.logical_elements(p) for p in parameters)
     return StepWork(weight_bytes=round(weight_bytes), cache_bytes=cache_bytes(cache), flops=2.0 * elements * batch_size)
 
 
