@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, Select, and_, func, literal, not_, or_, select, true, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
-from qbatch.models_db.few_jobs import IS_WAITING, STILL_WAITS
+from qbatch.models_db.few_jobs import IS_QUEUED, IS_WAITING, STILL_WAITS, WAITS_AGAIN
 from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
@@ -193,24 +194,63 @@ _UNDER_WAY = [select(_OTHER.bundle).where(condition) for condition in is_under_w
 _WRITTEN = [select(_OTHER.checkpoint_key).where(condition, _WRITES) for condition in is_under_way(_OTHER)]
 
 
+def is_due() -> ColumnElement[bool]:
+    """A job whose backoff is over."""
+    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
+
+
+def _finds_its_baseline() -> ColumnElement[bool]:
+    """A job whose baseline is not going to be measured again after it, or beside it: it would find nothing to be
+    compared with. That is so if an attempt of the baseline was lost. One that waits for a larger GPU, which there may
+    never be, is not waited for."""
+    is_running, is_sent = is_under_way(Job)
+    later = and_(WAITS_AGAIN, not_(is_due()))
+    # A job of the same bundle comes along with these.
+    now = (
+        and_(WAITS_AGAIN, is_due()),
+        and_(is_sent, IS_QUEUED, Job.attempt > 0),
+        and_(is_running, Job.attempt > 1),
+    )
+    return or_(
+        Job.method == Method.NONE,
+        and_(
+            _MODEL.not_in(_of_baselines(later, Job.batch_id, Job.location)),
+            *(
+                or_(
+                    _MODEL.not_in(_of_baselines(which, Job.batch_id, Job.location)),
+                    Job.bundle.in_(_of_baselines(which, Job.bundle)),
+                )
+                for which in now
+            ),
+        ),
+    )
+
+
+def _of_baselines(which: ColumnElement[bool], *columns: Any) -> Select[Any]:
+    baselines = select(*columns).where(which, Job.method == Method.NONE, Job.above_memory_bytes.is_(None))
+    # Not correlated, so that each is evaluated once for all jobs; there are few.
+    return baselines.correlate(None)
+
+
+_MODEL = tuple_(Job.batch_id, Job.location)
+_FINDS_ITS_BASELINE = _finds_its_baseline()
+
+
 def _is_ready(needs: QueueRange) -> ColumnElement[bool]:
     """Whether a waiting job may be dispatched.
 
     It must be due, and not too large; no part of its bundle may be under way, and no other bundle may be writing its
     checkpoint. The rest of a bundle waits for the part that was sent, because that part writes its checkpoints and may
-    include its baseline, and not every checkpoint key is known yet.
+    include its baseline, and not every checkpoint key is known yet. What is compared with a baseline whose attempt was
+    lost waits until that is done, or comes along with it.
     """
     return and_(
         is_due(),
+        _FINDS_ITS_BASELINE,
         true() if needs.largest is None else may_run_in(needs.largest),
         *(Job.bundle.not_in(bundles) for bundles in _UNDER_WAY),
         or_(Job.checkpoint_key.is_(None), and_(*(Job.checkpoint_key.not_in(keys) for keys in _WRITTEN))),
     )
-
-
-def is_due() -> ColumnElement[bool]:
-    """A job whose backoff is over."""
-    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
 
 
 def free(session: Session, *conditions: ColumnElement[bool], most: int | None = None) -> Sequence[int]:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.core.errors import BrokerUnreachable, CudaOom
+from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, window
 from qbatch.models_db.batches import NewJob
@@ -28,7 +29,7 @@ from qbatch.scheduler.dispatch import top_up
 from qbatch.scheduler.private_redis import redis_server_path
 from qbatch.scheduler.queues import queue_of, queues_of
 from qbatch.scheduler.reconcile import fail_jobs_without_gpu, resend_vanished
-from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states
+from tests.rows import a_batch, a_gpu, a_job, a_worker, bundle, claim, fail, states, succeed
 from tests.waiting import until
 
 CPU = queue_of(DeviceKind.CPU)
@@ -408,6 +409,52 @@ def test_what_ran_out_of_memory_goes_to_a_larger_class_its_mates_do_not(
     fail(database, token, CudaOom("CUDA out of memory"))
     assert top_up(database, broker, settings) == 1
     assert standing(database) == {baseline: LARGE} | dict.fromkeys(mates, SMALL)
+
+
+def test_after_its_worker_was_lost_a_baseline_goes_before_what_is_compared_with_it(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    """Alone, as everything that a lost worker had: otherwise the others would find no outputs to be compared with."""
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/a"), bundle("/b", Method.NONE, Method.NF4))
+    top_up(database, broker, settings)
+    baseline, *mates = ids[:3]
+    claim(database, ids[:3], worker)
+    is_lost(database, worker, works_on=baseline)
+    assert top_up(database, broker, settings) == 0, "it is not due"
+    assert standing(database).keys() == set(ids[3:]), "no other model waits for it"
+    change_job(database, baseline, not_before=None)
+    assert top_up(database, broker, settings) == 1
+    assert standing(database).keys() == {baseline, *ids[3:]}
+    (token,) = claim(database, [baseline], worker)
+    assert top_up(database, broker, settings) == 0, "it is running"
+    succeed(database, token)
+    assert top_up(database, broker, settings) == 2
+    assert standing(database).keys() >= set(mates)
+
+
+def test_what_was_handed_back_comes_along_with_its_baseline(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    worker = a_worker(database)
+    _, ids = a_batch(database, bundle("/a"))
+    top_up(database, broker, settings)
+    tokens = claim(database, ids, worker)
+    with database.write() as session:
+        jobs.hand_back(session, tokens)
+    assert top_up(database, broker, settings) == 1
+    assert standing(database).keys() == set(ids)
+
+
+def is_lost(database: Database, worker: int, *, works_on: int) -> None:
+    change_job(database, works_on, work_started=True)
+    with database.write() as session:
+        jobs.expire(session, limits=RetryLimits(backoff_s=60.0, max_failures=3), worker_id=worker)
+
+
+def change_job(database: Database, job_id: int, **values: object) -> None:
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(**values))
 
 
 def test_what_ran_out_of_memory_is_not_sent_to_a_cpu(database: Database, broker: Broker, settings: Settings) -> None:
