@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import Select, and_, case, func, select
 from sqlalchemy.orm import Session, aliased
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import JobState, Method
+from qbatch.core.measured.quality_figures import BASE_OUTPUTS_LOST, BASE_OUTPUTS_MISSING
 from qbatch.models_db.checkpoints import gone_paths
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import in_chunks
@@ -30,10 +31,12 @@ class FinishedPart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """A job with a result of its own. ``parts``: none for a baseline; an adapter, and the checkpoint that it belongs
-    to; else one."""
+    to; else one. ``lacks_outputs``: whether it was not compared, since there were no outputs of its baseline."""
 
     job_id: int
     parts: tuple[FinishedPart, ...]
+    finished_at: datetime
+    lacks_outputs: bool
 
 
 VERIFIED_FOR_S = 30 * 86_400.0
@@ -56,8 +59,31 @@ def find_finished(
         for row in session.execute(_finished(chunk, device_names)):
             parts = _finished_parts(row)
             if parts is not None and not any(part.path in gone for part in parts):
-                found[row.checkpoint_key, row.protocol_hash] = Finished(job_id=row.id, parts=parts)
+                found[row.checkpoint_key, row.protocol_hash] = Finished(
+                    job_id=row.id,
+                    parts=parts,
+                    finished_at=row.finished_at,
+                    lacks_outputs=(row.why_not_compared or "").startswith((BASE_OUTPUTS_MISSING, BASE_OUTPUTS_LOST)),
+                )
     return {pair: found[pair] for pair in wanted if pair in found}
+
+
+def answers_beside(
+    baselines: Collection[tuple[str, str]], finished: Mapping[tuple[str, str], Finished]
+) -> dict[tuple[str, str], Finished]:
+    """Those of ``finished`` that answer jobs of a bundle with these ``baselines``: none that was not compared, if the
+    baseline of its protocol is still to be measured, or was measured after it."""
+    of_protocol = {protocol_hash: finished.get((key, protocol_hash)) for key, protocol_hash in baselines}
+
+    def is_outdated(protocol_hash: str, one: Finished) -> bool:
+        baseline = of_protocol[protocol_hash]
+        return baseline is None or baseline.finished_at > one.finished_at
+
+    return {
+        (key, protocol_hash): one
+        for (key, protocol_hash), one in finished.items()
+        if not (one.lacks_outputs and protocol_hash in of_protocol and is_outdated(protocol_hash, one))
+    }
 
 
 def _finished_parts(row: Any) -> tuple[FinishedPart, ...] | None:
@@ -74,6 +100,10 @@ def _finished_parts(row: Any) -> tuple[FinishedPart, ...] | None:
 
 
 _BASE = aliased(Checkpoint)
+# Only where there may be a reason: to parse the details of many results takes time.
+_WHY_NOT_COMPARED = case(
+    (and_(Result.kl_mean.is_(None), Job.method != Method.NONE), Result.details["quality"]["reason"].as_string())
+)
 
 
 def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Select[Any]:
@@ -90,6 +120,7 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
     return (
         select(
             *(Job.id, Job.checkpoint_key, Result.protocol_hash, Result.checkpoint_path, Checkpoint.file_versions),
+            *(Job.finished_at, _WHY_NOT_COMPARED.label("why_not_compared")),
             *(Job.base_key, _BASE.path.label("base_path"), _BASE.file_versions.label("base_versions")),
             (_BASE.verified_at > db_now(-VERIFIED_FOR_S)).label("base_is_verified"),
         )

@@ -121,9 +121,10 @@ class SubmissionLookup:
         bundles = _with_known_skip_lists(session, bundles)
         flat = [one for bundle in bundles for one in bundle]
         legacy = {one.legacy_pair for one in flat if one.legacy_pair}
+        found = self._find_finished(session, [(one.spec.device, one.pair) for one in flat if one.pair])
         return LookedUp(
             bundles=bundles,
-            finished=self._find_finished(session, [(one.spec.device, one.pair) for one in flat if one.pair]),
+            finished={pair: one for bundle in bundles for pair, one in _answers(bundle, found).items()},
             old=set(finished_results.find_finished(session, legacy, device_names=None)),
         )
 
@@ -192,6 +193,15 @@ class SubmissionLookup:
             names = {name for device, name in self.devices if device is kind} or None
             finished |= finished_results.find_finished(session, pairs, device_names=names)
         return finished
+
+
+def _answers(
+    bundle: Sequence[RequestedJob], found: Mapping[tuple[str, str], Finished]
+) -> Mapping[tuple[str, str], Finished]:
+    """What answers jobs of this source."""
+    asked = {one.pair: one.spec.scheme.is_baseline for one in bundle if one.pair is not None}
+    baselines = {pair for pair, is_baseline in asked.items() if is_baseline}
+    return finished_results.answers_beside(baselines, {pair: found[pair] for pair in asked if pair in found})
 
 
 def inspect(source: SourceRef, specs: Sequence[JobSpec], mounts: Mounts) -> InspectedFolder | None:

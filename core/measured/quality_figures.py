@@ -12,6 +12,8 @@ from qbatch.core.stored_json import Stored, as_json, omitted_if_unknown, omitted
 _ERROR = "_stderr"
 ITS_OUTPUTS_NOT_FINITE = "its outputs are NaN or infinite"
 BASE_OUTPUTS_NOT_FINITE = "the outputs of its baseline are NaN or infinite"
+BASE_OUTPUTS_MISSING = "the outputs of its baseline are not stored"
+BASE_OUTPUTS_LOST = "the outputs of its baseline could not be stored"
 """Why a model is not compared with its base; see ``Quality.reason``."""
 
 

@@ -40,6 +40,7 @@ from qbatch.views.results_table import ResultsScreen, results_table
 from qbatch.views.speed_difference import speed_difference
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.messages import (
+    CheckpointVerified,
     Entered,
     Failed,
     FilesKnown,
@@ -110,6 +111,9 @@ class ProcesslessWorker:
     def send(self, message: RunnerMessage) -> None:
         self.heard.append(message)
         assert not isinstance(message, Failed), message
+        if isinstance(message, CheckpointVerified):
+            assert self.answers is not None
+            self.answers.verified(message)
         if isinstance(message, Measured):
             attempt = next(claim.attempt for claim in self.claims if claim.job_id == message.job_id)
             with self.database.write() as session:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qbatch.core.domain import Protocol, TextRef
 from qbatch.core.errors import DeviceError, JobError, SourceChanged
+from qbatch.core.measured.quality_figures import BASE_OUTPUTS_LOST, BASE_OUTPUTS_MISSING
 from qbatch.core.storage import BASE_OUTPUTS
 from qbatch.worker.files.staging import folder_of
 from qbatch.worker.models.architecture import ModelKind
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("qbatch.runner")
 
 _NO_REFERENCE = (
-    "the outputs of its baseline are not stored: it was not measured on such a device with these versions, or they "
-    "were removed to free space (`--force` measures it again)"
+    f"{BASE_OUTPUTS_MISSING}: it was not measured on such a device with these versions before, or they were removed to "
+    "free space (`--force` measures both again)"
 )
 _NOTHING_TO_COMPARE = "the text contains no token that can be scored or masked, so there is nothing to compare"
 
@@ -100,7 +101,7 @@ class BaseOutputs:
             raise
         except JobError as error:
             log.warning("j%s: %s; quality will not be compared with the baseline", plan.job_id, error)
-            self._not_kept[folder] = f"the outputs of its baseline could not be stored: {error}"
+            self._not_kept[folder] = f"{BASE_OUTPUTS_LOST}: {error}"
         free_device_memory()
         return scores
 

@@ -103,7 +103,9 @@ class Answers:
 
     def _by_key(self, session: Session, pairs: Mapping[int, tuple[str, str]]) -> dict[int, Finished]:
         finished = finished_results.find_finished(session, set(pairs.values()), device_names=[self._device_name])
-        return {n: finished[pair] for n, pair in pairs.items() if pair in finished}
+        baselines = {pair for n, pair in pairs.items() if self._claims[n].spec.scheme.is_baseline}
+        answers = finished_results.answers_beside(baselines, finished)
+        return {n: answers[pair] for n, pair in pairs.items() if pair in answers}
 
     def _state(self, part: FinishedPart) -> CheckpointState:
         if part.path in self._verified:
