@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import OPEN_STATES, JobState, Method, format_job_id
 from qbatch.core.retry_policy import MAY_STILL_SUCCEED
+from qbatch.core.storage import NAMELESS
 from qbatch.models_db.arrival_filter import ALSO_ARRIVING
 from qbatch.models_db.few_jobs import HAS_BASE
 from qbatch.models_db.session import in_chunks
@@ -44,8 +45,9 @@ def why_needed(
 
 
 def _pattern(name: str) -> str:
-    """What every model matches whose folder has this name: characters other than letters and digits became dashes."""
-    return f"%{name.replace('-', '%')}%"
+    """What every model matches whose folder has this name: characters other than letters and digits became dashes, and
+    a name that has none of them became ``NAMELESS``."""
+    return "%" if name == NAMELESS else f"%{name.replace('-', '%')}%"
 
 
 def _need(job_id: int, state: str, *, is_certain: bool) -> str:

@@ -17,6 +17,7 @@ from qbatch.core.stored_json import Stored, omitted_if_unknown
 from qbatch.models_db.memory_need import need_source
 from qbatch.models_db.results import find_results
 from qbatch.models_db.searches import find_searches
+from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Checkpoint, Job, Result, Worker
 
 
@@ -102,10 +103,12 @@ class WholeJob:
 
 def whole_jobs(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
     """All about those jobs among ``job_ids`` that exist, in that order."""
-    if not job_ids:
-        return []
+    return [job for chunk in in_chunks(job_ids) for job in _whole(session, chunk)]
+
+
+def _whole(session: Session, job_ids: Sequence[int]) -> list[WholeJob]:
     rows = {row.job_id: row for row in find_results(session, job_ids=job_ids)}
-    wanted = sorted(row.baseline_job_id for row in rows.values() if row.baseline_job_id is not None)
+    wanted = sorted({row.baseline_job_id for row in rows.values() if row.baseline_job_id is not None})
     found = find_results(session, job_ids=[job_number(text) for text in wanted]) if wanted else []
     baselines = {row.job_id: row for row in found}
     searched = _searched(session, job_ids)

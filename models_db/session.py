@@ -86,7 +86,9 @@ class Database:
             )
         except (ArgumentError, ImportError) as error:
             raise UsageError(f"QBATCH_DATABASE_URL needs {parsed.drivername}, which is not installed") from error
-        self._reader = self._engine.execution_options(qbatch_read=True)
+        # SQLite shows each transaction one state of the database by itself.
+        one_state = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        self._reader = self._engine.execution_options(qbatch_read=True, **one_state)
         self._session = _SqliteSession if self.is_sqlite else Session
 
     @property
@@ -101,7 +103,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A read-only transaction. Raises DatabaseUnreachable."""
+        """A read-only transaction, which sees one state of the database. Raises DatabaseUnreachable."""
         with _reachable(self.place), self._session(self._reader) as session, session.begin():
             yield session
 

@@ -22,11 +22,17 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 
     With a search go the jobs that publish its mixtures, and with one of those the search.
     """
-    named = [*job_ids, *_of_the_same_searches(session, job_ids)]
-    open_ = and_(is_named(batch_ids, named), Job.state.not_in(ENDED_STATES))
-    lock(session, open_)
+    named = set(job_ids)
+    while True:
+        open_ = and_(is_named(batch_ids, sorted(named)), Job.state.not_in(ENDED_STATES))
+        lock(session, open_)
+        # Again once they are locked: until then the end of one may have added the next.
+        others = _of_the_same_searches(session, sorted(named))
+        if others <= named:
+            break
+        named |= others
     # Only these have an attempt that is not over, and they are few: a batch may have a hundred thousand that wait.
-    running = select(Job.id).where(is_named(batch_ids, named), Job.state == JobState.RUNNING)
+    running = select(Job.id).where(is_named(batch_ids, sorted(named)), Job.state == JobState.RUNNING)
     session.execute(
         update(Attempt)
         .where(Attempt.job_id.in_(running), Attempt.ended_at.is_(None))

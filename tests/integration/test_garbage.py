@@ -19,12 +19,13 @@ from qbatch.core.errors import StorageError, UsageError
 from qbatch.core.job_log import runner_log
 from qbatch.core.settings import Settings
 from qbatch.models_db import checkpoints, finished_results, jobs
+from qbatch.models_db.checkpoint_needs import why_needed
 from qbatch.models_db.job_record import job_records
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Batch, Checkpoint, Job, Result
 from qbatch.worker.checkpoints.ownership import why_not_ours
-from qbatch.worker.checkpoints.published import find_published
+from qbatch.worker.checkpoints.published import find_published, slug
 from qbatch.worker.files.own_staging import OwnStaging
 from qbatch.worker.files.staging import stage
 from qbatch.worker.housekeeping import checkpoint_remover, garbage
@@ -338,6 +339,35 @@ def test_what_the_storage_holds_is_said_by_batch_model_and_scheme(database: Data
     assert sum(one.size_bytes for one in found) == on_disk
     with database.read() as session:
         assert len(session.scalars(select(Job)).all()) == 2
+
+
+def test_a_batch_goes_with_the_last_of_its_jobs(database: Database, settings: Settings) -> None:
+    made = a_measured_batch(database, settings, "org/a")
+    first, *others = made.job_ids
+    assert rm(database, settings, job_ids=others)["batches"].number == 0
+    assert rm(database, settings, job_ids=[first])["batches"].number == 1
+    with database.read() as session:
+        assert session.get(Batch, made.batch_id) is None
+
+
+@pytest.mark.parametrize("model", ["/data/模型", "/data/llama"])
+def test_whatever_its_name_a_model_that_waits_may_need_its_checkpoint(database: Database, model: str) -> None:
+    """A folder's name has ASCII letters and digits only."""
+    _, (job_id,) = a_batch(database, bundle(model, Method.NF4))
+    with database.read() as session:
+        why = why_needed(session, "ab" * 32, name=slug(model), method=Method.NF4)
+    assert why == f"j{job_id} is queued and may need it"
+
+
+def test_a_reader_sees_one_state_of_the_database(database: Database) -> None:
+    """Commands ask several times, and what they show must fit together."""
+    a_batch(database, bundle("org/a", Method.NF4))
+    with database.read() as session:
+        before = session.scalars(select(Job.id)).all()
+        a_batch(database, bundle("org/b", Method.NF4))
+        assert session.scalars(select(Job.id)).all() == before
+    with database.read() as session:
+        assert len(session.scalars(select(Job.id)).all()) == 2
 
 
 def _finished_elsewhere(database: Database, made: Made) -> int:

@@ -372,8 +372,9 @@ _MANY = 3 * VALUES_AT_ONCE
         lambda session: results_of_first_models(session, _MANY, only=ResultFilter()).rows,
         lambda session: listing.list_batches(session, limit=_MANY),
         lambda session: listing.list_jobs(session, limit=_MANY),
+        lambda session: whole_jobs(session, range(1, _MANY)),
     ],
-    ids=["results by KL", "results", "others of the same models", "first models", "batches", "jobs"],
+    ids=["results by KL", "results", "others of the same models", "first models", "batches", "jobs", "all about jobs"],
 )
 def test_no_statement_has_a_value_for_each_row_that_is_asked_for(filled: Database, action: Action) -> None:
     """PostgreSQL takes 65,535 in one."""

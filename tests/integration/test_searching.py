@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, JobState, Method
@@ -23,6 +23,7 @@ from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, listing, searches, window
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.jobs import searching as transitions
+from qbatch.models_db.jobs import user_requests
 from qbatch.models_db.jobs.transitions import lock
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Attempt, Job, SearchRow
@@ -281,6 +282,25 @@ def test_a_search_and_its_points_job_are_cancelled_together(database: Database, 
     with database.write() as session:
         assert jobs.answer_search(session, token, KEY, searches.newest(session, [KEY])[KEY])
     assert states(database) == {search: "queued", point: "queued"}
+
+
+def test_a_point_that_is_added_while_its_cancelling_waits_is_cancelled_too(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the first may add the next before the rows are locked."""
+    search, point = a_recorded_search(database)
+    lock, added = user_requests.lock, list[int]()
+
+    def lock_late(session: Session, *conditions: Any) -> Any:
+        if not added:
+            values = {column.name: getattr(a_job(database, point), column.name) for column in Job.__table__.columns}
+            added.append(point + 1)
+            session.execute(insert(Job).values(values | {"id": point + 1, "point": 99}))
+        return lock(session, *conditions)
+
+    monkeypatch.setattr(user_requests, "lock", lock_late)
+    with database.write() as session:
+        assert jobs.cancel(session, job_ids=[search]) == [search, point, *added]
 
 
 def test_what_another_search_stored_meanwhile_answers(database: Database) -> None:

@@ -16,7 +16,7 @@ from qbatch.core.errors import SourceChanged, StorageError
 from qbatch.core.file_stat import Mounts, stat_file
 from qbatch.core.manifest import MANIFEST, Manifest
 from qbatch.core.recovery import Recovery, with_adapter_mark
-from qbatch.core.storage import broken_link, unpublished_files
+from qbatch.core.storage import NAMELESS, broken_link, unpublished_files
 from qbatch.worker.checkpoints.ownership import mark_adopted
 from qbatch.worker.files.content import Content, HashedFile, NoDigestCache, hash_content
 from qbatch.worker.files.staging import storage_error
@@ -58,7 +58,7 @@ class Verified:
 def slug(name: str) -> str:
     """A model's name as one path component: letters, digits, dots, dashes; never empty, never hidden."""
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip(".-_")
-    return words[:80] or "model"
+    return words[:80] or NAMELESS
 
 
 def checkpoint_path(model: str, scheme: Scheme, key: str) -> str:

@@ -138,7 +138,9 @@ def _delete_rows(database: Database, removal: Removal) -> tuple[int, int]:
     jobs = batches = 0
     for job_ids in chunks(removal.job_ids):
         with pausing_afterwards(), database.write() as session:
+            of_jobs = session.scalars(select(Job.batch_id).where(Job.id.in_(job_ids)).distinct()).all()
             jobs += len(delete_named(session, job_ids))
+            batches += delete_empty(session, of_jobs)
             forget_unused(session, removal.paths)
     for batch_ids in chunks(removal.batch_ids):
         with database.write() as session:
