@@ -7,13 +7,13 @@ import sys
 import click
 
 from qbatch.commands.context import connect, current_settings, open_database
-from qbatch.commands.parameter_types import Duration
+from qbatch.commands.parameter_types import Age
 from qbatch.commands.shared_options import format_options
 
 
 @click.command()
 @click.option(
-    "--older-than", type=Duration(), required=True, help="Remove batches that finished longer ago than this: 30d, 12h."
+    "--older-than", type=Age(), required=True, help="Remove batches that finished longer ago than this: 30d, 12h."
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @format_options("table", "json", "csv")

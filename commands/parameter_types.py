@@ -27,6 +27,7 @@ class Duration(click.ParamType[float]):
     """A duration such as 90, 90s, 15m, 2h or 1d, as a number of seconds. At most ten years."""
 
     name = "duration"
+    _WHAT, _EXAMPLES = "duration", "90s, 15m, 2h or 1d"
     _MOST = 3650 * 86400.0
     _UNITS: Mapping[str, float] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -34,18 +35,27 @@ class Duration(click.ParamType[float]):
         if isinstance(value, (int, float)):
             return float(value)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
-        seconds = float(match[1]) * self._UNITS[match[2]] if match is not None else 0.0
+        seconds = float(match[1]) * self._UNITS.get(match[2], 0.0) if match is not None else 0.0
         if not 0 < seconds <= self._MOST:
-            self.fail(
-                f"{_shorten(value)} is not a valid duration (use 90s, 15m, 2h or 1d; at most ten years)", param, ctx
-            )
+            said = f"{_shorten(value)} is not a valid {self._WHAT} (use {self._EXAMPLES}; at most ten years)"
+            self.fail(said, param, ctx)
         return seconds
 
 
-class Since(Duration):
+class Age(Duration):
+    """A duration with its unit: someone who means days and types ``30`` must not lose what is half a minute old."""
+
+    name = "age"
+    _WHAT = "age"
+    _UNITS: Mapping[str, float] = {unit: seconds for unit, seconds in Duration._UNITS.items() if unit}
+
+
+class Since(Age):
     """A duration, or a local date or time such as 2026-11-28 or 2026-11-28T09:30: how many seconds ago that was."""
 
     name = "since"
+    _WHAT = "age or date"
+    _EXAMPLES = f"{Age._EXAMPLES}, or a date such as 2026-11-28"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:

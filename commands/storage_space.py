@@ -11,7 +11,7 @@ import click
 
 from qbatch.commands.completion import complete_target_or_folder
 from qbatch.commands.context import current_settings, open_database
-from qbatch.commands.parameter_types import Duration
+from qbatch.commands.parameter_types import Age
 from qbatch.commands.result_options import preference_options
 from qbatch.commands.shared_options import batch_arguments, format_options
 from qbatch.commands.targets import find_batches, find_targets
@@ -60,7 +60,7 @@ def du(batches: Sequence[str], by: str, format_: str) -> None:
 @click.command()
 @click.option(
     "--older-than",
-    type=Duration(),
+    type=Age(),
     default="7d",
     show_default=True,
     help="Remove what may still be of use only if it is older than this: damaged and unreferenced checkpoints, "

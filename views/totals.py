@@ -82,6 +82,8 @@ def _shipped(choices: Sequence[Choice], *, has_reasons: bool) -> Iterable[str]:
 def _scheme(row: ResultRow) -> str:
     if row.recovery is not None:
         return with_adapter_mark(row.scheme, row.recovery.slug)
+    if row.mixture.point:  # point 0 keeps no layer
+        return f"a mixture of {row.scheme}"
     return "the baseline" if row.is_baseline else row.scheme
 
 

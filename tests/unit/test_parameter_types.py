@@ -7,7 +7,18 @@ import math
 import click
 import pytest
 
-from qbatch.commands.parameter_types import Amount, Bits, ByteSize, Duration, Name, Patterns, Schemes, TimeLimit
+from qbatch.commands.parameter_types import (
+    Age,
+    Amount,
+    Bits,
+    ByteSize,
+    Duration,
+    Name,
+    Patterns,
+    Schemes,
+    Since,
+    TimeLimit,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +70,15 @@ def test_a_time_limit_may_be_none(typed: str, limit_s: float) -> None:
     for beyond in ("3651d", "0", "-1s"):
         with pytest.raises(click.BadParameter, match="is not a valid duration"):
             TimeLimit().convert(beyond, None, None)
+
+
+@pytest.mark.parametrize("kind", [Age(), Since()], ids=lambda kind: kind.name)
+def test_an_age_has_a_unit(kind: Age) -> None:
+    """``prune --older-than 30`` by someone who means days would remove what is half a minute old."""
+    assert kind.convert("30d", None, None) == 30 * 86400.0
+    with pytest.raises(click.BadParameter, match=r"'30' is not a valid age.* \(use 90s, 15m, 2h or 1d"):
+        kind.convert("30", None, None)
+    assert Duration().convert("30", None, None) == 30.0
 
 
 def test_a_name_fits_its_column() -> None:

@@ -68,6 +68,11 @@ def test_the_bound_of_a_search_decides(bound: dict[str, Any], expected: list[str
     assert picks(searched(bound)) == expected
 
 
+def test_the_sum_of_it_all_says_that_a_mixture_ships() -> None:
+    text = " ".join(results_table(searched({"max_kl": 1e-3})).split())
+    assert "Ship a mixture of bnb-nf4 of 1 model" in text
+
+
 def test_where_no_mixture_keeps_to_it_the_baseline_is_left() -> None:
     failed = {"state": "failed", "error_kind": "bound_not_kept", "reused_from": None, "protocol": None, "details": None}
     assert picks(searched({"max_kl": 1e-4}, **failed, protocol_hash=None)) == ["j1"]
