@@ -49,6 +49,7 @@ class Arriving:
         self._transaction = transaction
         self._last_chunk: Sequence[Sequence[NewJob]] = ()
         self._answered = 0
+        self._heard_s = time.monotonic()
 
     def add(self, bundles: Sequence[Sequence[NewJob]]) -> None:
         """Add whole bundles: at most as many as others can wait for."""
@@ -57,6 +58,13 @@ class Arriving:
             with self._transaction() as session:
                 self._store(session, chunk)
         self._last_chunk = bundles
+
+    def be_heard(self, every_s: float) -> None:
+        """Say that this submit lives, if it has said nothing for ``every_s``: to look at what may answer a chunk can
+        take longer than a lease."""
+        if time.monotonic() - self._heard_s >= every_s:
+            with self._transaction() as session:
+                self._renew(session)
 
     def publish(self, look_again: Callable[[Session, int], int]) -> int:
         """Store the last chunk and make the batch visible. Returns how many of its jobs are answered by earlier ones.
@@ -73,6 +81,15 @@ class Arriving:
         return self._answered
 
     def _store(self, session: Session, rows: Sequence[dict[str, Any]]) -> None:
+        self._renew(session)
+        answers = {row["reused_from"] for row in rows} - {None}
+        still_there = keep(session, answers)
+        for row in rows:
+            row["reused_from"] = row["reused_from"] if row["reused_from"] in still_there else None
+        add_jobs(session, rows)
+        self._answered += sum(row["reused_from"] is not None for row in rows)
+
+    def _renew(self, session: Session) -> None:
         renewed = session.execute(
             update(Arrival)
             .where(Arrival.batch_id == self.batch_id, Arrival.abandoned.is_(False))
@@ -84,12 +101,7 @@ class Arriving:
             raise DatabaseUnreachable(
                 "this submit was silent for longer than QBATCH_LEASE_S, so what it had stored was removed: submit again"
             )
-        answers = {row["reused_from"] for row in rows} - {None}
-        still_there = keep(session, answers)
-        for row in rows:
-            row["reused_from"] = row["reused_from"] if row["reused_from"] in still_there else None
-        add_jobs(session, rows)
-        self._answered += sum(row["reused_from"] is not None for row in rows)
+        self._heard_s = time.monotonic()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -138,20 +138,26 @@ class SubmissionLookup:
             "which they are tried alone"
         )
 
-    def answers(self, finished: Mapping[tuple[str, str], Finished]) -> dict[tuple[str, str], int]:
+    def answers(
+        self, finished: Mapping[tuple[str, str], Finished], after_each: Callable[[], None] = lambda: None
+    ) -> dict[tuple[str, str], int]:
         """The ids of earlier jobs whose results can be reused, because their checkpoints are as they were verified.
 
-        A checkpoint whose files must be read to know is left to a worker.
+        A checkpoint whose files must be read to know is left to a worker. ``after_each`` is called whenever one was
+        looked at, which takes a while on a slow storage.
         """
-        storage = self.settings.storage
         # If this machine has not mounted the storage, the checkpoints cannot be checked here.
-        sees_storage = storage.is_dir()
-        return {
-            pair: one.job_id
-            for pair, one in finished.items()
-            if not sees_storage
-            or all(checkpoint_state(storage, part.path, part.versions) is CheckpointState.SOUND for part in one.parts)
-        }
+        sees_storage = self.settings.storage.is_dir()
+        found: dict[tuple[str, str], int] = {}
+        for pair, one in finished.items():
+            if not sees_storage or self._is_sound(one):
+                found[pair] = one.job_id
+            after_each()
+        return found
+
+    def _is_sound(self, one: Finished) -> bool:
+        storage = self.settings.storage
+        return all(checkpoint_state(storage, part.path, part.versions) is CheckpointState.SOUND for part in one.parts)
 
     def look_again(self, session: Session, batch_id: int) -> int:
         """End the jobs whose answers were recorded since the lookup began, and return how many there were. A search

@@ -153,7 +153,8 @@ def submit(
         for chunk in _chunks(submission, settings):
             with database.read() as session:
                 looked_up = lookup.look_up(session, chunk)
-            answers = lookup.answers(looked_up.finished)
+            batch.be_heard(settings.heartbeat_s)
+            answers = lookup.answers(looked_up.finished, lambda: batch.be_heard(settings.heartbeat_s))
             batch.add([[_new_job(one, answers) for one in bundle] for bundle in looked_up.bundles])
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)

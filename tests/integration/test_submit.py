@@ -256,6 +256,29 @@ def test_a_submit_that_is_heard_of_is_not_removed(sqlite_database: Database, set
     assert stored(sqlite_database)["jobs"] == 3 * MODELS
 
 
+def test_a_submit_is_heard_of_while_a_slow_storage_is_asked_for_answers(
+    sqlite_database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each checkpoint takes less than a lease, those of a chunk take more."""
+    look = SubmissionLookup.answers
+    removed: list[int] = []
+
+    def slow(lookup: SubmissionLookup, finished: Any, after_each: Callable[[], None] | None = None) -> Any:
+        if after_each is None:
+            return look(lookup, finished)
+        for _ in range(4):
+            silence(sqlite_database, 0.7 * settings.lease_s)
+            time.sleep(settings.heartbeat_s)
+            after_each()
+            removed.extend(arrivals.remove_silent(sqlite_database, 0.4 * settings.lease_s))
+        return look(lookup, finished, after_each)
+
+    monkeypatch.setattr(SubmissionLookup, "answers", slow)
+    submit(sqlite_database, settings, submission())
+    assert removed == []
+    assert stored(sqlite_database)["jobs"] == 3 * MODELS
+
+
 def test_a_silent_submit_from_before_the_clock_was_set_back_goes(sqlite_database: Database, settings: Settings) -> None:
     run_killed(sqlite_database, settings, POINTS["between two chunks"])
     silence(sqlite_database, -3000.0)
