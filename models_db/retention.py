@@ -138,9 +138,13 @@ def delete_empty(session: Session, batch_ids: Sequence[int]) -> int:
 
 
 def delete_named(session: Session, job_ids: Collection[int]) -> set[int]:
-    """Delete those of these jobs that have ended and answer no others, with attempts and results. Returns their ids."""
+    """Delete those of these jobs that have ended and answer no others, with attempts and results. Returns their ids.
+
+    It waits for nobody, and leaves what others hold: a submit holds all that answers its jobs until its end, and two
+    that wait for each other would end one of them.
+    """
     ended = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ENDED_STATES)).order_by(Job.id)
-    free = set(session.scalars(ended.with_for_update(of=Job)))
+    free = set(session.scalars(ended.with_for_update(of=Job, skip_locked=True)))
     while referred := _referred(session, free):
         free -= referred
     _delete(session, sorted(free))

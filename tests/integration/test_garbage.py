@@ -34,7 +34,7 @@ from qbatch.worker.housekeeping.garbage import collect_garbage
 from qbatch.worker.housekeeping.holdings import Holding, HoldingKind, find_holdings
 from qbatch.worker.housekeeping.removed_targets import carry_out, plan_removal
 from qbatch.worker.housekeeping.stale_files import Pruned, aside_of
-from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, states
+from tests.rows import PROTOCOL, a_batch, a_worker, bundle, claim, measured, states, succeed
 from tests.stored_checkpoints import Made, a_measured_batch, identity_of, key_of, put_checkpoint, set_key
 
 DAY_S = 86_400.0
@@ -339,6 +339,20 @@ def test_what_the_storage_holds_is_said_by_batch_model_and_scheme(database: Data
     assert sum(one.size_bytes for one in found) == on_disk
     with database.read() as session:
         assert len(session.scalars(select(Job)).all()) == 2
+
+
+def test_what_a_submit_holds_stays_and_nobody_waits_for_it(postgresql_database: Database, settings: Settings) -> None:
+    """Two that waited for each other ended one of them, which was the submit if it was long."""
+    worker = a_worker(postgresql_database)
+    _, ids = a_batch(postgresql_database, bundle("org/a", Method.NONE), bundle("org/b", Method.NONE))
+    for token in claim(postgresql_database, ids, worker):
+        succeed(postgresql_database, token)
+    removal = plan_removal(postgresql_database, settings, job_ids=ids)
+    with postgresql_database.write() as submit:
+        assert finished_results.keep(submit, ids[:1]) == {ids[0]}
+        done = {kind.what: kind for kind in carry_out(postgresql_database, settings, removal, dry_run=False)}
+    assert done["jobs"].number == 1
+    assert done["jobs"].kept == ((f"j{ids[0]}", "another command is using it: remove it again"),)
 
 
 def test_a_batch_goes_with_the_last_of_its_jobs(database: Database, settings: Settings) -> None:

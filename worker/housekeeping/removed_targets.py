@@ -107,7 +107,7 @@ def carry_out(database: Database, settings: Settings, removal: Removal, *, dry_r
 
     Raises DatabaseUnreachable, OSError.
     """
-    jobs, batches = len(removal.job_ids), 0 if removal.staying else len(removal.batch_ids)
+    jobs, batches = set(removal.job_ids), 0 if removal.staying else len(removal.batch_ids)
     taker = remover(database, settings, but_for=removal.job_ids)
     checkpoints = taker.remove_all(removal.checkpoints, dry_run=dry_run)
     if checkpoints.problems:
@@ -117,7 +117,7 @@ def carry_out(database: Database, settings: Settings, removal: Removal, *, dry_r
     logs = removal.logs
     return [
         Pruned(what="batches", number=batches),
-        Pruned(what="jobs", number=jobs),
+        Pruned(what="jobs", number=len(jobs), kept=_held(removal, jobs)),
         _with_kept(checkpoints, removal.shared),
         remove_each("logs", logs, Path.unlink, settings.storage, dry_run=dry_run),
     ]
@@ -134,12 +134,18 @@ def _with_kept(pruned: Pruned, shared: Sequence[tuple[str, str]]) -> Pruned:
     )
 
 
-def _delete_rows(database: Database, removal: Removal) -> tuple[int, int]:
-    jobs = batches = 0
+def _held(removal: Removal, gone: Collection[int]) -> tuple[tuple[str, str], ...]:
+    held = [job_id for job_id in removal.job_ids if job_id not in gone]
+    return tuple((format_job_id(job_id), "another command is using it: remove it again") for job_id in sorted(held))
+
+
+def _delete_rows(database: Database, removal: Removal) -> tuple[set[int], int]:
+    """Returns the jobs that are gone, and how many batches are."""
+    jobs, batches = set[int](), 0
     for job_ids in chunks(removal.job_ids):
         with pausing_afterwards(), database.write() as session:
             of_jobs = session.scalars(select(Job.batch_id).where(Job.id.in_(job_ids)).distinct()).all()
-            jobs += len(delete_named(session, job_ids))
+            jobs |= delete_named(session, job_ids)
             batches += delete_empty(session, of_jobs)
             forget_unused(session, removal.paths)
     for batch_ids in chunks(removal.batch_ids):
