@@ -411,7 +411,7 @@ def test_what_ran_out_of_memory_goes_to_a_larger_class_its_mates_do_not(
     assert standing(database) == {baseline: LARGE} | dict.fromkeys(mates, SMALL)
 
 
-def test_after_its_worker_was_lost_a_baseline_goes_before_what_is_compared_with_it(
+def test_after_a_loss_a_baseline_goes_before_what_is_compared_with_it(
     database: Database, broker: Broker, settings: Settings
 ) -> None:
     """Alone, as everything that a lost worker had: otherwise the others would find no outputs to be compared with."""

@@ -159,6 +159,8 @@ def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path
     slow = replace(REQUEST, folder=str(_slow_model(tmp_path)))
     with Captures() as captures:
         captures.kernels([replace(REQUEST, device="cpu")])
+        # What has answered may still be ending, and would be taken for one of the next two.
+        until(lambda: not children(captures.server.process.pid))
         # The profile is asked for anew: the capture may be what the first one died of.
         killer = threading.Thread(target=_kill_children_of, args=(captures.server.process.pid, 2))
         killer.start()

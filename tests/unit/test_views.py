@@ -459,10 +459,12 @@ def test_a_row_not_timed_with_its_baseline_has_a_footnote() -> None:
     assert "[1][2]" in line_of(apart, "j2")
     assert "its rounds did not alternate with its baseline's" in " ".join(apart.split())
     assert "its baseline was measured with other versions: torch (2.12, 2.13)" in " ".join(apart.split())
+    retried = results_table([visit(BASELINE, "2.12"), visit(QUANTIZED, "2.12", "j1")])
+    assert "did not alternate" in retried, "its baseline was timed again by itself"
     of_its_method = visit(QUANTIZED, "2.12", "j1")
     of_its_method["details"]["versions"]["torchao"] = "0.18"
     assert "other versions" not in results_table([visit(BASELINE, "2.12", "j2"), of_its_method])
-    reused = results_table([visit(BASELINE, "2.12") | {"reused_from": "j90"}, visit(QUANTIZED, "2.12", "j90")])
+    reused = results_table([visit(BASELINE, "2.12", "j2") | {"reused_from": "j90"}, visit(QUANTIZED, "2.12", "j90")])
     assert "did not alternate" not in reused
 
 
