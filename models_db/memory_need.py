@@ -34,7 +34,7 @@ def need_source() -> ColumnElement[Any]:
     """The ``NeedSource`` of a job's need; null if nothing is known."""
     return case(
         (Job.above_memory_bytes.is_(None), None),
-        (_ran_out(), NeedSource.SEEN.value),
+        (ran_out(), NeedSource.SEEN.value),
         else_=NeedSource.PREDICTED.value,
     )
 
@@ -42,12 +42,12 @@ def need_source() -> ColumnElement[Any]:
 def may_run_in(memory_bytes: int) -> ColumnElement[bool]:
     """Jobs that may run with that much GPU memory: no attempt has shown that they need more."""
     has_not_run = Job.attempt == 0
-    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < memory_bytes, has_not_run, ~_ran_out())
+    return or_(Job.above_memory_bytes.is_(None), Job.above_memory_bytes < memory_bytes, has_not_run, ~ran_out())
 
 
 def seen_too_large_for(memory_bytes: int) -> ColumnElement[bool]:
     """Jobs that were observed to need more than ``memory_bytes``; the opposite of ``may_run_in``."""
-    return and_(Job.above_memory_bytes >= memory_bytes, Job.attempt > 0, _ran_out())
+    return and_(Job.above_memory_bytes >= memory_bytes, Job.attempt > 0, ran_out())
 
 
 def remember_too_small(job: Job, worker: Worker) -> None:
@@ -59,7 +59,7 @@ def remember_too_small(job: Job, worker: Worker) -> None:
     job.above_memory_bytes = worker.memory_bytes
 
 
-def _ran_out() -> ColumnElement[bool]:
+def ran_out() -> ColumnElement[bool]:
     """Jobs that have run out of memory on some GPU."""
     # No EXISTS: for that, PostgreSQL may read all attempts beforehand.
     one = select(func.min(Attempt.id)).where(Attempt.job_id == Job.id, Attempt.outcome == CudaOom.kind)

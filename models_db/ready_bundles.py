@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from qbatch.core.domain import DeviceKind, JobState, Method
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.few_jobs import IS_QUEUED, IS_WAITING, STILL_WAITS, WAITS_AGAIN
-from qbatch.models_db.memory_need import NEED_BYTES, may_run_in
+from qbatch.models_db.memory_need import NEED_BYTES, may_run_in, ran_out
 from qbatch.models_db.session import NO_SYNC
 from qbatch.models_db.tables import Job
 
@@ -227,7 +227,7 @@ def _finds_its_baseline() -> ColumnElement[bool]:
 
 
 def _of_baselines(which: ColumnElement[bool], *columns: Any) -> Select[Any]:
-    baselines = select(*columns).where(which, Job.method == Method.NONE, Job.above_memory_bytes.is_(None))
+    baselines = select(*columns).where(which, Job.method == Method.NONE, ~ran_out())
     # Not correlated, so that each is evaluated once for all jobs; there are few.
     return baselines.correlate(None)
 

@@ -411,14 +411,16 @@ def test_what_ran_out_of_memory_goes_to_a_larger_class_its_mates_do_not(
     assert standing(database) == {baseline: LARGE} | dict.fromkeys(mates, SMALL)
 
 
+@pytest.mark.parametrize("predicted", [None, 1], ids=["of unknown size", "of a predicted size"])
 def test_after_a_loss_a_baseline_goes_before_what_is_compared_with_it(
-    database: Database, broker: Broker, settings: Settings
+    database: Database, broker: Broker, settings: Settings, predicted: int | None
 ) -> None:
     """Alone, as everything that a lost worker had: otherwise the others would find no outputs to be compared with."""
     worker = a_worker(database)
     _, ids = a_batch(database, bundle("/a"), bundle("/b", Method.NONE, Method.NF4))
     top_up(database, broker, settings)
     baseline, *mates = ids[:3]
+    change_job(database, baseline, above_memory_bytes=predicted)
     claim(database, ids[:3], worker)
     is_lost(database, worker, works_on=baseline)
     assert top_up(database, broker, settings) == 0, "it is not due"

@@ -401,7 +401,7 @@ def test_what_removes_a_checkpoint_finds_it_by_its_path(filled: Database) -> Non
 
 
 _READS_THE_BACKLOG = re.compile(
-    r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting|state)"
+    r"Index Cond: \(\(state\)::text = 'queued'|Bitmap Index Scan on ix_jobs_(waiting\b|state)"
 )
 
 
