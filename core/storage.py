@@ -21,7 +21,7 @@ BASE_OUTPUTS = "base-logits"
 
 CHECKPOINTS = "checkpoints"
 NAMELESS = "model"
-"""The folder of models whose names have no letter or digit of those that a folder's name consists of."""
+"""The folder of models whose names have no ASCII letter or digit."""
 ADOPTED = ".adopted"
 """The folder of marks that databases leave for checkpoints that another database made and that they use."""
 

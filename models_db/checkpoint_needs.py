@@ -45,8 +45,8 @@ def why_needed(
 
 
 def _pattern(name: str) -> str:
-    """What every model matches whose folder has this name: characters other than letters and digits became dashes, and
-    a name that has none of them became ``NAMELESS``."""
+    """What every model matches whose folder has this name: characters other than ASCII letters and digits became
+    dashes, and a name without any became ``NAMELESS``."""
     return "%" if name == NAMELESS else f"%{name.replace('-', '%')}%"
 
 

@@ -22,17 +22,16 @@ def cancel(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence
 
     With a search go the jobs that publish its mixtures, and with one of those the search.
     """
-    named = set(job_ids)
+    named = _with_their_searches(session, job_ids)
     while True:
-        open_ = and_(is_named(batch_ids, sorted(named)), Job.state.not_in(ENDED_STATES))
+        open_ = and_(is_named(batch_ids, named), Job.state.not_in(ENDED_STATES))
         lock(session, open_)
         # Again once they are locked: until then the end of one may have added the next.
-        others = _of_the_same_searches(session, sorted(named))
-        if others <= named:
+        if (found := _with_their_searches(session, named)) == named:
             break
-        named |= others
+        named = found
     # Only these have an attempt that is not over, and they are few: a batch may have a hundred thousand that wait.
-    running = select(Job.id).where(is_named(batch_ids, sorted(named)), Job.state == JobState.RUNNING)
+    running = select(Job.id).where(is_named(batch_ids, named), Job.state == JobState.RUNNING)
     session.execute(
         update(Attempt)
         .where(Attempt.job_id.in_(running), Attempt.ended_at.is_(None))
@@ -87,7 +86,8 @@ def retry(session: Session, *, batch_ids: Sequence[int] = (), job_ids: Sequence[
     return sorted(rows)
 
 
-def _of_the_same_searches(session: Session, job_ids: Sequence[int]) -> set[int]:
+def _with_their_searches(session: Session, job_ids: Sequence[int]) -> list[int]:
     of_search = select(Job.id).where(Job.search_job_id.in_(job_ids))
     of_point = select(Job.search_job_id).where(Job.id.in_(job_ids), Job.search_job_id.is_not(None))
-    return {found for query in (of_search, of_point) for found in session.scalars(query) if found is not None}
+    others = {found for query in (of_search, of_point) for found in session.scalars(query) if found is not None}
+    return sorted({*job_ids, *others})
