@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,11 @@ from qbatch.core.domain import (
     Scheme,
     TextRef,
 )
+from qbatch.core.errors import BenchmarkError
 from qbatch.core.measured.details import Details
-from qbatch.worker.measuring import EVAL_TEXTS
+from qbatch.core.prior_quantization import declares_quantization
+from qbatch.worker.measuring import EVAL_TEXTS, model_benchmark
+from qbatch.worker.models.load import LoadedModel
 from tests.bundles import TEXT_HASH, Ear, run_bundle
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK
@@ -58,6 +62,30 @@ def test_each_text_has_the_figures_that_it_has_alone(tmp_path: Path) -> None:
         assert code.perplexity == details(alone, job_id).perplexity
         assert code.perplexity.mean_nll != details(both, job_id).perplexity.mean_nll
     assert (details(both, 2).more_texts or {})["code"].quality.kl_mean != details(both, 2).quality.kl_mean
+
+
+def test_without_a_tokenizer_each_text_says_so(tmp_path: Path) -> None:
+    source = make_causal(tmp_path / "llama", dtype="bfloat16")
+    for file in source.glob("*token*"):
+        file.unlink()
+    found = details(measured(source, TEXT_HASH, CODE_REF), 2)
+    assert found.quality.reason is not None
+    assert (found.more_texts or {})["code"].quality.reason == found.quality.reason
+
+
+def test_tasks_that_fail_leave_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_tasks: Any, loaded: LoadedModel, *_: Any) -> None:
+        if declares_quantization(loaded.model.config.to_dict()):
+            raise BenchmarkError("cannot run the tasks: no question is left")
+
+    monkeypatch.setattr(model_benchmark, "run_tasks", fail)
+    ear = measured(make_causal(tmp_path / "llama", dtype="bfloat16"), TEXT_HASH, CODE_REF)
+    found = details(ear, 2)
+    assert found.quality.kl_mean is not None
+    assert (found.more_texts or {})["code"].quality.kl_mean is not None
+    assert found.tasks_reason == "cannot run the tasks: no question is left"
+    assert (found.not_measured or {})["quality"] == found.tasks_reason
+    assert details(ear, 1).not_measured is None
 
 
 def test_a_text_on_which_the_baseline_was_not_measured_says_so(tmp_path: Path) -> None:

@@ -135,6 +135,13 @@ def test_generated_answers_and_perplexity_are_tasks_too(taught: Path, tmp_path: 
     assert json.loads(json.dumps(tasks)) == tasks
 
 
+def test_what_is_analyzed_of_decoding_has_its_reason_where_nothing_decodes(tmp_path: Path) -> None:
+    asked = replace(QUICK, why=True, energy=True)
+    found = measured(tiny.make_encoder(tmp_path / "bert", "masked-lm"), (asked, {})).details.not_measured or {}
+    said = "only the decoding of causal language models is analyzed"
+    assert (found["why"], found["energy"]) == (said, said)
+
+
 def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
     folder = tiny.make_encoder(tmp_path / "bert", "masked-lm")
     details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details.to_json()
