@@ -18,7 +18,7 @@ from qbatch.core.measured.measurement import Measurement
 from qbatch.core.measured.quality_figures import FurtherText, Quality, TextPerplexity
 from qbatch.core.measured.speed_figures import PhaseTimes, RunShape
 from qbatch.worker.machine.cpu_arithmetic import arithmetic_slowdowns
-from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, load_tasks, run_tasks
+from qbatch.worker.measuring.quality.lm_eval_tasks import LoadedTasks, TaskRun, load_tasks, run_tasks
 from qbatch.worker.measuring.quality.perplexity import TextScore, WindowScores, score_text, text_windows
 from qbatch.worker.measuring.quality.reference import Reference, compare
 from qbatch.worker.measuring.speed.model_inputs import reads_text
@@ -179,19 +179,17 @@ class ModelBenchmark:
         tasks, self._tasks = self._tasks, LoadedTasks(hashes={})
         if tasks.tasks is not None:
             self.subject.on_step("tasks")
-        answered, reason = None, tasks.reason
         try:
             answered = run_tasks(tasks, loaded, self.subject.protocol, self.subject.on_step)
         except BenchmarkError as error:
-            reason = str(error)
+            self._note_tasks(None, str(error))
             raise
-        finally:
-            details = replace(
-                self.measured.details, tasks=None if answered is None else answered.scores, tasks_reason=reason
-            )
-            self._measured = replace(
-                self.measured, answers=None if answered is None else answered.answers, details=details
-            )
+        self._note_tasks(answered, tasks.reason)
+
+    def _note_tasks(self, run: TaskRun | None, reason: str | None) -> None:
+        answers, scores = (None, None) if run is None else (run.answers, run.scores)
+        details = replace(self.measured.details, tasks=scores, tasks_reason=reason)
+        self._measured = replace(self.measured, answers=answers, details=details)
 
     def _further(
         self,
