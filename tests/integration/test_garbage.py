@@ -373,17 +373,6 @@ def test_whatever_its_name_a_model_that_waits_may_need_its_checkpoint(database: 
     assert why == f"j{job_id} is queued and may need it"
 
 
-def test_a_reader_sees_one_state_of_the_database(database: Database) -> None:
-    """Commands ask several times, and what they show must fit together."""
-    a_batch(database, bundle("org/a", Method.NF4))
-    with database.read() as session:
-        before = session.scalars(select(Job.id)).all()
-        a_batch(database, bundle("org/b", Method.NF4))
-        assert session.scalars(select(Job.id)).all() == before
-    with database.read() as session:
-        assert len(session.scalars(select(Job.id)).all()) == 2
-
-
 def _finished_elsewhere(database: Database, made: Made) -> int:
     """A job of another batch that the first job of ``made`` answers."""
     _, ids = a_batch(database, bundle("org/copy", Method.NF4))
