@@ -32,6 +32,7 @@ from qbatch.worker.quantizing.building.whole_model import WholeModel
 from qbatch.worker.runner import loaded_models, publication, trial
 from qbatch.worker.runner.bundle import Bundle
 from qbatch.worker.runner.layer_searches import LayerSearches
+from qbatch.worker.runner.loaded_models import LoadedModels
 from qbatch.worker.runner.messages import CheckpointReady, Entered
 from qbatch.worker.runner.timing_pauses import TimingPauses
 from tests import tiny
@@ -113,18 +114,23 @@ def test_a_baseline_is_the_first_even_if_nothing_is_compared(source: Path, monke
 
 @pytest.mark.slow
 def test_a_whole_model_is_built_with_nothing_held_beside_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-    write = WholeModel.write
+    hold, write = LoadedModels.hold, WholeModel.write
+    holders: list[LoadedModels] = []
+    held: list[list[bool]] = []
 
-    def count(model: WholeModel, meter: Any) -> Any:
-        gc.collect()
-        held.append(sum(isinstance(one, LlamaForCausalLM) and one.device.type != "meta" for one in gc.get_objects()))
+    def note_holder(models: LoadedModels, *arguments: Any) -> None:
+        holders.append(models)
+        hold(models, *arguments)
+
+    def note_held(model: WholeModel, meter: Any) -> Any:
+        held.append([models.holds_any for models in holders])
         return write(model, meter)
 
-    monkeypatch.setattr(WholeModel, "write", count)
+    monkeypatch.setattr(LoadedModels, "hold", note_holder)
+    monkeypatch.setattr(WholeModel, "write", note_held)
     ear = run_bundle(source, {1: INT8, 2: Scheme(method=Method.TORCHAO_INT8)})
     assert ear.failed() == {}
-    assert held == [0]
+    assert held == [[False]], "one was held before"
 
 
 def test_from_the_tried_models_first_step_on_a_fault_is_its_own(source: Path) -> None:
