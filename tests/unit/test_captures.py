@@ -157,12 +157,10 @@ def reasons(found: list[StepKernels]) -> list[tuple[str, ...]]:
 @pytest.mark.timeout(300)
 def test_a_capturing_process_that_dies_or_is_late_leaves_a_reason(tmp_path: Path) -> None:
     slow = replace(REQUEST, folder=str(_slow_model(tmp_path)))
-    with Captures() as captures:
+    log = tmp_path / "log"
+    with Captures(log_path=log) as captures:
         captures.kernels([replace(REQUEST, device="cpu")])
-        # What has answered may still be ending, and would be taken for one of the next two.
-        until(lambda: not children(captures.server.process.pid))
-        # The profile is asked for anew: the capture may be what the first one died of.
-        killer = threading.Thread(target=_kill_children_of, args=(captures.server.process.pid, 2))
+        killer = threading.Thread(target=_kill_at_work, args=(captures.server.process.pid, log, slow.folder))
         killer.start()
         assert all("the capturing process died" in reason for reason in reasons(captures.kernels([slow])[0])[0])
         killer.join()
@@ -181,13 +179,13 @@ def _slow_model(folder: Path) -> Path:
     return folder
 
 
-def _kill_children_of(pid: int, count: int) -> None:
-    for _ in range(count):
-        while not (found := children(pid)):
-            time.sleep(0.05)
-        found[0].kill()
-        while psutil.pid_exists(found[0].pid):
-            time.sleep(0.05)
+def _kill_at_work(pid: int, log: Path, folder: str) -> None:
+    """Kill the process that captures, then the one that profiles: the capture may be what the first died of. One that
+    dies before it begins has another in its place, and no reason."""
+    for count in (1, 2):
+        until(lambda wanted=count: log.read_text().count(f"loading {folder}") == wanted)
+        (process,) = children(pid)
+        process.kill()
 
 
 ALONE = KernelsAlone(step_s=0.005)
