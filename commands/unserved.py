@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qbatch.core.domain import format_batch_id
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -15,16 +16,22 @@ _BATCHES_NAMED = 3
 
 def why_nothing_runs(settings: Settings, session: Session, batches: Sequence[str]) -> str | None:
     """Why nothing works on these open ``batches``, and the command that changes it; None if something does."""
+    from qbatch.models_db.leases import LEAD, holder
     from qbatch.models_db.listing import live_workers
+    from qbatch.models_db.unserved import lacking_devices
     from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.views.shared_failures import name_jobs
+    from qbatch.views.unserved import NO_SCHEDULER, why_lacking
 
     if not batches:
         return None
     named = name_jobs(batches, _BATCHES_NAMED)
     if settings.is_embedded:
-        no_stack = f"no stack is running here, so nothing works on {named}: `qbatch up` starts one"
-        return None if stack_is_running(settings) else no_stack
-    if live_workers(session, settings.lease_s) == 0:
+        if not stack_is_running(settings):
+            return f"no stack is running here, so nothing works on {named}: `qbatch up` starts one"
+    elif live_workers(session, settings.lease_s) == 0:
         return f"no worker is live, so nothing works on {named}: `qbatch worker` starts those of a machine"
-    return None
+    elif holder(session, LEAD) is None:
+        return NO_SCHEDULER
+    lacking = lacking_devices(session, [int(batch_id[1:]) for batch_id in batches], settings.lease_s)
+    return why_lacking({format_batch_id(batch_id): kind for batch_id, kind in lacking.items()})

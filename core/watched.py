@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qbatch.core.domain import ENDED_STATES, JobState
+from qbatch.core.domain import ENDED_STATES, DeviceKind, JobState
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.recovery import with_adapter_mark
 from qbatch.core.search.mixture_origin import MixtureOrigin
@@ -55,13 +55,17 @@ class WatchedWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedBatch:
-    """A batch with the number of its jobs in each state. ``elapsed_s`` is since its submit, until its end."""
+    """A batch with the number of its jobs in each state. ``elapsed_s`` is since its submit, until its end.
+
+    ``lacks_device``: the kind of device that its queued jobs need, if no live worker has one.
+    """
 
     batch_id: str
     name: str | None = None
     counts: Mapping[JobState, int]
     elapsed_s: float | None = None
     left_s: float | None = None
+    lacks_device: DeviceKind | None = None
 
     @property
     def jobs(self) -> int:
@@ -79,7 +83,8 @@ class WatchedBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """One look. ``news`` are the jobs whose state or stage has changed since the last look, and ``more_news`` how many
-    others have. ``workers`` are those that are live, or hold jobs. ``pauses`` say why nothing is sent to them."""
+    others have. ``workers`` are those that are live, or hold jobs. ``pauses`` say why nothing is sent to them.
+    ``has_scheduler``: whether one leads."""
 
     batches: tuple[WatchedBatch, ...]
     running: tuple[WatchedJob, ...] = ()
@@ -87,6 +92,7 @@ class Snapshot:
     more_news: int = 0
     workers: tuple[WatchedWorker, ...] = ()
     live_workers: int = 0
+    has_scheduler: bool = True
     pauses: tuple[str, ...] = ()
 
     def count(self, state: JobState) -> int:

@@ -9,13 +9,15 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import OPEN_STATES
+from qbatch.core.domain import OPEN_STATES, DeviceKind
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import HAS_FAILED
 from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
 from qbatch.models_db.pauses import in_force
 from qbatch.models_db.tables import Job, Lease, Worker
+from qbatch.models_db.time_left import open_batches
+from qbatch.models_db.unserved import lacking_devices
 
 _DAY_S = 86_400.0
 
@@ -36,6 +38,7 @@ class Health:
     ``leader`` is the scheduler that leads now. ``ahead_s`` is how far stored times are in the future, because the
     database's clock was set back; None if none are. ``workers`` is the result of ``list_workers``. ``failed`` counts
     the jobs that failed within the last day by error kind, ``open_jobs`` the queued and running ones by state.
+    ``lacking`` is the result of ``lacking_devices`` for the open batches.
     """
 
     leader: str | None
@@ -44,6 +47,7 @@ class Health:
     open_jobs: dict[str, int]
     failed: dict[str, int]
     pauses: list[PauseNote]
+    lacking: dict[int, DeviceKind]
 
 
 def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> Health:
@@ -70,6 +74,7 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
         open_jobs={state: count for state, count in states},
         failed={str(kind): count for kind, count in failed},
         pauses=[PauseNote(reason=p.reason, message=p.message, since=p.since) for p in in_force(session)],
+        lacking=lacking_devices(session, open_batches(session), lease_s),
     )
 
 

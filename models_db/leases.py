@@ -5,7 +5,7 @@ After the clock is set back, leases taken before would last much longer than int
 
 from __future__ import annotations
 
-from sqlalchemy import delete, or_, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.database_clock import SLACK_S, db_now
@@ -40,6 +40,12 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
         .returning(Lease.name)
     )
     return added.first() is not None
+
+
+def holder(session: Session, name: str) -> str | None:
+    """Who holds the lease ``name`` now; None if nobody does."""
+    held = select(Lease.holder).where(Lease.name == name, Lease.expires_at > db_now())
+    return session.scalars(held).first()
 
 
 def cut(session: Session, name: str, ttl_s: float) -> str | None:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Row, Select, select
 from sqlalchemy.orm import Session
 
-from qbatch.core.domain import ENDED_STATES, LOST, JobState, WorkerState, format_batch_id, format_job_id
+from qbatch.core.domain import (
+    ENDED_STATES,
+    LOST,
+    DeviceKind,
+    JobState,
+    WorkerState,
+    format_batch_id,
+    format_job_id,
+)
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorker
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.leases import LEAD, holder
 from qbatch.models_db.listing import list_batches, list_workers
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
 from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.time_left import TimeLeft, open_batches, time_left
+from qbatch.models_db.unserved import lacking_devices
 
 # An estimate reads hundreds of rows, and a newer one is hardly better.
 _JUDGE_S = 5.0
@@ -68,9 +78,10 @@ class Watcher:
         now = session.execute(select(db_now())).scalar_one()
         self._judge(session)
         rows = self._rows(session, _JOB.where(Job.state == JobState.RUNNING, Job.batch_id.in_(self._batch_ids)))
-        batches = (
-            [self._batch(row) for row in list_batches(session, sorted(self._batch_ids))] if self._batch_ids else []
-        )
+        listed = list_batches(session, sorted(self._batch_ids)) if self._batch_ids else []
+        queued = [_number(row) for row in listed if row[JobState.QUEUED]]
+        lacking = lacking_devices(session, queued, self._lease_s)
+        batches = [self._batch(row, lacking) for row in listed]
         news, more = self._news(session, rows, sum(batch.ended for batch in batches))
         self._looked_at = now
         workers = [worker for worker in list_workers(session, self._lease_s) if _is_shown(worker)]
@@ -81,6 +92,7 @@ class Watcher:
             more_news=more,
             workers=tuple(map(_worker, workers)),
             live_workers=sum(worker["state"] == WorkerState.READY for worker in workers),
+            has_scheduler=holder(session, LEAD) is not None,
             pauses=tuple(pause.message for pause in in_force(session)),
         )
 
@@ -145,19 +157,24 @@ class Watcher:
             answered_by=None if row.reused_from is None else format_job_id(row.reused_from),
         )
 
-    def _batch(self, row: dict[str, Any]) -> WatchedBatch:
-        batch_id = int(row["batch_id"][1:])
+    def _batch(self, row: Mapping[str, Any], lacking: Mapping[int, DeviceKind]) -> WatchedBatch:
+        batch_id = _number(row)
         return WatchedBatch(
             batch_id=format_batch_id(batch_id),
             name=row["name"],
             counts={state: row[state] for state in JobState},
             elapsed_s=row["elapsed_s"],
             left_s=self._remaining(self._left.batches.get(batch_id)),
+            lacks_device=lacking.get(batch_id),
         )
 
     def _remaining(self, judged_s: float | None) -> float | None:
         """What is left now of what was left when it was judged."""
         return None if judged_s is None else max(0.0, judged_s - (self._clock() - self._judged_at))
+
+
+def _number(row: Mapping[str, Any]) -> int:
+    return int(row["batch_id"][1:])
 
 
 def _is_shown(worker: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from qbatch.core.byte_units import GIB
-from qbatch.core.domain import LOST, WorkerState
+from qbatch.core.domain import LOST, WorkerState, format_batch_id
 from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable, UsageError
 from qbatch.core.filesystem import Refusal, disk_space, probe, require_locks
 from qbatch.core.private_folder import why_not_private
@@ -21,6 +21,7 @@ from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.views.checks import Check, State, check
 from qbatch.views.libraries import VisibleGpu, cuda, versions
 from qbatch.views.units import show_bytes, show_time
+from qbatch.views.unserved import why_lacking
 
 _WITHOUT = {
     Refusal.SYNC_FILE: "fsync of a file: a power cut may lose recent writes, which are then made again",
@@ -231,6 +232,9 @@ def _workers(report: Health, has_work: bool) -> Iterable[Check]:
         state = State.WRONG if has_work else State.NOTE
         waiting = ", and jobs are waiting; one that has just started needs up to a minute" if has_work else ""
         yield check("workers", state, f"no worker is ready{waiting}")
+    lacking = why_lacking({format_batch_id(batch_id): kind for batch_id, kind in report.lacking.items()})
+    if lacking is not None:
+        yield check("devices", State.WRONG, lacking)
     for worker in report.workers:
         if worker["state"] == WorkerState.QUARANTINED:
             yield check(worker["worker"], State.WRONG, f"quarantined: {worker['note'] or 'no reason is on record'}")

@@ -15,6 +15,7 @@ from qbatch.views.formats import printable
 from qbatch.views.line_interval import LineInterval
 from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import show_duration, show_time_left
+from qbatch.views.unserved import why_waiting
 from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class LiveProgress:
         if snapshot.more_news:
             self._say(f"and {snapshot.more_news} more jobs")
         self._last = snapshot
-        self._show(snapshot, self._why_no_worker() if snapshot.awaits_worker else None)
+        self._show(snapshot, self._why_no_worker() if snapshot.awaits_worker else why_waiting(snapshot))
 
     def _news(self, news: Sequence[WatchedJob]) -> Iterable[str]:
         """A line for each job, and for each failure that jobs of a model share.

@@ -9,9 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from qbatch.cli import main
+from qbatch.core.domain import DeviceKind
+from qbatch.models_db import leases
 from qbatch.models_db.checkpoints import record
 from qbatch.models_db.session import Database
-from tests.rows import a_batch, a_worker, claim
+from tests.rows import a_batch, a_worker, bundle, claim
 
 
 @pytest.fixture
@@ -64,7 +66,14 @@ def test_a_queue_that_nothing_works_on_is_named_with_what_would(
     said = CliRunner().invoke(main, command).stderr
     assert f"no worker is live, so nothing works on {named}: `qbatch worker` starts" in said
     a_worker(sqlite_database)
+    assert "no scheduler is active" in CliRunner().invoke(main, command).stderr
+    with sqlite_database.write() as session:
+        leases.acquire(session, leases.LEAD, "here", 60.0)
     assert CliRunner().invoke(main, command).stderr == ""
+    for _ in range(2):
+        a_batch(sqlite_database, bundle(device=DeviceKind.CUDA))
+    said = CliRunner().invoke(main, [*command[:1], "b2", "b3", "b4"]).stderr
+    assert said.startswith("b3, b4 need a GPU, and no live worker has one: `qbatch worker` starts")
 
 
 def test_where_nothing_is_to_be_removed_one_sentence_says_so(sqlite_database: Database, home: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from qbatch.core.domain import JobState, Method, Stage
+from qbatch.core.domain import DeviceKind, JobState, Method, Stage
 from qbatch.core.errors import SourceCorrupt
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot
-from qbatch.models_db import jobs, pauses
+from qbatch.models_db import jobs, leases, pauses
 from qbatch.models_db.listing import list_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.watching import Watcher
 from qbatch.scheduler.wait import wait
-from tests.rows import a_batch, a_worker, bundle, claim, fail, succeed
+from tests.rows import a_batch, a_gpu, a_worker, bundle, claim, fail, succeed
 
 BOTH = (Method.NF4, Method.INT8)
 
@@ -101,7 +101,7 @@ def test_without_a_batch_all_that_are_open_are_watched_and_those_that_come(datab
     with database.write() as session:
         jobs.cancel(session, batch_ids=[ended])
     onlooker = Onlooker(database)
-    assert onlooker.look() == Snapshot(batches=())
+    assert onlooker.look() == Snapshot(batches=(), has_scheduler=False)
     first, ids = a_batch(database, bundle("/models/b", *BOTH))
     assert [batch.batch_id for batch in onlooker.look().batches] == [f"b{first}"]
     second, _ = a_batch(database, bundle("/models/c", *BOTH))
@@ -131,6 +131,21 @@ def test_what_runs_is_seen_with_its_worker_and_its_progress(database: Database) 
     with database.read() as session:
         ended, _ = list_jobs(session)
     assert ended["progress"] == {"bytes_read": 5, "bytes_written": 1, "bytes_total": 9}, "nothing is measured of it now"
+
+
+def test_a_batch_for_which_no_worker_has_the_device_is_seen(database: Database) -> None:
+    batch, ids = a_batch(database, bundle("/models/a", *BOTH, device=DeviceKind.CUDA))
+    a_batch(database, bundle("/models/a", *BOTH, device=DeviceKind.CPU))
+    onlooker = Onlooker(database)
+    assert [one.lacks_device for one in onlooker.look().batches] == [None, None], "no worker is live at all"
+    a_worker(database, "w1")
+    look = onlooker.look()
+    assert ([one.lacks_device for one in look.batches], look.has_scheduler) == ([DeviceKind.CUDA, None], False)
+    with database.write() as session:
+        leases.acquire(session, leases.LEAD, "here", 60.0)
+    assert onlooker.look().has_scheduler
+    claim(database, ids, a_gpu(database, 24))
+    assert [one.lacks_device for one in Onlooker(database, batch).look().batches] == [None]
 
 
 def test_a_pause_is_seen(database: Database) -> None:

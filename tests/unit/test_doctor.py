@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qbatch.core.domain import DeviceKind
 from qbatch.core.errors import CudaOom, DeviceError
 from qbatch.core.settings import Settings
 from qbatch.models_db.database_clock import db_now
@@ -19,7 +20,7 @@ from qbatch.views.checks import Check, State, render_checks
 from qbatch.views.doctor import broker_place, examine
 from qbatch.views.libraries import VisibleGpu, cuda, examine_libraries, versions
 from tests.migrating import AFTER_NEXT, INDEX, NEXT, NULLABLE, migrate
-from tests.rows import a_batch, a_worker, claim, fail
+from tests.rows import a_batch, a_worker, bundle, claim, fail
 
 
 @pytest.fixture
@@ -69,6 +70,8 @@ def test_jobs_that_nobody_can_run_are_a_fault(settings: Settings, database: Data
     assert wrong(settings) == {}
     assert examined(settings)["scheduler"].message == "host:1 is active"
     assert examined(settings)["jobs"].message == "3 queued"
+    a_batch(database, bundle(device=DeviceKind.CUDA))
+    assert wrong(settings)["devices"].startswith("b2 needs a GPU, and no live worker has one")
 
 
 def test_a_quarantined_worker_is_named_with_its_reason(settings: Settings, database: Database) -> None:

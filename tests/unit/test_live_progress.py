@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import DeviceKind, JobState
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob
 from qbatch.views.live import NO_WORKER, STARTING, LiveProgress, describe_end
+from qbatch.views.unserved import NO_SCHEDULER
 
 NAME = "llama"
 _GIB = 2**30
@@ -127,6 +128,17 @@ def test_a_log_says_that_the_workers_start() -> None:
     assert max(waits) < 8
     assert lines[0] == STARTING
     assert all(STARTING in line for line in lines)
+
+
+def test_what_waits_for_a_device_or_a_scheduler_is_said() -> None:
+    look = a_look(queued=1)
+    lacking = replace(look, batches=(replace(look.batches[0], lacks_device=DeviceKind.CPU),))
+    assert follow(look, lacking, replace(lacking, has_scheduler=False)) == [
+        "b1 needs a CPU, and every live worker has a GPU: `qbatch worker --cpu` starts one without",
+        NO_SCHEDULER,
+    ]
+    running = a_look(running=[a_job(1, stage="benchmarking")])
+    assert follow(replace(running, has_scheduler=False)) == [], "nothing waits for it"
 
 
 def test_quiet_says_nothing() -> None:
