@@ -73,9 +73,14 @@ def checkpoints_at(session: Session, paths: Collection[str], *, lock: bool = Fal
     return found
 
 
-def gone_paths(session: Session) -> set[str]:
-    """The paths of the checkpoints of which it is known that they are gone."""
-    return set(session.scalars(select(Checkpoint.path).where(Checkpoint.gone_at.is_not(None))))
+def gone_among(session: Session, paths: Collection[str]) -> set[str]:
+    """Those of these paths of checkpoints of which it is known that they are gone."""
+    gone: set[str] = set()
+    for chunk in in_chunks(sorted(paths)):
+        gone.update(
+            session.scalars(select(Checkpoint.path).where(Checkpoint.path.in_(chunk), Checkpoint.gone_at.is_not(None)))
+        )
+    return gone
 
 
 def note_presence(session: Session, *, gone: Collection[str], present: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import JobState, Method
 from qbatch.core.measured.quality_figures import BASE_OUTPUTS_LOST, BASE_OUTPUTS_MISSING
-from qbatch.models_db.checkpoints import gone_paths
+from qbatch.models_db.checkpoints import gone_among
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Checkpoint, Job, Result
@@ -54,11 +54,12 @@ def find_finished(
     """
     keys = sorted({key for key, _ in wanted})
     found: dict[tuple[str, str], Finished] = {}
-    gone = gone_paths(session) if keys else set()
     for chunk in in_chunks(keys):
-        for row in session.execute(_finished(chunk, device_names)):
-            parts = _finished_parts(row)
-            if parts is not None and not any(part.path in gone for part in parts):
+        rows = session.execute(_finished(chunk, device_names)).all()
+        known = [(row, parts) for row in rows if (parts := _finished_parts(row)) is not None]
+        gone = gone_among(session, {part.path for _, parts in known for part in parts})
+        for row, parts in known:
+            if not any(part.path in gone for part in parts):
                 found[row.checkpoint_key, row.protocol_hash] = Finished(
                     job_id=row.id,
                     parts=parts,

@@ -6,11 +6,13 @@ import heapq
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState
 from qbatch.models_db.tables import Job
+
+_LEAST_AT_ONCE = 20
 
 
 def first_jobs(
@@ -22,13 +24,41 @@ def first_jobs(
     conditions: Sequence[ColumnElement[bool]] = (),
 ) -> list[int]:
     """The ids of the first ``limit`` jobs, in the order of submission. No batches or no states means all of them."""
+    return list(islice(_in_order(session, limit, batch_ids, states, conditions), limit))
+
+
+def pages_of_jobs(
+    session: Session, size: int, *, batch_ids: Collection[int] = (), conditions: Sequence[ColumnElement[bool]] = ()
+) -> Iterator[Sequence[int]]:
+    """The ids of the jobs, in the order of submission, ``size`` at a time. No batches means all of them."""
+    ids = _in_order(session, size, batch_ids, (), conditions)
+    while page := list(islice(ids, size)):
+        yield page
+
+
+def _in_order(
+    session: Session,
+    size: int,
+    batch_ids: Collection[int],
+    states: Collection[str],
+    conditions: Sequence[ColumnElement[bool]],
+) -> Iterator[int]:
     # Each part is a range of an index. Together, they would have to be read as a whole and sorted.
-    parts = [session.scalars(_first(part, conditions, limit)).all() for part in _ranges(batch_ids, states)]
-    return list(islice(heapq.merge(*parts), limit))
+    parts = list(_ranges(batch_ids, states))
+    # So many of each at a time that what is read of all parts is about as much as is asked for.
+    some = max(_LEAST_AT_ONCE, size // len(parts))
+    return heapq.merge(*(_part(session, [*part, *conditions], some) for part in parts))
 
 
-def _first(part: Sequence[ColumnElement[bool]], conditions: Sequence[ColumnElement[bool]], limit: int) -> Select[int]:
-    return select(Job.id).where(*part, *conditions).order_by(Job.id).limit(limit)
+def _part(session: Session, conditions: Sequence[ColumnElement[bool]], size: int) -> Iterator[int]:
+    """The jobs of one part, read ``size`` at a time when they are needed."""
+    last = 0
+    while True:
+        found = session.scalars(select(Job.id).where(*conditions, Job.id > last).order_by(Job.id).limit(size)).all()
+        yield from found
+        if len(found) < size:
+            return
+        last = found[-1]
 
 
 def _ranges(batch_ids: Collection[int], states: Collection[str]) -> Iterator[Sequence[ColumnElement[bool]]]:

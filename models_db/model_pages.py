@@ -9,7 +9,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.models_db.job_pages import first_jobs
+from qbatch.models_db.job_pages import pages_of_jobs
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
@@ -57,12 +57,8 @@ def results_by_model(session: Session, *, batch_ids: Sequence[int] = ()) -> Iter
 def _in_order(
     session: Session, batch_ids: Collection[int], only: ResultFilter
 ) -> Iterator[Row[int, int, str, str, str | None]]:
-    last = 0
-    while ids := first_jobs(
-        session, VALUES_AT_ONCE, batch_ids=batch_ids, conditions=[Job.id > last, *only.conditions()]
-    ):
+    for ids in pages_of_jobs(session, VALUES_AT_ONCE, batch_ids=batch_ids, conditions=only.conditions()):
         yield from session.execute(_NAMES.where(Job.id.in_(ids)).order_by(Job.id))
-        last = ids[-1]
 
 
 def _rows(

@@ -17,7 +17,7 @@ from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.measured.stored_protocol import StoredProtocol
 from qbatch.core.storage import base_path
-from qbatch.models_db.checkpoints import gone_paths
+from qbatch.models_db.checkpoints import gone_among
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.mixture_origins import mixture_origin
 from qbatch.models_db.result_filter import ResultFilter
@@ -171,13 +171,18 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
     found = [_row(job, result, baselines) for job, result in rows]
-    gone = gone_paths(session) if any(row.checkpoint_path for row in found) else set()
-    return [replace(row, checkpoint_path=None) if _is_gone(row.checkpoint_path, gone) else row for row in found]
+    parts = {row.checkpoint_path: _parts(row.checkpoint_path) for row in found if row.checkpoint_path is not None}
+    gone = gone_among(session, {part for some in parts.values() for part in some})
+    return [
+        replace(row, checkpoint_path=None) if not gone.isdisjoint(parts.get(row.checkpoint_path or "", ())) else row
+        for row in found
+    ]
 
 
-def _is_gone(path: str | None, gone: Collection[str]) -> bool:
-    """Whether a checkpoint, or the one that an adapter belongs to, is known to be off the storage."""
-    return path is not None and (path in gone or base_path(path) in gone)
+def _parts(path: str) -> Collection[str]:
+    """The path of a checkpoint; of an adapter, also that of the checkpoint that it belongs to."""
+    base = base_path(path)
+    return (path,) if base is None else (path, base)
 
 
 def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:

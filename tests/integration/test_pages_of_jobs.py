@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from qbatch.core.domain import JobState, Method
 from qbatch.core.measured.result_row import ResultRow
@@ -62,6 +62,24 @@ def test_each_model_has_all_of_its_rows_in_one_part(
     assert [len({row.model for row in rows}) for rows in parts] == [3, 1]
     assert {row.model for row in parts[0]}.isdisjoint(row.model for row in parts[1])
     assert sorted(names([row for rows in parts for row in rows])) == sorted(names(every))
+
+
+def test_however_many_pages_each_batch_is_asked_about_once(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the jobs of each state. With two batches whose jobs alternate, as two submits at once store them."""
+    monkeypatch.setattr(model_pages, "VALUES_AT_ONCE", 6)
+    batches = 8
+    for _ in range(batches):
+        a_batch(sqlite_database, *[bundle(f"/models/{n}") for n in range(5)])
+    with sqlite_database.write() as session:
+        session.execute(update(Job).where(Job.batch_id <= 2).values(batch_id=1 + Job.id % 2))
+    sent: list[str] = []
+    event.listen(sqlite_database.engine, "before_cursor_execute", lambda *of: sent.append(of[2]))
+    with sqlite_database.read() as session:
+        rows = [row for part in results_by_model(session, batch_ids=range(1, batches + 1)) for row in part]
+    assert len({row.job_id for row in rows}) == len(rows) == 15 * batches
+    assert sum("LIMIT" in statement for statement in sent) == batches * len(JobState)
 
 
 @pytest.mark.usefixtures("measured")

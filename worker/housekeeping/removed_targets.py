@@ -37,8 +37,8 @@ class Removal:
     """What goes with some batches, jobs and checkpoints.
 
     ``staying``: jobs that must stay, because their results answer others; each with one of those. ``checkpoints`` are
-    those to look at; what a job that stays refers to is in ``shared``, with the reason. ``paths`` are those whose
-    records go with the last job.
+    those to look at; what a job that stays refers to is in ``shared``, with the reason. ``paths`` are those of each
+    job, whose records go with the last job that has them.
     """
 
     batch_ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Removal:
     staying: Mapping[int, int]
     checkpoints: tuple[StoredCheckpoint, ...]
     shared: tuple[tuple[str, str], ...]
-    paths: tuple[str, ...]
+    paths: Mapping[int, Sequence[str]]
     logs: tuple[Path, ...]
 
     @property
@@ -79,7 +79,7 @@ def plan_removal(
         if unknown := sorted(set(paths) - {row.path for row in named}):
             raise UsageError(f"{unknown[0]} is not a checkpoint that this database has on record")
         rows, shared = _of_jobs(session, going)
-        paths_of_jobs = [row.path for row in rows]
+        path_of = {row.key: row.path for row in rows}
         users = users_of(session, [row.key for row in (*rows, *named)])
         ids = frozenset(job.id for job in going)
         checkpoints = [
@@ -97,7 +97,7 @@ def plan_removal(
         staying=staying,
         checkpoints=tuple({one.path: one for one in checkpoints}.values()),
         shared=tuple(shared),
-        paths=tuple(paths_of_jobs),
+        paths={job.id: [path_of[key] for key in _keys_of(job) if key in path_of] for job in going},
         logs=logs,
     )
 
@@ -147,7 +147,7 @@ def _delete_rows(database: Database, removal: Removal) -> tuple[set[int], int]:
             of_jobs = session.scalars(select(Job.batch_id).where(Job.id.in_(job_ids)).distinct()).all()
             jobs |= delete_named(session, job_ids)
             batches += delete_empty(session, of_jobs)
-            forget_unused(session, removal.paths)
+            forget_unused(session, {path for job_id in job_ids for path in removal.paths[job_id]})
     for batch_ids in chunks(removal.batch_ids):
         with database.write() as session:
             batches += delete_empty(session, batch_ids)
@@ -183,7 +183,7 @@ def _jobs(session: Session, batch_ids: Sequence[int], job_ids: Sequence[int]) ->
 def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
     """The recorded checkpoints of these jobs that no other job refers to; and the others, with the reason."""
     ids = {job.id for job in jobs}
-    keys = sorted({key for job in jobs for key in (job.checkpoint_key, job.base_key) if key is not None})
+    keys = sorted({key for job in jobs for key in _keys_of(job)})
     alone: list[Checkpoint] = []
     shared: list[tuple[str, str]] = []
     users = users_of(session, keys)
@@ -195,6 +195,11 @@ def _of_jobs(session: Session, jobs: Sequence[Any]) -> tuple[list[Checkpoint], l
             else:
                 alone.append(row)
     return alone, shared
+
+
+def _keys_of(job: Any) -> list[str]:
+    """Of its checkpoint; of an adapter, and of the checkpoint that it belongs to."""
+    return [key for key in (job.checkpoint_key, job.base_key) if key is not None]
 
 
 def _of_batches(users: Sequence[CheckpointUser], batch_ids: Collection[int]) -> frozenset[int] | None:
