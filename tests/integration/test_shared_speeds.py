@@ -30,6 +30,7 @@ from qbatch.core.measured.metric import TimingNoise
 from qbatch.core.measured.metrics import DECODE
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.model_shape import shape_of
+from qbatch.core.recovery import Recovery, RecoveryKind
 from qbatch.models_db import jobs
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.results import find_results
@@ -198,6 +199,18 @@ def test_a_fine_tune_has_the_speed_of_the_first_and_its_own_quality(worker: Proc
         assert taken.details.fingerprint != timed.details.fingerprint
         assert taken.to_json()["speed_from"] == timed.job_id
         assert timed.to_json()["speed_from"] is None
+
+
+def test_with_adapters_too(worker: ProcesslessWorker, tmp_path: Path) -> None:
+    """An adapter's audit counts no parameters; those of its checkpoint are what must agree."""
+    adapters = [replace(NF4, recovery=Recovery.of(RecoveryKind.SVD, rank, TEXT_HASH)) for rank in (4, 8)]
+    first, second = submit(worker, fine_tunes(tmp_path), BASELINE, NF4, *adapters)
+    worker.work_on(first)
+    worker.work_on(second)
+    assert origins(worker, second) == [f"j{job_id}" for job_id in first]
+    timed, taken = rows_of(worker, [first[2], second[2]])
+    assert taken.decode_tokens_per_s == timed.decode_tokens_per_s is not None
+    assert taken.kl_mean != timed.kl_mean
 
 
 def test_what_was_timed_on_noise_says_so_in_every_row(worker: ProcesslessWorker, tmp_path: Path) -> None:

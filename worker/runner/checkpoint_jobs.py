@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from qbatch.core.domain import Claim, DeviceKind, DType
 from qbatch.core.identity import Settled, settle, settle_base
@@ -72,6 +73,17 @@ class MeasuredModel:
     @property
     def published(self) -> Published | None:
         return self.verified.published if self.verified is not None else None
+
+    @property
+    def audit(self) -> Mapping[str, Any] | None:
+        """What is known of the checkpoint. With an adapter, also what is known of that; but not which loaders load it,
+        since an adapter is for PEFT."""
+        if self.verified is None:
+            return None
+        if self.base is None:
+            return self.verified.published.audit
+        of_base = {name: value for name, value in self.base.published.audit.items() if name != "loaders"}
+        return of_base | dict(self.verified.published.audit)
 
     @property
     def runs(self) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from qbatch.core.domain import DeviceKind, Stage
 from qbatch.core.errors import DeviceError
@@ -104,7 +104,7 @@ class FinishedRows:
             commit=self._source.revision,
             device_uuid=self._device_uuid(),
             speed_key=self._shared_key(measurement.details, plan),
-            audit=CheckpointAudit.from_json(_audit(model)),
+            audit=CheckpointAudit.from_json(model.audit),
         )
         return dataclasses.replace(
             measurement,
@@ -127,17 +127,6 @@ class FinishedRows:
         if torch.cuda.device_count() != 1:
             raise DeviceError(f"exactly one GPU should be visible to this process, but {torch.cuda.device_count()} are")
         return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-
-
-def _audit(model: MeasuredModel) -> Mapping[str, Any] | None:
-    """What is known of the checkpoint. With an adapter, also what is known of that; but not which loaders load it,
-    since an adapter is for PEFT."""
-    if model.verified is None:
-        return None
-    if model.base is None:
-        return model.verified.published.audit
-    of_base = {name: value for name, value in model.base.published.audit.items() if name != "loaders"}
-    return of_base | dict(model.verified.published.audit)
 
 
 def names(job_ids: Iterable[int]) -> str:

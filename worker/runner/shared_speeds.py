@@ -96,6 +96,6 @@ def agreeing(speeds: Mapping[int, KnownSpeed], models: Sequence[MeasuredModel]) 
 
 
 def _same_counts(known: KnownSpeed, model: MeasuredModel) -> bool:
-    own = {} if model.published is None else model.published.audit
+    own = model.audit or {}
     other = known.figures.details.audit
     return all(own.get(name) is not None and own.get(name) == getattr(other, name) for name in _COUNTS)
