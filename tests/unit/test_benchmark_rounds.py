@@ -237,6 +237,25 @@ def test_memory_that_runs_out_with_several_models_charges_nobody(
         assert done.measurement.details.rounds.count == 2
 
 
+def test_an_analysis_that_needs_the_device_alone_has_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory runs out then too, only the analysis is missing."""
+    observe = RowBenchmark.observe
+    asking_why(monkeypatch)
+    monkeypatch.setattr(RowBenchmark, "observe", observe)
+    before, held = llamas(), list[int]()
+
+    def work(*_: Any) -> None:
+        held.append(llamas() - before)
+        if len(held) in (2, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qbatch.worker.measuring.why.explain._work", work)
+    ear = run(home)
+    assert held == [1, 2, 1, 1], "the second of three was analyzed again"
+    assert ear.failed() == {}
+    assert ear.measured().keys() == {1, 2, 3}
+
+
 def test_memory_that_runs_out_with_one_model_is_that_job_s_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after several were loaded together: once it is alone, it is at fault."""
     timed, original = 0, RowBenchmark.time
@@ -458,7 +477,7 @@ def test_a_fault_while_explaining_a_second_shape_charges_nobody(home: Path, monk
     asking_why(monkeypatch)
     broken: list[int] = []
 
-    def observe(row: RowBenchmark, _loaded: Any) -> None:
+    def observe(row: RowBenchmark, _loaded: Any, **_: Any) -> None:
         row._why = Explanation(row._protocol, lambda _step: None)
         if row._protocol.batch_size == 2:
             row._why.fault = DeviceError("gone")
@@ -568,7 +587,7 @@ def asking_why(monkeypatch: pytest.MonkeyPatch, room: Callable[[LoadedModels], b
     always = property(lambda _: True, lambda *_: None)
     monkeypatch.setattr(ModelBenchmark, "is_explainable", always, raising=False)
     monkeypatch.setattr(ProtocolOptions, "for_device", lambda *of: replace(quick(*of), why=True))
-    monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded: None)
+    monkeypatch.setattr(RowBenchmark, "observe", lambda _row, _loaded, **_: None)
     monkeypatch.setattr(LoadedModels, "have_room_for_copies", room)
     HeardCaptures.heard.clear()
     HeardCaptures.prepared.clear()

@@ -107,13 +107,14 @@ class RowBenchmark:
             self._rounds.append(self._round(loaded, monitor, noise))
         self._memory = _stored_memory(monitor.peaks, allocator_peaks(loaded.device))
 
-    def observe(self, loaded: LoadedModel) -> None:
+    def observe(self, loaded: LoadedModel, *, is_alone: bool = True) -> None:
         """Measure what limits a causal LM on a GPU, and its energy, if the protocol asks for them.
 
-        Failures leave their reason in the row, and set ``fault`` if the device has become unusable.
+        Failures leave their reason in the row, and set ``fault`` if the device has become unusable. If the model is
+        not alone on the device, memory that runs out is raised instead, as CudaOom or HostOom.
         """
         if self._why_no_speed is None and self.model.is_explainable and (self.wants_why or self._protocol.energy):
-            self._why = Explanation(self._protocol, self._on_step)
+            self._why = Explanation(self._protocol, self._on_step, is_alone=is_alone)
             self._observed = self._rounds[0] if self._rounds else self._untimed_round(loaded)
             self._why.observe(loaded, self._observed)
 

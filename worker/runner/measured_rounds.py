@@ -232,7 +232,7 @@ class Rounds:
                     self._measure_quality(turn)
         if is_last:
             with self._pauses.timing():
-                self._observe(turn, self._load(turn))
+                self._observe(turn)
 
     def _time_shapes(self, turn: _Turn) -> None:
         timed = [job_id for job_id in self._reports.open(turn.jobs) if turn.rows[job_id].rounds_to_time]
@@ -320,10 +320,14 @@ class Rounds:
             if text.name not in more:
                 turn.benchmark.note_not_compared(self._base_outputs.why_missing(plan, text), text=text.name)
 
-    def _observe(self, turn: _Turn, loaded: LoadedModel) -> None:
+    def _observe(self, turn: _Turn) -> None:
         for job_id in self._reports.open(turn.jobs):
-            self._reports.enter([job_id], Stage.BENCHMARKING)
-            turn.rows[job_id].observe(loaded)
+            self._or_alone(partial(self._observe_row, turn, job_id))
+
+    def _observe_row(self, turn: _Turn, job_id: int) -> None:
+        loaded = self._load(turn)
+        self._reports.enter([job_id], Stage.BENCHMARKING)
+        turn.rows[job_id].observe(loaded, is_alone=not self._models.are_together)
 
     def _finish(self, turns: Sequence[_Turn], captures: Captures) -> None:
         """Send the rows of models whose rounds are over."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from qbatch.core.domain import DType, Protocol
-from qbatch.core.errors import BenchmarkError, DeviceError, JobError
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError
 from qbatch.core.measured.decode_figures import (
     DecodeReasons,
     DeviceRoofs,
@@ -39,8 +39,10 @@ class Explanation:
     fails is left out, with the reason in its place.
     """
 
-    def __init__(self, protocol: Protocol, on_step: Callable[[str], None]) -> None:
+    def __init__(self, protocol: Protocol, on_step: Callable[[str], None], *, is_alone: bool = True) -> None:
+        """``is_alone``: no other model is loaded. If not, memory that runs out is no reason, but raised."""
         self._protocol = protocol
+        self._is_alone = is_alone
         self._on_step = on_step
         self._work: StepWork | None = None
         self._energy = MeasuredEnergy()
@@ -55,7 +57,10 @@ class Explanation:
         return self._energy
 
     def observe(self, loaded: LoadedModel, shape: Round) -> None:
-        """Count a step's work at ``shape``, and if the protocol asks for energy, measure it, which takes 35 s."""
+        """Count a step's work at ``shape``, and if the protocol asks for energy, measure it, which takes 35 s.
+
+        Raises CudaOom and HostOom if other models are loaded.
+        """
         if self._protocol.why:
             self._work, self._reason = self._attempt("count a step's work", lambda: _work(loaded, shape.prompts))
         if self._protocol.energy:
@@ -124,6 +129,8 @@ class Explanation:
             with translated(BenchmarkError, f"cannot {doing}"):
                 return work(), None
         except JobError as error:
+            if isinstance(error, CudaOom | HostOom) and not self._is_alone:
+                raise
             reason = str(error)
             self.fault = error if isinstance(error, DeviceError) else None
         if self.fault is None:
