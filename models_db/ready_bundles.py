@@ -5,7 +5,7 @@ However many jobs wait, only the entries of an index are walked, from the first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,20 +94,26 @@ class ReadyBundles:
             seen.update(names)
             after, size = page[-1].id, min(4 * size, _LARGEST_PAGE)
 
-    def of_each_batch(self, session: Session, priority: int, limit: int) -> dict[int, list[ReadyBundle]]:
-        """The first ``limit`` ready bundles of each batch. Reads all waiting jobs of that priority, but at once."""
+    def named(self, session: Session, names: Iterable[str]) -> Iterator[ReadyBundle | None]:
+        """Those of these bundles that are ready now and belong in this queue, and None for each other one."""
+        for name in names:
+            ready = self._read(session, [name])
+            if self._split_off(session, ready):
+                ready = self._read(session, [name])
+            yield ready[0] if ready else None
+
+    def of_each_batch(self, session: Session, priority: int, limit: int) -> dict[int, list[str]]:
+        """The names of the first ``limit`` ready bundles of each batch. Reads all waiting jobs of that priority, but
+        at once."""
         within = and_(IS_WAITING, _is_ready(self.needs), Job.priority == priority)
         each = self._bundles(within).add_columns(
             Job.batch_id, func.row_number().over(partition_by=Job.batch_id, order_by=func.min(Job.id)).label("place")
         )
         ranked = each.group_by(Job.batch_id).subquery()
         first = select(ranked).where(ranked.c.place <= limit).order_by(ranked.c.first_id)
-        found: dict[int, list[ReadyBundle]] = {}
+        found: dict[int, list[str]] = {}
         for row in session.execute(first):
-            bundle = ReadyBundle(bundle=row.bundle, first_id=row.first_id, least=row.least, most=row.most)
-            found.setdefault(row.batch_id, []).append(bundle)
-        if self._split_off(session, [bundle for bundles in found.values() for bundle in bundles]):
-            return self.of_each_batch(session, priority, limit)
+            found.setdefault(row.batch_id, []).append(row.bundle)
         return found
 
     def _page(self, priority: int, batch_id: int, after: int, size: int) -> Select[int, str]:

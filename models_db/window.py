@@ -6,7 +6,7 @@ All others wait in the database. ``dispatch_id`` is set on a queued job for whic
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, and_, func, select, union, update
 from sqlalchemy.orm import Session, aliased
 
 from qbatch.core.domain import DeviceKind, Method, format_batch_id, format_job_id
+from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.few_jobs import IS_QUEUED
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
 from qbatch.models_db.ready_bundles import (
@@ -35,7 +36,7 @@ MOST_JOBS = 256
 NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_scans": 0}
 """The dispatch columns of a job that no message stands for."""
 
-_MOST_MISSES = 8
+_MOST_MISSES = 2
 # A worker refuses a message with a long text, and people would not read it.
 _LONGEST_NAME = 200
 _MOST_NAMED = 8
@@ -64,11 +65,14 @@ def choose(
     slots: int,
     needs: QueueRange = ANY_NEED,
     most: int | None = None,
+    looks: BacklogLooks | None = None,
 ) -> list[Dispatch]:
     """Mark bundles as dispatched to ``queue`` until ``slots`` are there, and return their messages, ``most`` of them.
 
-    A bundle with a higher priority than all bundles in the queue is added even if no slot is free.
+    A bundle with a higher priority than all bundles in the queue is added even if no slot is free. ``looks``: what was
+    found of a backlog that mostly belongs in other queues; where nothing was, a look is asked for there.
     """
+    looks = BacklogLooks() if looks is None else looks
     chosen: list[Dispatch] = []
     ready = ReadyBundles(kind=kind, needs=needs)
     in_queue = _waiting_in(session, queue)
@@ -78,10 +82,10 @@ def choose(
         missing = slots - _as_urgent(in_queue, priority)
         if most is not None:
             missing = min(missing, most - len(chosen))
-        added = _choose_fairly(session, ready, priority, shares, queue=queue, most=missing)
+        added = _choose_fairly(session, ready, priority, shares, looks, queue=queue, most=missing)
         chosen += added
         in_queue[priority] = in_queue.get(priority, 0) + len(added)
-        if len(added) == missing:
+        if len(added) == missing or looks.are_wanted:
             break
         priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=priority)
     return chosen
@@ -97,26 +101,33 @@ def _full_at(in_queue: Mapping[int, int], slots: int) -> int | None:
 
 
 def _choose_fairly(
-    session: Session, ready: ReadyBundles, priority: int, shares: Mapping[int, int], *, queue: str, most: int
+    session: Session,
+    ready: ReadyBundles,
+    priority: int,
+    shares: Mapping[int, int],
+    looks: BacklogLooks,
+    *,
+    queue: str,
+    most: int,
 ) -> list[Dispatch]:
     """Mark up to ``most`` bundles of that priority; each time it is the turn of the batch with the smallest share."""
     chosen: list[Dispatch] = []
-    turns = [(shares.get(batch_id, 0), batch_id) for batch_id in ready.batches(session, priority)]
+    known = looks.take_found((queue, priority))
+    if known is None:
+        waiting = {
+            batch_id: ready.of_batch(session, priority, batch_id) for batch_id in ready.batches(session, priority)
+        }
+    else:
+        waiting = {batch_id: ready.named(session, names) for batch_id, names in known.items()}
+    turns = [(shares.get(batch_id, 0), batch_id) for batch_id in waiting]
     heapify(turns)
-    waiting: dict[int, Iterator[ReadyBundle | None]] = {}
     misses = 0
     while turns and len(chosen) < most:
-        share, batch_id = heappop(turns)
-        if misses == _MOST_MISSES:
+        if misses == _MOST_MISSES and known is None:
             # Most of what waits belongs in another queue: what does not is found faster by looking at all of it.
-            rest = ready.of_each_batch(session, priority, most)
-            waiting = {batch: iter(bundles) for batch, bundles in rest.items()}
-            turns = [turn for turn in [(share, batch_id), *turns] if turn[1] in waiting]
-            heapify(turns)
-            misses += 1
-            continue
-        if batch_id not in waiting:
-            waiting[batch_id] = ready.of_batch(session, priority, batch_id)
+            looks.want((queue, priority), ready, most)
+            break
+        share, batch_id = heappop(turns)
         found = next(waiting[batch_id], _OVER)
         if found is _OVER:
             continue

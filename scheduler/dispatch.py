@@ -12,6 +12,7 @@ from qbatch.core.errors import BrokerUnreachable
 from qbatch.core.settings import Settings
 from qbatch.core.vram_classes import floor_bytes, vram_class
 from qbatch.models_db import pauses, window, workers
+from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Worker
@@ -70,21 +71,27 @@ def _is(worker: Worker, kind: DeviceKind) -> bool:
     return worker.device_kind == kind
 
 
-def top_up(database: Database, broker: Broker, settings: Settings) -> int:
+def top_up(database: Database, broker: Broker, settings: Settings, looks: BacklogLooks | None = None) -> int:
     """Fill the queue of each VRAM class, and of the CPUs, to ``window`` bundles per live worker.
 
     Returns how many bundles were sent. Their rows are marked before the messages are sent: if this process dies in
-    between, the next scans find rows without a message. Raises BrokerUnreachable, after undoing the marks of those that
-    were not sent.
+    between, the next scans find rows without a message. ``looks`` are those of the earlier calls of a process that
+    calls this often. Raises BrokerUnreachable, after undoing the marks of those that were not sent.
     """
+    looks = BacklogLooks() if looks is None else looks
     sent = 0
     while True:
         with database.write() as session:
-            chosen = _choose(session, settings)
+            chosen = _choose(session, settings, looks)
         if chosen:
             _send(database, broker, chosen)
             sent += len(chosen)
-        if len(chosen) < _AT_ONCE:
+        if looks.are_wanted:
+            with database.read() as session:
+                has_found = looks.look(session)
+        else:
+            has_found = False
+        if not has_found and len(chosen) < _AT_ONCE:
             return sent
 
 
@@ -98,8 +105,9 @@ def _send(database: Database, broker: Broker, chosen: Sequence[Dispatch]) -> Non
         raise
 
 
-def _choose(session: Session, settings: Settings) -> list[Dispatch]:
-    """Mark the next bundles to send, ``_AT_ONCE`` at most."""
+def _choose(session: Session, settings: Settings, looks: BacklogLooks) -> list[Dispatch]:
+    """Mark the next bundles to send, ``_AT_ONCE`` at most. If a look is wanted, the queues after that one wait for it:
+    what may run anywhere prefers a GPU."""
     if pauses.in_force(session):
         return []
     present = workers.around(session, settings.lease_s)
@@ -107,7 +115,7 @@ def _choose(session: Session, settings: Settings) -> list[Dispatch]:
         window.recall(session, {queue for worker, _ in present for queue in _read_by(worker)})
     chosen: list[Dispatch] = []
     for live_queue in live_queues(present):
-        if live_queue.readers and len(chosen) < _AT_ONCE:
+        if live_queue.readers and len(chosen) < _AT_ONCE and not looks.are_wanted:
             chosen += window.choose(
                 session,
                 kind=live_queue.kind,
@@ -115,5 +123,6 @@ def _choose(session: Session, settings: Settings) -> list[Dispatch]:
                 slots=settings.window * live_queue.readers,
                 needs=live_queue.needs,
                 most=_AT_ONCE - len(chosen),
+                looks=looks,
             )
     return chosen

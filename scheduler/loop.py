@@ -14,6 +14,7 @@ from sqlalchemy import select
 from qbatch.core.errors import BrokerUnreachable, DatabaseRefused, DatabaseUnreachable, WrongDatabase
 from qbatch.core.settings import Settings
 from qbatch.models_db import leases
+from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.gone_checkpoints import note_missing
 from qbatch.models_db.network_share import share_of
@@ -54,6 +55,7 @@ class Scheduler:
         self._last_scan: float | None = None
         self._last_time_repair: float | None = None
         self._last_statistics: float | None = None
+        self._looks = BacklogLooks()
         self._last_contact: datetime | None = None
         self._quiet_until = 0.0
 
@@ -110,7 +112,7 @@ class Scheduler:
         if now >= self._quiet_until:
             remove_abandoned_batches(self._database, self._settings)
         watch_disk_space(self._database, self._settings)
-        top_up(self._database, self._broker, self._settings)
+        top_up(self._database, self._broker, self._settings, self._looks)
 
     def _lead(self) -> bool:
         with self._database.write() as session:

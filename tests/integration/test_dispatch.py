@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import event, func, select, update
+from sqlalchemy import Connection, event, func, select, update
 from sqlalchemy.orm import Session
 
 from qbatch.core.byte_units import GIB
@@ -20,6 +21,7 @@ from qbatch.core.errors import BrokerUnreachable, CudaOom
 from qbatch.core.retry_policy import RetryLimits
 from qbatch.core.settings import Settings
 from qbatch.models_db import jobs, window
+from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
@@ -103,6 +105,47 @@ def test_the_window_is_filled_and_its_messages_stand_in_redis(
     assert top_up(sqlite_database, broker, settings) == 0, "the window is full"
     assert broker.message_ids([CPU]) == dispatched(sqlite_database).keys()
     assert set(dispatched(sqlite_database).values()) == {CPU}
+
+
+class SlowClock:
+    """A second passes each time that somebody looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_a_backlog_that_belongs_elsewhere_is_read_by_itself_and_seldom(
+    sqlite_database: Database, broker: Broker, settings: Settings
+) -> None:
+    """Nobody else could write meanwhile, and it would be read at each tick."""
+    a_gpu(sqlite_database, 24)
+    a_gpu(sqlite_database, 80)
+    needs = {Method.NONE: 30 * GIB, Method.NF4: 5 * GIB}
+    large = [bundle(f"/models/{n}", Method.NONE, Method.NF4, device=DeviceKind.CUDA, needs=needs) for n in range(60)]
+    small = [bundle(f"/small/{n}", Method.NF4, device=DeviceKind.CUDA, needs=needs) for n in range(2)]
+    _, ids = a_batch(sqlite_database, *large, small[0])
+    clock = SlowClock()
+    looks = BacklogLooks(clock=clock)
+    read: list[bool] = []
+
+    def note(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        if "row_number()" in statement:
+            read.append(connection.get_execution_options().get("qbatch_read", False))
+
+    event.listen(sqlite_database.engine, "before_cursor_execute", note)
+    assert top_up(sqlite_database, broker, settings, looks) == 4 + 1
+    assert read == [True]
+    with sqlite_database.read() as session:
+        assert session.get_one(Job, ids[-1]).queue == queue_of(DeviceKind.CUDA, 24)
+    a_batch(sqlite_database, *large, small[1])
+    assert top_up(sqlite_database, broker, settings, looks) == 0, "it took a second, and not ten have passed"
+    clock.now += 10.0
+    assert top_up(sqlite_database, broker, settings, looks) == 1
+    assert read == [True, True]
 
 
 def test_a_large_window_is_filled_in_several_transactions(

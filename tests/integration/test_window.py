@@ -9,6 +9,7 @@ from sqlalchemy import event, update
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, Method
 from qbatch.models_db import window
+from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.ready_bundles import QueueRange
 from qbatch.models_db.session import Database
@@ -72,9 +73,16 @@ def small(model: str) -> list[NewJob]:
 
 
 def choose_small(database: Database, slots: int) -> list[tuple[int, ...]]:
-    with database.write() as session:
-        chosen = window.choose(session, kind=DeviceKind.CUDA, queue="small", slots=slots, needs=_SMALL)
-        return [message.job_ids for message in chosen]
+    """As the scheduler does: it marks what it sees, and looks at all that waits where that is little."""
+    looks, chosen, has_found = BacklogLooks(), list[Dispatch](), True
+    while has_found:
+        with database.write() as session:
+            chosen += window.choose(
+                session, kind=DeviceKind.CUDA, queue="small", slots=slots, needs=_SMALL, looks=looks
+            )
+        with database.read() as session:
+            has_found = looks.look(session)
+    return [message.job_ids for message in chosen]
 
 
 def test_what_belongs_in_a_queue_is_found_behind_much_that_does_not(database: Database) -> None:
