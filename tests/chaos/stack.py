@@ -266,6 +266,8 @@ class ChaosStack:
         self._store(Submission(sources=(source,), grid=grid, eval_text=_TEXT))
 
     def _store(self, submission: Submission) -> None:
+        # Nobody else would wake who was stopped with SQLite's lock, while this waits for it.
+        self._fleet.wake(all_=True)
         receipt = submit(self._database, self._settings, submission)
         self._outcome.batches += 1
         self._say(f"b{receipt.batch_id}: {receipt.jobs} jobs, {receipt.answered} answered by earlier results")

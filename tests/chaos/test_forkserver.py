@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -72,13 +73,24 @@ def test_a_new_forkserver_starts_the_runner_over_which_the_old_one_died(
     _end()
 
 
-def test_a_worker_whose_first_runner_is_killed_does_not_refuse_to_work(tmp_path: Path) -> None:
+def test_a_worker_whose_first_runner_is_killed_does_not_refuse_to_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forkserver is killed when it has been asked for the runner: before that, another one would be started."""
     _end()
+    asked, connect = threading.Event(), forkserver.connect_to_new_process
+
+    def ask(descriptors: list[int]) -> tuple[int, int]:
+        answer = connect(descriptors)
+        asked.set()
+        return answer
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", ask)
     environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": f"sqlite:///{tmp_path / 'qbatch.db'}"}
     with ThreadPoolExecutor(1) as executor:
         context = begin_imports(Settings.from_env(environ), DeviceKind.CPU)
         preloading = executor.submit(await_imports, context)
-        until(_forkservers, "start of the forkserver")
+        assert asked.wait(120.0)
         _end()
         with pytest.raises(ForkserverKilled) as error:
             preloading.result(60.0)
@@ -118,4 +130,11 @@ def _end() -> None:
     for process in _forkservers():
         process.kill()
         # Not waited for: that it ended is multiprocessing's to find out.
-        until(lambda process=process: process.status() == psutil.STATUS_ZOMBIE, "end of a forkserver")  # type: ignore[misc]
+        until(lambda process=process: _has_ended(process), "end of a forkserver")  # type: ignore[misc]
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

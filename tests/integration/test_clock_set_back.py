@@ -23,7 +23,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
 from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Job, Pause, Worker
+from qbatch.models_db.tables import Job, Lease, Pause, Worker
 from qbatch.models_db.workers import live
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.loop import Scheduler
@@ -102,12 +102,12 @@ def test_a_worker_that_lives_keeps_its_lease_however_long(database: Database) ->
 def test_the_lease_of_a_gpu_runs_out(database: Database) -> None:
     with database.write() as session:
         leases.acquire(session, "gpu:x", "the dead one", AHEAD_S)
-        assert leases.cut(session, "gpu:x", 0.2) == "the dead one"
-        assert not leases.acquire(session, "gpu:x", "another", 0.2)
-    time.sleep(0.3)
+        assert leases.cut(session, "gpu:x", 60.0) == "the dead one"
+        assert not leases.acquire(session, "gpu:x", "another", 60.0)
+        session.execute(update(Lease).values(expires_at=db_now(-1.0)))
     with database.write() as session:
-        assert leases.cut(session, "gpu:x", 0.2) is None
-        assert leases.acquire(session, "gpu:x", "another", 0.2)
+        assert leases.cut(session, "gpu:x", 60.0) is None
+        assert leases.acquire(session, "gpu:x", "another", 60.0)
 
 
 def test_a_backoff_is_no_longer_than_its_failures_make_it(database: Database, scheduler: Scheduler) -> None:
@@ -157,13 +157,13 @@ def test_a_clock_set_back_under_a_leader_is_reported_and_ends_nobody(
     tick_until(scheduler, lambda: time.monotonic() > began + settings.lease_s + 0.2)
     assert scheduler._last_contact is not None
     scheduler._last_contact += timedelta(seconds=AHEAD_S)
+    set_back_at = time.monotonic()
     scheduler.tick()
     assert "clock was set back by 2" in caplog.text
     _, ids = a_batch(database)
     claim(database, ids, a_worker(database), lease_s=-1.0)
-    set_back_at = time.monotonic()
     tick_until(scheduler, lambda: a_job(database, ids[0]).state == JobState.QUEUED)
-    assert time.monotonic() - set_back_at >= 0.8 * settings.lease_s
+    assert time.monotonic() - set_back_at >= settings.lease_s
 
 
 def test_health_says_how_far_ahead_what_was_dated_lies(database: Database) -> None:

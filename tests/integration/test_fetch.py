@@ -127,6 +127,9 @@ def running(home: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
                 "HOME": str(home),
                 "HF_TOKEN": _TOKEN,
                 "no_proxy": "127.0.0.1",
+                # After 10 s it asks again, and some tests let it wait until another process has started.
+                "HF_HUB_DOWNLOAD_TIMEOUT": "120",
+                "HF_HUB_ETAG_TIMEOUT": "120",
             }
             | environment,
             cwd=home,

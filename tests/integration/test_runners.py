@@ -77,6 +77,7 @@ def suspended_before_it_is_ready(runners: Runners) -> psutil.Process:
         runners.stand_by()
         caught = standing_by(runners)
         caught.suspend()
+        until(lambda caught=caught: caught.status() == psutil.STATUS_STOPPED, "stopped runner")  # type: ignore[misc]
         assert runners._standby is not None
         if not runners._standby[1].poll():
             return caught

@@ -267,10 +267,10 @@ def test_a_submit_is_heard_of_while_a_slow_storage_is_asked_for_answers(
         if after_each is None:
             return look(lookup, finished)
         for _ in range(4):
-            silence(sqlite_database, 0.7 * settings.lease_s)
+            silence(sqlite_database, 2000.0)
             time.sleep(settings.heartbeat_s)
             after_each()
-            removed.extend(arrivals.remove_silent(sqlite_database, 0.4 * settings.lease_s))
+            removed.extend(arrivals.remove_silent(sqlite_database, 1000.0))
         return look(lookup, finished, after_each)
 
     monkeypatch.setattr(SubmissionLookup, "answers", slow)

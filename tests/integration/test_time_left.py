@@ -50,7 +50,7 @@ def test_what_waits_takes_as_long_as_what_has_ended(database: Database) -> None:
     claim(database, ids[2:4], worker)
     set_back(database, ids[2:4], 20)
     found = left(database)
-    assert {round(found.jobs[job_id]) for job_id in ids[2:4]} == {40}
+    assert [found.jobs[job_id] for job_id in ids[2:4]] == pytest.approx([40, 40], abs=2)
     assert found.batches[batch] == pytest.approx(40 + 2 * 60, abs=2)
     a_worker(database, "w2")
     assert left(database).batches[batch] == pytest.approx(40 + 60, abs=2), "one of the two that wait goes to the other"
@@ -120,7 +120,7 @@ def test_lists_say_how_long_it_took_and_will_take(database: Database) -> None:
         jobs = with_time_left(list_jobs(session), found)
         (listed,) = with_time_left(list_batches(session), found)
     first, second, running, waiting = (row["elapsed_s"] for row in jobs)
-    assert (first, second, waiting) == (pytest.approx(60, abs=0.5), pytest.approx(60, abs=0.5), None)
+    assert (first, second, waiting) == (pytest.approx(60, abs=2), pytest.approx(60, abs=2), None)
     assert 20 <= running < 30
     assert [row["left_s"] is not None for row in jobs] == [False, False, True, False]
     assert listed["left_s"] == round(found.batches[batch], 1)

@@ -54,6 +54,7 @@ def _next(fleet: ExposedFleet) -> str:
 
 def _migrate(fleet: ExposedFleet, oldest_code: str, body: str) -> None:
     fleet.migrations.append((oldest_code, body))
+    fleet.wake(all_=True)
     with _ALEMBIC:
         migrate(fleet.database, fleet.settings.home.parent / "tomorrow", *fleet.migrations)
 
