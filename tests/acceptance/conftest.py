@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -141,6 +142,15 @@ def processes_of(home: Path) -> list[psutil.Process]:
     while related := [process for process in hidden if _is_relative(process, found)]:
         found += related
         hidden = [process for process in hidden if process not in related]
+    return found
+
+
+def command_lines(home: Path) -> dict[psutil.Process, list[str]]:
+    """Those of ``processes_of`` that have not ended while they were looked at."""
+    found = {}
+    for process in processes_of(home):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process] = process.cmdline()
     return found
 
 

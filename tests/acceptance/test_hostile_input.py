@@ -22,7 +22,7 @@ from qbatch.core.domain import DeviceKind
 from qbatch.core.settings import Settings
 from qbatch.scheduler.celery_app import make_app
 from qbatch.scheduler.queues import RUN_BUNDLE, queue_of
-from tests.acceptance.conftest import Qbatch, processes_of, stop
+from tests.acceptance.conftest import Qbatch, command_lines, stop
 from tests.integration.test_security import Canary
 from tests.waiting import until
 
@@ -357,7 +357,7 @@ def test_the_embedded_redis_listens_on_a_private_socket_alone(stack: Qbatch) -> 
     place = Settings.from_env(stack.environ).socket.resolve().parent
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert stat.S_IMODE((place / "redis.sock").stat().st_mode) == 0o700
-    found = [process for process in processes_of(stack.home) if str(place) in " ".join(process.cmdline())]
+    found = [process for process, words in command_lines(stack.home).items() if str(place) in " ".join(words)]
     # Without those that a server forks to save its data.
     servers = [process for process in found if process.parent() not in found]
     assert len(servers) == 1

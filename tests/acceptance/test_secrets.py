@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 from sqlalchemy import create_engine, make_url, text
 
 from qbatch.core.settings import Settings
-from tests.acceptance.conftest import QBATCH, Qbatch, processes_of, stop
+from tests.acceptance.conftest import QBATCH, Qbatch, command_lines, stop
 from tests.acceptance.test_hostile_input import make_own
 from tests.acceptance.test_services import PASSWORD, LoopbackRedis
 from tests.hub import Hub, serving
@@ -43,14 +42,7 @@ def files_that_tell(*folders: Path) -> list[str]:
 
 def arguments_of(home: Path) -> list[str]:
     """What anyone on the machine may read of the running processes."""
-    return [argument for process in processes_of(home) for argument in _arguments(process)]
-
-
-def _arguments(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+    return [argument for words in command_lines(home).values() for argument in words]
 
 
 class Eavesdropper:
@@ -72,12 +64,12 @@ class Eavesdropper:
         self._client.close()
 
     def _listen(self) -> None:
-        with self._client.monitor() as monitor:
-            try:
+        try:
+            with self._client.monitor() as monitor:
                 while not self._ended.is_set():
                     self.heard.append(str(monitor.next_command()))
-            except redis.RedisError:  # Redis ends with the stack
-                return
+        except redis.RedisError:  # Redis ends with the stack
+            return
 
     def look(self) -> None:
         try:
@@ -266,7 +258,7 @@ def test_a_models_own_code_finds_no_password_in_any_process(
     with running(services, tmp_path / "output"), _bystander() as bystander:
         services.wait_for_worker()
         services("submit", "--models", model_list(own), "--bits", "16", "--wait", code=None)
-        family = {process.pid: process.cmdline() for process in processes_of(services.home)}
+        family = {process.pid: words for process, words in command_lines(services.home).items()}
         submitted = services.json("jobs")
     assert [job["state"] for job in submitted] == ["succeeded"]
     report = json.loads((tmp_path / "report").read_text())

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, text
 
 from qbatch.models_db.listing import list_jobs
 from qbatch.scheduler.private_redis import redis_server_path
-from tests.acceptance.conftest import Qbatch, processes_of, stop
+from tests.acceptance.conftest import Qbatch, command_lines, stop
 from tests.waiting import until
 
 PASSWORD = "a-canary-password"  # noqa: S105
@@ -126,9 +126,8 @@ def test_a_worker_that_is_killed_loses_nothing(services: Qbatch, models: Path, m
     try:
         services("submit", "--models", listed, "--bits", "4,8", *LONG)
         until(lambda: "running" in services.states(), "running job")
-        for process in processes_of(services.home):
-            if "serve" in process.cmdline():
-                process.send_signal(signal.SIGKILL)
+        for process in [process for process, words in command_lines(services.home).items() if "serve" in words]:
+            process.send_signal(signal.SIGKILL)
         services("wait", "b1", "--timeout", "2m")
     finally:
         codes = stop(worker), stop(scheduler)
@@ -196,7 +195,8 @@ def test_a_runner_that_is_killed_is_charged_and_its_worker_lives(
 
 def _runners(services: Qbatch) -> list[psutil.Process]:
     """The forkserver's children: the server itself is the Celery worker's child."""
-    family = processes_of(services.home)
-    servers = [p for p in family if "forkserver" in " ".join(p.cmdline()) and "serve" in p.parent().cmdline()]
+    family = command_lines(services.home)
+    forkservers = [process for process, words in family.items() if "forkserver" in " ".join(words)]
+    servers = [process for process in forkservers if "serve" in family.get(process.parent(), ())]
     assert len(servers) == 1
     return servers[0].children()

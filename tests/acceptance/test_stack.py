@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_a_stack_whose_database_is_deleted_stops_and_says_so(qbatch: Qbatch) -> 
     try:
         qbatch.wait_for_worker()
         (qbatch.home / "qbatch.db").unlink()
-        assert up.wait(30.0) == 3
+        assert up.wait(120.0) == 3
     finally:
         stop(up)
     said = qbatch.home.with_suffix(".log").read_text().splitlines()[-1]
@@ -113,4 +114,8 @@ def _states(qbatch: Qbatch) -> list[str]:
 
 
 def _named(qbatch: Qbatch, name: str) -> list[psutil.Process]:
-    return [process for process in processes_of(qbatch.home) if process.name() == name]
+    found = []
+    for process in processes_of(qbatch.home):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if process.name() == name else []
+    return found

@@ -320,7 +320,10 @@ class Fleet:
             if seen is None or order.index(seen) > order.index(stage):
                 break
             if seen is stage and once():
-                caught.runner.suspend()
+                try:
+                    caught.runner.suspend()
+                except psutil.NoSuchProcess:  # it was quicker
+                    break
                 # What it had said by then is still on its way.
                 time.sleep(_SETTLE_S)
                 if self._stage(job_id, caught.attempt) is stage:

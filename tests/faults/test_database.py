@@ -66,9 +66,10 @@ def test_no_lease_is_ended_by_clocks_an_hour_apart(hosts: Fleet, make_model: Mak
     assert [round(_ahead_s(hosts, name) / _HOUR_S) for name in ("scheduler", "w1", "w2")] == [1, -1, 0]
     bundles = [hosts.submit(make_model(large=True), bits=(8,), baseline=True) for _ in range(2)]
     jobs = [job for bundle in bundles for job in bundle]
-    runners = [hosts.wait_for_runner(bundle[0]).runner for bundle in bundles]
-    for runner in runners:
-        runner.suspend()
+    runners = []
+    for bundle in bundles:
+        runners.append(hosts.wait_for_runner(bundle[0]).runner)
+        runners[-1].suspend()  # it must not end before the other host has begun
     time.sleep(1.5 * LEASE_S)  # however fast the machine is, they work for longer than a lease
     for runner in runners:
         runner.resume()
@@ -138,6 +139,7 @@ def _inode(fleet: Fleet, job: int) -> tuple[Path, int]:
 
 
 def test_a_database_locked_for_longer_than_a_lease_costs_nobody_anything(fleet: Fleet, make_model: MakeModel) -> None:
+    fleet.wait_for_workers(2)
     short, long = fleet.submit(make_model(large=True), make_model(large=True))
     fleet.wait_for_state([short, long], "running")
     fleet.wait_for(lambda: fleet.job(short).stage == "benchmarking", "benchmark")

@@ -21,7 +21,7 @@ from qbatch.scheduler.dispatch import top_up
 from qbatch.scheduler.loop import Scheduler
 from qbatch.scheduler.queues import queue_of, redis_priority
 from tests.faults.conftest import MakeModel
-from tests.faults.fleet import SCAN_S, Fleet
+from tests.faults.fleet import Fleet
 from tests.faults.fleet_services import PASSWORD, Redis, Wire
 from tests.rows import a_batch, a_job, a_worker, bundle
 
@@ -136,6 +136,7 @@ def test_jobs_continue_whatever_happens_to_redis(
     if fault == "killed, with AOF":
         redis_server.keep_everything()
     workers = idle(fleet)
+    fleet.wait_for_workers(2)
     jobs = fleet.submit(*[make_model() for _ in range(3)])
     fleet.wait_for(lambda: sum(job.state == "running" for job in fleet.jobs(jobs)) == 2, "two running jobs")
     vanished = _vanished(fleet)
@@ -186,7 +187,7 @@ def test_when_the_leading_scheduler_is_killed_another_leads(fleet: Fleet, make_m
     jobs = fleet.submit(*[make_model() for _ in range(2)])
     fleet.wait_for(lambda: any(job.state != "queued" for job in fleet.jobs(jobs)), "job under way")
     fleet.kill_host("scheduler")
-    fleet.wait_for(lambda: _leader(fleet) != first, "another leader", 3 * SCAN_S + 15.0)
+    fleet.wait_for(lambda: _leader(fleet) != first, "another leader")
     jobs += fleet.submit(make_model(), send=False)
     fleet.start("scheduler", "scheduler")
     fleet.succeed(jobs)

@@ -105,6 +105,7 @@ def test_a_worker_told_to_stop_hands_its_jobs_back_or_finishes_them(fleet: Fleet
     fleet.succeed(jobs)
     assert [fleet.outcomes(job) for job in jobs] == [["succeeded"]] * 2
     fleet.start(name, "worker", "--cpu")
+    fleet.wait_for_workers(2)
 
 
 def _name_of_worker(fleet: Fleet, job: int) -> str:
@@ -121,8 +122,8 @@ def test_ending_a_job_ends_its_runner_and_charges_no_other_job(
         if end == "failed":
             with fleet.database.write() as session:
                 session.get_one(Job, ended).time_limit_s = 0.5
-    runner = fleet.wait_for_runner(ended).runner
     if end == "cancelled":
+        runner = fleet.wait_for_runner(ended).runner
         with fleet.database.write() as session:
             assert cancel(session, job_ids=[ended]) == [ended]
         _, alive = psutil.wait_procs([runner], timeout=_FREE_S)

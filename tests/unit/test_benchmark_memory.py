@@ -88,7 +88,7 @@ def test_what_the_driver_does_not_say_stays_unknown() -> None:
 def test_the_thread_ends_with_the_context_even_after_an_error() -> None:
     with pytest.raises(ValueError, match="broken"), MemoryMonitor():
         raise ValueError("broken")
-    assert "memory-watch" not in {thread.name for thread in threading.enumerate()}
+    assert "memory-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_cpu_benchmark_has_resident_memory_and_no_gpu_figures(tmp_path: Path) -> None:
