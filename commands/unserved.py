@@ -16,12 +16,12 @@ _BATCHES_NAMED = 3
 
 def why_nothing_runs(settings: Settings, session: Session, batches: Sequence[str]) -> str | None:
     """Why nothing works on these open ``batches``, and the command that changes it; None if something does."""
+    from qbatch.models_db.lacking_devices import lacking_devices
     from qbatch.models_db.leases import LEAD, holder
     from qbatch.models_db.listing import live_workers
-    from qbatch.models_db.unserved import lacking_devices
     from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.views.shared_failures import name_jobs
-    from qbatch.views.unserved import NO_SCHEDULER, why_lacking
+    from qbatch.views.why_waiting import NO_SCHEDULER, why_lacking
 
     if not batches:
         return None

@@ -12,12 +12,12 @@ from sqlalchemy.orm import Session
 from qbatch.core.domain import OPEN_STATES, DeviceKind
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import HAS_FAILED
+from qbatch.models_db.lacking_devices import lacking_devices
 from qbatch.models_db.leases import LEAD
 from qbatch.models_db.listing import list_workers
 from qbatch.models_db.pauses import in_force
 from qbatch.models_db.tables import Job, Lease, Worker
 from qbatch.models_db.time_left import open_batches
-from qbatch.models_db.unserved import lacking_devices
 
 _DAY_S = 86_400.0
 

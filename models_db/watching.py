@@ -22,6 +22,7 @@ from qbatch.core.domain import (
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob, WatchedWorker
 from qbatch.models_db.database_clock import SLACK_S, db_now
+from qbatch.models_db.lacking_devices import lacking_devices
 from qbatch.models_db.leases import LEAD, holder
 from qbatch.models_db.listing import list_batches, list_workers
 from qbatch.models_db.mixture_origins import MIXTURE_COLUMNS, mixture_origin
@@ -29,7 +30,6 @@ from qbatch.models_db.pauses import in_force
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Attempt, Job
 from qbatch.models_db.time_left import TimeLeft, open_batches, time_left
-from qbatch.models_db.unserved import lacking_devices
 
 # An estimate reads hundreds of rows, and a newer one is hardly better.
 _JUDGE_S = 5.0

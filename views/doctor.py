@@ -21,7 +21,7 @@ from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.views.checks import Check, State, check
 from qbatch.views.libraries import VisibleGpu, cuda, versions
 from qbatch.views.units import show_bytes, show_time
-from qbatch.views.unserved import why_lacking
+from qbatch.views.why_waiting import why_lacking
 
 _WITHOUT = {
     Refusal.SYNC_FILE: "fsync of a file: a power cut may lose recent writes, which are then made again",

@@ -15,8 +15,8 @@ from qbatch.views.formats import printable
 from qbatch.views.line_interval import LineInterval
 from qbatch.views.shared_failures import name_jobs
 from qbatch.views.units import show_duration, show_time_left
-from qbatch.views.unserved import why_waiting
 from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
+from qbatch.views.why_waiting import why_waiting
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,7 +21,7 @@ from qbatch.core.job_progress import JobProgress
 from qbatch.core.search.mixture_origin import MixtureOrigin
 from qbatch.core.watched import Snapshot, WatchedBatch, WatchedJob
 from qbatch.views.live import NO_WORKER, STARTING, LiveProgress, describe_end
-from qbatch.views.unserved import NO_SCHEDULER
+from qbatch.views.why_waiting import NO_SCHEDULER
 
 NAME = "llama"
 _GIB = 2**30
