@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
-from qbatch.core.errors import StorageUnavailable
+from qbatch.core.errors import DatabaseUnreachable, StorageUnavailable
 from qbatch.core.filesystem import why_unusable
 from qbatch.models_db.query_statistics import refresh_statistics
 from qbatch.models_db.schema_state import SchemaState
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # An arbitrary constant: the PostgreSQL lock that prevents two upgrades of a database at once.
 _UPGRADE_LOCK = 7_226_284
+# PostgreSQL's error code, and how often an upgrade is begun again after it.
+_DEADLOCK = "40P01"
+_MOST_TRIES = 5
 
 
 def upgrade(database: Database) -> None:
@@ -30,19 +34,38 @@ def upgrade(database: Database) -> None:
     """
     if database.file is not None:
         _make_folder(database, database.file.parent)
+    for tries_left in reversed(range(_MOST_TRIES)):
+        try:
+            has_run = _migrate(database)
+            break
+        except DatabaseUnreachable as error:
+            # A worker and the migrations, which take locks of several tables, wait for each other: one is undone.
+            if tries_left == 0 or not _is_deadlock(error):
+                raise
+    if has_run:
+        refresh_statistics(database)
+
+
+def _migrate(database: Database) -> bool:
+    """Run the missing migrations. Returns False if those of a newer version have run."""
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
         state = SchemaState.read(session.connection())
         database.require_tolerable(state)
         if state.is_newer_than(SCHEMA_HEAD):
-            return
+            return False
         from alembic import command
 
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
-    refresh_statistics(database)
+    return True
+
+
+def _is_deadlock(error: DatabaseUnreachable) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, DBAPIError) and getattr(cause.orig, "sqlstate", None) == _DEADLOCK
 
 
 def _make_folder(database: Database, folder: Path) -> None:

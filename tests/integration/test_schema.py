@@ -10,7 +10,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import create_engine, event, inspect, text
 
 from qbatch.core.errors import DatabaseUnreachable, UsageError
 from qbatch.models_db.schema import alembic_config, ensure, upgrade
@@ -18,6 +18,7 @@ from qbatch.models_db.session import SCHEMA_HEAD, Database
 from qbatch.models_db.tables import Base
 from tests.migrating import downgrade_to
 from tests.rows import a_batch, bundle, states
+from tests.waiting import until
 
 
 def tables(database: Database) -> set[str]:
@@ -80,6 +81,39 @@ def test_two_upgrades_at_once_both_end_well(database: Database) -> None:
         thread.join()
     assert failures == []
     database.require_schema()
+
+
+def test_an_upgrade_that_deadlocks_with_a_worker_is_begun_again(postgresql_database: Database) -> None:
+    """The worker records a checkpoint, and then wants the jobs; the migrations have these, and then want the former."""
+    database = postgresql_database
+    downgrade_to(database, "0014")
+    holds, undone = threading.Event(), list[int]()
+    event.listen(database.engine, "rollback", lambda _: undone.append(1))
+
+    def work() -> None:
+        engine = create_engine(database.engine.url)
+        with engine.connect() as worker:
+            # It has waited for longer when the circle closes, and must not be the one that ends it.
+            worker.execute(text("SET LOCAL deadlock_timeout = '60s'"))
+            worker.execute(text("LOCK TABLE checkpoints IN ROW EXCLUSIVE MODE"))
+            holds.set()
+            until(lambda: worker.execute(_LOCKED_BY_MIGRATIONS).scalar_one(), "migrations at the jobs")
+            assert worker.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 0
+            worker.commit()
+        engine.dispose()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert holds.wait(60.0)
+    upgrade(database)
+    thread.join()
+    assert undone == [1]
+    assert database.schema_version() == SCHEMA_HEAD
+
+
+_LOCKED_BY_MIGRATIONS = text(
+    "SELECT count(*) FROM pg_locks WHERE relation = 'jobs'::regclass AND mode = 'AccessExclusiveLock' AND granted"
+)
 
 
 def test_a_schema_that_is_not_this_versions_says_what_to_run(database: Database) -> None:
