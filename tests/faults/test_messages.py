@@ -149,7 +149,7 @@ def test_jobs_continue_whatever_happens_to_redis(
             later.extend(fleet.submit(*[make_model() for _ in range(3)], send=False))
         return _consumers(fleet, later) == 2
 
-    fleet.wait_for(both_consume, "job for each worker", timeout_s=60.0)
+    fleet.wait_for(both_consume, "job for each worker")
     fleet.succeed(jobs + later)
     assert [fleet.outcomes(job) for job in jobs + later] == [["succeeded"]] * len(jobs + later)
     assert workers == idle(fleet), "without a restart"
