@@ -39,7 +39,8 @@ def connect(settings: Settings) -> Database:
     from qbatch.models_db.network_share import share_of
     from qbatch.models_db.session import Database
 
-    database = Database(settings.sqlalchemy_url)
+    # A command that somebody stops (Ctrl-Z) within a transaction must not hold for ever what it has locked.
+    database = Database(settings.sqlalchemy_url, frozen_s=settings.lease_s)
     share = share_of(database.file)
     if share is not None:
         share.check(settings.lease_s)

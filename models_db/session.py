@@ -6,7 +6,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -324,6 +324,13 @@ def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
     def _on_begin(connection: Connection) -> None:
         if frozen_s is not None and not connection.get_execution_options().get("qbatch_read", False):
             connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {round(frozen_s * 1000)}")
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def _after_many(connection: Connection, *of: Any) -> None:
+        # The driver sends many rows in a pipeline. After one, PostgreSQL 18 was seen to wait for ever all the same.
+        if frozen_s is not None and of[-1]:
+            with closing(connection.connection.cursor()) as cursor:
+                cursor.execute("SELECT 1")
 
     @event.listens_for(engine, "handle_error")
     def _on_error(context: ExceptionContext) -> None:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select, text, update
 
+from qbatch.commands.context import connect
 from qbatch.core.byte_units import GIB
 from qbatch.core.domain import DeviceKind, JobState, Method, Stage
 from qbatch.core.errors import (
@@ -30,6 +32,7 @@ from qbatch.core.errors import (
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import MEASURED_COLUMNS, Measurement
 from qbatch.core.retry_policy import RetryLimits
+from qbatch.core.settings import Settings
 from qbatch.models_db import finished_results, jobs, listing, results, window, workers
 from qbatch.models_db.batches import NewJob, add_text, text_content
 from qbatch.models_db.database_clock import db_now
@@ -310,8 +313,9 @@ def test_whatever_locks_jobs_at_once_none_is_ended_as_a_deadlock(postgresql_data
     assert failures == []
 
 
+@pytest.mark.parametrize("rows", [1, 3], ids=["after one row", "after many"])
 def test_what_a_frozen_writer_locked_is_free_again_after_a_while(
-    postgresql_database: Database, postgresql_url: str
+    postgresql_database: Database, postgresql_url: str, rows: int
 ) -> None:
     """As a host leaves it that loses its power within a transaction: PostgreSQL hears no more of it."""
     database = postgresql_database
@@ -326,12 +330,21 @@ def test_what_a_frozen_writer_locked_is_free_again_after_a_while(
     def lock_and_freeze() -> None:
         with worker.write() as frozen:
             jobs.heartbeat(frozen, tokens, -3600.0)
+            frozen.execute(text("UPDATE jobs SET stage = :stage"), [{"stage": "loading"}] * rows)
             until(lambda: expire() == ids, "end of its locks", timeout_s=50.0)
 
     with pytest.raises(DatabaseUnreachable):
         lock_and_freeze()
     worker.dispose()
     assert set(states(database).values()) == {JobState.QUEUED}
+
+
+def test_what_a_stopped_command_has_locked_is_free_again_too(postgresql_url: str, tmp_path: Path) -> None:
+    environ = {"QBATCH_HOME": str(tmp_path), "QBATCH_DATABASE_URL": postgresql_url, "QBATCH_LEASE_S": "30"}
+    database = connect(Settings.from_env(environ))
+    with database.write() as session:
+        assert session.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one() == "30s"
+    database.dispose()
 
 
 def test_two_device_errors_in_a_row_quarantine_the_worker(database: Database) -> None:
