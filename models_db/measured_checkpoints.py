@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState, format_job_id
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.models_db.model_jobs import jobs_of_models
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Checkpoint, Job
 
@@ -34,16 +35,22 @@ def measured_checkpoints(session: Session, job_ids: Collection[int]) -> list[Mea
     sources = session.execute(select(Job.batch_id, Job.location).where(Job.id.in_(job_ids)).distinct()).all()
     if not sources:
         return []
-    mates = or_(*(and_(Job.batch_id == batch_id, Job.location == location) for batch_id, location in sources))
+    pairs = {(batch_id, location) for batch_id, location in sources}
+    jobs = jobs_of_models(
+        session,
+        select(Job.id, Job.batch_id, Job.location),
+        locations={location for _, location in pairs},
+        batch_ids={batch_id for batch_id, _ in pairs},
+    )
+    ids = [job.id for job in jobs if (job.batch_id, job.location) in pairs]
     found = session.execute(
         select(Job.id, Job.is_folder, Checkpoint.path, Checkpoint.root_sha256)
         .join(Checkpoint, Checkpoint.key == Job.checkpoint_key)
-        .where(mates, Checkpoint.gone_at.is_(None))
+        .where(Job.id.in_(ids), Checkpoint.gone_at.is_(None))
         .order_by(Job.id)
     ).all()
     if not found:
         return []
-    ids = [job_id for (job_id,) in session.execute(select(Job.id).where(mates))]
     rows = {row.job_id: row for row in find_results(session, job_ids=ids)}
     chosen: dict[str, MeasuredCheckpoint] = {}
     for job_id, is_folder, path, root_sha256 in found:

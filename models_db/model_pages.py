@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.models_db.job_pages import pages_of_jobs
+from qbatch.models_db.model_jobs import jobs_of_models
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.results import find_results
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
@@ -68,9 +69,11 @@ def _rows(
 
     They are found by their location, because that has an index, and the name has none.
     """
-    batches, found = set(batch_ids), list[int]()
-    for locations in in_chunks(sorted(set().union(*places.values()))):
-        for job in session.execute(_NAMES.where(Job.location.in_(locations), *only.conditions())):
-            if (job.model, job.revision) in places and (not batches or job.batch_id in batches):
-                found.append(job.id)
+    jobs = jobs_of_models(
+        session,
+        _NAMES.where(*only.conditions()),
+        locations=set().union(*places.values()),
+        batch_ids=batch_ids,
+    )
+    found = [job.id for job in jobs if (job.model, job.revision) in places]
     return [row for ids in in_chunks(sorted(found)) for row in find_results(session, job_ids=ids)]

@@ -20,8 +20,9 @@ from qbatch.core.storage import base_path
 from qbatch.models_db.checkpoints import gone_among
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.mixture_origins import mixture_origin
+from qbatch.models_db.model_jobs import jobs_of_models
 from qbatch.models_db.result_filter import ResultFilter
-from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
+from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Job, Result
 
 _JOB_COLUMNS: dict[str, ColumnElement[Any]] = {
@@ -83,10 +84,9 @@ def find_others(session: Session, rows: Sequence[ResultRow]) -> list[ResultRow]:
     families: set[tuple[int, str]] = set()
     for ids in in_chunks(sorted(shown)):
         families |= {(job.batch_id, job.location) for job in session.execute(_FAMILIES.where(Job.id.in_(ids)))}
-    found: list[int] = []
-    for locations in in_chunks(sorted({location for _, location in families})):
-        jobs = session.execute(_FAMILIES.where(Job.location.in_(locations)))
-        found += [job.id for job in jobs if (job.batch_id, job.location) in families and job.id not in shown]
+    locations, batch_ids = {location for _, location in families}, {batch_id for batch_id, _ in families}
+    jobs = jobs_of_models(session, _FAMILIES, locations=locations, batch_ids=batch_ids)
+    found = [job.id for job in jobs if (job.batch_id, job.location) in families and job.id not in shown]
     return _rows_of(session, sorted(found))
 
 
@@ -189,12 +189,9 @@ def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], i
     """The baseline job of each (batch, source, dtype, requested protocol) among ``jobs``."""
     columns = (Job.id, Job.batch_id, Job.location, Job.revision, Job.dtype, Job.protocol)
     query = select(*columns).where(Job.method == Method.NONE).order_by(Job.id)
-    locations = {job.location for job in jobs}
-    # If there are few models, read only their rows, not those of the whole batch.
-    few = len(locations) <= VALUES_AT_ONCE
-    column, values = (Job.location, locations) if few else (Job.batch_id, {job.batch_id for job in jobs})
-    # Of two of a family, the later one counts, whatever the chunks are.
-    found = (job for some in in_chunks(sorted(values)) for job in session.execute(query.where(column.in_(some))))
+    locations, batch_ids = {job.location for job in jobs}, {job.batch_id for job in jobs}
+    found = jobs_of_models(session, query, locations=locations, batch_ids=batch_ids) if jobs else ()
+    # Of two of a family, the later one counts, whatever the order is in which they are read.
     return {_family(job): job.id for job in sorted(found, key=lambda job: job.id)}
 
 

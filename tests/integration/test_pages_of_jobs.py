@@ -18,7 +18,7 @@ from sqlalchemy import event, select, update
 
 from qbatch.core.domain import JobState, Method
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.models_db import jobs, model_pages, results
+from qbatch.models_db import jobs, model_jobs, model_pages, results
 from qbatch.models_db.job_pages import count_jobs, first_jobs
 from qbatch.models_db.listing import list_batches, list_jobs
 from qbatch.models_db.model_pages import results_by_model, results_of_first_models
@@ -32,9 +32,10 @@ def names(rows: Sequence[ResultRow]) -> list[tuple[str, str | None]]:
     return [(row.job_id, row.baseline_job_id) for row in rows]
 
 
-@pytest.fixture
-def measured(database: Database) -> list[int]:
+@pytest.fixture(params=[100, 0], ids=["read by batch", "read by model"])
+def measured(database: Database, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Two batches of four models. Of the first, each second job has a result; one of the second has the first's."""
+    monkeypatch.setattr(model_jobs, "_JOBS_PER_MODEL", request.param)
     worker = a_worker(database)
     _, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(4)])
     tokens = claim(database, ids[::2], worker)
@@ -79,7 +80,8 @@ def test_however_many_pages_each_batch_is_asked_about_once(
     with sqlite_database.read() as session:
         rows = [row for part in results_by_model(session, batch_ids=range(1, batches + 1)) for row in part]
     assert len({row.job_id for row in rows}) == len(rows) == 15 * batches
-    assert sum("LIMIT" in statement for statement in sent) == batches * len(JobState)
+    pages = [statement for statement in sent if "ORDER BY jobs.id" in statement and "LIMIT" in statement]
+    assert len(pages) == batches * len(JobState)
 
 
 @pytest.mark.usefixtures("measured")

@@ -438,6 +438,35 @@ def test_first_rows_of_a_filter_are_no_more_with_a_longer_history(
     assert steps[1] < 1.5 * steps[0]
 
 
+def _newest(session: Session) -> list[int]:
+    return list(session.scalars(select(Job.batch_id).where(Job.id == _a_result(session))))
+
+
+_OF_THE_NEWEST: dict[str, Action] = {
+    "its first results": lambda session: results.find_results(session, batch_ids=_newest(session), limit=5),
+    "its results": lambda session: results.find_results(session, batch_ids=_newest(session)),
+    "a comparison": lambda session: results_of_first_models(
+        session, 5, batch_ids=_newest(session), only=ResultFilter()
+    ),
+    "what its results are compared with": lambda session: results.find_others(
+        session, results.find_results(session, batch_ids=_newest(session), limit=2)
+    ),
+    "a model card": lambda session: measured_checkpoints(session, [_a_result(session)]),
+}
+
+
+@pytest.mark.parametrize("name", _OF_THE_NEWEST)
+def test_models_that_are_submitted_every_night_make_no_batch_slower(
+    sqlite_database: Database, tmp_path: Path, name: str
+) -> None:
+    steps = []
+    for database in _copies(tmp_path, *(Sizes(jobs=30 * nights, large=10, queued=3, small=10) for nights in (8, 80))):
+        with database.write() as session:
+            session.execute(text("UPDATE jobs SET location = '/models/' || (id / 3 % 10)"))
+        steps.append(_steps(database, _OF_THE_NEWEST[name]))
+    assert steps[1] < 1.5 * steps[0]
+
+
 @pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open", "a submit ends"])
 def test_these_take_no_more_with_a_longer_history(sqlite_database: Database, tmp_path: Path, name: str) -> None:
     steps = []
