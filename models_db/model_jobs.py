@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from qbatch.models_db.session import VALUES_AT_ONCE, in_chunks
 from qbatch.models_db.tables import Job
 
-# A batch with no more jobs than so many for each model is read as a whole.
-_JOBS_PER_MODEL = 100
+# For each model. In longer batches, nobody counts whether its history is longer still.
+_MOST_JOBS_OF_BATCH = 100
 
 
 def jobs_of_models(
@@ -27,7 +27,7 @@ def jobs_of_models(
     ``query`` selects jobs, their ``batch_id`` and their ``location`` among other columns.
     """
     places, batches = set(locations), set(batch_ids)
-    if batches and (len(places) > VALUES_AT_ONCE or _have_at_most(session, batches, _JOBS_PER_MODEL * len(places))):
+    if batches and (len(places) > VALUES_AT_ONCE or _have_fewer_jobs(session, batches, places)):
         for some in in_chunks(sorted(batches)):
             yield from (row for row in session.execute(query.where(Job.batch_id.in_(some))) if row.location in places)
         return
@@ -36,9 +36,15 @@ def jobs_of_models(
         yield from (row for row in rows if not batches or row.batch_id in batches)
 
 
-def _have_at_most(session: Session, batch_ids: Collection[int], most: int) -> bool:
-    """Whether these batches have ``most`` jobs together, of which no more are counted."""
-    if len(batch_ids) > VALUES_AT_ONCE:
+def _have_fewer_jobs(session: Session, batch_ids: Collection[int], locations: Collection[str]) -> bool:
+    """Whether these batches have fewer jobs than were ever submitted of models at these locations."""
+    most = _MOST_JOBS_OF_BATCH * len(locations)
+    if len(batch_ids) > VALUES_AT_ONCE or (of_batches := _count(session, Job.batch_id.in_(batch_ids), most)) == most:
         return False
-    first = select(Job.id).where(Job.batch_id.in_(batch_ids)).limit(most + 1).subquery()
-    return session.execute(select(func.count()).select_from(first)).scalar_one() <= most
+    return of_batches < _count(session, Job.location.in_(locations), of_batches + 1)
+
+
+def _count(session: Session, which: ColumnElement[bool], most: int) -> int:
+    """How many jobs there are, of which no more than ``most`` are counted."""
+    first = select(Job.id).where(which).limit(most).subquery()
+    return session.execute(select(func.count()).select_from(first)).scalar_one()

@@ -32,10 +32,10 @@ def names(rows: Sequence[ResultRow]) -> list[tuple[str, str | None]]:
     return [(row.job_id, row.baseline_job_id) for row in rows]
 
 
-@pytest.fixture(params=[100, 0], ids=["read by batch", "read by model"])
+@pytest.fixture(params=[True, False], ids=["read by batch", "read by model"])
 def measured(database: Database, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Two batches of four models. Of the first, each second job has a result; one of the second has the first's."""
-    monkeypatch.setattr(model_jobs, "_JOBS_PER_MODEL", request.param)
+    monkeypatch.setattr(model_jobs, "_have_fewer_jobs", lambda *_: request.param)
     worker = a_worker(database)
     _, ids = a_batch(database, *[bundle(f"/models/{n}") for n in range(4)])
     tokens = claim(database, ids[::2], worker)
