@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qbatch.core.domain import format_batch_id
+from qbatch.core.domain import batch_number, format_batch_id
 from qbatch.core.settings import Settings
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-
-_BATCHES_NAMED = 3
 
 
 def why_nothing_runs(settings: Settings, session: Session, batches: Sequence[str]) -> str | None:
@@ -21,11 +19,11 @@ def why_nothing_runs(settings: Settings, session: Session, batches: Sequence[str
     from qbatch.models_db.listing import live_workers
     from qbatch.scheduler.stack_lock import stack_is_running
     from qbatch.views.shared_failures import name_jobs
-    from qbatch.views.why_waiting import NO_SCHEDULER, why_lacking
+    from qbatch.views.why_waiting import BATCHES_NAMED, NO_SCHEDULER, why_lacking
 
     if not batches:
         return None
-    named = name_jobs(batches, _BATCHES_NAMED)
+    named = name_jobs(batches, BATCHES_NAMED)
     if settings.is_embedded:
         if not stack_is_running(settings):
             return f"no stack is running here, so nothing works on {named}: `qbatch up` starts one"
@@ -33,5 +31,5 @@ def why_nothing_runs(settings: Settings, session: Session, batches: Sequence[str
         return f"no worker is live, so nothing works on {named}: `qbatch worker` starts those of a machine"
     elif holder(session, LEAD) is None:
         return NO_SCHEDULER
-    lacking = lacking_devices(session, [int(batch_id[1:]) for batch_id in batches], settings.lease_s)
+    lacking = lacking_devices(session, [batch_number(batch_id) for batch_id in batches], settings.lease_s)
     return why_lacking({format_batch_id(batch_id): kind for batch_id, kind in lacking.items()})

@@ -11,6 +11,7 @@ from enum import StrEnum
 from qbatch.core.content_hash import content_hash as content_hash
 from qbatch.core.ids import LARGEST_ID as LARGEST_ID
 from qbatch.core.ids import LATEST as LATEST
+from qbatch.core.ids import batch_number as batch_number
 from qbatch.core.ids import find_id as find_id
 from qbatch.core.ids import format_batch_id as format_batch_id
 from qbatch.core.ids import format_job_id as format_job_id

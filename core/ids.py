@@ -33,3 +33,8 @@ def find_id(text: str) -> tuple[str, int] | None:
 def job_number(job_id: str) -> int:
     """``j345`` → 345: what ``format_job_id`` was given."""
     return int(job_id.removeprefix("j"))
+
+
+def batch_number(batch_id: str) -> int:
+    """``b12`` → 12: what ``format_batch_id`` was given."""
+    return int(batch_id.removeprefix("b"))

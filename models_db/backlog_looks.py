@@ -20,34 +20,49 @@ Place = tuple[str, int]
 """A queue and a priority."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """For ``most`` bundles of each batch."""
+
+    place: Place
+    ready: ReadyBundles
+    most: int
+
+
 @dataclass(slots=True)
 class BacklogLooks:
-    """Which looks are wanted, and what they found: the names of ready bundles by batch, in the order of submission."""
+    """Which look is wanted, and what the last one found: the names of ready bundles by batch, in the order of
+    submission."""
 
     clock: Callable[[], float] = time.monotonic
-    _wanted: dict[Place, tuple[ReadyBundles, int]] = field(default_factory=dict)
-    _found: dict[Place, Mapping[int, Sequence[str]]] = field(default_factory=dict)
+    _wanted: _Look | None = None
+    _found: tuple[Place, Mapping[int, Sequence[str]]] | None = None
     _not_before: dict[Place, float] = field(default_factory=dict)
 
     @property
-    def are_wanted(self) -> bool:
-        return bool(self._wanted)
+    def is_wanted(self) -> bool:
+        return self._wanted is not None
 
     def take_found(self, place: Place) -> Mapping[int, Sequence[str]] | None:
-        """What the last look found; None if there was none since this was last asked."""
-        return self._found.pop(place, None)
+        """What the last look found there; None if there was none since this was last asked."""
+        if self._found is None or self._found[0] != place:
+            return None
+        (_, found), self._found = self._found, None
+        return found
 
     def want(self, place: Place, ready: ReadyBundles, most: int) -> None:
         """Ask for a look for ``most`` bundles of each batch, unless the last one was a short time ago."""
         if self.clock() >= self._not_before.get(place, 0.0):
-            self._wanted[place] = (ready, most)
+            self._wanted = _Look(place=place, ready=ready, most=most)
 
     def look(self, session: Session) -> bool:
-        """Make the looks that are wanted. Returns whether anything was found."""
-        wanted, self._wanted = self._wanted, {}
-        for place, (ready, most) in wanted.items():
-            began = self.clock()
-            self._found[place] = ready.of_each_batch(session, place[1], most)
-            ended = self.clock()
-            self._not_before[place] = ended + (ended - began) / _SHARE_OF_TIME
-        return any(self._found[place] for place in wanted)
+        """Make the look that is wanted, if one is. Returns whether anything was found."""
+        if self._wanted is None:
+            return False
+        wanted, self._wanted = self._wanted, None
+        began = self.clock()
+        found = wanted.ready.of_each_batch(session, wanted.place[1], wanted.most)
+        ended = self.clock()
+        self._found = (wanted.place, found)
+        self._not_before[wanted.place] = ended + (ended - began) / _SHARE_OF_TIME
+        return bool(found)

@@ -13,7 +13,7 @@ from qbatch.core.domain import OPEN_STATES, DeviceKind
 from qbatch.models_db.database_clock import SLACK_S, db_now
 from qbatch.models_db.few_jobs import HAS_FAILED
 from qbatch.models_db.lacking_devices import lacking_devices
-from qbatch.models_db.leases import LEAD
+from qbatch.models_db.leases import LEAD, holder
 from qbatch.models_db.listing import list_workers
 from qbatch.models_db.pauses import in_force
 from qbatch.models_db.tables import Job, Lease, Worker
@@ -53,11 +53,6 @@ class Health:
 def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> Health:
     """Read the health, by the database's clock. ``lead_s`` is the longest lease of a leader if not ``lease_s``."""
     longest_s = max(lead_s or 0.0, lease_s) + SLACK_S
-    leader = session.scalars(
-        select(Lease.holder).where(
-            Lease.name == LEAD, Lease.expires_at > db_now(), Lease.expires_at <= db_now(longest_s)
-        )
-    ).first()
     states = session.execute(
         select(Job.state, func.count()).where(Job.state.in_(OPEN_STATES)).group_by(Job.state).order_by(Job.state)
     )
@@ -68,7 +63,7 @@ def health(session: Session, lease_s: float, *, lead_s: float | None = None) -> 
         .order_by(func.count().desc(), Job.error_kind)
     )
     return Health(
-        leader=leader,
+        leader=holder(session, LEAD, longest_s),
         ahead_s=_ahead_s(session, longest_s),
         workers=list_workers(session, lease_s),
         open_jobs={state: count for state, count in states},

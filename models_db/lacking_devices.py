@@ -8,8 +8,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, JobState
-from qbatch.models_db.tables import Job, Worker
-from qbatch.models_db.workers import is_live
+from qbatch.models_db.tables import Job
+from qbatch.models_db.workers import live
 
 _MOST_ASKED = 20
 
@@ -17,7 +17,7 @@ _MOST_ASKED = 20
 def lacking_devices(session: Session, batch_ids: Sequence[int], lease_s: float) -> dict[int, DeviceKind]:
     """The kind of device that the queued jobs of a batch must have and no live worker has, of those of these batches
     of which that is so; of many batches, only the first are looked at. Empty while no worker is live."""
-    there = set(session.scalars(select(Worker.device_kind).where(is_live(lease_s)).distinct()))
+    there = {worker.device_kind for worker in live(session, lease_s)}
     if not there:
         return {}
     asked = ((batch_id, _asked_for(session, batch_id)) for batch_id in batch_ids[:_MOST_ASKED])

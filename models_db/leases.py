@@ -42,9 +42,12 @@ def acquire(session: Session, name: str, holder: str, ttl_s: float) -> bool:
     return added.first() is not None
 
 
-def holder(session: Session, name: str) -> str | None:
-    """Who holds the lease ``name`` now; None if nobody does."""
+def holder(session: Session, name: str, longest_s: float | None = None) -> str | None:
+    """Who holds the lease ``name`` now; None if nobody does. One that lasts longer than ``longest_s`` does not count:
+    it is from before the clock was set back."""
     held = select(Lease.holder).where(Lease.name == name, Lease.expires_at > db_now())
+    if longest_s is not None:
+        held = held.where(Lease.expires_at <= db_now(longest_s))
     return session.scalars(held).first()
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from qbatch.core.domain import JobState, format_job_id
 from qbatch.core.measured.result_row import ResultRow
-from qbatch.models_db.model_jobs import jobs_of_models
+from qbatch.models_db.model_jobs import jobs_of_families
 from qbatch.models_db.results import find_results
 from qbatch.models_db.tables import Checkpoint, Job
 
@@ -35,14 +35,7 @@ def measured_checkpoints(session: Session, job_ids: Collection[int]) -> list[Mea
     sources = session.execute(select(Job.batch_id, Job.location).where(Job.id.in_(job_ids)).distinct()).all()
     if not sources:
         return []
-    pairs = {(batch_id, location) for batch_id, location in sources}
-    jobs = jobs_of_models(
-        session,
-        select(Job.id, Job.batch_id, Job.location),
-        locations={location for _, location in pairs},
-        batch_ids={batch_id for batch_id, _ in pairs},
-    )
-    ids = [job.id for job in jobs if (job.batch_id, job.location) in pairs]
+    ids = jobs_of_families(session, {(batch_id, location) for batch_id, location in sources})
     found = session.execute(
         select(Job.id, Job.is_folder, Checkpoint.path, Checkpoint.root_sha256)
         .join(Checkpoint, Checkpoint.key == Job.checkpoint_key)

@@ -36,6 +36,17 @@ def jobs_of_models(
         yield from (row for row in rows if not batches or row.batch_id in batches)
 
 
+def jobs_of_families(session: Session, families: Collection[tuple[int, str]]) -> list[int]:
+    """The ids of the jobs of each (batch, location of a model), in ascending order."""
+    jobs = jobs_of_models(
+        session,
+        select(Job.id, Job.batch_id, Job.location),
+        locations={location for _, location in families},
+        batch_ids={batch_id for batch_id, _ in families},
+    )
+    return sorted(job.id for job in jobs if (job.batch_id, job.location) in families)
+
+
 def _have_fewer_jobs(session: Session, batch_ids: Collection[int], locations: Collection[str]) -> bool:
     """Whether these batches have fewer jobs than were ever submitted of models at these locations."""
     most = _MOST_JOBS_OF_BATCH * len(locations)

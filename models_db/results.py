@@ -20,7 +20,7 @@ from qbatch.core.storage import base_path
 from qbatch.models_db.checkpoints import gone_among
 from qbatch.models_db.job_pages import first_jobs
 from qbatch.models_db.mixture_origins import mixture_origin
-from qbatch.models_db.model_jobs import jobs_of_models
+from qbatch.models_db.model_jobs import jobs_of_families, jobs_of_models
 from qbatch.models_db.result_filter import ResultFilter
 from qbatch.models_db.session import in_chunks
 from qbatch.models_db.tables import Job, Result
@@ -83,14 +83,9 @@ def find_others(session: Session, rows: Sequence[ResultRow]) -> list[ResultRow]:
     shown = {job_number(row.job_id) for row in rows}
     families: set[tuple[int, str]] = set()
     for ids in in_chunks(sorted(shown)):
-        families |= {(job.batch_id, job.location) for job in session.execute(_FAMILIES.where(Job.id.in_(ids)))}
-    locations, batch_ids = {location for _, location in families}, {batch_id for batch_id, _ in families}
-    jobs = jobs_of_models(session, _FAMILIES, locations=locations, batch_ids=batch_ids)
-    found = [job.id for job in jobs if (job.batch_id, job.location) in families and job.id not in shown]
-    return _rows_of(session, sorted(found))
-
-
-_FAMILIES = select(Job.id, Job.batch_id, Job.location)
+        of_these = select(Job.batch_id, Job.location).where(Job.id.in_(ids))
+        families |= {(batch_id, location) for batch_id, location in session.execute(of_these)}
+    return _rows_of(session, [job_id for job_id in jobs_of_families(session, families) if job_id not in shown])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,18 +166,15 @@ def _rows_of(session: Session, job_ids: Sequence[int]) -> list[ResultRow]:
 def _shown(session: Session, rows: Sequence[Row[Job, Result | None]]) -> list[ResultRow]:
     baselines = _baselines(session, [job for job, _ in rows])
     found = [_row(job, result, baselines) for job, result in rows]
-    parts = {row.checkpoint_path: _parts(row.checkpoint_path) for row in found if row.checkpoint_path is not None}
-    gone = gone_among(session, {part for some in parts.values() for part in some})
-    return [
-        replace(row, checkpoint_path=None) if not gone.isdisjoint(parts.get(row.checkpoint_path or "", ())) else row
-        for row in found
-    ]
+    paths = {row.checkpoint_path for row in found if row.checkpoint_path is not None}
+    bases = {base for path in paths if (base := base_path(path)) is not None}
+    gone = gone_among(session, paths | bases)
+    return [replace(row, checkpoint_path=None) if _is_gone(row.checkpoint_path, gone) else row for row in found]
 
 
-def _parts(path: str) -> Collection[str]:
-    """The path of a checkpoint; of an adapter, also that of the checkpoint that it belongs to."""
-    base = base_path(path)
-    return (path,) if base is None else (path, base)
+def _is_gone(path: str | None, gone: Collection[str]) -> bool:
+    """Whether a checkpoint, or the one that an adapter belongs to, is known to be off the storage."""
+    return path is not None and (path in gone or base_path(path) in gone)
 
 
 def _baselines(session: Session, jobs: Sequence[Job]) -> dict[tuple[Any, ...], int]:

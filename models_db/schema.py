@@ -36,31 +36,28 @@ def upgrade(database: Database) -> None:
         _make_folder(database, database.file.parent)
     for tries_left in reversed(range(_MOST_TRIES)):
         try:
-            has_run = _migrate(database)
-            break
+            _migrate(database)
+            return
         except DatabaseUnreachable as error:
             # A worker and the migrations, which take locks of several tables, wait for each other: one is undone.
             if tries_left == 0 or not _is_deadlock(error):
                 raise
-    if has_run:
-        refresh_statistics(database)
 
 
-def _migrate(database: Database) -> bool:
-    """Run the missing migrations. Returns False if those of a newer version have run."""
+def _migrate(database: Database) -> None:
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
         state = SchemaState.read(session.connection())
         database.require_tolerable(state)
         if state.is_newer_than(SCHEMA_HEAD):
-            return False
+            return
         from alembic import command
 
         config = alembic_config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")
-    return True
+    refresh_statistics(database)
 
 
 def _is_deadlock(error: DatabaseUnreachable) -> bool:

@@ -326,9 +326,9 @@ def _postgresql_engine(url: Any, frozen_s: float | None) -> Engine:
             connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {round(frozen_s * 1000)}")
 
     @event.listens_for(engine, "after_cursor_execute")
-    def _after_many(connection: Connection, *of: Any) -> None:
+    def _after_many(connection: Connection, _cursor: Any, _sql: str, _of: Any, _context: Any, is_many: bool) -> None:
         # The driver sends many rows in a pipeline. After one, PostgreSQL 18 was seen to wait for ever all the same.
-        if frozen_s is not None and of[-1]:
+        if frozen_s is not None and is_many:
             with closing(connection.connection.cursor()) as cursor:
                 cursor.execute("SELECT 1")
 

@@ -16,6 +16,7 @@ from qbatch.core.domain import (
     DeviceKind,
     JobState,
     WorkerState,
+    batch_number,
     format_batch_id,
     format_job_id,
 )
@@ -79,7 +80,7 @@ class Watcher:
         self._judge(session)
         rows = self._rows(session, _JOB.where(Job.state == JobState.RUNNING, Job.batch_id.in_(self._batch_ids)))
         listed = list_batches(session, sorted(self._batch_ids)) if self._batch_ids else []
-        queued = [_number(row) for row in listed if row[JobState.QUEUED]]
+        queued = [batch_number(row["batch_id"]) for row in listed if row[JobState.QUEUED]]
         lacking = lacking_devices(session, queued, self._lease_s)
         batches = [self._batch(row, lacking) for row in listed]
         news, more = self._news(session, rows, sum(batch.ended for batch in batches))
@@ -158,7 +159,7 @@ class Watcher:
         )
 
     def _batch(self, row: Mapping[str, Any], lacking: Mapping[int, DeviceKind]) -> WatchedBatch:
-        batch_id = _number(row)
+        batch_id = batch_number(row["batch_id"])
         return WatchedBatch(
             batch_id=format_batch_id(batch_id),
             name=row["name"],
@@ -171,10 +172,6 @@ class Watcher:
     def _remaining(self, judged_s: float | None) -> float | None:
         """What is left now of what was left when it was judged."""
         return None if judged_s is None else max(0.0, judged_s - (self._clock() - self._judged_at))
-
-
-def _number(row: Mapping[str, Any]) -> int:
-    return int(row["batch_id"][1:])
 
 
 def _is_shown(worker: dict[str, Any]) -> bool:

@@ -85,7 +85,7 @@ def choose(
         added = _choose_fairly(session, ready, priority, shares, looks, queue=queue, most=missing)
         chosen += added
         in_queue[priority] = in_queue.get(priority, 0) + len(added)
-        if len(added) == missing or looks.are_wanted:
+        if len(added) == missing or looks.is_wanted:
             break
         priority = ready.highest_priority(session, above=_full_at(in_queue, slots), below=priority)
     return chosen

@@ -86,11 +86,10 @@ def top_up(database: Database, broker: Broker, settings: Settings, looks: Backlo
         if chosen:
             _send(database, broker, chosen)
             sent += len(chosen)
-        if looks.are_wanted:
+        has_found = False
+        if looks.is_wanted:
             with database.read() as session:
                 has_found = looks.look(session)
-        else:
-            has_found = False
         if not has_found and len(chosen) < _AT_ONCE:
             return sent
 
@@ -115,7 +114,7 @@ def _choose(session: Session, settings: Settings, looks: BacklogLooks) -> list[D
         window.recall(session, {queue for worker, _ in present for queue in _read_by(worker)})
     chosen: list[Dispatch] = []
     for live_queue in live_queues(present):
-        if live_queue.readers and len(chosen) < _AT_ONCE and not looks.are_wanted:
+        if live_queue.readers and len(chosen) < _AT_ONCE and not looks.is_wanted:
             chosen += window.choose(
                 session,
                 kind=live_queue.kind,

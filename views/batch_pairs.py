@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbatch.core.domain import JobState
+from qbatch.core.domain import JobState, job_number
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.figure_changes import Change, FigureChange, figure_changes
@@ -82,7 +82,7 @@ def _exact_key(row: ResultRow) -> Key:
 
 
 def _place(pair: RowPair) -> int:
-    return int(pair.before.job_id[1:])
+    return job_number(pair.before.job_id)
 
 
 def _pair(before: ResultRow, after: ResultRow) -> RowPair:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qbatch.core.domain import OPEN_STATES, JobState
+from qbatch.core.domain import OPEN_STATES, JobState, job_number
 from qbatch.core.measured.result_row import ResultRow
 
 
@@ -71,7 +71,7 @@ def _model(name: str, rows: Sequence[ResultRow]) -> ModelRows:
 
 
 def _newest_search(rows: Sequence[ResultRow]) -> ResultRow | None:
-    return max((row for row in rows if row.mixture.bound), key=lambda row: _number(row.job_id), default=None)
+    return max((row for row in rows if row.mixture.bound), key=lambda row: job_number(row.job_id), default=None)
 
 
 def _group(rows: Sequence[ResultRow], search: ResultRow | None) -> Group:
@@ -84,7 +84,7 @@ def _group(rows: Sequence[ResultRow], search: ResultRow | None) -> Group:
         if before is not None and measuring_job(before) != measuring_job(row):
             superseded = {old: row.job_id if new == before.job_id else new for old, new in superseded.items()}
             superseded[before.job_id] = row.job_id
-    kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, _number(row.job_id)))
+    kept = sorted(newest.values(), key=lambda row: (not row.is_baseline, -row.bits, job_number(row.job_id)))
     baselines = {row.job_id: base for row in kept if (base := _baseline(row, kept)) is not None}
     return Group(rows=kept, baselines=baselines, superseded=superseded, search=search)
 
@@ -108,11 +108,7 @@ def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
 
 
 def _age(row: ResultRow) -> int:
-    return _number(measuring_job(row))
-
-
-def _number(job_id: str) -> int:
-    return int(job_id[1:])
+    return job_number(measuring_job(row))
 
 
 def configuration(row: ResultRow) -> str:

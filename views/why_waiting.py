@@ -9,7 +9,8 @@ from qbatch.core.watched import Snapshot
 from qbatch.views.shared_failures import name_jobs
 
 NO_SCHEDULER = "no scheduler is active, so nothing more is sent to the workers: `qbatch scheduler` runs one"
-_BATCHES_NAMED = 3
+BATCHES_NAMED = 3
+"""How many of many batches are named."""
 _LACK = {
     DeviceKind.CUDA: "a GPU, and no live worker has one: `qbatch worker` starts those of a machine with GPUs",
     DeviceKind.CPU: "a CPU, and every live worker has a GPU: `qbatch worker --cpu` starts one without",
@@ -23,7 +24,7 @@ def why_lacking(batches: Mapping[str, DeviceKind]) -> str | None:
         of_kind = [batch_id for batch_id, needed in batches.items() if needed is kind]
         if of_kind:
             verb = "needs" if len(of_kind) == 1 else "need"
-            said.append(f"{name_jobs(of_kind, _BATCHES_NAMED)} {verb} {lack}")
+            said.append(f"{name_jobs(of_kind, BATCHES_NAMED)} {verb} {lack}")
     return "; ".join(said) or None
 
 
