@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 # The newest migration. A test compares it with Alembic's; importing Alembic would cost every command 0.3 s.
-SCHEMA_HEAD = "0018"
+SCHEMA_HEAD = "0019"
 # PostgreSQL's error codes for a read-only server, such as a demoted primary, for missing rights, and for a missing
 # schema or table, as during the restoration of a backup.
 _NOT_NOW = {"25006", "3F000", "42501", "42P01"}

@@ -160,6 +160,8 @@ class Job(Base):
         _partial_index(
             "ix_jobs_waiting_again", "attempt", "above_memory_bytes", where="state = 'queued' AND attempt > 0"
         ),
+        # The baselines of a model in a batch. PostgreSQL's has the beginning of the path.
+        _partial_index("ix_jobs_baselines", "batch_id", "location", where="method = 'none'"),
         _partial_index("ix_jobs_base_key", "base_key", "state", where="base_key IS NOT NULL"),
         _partial_index("ix_jobs_failed", "finished_at", "error_kind", where="state = 'failed'"),
         _partial_index("ix_jobs_search_id", "search_id", where="search_id IS NOT NULL"),

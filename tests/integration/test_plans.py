@@ -329,6 +329,11 @@ def test_what_is_asked_often_reads_no_large_table_as_a_whole(filled: Database, n
         assert not _READS_ALL.search(plan), f"{statement}\n{plan}"
 
 
+def test_all_rows_of_the_view_have_their_baselines_by_an_index(filled: Database) -> None:
+    (plan,) = plans(filled, lambda session: session.execute(text("SELECT * FROM result_rows"))).values()
+    assert "ix_jobs_baselines" in plan
+
+
 def test_keep_reads_no_large_table_as_a_whole(filled: Database, tmp_path: Path) -> None:
     """It asks in transactions of its own."""
 
@@ -465,6 +470,18 @@ def test_models_that_are_submitted_every_night_make_no_batch_slower(
             session.execute(text("UPDATE jobs SET location = '/models/' || (id / 3 % 10)"))
         steps.append(_steps(database, _OF_THE_NEWEST[name]))
     assert steps[1] < 1.5 * steps[0]
+
+
+def test_all_rows_of_the_view_take_time_in_proportion_to_their_number(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    """Also where one model has all the jobs."""
+    steps = []
+    for database in _copies(tmp_path, *(Sizes(jobs=jobs_, large=10, queued=3, small=10) for jobs_ in (300, 3_000))):
+        with database.write() as session:
+            session.execute(text("UPDATE jobs SET location = '/models/a'"))
+        steps.append(_steps(database, lambda session: session.execute(text("SELECT * FROM result_rows")).all()))
+    assert steps[1] < 15 * steps[0]
 
 
 @pytest.mark.parametrize("name", ["how long jobs will take", "a look at all that is open", "a submit ends"])

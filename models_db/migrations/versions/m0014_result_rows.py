@@ -50,6 +50,8 @@ _POSTGRESQL = _Words(
     same="IS NOT DISTINCT FROM",
     same_protocol="b.protocol::jsonb = j.protocol::jsonb",
 )
+# By the model: a batch may have many jobs, and + 0 keeps its index out of the search.
+OF_BATCH_AND_MODEL = "b.location = j.location AND b.batch_id + 0 = j.batch_id"
 
 
 def _double(value: str) -> str:
@@ -57,8 +59,7 @@ def _double(value: str) -> str:
 
 
 def upgrade() -> None:
-    words = _SQLITE if op.get_bind().dialect.name == "sqlite" else _POSTGRESQL
-    op.execute(_view(words))
+    op.execute(f"CREATE VIEW result_rows AS {select_rows(OF_BATCH_AND_MODEL)}")
 
 
 def downgrade() -> None:
@@ -70,7 +71,9 @@ def _ratio(name: str, condition: str) -> str:
     return f"CASE WHEN {condition} AND br.job_id <> r.job_id THEN {quotient} END AS {name}_ratio"
 
 
-def _view(words: _Words) -> str:
+def select_rows(is_of_batch_and_model: str) -> str:
+    """The query of the view. ``is_of_batch_and_model``: the condition by which a job's baseline ``b`` is found."""
+    words = _SQLITE if op.get_bind().dialect.name == "sqlite" else _POSTGRESQL
     step_s = words.number("r.details", "why", "kernels_alone", "step_s")
     batch_size = (
         f"COALESCE(NULLIF({words.number('r.details', 'shapes', 'batch_size')}, 0), "
@@ -81,7 +84,6 @@ def _view(words: _Words) -> str:
     on_device = f"{is_comparable} AND r.device_name = br.device_name"
     figures = ", ".join(f"r.{name} AS {name}" for name in _FIGURES)
     return f"""
-CREATE VIEW result_rows AS
 SELECT
     j.batch_id AS batch_number, j.id AS job_number, n.name AS batch_name,
     'b' || j.batch_id AS batch_id, 'j' || j.id AS job_id, j.model AS model, j.revision AS revision,
@@ -105,9 +107,8 @@ FROM (
     SELECT j.id, j.batch_id, j.model, j.revision, j.state, j.error_kind, j.error_message, j.reused_from, j.method,
         j.bits, j.scheme, j.dtype, j.created_at, j.started_at, j.finished_at,
         (
-            -- By the model: a batch may have many jobs, and + 0 keeps its index out of the search.
             SELECT MAX(b.id) FROM jobs AS b
-            WHERE b.location = j.location AND b.batch_id + 0 = j.batch_id AND b.method = 'none'
+            WHERE {is_of_batch_and_model} AND b.method = 'none'
                 AND b.revision {words.same} j.revision AND b.dtype = j.dtype AND {words.same_protocol}
         ) AS baseline
     FROM jobs AS j
