@@ -1,7 +1,7 @@
 """Looks at all that waits for a queue, where most of what waits belongs in another one.
 
 That takes a tenth of a second for tens of thousands of jobs. So it is done apart from the transaction that marks what
-is sent, in which on SQLite nobody else could write, and for at most a tenth of the time.
+is sent, in which on SQLite nobody else could write, and at each place for at most a tenth of the time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ class _Look:
 
 @dataclass(slots=True)
 class BacklogLooks:
-    """Which look is wanted, and what the last one found: the names of ready bundles by batch, in the order of
-    submission."""
+    """Which look is wanted, and what those of a round found: the names of ready bundles by batch, in the order of
+    submission.
+
+    In a round each place is looked at once, so that one of which much is asked does not keep the others waiting.
+    """
 
     clock: Callable[[], float] = time.monotonic
     _wanted: _Look | None = None
-    _found: tuple[Place, Mapping[int, Sequence[str]]] | None = None
+    # None for what was taken.
+    _found: dict[Place, Mapping[int, Sequence[str]] | None] = field(default_factory=dict)
     _not_before: dict[Place, float] = field(default_factory=dict)
 
     @property
@@ -44,25 +48,27 @@ class BacklogLooks:
         return self._wanted is not None
 
     def take_found(self, place: Place) -> Mapping[int, Sequence[str]] | None:
-        """What the last look found there; None if there was none since this was last asked."""
-        if self._found is None or self._found[0] != place:
-            return None
-        (_, found), self._found = self._found, None
+        """What the look of this round found there; None if there was none, or if this was asked before."""
+        found = self._found.get(place)
+        if found is not None:
+            self._found[place] = None
         return found
 
     def want(self, place: Place, ready: ReadyBundles, most: int) -> None:
-        """Ask for a look for ``most`` bundles of each batch, unless the last one was a short time ago."""
-        if self.clock() >= self._not_before.get(place, 0.0):
+        """Ask for a look for ``most`` bundles of each batch, unless there was one in this round or a short time ago."""
+        if place not in self._found and self.clock() >= self._not_before.get(place, 0.0):
             self._wanted = _Look(place=place, ready=ready, most=most)
 
     def look(self, session: Session) -> bool:
-        """Make the look that is wanted, if one is. Returns whether anything was found."""
+        """Make the look that is wanted. Returns whether one was."""
         if self._wanted is None:
             return False
         wanted, self._wanted = self._wanted, None
         began = self.clock()
-        found = wanted.ready.of_each_batch(session, wanted.place[1], wanted.most)
+        self._found[wanted.place] = wanted.ready.of_each_batch(session, wanted.place[1], wanted.most)
         ended = self.clock()
-        self._found = (wanted.place, found)
         self._not_before[wanted.place] = ended + (ended - began) / _SHARE_OF_TIME
-        return bool(found)
+        return True
+
+    def end_round(self) -> None:
+        self._found.clear()

@@ -86,11 +86,12 @@ def top_up(database: Database, broker: Broker, settings: Settings, looks: Backlo
         if chosen:
             _send(database, broker, chosen)
             sent += len(chosen)
-        has_found = False
         if looks.is_wanted:
             with database.read() as session:
-                has_found = looks.look(session)
-        if not has_found and len(chosen) < _AT_ONCE:
+                looks.look(session)
+            continue
+        looks.end_round()
+        if len(chosen) < _AT_ONCE:
             return sent
 
 

@@ -148,6 +148,27 @@ def test_a_backlog_that_belongs_elsewhere_is_read_by_itself_and_seldom(
     assert read == [True, True]
 
 
+def test_backlogs_that_belong_elsewhere_keep_no_queue_and_no_priority_waiting(
+    sqlite_database: Database, broker: Broker, settings: Settings
+) -> None:
+    """Each is looked at, and none again and again in place of the next one."""
+    for size in (80, 48, 24, 8):
+        a_gpu(sqlite_database, size)
+    a_worker(sqlite_database)
+    methods = (Method.NONE, Method.INT8, Method.FP4, Method.NF4)
+    needs = dict(zip(methods, (60 * GIB, 30 * GIB, 18 * GIB, 5 * GIB), strict=True))
+    for priority in (5, 4):
+        mixed = [bundle(f"/{priority}/{n}", *methods, device=DeviceKind.CUDA, needs=needs) for n in range(12)]
+        a_batch(sqlite_database, *mixed, priority=priority)
+    small = [bundle(f"/small/{n}", Method.NF4, device=DeviceKind.CUDA, needs=needs) for n in range(3)]
+    _, on_small = a_batch(sqlite_database, *small, priority=4)
+    _, (on_cpu, *_) = a_batch(sqlite_database, bundle("/models/cpu"), priority=9)
+    top_up(sqlite_database, broker, settings, BacklogLooks(clock=lambda: 0.0))
+    with sqlite_database.read() as session:
+        assert session.get_one(Job, on_cpu).queue == CPU
+        assert {session.get_one(Job, job).queue for job in on_small} == {queue_of(DeviceKind.CUDA, 8)}
+
+
 def test_a_large_window_is_filled_in_several_transactions(
     sqlite_database: Database, broker: Broker, settings: Settings
 ) -> None:
