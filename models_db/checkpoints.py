@@ -61,15 +61,17 @@ def all_checkpoints(session: Session) -> Sequence[Checkpoint]:
     return session.scalars(select(Checkpoint).order_by(Checkpoint.path)).all()
 
 
-def checkpoints_at(session: Session, paths: Collection[str], *, lock: bool = False) -> list[Checkpoint]:
+def checkpoints_at(
+    session: Session, paths: Collection[str], *, lock: bool = False, skip_locked: bool = False
+) -> list[Checkpoint]:
     """The records of the checkpoints at these paths, those that are gone included.
 
-    ``lock``: nobody changes them until the transaction ends.
+    ``lock``: nobody changes them until the transaction ends. ``skip_locked``: without those that others have locked.
     """
     found: list[Checkpoint] = []
     for chunk in in_chunks(sorted(paths)):
         query = select(Checkpoint).where(Checkpoint.path.in_(chunk)).order_by(Checkpoint.path, Checkpoint.key)
-        found += session.scalars(query.with_for_update() if lock else query)
+        found += session.scalars(query.with_for_update(skip_locked=skip_locked) if lock else query)
     return found
 
 

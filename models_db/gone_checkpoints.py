@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from qbatch.core.storage import CHECKPOINTS, missing_checkpoints, present_checkpoints
 from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, note_presence
-from qbatch.models_db.session import Database
+from qbatch.models_db.session import Database, in_chunks
+
+# For so many, folders are listed within a transaction: on SQLite everybody who writes waits for its end.
+_AT_ONCE = 20
 
 
 def find_missing(database: Database, storage: Path) -> set[str]:
@@ -19,17 +23,23 @@ def find_missing(database: Database, storage: Path) -> set[str]:
 def note_missing(database: Database, storage: Path) -> set[str]:
     """Record which checkpoints are gone, and which are no longer. Returns the paths of the former.
 
-    Does nothing where this machine does not see the storage. Raises DatabaseUnreachable.
+    Does nothing where this machine does not see the storage. What a submit or a removal holds is left for the next
+    time. Raises DatabaseUnreachable.
     """
     missing = find_missing(database, storage)
     with database.read() as session:
         gone = {row.path for row in all_checkpoints(session) if row.gone_at is not None}
     back = present_checkpoints(storage, gone)
-    if not (storage / CHECKPOINTS).is_dir() or not (missing or back):
+    if not (storage / CHECKPOINTS).is_dir():
         return set()
-    with database.write() as session:
-        # Looked at again while their records are locked: a worker publishes first and records second.
-        locked = {row.path for row in checkpoints_at(session, missing | back, lock=True)}
-        missing = missing_checkpoints(storage, missing & locked)
-        note_presence(session, gone=missing, present=present_checkpoints(storage, back))
-    return missing
+    noted: set[str] = set()
+    for paths in in_chunks(sorted(missing | back), _AT_ONCE):
+        began = time.monotonic()
+        with database.write() as session:
+            # Looked at again while their records are locked: a worker publishes first and records second.
+            free = {row.path for row in checkpoints_at(session, paths, lock=True, skip_locked=True)}
+            gone_now = missing_checkpoints(storage, free & missing)
+            note_presence(session, gone=gone_now, present=present_checkpoints(storage, free & back))
+        noted |= gone_now
+        time.sleep(time.monotonic() - began)  # so that whoever waits to write has a turn
+    return noted

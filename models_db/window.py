@@ -27,7 +27,7 @@ from qbatch.models_db.ready_bundles import (
     free,
     is_under_way,
 )
-from qbatch.models_db.session import NO_SYNC
+from qbatch.models_db.session import NO_SYNC, in_chunks
 from qbatch.models_db.tables import Job
 
 MOST_JOBS = 256
@@ -199,24 +199,21 @@ def record_scan(session: Session, *, missing: Collection[str], present: Collecti
     One scan is not enough: between being popped and being recorded as unacknowledged, a message is nowhere in Redis.
     Returns the released dispatch ids, whose bundles can be sent again.
     """
-    waiting = free(session, _of_messages([*missing, *present]), IS_QUEUED)
-    session.execute(
-        update(Job)
-        .where(Job.id.in_(waiting), Job.dispatch_id.in_(present), Job.missed_scans > 0)
-        .values(missed_scans=0),
-        execution_options=NO_SYNC,
-    )
-    session.execute(
-        update(Job).where(Job.id.in_(waiting), Job.dispatch_id.in_(missing)).values(missed_scans=Job.missed_scans + 1),
-        execution_options=NO_SYNC,
-    )
-    gone = session.scalars(
-        select(Job.dispatch_id)
-        .where(Job.id.in_(waiting), Job.dispatch_id.in_(missing), Job.missed_scans >= 2)
-        .distinct()
-    ).all()
-    take_out(session, [dispatch_id for dispatch_id in gone if dispatch_id is not None])
-    return sorted(dispatch_id for dispatch_id in gone if dispatch_id is not None)
+    gone: set[str] = set()
+    for ids in in_chunks(free(session, _of_messages([*missing, *present]), IS_QUEUED)):
+        these = Job.id.in_(ids)
+        session.execute(
+            update(Job).where(these, Job.dispatch_id.in_(present), Job.missed_scans > 0).values(missed_scans=0),
+            execution_options=NO_SYNC,
+        )
+        is_missing = Job.dispatch_id.in_(missing)
+        session.execute(
+            update(Job).where(these, is_missing).values(missed_scans=Job.missed_scans + 1), execution_options=NO_SYNC
+        )
+        twice = select(Job.dispatch_id).where(these, is_missing, Job.missed_scans >= 2).distinct()
+        gone |= {dispatch_id for dispatch_id in session.scalars(twice) if dispatch_id is not None}
+    take_out(session, gone)
+    return sorted(gone)
 
 
 def _of_messages(dispatch_ids: Collection[str]) -> ColumnElement[bool]:
@@ -234,6 +231,5 @@ def recall(session: Session, served: Collection[str]) -> None:
 
 
 def _undispatch(session: Session, *conditions: ColumnElement[bool]) -> None:
-    ids = free(session, *conditions, IS_QUEUED)
-    if ids:
+    for ids in in_chunks(free(session, *conditions, IS_QUEUED)):
         session.execute(update(Job).where(Job.id.in_(ids)).values(**NO_MESSAGE), execution_options=NO_SYNC)

@@ -178,9 +178,14 @@ class SubmissionLookup:
             if (kind := device_kind_of((spec := spec_of(job)).device, self.devices)) is not None and job.checkpoint_key
         }
         asked = [(DeviceKind(job.device), pair) for job, pair in waiting.items()]
-        # Whether a row without a comparison answers depends on the baselines of the batch, which a worker sees.
-        found = {pair: one for pair, one in self._find_finished(session, asked).items() if not one.lacks_outputs}
-        answers = self.answers(found)
+        # The rest is left to a worker: whether a row without a comparison answers depends on the baselines of the
+        # batch, and of what was not measured just now the storage would have to be asked, for which everybody would
+        # wait.
+        answers = {
+            pair: one.job_id
+            for pair, one in self._find_finished(session, asked).items()
+            if not one.lacks_outputs and one.finished_at >= self.began_at
+        }
         kept = finished_results.keep(session, set(answers.values()))
         answered = {job: answers[pair] for job, pair in waiting.items() if answers.get(pair) in kept}
         if answered:

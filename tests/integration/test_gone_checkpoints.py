@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from qbatch.cli import main
 from qbatch.core.domain import Method
 from qbatch.core.settings import Settings
+from qbatch.core.storage import CHECKPOINTS
 from qbatch.models_db import jobs
+from qbatch.models_db.checkpoints import checkpoints_at
 from qbatch.models_db.finished_results import find_finished
+from qbatch.models_db.gone_checkpoints import note_missing
 from qbatch.models_db.session import Database
+from qbatch.models_db.tables import Checkpoint
 from qbatch.models_db.tables import Result as ResultOfJob
 from tests.rows import a_batch, a_worker, bundle, claim
 from tests.stored_checkpoints import Made, a_measured_batch, key_of, set_key
@@ -140,3 +146,39 @@ def test_what_a_batch_that_is_not_named_has_too_is_kept(sqlite_database: Databas
     assert all(folder.is_dir() for folder in made.folders)
     (listed,) = json.loads(qbatch("keep", "--recommended", "--yes", "--json").stdout)
     assert listed["paths"] == [made.paths[1]]
+
+
+def recorded(database: Database, storage: Path, count: int) -> set[str]:
+    """Checkpoints on record, of which the storage has nothing."""
+    (storage / CHECKPOINTS).mkdir(parents=True)
+    paths = {f"{CHECKPOINTS}/m{number}/nf4" for number in range(count)}
+    with database.write() as session:
+        for path in sorted(paths):
+            session.add(Checkpoint(key=path, path=path, root_sha256="", disk_bytes=1))
+    return paths
+
+
+def test_what_a_submit_holds_is_noted_the_next_time(postgresql_database: Database, tmp_path: Path) -> None:
+    """The leading scheduler would wait for the end of the submit, and send nothing meanwhile."""
+    (path,) = recorded(postgresql_database, tmp_path, 1)
+    submitting = Database(postgresql_database.engine.url.render_as_string(hide_password=False))
+    with submitting.write() as session:
+        assert len(checkpoints_at(session, [path], lock=True)) == 1
+        assert note_missing(postgresql_database, tmp_path) == set()
+    submitting.dispose()
+    assert note_missing(postgresql_database, tmp_path) == {path}
+
+
+def test_others_may_write_while_many_are_noted(sqlite_database: Database, tmp_path: Path) -> None:
+    paths = recorded(sqlite_database, tmp_path / "storage", 50)
+    commits: list[Session] = []
+
+    def note(session: Session) -> None:
+        commits.append(session)
+
+    event.listen(Session, "before_commit", note)
+    try:
+        assert note_missing(sqlite_database, tmp_path / "storage") == paths
+    finally:
+        event.remove(Session, "before_commit", note)
+    assert len(commits) >= 3

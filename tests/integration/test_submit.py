@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
+from sqlalchemy.orm import Session
 
 from qbatch.core.digest import Checksums, digest_file
 from qbatch.core.domain import Claim, DeviceKind, DType, JobSpec, JobState, SourceRef
@@ -29,6 +30,7 @@ from qbatch.core.model_files import content_files
 from qbatch.core.settings import Settings
 from qbatch.core.sources import parse_source
 from qbatch.models_db import arrivals, file_digests, jobs, results, skip_list_keys, window
+from qbatch.models_db.arrivals import Arriving
 from qbatch.models_db.batches import NewJob, batch_exists, job_exists
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
@@ -37,6 +39,7 @@ from qbatch.models_db.listing import count_states, list_batches, list_jobs
 from qbatch.models_db.retention import delete_jobs, find_prunable
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Arrival, Job
+from qbatch.scheduler import submission_lookup
 from qbatch.scheduler import submit as submit_module
 from qbatch.scheduler.broker import Broker
 from qbatch.scheduler.job_grid import Grid
@@ -379,6 +382,31 @@ def test_what_is_measured_meanwhile_answers(
 
     receipt = submit(database, settings, asked, measure_once)
     assert (receipt.jobs, receipt.answered) == (3 * (MODELS + 1), 3)
+    assert answers(database, receipt.batch_id) == measured_ids
+
+
+def test_nobody_waits_for_the_storage_while_a_batch_becomes_visible(
+    database: Database, other: Database, settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = with_a_folder(database, model)
+    measured_ids: list[int] = []
+    publish = Arriving.publish
+
+    def measure_once(_: int) -> None:
+        if not measured_ids:
+            measured_ids.extend(measure(other, model, asked.sources[0]))
+
+    def refuse(*_: object) -> bool:
+        raise AssertionError("the storage was asked within the transaction")
+
+    def watched(batch: Arriving, look_again: Callable[[Session, int], int]) -> int:
+        with monkeypatch.context() as within:
+            within.setattr(Path, "is_dir", refuse)
+            within.setattr(submission_lookup, "checkpoint_state", refuse)
+            return publish(batch, look_again)
+
+    monkeypatch.setattr(Arriving, "publish", watched)
+    receipt = submit(database, settings, asked, measure_once)
     assert answers(database, receipt.batch_id) == measured_ids
 
 

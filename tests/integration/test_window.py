@@ -12,7 +12,7 @@ from qbatch.models_db import window
 from qbatch.models_db.backlog_looks import BacklogLooks
 from qbatch.models_db.batches import NewJob
 from qbatch.models_db.ready_bundles import QueueRange
-from qbatch.models_db.session import Database
+from qbatch.models_db.session import VALUES_AT_ONCE, Database
 from qbatch.models_db.tables import Job
 from qbatch.models_db.window import Dispatch
 from qbatch.worker.serving.message_check import problem_of_ids
@@ -40,6 +40,29 @@ def test_a_bundle_too_large_for_one_message_is_sent_in_several_in_turn(database:
         assert all(succeed(database, token) for token in tokens)
     assert sent == ids
     assert choose(database) == []
+
+
+def test_no_statement_names_more_jobs_than_postgresql_takes(database: Database) -> None:
+    """It takes 65,535 values, and a fleet may have been sent more jobs than that."""
+    a_batch(database, *[bundle(f"/models/{n}", *_SCHEMES * 60) for n in range(6)])
+    sent = [message.dispatch_id for message in choose(database, slots=6)]
+    longest = 0
+
+    def note(_connection: Any, _cursor: Any, _statement: str, parameters: Any, *_: Any) -> None:
+        nonlocal longest
+        longest = max(longest, len(parameters))
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    for _ in range(2):
+        with database.write() as session:
+            gone = window.record_scan(session, missing=sent, present=[])
+    assert gone == sorted(sent)
+    assert len(choose(database, slots=6)) == 6
+    with database.write() as session:
+        window.recall(session, served={"another"})
+    event.remove(database.engine, "before_cursor_execute", note)
+    assert len(choose(database, slots=6)) == 6
+    assert longest < 2 * VALUES_AT_ONCE < 6 * 240
 
 
 def test_while_a_part_of_a_bundle_is_under_way_others_are_sent(database: Database) -> None:
