@@ -8,24 +8,28 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from qbatch.core.domain import DeviceKind, JobState
-from qbatch.models_db.tables import Job
+from qbatch.models_db.session import in_chunks
+from qbatch.models_db.tables import Batch, Job
 from qbatch.models_db.workers import live
 
-_MOST_ASKED = 20
+# What the first queued job of a batch asks for, as do all others of it.
+_ASKED_FOR = (
+    select(Job.device)
+    .where(Job.batch_id == Batch.id, Job.state == JobState.QUEUED, Job.search_id.is_(None))
+    .order_by(Job.id)
+    .limit(1)
+    .scalar_subquery()
+)
 
 
 def lacking_devices(session: Session, batch_ids: Sequence[int], lease_s: float) -> dict[int, DeviceKind]:
     """The kind of device that the queued jobs of a batch must have and no live worker has, of those of these batches
-    of which that is so; of many batches, only the first are looked at. Empty while no worker is live."""
-    there = {worker.device_kind for worker in live(session, lease_s)}
-    if not there:
+    of which that is so. Empty while no worker is live."""
+    served = {DeviceKind.AUTO, *(worker.device_kind for worker in live(session, lease_s))}
+    if len(served) == 1:
         return {}
-    asked = ((batch_id, _asked_for(session, batch_id)) for batch_id in batch_ids[:_MOST_ASKED])
-    return {batch_id: kind for batch_id, kind in asked if kind not in (DeviceKind.AUTO, *there)}
-
-
-def _asked_for(session: Session, batch_id: int) -> DeviceKind:
-    """What the first queued job of a batch asks for, as do all others of it; AUTO if there is none."""
-    queued = (Job.batch_id == batch_id, Job.state == JobState.QUEUED, Job.search_id.is_(None))
-    first = session.scalars(select(Job.device).where(*queued).order_by(Job.id).limit(1)).first()
-    return DeviceKind(first or DeviceKind.AUTO)
+    asked: dict[int, DeviceKind | None] = {}
+    for ids in in_chunks(batch_ids):
+        rows = session.execute(select(Batch.id, _ASKED_FOR).where(Batch.id.in_(ids)).order_by(Batch.id))
+        asked |= {batch_id: kind for batch_id, kind in rows}
+    return {batch_id: DeviceKind(kind) for batch_id, kind in asked.items() if kind is not None and kind not in served}

@@ -37,6 +37,7 @@ NO_MESSAGE: Mapping[str, Any] = {"dispatch_id": None, "queue": None, "missed_sca
 """The dispatch columns of a job that no message stands for."""
 
 _MOST_MISSES = 2
+_CHOOSER_LOCK = 0x71620001
 # A worker refuses a message with a long text, and people would not read it.
 _LONGEST_NAME = 200
 _MOST_NAMED = 8
@@ -55,6 +56,14 @@ class Dispatch:
     priority: int
     job_ids: tuple[int, ...]
     label: str
+
+
+def is_only_chooser(session: Session) -> bool:
+    """Whether no other transaction is open that was told so; it stays so until this one ends. Two that choose at once
+    do not see each other's marks. SQLite has one writer at a time anyway."""
+    if session.connection().dialect.name == "sqlite":
+        return True
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_CHOOSER_LOCK))))
 
 
 def choose(

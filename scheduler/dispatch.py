@@ -108,7 +108,7 @@ def _send(database: Database, broker: Broker, chosen: Sequence[Dispatch]) -> Non
 def _choose(session: Session, settings: Settings, looks: BacklogLooks) -> list[Dispatch]:
     """Mark the next bundles to send, ``_AT_ONCE`` at most. If a look is wanted, the queues after that one wait for it:
     what may run anywhere prefers a GPU."""
-    if pauses.in_force(session):
+    if pauses.in_force(session) or not window.is_only_chooser(session):
         return []
     present = workers.around(session, settings.lease_s)
     if present:

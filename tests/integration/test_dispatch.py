@@ -148,6 +148,18 @@ def test_a_backlog_that_belongs_elsewhere_is_read_by_itself_and_seldom(
     assert read == [True, True]
 
 
+def test_of_two_that_choose_at_once_one_leaves_it_to_the_other(
+    postgresql_database: Database, broker: Broker, settings: Settings
+) -> None:
+    """Neither sees the other's marks: both would send a part of one bundle, of which one part is sent at a time."""
+    a_worker(postgresql_database)
+    a_batch(postgresql_database, bundle("/models/a", *[Method.NF4] * 300))
+    with postgresql_database.write() as session:
+        assert window.is_only_chooser(session)
+        assert top_up(postgresql_database, broker, settings) == 0
+    assert top_up(postgresql_database, broker, settings) == 1
+
+
 def test_backlogs_that_belong_elsewhere_keep_no_queue_and_no_priority_waiting(
     sqlite_database: Database, broker: Broker, settings: Settings
 ) -> None:

@@ -39,6 +39,7 @@ from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.health import health
 from qbatch.models_db.job_pages import count_jobs
 from qbatch.models_db.job_record import whole_jobs
+from qbatch.models_db.lacking_devices import lacking_devices
 from qbatch.models_db.measured_checkpoints import measured_checkpoints
 from qbatch.models_db.mixture_origins import awaited_jobs
 from qbatch.models_db.model_pages import results_of_first_models
@@ -288,6 +289,7 @@ ACTIONS: dict[str, Action] = {
     "who has an adapter's checkpoint": lambda session: checkpoint_needs.users_of(session, ["b" * 64]),
     "a submit ends": _publishes,
     "what to fetch ahead": _fetched_ahead,
+    "devices that no worker has": lambda session: lacking_devices(session, [1, 2, 3], _LEASE_S),
     "a model card": lambda session: measured_checkpoints(session, [_a_result(session)]),
     "model cards": _cards,
     "whose cards a batch has": lambda session: jobs_with_checkpoints(session, [1]),

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from qbatch.core.measured.metrics import DECODE, DISK, WEIGHTS
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.recovery import ADAPTER_MARK
 from qbatch.models_db import jobs, results
 from qbatch.models_db.database_clock import db_now
 from qbatch.models_db.session import Database
-from qbatch.models_db.tables import Arrival, Checkpoint, Job
+from qbatch.models_db.tables import Arrival, Checkpoint, Job, Result
 from qbatch.views.ratios import may_compare, ratio_of
 from tests.measured_batch import measured_batch
 from tests.rows import a_batch, a_worker, bundle, claim
@@ -140,10 +141,15 @@ def test_the_rows_of_a_batch_are_found_by_indexes(sqlite_database: Database) -> 
     assert [scan for scan in scans if "ix_checkpoints_gone" not in scan] == [], "of few rows alone"
 
 
-def test_a_checkpoint_that_is_gone_has_no_path(filled: Database) -> None:
+@pytest.mark.parametrize("adapter", ["", f"{ADAPTER_MARK}svd-r16"], ids=["itself", "what its adapter belongs to"])
+def test_a_checkpoint_that_is_gone_has_no_path(filled: Database, adapter: str) -> None:
     (row,) = [one for one in shown(filled) if one.job_id == "j3"]
     with filled.write() as session:
         session.add(Checkpoint(key="k" * 64, path=row.checkpoint_path, root_sha256="", disk_bytes=1, gone_at=db_now()))
+        with_adapter = (
+            update(Result).where(Result.job_id == 3).values(checkpoint_path=f"{row.checkpoint_path}{adapter}")
+        )
+        session.execute(with_adapter)
     said = {one["job_id"]: one["checkpoint_path"] for one in viewed(filled)}
     assert said["j3"] is None
     assert said == {one.job_id: one.checkpoint_path for one in shown(filled)}

@@ -9,6 +9,7 @@ from qbatch.core.errors import SourceCorrupt
 from qbatch.core.job_progress import JobProgress
 from qbatch.core.watched import Snapshot
 from qbatch.models_db import jobs, leases, pauses
+from qbatch.models_db.lacking_devices import lacking_devices
 from qbatch.models_db.listing import list_jobs
 from qbatch.models_db.session import Database
 from qbatch.models_db.watching import Watcher
@@ -146,6 +147,15 @@ def test_a_batch_for_which_no_worker_has_the_device_is_seen(database: Database) 
     assert onlooker.look().has_scheduler
     claim(database, ids, a_gpu(database, 24))
     assert [one.lacks_device for one in Onlooker(database, batch).look().batches] == [None]
+
+
+def test_of_many_batches_each_is_asked_for_its_device(database: Database) -> None:
+    on_gpu = bundle("/models/a", *BOTH, device=DeviceKind.CUDA)
+    batches = [a_batch(database, bundle() if number == 0 else on_gpu)[0] for number in range(30)]
+    a_worker(database)
+    with database.read() as session:
+        lacking = lacking_devices(session, batches, 60.0)
+    assert lacking == dict.fromkeys(batches[1:], DeviceKind.CUDA)
 
 
 def test_a_pause_is_seen(database: Database) -> None:

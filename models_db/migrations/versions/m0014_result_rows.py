@@ -50,6 +50,9 @@ _POSTGRESQL = _Words(
     same="IS NOT DISTINCT FROM",
     same_protocol="b.protocol::jsonb = j.protocol::jsonb",
 )
+_GONE = "SELECT c.path FROM checkpoints AS c WHERE c.gone_at IS NOT NULL"
+# What stands before the last "+": the checkpoint that an adapter belongs to. Empty for other paths.
+_BASE_PATH = "rtrim(rtrim(r.checkpoint_path, replace(r.checkpoint_path, '+', '')), '+')"
 # By the model: a batch may have many jobs, and + 0 keeps its index out of the search.
 OF_BATCH_AND_MODEL = "b.location = j.location AND b.batch_id + 0 = j.batch_id"
 
@@ -90,7 +93,7 @@ SELECT
     j.state AS state, j.error_kind AS error_kind, j.error_message AS error_message,
     'j' || j.reused_from AS reused_from, {words.value("r.details", "speed_from")} AS speed_from,
     j.method AS scheme, j.bits AS bits, {words.double_quant} AS double_quant, {words.options} AS options,
-    CASE WHEN r.checkpoint_path NOT IN (SELECT c.path FROM checkpoints AS c WHERE c.gone_at IS NOT NULL)
+    CASE WHEN r.checkpoint_path NOT IN ({_GONE}) AND {_BASE_PATH} NOT IN ({_GONE})
         THEN r.checkpoint_path END AS checkpoint_path, r.device_name AS device_name,
     COALESCE(r.dtype, j.dtype) AS dtype,
     COALESCE(r.compute_dtype, {words.value("j.scheme", "compute_dtype")}) AS compute_dtype,
