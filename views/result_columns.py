@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,9 @@ def find_column(name: str) -> ShownColumn:
     """The column that is called ``name``: as in JSON, or by its title, with dashes for spaces. Raises UsageError."""
     wanted = name.strip().casefold()
     for column in RESULTS_COLUMNS:
-        if any(wanted in _names(metric) for metric in column.metrics):
-            return of_metrics(column)
+        for metric in column.metrics:
+            if wanted in _names(metric):
+                return replace(of_metrics(column), key=metric.key, value=metric.value)
     for metric in ALL_METRICS:
         if wanted in _names(metric):
             return of_metrics(MetricColumn(metrics=(metric,)))

@@ -16,8 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from qbatch.cli import main
+from qbatch.core.measured.metric import Metric
+from qbatch.core.measured.metrics import ALL_METRICS
 from qbatch.models_db.session import Database
-from qbatch.views.result_columns import column_names
+from qbatch.views.result_columns import column_names, find_column
 from tests.measured_batch import MODELS, measured_batch
 
 Run = Callable[..., str]
@@ -138,6 +140,15 @@ def test_every_name_of_a_column_can_be_given(run: Run) -> None:
     names = column_names()
     assert all(re.fullmatch(r"[a-z0-9/_-]+", name) for name in names)
     run("results", "--columns", ",".join(names), "--limit", "1")
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=lambda metric: metric.option_name)
+def test_programs_get_the_figure_that_was_asked_for(run: Run, metric: Metric) -> None:
+    """A table shows two of them in one column, as far as a model has the one or the other."""
+    for name in {metric.option_name, metric.key}:
+        (row, *_) = json.loads(run("results", "--columns", name, "--limit", "1", "--json"))
+        assert row.keys() - {"job_id", "model", "scheme"} == {metric.key}
+    assert find_column(metric.option_name).value == metric.value
 
 
 def test_columns_are_chosen_by_title_or_key(run: Run) -> None:
