@@ -15,7 +15,7 @@ import click
 from qbatch.commands.context import INTERRUPTED
 from qbatch.commands.lazy_commands import LazyCommands
 from qbatch.core.control_characters import is_unicode
-from qbatch.core.errors import QbatchError
+from qbatch.core.errors import QbatchError, StorageUnavailable
 from qbatch.core.plain_terminal import show_anything
 
 if __name__ != "qbatch.cli":
@@ -105,6 +105,13 @@ class _Group(click.Group):
         except BrokenPipeError:
             _leave_closed(sys.stdout, sys.stderr)
             ctx.exit(_NOBODY_READS)
+        except OSError as error:
+            if error.filename is None:
+                raise  # of no place that a user could mend
+            from qbatch.core.filesystem import why_unusable
+
+            click.echo(f"qbatch: {why_unusable(error)}", err=True)
+            ctx.exit(StorageUnavailable.exit_code)
 
 
 def _leave_closed(*streams: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -73,7 +74,8 @@ def _folder(name: str, folder: Path) -> Check:
 
 def _existing(folder: Path) -> Path:
     """The folder itself, or its nearest parent that exists."""
-    return next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    # Of what may not be looked at, ``Path.exists`` raises that, and this says that it is not there.
+    return next((place for place in (folder, *folder.parents) if os.path.exists(place)), folder)  # noqa: PTH110
 
 
 def _file_system(storage: Path) -> Check:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
+from qbatch.core.settings import Settings
 from qbatch.models_db.session import Database
 from tests.every_command import CommandOutcome, run_every_command
 from tests.faults.test_disk import private_mounts
 from tests.rows import a_batch
+from tests.stored_checkpoints import a_measured_batch
 from tests.unprivileged import without_rights
 
 # Flower needs nothing but Redis, and waits for that.
@@ -72,6 +74,23 @@ def test_what_is_there_but_cannot_be_written_is_said(tmp_path: Path, sqlite_data
     (found,) = run_every_command(place, but=(*_NOT_ASKED, *_SERVICES), preexec=without_rights())
     tmp_path.chmod(0o700)
     assert_said(found)
+
+
+@pytest.mark.parametrize("closed", ["", "storage", "storage/checkpoints"], ids=["above it", "itself", "within it"])
+def test_a_storage_that_may_not_be_looked_at_is_said(tmp_path: Path, sqlite_database: Database, closed: str) -> None:
+    """As where it belongs to another user, or its mount has lost its rights."""
+    place = {"QBATCH_HOME": str(tmp_path), "QBATCH_STORAGE": str(tmp_path / "mount" / "storage")}
+    a_measured_batch(sqlite_database, Settings.from_env(place), "org/a")
+    sqlite_database.dispose()
+    refusing = tmp_path / "mount" / closed
+    refusing.chmod(0)
+    (found,) = run_every_command(place, but=(*_NOT_ASKED, *_SERVICES), preexec=without_rights())
+    refusing.chmod(0o700)
+    assert {name: outcome.let_through for name, outcome in found.items() if outcome.let_through} == {}
+    assert {name: outcome for name, outcome in found.items() if outcome.code not in (0, 1, 2, 3)} == {}
+    assert found["doctor"].code == 1
+    assert found["gc"].code == 3
+    assert "Permission denied" in found["gc"].lines[0]
 
 
 def test_a_full_disk_is_said(tmp_path: Path, sqlite_database: Database) -> None:
