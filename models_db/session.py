@@ -351,6 +351,11 @@ def _reachable(place: str) -> Iterator[None]:
                 f"the database {place} cannot be read: file is not a database (correct QBATCH_DATABASE_URL, or move the"
                 " file away)"
             ) from error
+        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+            raise DatabaseUnreachable(
+                f"the database {place} may not be written by this user, which SQLite needs to read it too: its owner "
+                "can give that right, for the file and its folder"
+            ) from error
         if type(error.orig) is sqlite3.DatabaseError:  # the file is damaged
             raise DatabaseUnreachable(f"the database {place} cannot be read: {_first_line(error)}") from error
         if isinstance(error, OperationalError) and are_all_taken(error.orig):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +77,24 @@ def test_what_is_there_but_cannot_be_written_is_said(tmp_path: Path, sqlite_data
     (found,) = run_every_command(place, but=(*_NOT_ASKED, *_SERVICES), preexec=without_rights())
     tmp_path.chmod(0o700)
     assert_said(found)
+
+
+def test_a_database_of_another_user_says_which_right_is_missing(tmp_path: Path, sqlite_database: Database) -> None:
+    a_batch(sqlite_database)
+    sqlite_database.dispose()
+    for path in (tmp_path / "qbatch.db", tmp_path):
+        path.chmod(path.stat().st_mode & 0o555)
+    done = subprocess.run(
+        [sys.executable, "-m", "qbatch", "results"],
+        env={**os.environ, "QBATCH_HOME": str(tmp_path)},
+        preexec_fn=without_rights(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    tmp_path.chmod(0o700)
+    assert done.returncode == 3
+    assert "may not be written by this user, which SQLite needs to read it too" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["", "storage", "storage/checkpoints"], ids=["above it", "itself", "within it"])
