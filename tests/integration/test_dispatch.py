@@ -160,7 +160,7 @@ def test_of_two_that_choose_at_once_one_leaves_it_to_the_other(
     assert top_up(postgresql_database, broker, settings) == 1
 
 
-def test_backlogs_that_belong_elsewhere_keep_no_queue_and_no_priority_waiting(
+def test_backlogs_that_belong_elsewhere_keep_no_other_queue_waiting(
     sqlite_database: Database, broker: Broker, settings: Settings
 ) -> None:
     """Each is looked at, and none again and again in place of the next one."""
