@@ -197,7 +197,7 @@ def test_the_users_skip_list_is_added_to_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "pattern"), [("t5", ".*Attention"), ("gpt2", "attn.c_attn"), ("mixtral", ".*self_attn")]
+    ("arch", "pattern"), [("t5", ".*Attention"), ("gpt2", "attn.c_attn"), ("mixtral", ".*self_attn.[qkv]_proj")]
 )
 def test_a_pattern_is_saved_as_the_names_of_the_layers(arch: str, pattern: str, tmp_path: Path) -> None:
     source = MAKERS[arch](tmp_path / "source", "bfloat16")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qbatch.core.domain import DType, Method, Scheme
@@ -33,10 +34,12 @@ from qbatch.core.errors import (
 from qbatch.worker.quantizing import Progress, Refused, Target, Written, write_checkpoints
 from qbatch.worker.quantizing.faults import as_job_error
 from tests.schemes import with_options
+from tests.shrunk import make, shrunk_config
 from tests.tiny import make_causal, make_fused_qkv, make_llama4, make_overwritten
 
 NF4 = Scheme(method=Method.NF4, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.INT8, compute_dtype=DType.BFLOAT16)
+BNB = (Method.NF4, Method.FP4, Method.INT8)
 DOUBLE = with_options(NF4, double_quant=True)
 
 
@@ -361,3 +364,33 @@ def test_a_target_is_told_that_the_room_is_promised_to_another(source: Path, tmp
     assert isinstance(refused, Refused)
     assert refused.target is targets[1]
     assert isinstance(refused.error, DiskFull)
+
+
+@pytest.mark.parametrize("made", [make_causal, make_fused_qkv], ids=["streamed", "whole"])
+def test_skips_that_cover_every_layer_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
+    source = made(tmp_path / "everything", dtype="bfloat16")
+    schemes = [Scheme(method=method, compute_dtype=DType.BFLOAT16) for method in BNB]
+    results = write(source, tmp_path, *(replace(scheme, skip_modules=(".*layers",)) for scheme in schemes))
+    assert [str(result.error).partition(" ")[0] for result in results if isinstance(result, Refused)] == [*BNB]
+    assert_all_refused(results, Unsupported, "quantizes no layer of ", "stays as it is: skipped on request (")
+
+
+def test_layers_of_a_class_that_the_method_leaves_are_refused(tmp_path: Path) -> None:
+    """bitsandbytes replaces layers whose class is exactly torch's, which none of Falcon's is."""
+    source = tmp_path / "falcon"
+    make(transformers.FalconForCausalLM, shrunk_config("falcon")).to(torch.bfloat16).save_pretrained(source)
+    results = write(source, tmp_path, NF4, INT8)
+    said = (
+        "no layer of FalconForCausalLM; why each linear layer stays as it is: a FalconLinear, which the method leaves"
+    )
+    assert_all_refused(results, Unsupported, said)
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    """Its backbone and its head are convolutions."""
+    source = tmp_path / "upernet"
+    make(transformers.UperNetForSemanticSegmentation, shrunk_config("upernet")).to(torch.bfloat16).save_pretrained(
+        source
+    )
+    said = "bnb-nf4 quantizes no layer of UperNetForSemanticSegmentation; it has no linear layer"
+    assert_all_refused(write(source, tmp_path, NF4), Unsupported, said)

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from qbatch.core.domain import DeviceKind, DType, Method, Scheme
 from qbatch.core.errors import Unsupported, UsageError
 from qbatch.core.inspection import inspect_source
+from qbatch.core.measured.result_row import ResultRow
 from qbatch.core.sources import parse_source, read_header
 from qbatch.scheduler.job_grid import Grid
+from qbatch.views.audit_text import unmarked_warnings
 from qbatch.worker.measuring.speed.size import measure_size
 from qbatch.worker.measuring.why.traffic import step_work
 from qbatch.worker.models.load import load
@@ -24,6 +26,7 @@ from qbatch.worker.quantizing import Refused, Target, Written, write_checkpoints
 from tests.schemes import with_options
 from tests.tiny import make_causal, make_encoder, make_fused_qkv, make_seq2seq
 from tests.torchao_reference import contents, reference
+from tests.unit.measured_rows import result
 
 DYNAMIC = Scheme(method=Method.TORCHAO_INT8_DYNAMIC, compute_dtype=DType.BFLOAT16)
 INT8 = Scheme(method=Method.TORCHAO_INT8, compute_dtype=DType.BFLOAT16)
@@ -55,9 +58,17 @@ def models(folder: Path) -> Iterator[Path]:
     yield make_causal(folder / "sharded", "mistral", dtype="float16", max_shard_size="300KB")
     yield make_causal(folder / "mixture", "mixtral", dtype="bfloat16")
     yield make_causal(folder / "opt", "opt", dtype="bfloat16")
-    yield make_causal(folder / "gpt2", "gpt2", dtype="bfloat16")
+    yield make_gpt2_tagger(folder / "gpt2")
     yield make_encoder(folder / "bert", "classification")
     yield make_seq2seq(folder / "t5")
+
+
+def make_gpt2_tagger(folder: Path) -> Path:
+    """GPT-2 with a head for tokens: a linear layer of torch's own, in a model of transformers' Conv1D."""
+    config = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=64, n_positions=64, num_labels=8)
+    torch.manual_seed(0)
+    transformers.GPT2ForTokenClassification(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.slow
@@ -128,6 +139,36 @@ def test_the_audit_says_how_far_off_the_weights_are(scheme: Scheme, source: Path
     assert {entry["reason"] for entry in audit["kept"]} == {"not a linear layer", "output layer or tied"}
     assert "int8_zero_scales" not in audit, "that is LLM.int8's"
     assert audit["whole_model_because"] == "torchao quantizes the layers of a model"
+
+
+@BOTH
+def test_a_model_of_layers_that_torchao_leaves_is_refused(scheme: Scheme, tmp_path: Path) -> None:
+    """It converts torch's own linear layers only: the checkpoint would be the source under the method's name."""
+    (outcome,) = written(make_causal(tmp_path / "gpt2", "gpt2", dtype="bfloat16"), tmp_path / "out", scheme)
+    assert isinstance(outcome, Refused), outcome
+    assert isinstance(outcome.error, Unsupported)
+    assert str(outcome.error) == (
+        f"{scheme.method} quantizes no layer of GPT2LMHeadModel; why each linear layer stays as it is: a Conv1D, which "
+        "the method leaves as it is (8); output layer or tied (1)"
+    )
+    assert not list(outcome.target.folder.iterdir())
+
+
+@BOTH
+def test_only_layers_that_a_pattern_matches_were_asked_for(scheme: Scheme, tmp_path: Path) -> None:
+    source = make_gpt2_tagger(tmp_path / "gpt2")
+    audit = sound(source, tmp_path / "out", replace(scheme, skip_modules=("c_attn",))).audit
+    left = "a Conv1D, which the method leaves as it is"
+    assert {entry["name"]: entry["reason"] for entry in audit["kept"]} == {
+        "transformer.h.*.attn.c_attn.weight": "skipped on request",
+        "transformer.h.*.attn.c_proj.weight": left,
+        "transformer.h.*.mlp.c_fc.weight": left,
+        "transformer.h.*.mlp.c_proj.weight": left,
+    }
+    assert audit["quantized_parameters"] == 8 * 128
+    counted = {name: audit[name] for name in ("num_parameters", "quantized_fraction")}
+    row = ResultRow.from_json(result(2, scheme.method, bits=8, details={"audit": audit}, **counted))
+    assert any("% of its parameters are stored in 8 bits" in warning for warning in unmarked_warnings(row))
 
 
 def test_inspection_reads_what_it_is(source: Path, tmp_path: Path) -> None:

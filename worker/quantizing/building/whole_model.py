@@ -33,6 +33,7 @@ from qbatch.worker.quantizing.planning.loading import load_source, refuse_mismat
 from qbatch.worker.quantizing.planning.saving import read_generation_config
 from qbatch.worker.quantizing.planning.skeleton import build_skeleton, linear_shape
 from qbatch.worker.quantizing.planning.space import weights_bytes
+from qbatch.worker.quantizing.planning.unquantized import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.target import Deferred, Refused, Target, Written
 from qbatch.worker.quantizing.tensors.source_reader import SourceReader
 from qbatch.worker.quantizing.tensors.trace import Origin, is_elementwise, replay, sources_of
@@ -55,6 +56,7 @@ class WholeModel:
         self._refuse_unsupported(dtype, device)
         self._packing = self._weights.packing(scheme)
         self._skeleton = build_skeleton(source, scheme, dtype, device, trusted=self._target.trusted)
+        refuse_nothing_quantized(scheme.method, self._skeleton, self._packing)
         if (reason := self._weights.why_not_loaded(self._skeleton.model.state_dict())) is not None:
             raise Unsupported(reason)
         self._to_quantize = self._quantized_shapes()
@@ -75,12 +77,11 @@ class WholeModel:
         return self._deferred.target
 
     def _quantized_shapes(self) -> dict[str, torch.Size]:
-        quantizer, model = self._skeleton.quantizer, self._skeleton.model
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        model = self._skeleton.model
         return {
-            name: shape
-            for name, shape in shapes.items()
-            if quantizer.param_needs_quantization(model, name) and self._packing.why_skipped(*shape) is None
+            name: parameter.shape
+            for name, parameter in model.named_parameters()
+            if needs_quantization(self._skeleton, self._packing, model, name)
         }
 
     def _trace(self) -> tuple[_Origins, tuple[str, ...] | None, str | None]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qbatch.core.measured.checkpoint_audit import SKIPPED_ON_REQUEST
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import FIGURES, Packing
-from qbatch.worker.quantizing.planning.skeleton import Skeleton, is_plain_linear
+from qbatch.worker.quantizing.planning.skeleton import Skeleton
+from qbatch.worker.quantizing.planning.unquantized import is_linear_weight, why_unquantized
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Unquantized parameters smaller than this are not listed, unless they belong to a linear layer.
@@ -94,25 +94,8 @@ def _count(
         if name in quantized:
             continue
         total += parameter.numel()
-        if parameter.numel() >= _MIN_LISTED_PARAMETERS or _is_linear_weight(model, name):
-            groups[_LAYER_NUMBER.sub("*", name), _reason(skeleton, packing, model, name)] += parameter.numel()
+        if parameter.numel() >= _MIN_LISTED_PARAMETERS or is_linear_weight(model, name):
+            groups[_LAYER_NUMBER.sub("*", name), why_unquantized(skeleton, packing, model, name)] += parameter.numel()
     return total, [
         {"name": name, "reason": reason, "parameters": count} for (name, reason), count in groups.most_common()
     ]
-
-
-def _is_linear_weight(model: Any, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and is_plain_linear(model.get_submodule(path))
-
-
-def _reason(skeleton: Skeleton, packing: Packing, model: Any, name: str) -> str:
-    path = name.rpartition(".")[0]
-    if not _is_linear_weight(model, name):
-        is_stack = model.get_parameter(name).dim() > 2 and "expert" in name
-        return "fused experts" if is_stack else "not a linear layer"
-    if path in skeleton.default_skips:
-        return "output layer or tied"
-    if any(part in path for part in model._keep_in_fp32_modules or ()):
-        return "kept in a higher precision by the model"
-    return packing.why_skipped(*model.get_parameter(name).shape) or SKIPPED_ON_REQUEST

@@ -16,6 +16,7 @@ from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton, linear_shape
+from qbatch.worker.quantizing.planning.unquantized import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.target import Target
 from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES, SourceReader
 from qbatch.worker.quantizing.tensors.trace import (
@@ -71,6 +72,7 @@ def trace_loading(source: Path, reader: SourceReader, target: Target, dtype: DTy
     model = skeleton.model
     _refuse_own_ways(skeleton.cls)
     packing = weights_of(target.scheme.description).streamed_packing(target.scheme)
+    refuse_nothing_quantized(target.scheme.method, skeleton, packing)
     info, recorder = load_source(skeleton, packing, reader, dtype)
     _refuse_unquantized(skeleton, recorder, info)
     recorder.raise_if_refused()
@@ -197,9 +199,7 @@ class TracingQuantizer:
         """The origin of every weight that would be quantized, and whether it is transposed first."""
 
     def param_needs_quantization(self, model: Any, name: str) -> bool:
-        if not self._skeleton.quantizer.param_needs_quantization(model, name):
-            return False
-        return self.packing.why_skipped(*model.get_parameter(name).shape) is None
+        return needs_quantization(self._skeleton, self.packing, model, name)
 
     def get_quantize_ops(self) -> TracingQuantizer:
         return self

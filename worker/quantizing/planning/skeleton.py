@@ -25,14 +25,15 @@ class Skeleton:
     """A model class and its instance on the meta device, as ``from_pretrained`` has it before loading weights.
 
     In ``model``, the layers to quantize are already replaced by the method's modules. ``quantizer`` is None for an
-    unquantized model. ``default_skips`` are the modules that transformers does not quantize by default; ``idle_skips``
-    are the user's patterns that match no layer.
+    unquantized model. ``default_skips`` are the modules that transformers does not quantize by default; ``asked_skips``
+    are the scheme's patterns, and ``idle_skips`` those of the user that match no layer.
     """
 
     cls: Any
     model: Any
     quantizer: Any
     default_skips: frozenset[str]
+    asked_skips: tuple[str, ...] = ()
     idle_skips: tuple[str, ...] = ()
 
 
@@ -48,7 +49,7 @@ def build_skeleton(source: Path, scheme: Scheme, dtype: DType, device: str, *, t
     skeleton = _skeleton(cls, config, quantization, device)
     # A list that was resolved already has the names that an engine gives to layers: they are at work there.
     spelled = tuple(pattern for pattern in scheme.skip_modules if pattern not in (listed or ()))
-    return replace(skeleton, idle_skips=_idle(skeleton.model, spelled))
+    return replace(skeleton, asked_skips=scheme.skip_modules, idle_skips=_idle(skeleton.model, spelled))
 
 
 def unquantized_skeleton(source: Path, dtype: DType, *, trusted: bool = False) -> Skeleton:
@@ -144,10 +145,9 @@ def quantized_linears(cls: Any, config: Any, asked: tuple[str, ...] = ()) -> Set
 
 def _quantized(model: Any, asked: tuple[str, ...]) -> Set[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     patterns = [*get_keys_to_not_convert(model), *asked, *(model._keep_in_fp32_modules or ())]
-    return {name for name in _plain_linears(model) if should_convert_module(name, patterns)}
+    return {name for name in _plain_linears(model) if not is_skipped(name, patterns)}
 
 
 def _plain_linears(model: Any) -> Set[str]:
@@ -156,10 +156,15 @@ def _plain_linears(model: Any) -> Set[str]:
 
 def _idle(model: Any, patterns: tuple[str, ...]) -> tuple[str, ...]:
     """The ``patterns`` that match no unquantized layer of ``model``, by transformers' own matching."""
+    kept = [name for name, module in model.named_modules() if is_plain_linear(module)]
+    return tuple(pattern for pattern in patterns if not any(is_skipped(name, [pattern]) for name in kept))
+
+
+def is_skipped(module: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the ``patterns`` matches the full name of a module, by transformers' own matching."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = [name for name, module in model.named_modules() if is_plain_linear(module)]
-    return tuple(pattern for pattern in patterns if all(should_convert_module(name, [pattern]) for name in kept))
+    return not should_convert_module(module, list(patterns))
 
 
 def is_plain_linear(module: Any) -> bool:
