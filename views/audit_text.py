@@ -40,6 +40,8 @@ def unmarked_warnings(row: ResultRow) -> Iterable[str]:
             f"the rest is {row.dtype} (`qbatch show --all JOB` says why)"
         )
     yield from defects(row)
+    if (kernels := cpu_kernel_warning(row)) is not None:
+        yield kernels
     dropped = row.details.audit.dropped_tensors
     if dropped:
         yield (
@@ -68,6 +70,12 @@ def speed_origin(row: ResultRow) -> str | None:
     if row.speed_from is None:
         return None
     return f"its speed and its peaks of memory are those of {row.speed_from}, a model of the same shape in its batch"
+
+
+def cpu_kernel_warning(row: ResultRow) -> str | None:
+    """What must be known of a row that was measured on a CPU with other kernels than the library would choose."""
+    layers = row.details.audits.cpu_layers_on_generic_kernel
+    return describe_row(row.scheme).cpu_warning(layers) if layers else None
 
 
 def fairness_remarks(flags: Mapping[str, bool] | None, *, during: str = "while it was measured") -> Iterable[str]:

@@ -9,7 +9,7 @@ from qbatch.core.measured.metric import MetricColumn
 from qbatch.core.measured.metrics import COMPARE_COLUMNS, RESULTS_COLUMNS
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.answer_comparisons import baseline_pairs, compare_answers, say, why_not_compared
-from qbatch.views.audit_text import defects, speed_origin, unmarked_warnings
+from qbatch.views.audit_text import cpu_kernel_warning, defects, speed_origin, unmarked_warnings
 from qbatch.views.choices import Choice, choices_of
 from qbatch.views.compare_rows import flat_rows, group_differences, model_as_mapping
 from qbatch.views.comparison import Preference
@@ -126,8 +126,11 @@ class _Screen:
             if len(model.groups) > 1:
                 yield from self._wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}")
             yield from _side_by_side(group, self.by, self.width, brief=True)
+            ship = recommend(group, self.preference).ship
             for row in group.rows:
-                said = [*defects(row), *filter(None, [speed_origin(row)])]
+                # The line of what to ship has a footnote of it already.
+                kernels = None if row is ship else cpu_kernel_warning(row)
+                said = [*defects(row), *filter(None, [kernels, speed_origin(row)])]
                 yield from (line for each in said for line in self._wrapped(f"{_name(row)}: {each}."))
                 reason = explain_speed_briefly(row, group.baselines.get(row.job_id))
                 yield from self._wrapped(f"{_name(row)} {reason}." if reason else "")

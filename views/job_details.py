@@ -14,6 +14,7 @@ from qbatch.models_db.job_record import JobRecord, WholeJob
 from qbatch.views.audit_text import (
     audit_lines,
     audit_warnings,
+    cpu_kernel_warning,
     defects,
     fairness_remarks,
     loader_lines,
@@ -283,6 +284,8 @@ def _notes(row: ResultRow) -> Lines:
     if row.details.noise_inputs is not None:
         yield "measured on", f"noise, which no figure that is compared comes from: {row.details.noise_inputs}"
     yield from (("emulated", text) for text in emulation_remarks([row]))
+    if (kernels := cpu_kernel_warning(row)) is not None:
+        yield "kernels", kernels
     yield from other_audits(row)
 
 

@@ -53,9 +53,6 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
     ratio = _rate_ratio(row, baseline)
     if row.is_baseline or baseline is None or ratio is None:
         return None
-    if row.details.is_on_cpu:
-        layers = row.details.audits.cpu_layers_on_generic_kernel
-        return describe_row(row.scheme).cpu_footnote(layers or 0)
     if not row.details.why.is_known:
         return None
     mark = noise_mark(DECODE, row, baseline)
@@ -66,10 +63,11 @@ def explain_speed_briefly(row: ResultRow, baseline: ResultRow | None) -> str | N
 
 def _on_cpu(row: ResultRow) -> Iterable[str]:
     yield "What limits the rate of decoding is measured on GPUs only; no other figure depends on it."
-    layers = row.details.audits.cpu_layers_on_generic_kernel
-    remark = None if layers is None else describe_row(row.scheme).cpu_remark(show_scheme(row), layers)
-    if remark is not None:
-        yield remark
+    # Where some layers need another kernel, the row's warnings say so.
+    if row.details.audits.cpu_layers_on_generic_kernel == 0:
+        remark = describe_row(row.scheme).cpu_remark(show_scheme(row))
+        if remark is not None:
+            yield remark
 
 
 # What was measured

@@ -120,16 +120,14 @@ class BnbFourBit(_Bnb):
     def defects(self, audit: Mapping[str, Any]) -> Iterable[str]:
         return _infinite_scales(audit)
 
-    def cpu_remark(self, name: str, slow_layers: int) -> str | None:
-        if slow_layers:
-            return (
-                f"{slow_layers} of the 4-bit layers of {name} use bitsandbytes' generic CPU kernel, because their "
-                "shapes do not fit the packed AVX512-BF16 kernel."
-            )
+    def cpu_remark(self, name: str) -> str | None:
         return f"All 4-bit layers of {name} can use the packed AVX512-BF16 kernel, if the processor supports it."
 
-    def cpu_footnote(self, slow_layers: int) -> str | None:
-        return f"uses bitsandbytes' generic CPU kernel for {slow_layers} of its 4-bit layers" if slow_layers else None
+    def cpu_warning(self, slow_layers: int) -> str | None:
+        return (
+            f"on a CPU with AVX512-BF16, inference with plain transformers fails at {slow_layers} of its 4-bit layers: "
+            "bitsandbytes' packed kernel does not take such shapes, so the generic kernel was measured"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -182,12 +182,13 @@ class MethodDescription:
         """Why the method makes a decode step wait for the host many times, and what to do; None if it does not."""
         return None
 
-    def cpu_remark(self, name: str, slow_layers: int) -> str | None:
-        """A sentence on the CPU kernels used by the row called ``name``, of which ``slow_layers`` use a slower one."""
+    def cpu_remark(self, name: str) -> str | None:
+        """A sentence on the CPU kernels of the row called ``name``, where no layer needs a slower one."""
         return None
 
-    def cpu_footnote(self, slow_layers: int) -> str | None:
-        """The text of ``cpu_remark`` as a footnote of a table; None if there is nothing to report."""
+    def cpu_warning(self, slow_layers: int) -> str | None:
+        """What must be known of a row, ``slow_layers`` of which were measured on a CPU with a slower kernel than the
+        library would choose. None if the method has no such kernel."""
         return None
 
 

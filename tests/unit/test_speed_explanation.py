@@ -141,18 +141,15 @@ def test_too_little_gpu_memory_for_profiling_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"),
-    [
-        (14, "14 of the 4-bit layers of bnb-nf4 use bitsandbytes' generic CPU kernel"),
-        (0, "All 4-bit layers of bnb-nf4 can use the packed AVX512-BF16 kernel"),
-    ],
+    ("layers", "said"), [(14, []), (0, ["All 4-bit layers of bnb-nf4 can use the packed AVX512-BF16 kernel"])]
 )
-def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, said: str) -> None:
+def test_a_cpu_has_no_known_bottleneck_but_its_kernels_are_named(layers: int, said: list[str]) -> None:
+    """Where some layers need another kernel, it is a warning, whatever the row's task is (test_kernel_warning.py)."""
     details = {"device_uuid": None, "why": None, "audits": {"cpu_layers_on_generic_kernel": layers}}
     row = result(2, "bnb-nf4", decode_tokens_per_s=3.0, details=details)
     told = explain_speed(row, None)
     assert told[0].startswith("What limits the rate of decoding is measured on GPUs only")
-    assert told[1].startswith(said)
+    assert [sentence.partition(",")[0] for sentence in told[1:]] == said
     assert len(explain_speed(row | {"scheme": "bnb-int8", "bits": 8}, None)) == 1
 
 
