@@ -127,7 +127,8 @@ def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
     Each model and scheme of both is compared in what both measured, under the same protocol on the same kind of device.
-    A difference counts if it is larger than the measured noise.
+    A difference counts if it is larger than the measured noise. A difference in speed of more than 10 % that the rounds
+    do not confirm is uncertain.
     """
     from qbatch.models_db.result_filter import ResultFilter
     from qbatch.models_db.results import find_results

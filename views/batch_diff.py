@@ -22,10 +22,10 @@ _NAMED = 3
 # In this order; of the others, the sum says how many there are.
 _LISTED = (
     *(Change.FASTER, Change.SLOWER, Change.BETTER, Change.WORSE),
-    *(Change.SMALLER, Change.LARGER, Change.UNKNOWN),
+    *(Change.SMALLER, Change.LARGER, Change.UNCERTAIN, Change.UNKNOWN),
 )
 
-_OF_SPEED = (Change.FASTER, Change.SLOWER)
+_OF_SPEED = (Change.FASTER, Change.SLOWER, Change.UNCERTAIN)
 
 
 def batch_diff(before: Sequence[ResultRow], after: Sequence[ResultRow], format: str) -> str:  # noqa: A002
@@ -109,6 +109,8 @@ def _timed(pair: RowPair) -> tuple[str, str]:
 def _versions(pairs: Sequence[RowPair]) -> Iterable[str]:
     """Yield what else may explain a difference: the two batches were not timed in turns."""
     compared = [pair for pair in pairs if pair.why_not is None]
+    if any(Change.UNCERTAIN in pair.kinds for pair in compared):
+        yield "Uncertain are differences in speed of more than 10 % that the rounds do not confirm."
     if any(pair.kinds & {Change.FASTER, Change.SLOWER} for pair in compared):
         yield "The two were timed at different times: a change of the host or its load is not in the measured noise."
     found = dict.fromkeys(text for pair in compared for text in version_differences([pair.before, pair.after]))

@@ -21,6 +21,7 @@ from qbatch.core.measured.metrics import (
 )
 from qbatch.core.measured.result_row import ResultRow
 from qbatch.views.metric_text import show_metric
+from qbatch.views.noise import is_about_equal
 from qbatch.views.quality_bounds import QUALITY_COSTS, QualityCost, is_same_cost
 from qbatch.views.speed_difference import speed_difference
 
@@ -30,8 +31,9 @@ _NAMES = {KL_MEAN.key: "KL", PERPLEXITY.key: "perplexity ratio", RANK_CORRELATIO
 
 
 class Change(StrEnum):
-    """How the later of two figures compares with the earlier. NOISE: no more than the measured noise explains. UNKNOWN:
-    they differ, and nothing tells how large the noise is."""
+    """How the later of two figures compares with the earlier. NOISE: no more than the measured noise explains.
+    UNCERTAIN: the rounds confirm no difference, but it is too large to be called none. UNKNOWN: they differ, and
+    nothing tells how large the noise is."""
 
     FASTER = "faster"
     SLOWER = "slower"
@@ -39,6 +41,7 @@ class Change(StrEnum):
     WORSE = "worse"
     SMALLER = "smaller"
     LARGER = "larger"
+    UNCERTAIN = "uncertain"
     UNKNOWN = "noise unknown"
     NOISE = "within noise"
 
@@ -95,7 +98,7 @@ def _speed_change(metric: Metric, before: ResultRow, after: ResultRow) -> Change
     if difference is None:
         return Change.UNKNOWN
     if not difference.is_real:
-        return Change.NOISE
+        return Change.NOISE if is_about_equal(metric, after, before) else Change.UNCERTAIN
     is_faster = (second > first) == (metric.better is Better.HIGHER)
     return Change.FASTER if is_faster else Change.SLOWER
 

@@ -18,9 +18,22 @@ from tests.unit.printed import read
 Row = dict[str, Any]
 
 
-def measured(number: int, scheme: str = "bnb-nf4", *, rate: float = 40.0, kl: float = 0.03, **fields: Any) -> Row:
-    """A row whose rounds lie 1 % apart."""
-    means = [1 / rate * factor for factor in (0.99, 1.0, 1.01)]
+STEADY = (0.99, 1.0, 1.01)
+BUSY = (0.1, 0.3, 2.6)
+"""The rounds' times on a host that others use, as multiples of their mean."""
+
+
+def measured(
+    number: int,
+    scheme: str = "bnb-nf4",
+    *,
+    rate: float = 40.0,
+    kl: float = 0.03,
+    rounds: tuple[float, ...] = STEADY,
+    **fields: Any,
+) -> Row:
+    """A row whose rounds lie 1 % apart, unless others are given."""
+    means = [1 / rate * factor for factor in rounds]
     details = {
         "rounds": {"count": 3, "interleaved_with": [], "phases": {"decode": {"p50": means, "mean": means}}},
         "quality": {"kl_mean": kl, "kl_mean_se": 0.001},
@@ -45,6 +58,25 @@ def test_a_speed_counts_beyond_the_spread_of_the_rounds(rate: float, change: str
     assert changes(measured(1), measured(11, rate=rate))["decode_tokens_per_s"] == change
 
 
+@pytest.mark.parametrize(
+    ("rate", "change"),
+    [(40 * 30, "uncertain"), (40 / 30, "uncertain"), (45, "uncertain"), (43, "within noise"), (37, "within noise")],
+)
+def test_a_large_difference_that_no_round_confirms_is_uncertain(rate: float, change: str) -> None:
+    assert changes(measured(1), measured(11, rate=rate, rounds=BUSY))["decode_tokens_per_s"] == change
+
+
+def test_uncertain_differences_are_listed_and_counted() -> None:
+    before = [measured(1, "none"), measured(2, "bnb-int8"), measured(3)]
+    after = [measured(11, "none"), measured(12, "bnb-int8", rate=20.0, rounds=BUSY), measured(13, rate=60.0)]
+    text = said(before, after)
+    assert "uncertain (1) j2 → j12 Meta-Llama-3.1-70B-Instruct bnb-int8: decode 40.0 tok/s → 20.0 tok/s ×0.50" in text
+    assert "Uncertain are differences in speed of more than 10 % that the rounds do not confirm." in text
+    assert "1 faster, 0 slower, 0 better, 0 worse, 1 uncertain, 1 within the measured noise." in text
+    flat = csv.DictReader(io.StringIO(batch_diff(read(before), read(after), "csv")))
+    assert [line["job_after"] for line in flat if line["change"] == "uncertain"] == ["j12"]
+
+
 @pytest.mark.parametrize(("kl", "change"), [(0.0305, "within noise"), (0.05, "worse"), (0.01, "better")])
 def test_quality_counts_beyond_its_standard_error(kl: float, change: str) -> None:
     assert changes(measured(1), measured(11, kl=kl))["kl_mean"] == change
@@ -59,17 +91,18 @@ def test_sizes_are_exact() -> None:
     assert changes(measured(1), measured(11, weights_bytes=2**30 - 1))["weights_bytes"] == "smaller"
 
 
-def test_one_speed_of_several_models_is_one_measurement() -> None:
+@pytest.mark.parametrize(("rounds", "change"), [(STEADY, "faster"), (BUSY, "uncertain")], ids=["steady", "busy"])
+def test_one_speed_of_several_models_is_one_measurement(rounds: tuple[float, ...], change: str) -> None:
     names = ("first", "second", "third")
     before = [measured(number, rate=40.0, model=name) for number, name in enumerate(names, start=1)]
-    after = [measured(number, rate=60.0, model=name) for number, name in enumerate(names, start=11)]
-    assert "3 pairs compared: 3 faster" in said(before, after)
+    after = [measured(number, rate=60.0, model=name, rounds=rounds) for number, name in enumerate(names, start=11)]
+    assert f"3 {change}" in said(before, after)
     for rows, timed in ((before, "j1"), (after, "j11")):
         for row in rows[1:]:
             row["details"] = row["details"] | {"speed_from": timed}
     text = said(before, after)
     assert "The speeds of 2 pairs are those of other models of the same shape, and are 1 measurement" in text
-    assert "3 pairs compared: 1 faster" in text
+    assert f"1 {change}" in text
     pairs = json.loads(batch_diff(read(before), read(after), "json"))
     assert [(pair["speed_from_before"], pair["speed_from_after"]) for pair in pairs] == [
         (None, None),
