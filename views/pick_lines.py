@@ -138,8 +138,20 @@ def _warnings(choice: Choice, ship: ResultRow) -> Iterable[str]:
     if is_gone(ship):
         yield GONE
     if ship.is_baseline:
-        reasons = _reasons(choice.recommendation.rejected)
-        yield f"no quantized model qualifies: {reasons}" if reasons else "no quantized model is smaller"
+        yield _why_the_baseline(choice)
+
+
+def _why_the_baseline(choice: Choice) -> str:
+    quantized = {row.job_id for row in choice.group.rows if not row.is_baseline}
+    rejected = {job_id: why for job_id, why in choice.recommendation.rejected.items() if job_id in quantized}
+    reasons = _reasons(rejected)
+    if len(rejected) == len(quantized):
+        return f"no quantized model qualifies: {reasons}"
+    # Where quality is preferred, a quantized model that qualifies is always shipped.
+    better = "faster beyond the noise" if choice.recommendation.prefer == "speed" else "smaller"
+    if not reasons:
+        return f"no quantized model is {better}"
+    return f"no quantized model that qualifies is {better}; these do not qualify: {reasons}"
 
 
 def _why_nothing(choice: Choice) -> str:

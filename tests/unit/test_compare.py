@@ -91,6 +91,33 @@ def test_the_unquantized_model_is_shipped_with_what_the_others_lack() -> None:
     assert "bnb-int8 (j2) does not qualify: its mean KL, 2.0e-03 nats, is over 0.001" in said
 
 
+OTHER = row(5, "none", 1.0, model="org/other")
+"""Of two models, the reason stands below their lines."""
+WIDE = row(6, "none", 30.0, dtype="float32", compute_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("rows", "preference", "reason"),
+    [
+        ([INT8, NF4], {"prefer": "speed"}, "no quantized model is faster beyond the noise "),
+        ([INT8 | {"weights_bytes": 16 * GIB}], {}, "no quantized model is smaller "),
+        ([INT8, NF4], {"max_kl": 1e-3}, "no quantized model qualifies: j2: its mean KL, 2.0e-03 nats, is over 0.001; "),
+        (
+            [INT8, FP4],
+            {"prefer": "speed"},
+            "no quantized model that qualifies is faster beyond the noise; these do not qualify: j4: its mean KL, ",
+        ),
+        ([WIDE, INT8], {"prefer": "speed", "max_weights_bytes": 20 * GIB}, "no quantized model is faster beyond "),
+    ],
+    ids=["speed", "size", "none within", "some within", "another baseline"],
+)
+def test_why_the_baseline_is_shipped_is_true_of_what_was_preferred(
+    rows: list[dict[str, Any]], preference: dict[str, Any], reason: str
+) -> None:
+    said = comparison([BASELINE, *rows, OTHER], Preference(**preference), by="figure", format="table")
+    assert f"[1] {reason}" in " ".join(said.split())
+
+
 def test_of_equal_size_the_nearer_is_shipped_and_ties_are_named() -> None:
     assert shipped([BASELINE, FP4, NF4], max_kl=0.2) == "j3"
     near = FP4 | {"kl_mean": 0.0301}
