@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from qbatch.core.measured.checkpoint_audit import SKIPPED_ON_REQUEST, AdapterTraining, CheckpointAudit
 from qbatch.core.measured.quality_figures import ITS_OUTPUTS_NOT_FINITE
 from qbatch.core.measured.result_row import ResultRow
+from qbatch.core.measured.speed_figures import NOTABLE_SPREAD, Phase
 from qbatch.core.methods.registry import describe_row
 from qbatch.views.formats import NOTHING
 from qbatch.views.units import show_bytes, show_count, show_percent
@@ -18,6 +19,12 @@ _UNFAIR = {
     "throttled": "the GPU lowered its clocks because of heat or its power limit",
     "clocks_changed": "the GPU's clocks changed",
 }
+_TIMED = {
+    Phase.PREFILL: "prefill time",
+    Phase.DECODE: "decode rate",
+    Phase.PER_TOKEN: "time for each token",
+    Phase.FORWARD: "forward time",
+}
 
 
 def audit_warnings(row: ResultRow) -> Iterable[str]:
@@ -26,9 +33,15 @@ def audit_warnings(row: ResultRow) -> Iterable[str]:
     if row.details.audits.spread_between_rounds:
         # Without the number, so that several rows can share the footnote.
         yield (
-            "its speed varied much between its rounds (`qbatch show --all JOB` says by how much), so a difference of "
-            "that size may be caused by the host"
+            f"its {_what_varied(row)} varied much between its rounds (`qbatch show --all JOB` says by how much), so a "
+            "difference of that size may be caused by the host"
         )
+
+
+def _what_varied(row: ResultRow) -> str:
+    """The figures of the phases that varied; the speed, where that is not known."""
+    spreads = {name: row.details.by_round(phase).spread or 0.0 for phase, name in _TIMED.items()}
+    return " and ".join(name for name, spread in spreads.items() if spread > NOTABLE_SPREAD) or "speed"
 
 
 def unmarked_warnings(row: ResultRow) -> Iterable[str]:

@@ -162,6 +162,23 @@ def test_of_two_that_are_as_fast_the_smaller_is_shipped() -> None:
     assert "Its speed is not distinguishable from that of bnb-int8 (j2), and its weights are smaller." in found.sentence
 
 
+@pytest.mark.parametrize(
+    ("spreads", "varied"),
+    [
+        ({"prefill": 0.4, "decode": 0.05, "per_token": 0.04}, "Its prefill time varied much between its rounds"),
+        ({"prefill": 0.1, "decode": 0.3, "per_token": 0.4}, "Its decode rate and time for each token varied much"),
+        ({"forward": 0.4}, "Its forward time varied much"),
+        ({}, "Its speed varied much"),
+    ],
+    ids=["prefill", "decode", "encoder", "unknown"],
+)
+def test_what_varied_between_rounds_is_named_by_its_phase(spreads: dict[str, float], varied: str) -> None:
+    """It stands beside the decode rate, which may be confirmed where the prefill is not."""
+    rounds = {"count": 3, "phases": {phase: {"p50": [1.0], "spread": spread} for phase, spread in spreads.items()}}
+    details = NF4["details"] | {"rounds": rounds, "audits": {"spread_between_rounds": 0.4}}
+    assert varied in recommended([BASELINE, NF4 | {"details": details}]).sentence
+
+
 def test_a_quality_loss_within_rounding_counts_as_none() -> None:
     said = recommended([BASELINE, INT8 | {"kl_mean": 1e-5}]).sentence
     assert "Its mean KL is 1.0e-05 ± 2.0e-05 nats, not distinguishable from the baseline." in said
