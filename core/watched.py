@@ -15,7 +15,8 @@ from qbatch.core.search.mixture_origin import MixtureOrigin
 class WatchedJob:
     """A job. ``mixture``: what it has to do with a search; ``has_found``: it is a search that is over, and waits.
     ``recovery``: which adapter it has. ``is_active``: its runner works on it now, and not on another job of its bundle.
-    ``elapsed_s`` is since it was claimed. What is None is not known, or does not apply."""
+    ``elapsed_s`` is since it was claimed. ``was_begun``: whether any worker has begun it, so that it has a log. What is
+    None is not known, or does not apply."""
 
     job_id: str
     model: str
@@ -31,6 +32,7 @@ class WatchedJob:
     left_s: float | None = None
     error: str | None = None
     answered_by: str | None = None
+    was_begun: bool = True
 
     @property
     def scheme(self) -> str:

@@ -206,6 +206,7 @@ def _row(job: Job, result: Result | None, baselines: Mapping[tuple[Any, ...], in
         error_kind=job.error_kind,
         error_message=job.error_message,
         reused_from=format_job_id(job.reused_from) if job.reused_from is not None else None,
+        was_begun=job.attempt > 0,
         scheme=job.method,
         bits=job.bits,
         double_quant=scheme.get("double_quant", False),

@@ -40,7 +40,7 @@ _SLACK = timedelta(seconds=SLACK_S)
 
 _JOB = select(
     *(Job.id, Job.model, Job.method, Job.recovery, Job.state, Job.stage, Job.progress, Job.work_started),
-    Job.finished_at,
+    *(Job.finished_at, Job.attempt),
     *(Job.error_kind, Job.error_message, Job.reused_from, Job.search_id, *MIXTURE_COLUMNS, Attempt.claimed_at),
 ).outerjoin(Attempt, (Attempt.job_id == Job.id) & (Attempt.attempt == Job.attempt))
 
@@ -156,6 +156,7 @@ class Watcher:
             left_s=self._remaining(self._left.jobs.get(row.id)),
             error=": ".join(filter(None, (row.error_kind, row.error_message))) or None,
             answered_by=None if row.reused_from is None else format_job_id(row.reused_from),
+            was_begun=row.attempt > 0,
         )
 
     def _batch(self, row: Mapping[str, Any], lacking: Mapping[int, DeviceKind]) -> WatchedBatch:

@@ -96,10 +96,11 @@ def jobs_table(jobs: Sequence[Mapping[str, Any]], *, of_one_batch: bool) -> str:
     """The jobs for people, and below them each failure with the jobs that it ended."""
     table = render([_for_people(job, of_one_batch=of_one_batch) for job in jobs], JOB_COLUMNS, "table")
     failed = [(job["job_id"], _error(job)) for job in jobs if job["state"] == JobState.FAILED]
+    logged = {job["job_id"] for job in jobs if job["attempt"]}
     terminal = terminal_width()
     # In a pipe each stands on one line, as the jobs do.
     width = terminal if terminal >= UNLIMITED else min(terminal, PROSE_WIDTH)
-    lines = [wrap(str(failure), width, indent=GAP) for failure in shared_failures(failed)]
+    lines = [wrap(str(failure), width, indent=GAP) for failure in shared_failures(failed, logged)]
     return "\n".join([table, *([""] if lines else []), *(text for line in lines for text in line)])
 
 

@@ -13,7 +13,7 @@ from qbatch.core.domain import JobState
 from qbatch.core.watched import Snapshot, WatchedJob
 from qbatch.views.formats import printable
 from qbatch.views.line_interval import LineInterval
-from qbatch.views.shared_failures import name_jobs
+from qbatch.views.shared_failures import hint_at_log, name_jobs
 from qbatch.views.units import show_duration, show_time_left
 from qbatch.views.watch_frame import Line, ScreenSize, counts, describe_doing, frame, name_of
 from qbatch.views.why_waiting import why_waiting
@@ -188,12 +188,13 @@ def describe_news(job: WatchedJob) -> str:
 
 def describe_failure(jobs: Sequence[WatchedJob], first: str) -> str:
     """``j1, j2 llama: failed: timeout: … (see `qbatch logs j1`)``, of jobs of one model that share an error; or
-    ``j3 llama: failed like j1``, if the error was said of ``first`` before."""
+    ``j3 llama: failed like j1``, if the error was said of ``first`` before. What no worker has begun has no log."""
     ids, job = [one.job_id for one in jobs], jobs[0]
     whose = name_of(job) if len(jobs) == 1 else printable(f"{name_jobs(ids)} {job.model}")
     if first not in ids:
         return f"{whose}: failed like {first}"
-    return f"{whose}: {printable(': '.join(filter(None, (job.state, job.error))))} (see `qbatch logs {first}`)"
+    logged = next((hint_at_log(one.job_id) for one in jobs if one.was_begun), "")
+    return f"{whose}: {printable(': '.join(filter(None, (job.state, job.error))))}{logged}"
 
 
 def _what_happened(job: WatchedJob) -> str:

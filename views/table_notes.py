@@ -11,6 +11,7 @@ from qbatch.views.audit_text import unmarked_warnings
 from qbatch.views.formats import printable
 from qbatch.views.groups import timed_apart
 from qbatch.views.protocol import version_differences
+from qbatch.views.shared_failures import hint_at_log
 
 _NOT_MEASURED_AGAIN = "taken from an earlier job's measurement of the same checkpoint and protocol; not measured again"
 _OF_ITS_MIXTURE = "a search: its checkpoint and its figures are those of the mixture that was published for it"
@@ -81,6 +82,9 @@ def shown_states(rows: Iterable[ResultRow]) -> dict[str, str]:
 
 
 def show_state(row: ResultRow) -> str:
-    """A row's state and its error, if any: ``failed: cuda_oom: out of memory (see `qbatch logs j7`)``."""
+    """A row's state and its error, if any: ``failed: cuda_oom: out of memory (see `qbatch logs j7`)``.
+
+    What no worker has begun has no log.
+    """
     words = printable(": ".join(filter(None, (row.state, row.error_kind, row.error_message))))
-    return f"{words} (see `qbatch logs {row.job_id}`)" if row.state == JobState.FAILED else words
+    return words + hint_at_log(row.job_id) if row.state == JobState.FAILED and row.was_begun else words

@@ -36,8 +36,8 @@ class ResultRow(Figures):
     ``options`` are the options of its scheme as requested. ``mixture``: what it has to do with a search. ``dtype`` and
     ``compute_dtype`` are the requested ones until the job is measured. ``protocol`` is the protocol of the measurement.
     ``baseline_job_id`` is the baseline in the same batch with the same source and protocol. ``answers``: how each
-    question of its tasks was answered, by task or group, where rows were asked for with them; they are not part of its
-    JSON.
+    question of its tasks was answered, by task or group, where rows were asked for with them; ``was_begun``: whether
+    any worker has begun the job, and written a log. These two are not part of its JSON.
     """
 
     batch_id: str
@@ -60,6 +60,7 @@ class ResultRow(Figures):
     protocol: StoredProtocol = field(default_factory=StoredProtocol)
     protocol_hash: str | None = None
     answers: Mapping[str, TaskAnswers] = field(default_factory=dict)
+    was_begun: bool = True
 
     def __repr__(self) -> str:
         """One line: all that was measured fills screens."""

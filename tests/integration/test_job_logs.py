@@ -12,13 +12,17 @@ from click.testing import CliRunner, Result
 from sqlalchemy import update
 
 from qbatch.cli import main
+from qbatch.core.domain import JobState
 from qbatch.core.errors import WorkerLost
 from qbatch.core.job_log import job_log
 from qbatch.core.settings import Settings
 from qbatch.models_db.database_id import database_id
+from qbatch.models_db.jobs.ending import end
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Job
+from qbatch.models_db.watching import Watcher
 from qbatch.scheduler.job_log_tail import Follower, status_of
+from qbatch.views.live import describe_failure
 from tests.rows import a_batch, a_worker, claim, fail, succeed
 from tests.waiting import until
 
@@ -97,6 +101,20 @@ def test_show_and_every_failure_name_the_log(sqlite_database: Database, settings
     assert "(see `qbatch logs j1`)" in run("results").stdout
     assert "(see `qbatch logs j1`)" in run("jobs").stdout
     assert "qbatch logs" not in run("jobs", "--state", "queued").stdout
+
+
+def test_a_failure_of_a_job_that_nobody_has_begun_names_no_log(sqlite_database: Database, run: Run) -> None:
+    """Such as that of a search that an earlier one answers, whose first mixture cannot be published."""
+    a_batch(sqlite_database)
+    with sqlite_database.write() as session:
+        end(session, session.get_one(Job, 1), JobState.FAILED, WorkerLost("j2, which publishes what it found, failed"))
+    for command in (["show", "j1"], ["results"], ["results", "--columns", "decode"], ["jobs"], ["compare"]):
+        said = run(*command).stdout
+        assert "j2, which publishes" in " ".join(said.split()), command
+        assert "qbatch logs" not in said, command
+    with sqlite_database.read() as session:
+        (news,) = Watcher([1], lease_s=60.0).look(session).news
+    assert describe_failure([news], news.job_id).endswith("j2, which publishes what it found, failed")
 
 
 def test_a_follower_goes_from_attempt_to_attempt(sqlite_database: Database, settings: Settings) -> None:

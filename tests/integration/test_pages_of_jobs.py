@@ -183,7 +183,7 @@ def _read(reader: int) -> bytes:
 def test_a_terminal_gets_a_screenful_and_is_told_of_the_rest(home: Path) -> None:
     said, complaints = run(home, "jobs", terminal=True)
     assert [line.split()[0] for line in said.splitlines()[2:52]] == [f"j{n}" for n in range(1, 51)]
-    assert said.splitlines()[52:] == ["", "j1: of an unknown reason (see `qbatch logs j1`)"]
+    assert said.splitlines()[52:] == ["", "j1: of an unknown reason"]
     assert "the first 50 of 60 jobs; --limit 60 shows all" in complaints
     said, complaints = run(home, "status", terminal=True)
     assert [line.split()[0] for line in said.splitlines()[2:]] == [f"b{n}" for n in range(11, 61)]

@@ -82,6 +82,16 @@ def test_a_failure_that_jobs_of_a_model_share_is_said_once() -> None:
     ]
 
 
+def test_a_failure_of_jobs_that_no_worker_has_begun_names_no_log() -> None:
+    broken = {"state": "failed", "error": "source_corrupt: no header", "was_begun": False}
+    assert follow(a_look(a_job(1, **broken), a_job(2, **broken), failed=2)) == [
+        "j1, j2 llama: failed: source_corrupt: no header"
+    ]
+    begun = a_job(2, **broken | {"was_begun": True})
+    (line,) = follow(a_look(a_job(1, **broken), begun, failed=2))
+    assert line.endswith("no header (see `qbatch logs j2`)")
+
+
 def test_a_queue_without_a_worker_is_said_once() -> None:
     alone, served = a_look(queued=1, workers=0), a_look(queued=1)
     assert follow(alone, alone, served, alone) == [NO_WORKER]

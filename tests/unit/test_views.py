@@ -138,10 +138,12 @@ def test_a_batch_shows_its_times_beside_its_counts(monkeypatch: pytest.MonkeyPat
 
 def test_a_failure_of_several_jobs_is_said_once_below_them() -> None:
     failed = {"state": "failed", "error_kind": "unsupported", "error_message": "no such layer"}
-    rows = [job(1, **failed), job(2, **failed), job(3, **failed | {"error_message": "another"}), job(4, "queued")]
+    begun = failed | {"attempt": 1}
+    never = failed | {"error_message": "another"}
+    rows = [job(1, **failed), job(2, **begun), job(3, **begun), job(4, **never), job(5, "queued")]
     *_, first, second = jobs_table(rows, of_one_batch=True).splitlines()
-    assert first == "j1, j2: unsupported: no such layer (see `qbatch logs j1`)"
-    assert second == "j3: unsupported: another (see `qbatch logs j3`)"
+    assert first == "j1, j2, j3: unsupported: no such layer (see `qbatch logs j2`)", "no worker has begun the first"
+    assert second == "j4: unsupported: another"
     assert name_jobs([f"j{number}" for number in range(100)]) == "j0, j1, j2, j3, j4, j5 and 94 more"
 
 
