@@ -120,7 +120,8 @@ def read_log(status: JobStatus, attempt: AttemptRecord) -> Iterator[bytes]:
     if not file.offset:
         raise StorageUnavailable(
             f"there is no log {path}: this machine does not see the storage (QBATCH_STORAGE), its worker could not "
-            "write there, `qbatch prune` removed it, or an older version named it after the first job of the bundle"
+            "write there, `qbatch gc` or `qbatch prune` removed it, or an older version named it after the first job "
+            "of the bundle"
         )
 
 

@@ -88,6 +88,7 @@ def test_where_there_is_no_log_the_reason_is_said(sqlite_database: Database, run
     missing = run("logs", "j1", code=3).stderr
     assert "j1-1.log" in missing
     assert "does not see the storage" in missing
+    assert "`qbatch gc` or `qbatch prune` removed it" in missing
 
 
 def test_show_and_every_failure_name_the_log(sqlite_database: Database, settings: Settings, run: Run) -> None:
