@@ -35,7 +35,7 @@ def cancel(targets: Sequence[str]) -> None:
         mates.extend(jobs_running_on(session, workers))
         return cancelled
 
-    _change(targets, cancel_and_look, "cancelled")
+    _change(targets, cancel_and_look, "cancelled", why_none="all had ended")
     if mates:
         names = ", ".join(map(format_job_id, mates))
         click.echo(
@@ -49,7 +49,9 @@ def retry(targets: Sequence[str]) -> None:
     """Queue failed and cancelled jobs again."""
     from qbatch.models_db.jobs import retry as retry_jobs
 
-    database, settings, changed = _change(targets, retry_jobs, "queued again")
+    database, settings, changed = _change(
+        targets, retry_jobs, "queued again", why_none="none had failed or been cancelled"
+    )
     if changed:
         hint = send(database, settings)
         if hint is not None:
@@ -57,7 +59,7 @@ def retry(targets: Sequence[str]) -> None:
 
 
 def _change(
-    targets: Sequence[str], change: Callable[..., list[int]], done: str
+    targets: Sequence[str], change: Callable[..., list[int]], done: str, *, why_none: str
 ) -> tuple[Database, Settings, list[int]]:
     settings = current_settings()
     database = open_database(settings)
@@ -66,5 +68,6 @@ def _change(
         changed = change(session, batch_ids=found.batch_ids, job_ids=found.job_ids)
     for job_id in changed:
         click.echo(format_job_id(job_id))
-    click.echo(f"{len(changed)} job{'' if len(changed) == 1 else 's'} {done}", err=True)
+    why = "" if changed else f": {why_none}"
+    click.echo(f"{len(changed)} job{'' if len(changed) == 1 else 's'} {done}{why}", err=True)
     return database, settings, changed

@@ -120,10 +120,10 @@ def compare(
 
 
 @click.command()
-@click.argument("batches", nargs=2, metavar="BATCH BATCH", shell_complete=complete_batch)
+@click.argument("batches", nargs=-1, required=True, metavar="BATCH BATCH", shell_complete=complete_batch)
 @models_option()
 @format_options("table", "json", "csv")
-def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
+def diff(batches: Sequence[str], models: Sequence[str], format_: str) -> None:
     """Say what is faster, slower, better or worse in the second batch than in the first.
 
     Each model and scheme of both is compared in what both measured, under the same protocol on the same kind of device.
@@ -134,6 +134,8 @@ def diff(batches: tuple[str, str], models: Sequence[str], format_: str) -> None:
     from qbatch.models_db.results import find_results
     from qbatch.views.batch_diff import batch_diff
 
+    if len(batches) != 2:
+        raise click.UsageError(f"diff compares two batches, not {len(batches)}: `qbatch diff b11 b12`")
     database = open_database(current_settings())
     ids = [find_batches(database, [word])[0] for word in batches]
     only = ResultFilter(models=models)

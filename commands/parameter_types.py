@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from qbatch.commands.completion import complete_list
 from qbatch.core.byte_units import GIB, KIB, MIB
+from qbatch.core.control_characters import escape_controls
 from qbatch.core.domain import LATEST, find_id
 from qbatch.core.errors import UsageError
 from qbatch.core.measured.measured_part import MeasuredPart
@@ -87,6 +88,10 @@ class Name(click.ParamType[str]):
         text = str(value)
         if len(text) > self._LONGEST:
             self.fail(f"a name may have at most {self._LONGEST} characters; this one has {len(text)}", param, ctx)
+        if not text or text != text.strip():
+            self.fail("a name must not be empty, and must not begin or end with a space", param, ctx)
+        if escape_controls(text) != text:
+            self.fail(f"a name must have no control characters or line breaks: {_shorten(text)}", param, ctx)
         if text == LATEST or find_id(text) is not None:
             self.fail(f"{text} already means a batch or a job: use another name", param, ctx)
         return text

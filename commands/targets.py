@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qbatch.models_db.session import Database
 
 BATCH_WORDS = f"an id such as b12, the name of a batch, or {LATEST}"
+TARGET_WORDS = f"an id such as b12 or j345, the name of a batch, or {LATEST}"
 NO_BATCH = "there is no batch yet: `qbatch submit MODEL` stores one"
 _SHOWN = 60
 
@@ -44,7 +45,7 @@ def find_targets(database: Database, words: Sequence[str]) -> Targets:
                 _require_job(session, number)
                 job_ids[number] = None
             else:
-                batch_ids[_find_batch(session, word)] = None
+                batch_ids[_find_batch(session, word, takes_jobs=True)] = None
     return Targets(batch_ids=tuple(batch_ids), job_ids=tuple(job_ids))
 
 
@@ -58,7 +59,7 @@ def find_job(database: Database, word: str) -> int:
     return found[1]
 
 
-def _find_batch(session: Session, word: str) -> int:
+def _find_batch(session: Session, word: str, *, takes_jobs: bool = False) -> int:
     from qbatch.models_db.batch_names import batches_named, newest_batch
     from qbatch.models_db.batches import batch_exists
 
@@ -76,7 +77,8 @@ def _find_batch(session: Session, word: str) -> int:
         return newest
     named = batches_named(session, word)
     if not named:
-        raise UsageError(f"no such batch: {word[:_SHOWN]!r} (use {BATCH_WORDS})")
+        what, words = ("batch or job", TARGET_WORDS) if takes_jobs else ("batch", BATCH_WORDS)
+        raise UsageError(f"no such {what}: {word[:_SHOWN]!r} (use {words})")
     if len(named) > 1:
         ids = ", ".join(format_batch_id(batch_id) for batch_id in named[-5:])
         raise UsageError(f"{len(named)} batches have the name {word[:_SHOWN]!r}: use an id ({ids})")

@@ -107,7 +107,7 @@ def test_a_folder_without_config(qbatch: Qbatch, tmp_path: Path, model_list: Cal
 def test_ids_that_do_not_exist(qbatch: Qbatch) -> None:
     assert "no such batch: b7" in one_line(qbatch("wait", "b7", code=2))
     assert "no such job: j7" in one_line(qbatch("cancel", "j7", code=2))
-    assert "no such batch: '7'" in one_line(qbatch("retry", "7", code=2))
+    assert "no such batch or job: '7'" in one_line(qbatch("retry", "7", code=2))
     assert "cannot sort by" in one_line(qbatch("results", "--sort", "1; drop table jobs", code=2))
 
 

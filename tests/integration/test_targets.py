@@ -96,7 +96,24 @@ def test_ids_alone_are_what_other_commands_take() -> None:
 
 
 @pytest.mark.usefixtures("batches")
-@pytest.mark.parametrize(("word", "says"), [("j99", "no such job: j99"), ("weekly", "no such batch: 'weekly'")])
+def test_a_change_of_no_job_says_why() -> None:
+    assert "0 jobs queued again: none had failed or been cancelled\n" in qbatch("retry", "nightly").stderr
+    assert qbatch("cancel", "nightly").stderr == "3 jobs cancelled\n"
+    assert qbatch("cancel", "nightly").stderr == "0 jobs cancelled: all had ended\n"
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("words", [["b1"], ["b1", "b2", "b3"]], ids=["one", "three"])
+def test_diff_takes_two_batches(words: list[str]) -> None:
+    said = qbatch("diff", *words, code=2).stderr
+    assert f"diff compares two batches, not {len(words)}: `qbatch diff b11 b12`" in said
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("j99", "no such job: j99"), ("J1", "no such batch or job: 'J1' (use an id such as b12 or j345, ")],
+)
 def test_what_means_nothing_changes_nothing(word: str, says: str) -> None:
     assert says in qbatch("cancel", "nightly", word, code=2).stderr
     assert qbatch("jobs", "-q", "--state", "cancelled").stdout == ""

@@ -85,3 +85,17 @@ def test_a_name_fits_its_column() -> None:
     assert Name().convert("ü" * 200, None, None) == "ü" * 200
     with pytest.raises(click.BadParameter, match="this one has 201"):
         Name().convert("ü" * 201, None, None)
+
+
+@pytest.mark.parametrize("typed", ["", " ", "nightly ", "\tnightly"])
+def test_a_name_is_what_is_left_of_it_on_a_command_line(typed: str) -> None:
+    with pytest.raises(click.BadParameter, match="must not be empty, and must not begin or end with a space"):
+        Name().convert(typed, None, None)
+    assert Name().convert("every night", None, None) == "every night"
+
+
+@pytest.mark.parametrize("typed", ["a\nb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "a\x00b"])
+def test_a_name_controls_no_terminal(typed: str) -> None:
+    with pytest.raises(click.BadParameter, match="must have no control characters or line breaks") as caught:
+        Name().convert(typed, None, None)
+    assert typed not in caught.value.message
