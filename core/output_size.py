@@ -10,16 +10,21 @@ from typing import Any
 from qbatch.core.domain import Scheme, stored_dtype
 from qbatch.core.kinds import FLOAT_NAMES, FLOATS, DType
 from qbatch.core.known_layers import KNOWN, KnownLayers
-from qbatch.core.safetensors_size import HEADER_ALIGNMENT, files_bytes
+from qbatch.core.safetensors_size import HEADER_ALIGNMENT, files_bytes, nbytes
 from qbatch.core.sources import Header, TensorInfo, source_dtype
 from qbatch.core.vocabulary import vocabulary_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSize:
-    """``nbytes`` of safetensors files, at most ``off_by`` more or fewer; ``off_by`` None if they are only estimated."""
+    """``nbytes`` of safetensors files, at most ``off_by`` more or fewer; ``off_by`` None if they are only estimated.
+
+    ``weights_bytes``: of the loaded weights, as a result counts them, without an adapter's. They are exact where
+    the files are.
+    """
 
     nbytes: int
+    weights_bytes: int
     off_by: int | None
 
 
@@ -44,15 +49,20 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     dtype = stored_dtype(asked, source_dtype(tuple(headers)))
     exact = _exactly(tensors, config, scheme, dtype)
     stored = exact if exact is not None else list(_roughly(tensors, config, scheme, dtype))
-    if scheme.recovery is not None:
-        factors = _factors(stored, scheme.recovery.rank, FLOAT_NAMES[dtype])
-        return OutputSize(nbytes=files_bytes(factors, {}, None), off_by=None if exact is None else 0)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {}
+    weights_bytes = 0
     columns: dict[str, int | None] = {}
     for tensor in stored:
         made = _parts(tensor, scheme, dtype)
-        parts |= made if made is not None else {tensor.name: (tensor.dtype, tensor.shape)}
+        own = made if made is not None else {tensor.name: (tensor.dtype, tensor.shape)}
+        parts |= own
+        held = own if made is None else scheme.description.held_parts(made)
+        weights_bytes += sum(nbytes(*part) for part in held.values())
         columns[tensor.name] = tensor.shape[1] if made is not None else None
+    if scheme.recovery is not None:
+        factors = _factors(stored, scheme.recovery.rank, FLOAT_NAMES[dtype])
+        written = files_bytes(factors, {}, None)
+        return OutputSize(nbytes=written, weights_bytes=weights_bytes, off_by=None if exact is None else 0)
     known = _known(config)
     if exact is not None and known is not None and known.head is not None:
         columns.setdefault(known.head, None)  # one that is tied is not stored, but mentioned
@@ -63,9 +73,8 @@ def output_size(headers: Sequence[Header], config: Mapping[str, Any], scheme: Sc
     quantized = sum(count is not None for count in columns.values())
     varying = quantized * scheme.description.varying_bytes(scheme.options)
     may_vary = varying + HEADER_ALIGNMENT if varying else 0
-    return OutputSize(
-        nbytes=files_bytes(parts, metadata, scheme.max_shard_bytes), off_by=may_vary if is_exact else None
-    )
+    written = files_bytes(parts, metadata, scheme.max_shard_bytes)
+    return OutputSize(nbytes=written, weights_bytes=weights_bytes, off_by=may_vary if is_exact else None)
 
 
 def _factors(stored: Sequence[_Tensor], rank: int, dtype: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:

@@ -10,9 +10,6 @@ from qbatch.core.errors import BoundNotKept
 from qbatch.core.output_size import output_size
 from qbatch.core.sources import Header
 
-# Of the bytes of the files, the header is no weight, and takes less than the rest even of a toy.
-_CERTAINLY_WEIGHTS = 0.9
-
 
 def refuse_unmeetable_bound(specs: Sequence[JobSpec], headers: Sequence[Header], config: Mapping[str, Any]) -> None:
     """Raise BoundNotKept where a search is certain to fail, though it would take long to find that out. Nothing is
@@ -22,7 +19,8 @@ def refuse_unmeetable_bound(specs: Sequence[JobSpec], headers: Sequence[Header],
         if most is None:
             continue
         least = output_size(headers, config, spec.scheme, spec.dtype)
-        if least.off_by is not None and least.nbytes * _CERTAINLY_WEIGHTS - least.off_by > most:
+        if least.off_by is not None and least.weights_bytes > most:
             raise BoundNotKept(
-                f"--max-weights-bytes allows {most:,} bytes, and with every layer quantized it takes {least.nbytes:,}"
+                f"--max-weights-bytes allows {most:,} bytes, and with every layer quantized the weights take "
+                f"{least.weights_bytes:,}"
             )

@@ -20,7 +20,9 @@ BLOCK = 64
 _NESTED_BLOCK = 256
 # The tables of what the codes of weights and of quantized scales stand for.
 _CODES, _NESTED_CODES = 16, 256
-# The mean of the scales is stored as text, whose length is known only once it was computed.
+# What else is needed to use a weight is stored as text in a tensor: this and the type of its codes end its name.
+_STATE_TEXT = "quant_state.bitsandbytes__"
+# The mean of the scales is a part of that text, whose length is known only once it was computed.
 _LIKELY_MEAN = "0.07314682006835938"
 _MEAN_VARIES_BYTES = 4
 _STORAGE = {"uint8": ("U8", 1), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
@@ -101,7 +103,13 @@ class BnbFourBit(_Bnb):
             parts[f"{name}.nested_absmax"] = ("F32", (-(-blocks // _NESTED_BLOCK),))
             parts[f"{name}.nested_quant_map"] = ("F32", (_NESTED_CODES,))
         length = len(json.dumps(state)) + (len(_LIKELY_MEAN) - 1 if is_nested else 0)
-        return parts | {f"{name}.quant_state.bitsandbytes__{self.quant_type}": ("U8", (length,))}
+        return parts | {f"{name}.{_STATE_TEXT}{self.quant_type}": ("U8", (length,))}
+
+    def held_parts(self, parts: StoredParts) -> StoredParts:
+        # What is stored as text, the offset of double quantization among it, is read into numbers.
+        offset = {name: ("F32", ()) for name in parts if name.endswith(".nested_absmax")}
+        held = {name: part for name, part in parts.items() if f".{_STATE_TEXT}" not in name}
+        return held | {f"{name} offset": part for name, part in offset.items()}
 
     def varying_bytes(self, options: Options) -> int:
         return _MEAN_VARIES_BYTES if DOUBLE_QUANT.of(options) else 0
@@ -147,6 +155,9 @@ class BnbInt8(_Bnb):
             f"{module}.SCB": ("F32", (rows,)),
             f"{module}.weight_format": ("U8", ()),
         }
+
+    def held_parts(self, parts: StoredParts) -> StoredParts:
+        return {name: part for name, part in parts.items() if not name.endswith(".weight_format")}
 
     def working_bytes(self, largest_weight: int, options: Options) -> int:
         return _OUTLIER_BYTES * largest_weight if INT8_THRESHOLD.of(options) else 0

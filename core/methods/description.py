@@ -139,6 +139,10 @@ class MethodDescription:
         """
         raise NotImplementedError(f"{self.name} has no quantized weights")
 
+    def held_parts(self, parts: StoredParts) -> StoredParts:
+        """The tensors that a loaded model holds of a quantized weight that is stored as ``parts``."""
+        return parts
+
     def varying_bytes(self, options: Options) -> int:
         """By how many bytes the stored parts of a weight may differ from ``stored_parts``, because of its values."""
         return 0

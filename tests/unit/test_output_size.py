@@ -15,8 +15,10 @@ from qbatch.core.domain import DType, Method, Scheme, stored_dtype
 from qbatch.core.known_layers import KNOWN
 from qbatch.core.output_size import OutputSize, output_size
 from qbatch.core.sources import read_config, read_headers, source_dtype, weight_files
+from qbatch.worker.measuring.speed.size import disk_bytes, measure_size
 from qbatch.worker.quantizing import Target, Written, write_checkpoints
 from tests import tiny
+from tests.unit.benchmark_models import loaded_on_cpu, quantized
 
 NF4_DOUBLE = Scheme.of(Method.NF4, double_quant=True)
 STREAMED = (
@@ -85,6 +87,18 @@ def test_the_size_is_exact_for_every_known_architecture(arch: str, tmp_path: Pat
     source = MAKERS[arch](tmp_path / "source", "bfloat16" if arch != "bloom" else "float32")
     assert read_config(source)["architectures"][0] in KNOWN
     assert_equal(source, tmp_path, *STREAMED)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+def test_the_loaded_weights_take_what_was_predicted(arch: str, tmp_path: Path) -> None:
+    """What --max-weights-bytes bounds, which is less than the files."""
+    source = MAKERS[arch](tmp_path / "source", "bfloat16")
+    headers, config = read_headers(source), read_config(source)
+    for scheme in STREAMED:
+        predicted = output_size(headers, config, scheme, DType.AUTO)
+        folder = quantized(source, tmp_path / scheme.description.title(scheme.options), scheme)
+        assert predicted.weights_bytes == measure_size(loaded_on_cpu(folder).model).weights_bytes, scheme
+        assert predicted.weights_bytes < disk_bytes(folder)
 
 
 def test_every_known_architecture_is_tried(tmp_path: Path) -> None:
