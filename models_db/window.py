@@ -61,7 +61,7 @@ class Dispatch:
 def is_only_chooser(session: Session) -> bool:
     """Whether no other transaction is open that was told so; it stays so until this one ends. Two that choose at once
     do not see each other's marks. SQLite has one writer at a time anyway."""
-    if session.connection().dialect.name == "sqlite":
+    if session.get_bind().dialect.name == "sqlite":
         return True
     return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_CHOOSER_LOCK))))
 
