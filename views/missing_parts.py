@@ -12,6 +12,7 @@ from qbatch.views.audit_text import first_names
 # Without these, columns of a table stay empty. Of the others, `show` tells.
 _OF_COLUMNS = (MeasuredPart.QUALITY, MeasuredPart.SPEED)
 _COMPARISON = "comparison with the baseline"
+_TASKS = "tasks"
 
 
 def missing_part_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
@@ -25,7 +26,7 @@ def missing_part_remarks(rows: Sequence[ResultRow]) -> Iterable[str]:
     for (parts, reason), jobs in found.items():
         of = "" if len(jobs) == len(rows) else f" of {first_names(jobs)}"
         subject = " and ".join(parts).capitalize()
-        yield f"{subject}{of} {'was' if len(parts) == 1 else 'were'} not measured: {reason}."
+        yield f"{subject}{of} {'were' if len(parts) > 1 or _TASKS in parts else 'was'} not measured: {reason}."
 
 
 def why_no_quality(row: ResultRow) -> str | None:
@@ -36,7 +37,13 @@ def why_no_quality(row: ResultRow) -> str | None:
 def _missing(row: ResultRow) -> Mapping[str, str]:
     """Why parts of a row are missing, by their names."""
     reasons = {part.value: row.not_measured[part] for part in _OF_COLUMNS if part in row.not_measured}
-    if MeasuredPart.QUALITY in reasons or KL_MEAN.value(row) is not None or RANK_CORRELATION.value(row) is not None:
+    if row.details.tasks_reason is not None:
+        reasons[_TASKS] = row.details.tasks_reason
+    if KL_MEAN.value(row) is not None or RANK_CORRELATION.value(row) is not None:
+        # Of a row whose tasks failed, workers used to say so of its whole quality.
+        reasons.pop(MeasuredPart.QUALITY, None)
+        return reasons
+    if MeasuredPart.QUALITY in reasons:
         return reasons
     if PERPLEXITY.value(row) is not None:
         reason, name = row.details.quality.reason, _COMPARISON

@@ -18,11 +18,9 @@ from qbatch.core.domain import (
     Scheme,
     TextRef,
 )
-from qbatch.core.errors import BenchmarkError
+from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, Unsupported
 from qbatch.core.measured.details import Details
-from qbatch.core.prior_quantization import declares_quantization
 from qbatch.worker.measuring import EVAL_TEXTS, model_benchmark
-from qbatch.worker.models.load import LoadedModel
 from tests.bundles import TEXT_HASH, Ear, run_bundle
 from tests.tiny import make_causal
 from tests.unit.benchmark_models import QUICK
@@ -73,19 +71,54 @@ def test_without_a_tokenizer_each_text_says_so(tmp_path: Path) -> None:
     assert (found.more_texts or {})["code"].quality.reason == found.quality.reason
 
 
-def test_tasks_that_fail_leave_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_tasks: Any, loaded: LoadedModel, *_: Any) -> None:
-        if declares_quantization(loaded.model.config.to_dict()):
-            raise BenchmarkError("cannot run the tasks: no question is left")
+@pytest.mark.parametrize(
+    ("when", "error", "reason"),
+    [
+        ("load_tasks", Unsupported("no such task"), "no such task"),
+        ("load_tasks", ImportError("no jinja2"), "cannot load the tasks: ImportError: no jinja2"),
+        ("run_tasks", BenchmarkError("no question is left"), "no question is left"),
+        ("run_tasks", UnsafeSource("a template looks around"), "a template looks around"),
+        ("run_tasks", KeyError("acc"), "cannot run the tasks: KeyError: 'acc'"),
+    ],
+    ids=["not known", "not importable", "without questions", "unsafe", "unforeseen"],
+)
+def test_tasks_that_fail_leave_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, error: Exception, reason: str
+) -> None:
+    """Of the baseline too."""
 
-    monkeypatch.setattr(model_benchmark, "run_tasks", fail)
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model_benchmark, when, fail)
     ear = measured(make_causal(tmp_path / "llama", dtype="bfloat16"), TEXT_HASH, CODE_REF)
-    found = details(ear, 2)
-    assert found.quality.kl_mean is not None
-    assert (found.more_texts or {})["code"].quality.kl_mean is not None
-    assert found.tasks_reason == "cannot run the tasks: no question is left"
-    assert (found.not_measured or {})["quality"] == found.tasks_reason
-    assert details(ear, 1).not_measured is None
+    assert ear.failed() == {}
+    for job_id, row in ear.measurements().items():
+        assert (row.details.tasks, row.details.tasks_reason, row.details.not_measured) == (None, reason, None)
+        assert row.perplexity is not None
+        assert row.decode_tokens_per_s is not None
+        assert (row.details.more_texts or {})["code"].perplexity.mean_nll is not None
+        assert (row.kl_mean is None) is (job_id == 1)
+
+
+@pytest.mark.parametrize("when", ["load_tasks", "run_tasks"])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "device_error"),
+        (MemoryError(), "host_oom"),
+        (FetchError("the hub does not answer"), "fetch_error"),
+    ],
+    ids=["device", "memory", "hub"],
+)
+def test_what_befell_the_machine_is_no_failure_of_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, error: Exception, kind: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model_benchmark, when, fail)
+    assert measured(make_causal(tmp_path / "llama", dtype="bfloat16"), TEXT_HASH, of=(1,)).failed() == {1: kind}
 
 
 def test_a_text_on_which_the_baseline_was_not_measured_says_so(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qbatch.views.comparison import Preference
 from qbatch.views.groups import models_of
+from qbatch.views.missing_parts import missing_part_remarks
 from qbatch.views.recommend import Recommendation, recommend
 from qbatch.views.unrecommended import unrecommended
 from tests.unit.measured_rows import BF16_STEP, NF4_STEP, PROTOCOL, explained, result, stats
@@ -236,6 +237,18 @@ def test_quality_that_was_not_measured_does_not_qualify() -> None:
     assert found.rejected["j3"] == ["its mean KL was not measured (another tokenizer)"]
     assert shipped([unknown]) is None
     assert shipped([unknown], prefer="quality") is None
+
+
+def test_a_measured_quality_decides_although_tasks_failed() -> None:
+    """Also of rows that say so of their whole quality, as workers used to."""
+    reason = "cannot run the tasks: no question is left"
+    failed = {"tasks_reason": reason, "not_measured": {"quality": reason}}
+    rows = [BASELINE, INT8 | {"details": INT8["details"] | failed}]
+    found = recommended(rows)
+    assert found.ship is not None
+    assert found.ship.job_id == "j2"
+    remarks = [*missing_part_remarks(read(rows))]
+    assert remarks == [f"Tasks of j2 were not measured: {reason}."]
 
 
 @pytest.mark.parametrize("part", ["quality", "perplexity"])

@@ -570,6 +570,12 @@ def test_quality_that_is_missing_has_a_reason_below_the_table() -> None:
     assert "Comparison with the baseline of j2 was not measured: the baseline's outputs are not stored." in table
 
 
+def test_tasks_that_failed_are_missing_alone() -> None:
+    reason = "cannot run the tasks: no question is left"
+    rows = [BASELINE | {"details": {"tasks_reason": reason}}, QUANTIZED]
+    assert f"Tasks of j1 were not measured: {reason}." in results_table(rows)
+
+
 def test_sorted_rows_are_one_ranked_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [QUANTIZED | {"model": "org/b", "batch_id": "b2", "prefill_s_p50": 0.03, "kl_mean": 0.1}, BASELINE]
     lines = results_table(rows, sort="prefill_s_p50").splitlines()

@@ -5,13 +5,14 @@ The size comes first, since a forward pass may repack weights.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from qbatch.core.domain import Protocol
-from qbatch.core.errors import BenchmarkError
+from qbatch.core.errors import BenchmarkError, UnsafeSource, Unsupported
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
@@ -32,12 +33,18 @@ from qbatch.worker.methods.implementations import weights_of_model
 from qbatch.worker.models.architecture import ModelKind
 from qbatch.worker.models.load import LoadedModel, translated
 
+log = logging.getLogger("qbatch.runner")
+
+# Of tasks. A hub that cannot be reached is asked again, and what befell the device or the host is no fault of tasks.
+_TASK_ERRORS = (BenchmarkError, Unsupported, UnsafeSource)
+
 
 class ModelBenchmark:
     """Measures what does not depend on the shape, once for a model.
 
     Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after a round. Both raise
-    BenchmarkError, Unsupported, UnsafeSource, FetchError, CudaOom, HostOom, DeviceError or StorageError.
+    BenchmarkError, Unsupported, CudaOom, HostOom, DeviceError or StorageError, and ``prepare`` FetchError. Tasks
+    that fail leave only their reason.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -119,7 +126,7 @@ class ModelBenchmark:
             )
             self.why_no_quality = f"{type(loaded.model).__name__} {what}"
         subject = self.subject
-        self._tasks = load_tasks(loaded, subject.protocol, subject.texts)
+        self._tasks = self._loaded_tasks(loaded)
         is_language_model = loaded.kind is ModelKind.CAUSAL_LM and self.why_no_quality is None
         self.is_explainable = is_language_model and loaded.device.startswith("cuda")
         weights, size = weights_of_model(loaded.model), measure_size(loaded.model)
@@ -174,17 +181,28 @@ class ModelBenchmark:
         )
         self._measure_tasks(loaded)
 
+    def _loaded_tasks(self, loaded: LoadedModel) -> LoadedTasks:
+        """The tasks of the protocol. If they cannot be loaded, everything else is measured without them."""
+        try:
+            with translated(BenchmarkError, "cannot load the tasks"):
+                return load_tasks(loaded, self.subject.protocol, self.subject.texts)
+        except _TASK_ERRORS as error:
+            log.warning("%s: no tasks are run: %s", self.subject.folder.name, error)
+            return LoadedTasks(hashes={}, reason=str(error))
+
     def _measure_tasks(self, loaded: LoadedModel) -> None:
-        """After what was measured before is kept: if the tasks fail, it stays."""
+        """If the tasks fail, what was measured before stays."""
         tasks, self._tasks = self._tasks, LoadedTasks(hashes={})
         if tasks.tasks is not None:
             self.subject.on_step("tasks")
         try:
-            answered = run_tasks(tasks, loaded, self.subject.protocol, self.subject.on_step)
-        except BenchmarkError as error:
+            with translated(BenchmarkError, "cannot run the tasks"):
+                answered = run_tasks(tasks, loaded, self.subject.protocol, self.subject.on_step)
+        except _TASK_ERRORS as error:
+            log.warning("%s: the tasks failed: %s", self.subject.folder.name, error)
             self._note_tasks(None, str(error))
-            raise
-        self._note_tasks(answered, tasks.reason)
+        else:
+            self._note_tasks(answered, tasks.reason)
 
     def _note_tasks(self, run: TaskRun | None, reason: str | None) -> None:
         answers, scores = (None, None) if run is None else (run.answers, run.scores)
