@@ -32,7 +32,7 @@ def text_lines(row: ResultRow) -> Iterable[tuple[str, str]]:
         ]
         if text.perplexity.mean_nll is not None:
             known.append(f"perplexity {exponential(text.perplexity.mean_nll):.2f}")
-        yield f"on {name}", ", ".join(known) or text.quality.reason or NOTHING
+        yield f"on {name}", ", ".join(known) or text.quality.reason or text.perplexity.reason or NOTHING
 
 
 def _texts(row: ResultRow) -> Mapping[str, FurtherText]:

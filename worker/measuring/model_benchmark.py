@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from qbatch.core.domain import Protocol
+from qbatch.core.domain import Protocol, TextRef
 from qbatch.core.errors import BenchmarkError, UnsafeSource, Unsupported
+from qbatch.core.exponential import exponential
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measurement import Measurement
@@ -43,8 +44,8 @@ class ModelBenchmark:
     """Measures what does not depend on the shape, once for a model.
 
     Call ``prepare`` when the model is freshly loaded, and ``measure_quality`` after a round. Both raise
-    BenchmarkError, Unsupported, CudaOom, HostOom, DeviceError or StorageError, and ``prepare`` FetchError. Tasks
-    that fail leave only their reason.
+    BenchmarkError, Unsupported, CudaOom, HostOom, DeviceError or StorageError, and ``prepare`` FetchError. Tasks and
+    further texts that fail leave only their reason.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -52,6 +53,8 @@ class ModelBenchmark:
         self.is_explainable = False
         # Why the quality of the model cannot be measured; None if it can.
         self.why_no_quality: str | None = None
+        # Why the model cannot read the first text, if it cannot: its perplexity is missing then.
+        self.unread_text: BenchmarkError | None = None
         self._not_captured: str | None = None
         # All figures except those of a single row.
         self._measured: Measurement | None = None
@@ -67,12 +70,15 @@ class ModelBenchmark:
 
     def note_not_compared(self, reason: str, *, text: str | None = None) -> None:
         """Record why the model is not compared with its base, on the further ``text`` of that name or on the first."""
-        details = self.measured.details
+        details, quality = self.measured.details, Quality(reason=reason)
         if text is None:
-            details = replace(details, quality=Quality(reason=reason))
+            self._measured = replace(self.measured, details=replace(details, quality=quality))
         else:
-            further = replace((details.more_texts or {}).get(text, FurtherText()), quality=Quality(reason=reason))
-            details = replace(details, more_texts={**(details.more_texts or {}), text: further})
+            self._note_text(text, replace((details.more_texts or {}).get(text, FurtherText()), quality=quality))
+
+    def _note_text(self, name: str, figures: FurtherText) -> None:
+        details = self.measured.details
+        details = replace(details, more_texts={**(details.more_texts or {}), name: figures})
         self._measured = replace(self.measured, details=details)
 
     def give_up_quality(self, reason: str) -> None:
@@ -156,12 +162,14 @@ class ModelBenchmark:
         scores: Mapping[str, WindowScores],
     ) -> None:
         subject = self.subject
-        score, quality = self._compare_and_score(loaded, reference, subject.protocol, subject.eval_text, scores)
-        more_texts = {
-            text.name: self._further(loaded, more.get(text.name), subject.protocol.on_text(text), scores)
-            for text in subject.protocol.more_texts
-        }
-        perplexity = None if score is None else score.perplexity
+        quality = self._compared(loaded, reference, subject.protocol, subject.eval_text)
+        try:
+            text = self._scored(loaded, subject.protocol, subject.eval_text, quality, scores)
+        except BenchmarkError as error:
+            # It is of the text: what a library raises is not translated yet, and is the model's own failure.
+            self.unread_text = error
+            text = TextPerplexity(reason=str(error))
+        perplexity = None if text.mean_nll is None else exponential(text.mean_nll)
         measured = self.measured
         self._measured = replace(
             measured,
@@ -170,15 +178,16 @@ class ModelBenchmark:
             top1_agreement=_finite(quality.top1_agreement),
             details=replace(
                 measured.details,
-                perplexity=_stored_score(score, loaded),
+                perplexity=text,
                 quality=quality,
-                more_texts=more_texts or None,
                 audits=replace(
                     measured.details.audits,
                     perplexity_not_finite=perplexity is not None and not math.isfinite(perplexity),
                 ),
             ),
         )
+        for further in subject.protocol.more_texts:
+            self._note_text(further.name, self._further(loaded, further, more.get(further.name), scores))
         self._measure_tasks(loaded)
 
     def _loaded_tasks(self, loaded: LoadedModel) -> LoadedTasks:
@@ -210,44 +219,49 @@ class ModelBenchmark:
         self._measured = replace(self.measured, answers=answers, details=details)
 
     def _further(
-        self,
-        loaded: LoadedModel,
-        reference: Reference | None,
-        protocol: Protocol,
-        scores: Mapping[str, WindowScores],
+        self, loaded: LoadedModel, ref: TextRef, reference: Reference | None, scores: Mapping[str, WindowScores]
     ) -> FurtherText:
-        text = self.subject.texts[protocol.eval_text_sha256]
-        score, quality = self._compare_and_score(loaded, reference, protocol, text, scores)
-        return FurtherText(quality=quality, perplexity=_stored_score(score, loaded))
+        """The figures of a further text. If it cannot be scored, it has the reason, and the others stay."""
+        protocol, text = self.subject.protocol.on_text(ref), self.subject.texts[ref.sha256]
+        quality = self._compared(loaded, reference, protocol, text)
+        try:
+            with translated(BenchmarkError, "the model fails on it"):
+                perplexity = self._scored(loaded, protocol, text, quality, scores)
+        except BenchmarkError as error:
+            perplexity = TextPerplexity(reason=f"the text {ref.name} cannot be scored: {error}")
+            log.warning("%s: %s", self.subject.folder.name, perplexity.reason)
+        return FurtherText(quality=quality, perplexity=perplexity)
 
-    def _compare_and_score(
+    def _compared(self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, text: str) -> Quality:
+        """The comparison with the base on ``text``; empty without a ``reference``."""
+        if reference is None:
+            return Quality()
+        on_step = self.subject.on_step
+        on_step("quality")
+        return _compare(loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}"))
+
+    def _scored(
         self,
         loaded: LoadedModel,
-        reference: Reference | None,
         protocol: Protocol,
         text: str,
+        compared: Quality,
         scores: Mapping[str, WindowScores],
-    ) -> tuple[TextScore | None, Quality]:
-        """(the score of ``text``, for causal LMs only; the comparison with the base)."""
-        on_step = self.subject.on_step
-        against_base = Quality()
-        if reference is not None:
-            on_step("quality")
-            against_base = _compare(
-                loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}")
-            )
+    ) -> TextPerplexity:
+        """The perplexity of ``text``, for causal LMs only. Raises BenchmarkError if the model cannot read the text."""
         # Perplexity is meaningless for other tasks, and for random ids instead of a text.
         if loaded.kind is not ModelKind.CAUSAL_LM or loaded.tokenizer is None:
-            return None, against_base
+            return _stored_score(None, loaded)
         cut = text_windows(loaded, protocol, text)
         known = scores.get(protocol.eval_text_sha256)
         if known is not None and (scored := known.whole(len(cut))) is not None:
-            return scored, against_base
-        nll, tokens = against_base.window_nll, against_base.window_tokens
+            return _stored_score(scored, loaded)
+        nll, tokens = compared.window_nll, compared.window_tokens
         if nll is not None and tokens is not None and len(nll) == len(cut):
             # The comparison has already scored the same windows.
-            return TextScore(window_nll=nll, window_tokens=tokens), against_base
-        return score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), against_base
+            return _stored_score(TextScore(window_nll=nll, window_tokens=tokens), loaded)
+        on_step = self.subject.on_step
+        return _stored_score(score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), loaded)
 
 
 def _compare(

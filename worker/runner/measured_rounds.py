@@ -306,6 +306,9 @@ class Rounds:
         if is_baseline:
             scores = self._base_outputs.keep(plan, turn.benchmark.subject, loaded)
             turn.benchmark.measure_quality(loaded, None, scores=scores)
+            if turn.benchmark.unread_text is not None and not turn.protocol.speed:
+                # Without a speed, nothing is known of it that would be worth a success.
+                raise turn.benchmark.unread_text
             return
         reference, texts = self._base_outputs.find(plan), plan.settled.protocol.more_texts
         more = {text.name: found for text in texts if (found := self._base_outputs.find(plan, text)) is not None}
