@@ -21,9 +21,10 @@ QbatchError
 └── JobError                        a job failed; ``kind`` is its name in rows and messages
     ├── DeviceError
     │   └── ModelFault              the model caused the fault, not the device
+    ├── Unsupported
+    │   └── WorkerLacks             of what the worker has installed, not of the model
     └── CudaOom, HostOom, WorkerLost, StorageError, FetchError, JobTimeout, SourceChanged, DiskFull, SourceNotFound,
-        SourceGated, SourceCorrupt, UnsafeSource, Unsupported, QuantizationError, BenchmarkError, InternalError,
-        BoundNotKept
+        SourceGated, SourceCorrupt, UnsafeSource, QuantizationError, BenchmarkError, InternalError, BoundNotKept
 """
 
 from __future__ import annotations
@@ -151,9 +152,14 @@ class ForkserverKilled(QbatchError):
 
 class JobError(QbatchError):
     """The base class of the errors with which a job fails. `qbatch show JOB` has the message, and `qbatch retry JOB`
-    queues the job again."""
+    queues the job again.
+
+    ``may_pass``: whether the cause is known to be the worker's machine, its storage or what is installed on it. Another
+    worker, or the same one later, may then do what failed. It is not sent or stored with the error.
+    """
 
     kind: ClassVar[str] = "internal_error"
+    may_pass = False
 
 
 class CudaOom(JobError):
@@ -196,6 +202,7 @@ class DeviceError(JobError):
     after several faults in a row: reset the GPU, then restart its worker."""
 
     kind = "device_error"
+    may_pass = True
 
 
 class JobTimeout(JobError):
@@ -260,6 +267,15 @@ class Unsupported(JobError):
     kind = "unsupported"
 
 
+class WorkerLacks(Unsupported):
+    """What the job needs is not installed on the worker, or in another version. The message says what to install.
+
+    The job stores it as an Unsupported.
+    """
+
+    may_pass = True
+
+
 class QuantizationError(JobError):
     """Quantizing failed for a reason that has no error kind of its own. The traceback is in the job's log."""
 
@@ -288,6 +304,7 @@ class ModelFault(DeviceError):
     """
 
     kind = BenchmarkError.kind
+    may_pass = False
 
 
 class InternalError(JobError):
@@ -296,7 +313,7 @@ class InternalError(JobError):
     kind = "internal_error"
 
 
-# ModelFault has no kind of its own: it is sent and stored as a BenchmarkError.
+# ModelFault and WorkerLacks have no kinds of their own.
 _BY_KIND: dict[str, type[JobError]] = {cls.kind: cls for cls in JobError.__subclasses__()}
 
 ERROR_KINDS: tuple[str, ...] = tuple(_BY_KIND)

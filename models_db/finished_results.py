@@ -49,7 +49,8 @@ def find_finished(
 ) -> dict[tuple[str, str], Finished]:
     """The newest job with a result of its own for each (checkpoint key, protocol hash) of ``wanted``, if there is one.
 
-    None whose checkpoint is known to be gone: it is to be made again.
+    None whose checkpoint is known to be gone: it is to be made again. None that lacks something for a reason that may
+    pass: that is tried again.
     Only results of devices with these names count, because speed differs between devices; None accepts any device.
     """
     keys = sorted({key for key, _ in wanted})
@@ -114,6 +115,7 @@ def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Sele
         select(func.max(Job.id))
         .join(Result, Result.job_id == Job.id)
         .where(Job.checkpoint_key.in_(keys), Job.state == JobState.SUCCEEDED)
+        .where(Result.details["incomplete"].as_boolean().is_not(True))
         .group_by(Job.checkpoint_key, Result.protocol_hash)
     )
     if device_names is not None:

@@ -19,8 +19,9 @@ class Details(Stored):
     ``Protocol.to_json``; ``flags`` are conditions that made a GPU's figures unfair. ``more_texts``: the figures of the
     protocol's further texts, by name. ``not_measured``: of the parts (``MeasuredPart``) that were asked for, why those
     without figures have none. ``noise_inputs``: the inputs on which ``stats`` and ``memory`` were measured, where they
-    are no text. Of models of one shape in a batch, one is timed: its rows have a ``speed_key``, and those of the others
-    name the job that theirs is of (``speed_from``)."""
+    are no text. ``incomplete``: whether something that was asked for is missing for a reason that may pass
+    (``JobError.may_pass``), so that the result answers no later job. Of models of one shape in a batch, one is timed:
+    its rows have a ``speed_key``, and those of the others name the job that theirs is of (``speed_from``)."""
 
     task: str | None = None
     versions: Mapping[str, str | None] | None = None
@@ -32,6 +33,7 @@ class Details(Stored):
     tasks: Mapping[str, TaskScores] | None = None
     tasks_reason: str | None = None
     not_measured: Mapping[str, str] | None = omitted_if_unknown()
+    incomplete: bool | None = omitted_if_unknown()
     noise_inputs: str | None = omitted_if_unknown()
     protocol: Mapping[str, Any] | None = None
     protocol_hash: str | None = None

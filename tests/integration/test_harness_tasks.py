@@ -57,13 +57,14 @@ def measured(
     )
 
 
-def refused(folder: Path, asked: tuple[Protocol, dict[str, str]], match: str) -> None:
-    """No task is run, the row says why, and everything else is measured."""
+def refused(folder: Path, asked: tuple[Protocol, dict[str, str]], match: str, *, may_pass: bool | None = None) -> None:
+    """No task is run, the row says why, and everything else is measured. ``may_pass``: whether another worker may."""
     steps: list[str] = []
     measurement = measured(folder, asked, on_step=steps.append)
     assert "tasks" not in steps
     assert measurement.details.tasks is None
     assert re.search(match, measurement.details.tasks_reason or "")
+    assert measurement.details.incomplete is may_pass
     assert measurement.perplexity is not None
     assert measurement.decode_tokens_per_s is not None
 
@@ -150,6 +151,7 @@ def test_an_encoder_is_measured_without_them(tmp_path: Path) -> None:
     details = measured(folder, by_file(quiz.write_quiz(tmp_path / "quiz"))).details.to_json()
     assert details["tasks"] is None
     assert "generates text" in details["tasks_reason"]
+    assert "incomplete" not in details
     assert details["stats"]["forward"]["count"] > 0
 
 
@@ -200,21 +202,23 @@ def test_a_task_whose_template_fails_says_why(taught: Path, tmp_path: Path) -> N
 
 def test_a_worker_without_the_harness_says_so(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    refused(taught, by_file(quiz.write_quiz(tmp_path)), r"pip install 'qbatch\[eval\]'")
+    refused(taught, by_file(quiz.write_quiz(tmp_path)), r"pip install 'qbatch\[eval\]'", may_pass=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "match"),
+    ("name", "match", "may_pass"),
     [
-        ("no_such_task", "has no task 'no_such_task'"),
-        ("humaneval", "runs code that the model writes"),
-        ("kobest_boolq", "script from the hub"),
-        ("xnli_va", "comes with code"),
+        ("no_such_task", "has no task 'no_such_task'", True),
+        ("humaneval", "runs code that the model writes", None),
+        ("kobest_boolq", "script from the hub", None),
+        ("xnli_va", "comes with code", None),
         # A group, for one of its tasks.
-        ("catalan_bench", "comes with code"),
+        ("catalan_bench", "comes with code", None),
         # Not downloaded here, and said in one line.
-        ("arc_easy", "cannot load the tasks"),
+        ("arc_easy", "cannot load the tasks", True),
     ],
 )
-def test_a_name_is_looked_up_in_the_harnesss_registry(taught: Path, name: str, match: str) -> None:
-    refused(taught, by_name(name), match)
+def test_a_name_is_looked_up_in_the_harnesss_registry(
+    taught: Path, name: str, match: str, may_pass: bool | None
+) -> None:
+    refused(taught, by_name(name), match, may_pass=may_pass)

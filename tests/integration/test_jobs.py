@@ -530,6 +530,25 @@ def test_a_finished_job_is_found_by_checkpoint_and_protocol(database: Database) 
     assert (row.state, row.reused_from, row.disk_bytes) == ("succeeded", f"j{ids[0]}", 10)
 
 
+def test_a_result_that_lacks_what_may_yet_be_measured_answers_nobody(database: Database) -> None:
+    """An older one that has it does."""
+    worker, pair = a_worker(database), ("k" * 64, PROTOCOL.for_device(DeviceKind.CPU).hash)
+
+    def answer_after(incomplete: bool | None) -> int | None:
+        _, ids = a_batch(database, [NewJob(spec=spec(), bits=4, checkpoint_key="k" * 64)])
+        (token,) = claim(database, ids, worker)
+        with database.write() as session:
+            found = replace(measured(), details=Details(incomplete=incomplete))
+            assert jobs.succeed(
+                session, token, found, protocol=PROTOCOL.for_device(DeviceKind.CPU), checkpoint_path="checkpoints/x"
+            )
+        with database.read() as session:
+            answer = finished_results.find_finished(session, {pair}, device_names=None).get(pair)
+        return None if answer is None else answer.job_id - ids[0]
+
+    assert [answer_after(True), answer_after(None), answer_after(True), answer_after(False)] == [None, 0, -1, 0]
+
+
 def ran_out_of_memory(database: Database, gpu: int, **of: Any) -> int:
     """A job that did so on this worker."""
     _, (job_id,) = a_batch(database, bundle("/models/a", Method.NF4, device=DeviceKind.CUDA, **of))

@@ -16,12 +16,11 @@ def on_noise(row: Measurement, inputs: str) -> Measurement:
     return replace(row, forward_s_p50=None, forward_samples_per_s=None, max_allocated_bytes=None, details=details)
 
 
-def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str]) -> Measurement:
-    """``row`` with the ``reasons`` why parts are missing."""
-    if not reasons:
-        return row
+def without_parts(row: Measurement, reasons: Mapping[MeasuredPart, str], *, may_pass: bool) -> Measurement:
+    """``row`` with the ``reasons`` why parts are missing. ``may_pass``: whether another attempt may measure more."""
     stored = {part.value: reason for part, reason in reasons.items()}
-    return replace(row, details=replace(row.details, not_measured=stored))
+    details = replace(row.details, not_measured=stored or None, incomplete=may_pass or None)
+    return replace(row, details=details)
 
 
 def under_protocol(measurement: Measurement, protocol: Protocol) -> Measurement:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from qbatch.core.domain import Protocol, TextRef
-from qbatch.core.errors import BenchmarkError, UnsafeSource, Unsupported
+from qbatch.core.errors import BenchmarkError, JobError, UnsafeSource, Unsupported
 from qbatch.core.exponential import exponential
 from qbatch.core.measured.checkpoint_audit import MeasuringAudit
 from qbatch.core.measured.details import Details
@@ -55,6 +55,8 @@ class ModelBenchmark:
         self.why_no_quality: str | None = None
         # Why the model cannot read the first text, if it cannot: its perplexity is missing then.
         self.unread_text: BenchmarkError | None = None
+        # Whether some of it is missing for a reason that may pass.
+        self.may_pass = False
         self._not_captured: str | None = None
         # All figures except those of a single row.
         self._measured: Measurement | None = None
@@ -81,8 +83,13 @@ class ModelBenchmark:
         details = replace(details, more_texts={**(details.more_texts or {}), name: figures})
         self._measured = replace(self.measured, details=details)
 
-    def give_up_quality(self, reason: str) -> None:
-        self.why_no_quality = reason
+    def give_up_quality(self, error: JobError) -> None:
+        self.why_no_quality = self._missing(error)
+
+    def _missing(self, error: JobError) -> str:
+        """The reason why a part is missing."""
+        self.may_pass = self.may_pass or error.may_pass
+        return str(error)
 
     def prepare(self, loaded: LoadedModel) -> None:
         """Count the model, and load its tasks, so that every row includes their memory."""
@@ -197,7 +204,7 @@ class ModelBenchmark:
                 return load_tasks(loaded, self.subject.protocol, self.subject.texts)
         except _TASK_ERRORS as error:
             log.warning("%s: no tasks are run: %s", self.subject.folder.name, error)
-            return LoadedTasks(hashes={}, reason=str(error))
+            return LoadedTasks(hashes={}, reason=self._missing(error))
 
     def _measure_tasks(self, loaded: LoadedModel) -> None:
         """If the tasks fail, what was measured before stays."""
@@ -209,7 +216,7 @@ class ModelBenchmark:
                 answered = run_tasks(tasks, loaded, self.subject.protocol, self.subject.on_step)
         except _TASK_ERRORS as error:
             log.warning("%s: the tasks failed: %s", self.subject.folder.name, error)
-            self._note_tasks(None, str(error))
+            self._note_tasks(None, self._missing(error))
         else:
             self._note_tasks(answered, tasks.reason)
 
@@ -228,17 +235,22 @@ class ModelBenchmark:
             with translated(BenchmarkError, "the model fails on it"):
                 perplexity = self._scored(loaded, protocol, text, quality, scores)
         except BenchmarkError as error:
-            perplexity = TextPerplexity(reason=f"the text {ref.name} cannot be scored: {error}")
+            perplexity = TextPerplexity(reason=f"the text {ref.name} cannot be scored: {self._missing(error)}")
             log.warning("%s: %s", self.subject.folder.name, perplexity.reason)
         return FurtherText(quality=quality, perplexity=perplexity)
 
     def _compared(self, loaded: LoadedModel, reference: Reference | None, protocol: Protocol, text: str) -> Quality:
-        """The comparison with the base on ``text``; empty without a ``reference``."""
+        """The comparison with the base on ``text``; empty without a ``reference``. If it fails, it has only the reason,
+        and the other figures are kept."""
         if reference is None:
             return Quality()
         on_step = self.subject.on_step
         on_step("quality")
-        return _compare(loaded, reference, protocol, text, lambda number, count: on_step(f"quality {number}/{count}"))
+        try:
+            with translated(BenchmarkError, "cannot compare with the base"):
+                return compare(loaded, reference, protocol, text, lambda n, count: on_step(f"quality {n}/{count}"))
+        except BenchmarkError as error:
+            return Quality(reason=self._missing(error))
 
     def _scored(
         self,
@@ -262,17 +274,6 @@ class ModelBenchmark:
             return _stored_score(TextScore(window_nll=nll, window_tokens=tokens), loaded)
         on_step = self.subject.on_step
         return _stored_score(score_text(loaded, cut, lambda number: on_step(f"perplexity {number}/{len(cut)}")), loaded)
-
-
-def _compare(
-    loaded: LoadedModel, reference: Reference, protocol: Protocol, text: str, on_probe: Callable[[int, int], None]
-) -> Quality:
-    """Compare with the base. If that fails, the result has only the reason, and the other figures are kept."""
-    try:
-        with translated(BenchmarkError, "cannot compare with the base"):
-            return compare(loaded, reference, protocol, text, on_probe)
-    except BenchmarkError as error:
-        return Quality(reason=str(error))
 
 
 def _why_no_score(loaded: LoadedModel) -> str | None:

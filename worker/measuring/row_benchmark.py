@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from qbatch.core.domain import Protocol
-from qbatch.core.errors import DeviceError, Unsupported
+from qbatch.core.errors import DeviceError, JobError, Unsupported
 from qbatch.core.measured.decode_figures import DecodeReasons
 from qbatch.core.measured.known_speed import KnownSpeed, with_speed_of
 from qbatch.core.measured.measured_part import MeasuredPart
@@ -55,7 +55,7 @@ class RowBenchmark:
         self._on_step = on_step
         self._rounds: list[Round] = []
         self._memory = Memory()
-        self._why_no_speed: str | None = None
+        self._why_no_speed: JobError | None = None
         self._why: Explanation | None = None
         # What was observed, if anything was.
         self._observed: Round | None = None
@@ -79,9 +79,9 @@ class RowBenchmark:
         """The most memory in use on the device in the first round, of a CPU's host; None before it."""
         return self._memory.max_reserved or self._memory.max_ram
 
-    def give_up_speed(self, reason: str) -> None:
+    def give_up_speed(self, error: JobError) -> None:
         """Leave out the speed of this row from now on, and what was timed of it so far."""
-        self._why_no_speed = reason
+        self._why_no_speed = error
         self._rounds.clear()
 
     def time(self, loaded: LoadedModel) -> None:
@@ -95,7 +95,7 @@ class RowBenchmark:
             try:
                 self._time(loaded)
             except Unsupported as error:  # no input is known for it, which is no fault of a baseline either
-                self.give_up_speed(str(error))
+                self.give_up_speed(error)
 
     def _time(self, loaded: LoadedModel) -> None:
         noise = noise_for(loaded, self._protocol)
@@ -184,15 +184,18 @@ class RowBenchmark:
 
     def _with_reasons(self, row: Measurement) -> Measurement:
         """``row`` with why a part that was asked for is missing."""
-        not_analyzed = self._why_no_speed if self.model.is_explainable else _NOT_ANALYZED
+        no_speed = None if self._why_no_speed is None else str(self._why_no_speed)
+        not_analyzed = no_speed if self.model.is_explainable else _NOT_ANALYZED
         reasons = {
-            MeasuredPart.SPEED: self._why_no_speed,
+            MeasuredPart.SPEED: no_speed,
             MeasuredPart.QUALITY: self.model.why_no_quality,
             MeasuredPart.WHY: not_analyzed,
             MeasuredPart.ENERGY: not_analyzed,
         }
         known = {part: reason for part, reason in reasons.items() if reason is not None}
-        return without_parts(row, {part: reason for part, reason in known.items() if part in self._protocol.parts})
+        missing = {part: reason for part, reason in known.items() if part in self._protocol.parts}
+        may_pass = self.model.may_pass or any(one.may_pass for one in (self._why_no_speed, self.fault) if one)
+        return without_parts(row, missing, may_pass=may_pass)
 
     def _untimed(self) -> Measurement:
         """The figures of a row whose speed is not measured."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.adapter_names import ADAPTER_WEIGHTS
-from qbatch.core.errors import BenchmarkError, Unsupported
+from qbatch.core.errors import BenchmarkError, WorkerLacks
 from qbatch.core.methods.registry import is_installed
 from qbatch.core.recovery import EXTRA, LIBRARY
 
@@ -16,14 +16,14 @@ _NAME = "default"
 
 
 def import_peft() -> None:
-    """Raises Unsupported without it, or if it cannot be imported."""
+    """Raises WorkerLacks without it, or if it cannot be imported."""
     how = f"pip install 'qbatch[{EXTRA}]'"
     if not is_installed(LIBRARY):
-        raise Unsupported(f"an adapter is loaded with PEFT, which is not installed here: {how}")
+        raise WorkerLacks(f"an adapter is loaded with PEFT, which is not installed here: {how}")
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise Unsupported(f"an adapter is loaded with PEFT, which cannot be imported ({error}): {how}") from error
+        raise WorkerLacks(f"an adapter is loaded with PEFT, which cannot be imported ({error}): {how}") from error
 
 
 def with_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Any:

@@ -101,7 +101,16 @@ def translated(otherwise: type[JobError], doing: str) -> Iterator[None]:
     except Exception as error:
         fault = find_fault(error)
         kind, shown = (otherwise, error) if fault is None else (fault.kind, fault.error)
-        raise kind(f"{doing}: {one_line(shown)}") from error
+        translation = kind(f"{doing}: {one_line(shown)}")
+        translation.may_pass = translation.may_pass or _is_of_machine(error)
+        raise translation from error
+
+
+def _is_of_machine(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that it came from, is of files, the network or what is installed."""
+    return error is not None and (
+        isinstance(error, (OSError, ImportError)) or _is_of_machine(error.__cause__ or error.__context__)
+    )
 
 
 def quiet_libraries(weights: MethodWeights | None) -> None:

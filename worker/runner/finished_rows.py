@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qbatch.core.domain import DeviceKind, Stage
-from qbatch.core.errors import DeviceError
+from qbatch.core.errors import DeviceError, JobError
 from qbatch.core.measured.checkpoint_audit import CheckpointAudit
 from qbatch.core.measured.details import Details
 from qbatch.core.measured.measured_part import MeasuredPart
@@ -58,7 +58,7 @@ class FinishedRows:
         for job_id in self._reports.open(model.ids):
             self.send(model, job_id, measurement)
 
-    def send_unmeasured(self, model: MeasuredModel, reason: str) -> None:
+    def send_unmeasured(self, model: MeasuredModel, error: JobError) -> None:
         """Send the rows of a published model that cannot be measured: with its size, and why there is no more."""
         from qbatch.worker.measuring.measurement_details import under_protocol, without_parts
         from qbatch.worker.measuring.size_only import measure_size_only
@@ -68,8 +68,9 @@ class FinishedRows:
         for plan in model.plans:
             if self._reports.open([plan.job_id]):
                 protocol = plan.settled.protocol
-                missing = dict.fromkeys(sorted(protocol.parts - {MeasuredPart.SIZE}), reason)
-                self.send(model, plan.job_id, without_parts(under_protocol(measurement, protocol), missing))
+                missing = dict.fromkeys(sorted(protocol.parts - {MeasuredPart.SIZE}), str(error))
+                row = without_parts(under_protocol(measurement, protocol), missing, may_pass=error.may_pass)
+                self.send(model, plan.job_id, row)
 
     def confirm(self, model: MeasuredModel) -> None:
         """After the last use of the model, raise SourceChanged if its files have changed."""

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from qbatch.core.domain import Protocol, Stage, format_job_id
-from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, Unsupported
+from qbatch.core.errors import BenchmarkError, CudaOom, DeviceError, HostOom, JobError, Unsupported
 from qbatch.core.measured.known_speed import KnownSpeed
 from qbatch.worker.runner.base_outputs import BaseOutputs
 from qbatch.worker.runner.checkpoint_jobs import MeasuredModel, Plan
@@ -195,7 +195,7 @@ class Rounds:
             for row in turn.rows.values():
                 row.give_up_why(turn.fault)
             if turn.quality_comes_last:
-                turn.benchmark.give_up_quality(str(turn.fault))
+                turn.benchmark.give_up_quality(turn.fault)
         elif self._models.are_together and (turn.is_captured or turn.quality_comes_last):
             self._waiting.append(turn)
             return
@@ -203,12 +203,12 @@ class Rounds:
             self._measure_quality_last([turn], captures)
         self._finish([turn], captures)
 
-    def _give_up_rest(self, turn: _Turn, reason: str) -> None:
+    def _give_up_rest(self, turn: _Turn, error: JobError) -> None:
         """Leave out what the turns of the model have not measured to the end, and keep the rest."""
         for row in turn.rows.values():
-            row.give_up_speed(reason)
+            row.give_up_speed(error)
         if turn.quality_comes_last:
-            turn.benchmark.give_up_quality(reason)
+            turn.benchmark.give_up_quality(error)
 
     def _measure(self, turn: _Turn, *, is_first: bool, is_last: bool) -> None:
         if is_first and self._models.get(turn.jobs) is not None:
@@ -244,7 +244,7 @@ class Rounds:
                 self._or_alone(partial(self._time, turn, job_id))
 
     @contextlib.contextmanager
-    def _if_published(self, turn: _Turn, note: Callable[[str], None]) -> Iterator[None]:
+    def _if_published(self, turn: _Turn, note: Callable[[JobError], None]) -> Iterator[None]:
         """A published checkpoint is a success of its quantization: ``note`` why a part of it cannot be measured."""
         try:
             yield
@@ -252,7 +252,7 @@ class Rounds:
             if turn.model.published is None:
                 raise
             log.warning("%s: not measured: %s", names(self._reports.open(turn.jobs)), error)
-            note(str(error))
+            note(error)
 
     def _time(self, turn: _Turn, job_id: int) -> None:
         loaded = self._load(turn)

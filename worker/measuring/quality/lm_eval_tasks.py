@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qbatch.core.domain import Protocol, TaskRef, content_hash
-from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, Unsupported, one_line
+from qbatch.core.errors import BenchmarkError, FetchError, UnsafeSource, WorkerLacks, one_line
 from qbatch.core.measured.quality_figures import Score, TaskScores
 from qbatch.core.measured.task_answers import TaskAnswers
 from qbatch.scheduler.lm_eval_files import data_files, unpack
@@ -57,13 +57,13 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
     """Load the protocol's tasks for ``loaded``. ``texts``: the packed tasks by their sha256.
 
     Called before anything is timed, so that errors are reported early and every row includes the harness's memory.
-    Raises Unsupported if the harness is not installed or does not know a task, UnsafeSource if a task would run code
+    Raises WorkerLacks if the harness is not installed or does not know a task, UnsafeSource if a task would run code
     from the hub, FetchError if the hub cannot be reached, and BenchmarkError if a task cannot be loaded.
     """
     if not protocol.tasks:
         return LoadedTasks(hashes={})
     if importlib.util.find_spec("lm_eval") is None:
-        raise Unsupported("--tasks needs lm-evaluation-harness on the worker: pip install 'qbatch[eval]'")
+        raise WorkerLacks("--tasks needs lm-evaluation-harness on the worker: pip install 'qbatch[eval]'")
     hashes = {ref.name: ref.sha256 for ref in protocol.tasks if ref.sha256 is not None}
     if loaded.kind not in (ModelKind.CAUSAL_LM, ModelKind.SEQ2SEQ) or loaded.tokenizer is None:
         return LoadedTasks(hashes=hashes, reason="tasks need a model that generates text and has a tokenizer")
@@ -162,9 +162,9 @@ def _manager(*, with_registry: bool) -> Any:
 
 
 def _check(spec: str | dict[str, Any], index: Mapping[str, Any]) -> None:
-    """Raise Unsupported for a name not in ``index``, UnsafeSource for a task that would run code from the hub."""
+    """Raise WorkerLacks for a name not in ``index``, UnsafeSource for a task that would run code from the hub."""
     if isinstance(spec, str) and spec not in index:
-        raise Unsupported(f"lm-evaluation-harness {version('lm_eval')} has no task {spec!r}")
+        raise WorkerLacks(f"lm-evaluation-harness {version('lm_eval')} has no task {spec!r}")
     name = spec if isinstance(spec, str) else spec["task"]
     for config in _configs([spec], index) if isinstance(spec, str) else [spec]:
         reason = _unsafe(config)
