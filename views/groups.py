@@ -101,10 +101,17 @@ def timed_job(row: ResultRow) -> str:
 
 def timed_apart(row: ResultRow, baseline: ResultRow) -> bool:
     """Whether the two are known not to have been timed in turns, so that the host's speed may have differed."""
+    if not (_is_timed(row) and _is_timed(baseline)):
+        return False
     pairs = ((row, baseline), (baseline, row))
     # One that ended with an error is named by those that were timed beside it, and is timed again by itself.
     named = [(one.details.rounds.interleaved_with, timed_job(other)) for one, other in pairs]
     return any(others is not None and job not in others for others, job in named)
+
+
+def _is_timed(row: ResultRow) -> bool:
+    # The first rows of 0.1.0 have a speed, but not its rounds.
+    return bool(row.details.rounds.count) or (row.decode_tokens_per_s, row.forward_samples_per_s) != (None, None)
 
 
 def _age(row: ResultRow) -> int:

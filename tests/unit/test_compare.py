@@ -366,6 +366,16 @@ def test_rows_not_timed_with_their_baseline_are_named() -> None:
     assert told not in comparison([BASELINE, NF4], Preference(), by="figure", format="table")
 
 
+@pytest.mark.parametrize("is_timed", [(True, False), (False, True), (False, False)])
+def test_nothing_is_said_of_the_rounds_of_a_row_that_was_not_timed(is_timed: tuple[bool, bool]) -> None:
+    rounds = {"rounds": {"count": 3, "interleaved_with": []}}
+    rows = [
+        one | ({"details": one["details"] | rounds} if timed else {"decode_tokens_per_s": None})
+        for one, timed in zip((BASELINE, NF4), is_timed, strict=True)
+    ]
+    assert "did not alternate" not in comparison(rows, Preference(), by="figure", format="table")
+
+
 def test_a_warning_is_shown_once_per_row() -> None:
     dropped = {"audit": {"dropped_tensors": ["mtp.weight"]}}
     rows = [BASELINE, *(one | {"details": one["details"] | dropped} for one in (INT8, NF4))]
