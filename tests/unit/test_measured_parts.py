@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qbatch.core.domain import BASELINE, DeviceKind, DType, Method, Protocol, ProtocolOptions, Scheme, Stage
+from qbatch.core.errors import BenchmarkError
 from qbatch.core.measured.measured_part import MeasuredPart
 from qbatch.core.measured.measurement import Measurement
 from qbatch.worker.measuring.model_benchmark import ModelBenchmark
@@ -107,11 +108,29 @@ def test_a_source_that_cannot_be_loaded_fails_without_being_loaded(
     assert rows == []
 
 
-def test_energy_alone_is_measured_without_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_alone_is_measured_without_times(tmp_path: Path) -> None:
     """Up to the counter, which only a GPU has: what is missing there is named."""
-    protocol = replace(QUICK, quality=False, speed=False, energy=True)
-    loaded = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
+    row = observed(tmp_path, replace(QUICK, quality=False, speed=False, energy=True))
+    assert row.captured_shape is None
+    measurement = row.measurement(kernels=None, interleaved_with=())
+    assert measurement.details.why.energy.reason is not None
+    assert measurement.details.why.verdict is None
+    assert measurement.details.shapes.prompt_tokens == 16
+    assert measurement.details.stats is not None
+    assert measurement.details.stats.keys() == {"load_model"}
 
+
+def test_what_is_given_up_after_it_was_observed_is_not_captured(tmp_path: Path) -> None:
+    row = observed(tmp_path, replace(QUICK, quality=False, why=True))
+    assert row.captured_shape is not None
+    row.give_up_speed(BenchmarkError("it cannot be loaded again"))
+    assert row.captured_shape is None
+    assert (row.measurement(kernels=None, interleaved_with=()).details.not_measured or {}).keys() == {"speed", "why"}
+
+
+def observed(tmp_path: Path, protocol: Protocol) -> RowBenchmark:
+    """A row of a model that counts as explainable, timed if the protocol asks for that, and observed."""
+    loaded = loaded_on_cpu(tiny.make_causal(tmp_path / "llama"))
     subject = Subject(
         folder=tmp_path / "llama",
         dtype=DType.BFLOAT16,
@@ -125,11 +144,7 @@ def test_energy_alone_is_measured_without_times(tmp_path: Path, monkeypatch: pyt
     model.prepare(loaded)
     model.is_explainable = True
     row = RowBenchmark(model, protocol, lambda _: None)
+    for _ in range(row.rounds_to_time):
+        row.time(loaded)
     row.observe(loaded)
-    assert row.captured_shape is None
-    measurement = row.measurement(kernels=None, interleaved_with=())
-    assert measurement.details.why.energy.reason is not None
-    assert measurement.details.why.verdict is None
-    assert measurement.details.shapes.prompt_tokens == 16
-    assert measurement.details.stats is not None
-    assert measurement.details.stats.keys() == {"load_model"}
+    return row

@@ -134,7 +134,8 @@ class RowBenchmark:
     @property
     def captured_shape(self) -> Shape | None:
         """The shape at which the kernels of a decode step should be measured; None if they should not be."""
-        if self._why is None or self.fault is not None or not self.wants_why:
+        # What was timed may have been given up since it was observed.
+        if self._why is None or self.fault is not None or not self.wants_why or not self._rounds:
             return None
         shape = self._rounds[0].shape
         return Shape(batch_size=shape.batch_size, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens)
