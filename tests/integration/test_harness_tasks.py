@@ -15,8 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qbatch.core.domain import BASELINE, DType, Protocol, Scheme, TaskRef
+from qbatch.core.errors import CudaOom
 from qbatch.core.measured.measurement import Measurement
 from qbatch.scheduler.lm_eval_files import read_tasks
+from qbatch.worker.measuring import model_benchmark
+from qbatch.worker.measuring.model_benchmark import ModelBenchmark
+from qbatch.worker.measuring.quality import lm_eval_tasks
 from tests import quiz, tiny
 from tests.benchmarking import benchmark
 from tests.unit.benchmark_models import INT8, NF4, QUICK, TEXT, loaded_on_cpu, quantized
@@ -101,6 +105,31 @@ def test_the_same_questions_give_the_same_figures_again(taught: Path, tmp_path: 
     first, second = (measured(taught, asked).details.to_json()["tasks"] for _ in range(2))
     assert first == second
     assert first["quiz"]["num_fewshot"] == 2
+
+
+def test_tasks_that_ran_out_of_memory_are_run_again_as_before(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where other models, which are unloaded then, took the memory."""
+    asked, original = by_file(quiz.write_quiz(tmp_path, fewshot_split="test"), num_fewshot=2), lm_eval_tasks.run_tasks
+    expected = measured(taught, asked).details.tasks
+
+    def runs_out(*arguments: Any) -> None:
+        original(*arguments)
+        raise CudaOom("CUDA out of memory")
+
+    measure = ModelBenchmark.measure_quality
+
+    def measure_twice(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_benchmark, "run_tasks", runs_out)
+            with pytest.raises(CudaOom):
+                measure(*arguments)
+        measure(*arguments)
+
+    monkeypatch.setattr(ModelBenchmark, "measure_quality", measure_twice)
+    assert expected is not None
+    assert measured(taught, asked).details.tasks == expected
 
 
 def test_a_limit_asks_the_first_questions(taught: Path, tmp_path: Path) -> None:

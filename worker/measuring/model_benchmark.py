@@ -208,7 +208,7 @@ class ModelBenchmark:
 
     def _measure_tasks(self, loaded: LoadedModel) -> None:
         """If the tasks fail, what was measured before stays."""
-        tasks, self._tasks = self._tasks, LoadedTasks(hashes={})
+        tasks = self._tasks
         if tasks.tasks is not None:
             self.subject.on_step("tasks")
         try:
@@ -219,6 +219,8 @@ class ModelBenchmark:
             self._note_tasks(None, self._missing(error))
         else:
             self._note_tasks(answered, tasks.reason)
+        # Not before: where memory ran out beside other models, they are run again.
+        self._tasks = LoadedTasks(hashes={})
 
     def _note_tasks(self, run: TaskRun | None, reason: str | None) -> None:
         answers, scores = (None, None) if run is None else (run.answers, run.scores)

@@ -80,7 +80,6 @@ def load_tasks(loaded: LoadedModel, protocol: Protocol, texts: Mapping[str, str]
             task.set_config(key="num_fewshot", value=protocol.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
     return LoadedTasks(tasks=tasks, hashes=hashes)
 
 
@@ -110,6 +109,8 @@ def run_tasks(
 
     with _quiet_single_process(), _default_generation(loaded), _translated("cannot run the tasks"):
         _seed()
+        for task in loaded_tasks.tasks["tasks"].values():
+            task.set_fewshot_seed(seed=_SEED)
         evaluation = evaluate(
             lm=_counting(_language_model(loaded), on_step),
             task_dict=loaded_tasks.tasks,
