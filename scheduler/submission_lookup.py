@@ -159,9 +159,10 @@ class SubmissionLookup:
         storage = self.settings.storage
         return all(checkpoint_state(storage, part.path, part.versions) is CheckpointState.SOUND for part in one.parts)
 
-    def look_again(self, session: Session, batch_id: int) -> int:
+    def look_again(self, session: Session, batch_id: int, rejected: Collection[int] = ()) -> int:
         """End the jobs whose answers were recorded since the lookup began, and return how many there were. A search
-        whose answer is stored goes on with the job of its first point."""
+        whose answer is stored goes on with the job of its first point. ``rejected``: jobs whose results the lookup
+        found, but not their checkpoints as they were verified."""
         if self.has_searches:
             # Imported here, and below, because most submits find nothing, and the state machine is a tenth of their
             # imports.
@@ -184,7 +185,7 @@ class SubmissionLookup:
         answers = {
             pair: one.job_id
             for pair, one in self._find_finished(session, asked).items()
-            if not one.lacks_outputs and one.finished_at >= self.began_at
+            if not one.lacks_outputs and one.finished_at >= self.began_at and one.job_id not in rejected
         }
         kept = finished_results.keep(session, set(answers.values()))
         answered = {job: answers[pair] for job, pair in waiting.items() if answers.get(pair) in kept}

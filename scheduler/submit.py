@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from sqlalchemy import select
 
@@ -146,6 +147,7 @@ def submit(
     lookup = start_lookup(database, settings, submission.grid)
     _add_texts(database, submission)
     stored = outdated = undecided = 0
+    rejected: set[int] = set()
     warnings: Counter[str] = Counter()
     with arriving(
         database, name=submission.name, priority=submission.priority, time_limit_s=submission.time_limit_s
@@ -155,6 +157,7 @@ def submit(
                 looked_up = lookup.look_up(session, chunk)
             batch.be_heard(settings.heartbeat_s)
             answers = lookup.answers(looked_up.finished, lambda: batch.be_heard(settings.heartbeat_s))
+            rejected |= {one.job_id for pair, one in looked_up.finished.items() if pair not in answers}
             batch.add([[_new_job(one, answers) for one in bundle] for bundle in looked_up.bundles])
             stored += sum(map(len, looked_up.bundles))
             outdated += looked_up.outdated(answers)
@@ -162,7 +165,7 @@ def submit(
             warnings.update(line for bundle in looked_up.bundles if (line := lookup.memory_warning(bundle)))
             undecided += looked_up.undecided
             on_progress(len(chunk))
-        answered = batch.publish(lookup.look_again)
+        answered = batch.publish(partial(lookup.look_again, rejected=rejected))
     return Receipt(
         batch_id=batch.batch_id,
         jobs=stored,

@@ -410,6 +410,17 @@ def test_nobody_waits_for_the_storage_while_a_batch_becomes_visible(
     assert answers(database, receipt.batch_id) == measured_ids
 
 
+def test_what_was_measured_just_before_and_has_changed_answers_nobody(
+    database: Database, settings: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when it is looked up nor when the batch becomes visible, where nobody looks at its files again."""
+    asked = with_a_folder(database, model)
+    measure(database, model, asked.sources[0])
+    settings.storage.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(SubmissionLookup, "_is_sound", lambda *_: False)
+    assert submit(database, settings, asked).answered == 0
+
+
 def test_what_was_measured_before_answers(database: Database, settings: Settings, model: Path) -> None:
     asked = with_a_folder(database, model)
     measured_ids = measure(database, model, asked.sources[0])
