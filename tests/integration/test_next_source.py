@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -181,4 +183,23 @@ def test_a_stopped_one_ends_with_the_forkserver(
     forkserver = fetching.parent()
     assert forkserver is not None
     forkserver.kill()
+    until(lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE, "its end")
+
+
+def test_a_stopped_one_ends_with_its_worker(sqlite_database: Database, next_source: NextSource, source: Path) -> None:
+    """Whose forkserver ends when nobody holds its pipe open any more: each fork gets it too."""
+    sent(sqlite_database, str(source))
+    next_source.begin()
+    fetching = process_of(next_source)
+    until(lambda: next_source._fetch is not None and next_source._fetch[2].poll(), "its first question")
+    fetching.suspend()
+    # It closes the pipe, as the kernel does when the worker is killed, and waits for the forkserver.
+    stopping = threading.Thread(target=forkserver._forkserver._stop)
+    stopping.start()
+    stopping.join(30.0)
+    is_over = not stopping.is_alive()
+    if not is_over:
+        fetching.kill()
+        stopping.join()
+    assert is_over
     until(lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE, "its end")

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 
 from qbatch.core.digest import Checksums
@@ -42,11 +43,22 @@ class _WorkersDigests:
             self._connection.send(FilesHashed(digests=digests))
 
 
+def _let_forkserver_end() -> None:
+    """Close the pipe that keeps the forkserver alive. It ends when its worker has closed it, and all of its forks, each
+    of which gets it to start processes too: one that is stopped would keep it for ever, and itself with it."""
+    keeps_alive = vars(forkserver._forkserver)
+    fd = keeps_alive.get("_forkserver_alive_fd")
+    if fd is not None:
+        os.close(fd)
+        keeps_alive["_forkserver_alive_fd"] = None
+
+
 def run(connection: Connection, order: FetchOrder) -> None:
     """Fetch and exit. A failure is only logged: the job itself will meet it again, and is charged then if at all."""
     gc.freeze()
     # With its worker's forkserver. Stopped, it would not notice that its pipe closes.
     end_with_parent()
+    _let_forkserver_end()
     log_to_stderr()
     os.nice(_NICENESS)
     name = order.source.name

@@ -30,10 +30,10 @@ from qbatch.worker.quantizing.meter import REPORT_INTERVAL_S, Meter
 from qbatch.worker.quantizing.planning.audit import coverage, error_audit, is_finite
 from qbatch.worker.quantizing.planning.loaded_names import loads_own_names, without_converters_of
 from qbatch.worker.quantizing.planning.loading import load_source, refuse_mismatched, refuse_missing, unused
-from qbatch.worker.quantizing.planning.nothing_quantized import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.planning.saving import read_generation_config
 from qbatch.worker.quantizing.planning.skeleton import build_skeleton, linear_shape
 from qbatch.worker.quantizing.planning.space import weights_bytes
+from qbatch.worker.quantizing.planning.unquantized_parameters import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.target import Deferred, Refused, Target, Written
 from qbatch.worker.quantizing.tensors.source_reader import SourceReader
 from qbatch.worker.quantizing.tensors.trace import Origin, is_elementwise, replay, sources_of

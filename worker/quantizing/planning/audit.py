@@ -12,8 +12,8 @@ import torch
 
 from qbatch.worker.methods.method_weights import MethodWeights
 from qbatch.worker.methods.packing import FIGURES, Packing
-from qbatch.worker.quantizing.planning.nothing_quantized import is_linear_weight, why_unquantized
 from qbatch.worker.quantizing.planning.skeleton import Skeleton
+from qbatch.worker.quantizing.planning.unquantized_parameters import is_linear_weight, why_unquantized
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Unquantized parameters smaller than this are not listed, unless they belong to a linear layer.

@@ -15,8 +15,8 @@ from qbatch.core.errors import JobError, SourceCorrupt, Unsupported
 from qbatch.worker.methods.implementations import weights_of
 from qbatch.worker.methods.packing import Packing, StreamedPacking
 from qbatch.worker.quantizing.planning.initializing import why_overwritten
-from qbatch.worker.quantizing.planning.nothing_quantized import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.planning.skeleton import Skeleton, build_skeleton, linear_shape
+from qbatch.worker.quantizing.planning.unquantized_parameters import needs_quantization, refuse_nothing_quantized
 from qbatch.worker.quantizing.target import Target
 from qbatch.worker.quantizing.tensors.source_reader import TORCH_DTYPES, SourceReader
 from qbatch.worker.quantizing.tensors.trace import (
