@@ -165,8 +165,8 @@ def dies_after(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which kills its process at the end of its call of that number."""
     calls = itertools.count(1)
 
-    def counted(*arguments: object) -> Any:
-        returned = function(*arguments)
+    def counted(*arguments: object, **named: object) -> Any:
+        returned = function(*arguments, **named)
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return returned
