@@ -45,8 +45,10 @@ def test_repeated_sigterm_hands_a_job_back_once(fleet: Fleet, make_model: MakeMo
     (name,) = (name for name in ("w1", "w2") if fleet.celery(name).pid == worker.pid)
     launcher = fleet.running.pop(name)
     told = worker if who == "worker" else psutil.Process(launcher.pid)
-    for _ in range(2000):
-        told.terminate()
+    # Most meet the handling of one before; on a busy machine it may have ended before all are sent.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for _ in range(2000):
+            told.terminate()
     launcher.terminate()
     assert launcher.wait(60.0) == 0
     assert "killed" not in fleet.log(name).read_text()
