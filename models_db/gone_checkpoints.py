@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from qbatch.core.storage import CHECKPOINTS, missing_checkpoints, present_checkpoints
 from qbatch.models_db.checkpoints import all_checkpoints, checkpoints_at, note_presence
 from qbatch.models_db.session import Database, in_chunks
+from qbatch.models_db.write_lock import pausing_afterwards
 
 # For so many, folders are listed within a transaction: on SQLite everybody who writes waits for its end.
 _AT_ONCE = 20
@@ -34,12 +34,10 @@ def note_missing(database: Database, storage: Path) -> set[str]:
         return set()
     noted: set[str] = set()
     for paths in in_chunks(sorted(missing | back), _AT_ONCE):
-        began = time.monotonic()
-        with database.write() as session:
+        with pausing_afterwards(), database.write() as session:
             # Looked at again while their records are locked: a worker publishes first and records second.
             free = {row.path for row in checkpoints_at(session, paths, lock=True, skip_locked=True)}
             gone_now = missing_checkpoints(storage, free & missing)
             note_presence(session, gone=gone_now, present=present_checkpoints(storage, free & back))
         noted |= gone_now
-        time.sleep(time.monotonic() - began)  # so that whoever waits to write has a turn
     return noted

@@ -1,10 +1,12 @@
-"""How a transaction waits for SQLite's one lock for writing."""
+"""How a transaction waits for SQLite's one lock for writing, and how one after another leaves it to others between."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sqlite3
 import time
+from collections.abc import Iterator
 
 from sqlalchemy import Connection
 
@@ -36,3 +38,11 @@ def begin_writing(connection: Connection, wait_s: float) -> None:
         connection.exec_driver_sql(_BEGIN)
     finally:
         driver.execute(f"PRAGMA busy_timeout = {round(wait_s * 1000)}")
+
+
+@contextlib.contextmanager
+def pausing_afterwards() -> Iterator[None]:
+    """Pause for as long as the block took, so that others who wait to write get a turn."""
+    begun = time.monotonic()
+    yield
+    time.sleep(time.monotonic() - begun)

@@ -26,12 +26,12 @@ from qbatch.models_db import checkpoints
 from qbatch.models_db.checkpoint_needs import users_of, why_needed
 from qbatch.models_db.database_id import database_id, take_turns
 from qbatch.models_db.session import Database
+from qbatch.models_db.write_lock import pausing_afterwards
 from qbatch.worker.checkpoints.ownership import remove_mark, why_not_ours
 from qbatch.worker.housekeeping.stale_files import (
     REJECTED,
     Pruned,
     aside_of,
-    pausing_afterwards,
     remove_folder,
     size_of,
 )

@@ -11,12 +11,12 @@ from qbatch.models_db import file_digests, searches, skip_list_keys
 from qbatch.models_db.database_id import database_id
 from qbatch.models_db.retention import Prunable, delete_empty, delete_jobs, find_prunable, needed_since
 from qbatch.models_db.session import Database
+from qbatch.models_db.write_lock import pausing_afterwards
 from qbatch.worker.housekeeping.stale_files import (
     Pruned,
     base_outputs,
     chunks,
     old_logs,
-    pausing_afterwards,
     rejected_checkpoints,
     remove_each,
 )

@@ -28,8 +28,9 @@ from qbatch.models_db.named_jobs import is_named
 from qbatch.models_db.retention import answered_elsewhere, delete_empty, delete_named
 from qbatch.models_db.session import Database
 from qbatch.models_db.tables import Checkpoint, Job
+from qbatch.models_db.write_lock import pausing_afterwards
 from qbatch.worker.housekeeping.checkpoint_remover import StoredCheckpoint, remover
-from qbatch.worker.housekeeping.stale_files import Pruned, chunks, pausing_afterwards, remove_each
+from qbatch.worker.housekeeping.stale_files import Pruned, chunks, remove_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,14 +69,6 @@ def chunks(ids: Sequence[_Id]) -> Iterator[Sequence[_Id]]:
     return (ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE))
 
 
-@contextlib.contextmanager
-def pausing_afterwards() -> Iterator[None]:
-    """Pause for as long as the block took, so that others who wait to write get a turn."""
-    begun = time.monotonic()
-    yield
-    time.sleep(time.monotonic() - begun)
-
-
 def old_logs(database: Database, folder: Path, before_s: float, gone: Collection[int]) -> Iterator[Path]:
     """The old logs of jobs that do not exist, or that are in ``gone``.
 
