@@ -57,6 +57,9 @@ def find_finished(
     found: dict[tuple[str, str], Finished] = {}
     for chunk in in_chunks(keys):
         rows = session.execute(_finished(chunk, device_names)).all()
+        if lacking := {row.checkpoint_key for row in rows if row.is_incomplete}:  # an older one may be whole
+            rows = [row for row in rows if row.checkpoint_key not in lacking]
+            rows += session.execute(_finished(sorted(lacking), device_names, only_whole=True)).all()
         known = [(row, parts) for row in rows if (parts := _finished_parts(row)) is not None]
         gone = gone_among(session, {part.path for _, parts in known for part in parts})
         for row, parts in known:
@@ -108,22 +111,28 @@ _WHY_NOT_COMPARED = case(
 )
 
 
-def _finished(keys: Sequence[str], device_names: Collection[str] | None) -> Select[Any]:
-    """The newest job of each (key, protocol)."""
+_IS_INCOMPLETE = Result.details["incomplete"].as_boolean()
+
+
+def _finished(keys: Sequence[str], device_names: Collection[str] | None, *, only_whole: bool = False) -> Select[Any]:
+    """The newest job of each (key, protocol). ``only_whole``: of those whose results lack nothing that may yet be
+    measured, for which the details of all of them are read."""
     is_verified = Checkpoint.verified_at > db_now(-VERIFIED_FOR_S)
     newest = (
         select(func.max(Job.id))
         .join(Result, Result.job_id == Job.id)
         .where(Job.checkpoint_key.in_(keys), Job.state == JobState.SUCCEEDED)
-        .where(Result.details["incomplete"].as_boolean().is_not(True))
         .group_by(Job.checkpoint_key, Result.protocol_hash)
     )
+    if only_whole:
+        newest = newest.where(_IS_INCOMPLETE.is_not(True))
     if device_names is not None:
         newest = newest.where(Result.device_name.in_(device_names))
     return (
         select(
             *(Job.id, Job.checkpoint_key, Result.protocol_hash, Result.checkpoint_path, Checkpoint.file_versions),
             *(Job.finished_at, _WHY_NOT_COMPARED.label("why_not_compared")),
+            _IS_INCOMPLETE.label("is_incomplete"),
             *(Job.base_key, _BASE.path.label("base_path"), _BASE.file_versions.label("base_versions")),
             (_BASE.verified_at > db_now(-VERIFIED_FOR_S)).label("base_is_verified"),
         )
