@@ -59,16 +59,15 @@ class BacklogLooks:
         if place not in self._found and self.clock() >= self._not_before.get(place, 0.0):
             self._wanted = _Look(place=place, ready=ready, most=most)
 
-    def look(self, session: Session) -> bool:
-        """Make the look that is wanted. Returns whether one was."""
+    def look(self, session: Session) -> None:
+        """Make the look that is wanted, if one is."""
         if self._wanted is None:
-            return False
+            return
         wanted, self._wanted = self._wanted, None
         began = self.clock()
         self._found[wanted.place] = wanted.ready.of_each_batch(session, wanted.place[1], wanted.most)
         ended = self.clock()
         self._not_before[wanted.place] = ended + (ended - began) / _SHARE_OF_TIME
-        return True
 
     def end_round(self) -> None:
         self._found.clear()

@@ -1,7 +1,7 @@
 """The jobs of some models in some batches, by whichever index has fewer of them to read.
 
-No index has both. A model may have been submitted every night for years, and a batch may have tens of thousands of
-jobs.
+No index of all jobs has both. A model may have been submitted every night for years, and a batch may have tens of
+thousands of jobs.
 """
 
 from __future__ import annotations

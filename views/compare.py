@@ -126,10 +126,10 @@ class _Screen:
             if len(model.groups) > 1:
                 yield from self._wrapped(f"{show_protocol(group.rows[0])}, on {group.device_name}")
             yield from _side_by_side(group, self.by, self.width, brief=True)
-            ship = recommend(group, self.preference).ship
             for row in group.rows:
-                # The line of what to ship has a footnote of it already.
-                kernels = None if row is ship else cpu_kernel_warning(row)
+                kernels = cpu_kernel_warning(row)
+                if kernels is not None and row is recommend(group, self.preference).ship:
+                    kernels = None  # the line of what to ship has a footnote of it already
                 said = [*defects(row), *filter(None, [kernels, speed_origin(row)])]
                 yield from (line for each in said for line in self._wrapped(f"{_name(row)}: {each}."))
                 reason = explain_speed_briefly(row, group.baselines.get(row.job_id))

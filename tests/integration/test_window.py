@@ -97,15 +97,16 @@ def small(model: str) -> list[NewJob]:
 
 def choose_small(database: Database, slots: int) -> list[tuple[int, ...]]:
     """As the scheduler does: it marks what it sees, and looks at all that waits where that is little."""
-    looks, chosen, has_found = BacklogLooks(), list[Dispatch](), True
-    while has_found:
+    looks, chosen = BacklogLooks(), list[Dispatch]()
+    while True:
         with database.write() as session:
             chosen += window.choose(
                 session, kind=DeviceKind.CUDA, queue="small", slots=slots, needs=_SMALL, looks=looks
             )
+        if not looks.is_wanted:
+            return [message.job_ids for message in chosen]
         with database.read() as session:
-            has_found = looks.look(session)
-    return [message.job_ids for message in chosen]
+            looks.look(session)
 
 
 def test_what_belongs_in_a_queue_is_found_behind_much_that_does_not(database: Database) -> None:
